@@ -1,0 +1,77 @@
+"""Host-side argument checks: every message names the argument, what was expected and what came.
+
+Only facts that need no device synchronisation are checked here (dtype, shape, device, strides, Python numbers). What only
+the device knows is handled in the kernels and reported in `flags`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT_DTYPES = (torch.int32, torch.int64)
+
+
+def _dtype_names(dtypes) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_tensor(name, value, *, dtype=None, shape=None, device=None, last_contiguous=False, contiguous=False):
+    """Check one tensor argument.
+
+    dtype: a dtype or a tuple of them. shape: a tuple whose entries are an int (that size), a str (any size, the name is
+    used in the message) or None (any size). Raises TypeError for what it is, ValueError for how it is laid out.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if dtype is not None:
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+        if value.dtype not in dtypes:
+            raise TypeError(f"{name}: expected dtype {_dtype_names(dtypes)}, got {_dtype_names((value.dtype,))}")
+    if shape is not None:
+        fits = value.dim() == len(shape) and all(
+            not isinstance(want, int) or have == want for have, want in zip(value.shape, shape, strict=False)
+        )
+        if not fits:
+            wanted = ", ".join("*" if s is None else str(s) for s in shape)
+            raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    if contiguous and not value.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
+    if last_contiguous and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name}: expected the last dimension to be contiguous, got strides {list(value.stride())}")
+    return value
+
+
+def check_optional(name, value, **rules):
+    """`check_tensor` for an argument that may be None."""
+    return None if value is None else check_tensor(name, value, **rules)
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(repr(c) for c in choices)}, got {value!r}")
+    return value
+
+
+def check_int(name, value, *, low=None, high=None):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f">= {low}" if high is None else f"<= {high}" if low is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: expected {bounds}, got {value}")
+    return value
+
+
+def check_type(name, value, kinds):
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name}: expected {' or '.join(k.__name__ for k in kinds)}, got {type(value).__name__}")
+    return value
+
+
+def not_yet(op, name, what):
+    """A variant of the documented interface that this version does not run."""
+    raise NotImplementedError(f"{op}: {name}: {what} not supported by this version")

@@ -1,0 +1,22 @@
+"""A barrier over all programs of a cooperative launch, on one int32 word that needs no reset between launches.
+
+Every program adds 1 and the leader adds 2^31 - (n - 1), so a round always adds exactly 2^31: the sign bit flips when the
+last one arrives and the low bits return to zero. All programs must be resident (`launch_cooperative_grid=True`); a grid of one
+program passes through, which is how the interpreter runs.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def grid_barrier(barrier_ptr):
+    programs = tl.num_programs(0)
+    if programs > 1:
+        tl.debug_barrier()  # every warp's stores come before the release below
+        step = tl.where(tl.program_id(0) == 0, 2147483647 - programs + 2, 1).to(tl.int32)
+        before = tl.atomic_add(barrier_ptr, step, sem="release", scope="gpu")
+        now = before
+        while (before ^ now) >= 0:
+            now = tl.atomic_add(barrier_ptr, 0, sem="acquire", scope="gpu")
+        tl.debug_barrier()

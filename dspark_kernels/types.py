@@ -1,0 +1,413 @@
+"""The tensors that draft and verify steps exchange, as frozen dataclasses that check themselves when made.
+
+Symbols: R requests in the batch; S state slots of the engine (S = R where no `state_indices` is used); K draft positions;
+V vocabulary (Vd the draft head's); C candidates; H hidden size; r Markov rank; N rows of the target's forward pass (N_max
+allocated); M nodes of a draft tree; Hq/Hkv query and key-value heads; D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from .checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
+
+_FLOAT = torch.float32
+_WEIGHTS = LOGIT_DTYPES
+_QUANTISED = (torch.float8_e4m3fn, torch.int8)
+
+
+class Flag(enum.IntFlag):
+    """What an op met on the device, one bit each, per request (int32 [R] `flags`)."""
+
+    NONFINITE_ROW = 1  # a row without any finite logit: the lowest allowed id (else 0) was emitted, abort the request
+    NAN = 2  # a NaN logit was read as -inf
+    BAD_TOKEN_ID = 4  # a token id outside the vocabulary, or a draft outside the support of its proposal
+    MISSING_DRAFT = 8  # a draft of -1
+    EMPTY_RESIDUAL = 16  # the residual had no mass: the correction was drawn from the target's law
+
+
+class Stream(enum.IntEnum):
+    """Purpose of a random word, the low byte of Philox counter word 3 (the tree node is above it)."""
+
+    DRAFT = 1  # per-token noise of a draft position
+    ACCEPT = 2  # the coin of a draft
+    LEAF = 3  # race between leaves of 1024 ids, correction and bonus
+    CORRECT = 4  # race inside the winning leaf
+    COUPLED = 5  # noise shared by draft and target on purpose (anchor position word 0)
+    DRAFT_LEAF = 6  # race between leaves of a draft position
+
+
+class _Checked:
+    """Base of the dataclasses: `_check` runs when an instance is made."""
+
+    def __post_init__(self):
+        self._check()
+
+    def _tensor(self, field, **rules):
+        return check_tensor(f"{type(self).__name__}.{field}", getattr(self, field), **rules)
+
+    def _optional(self, field, **rules):
+        return check_optional(f"{type(self).__name__}.{field}", getattr(self, field), **rules)
+
+    def _name(self, field):
+        return f"{type(self).__name__}.{field}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Penalties(_Checked):
+    """Repetition, presence and frequency penalties over sparse token counts.
+
+    repetition, presence, frequency: fp32 [S] or None; token_ids: int64 or int32 [S, T], -1 = unused; counts: int32 [S, T].
+    """
+
+    token_ids: Tensor
+    counts: Tensor
+    repetition: Tensor | None = None
+    presence: Tensor | None = None
+    frequency: Tensor | None = None
+
+    def _check(self):
+        ids = self._tensor("token_ids", dtype=INT_DTYPES, shape=("S", "T"))
+        self._tensor("counts", dtype=torch.int32, shape=tuple(ids.shape), device=ids.device)
+        for field in ("repetition", "presence", "frequency"):
+            self._optional(field, dtype=_FLOAT, shape=(ids.shape[0],), device=ids.device)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SamplingTensors(_Checked):
+    """Per-request sampling settings.
+
+    temperature: fp32 [S], 0 = greedy. seed: int64 [S], the Philox key. Optional: top_k int32 [S] (off: <= 0 or >= V; 1 is
+    greedy), top_p fp32 [S] (off: >= 1), min_p fp32 [S] (off: <= 0), filter_order "top_k_first" or "joint", logit_bias
+    [S, V], token_bitmask int32 [rows, ceil(V/32)] (bit 1 = allowed, lowest bit first), penalties.
+    Order: penalties and bias, mask, temperature, top_k (ties: lowest ids), renormalise, top_p (the crossing token is kept),
+    renormalise, min_p against the maximum; "joint" judges top_k and top_p on the unfiltered law.
+    """
+
+    temperature: Tensor
+    seed: Tensor
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    filter_order: str = "top_k_first"
+    logit_bias: Tensor | None = None
+    token_bitmask: Tensor | None = None
+    penalties: Penalties | None = None
+
+    def _check(self):
+        temperature = self._tensor("temperature", dtype=_FLOAT, shape=("S",), contiguous=True)
+        rules = dict(shape=(temperature.shape[0],), device=temperature.device, contiguous=True)
+        self._tensor("seed", dtype=torch.int64, **rules)
+        self._optional("top_k", dtype=torch.int32, **rules)
+        self._optional("top_p", dtype=_FLOAT, **rules)
+        self._optional("min_p", dtype=_FLOAT, **rules)
+        check_choice(self._name("filter_order"), self.filter_order, ("top_k_first", "joint"))
+        self._optional("logit_bias", dtype=LOGIT_DTYPES, shape=(temperature.shape[0], "V"), last_contiguous=True)
+        self._optional("token_bitmask", dtype=torch.int32, last_contiguous=True)
+        if self.penalties is not None:
+            check_type(self._name("penalties"), self.penalties, Penalties)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MarkovHead(_Checked):
+    """Vanilla sequential head, bias = W1[previous] W2^T (DSpark, arXiv 2607.05147).
+
+    w1: [V, r]; w2: [Vd, r], bf16, fp16 or fp32, or fp8 e4m3 / int8 with `w2_scale` fp32 [Vd].
+    """
+
+    w1: Tensor
+    w2: Tensor
+    w2_scale: Tensor | None = None
+
+    def _check(self):
+        w1 = self._tensor("w1", dtype=_WEIGHTS, shape=("V", "r"), last_contiguous=True)
+        if w1.shape[1] < 1:
+            raise ValueError(f"{self._name('w1')}: expected rank >= 1 (rank 0 is head=None), got 0")
+        w2 = self._tensor("w2", dtype=_WEIGHTS + _QUANTISED, shape=("Vd", w1.shape[1]), device=w1.device, last_contiguous=True)
+        if w2.dtype in _QUANTISED and self.w2_scale is None:
+            raise ValueError(f"{self._name('w2_scale')}: expected fp32 [{w2.shape[0]}] for w2 in {w2.dtype}, got None")
+        self._optional("w2_scale", dtype=_FLOAT, shape=(w2.shape[0],), device=w1.device)
+
+    @property
+    def rank(self) -> int:
+        return self.w1.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GatedMarkovHead(MarkovHead):
+    """Gated head: g = sigmoid(G [h; W1[previous]] + b), bias = (g * W1[previous]) W2^T. gate_weight [r, H+r], gate_bias [r]."""
+
+    gate_weight: Tensor = None
+    gate_bias: Tensor = None
+
+    def _check(self):
+        super()._check()
+        self._tensor("gate_weight", dtype=_WEIGHTS, shape=(self.rank, "H+r"), last_contiguous=True)
+        self._tensor("gate_bias", dtype=_WEIGHTS, shape=(self.rank,))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RnnMarkovHead(MarkovHead):
+    """Recurrent head: z = [state; W1[previous]; h], (gate, candidate, output) = chunks of J z + b.
+
+    state' = sigmoid(gate) * state + (1 - sigmoid(gate)) * tanh(candidate); bias = tanh(output) W2^T; state_0 = 0.
+    joint_weight [3r, 2r+H], joint_bias [3r].
+    """
+
+    joint_weight: Tensor = None
+    joint_bias: Tensor = None
+
+    def _check(self):
+        super()._check()
+        self._tensor("joint_weight", dtype=_WEIGHTS, shape=(3 * self.rank, "2r+H"), last_contiguous=True)
+        self._tensor("joint_bias", dtype=_WEIGHTS, shape=(3 * self.rank,))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConfidenceHead(_Checked):
+    """Survival score c_k = sigmoid((w . [h_k; W1[x_{k-1}]] + b) / T_k).
+
+    weight: [H] or [H+r]; bias: [1] or None; sts_temperatures: fp32 [K] or None (sequential temperature scaling).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    sts_temperatures: Tensor | None = None
+
+    def _check(self):
+        weight = self._tensor("weight", dtype=_WEIGHTS, shape=("H+r",), last_contiguous=True)
+        self._optional("bias", dtype=_WEIGHTS, shape=(1,), device=weight.device)
+        self._optional("sts_temperatures", dtype=_FLOAT, shape=("K",), device=weight.device, contiguous=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneHotProposal(_Checked):
+    """The drafts were chosen without chance (greedy, n-gram, ...): the whole mass is on the draft itself."""
+
+    def _check(self):
+        pass
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseProposal(_Checked):
+    """The law the drafts were drawn from, as stored logits.
+
+    logits: [S, K, V or Vd], before temperature, -inf outside a filtered support. lse: fp32 [S, K], ln sum exp(logits /
+    temperature), or None. temperature: fp32 [S] (None = the sampling temperature; 0 = one-hot). draft_to_target: int64 [Vd].
+    """
+
+    logits: Tensor
+    lse: Tensor | None = None
+    temperature: Tensor | None = None
+    draft_to_target: Tensor | None = None
+
+    def _check(self):
+        logits = self._tensor("logits", dtype=LOGIT_DTYPES, shape=("S", "K", "V"), last_contiguous=True)
+        slots, drafts, width = logits.shape
+        self._optional("lse", dtype=_FLOAT, shape=(slots, drafts), device=logits.device, last_contiguous=True)
+        self._optional("temperature", dtype=_FLOAT, shape=(slots,), device=logits.device, contiguous=True)
+        self._optional("draft_to_target", dtype=torch.int64, shape=(width,), device=logits.device, contiguous=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SparseProposal(_Checked):
+    """The law the drafts were drawn from, on C candidates; no mass elsewhere. ids [S, K, C], logits [S, K, C]."""
+
+    ids: Tensor
+    logits: Tensor
+    lse: Tensor | None = None
+    temperature: Tensor | None = None
+
+    def _check(self):
+        ids = self._tensor("ids", dtype=INT_DTYPES, shape=("S", "K", "C"), last_contiguous=True)
+        self._tensor("logits", dtype=LOGIT_DTYPES, shape=tuple(ids.shape), device=ids.device, last_contiguous=True)
+        self._optional("lse", dtype=_FLOAT, shape=tuple(ids.shape[:2]), device=ids.device, last_contiguous=True)
+        self._optional("temperature", dtype=_FLOAT, shape=(ids.shape[0],), device=ids.device, contiguous=True)
+
+
+Proposal = Union[OneHotProposal, DenseProposal, SparseProposal]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DraftBlock(_Checked):
+    """Drafts of a block.
+
+    tokens: int64 [S, K]; confidence (calibrated) and confidence_logits (raw): fp32 [S, K] or None; proposal: the law the
+    drafts were drawn from; flags: int32 [R].
+    """
+
+    tokens: Tensor
+    proposal: Proposal
+    flags: Tensor
+    confidence: Tensor | None = None
+    confidence_logits: Tensor | None = None
+
+    def _check(self):
+        tokens = self._tensor("tokens", dtype=torch.int64, shape=("S", "K"), last_contiguous=True)
+        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
+        self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device, contiguous=True)
+        for field in ("confidence", "confidence_logits"):
+            self._optional(field, dtype=_FLOAT, shape=tuple(tokens.shape), device=tokens.device, last_contiguous=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VerifyLayout(_Checked):
+    """Which rows the target computes for which request.
+
+    Per request: draft_lens int32 [R]; query_start_loc int32 [R+1] (forward rows); cu_num_logits int32 [R+1] (logit rows);
+    flags int32 [R]. Per forward row [N_max]: token_ids int64, positions int64, batch_indices int32 (padding -1),
+    slot_mapping int64 (padding -1) or None. Per logit row: logits_indices int32 (forward row). num_rows int32 [1].
+    max_drafts: static bound of draft_lens, or None when unknown.
+    """
+
+    draft_lens: Tensor
+    query_start_loc: Tensor
+    cu_num_logits: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    batch_indices: Tensor
+    logits_indices: Tensor
+    num_rows: Tensor
+    flags: Tensor
+    slot_mapping: Tensor | None = None
+    max_drafts: int | None = None
+
+    def _check(self):
+        lens = self._tensor("draft_lens", dtype=torch.int32, shape=("R",), contiguous=True)
+        requests, device = lens.shape[0], lens.device
+        one = dict(device=device, contiguous=True)
+        self._tensor("query_start_loc", dtype=torch.int32, shape=(requests + 1,), **one)
+        self._tensor("cu_num_logits", dtype=torch.int32, shape=(requests + 1,), **one)
+        rows = self._tensor("token_ids", dtype=torch.int64, shape=("N_max",), **one).shape[0]
+        self._tensor("positions", dtype=torch.int64, shape=(rows,), **one)
+        self._tensor("batch_indices", dtype=torch.int32, shape=(rows,), **one)
+        self._tensor("logits_indices", dtype=torch.int32, shape=("L",), **one)
+        self._tensor("num_rows", dtype=torch.int32, shape=(1,), **one)
+        self._tensor("flags", dtype=torch.int32, shape=(requests,), **one)
+        self._optional("slot_mapping", dtype=torch.int64, shape=(rows,), **one)
+        if self.max_drafts is not None:
+            check_int(self._name("max_drafts"), self.max_drafts, low=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DraftTree(_Checked):
+    """A draft tree per slot; node 0 is the anchor, parents come before children, elder siblings first, -1 = none.
+
+    tokens int64, parents, depths, first_child, next_sibling int32, ancestors int64 (bit s = node s), all [S, M], M <= 64;
+    num_nodes int32 [S]; proposal: row m = the law of node m's children; drawn: how ("one_hot", "iid",
+    "without_replacement"); flags int32 [R].
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    first_child: Tensor
+    next_sibling: Tensor
+    ancestors: Tensor
+    num_nodes: Tensor
+    proposal: Proposal
+    drawn: str
+    flags: Tensor
+
+    def _check(self):
+        tokens = self._tensor("tokens", dtype=torch.int64, shape=("S", "M"), contiguous=True)
+        if tokens.shape[1] > 64:
+            raise ValueError(f"{self._name('tokens')}: expected at most 64 nodes, got {tokens.shape[1]}")
+        same = dict(shape=tuple(tokens.shape), device=tokens.device, contiguous=True)
+        for field in ("parents", "depths", "first_child", "next_sibling"):
+            self._tensor(field, dtype=torch.int32, **same)
+        self._tensor("ancestors", dtype=torch.int64, **same)
+        self._tensor("num_nodes", dtype=torch.int32, shape=(tokens.shape[0],), device=tokens.device)
+        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
+        check_choice(self._name("drawn"), self.drawn, ("one_hot", "iid", "without_replacement"))
+        self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PagedKV(_Checked):
+    """A layer's paged key-value cache.
+
+    k_cache, v_cache: [pages, page_size, Hkv, D], any strides but the last; bf16, fp16, fp32 or fp8 e4m3 with k_scale,
+    v_scale fp32 [1] or [Hkv]. block_tables: int32 [S, max_pages]; context_lens: int32 or int64 [S] (this step's rows not counted).
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def _check(self):
+        cache = LOGIT_DTYPES + (torch.float8_e4m3fn,)
+        k = self._tensor("k_cache", dtype=cache, shape=("pages", "page_size", "Hkv", "D"), last_contiguous=True)
+        self._tensor("v_cache", dtype=k.dtype, shape=tuple(k.shape), device=k.device, last_contiguous=True)
+        tables = self._tensor("block_tables", dtype=torch.int32, shape=("S", "max_pages"), device=k.device, last_contiguous=True)
+        self._tensor("context_lens", dtype=INT_DTYPES, shape=(tables.shape[0],), device=k.device, contiguous=True)
+        for field in ("k_scale", "v_scale"):
+            scale = self._optional(field, dtype=_FLOAT, shape=("1 or Hkv",), device=k.device)
+            if scale is not None and scale.shape[0] not in (1, k.shape[2]):
+                raise ValueError(f"{self._name(field)}: expected shape [1] or [{k.shape[2]}], got {list(scale.shape)}")
+        if k.dtype == torch.float8_e4m3fn and (self.k_scale is None or self.v_scale is None):
+            raise ValueError(f"{self._name('k_scale')}: expected scales for an fp8 cache, got None")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CostTable(_Checked):
+    """Measured seconds of a step: seconds fp32 [B_max+1], entry B = one target step at B rows; draft_seconds fp32 [R_max+1]
+    or None, entry R = drafting for R requests. Linear beyond the table."""
+
+    seconds: Tensor
+    draft_seconds: Tensor | None = None
+
+    def _check(self):
+        for field in ("seconds", "draft_seconds"):
+            table = self._optional(field, dtype=_FLOAT, shape=("B_max+1",), contiguous=True)
+            if table is None:
+                continue
+            if table.shape[0] < 2:
+                raise ValueError(f"{self._name(field)}: expected at least 2 entries, got {table.shape[0]}")
+            # A device table cannot be read without a synchronisation; host tables are checked whole.
+            if table.device.type == "cpu" and not bool((table[1:].isfinite() & (table[1:] > 0)).all()):
+                raise ValueError(f"{self._name(field)}: expected finite, positive seconds from entry 1 on, got {table}")
+        if self.seconds is None:
+            raise TypeError(f"{self._name('seconds')}: expected a torch.Tensor, got NoneType")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Acceptance(_Checked):
+    """What a step emits.
+
+    tokens: int64 [R, K+1], accepted drafts, correction or bonus, then -1. num_accepted, num_emitted, num_rejected: int32
+    [R]. next_token: int64 [R]. last_row: int32 [R], the forward row whose logits gave next_token. commit_mask: bool
+    [N_max], rows whose keys and values stay. flags: int32 [R]. logprobs: fp32 [R, K+1] or None. For trees: path, kv_source
+    int32 [R, M].
+    """
+
+    tokens: Tensor
+    num_accepted: Tensor
+    num_emitted: Tensor
+    num_rejected: Tensor
+    next_token: Tensor
+    last_row: Tensor
+    commit_mask: Tensor
+    flags: Tensor
+    logprobs: Tensor | None = None
+    path: Tensor | None = None
+    kv_source: Tensor | None = None
+
+    def _check(self):
+        tokens = self._tensor("tokens", dtype=torch.int64, shape=("R", "K+1"), contiguous=True)
+        requests, device = tokens.shape[0], tokens.device
+        for field in ("num_accepted", "num_emitted", "num_rejected", "last_row", "flags"):
+            self._tensor(field, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
+        self._tensor("next_token", dtype=torch.int64, shape=(requests,), device=device, contiguous=True)
+        self._tensor("commit_mask", dtype=torch.bool, shape=("N_max",), device=device, contiguous=True)
+        self._optional("logprobs", dtype=_FLOAT, shape=tuple(tokens.shape), device=device, contiguous=True)
+        for field in ("path", "kv_source"):
+            self._optional(field, dtype=torch.int32, shape=(requests, "M"), device=device, contiguous=True)
