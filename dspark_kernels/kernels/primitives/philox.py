@@ -64,7 +64,7 @@ def log2_exponential(words):
     Near 0, where winners live, by polynomial; above 1/2 from the complement word, because 1 - v is not exact in fp32.
     """
     v = uniform(words)
-    complement = (~words).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    complement = (words ^ 4294967295).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     rest = tl.where(v < 0.5, 1.0 - v, tl.maximum(complement, 5.9604644775390625e-08))
     series = v * (1.0 + v * (0.5 + v * (0.33333333 + v * (0.25 + v * (0.2 + v * (0.16666667 + v * 0.14285714))))))
     return tl.log2(tl.where(v < 0.0625, series, -tl.log(rest)))

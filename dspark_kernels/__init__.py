@@ -1,0 +1,28 @@
+"""dspark_kernels: Triton kernels for the draft and verify steps of speculative decoding, one launch per op.
+
+Importing needs neither Triton nor a GPU; calling an op needs Triton, and a GPU or Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from .ops.draft import draft_block
+from .types import (
+    Acceptance,
+    ConfidenceHead,
+    CostTable,
+    DenseProposal,
+    DraftBlock,
+    DraftTree,
+    Flag,
+    GatedMarkovHead,
+    MarkovHead,
+    OneHotProposal,
+    PagedKV,
+    Penalties,
+    RnnMarkovHead,
+    SamplingTensors,
+    SparseProposal,
+    Stream,
+    VerifyLayout,
+)
+from .workspace import Workspace
+
+__version__ = "0.1.0"

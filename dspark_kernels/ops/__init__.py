@@ -1,0 +1,1 @@
+"""The public ops: each checks its arguments, picks a launch configuration and launches one kernel."""

@@ -1,0 +1,95 @@
+"""Scratch memory that a caller allocates once and lends to every op of one stream.
+
+Two parts: `counters`, zero before and after every launch (arrival counters, packed arg-maxima, the grid barrier, whose sign
+bit alone may stay flipped), and `scratch`, whose content never outlives a launch. An op declares how much it needs with
+`declare`; the workspace takes the largest need of all ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checks import check_int, check_type
+
+# op -> (requests, drafts, vocab) -> (int64 words of counters, int64 words of scratch)
+_NEEDS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {}
+
+# int64 words at the start of `counters` that keep their place in every launch: the grid barrier.
+RESERVED = 2
+
+
+def declare(op: str):
+    """Register the function that tells how many int64 words an op needs beyond the reserved ones."""
+
+    def register(needs):
+        _NEEDS[op] = needs
+        return needs
+
+    return register
+
+
+class Workspace:
+    """Scratch for batches of at most max_requests x max_drafts over vocab_size.
+
+    One per stream, never shared by launches (or CUDA graphs) that may run at the same time. Clean after every launch that
+    finished; call `reset()` after one that was aborted. With `out=` and `workspace=` an op allocates nothing.
+    """
+
+    def __init__(self, max_requests: int, max_drafts: int, vocab_size: int, device="cuda"):
+        self.max_requests = check_int("max_requests", max_requests, low=1)
+        self.max_drafts = check_int("max_drafts", max_drafts, low=0)
+        self.vocab_size = check_int("vocab_size", vocab_size, low=1)
+        needs = [needed(max_requests, max_drafts, vocab_size) for needed in _NEEDS.values()]
+        counters = RESERVED + max(words for words, _ in needs)
+        self.counters = torch.zeros(counters, dtype=torch.int64, device=device)
+        self.scratch = torch.empty(max(words for _, words in needs), dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        """Make the workspace clean again after a launch that did not finish."""
+        self.counters.zero_()
+
+    @property
+    def bytes(self) -> int:
+        return 8 * (self.counters.numel() + self.scratch.numel())
+
+
+def lend(op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device) -> tuple[Tensor, Tensor]:
+    """(counters, scratch) for one launch: the caller's, checked to be large enough, or fresh ones."""
+    counters, scratch = _NEEDS[op](requests, drafts, vocab)
+    counters += RESERVED
+    if workspace is None:
+        return (
+            torch.zeros(counters, dtype=torch.int64, device=device),
+            torch.empty(scratch, dtype=torch.int64, device=device),
+        )
+    check_type("workspace", workspace, Workspace)
+    if workspace.counters.device != device:
+        raise ValueError(f"workspace: expected one on {device}, got one on {workspace.counters.device}")
+    if workspace.counters.numel() < counters or workspace.scratch.numel() < scratch:
+        raise ValueError(
+            f"workspace: expected room for {requests} requests x {drafts} drafts over {vocab} ids, got one made for "
+            f"{workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size}"
+        )
+    return workspace.counters, workspace.scratch
+
+
+class Carver:
+    """Cuts typed regions out of one int64 tensor, each at a 16-byte boundary."""
+
+    def __init__(self, memory: Tensor, start: int = 0):
+        self._memory, self._next = memory, start
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        words = words_of(count, dtype)
+        region = self._memory[self._next : self._next + words]
+        self._next += words
+        return region if dtype == torch.int64 else region.view(dtype)
+
+
+def words_of(count: int, dtype: torch.dtype) -> int:
+    """int64 words of a region of `count` elements, rounded up to 16 bytes."""
+    per_word = 8 // dtype.itemsize
+    return -(-count // (2 * per_word)) * 2
