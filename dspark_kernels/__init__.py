@@ -3,7 +3,9 @@
 Importing needs neither Triton nor a GPU; calling an op needs Triton, and a GPU or Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+from .ops.accept import accept_chain
 from .ops.draft import draft_block
+from .ops.schedule import fixed_layout
 from .types import (
     Acceptance,
     ConfidenceHead,

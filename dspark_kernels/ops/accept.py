@@ -1,0 +1,255 @@
+"""accept_chain: lossless acceptance of drafted chains from raw target logits in one launch.
+
+Token rule: accept while u * draft_prob(x) < target_prob(x), then draw from [target - draft]+ or, after the last draft, from the
+target. Oracle: reference/accept.py. Sources: arXiv 2211.17192 and 2302.01318.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import library, workspace as workspaces
+from ..checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type, not_yet
+from ..launch import accept as accept_launch, arch
+from ..types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
+
+OP = "accept_chain"
+LEAF = 1024  # ids per leaf, as in kernels/primitives/mass.py
+
+
+def _counter_words(requests: int, drafts: int) -> int:
+    # Arrivals of row groups (at most one per row), of requests, of residual items; states.
+    return workspaces.words_of(requests * (drafts + 1), torch.int32) + 3 * workspaces.words_of(requests, torch.int32)
+
+
+def _scratch_words(requests: int, rows: int, leaves: int) -> int:
+    words = workspaces.words_of
+    partials = 2 * words(rows * leaves, torch.float32) + 2 * words(rows * leaves, torch.int64)
+    residual = words(requests * leaves, torch.int64)
+    per_row = words(4 * rows, torch.float32) + words(4 * rows, torch.int32)
+    return partials + residual + per_row + words(requests, torch.int32)
+
+
+@workspaces.declare(OP)
+def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
+    rows = requests * (drafts + 1)
+    return _counter_words(requests, drafts), _scratch_words(requests, rows, -(-vocab // LEAF))
+
+
+def accept_chain(
+    target_logits: Tensor,
+    layout: VerifyLayout,
+    proposal: OneHotProposal | DenseProposal | SparseProposal | None = None,
+    *,
+    sampling: SamplingTensors | None = None,
+    rule: str = "token",
+    logprobs: str | None = None,
+    anchors: Tensor | None = None,
+    anchor_positions: Tensor | None = None,
+    synthetic_rates: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    out: Acceptance | None = None,
+    workspace: workspaces.Workspace | None = None,
+) -> Acceptance:
+    """Judge every request's drafts against the target and emit what follows, in one launch.
+
+    Args:
+        target_logits: [L, V] bf16, fp16 or fp32, last dimension contiguous; row j belongs to layout.logits_indices[j].
+        layout: which rows and drafts belong to which request (drafts are read from layout.token_ids).
+        proposal: the law the drafts were drawn from; None = one-hot. Dense: its logits [S, K, Vd] and, if given, its lse.
+        sampling: temperature and seed per slot; None = every row greedy.
+        rule: "token".
+        anchors, anchor_positions: int64 or int32 [S], advanced in place to the next round's anchor if given.
+        state_indices: int32 [R], state slot of each row, -1 = padding row.
+        out, workspace: with both, nothing is allocated.
+
+    Returns:
+        Acceptance; tokens is [R, K + 1] with K = layout.max_drafts, else the proposal's K, else L - 1.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
+        RuntimeError: no Triton, or CPU tensors without its interpreter.
+    """
+    check_tensor("target_logits", target_logits, dtype=LOGIT_DTYPES, shape=("L", "V"), last_contiguous=True)
+    check_type("layout", layout, VerifyLayout)
+    rows, vocab = target_logits.shape
+    device = target_logits.device
+    requests, forward_rows = layout.draft_lens.shape[0], layout.token_ids.shape[0]
+    check_tensor("layout.draft_lens", layout.draft_lens, device=device)
+    if layout.logits_indices.shape[0] < rows:
+        raise ValueError(
+            f"layout.logits_indices: expected an entry for each of the {rows} rows of target_logits, got "
+            f"{layout.logits_indices.shape[0]}"
+        )
+    if requests and (vocab == 0 or rows == 0):
+        raise ValueError(f"target_logits: expected L >= 1 and V >= 1, got shape {list(target_logits.shape)}")
+    check_choice("rule", rule, ("token", "block", "coupled"))
+    if rule != "token":
+        not_yet(OP, "rule", f"the {rule} rule is")
+    check_choice("logprobs", logprobs, (None, "raw", "processed"))
+    if logprobs is not None:
+        not_yet(OP, "logprobs", "log-probabilities are")
+    if synthetic_rates is not None:
+        not_yet(OP, "synthetic_rates", "forced acceptance is")
+    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
+    slots = requests if state_indices is None else None
+    _check_sampling(sampling, slots, device)
+    if sampling is not None and slots is None:
+        slots = sampling.temperature.shape[0]
+    dense = _check_proposal(proposal, slots, device)
+    for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
+        check_optional(name, tensor, dtype=INT_DTYPES, shape=("S" if slots is None else slots,), device=device)
+    drafts = _width(layout, proposal, dense, rows)
+    if dense is not None and dense.logits.shape[1] < drafts:
+        raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {dense.logits.shape[1]}")
+    if out is None:
+        out = _allocate(requests, drafts, forward_rows, device)
+    else:
+        _check_out(out, requests, drafts, forward_rows, device)
+    if requests == 0:
+        return out
+    if sampling is None:
+        dense = None  # greedy rows do not ask how a draft was drawn
+    leaves = -(-max(vocab, 0 if dense is None else dense.logits.shape[2]) // LEAF)
+    counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, leaves * LEAF, device)
+    _accept_chain(
+        target_logits,
+        layout.query_start_loc,
+        layout.cu_num_logits,
+        layout.logits_indices,
+        layout.token_ids,
+        layout.positions,
+        None if dense is None else dense.logits,
+        None if dense is None else dense.lse,
+        None if dense is None else dense.temperature,
+        None if sampling is None else sampling.temperature,
+        None if sampling is None else sampling.seed,
+        state_indices,
+        out.tokens,
+        out.num_accepted,
+        out.num_emitted,
+        out.num_rejected,
+        out.next_token,
+        out.last_row,
+        out.commit_mask,
+        out.flags,
+        anchors,
+        anchor_positions,
+        counters,
+        scratch,
+    )
+    return out
+
+
+def _check_sampling(sampling, slots, device):
+    if sampling is None:
+        return
+    check_type("sampling", sampling, SamplingTensors)
+    check_tensor("sampling.temperature", sampling.temperature, shape=("S" if slots is None else slots,), device=device)
+    for name in ("top_k", "top_p", "min_p", "logit_bias", "token_bitmask", "penalties"):
+        if getattr(sampling, name) is not None:
+            not_yet(OP, f"sampling.{name}", "filters and penalties in acceptance are")
+
+
+def _check_proposal(proposal, slots, device) -> DenseProposal | None:
+    """The proposal if it is dense; None where the drafts stand for themselves."""
+    if proposal is None or isinstance(proposal, OneHotProposal):
+        return None
+    check_type("proposal", proposal, (DenseProposal, SparseProposal))
+    if isinstance(proposal, SparseProposal):
+        not_yet(OP, "proposal", "a sparse proposal is")
+    if proposal.draft_to_target is not None:
+        not_yet(OP, "proposal.draft_to_target", "a reduced draft vocabulary is")
+    shape = ("S" if slots is None else slots, "K", "Vd")
+    check_tensor("proposal.logits", proposal.logits, shape=shape, device=device)
+    return proposal
+
+
+def _width(layout, proposal, dense, rows) -> int:
+    if layout.max_drafts is not None:
+        return layout.max_drafts
+    return dense.logits.shape[1] if dense is not None else max(rows - 1, 0)
+
+
+def _allocate(requests, drafts, forward_rows, device) -> Acceptance:
+    def ints():
+        return torch.empty(requests, dtype=torch.int32, device=device)
+
+    return Acceptance(
+        tokens=torch.empty(requests, drafts + 1, dtype=torch.int64, device=device),
+        num_accepted=ints(),
+        num_emitted=ints(),
+        num_rejected=ints(),
+        next_token=torch.empty(requests, dtype=torch.int64, device=device),
+        last_row=ints(),
+        # Without requests nothing is launched, and no row is committed.
+        commit_mask=(torch.empty if requests else torch.zeros)(forward_rows, dtype=torch.bool, device=device),
+        flags=ints(),
+    )
+
+
+def _check_out(out, requests, drafts, forward_rows, device):
+    check_type("out", out, Acceptance)
+    check_tensor("out.tokens", out.tokens, shape=(requests, drafts + 1), device=device)
+    check_tensor("out.commit_mask", out.commit_mask, shape=(forward_rows,), device=device)
+
+
+@library.register(
+    "accept_chain(Tensor target_logits, Tensor query_start_loc, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, "
+    "Tensor positions, Tensor? draft_logits, Tensor? draft_lse, Tensor? draft_temperature, Tensor? temperature, Tensor? seed, "
+    "Tensor? state_indices, Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) num_emitted, Tensor(d!) num_rejected, "
+    "Tensor(e!) next_token, Tensor(f!) last_row, Tensor(g!) commit_mask, Tensor(h!) flags, Tensor(i!)? anchors, "
+    "Tensor(j!)? anchor_positions, Tensor(k!) counters, Tensor(l!) scratch) -> ()"
+)
+def _accept_chain(
+    target_logits, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_lse,
+    draft_temperature, temperature, seed, state_indices, tokens, num_accepted, num_emitted, num_rejected, next_token, last_row,
+    commit_mask, flags, anchors, anchor_positions, counters, scratch,
+):  # fmt: skip
+    device = target_logits.device
+    kernels = library.kernels("accept", device)
+    rows, vocab = target_logits.shape
+    requests, drafts = tokens.shape[0], tokens.shape[1] - 1
+    draft_vocab = 0 if draft_logits is None else draft_logits.shape[2]
+    leaves = -(-max(vocab, draft_vocab) // LEAF)
+    config = accept_launch.pick(arch.current(device), leaves, drafts)
+    groups = -(-(drafts + 1) // config.group)
+    items = groups * -(-leaves // config.chunk)
+    if draft_logits is not None:
+        items += -(-leaves // (config.group * config.chunk))
+    clean = workspaces.Carver(counters, workspaces.RESERVED)
+    ticket = counters[1:2].view(torch.int32)
+    group_count = clean.take(requests * (drafts + 1), torch.int32)
+    request_count = clean.take(requests, torch.int32)
+    residual_count = clean.take(requests, torch.int32)
+    state = clean.take(requests, torch.int32)
+    carver = workspaces.Carver(scratch)
+    top, draft_top = carver.take(rows * leaves, torch.float32), carver.take(rows * leaves, torch.float32)
+    mass, draft_mass = carver.take(rows * leaves, torch.int64), carver.take(rows * leaves, torch.int64)
+    residual = carver.take(requests * leaves, torch.int64)
+    row_values, row_ids = carver.take(4 * rows, torch.float32), carver.take(4 * rows, torch.int32)
+    record = carver.take(requests, torch.int32)
+
+    def stride(tensor, dim):
+        return 0 if tensor is None else tensor.stride(dim)
+
+    kernels.launch_accept_chain(
+        requests * items,
+        (
+            target_logits, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_lse,
+            draft_temperature, temperature, seed, state_indices, tokens, num_accepted, num_emitted, num_rejected, next_token,
+            last_row, commit_mask, flags, anchors, anchor_positions, ticket, group_count, request_count, residual_count, state,
+            top, mass, draft_top, draft_mass, residual, row_values, row_ids, record,
+            requests, rows, commit_mask.shape[0], drafts, vocab, draft_vocab, leaves,
+            target_logits.stride(0), stride(draft_logits, 0), stride(draft_logits, 1), stride(draft_lse, 0),
+            stride(anchors, 0), stride(anchor_positions, 0),
+        ),
+        dense=draft_logits is not None,
+        group=config.group,
+        chunk=config.chunk,
+        leaves=max(4, 1 << (leaves - 1).bit_length()),
+        width=max(2, 1 << drafts.bit_length()),
+        lag=config.lag,
+        num_warps=config.num_warps,
+    )  # fmt: skip
