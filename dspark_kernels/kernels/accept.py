@@ -101,10 +101,12 @@ def _draw_target(row_ptr, top_ptr, mass_ptr, row, row_top, scale, excluded, voca
     """Draw from the target's row without the id `excluded` (-1 = none): (id, whether any mass was left).
 
     The excluded id leaves its octet, whose sum is computed again with and without it: the same tree, hence the same bits.
+    Where nothing is left, the draw is from the whole row.
     """
     leaf = tl.arange(0, LEAVES)
     tops = tl.load(top_ptr + row * num_leaves + leaf, mask=leaf < num_leaves, other=NEG_INF, volatile=True)
     mass = tl.load(mass_ptr + row * num_leaves + leaf, mask=leaf < num_leaves, other=0, volatile=True) & MASS_BITS
+    some = excluded == excluded
     if excluded >= 0:
         ids = (excluded // 8 * 8 + tl.arange(0, 8))[None, :]
         own_leaf = excluded // LEAF
@@ -113,8 +115,10 @@ def _draw_target(row_ptr, top_ptr, mass_ptr, row, row_top, scale, excluded, voca
         pair = tl.arange(0, 2)[:, None]
         fixed = (octet_sums(tl.where((pair == 1) & (ids == excluded), 0.0, e), 2) * ONE).to(tl.int64)
         removed = tl.sum(tl.where(tl.arange(0, 2) == 0, fixed, -fixed), axis=0)
-        mass = mass - tl.where(leaf == own_leaf, removed, 0)
-    some = tl.max(mass, axis=0) > 0
+        kept = mass - tl.where(leaf == own_leaf, removed, 0)
+        some = tl.max(kept, axis=0) > 0
+        mass = tl.where(some, kept, mass)
+        excluded = tl.where(some, excluded, -1)
     weight = tl.where(mass > 0, tl.log2(tl.maximum(mass, 1).to(tl.float32)) + below_max(tops, row_top) * scale, NEG_INF)
     winner = unpack_id(_race_leaves(weight, seed, position, anchor, LEAVES))
     ids = winner * LEAF + tl.arange(0, LEAF)
@@ -151,6 +155,73 @@ def _emit_token(tokens_ptr, next_ptr, anchors_ptr, stride_a, request, slot, num_
     tl.store(next_ptr + request, token.to(tl.int64))
     if anchors_ptr is not None:
         tl.store(anchors_ptr + slot * stride_a, token)
+
+
+@triton.jit
+def _merge_rows(
+    group, slot, row0, length, target_ptr, token_ids_ptr, logits_indices_ptr, draft_ptr, draft_lse_ptr,
+    temperature_ptr, top_ptr, mass_ptr, draft_top_ptr, draft_mass_ptr, row_values_ptr, row_ids_ptr,
+    scale, draft_scale, draft_temperature, vocab, draft_vocab, num_leaves,
+    stride_t, stride_ds, stride_dk, stride_es,
+    DENSE: tl.constexpr, GROUP: tl.constexpr, LEAVES: tl.constexpr,
+):  # fmt: skip
+    """All leaves of a row group are there: what the request's decision needs to know of each row."""
+    i = group * GROUP + tl.arange(0, GROUP)
+    rows = tl.where(i <= length, row0 + i, -1).to(tl.int64)
+    row_ptrs = target_ptr + tl.maximum(rows, 0) * stride_t
+    top, mass, words, tops = _merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, GROUP, LEAVES)
+    status = tl.where(tl.max(words & SAW_FINITE, axis=1) > 0, 0, NONFINITE_ROW)
+    status |= tl.where(tl.max(words & SAW_NAN, axis=1) > 0, NAN, 0)
+    # The arg-max is needed for greedy rows and for rows without a proper law.
+    first = tl.zeros([GROUP], tl.int32)
+    need = tl.where((rows >= 0) & ((tl.abs(top) == POS_INF) | (status & NONFINITE_ROW > 0)), 1, 0)
+    if temperature_ptr is None:
+        need = tl.where(rows >= 0, 1, 0)
+    else:
+        need = need | tl.where((tl.load(temperature_ptr + slot) > 0.0) == 0, 1, 0)
+    if tl.max(need, axis=0) > 0:
+        first = _first_of(row_ptrs, tops, top, vocab, GROUP, LEAVES)
+    values = row_values_ptr + rows * 4
+    ids_of = row_ids_ptr + rows * 4
+    tl.store(values, top, mask=rows >= 0)
+    tl.store(values + 1, 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE, mask=rows >= 0)
+    tl.store(ids_of, first, mask=rows >= 0)
+    tl.store(ids_of + 1, status, mask=rows >= 0)
+    if DENSE:
+        # The draft's law of each row as (who has mass, reference, offset), see _draft_prob.
+        rows = tl.where(i < length, rows, -1)
+        mass_of = tl.full([GROUP], SOFTMAX, tl.int32)
+        if draft_lse_ptr is None:
+            top, mass, words, tops = _merge_leaves(
+                draft_top_ptr, draft_mass_ptr, rows, num_leaves, draft_scale, GROUP, LEAVES
+            )
+            reference = tl.where(tl.abs(top) == POS_INF, 0.0, top)
+            offset = 40.0 - tl.log2(tl.maximum(mass, 1).to(tl.float32))
+            if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
+                row_ptrs = draft_ptr + slot * stride_ds + i.to(tl.int64) * stride_dk
+                row_ptrs = tl.where(rows >= 0, row_ptrs, draft_ptr + slot * stride_ds)
+                hot = _first_of(row_ptrs, tops, top, draft_vocab, GROUP, LEAVES)
+                mass_of = tl.where(top == POS_INF, hot, mass_of)
+        else:
+            lse = tl.load(draft_lse_ptr + slot * stride_es + i, mask=rows >= 0, other=0.0)
+            top = lse
+            reference = tl.zeros([GROUP], tl.float32)
+            offset = tl.where(tl.abs(lse) == POS_INF, 0.0, lse * -1.4426950408889634)
+        mass_of = tl.where(top == NEG_INF, NOBODY, mass_of)
+        forward = tl.load(logits_indices_ptr + rows + 1, mask=rows >= 0, other=0)
+        draft = tl.load(token_ids_ptr + forward, mask=rows >= 0, other=-1)
+        own = tl.where((draft >= 0) & (draft < 2147483647), draft, NOBODY).to(tl.int32)
+        if draft_lse_ptr is not None:
+            # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
+            x = tl.load(draft_ptr + slot * stride_ds + i.to(tl.int64) * stride_dk + tl.maximum(own, 0),
+                        mask=(rows >= 0) & (own >= 0) & (own < draft_vocab), other=NEG_INF)  # fmt: skip
+            infinite = tl.where(x.to(tl.float32) == POS_INF, own, NOBODY)
+            mass_of = tl.where(top == POS_INF, infinite, mass_of)
+        if (draft_temperature > 0.0) == 0:
+            mass_of = own
+        tl.store(values + 2, reference, mask=rows >= 0)
+        tl.store(values + 3, offset, mask=rows >= 0)
+        tl.store(ids_of + 2, mass_of, mask=rows >= 0)
 
 
 @triton.jit
@@ -234,10 +305,7 @@ def _decide(
                 row_ptr = target_ptr + row * stride_t
                 token, some = _draw_target(row_ptr, top_ptr, mass_ptr, row, row_top, scale, excluded, vocab, num_leaves,
                                            seed, anchor + accepted + 1, anchor, LEAVES)  # fmt: skip
-                if not some:
-                    flags |= EMPTY_RESIDUAL
-                    token, some = _draw_target(row_ptr, top_ptr, mass_ptr, row, row_top, scale, excluded * 0 - 1, vocab,
-                                               num_leaves, seed, anchor + accepted + 1, anchor, LEAVES)  # fmt: skip
+                flags |= tl.where(some, 0, EMPTY_RESIDUAL)
 
     kept = tl.where(i < accepted, draft, -1)
     tl.store(tokens_ptr + request.to(tl.int64) * (num_drafts + 1) + i, kept, mask=(i <= num_drafts) & (i != accepted))
@@ -375,68 +443,18 @@ def accept_chain_kernel(
                 if DENSE and draft_lse_ptr is None:
                     keep = keep & (i < length)
                     inside = keep[:, None] & (ids < draft_vocab)
-                    x = tl.load(draft_ptr + slot * stride_ds + i.to(tl.int64)[:, None] * stride_dk + ids, mask=inside, other=NEG_INF)
-                    top, mass = _leaf_masses(numbers(x.to(tl.float32)), draft_scale, PAIRS)
+                    draft_rows = draft_ptr + slot * stride_ds + i.to(tl.int64)[:, None] * stride_dk
+                    top, mass = _leaf_masses(_load_leaf(draft_rows, ids, inside), draft_scale, PAIRS)
                     tl.store(draft_top_ptr + row * num_leaves + leaf, top, mask=keep)
                     tl.store(draft_mass_ptr + row * num_leaves + leaf, mass, mask=keep)
 
                 if arrive(group_count_ptr + request * groups + group, chunks):
-                    i = group * GROUP + tl.arange(0, GROUP)
-                    rows = tl.where(i <= length, row0 + i, -1).to(tl.int64)
-                    row_ptrs = target_ptr + tl.maximum(rows, 0) * stride_t
-                    top, mass, words, tops = _merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, GROUP, LEAVES)
-                    status = tl.where(tl.max(words & SAW_FINITE, axis=1) > 0, 0, NONFINITE_ROW)
-                    status |= tl.where(tl.max(words & SAW_NAN, axis=1) > 0, NAN, 0)
-                    # The arg-max is needed for greedy rows and for rows without a proper law.
-                    first = tl.zeros([GROUP], tl.int32)
-                    need = tl.where((rows >= 0) & ((tl.abs(top) == POS_INF) | (status & NONFINITE_ROW > 0)), 1, 0)
-                    if temperature_ptr is None:
-                        need = tl.where(rows >= 0, 1, 0)
-                    else:
-                        need = need | tl.where((tl.load(temperature_ptr + slot) > 0.0) == 0, 1, 0)
-                    if tl.max(need, axis=0) > 0:
-                        first = _first_of(row_ptrs, tops, top, vocab, GROUP, LEAVES)
-                    values = row_values_ptr + rows * 4
-                    ids_of = row_ids_ptr + rows * 4
-                    tl.store(values, top, mask=rows >= 0)
-                    tl.store(values + 1, 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE, mask=rows >= 0)
-                    tl.store(ids_of, first, mask=rows >= 0)
-                    tl.store(ids_of + 1, status, mask=rows >= 0)
-                    if DENSE:
-                        # The draft's law of each row as (who has mass, reference, offset), see _draft_prob.
-                        rows = tl.where(i < length, rows, -1)
-                        mass_of = tl.full([GROUP], SOFTMAX, tl.int32)
-                        if draft_lse_ptr is None:
-                            top, mass, words, tops = _merge_leaves(
-                                draft_top_ptr, draft_mass_ptr, rows, num_leaves, draft_scale, GROUP, LEAVES
-                            )
-                            reference = tl.where(tl.abs(top) == POS_INF, 0.0, top)
-                            offset = 40.0 - tl.log2(tl.maximum(mass, 1).to(tl.float32))
-                            if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
-                                row_ptrs = draft_ptr + slot * stride_ds + i.to(tl.int64) * stride_dk
-                                row_ptrs = tl.where(rows >= 0, row_ptrs, draft_ptr + slot * stride_ds)
-                                hot = _first_of(row_ptrs, tops, top, draft_vocab, GROUP, LEAVES)
-                                mass_of = tl.where(top == POS_INF, hot, mass_of)
-                        else:
-                            lse = tl.load(draft_lse_ptr + slot * stride_es + i, mask=rows >= 0, other=0.0)
-                            top = lse
-                            reference = tl.zeros([GROUP], tl.float32)
-                            offset = tl.where(tl.abs(lse) == POS_INF, 0.0, lse * -1.4426950408889634)
-                        mass_of = tl.where(top == NEG_INF, NOBODY, mass_of)
-                        forward = tl.load(logits_indices_ptr + rows + 1, mask=rows >= 0, other=0)
-                        draft = tl.load(token_ids_ptr + forward, mask=rows >= 0, other=-1)
-                        own = tl.where((draft >= 0) & (draft < 2147483647), draft, NOBODY).to(tl.int32)
-                        if draft_lse_ptr is not None:
-                            # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
-                            x = tl.load(draft_ptr + slot * stride_ds + i.to(tl.int64) * stride_dk + tl.maximum(own, 0),
-                                        mask=(rows >= 0) & (own >= 0) & (own < draft_vocab), other=NEG_INF)  # fmt: skip
-                            infinite = tl.where(x.to(tl.float32) == POS_INF, own, NOBODY)
-                            mass_of = tl.where(top == POS_INF, infinite, mass_of)
-                        if (draft_temperature > 0.0) == 0:
-                            mass_of = own
-                        tl.store(values + 2, reference, mask=rows >= 0)
-                        tl.store(values + 3, offset, mask=rows >= 0)
-                        tl.store(ids_of + 2, mass_of, mask=rows >= 0)
+                    _merge_rows(
+                        group, slot, row0, length, target_ptr, token_ids_ptr, logits_indices_ptr, draft_ptr, draft_lse_ptr,
+                        temperature_ptr, top_ptr, mass_ptr, draft_top_ptr, draft_mass_ptr, row_values_ptr, row_ids_ptr,
+                        scale, draft_scale, draft_temperature, vocab, draft_vocab, num_leaves,
+                        stride_t, stride_ds, stride_dk, stride_es, DENSE, GROUP, LEAVES,
+                    )  # fmt: skip
                     if arrive(request_count_ptr + request, length // GROUP + 1):
                         forward0 = tl.load(logits_indices_ptr + row0)
                         _decide(
@@ -532,16 +550,17 @@ def _draw_residual(
     _emit_token(tokens_ptr, next_ptr, anchors_ptr, stride_a, request, slot, num_drafts, accepted, token)
 
 
-def launch_accept_chain(items, args, *, dense, group, chunk, leaves, width, lag, num_warps):
+def launch_accept_chain(items, args, *, dense, leaves, width, config):
     """Launch one program per item (a wave-1 or wave-2 part of a request)."""
     accept_chain_kernel[(items,)](
         *args,
         DENSE=dense,
-        GROUP=group,
-        CHUNK=chunk,
+        GROUP=config.group,
+        CHUNK=config.chunk,
         LEAVES=leaves,
         WIDTH=width,
-        LAG=lag,
-        num_warps=num_warps,
+        LAG=config.lag,
+        num_warps=config.num_warps,
         enable_fp_fusion=False,
+        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
     )

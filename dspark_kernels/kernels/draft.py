@@ -2,7 +2,7 @@
 
 x_k = argmax_v of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(base_k + bias(x_{k-1})),
 confidence_k = sigmoid((w . [h_k; W1[x_{k-1}]] + b) / T_k). Symbols: R requests, K positions, V vocabulary, r rank, H hidden
-size, S state slots, U units of 128 ids. Per position every program takes tiles of the vocabulary for the whole batch, so that W2 is
+size, S state slots, U units of 64 ids. Per position every program takes tiles of the vocabulary for the whole batch, so that W2 is
 read once per position; one integer atomic maximum per request and tile finds the winner; then a grid barrier. After the
 last position the programs share out the rest: log-sum-exp, confidence, last token, flags. Oracle: reference/draft.py. Source:
 DSpark, arXiv 2607.05147.
@@ -17,7 +17,7 @@ from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, masse
 from .primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id, unpack_key
 
-UNIT = tl.constexpr(128)  # ids per stored (maximum, mass) pair: fine enough to balance tiles over programs
+UNIT = tl.constexpr(64)  # ids per stored (maximum, mass) pair: fine enough to balance tiles over programs
 
 # Bits of `flags`; the public names are dspark_kernels.types.Flag (a test keeps both equal).
 NONFINITE_ROW = tl.constexpr(1)
@@ -30,8 +30,10 @@ def _slots(slots_ptr, requests, num_requests):
     """State slot per request, -1 beyond the batch or for a padding row."""
     inside = requests < num_requests
     if slots_ptr is None:
-        return tl.where(inside, requests, -1).to(tl.int64)
-    return tl.load(slots_ptr + requests, mask=inside, other=-1).to(tl.int64)
+        slots = tl.where(inside, requests, -1).to(tl.int64)
+    else:
+        slots = tl.load(slots_ptr + requests, mask=inside, other=-1).to(tl.int64)
+    return slots
 
 
 @triton.jit
@@ -285,4 +287,5 @@ def launch_draft_dense(programs, args, *, head, dot_type, coupled, with_markov, 
         num_stages=config.num_stages,
         launch_cooperative_grid=cooperative and programs > 1,
         enable_fp_fusion=False,
+        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
     )

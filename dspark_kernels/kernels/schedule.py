@@ -12,6 +12,16 @@ BAD_TOKEN_ID = tl.constexpr(4)
 MISSING_DRAFT = tl.constexpr(8)
 
 
+@triton.jit
+def _owner(ends, n, REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of the sorted `ends` [REQUESTS] are at or before n [BLOCK], at most REQUESTS - 1: by bisection."""
+    found = tl.zeros([BLOCK], tl.int32)
+    for halving in tl.static_range(LOG_REQUESTS):
+        last = found + ((REQUESTS >> (halving + 1)) - 1)
+        found = tl.where(tl.gather(ends, last, axis=0) <= n, last + 1, found)
+    return found
+
+
 @triton.jit(do_not_specialize=["num_requests", "num_rows", "max_pages"])
 def fixed_layout_kernel(
     lens_ptr,  # [R]
@@ -28,7 +38,7 @@ def fixed_layout_kernel(
     flags_ptr,  # [R]
     num_requests, num_rows, num_drafts, max_pages, page_size,
     stride_ds, stride_a, stride_p, stride_bs,
-    REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, BLOCK: tl.constexpr,
+    REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
     batch = r < num_requests
@@ -74,18 +84,15 @@ def fixed_layout_kernel(
         tl.store(cu_logits_ptr, 0)
         tl.store(num_rows_ptr, total)
 
-    # Row n belongs to the request whose [start, end) holds it: count the ends at or before it.
+    # Row n belongs to the request whose [start, end) holds it.
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < num_rows
     used = n < total
-    owner = tl.sum((tl.where(batch, end, 2147483647)[None, :] <= n[:, None]).to(tl.int32), axis=1)
+    owner = _owner(tl.where(batch, end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
     owner = tl.where(used, owner, 0)
-    slot = owner.to(tl.int64)
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + owner, mask=used, other=0).to(tl.int64)
-    mine = r[None, :] == owner[:, None]
-    offset = n - tl.sum(tl.where(mine, start[None, :], 0), axis=1)
-    is_prompt = tl.sum(tl.where(mine, prompt[None, :], 0), axis=1) > 0
+    slot = tl.gather(slots, owner, axis=0)
+    offset = n - tl.gather(start, owner, axis=0)
+    is_prompt = tl.gather(prompt, owner, axis=0) > 0
     first = tl.load(anchors_ptr + slot * stride_a, mask=used, other=0).to(tl.int64)
     draft = tl.load(drafts_ptr + slot * stride_ds + offset - 1, mask=used & (offset > 0) & (offset <= num_drafts), other=0)
     token = tl.where(offset == 0, first, draft)
@@ -102,16 +109,21 @@ def fixed_layout_kernel(
         tl.store(slot_mapping_ptr + n, tl.where(mapped, base * page_size + position % page_size, -1), mask=inside)
 
     # Logit row m: the last rows of its request, one per draft and one for the bonus.
-    logit_owner = tl.sum((tl.where(batch, logits_end, 2147483647)[None, :] <= n[:, None]).to(tl.int32), axis=1)
+    logit_owner = _owner(tl.where(batch, logits_end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
     has_logits = n < tl.max(logits_end, axis=0)
-    mine = r[None, :] == logit_owner[:, None]
-    behind = tl.sum(tl.where(mine, logits_end[None, :], 0), axis=1) - n  # 1 for the request's last row
-    row = tl.sum(tl.where(mine, end[None, :], 0), axis=1) - behind
+    behind = tl.gather(logits_end, logit_owner, axis=0) - n  # 1 for the request's last row
+    row = tl.gather(end, logit_owner, axis=0) - behind
     tl.store(logits_indices_ptr + n, tl.where(has_logits, row, 0), mask=inside)
 
 
-def launch_fixed_layout(programs, args, *, requests, drafts, block, num_warps):
+def launch_fixed_layout(programs, args, *, log_requests, drafts, block, num_warps):
     """Launch one program per `block` rows."""
     fixed_layout_kernel[(programs,)](
-        *args, REQUESTS=requests, DRAFTS=drafts, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False
+        *args,
+        REQUESTS=1 << log_requests,
+        LOG_REQUESTS=log_requests,
+        DRAFTS=drafts,
+        BLOCK=block,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
     )

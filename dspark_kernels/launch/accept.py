@@ -10,22 +10,25 @@ from .arch import Arch
 @dataclasses.dataclass(frozen=True)
 class AcceptConfig:
     """group x chunk: rows x leaves of 1024 ids per item (more than one row only where an item covers a row's leaves all);
-    lag: requests between the waves."""
+    lag: requests between the waves; max_registers: per thread, None = the compiler's choice."""
 
     group: int
     chunk: int
     lag: int
     num_warps: int
+    max_registers: int | None
 
 
-def pick(arch: Arch, num_leaves: int, num_drafts: int) -> AcceptConfig:
+def pick(arch: Arch, num_leaves: int, num_drafts: int, sweeps_draft: bool) -> AcceptConfig:
     """The configuration for rows of `num_leaves` leaves. Not measured on a GPU yet.
 
     Four leaves an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
-    multiprocessor of any GPU in launch/arch.py but the largest.
+    multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
+    resident than the loads in flight need; these caps are the smallest at which no architecture spills (bench/compile.py).
     """
     # The interpreter pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
     pairs = 16 if arch.vendor == "interpreter" else 4
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
-    return AcceptConfig(group, chunk, lag=2, num_warps=4)
+    registers = (200 if sweeps_draft else 128) if arch.vendor == "nvidia" else None
+    return AcceptConfig(group, chunk, lag=2, num_warps=4, max_registers=registers)

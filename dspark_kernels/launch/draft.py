@@ -9,27 +9,38 @@ from .arch import Arch
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """block_v: ids per tile (a multiple of 128); block_r: ranks per dot; programs_per_sm: resident programs."""
+    """block_v: ids per tile (a multiple of 64); block_r: ranks per dot; programs_per_sm: resident programs; max_registers: per
+    thread, None = the compiler's choice."""
 
     block_v: int
     block_r: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    max_registers: int | None
+
+
+# (ids, stages) per architecture: the widest tile of W2 (block_v x 512 bytes, once per stage and, where the matrix unit reads
+# shared memory itself, once more) that fits its shared memory without spilling registers (bench/compile.py).
+_TILES = {
+    "sm_80": (128, 2),
+    "sm_86": (64, 2),
+    "sm_89": (64, 2),
+    "sm_90": (128, 2),
+    "sm_100": (64, 3),
+    "sm_120": (64, 2),
+    "gfx942": (64, 1),
+    "gfx950": (64, 2),
+}
 
 
 def pick(arch: Arch, vocab: int, rank: int, element_size: int) -> DraftConfig:
-    """The configuration for W2 of [vocab, rank] with `element_size` bytes an element.
-
-    Not measured on a GPU yet: the tile is the largest whose W2 block, twice (the next one is loaded while this one is
-    used), fits in half of the shared memory.
-    """
+    """The configuration for W2 of [vocab, rank] with `element_size` bytes an element. Not measured on a GPU yet."""
     padded_rank = max(16, 1 << max(0, rank - 1).bit_length())
     if arch.vendor == "interpreter":
         # One program walks everything: large tiles, because every operation costs the same whatever its size.
-        return DraftConfig(min(4096, max(128, 1 << (vocab - 1).bit_length())), padded_rank, 1, 1, 1)
-    block_r = min(padded_rank, 256 // max(1, element_size // 2))
-    block_v = 256
-    while block_v > 64 and 2 * block_v * block_r * element_size > arch.shared_memory // 2:
-        block_v //= 2
-    return DraftConfig(max(128, block_v), block_r, 8, 2, 1)
+        return DraftConfig(min(4096, max(64, 1 << (vocab - 1).bit_length())), padded_rank, 1, 1, 1, None)
+    block_v, stages = _TILES.get(arch.name, (64, 1))
+    # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
+    registers = 255 if arch.vendor == "nvidia" else None
+    return DraftConfig(block_v, min(padded_rank, 512 // element_size), 8, stages, 1, registers)

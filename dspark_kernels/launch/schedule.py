@@ -16,10 +16,7 @@ class LayoutConfig:
 
 
 def pick(arch: Arch, requests: int) -> LayoutConfig:
-    """The configuration for `requests` requests. Not measured on a GPU yet.
-
-    The owner search compares block x requests pairs: the block shrinks as the batch grows, so that they stay in registers.
-    """
+    """The configuration for `requests` requests. Not measured on a GPU yet."""
     if arch.vendor == "interpreter":
-        return LayoutConfig(min(1024, max(16, (1 << 18) // max(1, requests))), 1)
-    return LayoutConfig(max(8, min(128, 8192 // max(1, requests))), 4)
+        return LayoutConfig(4096, 1)
+    return LayoutConfig(128 if requests <= 512 else 256, 4 if requests <= 512 else 8)

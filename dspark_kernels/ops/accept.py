@@ -213,7 +213,7 @@ def _accept_chain(
     requests, drafts = tokens.shape[0], tokens.shape[1] - 1
     draft_vocab = 0 if draft_logits is None else draft_logits.shape[2]
     leaves = -(-max(vocab, draft_vocab) // LEAF)
-    config = accept_launch.pick(arch.current(device), leaves, drafts)
+    config = accept_launch.pick(arch.current(device), leaves, drafts, draft_logits is not None and draft_lse is None)
     groups = -(-(drafts + 1) // config.group)
     items = groups * -(-leaves // config.chunk)
     if draft_logits is not None:
@@ -246,10 +246,7 @@ def _accept_chain(
             stride(anchors, 0), stride(anchor_positions, 0),
         ),
         dense=draft_logits is not None,
-        group=config.group,
-        chunk=config.chunk,
         leaves=max(4, 1 << (leaves - 1).bit_length()),
         width=max(2, 1 << drafts.bit_length()),
-        lag=config.lag,
-        num_warps=config.num_warps,
+        config=config,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from ..launch import arch, draft as draft_launch
 from ..types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, OneHotProposal, SamplingTensors
 
 OP = "draft_block"
-UNIT = 128  # ids per stored (maximum, mass) pair, as in kernels/draft.py
+UNIT = 64  # ids per stored (maximum, mass) pair, as in kernels/draft.py
 
 
 @workspaces.declare(OP)

@@ -160,8 +160,8 @@ def _fixed_layout(
     device = draft_lens.device
     kernels = library.kernels("schedule", device)
     requests, rows = draft_lens.shape[0], token_ids.shape[0]
-    padded = 1 << (requests - 1).bit_length()
-    config = schedule_launch.pick(arch.current(device), padded)
+    log_requests = (requests - 1).bit_length()
+    config = schedule_launch.pick(arch.current(device), requests)
     block = min(config.block, max(1, 1 << (rows - 1).bit_length()))
     kernels.launch_fixed_layout(
         -(-rows // block),
@@ -172,7 +172,7 @@ def _fixed_layout(
             drafts.stride(0), anchors.stride(0), anchor_positions.stride(0),
             0 if block_tables is None else block_tables.stride(0),
         ),
-        requests=padded,
+        log_requests=log_requests,
         drafts=1 << (drafts.shape[1] - 1).bit_length(),
         block=block,
         num_warps=config.num_warps,
