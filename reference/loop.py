@@ -1,23 +1,53 @@
 """The decoding loop that every system shares: propose -> schedule -> verify -> accept -> commit.
 
-One round of a request turns its anchor (the last emitted token, not yet in the target's cache) into num_accepted + 1 tokens.
+One round of a request turns its anchor (the last emitted token, not yet in the target's cache) into num_accepted + 1
+tokens:
+
+1. propose: the drafter makes K drafts and keeps the law that each was drawn from;
+2. schedule: a length per request (all K, up to a confidence threshold, or by measured costs), and the packed ragged
+rows; 3. verify: one pass of the target over the anchors and admitted drafts of all requests, and over the prompts of
+new ones; 4. accept: lossless acceptance, then a correction or bonus token, which is the next anchor (a prompt's row has
+   no drafts: its bonus is the first new token);
+5. commit: rejected rows leave the caches, the drafter learns what the target computed for the rows that stay.
+
+Requests sit in state slots; everything that outlives a round is indexed by slot, the batch holds whichever slots are
+busy. All random numbers are addressed by the request's own seed and positions, never by slot or batch row.
+
+Source of the round: "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation", arXiv
+2607.05147.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import time
 from types import SimpleNamespace
 from typing import Callable, Sequence
 
-from dspark_kernels.types import CostTable
+import torch
+from torch import Tensor
+
+from dspark_kernels.types import Acceptance, CostTable, DraftBlock, Flag, OneHotProposal, SamplingTensors, VerifyLayout
+
+from .accept import accept_chain
+from .draft import draft_block
+from .drafters import Anchors, Committed, Drafter
+from .model import Output, Rows, Target
+from .schedule import fixed_layout, schedule_prefixes, threshold_lengths
+
+RULES = ("token", "block", "coupled")
+REFERENCE_OPS = SimpleNamespace(
+    draft_block=draft_block, fixed_layout=fixed_layout, schedule_prefixes=schedule_prefixes, accept_chain=accept_chain
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One sequence to decode.
 
-    prompt: token ids, at least one. max_new_tokens: >= 1. temperature: 0 = greedy. seed: int64, the request's own noise.
-    stop_tokens: the request ends after the first of these that it emits (which stays in the output).
+    prompt: token ids, at least one. max_new_tokens: >= 1. temperature: 0 = greedy. seed: int64, the request's own
+    noise. stop_tokens: the request ends after the first of these that it emits (which stays in the output).
     """
 
     prompt: Sequence[int]
@@ -32,7 +62,8 @@ class Generation:
     """What decoding one request gave. Lists "per round" have one entry per round, lists "per token" one per new token.
 
     The first new token comes from the prefill and belongs to no round. Rounds go on while the anchor's index is below
-    len(prompt) + max_new_tokens, so one more may run when the output is complete; its lengths are not clipped, the output is.
+    len(prompt) + max_new_tokens, so one more may run when the output is complete; its lengths are not clipped, the
+    output is.
     """
 
     output_ids: list[int]  # prompt included
@@ -55,8 +86,8 @@ class Generation:
 
 
 def decode(
-    target,
-    drafter,
+    target: Target,
+    drafter: Drafter,
     requests: Sequence[Request],
     *,
     rule: str = "token",
@@ -74,12 +105,298 @@ def decode(
         target: reference.model.Target.
         drafter: a reference.drafters.Drafter (Autoregressive(target) for plain decoding).
         rule: "token", "block" or "coupled".
-        max_drafts: verify at most this many drafts per round (None = all that the drafter makes).
+        max_drafts: >= 1, drafts per round are at most this many (None = the drafter's own number).
         confidence_threshold: 0 = verify the whole block; t = up to the first draft whose confidence is below t. Needs a
             drafter with a confidence head.
         cost, policy: schedule with measured costs instead (ops.schedule_prefixes); same need.
         ops: namespace with draft_block, fixed_layout, accept_chain and schedule_prefixes (default: the reference's).
         batch_size: requests decoded at once; as one leaves, the next takes its slot.
         progress: called with the number of new output tokens after each step.
+
+    Raises:
+        ValueError: a bad argument or request, or scheduling by confidence with a drafter that gives none.
     """
-    raise NotImplementedError
+    _check(target, drafter, requests, rule, max_drafts, confidence_threshold, cost, batch_size)
+    drafts = drafter.max_drafts if max_drafts is None else min(max_drafts, drafter.max_drafts)
+    slots = min(batch_size, len(requests))
+    greedy = not any(request.temperature > 0 for request in requests)
+    batch = _Batch(target, drafter, ops or REFERENCE_OPS, slots, drafts, rule, greedy)
+    waiting = collections.deque(enumerate(requests))
+    done: dict[int, Generation] = {}
+    with torch.inference_mode():
+        while waiting or batch.sequences:
+            while waiting and batch.free:
+                batch.admit(*waiting.popleft())
+            clock = _Clock(target.device)
+            block = batch.propose()
+            drafting = clock.lap()
+            layout = batch.schedule(block, confidence_threshold, cost, policy)
+            rows, output, logits = batch.verify(layout)
+            acceptance = batch.accept(logits, layout, block)
+            verifying = clock.lap()
+            before = [len(sequence.ids) for sequence in batch.sequences]
+            batch.commit(rows, output, acceptance)
+            committing = clock.lap()
+            batch.record(block, layout, logits, acceptance, drafting, verifying, committing)
+            if progress is not None:
+                progress(sum(s.new_output(length) for s, length in zip(batch.sequences, before, strict=True)))
+            for sequence in batch.leave():
+                done[sequence.index] = sequence.finish()
+    return [done[index] for index in range(len(requests))]
+
+
+def _check(target, drafter, requests, rule, max_drafts, confidence_threshold, cost, batch_size):
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(map(repr, RULES))}, got {rule!r}")
+    if max_drafts is not None and max_drafts < 1:
+        raise ValueError(f"max_drafts: expected >= 1, got {max_drafts}")
+    if not 0.0 <= confidence_threshold <= 1.0:
+        raise ValueError(f"confidence_threshold: expected a number in [0, 1], got {confidence_threshold}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected >= 1, got {batch_size}")
+    if cost is not None and confidence_threshold > 0:
+        raise ValueError("confidence_threshold: expected 0 together with cost, which schedules too")
+    if (cost is not None or confidence_threshold > 0) and not drafter.has_confidence:
+        raise ValueError(f"drafter: expected one with a confidence head to schedule by, got {type(drafter).__name__}")
+    for index, request in enumerate(requests):
+        if len(request.prompt) < 1 or not all(0 <= token < target.shape.vocab for token in request.prompt):
+            raise ValueError(f"requests[{index}].prompt: expected at least one id, all from 0 to {target.shape.vocab - 1}")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"requests[{index}].max_new_tokens: expected >= 1, got {request.max_new_tokens}")
+        if not -(1 << 63) <= request.seed < 1 << 63:
+            raise ValueError(f"requests[{index}].seed: expected a 64-bit integer, got {request.seed}")
+
+
+class _Clock:
+    """Seconds between laps, all work on the device included."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def lap(self) -> float:
+        last, self._last = self._last, self._now()
+        return self._last - last
+
+
+class _Sequence:
+    """One request while it is decoded: tokens so far (the last one is the anchor, once the prompt was read)."""
+
+    def __init__(self, index: int, request: Request, slot: int):
+        self.index, self.request, self.slot = index, request, slot
+        self.ids = [int(token) for token in request.prompt]
+        self.read_prompt = False
+        self.end = len(self.ids) + request.max_new_tokens  # the output is at most this long
+        self.done = False
+        self.result = Generation([])
+
+    @property
+    def prefill(self) -> int:
+        """Rows of the prompt that this step brings."""
+        return 0 if self.read_prompt else len(self.ids)
+
+    def new_output(self, length: int) -> int:
+        """Output tokens since the sequence was `length` long."""
+        return min(len(self.ids), self.end) - min(length, self.end)
+
+    def emit(self, tokens: list[int], logprobs: list[float]) -> None:
+        """Take a step's tokens: accepted drafts and one of the target's own."""
+        stops = [i for i, token in enumerate(tokens) if token in self.request.stop_tokens]
+        kept = stops[0] + 1 if stops else len(tokens)
+        self.ids += tokens[:kept]
+        self.result.logprobs += logprobs[:kept]
+        self.result.accepted += [i < len(tokens) - 1 for i in range(kept)]
+        self.read_prompt = True
+        self.done = bool(stops) or len(self.ids) - 1 >= self.end
+
+    def finish(self) -> Generation:
+        new = self.end - len(self.request.prompt)
+        self.result.output_ids = self.ids[: self.end]
+        self.result.logprobs = self.result.logprobs[:new]
+        self.result.accepted = self.result.accepted[:new]
+        return self.result
+
+
+class _Batch:
+    """The requests in flight and the state that their slots share with the ops."""
+
+    def __init__(self, target: Target, drafter: Drafter, ops, slots: int, drafts: int, rule: str, greedy: bool):
+        self.target, self.drafter, self.ops, self.drafts, self.rule = target, drafter, ops, drafts, rule
+        self.free = list(range(slots))
+        self.sequences: list[_Sequence] = []  # in batch order
+        self.cache = target.new_cache(slots)
+        drafter.start(slots)
+        device = target.device
+        self.anchors = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.anchor_positions = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.temperature = torch.zeros(slots, device=device)
+        self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.sampling = None if greedy else SamplingTensors(self.temperature, self.seed)
+        self.stale_confidence = torch.ones(slots, max(1, drafts), device=device)  # of the slot's last round
+        # Stands in for a proposal where nothing is drafted: no drafts for any slot.
+        self.no_drafts = DraftBlock(
+            torch.full((slots, max(1, drafts)), -1, device=device),
+            OneHotProposal(),
+            torch.zeros(slots, dtype=torch.int32, device=device),
+        )
+
+    def admit(self, index: int, request: Request) -> None:
+        slot = self.free.pop(0)
+        self.sequences.append(_Sequence(index, request, slot))
+        self.anchors[slot], self.anchor_positions[slot] = int(request.prompt[0]), 0
+        self.temperature[slot], self.seed[slot] = request.temperature, request.seed
+        self.stale_confidence[slot] = 1.0
+
+    @property
+    def slots(self) -> list[int]:
+        return [sequence.slot for sequence in self.sequences]
+
+    @property
+    def state_indices(self) -> Tensor:
+        return torch.tensor(self.slots, dtype=torch.int32, device=self.target.device)
+
+    @property
+    def decoding(self) -> list[_Sequence]:
+        return [sequence for sequence in self.sequences if sequence.read_prompt]
+
+    def propose(self) -> DraftBlock | None:
+        """Drafts of the requests that have an anchor; None where there are none."""
+        slots = [sequence.slot for sequence in self.decoding]
+        if not slots or self.drafts == 0:
+            return None
+        passes = self.drafter.passes
+        noise = "coupled" if self.rule == "coupled" else "draft"
+        anchors = Anchors.of(self.anchors, self.anchor_positions, slots)
+        block = self.drafter.propose(anchors, drafts=self.drafts, sampling=self.sampling, noise=noise, ops=self.ops)
+        for sequence, flags in zip(self.decoding, block.flags.tolist(), strict=True):
+            sequence.result.draft_passes += self.drafter.passes - passes
+            sequence.result.flags |= flags
+        return block
+
+    def schedule(self, block: DraftBlock | None, threshold: float, cost: CostTable | None, policy: str) -> VerifyLayout:
+        """Draft lengths, and the rows of anchors, admitted drafts and prompts."""
+        prompts = [sequence.prefill for sequence in self.sequences]
+        drafting = block is not None
+        shared = dict(
+            anchors=self.anchors,
+            anchor_positions=self.anchor_positions,
+            max_rows=sum(prompt or 1 + self.drafts for prompt in prompts),
+            num_prefill_tokens=torch.tensor(prompts, dtype=torch.int32, device=self.target.device) if any(prompts) else None,
+            state_indices=self.state_indices,
+        )
+        if drafting and cost is not None:
+            stale = self.stale_confidence if policy == "budget" else None
+            layout = self.ops.schedule_prefixes(block, cost, policy=policy, stale_confidence=stale, **shared)
+            slots = [sequence.slot for sequence in self.decoding]
+            self.stale_confidence[slots] = block.confidence[slots]
+        else:
+            lengths = torch.full((len(prompts),), self.drafts if drafting else 0, dtype=torch.int32, device=self.target.device)
+            if drafting and threshold > 0:
+                lengths = threshold_lengths(block.confidence[self.slots], threshold)
+            layout = self.ops.fixed_layout(block if drafting else self.no_drafts, lengths, **shared)
+        for sequence, begin in zip(self.sequences, layout.query_start_loc.tolist()):
+            if sequence.prefill:  # a layout leaves the ids of prompts to the engine
+                ids = torch.tensor(sequence.ids, device=self.target.device)
+                layout.token_ids[begin : begin + len(ids)] = ids
+        return layout
+
+    def verify(self, layout: VerifyLayout) -> tuple[Rows, Output, Tensor]:
+        """The target's pass over all rows; logits [L, V] of the rows that emit."""
+        count, emitting = int(layout.num_rows), int(layout.cu_num_logits[-1])
+        rows = Rows.pack(layout.positions[:count], layout.batch_indices[:count], self.slots)
+        output = self.target.forward(layout.token_ids[:count], rows, self.cache, self.drafter.feature_layers)
+        return rows, output, self.target.logits(output.hidden[layout.logits_indices[:emitting].long()])
+
+    def accept(self, logits: Tensor, layout: VerifyLayout, block: DraftBlock | None) -> Acceptance:
+        """Which drafts stay and what follows; moves every slot's anchor on."""
+        return self.ops.accept_chain(
+            logits,
+            layout,
+            None if block is None else block.proposal,
+            sampling=self.sampling,
+            rule=self.rule,
+            anchors=self.anchors,
+            anchor_positions=self.anchor_positions,
+            state_indices=self.state_indices,
+        )
+
+    def commit(self, rows: Rows, output: Output, acceptance: Acceptance) -> None:
+        """Keep the accepted rows in the target's cache and hand them to the drafter."""
+        accepted, tokens = acceptance.num_accepted.tolist(), acceptance.tokens.tolist()
+        kept, index, own_ids, next_ids = [], [], [], []
+        for sequence, segment, count, emitted in zip(self.sequences, rows.segments, accepted, tokens, strict=True):
+            stay = sequence.prefill or count + 1
+            self.cache.crop(segment.slot, segment.start + stay)
+            kept.append((segment.slot, segment.start, stay))
+            index.extend(range(segment.begin, segment.begin + stay))
+            ids = sequence.ids if sequence.prefill else [sequence.ids[-1], *emitted[:count]]
+            own_ids += ids
+            next_ids += [*ids[1:], emitted[count]]
+        device = self.target.device
+        index = torch.tensor(index, device=device)
+        self.drafter.commit(
+            Committed(
+                Rows.of(kept, device),
+                torch.tensor(own_ids, device=device),
+                torch.tensor(next_ids, device=device),
+                output.pre_norm[index],
+                None if output.features is None else output.features[index],
+            )
+        )
+
+    def record(self, block, layout, logits, acceptance, drafting: float, verifying: float, committing: float) -> None:
+        """Append the step to every request's sequence and measurements. A step's seconds are shared out by rows."""
+        emitted, tokens = acceptance.num_emitted.tolist(), acceptance.tokens.tolist()
+        logit_rows, starts = layout.cu_num_logits.tolist(), layout.query_start_loc.tolist()
+        lengths, flags = layout.draft_lens.tolist(), (layout.flags | acceptance.flags).tolist()
+        scores = self._logprobs(logits, logit_rows, tokens)
+        kept = [sequence.prefill or count for sequence, count in zip(self.sequences, emitted, strict=True)]
+        decoding = len(self.decoding)
+        for row, sequence in enumerate(self.sequences):
+            result, count = sequence.result, emitted[row]
+            verify_seconds = verifying * (starts[row + 1] - starts[row]) / starts[-1]
+            commit_seconds = committing * kept[row] / sum(kept)
+            if sequence.prefill:
+                result.prefill_seconds += verify_seconds + commit_seconds
+            else:
+                result.draft_seconds += drafting / decoding + commit_seconds
+                result.verify_seconds += verify_seconds
+                result.target_passes += 1
+                result.acceptance_lengths.append(count)
+                result.proposal_lengths.append(lengths[row])
+                result.drafted_lengths.append(self.drafts)
+                confident = block is not None and block.confidence is not None
+                result.confidences.append(block.confidence[sequence.slot].tolist() if confident else [])
+            result.flags |= flags[row]
+            sequence.emit(tokens[row][:count], scores[logit_rows[row] : logit_rows[row] + count])
+            # A row without a finite logit says that the model is broken for this request: what it emitted is no sample.
+            sequence.done |= bool(flags[row] & Flag.NONFINITE_ROW)
+
+    def _logprobs(self, logits: Tensor, logit_rows: list[int], tokens: list[list[int]]) -> list[float]:
+        """ln of the chance of the token that each logit row emitted (greedy: at temperature 1); 0 where it emitted
+        none."""
+        chosen, temperatures = [], []
+        for row, sequence in enumerate(self.sequences):
+            count = logit_rows[row + 1] - logit_rows[row]
+            chosen += tokens[row][:count]
+            temperatures += [sequence.request.temperature if sequence.request.temperature > 0 else 1.0] * count
+        chosen = torch.tensor(chosen, device=logits.device)
+        scale = torch.tensor(temperatures, dtype=torch.float64, device=logits.device)
+        laws = torch.log_softmax(logits.double() / scale[:, None], -1)
+        scores = laws.gather(1, chosen.clamp(min=0)[:, None])[:, 0]
+        return torch.where(chosen < 0, 0.0, scores).tolist()
+
+    def leave(self) -> list[_Sequence]:
+        """Take the finished requests out of the batch and free their slots."""
+        gone = [sequence for sequence in self.sequences if sequence.done]
+        self.sequences = [sequence for sequence in self.sequences if not sequence.done]
+        for sequence in gone:
+            self.cache.crop(sequence.slot, 0)
+            self.drafter.release(sequence.slot)
+            self.free.append(sequence.slot)
+        return gone

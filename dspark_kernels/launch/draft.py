@@ -34,13 +34,19 @@ _TILES = {
 }
 
 
-def pick(arch: Arch, vocab: int, rank: int, element_size: int) -> DraftConfig:
-    """The configuration for W2 of [vocab, rank] with `element_size` bytes an element. Not measured on a GPU yet."""
+def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool) -> DraftConfig:
+    """The configuration for W2 of [vocab, rank] with `element_size` bytes an element. Not measured on a GPU yet.
+
+    one_tile: the batch fits one tile of requests.
+    """
     padded_rank = max(16, 1 << max(0, rank - 1).bit_length())
     if arch.vendor == "interpreter":
         # One program walks everything: large tiles, because every operation costs the same whatever its size.
         return DraftConfig(min(4096, max(64, 1 << (vocab - 1).bit_length())), padded_rank, 1, 1, 1, None)
     block_v, stages = _TILES.get(arch.name, (64, 1))
+    if not one_tile:
+        # The loop over request tiles is then the inner one: it reuses the tile of W2, so there is nothing to load ahead.
+        stages = 1
     # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
     registers = 255 if arch.vendor == "nvidia" else None
     return DraftConfig(block_v, min(padded_rank, 512 // element_size), 8, stages, 1, registers)

@@ -246,7 +246,9 @@ def _draft_block(
     rank = 0 if w1 is None else w1.shape[1]
     hidden_size = 0 if hidden is None else hidden.shape[2]
     gpu = arch.current(device)
-    config = draft_launch.pick(gpu, vocab, max(1, rank), 2 if w2 is None else w2.element_size())
+    request_tile = min(16, 1 << (rows - 1).bit_length())
+    one_tile = rows <= request_tile
+    config = draft_launch.pick(gpu, vocab, max(1, rank), 2 if w2 is None else w2.element_size(), one_tile)
     clean = workspaces.Carver(counters)
     barrier = clean.take(2 * workspaces.RESERVED, torch.int32)
     best = clean.take(rows * drafts, torch.int64)
@@ -258,7 +260,6 @@ def _draft_block(
     def stride(tensor, dim):
         return 0 if tensor is None else tensor.stride(dim)
 
-    request_tile = min(16, 1 << (rows - 1).bit_length())
     kernels.launch_draft_dense(
         min(-(-vocab // config.block_v), gpu.multiprocessors * config.programs_per_sm),
         (
@@ -273,7 +274,7 @@ def _draft_block(
         dot_type=None if w1 is None else str((w1.dtype if w1.dtype == w2.dtype else torch.float32)).removeprefix("torch."),
         coupled=coupled,
         with_markov=weight is not None and weight.shape[0] > hidden_size,
-        one_tile=rows <= request_tile,
+        one_tile=one_tile,
         rows=request_tile,
         config=config,
         cooperative=gpu.cooperative,
