@@ -4,10 +4,10 @@ One round of a request turns its anchor (the last emitted token, not yet in the 
 tokens:
 
 1. propose: the drafter makes K drafts and keeps the law that each was drawn from;
-2. schedule: a length per request (all K, up to a confidence threshold, or by measured costs), and the packed ragged
-rows; 3. verify: one pass of the target over the anchors and admitted drafts of all requests, and over the prompts of
-new ones; 4. accept: lossless acceptance, then a correction or bonus token, which is the next anchor (a prompt's row has
-   no drafts: its bonus is the first new token);
+2. schedule: a length per request (all K, up to a confidence threshold, or by measured costs), and the packed rows;
+3. verify: one pass of the target over the anchors and admitted drafts of all requests, and the prompts of new ones;
+4. accept: lossless acceptance, then a correction or bonus token, which is the next anchor (a prompt's last row has no
+   drafts to judge: its bonus is the first new token);
 5. commit: rejected rows leave the caches, the drafter learns what the target computed for the rows that stay.
 
 Requests sit in state slots; everything that outlives a round is indexed by slot, the batch holds whichever slots are
@@ -76,7 +76,7 @@ class Generation:
     draft_seconds: float = 0.0  # proposing, and keeping the drafter's state up to date
     verify_seconds: float = 0.0  # scheduling, the target's pass and acceptance
     prefill_seconds: float = 0.0  # the prompt's pass, the first token and the drafter's pass over the prompt
-    logprobs: list[float] = dataclasses.field(default_factory=list)  # per token: ln of its chance under the sampling law
+    logprobs: list[float] = dataclasses.field(default_factory=list)  # per token: ln of its chance to be sampled
     accepted: list[bool] = dataclasses.field(default_factory=list)  # per token: an accepted draft, or the target's own
     flags: int = 0  # dspark_kernels.types.Flag bits met while drafting or accepting
 
@@ -160,7 +160,7 @@ def _check(target, drafter, requests, rule, max_drafts, confidence_threshold, co
         raise ValueError(f"drafter: expected one with a confidence head to schedule by, got {type(drafter).__name__}")
     for index, request in enumerate(requests):
         if len(request.prompt) < 1 or not all(0 <= token < target.shape.vocab for token in request.prompt):
-            raise ValueError(f"requests[{index}].prompt: expected at least one id, all from 0 to {target.shape.vocab - 1}")
+            raise ValueError(f"requests[{index}].prompt: expected ids from 0 to {target.shape.vocab - 1}, at least one")
         if request.max_new_tokens < 1:
             raise ValueError(f"requests[{index}].max_new_tokens: expected >= 1, got {request.max_new_tokens}")
         if not -(1 << 63) <= request.seed < 1 << 63:
@@ -281,12 +281,12 @@ class _Batch:
     def schedule(self, block: DraftBlock | None, threshold: float, cost: CostTable | None, policy: str) -> VerifyLayout:
         """Draft lengths, and the rows of anchors, admitted drafts and prompts."""
         prompts = [sequence.prefill for sequence in self.sequences]
-        drafting = block is not None
+        drafting, device = block is not None, self.target.device
         shared = dict(
             anchors=self.anchors,
             anchor_positions=self.anchor_positions,
             max_rows=sum(prompt or 1 + self.drafts for prompt in prompts),
-            num_prefill_tokens=torch.tensor(prompts, dtype=torch.int32, device=self.target.device) if any(prompts) else None,
+            num_prefill_tokens=torch.tensor(prompts, dtype=torch.int32, device=device) if any(prompts) else None,
             state_indices=self.state_indices,
         )
         if drafting and cost is not None:
@@ -295,13 +295,13 @@ class _Batch:
             slots = [sequence.slot for sequence in self.decoding]
             self.stale_confidence[slots] = block.confidence[slots]
         else:
-            lengths = torch.full((len(prompts),), self.drafts if drafting else 0, dtype=torch.int32, device=self.target.device)
+            lengths = torch.full((len(prompts),), self.drafts if drafting else 0, dtype=torch.int32, device=device)
             if drafting and threshold > 0:
                 lengths = threshold_lengths(block.confidence[self.slots], threshold)
             layout = self.ops.fixed_layout(block if drafting else self.no_drafts, lengths, **shared)
         for sequence, begin in zip(self.sequences, layout.query_start_loc.tolist()):
             if sequence.prefill:  # a layout leaves the ids of prompts to the engine
-                ids = torch.tensor(sequence.ids, device=self.target.device)
+                ids = torch.tensor(sequence.ids, device=device)
                 layout.token_ids[begin : begin + len(ids)] = ids
         return layout
 

@@ -20,17 +20,18 @@ class DraftConfig:
     max_registers: int | None
 
 
-# (ids, stages) per architecture: the widest tile of W2 (block_v x 512 bytes, once per stage and, where the matrix unit reads
-# shared memory itself, once more) that fits its shared memory without spilling registers (bench/compile.py).
+# (ids, stages for a batch of one request tile, stages for more) per architecture: the widest tile of W2 (block_v x 512 bytes,
+# once per stage and, where the matrix unit reads shared memory itself, once more) that fits its shared memory without spilling
+# registers (bench/compile.py).
 _TILES = {
-    "sm_80": (128, 2),
-    "sm_86": (64, 2),
-    "sm_89": (64, 2),
-    "sm_90": (128, 2),
-    "sm_100": (64, 3),
-    "sm_120": (64, 2),
-    "gfx942": (64, 1),
-    "gfx950": (64, 2),
+    "sm_80": (128, 2, 2),
+    "sm_86": (64, 2, 2),
+    "sm_89": (64, 2, 2),
+    "sm_90": (128, 2, 2),
+    "sm_100": (64, 3, 1),
+    "sm_120": (64, 2, 2),
+    "gfx942": (64, 1, 1),
+    "gfx950": (64, 2, 2),
 }
 
 
@@ -43,10 +44,8 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool) -
     if arch.vendor == "interpreter":
         # One program walks everything: large tiles, because every operation costs the same whatever its size.
         return DraftConfig(min(4096, max(64, 1 << (vocab - 1).bit_length())), padded_rank, 1, 1, 1, None)
-    block_v, stages = _TILES.get(arch.name, (64, 1))
-    if not one_tile:
-        # The loop over request tiles is then the inner one: it reuses the tile of W2, so there is nothing to load ahead.
-        stages = 1
+    block_v, stages_one, stages_more = _TILES.get(arch.name, (64, 1, 1))
+    stages = stages_one if one_tile else stages_more
     # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
     registers = 255 if arch.vendor == "nvidia" else None
     return DraftConfig(block_v, min(padded_rank, 512 // element_size), 8, stages, 1, registers)
