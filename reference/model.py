@@ -1,0 +1,329 @@
+"""A Qwen3-style decoder that runs packed ragged rows over per-slot caches of keys and values.
+
+    x <- x + O attention(rope(norm(Q n)), rope(norm(K n)), V n),   n = norm(x)
+    x <- x + down(silu(gate n) * up n),                            n = norm(x)
+
+Norms are RMSNorm; those of queries and keys work per head. Query heads share key-value heads in groups (GQA). Row i of
+a pass is token token_ids[i] at positions[i] of batch row batch_indices[i]; the rows of one batch row stand together at
+consecutive positions, so a single pass serves prompts, one-token steps and drafts to verify, of requests of different
+lengths.
+
+Symbols: N rows, S slots, d hidden size, Hq/Hkv query and key-value heads, D head size, V vocabulary, m chosen layers.
+Source: Hugging Face `Qwen3ForCausalLM` (names of config keys and tensors).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Callable, Mapping, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Weights:
+    """Tensors by name: each is checked for its shape when taken, and moved to one device and dtype.
+
+    Raises ValueError where a tensor is missing or has another shape.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device, dtype, prefix: str = ""):
+        self._tensors, self._device, self._dtype, self._prefix = tensors, device, dtype, prefix
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._tensors
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        name = self._prefix + name
+        if name not in self._tensors:
+            raise ValueError(f"{name}: expected a tensor of shape {list(shape)}, there is none")
+        tensor = self._tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        return tensor.to(self._device, self._dtype).contiguous()
+
+    def below(self, prefix: str) -> "Weights":
+        return Weights(self._tensors, self._device, self._dtype, self._prefix + prefix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder's layers, read from a Hugging Face config."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    layers: int
+    vocab: int
+    eps: float
+    rope_theta: float
+
+    @classmethod
+    def from_config(cls, config: Mapping) -> "Shape":
+        """Raises ValueError for a missing key and for what this model does not compute."""
+        try:
+            shape = cls(
+                hidden=config["hidden_size"],
+                heads=config["num_attention_heads"],
+                kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
+                head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+                intermediate=config["intermediate_size"],
+                layers=config["num_hidden_layers"],
+                vocab=config["vocab_size"],
+                eps=config.get("rms_norm_eps", 1e-6),
+                rope_theta=_rope_theta(config),
+            )
+        except KeyError as missing:
+            raise ValueError(f"config: expected the key {missing}, there is none") from None
+        if shape.heads % shape.kv_heads:
+            raise ValueError(f"config: expected {shape.heads} attention heads to be a multiple of {shape.kv_heads}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"config: expected hidden_act 'silu', got {config['hidden_act']!r}")
+        if config.get("use_sliding_window") or config.get("attention_bias"):
+            raise ValueError("config: expected neither use_sliding_window nor attention_bias")
+        return shape
+
+
+def _rope_theta(config: Mapping) -> float:
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind != "default":
+        raise ValueError(f"config: expected rope_type 'default', got {kind!r}")
+    return float(rope["rope_theta"] if "rope_theta" in rope else config["rope_theta"])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension; the mean square is taken in at least fp32."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class Rotation(NamedTuple):
+    """RoPE of N rows: cos and sin [N, 1, D], the first half of a head pairs with the second."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, shape: Shape, dtype) -> "Rotation":
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        exponents = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=wide) / shape.head_dim
+        angles = positions.to(wide)[:, None] / shape.rope_theta**exponents
+        angles = torch.cat([angles, angles], -1)[:, None]
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:  # [N, heads, D]
+        first, second = x.chunk(2, -1)
+        return x * self.cos + torch.cat([-second, first], -1) * self.sin
+
+
+class Segment(NamedTuple):
+    """Rows begin..end-1 of a pass: consecutive positions of one slot, from `start` on."""
+
+    slot: int
+    start: int
+    begin: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which slot and position every row of a pass belongs to."""
+
+    positions: Tensor  # int64 [N]
+    slots: Tensor  # int64 [N]
+    segments: list[Segment]
+
+    @classmethod
+    def pack(cls, positions: Tensor, batch_indices: Tensor, state_indices: Sequence[int]) -> "Rows":
+        """positions, batch_indices: [N]; state_indices: the slot of each batch row. Raises ValueError for other
+        orders."""
+        at, of = positions.tolist(), batch_indices.tolist()
+        segments = []
+        for row, (position, batch_row) in enumerate(zip(at, of, strict=True)):
+            if not 0 <= batch_row < len(state_indices):
+                raise ValueError(f"batch_indices: expected 0 to {len(state_indices) - 1} in every row, got {batch_row}")
+            if row and batch_row == of[row - 1]:
+                if position != at[row - 1] + 1:
+                    raise ValueError(f"positions: expected {at[row - 1] + 1} in row {row}, got {position}")
+                segments[-1] = segments[-1]._replace(end=row + 1)
+            else:
+                segments.append(Segment(state_indices[batch_row], position, row, row + 1))
+        if len({segment.slot for segment in segments}) < len(segments):
+            raise ValueError("batch_indices: expected the rows of a request to stand together")
+        slots = torch.empty(len(at), dtype=torch.int64)
+        for segment in segments:
+            slots[segment.begin : segment.end] = segment.slot
+        return cls(positions.long(), slots.to(positions.device), segments)
+
+    @classmethod
+    def of(cls, segments: Sequence[tuple[int, int, int]], device) -> "Rows":
+        """From (slot, first position, number of rows) per batch row."""
+        packed, positions, slots, begin = [], [], [], 0
+        for slot, start, count in segments:
+            packed.append(Segment(slot, start, begin, begin + count))
+            positions.extend(range(start, start + count))
+            slots.extend([slot] * count)
+            begin += count
+        return cls(torch.tensor(positions, device=device), torch.tensor(slots, device=device), packed)
+
+    def last(self) -> Tensor:
+        """The last row of each segment, int64 [segments]."""
+        return torch.tensor([segment.end - 1 for segment in self.segments], device=self.positions.device)
+
+
+class KVCache:
+    """Keys and values of S slots, written by position; `lengths[slot]` entries are valid.
+
+    A pass writes its rows and attends to everything before them in their slot; `crop` gives up the rows of rejected
+    drafts, which later rows overwrite.
+    """
+
+    def __init__(self, shape: Shape, slots: int, device, dtype):
+        self.lengths = [0] * slots
+        empty = torch.empty(shape.layers, slots, shape.kv_heads, 0, shape.head_dim, device=device, dtype=dtype)
+        self._keys, self._values = empty, empty.clone()  # [layers, S, Hkv, capacity, D]
+
+    def crop(self, slot: int, length: int) -> None:
+        """Keep the first `length` positions of a slot. Raises ValueError where fewer are cached."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ValueError(f"length: expected 0 to {self.lengths[slot]} (cached), got {length}")
+        self.lengths[slot] = length
+
+    def claim(self, rows: Rows) -> None:
+        """Make room for the rows of a pass. Raises ValueError where a slot would be left with a gap."""
+        for slot, start, begin, end in rows.segments:
+            if start > self.lengths[slot]:
+                raise ValueError(f"positions: expected at most {self.lengths[slot]} (cached) first, got {start}")
+            self.lengths[slot] = start + end - begin
+        needed, capacity = max(self.lengths), self._keys.shape[3]
+        if needed > capacity:
+            room = (0, 0, 0, max(needed, 2 * capacity) - capacity)
+            self._keys, self._values = F.pad(self._keys, room), F.pad(self._values, room)
+
+    def write(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
+        """keys, values: [N, Hkv, D], of rows that were claimed."""
+        self._keys[layer][rows.slots, :, rows.positions] = keys
+        self._values[layer][rows.slots, :, rows.positions] = values
+
+    def attend(self, layer: int, rows: Rows, queries: Tensor, *, causal: bool) -> Tensor:
+        """Attention of the rows over their slots, [N, Hq, D] -> [N, Hq * D].
+
+        causal: a row sees the positions up to its own; otherwise all rows of its request too (the drafter's block).
+        """
+        out = torch.empty_like(queries)
+        for slot, start, begin, end in rows.segments:
+            count, length = end - begin, start + end - begin
+            mask = None
+            if causal and count > 1 and start > 0:
+                mask = torch.ones(count, length, dtype=torch.bool, device=queries.device).tril(start)
+            out[begin:end] = F.scaled_dot_product_attention(
+                queries[begin:end].transpose(0, 1)[None],
+                self._keys[layer, slot, :, :length][None],
+                self._values[layer, slot, :, :length][None],
+                attn_mask=mask,
+                is_causal=causal and count > 1 and start == 0,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        return out.flatten(1)
+
+
+class DecoderLayer:
+    """One decoder layer from the tensors `self_attn.*`, `mlp.*` and the two norms."""
+
+    def __init__(self, shape: Shape, take: Weights):
+        self.shape = shape
+        d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.input_norm = take("input_layernorm.weight", d)
+        self.post_norm = take("post_attention_layernorm.weight", d)
+        self.q_proj = take("self_attn.q_proj.weight", q, d)
+        self.k_proj = take("self_attn.k_proj.weight", kv, d)
+        self.v_proj = take("self_attn.v_proj.weight", kv, d)
+        self.o_proj = take("self_attn.o_proj.weight", d, q)
+        self.q_norm = take("self_attn.q_norm.weight", shape.head_dim)
+        self.k_norm = take("self_attn.k_norm.weight", shape.head_dim)
+        self.gate_proj = take("mlp.gate_proj.weight", shape.intermediate, d)
+        self.up_proj = take("mlp.up_proj.weight", shape.intermediate, d)
+        self.down_proj = take("mlp.down_proj.weight", d, shape.intermediate)
+
+    def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, Hkv, D] of x [N, d], which is taken as it is (injected context is not normalised
+        here)."""
+        heads = (-1, self.shape.kv_heads, self.shape.head_dim)
+        keys = rms_norm(F.linear(x, self.k_proj).view(heads), self.k_norm, self.shape.eps)
+        return rotation(keys), F.linear(x, self.v_proj).view(heads)
+
+    def __call__(self, x: Tensor, rotation: Rotation, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """x [N, d] -> [N, d]; attend(queries [N, Hq, D], keys, values [N, Hkv, D]) -> [N, Hq * D]."""
+        normed = rms_norm(x, self.input_norm, self.shape.eps)
+        queries = F.linear(normed, self.q_proj).view(-1, self.shape.heads, self.shape.head_dim)
+        queries = rotation(rms_norm(queries, self.q_norm, self.shape.eps))
+        x = x + F.linear(attend(queries, *self.keys_values(normed, rotation)), self.o_proj)
+        normed = rms_norm(x, self.post_norm, self.shape.eps)
+        return x + F.linear(F.silu(F.linear(normed, self.gate_proj)) * F.linear(normed, self.up_proj), self.down_proj)
+
+
+def run_layers(layers, x: Tensor, rows: Rows, cache: KVCache, *, causal: bool):
+    """Run x [N, d] through all layers; yields the output of each. The rows stay in the cache until it is cropped."""
+    cache.claim(rows)
+    rotation = Rotation.at(rows.positions, layers[0].shape, x.dtype)
+    for index, layer in enumerate(layers):
+
+        def attend(queries, keys, values, index=index):
+            cache.write(index, rows, keys, values)
+            return cache.attend(index, rows, queries, causal=causal)
+
+        x = layer(x, rotation, attend)
+        yield x
+
+
+class Output(NamedTuple):
+    """What a pass of the target gives for its N rows."""
+
+    hidden: Tensor  # [N, d], after the final norm: what the head reads
+    pre_norm: Tensor  # [N, d], output of the last layer
+    features: Tensor | None  # [N, m * d], the chosen layers' outputs side by side
+
+
+class Target:
+    """A Qwen3-style language model from a config and tensors with Hugging Face names.
+
+    Args:
+        config: `Qwen3ForCausalLM` config; `rope_parameters` or the older `rope_theta`.
+        tensors: model.embed_tokens.weight [V, d], model.layers.i.*, model.norm.weight [d], lm_head.weight [V, d] (not
+            with tie_word_embeddings, nor where there is none: then the embedding is the head).
+        device, dtype: where and in what it computes.
+
+    Raises:
+        ValueError: a missing key or tensor, a wrong shape, a variant that this model does not compute.
+    """
+
+    def __init__(self, config: Mapping, tensors: Mapping[str, Tensor], device="cpu", dtype=torch.float32):
+        self.config, self.device, self.dtype = dict(config), torch.device(device), dtype
+        self.shape = shape = Shape.from_config(config)
+        take = Weights(tensors, self.device, dtype)
+        self.embedding = take("model.embed_tokens.weight", shape.vocab, shape.hidden)
+        self.layers = [DecoderLayer(shape, take.below(f"model.layers.{i}.")) for i in range(shape.layers)]
+        self.norm = take("model.norm.weight", shape.hidden)
+        tied = config.get("tie_word_embeddings", False) or "lm_head.weight" not in take
+        self.head = self.embedding if tied else take("lm_head.weight", shape.vocab, shape.hidden)
+
+    def new_cache(self, slots: int) -> KVCache:
+        return KVCache(self.shape, slots, self.device, self.dtype)
+
+    def forward(self, token_ids: Tensor, rows: Rows, cache: KVCache, feature_layers: Sequence[int] = ()) -> Output:
+        """One pass. token_ids: int64 [N]. feature_layers: -1 = the embedding, i = output of layer i."""
+        x = F.embedding(token_ids, self.embedding)
+        outputs = {-1: x}
+        for index, x in enumerate(run_layers(self.layers, x, rows, cache, causal=True)):
+            outputs[index] = x
+        features = torch.cat([outputs[i] for i in feature_layers], -1) if feature_layers else None
+        return Output(rms_norm(x, self.norm, self.shape.eps), x, features)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, d] (after the final norm) -> [n, V]."""
+        return F.linear(hidden, self.head)
