@@ -40,7 +40,7 @@ def check_tensor(name, value, *, dtype=None, shape=None, device=None, last_conti
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
     if contiguous and not value.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
-    if last_contiguous and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if last_contiguous and value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name}: expected the last dimension to be contiguous, got strides {list(value.stride())}")
     return value
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers, octet_sums
 from .primitives.philox import ACCEPT, CORRECT, LEAF as LEAF_STREAM, coin_words, lane_words, log2_exponential, uniform
 from .primitives.race import pack, unpack_id, unpack_key
+from .primitives.slots import state_slots
 from .primitives.ticket import arrive
 
 # Bits of `flags`; the public names are dspark_kernels.types.Flag (a test keeps both equal).
@@ -341,7 +342,7 @@ def _emit_nothing(request, slot, tokens_ptr, accepted_ptr, emitted_ptr, rejected
     _emit_rows(commit_ptr, query_start_ptr, request, num_requests, committed, num_forward, 128)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_rows", "num_forward"])
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward"])
 def accept_chain_kernel(
     target_ptr,  # [L, V]
     query_start_ptr, cu_logits_ptr,  # [R+1]
@@ -360,7 +361,7 @@ def accept_chain_kernel(
     residual_ptr,  # [R, NL]
     row_values_ptr, row_ids_ptr,  # [L, 4]
     record_ptr,  # [R]
-    num_requests, num_rows, num_forward, num_drafts, vocab, draft_vocab, num_leaves,
+    num_requests, num_slots, num_rows, num_forward, num_drafts, vocab, draft_vocab, num_leaves,
     stride_t, stride_ds, stride_dk, stride_es, stride_a, stride_p,
     DENSE: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, LEAVES: tl.constexpr, WIDTH: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
@@ -399,9 +400,7 @@ def accept_chain_kernel(
                 item -= first_wave
                 wave = 1
 
-    slot = request.to(tl.int64)
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + request).to(tl.int64)
+    slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
     row0 = tl.load(cu_logits_ptr + request)
     length = tl.minimum(tl.minimum(tl.load(cu_logits_ptr + request + 1), num_rows) - row0 - 1, num_drafts)
     if slot < 0:

@@ -16,6 +16,7 @@ from .primitives.barrier import grid_barrier
 from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers
 from .primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id, unpack_key
+from .primitives.slots import state_slots
 
 UNIT = tl.constexpr(64)  # ids per stored (maximum, mass) pair: fine enough to balance tiles over programs
 
@@ -23,17 +24,6 @@ UNIT = tl.constexpr(64)  # ids per stored (maximum, mass) pair: fine enough to b
 NONFINITE_ROW = tl.constexpr(1)
 NAN = tl.constexpr(2)
 BAD_TOKEN_ID = tl.constexpr(4)
-
-
-@triton.jit
-def _slots(slots_ptr, requests, num_requests):
-    """State slot per request, -1 beyond the batch or for a padding row."""
-    inside = requests < num_requests
-    if slots_ptr is None:
-        slots = tl.where(inside, requests, -1).to(tl.int64)
-    else:
-        slots = tl.load(slots_ptr + requests, mask=inside, other=-1).to(tl.int64)
-    return slots
 
 
 @triton.jit
@@ -52,7 +42,7 @@ def _draft_tile(
     tile, ids, first_request, k,
     base_ptr, anchors_ptr, positions_ptr, w1_ptr, w2_ptr, temperature_ptr, seed_ptr, slots_ptr,
     logits_ptr, best_ptr, unit_max_ptr, unit_mass_ptr, status_ptr,
-    num_requests, num_drafts, vocab, vocab_w1, rank, first_draft, column,
+    num_requests, num_slots, num_drafts, vocab, vocab_w1, rank, first_draft, column,
     stride_br, stride_bk, stride_a, stride_p, stride_1v, stride_2v, stride_ls, stride_lk,
     BIAS: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     DOT_TYPE: tl.constexpr,
@@ -60,7 +50,7 @@ def _draft_tile(
     """ROWS requests of one tile of ids at position k: logits, proposal, unit masses, winner so far."""
     # The dot always has DOT_ROWS columns; ROWS of them are requests of this batch.
     columns = first_request + tl.arange(0, DOT_ROWS)
-    column_slots = _slots(slots_ptr, columns, num_requests)
+    column_slots = state_slots(slots_ptr, columns, num_requests, num_slots)
     previous = _previous(anchors_ptr, stride_a, best_ptr, columns, column_slots, k, num_requests)
     known = (column_slots >= 0) & (previous >= 0) & (previous < vocab_w1)
     bias = BIAS(tile, w1_ptr, w2_ptr, stride_1v, stride_2v, ids, previous, known, vocab, rank, BLOCK_V, BLOCK_R, DOT_TYPE)
@@ -70,7 +60,7 @@ def _draft_tile(
         bias = tl.sum(tl.reshape(bias, [DOT_ROWS // ROWS, ROWS, BLOCK_V]), axis=0)
 
     requests = first_request + tl.arange(0, ROWS)
-    slots = _slots(slots_ptr, requests, num_requests)
+    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
     live = slots >= 0
     inside = live[:, None] & (ids < vocab)[None, :]
     base = tl.load(base_ptr + requests.to(tl.int64)[:, None] * stride_br + k * stride_bk + ids[None, :], mask=inside, other=0.0)
@@ -168,7 +158,7 @@ def _confidence_logit(hidden_ptr, weight_ptr, bias_ptr, w1_ptr, request, k, prev
     return logit
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_drafts", "first_draft", "column"])
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column"])
 def draft_dense_kernel(
     base_ptr,  # [R, K, V]
     anchors_ptr, positions_ptr,  # [S]
@@ -184,7 +174,7 @@ def draft_dense_kernel(
     status_ptr,  # int32 [R], zero before and after
     barrier_ptr,  # int32 [1]
     unit_max_ptr, unit_mass_ptr,  # [R, K, U]
-    num_requests, num_drafts, vocab, vocab_w1, rank, hidden_size, first_draft, column,
+    num_requests, num_slots, num_drafts, vocab, vocab_w1, rank, hidden_size, first_draft, column,
     stride_br, stride_bk, stride_a, stride_p, stride_1v, stride_2v, stride_hr, stride_hk,
     stride_ts, stride_cs, stride_rs, stride_ls, stride_lk, stride_es,
     WEIGHTS: tl.constexpr, BIAS: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, ONE_TILE: tl.constexpr,
@@ -201,7 +191,7 @@ def draft_dense_kernel(
                     tile, ids, 0, k,
                     base_ptr, anchors_ptr, positions_ptr, w1_ptr, w2_ptr, temperature_ptr, seed_ptr, slots_ptr,
                     logits_ptr, best_ptr, unit_max_ptr, unit_mass_ptr, status_ptr,
-                    num_requests, num_drafts, vocab, vocab_w1, rank, first_draft, column,
+                    num_requests, num_slots, num_drafts, vocab, vocab_w1, rank, first_draft, column,
                     stride_br, stride_bk, stride_a, stride_p, stride_1v, stride_2v, stride_ls, stride_lk,
                     BIAS, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
                 )  # fmt: skip
@@ -211,7 +201,7 @@ def draft_dense_kernel(
                         tile, ids, first_request, k,
                         base_ptr, anchors_ptr, positions_ptr, w1_ptr, w2_ptr, temperature_ptr, seed_ptr, slots_ptr,
                         logits_ptr, best_ptr, unit_max_ptr, unit_mass_ptr, status_ptr,
-                        num_requests, num_drafts, vocab, vocab_w1, rank, first_draft, column,
+                        num_requests, num_slots, num_drafts, vocab, vocab_w1, rank, first_draft, column,
                         stride_br, stride_bk, stride_a, stride_p, stride_1v, stride_2v, stride_ls, stride_lk,
                         BIAS, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
                     )  # fmt: skip
@@ -219,7 +209,7 @@ def draft_dense_kernel(
         if k + 1 < num_drafts:
             # Request r belongs to one program. Everyone read the winners of k - 1 before this barrier, so they can go.
             for request in range(program, num_requests, programs):
-                slot = tl.max(_slots(slots_ptr, request + tl.arange(0, 1), num_requests), axis=0)
+                slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
                 if slot >= 0:
                     word = tl.load(best_ptr + k * num_requests + request, volatile=True)
                     tl.store(tokens_ptr + slot * stride_ts + column + k, unpack_id(word))
@@ -232,7 +222,7 @@ def draft_dense_kernel(
         request = item // num_drafts
         k = item % num_drafts
         last = k == num_drafts - 1
-        slot = tl.max(_slots(slots_ptr, request + tl.arange(0, 1), num_requests), axis=0)
+        slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
         if slot >= 0:
             anchor = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
             if last:

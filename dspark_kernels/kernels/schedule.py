@@ -8,6 +8,8 @@ requests, K drafts, N rows allocated, S state slots. Oracle: reference/schedule.
 import triton
 import triton.language as tl
 
+from .primitives.slots import state_slots
+
 BAD_TOKEN_ID = tl.constexpr(4)
 MISSING_DRAFT = tl.constexpr(8)
 
@@ -22,7 +24,7 @@ def _owner(ends, n, REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: t
     return found
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_rows", "max_pages"])
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "max_pages"])
 def fixed_layout_kernel(
     lens_ptr,  # [R]
     drafts_ptr,  # [S, K]
@@ -36,15 +38,13 @@ def fixed_layout_kernel(
     logits_indices_ptr,  # [N]
     num_rows_ptr,  # [1]
     flags_ptr,  # [R]
-    num_requests, num_rows, num_drafts, max_pages, page_size,
+    num_requests, num_slots, num_rows, num_drafts, max_pages, page_size,
     stride_ds, stride_a, stride_p, stride_bs,
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
     batch = r < num_requests
-    slots = r.to(tl.int64)
-    if slots_ptr is not None:
-        slots = tl.load(slots_ptr + r, mask=batch, other=-1).to(tl.int64)
+    slots = state_slots(slots_ptr, r, num_requests, num_slots)
     live = batch & (slots >= 0)
 
     # A draft of -1 was never made: nothing from there on can be verified.
@@ -106,7 +106,7 @@ def fixed_layout_kernel(
         page = position // page_size
         mapped = used & (position >= 0) & (page < max_pages)
         base = tl.load(block_tables_ptr + slot * stride_bs + page, mask=mapped, other=0).to(tl.int64)
-        tl.store(slot_mapping_ptr + n, tl.where(mapped, base * page_size + position % page_size, -1), mask=inside)
+        tl.store(slot_mapping_ptr + n, tl.where(mapped & (base >= 0), base * page_size + position % page_size, -1), mask=inside)
 
     # Logit row m: the last rows of its request, one per draft and one for the bonus.
     logit_owner = _owner(tl.where(batch, logits_end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)

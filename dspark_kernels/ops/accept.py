@@ -231,6 +231,9 @@ def _accept_chain(
     row_values, row_ids = carver.take(4 * rows, torch.float32), carver.take(4 * rows, torch.int32)
     record = carver.take(requests, torch.int32)
 
+    by_slot = [t for t in (temperature, draft_logits, anchors, anchor_positions) if t is not None]
+    num_slots = by_slot[0].shape[0] if by_slot else 2**31 - 1  # without any, a slot number is not used to reach memory
+
     def stride(tensor, dim):
         return 0 if tensor is None else tensor.stride(dim)
 
@@ -241,7 +244,7 @@ def _accept_chain(
             draft_temperature, temperature, seed, state_indices, tokens, num_accepted, num_emitted, num_rejected, next_token,
             last_row, commit_mask, flags, anchors, anchor_positions, ticket, group_count, request_count, residual_count, state,
             top, mass, draft_top, draft_mass, residual, row_values, row_ids, record,
-            requests, rows, commit_mask.shape[0], drafts, vocab, draft_vocab, leaves,
+            requests, num_slots, rows, commit_mask.shape[0], drafts, vocab, draft_vocab, leaves,
             target_logits.stride(0), stride(draft_logits, 0), stride(draft_logits, 1), stride(draft_lse, 0),
             stride(anchors, 0), stride(anchor_positions, 0),
         ),

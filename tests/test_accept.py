@@ -1,0 +1,300 @@
+"""accept_chain against reference/accept.py: tokens draw by draw, counts, rows, commit mask, flags, anchors in place."""
+
+import dataclasses
+
+import pytest
+import torch
+from equality import assert_equal_or_tied
+from hypothesis import given, settings, strategies as st
+
+import dspark_kernels as dk
+from dspark_kernels.launch import accept as launch
+from reference import accept as reference, cases
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SENTINEL = -77777
+PER_REQUEST = ("tokens", "num_accepted", "num_emitted", "num_rejected", "next_token", "last_row", "flags")
+
+
+def outcome(acceptance, layout):
+    """Everything a request can see of the result, comparable."""
+    by_request = {}
+    owners = layout.batch_indices.tolist()
+    for r in range(acceptance.tokens.shape[0]):
+        committed = [bool(c) for c, owner in zip(acceptance.commit_mask, owners) if owner == r]
+        by_request[r] = (*(getattr(acceptance, name)[r].tolist() for name in PER_REQUEST), committed)
+    return by_request
+
+
+def check(case, acceptance=None, exempt=True):
+    arguments = case.arguments()
+    acceptance = dk.accept_chain(**arguments) if acceptance is None else acceptance
+
+    def run(decisions):
+        return outcome(reference.accept_chain(**arguments, decisions=decisions), case.layout)
+
+    assert_equal_or_tied(run, outcome(acceptance, case.layout), exempt=exempt)
+    padding = [not bool(c) for c, owner in zip(acceptance.commit_mask, case.layout.batch_indices.tolist()) if owner < 0]
+    assert all(padding), "a padding row was committed"
+    return acceptance
+
+
+def poisoned(acceptance):
+    fields = {}
+    for field in dataclasses.fields(acceptance):
+        value = getattr(acceptance, field.name)
+        if value is not None:
+            value = torch.ones_like(value) if value.dtype == torch.bool else torch.full_like(value, SENTINEL)
+        fields[field.name] = value
+    return dk.Acceptance(**fields)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_equals_reference(data):
+    draw = data.draw
+    scattered = draw(st.booleans())
+    requests = draw(st.sampled_from([1, 2, 5, 7]))
+    case = cases.accept_case(
+        seed=draw(st.integers(0, 10**6)),
+        requests=requests,
+        drafts=draw(st.sampled_from([1, 2, 4, 7])),
+        vocab=draw(st.sampled_from([2, 33, 1024, 1500, 5000])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        proposal=draw(st.sampled_from(["dense", "dense", "one_hot", "none"])),
+        sampled=draw(st.sampled_from([True, True, True, False])),
+        scattered=scattered,
+        padding=draw(st.integers(0, requests - 1)) if scattered else 0,
+        closeness=draw(st.sampled_from([0.3, 0.8, 1.0])),
+        draft_temperature=draw(st.booleans()),
+        exact_rows=draw(st.booleans()),
+    )
+    acceptance = check(case)
+    out = poisoned(acceptance)
+    assert dk.accept_chain(**case.arguments(), out=out) is out
+    for field in dataclasses.fields(out):
+        if getattr(out, field.name) is not None:
+            assert torch.equal(getattr(out, field.name), getattr(acceptance, field.name)), field.name
+
+
+@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
+@pytest.mark.parametrize("pairs", [1, 2, 4, 32])
+def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, proposal):
+    case = cases.accept_case(seed=31, requests=4, drafts=3, vocab=9000, proposal=proposal, sharpness=1.0)
+    want = check(case)
+
+    def pick(arch, num_leaves, num_drafts, sweeps_draft):
+        chunk = min(pairs, 16)
+        group = 2 if chunk >= num_leaves else 1
+        return launch.AcceptConfig(group, chunk, lag=1, num_warps=1, max_registers=None)
+
+    monkeypatch.setattr(launch, "pick", pick)
+    have = dk.accept_chain(**case.arguments())
+    assert torch.equal(have.tokens, want.tokens) and torch.equal(have.flags, want.flags)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2, 100])
+def test_any_lag_between_the_waves(monkeypatch, lag):
+    case = cases.accept_case(seed=32, requests=5, drafts=3, vocab=5000, closeness=0.3)
+    pick = launch.pick
+    monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), lag=lag))
+    check(case)
+
+
+def test_stored_lse_gives_the_same_tokens_as_sweeping_the_proposal():
+    case = cases.accept_case(seed=5, requests=7, drafts=4, vocab=3000, dtype=torch.float32)
+    temperature = torch.where(case.sampling.temperature > 0, case.sampling.temperature, 1.0)
+    scaled = case.proposal.logits.double() / temperature[:, None, None].double()
+    stored = dk.DenseProposal(case.proposal.logits, lse=scaled.logsumexp(-1).float())
+    want = check(case)
+    have = dk.accept_chain(**case.arguments() | dict(proposal=stored))
+    assert torch.equal(have.tokens, want.tokens)
+    check(dataclasses.replace(case, proposal=stored))
+
+
+@pytest.mark.parametrize("draft_vocab", [700, 1024, 3000])
+def test_draft_and_target_widths_differ(draft_vocab):
+    for seed in range(3):
+        check(cases.accept_case(seed=seed, vocab=1500, draft_vocab=draft_vocab, closeness=0.9))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dyadic_greedy_rows_get_no_exemption(seed):
+    case = cases.accept_case(seed=seed, requests=6, vocab=2500, grid=1.0, sampled=False, dtype=torch.float32, exact_rows=True)
+    check(case, exempt=False)
+    ties = (case.target_logits == case.target_logits.max(-1, keepdim=True).values).sum(-1)
+    assert (ties > 1).any(), "the case has no tie, so it shows nothing"
+
+
+def test_anchors_advance_in_place():
+    case = cases.accept_case(seed=3, requests=5, scattered=True, padding=1)
+    slots = case.sampling.temperature.shape[0]
+    for dtype in (torch.int32, torch.int64):
+        anchors = torch.full((slots,), -5, dtype=dtype)
+        positions = torch.full((2 * slots,), -5, dtype=dtype)[::2]
+        acceptance = dk.accept_chain(**case.arguments(), anchors=anchors, anchor_positions=positions)
+        live = [(r, int(s)) for r, s in enumerate(case.state_indices) if s >= 0]
+        for r, slot in live:
+            first = case.layout.positions[case.layout.logits_indices[case.layout.cu_num_logits[r]]]
+            assert anchors[slot] == acceptance.next_token[r]
+            assert positions[slot] == first + acceptance.num_accepted[r] + 1
+        unused = sorted(set(range(slots)) - {slot for _, slot in live})
+        assert (anchors[unused] == -5).all() and (positions[unused] == -5).all()
+
+
+def test_prefill_rows_and_requests_that_do_not_emit():
+    block = dk.DraftBlock(torch.tensor([[3, 4], [5, 6], [7, 8]]), dk.OneHotProposal(), torch.zeros(3, dtype=torch.int32))
+    layout = dk.fixed_layout(
+        block,
+        torch.tensor([2, 0, 0]),
+        anchors=torch.tensor([1, 2, 3]),
+        anchor_positions=torch.tensor([10, 0, 40]),
+        num_prefill_tokens=torch.tensor([0, 5, 3], dtype=torch.int32),
+        emits=torch.tensor([True, True, False]),
+        max_rows=16,
+    )
+    logits = torch.zeros(16, 50)
+    logits[torch.arange(4), torch.tensor([3, 9, 9, 20])] = 5.0
+    anchors, positions = torch.tensor([1, 2, 3]), torch.tensor([10, 0, 40])
+    acceptance = dk.accept_chain(logits, layout, anchors=anchors, anchor_positions=positions)
+    assert acceptance.tokens.tolist() == [[3, 9, -1], [20, -1, -1], [-1, -1, -1]]
+    assert acceptance.last_row.tolist() == [1, 7, 0] and acceptance.next_token.tolist() == [9, 20, -1]
+    assert acceptance.commit_mask.int().tolist() == [1, 1, 0] + [1] * 5 + [1] * 3 + [0] * 5
+    assert anchors.tolist() == [9, 20, 3] and positions.tolist() == [12, 5, 40]
+
+
+# --- values that only the device sees ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("value", ["nan", "all_minus_inf", "all_nan", "two_inf", "only_inf", "mask", "draft_inf", "draft_nan"])
+def test_odd_logits(value, sampled, proposal):
+    case = cases.accept_case(
+        seed=41, requests=6, drafts=3, vocab=2100, proposal=proposal, sampled=sampled, closeness=1.0,
+        lengths=torch.full((6,), 3), dtype=torch.float32,
+    )  # fmt: skip
+    inf = float("inf")
+    for r, i in ((0, 0), (1, 1), (2, 3), (4, 2)):
+        row = case.target_logits[int(case.layout.cu_num_logits[r]) + i]
+        draft = case.proposal.logits[r, min(i, 2)] if proposal == "dense" else torch.zeros(2100)
+        if value == "nan":
+            row[::5] = float("nan")
+        elif value == "all_minus_inf":
+            row[:] = -inf
+        elif value == "all_nan":
+            row[:] = float("nan")
+        elif value == "two_inf":
+            row[[1500, 1900]] = inf
+        elif value == "only_inf":
+            row[:] = -inf
+            row[[1500, 1900]] = inf
+        elif value == "mask":
+            row[: row.shape[0] // 2] = -inf
+        elif value == "draft_inf":
+            draft[[900, 2000]] = inf
+        else:
+            draft[::3] = float("nan")
+    acceptance = check(case)
+    assert ((acceptance.next_token >= 0) & (acceptance.next_token < 2100)).all()
+    if value in ("all_minus_inf", "all_nan", "only_inf"):
+        assert acceptance.flags[0] & dk.Flag.NONFINITE_ROW and acceptance.num_accepted[0] == 0
+        assert acceptance.next_token[0] == (1500 if value == "only_inf" else 0)
+
+
+@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("bad", [-1, -2, 1500, 2**40])
+def test_draft_ids_out_of_range(bad, sampled, proposal):
+    case = cases.accept_case(seed=13, requests=6, drafts=3, proposal=proposal, sampled=sampled, closeness=1.0,
+                             lengths=torch.full((6,), 3))  # fmt: skip
+    for r, i in ((0, 1), (1, 2), (3, 3)):
+        case.layout.token_ids[int(case.layout.query_start_loc[r]) + i] = bad
+    acceptance = check(case)
+    stopped = acceptance.num_accepted[[0, 1, 3]] == torch.tensor([0, 1, 2])
+    assert stopped.any(), "no request reached its bad draft, so the test shows nothing"
+    flag = dk.Flag.MISSING_DRAFT if bad == -1 else dk.Flag.BAD_TOKEN_ID
+    for r, reached in zip((0, 1, 3), stopped):
+        assert bool(acceptance.flags[r] & flag) == bool(reached)
+
+
+def test_draft_outside_the_support_of_its_law():
+    case = cases.accept_case(seed=17, requests=4, drafts=3, sampled=True, closeness=1.0, lengths=torch.full((4,), 3))
+    case.sampling.temperature[:] = 1.0
+    for r in range(4):
+        token = int(case.layout.token_ids[int(case.layout.query_start_loc[r]) + 1])
+        case.proposal.logits[r, 0, token] = float("-inf")
+    acceptance = check(case)
+    assert (acceptance.num_accepted == 0).all()
+    assert all(f & dk.Flag.BAD_TOKEN_ID for f in acceptance.flags.tolist())
+
+
+def test_empty_residual_draws_from_the_target():
+    """Equal laws, and a draft outside their support: nothing is left of [target - draft]+."""
+    case = cases.accept_case(seed=19, requests=3, drafts=1, vocab=1100, lengths=torch.ones(3), dtype=torch.float32)
+    case.sampling.temperature[:] = 1.0
+    for r in range(3):
+        first = int(case.layout.cu_num_logits[r])
+        row = torch.full((1100,), float("-inf"))
+        row[[10 + r, 1050]] = 0.0
+        case.target_logits[first] = row
+        case.proposal.logits[r, 0] = row
+        case.layout.token_ids[int(case.layout.query_start_loc[r]) + 1] = 7
+    acceptance = check(case)
+    wanted = int(dk.Flag.BAD_TOKEN_ID | dk.Flag.EMPTY_RESIDUAL)
+    assert acceptance.flags.tolist() == [wanted] * 3
+    assert all(int(t) in (10 + r, 1050) for r, t in enumerate(acceptance.next_token))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e6, -1.0, float("nan")])
+def test_extreme_temperatures(temperature):
+    for dtype in DTYPES:
+        case = cases.accept_case(seed=23, requests=5, drafts=3, dtype=dtype, closeness=0.9)
+        case.sampling.temperature[1:4] = temperature
+        check(case)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(target_logits=torch.zeros(25, 9).double()), TypeError, "target_logits: expected dtype"),
+        (dict(target_logits=torch.zeros(25)), ValueError, "target_logits: expected shape"),
+        (dict(target_logits=torch.zeros(9, 25).T), ValueError, "target_logits: expected the last dimension"),
+        (dict(target_logits=torch.zeros(26, 9)), ValueError, "layout.logits_indices: expected an entry for each"),
+        (dict(target_logits=torch.zeros(25, 0)), ValueError, "target_logits: expected L >= 1"),
+        (dict(layout=None), TypeError, "layout: expected VerifyLayout"),
+        (dict(rule="fair"), ValueError, "rule: expected one of"),
+        (dict(logprobs="all"), ValueError, "logprobs: expected one of"),
+        (dict(sampling=1.0), TypeError, "sampling: expected SamplingTensors"),
+        (dict(proposal=3), TypeError, "proposal: expected DenseProposal or SparseProposal"),
+        (dict(proposal=dk.DenseProposal(torch.zeros(4, 4, 9))), ValueError, "proposal.logits: expected shape"),
+        (dict(proposal=dk.DenseProposal(torch.zeros(5, 3, 9))), ValueError, "proposal.logits: expected K >="),
+        (dict(anchors=torch.zeros(4, dtype=torch.int64)), ValueError, "anchors: expected shape"),
+        (dict(anchor_positions=torch.zeros(5)), TypeError, "anchor_positions: expected dtype"),
+        (dict(state_indices=torch.zeros(5, dtype=torch.int64)), TypeError, "state_indices: expected dtype int32"),
+        (dict(out=7), TypeError, "out: expected Acceptance"),
+        (dict(workspace=7), TypeError, "workspace: expected Workspace"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = cases.accept_case(seed=0, requests=5, drafts=4, vocab=9).arguments() | change
+    with pytest.raises(error) as caught:
+        dk.accept_chain(**arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_workspace_too_small_says_what_is_needed():
+    case = cases.accept_case(seed=0, requests=5, drafts=4, vocab=5000)
+    with pytest.raises(ValueError, match="workspace: expected room for 5 requests x 4 drafts"):
+        dk.accept_chain(**case.arguments(), workspace=dk.Workspace(2, 4, 5000, "cpu"))
+
+
+def test_empty_batch():
+    empty = torch.empty(0, dtype=torch.int64)
+    block = dk.DraftBlock(empty.view(0, 3), dk.OneHotProposal(), empty.int())
+    layout = dk.fixed_layout(block, empty, anchors=empty, anchor_positions=empty)
+    acceptance = dk.accept_chain(torch.empty(0, 50), layout)
+    assert acceptance.tokens.shape == (0, 4) and acceptance.commit_mask.shape == (0,)

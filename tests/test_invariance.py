@@ -1,0 +1,126 @@
+"""A request gets the same bits whatever else is in the batch, in whatever row, for any tile, and on replay."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import dspark_kernels as dk
+from dspark_kernels.launch import arch, draft as draft_launch
+from reference import cases, schedule
+
+
+def _take_draft(case, rows):
+    """The requests `rows` of a draft case without state slots, as a batch of their own."""
+    rows = torch.tensor(rows)
+    pick = lambda t: None if t is None else t[rows]  # noqa: E731
+    sampling = case.sampling and dk.SamplingTensors(case.sampling.temperature[rows], case.sampling.seed[rows])
+    return dataclasses.replace(
+        case,
+        base_logits=case.base_logits[rows],
+        anchors=case.anchors[rows],
+        anchor_positions=case.anchor_positions[rows],
+        hidden=pick(case.hidden),
+        sampling=sampling,
+    )
+
+
+def _draft_bits(block, row):
+    parts = [block.tokens, block.confidence_logits, block.confidence, block.proposal.logits, block.proposal.lse]
+    return [None if p is None else p[row] for p in parts]
+
+
+def _same(have, want):
+    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_draft_block_in_any_batch(sampled):
+    case = cases.draft_case(seed=50, requests=21, drafts=3, vocab=1300, rank=24, dtype=torch.bfloat16, sampled=sampled)
+    whole = dk.draft_block(**case.arguments(), keep_logits=True)
+    for rows in ([4], [20, 4, 11], list(range(20, -1, -1)), list(range(3, 16))):
+        part = dk.draft_block(**_take_draft(case, rows).arguments(), keep_logits=True)
+        for row, request in enumerate(rows):
+            assert _same(_draft_bits(part, row), _draft_bits(whole, request)), (rows, request)
+
+
+def test_draft_block_for_any_tile(monkeypatch):
+    case = cases.draft_case(seed=51, requests=3, drafts=3, vocab=1300, rank=24, dtype=torch.float32, grid=0.25)
+    want = dk.draft_block(**case.arguments())
+    pick = draft_launch.pick
+    for block_v in (64, 128, 512):
+        monkeypatch.setattr(draft_launch, "pick", lambda *a: dataclasses.replace(pick(*a), block_v=block_v))  # noqa: B023
+        have = dk.draft_block(**case.arguments())
+        # Exact sums on a dyadic grid: the host's matrix product may otherwise round by the tile it is given.
+        assert _same(_draft_bits(have, slice(None))[::3], _draft_bits(want, slice(None))[::3])
+        assert torch.equal(have.proposal.lse, want.proposal.lse)
+
+
+def test_draft_block_with_many_programs(monkeypatch):
+    """The grid barrier: four programs at once share the vocabulary and agree with one."""
+    from dspark_kernels.testing import interpreter
+
+    if not interpreter.interpreting():
+        pytest.skip("programs run together on a GPU anyway")
+    case = cases.draft_case(seed=52, requests=5, drafts=4, vocab=1300, rank=8, dtype=torch.bfloat16)
+    workspace = dk.Workspace(5, 4, 1300, "cpu")
+    want = dk.draft_block(**case.arguments(), workspace=workspace)
+    pick = draft_launch.pick
+    monkeypatch.setattr(draft_launch, "pick", lambda *a: dataclasses.replace(pick(*a), block_v=64))
+    single = dk.draft_block(**case.arguments(), workspace=workspace)
+    monkeypatch.setattr(arch, "INTERPRETER", dataclasses.replace(arch.INTERPRETER, multiprocessors=4))
+    with interpreter.threads(4):
+        for _ in range(3):
+            have = dk.draft_block(**case.arguments(), workspace=workspace)
+            assert _same(_draft_bits(have, slice(None)), _draft_bits(single, slice(None)))
+            assert torch.equal(have.tokens, want.tokens) and torch.equal(have.flags, want.flags)
+            assert (workspace.counters[2:] == 0).all(), "counters were not left clean"
+
+
+@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
+def test_accept_chain_in_any_batch(proposal):
+    case = cases.accept_case(seed=60, requests=9, drafts=4, vocab=2100, proposal=proposal, closeness=0.9)
+    whole = dk.accept_chain(**case.arguments())
+    lens = case.layout.draft_lens
+    for rows in ([3], [8, 3, 0], list(range(8, -1, -1))):
+        index = torch.tensor(rows)
+        tokens = torch.full((len(rows), 4), -1, dtype=torch.int64)
+        logits, anchors, positions = [], [], []
+        for row, r in enumerate(rows):
+            first = int(case.layout.query_start_loc[r])
+            tokens[row, : lens[r]] = case.layout.token_ids[first + 1 : first + 1 + int(lens[r])]
+            anchors.append(int(case.layout.token_ids[first]))
+            positions.append(int(case.layout.positions[first]))
+            logits.append(case.target_logits[first : first + 1 + int(lens[r])])
+        block = dk.DraftBlock(tokens, dk.OneHotProposal(), torch.zeros(len(rows), dtype=torch.int32))
+        layout = schedule.fixed_layout(
+            block, lens[index], anchors=torch.tensor(anchors), anchor_positions=torch.tensor(positions)
+        )
+        law = dk.DenseProposal(case.proposal.logits[index]) if proposal == "dense" else dk.OneHotProposal()
+        sampling = dk.SamplingTensors(case.sampling.temperature[index], case.sampling.seed[index])
+        part = dk.accept_chain(torch.cat(logits), layout, law, sampling=sampling)
+        assert torch.equal(part.tokens, whole.tokens[index]) and torch.equal(part.flags, whole.flags[index])
+
+
+def test_replay_with_one_workspace_is_identical_and_leaves_it_clean():
+    case = cases.accept_case(seed=61, requests=7, drafts=4, vocab=2100, closeness=0.5)
+    draft = cases.draft_case(seed=62, requests=7, drafts=4, vocab=2100)
+    workspace = dk.Workspace(16, 7, 5000, "cpu")
+    first = dk.accept_chain(**case.arguments(), workspace=workspace)
+    block = dk.draft_block(**draft.arguments(), workspace=workspace)
+    for _ in range(2):
+        workspace.scratch.fill_(-1)  # what outlives a launch may hold anything
+        again = dk.accept_chain(**case.arguments(), workspace=workspace)
+        assert torch.equal(again.tokens, first.tokens) and torch.equal(again.commit_mask, first.commit_mask)
+        redrawn = dk.draft_block(**draft.arguments(), workspace=workspace)
+        assert _same(_draft_bits(redrawn, slice(None)), _draft_bits(block, slice(None)))
+        assert (workspace.counters == 0).all()
+
+
+def test_reset_cleans_an_aborted_workspace():
+    draft = cases.draft_case(seed=63, requests=3, drafts=2, vocab=300)
+    workspace = dk.Workspace(3, 2, 300, "cpu")
+    want = dk.draft_block(**draft.arguments(), workspace=workspace)
+    workspace.counters.fill_(2**62)
+    workspace.reset()
+    assert torch.equal(dk.draft_block(**draft.arguments(), workspace=workspace).tokens, want.tokens)

@@ -1,0 +1,112 @@
+"""Registration: opcheck, torch.compile(fullgraph=True), meta tensors, and the public constants that kernels repeat."""
+
+import pytest
+import torch
+
+import dspark_kernels as dk
+from dspark_kernels import library
+from dspark_kernels.ops import accept, draft, schedule
+from reference import cases
+
+
+def _calls(monkeypatch, module, name, run):
+    """The raw arguments with which `run` reaches a registered op."""
+    seen, registered = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: (seen.append(args), registered(*args))[1])
+    run()
+    return registered, seen
+
+
+def _draft(**case):
+    return lambda: dk.draft_block(**cases.draft_case(requests=2, drafts=2, vocab=130, **case).arguments(), keep_logits=True)
+
+
+def _accept(**case):
+    return lambda: dk.accept_chain(**cases.accept_case(requests=2, drafts=2, vocab=130, **case).arguments())
+
+
+def _layout():
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    block = dk.DraftBlock(tokens, dk.OneHotProposal(), torch.zeros(2, dtype=torch.int32))
+    dk.fixed_layout(block, torch.tensor([1, 2]), anchors=tokens[:, 0], anchor_positions=tokens[:, 1])
+
+
+@pytest.mark.parametrize(
+    "module, name, run",
+    [
+        (draft, "_draft_block", _draft()),
+        (draft, "_draft_block", _draft(sampled=False, rank=0, confidence=None)),
+        (accept, "_accept_chain", _accept()),
+        (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
+        (schedule, "_fixed_layout", _layout),
+    ],
+)
+def test_opcheck(monkeypatch, module, name, run):
+    registered, calls = _calls(monkeypatch, module, name, run)
+    assert len(calls) == 1, "one launch per call"
+    torch.library.opcheck(registered, calls[0])
+
+
+def _round(base_logits, target_logits, anchors, positions, hidden, temperature, seed, w1, w2, weight):
+    sampling = dk.SamplingTensors(temperature, seed)
+    block = dk.draft_block(
+        base_logits, anchors, dk.MarkovHead(w1, w2), anchor_positions=positions, sampling=sampling, hidden=hidden,
+        confidence=dk.ConfidenceHead(weight),
+    )  # fmt: skip
+    lens = (block.confidence > 0.5).int().cumprod(1).sum(1).int()
+    layout = dk.fixed_layout(block, lens, anchors=anchors, anchor_positions=positions)
+    acceptance = dk.accept_chain(target_logits, layout, block.proposal, sampling=sampling)
+    return block.tokens, layout.token_ids, acceptance.tokens, acceptance.commit_mask
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(backend):
+    case = cases.draft_case(seed=6, requests=3, drafts=4, vocab=300)
+    arguments = (
+        case.base_logits, torch.randn(15, 300), case.anchors, case.anchor_positions, case.hidden, case.sampling.temperature,
+        case.sampling.seed, case.head.w1, case.head.w2, case.confidence.weight,
+    )  # fmt: skip
+    want = _round(*arguments)
+    have = torch.compile(_round, fullgraph=True, backend=backend)(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+def test_constants_of_kernels_are_the_public_ones():
+    from dspark_kernels.kernels import accept as accept_kernels, draft as draft_kernels
+    from dspark_kernels.kernels import schedule as schedule_kernels
+    from dspark_kernels.kernels.primitives import mass, philox
+
+    for kernels in (accept_kernels, draft_kernels, schedule_kernels):
+        shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
+        assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
+    assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
+    assert draft_kernels.UNIT.value == draft.UNIT and mass.LEAF.value == accept.LEAF
+
+
+def test_a_cpu_tensor_without_the_interpreter_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(library, "_interpreted", lambda *a: False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        _draft()()
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: dk.MarkovHead(torch.zeros(5, 0), torch.zeros(5, 0)), ValueError, "MarkovHead.w1: expected rank >= 1"),
+        (lambda: dk.MarkovHead(torch.zeros(5, 2), torch.zeros(5, 3)), ValueError, "MarkovHead.w2: expected shape"),
+        (lambda: dk.MarkovHead(torch.zeros(5, 2), torch.zeros(5, 2).char()), ValueError, "MarkovHead.w2_scale: expected"),
+        (lambda: dk.SamplingTensors(torch.zeros(2), torch.zeros(2)), TypeError, "SamplingTensors.seed: expected dtype int64"),
+        (lambda: dk.SamplingTensors(torch.zeros(2), torch.zeros(3).long()), ValueError, "SamplingTensors.seed: expected shape"),
+        (lambda: dk.DenseProposal(torch.zeros(2, 3)), ValueError, "DenseProposal.logits: expected shape"),
+        (lambda: dk.DenseProposal(torch.zeros(2, 3, 4), lse=torch.zeros(2)), ValueError, "DenseProposal.lse: expected shape"),
+        (lambda: dk.CostTable(torch.tensor([0.0, -1.0])), ValueError, "CostTable.seconds: expected finite, positive"),
+        (lambda: dk.CostTable(None), TypeError, "CostTable.seconds: expected a torch.Tensor"),
+        (lambda: dk.ConfidenceHead(torch.zeros(2, 2)), ValueError, "ConfidenceHead.weight: expected shape"),
+        (lambda: dk.Workspace(0, 1, 1, "cpu"), ValueError, "max_requests: expected >= 1, got 0"),
+        (lambda: dk.Workspace(1.5, 1, 1, "cpu"), TypeError, "max_requests: expected an int"),
+    ],
+)
+def test_types_check_themselves(make, error, message):
+    with pytest.raises(error) as caught:
+        make()
+    assert str(caught.value).startswith(message)
