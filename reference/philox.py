@@ -1,0 +1,60 @@
+"""Philox 4x32-10 and the noise made from it, in integer and fp64 arithmetic.
+
+    counter = (lane >> 2, decided position, anchor position, stream | node << 8), key = the 64-bit seed, word = output[lane & 3]
+    v = min((word + 1/2) 2^-32, 1 - 2^-24),  E = -log1p(-v)
+
+Symbols: lane = token id, leaf index or 0; node = tree slot (0 in chains). Source: Salmon, Moraes, Dror, Shaw, "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011; the addressing is this project's (README, "Randomness").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+
+
+def _high_low(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of multiplier * x for x in [0, 2^32), without leaving int64."""
+    low_part = (x & 0xFFFF) * multiplier  # < 2^48
+    high_part = (x >> 16) * multiplier  # < 2^48
+    middle = high_part + (low_part >> 16)  # < 2^49
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low_part & 0xFFFF)
+
+
+def philox(key0, key1, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four output words, int64 tensors holding uint32, for broadcastable counters and keys (ints or int64 tensors)."""
+    device = next((t.device for t in (c0, c1, c2, c3, key0) if isinstance(t, Tensor)), None)
+    words = [torch.as_tensor(c, dtype=torch.int64, device=device) & _MASK for c in (c0, c1, c2, c3)]
+    x0, x1, x2, x3 = torch.broadcast_tensors(*words)
+    for _ in range(ROUNDS):
+        high0, low0 = _high_low(_MULTIPLIERS[0], x0)
+        high1, low1 = _high_low(_MULTIPLIERS[1], x2)
+        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return x0, x1, x2, x3
+
+
+def words(seed: int, lanes: Tensor, position: int, anchor_position: int, stream: int, node: int = 0) -> Tensor:
+    """The random word of each lane (int64 holding uint32, shape of `lanes`)."""
+    output = philox(seed & _MASK, (seed >> 32) & _MASK, lanes >> 2, position, anchor_position, int(stream) | node << 8)
+    return torch.stack(output, -1).gather(-1, (lanes & 3).unsqueeze(-1)).squeeze(-1)
+
+
+def uniform(word: Tensor) -> Tensor:
+    """fp64 in (0, 1 - 2^-24]."""
+    return ((word.double() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
+
+
+def exponential(word: Tensor) -> Tensor:
+    """Exp(1) variate of each word, fp64."""
+    return -torch.log1p(-uniform(word))
+
+
+def gumbel(seed: int, lanes: Tensor, position: int, anchor_position: int, stream: int) -> Tensor:
+    """-ln E of each lane: added to log weights, the arg-max is a draw."""
+    return -torch.log(exponential(words(seed, lanes, position, anchor_position, stream)))

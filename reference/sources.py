@@ -1,0 +1,70 @@
+"""Where coins and draws come from: the rules are written over a source, so that Philox and exact enumeration run the same code."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dspark_kernels.types import Stream
+
+from . import philox
+from .decisions import Decisions
+
+LEAF = 1024
+
+
+class Source(Protocol):
+    """Chance for one request. `position` is the sequence position being decided; weights and log weights are fp64 [V]."""
+
+    def coin(self, position: int, denominator: float, numerator: float) -> bool:
+        """u * denominator < numerator for the uniform u of this position's draft."""
+
+    def draw(self, position: int, weights: Tensor) -> int:
+        """A correction or bonus token, with chance proportional to its weight."""
+
+    def coupled(self, position: int, log_weights: Tensor) -> int:
+        """arg-max of log weight plus the noise that draft and target share at this position."""
+
+    def draft(self, position: int, log_weights: Tensor) -> int:
+        """A draft token, with chance proportional to exp(log weight)."""
+
+
+class PhiloxSource:
+    """The addressed noise of one request and anchor: what the kernels compute, in fp64, with every margin recorded."""
+
+    def __init__(self, seed: int, anchor_position: int, decisions: Decisions | None = None, request: int = 0):
+        self.seed, self.anchor_position = int(seed), int(anchor_position)
+        self.decisions = Decisions() if decisions is None else decisions
+        self.request = request
+
+    def coin(self, position: int, denominator: float, numerator: float) -> bool:
+        word = philox.words(self.seed, torch.zeros(1, dtype=torch.int64), position, self.anchor_position, Stream.ACCEPT)
+        coin = float(philox.uniform(word))
+        return self.decisions.below(self.request, "coin", coin, float(denominator), float(numerator))
+
+    def draw(self, position: int, weights: Tensor) -> int:
+        """Two races of exponential clocks: between leaves of 1024 ids by their sums, then inside the winning leaf."""
+        leaves = -(-weights.numel() // LEAF)
+        padded = torch.zeros(leaves * LEAF, dtype=torch.float64, device=weights.device)
+        padded[: weights.numel()] = weights
+        sums = padded.view(leaves, LEAF).sum(1)
+        leaf = self._race(position, "leaf", sums.log(), torch.arange(leaves, device=weights.device), Stream.LEAF)
+        inside = weights[leaf * LEAF : (leaf + 1) * LEAF]
+        ids = torch.arange(leaf * LEAF, leaf * LEAF + inside.numel(), device=weights.device)
+        return leaf * LEAF + self._race(position, "token", inside.log(), ids, Stream.CORRECT)
+
+    def _race(self, position: int, kind: str, log_weights: Tensor, lanes: Tensor, stream: Stream) -> int:
+        noise = philox.gumbel(self.seed, lanes, position, self.anchor_position, stream)
+        return self.decisions.pick(self.request, kind, log_weights + noise)
+
+    def coupled(self, position: int, log_weights: Tensor) -> int:
+        # No anchor in this address: draft and target meet the same noise on purpose.
+        lanes = torch.arange(log_weights.numel(), device=log_weights.device)
+        noise = philox.gumbel(self.seed, lanes, position, 0, Stream.COUPLED)
+        return self.decisions.pick(self.request, "coupled", log_weights + noise)
+
+    def draft(self, position: int, log_weights: Tensor) -> int:
+        lanes = torch.arange(log_weights.numel(), device=log_weights.device)
+        return self._race(position, "draft", log_weights, lanes, Stream.DRAFT)
