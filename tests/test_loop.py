@@ -1,0 +1,699 @@
+"""The decoding loop on tiny random models: five systems, one text; batches, ends, counting, and the emitted law."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dspark_kernels.types import CostTable, DenseProposal, Flag
+from reference.drafters import MTP, Autoregressive, Block, DraftModel, DSpark
+from reference.loop import REFERENCE_OPS, Request, decode
+from reference.model import KVCache, Rows, Target, run_layers
+
+VOCAB = 11
+LAYER = dict(hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+SIZES = dict(LAYER, vocab_size=VOCAB, rms_norm_eps=1e-6, rope_theta=100.0)
+BLOCK = dict(SIZES, num_hidden_layers=1, block_size=4, mask_token_id=VOCAB - 1, target_layer_ids=[-1, 0, 1])
+DSPARK = dict(
+    BLOCK, markov_rank=3, markov_head_type="vanilla", enable_confidence_head=True, confidence_head_with_markov=True
+)
+
+
+def random(generator, *shape, scale=1.0):
+    return torch.randn(shape, generator=generator) * scale
+
+
+def layer_tensors(generator, prefix):
+    d, queries, keys, ffn = 16, 16, 8, 24
+    norms = {"input_layernorm": d, "post_attention_layernorm": d, "self_attn.q_norm": 4, "self_attn.k_norm": 4}
+    matrices = {
+        "self_attn.q_proj": (queries, d),
+        "self_attn.k_proj": (keys, d),
+        "self_attn.v_proj": (keys, d),
+        "self_attn.o_proj": (d, queries),
+        "mlp.gate_proj": (ffn, d),
+        "mlp.up_proj": (ffn, d),
+        "mlp.down_proj": (d, ffn),
+    }
+    tensors = {name: 1 + random(generator, size, scale=0.1) for name, size in norms.items()}
+    tensors |= {name: random(generator, *shape, scale=0.4) for name, shape in matrices.items()}
+    return {f"{prefix}{name}.weight": tensor for name, tensor in tensors.items()}
+
+
+def model_tensors(seed, layers=2, vocab=VOCAB):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        "model.embed_tokens.weight": random(generator, vocab, 16),
+        "model.norm.weight": 1 + random(generator, 16, scale=0.1),
+        "lm_head.weight": random(generator, vocab, 16, scale=0.4),
+    }
+    for i in range(layers):
+        tensors |= layer_tensors(generator, f"model.layers.{i}.")
+    return tensors
+
+
+def make_target(vocab=VOCAB, seed=1):
+    return Target(dict(SIZES, vocab_size=vocab, num_hidden_layers=2), model_tensors(seed, vocab=vocab))
+
+
+def make_draft_model(target, seed=1):
+    """The target's own weights, disturbed: right often, not always."""
+    generator, tensors = torch.Generator().manual_seed(seed + 50), model_tensors(seed)
+    tensors = {name: tensor + random(generator, *tensor.shape, scale=0.06) for name, tensor in tensors.items()}
+    return DraftModel(dict(SIZES, num_hidden_layers=2, max_drafts=3), tensors, target)
+
+
+def make_mtp(target, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {f"{name}.weight": torch.ones(16) for name in ("enorm", "hnorm", "norm")}
+    tensors["eh_proj.weight"] = random(generator, 16, 32, scale=0.3)
+    return MTP(dict(max_drafts=3), tensors | layer_tensors(generator, "layer."), target)
+
+
+def block_tensors(seed, vocab=VOCAB, features=3):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"hidden_norm.weight": torch.ones(16), "norm.weight": torch.ones(16)}
+    tensors["fc.weight"] = random(generator, 16, features * 16, scale=0.2)
+    return tensors | layer_tensors(generator, "layers.0.")
+
+
+def make_block(target, seed=4, **changes):
+    return Block({**BLOCK, "vocab_size": target.shape.vocab, **changes}, block_tensors(seed), target)
+
+
+def make_dspark(target, seed=4, kind="vanilla", **changes):
+    config = {**DSPARK, "vocab_size": target.shape.vocab, "markov_head_type": kind, **changes}
+    generator, vocab, rank = torch.Generator().manual_seed(seed + 9), config["vocab_size"], config["markov_rank"]
+    tensors = block_tensors(seed)
+    for name in ("w1", "w2"):
+        tensors[f"markov_head.markov_{name}.weight"] = random(generator, vocab, rank)
+    tensors["markov_head.gate_proj.weight"] = random(generator, rank, 16 + rank, scale=0.3)
+    tensors["markov_head.gate_proj.bias"] = random(generator, rank)
+    tensors["markov_head.joint_proj.weight"] = random(generator, 3 * rank, 2 * rank + 16, scale=0.3)
+    tensors["markov_head.joint_proj.bias"] = random(generator, 3 * rank)
+    width = 16 + (rank if config["confidence_head_with_markov"] else 0)
+    tensors["confidence_head.proj.weight"] = random(generator, 1, width, scale=0.4)
+    tensors["confidence_head.proj.bias"] = torch.zeros(1)
+    return DSpark(config, tensors, target)
+
+
+TARGET = make_target()
+COST = CostTable(seconds=1e-3 * (1.0 + 0.08 * torch.arange(64.0)))
+SYSTEMS = {
+    "draft model": (make_draft_model, {}),
+    "MTP": (make_mtp, {}),
+    "block": (make_block, {}),
+    "block, anchor and masks": (lambda target: make_block(target, anchor_first=False), {}),
+    "DSpark": (make_dspark, {}),
+    "DSpark, two drafts": (make_dspark, dict(max_drafts=2)),
+    "DSpark, gated": (lambda target: make_dspark(target, kind="gated"), {}),
+    "DSpark, rnn": (lambda target: make_dspark(target, kind="rnn"), {}),
+    "DSpark, no head": (lambda target: make_dspark(target, markov_rank=0, confidence_head_with_markov=False), {}),
+    "DSpark, threshold": (make_dspark, dict(confidence_threshold=0.5)),
+    "DSpark, causal": (make_dspark, dict(cost=COST)),
+    "DSpark, budget": (make_dspark, dict(cost=COST, policy="budget")),
+}
+
+
+def requests_of(count=7, temperature=0.0, **changes):
+    generator = torch.Generator().manual_seed(7)
+    requests = []
+    for i in range(count):
+        length = (3, 9, 1, 14, 5, 2, 6)[i % 7]
+        prompt = torch.randint(0, VOCAB - 1, (length,), generator=generator).tolist()
+        requests.append(Request(prompt, (12, 5, 17, 1, 9, 14, 8)[i % 7], temperature, seed=100 + i))
+    return [dataclasses.replace(request, **changes) for request in requests]
+
+
+def plain_greedy(target, request):
+    """Greedy decoding without caches, drafts or batches."""
+    ids = list(request.prompt)
+    for _ in range(request.max_new_tokens):
+        ids.append(int(all_logits(target, ids)[-1].argmax()))
+    return ids
+
+
+def all_logits(target, ids):
+    rows = Rows.of([(0, 0, len(ids))], target.device)
+    return target.logits(target.forward(torch.tensor(ids), rows, target.new_cache(1)).hidden)
+
+
+# --- the target ---
+
+
+def test_one_pass_equals_many():
+    ids = torch.randint(0, VOCAB, (20,), generator=torch.Generator().manual_seed(0))
+    whole = all_logits(TARGET, ids.tolist())
+    cache, parts, start = TARGET.new_cache(3), [], 0
+    for count in (1, 6, 1, 12):
+        rows = Rows.of([(2, start, count)], TARGET.device)
+        parts.append(TARGET.logits(TARGET.forward(ids[start : start + count], rows, cache).hidden))
+        start += count
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
+
+
+def test_packed_ragged_rows_equal_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    lengths, cached = {3: 9, 0: 4, 2: 13}, {3: 5, 0: 0, 2: 12}
+    texts = {slot: torch.randint(0, VOCAB, (length,), generator=generator) for slot, length in lengths.items()}
+    cache = TARGET.new_cache(4)
+    for slot, count in cached.items():
+        if count:
+            TARGET.forward(texts[slot][:count], Rows.of([(slot, 0, count)], TARGET.device), cache)
+    ids = torch.cat([texts[slot][count:] for slot, count in cached.items()])
+    positions = torch.cat([torch.arange(cached[slot], len(texts[slot])) for slot in cached])
+    batch_indices = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor([4, 4, 1]))
+    rows = Rows.pack(positions, batch_indices, list(cached))
+    out = TARGET.forward(ids, rows, cache, feature_layers=(-1, 1, 0))
+    logits = TARGET.logits(out.hidden)
+    begin = 0
+    for slot, count in cached.items():
+        length = len(texts[slot]) - count
+        want = all_logits(TARGET, texts[slot].tolist())[count:]
+        torch.testing.assert_close(logits[begin : begin + length], want, rtol=0, atol=1e-5)
+        begin += length
+    assert torch.equal(out.features[:, :16], F.embedding(ids, TARGET.embedding))
+    assert torch.equal(out.features[:, 16:32], out.pre_norm)
+    assert not torch.equal(out.features[:, 32:], out.pre_norm)
+
+
+def test_rejected_rows_leave_no_trace():
+    ids = torch.randint(0, VOCAB, (10,), generator=torch.Generator().manual_seed(2))
+    whole = all_logits(TARGET, ids.tolist())
+    cache = TARGET.new_cache(1)
+    TARGET.forward(ids[:6], Rows.of([(0, 0, 6)], TARGET.device), cache)
+    TARGET.forward((ids[6:] + 1) % VOCAB, Rows.of([(0, 6, 4)], TARGET.device), cache)  # drafts, all rejected
+    cache.crop(0, 6)
+    out = TARGET.forward(ids[6:], Rows.of([(0, 6, 4)], TARGET.device), cache)
+    torch.testing.assert_close(TARGET.logits(out.hidden), whole[6:], rtol=0, atol=1e-5)
+
+
+def test_a_slot_without_its_earlier_rows_is_refused():
+    cache = TARGET.new_cache(2)
+    with pytest.raises(ValueError, match=r"expected at most 0 \(cached\) first, got 3"):
+        TARGET.forward(torch.zeros(1, dtype=torch.int64), Rows.of([(1, 3, 1)], TARGET.device), cache)
+    with pytest.raises(ValueError, match=r"length: expected 0 to 0 \(cached\), got 1"):
+        cache.crop(0, 1)
+
+
+@pytest.mark.parametrize(
+    "positions, batch_indices, message",
+    [
+        ([4, 6], [0, 0], "expected 5 in row 1, got 6"),
+        ([4, 2, 5], [0, 1, 0], "stand together"),
+        ([4, 0], [0, -1], "expected 0 to 1 in every row, got -1"),
+        ([4, 0], [0, 2], "expected 0 to 1 in every row, got 2"),
+    ],
+)
+def test_rows_in_another_order_are_refused(positions, batch_indices, message):
+    with pytest.raises(ValueError, match=message):
+        Rows.pack(torch.tensor(positions), torch.tensor(batch_indices, dtype=torch.int32), [1, 0])
+
+
+def test_rope_parameters_tied_heads_and_refusals():
+    tensors = model_tensors(1)
+    config = {key: value for key, value in dict(SIZES, num_hidden_layers=2).items() if key != "rope_theta"}
+    newer = Target(dict(config, rope_parameters=dict(rope_type="default", rope_theta=100.0)), tensors)
+    ids = [3, 1, 4, 1, 5]
+    assert torch.equal(all_logits(newer, ids), all_logits(TARGET, ids))
+    other = Target(dict(config, rope_theta=1e6), tensors)
+    assert not torch.allclose(all_logits(other, ids), all_logits(TARGET, ids), atol=1e-3)
+    tied = Target(dict(config, rope_theta=100.0, tie_word_embeddings=True), tensors)
+    assert tied.head is tied.embedding
+    for broken, message in (
+        (config, "'rope_theta'"),
+        (dict(config, rope_theta=1.0, hidden_act="gelu"), "got 'gelu'"),
+        (dict(config, rope_theta=1.0, rope_scaling=dict(rope_type="yarn")), "got 'yarn'"),
+        (dict(config, rope_theta=1.0, use_sliding_window=True), "use_sliding_window"),
+        (dict(config, rope_theta=1.0, num_attention_heads=3), "multiple of 2"),
+        (dict(config, rope_theta=1.0, vocab_size=12), r"expected shape \[12, 16\], got \[11, 16\]"),
+        (dict(config, rope_theta=1.0, num_hidden_layers=3), "model.layers.2.input_layernorm.weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Target(broken, tensors)
+
+
+# --- five systems, one text ---
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_greedy_text_is_the_plain_one(name):
+    make, options = SYSTEMS[name]
+    requests = requests_of()
+    results = decode(TARGET, make(TARGET), requests, batch_size=3, **options)
+    for result, request in zip(results, requests, strict=True):
+        assert result.output_ids == plain_greedy(TARGET, request)
+    lengths = [a for result in results for a in result.acceptance_lengths]
+    assert max(lengths) > 1, "no draft was ever accepted: this test shows nothing"
+
+
+def test_autoregressive_greedy_text_is_the_plain_one():
+    requests = requests_of()
+    for result, request in zip(decode(TARGET, Autoregressive(), requests, batch_size=3), requests, strict=True):
+        assert result.output_ids == plain_greedy(TARGET, request)
+        assert result.acceptance_lengths == [1] * request.max_new_tokens  # one more than the output needs
+        assert result.proposal_lengths == [0] * request.max_new_tokens
+        assert result.draft_passes == 0 and not any(result.accepted)
+
+
+@pytest.mark.parametrize("rule", ["block", "coupled"])
+@pytest.mark.parametrize("name", ["draft model", "DSpark, threshold"])
+def test_greedy_rows_are_greedy_under_every_rule(rule, name):
+    make, options = SYSTEMS[name]
+    requests = requests_of(4)
+    for result, request in zip(decode(TARGET, make(TARGET), requests, rule=rule, **options), requests, strict=True):
+        assert result.output_ids == plain_greedy(TARGET, request)
+
+
+@pytest.mark.parametrize("name", ["draft model", "MTP", "block", "DSpark", "DSpark, rnn"])
+def test_a_drafter_proposes_the_same_whatever_was_rejected_before(name):
+    """Its caches after many rounds equal those of a fresh start on the same text."""
+    drafter = SYSTEMS[name][0](TARGET)
+    rounds = []
+    ops = recording(rounds)
+    request = requests_of()[0]
+    decode(TARGET, drafter, [request], ops=ops)
+    text = plain_greedy(TARGET, dataclasses.replace(request, max_new_tokens=40))
+    blocks = [r for r in rounds if r["first_draft"] == 0]
+    assert len(blocks) >= 4
+    for seen in blocks[1:]:
+        position = int(seen["anchor_positions"][0])
+        rounds.clear()
+        # One request whose prefill ends where this round's anchor stands.
+        decode(TARGET, drafter, [Request(text[:position], 1)], ops=ops)
+        assert int(rounds[0]["anchor_positions"][0]) == position
+        torch.testing.assert_close(rounds[0]["base_logits"], seen["base_logits"], rtol=0, atol=2e-5)
+
+
+def recording(rounds, **replaced):
+    """The reference's ops, with the arguments of every draft_block appended to `rounds`."""
+
+    def draft_block(base_logits, anchors, head=None, **arguments):
+        copied = {key: value.clone() for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+        rounds.append(dict(copied, base_logits=base_logits.clone(), first_draft=arguments.get("first_draft", 0)))
+        return REFERENCE_OPS.draft_block(base_logits, anchors, head, **arguments)
+
+    return SimpleNamespace(**{**vars(REFERENCE_OPS), "draft_block": draft_block, **replaced})
+
+
+def test_mtp_reads_the_targets_hidden_states():
+    """First draft of a round: the module on the hidden states of the whole text, without a cache."""
+    drafter, rounds = make_mtp(TARGET), []
+    request = requests_of()[0]
+    decode(TARGET, drafter, [request], ops=recording(rounds))
+    text = plain_greedy(TARGET, dataclasses.replace(request, max_new_tokens=40))
+    seen = [r for r in rounds if r["first_draft"] == 0][3]
+    position = int(seen["anchor_positions"][0])
+    ids = torch.tensor(text[: position + 1])
+    out = TARGET.forward(ids[:-1], Rows.of([(0, 0, position)], TARGET.device), TARGET.new_cache(1))
+    embedded = F.rms_norm(TARGET.embedding[ids[1:]], (16,), eps=1e-6)
+    x = torch.cat([embedded, F.rms_norm(out.pre_norm, (16,), eps=1e-6)], -1) @ drafter.projection.T
+    rows, cache = Rows.of([(0, 0, position)], TARGET.device), KVCache(drafter.shape, 1, "cpu", torch.float32)
+    (state,) = run_layers([drafter.layer], x, rows, cache, causal=True)
+    want = TARGET.logits(F.rms_norm(state[-1:], (16,), eps=1e-6))
+    torch.testing.assert_close(seen["base_logits"][:, 0], want, rtol=0, atol=2e-5)
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("name", ["draft model", "MTP", "block", "DSpark, threshold"])
+def test_a_request_does_not_depend_on_its_batch(name, rule):
+    make, options = SYSTEMS[name]
+    drafter = make(TARGET)
+    requests = [
+        dataclasses.replace(request, temperature=temperature)
+        for request, temperature in zip(requests_of(), (1.0, 0.0, 0.7, 1.3, 0.0, 1.0, 0.4), strict=True)
+    ]
+    batched = decode(TARGET, drafter, requests, rule=rule, batch_size=3, **options)
+    for result, request in zip(batched, requests, strict=True):
+        (alone,) = decode(TARGET, drafter, [request], rule=rule, **options)
+        assert result.output_ids == alone.output_ids
+        assert result.acceptance_lengths == alone.acceptance_lengths
+        assert result.proposal_lengths == alone.proposal_lengths
+        assert (result.draft_passes, result.target_passes) == (alone.draft_passes, alone.target_passes)
+        assert result.accepted == alone.accepted
+        assert result.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_slots_are_reused_and_differ_from_batch_rows():
+    seen = []
+
+    def accept_chain(logits, layout, proposal, *, state_indices, **arguments):
+        seen.append(tuple(state_indices.tolist()))
+        return REFERENCE_OPS.accept_chain(logits, layout, proposal, state_indices=state_indices, **arguments)
+
+    decode(TARGET, make_dspark(TARGET), requests_of(), batch_size=3, ops=recording([], accept_chain=accept_chain))
+    assert all(set(slots) <= {0, 1, 2} and len(set(slots)) == len(slots) for slots in seen)
+    assert any(slots != tuple(range(len(slots))) for slots in seen)
+    assert {len(slots) for slots in seen} == {1, 2, 3}  # the batch shrinks as the last requests end
+
+
+def test_prompts_and_drafts_share_a_pass():
+    mixed = []
+
+    def fixed_layout(block, draft_lens, **arguments):
+        layout = REFERENCE_OPS.fixed_layout(block, draft_lens, **arguments)
+        prompts = arguments["num_prefill_tokens"]
+        mixed.append(prompts is not None and bool((prompts > 0).any()) and int(layout.draft_lens.max()) > 0)
+        return layout
+
+    decode(TARGET, make_dspark(TARGET), requests_of(), batch_size=2, ops=recording([], fixed_layout=fixed_layout))
+    assert any(mixed)
+
+
+# --- ends ---
+
+
+@pytest.mark.parametrize("name", ["autoregressive", *SYSTEMS])
+def test_stop_tokens(name):
+    make, options = SYSTEMS.get(name, (lambda target: Autoregressive(), {}))
+    drafter, ended = make(TARGET), 0
+    requests = requests_of()
+    plain = [plain_greedy(TARGET, request) for request in requests]
+    for stop in range(VOCAB):
+        stopping = [dataclasses.replace(request, stop_tokens=(stop, 999)) for request in requests]
+        for result, request, text in zip(
+            decode(TARGET, drafter, stopping, batch_size=3, **options), requests, plain, strict=True
+        ):
+            begin = len(request.prompt)
+            found = [i for i in range(begin, len(text)) if text[i] == stop]
+            assert result.output_ids == (text[: found[0] + 1] if found else text)
+            assert result.new_tokens == len(result.logprobs) == len(result.output_ids) - begin
+            ended += bool(found) and found[0] + 1 < len(text)
+    assert ended > 3
+
+
+def test_rounds_are_counted_as_the_research_loop_does():
+    for name, (make, options) in SYSTEMS.items():
+        requests = requests_of(temperature=1.0)
+        for result, request in zip(decode(TARGET, make(TARGET), requests, **options), requests, strict=True):
+            assert len(result.output_ids) == len(request.prompt) + request.max_new_tokens, name
+            # The first token belongs to no round; rounds go on while the anchor is inside the output.
+            emitted = 1 + sum(result.acceptance_lengths)
+            assert emitted > request.max_new_tokens >= emitted - result.acceptance_lengths[-1], name
+            assert result.target_passes == len(result.acceptance_lengths) == len(result.proposal_lengths), name
+            assert result.target_passes == len(result.drafted_lengths) == len(result.confidences), name
+            for accepted, verified, drafted in zip(
+                result.acceptance_lengths, result.proposal_lengths, result.drafted_lengths, strict=True
+            ):
+                assert 1 <= accepted <= verified + 1 <= drafted + 1, name
+            marks = [False] + [i < n - 1 for n in result.acceptance_lengths for i in range(n)]
+            assert result.accepted == marks[: request.max_new_tokens], name
+
+
+@pytest.mark.parametrize("name, passes", [("draft model", 3), ("MTP", 3), ("block", 1), ("DSpark", 1)])
+def test_draft_passes_are_those_that_ran(monkeypatch, name, passes):
+    drafter, runs = SYSTEMS[name][0](TARGET), []
+    module = {"draft model": "model", "MTP": "drafters.mtp"}.get(name, "drafters.block")
+    import reference.model
+
+    real, own = reference.model.run_layers, (drafter.model.layers if name == "draft model" else None)
+
+    def counted(layers, *args, **kwargs):
+        if own is None or layers is own:
+            runs.append(1)
+        return real(layers, *args, **kwargs)
+
+    monkeypatch.setattr(f"reference.{module}.run_layers", counted)
+    (result,) = decode(TARGET, drafter, [requests_of()[1]])
+    assert result.draft_passes == passes * result.target_passes
+    prompt_passes = 1 if name in ("draft model", "MTP") else 0
+    assert len(runs) == result.draft_passes + prompt_passes
+
+
+def test_progress_and_seconds():
+    steps = []
+    results = decode(TARGET, make_dspark(TARGET), requests_of(), batch_size=2, progress=steps.append)
+    assert sum(steps) == sum(result.new_tokens for result in results) and min(steps) >= 0
+    assert all(result.prefill_seconds > 0 and result.verify_seconds > 0 for result in results)
+    assert all(result.draft_seconds > 0 for result in results)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_logprobs_are_those_of_the_sampling_law(temperature):
+    requests = requests_of(temperature=temperature)
+    for result in decode(TARGET, make_dspark(TARGET), requests, batch_size=4, confidence_threshold=0.4):
+        ids, begin = result.output_ids, len(result.output_ids) - result.new_tokens
+        laws = torch.log_softmax(all_logits(TARGET, ids) / (temperature or 1.0), -1)
+        want = [float(laws[i - 1, ids[i]]) for i in range(begin, len(ids))]
+        assert result.logprobs == pytest.approx(want, abs=1e-4)
+
+
+def test_a_request_without_finite_logits_ends_and_says_so():
+    tensors = model_tensors(1)
+    tensors["lm_head.weight"] = torch.full_like(tensors["lm_head.weight"], math.nan)
+    broken = Target(dict(SIZES, num_hidden_layers=2), tensors)
+    for result in decode(broken, Autoregressive(), requests_of(2)):
+        assert result.new_tokens == 1 and result.acceptance_lengths == []
+        assert result.flags & Flag.NONFINITE_ROW
+
+
+# --- scheduling ---
+
+
+def test_threshold_cuts_before_the_first_low_confidence():
+    results = decode(TARGET, make_dspark(TARGET), requests_of(temperature=1.0), confidence_threshold=0.5)
+    seen = set()
+    for result in results:
+        for length, confidences in zip(result.proposal_lengths, result.confidences, strict=True):
+            low = [i for i, confidence in enumerate(confidences) if confidence < 0.5]
+            assert length == (low[0] if low else 4)
+            seen.add(length)
+    assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("policy", ["causal", "budget"])
+def test_costs_decide_how_much_is_verified(policy):
+    def verified(seconds):
+        cost = CostTable(seconds=seconds)
+        # All prompts in the first pass: beside a long prompt even a steep table makes a draft's row look cheap.
+        results = decode(TARGET, make_dspark(TARGET), requests_of(), cost=cost, policy=policy, batch_size=7)
+        return [length for result in results for length in result.proposal_lengths]
+
+    flat, steep = verified(torch.full((64,), 1e-3)), verified(1e-3 * torch.arange(64.0).clamp(min=1) ** 2)
+    middle = verified(COST.seconds)
+    assert set(flat) == {4}
+    assert set(steep) == {0}
+    assert len(set(middle)) >= 3
+
+
+def test_budget_comes_from_older_rounds():
+    """Each slot's stale confidences are those of its last round, and 1 for a request that has had none."""
+    seen = []
+
+    def schedule_prefixes(block, cost, *, stale_confidence, state_indices, **arguments):
+        drafted = [slot for slot in state_indices.tolist() if int(block.tokens[slot, 0]) >= 0]
+        positions = arguments["anchor_positions"].tolist()
+        stale, current = stale_confidence.tolist(), block.confidence.tolist()
+        seen.append([(slot, positions[slot], stale[slot], current[slot]) for slot in drafted])
+        return REFERENCE_OPS.schedule_prefixes(
+            block, cost, stale_confidence=stale_confidence, state_indices=state_indices, **arguments
+        )
+
+    ops = recording([], schedule_prefixes=schedule_prefixes)
+    requests = requests_of(temperature=1.0)
+    results = decode(TARGET, make_dspark(TARGET), requests, cost=COST, policy="budget", batch_size=3, ops=ops)
+    last, fresh = {}, 0
+    for slot, position, stale, current in itertools.chain(*seen):
+        before = last.get(slot)
+        if before is None or position <= before[0] or before[1] != stale:
+            assert stale == [1.0] * 4
+            fresh += 1
+        last[slot] = position, current
+    assert fresh == len(requests)
+    assert sum(map(len, seen)) == sum(result.target_passes for result in results)
+
+
+# --- sampling ---
+
+
+@pytest.mark.parametrize("name", ["draft model", "MTP", "block", "DSpark, threshold", "DSpark, causal"])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_sampled_text_is_reproducible_by_seed(name, rule):
+    make, options = SYSTEMS[name]
+    requests = requests_of(temperature=1.0)
+    texts = [
+        [result.output_ids for result in decode(TARGET, make(TARGET), asked, rule=rule, **options)]
+        for asked in (requests, requests, [dataclasses.replace(r, seed=r.seed + 1000) for r in requests])
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_coupled_text_is_that_of_plain_sampling(name):
+    make, options = SYSTEMS[name]
+    requests = requests_of(temperature=0.8)
+    plain = decode(TARGET, Autoregressive(), requests, rule="coupled")
+    drafted = decode(TARGET, make(TARGET), requests, rule="coupled", batch_size=3, **options)
+    assert [result.output_ids for result in drafted] == [result.output_ids for result in plain]
+    assert any(any(result.accepted) for result in drafted)
+
+
+# Law of the first three tokens: the prefill's, and two that come from rounds. 4 ids, so 64 texts.
+LAW_VOCAB, LAW_TOKENS, LAW_TEMPERATURE, LAW_SEEDS = 4, 3, 2.0, 500
+LAW_PROMPT = [1, 3, 0]
+
+
+def law_target():
+    return make_target(LAW_VOCAB, seed=21)
+
+
+def exact_law(target):
+    """Chance of every text of LAW_TOKENS tokens after the prompt."""
+    law = {}
+    for text in itertools.product(range(LAW_VOCAB), repeat=LAW_TOKENS):
+        logits = all_logits(target, LAW_PROMPT + list(text)).double() / LAW_TEMPERATURE
+        rows = torch.log_softmax(logits, -1)[len(LAW_PROMPT) - 1 :]
+        law[text] = math.exp(sum(float(rows[i, token]) for i, token in enumerate(text)))
+    assert math.isclose(sum(law.values()), 1.0, abs_tol=1e-9)
+    return law
+
+
+def misfit(target, results):
+    """Chi-square statistic over the value that a right sampler stays below in all but 10^-6 of the seed sets.
+
+    Texts with fewer than 5 expected counts are pooled; the limit is Wilson and Hilferty's approximation.
+    """
+    expected = {text: chance * len(results) for text, chance in exact_law(target).items()}
+    counts = dict.fromkeys(expected, 0)
+    for result in results:
+        counts[tuple(result.output_ids[len(LAW_PROMPT) :])] += 1
+    common = [text for text in expected if expected[text] >= 5]
+    cells = [(counts[text], expected[text]) for text in common]
+    rest = len(results) - sum(n for n, _ in cells), len(results) - sum(m for _, m in cells)
+    assert len(common) >= 20 and rest[1] > 5
+    statistic = sum((n - m) ** 2 / m for n, m in [*cells, rest])
+    freedom = len(cells)
+    return statistic / (freedom * (1 - 2 / (9 * freedom) + 4.753 * math.sqrt(2 / (9 * freedom))) ** 3)
+
+
+def law_results(target, drafter, **options):
+    requests = [Request(LAW_PROMPT, LAW_TOKENS, LAW_TEMPERATURE, seed=seed) for seed in range(LAW_SEEDS)]
+    return decode(target, drafter, requests, batch_size=64, **options)
+
+
+def law_dspark(target):
+    return make_dspark(target, seed=12, mask_token_id=3, block_size=3)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_law_of_dspark_with_threshold(rule):
+    target = law_target()
+    results = law_results(target, law_dspark(target), rule=rule, confidence_threshold=0.45)
+    assert {length for result in results for length in result.proposal_lengths} == {0, 1, 2, 3}
+    assert misfit(target, results) < 1
+
+
+def test_law_of_dspark_with_costs():
+    target = law_target()
+    cost = CostTable(seconds=1e-3 * (1.0 + 0.01 * torch.arange(300.0)))
+    results = law_results(target, law_dspark(target), cost=cost, policy="budget")
+    assert len({length for result in results for length in result.proposal_lengths}) >= 3
+    assert misfit(target, results) < 1
+
+
+def test_law_test_convicts_a_proposal_that_is_not_the_sampled_law():
+    """The same test with drafts that were chosen greedily but are said to be sampled."""
+
+    def draft_block(*arguments, sampling, **options):
+        block = REFERENCE_OPS.draft_block(*arguments, sampling=None, keep_logits=True, **options)
+        wrong = DenseProposal(block.proposal.logits)  # at the sampling temperature
+        return dataclasses.replace(block, proposal=wrong)
+
+    target = law_target()
+    ops = SimpleNamespace(**{**vars(REFERENCE_OPS), "draft_block": draft_block})
+    results = law_results(target, law_dspark(target), confidence_threshold=0.45, ops=ops)
+    assert misfit(target, results) > 1
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(rule="typical"), "rule: expected one of 'token', 'block', 'coupled', got 'typical'"),
+        (dict(max_drafts=0), "max_drafts: expected >= 1, got 0"),
+        (dict(confidence_threshold=1.5), "confidence_threshold: .* got 1.5"),
+        (dict(confidence_threshold=math.nan), "confidence_threshold: .* got nan"),
+        (dict(batch_size=0), "batch_size: expected >= 1, got 0"),
+        (dict(cost=COST, confidence_threshold=0.5), "confidence_threshold: expected 0 together with cost"),
+        (dict(cost=COST, policy="greedy"), "policy: .* got 'greedy'"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        decode(TARGET, make_dspark(TARGET), requests_of(1), **options)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(prompt=[]), r"requests\[0\].prompt: expected ids from 0 to 10, at least one"),
+        (dict(prompt=[0, 11]), r"requests\[0\].prompt"),
+        (dict(prompt=[-1]), r"requests\[0\].prompt"),
+        (dict(max_new_tokens=0), r"requests\[0\].max_new_tokens: expected >= 1, got 0"),
+        (dict(seed=1 << 63), r"requests\[0\].seed: expected a 64-bit integer"),
+    ],
+)
+def test_bad_requests(change, message):
+    with pytest.raises(ValueError, match=message):
+        decode(TARGET, Autoregressive(), requests_of(1, **change))
+
+
+@pytest.mark.parametrize("name", ["draft model", "MTP", "block"])
+@pytest.mark.parametrize("options", [dict(confidence_threshold=0.5), dict(cost=COST)])
+def test_scheduling_needs_confidence(name, options):
+    with pytest.raises(ValueError, match="drafter: expected one with a confidence head"):
+        decode(TARGET, SYSTEMS[name][0](TARGET), requests_of(1), **options)
+
+
+def test_nothing_to_decode():
+    assert decode(TARGET, make_dspark(TARGET), []) == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(target_layer_ids=[0, 1, 2]), r"target_layer_ids from -1 to 1, got \[0, 1, 2\]"),
+        (dict(target_layer_ids=[]), r"got \[\]"),
+        (dict(block_size=0), "block_size >= 1"),
+        (dict(mask_token_id=VOCAB), "mask_token_id below it"),
+        (dict(vocab_size=VOCAB + 1), f"vocab_size {VOCAB}"),
+        (dict(target_layer_ids=[0]), r"fc.weight: expected shape \[16, 16\], got \[16, 48\]"),
+    ],
+)
+def test_bad_block_configs(change, message):
+    with pytest.raises(ValueError, match=message):
+        Block({**BLOCK, **change}, block_tensors(4), TARGET)
+
+
+def test_bad_drafters():
+    tensors = block_tensors(4)
+    for key in ("block_size", "mask_token_id", "target_layer_ids"):
+        with pytest.raises(ValueError, match=f"expected the key '{key}'"):
+            Block({name: value for name, value in BLOCK.items() if name != key}, tensors, TARGET)
+    with pytest.raises(ValueError, match="embed_tokens.weight: expected a tensor of shape"):
+        Block(BLOCK, {**tensors, "lm_head.weight": torch.zeros(VOCAB, 16)}, TARGET)
+    with pytest.raises(ValueError, match="markov_head.markov_w1.weight"):
+        DSpark(DSPARK, tensors, TARGET)
+    with pytest.raises(ValueError, match="got 'lstm'"):
+        make_dspark(TARGET, kind="lstm")
+    with pytest.raises(ValueError, match="expected 4 sts_temperatures, got 1"):
+        make_dspark(TARGET, sts_temperatures=[1.0])
+    with pytest.raises(ValueError, match=r"eh_proj.weight: expected a tensor of shape \[16, 32\]"):
+        MTP({}, {f"{name}.weight": torch.ones(16) for name in ("enorm", "hnorm", "norm")}, TARGET)
+    with pytest.raises(ValueError, match="expected vocab_size 11, got 4"):
+        DraftModel(dict(SIZES, num_hidden_layers=2, vocab_size=4), model_tensors(1, vocab=4), TARGET)
+    for wrong in (0, True, "7"):
+        with pytest.raises(ValueError, match="max_drafts >= 1"):
+            DraftModel(dict(SIZES, num_hidden_layers=2, max_drafts=wrong), model_tensors(1), TARGET)
