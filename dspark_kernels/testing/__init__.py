@@ -1,0 +1,1 @@
+"""Tools for tests of the kernels and of engines that use them."""

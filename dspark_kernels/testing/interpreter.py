@@ -1,0 +1,397 @@
+"""Triton's CPU interpreter (TRITON_INTERPRET=1) made right and fast enough to test kernels in: triton 3.6 to 3.9.
+
+Right, as a GPU computes:
+- casts to bf16 and fp8 round to nearest even (fp8 saturates); arithmetic, dot and reductions on bf16 and fp8 use the values.
+  The stock interpreter truncates, and otherwise works on the raw bits as unsigned integers.
+- loads, stores and atomics take strided and broadcast blocks; the stock ones read past them. A masked-out atomic returns 0.
+- loops with a bound known at run time work with numpy >= 2.4 (triton 3.6 raises); minimum and maximum ignore a NaN operand.
+Fast:
+- a custom `tl.reduce` or `tl.associative_scan` makes log2(n) calls on whole blocks instead of one call per element.
+- no integer overflow checks, and triton.language is patched once per launch instead of at every call of a device function.
+
+`threads(n)` runs the programs of a launch at the same time, which is what a grid barrier or a spin wait between programs needs.
+Not repaired: fp8e4b15, bf16 atomics, `tl.fma` (rounds twice before triton 3.9). Oracle of the casts: torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import math
+import threading
+import time
+import types
+
+import torch
+
+try:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter as stock
+    from triton.runtime.jit import JITFunction
+except ImportError:
+    tl = None  # no Triton (or no numpy for its interpreter): there is nothing to repair
+
+
+def interpreting() -> bool:
+    """Whether kernels run in the interpreter: Triton is there and was imported with TRITON_INTERPRET=1."""
+    return tl is not None and not isinstance(tl.cdiv, JITFunction)
+
+
+def repair() -> bool:
+    """Repair the interpreter for this process; True if kernels run in it. Calling it again changes nothing."""
+    if interpreting() and not hasattr(stock, "_repaired_by_dspark_kernels"):
+        _install()
+        stock._repaired_by_dspark_kernels = True
+    return interpreting()
+
+
+# --- numbers in 8 and 16 bits ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _torch_dtypes() -> dict:
+    """Formats that the interpreter keeps as raw bits -> the torch dtype with the same bits."""
+    return {
+        tl.bfloat16: torch.bfloat16,
+        tl.float8e4nv: torch.float8_e4m3fn,
+        tl.float8e5: torch.float8_e5m2,
+        tl.float8e4b8: torch.float8_e4m3fnuz,
+        tl.float8e5b16: torch.float8_e5m2fnuz,
+    }
+
+
+@functools.cache
+def _fp8_values(dtype):
+    bits = torch.arange(256, dtype=torch.uint8)
+    return bits.view(_torch_dtypes()[dtype]).to(torch.float32).numpy()
+
+
+def _is_raw(handle) -> bool:
+    """Whether a handle holds bits that numpy takes for integers. (A comparison's booleans keep their operands' dtype.)"""
+    return handle.dtype.scalar in _torch_dtypes() and handle.data.dtype != np.bool_
+
+
+def _decode(handle):
+    """fp32 (bf16, fp8) or unchanged values of a handle."""
+    if not _is_raw(handle):
+        return handle.data
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return _fp8_values(handle.dtype.scalar)[handle.data.view(np.uint8)]
+
+
+def _encode(values, dtype):
+    """Bits of `values` in `dtype`, rounded to nearest even; fp8 saturates, as the conversion instructions of GPUs do."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    if dtype == tl.bfloat16:
+        bits = values.view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        rounded = ((bits + (np.uint32(0x7FFF) + odd)) >> np.uint32(16)).astype(np.uint16)
+        nan = np.isnan(values)
+        return np.where(nan, np.uint16(0x7FC0), rounded) if nan.any() else rounded
+    target = _torch_dtypes()[dtype]
+    largest = np.float32(torch.finfo(target).max)
+    values = np.where(np.isnan(values), values, np.clip(values, -largest, largest))
+    return torch.from_numpy(values).to(target).view(torch.uint8).numpy()
+
+
+def _handle(values, dtype):
+    """A handle of `dtype` from decoded values."""
+    if values.dtype == np.bool_ and dtype.is_floating():
+        return stock.TensorHandle(values, tl.int1)
+    return stock.TensorHandle(_encode(values, dtype) if dtype in _torch_dtypes() else values, dtype)
+
+
+def _cast(original):
+    def cast_impl(self, src, dst_type):
+        dst = dst_type.scalar
+        if dst in _torch_dtypes():
+            return stock.TensorHandle(_encode(_decode(src), dst), dst)
+        if _is_raw(src):
+            return stock.TensorHandle(_decode(src).astype(stock._get_np_dtype(dst)), dst)
+        return original(self, src, dst_type)
+
+    return cast_impl
+
+
+def _float_cast(original):
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        toward_zero = rounding_mode == stock._ir.ROUNDING_MODE.RTZ
+        if toward_zero or not (_is_raw(src) or dst_type.scalar in _torch_dtypes()):
+            return original(self, src, dst_type, rounding_mode)
+        return self.cast_impl(src, dst_type)
+
+    return create_fp_to_fp
+
+
+def _elementwise(original, operands: int):
+    """An operation of `operands` handles and a numpy function; the result has the type of the first handle (of three: the
+    last, because the first may be a condition)."""
+
+    def operation(self, *args):
+        handles, function = args[:operands], args[operands]
+        # A choice moves bits and needs no values.
+        if function is np.where or not any(map(_is_raw, handles)):
+            return original(self, *args)
+        kind = handles[-1 if operands == 3 else 0].dtype.scalar
+        return _handle(function(*map(_decode, handles)), kind)
+
+    return operation
+
+
+def _fma(original):
+    def create_fma(self, x, y, z):
+        if not _is_raw(z):
+            return original(self, x, y, z)
+        return _handle(_decode(x) * _decode(y) + _decode(z), z.dtype.scalar)
+
+    return create_fma
+
+
+def _dot(original):
+    def create_dot(self, a, b, d, *options):
+        if not (_is_raw(a) or _is_raw(b)):
+            return original(self, a, b, d, *options)
+        product = np.matmul(_decode(a), _decode(b), dtype=np.float32)
+        return stock.TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+    return create_dot
+
+
+# --- reductions and scans -------------------------------------------------------------------------------------------------
+
+
+def _combine(operation, left, right, dtypes):
+    """The combine function on blocks of pairs: lists of arrays in, list of arrays out."""
+    wrapped = [operation.to_tensor(x, dtype) for side in (left, right) for x, dtype in zip(side, dtypes)]
+    out = operation.combine_fn(*wrapped)
+    out = out if isinstance(out, (tuple, list, tl.tuple)) else (out,)
+    arrays = [np.asarray(o.handle.data if isinstance(o, tl.tensor) else o) for o in out]
+    return [np.broadcast_to(a, x.shape).astype(x.dtype) for a, x in zip(arrays, left)]
+
+
+def _generic_reduce(self, input):
+    """Neighbours are combined until one is left, so the order of operands is kept."""
+    whole, rank = self.axis is None, input[0].handle.data.ndim
+    input, axis = self.unravel(input, self.axis)
+    dtypes = [x.dtype for x in input]
+    parts = [np.moveaxis(x.handle.data, axis, 0) for x in input]
+    while parts[0].shape[0] > 1:
+        parts = _combine(self, [x[0::2] for x in parts], [x[1::2] for x in parts], dtypes)
+    out = []
+    for part, dtype in zip(parts, dtypes):
+        part = part[0]
+        if self.keep_dims:
+            part = part.reshape((1,) * rank) if whole else np.expand_dims(part, axis)
+        out.append(self.to_tensor(part if part.shape else part.item(), dtype))
+    return out
+
+
+def _generic_scan(self, input):
+    """After the step of width w each element covers the 2w elements that end at it."""
+    dtypes = [x.dtype for x in input]
+    parts = [np.moveaxis(x.handle.data, self.axis, 0) for x in input]
+    width = 1
+    while width < parts[0].shape[0]:
+        later = _combine(self, [x[:-width] for x in parts], [x[width:] for x in parts], dtypes)
+        parts = [np.concatenate([x[:width], y]) for x, y in zip(parts, later)]
+        width *= 2
+    return [self.to_tensor(np.ascontiguousarray(np.moveaxis(x, 0, self.axis)), dtype) for x, dtype in zip(parts, dtypes)]
+
+
+def _values_only(original, generic):
+    """numpy's own sum, maximum, ... where elements are numbers to numpy; the generic way where they are raw bits."""
+
+    def apply_impl(self, input):
+        if any(_is_raw(x.handle) for x in input):
+            flip = getattr(self, "reverse", False)
+            if flip:
+                input = [self.to_tensor(np.flip(x.handle.data, self.axis), x.dtype) for x in input]
+            out = generic(self, input)
+            if flip:
+                out = [self.to_tensor(np.flip(x.handle.data, self.axis), x.dtype) for x in out]
+            return out
+        return original(self, input)
+
+    return apply_impl
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def _memory(native):
+    """The interpreter's native memory operations behind contiguous arguments."""
+
+    def contiguous(*arrays):
+        return [np.ascontiguousarray(x) for x in arrays]
+
+    def load(pointers, mask, other, dtype):
+        return native.load(*contiguous(pointers, mask, other), dtype)
+
+    def store(pointers, value, mask):
+        return native.store(*contiguous(pointers, value, mask))
+
+    def atomic_rmw(operation, pointers, value, mask, order):
+        if (group := getattr(_group, "current", None)) and group.stopped:
+            raise _Stopped  # where a program waits for another that has failed
+        pointers, value, mask = contiguous(pointers, value, mask)
+        old = native.atomic_rmw(operation, pointers, value, mask, order)
+        return old if mask.all() else np.where(mask, old, np.zeros_like(old))
+
+    def atomic_cas(pointers, expected, value, order):
+        return native.atomic_cas(*contiguous(pointers, expected, value), order)
+
+    members = {name: getattr(native, name) for name in dir(native) if not name.startswith("__")}
+    members.update(load=load, store=store, atomic_rmw=atomic_rmw, atomic_cas=atomic_cas)
+    return types.SimpleNamespace(**members)
+
+
+# --- launches -------------------------------------------------------------------------------------------------------------
+
+_launches = 0  # launches in progress: triton.language is patched
+_group = threading.local()  # .current: the _Programs that a thread belongs to
+
+
+def _patched_language(original):
+    # Kernels see triton.language as tl, the standard library sees tl.core: both are patched, once for the whole launch.
+    everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def patch(fn):
+        scope = original(everything)
+        scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(())))
+        return scope
+
+    return patch
+
+
+def _launch(original):
+    def run(self, *args, **kwargs):
+        global _launches
+        _launches += 1
+        try:
+            # What an interpreted kernel divides by zero or overflows, a GPU does silently.
+            with np.errstate(all="ignore"):
+                return original(self, *args, **kwargs)
+        finally:
+            _launches -= 1
+
+    return run
+
+
+def _device_call(original):
+    def call(self, *args, **kwargs):
+        if _launches:
+            return self.rewrite()(*args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return call
+
+
+class _PerThread:
+    """An attribute of the builder that every thread has for itself."""
+
+    def __init__(self):
+        self._local = threading.local()
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else getattr(self._local, "value", None)
+
+    def __set__(self, instance, value):
+        self._local.value = value
+
+
+class _Stopped(Exception):
+    """Ends a program whose launch has failed already."""
+
+
+class _Programs:
+    """The programs of one launch, each in a thread."""
+
+    def __init__(self, function, limit: int, timeout: float):
+        self.function, self.limit, self.timeout = function, limit, timeout
+        self.threads, self.errors, self.stopped = [], [], False
+        # The stock launch inspects the function it calls.
+        self.__signature__ = inspect.signature(function)
+
+    def __call__(self, **arguments):
+        """Start the program the stock launch has come to; after the last one wait for all."""
+        builder = stock.interpreter_builder
+        total = math.prod(builder.grid_dim)
+        if total > self.limit:
+            raise RuntimeError(f"threads: a grid of {total} programs does not fit {self.limit} threads")
+        self.threads.append(threading.Thread(target=self._run, args=(builder.grid_idx, arguments), daemon=True))
+        self.threads[-1].start()
+        if len(self.threads) == total:
+            self._wait()
+
+    def _run(self, index, arguments):
+        stock.interpreter_builder.grid_idx = index
+        _group.current = self
+        try:
+            with np.errstate(all="ignore"):
+                self.function(**arguments)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self.errors.append(error)
+            self.stopped = True
+
+    def _wait(self):
+        end = time.monotonic() + self.timeout
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        if any(thread.is_alive() for thread in self.threads):
+            self.stopped = True
+            raise TimeoutError(f"threads: the programs of a launch did not all end within {self.timeout} s")
+        if self.errors:
+            raise self.errors[0]
+
+
+@contextlib.contextmanager
+def threads(limit: int, timeout: float = 60.0):
+    """Within it all programs of a launch run at the same time, one thread each.
+
+    Raises InterpreterError from a launch of more than `limit` programs, one that a program fails in, or one that takes
+    longer than `timeout` seconds (programs that wait for each other in vain).
+    """
+    before = stock.GridExecutor.__call__
+
+    def run(self, *args, **kwargs):
+        self.fn = _Programs(self.fn, limit, timeout)
+        return before(self, *args, **kwargs)
+
+    stock.GridExecutor.__call__ = run
+    try:
+        yield
+    finally:
+        stock.GridExecutor.__call__ = before
+
+
+def _install() -> None:
+    builder = stock.InterpreterBuilder
+    for target, name, repaired in (
+        (builder, "cast_impl", _cast),
+        (builder, "create_fp_to_fp", _float_cast),
+        (builder, "unary_op", functools.partial(_elementwise, operands=1)),
+        (builder, "binary_op", functools.partial(_elementwise, operands=2)),
+        (builder, "ternary_op", functools.partial(_elementwise, operands=3)),
+        (builder, "create_fma", _fma),
+        (builder, "create_dot", _dot),
+        (stock.ReduceOps, "apply_impl", functools.partial(_values_only, generic=_generic_reduce)),
+        (stock.ScanOps, "apply_impl", functools.partial(_values_only, generic=_generic_scan)),
+        (stock, "_interpreter", _memory),
+        (stock, "_patch_lang", _patched_language),
+        (stock.GridExecutor, "__call__", _launch),
+        (stock.InterpretedFunction, "__call__", _device_call),
+    ):
+        setattr(target, name, repaired(getattr(target, name)))
+    stock.ReduceOps.generic_reduce = _generic_reduce
+    stock.ScanOps.generic_scan = _generic_scan
+    builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+    builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+    builder.grid_idx = _PerThread()
+    current = stock.interpreter_builder
+    current.options = dataclasses.replace(current.options, sanitize_overflow=False)
