@@ -1,7 +1,7 @@
 """Where tests run: Triton's interpreter, repaired, unless TRITON_INTERPRET=0 is set on a machine with a GPU.
 
-Kernels are compiled or interpreted for a whole process. Where there is a GPU, the tests marked `gpu` therefore run in a second
-pytest process with TRITON_INTERPRET=0, started when the first one has finished; its result counts.
+Kernels are compiled or interpreted for a whole process. Where there is a GPU, the tests marked `gpu` therefore run in a
+second pytest process with TRITON_INTERPRET=0, started when the first one has finished; its result counts.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """Triton's CPU interpreter (TRITON_INTERPRET=1) made right and fast enough to test kernels in: triton 3.6 to 3.9.
 
 Right, as a GPU computes:
-- casts to bf16 and fp8 round to nearest even (fp8 saturates); arithmetic, dot and reductions on bf16 and fp8 use the values.
-  The stock interpreter truncates, and otherwise works on the raw bits as unsigned integers.
-- loads, stores and atomics take strided and broadcast blocks; the stock ones read past them. A masked-out atomic returns 0.
-- loops with a bound known at run time work with numpy >= 2.4 (triton 3.6 raises); minimum and maximum ignore a NaN operand.
+- casts to bf16 and fp8 round to nearest even (fp8 saturates); arithmetic, dot and reductions on bf16 and fp8 use the
+  values. The stock interpreter truncates, and otherwise works on the raw bits as unsigned integers.
+- loads, stores and atomics take strided and broadcast blocks; the stock ones read past them. A masked-out atomic
+  returns 0.
+- loops with a bound known at run time work with numpy >= 2.4 (triton 3.6 raises); minimum and maximum ignore a NaN
+  operand.
 Fast:
 - a custom `tl.reduce` or `tl.associative_scan` makes log2(n) calls on whole blocks instead of one call per element.
-- no integer overflow checks, and triton.language is patched once per launch instead of at every call of a device function.
+- no integer overflow checks, and triton.language is patched once per launch instead of at every device function call.
 
-`threads(n)` runs the programs of a launch at the same time, which is what a grid barrier or a spin wait between programs needs.
-Not repaired: fp8e4b15, bf16 atomics, `tl.fma` (rounds twice before triton 3.9). Oracle of the casts: torch.
+`threads(n)` runs the programs of a launch at the same time, which a grid barrier or a wait between programs needs. Not
+repaired: fp8e4b15, bf16 atomics, `tl.fma` (rounds twice before triton 3.9). Oracle of the casts: torch.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def repair() -> bool:
     return interpreting()
 
 
-# --- numbers in 8 and 16 bits ---------------------------------------------------------------------------------------------
+# --- numbers in 8 and 16 bits ---------------------------------------------------------------------
 
 
 @functools.cache
@@ -70,7 +72,7 @@ def _fp8_values(dtype):
 
 
 def _is_raw(handle) -> bool:
-    """Whether a handle holds bits that numpy takes for integers. (A comparison's booleans keep their operands' dtype.)"""
+    """Whether a handle holds bits that numpy takes for integers (booleans may carry their operands' dtype)."""
     return handle.dtype.scalar in _torch_dtypes() and handle.data.dtype != np.bool_
 
 
@@ -84,7 +86,7 @@ def _decode(handle):
 
 
 def _encode(values, dtype):
-    """Bits of `values` in `dtype`, rounded to nearest even; fp8 saturates, as the conversion instructions of GPUs do."""
+    """Bits of `values` in `dtype`, rounded to nearest even; fp8 saturates, as on GPUs."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     if dtype == tl.bfloat16:
         bits = values.view(np.uint32)
@@ -128,8 +130,10 @@ def _float_cast(original):
 
 
 def _elementwise(original, operands: int):
-    """An operation of `operands` handles and a numpy function; the result has the type of the first handle (of three: the
-    last, because the first may be a condition)."""
+    """An operation of `operands` handles and a numpy function.
+
+    The result has the type of the first handle, or of the last of three, because then the first may be a condition.
+    """
 
     def operation(self, *args):
         handles, function = args[:operands], args[operands]
@@ -161,7 +165,7 @@ def _dot(original):
     return create_dot
 
 
-# --- reductions and scans -------------------------------------------------------------------------------------------------
+# --- reductions and scans -------------------------------------------------------------------------
 
 
 def _combine(operation, left, right, dtypes):
@@ -199,7 +203,8 @@ def _generic_scan(self, input):
         later = _combine(self, [x[:-width] for x in parts], [x[width:] for x in parts], dtypes)
         parts = [np.concatenate([x[:width], y]) for x, y in zip(parts, later)]
         width *= 2
-    return [self.to_tensor(np.ascontiguousarray(np.moveaxis(x, 0, self.axis)), dtype) for x, dtype in zip(parts, dtypes)]
+    parts = [np.ascontiguousarray(np.moveaxis(x, 0, self.axis)) for x in parts]
+    return [self.to_tensor(x, dtype) for x, dtype in zip(parts, dtypes)]
 
 
 def _values_only(original, generic):
@@ -219,7 +224,7 @@ def _values_only(original, generic):
     return apply_impl
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def _memory(native):
@@ -249,7 +254,7 @@ def _memory(native):
     return types.SimpleNamespace(**members)
 
 
-# --- launches -------------------------------------------------------------------------------------------------------------
+# --- launches -------------------------------------------------------------------------------------
 
 _launches = 0  # launches in progress: triton.language is patched
 _group = threading.local()  # .current: the _Programs that a thread belongs to
