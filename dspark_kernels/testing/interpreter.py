@@ -5,8 +5,8 @@ Right, as a GPU computes:
   values. The stock interpreter truncates, and otherwise works on the raw bits as unsigned integers.
 - loads, stores and atomics take strided and broadcast blocks; the stock ones read past them. A masked-out atomic
   returns 0.
-- loops with a bound known at run time work with numpy >= 2.4 (triton 3.6 raises); minimum and maximum ignore a NaN
-  operand.
+- loops with a bound known at run time work with numpy >= 2.4 (triton 3.6 raises), and a loop variable is a tensor
+  (stock: a Python int, which has no `.to`). minimum and maximum ignore a NaN operand.
 Fast:
 - a custom `tl.reduce` or `tl.associative_scan` makes log2(n) calls on whole blocks instead of one call per element.
 - no integer overflow checks, and triton.language is patched once per launch instead of at every device function call.
@@ -17,6 +17,7 @@ repaired: fp8e4b15, bf16 atomics, `tl.fma` (rounds twice before triton 3.9). Ora
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -260,6 +261,24 @@ _launches = 0  # launches in progress: triton.language is patched
 _group = threading.local()  # .current: the _Programs that a thread belongs to
 
 
+def _tensor_range(*bounds, **hints):
+    for i in range(*bounds):
+        yield stock.interpreter_semantic.to_tensor(i)
+
+
+def _loops(original):
+    """The rewriting of kernel sources, with `range` giving tensors as it does when compiled."""
+
+    class Transformer(original):
+        def visit_For(self, node):
+            called = node.iter.func if isinstance(node.iter, ast.Call) else None
+            if isinstance(called, ast.Name) and called.id == "range":
+                called.id = _tensor_range.__name__  # found there: a rewritten kernel sees the globals of `stock`
+            return self.generic_visit(node)
+
+    return Transformer()
+
+
 def _patched_language(original):
     # Kernels see triton.language as tl, the standard library sees tl.core: both are patched, once for the whole launch.
     everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
@@ -267,6 +286,7 @@ def _patched_language(original):
     def patch(fn):
         scope = original(everything)
         scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(())))
+        scope.set_attr(tl, "range", _tensor_range)
         return scope
 
     return patch
@@ -318,7 +338,7 @@ class _Programs:
     def __init__(self, function, limit: int, timeout: float):
         self.function, self.limit, self.timeout = function, limit, timeout
         self.threads, self.errors, self.stopped = [], [], False
-        # The stock launch inspects the function it calls.
+        functools.update_wrapper(self, function)  # the stock launch inspects what it calls
         self.__signature__ = inspect.signature(function)
 
     def __call__(self, **arguments):
@@ -393,6 +413,8 @@ def _install() -> None:
         (stock.InterpretedFunction, "__call__", _device_call),
     ):
         setattr(target, name, repaired(getattr(target, name)))
+    stock._tensor_range = _tensor_range
+    stock.FunctionRewriter.ast_transformer = _loops(stock.ASTTransformer)
     stock.ReduceOps.generic_reduce = _generic_reduce
     stock.ScanOps.generic_scan = _generic_scan
     builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)

@@ -1,0 +1,522 @@
+"""What each kernel compiles to on each architecture, without a GPU: registers, spills, memory, matrix instructions.
+
+The launches are the ops' own: every case calls a public op on CPU tensors under another architecture's launch
+configuration, and the launch is compiled instead of run. Each row is keyed by two digests: `source`, of the code of the
+kernel and all device functions it can call, and `launch`, of everything else that decides the binary (types and
+alignment of arguments, constants, options). `--check` computes both again, without compiling, and compares.
+
+    python -m bench.compile                    compile everything and write bench/results/compile.csv
+    python -m bench.compile --arch sm_90       the same for one architecture; other rows stay
+    python -m bench.compile --check            are the committed rows those of the code as it is?
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import inspect
+import io
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # kernels imported below are to be compiled
+
+import torch  # noqa: E402
+
+import dspark_kernels as dk  # noqa: E402
+from dspark_kernels.launch import arch as archs  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "bench" / "results" / "compile.csv"
+KERNELS = ROOT / "dspark_kernels" / "kernels"
+
+# --- cases: one call of a public op each ------------------------------------------------------------------------------
+
+VOCAB, DRAFTS, RANK, HIDDEN = 151936, 7, 256, 2560  # Qwen3-4B with its published drafter
+
+
+def _empty(*shape, dtype=torch.bfloat16):
+    # Never touched, so the memory of full-size tensors is never really taken.
+    return torch.empty(*shape, dtype=dtype)
+
+
+def _ints(*shape, dtype=torch.int64):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def _sampling(slots):
+    return dk.SamplingTensors(torch.ones(slots), _ints(slots))
+
+
+def _draft(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16, sampled=True, confidence=True,
+           slots=None, **options):  # fmt: skip
+    size = requests if slots is None else slots
+    head = dk.MarkovHead(_empty(vocab, rank, dtype=dtype), _empty(vocab, rank, dtype=dtype)) if rank else None
+    confidence_head = None
+    if confidence:
+        sts = torch.ones(drafts)
+        confidence_head = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), sts)
+    proposal = dk.DenseProposal(_empty(size, drafts, vocab, dtype=dtype), lse=_empty(size, drafts, dtype=torch.float32))
+    scores = [_empty(size, drafts, dtype=torch.float32) if confidence else None for _ in range(2)]
+    dk.draft_block(
+        _empty(requests, drafts, vocab, dtype=dtype),
+        _ints(size),
+        head,
+        anchor_positions=_ints(size),
+        sampling=_sampling(size) if sampled else None,
+        hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence else None,
+        confidence=confidence_head,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        out=dk.DraftBlock(
+            _ints(size, drafts),
+            proposal if sampled else dk.OneHotProposal(),
+            _ints(requests, dtype=torch.int32),
+            *scores,
+        ),
+        workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
+        **options,
+    )
+
+
+def _layout(requests, *, drafts=DRAFTS, prefill=False, paged=False, slots=None):
+    size = requests if slots is None else slots
+    block = dk.DraftBlock(_ints(size, drafts), dk.OneHotProposal(), _ints(requests, dtype=torch.int32))
+    return dk.fixed_layout(
+        block,
+        _ints(requests, dtype=torch.int32),
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        max_rows=requests * (drafts + 1) if prefill else None,
+        num_prefill_tokens=_ints(requests, dtype=torch.int32) if prefill else None,
+        emits=torch.ones(requests, dtype=torch.bool) if prefill else None,
+        block_tables=_ints(size, 2048, dtype=torch.int32) if paged else None,
+        page_size=16 if paged else None,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+    )
+
+
+def _rows(requests, drafts):
+    """The layout of a full batch, made without a launch."""
+    rows = requests * (drafts + 1)
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    return dk.VerifyLayout(
+        draft_lens=int32(requests),
+        query_start_loc=int32(requests + 1),
+        cu_num_logits=int32(requests + 1),
+        token_ids=_ints(rows),
+        positions=_ints(rows),
+        batch_indices=int32(rows),
+        logits_indices=int32(rows),
+        num_rows=int32(1),
+        flags=int32(requests),
+        max_drafts=drafts,
+    )
+
+
+def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None):
+    size = requests if slots is None else slots
+    law = None
+    if proposal != "one_hot":
+        lse = _empty(size, drafts, dtype=torch.float32) if proposal == "lse" else None
+        law = dk.DenseProposal(_empty(size, drafts, vocab, dtype=dtype), lse=lse)
+    dk.accept_chain(
+        _empty(requests * (drafts + 1), vocab, dtype=dtype),
+        _rows(requests, drafts),
+        law,
+        sampling=_sampling(size) if sampled else None,
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
+    )
+
+
+# op -> case -> call. A case for every constant and optional argument that makes another binary.
+CASES: dict[str, dict[str, Callable[[], object]]] = {
+    "draft_block": {
+        "sampled_r1": lambda: _draft(1),
+        "sampled_r8": lambda: _draft(8),
+        "sampled_r64": lambda: _draft(64),
+        "sampled_r64_slots": lambda: _draft(64, slots=80),
+        "sampled_r1_fp32": lambda: _draft(1, dtype=torch.float32),
+        "sampled_r64_fp32": lambda: _draft(64, dtype=torch.float32),
+        "sampled_r8_k5_v129280": lambda: _draft(8, drafts=5, vocab=129280),
+        "sampled_r64_rank64": lambda: _draft(64, rank=64),
+        "coupled_r64": lambda: _draft(64, noise="coupled"),
+        "plain_r1": lambda: _draft(1, rank=0, confidence=False),
+        "plain_r64": lambda: _draft(64, rank=0, confidence=False),
+        "greedy_r1": lambda: _draft(1, sampled=False),
+        "greedy_r64": lambda: _draft(64, sampled=False, confidence=False),
+    },
+    "fixed_layout": {
+        "r1": lambda: _layout(1),
+        "r64": lambda: _layout(64),
+        "r256_paged": lambda: _layout(256, paged=True, slots=300),
+        "r1024_prefill": lambda: _layout(1024, prefill=True, paged=True, slots=1100),
+    },
+    "accept_chain": {
+        "dense": lambda: _accept(64),
+        "dense_r1": lambda: _accept(1),
+        "dense_slots": lambda: _accept(64, slots=80),
+        "dense_fp32": lambda: _accept(64, dtype=torch.float32),
+        "dense_k5_v32000": lambda: _accept(64, drafts=5, vocab=32000),
+        "dense_swept": lambda: _accept(64, proposal="no lse"),
+        "one_hot": lambda: _accept(64, proposal="one_hot"),
+        "one_hot_v1000": lambda: _accept(64, proposal="one_hot", vocab=1000),
+        "greedy": lambda: _accept(64, proposal="one_hot", sampled=False),
+    },
+}
+
+
+# --- what a launch is -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def code_digest(path: Path, root: Path = KERNELS) -> str:
+    """Digest of the code (not comments, docstrings, layout) of a module and of all modules under `root` it imports."""
+    seen: dict[str, str] = {}
+
+    def visit(file: Path):
+        name = str(file.relative_to(root))
+        if name in seen:
+            return
+        text = file.read_text()
+        seen[name] = " ".join(_code_tokens(text))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                for found in (target.with_suffix(".py"), *(target / f"{alias.name}.py" for alias in node.names)):
+                    if found.is_file():
+                        visit(found)
+
+    visit(path)
+    return _digest("\n".join(f"{name}: {code}" for name, code in sorted(seen.items())))
+
+
+def _code_tokens(text: str):
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in skip]
+    start = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    for i, token in enumerate(tokens):
+        alone = token.type == tokenize.STRING and (i == 0 or tokens[i - 1].type in start)
+        if alone and tokens[i + 1].type == tokenize.NEWLINE:
+            continue  # a docstring
+        yield tokenize.tok_name[token.type] if token.type in start else token.string
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _constant(value) -> str:
+    value = getattr(value, "value", value) if type(value).__name__ == "constexpr" else value
+    if hasattr(value, "fn"):
+        return f"{value.fn.__module__}.{value.fn.__qualname__}"
+    return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def _argument(value, parameter) -> str:
+    """What the compiler sees of an argument: its type, and whether its value is 1 or a multiple of 16."""
+    if parameter.is_constexpr:
+        return f"constant {_constant(value)}"
+    if value is None:
+        return "None"
+    if isinstance(value, torch.Tensor):
+        return f"*{value.dtype}" + (":16" if value.data_ptr() % 16 == 0 else "")
+    if isinstance(value, int) and not isinstance(value, bool):
+        width = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if parameter.do_not_specialize:
+            return width
+        return f"{width}:1" if value == 1 else f"{width}:16" if value % 16 == 0 else width
+    return type(value).__name__
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One captured launch: what it is compiled from, and, if it was compiled, the result and the time it took."""
+
+    kernel: str
+    source: str
+    launch: str
+    compiled: object = None
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def capture(arch: str, compiled: bool):
+    """Within it launches are appended to the list it gives instead of being run; kernels compile only if asked to."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+    original, active = JITFunction.run, driver._active
+    done: dict[str, tuple] = _COMPILED.setdefault(arch, {})
+
+    def run(self, *args, grid, warmup, **kwargs):
+        names = {p.name for p in self.params}
+        bound = self.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in names})
+        bound.apply_defaults()
+        text = [f"{p.name} {_argument(bound.arguments[p.name], p)}" for p in self.params]
+        text += [f"{k}={_constant(v)}" for k, v in sorted(kwargs.items()) if k not in names]
+        source, launch = code_digest(Path(inspect.getfile(self.fn))), _digest("\n".join(text))
+        key = f"{self.fn.__qualname__} {source} {launch}"
+        if compiled and key not in done:
+            self.device_caches.clear()  # it is kept per device, and here one device stands for every target
+            started = time.perf_counter()
+            done[key] = original(self, *args, grid=grid, warmup=True, **kwargs), time.perf_counter() - started
+        launches.append(Launch(self.fn.__name__, source, launch, *done.get(key, ())))
+
+    JITFunction.run = run
+    if compiled:
+        number = arch.removeprefix("sm_")
+        target = GPUTarget("cuda", int(number), 32) if number.isdigit() else GPUTarget("hip", arch, 64)
+        driver.set_active(_stub_driver(target))
+    try:
+        with archs.override(arch):
+            yield launches
+    finally:
+        JITFunction.run = original
+        driver._active = active
+
+
+_COMPILED: dict[str, dict[str, tuple]] = {}  # arch -> launch -> (kernel, seconds): cases may share a binary
+
+
+def _stub_driver(target):
+    """A driver for a GPU that is not there, enough to compile."""
+    from triton.backends.driver import DriverBase
+
+    answers = {
+        "is_active": True,
+        "get_current_target": target,
+        "get_active_torch_device": torch.device("cpu"),
+        "get_current_device": 0,
+        "get_current_stream": 0,
+        "set_current_device": None,
+        "map_python_to_cpp_type": "",
+        "get_device_interface": torch.cpu,
+        "get_benchmarker": None,
+        "get_empty_cache_for_benchmark": None,
+        "clear_cache": None,
+    }
+    methods = {name: (lambda self, *args, answer=answer: answer) for name, answer in answers.items()}
+    return type("OfflineDriver", (DriverBase,), {"__init__": lambda self: None, **methods})()
+
+
+# --- what a binary is -------------------------------------------------------------------------------------------------
+
+
+def inspect_binary(kernel) -> dict:
+    """Registers, spills (bytes of spill code on NVIDIA, registers on AMD), stack, matrix instructions, size."""
+    if "cubin" in kernel.asm:
+        return _inspect_cubin(kernel.asm["cubin"])
+    text = kernel.asm["amdgcn"]
+
+    def field(name):
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    spilled = field("vgpr_spill_count")
+    return dict(
+        registers=field("vgpr_count"),
+        spill_stores=spilled,
+        spill_loads=spilled,
+        scalar_spills=field("sgpr_spill_count"),
+        stack=field("private_segment_fixed_size"),
+        matrix_instructions=len(re.findall(r"^\s*v_(?:s?mfmac?|wmma)_", text, re.M)),
+        binary_bytes=len(kernel.asm["hsaco"]),
+    )
+
+
+_WIDTH = {"64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
+
+
+def _inspect_cubin(cubin: bytes) -> dict:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+
+    def local(instruction):
+        found = re.findall(rf"\b{instruction}((?:\.\w+)*)\s", sass)
+        return sum(next((_WIDTH[part] for part in suffix.split(".") if part in _WIDTH), 4) for suffix in found)
+
+    resource = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    return dict(
+        registers=resource["REG"],
+        spill_stores=local("STL"),
+        spill_loads=local("LDL"),
+        scalar_spills=0,
+        stack=resource["STACK"],
+        matrix_instructions=len(re.findall(r"\b(?:[A-Z]MMA|[A-Z]GMMA|UTC[A-Z]*MMA)\b", sass)),
+        binary_bytes=len(cubin),
+    )
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+KEY = ("op", "case", "kernel", "arch")
+DIGESTS = ("source", "launch")
+COLUMNS = (
+    *KEY, "registers", "spill_stores", "spill_loads", "scalar_spills", "stack", "shared", "shared_limit",
+    "matrix_instructions", "binary_bytes", "num_warps", "num_stages", "compile_seconds", *DIGESTS, "triton",
+)  # fmt: skip
+
+
+def rows_of(arch: str, op: str, compiled: bool, cases: list[str] | None = None) -> list[dict]:
+    """The report's rows of one op on one architecture, without the measured columns if nothing is compiled."""
+    rows = []
+    for case, call in CASES[op].items():
+        if cases is not None and case not in cases:
+            continue
+        with capture(arch, compiled) as launches:
+            call()
+        if len(launches) != 1:
+            raise RuntimeError(f"{op} {case}: expected one launch, got {[launch.kernel for launch in launches]}")
+        launch = launches[0]
+        row = dict(op=op, case=case, kernel=launch.kernel, arch=arch, source=launch.source, launch=launch.launch)
+        if compiled:
+            import triton
+
+            metadata = launch.compiled.metadata
+            row.update(inspect_binary(launch.compiled))
+            row.update(
+                shared=metadata.shared,
+                shared_limit=archs.KNOWN[arch].shared_memory,
+                num_warps=metadata.num_warps,
+                num_stages=metadata.num_stages,
+                compile_seconds=f"{launch.seconds:.2f}",
+                triton=triton.__version__,
+            )
+        rows.append({name: str(value) for name, value in row.items()})
+    return rows
+
+
+def problems(row: dict) -> list[str]:
+    """What a row may not show."""
+    where = " ".join(row[name] for name in KEY)
+    found = []
+    for name in ("spill_stores", "spill_loads", "scalar_spills"):
+        if int(row[name]):
+            found.append(f"{where}: {name} is {row[name]}, must be 0")
+    if int(row["shared"]) > int(row["shared_limit"]):
+        found.append(f"{where}: {row['shared']} bytes of shared memory, {row['shared_limit']} are there")
+    return found
+
+
+def stale(expected: list[dict], committed: list[dict]) -> list[str]:
+    """Where the committed rows are not those of the code."""
+    have = {tuple(row[name] for name in KEY): row for row in committed}
+    want = {tuple(row[name] for name in KEY): row for row in expected}
+    found = [f"{' '.join(key)}: not in the report" for key in want if key not in have]
+    found += [f"{' '.join(key)}: in the report, but no such launch" for key in have if key not in want]
+    for key in want.keys() & have.keys():
+        changed = [name for name in DIGESTS if want[key][name] != have[key][name]]
+        if changed:
+            found.append(f"{' '.join(key)}: {' and '.join(changed)} changed since it was compiled")
+    return sorted(found)
+
+
+def read(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    order = [(op, case) for op in CASES for case in CASES[op]]
+    rank = {name: i for i, name in enumerate(archs.KNOWN)}
+    rows = sorted(rows, key=lambda row: (order.index((row["op"], row["case"])), rank[row["arch"]]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _compile(arch: str, op: str, cached: bool, cases: list[str] | None) -> list[dict]:
+    import triton
+
+    torch.set_num_threads(1)
+    triton.knobs.compilation.always_compile = not cached
+    return rows_of(arch, op, True, cases)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", action="append", choices=archs.KNOWN, help="architecture (repeatable; default: all)")
+    parser.add_argument("--op", action="append", choices=CASES, help="op (repeatable; default: all)")
+    every_case = sorted({case for op in CASES.values() for case in op})
+    parser.add_argument("--case", action="append", choices=every_case, metavar="CASE", help="case (default: all)")
+    parser.add_argument("--check", action="store_true", help="compare the report with the code; compile nothing")
+    parser.add_argument("--output", type=Path, default=REPORT, metavar="FILE", help="the report (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time (default %(default)s)")
+    parser.add_argument("--cached", action="store_true", help="take binaries from Triton's cache where it has them")
+    options = parser.parse_args(arguments)
+    selected = options.arch or list(archs.KNOWN)
+    ops = options.op or list(CASES)
+
+    def is_selected(row):
+        return row["arch"] in selected and row["op"] in ops and (not options.case or row["case"] in options.case)
+
+    committed = read(options.output)
+    if options.check:
+        expected = [row for arch in selected for op in ops for row in rows_of(arch, op, False, options.case)]
+        chosen = [row for row in committed if is_selected(row)]
+        found = stale(expected, chosen) + [text for row in chosen for text in problems(row)]
+        print("\n".join(found) or f"{len(chosen)} rows are fresh")
+        return 1 if found else 0
+
+    rows, found = [], []
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max(1, options.jobs), mp_context=context) as pool:
+        pending = {
+            pool.submit(_compile, arch, op, options.cached, options.case): (op, arch) for arch in selected for op in ops
+        }
+        for future in concurrent.futures.as_completed(pending):
+            try:
+                new = future.result()
+            except Exception as error:
+                found.append(f"{' '.join(pending[future])}: {type(error).__name__}: {error}")
+                continue
+            rows += new
+            for row in new:
+                print(" ".join(f"{row[name]:>{width}}" for name, width in _SHOWN.items()), flush=True)
+                found += problems(row)
+    # Rows of cases that are gone go too.
+    kept = [row for row in committed if not is_selected(row) and row["case"] in CASES.get(row["op"], ())]
+    write(options.output, kept + rows)
+    print("\n".join(found) or f"{len(rows)} launches: no spill, shared memory within limits", file=sys.stderr)
+    return 1 if found else 0
+
+
+_SHOWN = dict(
+    op=12, case=22, arch=7, registers=4, spill_stores=5, scalar_spills=4, stack=5, shared=7, matrix_instructions=4,
+    binary_bytes=7, num_warps=2, num_stages=2, compile_seconds=6,
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
