@@ -201,8 +201,9 @@ def _generic_scan(self, input):
     parts = [np.moveaxis(x.handle.data, self.axis, 0) for x in input]
     width = 1
     while width < parts[0].shape[0]:
-        later = _combine(self, [x[:-width] for x in parts], [x[width:] for x in parts], dtypes)
-        parts = [np.concatenate([x[:width], y]) for x, y in zip(parts, later)]
+        # Whole blocks, because a block's sizes are powers of two; the first elements are complete already.
+        more = _combine(self, [np.roll(x, width, axis=0) for x in parts], parts, dtypes)
+        parts = [np.concatenate([x[:width], y[width:]]) for x, y in zip(parts, more)]
         width *= 2
     parts = [np.ascontiguousarray(np.moveaxis(x, 0, self.axis)) for x in parts]
     return [self.to_tensor(x, dtype) for x, dtype in zip(parts, dtypes)]
@@ -413,6 +414,8 @@ def _install() -> None:
         (stock.InterpretedFunction, "__call__", _device_call),
     ):
         setattr(target, name, repaired(getattr(target, name)))
+    # A bf16 constant beside a bf16 block: triton 3.6 and 3.7 have no way to make one.
+    builder.get_bf16 = lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)
     stock._tensor_range = _tensor_range
     stock.FunctionRewriter.ast_transformer = _loops(stock.ASTTransformer)
     stock.ReduceOps.generic_reduce = _generic_reduce
