@@ -149,7 +149,10 @@ def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, propo
 CASES: dict[str, dict[str, Callable[[], object]]] = {
     "draft_block": {
         "sampled_r1": lambda: _draft(1),
+        "sampled_r2": lambda: _draft(2),
+        "sampled_r4": lambda: _draft(4),
         "sampled_r8": lambda: _draft(8),
+        "sampled_r16": lambda: _draft(16),
         "sampled_r64": lambda: _draft(64),
         "sampled_r64_slots": lambda: _draft(64, slots=80),
         "sampled_r1_fp32": lambda: _draft(1, dtype=torch.float32),
@@ -273,7 +276,9 @@ def capture(arch: str, compiled: bool):
         bound.apply_defaults()
         text = [f"{p.name} {_argument(bound.arguments[p.name], p)}" for p in self.params]
         text += [f"{k}={_constant(v)}" for k, v in sorted(kwargs.items()) if k not in names]
-        source, launch = code_digest(Path(inspect.getfile(self.fn))), _digest("\n".join(text))
+        file = Path(inspect.getfile(self.fn))
+        source = code_digest(file, KERNELS if file.is_relative_to(KERNELS) else file.parent)
+        launch = _digest("\n".join(text))
         key = f"{self.fn.__qualname__} {source} {launch}"
         if compiled and key not in done:
             self.device_caches.clear()  # it is kept per device, and here one device stands for every target
@@ -414,10 +419,14 @@ def rows_of(arch: str, op: str, compiled: bool, cases: list[str] | None = None) 
 
 
 def problems(row: dict) -> list[str]:
-    """What a row may not show."""
+    """What a row may not show: registers kept in memory, or more shared memory than there is.
+
+    AMD's scalar registers (kernels with many arguments run out of them) spill into lanes of vector registers, not into
+    memory, as long as the stack is empty; they are reported and not judged.
+    """
     where = " ".join(row[name] for name in KEY)
     found = []
-    for name in ("spill_stores", "spill_loads", "scalar_spills"):
+    for name in ("spill_stores", "spill_loads", "stack"):
         if int(row[name]):
             found.append(f"{where}: {name} is {row[name]}, must be 0")
     if int(row["shared"]) > int(row["shared_limit"]):
