@@ -129,9 +129,12 @@ def _draw_target(row_ptr, top_ptr, mass_ptr, row, row_top, scale, excluded, voca
 
 
 @triton.jit
-def _draft_prob(x, ids, mass_of, reference, offset, scale):
-    """Probability under the draft's law: softmax as exp2((x - reference) * scale + offset), or a point mass."""
-    soft = tl.where(x == NEG_INF, 0.0, tl.exp2((tl.where(x == NEG_INF, reference, x) - reference) * scale + offset))
+def _draft_prob(x, ids, mass_of, reference, factor, scale):
+    """Probability under the draft's law: softmax as exp2((x - reference) * scale) * factor, or a point mass.
+
+    The target's probability is computed in the same form, so that equal rows leave a residual of exactly nothing.
+    """
+    soft = tl.exp2((x - reference) * scale) * factor
     return tl.where(mass_of == SOFTMAX, soft, tl.where(ids == mass_of, 1.0, 0.0))
 
 
@@ -189,7 +192,7 @@ def _merge_rows(
     tl.store(ids_of, first, mask=rows >= 0)
     tl.store(ids_of + 1, status, mask=rows >= 0)
     if DENSE:
-        # The draft's law of each row as (who has mass, reference, offset), see _draft_prob.
+        # The draft's law of each row as (who has mass, reference, factor), see _draft_prob.
         rows = tl.where(i < length, rows, -1)
         mass_of = tl.full([GROUP], SOFTMAX, tl.int32)
         if draft_lse_ptr is None:
@@ -197,7 +200,7 @@ def _merge_rows(
                 draft_top_ptr, draft_mass_ptr, rows, num_leaves, draft_scale, GROUP, LEAVES
             )
             reference = tl.where(tl.abs(top) == POS_INF, 0.0, top)
-            offset = 40.0 - tl.log2(tl.maximum(mass, 1).to(tl.float32))
+            factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
             if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
                 row_ptrs = draft_ptr + slot * stride_ds + i.to(tl.int64) * stride_dk
                 row_ptrs = tl.where(rows >= 0, row_ptrs, draft_ptr + slot * stride_ds)
@@ -206,8 +209,9 @@ def _merge_rows(
         else:
             lse = tl.load(draft_lse_ptr + slot * stride_es + i, mask=rows >= 0, other=0.0)
             top = lse
-            reference = tl.zeros([GROUP], tl.float32)
-            offset = tl.where(tl.abs(lse) == POS_INF, 0.0, lse * -1.4426950408889634)
+            # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
+            reference = tl.where(tl.abs(lse) == POS_INF, 0.0, lse * (1.4426950408889634 / draft_scale))
+            factor = tl.full([GROUP], 1.0, tl.float32)
         mass_of = tl.where(top == NEG_INF, NOBODY, mass_of)
         forward = tl.load(logits_indices_ptr + rows + 1, mask=rows >= 0, other=0)
         draft = tl.load(token_ids_ptr + forward, mask=rows >= 0, other=-1)
@@ -221,7 +225,7 @@ def _merge_rows(
         if (draft_temperature > 0.0) == 0:
             mass_of = own
         tl.store(values + 2, reference, mask=rows >= 0)
-        tl.store(values + 3, offset, mask=rows >= 0)
+        tl.store(values + 3, factor, mask=rows >= 0)
         tl.store(ids_of + 2, mass_of, mask=rows >= 0)
 
 
@@ -269,8 +273,8 @@ def _decide(
             x = tl.load(draft_ptr + slot * stride_ds + i.to(tl.int64) * stride_dk + draft, mask=in_draft, other=NEG_INF)
             mass_of = tl.load(ids_of + 2, mask=has_draft, other=NOBODY, volatile=True)
             reference = tl.load(values + 2, mask=has_draft, other=0.0, volatile=True)
-            offset = tl.load(values + 3, mask=has_draft, other=0.0, volatile=True)
-            draft_prob = _draft_prob(numbers(x.to(tl.float32)), draft, mass_of, reference, offset, draft_scale)
+            factor = tl.load(values + 3, mask=has_draft, other=0.0, volatile=True)
+            draft_prob = _draft_prob(numbers(x.to(tl.float32)), draft, mass_of, reference, factor, draft_scale)
             bad = bad | tl.where(sampled, has_draft & ~missing & (draft_prob <= 0.0), i < 0)
         coin = uniform(coin_words(seed, anchor + 1 + i, anchor, ACCEPT))
         chance = inside & (draft_prob > 0.0) & (coin * draft_prob < target_prob)
@@ -483,11 +487,11 @@ def accept_chain_kernel(
                 row_top = tl.load(row_values_ptr + row * 4, volatile=True)
                 inverse = tl.load(row_values_ptr + row * 4 + 1, volatile=True)
                 reference = tl.load(row_values_ptr + row * 4 + 2, volatile=True)
-                offset = tl.load(row_values_ptr + row * 4 + 3, volatile=True)
+                factor = tl.load(row_values_ptr + row * 4 + 3, volatile=True)
                 mass_of = tl.load(row_ids_ptr + row * 4 + 2, volatile=True)
                 leaf = item * PAIRS + tl.arange(0, PAIRS)
                 ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-                residual = _residual(target_row, draft_row, ids, row_top, inverse, mass_of, reference, offset, scale, draft_scale,
+                residual = _residual(target_row, draft_row, ids, row_top, inverse, mass_of, reference, factor, scale, draft_scale,
                                      vocab, draft_vocab)  # fmt: skip
                 mass = masses(residual, PAIRS, LEAF, RESIDUAL_ONE)
                 tl.store(residual_ptr + request.to(tl.int64) * num_leaves + leaf, mass, mask=leaf < num_leaves)
@@ -504,11 +508,11 @@ def accept_chain_kernel(
 
 
 @triton.jit
-def _residual(target_row, draft_row, ids, row_top, inverse, mass_of, reference, offset, scale, draft_scale, vocab, draft_vocab):
+def _residual(target_row, draft_row, ids, row_top, inverse, mass_of, reference, factor, scale, draft_scale, vocab, draft_vocab):
     """[target_prob - draft_prob]+ of ids."""
     x = _load_leaf(target_row, ids, ids < vocab)
     target_prob = tl.exp2(below_max(x, row_top) * scale) * inverse
-    draft_prob = _draft_prob(_load_leaf(draft_row, ids, ids < draft_vocab), ids, mass_of, reference, offset, draft_scale)
+    draft_prob = _draft_prob(_load_leaf(draft_row, ids, ids < draft_vocab), ids, mass_of, reference, factor, draft_scale)
     return tl.maximum(target_prob - draft_prob, 0.0)
 
 
@@ -527,7 +531,7 @@ def _draw_residual(
     row_top = tl.load(row_values_ptr + row * 4, volatile=True)
     inverse = tl.load(row_values_ptr + row * 4 + 1, volatile=True)
     reference = tl.load(row_values_ptr + row * 4 + 2, volatile=True)
-    offset = tl.load(row_values_ptr + row * 4 + 3, volatile=True)
+    factor = tl.load(row_values_ptr + row * 4 + 3, volatile=True)
     mass_of = tl.load(row_ids_ptr + row * 4 + 2, volatile=True)
     seed = tl.load(seed_ptr + slot)
     anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
@@ -538,7 +542,7 @@ def _draw_residual(
         weight = tl.where(mass > 0, tl.log2(tl.maximum(mass, 1).to(tl.float32)), NEG_INF)
         winner = unpack_id(_race_leaves(weight, seed, position, anchor, LEAVES))
         ids = winner * LEAF + tl.arange(0, LEAF)
-        residual = _residual(target_row, draft_row, ids, row_top, inverse, mass_of, reference, offset, scale, draft_scale, vocab,
+        residual = _residual(target_row, draft_row, ids, row_top, inverse, mass_of, reference, factor, scale, draft_scale, vocab,
                              draft_vocab)  # fmt: skip
         weight = tl.where(residual > 0.0, tl.log2(tl.where(residual > 0.0, residual, 1.0)), NEG_INF)
         token = _race_ids(weight, winner, seed, position, anchor)
