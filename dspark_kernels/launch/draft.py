@@ -24,10 +24,10 @@ class DraftConfig:
 # once per stage and, where the matrix unit reads shared memory itself, once more) that fits its shared memory without spilling
 # registers (bench/compile.py).
 _TILES = {
-    "sm_80": (128, 2, 2),
+    "sm_80": (64, 2, 2),
     "sm_86": (64, 2, 2),
     "sm_89": (64, 2, 2),
-    "sm_90": (128, 2, 2),
+    "sm_90": (64, 2, 2),
     "sm_100": (64, 3, 1),
     "sm_120": (64, 2, 2),
     "gfx942": (64, 1, 1),
@@ -48,4 +48,4 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool) -
     stages = stages_one if one_tile else stages_more
     # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
     registers = 255 if arch.vendor == "nvidia" else None
-    return DraftConfig(block_v, min(padded_rank, 512 // element_size), 8, stages, 1, registers)
+    return DraftConfig(block_v, min(padded_rank, 256 if element_size <= 2 else 32), 8, stages, 1, registers)
