@@ -246,7 +246,7 @@ def _draft_block(
     rank = 0 if w1 is None else w1.shape[1]
     hidden_size = 0 if hidden is None else hidden.shape[2]
     gpu = arch.current(device)
-    request_tile = min(16, 1 << (rows - 1).bit_length())
+    request_tile = draft_launch.request_tile(rows)
     one_tile = rows <= request_tile
     config = draft_launch.pick(gpu, vocab, max(1, rank), 2 if w2 is None else w2.element_size(), one_tile)
     clean = workspaces.Carver(counters)
