@@ -77,6 +77,7 @@ class Generation:
     verify_seconds: float = 0.0  # scheduling, the target's pass and acceptance
     prefill_seconds: float = 0.0  # the prompt's pass, the first token and the drafter's pass over the prompt
     logprobs: list[float] = dataclasses.field(default_factory=list)  # per token: ln of its chance to be sampled
+    expected_logprobs: list[float] = dataclasses.field(default_factory=list)  # per token: the mean of that under its law
     accepted: list[bool] = dataclasses.field(default_factory=list)  # per token: an accepted draft, or the target's own
     flags: int = 0  # dspark_kernels.types.Flag bits met while drafting or accepting
 
@@ -204,12 +205,13 @@ class _Sequence:
         """Output tokens since the sequence was `length` long."""
         return min(len(self.ids), self.end) - min(length, self.end)
 
-    def emit(self, tokens: list[int], logprobs: list[float]) -> None:
+    def emit(self, tokens: list[int], logprobs: list[float], expected: list[float]) -> None:
         """Take a step's tokens: accepted drafts and one of the target's own."""
         stops = [i for i, token in enumerate(tokens) if token in self.request.stop_tokens]
         kept = stops[0] + 1 if stops else len(tokens)
         self.ids += tokens[:kept]
         self.result.logprobs += logprobs[:kept]
+        self.result.expected_logprobs += expected[:kept]
         self.result.accepted += [i < len(tokens) - 1 for i in range(kept)]
         self.read_prompt = True
         self.done = bool(stops) or len(self.ids) - 1 >= self.end
@@ -218,6 +220,7 @@ class _Sequence:
         new = self.end - len(self.request.prompt)
         self.result.output_ids = self.ids[: self.end]
         self.result.logprobs = self.result.logprobs[:new]
+        self.result.expected_logprobs = self.result.expected_logprobs[:new]
         self.result.accepted = self.result.accepted[:new]
         return self.result
 
@@ -354,7 +357,7 @@ class _Batch:
         emitted, tokens = acceptance.num_emitted.tolist(), acceptance.tokens.tolist()
         logit_rows, starts = layout.cu_num_logits.tolist(), layout.query_start_loc.tolist()
         lengths, flags = layout.draft_lens.tolist(), (layout.flags | acceptance.flags).tolist()
-        scores = self._logprobs(logits, logit_rows, tokens)
+        scores, expected = self._logprobs(logits, logit_rows, tokens)
         kept = [sequence.prefill or count for sequence, count in zip(self.sequences, emitted, strict=True)]
         decoding = len(self.decoding)
         for row, sequence in enumerate(self.sequences):
@@ -373,13 +376,14 @@ class _Batch:
                 confident = block is not None and block.confidence is not None
                 result.confidences.append(block.confidence[sequence.slot].tolist() if confident else [])
             result.flags |= flags[row]
-            sequence.emit(tokens[row][:count], scores[logit_rows[row] : logit_rows[row] + count])
+            judged = slice(logit_rows[row], logit_rows[row] + count)
+            sequence.emit(tokens[row][:count], scores[judged], expected[judged])
             # A row without a finite logit says that the model is broken for this request: what it emitted is no sample.
             sequence.done |= bool(flags[row] & Flag.NONFINITE_ROW)
 
-    def _logprobs(self, logits: Tensor, logit_rows: list[int], tokens: list[list[int]]) -> list[float]:
-        """ln of the chance of the token that each logit row emitted (greedy: at temperature 1); 0 where it emitted
-        none."""
+    def _logprobs(self, logits: Tensor, logit_rows: list[int], tokens: list[list[int]]) -> tuple[list[float], list[float]]:
+        """Per logit row: ln of the chance of the token that it emitted (greedy: at temperature 1; 0 where it emitted none), and
+        the mean of ln p under its law p."""
         chosen, temperatures = [], []
         for row, sequence in enumerate(self.sequences):
             count = logit_rows[row + 1] - logit_rows[row]
@@ -389,7 +393,8 @@ class _Batch:
         scale = torch.tensor(temperatures, dtype=torch.float64, device=logits.device)
         laws = torch.log_softmax(logits.double() / scale[:, None], -1)
         scores = laws.gather(1, chosen.clamp(min=0)[:, None])[:, 0]
-        return torch.where(chosen < 0, 0.0, scores).tolist()
+        expected = torch.special.entr(laws.exp()).sum(-1).neg()
+        return torch.where(chosen < 0, 0.0, scores).tolist(), expected.tolist()
 
     def leave(self) -> list[_Sequence]:
         """Take the finished requests out of the batch and free their slots."""

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from equality import assert_equal_or_tied
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
 from dspark_kernels.launch import accept as launch
 from reference import accept as reference, cases
+from reference.equality import assert_equal_or_tied
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SENTINEL = -77777

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from equality import assert_equal_or_tied
 from errors import excess_error
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
 from reference import cases, draft as reference
+from reference.equality import assert_equal_or_tied
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

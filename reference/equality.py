@@ -6,7 +6,7 @@ request, taken the other way, must explain it; and near ties may not be more tha
 
 import itertools
 
-from reference.decisions import NEAR, Decisions
+from .decisions import NEAR, Decisions
 
 # A decision's margin is near with a chance of about twice its width (a log-uniform gap near 0 has density at most 1 on each
 # side); the bound is 3 + 10 times what is expected.

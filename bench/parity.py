@@ -1,0 +1,67 @@
+"""Kernels against the reference inside a running decode: every call is made twice on the same inputs.
+
+The reference chooses from the very bits that the kernel stored, so that a rounding in a proposal is no difference; what is left is
+compared draw by draw (reference/equality.py), and decoding goes on from the kernel's result.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from reference import accept, draft, schedule
+from reference.equality import assert_equal_or_tied
+
+
+class CheckedOps:
+    """The ops of `ops`, checked. calls: comparisons so far. Raises AssertionError where no near tie explains a difference."""
+
+    def __init__(self, ops):
+        self._ops = ops
+        self.calls = 0
+
+    def draft_block(self, base_logits, anchors, head=None, **options):
+        block = self._ops.draft_block(base_logits, anchors, head, keep_logits=True, **options)
+        slots = options["state_indices"].long()
+        stored = block.proposal.logits[slots]
+
+        def run(decisions):
+            want = draft.draft_block(
+                base_logits, anchors, head, keep_logits=True, stored_logits=stored, decisions=decisions, **options
+            )
+            return _by_request(want.tokens[slots], want.flags)
+
+        self.calls += 1
+        assert_equal_or_tied(run, _by_request(block.tokens[slots], block.flags))
+        return block
+
+    def fixed_layout(self, block, draft_lens, **options):
+        layout, want = self._ops.fixed_layout(block, draft_lens, **options), schedule.fixed_layout(block, draft_lens, **options)
+        self.calls += 1
+        for name in ("token_ids", "positions", "batch_indices", "query_start_loc", "cu_num_logits", "draft_lens", "flags"):
+            if not torch.equal(getattr(layout, name), getattr(want, name).to(getattr(layout, name).dtype)):
+                raise AssertionError(f"fixed_layout: {name} differs")
+        return layout
+
+    def accept_chain(self, target_logits, layout, proposal=None, *, anchors, anchor_positions, **options):
+        given = anchors.clone(), anchor_positions.clone()
+
+        def run(decisions):
+            ids, positions = (tensor.clone() for tensor in given)
+            want = accept.accept_chain(
+                target_logits, layout, proposal, anchors=ids, anchor_positions=positions, decisions=decisions, **options
+            )
+            return _by_request(want.tokens, want.num_accepted, want.last_row, want.flags)
+
+        result = self._ops.accept_chain(
+            target_logits, layout, proposal, anchors=anchors, anchor_positions=anchor_positions, **options
+        )
+        self.calls += 1
+        assert_equal_or_tied(run, _by_request(result.tokens, result.num_accepted, result.last_row, result.flags))
+        return result
+
+    def schedule_prefixes(self, *arguments, **options):
+        return self._ops.schedule_prefixes(*arguments, **options)
+
+
+def _by_request(*columns) -> dict[int, tuple]:
+    return dict(enumerate(zip(*(column.tolist() for column in columns), strict=True)))
