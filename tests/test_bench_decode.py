@@ -1,0 +1,419 @@
+"""The main job, `python -m bench.decode`: its table, its checks, its files, its refusals; and the embedded models."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import assets, decode as job, lossless, summary
+from reference import loop
+from reference.drafters import Autoregressive, DSpark
+from reference.model import Rows, Target
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden" / "qwen3_tiny"
+KEYS = ("output_ids", "acceptance_lengths", "proposal_lengths")
+SYSTEMS = ("autoregressive", "draft-model", "mtp", "block", "dspark")
+SMALL = ["--num-prompts", "5", "--max-new-tokens", "32", "--batch-size", "3"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A whole run of the command, in its own process, with five prompts."""
+    path = tmp_path_factory.mktemp("decode") / "out.json"
+    command = [sys.executable, "-m", "bench.decode", *SMALL, "--show", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SimpleNamespace(text=done.stdout, json=json.loads(path.read_text()), errors=done.stderr)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_for_every_system_at_both_temperatures(ran):
+    for temperature in ("1", "0"):
+        table = ran.text.split(f"\nT = {temperature} ")[1].split("\n\n")[0]
+        names = [line.split("  ")[0] for line in table.splitlines()[2:]]
+        assert names == [*SYSTEMS, "dspark, threshold 0.3"]
+        for name, _ in summary.COLUMNS:
+            assert name in table.splitlines()[0]
+    assert len(re.findall(r"^  ok ", ran.text, re.M)) == 10 and "NOT" not in ran.text
+    assert ran.errors == "", "a progress bar where nobody watches"
+
+
+def test_counts_hang_together(ran):
+    prompts = [assets.tokenizer().encode(text) for text in assets.prompts()[:5]]
+    runs = {(r["system"], r["confidence_threshold"], r["temperature"]): r for r in ran.json["runs"]}
+    assert len(runs) == 12
+    for (system, threshold, _), run in runs.items():
+        drafts = {"autoregressive": 0, "draft-model": 4, "mtp": 4, "block": 7, "dspark": 7}[system]
+        passes = {"autoregressive": 0, "draft-model": 4, "mtp": 4, "block": 1, "dspark": 1}[system]
+        rounds = sum(len(p["acceptance_lengths"]) for p in run["prompts"])
+        tokens = sum(sum(p["acceptance_lengths"]) for p in run["prompts"])
+        for prompt, result in zip(prompts, run["prompts"], strict=True):
+            assert result["output_ids"][: len(prompt)] == prompt and len(result["output_ids"]) == len(prompt) + 32
+            assert all(1 <= a <= p + 1 for a, p in zip(result["acceptance_lengths"], result["proposal_lengths"], strict=True))
+            # The prompt's pass gives the first token; rounds go on until the anchor is the last token asked for, or beyond.
+            assert 32 <= sum(result["acceptance_lengths"]) < 32 + drafts + 1
+            if threshold == 0:
+                assert set(result["proposal_lengths"]) == {drafts}
+        assert math.isclose(run["tokens_per_round"], tokens / rounds)
+        assert math.isclose(run["target_passes_per_token"], rounds / tokens)
+        assert run["draft_passes_per_round"] == passes
+        if threshold > 0:
+            assert run["verified_per_round"] < 7
+
+
+def test_show_marks_the_targets_own_tokens(ran):
+    shown = ran.text.split("in brackets\n")[1]
+    assert shown.count("-" * 80) == 5 and shown.startswith("-" * 80 + "\n" + assets.prompts()[0] + "|[")
+    own = [r for r in ran.json["runs"] if r["system"] == "dspark"][-1]["prompts"][0]
+    first = shown.split("-" * 80)[1]
+    # One bracket per round, and one for the token after the prompt; the last round may be cut.
+    assert 0 <= len(own["acceptance_lengths"]) + 1 - first.count("[") + sum(t.count("[") for t in _pieces(own)) <= 1
+
+
+def _pieces(result):
+    tokenizer = assets.tokenizer()
+    prompt = tokenizer.encode(assets.prompts()[0])
+    return [tokenizer.decode([t]) for t in result["output_ids"][len(prompt) :]] + [assets.prompts()[0]]
+
+
+def test_a_run_repeats_and_a_seed_changes_it(tmp_path, capsys):
+    outputs = []
+    for seed in ("0", "0", "1"):
+        path = tmp_path / "out.json"
+        arguments = ["--num-prompts", "2", "--max-new-tokens", "12", "--systems", "dspark", "--temperature", "1"]
+        assert job.main([*arguments, "--seed", seed, "--json", str(path)]) == 0
+        outputs.append([p["output_ids"] for p in json.loads(path.read_text())["runs"][0]["prompts"]])
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize("rule", ["block", "coupled"])
+def test_other_rules(rule, capsys):
+    assert job.main(["--num-prompts", "3", "--max-new-tokens", "24", "--systems", "autoregressive,dspark", "--rule", rule]) == 0
+    assert f"rule {rule}" in capsys.readouterr().out
+
+
+def test_kernels_equal_the_reference_while_decoding():
+    pytest.importorskip("triton")
+    arguments = ["--kernels", "--num-prompts", "2", "--max-new-tokens", "16", "--systems", "autoregressive,dspark"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the command sees to it itself
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.decode", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all tokens and lengths identical") == 4
+    assert len(re.findall(r"^dspark.*, kernels ", done.stdout, re.M)) == 4
+
+
+def test_a_wrong_kernel_is_seen(monkeypatch, capsys):
+    ops = SimpleNamespace(**vars(loop.REFERENCE_OPS))
+    calls = []
+
+    def accept_chain(*arguments, **options):
+        acceptance = loop.REFERENCE_OPS.accept_chain(*arguments, **options)
+        calls.append(1)
+        if len(calls) % 5 == 0:
+            row = acceptance.num_accepted[0]
+            acceptance.tokens[0, row] = (acceptance.tokens[0, row] + 1) % 1024
+            options["anchors"][options["state_indices"][0]] = acceptance.tokens[0, row]
+        return acceptance
+
+    ops.accept_chain = accept_chain
+    monkeypatch.setattr(job, "kernel_ops", lambda device: ops)
+    arguments = ["--kernels", "--num-prompts", "2", "--max-new-tokens", "24", "--systems", "autoregressive,dspark"]
+    assert job.main([*arguments, "--confidence-threshold", "0"]) == 1
+    text = capsys.readouterr().out
+    assert "requests differ, and a call does" in text
+    assert re.search(r"NOT +dspark, kernels, T = 0 +2? ?", text)
+
+
+def test_roundings_are_told_from_faults(monkeypatch, capsys):
+    """Proposals rounded to quarters lead to another text: no fault, where every call agrees on what was stored."""
+    ops = SimpleNamespace(**vars(loop.REFERENCE_OPS))
+
+    def draft_block(*arguments, **options):
+        block = loop.REFERENCE_OPS.draft_block(*arguments, **options)
+        logits = block.proposal.logits
+        rounded = (4 * logits).round() / 4
+        again = loop.REFERENCE_OPS.draft_block(
+            *arguments, **options, stored_logits=rounded[options["state_indices"].long()]
+        )
+        logits.copy_(rounded)
+        block.tokens.copy_(again.tokens)
+        return block
+
+    ops.draft_block = draft_block
+    monkeypatch.setattr(job, "kernel_ops", lambda device: ops)
+    arguments = ["--kernels", "--num-prompts", "3", "--max-new-tokens", "48", "--systems", "autoregressive,dspark"]
+    assert job.main([*arguments, "--confidence-threshold", "0", "--temperature", "1"]) == 0
+    assert "part at roundings; each of" in capsys.readouterr().out
+
+
+# --- the checks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models():
+    config, tensors = assets.weights("target")
+    target = Target(config, tensors)
+    exact = Target(config, tensors, dtype=torch.float64)
+    prompts = [assets.tokenizer().encode(text) for text in assets.prompts()[:8]]
+    return SimpleNamespace(target=target, exact=exact, prompts=prompts, drafter=DSpark(*assets.weights("dspark"), target))
+
+
+def _decode(models, drafter, temperature, **options):
+    requests = [loop.Request(p, 48, temperature, seed=i) for i, p in enumerate(models.prompts)]
+    return loop.decode(models.target, drafter, requests, **options)
+
+
+def test_sampled_check_convicts_biased_acceptance(models):
+    """Every draft accepted: what comes out is the drafter's text."""
+    greedy_gift = loop.REFERENCE_OPS.accept_chain
+
+    def accept_all(target_logits, layout, proposal, **options):
+        liked = target_logits.clone()
+        for row, forward in enumerate(layout.logits_indices[: len(liked)].tolist()):
+            following = forward + 1
+            same = following < int(layout.num_rows) and layout.batch_indices[following] == layout.batch_indices[forward]
+            if same and layout.positions[following] > 64:
+                liked[row, layout.token_ids[following]] += 50.0
+        return greedy_gift(liked, layout, proposal, **options)
+
+    ops = SimpleNamespace(**{**vars(loop.REFERENCE_OPS), "accept_chain": accept_all})
+    plain = _decode(models, Autoregressive(), 1.0)
+    assert lossless.sampled(_decode(models, models.drafter, 1.0), plain).passed
+    assert not lossless.sampled(_decode(models, models.drafter, 1.0, ops=ops), plain).passed
+
+
+def test_greedy_check_convicts_a_second_best_token(models):
+    plain = _decode(models, Autoregressive(), 0.0)
+    same = lossless.greedy(plain, plain, models.target, models.exact)
+    assert same.passed and same.text.startswith("8 of 8 texts identical")
+    changed = _decode(models, Autoregressive(), 0.0)
+    at = len(models.prompts[3]) + 5
+    row = lossless._last_logits(models.exact, changed[3].output_ids[:at])
+    changed[3].output_ids[at] = int(row.topk(2).indices[1])
+    verdict = lossless.greedy(changed, plain, models.target, models.exact)
+    assert not verdict.passed and f"prompt 3 differs at token {at}" in verdict.text
+    short = _decode(models, Autoregressive(), 0.0)
+    short[0].output_ids.pop()
+    assert not lossless.greedy(short, plain, models.target, models.exact).passed
+
+
+def test_greedy_check_counts_ties_of_rounding(models):
+    """Two equal columns of the head: which of them wins is a matter of rounding, and is counted as such."""
+    plain = _decode(models, Autoregressive(), 0.0)
+    at, token = len(models.prompts[2]), plain[2].output_ids[len(models.prompts[2])]
+    twin = (token + 1) % 1024
+    config, tensors = assets.weights("target")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[twin] = head[token]
+    config = config | {"tie_word_embeddings": False}
+    tensors = tensors | {"lm_head.weight": head}
+    target, exact = Target(config, tensors), Target(config, tensors, dtype=torch.float64)
+    changed = _decode(models, Autoregressive(), 0.0)
+    changed[2].output_ids[at] = twin
+    verdict = lossless.greedy(changed, plain, target, exact)
+    assert verdict.passed and "7 of 8 texts identical to plain decoding, 1 part at a tie" in verdict.text
+
+
+def test_summary_by_hand():
+    generation = loop.Generation(
+        [], acceptance_lengths=[3, 1, 2, 4], proposal_lengths=[3, 3, 1, 3], draft_passes=4, target_passes=4,
+        draft_seconds=0.4, verify_seconds=0.6,
+    )  # fmt: skip
+    have = summary.Summary.of([generation])
+    assert have.tokens_per_round == 2.5 and math.isclose(have.standard_error, math.sqrt((0.25 + 2.25 + 0.25 + 2.25) / 3 / 4))
+    assert have.acceptance == [3 / 4, 2 / 2, 1 / 2]  # the third round verified one draft: it says nothing of the second
+    assert have.target_passes_per_token == 0.4 and have.draft_passes_per_round == 1 and have.verified_per_round == 2.5
+    assert math.isclose(have.draft_ms, 100) and math.isclose(have.verify_ms, 150) and math.isclose(have.tokens_per_second, 10)
+
+
+# --- the embedded models ----------------------------------------------------------------------------------------------
+
+
+def test_weights_are_small_and_int8():
+    files = list(assets.FOLDER.glob("*.npz"))
+    assert {file.stem for file in files} == {"target", "draft_model", "mtp", "block", "dspark"}
+    assert sum(file.stat().st_size for file in files) <= 5_000_000
+
+
+def test_quantised_rows_are_within_half_a_step():
+    from bench.assets.quantise import quantise
+
+    torch.manual_seed(0)
+    tensor = torch.randn(40, 70) * torch.logspace(-6, 3, 40)[:, None]
+    tensor[7] = 0
+    values, scale = quantise(tensor)
+    back = torch.from_numpy(values).float() * torch.from_numpy(scale)[:, None]
+    assert ((back - tensor).abs() <= tensor.abs().amax(1, keepdim=True) / 254 * 1.0001).all() and (back[7] == 0).all()
+
+
+def test_the_target_was_trained_on_such_text(models):
+    """2.78 nats per token were measured on held-out text before quantisation; a uniform guess is 6.93."""
+    losses = []
+    for text in assets.prompts():
+        token_ids = torch.tensor(assets.tokenizer().encode(text))
+        rows = Rows.of([(0, 0, len(token_ids))], "cpu")
+        logits = models.target.logits(models.target.forward(token_ids, rows, models.target.new_cache(1)).hidden)
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], token_ids[1:]).item())
+    mean = sum(losses) / len(losses)
+    error = torch.tensor(losses).std().item() / math.sqrt(len(losses))
+    assert mean - 2.78 <= 4 * error, f"{mean:.2f} ±{error:.2f} nats"
+
+
+def test_tokenizer_gives_the_text_back():
+    tokenizer = assets.tokenizer()
+    assert tokenizer.vocab == 1024
+    for text in [*assets.prompts(), "", "né ☃ \t\r\n  x  1234 __init__ != ::=\n\n", "def f():\n    return None\n"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    # Merges are applied in order: four spaces are one token, and "def" with its space too.
+    assert len(tokenizer.encode("    return self")) <= 4
+    assert len(assets.prompts()) == 32 and all(len(tokenizer.encode(text)) == 64 for text in assets.prompts())
+
+
+# --- checkpoints from disk --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_published_research_code_is_reproduced_from_the_command_line(tmp_path, capsys, threshold):
+    pytest.importorskip("safetensors")
+    cases = [c for c in json.loads((GOLDEN / "greedy_cases.json").read_text()) if c["confidence_threshold"] == threshold]
+    assert len({case["max_new_tokens"] for case in cases}) == 1
+    prompts, out = tmp_path / "prompts.json", tmp_path / "out.json"
+    prompts.write_text(json.dumps([case["prompt"] for case in cases]))
+    arguments = ["--model", str(GOLDEN / "target"), "--drafter", str(GOLDEN / "draft"), "--prompts", str(prompts)]
+    arguments += ["--temperature", "0", "--confidence-threshold", str(threshold), "--json", str(out)]
+    assert job.main([*arguments, "--max-new-tokens", str(cases[0]["max_new_tokens"])]) == 0
+    runs = {run["system"]: run for run in json.loads(out.read_text())["runs"]}
+    assert set(runs) == {"autoregressive", "dspark"}
+    for result, plain, case in zip(runs["dspark"]["prompts"], runs["autoregressive"]["prompts"], cases, strict=True):
+        for key in KEYS:
+            assert result[key] == case[key], key
+        assert (plain["output_ids"] == case["output_ids"]) == case["matches_plain_greedy"]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """The embedded target and draft model as checkpoint directories."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("target", "draft_model"):
+        config, tensors = assets.weights(name)
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        safetensors.save_file(tensors, folder / name / "model.safetensors")
+    return folder
+
+
+def test_a_language_model_from_disk_drafts(directories, tmp_path, capsys):
+    prompts = [assets.tokenizer().encode(text) for text in assets.prompts()[:2]]
+    file, outputs = tmp_path / "prompts.json", []
+    file.write_text(json.dumps(prompts))
+    model = ["--model", str(directories / "target"), "--drafter", str(directories / "draft_model"), "--prompts", str(file)]
+    for arguments in (model, ["--num-prompts", "2", "--systems", "draft-model"]):
+        out = tmp_path / "out.json"
+        assert job.main([*arguments, "--max-new-tokens", "16", "--temperature", "0", "--json", str(out)]) == 0
+        runs = {run["system"]: run for run in json.loads(out.read_text())["runs"]}
+        outputs.append([result["output_ids"] for result in runs["draft-model"]["prompts"]])
+    assert outputs[0] == outputs[1]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num-prompts", "0"], "--num-prompts: expected at least 1, got 0"),
+        (["--num-prompts", "33"], "--num-prompts: expected at most 32"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens: expected at least 1"),
+        (["--batch-size", "0"], "--batch-size: expected at least 1"),
+        (["--temperature", "-1"], "--temperature: expected a number of at least 0"),
+        (["--temperature", "nan"], "--temperature: expected a number of at least 0"),
+        (["--confidence-threshold", "1.5"], "--confidence-threshold: expected a number from 0 to 1"),
+        (["--seed", str(1 << 40)], "--seed: expected a 32-bit integer"),
+        (["--systems", "eagle"], "--systems: expected names among autoregressive"),
+        (["--systems", "block", "--kernels"], "--kernels: expected dspark among the systems"),
+        (["--kernels", "--rule", "block"], "--kernels: expected --rule token"),
+        (["--drafter", "x"], "--drafter: expected together with --model"),
+        (["--model", "/nowhere"], "--model: /nowhere: no such directory"),
+        (["--prompts", "/nowhere.json"], "--prompts: /nowhere.json: No such file"),
+        (["--json", "/nowhere/out.json"], "--json: expected a file in a directory that exists"),
+        (["--device", "abacus"], "--device: expected one that torch has here"),
+    ],
+)
+def test_bad_arguments_take_one_line(arguments, message, capsys):
+    assert job.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"bench.decode: {message}")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "expected JSON"),
+        ("{}", "expected a JSON list"),
+        ("[]", "expected a JSON list with at least one prompt"),
+        ('[[1, 2], []]', "prompt 1: expected text or a list of ids"),
+        ('[[1, 1024]]', "prompt 0: expected text or a list of ids from 0 to 1023"),
+        ('[[true]]', "prompt 0: expected text or a list of ids"),
+        ('[""]', "prompt 0: expected text or a list of ids"),
+        ("[3]", "prompt 0: expected text or a list of ids"),
+    ],
+)
+def test_bad_prompts_take_one_line(tmp_path, content, message, capsys):
+    file = tmp_path / "prompts.json"
+    file.write_text(content)
+    assert job.main(["--prompts", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench.decode: --prompts: ") and message in error and error.count("\n") == 1
+
+
+def test_bad_checkpoints_take_one_line(directories, tmp_path, capsys):
+    target = str(directories / "target")
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text("[[1, 2]]")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, message in [
+        (["--model", str(empty)], "--model: "),
+        (["--model", target, "--drafter", str(empty)], "--drafter: "),
+        (["--model", target, "--drafter", str(tmp_path / "none")], "--drafter: "),
+        (["--model", target], "--prompts: expected a JSON list of token-id lists, for --model has no tokenizer.json"),
+        (["--model", target, "--prompts", str(prompts), "--systems", "dspark"], "--systems: expected names among"),
+    ]:
+        assert job.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"bench.decode: {message}") and error.count("\n") == 1, error
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        job.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for option in (
+        "--kernels --model --drafter --prompts --max-new-tokens --temperature --confidence-threshold --systems --rule "
+        "--batch-size --num-prompts --device --dtype --seed --show --json"
+    ).split():
+        assert option in text
+    for name, _ in summary.COLUMNS:
+        assert name in text
+
+
+def test_unknown_option_takes_usage_and_status_two():
+    with pytest.raises(SystemExit) as ended:
+        job.main(["--nonsense"])
+    assert ended.value.code == 2
