@@ -74,6 +74,7 @@ def draft_block(
     lse = torch.zeros(slots, drafts, device=device)
     raw, calibrated = torch.zeros(slots, drafts, device=device), torch.zeros(slots, drafts, device=device)
     flags = torch.zeros(batch, dtype=torch.int32, device=device)
+    w2 = heads.output_weights(head)
     for r in range(batch):
         slot = r if state_indices is None else int(state_indices[r])
         if not 0 <= slot < slots:
@@ -83,7 +84,7 @@ def draft_block(
             flags[r] |= int(Flag.BAD_TOKEN_ID)
         temperature = float(sampling.temperature[slot]) if sampling is not None else 0.0
         source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, anchor_position, decisions, r)
-        transition = heads.Transition(head)
+        transition = heads.Transition(head, w2)
         for k in range(drafts):
             position_hidden = None if hidden is None else hidden[r, k]
             total = base_logits[r, k].double() + transition.bias(token, position_hidden)

@@ -26,15 +26,19 @@ def embed(head: MarkovHead | None, token: int) -> Tensor | None:
     return head.w1[token].double()
 
 
-class Transition:
-    """The transition bias along one request's block."""
+def output_weights(head: MarkovHead | None) -> Tensor | None:
+    """W2 in fp64 [V, r], with its scales applied."""
+    if head is None:
+        return None
+    return head.w2.double() if head.w2_scale is None else head.w2.double() * head.w2_scale.double()[:, None]
 
-    def __init__(self, head: MarkovHead | None):
-        self.head = head
+
+class Transition:
+    """The transition bias along one request's block. w2: `output_weights(head)`, which the requests of a batch share."""
+
+    def __init__(self, head: MarkovHead | None, w2: Tensor | None):
+        self.head, self._w2 = head, w2
         if head is not None:
-            self._w2 = head.w2.double()
-            if head.w2_scale is not None:
-                self._w2 = self._w2 * head.w2_scale.double()[:, None]
             self._state = torch.zeros(head.rank, dtype=torch.float64, device=head.w1.device)
 
     def bias(self, token: int, hidden: Tensor | None) -> Tensor | float:

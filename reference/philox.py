@@ -18,31 +18,35 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
-def _high_low(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of multiplier * x for x in [0, 2^32), without leaving int64."""
+def _high_low(multiplier: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of multiplier * x, both in [0, 2^32), without leaving int64."""
     low_part = (x & 0xFFFF) * multiplier  # < 2^48
-    high_part = (x >> 16) * multiplier  # < 2^48
-    middle = high_part + (low_part >> 16)  # < 2^49
+    middle = (x >> 16) * multiplier + (low_part >> 16)  # < 2^49
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low_part & 0xFFFF)
 
 
 def philox(key0, key1, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four output words, int64 tensors holding uint32, for broadcastable counters and keys (ints or int64 tensors)."""
-    device = next((t.device for t in (c0, c1, c2, c3, key0) if isinstance(t, Tensor)), None)
-    words = [torch.as_tensor(c, dtype=torch.int64, device=device) & _MASK for c in (c0, c1, c2, c3)]
-    x0, x1, x2, x3 = torch.broadcast_tensors(*words)
+    device = next((t.device for t in (c0, c1, c2, c3, key0, key1) if isinstance(t, Tensor)), None)
+    words = [torch.as_tensor(c, dtype=torch.int64, device=device) & _MASK for c in (c0, c1, c2, c3, key0, key1)]
+    c0, c1, c2, c3, key0, key1 = torch.broadcast_tensors(*words)
+    multiplied, mixed, keys = torch.stack((c0, c2)), torch.stack((c1, c3)), torch.stack((key0, key1))
+    per_word = (2,) + (1,) * c0.dim()
+    multipliers = torch.tensor(_MULTIPLIERS, device=keys.device).view(per_word)
+    weyl = torch.tensor(_WEYL, device=keys.device).view(per_word)
     for _ in range(ROUNDS):
-        high0, low0 = _high_low(_MULTIPLIERS[0], x0)
-        high1, low1 = _high_low(_MULTIPLIERS[1], x2)
-        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
-        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
-    return x0, x1, x2, x3
+        high, low = _high_low(multipliers, multiplied)
+        multiplied, mixed = high.flip(0) ^ mixed ^ keys, low.flip(0)
+        keys = (keys + weyl) & _MASK
+    return multiplied[0], mixed[0], multiplied[1], mixed[1]
 
 
 def words(seed: int, lanes: Tensor, position: int, anchor_position: int, stream: int, node: int = 0) -> Tensor:
     """The random word of each lane (int64 holding uint32, shape of `lanes`)."""
-    output = philox(seed & _MASK, (seed >> 32) & _MASK, lanes >> 2, position, anchor_position, int(stream) | node << 8)
-    return torch.stack(output, -1).gather(-1, (lanes & 3).unsqueeze(-1)).squeeze(-1)
+    # Neighbouring lanes share a counter: each is computed once.
+    counters, which = torch.unique_consecutive(lanes >> 2, return_inverse=True)
+    output = philox(seed & _MASK, (seed >> 32) & _MASK, counters, position, anchor_position, int(stream) | node << 8)
+    return torch.stack(output, -1)[which, lanes & 3]
 
 
 def uniform(word: Tensor) -> Tensor:
