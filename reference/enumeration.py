@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -269,6 +270,21 @@ class CrowdSource(_Path):
 # ---- a decoder of toy models
 
 
+class Block(NamedTuple):
+    """Drafts of a round with the rows that can judge them: K draft laws (None: no draft), K + 1 target laws, K confidences."""
+
+    drafts: Context
+    draft_probs: list
+    target_probs: list
+    confidences: tuple
+
+
+def _point(token: int, vocab: int) -> Tensor:
+    law = torch.zeros(vocab, dtype=torch.float64)
+    law[token] = 1.0
+    return law
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """Toy target and drafter and how a round uses them.
@@ -291,13 +307,11 @@ class Decoder:
     greedy: bool = False
     judged: Callable[[Context], Tensor | None] | None = None
 
-    def play(self, source, context: Context, stale: tuple | None = None) -> tuple[Context, tuple | None]:
-        """One round: (emitted tokens, confidences of its block). Rows of unverified drafts are there, as in a static buffer."""
-        anchor_position = len(context) - 1
+    def propose(self, source, context: Context) -> Block:
+        """Draft a block. Target rows are there for all of it, as in a static buffer, whether they get verified or not."""
         drafts, draft_probs, target_probs, confidences = [], [], [self.target(context)], []
         so_far = context
         for _ in range(self.num_drafts):
-            position = len(so_far)
             confidences.append(self.confidence(so_far) if self.confidence is not None else 1.0)
             drawn = self.draft(so_far)
             told = drawn if self.judged is None else self.judged(so_far)
@@ -305,24 +319,34 @@ class Decoder:
                 token = -1
             elif self.one_hot:
                 token = int(drawn.argmax())
-                told = torch.nn.functional.one_hot(torch.tensor(token), len(drawn)).double()
+                told = _point(token, len(drawn))
             else:
-                token = (source.coupled if self.coupled else source.draft)(position, drawn.log())
+                token = (source.coupled if self.coupled else source.draft)(len(so_far), drawn.log())
             drafts.append(token)
             draft_probs.append(None if told is None else told[: len(target_probs[0])])
             so_far = (*so_far, max(token, 0))
             target_probs.append(self.target(so_far))
-        confidences = tuple(confidences)
-        length = self.num_drafts if self.length is None else self.length(context, tuple(drafts), confidences, stale)
-        verdict = self.rule(target_probs, draft_probs, drafts[:length], source, anchor_position)
-        return (*drafts[: verdict.num_accepted], verdict.token), confidences
+        return Block(tuple(drafts), draft_probs, target_probs, tuple(confidences))
+
+    def verify(self, source, context: Context, block: Block, length: int) -> Context:
+        """The tokens that a round emits when `length` drafts are admitted."""
+        drafts = list(block.drafts[:length])
+        verdict = self.rule(block.target_probs, block.draft_probs, drafts, source, len(context) - 1)
+        return (*drafts[: verdict.num_accepted], verdict.token)
+
+    def play(self, source, context: Context, stale: tuple | None = None) -> tuple[Context, tuple]:
+        """One round: (emitted tokens, confidences of its block)."""
+        block = self.propose(source, context)
+        whole = self.length is None
+        length = self.num_drafts if whole else self.length(context, block.drafts, block.confidences, stale)
+        return self.verify(source, context, block, length), block.confidences
 
     def law(self, context: Context) -> Tensor:
         """What the next token's law has to be."""
         probs = self.target(context)
         if not self.greedy:
             return probs
-        return torch.nn.functional.one_hot(torch.argmax((probs == probs.max()).int()), len(probs)).double()
+        return _point(int(torch.argmax((probs == probs.max()).int())), len(probs))
 
 
 Law = dict[Context, float]

@@ -1,0 +1,192 @@
+"""Ways to lose the target's law that other implementations shipped; the tests of losslessness must convict each of them.
+
+They have the signatures of what they stand in for: rules of reference/accept.py, lengths and sources of reference/enumeration.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dspark_kernels.types import Stream
+from reference import accept
+from reference.accept import Verdict
+from reference.enumeration import CrowdSource, EnumeratingSource
+
+# ---- rules
+
+
+def block_until_first_reject(target_probs, draft_probs, drafts, source, anchor_position):
+    """The block rule, but the first coin that fails ends the prefix: the right one keeps the longest prefix that passes."""
+    length, kept, accepted = len(drafts), 1.0, 0
+    for i, draft in enumerate(drafts, start=1):
+        following = min(1.0, kept * float(target_probs[i - 1][draft] / draft_probs[i - 1][draft]))
+        numerator, denominator = following, 1.0
+        if i < length:
+            numerator = float((following * target_probs[i] - draft_probs[i]).clamp(min=0).sum())
+            denominator = numerator + 1.0 - following
+        if denominator > 0 and not source.coin(anchor_position + i, denominator, numerator):
+            break
+        kept, accepted = following, i
+    position = anchor_position + accepted + 1
+    if accepted == length:
+        return Verdict(length, source.draw(position, target_probs[length]))
+    residual = (kept * target_probs[accepted] - draft_probs[accepted]).clamp(min=0)
+    weights = residual if float(residual.sum()) > 0 else target_probs[accepted]
+    return Verdict(accepted, source.draw(position, weights))
+
+
+def block_with_unverified_row(target_probs, draft_probs, drafts, source, anchor_position):
+    """The block rule told that the draft behind the admitted ones is verified too, then cut back to the admitted ones."""
+    verdict = accept.block_rule(target_probs, draft_probs, _one_more(drafts, draft_probs), source, anchor_position)
+    if verdict.num_accepted <= len(drafts):
+        return verdict
+    return Verdict(len(drafts), source.draw(anchor_position + len(drafts) + 1, target_probs[len(drafts)]))
+
+
+def _one_more(drafts, draft_probs):
+    return drafts if len(drafts) == len(draft_probs) else [*drafts, int(draft_probs[len(drafts)].argmax())]
+
+
+def bonus_at_index_of_the_block(target_probs, draft_probs, drafts, source, anchor_position):
+    """The bonus drawn from row K, where a trimmed request has its last row at its own length."""
+    verdict = accept.token_rule(target_probs, draft_probs, drafts, source, anchor_position)
+    if verdict.num_accepted < len(drafts):
+        return verdict
+    return Verdict(len(drafts), source.draw(anchor_position + len(drafts) + 1, target_probs[-1]))
+
+
+def bonus_one_row_early(target_probs, draft_probs, drafts, source, anchor_position):
+    """The bonus drawn from the row that judged the last draft."""
+    verdict = accept.token_rule(target_probs, draft_probs, drafts, source, anchor_position)
+    if verdict.num_accepted < len(drafts):
+        return verdict
+    return Verdict(len(drafts), source.draw(anchor_position + len(drafts) + 1, target_probs[max(len(drafts) - 1, 0)]))
+
+
+def correction_from_the_target(target_probs, draft_probs, drafts, source, anchor_position):
+    """The token rule with corrections from the target's law: what was rejected is not taken out."""
+    verdict = accept.token_rule(target_probs, draft_probs, drafts, _Discard(source), anchor_position)
+    position = anchor_position + verdict.num_accepted + 1
+    return Verdict(verdict.num_accepted, source.draw(position, target_probs[verdict.num_accepted]))
+
+
+class _Discard:
+    """A source whose draws are thrown away, so none is made."""
+
+    def __init__(self, source):
+        self.coin = source.coin
+
+    def draw(self, position, weights):
+        return 0
+
+
+# ---- laws
+
+
+def tempered(draft, exponent: float):
+    """The drafter's law at another temperature than the one its tokens are drawn at."""
+
+    def law(context):
+        probs = draft(context) ** exponent
+        return probs / probs.sum()
+
+    return law
+
+
+def best_only(draft, count: int):
+    """The drafter's law cut to its best tokens, where its tokens are drawn from all."""
+
+    def law(context):
+        probs = draft(context)
+        kept = torch.zeros_like(probs)
+        best = probs.topk(count).indices
+        kept[best] = probs[best]
+        return kept / kept.sum()
+
+    return law
+
+
+def rounded(draft):
+    """Tokens drawn from bf16 logits, where the rule is told the law of the unrounded ones."""
+    return lambda context: torch.softmax(draft(context).log().bfloat16().double(), 0)
+
+
+def after_greedy(draft, prompt_length: int):
+    """The law after the drafter's most probable token, where drafts are chained after the tokens that were drawn."""
+
+    def law(context):
+        if len(context) == prompt_length:
+            return draft(context)
+        return draft((*context[:-1], int(draft(context[:-1]).argmax())))
+
+    return law
+
+
+# ---- lengths
+
+
+def global_maximum(steps_per_second):
+    """The length that maximises expected tokens per second over all of this round's confidences; entry n = n + 1 rows."""
+
+    def length(context, drafts, confidences, stale):
+        survival, tokens, rates = 1.0, 1.0, [steps_per_second[0]]
+        for confidence, speed in zip(confidences, steps_per_second[1:], strict=True):
+            survival *= confidence
+            tokens += survival
+            rates.append(tokens * speed)
+        return rates.index(max(rates))
+
+    return length
+
+
+def retrospective(confidence, threshold: float):
+    """Cut before the first draft whose own value says that it will not survive: the confidence is read one token too late."""
+
+    def length(context, drafts, confidences, stale):
+        for k in range(len(drafts)):
+            if confidence((*context, *drafts[: k + 1])) < threshold:
+                return k
+        return len(drafts)
+
+    return length
+
+
+# ---- noise
+
+
+class NonStrict(EnumeratingSource):
+    """coin * denominator <= numerator: a coin of 0 passes a draft of chance 0."""
+
+    def below(self, coin, denominator, numerator):
+        return coin * denominator <= numerator
+
+
+class _PositionOnly:
+    """Noise addressed without the anchor position: a position drafted again after a rejection meets its old noise."""
+
+    def address(self, stream, position):
+        stream, position, _ = super().address(stream, position)
+        return stream, position, 0
+
+
+class _DraftNoiseInCorrection:
+    """Corrections drawn with the noise that drew the rejected draft."""
+
+    def address(self, stream, position):
+        return super().address(Stream.DRAFT if stream == Stream.CORRECT else stream, position)
+
+
+class EnumeratingPositionOnly(_PositionOnly, EnumeratingSource):
+    pass
+
+
+class CrowdPositionOnly(_PositionOnly, CrowdSource):
+    pass
+
+
+class EnumeratingDraftNoise(_DraftNoiseInCorrection, EnumeratingSource):
+    pass
+
+
+class CrowdDraftNoise(_DraftNoiseInCorrection, CrowdSource):
+    pass
