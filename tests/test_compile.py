@@ -43,9 +43,9 @@ def test_kernels_compile_without_spills(tmp_path):
     assert {(op, case, arch) for op in CASES for case in CASES[op] for arch in HERE} <= rows.keys()
     report = _read(REPORT)
     for key, row in rows.items():
-        # Measured numbers are a compiler version's own; the same version gives the same.
+        # Measured numbers are a compiler version's own; the same version gives the same (but binaries hold the sources' paths).
         if report[key]["triton"] == triton.__version__:
-            different = {name for name in row if row[name] != report[key][name]} - {"compile_seconds"}
+            different = {name for name in row if row[name] != report[key][name]} - {"compile_seconds", "binary_bytes"}
             assert not different, f"{key}: {different} differ from the report"
 
 

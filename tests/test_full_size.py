@@ -47,14 +47,14 @@ def test_accept_chain_in_the_interpreter(device, proposal):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("requests", [1, 8, 64])
+@pytest.mark.parametrize("requests", [1, 3, 13, 32, 64])
 @pytest.mark.parametrize("sampled", [True, False])
 def test_draft_block_on_a_gpu(device, requests, sampled):
     _draft(requests, 7, sampled, device)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("requests", [1, 8, 64])
+@pytest.mark.parametrize("requests", [1, 3, 13, 32, 64])
 @pytest.mark.parametrize("proposal", ["dense", "one_hot"])
 def test_accept_chain_on_a_gpu(device, requests, proposal):
     _accept(requests, 7, proposal, device)
