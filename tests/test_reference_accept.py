@@ -1,0 +1,683 @@
+"""The reference's acceptance rules on examples worked by hand, and everything accept_chain reports around them.
+
+Probabilities are multiples of 1/8, so that every comparison below is exact in fp64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from dspark_kernels.types import (
+    DenseProposal,
+    Flag,
+    OneHotProposal,
+    SamplingTensors,
+    SparseProposal,
+    Stream,
+    VerifyLayout,
+)
+from reference import accept, philox
+from reference.accept import RULES, Verdict, accept_chain
+from reference.decisions import NEAR, Decisions
+
+INF, NAN = math.inf, math.nan
+ANCHOR = 40
+
+
+def laws(*rows):
+    return torch.tensor(rows, dtype=torch.float64) / 8
+
+
+# Drafts [1, 0] have p/q = 3/4 and 1/4.
+TARGET = laws((4, 3, 1), (1, 4, 3), (1, 1, 6))
+DRAFT = laws((2, 4, 2), (4, 3, 1))
+
+
+class Script:
+    """Coins and Gumbel noise by position, written down; a draw keeps its weights and gives their largest."""
+
+    def __init__(self, coins=None, noise=None):
+        self.coins, self.noise, self.asked, self.drawn = coins or {}, noise or {}, [], None
+
+    def coin(self, position, denominator, numerator):
+        self.asked.append(position)
+        return self.coins[position] * denominator < numerator
+
+    def draw(self, position, weights):
+        assert self.drawn is None, "one draw ends a round"
+        self.drawn = (position, (8 * weights).tolist())
+        return int(weights.argmax())
+
+    def coupled(self, position, log_weights):
+        return int((log_weights + torch.tensor(self.noise[position], dtype=torch.float64)).argmax())
+
+
+def judge(rule, coins=(), drafts=(1, 0), target=TARGET, draft=DRAFT):
+    script = Script({ANCHOR + 1 + i: coin for i, coin in enumerate(coins)})
+    verdict = RULES[rule](target, draft, list(drafts), script, ANCHOR)
+    return verdict, script
+
+
+# --- the rules by themselves
+
+
+@pytest.mark.parametrize(
+    ("coins", "accepted", "weights"),
+    [
+        ((0.75, 0.0), 0, (2, 0, 0)),  # 0.75 * 4/8 = 3/8 is not below 3/8
+        ((0.7499999, 0.25), 1, (0, 1, 2)),
+        ((0.7499999, 0.2499999), 2, (1, 1, 6)),
+        ((0.0, 0.0), 2, (1, 1, 6)),
+        ((0.99, 0.0), 0, (2, 0, 0)),  # the second coin saves nothing
+    ],
+)
+def test_token_rule(coins, accepted, weights):
+    verdict, script = judge("token", coins)
+    assert verdict == Verdict(accepted, weights.index(max(weights)))
+    assert script.drawn == (ANCHOR + accepted + 1, list(weights))
+    assert script.asked == [ANCHOR + 1 + i for i in range(min(accepted + 1, 2))]
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_no_drafts_is_plain_sampling(rule):
+    verdict, script = judge(rule, drafts=())
+    assert verdict == Verdict(0, 0) and script.drawn == (ANCHOR + 1, [4, 3, 1]) and script.asked == []
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_coin_of_zero_accepts_nothing_impossible(rule):
+    """The target gives the draft no mass: 0 < 0 fails."""
+    verdict, script = judge(rule, (0.0,), [1], laws((5, 0, 3), (8, 0, 0)), laws((4, 4, 0)))
+    assert verdict == Verdict(0, 2) and script.drawn == (ANCHOR + 1, [1, 0, 3])
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize(
+    ("draft", "law", "bad", "missing", "weights"),
+    [
+        (-1, None, False, True, (4, 3, 1)),  # nothing was proposed: the target's own law
+        (-1, (2, 4, 2), False, True, None),  # even where a law is at hand the draft is missing
+        (-2, (2, 4, 2), True, False, (2, 0, 0)),
+        (3, (2, 4, 2), True, False, (2, 0, 0)),
+        (1, (6, 0, 2), True, False, (0, 3, 0)),  # outside the support of its own law
+        (3, (0, 0, 0), True, False, (4, 3, 1)),  # a one-hot draft outside the vocabulary takes nothing away
+        (1, None, False, True, (4, 3, 1)),
+    ],
+)
+def test_drafts_that_cannot_be_accepted(rule, draft, law, bad, missing, weights):
+    """No coin decides them, not even 0."""
+    proposed = [None if law is None else laws(law)[0]]
+    verdict, script = judge(rule, (0.0,), [draft], TARGET, proposed)
+    assert (verdict.num_accepted, verdict.bad_draft, verdict.missing_draft) == (0, bad, missing)
+    assert not verdict.empty_residual
+    assert script.drawn == (ANCHOR + 1, list((4, 3, 1) if weights is None else weights))
+    assert rule == "block" or script.asked == []
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_empty_residual_draws_from_the_target(rule):
+    """p = q and a draft of chance 0 in both: rejected, and the residual has no mass."""
+    verdict, script = judge(rule, (0.0,), [2], laws((5, 3, 0), (8, 0, 0)), laws((5, 3, 0)))
+    assert verdict == Verdict(0, 0, empty_residual=True, bad_draft=True)
+    assert script.drawn == (ANCHOR + 1, [5, 3, 0])
+
+
+# P = 1, 3/4, 3/16; Z_1 = [3/4 (1, 4, 3) - (4, 3, 1)]+ / 8 = 5/32, h_1 = 5/32 / (5/32 + 1/4) = 5/13; h_2 = 3/16.
+@pytest.mark.parametrize(
+    ("coins", "accepted", "weights"),
+    [
+        ((0.384, 0.1875), 1, (0, 0, 1.25)),  # 3/16 is not below 3/16
+        ((0.385, 0.1875), 0, (2, 0, 0)),
+        ((0.385, 0.1874), 2, (1, 1, 6)),  # the largest that passes, though the first fails
+        ((0.384, 0.1874), 2, (1, 1, 6)),
+    ],
+)
+def test_block_rule(coins, accepted, weights):
+    verdict, script = judge("block", coins)
+    assert verdict == Verdict(accepted, weights.index(max(weights)))
+    assert script.drawn == (ANCHOR + accepted + 1, list(weights))
+
+
+def test_block_rule_of_one_draft_is_the_token_rule():
+    for coin in (0.0, 0.2, 0.7499, 0.75, 0.8):
+        one = dict(coins=(coin,), drafts=(1,), target=TARGET[:2], draft=DRAFT[:1])
+        (block, script), (token, other) = judge("block", **one), judge("token", **one)
+        assert block == token and script.drawn == other.drawn
+
+
+def test_block_rule_caps_the_product_at_one():
+    """x_1 = 0 has p/q = 2: P_1 = 1, not 2, and h_1 = Z_1/Z_1. P_2 = 1/4 (2/4 without the cap)."""
+    verdict, script = judge("block", (0.9999, 0.25), (0, 0))
+    assert verdict == Verdict(1, 2) and script.drawn == (ANCHOR + 2, [0, 1, 2])
+    verdict, _ = judge("block", (0.9999, 0.2499), (0, 0))
+    assert verdict.num_accepted == 2
+
+
+def test_block_rule_zero_over_zero_passes():
+    """P_1 = 1 and p_2 = q_2: Z_1 = 0, h_1 = 0/0 = 1, and no coin is read."""
+    equal = laws((4, 3, 1), (4, 3, 1), (8, 0, 0))
+    verdict, script = judge("block", (0.9999, 0.9999), (0, 1), equal, laws((2, 4, 2), (4, 3, 1)))
+    assert verdict == Verdict(2, 0) and script.asked == [ANCHOR + 2]
+
+
+def test_block_rule_before_a_missing_draft_ends_there():
+    """Nothing proposed for x_2: [P_1 p_2 - 0]+ has mass P_1, so h_1 = P_1 as in a block of one draft."""
+    for coin, accepted, weights in ((0.7499, 1, (0.75, 3, 2.25)), (0.75, 0, (2, 0, 0))):
+        verdict, script = judge("block", (coin, 0.0), (1, -1), draft=[DRAFT[0], None])
+        assert verdict == Verdict(accepted, weights.index(max(weights)), missing_draft=accepted == 1)
+        assert script.drawn == (ANCHOR + accepted + 1, list(weights))
+
+
+def test_block_rule_keeps_nothing_behind_an_impossible_draft():
+    """q_1(x_1) = 0 makes P zero from there on, whatever comes next."""
+    verdict, script = judge("block", (0.0, 0.0), (1, 0), draft=laws((6, 0, 2), (4, 3, 1)))
+    assert verdict == Verdict(0, 1, bad_draft=True) and script.drawn == (ANCHOR + 1, [0, 3, 0])
+
+
+NOISE = {ANCHOR + 1: (0.0, 1.0, 0.0), ANCHOR + 2: (2.0, 0.0, 0.0), ANCHOR + 3: (0.0, 2.0, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("drafts", "verdict"),
+    [
+        # With this noise the target's own tokens are 1 (3e > 4), 0 (e^2 > 4) and 1 (e^2 > 6).
+        ((1, 0), Verdict(2, 1)),
+        ((1, 1), Verdict(1, 0)),
+        ((0, 0), Verdict(0, 1)),
+        ((1, -1), Verdict(1, 0, missing_draft=True)),
+        ((1, 3), Verdict(1, 0, bad_draft=True)),
+        ((-2, 0), Verdict(0, 1, bad_draft=True)),
+        ((2, 3), Verdict(0, 1)),  # the draft that stopped acceptance was in order
+        ((), Verdict(0, 1)),
+    ],
+)
+def test_coupled_rule(drafts, verdict):
+    script = Script(noise=NOISE)
+    assert RULES["coupled"](TARGET, None, list(drafts), script, ANCHOR) == verdict
+    assert script.drawn is None and script.asked == []
+
+
+@pytest.mark.parametrize(
+    ("drafts", "verdict"),
+    [
+        ((0, 1), Verdict(2, 2)),
+        ((0, 0), Verdict(1, 1)),
+        ((1, 1), Verdict(0, 0)),
+        ((0, -1), Verdict(1, 1, missing_draft=True)),
+        ((3, 1), Verdict(0, 0, bad_draft=True)),
+        ((), Verdict(0, 0)),
+    ],
+)
+def test_greedy_rule(drafts, verdict):
+    assert RULES["greedy"](TARGET, None, list(drafts), Script(), ANCHOR) == verdict
+
+
+def test_greedy_rule_takes_the_lowest_of_equals():
+    assert RULES["greedy"](laws((1, 3, 3), (2, 2, 2)), None, [1], Script(), 0) == Verdict(1, 0)
+
+
+# --- decisions and their margins
+
+
+def test_pick():
+    decisions = Decisions()
+    keys = torch.tensor([0.5, -INF, 3.0, 2.5], dtype=torch.float64)
+    assert decisions.pick(0, "a", keys) == 2
+    assert decisions.pick(1, "b", 4 * keys) == 2
+    assert decisions.pick(0, "c", torch.tensor([1.0, 7.0, 7.0])) == 1  # equal keys: the lowest id, without a margin
+    assert decisions.pick(0, "d", torch.tensor([-0.0, 0.0])) == decisions.pick(0, "d", torch.tensor([0.0, -0.0])) == 0
+    assert decisions.pick(0, "e", torch.tensor([0.0, INF, INF])) == 1
+    assert decisions.pick(0, "f", torch.tensor([0.1, 0.2])) == 1  # scale at least 1
+    assert decisions.pick(0, "alone", torch.tensor([5.0])) == 0  # no choice, no decision
+    assert decisions.margins == {
+        (0, 0): ("a", 0.5, 3.0),
+        (1, 0): ("b", 2.0, 12.0),
+        (0, 1): ("c", INF, 7.0),
+        (0, 2): ("d", INF, 1.0),
+        (0, 3): ("d", INF, 1.0),
+        (0, 4): ("e", INF, 1.0),
+        (0, 5): ("f", pytest.approx(0.1), 1.0),
+    }
+    assert decisions.total == 7 and decisions.near() == []
+
+
+def test_below_is_strict_and_its_margin_a_log_ratio():
+    decisions = Decisions()
+    assert not decisions.below(0, "coin", 0.5, 0.5, 0.25)
+    assert decisions.below(0, "coin", 0.5, 0.5, 0.5)
+    assert not decisions.below(0, "coin", 0.5, 1.0, 0.25)
+    assert not decisions.below(0, "coin", 0.0, 1.0, 0.0)
+    assert decisions.below(0, "coin", 0.0, 1.0, 1e-30)
+    margins = [margin for _, margin, _ in decisions.margins.values()]
+    assert margins == [0.0, pytest.approx(math.log(2)), pytest.approx(math.log(2)), INF, INF]
+    assert decisions.near() == [(0, 0)]
+
+
+def test_near_and_flips():
+    """Near within 2^-17 * max(1, |key|); a flip takes the runner-up, or the other side of the coin."""
+    assert NEAR == 2.0**-17
+
+    def decide(decisions):
+        keys = [
+            torch.tensor([10.0, 10.0 + 9 * NEAR, -50.0], dtype=torch.float64),  # near: the scale is 10
+            torch.tensor([0.5, 0.5 + 2 * NEAR], dtype=torch.float64),
+            torch.tensor([0.5 + NEAR, 0.5], dtype=torch.float64),
+        ]
+        picks = [decisions.pick(7, "key", key) for key in keys]
+        return picks, decisions.below(7, "coin", 0.5 * (1 + NEAR / 2), 1.0, 0.5), decisions.pick(8, "key", keys[0])
+
+    decisions = Decisions()
+    assert decide(decisions) == ([1, 1, 0], False, 1)
+    assert decisions.near() == [(7, 0), (7, 2), (7, 3), (8, 0)]
+    assert decide(Decisions(frozenset([(7, 0), (7, 3)]))) == ([0, 1, 0], True, 1)
+    assert decide(Decisions(frozenset([(7, 1), (8, 0)]))) == ([1, 0, 0], False, 0)
+
+
+# --- accept_chain
+
+
+def pack(*requests, rows=None, max_drafts=None):
+    """A layout by hand. Request: (position of its first row, row ids, how many of the last rows give logits)."""
+    starts, logit_starts, ids, positions, owners, logits, lens = [0], [0], [], [], [], [], []
+    for r, (position, row_ids, giving) in enumerate(requests):
+        logits += range(len(ids) + len(row_ids) - giving, len(ids) + len(row_ids))
+        ids += row_ids
+        positions += range(position, position + len(row_ids))
+        owners += [r] * len(row_ids)
+        lens.append(max(giving - 1, 0))
+        starts.append(len(ids))
+        logit_starts.append(len(logits))
+    room = (rows or len(ids)) - len(ids)
+
+    def ints(values, dtype=torch.int32):
+        return torch.tensor(values, dtype=dtype)
+
+    return VerifyLayout(
+        draft_lens=ints(lens),
+        query_start_loc=ints(starts),
+        cu_num_logits=ints(logit_starts),
+        token_ids=ints(ids + [0] * room, torch.int64),
+        positions=ints(positions + [0] * room, torch.int64),
+        batch_indices=ints(owners + [-1] * room),
+        logits_indices=ints(logits + [0] * (len(ids) + room - len(logits))),
+        num_rows=ints([len(ids)]),
+        flags=ints([0] * len(requests)),
+        max_drafts=max_drafts,
+    )
+
+
+def chain(*drafts, position=ANCHOR):
+    return position, [99, *drafts], len(drafts) + 1
+
+
+def tensors(temperatures, seeds=None):
+    return SamplingTensors(
+        torch.tensor(temperatures, dtype=torch.float32), torch.tensor(seeds or list(range(len(temperatures))))
+    )
+
+
+def logits_of(law):
+    return law.log().float()
+
+
+def rows_of(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def chances(seed, position, anchor):
+    """The coin of a draft, and -ln E of ids 0..2 for a correction (one leaf: its race has one runner)."""
+    coin = philox.uniform(philox.words(seed, torch.zeros(1, dtype=torch.int64), position, anchor, Stream.ACCEPT))
+    return float(coin), philox.gumbel(seed, torch.arange(3), position, anchor, Stream.CORRECT)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("kind", ["dense", "one_hot", "none"])
+def test_philox_decides_as_the_script_does(rule, kind):
+    """Coin of draft i at anchor + i; correction or bonus after n at anchor + n + 1: the rule on these numbers."""
+    ends = set()
+    for seed in range(-60, 60):
+        anchor = 1000 + seed
+        coins = {anchor + 1 + i: chances(seed, anchor + 1 + i, anchor)[0] for i in range(2)}
+        script = Script(coins)
+        shapes = dict(dense=DRAFT, one_hot=laws((0, 8, 0), (8, 0, 0)), none=laws((0, 8, 0), (8, 0, 0)))
+        verdict = RULES[rule](TARGET, shapes[kind], [1, 0], script, anchor)
+        position, weights = script.drawn
+        want = int((torch.tensor(weights).log() + chances(seed, position, anchor)[1]).argmax())
+        proposal = dict(dense=DenseProposal(logits_of(DRAFT)[None]), one_hot=OneHotProposal(), none=None)[kind]
+        have = accept_chain(
+            logits_of(TARGET),
+            pack(chain(1, 0, position=anchor)),
+            proposal,
+            sampling=tensors([1.0], [seed]),
+            rule=rule,
+        )
+        n = verdict.num_accepted
+        assert have.tokens.tolist() == [[*[1, 0][:n], want, *[-1] * (2 - n)]]
+        assert have.next_token.tolist() == [want]
+        assert (int(have.num_accepted), int(have.num_emitted), int(have.num_rejected)) == (n, n + 1, 2 - n)
+        assert int(have.last_row) == n and have.commit_mask.tolist() == [i <= n for i in range(3)]
+        assert int(have.flags) == 0
+        ends.add((n, want))
+    assert {n for n, _ in ends} == {0, 1, 2} and len(ends) >= 5
+
+
+def test_coupled_philox_does_not_know_the_anchor():
+    """The noise is that of position alone: the tokens are those of plain sampling, whatever the drafts."""
+    seen = set()
+    for seed in range(30):
+        y = [
+            int((TARGET[i].log() + philox.gumbel(seed, torch.arange(3), ANCHOR + 1 + i, 0, Stream.COUPLED)).argmax())
+            for i in range(3)
+        ]
+        have = accept_chain(logits_of(TARGET), pack(chain(1, 0)), sampling=tensors([1.0], [seed]), rule="coupled")
+        n = 0 if y[0] != 1 else 1 if y[1] != 0 else 2
+        assert have.tokens.tolist() == [[*y[: n + 1], *[-1] * (2 - n)]]
+        seen.add(n)
+    assert seen == {0, 1, 2}
+
+
+class Spy:
+    """Takes the place of a rule and shows the laws that it was given; accepts nothing."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setitem(accept.RULES, "token", self)
+
+    def __call__(self, target_probs, draft_probs, drafts, source, anchor_position):
+        self.drafts, self.anchor_position = drafts, anchor_position
+        self.target = [target_probs[i].tolist() for i in range(len(drafts) + 1)]
+        self.draft = [draft_probs[i] for i in range(len(drafts))]
+        self.draft = [law if law is None else law.tolist() for law in self.draft]
+        return Verdict(0, 0)
+
+
+def softmax(*logits, scale=1.0):
+    weights = [math.exp((x - max(logits)) * scale) for x in logits]
+    return pytest.approx([w / sum(weights) for w in weights], rel=1e-12, abs=0.0)
+
+
+def test_target_law(monkeypatch):
+    spy = Spy(monkeypatch)
+    rows = rows_of((1.0, 2.0, -3.0), (NAN, 0.5, -INF), (0.0, INF, INF), (-1.0, 3.0, NAN))
+    accept_chain(rows, pack(chain(0, 1, 2)), sampling=tensors([0.5]))
+    assert spy.target[0] == softmax(1, 2, -3, scale=2)
+    assert spy.target[1] == [0, 1, 0]
+    assert spy.target[2] == [0, 1, 0]  # several +inf: the lowest id
+    assert spy.target[3] == softmax(-1, 3, -INF, scale=2)
+    assert spy.drafts == [0, 1, 2] and spy.anchor_position == ANCHOR
+    accept_chain(rows_of((1.0, 1.5, 0.0)), pack(chain()), sampling=tensors([1e-38]))
+    assert spy.target == [[0, 1, 0]]  # 1/T is at most 1e30: no overflow
+
+
+def test_dense_draft_law(monkeypatch):
+    spy = Spy(monkeypatch)
+    target = torch.zeros(5, 3)
+    drafted = rows_of((1.0, 2.0, -3.0), (NAN, 0.5, -INF), (0.0, INF, INF), (-INF, -INF, NAN))
+
+    def seen(proposal, drafts=(0, 1, 2, 1), **options):
+        have = accept_chain(target, pack(chain(*drafts)), proposal, sampling=tensors([0.5]), **options)
+        assert int(have.flags) == 0, "a NaN of a draft row is not the target's"
+        return spy.draft
+
+    first = seen(DenseProposal(drafted[None]))
+    assert first == [softmax(1, 2, -3, scale=2), [0, 1, 0], [0, 1, 0], [0, 0, 0]]
+    own = seen(DenseProposal(drafted[None], temperature=torch.tensor([2.0])))
+    assert own[0] == softmax(1, 2, -3, scale=0.5)
+    lse = seen(DenseProposal(drafted[None], lse=torch.full((1, 4), 77.0)))
+    assert lse == first, "the normaliser is computed again"
+    missing = seen(DenseProposal(drafted[None]), (0, -1, 2, 1))
+    assert missing[1] is None and missing[2] == [0, 1, 0]
+    greedy = seen(DenseProposal(drafted[None], temperature=torch.tensor([0.0])), (0, 2, 3, -1))
+    assert greedy == [[1, 0, 0], [0, 0, 1], [0, 0, 0], None]
+    assert seen(OneHotProposal(), (2, 1, 3, -1)) == seen(None, (2, 1, 3, -1)) == [[0, 0, 1], [0, 1, 0], [0, 0, 0], None]
+
+
+def test_draft_laws_of_another_width(monkeypatch):
+    spy = Spy(monkeypatch)
+    narrow, wide = rows_of((1.0, 2.0)), rows_of((1.0, 2.0, -1.0, 3.0))
+
+    def seen(proposal):
+        accept_chain(torch.zeros(2, 3), pack(chain(0)), proposal, sampling=tensors([1.0]))
+        return spy.draft[0]
+
+    e = [math.exp(x) for x in (1, 2, -1, 3)]
+    assert seen(DenseProposal(narrow[None])) == pytest.approx([e[0] / sum(e[:2]), e[1] / sum(e[:2]), 0], rel=1e-12)
+    # Ids beyond the target's keep their mass in the normaliser.
+    assert seen(DenseProposal(wide[None])) == pytest.approx([x / sum(e) for x in e[:3]], rel=1e-12)
+    mapped = DenseProposal(wide[None], draft_to_target=torch.tensor([2, 0, 7, -1]))
+    assert seen(mapped) == pytest.approx([e[1] / sum(e), 0, e[0] / sum(e)], rel=1e-12)
+    sparse = SparseProposal(torch.tensor([[[2, 0, 5, -1]]]), wide[None])
+    assert seen(sparse) == pytest.approx([e[1] / sum(e), 0, e[0] / sum(e)], rel=1e-12)
+
+
+ROWS = rows_of((0.0, 5.0, 1.0), (2.0, 0.0, 2.0), (0.0, 1.0, 4.0))
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("temperature", [None, 0.0, -1.0, NAN])
+@pytest.mark.parametrize(
+    ("drafts", "tokens", "flags"),
+    [
+        ((1, 0), [1, 0, 2], 0),
+        ((1, 2), [1, 0, -1], 0),  # ties: the lowest id alone is right
+        ((0, 0), [1, -1, -1], 0),
+        ((1, -1), [1, 0, -1], Flag.MISSING_DRAFT),
+        ((3, 0), [1, -1, -1], Flag.BAD_TOKEN_ID),
+        ((-5, 0), [1, -1, -1], Flag.BAD_TOKEN_ID),
+        ((0, 7), [1, -1, -1], 0),  # never looked at
+    ],
+)
+def test_greedy_rows_under_every_rule(rule, temperature, drafts, tokens, flags):
+    sampling = None if temperature is None else tensors([temperature])
+    have = accept_chain(ROWS, pack(chain(*drafts)), sampling=sampling, rule=rule)
+    assert have.tokens.tolist() == [tokens] and int(have.flags) == flags
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize(
+    ("draft", "flags"),
+    [(-1, Flag.MISSING_DRAFT), (3, Flag.BAD_TOKEN_ID), (2, Flag.BAD_TOKEN_ID), (-3, Flag.BAD_TOKEN_ID)],
+)
+def test_flags_of_impossible_drafts(seed, rule, draft, flags):
+    """Draft 2 has chance 0 in its own law. The draft behind it is not judged."""
+    proposal = DenseProposal(rows_of((0.0, 0.0, -INF), (0.0, 0.0, 0.0))[None])
+    have = accept_chain(ROWS, pack(chain(draft, 0)), proposal, sampling=tensors([1.0], [seed]), rule=rule)
+    assert int(have.num_accepted) == 0 and int(have.flags) == flags
+    assert 0 <= int(have.next_token) < 3
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_empty_residual_is_flagged(rule):
+    row = rows_of((-INF, 0.0, 1.0))
+    emitted = set()
+    for seed in range(12):
+        have = accept_chain(
+            torch.cat([row, row]), pack(chain(0)), DenseProposal(row[None]), sampling=tensors([1.0], [seed]), rule=rule
+        )
+        assert int(have.flags) == Flag.EMPTY_RESIDUAL | Flag.BAD_TOKEN_ID and int(have.num_accepted) == 0
+        emitted.add(int(have.next_token))
+    assert emitted == {1, 2}
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize(
+    ("row", "token", "flags"),
+    [
+        ((-INF, -INF, -INF), 0, Flag.NONFINITE_ROW),
+        ((-INF, NAN, -INF), 0, Flag.NONFINITE_ROW | Flag.NAN),
+        ((-INF, INF, INF), 1, Flag.NONFINITE_ROW),  # the lowest id that is allowed
+        ((NAN, -INF, INF), 2, Flag.NONFINITE_ROW | Flag.NAN),
+    ],
+)
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_rows_without_finite_logits(temperature, rule, row, token, flags, where):
+    """Point masses elsewhere: drafts (1, 0) are right, but acceptance ends at the row, though it may allow the draft."""
+    rows = rows_of((-INF, 5.0, -INF), (5.0, -INF, -INF), (-INF, -INF, 5.0))
+    rows[where] = rows_of(row)
+    sampling = None if temperature is None else tensors([temperature])
+    have = accept_chain(rows, pack(chain(1, 0)), OneHotProposal(), sampling=sampling, rule=rule)
+    assert have.tokens.tolist() == [[*[1, 0][:where], token, *[-1] * (2 - where)]]
+    assert int(have.flags) == flags and int(have.last_row) == where
+
+
+@pytest.mark.parametrize(
+    ("drafts", "flags"),
+    [((0,), 0), ((-1,), Flag.MISSING_DRAFT), ((3,), Flag.BAD_TOKEN_ID), ((2,), Flag.BAD_TOKEN_ID)],
+)
+def test_rejected_draft_at_a_row_without_finite_logits(drafts, flags):
+    proposal = DenseProposal(rows_of((0.0, 0.0, -INF))[None])
+    rows = rows_of((-INF, -INF, -INF), (0.0, 0.0, 0.0))
+    have = accept_chain(rows, pack(chain(*drafts)), proposal, sampling=tensors([1.0]))
+    assert have.tokens.tolist() == [[0, -1]] and int(have.flags) == flags | Flag.NONFINITE_ROW
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_flags_stop_where_acceptance_stops(temperature):
+    """NaN of row 1 shows only if draft 1 passed; the same for a bad row or draft behind."""
+    rows = rows_of((-INF, 5.0, -INF), (5.0, NAN, -INF), (NAN, NAN, NAN))
+    sampling = None if temperature is None else tensors([temperature])
+    for drafts, flags in (((0, -1), 0), ((1, 2), Flag.NAN), ((1, 0), Flag.NAN | Flag.NONFINITE_ROW)):
+        have = accept_chain(rows, pack(chain(*drafts)), OneHotProposal(), sampling=sampling)
+        assert int(have.flags) == flags, drafts
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_plus_infinity_is_a_point_mass(temperature):
+    sampling = None if temperature is None else tensors([temperature])
+    rows = rows_of((3.0, INF, INF), (3.0, -INF, INF))
+    have = accept_chain(rows, pack(chain(1)), OneHotProposal(), sampling=sampling)
+    assert have.tokens.tolist() == [[1, 2]] and int(have.flags) == 0
+    have = accept_chain(rows, pack(chain(2)), OneHotProposal(), sampling=sampling)
+    assert have.tokens.tolist() == [[1, -1]] and int(have.flags) == 0
+
+
+def test_width_of_the_tokens():
+    rows = torch.cat([ROWS, ROWS[:1]])  # one row of logits more than the request uses
+    layout = pack(chain(1, 0))
+    widths = [
+        accept_chain(rows, dataclasses.replace(layout, max_drafts=5), DenseProposal(torch.zeros(1, 4, 3))),
+        accept_chain(rows, layout, DenseProposal(torch.zeros(1, 4, 3))),
+        accept_chain(rows, layout, SparseProposal(torch.zeros(1, 6, 2, dtype=torch.int64), torch.zeros(1, 6, 2))),
+        accept_chain(rows, layout, OneHotProposal()),
+        accept_chain(rows, layout),
+        accept_chain(ROWS[:0], pack((0, [1, 2], 0))),
+    ]
+    assert [have.tokens.shape[1] for have in widths] == [6, 5, 7, 4, 4, 1]
+    for have in widths[:-1]:
+        assert have.tokens[0].tolist() == [1, 0, 2] + [-1] * (have.tokens.shape[1] - 3)
+
+
+def mixed_batch():
+    """Batch row: its slot. 0: 4, drafts (1, 2) of which the second fails; 1: padding; 2: 1, a prefill chunk of 3 rows
+    that emits nothing; 3: 0, a prefill of 2 rows whose last emits; 4: 2, the anchor alone; 5: 5, one draft, right."""
+    layout = pack(
+        (10, [7, 1, 2], 3),
+        (0, [], 0),
+        (20, [8, 8, 8], 0),
+        (30, [9, 9], 1),
+        (50, [6], 1),
+        (60, [5, 2], 2),
+        rows=14,
+    )
+    logits = torch.cat([ROWS, rows_of((9.0, 0, 0), (0, 0, 9.0), (0, 0, 9.0), (0, 9.0, 0)), torch.full((3, 3), NAN)])
+    return logits, layout, torch.tensor([4, -1, 1, 0, 2, 5], dtype=torch.int32)
+
+
+def test_a_mixed_batch():
+    logits, layout, slots = mixed_batch()
+    anchors, positions = torch.arange(100, 107), torch.arange(200, 207, dtype=torch.int32)
+    have = accept_chain(
+        logits, layout, state_indices=slots, anchors=anchors, anchor_positions=positions,
+        sampling=tensors([0.0] * 7),
+    )  # fmt: skip
+    empty = [-1] * 9
+    assert [row[:3] for row in have.tokens.tolist()] == [
+        [1, 0, -1], empty[:3], empty[:3], [0, -1, -1], [2, -1, -1], [2, 1, -1],
+    ]  # fmt: skip
+    assert have.tokens.shape == (6, 10) and bool((have.tokens[:, 3:] == -1).all())
+    assert have.num_accepted.tolist() == [1, 0, 0, 0, 0, 1]
+    assert have.num_emitted.tolist() == [2, 0, 0, 1, 1, 2]
+    assert have.num_rejected.tolist() == [1, 0, 0, 0, 0, 0]
+    assert have.next_token.tolist() == [0, -1, -1, 0, 2, 1]
+    assert have.last_row.tolist() == [1, 0, 0, 7, 8, 10]
+    kept = [True, True, False] + [True] * 3 + [True, True] + [True] + [True, True] + [False] * 3
+    assert have.commit_mask.tolist() == kept
+    assert have.flags.tolist() == [0] * 6
+    # In place: the new anchor and its position, by slot; slots 1 (no emission), 3 and 6 (not in the batch) untouched.
+    assert anchors.tolist() == [0, 101, 2, 103, 0, 1, 106]
+    assert positions.tolist() == [32, 201, 51, 203, 12, 62, 206]
+
+
+def test_sampling_settings_and_laws_are_found_by_slot(monkeypatch):
+    spy = Spy(monkeypatch)
+    drafted = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(1))
+    layout = pack((10, [7, 1, 2], 3), (60, [5, 2], 2))
+    slots = torch.tensor([-1, 1], dtype=torch.int32)
+    logits = torch.cat([ROWS, ROWS])
+    accept_chain(logits, layout, DenseProposal(drafted), sampling=tensors([1.0, 4.0, 0.5]), state_indices=slots)
+    assert spy.draft == [softmax(*drafted[1, 0].tolist(), scale=0.25)]
+    assert spy.target[0] == softmax(*logits[3].tolist(), scale=0.25)
+    assert spy.anchor_position == 60 and spy.drafts == [2]
+
+
+def test_padding_leaves_its_rows_neutral():
+    """A row of the batch without a slot: nothing of it is read, not even where the layout has rows for it."""
+    anchors, positions = torch.tensor([7, 8]), torch.tensor([70, 80])
+    have = accept_chain(
+        torch.cat([ROWS * NAN, ROWS]),
+        pack(chain(1, 0), chain(1, 0)),
+        state_indices=torch.tensor([-1, 1], dtype=torch.int32),
+        anchors=anchors,
+        anchor_positions=positions,
+    )
+    assert have.tokens.tolist() == [[-1] * 6, [1, 0, 2, -1, -1, -1]]
+    for name in ("num_accepted", "num_emitted", "num_rejected", "last_row", "flags"):
+        assert int(getattr(have, name)[0]) == 0, name
+    assert int(have.next_token[0]) == -1 and have.commit_mask.tolist() == [False] * 3 + [True] * 3
+    assert anchors.tolist() == [7, 2] and positions.tolist() == [70, ANCHOR + 3]
+
+
+def test_an_empty_batch():
+    have = accept_chain(torch.zeros(0, 3), pack())
+    assert have.tokens.shape == (0, 1) and have.commit_mask.shape == (0,)
+
+
+def test_margins_are_recorded_and_flips_obeyed():
+    """Greedy: two logits closer than fp32 resolves; sampled: the coin of draft 1."""
+    rows = ROWS.double()
+    rows[1, 2] += 2.0**-18
+    decisions = Decisions()
+    have = accept_chain(rows, pack(chain(1, 2)), decisions=decisions)
+    assert have.tokens.tolist() == [[1, 2, 2]]
+    assert decisions.near() == [(0, 1)] and decisions.margins[0, 1] == ("greedy", 2.0**-18, 2 + 2.0**-18)
+    have = accept_chain(rows, pack(chain(1, 2)), decisions=Decisions(frozenset(decisions.near())))
+    assert have.tokens.tolist() == [[1, 0, -1]]
+
+    sampled = dict(proposal=DenseProposal(logits_of(DRAFT)[None]), sampling=tensors([1.0], [5]))
+    decisions = Decisions()
+    have = accept_chain(logits_of(TARGET), pack(chain(1, 0)), **sampled, decisions=decisions)
+    coin = chances(5, ANCHOR + 1, ANCHOR)[0]
+    kind, margin, scale = decisions.margins[0, 0]
+    assert (kind, scale) == ("coin", 1.0) and margin == pytest.approx(abs(math.log(coin / 0.75)), rel=1e-6)
+    other = accept_chain(logits_of(TARGET), pack(chain(1, 0)), **sampled, decisions=Decisions(frozenset([(0, 0)])))
+    assert (int(have.num_accepted) > 0) != (int(other.num_accepted) > 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(rule="greedy"), ValueError, "rule: expected"),
+        (dict(out=object()), ValueError, "out: expected None"),
+        (dict(workspace=object()), ValueError, "workspace: expected None"),
+        (dict(logprobs="raw"), NotImplementedError, "logprobs"),
+        (dict(synthetic_rates=torch.ones(2)), NotImplementedError, "synthetic_rates"),
+    ],
+)
+def test_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        accept_chain(ROWS, pack(chain(1, 0)), **options)
