@@ -368,7 +368,7 @@ def target_law(decoder: Decoder, prompt: Context, tokens: int, start: Law | None
             where = done if size + 1 == tokens else open_ends.setdefault(size + 1, {})
             for token, step in enumerate(decoder.law(prompt + emitted).tolist()):
                 if step > 0:
-                    where[*emitted, token] = where.get((*emitted, token), 0.0) + chance * step
+                    where[(*emitted, token)] = where.get((*emitted, token), 0.0) + chance * step
     return done
 
 
