@@ -314,7 +314,8 @@ def systems_of(arguments, models: Models) -> list[System]:
     wanted = there if arguments.systems is None else arguments.systems
     for name in wanted:
         if name not in there:
-            raise BadArgument(f"--systems: expected names among {', '.join(dict.fromkeys(there))} (with these models), got {name!r}")
+            known = ", ".join(dict.fromkeys(there))
+            raise BadArgument(f"--systems: expected names among {known} (with these models), got {name!r}")
     systems = [System("autoregressive", "", Autoregressive())] if "autoregressive" in wanted else []
     ops = kernel_ops(arguments.device) if arguments.kernels else None
     for name, source, make in models.drafters:

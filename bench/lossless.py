@@ -1,8 +1,9 @@
 """Whether a system's output is the target's own: the same text when greedy, equally likely text when sampled.
 
-Greedy: identical to plain decoding up to a step whose two best logits are closer than twice the error of such logits, measured against
-fp64. Sampled, two tests of the likelihood ln p(token) under the target, each within LIMIT standard errors:
-    against its own law:     sum over tokens of ln p(x) - E ln p has mean 0 where x ~ p (a martingale; its variance is the sum of squares)
+Greedy: identical to plain decoding up to a step whose two best logits are closer than twice the error of such logits, measured
+against fp64. Sampled, two tests of the likelihood ln p(token) under the target, each within LIMIT standard errors:
+    against its own law:     sum over tokens of ln p(x) - E ln p has mean 0 where x ~ p (a martingale: its variance is the sum
+                             of squares)
     against plain decoding:  d_i = mean ln p of prompt i minus that of plain decoding; mean d
 The first does not need plain decoding's noise and sees smaller differences. Source of the definitions: README.md, "Equality".
 """

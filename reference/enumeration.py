@@ -8,15 +8,15 @@ and keeps the seeds that got that answer.
 
 Races. A draw with weights w is the winner of a race of exponential clocks, arg-min E_i / w_i. Several races may run on the same
 clocks (the coupled rule does so on purpose, faulty noise by accident), so the joint law of their winners is needed. Race m, with
-winner a_m, says E_i >= (w_i / w_{a_m}) E_{a_m} for every i. With A the set of distinct winners and r_ia = the largest w_i / w_a over
-the races that a won, the event is E_i >= max_{a in A} r_ia E_a for all i. The losers (i outside A) are integrated out one by one,
-each leaving exp(-max_a r_ia E_a), hence
+winner a_m, says E_i >= (w_i / w_{a_m}) E_{a_m} for every i. With A the set of distinct winners and r_ia = the largest w_i / w_a
+over the races that a won, the event is E_i >= max_{a in A} r_ia E_a for all i. The losers (i outside A) are integrated out one by
+one, each leaving exp(-max_a r_ia E_a), hence
 
     P = integral over {E_b >= r_ba E_a for a, b in A} of exp(-sum_{a in A} E_a - sum_{i not in A} max_{a in A} r_ia E_a) dE_A
 
 The domain is a polyhedral cone in |A| dimensions, and the exponent is linear on each of the cones into which the maxima split it.
-A cone spanned by rays v_1..v_n with exponent -S(E), S linear, contributes |det(v_1..v_n)| / prod_j S(v_j). One race: P = w_a / sum w.
-Two races with laws p and q on one winner a: P = 1 / sum_i max(p_i / p_a, q_i / q_a), Daliri et al., arXiv 2408.07978.
+A cone spanned by rays v_1..v_n with exponent -S(E), S linear, contributes |det(v_1..v_n)| / prod_j S(v_j). One race gives
+P = w_a / sum w, two races with laws p and q on one winner P = 1 / sum_i max(p_i / p_a, q_i / q_a), Daliri et al., arXiv 2408.07978.
 
 Symbols: E_i independent Exp(1) clocks, one per token; K drafts of a round; V vocabulary. A context is the tuple of the tokens so
 far, the anchor last; the anchor's position is its index. Everything is fp64.
@@ -375,8 +375,9 @@ def target_law(decoder: Decoder, prompt: Context, tokens: int, start: Law | None
 def emitted_law(decoder: Decoder, prompt: Context, rounds: int = 1, source: Callable = EnumeratingSource) -> Law:
     """Exact law of what `rounds` rounds emit after the prompt, before any completion.
 
-    source(anchor_position, known, path, memo). Rounds are chained over the places where one can stand: the tokens, the confidences of
-    the last block, and what is known of noise that the next rounds can still meet (clocks of the coupled rule at open positions).
+    source(anchor_position, known, path, memo). Rounds are chained over the places where one can stand: the tokens, the
+    confidences of the last block, and what is known of noise that the next rounds can still meet (clocks of the coupled rule at
+    open positions).
     """
     places = {((), None, ()): 1.0}
     for _ in range(rounds):

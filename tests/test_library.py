@@ -72,8 +72,7 @@ def test_compiles_into_one_graph(backend):
 
 
 def test_constants_of_kernels_are_the_public_ones():
-    from dspark_kernels.kernels import accept as accept_kernels, draft as draft_kernels
-    from dspark_kernels.kernels import schedule as schedule_kernels
+    from dspark_kernels.kernels import accept as accept_kernels, draft as draft_kernels, schedule as schedule_kernels
     from dspark_kernels.kernels.primitives import mass, philox
 
     for kernels in (accept_kernels, draft_kernels, schedule_kernels):

@@ -403,7 +403,7 @@ def test_reused_noise_is_convicted(rule, enumerating, crowd):
 
 
 def test_where_position_only_noise_does_not_show():
-    """One round meets no noise again; and the token rule never looks behind its first reject, so it tells nothing of the noise there."""
+    """One round meets no noise again; and the token rule never looks behind its first reject, so nothing shows."""
     assert_lossless(decoder("block", 3, 2), source=wrong.EnumeratingPositionOnly)
     assert_lossless(decoder("token", 3, 2), rounds=2, source=wrong.EnumeratingPositionOnly)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers, octet_sums
 from .primitives.philox import ACCEPT, CORRECT, LEAF as LEAF_STREAM, coin_words, lane_words, log2_exponential, uniform
-from .primitives.race import pack, unpack_id, unpack_key
+from .primitives.race import pack, unpack_id
 from .primitives.slots import state_slots
 from .primitives.ticket import arrive
 

@@ -70,7 +70,8 @@ def _draft_tile(
     stored = numbers(x).to(base_ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
     x = tl.where(inside, stored.to(tl.float32), NEG_INF)
     if logits_ptr is not None:
-        tl.store(logits_ptr + slots[:, None] * stride_ls + (column + k).to(tl.int64) * stride_lk + ids[None, :], stored, mask=inside)
+        out = logits_ptr + slots[:, None] * stride_ls + (column + k).to(tl.int64) * stride_lk + ids[None, :]
+        tl.store(out, stored, mask=inside)
 
     key = x
     if temperature_ptr is not None:

@@ -265,7 +265,8 @@ def _draft_block(
         (
             base_logits, anchors, anchor_positions, w1, w2, hidden, weight, bias, sts_temperatures, temperature, seed,
             state_indices, tokens, confidence, confidence_logits, logits, lse, flags, best, status, barrier, unit_max,
-            unit_mass, rows, anchors.shape[0], drafts, vocab, 0 if w1 is None else w1.shape[0], rank, hidden_size, first_draft, column,
+            unit_mass, rows, anchors.shape[0], drafts, vocab, 0 if w1 is None else w1.shape[0], rank, hidden_size,
+            first_draft, column,
             base_logits.stride(0), base_logits.stride(1), anchors.stride(0), anchor_positions.stride(0), stride(w1, 0),
             stride(w2, 0), stride(hidden, 0), stride(hidden, 1), tokens.stride(0), stride(confidence, 0),
             stride(confidence_logits, 0), stride(logits, 0), stride(logits, 1), stride(lse, 0),

@@ -168,7 +168,8 @@ def _fixed_layout(
         (
             draft_lens, drafts, anchors, anchor_positions, num_prefill_tokens, emits, block_tables, state_indices,
             out_draft_lens, query_start_loc, cu_num_logits, token_ids, positions, batch_indices, slot_mapping, logits_indices,
-            num_rows, flags, requests, drafts.shape[0], rows, drafts.shape[1], 0 if block_tables is None else block_tables.shape[1], page_size,
+            num_rows, flags, requests, drafts.shape[0], rows, drafts.shape[1],
+            0 if block_tables is None else block_tables.shape[1], page_size,
             drafts.stride(0), anchors.stride(0), anchor_positions.stride(0),
             0 if block_tables is None else block_tables.stride(0),
         ),
