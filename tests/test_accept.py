@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from far import far_apart
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
@@ -107,11 +108,16 @@ def test_any_lag_between_the_waves(monkeypatch, lag):
     check(case)
 
 
-def test_stored_lse_gives_the_same_tokens_as_sweeping_the_proposal():
-    case = cases.accept_case(seed=5, requests=7, drafts=4, vocab=3000, dtype=torch.float32)
+def with_lse(case):
+    """The case's proposal with its log-sum-exp stored."""
     temperature = torch.where(case.sampling.temperature > 0, case.sampling.temperature, 1.0)
     scaled = case.proposal.logits.double() / temperature[:, None, None].double()
-    stored = dk.DenseProposal(case.proposal.logits, lse=scaled.logsumexp(-1).float())
+    return dk.DenseProposal(case.proposal.logits, lse=scaled.logsumexp(-1).float())
+
+
+def test_stored_lse_gives_the_same_tokens_as_sweeping_the_proposal():
+    case = cases.accept_case(seed=5, requests=7, drafts=4, vocab=3000, dtype=torch.float32)
+    stored = with_lse(case)
     want = check(case)
     have = dk.accept_chain(**case.arguments() | dict(proposal=stored))
     assert torch.equal(have.tokens, want.tokens)
@@ -130,6 +136,23 @@ def test_dyadic_greedy_rows_get_no_exemption(seed):
     check(case, exempt=False)
     ties = (case.target_logits == case.target_logits.max(-1, keepdim=True).values).sum(-1)
     assert (ties > 1).any(), "the case has no tie, so it shows nothing"
+
+
+@pytest.mark.parametrize("stored_lse", [True, False])
+def test_rows_further_apart_than_32_bits_count(stored_lse):
+    """Row 2 starts more than 2^31 elements after row 0, in the target's logits and in the proposal."""
+    accepted = set()
+    for seed in range(8):
+        case = cases.accept_case(seed=seed, requests=1, drafts=3, vocab=1100, closeness=0.9, lengths=torch.tensor([3]))
+        if stored_lse:
+            case.proposal = with_lse(case)
+        want = dk.accept_chain(**case.arguments())
+        case.target_logits = far_apart(case.target_logits[None])[0]
+        case.proposal = dataclasses.replace(case.proposal, logits=far_apart(case.proposal.logits))
+        have = check(case)
+        assert torch.equal(have.tokens, want.tokens)
+        accepted.add(int(have.num_accepted))
+    assert {2, 3} <= accepted  # the far rows were drawn from, as residual and as bonus
 
 
 def test_anchors_advance_in_place():
@@ -280,6 +303,9 @@ def test_extreme_temperatures(temperature):
         (dict(proposal=dk.DenseProposal(torch.zeros(5, 3, 9))), ValueError, "proposal.logits: expected K >="),
         (dict(anchors=torch.zeros(4, dtype=torch.int64)), ValueError, "anchors: expected shape"),
         (dict(anchor_positions=torch.zeros(5)), TypeError, "anchor_positions: expected dtype"),
+        (dict(anchors=torch.zeros(5, dtype=torch.int64, device="meta")), ValueError, "anchors: expected a tensor on cpu"),
+        (dict(target_logits=torch.zeros(25, 9, device="meta")), ValueError, "layout.draft_lens: expected a tensor on meta"),
+        (dict(proposal=dk.DenseProposal(torch.zeros(5, 4, 9, device="meta"))), ValueError, "proposal.logits: expected a tensor on"),
         (dict(state_indices=torch.zeros(5, dtype=torch.int64)), TypeError, "state_indices: expected dtype int32"),
         (dict(out=7), TypeError, "out: expected Acceptance"),
         (dict(workspace=7), TypeError, "workspace: expected Workspace"),

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from errors import excess_error
+from far import far_apart
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
@@ -178,6 +179,25 @@ def test_strided_inputs_and_a_cache_with_real_strides():
     check(case, out)
     cache[:3, :4, :257] = 0
     assert torch.isnan(cache).sum() == cache.numel() - 3 * 4 * 257
+
+
+def test_rows_further_apart_than_32_bits_count():
+    """Position 2 starts more than 2^31 elements after position 0, in every tensor that has positions."""
+    case = cases.draft_case(seed=10, requests=2, drafts=3, vocab=70, dtype=torch.bfloat16)
+    case.base_logits, case.hidden = far_apart(case.base_logits), far_apart(case.hidden)
+    plain = cases.draft_case(seed=10, requests=2, drafts=3, vocab=70, dtype=torch.bfloat16)
+    want = dk.draft_block(**plain.arguments())
+    out = dk.DraftBlock(
+        tokens=torch.full_like(want.tokens, -77),
+        proposal=dk.DenseProposal(far_apart(torch.zeros_like(want.proposal.logits)), lse=torch.zeros_like(want.proposal.lse)),
+        flags=torch.full_like(want.flags, -77),
+        confidence=torch.zeros_like(want.confidence),
+        confidence_logits=torch.zeros_like(want.confidence_logits),
+    )
+    dk.draft_block(**case.arguments(), out=out)
+    for name in ("tokens", "confidence", "confidence_logits", "flags"):
+        assert torch.equal(getattr(out, name), getattr(want, name)), name
+    assert torch.equal(out.proposal.logits, want.proposal.logits) and torch.equal(out.proposal.lse, want.proposal.lse)
 
 
 def test_step_by_step_equals_the_block():

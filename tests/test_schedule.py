@@ -127,6 +127,7 @@ def test_empty_batch_is_zeros_without_a_launch():
         (dict(draft_lens=torch.zeros(4, dtype=torch.int32)), ValueError, "block.tokens"),
         (dict(anchors=torch.zeros(2, dtype=torch.int64)), ValueError, "anchors"),
         (dict(anchor_positions=torch.zeros(3)), TypeError, "anchor_positions"),
+        (dict(anchor_positions=torch.zeros(3, dtype=torch.int32, device="meta")), ValueError, "anchor_positions"),
         (dict(max_rows=2), ValueError, "max_rows"),
         (dict(num_prefill_tokens=torch.zeros(3, dtype=torch.int32)), ValueError, "max_rows"),
         (dict(page_size=16), ValueError, "page_size"),

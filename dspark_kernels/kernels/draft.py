@@ -63,7 +63,8 @@ def _draft_tile(
     slots = state_slots(slots_ptr, requests, num_requests, num_slots)
     live = slots >= 0
     inside = live[:, None] & (ids < vocab)[None, :]
-    base = tl.load(base_ptr + requests.to(tl.int64)[:, None] * stride_br + k * stride_bk + ids[None, :], mask=inside, other=0.0)
+    rows = requests.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
+    base = tl.load(base_ptr + rows[:, None] + ids[None, :], mask=inside, other=0.0)
     x = base.to(tl.float32) + bias
     nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
     tl.atomic_or(status_ptr + requests, NAN, mask=live & (nan > 0), sem="relaxed")
@@ -111,9 +112,10 @@ def _row_status(word, base_ptr, request, k, vocab, stride_br, stride_bk, BLOCK: 
     if key == POS_INF:
         # Rare, so paid only here: a +inf won; look whether anything finite stood beside it.
         finite = 0
+        row_ptr = base_ptr + request.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
         for first in range(0, vocab, BLOCK):
             ids = first + tl.arange(0, BLOCK)
-            x = tl.load(base_ptr + request.to(tl.int64) * stride_br + k * stride_bk + ids, mask=ids < vocab, other=NEG_INF)
+            x = tl.load(row_ptr + ids, mask=ids < vocab, other=NEG_INF)
             x = tl.abs(x.to(tl.float32))
             finite = tl.maximum(finite, tl.max(tl.where(x < POS_INF, 1, 0), axis=0))
         if finite == 0:
@@ -143,9 +145,10 @@ def _log_sum_exp(unit_max_ptr, unit_mass_ptr, row, num_units, scale, BLOCK: tl.c
 def _confidence_logit(hidden_ptr, weight_ptr, bias_ptr, w1_ptr, request, k, previous, hidden_size, rank, vocab_w1,
                       stride_hr, stride_hk, stride_1v, WITH_MARKOV: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     total = tl.zeros([BLOCK], tl.float32)
+    row_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + tl.cast(k, tl.int64) * stride_hk
     for first in range(0, hidden_size, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        h = tl.load(hidden_ptr + request.to(tl.int64) * stride_hr + k * stride_hk + i, mask=i < hidden_size, other=0.0)
+        h = tl.load(row_ptr + i, mask=i < hidden_size, other=0.0)
         total += h.to(tl.float32) * tl.load(weight_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
     if WITH_MARKOV:
         known = (previous >= 0) & (previous < vocab_w1)
