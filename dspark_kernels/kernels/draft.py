@@ -151,10 +151,10 @@ def _confidence_logit(hidden_ptr, weight_ptr, bias_ptr, w1_ptr, request, k, prev
         h = tl.load(row_ptr + i, mask=i < hidden_size, other=0.0)
         total += h.to(tl.float32) * tl.load(weight_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
     if WITH_MARKOV:
-        known = (previous >= 0) & (previous < vocab_w1)
+        known = tl.where((previous >= 0) & (previous < vocab_w1), rank, 0)  # ranks of W1[previous] that there are
         for first in range(0, rank, BLOCK):
             i = first + tl.arange(0, BLOCK)
-            e = tl.load(w1_ptr + previous * stride_1v + i, mask=(i < rank) & known, other=0.0)
+            e = tl.load(w1_ptr + previous * stride_1v + i, mask=i < known, other=0.0)
             total += e.to(tl.float32) * tl.load(weight_ptr + hidden_size + i, mask=i < rank, other=0.0).to(tl.float32)
     logit = tl.sum(total, axis=0)
     if bias_ptr is not None:
