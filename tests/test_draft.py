@@ -184,9 +184,10 @@ def test_strided_inputs_and_a_cache_with_real_strides():
 def test_rows_further_apart_than_32_bits_count():
     """Position 2 starts more than 2^31 elements after position 0, in every tensor that has positions."""
     case = cases.draft_case(seed=10, requests=2, drafts=3, vocab=70, dtype=torch.bfloat16)
+    case.base_logits[1, 2] = float("-inf")
+    case.base_logits[1, 2, 7] = float("inf")  # then that row is read once more, for its flag
+    want = dk.draft_block(**case.arguments())
     case.base_logits, case.hidden = far_apart(case.base_logits), far_apart(case.hidden)
-    plain = cases.draft_case(seed=10, requests=2, drafts=3, vocab=70, dtype=torch.bfloat16)
-    want = dk.draft_block(**plain.arguments())
     out = dk.DraftBlock(
         tokens=torch.full_like(want.tokens, -77),
         proposal=dk.DenseProposal(far_apart(torch.zeros_like(want.proposal.logits)), lse=torch.zeros_like(want.proposal.lse)),
