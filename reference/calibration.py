@@ -13,11 +13,16 @@ arXiv 1706.04599. All arithmetic in fp64.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 # 2^(i/24), i = -96..96: from 1/16 to 16 in steps of 2.9 %, listed from 1 (change nothing) outwards.
 STS_GRID = tuple(2.0 ** (i / 24) for i in sorted(range(-96, 97), key=lambda i: (abs(i), i)))
+# Errors this close count as equal: rounding leaves 1e-14 for a million rounds, and must not choose between temperatures
+# that are equally good (mirrored logits in one bin: every temperature).
+EQUAL = 1e-12
 
 
 def _pairs(probs: Tensor, outcomes: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,33 +76,53 @@ def auc(probs: Tensor, outcomes: Tensor, bins: int = 1000) -> float:
     return float((ones * below).sum() / (ones.sum() * zeros.sum()))
 
 
-def fit_sts(logits: Tensor, survived: Tensor, bins: int = 20) -> Tensor:
+def fit_sts(logits: Tensor, survived: Tensor, *, bins: int = 20, observed: Tensor | None = None) -> Tensor:
     """Sequential temperature scaling: fp32 [K].
 
-    logits [N, K]: raw confidence logits; survived [N, K]: 0/1 prefix survival. From left to right, position k takes the
-    temperature of STS_GRID whose cumulative product of sigmoid(logit / T) has the least ECE, earlier positions fixed;
-    among equals the one closest to 1 (in ratio), the smaller if still tied.
+    logits [N, K]: raw confidence logits; survived [N, K]: 0/1 prefix survival; observed [N, K]: bool, whether draft k of
+    round n was verified, a prefix of each round (None: all were). From left to right, position k takes the temperature
+    of STS_GRID whose cumulative product of sigmoid(logit / T) has the least ECE over the rounds that verified draft k,
+    earlier positions fixed; among equals the one closest to 1 (in ratio), the smaller if still tied. Logits and
+    survival of drafts that were not verified are never looked at; a position that no round verified gets 1.
     """
     if logits.dim() != 2 or logits.shape != survived.shape:
         raise ValueError(
             f"survived: expected logits and survived [N, K], got {list(logits.shape)} and {list(survived.shape)}"
         )
-    if logits.shape[0] == 0:
-        raise ValueError("logits: expected at least one round, got none")
-    if bool(logits.isnan().any()):
-        raise ValueError("logits: expected numbers, got NaN")
-    outcomes = survived.detach().double()
-    if not bool(((outcomes == 0) | (outcomes == 1)).all()) or bool((outcomes.diff(dim=1) > 0).any()):
-        raise ValueError("survived: expected 0/1 that never rises along a round (prefix survival), got other values")
-    scores = logits.detach().double()
+    if logits.numel() == 0:
+        raise ValueError(f"logits: expected at least one round and one draft, got {list(logits.shape)}")
+    if observed is not None and (observed.shape != logits.shape or observed.dtype != torch.bool):
+        raise ValueError(f"observed: expected bool {list(logits.shape)}, got {observed.dtype} {list(observed.shape)}")
+    drafts = logits.shape[1]
+    # verified[n]: how many drafts of round n were.
+    verified = []
+    for flags in [[True] * drafts] * len(logits) if observed is None else observed.tolist():
+        length = flags.index(False) if False in flags else drafts
+        if any(flags[length:]):
+            raise ValueError("observed: expected the verified drafts to be a prefix of the round, got others")
+        verified.append(length)
+    scores, outcomes = logits.detach().double(), survived.detach().double()
+    for length, score, outcome in zip(verified, scores.tolist(), outcomes.tolist(), strict=True):
+        if any(math.isnan(x) for x in score[:length]):
+            raise ValueError("logits: expected numbers, got NaN")
+        seen = outcome[:length]
+        if any(y not in (0.0, 1.0) for y in seen) or seen != sorted(seen, reverse=True):
+            raise ValueError(
+                "survived: expected 0/1 that never rises along a round (prefix survival), got other values"
+            )
     survival = torch.ones_like(scores[:, 0])
     temperatures = []
-    for k in range(scores.shape[1]):
+    for k in range(drafts):
+        rounds = [n for n, length in enumerate(verified) if length > k]
+        if not rounds:
+            temperatures.append(1.0)
+            continue
 
-        def error(temperature, earlier=survival, score=scores[:, k], outcome=outcomes[:, k]):
+        def error(temperature, earlier=survival[rounds], score=scores[rounds, k], outcome=outcomes[rounds, k]):
             return _calibration_error(earlier * torch.sigmoid(score / temperature), outcome, bins)
 
-        # `min` keeps the first of equals, so a temperature stays near 1 unless the data says otherwise.
-        temperatures.append(min(STS_GRID, key=error))
+        errors = [error(temperature) for temperature in STS_GRID]
+        # The first of equals, so a temperature stays near 1 unless the data says otherwise.
+        temperatures.append(next(t for t, e in zip(STS_GRID, errors, strict=True) if e <= min(errors) + EQUAL))
         survival = survival * torch.sigmoid(scores[:, k] / temperatures[-1])
     return torch.tensor(temperatures, dtype=torch.float32, device=logits.device)

@@ -133,6 +133,55 @@ def test_temperature_stays_one_without_evidence():
     assert STS_GRID[0] == 1.0 and min(STS_GRID) == 1 / 16 and max(STS_GRID) == 16.0
 
 
+def test_equal_errors_leave_the_temperature_alone():
+    # A mirrored pair of logits has mean probability 1/2 at any temperature; rounding alone tells the grid's errors apart.
+    half = torch.randn(50, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    logits, survived = torch.cat([half, -half]), torch.arange(100)[:, None] % 3 == 0
+    errors = {expected_calibration_error((logits / t).sigmoid(), survived, bins=1) for t in STS_GRID}
+    assert len(errors) > 1 and max(errors) - min(errors) < 1e-15
+    assert fit_sts(logits, survived, bins=1).tolist() == [1.0]
+
+
+def cut(count, drafts, seed):
+    """Random numbers of verified drafts, and which drafts that is."""
+    lens = torch.randint(0, drafts + 1, (count,), generator=torch.Generator().manual_seed(seed))
+    return lens, torch.arange(drafts) < lens[:, None]
+
+
+def test_a_position_is_fitted_on_the_rounds_that_verified_it():
+    logits, survived = rounds(500, seed=4)
+    lens, observed = cut(500, 5, seed=5)
+    temperatures = fit_sts(logits, survived * observed, observed=observed)
+    for k in range(5):
+        kept = lens > k
+        chosen = [min(STS_GRID, key=lambda g, i=i: abs(g - temperatures[i].item())) for i in range(k + 1)]
+        earlier = (logits[kept, :k] / torch.tensor(chosen[:k], dtype=torch.float64)).sigmoid().prod(1)
+        errors = {
+            g: expected_calibration_error(earlier * torch.sigmoid(logits[kept, k] / g), survived[kept, k])
+            for g in STS_GRID
+        }
+        assert errors[chosen[k]] <= min(errors.values()) + 1e-12
+    assert not torch.equal(temperatures, fit_sts(logits, survived))
+    # What was not verified is not looked at, and a position never verified keeps 1.
+    garbage = logits.masked_fill(~observed, float("nan")), survived.masked_fill(~observed, 7)
+    assert torch.equal(fit_sts(*garbage, observed=observed), temperatures)
+    assert torch.equal(fit_sts(logits, survived, observed=torch.ones_like(observed)), fit_sts(logits, survived))
+    short = fit_sts(logits, survived, observed=observed & (torch.arange(5) < 2))
+    assert short.tolist() == [*temperatures[:2].tolist(), 1.0, 1.0, 1.0]
+
+
+def test_short_rounds_do_not_bias_the_fit():
+    """Unverified drafts behind a rejection are no evidence: the rounds cut at the same place and accepted are missing."""
+    logits, survived = rounds(20000, seed=6)
+    lens, observed = cut(20000, 5, seed=7)
+    known = survived * observed
+    held_out = rounds(20000, seed=8)
+    fair = errors(*held_out, fit_sts(logits, known, observed=observed))
+    wrong = errors(*held_out, fit_sts(logits, known, observed=observed | (known.sum(1) < lens)[:, None]))
+    # 3300 rounds reach the last position; true temperatures have 0.012 here.
+    assert max(fair) < 0.03 and max(wrong) > 0.1
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -144,8 +193,16 @@ def test_temperature_stays_one_without_evidence():
         (lambda: auc(torch.tensor([0.5]), torch.tensor([1]), bins=0), "bins"),
         (lambda: fit_sts(torch.zeros(3, 2), torch.zeros(3, 3)), "survived"),
         (lambda: fit_sts(torch.zeros(0, 2), torch.zeros(0, 2)), "logits"),
+        (lambda: fit_sts(torch.zeros(2, 0), torch.zeros(2, 0)), "logits"),
         (lambda: fit_sts(torch.full((1, 2), float("nan")), torch.zeros(1, 2)), "logits"),
         (lambda: fit_sts(torch.zeros(1, 2), torch.tensor([[0, 1]])), "survived"),
+        (lambda: fit_sts(torch.zeros(1, 2), torch.tensor([[2, 1]])), "survived"),
+        (lambda: fit_sts(torch.zeros(1, 2), torch.zeros(1, 2), observed=torch.ones(1, 2)), "observed"),
+        (
+            lambda: fit_sts(torch.zeros(1, 2), torch.zeros(1, 2), observed=torch.ones(2, 1, dtype=torch.bool)),
+            "observed",
+        ),
+        (lambda: fit_sts(torch.zeros(1, 2), torch.zeros(1, 2), observed=torch.tensor([[False, True]])), "observed"),
     ],
 )
 def test_refused_input(call, message):
