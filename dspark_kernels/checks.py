@@ -65,11 +65,35 @@ def check_int(name, value, *, low=None, high=None):
     return value
 
 
+def check_number(name, value, *, low, high):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not low <= value <= high:  # NaN, too
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}], got {value}")
+    return value
+
+
 def check_type(name, value, kinds):
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(value, kinds):
         raise TypeError(f"{name}: expected {' or '.join(k.__name__ for k in kinds)}, got {type(value).__name__}")
     return value
+
+
+class Checked:
+    """Base of the frozen dataclasses of tensors: `_check` runs when an instance is made."""
+
+    def __post_init__(self):
+        self._check()
+
+    def _tensor(self, field, **rules):
+        return check_tensor(f"{type(self).__name__}.{field}", getattr(self, field), **rules)
+
+    def _optional(self, field, **rules):
+        return check_optional(f"{type(self).__name__}.{field}", getattr(self, field), **rules)
+
+    def _name(self, field):
+        return f"{type(self).__name__}.{field}"
 
 
 def not_yet(op, name, what):

@@ -14,7 +14,8 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from .checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
+from .checks import INT_DTYPES, LOGIT_DTYPES, Checked, check_choice, check_int, check_type
+from .cost import CostTable  # noqa: F401  one of these types, on a page of its own
 
 _FLOAT = torch.float32
 _WEIGHTS = LOGIT_DTYPES
@@ -42,24 +43,8 @@ class Stream(enum.IntEnum):
     DRAFT_LEAF = 6  # race between leaves of a draft position
 
 
-class _Checked:
-    """Base of the dataclasses: `_check` runs when an instance is made."""
-
-    def __post_init__(self):
-        self._check()
-
-    def _tensor(self, field, **rules):
-        return check_tensor(f"{type(self).__name__}.{field}", getattr(self, field), **rules)
-
-    def _optional(self, field, **rules):
-        return check_optional(f"{type(self).__name__}.{field}", getattr(self, field), **rules)
-
-    def _name(self, field):
-        return f"{type(self).__name__}.{field}"
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Penalties(_Checked):
+class Penalties(Checked):
     """Repetition, presence and frequency penalties over sparse token counts.
 
     repetition, presence, frequency: fp32 [S] or None; token_ids: int64 or int32 [S, T], -1 = unused; counts: int32 [S, T].
@@ -79,7 +64,7 @@ class Penalties(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SamplingTensors(_Checked):
+class SamplingTensors(Checked):
     """Per-request sampling settings.
 
     temperature: fp32 [S], 0 = greedy. seed: int64 [S], the Philox key. Optional: top_k int32 [S] (off: <= 0 or >= V; 1 is
@@ -114,7 +99,7 @@ class SamplingTensors(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MarkovHead(_Checked):
+class MarkovHead(Checked):
     """Vanilla sequential head, bias = W1[previous] W2^T (DSpark, arXiv 2607.05147).
 
     w1: [V, r]; w2: [Vd, r], bf16, fp16 or fp32, or fp8 e4m3 / int8 with `w2_scale` fp32 [Vd].
@@ -169,7 +154,7 @@ class RnnMarkovHead(MarkovHead):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ConfidenceHead(_Checked):
+class ConfidenceHead(Checked):
     """Survival score c_k = sigmoid((w . [h_k; W1[x_{k-1}]] + b) / T_k).
 
     weight: [H] or [H+r]; bias: [1] or None; sts_temperatures: fp32 [K] or None (sequential temperature scaling).
@@ -186,7 +171,7 @@ class ConfidenceHead(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class OneHotProposal(_Checked):
+class OneHotProposal(Checked):
     """The drafts were chosen without chance (greedy, n-gram, ...): the whole mass is on the draft itself."""
 
     def _check(self):
@@ -194,7 +179,7 @@ class OneHotProposal(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DenseProposal(_Checked):
+class DenseProposal(Checked):
     """The law the drafts were drawn from, as stored logits.
 
     logits: [S, K, V or Vd], before temperature, -inf outside a filtered support. lse: fp32 [S, K], ln sum exp(logits /
@@ -215,7 +200,7 @@ class DenseProposal(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SparseProposal(_Checked):
+class SparseProposal(Checked):
     """The law the drafts were drawn from, on C candidates; no mass elsewhere. ids [S, K, C], logits [S, K, C]."""
 
     ids: Tensor
@@ -234,7 +219,7 @@ Proposal = Union[OneHotProposal, DenseProposal, SparseProposal]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DraftBlock(_Checked):
+class DraftBlock(Checked):
     """Drafts of a block.
 
     tokens: int64 [S, K]; confidence (calibrated) and confidence_logits (raw): fp32 [S, K] or None; proposal: the law the
@@ -256,7 +241,7 @@ class DraftBlock(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class VerifyLayout(_Checked):
+class VerifyLayout(Checked):
     """Which rows the target computes for which request.
 
     Per request: draft_lens int32 [R]; query_start_loc int32 [R+1] (forward rows); cu_num_logits int32 [R+1] (logit rows);
@@ -295,7 +280,7 @@ class VerifyLayout(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DraftTree(_Checked):
+class DraftTree(Checked):
     """A draft tree per slot; node 0 is the anchor, parents come before children, elder siblings first, -1 = none.
 
     tokens int64, parents, depths, first_child, next_sibling int32, ancestors int64 (bit s = node s), all [S, M], M <= 64;
@@ -329,7 +314,7 @@ class DraftTree(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PagedKV(_Checked):
+class PagedKV(Checked):
     """A layer's paged key-value cache.
 
     k_cache, v_cache: [pages, page_size, Hkv, D], any strides but the last; bf16, fp16, fp32 or fp8 e4m3 with k_scale,
@@ -358,29 +343,7 @@ class PagedKV(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CostTable(_Checked):
-    """Measured seconds of a step: seconds fp32 [B_max+1], entry B = one target step at B rows; draft_seconds fp32 [R_max+1]
-    or None, entry R = drafting for R requests. Linear beyond the table."""
-
-    seconds: Tensor
-    draft_seconds: Tensor | None = None
-
-    def _check(self):
-        for field in ("seconds", "draft_seconds"):
-            table = self._optional(field, dtype=_FLOAT, shape=("B_max+1",), contiguous=True)
-            if table is None:
-                continue
-            if table.shape[0] < 2:
-                raise ValueError(f"{self._name(field)}: expected at least 2 entries, got {table.shape[0]}")
-            # A device table cannot be read without a synchronisation; host tables are checked whole.
-            if table.device.type == "cpu" and not bool((table[1:].isfinite() & (table[1:] > 0)).all()):
-                raise ValueError(f"{self._name(field)}: expected finite, positive seconds from entry 1 on, got {table}")
-        if self.seconds is None:
-            raise TypeError(f"{self._name('seconds')}: expected a torch.Tensor, got NoneType")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Acceptance(_Checked):
+class Acceptance(Checked):
     """What a step emits.
 
     tokens: int64 [R, K+1], accepted drafts, correction or bonus, then -1. num_accepted, num_emitted, num_rejected: int32

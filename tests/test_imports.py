@@ -27,7 +27,8 @@ LAYERS = {
     ),
     "dspark_kernels.library": ("dspark_kernels.launch.arch",),
     "dspark_kernels.checks": (),
-    "dspark_kernels.types": ("dspark_kernels.checks",),
+    "dspark_kernels.cost": ("dspark_kernels.checks",),
+    "dspark_kernels.types": ("dspark_kernels.checks", "dspark_kernels.cost"),
     "dspark_kernels.workspace": ("dspark_kernels.checks",),
     "dspark_kernels": ("dspark_kernels",),
     "reference": ("dspark_kernels.types",),
@@ -39,10 +40,12 @@ OUTSIDE = {
     "dspark_kernels.launch": ("torch",),
     "dspark_kernels.testing": ("torch", "numpy", "triton"),
     "dspark_kernels.checkpoint": ("torch", "safetensors"),
+    "dspark_kernels.calibration": ("torch", "matplotlib"),
     "dspark_kernels.library": ("torch", "triton"),
     "dspark_kernels": ("torch",),
     "reference": ("torch", "numpy"),
 }
+EXTRAS = ("safetensors", "matplotlib")  # only inside functions: the package works without them
 # Only here may a module be named at run time, and only here may Triton be imported outside the kernels.
 DYNAMIC = ("dspark_kernels.library",)
 ENVIRONMENT = ("os", "sys", "importlib", "subprocess")  # what a kernel may not look at, though it is standard
@@ -117,7 +120,7 @@ def violations(root):
                     allowed = not (_within(layer, f"{PACKAGE}.kernels") and top in ENVIRONMENT)
                 else:
                     allowed = top in _first(OUTSIDE, module)
-                    late = module in DYNAMIC or top == "safetensors"
+                    late = module in DYNAMIC or top in EXTRAS
                     allowed &= not late or in_function or top == "torch"
                 if not allowed:
                     found.append(f"{where}:{line}: {module} may not import {target}")
@@ -143,6 +146,7 @@ def test_arrows():
         ("dspark_kernels/ops/x.py", "from .. import kernels"),
         ("dspark_kernels/ops/x.py", "import triton"),
         ("dspark_kernels/types.py", "from .ops import draft"),
+        ("dspark_kernels/cost.py", "from .types import Flag"),
         ("dspark_kernels/x.py", "from .kernels import draft"),
         ("dspark_kernels/x.py", "import reference.philox"),
         ("dspark_kernels/x.py", "def f():\n    from tests import equality"),
@@ -151,6 +155,9 @@ def test_arrows():
         ("dspark_kernels/x.py", "import numpy"),
         ("dspark_kernels/library.py", "import triton"),
         ("dspark_kernels/checkpoint.py", "import safetensors"),
+        ("dspark_kernels/calibration.py", "from matplotlib.figure import Figure"),
+        ("dspark_kernels/calibration.py", "def f():\n    import numpy"),
+        ("dspark_kernels/x.py", "def f():\n    import matplotlib"),
         ("reference/x.py", "from dspark_kernels import draft_block"),
         ("reference/x.py", "import dspark_kernels.checks"),
         ("reference/x.py", "from dspark_kernels.kernels.primitives import philox"),
@@ -188,7 +195,8 @@ def test_the_package_imports_without_triton_and_without_a_gpu():
 def test_importing_the_package_does_not_import_triton_or_the_rest_of_the_repository():
     done = _run(
         "import dspark_kernels, sys\n"
-        "print([m for m in sys.modules if m.split('.')[0] in ('triton', 'reference', 'tests', 'bench', 'safetensors')])"
+        "outside = ('triton', 'reference', 'tests', 'bench', 'safetensors', 'matplotlib')\n"
+        "print([m for m in sys.modules if m.split('.')[0] in outside])"
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

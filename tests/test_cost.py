@@ -1,0 +1,618 @@
+"""Cost tables: curves to tables by hand, JSON, and step functions timed by a clock that the tests move."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import dspark_kernels as dk
+from dspark_kernels import checks, cost, types
+from dspark_kernels.cost import CostTable
+from reference.schedule import StepCost
+
+TICK = 2.0**-10  # sums of a few ticks are exact
+
+
+def table_of(*args, **rules):
+    return CostTable.from_curve(*args, **rules).seconds.tolist()
+
+
+def test_one_class_under_three_names():
+    assert dk.CostTable is types.CostTable is cost.CostTable
+    assert issubclass(CostTable, checks.Checked) and issubclass(types.VerifyLayout, checks.Checked)
+
+
+# --- from a curve to a table ----------------------------------------------------------------------
+
+
+def test_a_curve_by_hand():
+    table = CostTable.from_curve([1, 2, 4, 8], [1.0, 2.0, 3.0, 7.0])
+    assert table.seconds.tolist() == [0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert table.seconds.dtype == torch.float32 and table.draft_seconds is None and table.info is None
+
+
+def test_flat_below_the_first_size():
+    assert table_of([3, 5], [2.0, 6.0]) == [0.0, 2.0, 2.0, 2.0, 4.0, 6.0]
+
+
+def test_a_step_function_up_to_the_largest_captured_size():
+    have = table_of([1, 2, 4, 8, 12], [1.0, 2.0, 4.0, 16.0, 20.0], captured=[2, 4, 8])
+    assert have == [0.0, 2.0, 2.0, 4.0, 4.0, 16.0, 16.0, 16.0, 16.0, 17.0, 18.0, 19.0, 20.0]
+
+
+def test_captured_sizes_that_were_not_measured_are_read_off_the_curve():
+    # The curve: 2 up to size 2, then 1 more per row. Graphs of 1, 4 and 6 rows.
+    have = table_of([2, 10, 12], [2.0, 10.0, 16.0], captured=[1, 4, 6])
+    assert have == [0.0, 2.0, 4.0, 4.0, 4.0, 6.0, 6.0, 7.0, 8.0, 9.0, 10.0, 13.0, 16.0]
+
+
+def test_every_size_captured_and_none():
+    sizes, seconds = [1, 4, 6], [1.0, 2.0, 5.0]
+    assert table_of(sizes, seconds, captured=sizes) == [0.0, 1.0, 2.0, 2.0, 2.0, 5.0, 5.0]
+    assert table_of(sizes, seconds, captured=[]) == table_of(sizes, seconds)
+
+
+def test_a_single_size():
+    assert table_of([1], [3.0]) == [0.0, 3.0]
+    assert table_of([4], [3.0]) == table_of([4], [3.0], captured=[4]) == [0.0, 3.0, 3.0, 3.0, 3.0]
+
+
+def test_a_jagged_curve_stays_jagged():
+    assert table_of([1, 2, 3, 5], [5.0, 3.0, 9.0, 1.0]) == [0.0, 5.0, 3.0, 9.0, 5.0, 1.0]
+
+
+def between_fp32(seconds):
+    """A double just above the middle of two fp32 numbers: an error in its last bits decides which of them it becomes."""
+    low = np.float32(seconds)
+    return math.nextafter((float(low) + float(np.nextafter(low, np.float32(100)))) / 2, math.inf)
+
+
+@given(st.floats(1e-7, 1.0).map(between_fp32), st.sets(st.integers(1, 400), min_size=1))
+def test_a_flat_curve_is_exactly_flat(seconds, sizes):
+    sizes = sorted(sizes)
+    assert len(set(table_of(sizes, [seconds] * len(sizes))[1:])) == 1
+
+
+@given(
+    st.dictionaries(st.integers(1, 300), st.floats(1e-6, 10.0).map(between_fp32), min_size=1, max_size=20),
+    st.sets(st.integers(1, 300), max_size=10),
+)
+def test_curves_equal_numpy(curve, captured):
+    sizes = sorted(curve)
+    seconds = [curve[n] for n in sizes]
+    captured = sorted(n for n in captured if n <= sizes[-1])
+    rows = np.arange(1, sizes[-1] + 1)
+    padded = np.array([next((n for n in captured if n >= row), row) for row in rows])
+    have = table_of(sizes, seconds, captured=captured)
+    assert len(have) == sizes[-1] + 1
+    np.testing.assert_allclose(have[1:], np.interp(padded, sizes, seconds), rtol=2e-7)
+    # A measured size that no graph pads has its own time, to the bit.
+    for n in sizes:
+        if padded[n - 1] == n:
+            assert have[n] == np.float32(curve[n])
+
+
+def test_draft_curve():
+    table = CostTable.from_curve(
+        [1, 2, 4], [1.0, 2.0, 4.0], draft_sizes=[1, 3], draft_seconds=[0.5, 1.5], captured=[4], info={"by": "hand"}
+    )
+    assert table.draft_seconds.tolist() == [0.0, 0.5, 1.0, 1.5]  # not padded: `captured` is about target steps
+    assert table.seconds.tolist() == [0.0, 4.0, 4.0, 4.0, 4.0]
+    assert table.info == {"by": "hand"}
+
+
+def test_tensors_and_numpy_scalars_make_a_curve():
+    want = table_of([1, 3], [1.0, 3.0])
+    assert table_of(torch.tensor([1, 3]), torch.tensor([1.0, 3.0])) == want
+    assert table_of(range(1, 4, 2), (np.float64(1.0), 3)) == want
+
+
+def test_devices():
+    curve = dict(sizes=[1, 2], seconds=[1.0, 2.0], draft_sizes=[1], draft_seconds=[1.0], info={"n": 1})
+    for table in (CostTable.from_curve(**curve, device="meta"), CostTable.from_curve(**curve).to("meta")):
+        assert {table.seconds.device.type, table.draft_seconds.device.type} == {"meta"}
+        assert table.info == {"n": 1} and table.seconds.shape == (3,)
+    assert CostTable.from_curve([1], [1.0]).to("meta").draft_seconds is None
+    # A curve is judged on the host, whatever device the table is for.
+    with pytest.raises(ValueError, match="seconds"):
+        CostTable.from_curve([1], [-1.0], device="meta")
+
+
+def test_beyond_the_table():
+    """The documented rule, as the reference reads tables, in units of 100 ns."""
+
+    def units(*args, at, **rules):
+        step = StepCost(CostTable.from_curve(*args, **rules), 0)
+        return [step(rows) for rows in at]
+
+    ms = 1e-3
+    assert units([1, 2, 4], [1 * ms, 2 * ms, 4 * ms], at=(4, 5, 9)) == [40_000, 50_000, 90_000]
+    assert units([1, 2], [2 * ms, 1 * ms], at=(2, 3, 9)) == [10_000] * 3  # ends falling
+    assert units([1], [2 * ms], at=(1, 2, 9)) == [20_000] * 3
+    # What from_curve warns of: graphs up to the last size, against one size above them.
+    assert units([1, 4, 8], [1 * ms, 2 * ms, 4 * ms], captured=[4, 8], at=(8, 9, 99)) == [40_000] * 3
+    assert units([1, 4, 8], [1 * ms, 2 * ms, 4 * ms], captured=[4], at=(4, 8, 9)) == [20_000, 40_000, 45_000]
+
+
+NAN, INF = math.nan, math.inf
+FINITE = "expected finite, positive seconds from entry 1 on"
+
+
+@pytest.mark.parametrize(
+    "sizes, seconds, rules, error, message",
+    [
+        ([], [], {}, ValueError, "sizes: expected at least one size, got none"),
+        ([1, 2], [1.0], {}, ValueError, "seconds: expected 2 times, one per size, got 1"),
+        ([1], [1.0, 2.0], {}, ValueError, "seconds: expected 1 times, one per size, got 2"),
+        ([2, 1], [1.0, 1.0], {}, ValueError, "sizes[1]: expected more than 2, the size before it, got 1"),
+        ([1, 3, 3], [1.0] * 3, {}, ValueError, "sizes[2]: expected more than 3"),
+        ([0, 1], [1.0, 1.0], {}, ValueError, "sizes[0]: expected >= 1, got 0"),
+        ([-1], [1.0], {}, ValueError, "sizes[0]: expected >= 1, got -1"),
+        ([1.5], [1.0], {}, TypeError, "sizes[0]: expected an int, got float"),
+        ([True], [1.0], {}, TypeError, "sizes[0]: expected an int, got bool"),
+        (4, [1.0], {}, TypeError, "sizes: expected a sequence of numbers, got int"),
+        ("12", [1.0, 1.0], {}, TypeError, "sizes: expected a sequence of numbers, got str"),
+        ([1], 1.0, {}, TypeError, "seconds: expected a sequence of numbers, got float"),
+        ([1, 2], [1.0, NAN], {}, ValueError, "seconds[1]: expected finite, positive seconds (fp32), got nan"),
+        ([1], [INF], {}, ValueError, "seconds[0]: expected finite, positive seconds (fp32), got inf"),
+        ([1], [0.0], {}, ValueError, "seconds[0]: expected finite, positive"),
+        ([1], [-1.0], {}, ValueError, "seconds[0]: expected finite, positive"),
+        ([1], [1e39], {}, ValueError, "seconds[0]: expected finite, positive"),
+        ([1], [1e-46], {}, ValueError, "seconds[0]: expected finite, positive"),
+        ([1], ["1"], {}, ValueError, "seconds[0]: expected finite, positive seconds (fp32), got '1'"),
+        ([1], [True], {}, ValueError, "seconds[0]: expected finite, positive"),
+        ([1], [1.0], dict(captured=[2]), ValueError, "captured: expected sizes up to 1, the last measured one, got 2"),
+        ([4], [1.0], dict(captured=[2, 1]), ValueError, "captured[1]: expected more than 2"),
+        ([4], [1.0], dict(captured=[0]), ValueError, "captured[0]: expected >= 1"),
+        ([4], [1.0], dict(captured=4), TypeError, "captured: expected a sequence"),
+        ([1], [1.0], dict(draft_sizes=[1]), ValueError, "draft_seconds: expected together with draft_sizes, got None"),
+        ([1], [1.0], dict(draft_seconds=[1.0]), ValueError, "draft_sizes: expected together with draft_seconds"),
+        ([1], [1.0], dict(draft_sizes=[], draft_seconds=[]), ValueError, "draft_sizes: expected at least one size"),
+        ([1], [1.0], dict(draft_sizes=[1], draft_seconds=[0.0]), ValueError, "draft_seconds[0]: expected finite"),
+        ([1], [1.0], dict(draft_sizes=[1], draft_seconds=[]), ValueError, "draft_seconds: expected 1 times"),
+        ([1], [1.0], dict(info="by hand"), TypeError, "CostTable.info: expected Mapping, got str"),
+        ([1], [1.0], dict(info={"a": NAN}), ValueError, "CostTable.info: expected plain JSON values"),
+        ([1], [1.0], dict(info={"a": torch.zeros(1)}), ValueError, "CostTable.info: expected plain JSON values"),
+        ([1], [1.0], dict(info={"a": [(1, 2)]}), ValueError, "CostTable.info: expected plain JSON values"),
+        ([1], [1.0], dict(info={1: 2}), ValueError, "CostTable.info: expected plain JSON values"),
+    ],
+)
+def test_refused_curves(sizes, seconds, rules, error, message):
+    with pytest.raises(error) as caught:
+        CostTable.from_curve(sizes, seconds, **rules)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "seconds, drafts, error, message",
+    [
+        (torch.tensor([0.0, 2.0, NAN]), None, ValueError, f"CostTable.seconds: {FINITE}, got nan at entry 2"),
+        (torch.tensor([0.0, INF]), None, ValueError, f"CostTable.seconds: {FINITE}, got "),
+        (torch.tensor([0.0, 0.0]), None, ValueError, f"CostTable.seconds: {FINITE}, got "),
+        (torch.tensor([0.0]), None, ValueError, "CostTable.seconds: expected at least 2 entries, got 1"),
+        (torch.zeros(2, 2), None, ValueError, "CostTable.seconds: expected shape [B_max+1]"),
+        (torch.ones(2).double(), None, TypeError, "CostTable.seconds: expected dtype float32"),
+        (torch.ones(4)[::2], None, ValueError, "CostTable.seconds: expected a contiguous tensor"),
+        (torch.ones(2), torch.tensor([1.0, -1.0]), ValueError, f"CostTable.draft_seconds: {FINITE}, got -1.0 at entry 1"),
+        (torch.ones(2), torch.ones(1), ValueError, "CostTable.draft_seconds: expected at least 2 entries"),
+        (torch.ones(2), torch.ones(2, device="meta"), ValueError, "CostTable.draft_seconds: expected a tensor on cpu"),
+    ],
+)  # fmt: skip
+def test_refused_tables(seconds, drafts, error, message):
+    with pytest.raises(error) as caught:
+        CostTable(seconds, drafts)
+    assert str(caught.value).startswith(message)
+
+
+def test_entry_0_is_no_measurement():
+    for zeroth in (NAN, INF, -1.0, 0.0):
+        CostTable(torch.tensor([zeroth, 1.0]), torch.tensor([zeroth, 1.0]))
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def bits(table):
+    return None if table is None else table.view(torch.int32).tolist()
+
+
+@given(st.lists(st.integers(1, 0x7F7FFFFF), min_size=1), st.none() | st.lists(st.integers(1, 0x7F7FFFFF), min_size=1))
+def test_json_round_trip_is_bit_exact(tmp_path_factory, seconds, drafts):
+    """Every positive finite fp32 number, by its bits, the subnormal ones too."""
+
+    def floats(patterns):
+        return torch.tensor([0, *patterns], dtype=torch.int32).view(torch.float32)
+
+    info = {"device": "Größe", "sizes": [1, 2], "triton": None, "nested": {"a": 0.1, "b": True}}
+    table = CostTable(floats(seconds), None if drafts is None else floats(drafts), info)
+    file = tmp_path_factory.getbasetemp() / "table.json"
+    table.save(file)
+    loaded = CostTable.load(str(file))
+    assert bits(loaded.seconds) == bits(table.seconds) and bits(loaded.draft_seconds) == bits(table.draft_seconds)
+    assert loaded.info == info and loaded.seconds.dtype == torch.float32
+
+
+@pytest.mark.parametrize("zeroth", [0.0, -1.0, 0.25, NAN, INF])
+def test_entry_0_round_trip(tmp_path, zeroth):
+    CostTable(torch.tensor([zeroth, 1.0]), torch.tensor([1.0, 2.0])).save(tmp_path / "t.json")
+    loaded = CostTable.load(tmp_path / "t.json")
+    have = loaded.seconds[0].item()
+    assert have == zeroth or (math.isnan(have) and not math.isfinite(zeroth))
+    assert loaded.seconds[1] == 1.0 and loaded.draft_seconds.tolist() == [1.0, 2.0] and loaded.info is None
+
+
+def test_what_the_file_holds(tmp_path):
+    CostTable.from_curve([1, 2], [0.1, 0.25], info={"clock": "none"}).save(tmp_path / "t.json")
+    text = (tmp_path / "t.json").read_text()
+    assert json.loads(text) == {
+        "format": "dspark_kernels cost table",
+        "version": 1,
+        "seconds": [0.0, float(np.float32(0.1)), 0.25],
+        "draft_seconds": None,
+        "info": {"clock": "none"},
+    }
+    assert repr(float(np.float32(0.1))) in text and "NaN" not in text
+    assert CostTable.load(tmp_path / "t.json", device="meta").seconds.device.type == "meta"
+
+
+GOOD = {"format": cost.FORMAT, "version": 1, "seconds": [None, 1.0, 2.0], "draft_seconds": [0.0, 1.0], "info": None}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(format="something else"), "format: expected 'dspark_kernels cost table', got 'something else'"),
+        (dict(format=None), "format: expected"),
+        (dict(version=2), "version: expected 1, got 2"),
+        (dict(seconds=...), "seconds: expected this field, found none"),
+        (dict(info=...), "info: expected this field, found none"),
+        (dict(draft_second=[0.0, 1.0]), "draft_second: expected the fields"),
+        (dict(seconds=None), "CostTable.seconds: expected a torch.Tensor"),
+        (dict(seconds=3.0), "seconds: expected a list, got float"),
+        (dict(seconds=[]), "seconds: expected at least 2 entries, got 0"),
+        (dict(seconds=[0.0]), "seconds: expected at least 2 entries, got 1"),
+        (dict(draft_seconds=[]), "draft_seconds: expected at least 2 entries, got 0"),
+        (dict(seconds=[0.0, 1.0, NAN]), "seconds[2]: expected finite, positive seconds (fp32), got nan"),
+        (dict(seconds=[0.0, INF]), "seconds[1]: expected finite, positive seconds (fp32), got inf"),
+        (dict(seconds=[0.0, 0.0]), "seconds[1]: expected finite, positive"),
+        (dict(seconds=[0.0, -1.0]), "seconds[1]: expected finite, positive"),
+        (dict(seconds=[0.0, 10**400]), "seconds[1]: expected finite, positive"),
+        (dict(seconds=[0.0, 1e-50]), "seconds[1]: expected finite, positive"),
+        (dict(seconds=[0.0, None]), "seconds[1]: expected finite, positive seconds (fp32), got None"),
+        (dict(seconds=[0.0, "1"]), "seconds[1]: expected finite, positive"),
+        (dict(seconds=[0.0, [1.0]]), "seconds[1]: expected finite, positive"),
+        (dict(seconds=[NAN, 1.0]), "seconds[0]: expected a finite number or null, got nan"),
+        (dict(seconds=["", 1.0]), "seconds[0]: expected a finite number or null, got ''"),
+        (dict(draft_seconds=[0.0, -1.0]), "draft_seconds[1]: expected finite, positive"),
+        (dict(info=[1]), "CostTable.info: expected Mapping, got list"),
+        (dict(info={"a": INF}), "CostTable.info: expected plain JSON values"),
+    ],
+)
+def test_refused_files(tmp_path, change, message):
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps(GOOD))
+    assert CostTable.load(file).seconds.tolist()[1:] == [1.0, 2.0]
+    file.write_text(json.dumps({k: v for k, v in {**GOOD, **change}.items() if v is not ...}))
+    with pytest.raises(ValueError) as caught:
+        CostTable.load(file)
+    assert str(caught.value).startswith(f"{file}: {message}")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "expected JSON, got a file that does not parse"),
+        (b"\xff\xfe\x00", "expected JSON, got a file that does not parse"),
+        (b"[" * 100_000, "expected JSON, got a file that does not parse"),
+        (b"version https://git-lfs.github.com/spec/v1", "expected JSON, got a file that does not parse"),
+        (b"[0.0, 1.0]", "expected a JSON object, got list"),
+        (b'{"sizes": [1], "seconds": [0.0, 1.0]}', "format: expected 'dspark_kernels cost table', got None"),
+    ],
+)
+def test_foreign_files(tmp_path, content, message):
+    file = tmp_path / "t.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        CostTable.load(file)
+    assert str(caught.value).startswith(f"{file}: {message}")
+
+
+def test_every_truncation_is_refused(tmp_path):
+    file = tmp_path / "t.json"
+    CostTable.from_curve([1, 3], [0.5, 1.0], info={"a": 1}).save(file)
+    text = file.read_text().rstrip()
+    for length in range(len(text)):
+        file.write_text(text[:length])
+        with pytest.raises(ValueError, match="expected JSON"):
+            CostTable.load(file)
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.json: no such file"):
+        CostTable.load(tmp_path / "absent.json")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        CostTable.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="folder"):
+        CostTable.from_curve([1], [1.0]).save(tmp_path / "folder" / "t.json")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    file, info = tmp_path / "t.json", {"a": 1}
+    table = CostTable.from_curve([1], [1.0], info=info)
+    table.save(file)
+    info["a"] = NAN
+    with pytest.raises(ValueError):
+        table.save(file)
+    assert CostTable.load(file).info == {"a": 1}
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands still unless a step moves it. `calls` are the sizes in the order of the calls."""
+
+    def __init__(self):
+        self.now, self.calls = 0.0, []
+
+    def step(self, ticks, label=""):
+        """A step function; ticks(n, number of calls before this one) -> how long it takes."""
+
+        def run(n):
+            self.now += TICK * ticks(n, len(self.calls))
+            self.calls.append(f"{label}{n}" if label else n)
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_measure_by_hand(clock):
+    table = cost.measure(clock.step(lambda n, _: n + 1), [1, 3, 4], device="cpu")
+    assert table.seconds.tolist() == [0.0, 2 * TICK, 3 * TICK, 4 * TICK, 5 * TICK]
+    assert table.draft_seconds is None and table.seconds.device.type == "cpu"
+    assert len(clock.calls) == 3 * (3 + 20)  # the defaults
+
+
+def test_order_of_calls(clock):
+    cost.measure(
+        clock.step(lambda n, _: n), [1, 2, 5], draft_step=clock.step(lambda n, _: n, "d"), draft_sizes=[1, 4],
+        device="cpu", warmup=2, repeats=3,
+    )  # fmt: skip
+    up = [1, 2, 5, "d1", "d4"]
+    assert clock.calls == [1, 1, 2, 2, 5, 5, "d1", "d1", "d4", "d4", *up, *up[::-1], *up]
+
+
+def test_a_steady_drift_is_the_same_for_every_size(clock):
+    """A machine on which each call takes two ticks longer than the one before: 9 sizes, 10 rounds."""
+    sizes = list(range(1, 10))
+    table = cost.measure(clock.step(lambda n, call: 8 * n + 2 * call), sizes, device="cpu", warmup=0, repeats=10)
+    # The mean of the call numbers 0..89 is 44.5, and each size has it.
+    assert table.seconds[1:].tolist() == [(8 * n + 2 * 44.5) * TICK for n in sizes]
+
+
+def test_an_outlier_does_not_move_the_median(clock):
+    table = cost.measure(
+        clock.step(lambda n, call: 10_000 if call == 4 else n), [1, 2], device="cpu", warmup=1, repeats=5
+    )
+    assert table.seconds.tolist() == [0.0, TICK, 2 * TICK]
+
+
+def test_the_median_of_an_even_number_is_the_middle_of_two(clock):
+    ticks = (1, 100, 2, 4)
+    table = cost.measure(clock.step(lambda n, call: ticks[call]), [1], device="cpu", warmup=0, repeats=4)
+    assert table.seconds[1] == 3 * TICK
+
+
+def test_warmup_is_not_counted(clock):
+    step = clock.step(lambda n, call: 1000 if call < 6 else n)  # compiling
+    table = cost.measure(step, [1, 2], device="cpu", warmup=3, repeats=2)
+    assert table.seconds.tolist() == [0.0, TICK, 2 * TICK]
+    # Power: with one warm-up call less the first timing would show.
+    clock.calls.clear()
+    assert cost.measure(step, [1, 2], device="cpu", warmup=2, repeats=1).seconds[1] == 1000 * TICK
+
+
+def test_the_smallest_measurement(clock):
+    table = cost.measure(clock.step(lambda n, _: 7), [2], device="cpu", warmup=0, repeats=1)
+    assert table.seconds.tolist() == [0.0, 7 * TICK, 7 * TICK] and clock.calls == [2]
+
+
+def test_drafting_and_captured_sizes(clock):
+    table = cost.measure(
+        clock.step(lambda n, _: n), [1, 2, 4, 6], captured=[2, 4], draft_step=clock.step(lambda n, _: 10 * n),
+        draft_sizes=range(1, 4, 2), device="cpu", repeats=4,
+    )  # fmt: skip
+    assert table.seconds.tolist() == [TICK * n for n in (0, 2, 2, 4, 4, 5, 6)]
+    assert table.draft_seconds.tolist() == [TICK * n for n in (0, 10, 20, 30)]
+    assert table.info["draft_sizes"] == [1, 3] and table.info["draft_medians"] == [10 * TICK, 30 * TICK]
+    assert len(table.info["draft_p20"]) == len(table.info["draft_p80"]) == 2 and table.info["captured"] == [2, 4]
+
+
+def test_progress(clock):
+    seen = []
+    cost.measure(
+        clock.step(lambda n, _: n), [1, 2], draft_step=clock.step(lambda n, _: n), draft_sizes=[1], device="cpu",
+        warmup=1, repeats=2, progress=lambda *counts: seen.append((*counts, len(clock.calls))),
+    )  # fmt: skip
+    assert seen == [(n, 9, n) for n in range(1, 10)]  # after each call, warm-up calls too
+
+
+def test_progress_does_not_cost_time(clock):
+    def progress(done, total):
+        clock.now += 1000.0
+
+    table = cost.measure(clock.step(lambda n, _: n), [1, 2], device="cpu", progress=progress)
+    assert table.seconds.tolist() == [0.0, TICK, 2 * TICK]
+
+
+def test_info(clock, tmp_path):
+    ticks = {1: iter((1, 2, 3, 4, 5, 6)), 4: iter((10, 60, 20, 50, 30, 40))}
+    table = cost.measure(clock.step(lambda n, _: next(ticks[n])), [1, 4], device="cpu", warmup=0, repeats=6)
+    info = dict(table.info)
+    assert info.pop("medians") == [3.5 * TICK, 35 * TICK]
+    assert info.pop("p20") == pytest.approx([2 * TICK, 20 * TICK], rel=1e-12)
+    assert info.pop("p80") == pytest.approx([5 * TICK, 50 * TICK], rel=1e-12)
+    assert info.pop("date").endswith("+00:00")
+    assert info.pop("device").startswith("cpu (")
+    assert info.pop("python").startswith("3.")
+    assert info.pop("triton") == cost._version("triton")
+    assert info == {
+        "torch": torch.__version__, "clock": "perf_counter", "warmup": 0, "repeats": 6, "sizes": [1, 4], "captured": [],
+    }  # fmt: skip
+    table.save(tmp_path / "t.json")
+    assert CostTable.load(tmp_path / "t.json").info == table.info
+
+
+def test_versions():
+    assert cost._version("torch") == importlib.metadata.version("torch")
+    assert cost._version("a-package-that-is-not-there") is None
+
+
+def test_an_error_of_the_step_passes_through(clock):
+    class Broken(Exception):
+        pass
+
+    def step(n):
+        raise Broken
+
+    with pytest.raises(Broken):
+        cost.measure(step, [1], device="cpu")
+    with pytest.raises(Broken):
+        cost.measure(clock.step(lambda n, _: n), [1], draft_step=step, draft_sizes=[1], device="cpu")
+
+
+def test_a_step_that_takes_no_time_is_refused(clock):
+    with pytest.raises(ValueError, match=r"^step: expected a step that takes time, got a median of 0.0 s at size 2"):
+        cost.measure(clock.step(lambda n, _: 2 - n), [1, 2], device="cpu")
+    with pytest.raises(ValueError, match=r"^draft_step: expected a step that takes time"):
+        cost.measure(
+            clock.step(lambda n, _: n), [1], draft_step=clock.step(lambda n, _: 0), draft_sizes=[1], device="cpu"
+        )
+
+
+@pytest.mark.parametrize(
+    "rules, error, message",
+    [
+        (dict(step=3), TypeError, "step: expected a function, got int"),
+        (dict(sizes=[]), ValueError, "sizes: expected at least one size"),
+        (dict(sizes=[2, 2]), ValueError, "sizes[1]: expected more than 2"),
+        (dict(sizes=5), TypeError, "sizes: expected a sequence"),
+        (dict(draft_step=len), ValueError, "draft_sizes: expected together with draft_step, got None"),
+        (dict(draft_sizes=[1]), ValueError, "draft_step: expected together with draft_sizes, got None"),
+        (dict(draft_step=1, draft_sizes=[1]), TypeError, "draft_step: expected a function"),
+        (dict(draft_step=len, draft_sizes=[0]), ValueError, "draft_sizes[0]: expected >= 1"),
+        (dict(captured=[5]), ValueError, "captured: expected sizes up to 2"),
+        (dict(warmup=-1), ValueError, "warmup: expected >= 0, got -1"),
+        (dict(repeats=0), ValueError, "repeats: expected >= 1, got 0"),
+        (dict(repeats=1.0), TypeError, "repeats: expected an int"),
+        (dict(progress=True), TypeError, "progress: expected a function, got bool"),
+        (dict(device="meta"), ValueError, "device: expected a CUDA device or 'cpu', got 'meta'"),
+        (dict(device="nonsense"), ValueError, "device: expected a CUDA device or 'cpu', got 'nonsense'"),
+        (dict(device="cuda:77"), ValueError, "device: expected one of the "),
+    ],
+)
+def test_refused_measurements(clock, rules, error, message):
+    arguments = dict(step=clock.step(lambda n, _: n), sizes=[1, 2], device="cpu") | rules
+    with pytest.raises(error) as caught:
+        cost.measure(**arguments)
+    assert str(caught.value).startswith(message)
+    assert clock.calls == [], "refused before anything ran"
+
+
+def test_without_a_gpu_the_wall_clock_is_the_default(clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cost.measure(clock.step(lambda n, _: n), [1]).info["clock"] == "perf_counter"
+
+
+class FakeCuda:
+    """A device with one queue: a step queues work and returns; events are queued too; synchronising runs the queue."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.queue, self.log, self.devices = 0.0, [], [], []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self) if enable_timing else None)
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.devices.append(str(device))
+        yield
+        self.devices.append("left")
+
+    def synchronize(self):
+        for work in self.queue:
+            work()
+        self.queue.clear()
+        self.log.append("synchronize")
+
+    def step(self, ticks):
+        def work(n):
+            self.now += TICK * ticks * n
+
+        def run(n):
+            self.log.append(n)
+            self.queue.append(lambda: work(n))
+
+        return run
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        self.cuda.log.append("event")
+        self.cuda.queue.append(lambda: setattr(self, "at", self.cuda.now))
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1000  # milliseconds
+
+
+def test_events_time_a_cuda_device(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    table = cost.measure(
+        cuda.step(1), [1, 2], draft_step=cuda.step(5), draft_sizes=[1], device="cuda:1", warmup=1, repeats=2
+    )
+    assert table.seconds.tolist() == pytest.approx([0.0, TICK, 2 * TICK], rel=1e-7)
+    assert table.draft_seconds.tolist() == pytest.approx([0.0, 5 * TICK], rel=1e-7)
+    assert table.seconds.device.type == "cpu"
+    assert table.info["clock"] == "cuda events" and table.info["device"] == "a GPU, cuda:1"
+    # Every call between its two events, on a device that has finished the one before.
+    want = [1, 2, 1, 1, 2, 1, 1, 2, 1]
+    assert cuda.log == [entry for n in want for entry in ("event", n, "event", "synchronize")]
+    assert cuda.devices == ["cuda:1", "left"]
+    assert cost.measure(cuda.step(1), [1]).info["device"] == "a GPU, cuda"  # the default where there is a GPU
+
+
+@pytest.mark.gpu
+def test_a_matmul_on_a_gpu(device, tmp_path):
+    weight = torch.randn(4096, 4096, device=device, dtype=torch.float16)
+    inputs = torch.randn(16384, 4096, device=device, dtype=torch.float16)
+    table = cost.measure(lambda n: inputs[:n] @ weight, [1024, 4096, 16384], repeats=10)
+    small, middle, large = table.info["medians"]
+    # Four times the work: well over twice the time, and no unit of seconds mistaken for another.
+    assert 0 < small and 2 * small < middle and 2 * middle < large < 1.0
+    assert table.info["clock"] == "cuda events" and table.info["device"] == torch.cuda.get_device_name(device)
+    assert all(low <= high for low, high in zip(table.info["p20"], table.info["p80"], strict=True))
+    assert table.seconds[16384].item() == np.float32(large)
+    table.to(device).save(tmp_path / "t.json")
+    assert torch.equal(CostTable.load(tmp_path / "t.json", device=device).seconds, table.seconds.to(device))
+    # A device table is not read when it is made, but before it is kept.
+    with pytest.raises(ValueError, match="CostTable.seconds: expected finite, positive seconds"):
+        CostTable(torch.tensor([0.0, -1.0], device=device)).save(tmp_path / "t.json")
