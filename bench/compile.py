@@ -109,6 +109,43 @@ def _layout(requests, *, drafts=DRAFTS, prefill=False, paged=False, slots=None):
     )
 
 
+def _tree_layout(requests, *, nodes=32, paged=False):
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    links = [int32(requests, nodes) for _ in range(4)]
+    tree = dk.DraftTree(
+        _ints(requests, nodes), *links, _ints(requests, nodes), int32(requests), dk.OneHotProposal(), "one_hot", int32(requests)
+    )
+    pages = dict(block_tables=int32(requests, 2048), page_size=16) if paged else {}
+    return dk.tree_layout(tree, anchor_positions=_ints(requests), **pages)
+
+
+def _draft_layout(requests, *, anchor_first=True, paged=False):
+    pages = dict(block_tables=_ints(requests, 2048, dtype=torch.int32), page_size=16) if paged else {}
+    return dk.draft_layout(
+        _ints(requests), _ints(requests), block_size=DRAFTS, mask_token_id=151643, anchor_first=anchor_first, **pages
+    )
+
+
+def _schedule(requests, *, drafts=DRAFTS, policy="causal", stale=False, paged=True, drafting=True, slots=None):
+    size = requests if slots is None else slots
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    block = dk.DraftBlock(_ints(size, drafts), dk.OneHotProposal(), int32(requests), torch.ones(size, drafts))
+    cost = dk.CostTable(torch.ones(4097), torch.ones(1025) if drafting else None)
+    pages = dict(block_tables=int32(size, 2048), page_size=16) if paged else {}
+    return dk.schedule_prefixes(
+        block,
+        None if policy == "budget" and not stale else cost,
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        policy=policy,
+        budget=int32(1) if policy == "budget" and not stale else None,
+        stale_confidence=torch.ones(size, drafts) if stale else None,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        workspace=dk.Workspace(requests, drafts, VOCAB, "cpu"),
+        **pages,
+    )
+
+
 def _rows(requests, drafts):
     """The layout of a full batch, made without a launch."""
     rows = requests * (drafts + 1)
@@ -170,6 +207,29 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "r64": lambda: _layout(64),
         "r256_paged": lambda: _layout(256, paged=True, slots=300),
         "r1024_prefill": lambda: _layout(1024, prefill=True, paged=True, slots=1100),
+    },
+    "tree_layout": {
+        "r8": lambda: _tree_layout(8),
+        "r64_paged": lambda: _tree_layout(64, nodes=64, paged=True),
+    },
+    "draft_layout": {
+        "r64": lambda: _draft_layout(64),
+        "r256_paged": lambda: _draft_layout(256, anchor_first=False, paged=True),
+    },
+    "schedule_prefixes": {
+        "causal_r1": lambda: _schedule(1),
+        "causal_r16": lambda: _schedule(16),
+        "causal_r64": lambda: _schedule(64),
+        "causal_r256": lambda: _schedule(256),
+        "causal_r256_slots": lambda: _schedule(256, slots=300, drafting=False, paged=False),
+        "causal_r512": lambda: _schedule(512),
+        "causal_r1024_k16": lambda: _schedule(1024, drafts=16),
+        "budget_r64": lambda: _schedule(64, policy="budget"),
+        "budget_r256": lambda: _schedule(256, policy="budget"),
+        "budget_r1024_k16": lambda: _schedule(1024, drafts=16, policy="budget"),
+        "stale_r64": lambda: _schedule(64, policy="budget", stale=True),
+        "stale_r256": lambda: _schedule(256, policy="budget", stale=True),
+        "stale_r1024_k16": lambda: _schedule(1024, drafts=16, policy="budget", stale=True),
     },
     "accept_chain": {
         "dense": lambda: _accept(64),

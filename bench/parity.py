@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from reference import accept, draft, schedule
+from reference import accept, draft, layout as layouts, schedule
 from reference.equality import assert_equal_or_tied
 
 
@@ -35,11 +35,14 @@ class CheckedOps:
         return block
 
     def fixed_layout(self, block, draft_lens, **options):
-        layout, want = self._ops.fixed_layout(block, draft_lens, **options), schedule.fixed_layout(block, draft_lens, **options)
+        layout = self._ops.fixed_layout(block, draft_lens, **options)
+        return self._same_rows("fixed_layout", layout, layouts.fixed_layout(block, draft_lens, **options))
+
+    def _same_rows(self, op, layout, want):
         self.calls += 1
         for name in ("token_ids", "positions", "batch_indices", "query_start_loc", "cu_num_logits", "draft_lens", "flags"):
             if not torch.equal(getattr(layout, name), getattr(want, name).to(getattr(layout, name).dtype)):
-                raise AssertionError(f"fixed_layout: {name} differs")
+                raise AssertionError(f"{op}: {name} differs")
         return layout
 
     def accept_chain(self, target_logits, layout, proposal=None, *, anchors, anchor_positions, **options):
@@ -59,8 +62,9 @@ class CheckedOps:
         assert_equal_or_tied(run, _by_request(result.tokens, result.num_accepted, result.last_row, result.flags))
         return result
 
-    def schedule_prefixes(self, *arguments, **options):
-        return self._ops.schedule_prefixes(*arguments, **options)
+    def schedule_prefixes(self, block, cost, **options):
+        layout = self._ops.schedule_prefixes(block, cost, **options)
+        return self._same_rows("schedule_prefixes", layout, schedule.schedule_prefixes(block, cost, **options))
 
 
 def _by_request(*columns) -> dict[int, tuple]:

@@ -3,9 +3,11 @@
 Importing needs neither Triton nor a GPU; calling an op needs Triton, and a GPU or Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+from . import calibration, cost, scheduling
 from .ops.accept import accept_chain
 from .ops.draft import draft_block
-from .ops.schedule import fixed_layout
+from .ops.layout import draft_layout, fixed_layout, tree_layout
+from .ops.schedule import schedule_prefixes
 from .types import (
     Acceptance,
     ConfidenceHead,

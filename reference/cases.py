@@ -21,7 +21,7 @@ from dspark_kernels.types import (
     VerifyLayout,
 )
 
-from . import schedule
+from . import layout as layouts
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEMPERATURES = (0.0, 0.3, 1.0, 1.7)
@@ -196,7 +196,7 @@ def accept_case(
         lengths = torch.randint(0, drafts + 1, (requests,), generator=g)
         lengths[0] = drafts
     block = DraftBlock(tokens, OneHotProposal(), torch.zeros(requests, dtype=torch.int32))
-    layout = schedule.fixed_layout(
+    layout = layouts.fixed_layout(
         block,
         lengths.to(torch.int32),
         anchors=torch.randint(0, vocab, (slots,), generator=g),

@@ -33,8 +33,9 @@ from dspark_kernels.types import Acceptance, CostTable, DraftBlock, Flag, OneHot
 from .accept import accept_chain
 from .draft import draft_block
 from .drafters import Anchors, Committed, Drafter
+from .layout import fixed_layout
 from .model import Output, Rows, Target
-from .schedule import fixed_layout, schedule_prefixes, threshold_lengths
+from .schedule import schedule_prefixes, threshold_lengths
 
 RULES = ("token", "block", "coupled")
 REFERENCE_OPS = SimpleNamespace(

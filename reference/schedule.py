@@ -26,6 +26,8 @@ from torch import Tensor
 
 from dspark_kernels.types import CostTable, DraftBlock, Flag, VerifyLayout
 
+from .layout import Request, assemble, capacity_of, present, read_requests, refuse_buffers, slots_of, verify_rows
+
 SURVIVAL_ONE = 1 << 24
 COST_LIMIT = (1 << 24) - 1
 COST_UNITS_PER_SECOND = 1e7
@@ -88,26 +90,6 @@ class StepCost:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Request:
-    """One batch row as the host sees it."""
-
-    slot: int | None  # None: a padding row of the batch
-    anchor: int = 0
-    position: int = 0
-    prefill: int = 0
-    emits: bool = True
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def fixed_rows(self) -> int:
-        return 0 if self.slot is None else self.prefill or 1
-
-    @property
-    def takes_drafts(self) -> bool:
-        return self.slot is not None and self.prefill == 0 and self.emits
-
-
-@dataclasses.dataclass(frozen=True)
 class _Draft:
     """One draft that may be admitted; `rank` orders admission."""
 
@@ -119,223 +101,6 @@ class _Draft:
     @property
     def rank(self):
         return (not self.forced, 0 if self.forced else -self.survival, self.position, self.request)
-
-
-def _refuse_buffers(out, workspace):
-    for name, value in (("out", out), ("workspace", workspace)):
-        if value is not None:
-            raise ValueError(f"{name}: expected None (the reference allocates its results), got {type(value).__name__}")
-
-
-def _slots(state_indices: Tensor | None, batch_rows: int, state_slots: int) -> list[int | None]:
-    if state_indices is None:
-        return list(range(batch_rows))
-    return [slot if 0 <= slot < state_slots else None for slot in state_indices.tolist()]
-
-
-def _read_requests(tokens, anchors, anchor_positions, slots, num_prefill_tokens, emits) -> list[_Request]:
-    rows = len(slots)
-    ids, positions, drafts = anchors.tolist(), anchor_positions.tolist(), tokens.tolist()
-    prefill = [0] * rows if num_prefill_tokens is None else [max(0, n) for n in num_prefill_tokens.tolist()]
-    emitting = [True] * rows if emits is None else [bool(e) for e in emits.tolist()]
-    return [
-        _Request(None)
-        if slot is None
-        else _Request(slot, ids[slot], positions[slot], prefill[row], emitting[row], tuple(drafts[slot]))
-        for row, slot in enumerate(slots)
-    ]
-
-
-def _present(request: _Request, length: int) -> tuple[int, int]:
-    """(`length` cut before the first missing draft, flag)."""
-    for k, token in enumerate(request.drafts[:length]):
-        if token < 0:
-            return k, int(Flag.MISSING_DRAFT)
-    return length, 0
-
-
-@dataclasses.dataclass
-class _Rows:
-    """Forward rows of one request: ids at consecutive positions, and which of them give logits."""
-
-    slot: int | None
-    position: int
-    ids: list[int]
-    logit_rows: range
-    draft_len: int
-    flags: int
-
-
-def _assemble(rows: list[_Rows], capacity, max_drafts, device, block_tables, page_size) -> VerifyLayout:
-    """Pack the rows of all requests, in batch order, into `capacity` rows."""
-    if (block_tables is None) != (page_size is None):
-        raise ValueError("page_size: expected together with block_tables, got one of the two")
-    if page_size is not None and page_size < 1:
-        raise ValueError(f"page_size: expected >= 1, got {page_size}")
-    tables = None if block_tables is None else block_tables.tolist()
-    starts, logit_starts, ids, positions, owners, mapping, logits = [0], [0], [], [], [], [], []
-    for index, part in enumerate(rows):
-        logits += [len(ids) + local for local in part.logit_rows]
-        where = range(part.position, part.position + len(part.ids))
-        ids += part.ids
-        positions += where
-        owners += [index] * len(part.ids)
-        if tables is not None:
-            mapping += [_cache_slot(tables[part.slot], position, page_size) for position in where]
-        starts.append(len(ids))
-        logit_starts.append(len(logits))
-
-    def packed(values, fill, dtype):
-        return torch.tensor(values + [fill] * (capacity - len(values)), dtype=dtype, device=device)
-
-    def per_request(values):
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    return VerifyLayout(
-        draft_lens=per_request([part.draft_len for part in rows]),
-        query_start_loc=per_request(starts),
-        cu_num_logits=per_request(logit_starts),
-        token_ids=packed(ids, 0, torch.int64),
-        positions=packed(positions, 0, torch.int64),
-        batch_indices=packed(owners, -1, torch.int32),
-        logits_indices=packed(logits, 0, torch.int32),
-        num_rows=per_request([len(ids)]),
-        flags=per_request([part.flags for part in rows]),
-        slot_mapping=None if tables is None else packed(mapping, -1, torch.int64),
-        max_drafts=max_drafts,
-    )
-
-
-def _cache_slot(table: list[int], position: int, page_size: int) -> int:
-    """Cache slot of a position; -1 (write nothing) where the block table has no page for it."""
-    page = position // page_size
-    if not 0 <= page < len(table) or table[page] < 0:
-        return -1
-    return table[page] * page_size + position % page_size
-
-
-def _verify_rows(requests: list[_Request], lengths: list[int], flags: list[int], capacity: int) -> list[_Rows]:
-    """Rows of every request within `capacity`: anchor and prefill rows of all, then drafts, each in batch order."""
-    left = capacity
-
-    def take(wanted):
-        nonlocal left
-        given = min(wanted, left)
-        left -= given
-        return given
-
-    fixed = [take(request.fixed_rows) for request in requests]
-    parts = []
-    for request, have, length, flag in zip(requests, fixed, lengths, flags, strict=True):
-        ids, logit_rows, drafts = [0] * have, range(0), 0
-        if request.prefill:
-            # A prefill that was cut short has no last token to continue from.
-            if request.emits and have == request.prefill:
-                logit_rows = range(have - 1, have)
-        elif request.slot is not None:
-            if request.anchor < 0:
-                flag |= int(Flag.BAD_TOKEN_ID)
-            if have:
-                drafts = take(length)
-                ids = [max(0, request.anchor), *request.drafts[:drafts]]
-            if request.emits:
-                logit_rows = range(len(ids))
-        parts.append(_Rows(request.slot, request.position, ids, logit_rows, drafts, flag))
-    return parts
-
-
-def _capacity(max_rows: int | None, batch_rows: int, drafts: int) -> int:
-    if max_rows is None:
-        return batch_rows * (drafts + 1)
-    if max_rows < 0:
-        raise ValueError(f"max_rows: expected >= 0, got {max_rows}")
-    return max_rows
-
-
-def fixed_layout(
-    block: DraftBlock,
-    draft_lens: Tensor,
-    *,
-    anchors: Tensor,
-    anchor_positions: Tensor,
-    max_rows: int | None = None,
-    num_prefill_tokens: Tensor | None = None,
-    emits: Tensor | None = None,
-    block_tables: Tensor | None = None,
-    page_size: int | None = None,
-    state_indices: Tensor | None = None,
-    out=None,
-    workspace=None,
-) -> VerifyLayout:
-    """Rows of the target's pass for draft lengths chosen elsewhere.
-
-    block.tokens [S, K]; draft_lens int [R], clamped to [0, K] and cut before the first draft below 0 (MISSING_DRAFT);
-    anchors, anchor_positions int [S]; num_prefill_tokens int [R] and emits bool [R], optional; block_tables int32 [S,
-    max_pages] with page_size, optional; state_indices int32 [R], a slot outside [0, S) is a padding row and gets no
-    rows.
-
-    A decode request has its anchor row, then its drafts. An anchor below 0 is written as 0 (BAD_TOKEN_ID). A prefill
-    request (num_prefill_tokens > 0) has that many rows with id 0, for the engine to fill, and one logit row, its last.
-    A request that does not emit has no drafts and no logit rows. The arrays hold max_rows rows, R * (K + 1) unless
-    given. Where they are too few, anchor and prefill rows of all requests come first, then drafts, each in batch order;
-    a prefill cut short has no logit row, and a request without any row emits nothing.
-    """
-    _refuse_buffers(out, workspace)
-    state_slots, drafts = block.tokens.shape
-    slots = _slots(state_indices, state_slots, state_slots)
-    if len(draft_lens) != len(slots):
-        raise ValueError(f"draft_lens: expected shape [{len(slots)}], got {list(draft_lens.shape)}")
-    requests = _read_requests(block.tokens, anchors, anchor_positions, slots, num_prefill_tokens, emits)
-    lengths, flags = [], []
-    for request, wanted in zip(requests, draft_lens.tolist(), strict=True):
-        wanted = max(0, min(wanted, drafts)) if request.takes_drafts else 0
-        length, flag = _present(request, wanted)
-        lengths.append(length)
-        flags.append(flag)
-    capacity = _capacity(max_rows, len(slots), drafts)
-    rows = _verify_rows(requests, lengths, flags, capacity)
-    return _assemble(rows, capacity, drafts, block.tokens.device, block_tables, page_size)
-
-
-def draft_layout(
-    anchors: Tensor,
-    anchor_positions: Tensor,
-    *,
-    block_size: int,
-    mask_token_id: int,
-    anchor_first: bool = True,
-    block_tables: Tensor | None = None,
-    page_size: int | None = None,
-    state_indices: Tensor | None = None,
-    out=None,
-    workspace=None,
-) -> VerifyLayout:
-    """Rows of the drafter's own block of K = block_size drafts.
-
-    anchor_first=True (DSpark): the anchor and K - 1 masks, every row predicts: row i (from 0) gives draft i + 1.
-    anchor_first=False (DFlash): the anchor and K masks, only the masks predict: row i >= 1 gives draft i. Row i sits at
-    anchor_position + i. draft_lens and max_drafts count the mask rows, so that a request has draft_lens + 1 rows as in
-    any layout; the logit rows are the K that predict. anchors, anchor_positions: int [S]; an anchor below 0 is written
-    as 0 (BAD_TOKEN_ID).
-    """
-    _refuse_buffers(out, workspace)
-    if block_size < 1:
-        raise ValueError(f"block_size: expected >= 1, got {block_size}")
-    if mask_token_id < 0:
-        raise ValueError(f"mask_token_id: expected >= 0, got {mask_token_id}")
-    masks = block_size - 1 if anchor_first else block_size
-    ids, positions = anchors.tolist(), anchor_positions.tolist()
-    rows = []
-    for slot in _slots(state_indices, len(ids), len(ids)):
-        if slot is None:
-            rows.append(_Rows(None, 0, [], range(0), 0, 0))
-            continue
-        flag = int(Flag.BAD_TOKEN_ID) if ids[slot] < 0 else 0
-        predicting = range(masks + 1 - block_size, masks + 1)
-        rows.append(
-            _Rows(slot, positions[slot], [max(0, ids[slot])] + [mask_token_id] * masks, predicting, masks, flag)
-        )
-    return _assemble(rows, len(rows) * (masks + 1), masks, anchors.device, block_tables, page_size)
 
 
 def threshold_lengths(confidence: Tensor, threshold: float) -> Tensor:
@@ -391,7 +156,7 @@ def schedule_prefixes(
 
     A NaN confidence (this round's or stale) counts as 0 and is flagged NAN.
     """
-    _refuse_buffers(out, workspace)
+    refuse_buffers(out, workspace)
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
     if block.confidence is None:
@@ -410,9 +175,9 @@ def schedule_prefixes(
         raise ValueError(f"bypass: expected a finite number >= 0, got {bypass}")
 
     state_slots, drafts = block.tokens.shape
-    slots = _slots(state_indices, state_slots, state_slots)
-    requests = _read_requests(block.tokens, anchors, anchor_positions, slots, num_prefill_tokens, emits)
-    capacity = _capacity(max_rows, len(slots), drafts)
+    slots = slots_of(state_indices, state_slots, state_slots)
+    requests = read_requests(block.tokens, anchors, anchor_positions, slots, num_prefill_tokens, emits)
+    capacity = capacity_of(max_rows, len(slots), drafts)
     caps = _length_caps(requests, drafts, max_len)
     rows = sum(request.fixed_rows for request in requests)
     drafting = sum(request.takes_drafts for request in requests)
@@ -430,7 +195,7 @@ def schedule_prefixes(
     flags = _nan_flags(requests, block.confidence, stale_confidence)
     limits = []
     for index, request in enumerate(requests):
-        length, flag = _present(request, caps[index])
+        length, flag = present(request, caps[index])
         limits.append(length)
         flags[index] |= flag
     candidates = _candidates(requests, survival_units(block.confidence), limits, min_len, least)[:room]
@@ -445,11 +210,11 @@ def schedule_prefixes(
     lengths = [0] * len(requests)
     for draft in candidates[:number]:
         lengths[draft.request] += 1
-    parts = _verify_rows(requests, lengths, flags, capacity)
-    return _assemble(parts, capacity, drafts, block.tokens.device, block_tables, page_size)
+    parts = verify_rows(requests, lengths, flags, capacity)
+    return assemble(parts, capacity, drafts, block.tokens.device, block_tables, page_size)
 
 
-def _length_caps(requests: list[_Request], drafts: int, max_len: int | Tensor | None) -> list[int]:
+def _length_caps(requests: list[Request], drafts: int, max_len: int | Tensor | None) -> list[int]:
     caps = [drafts] * len(requests)
     if isinstance(max_len, Tensor):
         caps = [max(0, min(drafts, cap)) for cap in max_len.tolist()]
@@ -460,7 +225,7 @@ def _length_caps(requests: list[_Request], drafts: int, max_len: int | Tensor | 
     return [cap if request.takes_drafts else 0 for cap, request in zip(caps, requests, strict=True)]
 
 
-def _nan_flags(requests: list[_Request], *confidences: Tensor | None) -> list[int]:
+def _nan_flags(requests: list[Request], *confidences: Tensor | None) -> list[int]:
     flags = [0] * len(requests)
     for confidence in confidences:
         if confidence is None:

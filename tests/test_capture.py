@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 import torch
 from test_full_size import to_device
+from test_layout import assert_same_layout
+from test_schedule import POLICIES, arguments as schedule_arguments
 
 import dspark_kernels as dk
 from reference import cases
+from reference.schedule import schedule_prefixes
 
 pytestmark = pytest.mark.gpu
 
@@ -66,3 +69,28 @@ def test_accept_chain_in_a_graph(device, proposal):
         torch.cuda.synchronize()
         assert torch.equal(out.tokens, want.tokens) and torch.equal(out.commit_mask, want.commit_mask)
         assert (workspace.counters[1:] == 0).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("requests, drafts", [(64, 7), (700, 13)])
+def test_schedule_prefixes_in_a_graph(device, policy, requests, drafts):
+    def make(seed):
+        given = schedule_arguments(seed, requests, drafts, policy, scattered=True, missing=True)
+        return {name: to_device(value, device) for name, value in given.items()}
+
+    static = make(0)
+    workspace = dk.Workspace(requests, drafts, 5000, device)
+    out = dk.schedule_prefixes(**static, workspace=workspace)
+    graph = _capture(lambda: dk.schedule_prefixes(**static, out=out, workspace=workspace))
+    for seed in (1, 2, 3):
+        fresh = make(seed)
+        for name, value in fresh.items():
+            if isinstance(value, torch.Tensor):
+                static[name].copy_(value)
+            elif dataclasses.is_dataclass(value):
+                _copy(static[name], value)
+        before = torch.cuda.memory_allocated()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        assert_same_layout(to_device(out, "cpu"), schedule_prefixes(**{k: to_device(v, "cpu") for k, v in fresh.items()}))

@@ -18,6 +18,9 @@ ALL = (*HERE, "sm_86", "sm_89", "sm_100", "sm_120", "gfx950")
 CASES = {
     "draft_block": ("sampled_r1", "sampled_r64", "greedy_r64"),
     "fixed_layout": ("r64",),
+    "tree_layout": ("r8",),
+    "draft_layout": ("r64",),
+    "schedule_prefixes": ("causal_r16", "budget_r64"),
     "accept_chain": ("dense", "one_hot", "greedy"),
 }
 

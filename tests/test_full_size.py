@@ -6,8 +6,12 @@ import pytest
 import torch
 from test_accept import check as check_accept
 from test_draft import check as check_draft
+from test_layout import assert_same_layout
+from test_schedule import POLICIES, arguments as schedule_arguments
 
+import dspark_kernels as dk
 from reference import cases
+from reference.schedule import schedule_prefixes
 
 VOCAB = 151936
 
@@ -58,3 +62,13 @@ def test_draft_block_on_a_gpu(device, requests, sampled):
 @pytest.mark.parametrize("proposal", ["dense", "one_hot"])
 def test_accept_chain_on_a_gpu(device, requests, proposal):
     _accept(requests, 7, proposal, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("requests, drafts", [(1, 7), (13, 1), (256, 7), (256, 8), (700, 13), (1024, 16)])
+def test_schedule_prefixes_on_a_gpu(device, policy, requests, drafts):
+    given = schedule_arguments(7, requests, drafts, policy, kind="jagged", coarse=requests % 2 == 0, missing=True)
+    given["cost"] = dk.CostTable(2e-3 + 1e-7 * torch.arange(20000.0), torch.full((1025,), 1e-4))
+    have = dk.schedule_prefixes(**{name: to_device(value, device) for name, value in given.items()})
+    assert_same_layout(to_device(have, "cpu"), schedule_prefixes(**given))

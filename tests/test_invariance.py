@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from test_layout import assert_same_layout
+from test_schedule import arguments as schedule_arguments
 
 import dspark_kernels as dk
-from dspark_kernels.launch import arch, draft as draft_launch
-from reference import cases, schedule
+from dspark_kernels.launch import arch, draft as draft_launch, schedule as schedule_launch
+from reference import cases, layout as layouts
 
 
 def _take_draft(case, rows):
@@ -77,6 +79,24 @@ def test_draft_block_with_many_programs(monkeypatch):
             assert (workspace.counters[2:] == 0).all(), "counters were not left clean"
 
 
+@pytest.mark.parametrize("policy", ["causal", "stale"])
+def test_schedule_prefixes_with_many_programs(monkeypatch, policy):
+    """Programs that run at once store the same words in the same places, and none reads what another has not written."""
+    from dspark_kernels.testing import interpreter
+
+    if not interpreter.interpreting():
+        pytest.skip("programs run together on a GPU anyway")
+    given = schedule_arguments(8, 13, 7, policy, kind="steps", coarse=True)
+    workspace = dk.Workspace(16, 8, 1000, "cpu")
+    want = dk.schedule_prefixes(**given, workspace=workspace)
+    pick = schedule_launch.pick
+    monkeypatch.setattr(schedule_launch, "pick", lambda *a: dataclasses.replace(pick(*a), sort=16, block=16))
+    with interpreter.threads(8):
+        for _ in range(3):
+            workspace.scratch.fill_(-1)
+            assert_same_layout(dk.schedule_prefixes(**given, workspace=workspace), want)
+
+
 @pytest.mark.parametrize("proposal", ["dense", "one_hot"])
 def test_accept_chain_in_any_batch(proposal):
     case = cases.accept_case(seed=60, requests=9, drafts=4, vocab=2100, proposal=proposal, closeness=0.9)
@@ -93,7 +113,7 @@ def test_accept_chain_in_any_batch(proposal):
             positions.append(int(case.layout.positions[first]))
             logits.append(case.target_logits[first : first + 1 + int(lens[r])])
         block = dk.DraftBlock(tokens, dk.OneHotProposal(), torch.zeros(len(rows), dtype=torch.int32))
-        layout = schedule.fixed_layout(
+        layout = layouts.fixed_layout(
             block, lens[index], anchors=torch.tensor(anchors), anchor_positions=torch.tensor(positions)
         )
         law = dk.DenseProposal(case.proposal.logits[index]) if proposal == "dense" else dk.OneHotProposal()

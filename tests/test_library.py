@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
-from dspark_kernels import library
-from dspark_kernels.ops import accept, draft, schedule
+from dspark_kernels import library, scheduling
+from dspark_kernels.ops import accept, draft, layout, schedule
 from reference import cases
 
 
@@ -26,9 +27,20 @@ def _accept(**case):
 
 
 def _layout():
-    tokens = torch.tensor([[1, 2], [3, 4]])
-    block = dk.DraftBlock(tokens, dk.OneHotProposal(), torch.zeros(2, dtype=torch.int32))
-    dk.fixed_layout(block, torch.tensor([1, 2]), anchors=tokens[:, 0], anchor_positions=tokens[:, 1])
+    dk.fixed_layout(block_of([[0.9, 0.5]] * 2), torch.tensor([1, 2]), **anchored(2))
+
+
+def _tree_layout():
+    dk.tree_layout(tree_of([[(5, -1), (6, 0)], [(7, -1)]]), anchor_positions=torch.tensor([3, 4]))
+
+
+def _draft_layout():
+    dk.draft_layout(**anchored(2), block_size=3, mask_token_id=9, block_tables=ints(0, 1).reshape(2, 1), page_size=8)
+
+
+def _schedule(requests=2, **options):
+    block = block_of([[0.9, 0.5, 0.4]] * requests)
+    return lambda: dk.schedule_prefixes(block, dk.CostTable(torch.ones(9)), **anchored(requests), **options)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +50,12 @@ def _layout():
         (draft, "_draft_block", _draft(sampled=False, rank=0, confidence=None)),
         (accept, "_accept_chain", _accept()),
         (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
-        (schedule, "_fixed_layout", _layout),
+        (layout, "_fixed_layout", _layout),
+        (layout, "_fixed_layout", _tree_layout),
+        (layout, "_draft_layout", _draft_layout),
+        (schedule, "_schedule_prefixes", _schedule()),
+        (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
+        (schedule, "_schedule_prefixes", _schedule(600, policy="budget", stale_confidence=torch.ones(600, 3))),
     ],
 )
 def test_opcheck(monkeypatch, module, name, run):
@@ -47,14 +64,16 @@ def test_opcheck(monkeypatch, module, name, run):
     torch.library.opcheck(registered, calls[0])
 
 
+COST = dk.CostTable(0.1 + 0.01 * torch.arange(20))  # made once, not in every step
+
+
 def _round(base_logits, target_logits, anchors, positions, hidden, temperature, seed, w1, w2, weight):
     sampling = dk.SamplingTensors(temperature, seed)
     block = dk.draft_block(
         base_logits, anchors, dk.MarkovHead(w1, w2), anchor_positions=positions, sampling=sampling, hidden=hidden,
         confidence=dk.ConfidenceHead(weight),
     )  # fmt: skip
-    lens = (block.confidence > 0.5).int().cumprod(1).sum(1).int()
-    layout = dk.fixed_layout(block, lens, anchors=anchors, anchor_positions=positions)
+    layout = dk.schedule_prefixes(block, COST, anchors=anchors, anchor_positions=positions)
     acceptance = dk.accept_chain(target_logits, layout, block.proposal, sampling=sampling)
     return block.tokens, layout.token_ids, acceptance.tokens, acceptance.commit_mask
 
@@ -73,13 +92,15 @@ def test_compiles_into_one_graph(backend):
 
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import accept as accept_kernels, draft as draft_kernels, schedule as schedule_kernels
-    from dspark_kernels.kernels.primitives import mass, philox
+    from dspark_kernels.kernels.primitives import mass, philox, rows
 
-    for kernels in (accept_kernels, draft_kernels, schedule_kernels):
+    for kernels in (accept_kernels, draft_kernels, schedule_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
     assert draft_kernels.UNIT.value == draft.UNIT and mass.LEAF.value == accept.LEAF
+    assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
+    assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 
 
 def test_a_cpu_tensor_without_the_interpreter_says_what_to_do(monkeypatch):

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blocks import anchored, block_of, ints
 from hypothesis import given, settings, strategies as st
 
 from dspark_kernels.types import CostTable, DraftBlock, Flag, OneHotProposal
+from reference.layout import fixed_layout
 from reference.schedule import (
     COST_LIMIT,
     StepCost,
     cost_units,
-    draft_layout,
-    fixed_layout,
     schedule_prefixes,
     survival_units,
     threshold_lengths,
@@ -29,24 +29,6 @@ GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 FEW = settings(max_examples=150, deadline=None, derandomize=True)
 
 
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def block_of(confidence, tokens=None, requests=None):
-    """A draft block with the given confidences [S][K]; draft k of slot s is 100 s + k unless given."""
-    confidence = np.asarray(confidence, dtype=np.float32)
-    # numpy's strides of an empty array are 0, which is not what an engine hands over
-    confidence = torch.empty(confidence.shape).copy_(torch.from_numpy(confidence))
-    slots, drafts = confidence.shape
-    if tokens is None:
-        tokens = 100 * torch.arange(slots)[:, None] + torch.arange(1, drafts + 1)[None, :]
-    flags = torch.zeros(slots if requests is None else requests, dtype=torch.int32)
-    return DraftBlock(
-        tokens=torch.as_tensor(tokens, dtype=torch.int64), proposal=OneHotProposal(), flags=flags, confidence=confidence
-    )
-
-
 def table_of(units, draft_units=None):
     """A cost table from integers of 100 ns for 1, 2, ... rows."""
 
@@ -54,10 +36,6 @@ def table_of(units, draft_units=None):
         return torch.tensor([0.0, *(u * 1e-7 for u in values)], dtype=torch.float32)
 
     return CostTable(seconds(units), None if draft_units is None else seconds(draft_units))
-
-
-def anchored(slots):
-    return dict(anchors=torch.arange(slots) + 7000, anchor_positions=10 * torch.arange(slots) + 10)
 
 
 def lengths(confidence, units, tokens=None, **rules):
@@ -402,15 +380,11 @@ def test_prefill_rows_weigh_in_the_cost():
 
 def test_empty_batches():
     empty = torch.zeros(0, dtype=torch.int64)
-    for layout in (
-        schedule_prefixes(
-            block_of(np.zeros((0, 3))), table_of([1, 1]), anchors=empty, anchor_positions=empty, bypass=0.1
-        ),
-        fixed_layout(block_of(np.zeros((0, 3))), empty.int(), anchors=empty, anchor_positions=empty),
-        draft_layout(empty, empty, block_size=3, mask_token_id=1),
-    ):
-        assert layout.query_start_loc.tolist() == layout.cu_num_logits.tolist() == layout.num_rows.tolist() == [0]
-        assert layout.token_ids.numel() == layout.draft_lens.numel() == 0
+    layout = schedule_prefixes(
+        block_of(np.zeros((0, 3))), table_of([1, 1]), anchors=empty, anchor_positions=empty, bypass=0.1
+    )
+    assert layout.query_start_loc.tolist() == layout.cu_num_logits.tolist() == layout.num_rows.tolist() == [0]
+    assert layout.token_ids.numel() == layout.draft_lens.numel() == 0
     # Only padding rows of the batch.
     layout = schedule_prefixes(
         block_of([[0.9]], requests=2), table_of([1, 1]), state_indices=ints(-1, -1), **anchored(1)
@@ -422,89 +396,6 @@ def test_empty_batches():
 def test_one_draft():
     assert lengths([[0.9]], [1000, 1500]) == [1]
     assert lengths([[0.5]], [1000, 1500]) == [0]
-
-
-# --- fixed_layout and draft_layout ----------------------------------------------------------------
-
-
-def test_fixed_layout_clamps_and_cuts():
-    tokens = [[5, 6, 7], [5, -1, 7], [5, 6, -1], [-3, 6, 7], [5, 6, 7]]
-    layout = fixed_layout(block_of(np.ones((5, 3)), tokens), torch.tensor([9, 3, 2, 1, -2]), **anchored(5))
-    assert layout.draft_lens.tolist() == [3, 1, 2, 0, 0]
-    assert layout.flags.tolist() == [0, Flag.MISSING_DRAFT, 0, Flag.MISSING_DRAFT, 0]
-    assert layout.token_ids.tolist() == [7000, 5, 6, 7, 7001, 5, 7002, 5, 6, 7003, 7004] + [0] * 9
-    assert layout.positions.tolist()[:11] == [10, 11, 12, 13, 20, 21, 30, 31, 32, 40, 50]
-    assert layout.slot_mapping is None
-
-
-def test_fixed_layout_cuts_rows_that_do_not_fit():
-    block = block_of(np.ones((3, 3)))
-    for rows, expected in ((12, [3, 3, 3]), (7, [3, 1, 0]), (5, [2, 0, 0]), (3, [0, 0, 0])):
-        layout = fixed_layout(block, ints(3, 3, 3), max_rows=rows, **anchored(3))
-        assert layout.draft_lens.tolist() == expected
-        assert layout.cu_num_logits.tolist() == layout.query_start_loc.tolist()
-        assert layout.num_rows.tolist() == [min(rows, 12)] == [layout.query_start_loc[-1]]
-    # Prefill rows come before any draft; what is too long even so is cut and then has no token to go on from.
-    rules = dict(num_prefill_tokens=ints(0, 4, 0), **anchored(3))
-    layout = fixed_layout(block, ints(3, 3, 3), max_rows=7, **rules)
-    assert layout.query_start_loc.tolist() == [0, 2, 6, 7] and layout.cu_num_logits.tolist() == [0, 2, 3, 4]
-    layout = fixed_layout(block, ints(3, 3, 3), max_rows=4, **rules)
-    assert layout.query_start_loc.tolist() == [0, 1, 4, 4] and layout.cu_num_logits.tolist() == [0, 1, 1, 1]
-    assert layout.draft_lens.tolist() == [0, 0, 0]
-
-
-def test_slot_mapping_outside_the_block_table_writes_nothing():
-    layout = fixed_layout(
-        block_of(np.ones((2, 3))),
-        ints(3, 3),
-        anchors=torch.tensor([1, 2]),
-        anchor_positions=torch.tensor([6, 0]),
-        block_tables=ints(5, 3, -1, 4).reshape(2, 2),
-        page_size=4,
-    )
-    assert layout.slot_mapping.tolist() == [14, 15, -1, -1, -1, -1, -1, -1]
-    layout = fixed_layout(
-        block_of(np.ones((1, 2))),
-        ints(2),
-        anchors=torch.tensor([1]),
-        anchor_positions=torch.tensor([1]),
-        block_tables=ints(9, 2, 7, 0).reshape(1, 4),
-        page_size=1,
-    )
-    assert layout.slot_mapping.tolist() == [2, 7, 0]
-
-
-def test_draft_layout_anchor_first():
-    layout = draft_layout(
-        torch.tensor([11, 12, -5]),
-        torch.tensor([4, 0, 9], dtype=torch.int32),
-        block_size=3,
-        mask_token_id=99,
-        block_tables=torch.arange(6, dtype=torch.int32).reshape(3, 2),
-        page_size=8,
-        state_indices=ints(2, -1, 0),
-    )
-    assert layout.token_ids.tolist() == [0, 99, 99, 11, 99, 99, 0, 0, 0]
-    assert layout.positions.tolist() == [9, 10, 11, 4, 5, 6, 0, 0, 0]
-    assert layout.batch_indices.tolist() == [0, 0, 0, 2, 2, 2, -1, -1, -1]
-    assert layout.query_start_loc.tolist() == layout.cu_num_logits.tolist() == [0, 3, 3, 6]
-    assert layout.logits_indices.tolist() == [0, 1, 2, 3, 4, 5, 0, 0, 0]
-    assert layout.slot_mapping.tolist() == [41, 42, 43, 4, 5, 6, -1, -1, -1]
-    assert layout.draft_lens.tolist() == [2, 0, 2] and layout.max_drafts == 2
-    assert layout.flags.tolist() == [Flag.BAD_TOKEN_ID, 0, 0]
-
-
-def test_draft_layout_masks_only_predict():
-    layout = draft_layout(
-        torch.tensor([11, 12]), torch.tensor([4, 0]), block_size=2, mask_token_id=0, anchor_first=False
-    )
-    assert layout.token_ids.tolist() == [11, 0, 0, 12, 0, 0]
-    assert layout.positions.tolist() == [4, 5, 6, 0, 1, 2]
-    assert layout.query_start_loc.tolist() == [0, 3, 6] and layout.cu_num_logits.tolist() == [0, 2, 4]
-    assert layout.logits_indices.tolist() == [1, 2, 4, 5, 0, 0]
-    assert layout.draft_lens.tolist() == [2, 2]
-    one = draft_layout(torch.tensor([11]), torch.tensor([4]), block_size=1, mask_token_id=0)
-    assert one.token_ids.tolist() == [11] and one.logits_indices.tolist() == [0] and one.draft_lens.tolist() == [0]
 
 
 # --- thresholds -----------------------------------------------------------------------------------
@@ -845,9 +736,3 @@ def test_refused_inputs():
     without = DraftBlock(tokens=torch.zeros(1, 2, dtype=torch.int64), proposal=OneHotProposal(), flags=ints(0))
     with pytest.raises(ValueError, match="block.confidence"):
         schedule_prefixes(without, table_of([1]), **anchored(1))
-    with pytest.raises(ValueError, match="draft_lens"):
-        fixed_layout(block_of([[0.5]]), ints(1, 1), **anchored(1))
-    with pytest.raises(ValueError, match="block_size"):
-        draft_layout(torch.tensor([1]), torch.tensor([1]), block_size=0, mask_token_id=1)
-    with pytest.raises(ValueError, match="mask_token_id"):
-        draft_layout(torch.tensor([1]), torch.tensor([1]), block_size=1, mask_token_id=-1)

@@ -1,142 +1,282 @@
-"""fixed_layout against reference/schedule.py: every field, every element, for ragged, padded, prefill and trimmed batches."""
+"""schedule_prefixes against reference/schedule.py: every field, every element, for every policy, option and shape of table."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
+from blocks import anchored, block_of, ints
+from far import far_apart
 from hypothesis import given, settings, strategies as st
+from test_layout import assert_same_layout, poisoned
 
 import dspark_kernels as dk
+from dspark_kernels.launch import schedule as launch
 from reference import cases, schedule
 
-SENTINEL = -77777
+POLICIES = ("causal", "budget", "stale")
 
 
-def _block(tokens, requests):
-    return dk.DraftBlock(tokens, dk.OneHotProposal(), torch.zeros(requests, dtype=torch.int32, device=tokens.device))
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
-def _inputs(seed, requests, drafts, scattered=False, padding=0, missing=False, dtype=torch.int64):
-    g = torch.Generator().manual_seed(seed)
+def _confidence(g, shape, coarse):
+    """Confidences that fall off slowly; coarse: of few values, so that survivals tie, 0 and 1 among them."""
+    values = torch.rand(shape, generator=g) ** 0.4
+    return (values * 4).round() / 4 if coarse else values
+
+
+def table(kind, seed=0, entries=64):
+    """A cost table: flat, steep, rising, jagged, of one measured entry, or with values that nobody should measure."""
+    g = _generator(seed)
+    seconds = {
+        "flat": torch.full((entries,), 3e-3),
+        "steep": 1e-3 * torch.arange(entries),
+        "rising": 2e-3 + 2e-5 * torch.rand(entries, generator=g).cumsum(0) * torch.arange(entries) / 8,
+        "jagged": 2e-3 + 4e-4 * torch.rand(entries, generator=g),
+        "steps": 2e-3 + 3e-4 * (torch.arange(entries) // 8),
+        "single": torch.tensor([0.0, 1e-3]),
+    }[kind]
+    seconds[0] = float("nan")
+    return dk.CostTable(seconds, 1e-4 + 1e-4 * torch.rand(3, generator=g) if seed % 2 else None)
+
+
+TABLES = ("flat", "steep", "rising", "jagged", "steps", "single")
+
+
+def arguments(seed, requests, drafts, policy, kind="rising", coarse=False, scattered=False, padding=0, missing=False, **options):
+    """Arguments of schedule_prefixes for a batch made from the seed."""
+    g = _generator(seed)
     slots = requests + 3 if scattered else requests
     tokens = torch.randint(0, 1000, (slots, drafts), generator=g)
     if missing:
-        tokens[torch.rand(tokens.shape, generator=g) < 0.2] = -1
+        tokens[torch.rand(tokens.shape, generator=g) < 0.1] = -1
     anchors = torch.randint(0, 1000, (slots,), generator=g)
     if missing and slots:
-        anchors[0] = -1
+        anchors[-1] = -1
+    chosen = dict(
+        causal={},
+        budget=dict(policy="budget", budget=ints(int(torch.randint(0, requests * drafts + 1, (1,), generator=g)))),
+        stale=dict(policy="budget", stale_confidence=_confidence(g, (slots, drafts), coarse)),
+    )[policy]
     return dict(
-        block=_block(tokens, requests),
-        draft_lens=torch.randint(-1, drafts + 3, (requests,), generator=g).to(dtype),
-        anchors=anchors.to(dtype),
-        anchor_positions=torch.randint(0, 50000, (slots,), generator=g).to(dtype),
+        block=block_of(_confidence(g, (slots, drafts), coarse), tokens, requests=requests),
+        cost=table(kind, seed),
+        anchors=anchors,
+        anchor_positions=torch.randint(0, 50000, (slots,), generator=g),
         state_indices=cases.slot_map(seed, requests, padding) if scattered else None,
+        **chosen,
+        **options,
     )
 
 
-def _poisoned(layout):
-    fields = {
-        f.name: torch.full_like(v, SENTINEL) if isinstance(v := getattr(layout, f.name), torch.Tensor) else v
-        for f in dataclasses.fields(layout)
-    }
-    return dk.VerifyLayout(**fields)
-
-
-def assert_same_layout(have, want):
-    for field in dataclasses.fields(want):
-        expected, actual = getattr(want, field.name), getattr(have, field.name)
-        if isinstance(expected, torch.Tensor):
-            assert actual.dtype == expected.dtype and torch.equal(actual, expected), f"{field.name}: {actual} != {expected}"
-        else:
-            assert actual == expected, field.name
-
-
-def _check(arguments):
-    want = schedule.fixed_layout(**arguments)
-    assert_same_layout(dk.fixed_layout(**arguments), want)
-    out = _poisoned(want)
-    assert dk.fixed_layout(**arguments, out=out) is out
+def check(given):
+    want = schedule.schedule_prefixes(**given)
+    assert_same_layout(dk.schedule_prefixes(**given), want)
+    out = poisoned(want)
+    assert dk.schedule_prefixes(**given, out=out) is out
     assert_same_layout(out, want)
+    return want
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_equals_reference(data):
-    requests = data.draw(st.sampled_from([1, 2, 7, 13]))
-    drafts = data.draw(st.sampled_from([1, 3, 7]))
-    scattered = data.draw(st.booleans())
-    padding = data.draw(st.integers(0, requests - 1)) if scattered else 0
-    seed = data.draw(st.integers(0, 10**6))
-    dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
-    arguments = _inputs(seed, requests, drafts, scattered, padding, data.draw(st.booleans()), dtype)
-    if data.draw(st.booleans()):
-        arguments["max_rows"] = data.draw(st.integers(requests, requests * (drafts + 1) + 9))
-    if data.draw(st.booleans()):
-        slots = arguments["anchors"].shape[0]
-        page = data.draw(st.sampled_from([1, 16, 24]))
-        pages = 50010 // page if data.draw(st.booleans()) else 3
-        g = torch.Generator().manual_seed(seed)
-        arguments["block_tables"] = torch.randint(0, 10**6, (slots, pages), generator=g).to(torch.int32)
-        arguments["page_size"] = page
-    _check(arguments)
+@contextlib.contextmanager
+def small_pieces():
+    """Few drafts in order at a time and few rows a program, as a large batch would have them on a GPU."""
+    picked = launch.pick
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "pick", lambda *shape: dataclasses.replace(picked(*shape), sort=8, block=16))
+        yield
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_prefill_rows(seed):
-    arguments = _inputs(seed, 7, 3, scattered=True, padding=1)
-    g = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(0, 9, (7,), generator=g) * (torch.rand(7, generator=g) < 0.5)
-    arguments |= dict(num_prefill_tokens=prompt.to(torch.int32), emits=torch.rand(7, generator=g) < 0.6, max_rows=64)
-    _check(arguments)
-
-
-def test_large_batch():
-    _check(_inputs(5, 1000, 7))
-
-
-def test_rows_of_one_request_follow_the_contract():
-    tokens = torch.tensor([[11, 12, 13], [21, 22, 23]])
-    layout = dk.fixed_layout(
-        _block(tokens, 2), torch.tensor([2, 0]), anchors=torch.tensor([10, 20]), anchor_positions=torch.tensor([5, 9])
+@st.composite
+def batches(draw):
+    requests, drafts = draw(st.sampled_from([1, 2, 5, 13])), draw(st.sampled_from([1, 3, 7]))
+    scattered = draw(st.booleans())
+    given = arguments(
+        seed := draw(st.integers(0, 10**6)),
+        requests,
+        drafts,
+        draw(st.sampled_from(POLICIES)),
+        kind=draw(st.sampled_from(TABLES)),
+        coarse=draw(st.booleans()),
+        scattered=scattered,
+        padding=draw(st.integers(0, requests - 1)) if scattered else 0,
+        missing=draw(st.booleans()),
+        min_len=draw(st.sampled_from([0, 0, 1, 2])),
+        survival_floor=draw(st.sampled_from([0.0, 0.0, 0.2, 1.0])),
+        bypass=draw(st.sampled_from([None, None, 0.0, 0.3, 1024.0])),
     )
-    assert layout.token_ids.tolist() == [10, 11, 12, 20, 0, 0, 0, 0]
-    assert layout.positions.tolist() == [5, 6, 7, 9, 0, 0, 0, 0]
-    assert layout.batch_indices.tolist() == [0, 0, 0, 1, -1, -1, -1, -1]
-    assert layout.query_start_loc.tolist() == layout.cu_num_logits.tolist() == [0, 3, 4]
-    assert layout.logits_indices.tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
-    assert layout.num_rows.tolist() == [4] and layout.max_drafts == 3
+    g = _generator(seed)
+    slots = given["anchors"].shape[0]
+    limit = draw(st.sampled_from(["none", "int", "tensor"]))
+    if limit == "int":
+        given["max_len"] = draw(st.integers(0, drafts + 1))
+    elif limit == "tensor":
+        dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+        given["max_len"] = torch.randint(-1, drafts + 2, (requests,), generator=g).to(dtype)
+    prompts = draw(st.booleans())
+    if prompts:
+        prompt = torch.randint(0, 9, (requests,), generator=g) * (torch.rand(requests, generator=g) < 0.4)
+        given |= dict(num_prefill_tokens=prompt.int(), emits=torch.rand(requests, generator=g) < 0.7)
+    if prompts or draw(st.booleans()):
+        given["max_rows"] = draw(st.integers(requests, requests * (drafts + 2) + 9))
+    if draw(st.booleans()):
+        page = draw(st.sampled_from([1, 24]))
+        tables = torch.randint(0, 10**6, (slots, 50010 // page if draw(st.booleans()) else 3), generator=g)
+        given |= dict(block_tables=tables.int(), page_size=page)
+    return given
 
 
-def test_empty_batch_is_zeros_without_a_launch():
-    layout = dk.fixed_layout(
-        _block(torch.empty(0, 3, dtype=torch.int64), 0),
-        torch.empty(0, dtype=torch.int32),
-        anchors=torch.empty(0, dtype=torch.int64),
-        anchor_positions=torch.empty(0, dtype=torch.int64),
-        max_rows=4,
-    )
+@settings(max_examples=60, deadline=None)
+@given(batches())
+def test_equals_reference(given):
+    check(given)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches())
+def test_equals_reference_in_pieces(given):
+    with small_pieces():
+        check(given)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("requests, drafts, coarse", [(256, 7, True), (700, 13, False)])
+def test_large_batches(policy, requests, drafts, coarse):
+    """(700, 13) is scheduled in pieces of 2048; survivals of few values tie across whole pieces."""
+    given = arguments(3, requests, drafts, policy, kind="steps", coarse=coarse, scattered=True, padding=2, missing=True)
+    given["cost"] = dk.CostTable(2e-3 + 1e-7 * torch.arange(6000.0))
+    assert 100 < int(check(given).draft_lens.sum()) < 0.9 * requests * drafts
+
+
+def test_a_flat_table_admits_everything():
+    """All 1792 drafts, the last of them as unlikely as 2^-24 can say: sums in fp32 would stop before."""
+    given = arguments(0, 256, 7, "causal", kind="flat")
+    confidence = torch.full((256, 7), 0.093)
+    given["block"] = block_of(confidence, given["block"].tokens)
+    assert dk.schedule_prefixes(**given).draft_lens.tolist() == [7] * 256
+    confidence[:, 6] = 0.0  # never admitted, whatever it costs
+    given["block"] = block_of(confidence, given["block"].tokens)
+    assert check(given).draft_lens.tolist() == [6] * 256
+
+
+def test_a_steep_table_admits_nothing():
+    given = arguments(0, 8, 7, "causal", kind="steep")
+    given["block"] = block_of(torch.full((8, 7), 0.99), given["block"].tokens)
+    assert check(given).draft_lens.tolist() == [0] * 8
+
+
+def test_counterexample_of_the_global_maximum():
+    """R = 1, SPS(1..3) = 1, 0.5, 0.45, a_1 = 0.8: whatever the second confidence, which knows the first draft, the length is 0."""
+    cost = dk.CostTable(1e-3 / torch.tensor([1.0, 1.0, 0.5, 0.45]))
+    for second in (0.9, 0.0):
+        layout = dk.schedule_prefixes(block_of([[0.8, second]]), cost, **anchored(1))
+        assert layout.draft_lens.tolist() == [0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_odd_confidences(policy):
+    nan, inf = float("nan"), float("inf")
+    given = arguments(1, 6, 3, policy, kind="flat")
+    odd = [[nan, 1, 1], [1, nan, 1], [0, 1, 1], [1, 1, 1], [-1, 2, inf], [1e-45, 0.5, 1]]
+    given["block"] = block_of(odd)
+    if policy == "stale":
+        given["stale_confidence"] = block_of(odd[::-1]).confidence
+    flags = check(given).flags.tolist()
+    with small_pieces():
+        check(given)
+    assert flags[:4] == [dk.Flag.NAN, dk.Flag.NAN, 0, 0]
+    assert flags[4:] == ([dk.Flag.NAN] * 2 if policy == "stale" else [0, 0])
+
+
+def test_no_budget_and_too_much():
+    for budget, lens in ((0, [0, 0]), (-5, [0, 0]), (3, [2, 1]), (99, [2, 2])):
+        given = dict(block=block_of([[0.9, 0.8], [0.5, 0.4]]), cost=None, **anchored(2), policy="budget", budget=ints(budget))
+        assert check(given).draft_lens.tolist() == lens
+
+
+def test_empty_batches():
+    given = arguments(0, 0, 3, "causal", max_rows=4)
+    layout = dk.schedule_prefixes(**given)
     assert layout.query_start_loc.tolist() == layout.cu_num_logits.tolist() == layout.num_rows.tolist() == [0]
     assert layout.batch_indices.tolist() == [-1] * 4 and layout.token_ids.tolist() == [0] * 4
+    for policy in POLICIES:
+        check(arguments(0, 3, 2, policy, scattered=True, padding=3))
+
+
+def test_rows_far_apart():
+    """Offsets of slots in 64 bits: drafts and confidences more than 2^31 elements after the first."""
+    given = arguments(2, 3, 4, "stale")
+
+    def far(tensor):
+        return far_apart(tensor[None].contiguous().expand(1, 3, -1).clone())[0]
+
+    block = given["block"]
+    given["block"] = dataclasses.replace(block, tokens=far(block.tokens), confidence=far(block.confidence))
+    given["stale_confidence"] = far(given["stale_confidence"])
+    check(given)
+
+
+def test_a_workspace_serves_smaller_batches(monkeypatch):
+    """With it, nothing is allocated: what is lent covers every batch up to its size."""
+    workspace = dk.Workspace(1024, 16, 32, "cpu")
+    for requests, drafts in ((700, 13), (400, 11), (1, 1)):
+        given = arguments(requests, requests, drafts, "causal", kind="flat")
+        assert_same_layout(dk.schedule_prefixes(**given, workspace=workspace), schedule.schedule_prefixes(**given))
+    with pytest.raises(ValueError, match="^workspace: expected room for 700 requests x 13 drafts"):
+        dk.schedule_prefixes(**arguments(0, 700, 13, "causal"), workspace=dk.Workspace(2, 2, 32, "cpu"))
+
+
+def test_requests_and_their_order():
+    """Without ties a request's share depends on its confidences and the batch as a set, not on its row or slot."""
+    given = arguments(5, 13, 7, "causal", kind="rising")
+    want = dk.schedule_prefixes(**given).draft_lens
+    order = torch.randperm(13, generator=_generator(1)).int()
+    assert 0 < int(want.sum()) < 91
+    assert torch.equal(dk.schedule_prefixes(**given | dict(state_indices=order)).draft_lens, want[order.long()])
 
 
 @pytest.mark.parametrize(
     "change, error, name",
     [
         (dict(block=None), TypeError, "block"),
-        (dict(draft_lens=torch.zeros(3)), TypeError, "draft_lens"),
-        (dict(draft_lens=torch.zeros(4, dtype=torch.int32)), ValueError, "block.tokens"),
-        (dict(anchors=torch.zeros(2, dtype=torch.int64)), ValueError, "anchors"),
-        (dict(anchor_positions=torch.zeros(3)), TypeError, "anchor_positions"),
-        (dict(anchor_positions=torch.zeros(3, dtype=torch.int32, device="meta")), ValueError, "anchor_positions"),
+        (dict(block=dk.DraftBlock(torch.zeros(3, 2).long(), dk.OneHotProposal(), ints(0, 0, 0))), ValueError, "block.confidence"),
+        (dict(cost=None), TypeError, "cost"),
+        (dict(cost=torch.ones(3)), TypeError, "cost"),
+        (dict(cost=dk.CostTable(torch.ones(3, device="meta"))), ValueError, "cost.seconds"),
+        (dict(policy="best"), ValueError, "policy"),
+        (dict(policy="budget"), ValueError, "budget"),
+        (dict(budget=ints(1)), ValueError, "budget"),
+        (dict(policy="budget", budget=torch.ones(1)), TypeError, "budget"),
+        (dict(policy="budget", budget=ints(1, 2)), ValueError, "budget"),
+        (dict(policy="budget", stale_confidence=torch.ones(3, 3)), ValueError, "stale_confidence"),
+        (dict(min_len=-1), ValueError, "min_len"),
+        (dict(min_len=1.0), TypeError, "min_len"),
+        (dict(max_len=-1), ValueError, "max_len"),
+        (dict(max_len=ints(1, 2)), ValueError, "max_len"),
         (dict(max_rows=2), ValueError, "max_rows"),
-        (dict(num_prefill_tokens=torch.zeros(3, dtype=torch.int32)), ValueError, "max_rows"),
+        (dict(num_prefill_tokens=ints(0, 0, 1)), ValueError, "max_rows"),
+        (dict(emits=torch.ones(3)), TypeError, "emits"),
+        (dict(survival_floor=1.5), ValueError, "survival_floor"),
+        (dict(survival_floor=float("nan")), ValueError, "survival_floor"),
+        (dict(bypass=-0.1), ValueError, "bypass"),
+        (dict(bypass="a lot"), TypeError, "bypass"),
+        (dict(anchors=torch.zeros(2).long()), ValueError, "anchors"),
+        (dict(anchor_positions=torch.zeros(3)), TypeError, "anchor_positions"),
+        (dict(state_indices=torch.zeros(2)), TypeError, "state_indices"),
         (dict(page_size=16), ValueError, "page_size"),
-        (dict(block_tables=torch.zeros(3, 2), page_size=16), TypeError, "block_tables"),
-        (dict(state_indices=torch.zeros(2, dtype=torch.int32)), ValueError, "state_indices"),
         (dict(workspace=3), TypeError, "workspace"),
+        (dict(out=3), TypeError, "out"),
     ],
 )
 def test_bad_arguments_are_named(change, error, name):
-    arguments = _inputs(0, 3, 2) | change
+    given = dict(block=block_of([[0.5, 0.5]] * 3), cost=table("flat"), **anchored(3)) | change
     with pytest.raises(error, match=f"^{name.replace('.', chr(92) + '.')}: expected"):
-        dk.fixed_layout(**arguments)
+        dk.schedule_prefixes(**given)
+
+
+def test_a_batch_that_no_program_can_hold_is_refused():
+    given = arguments(0, 2049, 7, "causal")
+    with pytest.raises(ValueError, match="^block: expected at most 16384 drafts .* got 2049 x 7, padded 32768"):
+        dk.schedule_prefixes(**given)

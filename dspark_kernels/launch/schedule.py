@@ -1,4 +1,4 @@
-"""Launch configuration of the row layouts."""
+"""Launch configuration of the prefix scheduler."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from .arch import Arch
 
 
 @dataclasses.dataclass(frozen=True)
-class LayoutConfig:
-    """block: rows per program."""
+class ScheduleConfig:
+    """block: rows per program. sort: drafts that are put in order at a time."""
 
     block: int
+    sort: int
     num_warps: int
 
 
-def pick(arch: Arch, requests: int) -> LayoutConfig:
-    """The configuration for `requests` requests. Not measured on a GPU yet."""
+def pick(arch: Arch, candidates: int, rows: int) -> ScheduleConfig:
+    """The configuration for `candidates` drafts (requests x drafts, each padded to a power of two). Not measured on a GPU yet.
+
+    Every program schedules the whole batch for itself, so few of them: what another one saves is writing rows. 2048 keys of 64
+    bits are 8 a thread for 8 warps; a single sort of 16384 compiles for a minute and needs 128 KB of shared memory.
+    """
     if arch.vendor == "interpreter":
-        return LayoutConfig(4096, 1)
-    return LayoutConfig(128 if requests <= 512 else 256, 4 if requests <= 512 else 8)
+        return ScheduleConfig(1 << (rows - 1).bit_length(), 2048, 1)
+    warps = 8 if candidates > 512 else 4
+    return ScheduleConfig(512 if rows > 512 else 256, min(candidates, 2048), warps)

@@ -1,180 +1,204 @@
-"""fixed_layout: the rows of the target's forward pass for draft lengths chosen elsewhere, in one launch.
+"""schedule_prefixes: from confidences to draft lengths and the packed rows of the target's pass, in one launch.
 
-Oracle: reference/schedule.py. Source: the ragged layout of DSpark's verification step, arXiv 2607.05147.
+    survival a_{r,k} = product of c_{r,i} for i <= k,  admit in descending order of a while tau_n cost_{n-1} > tau_{n-1} cost_n
+
+Oracle: reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from .. import library
-from ..checks import INT_DTYPES, check_int, check_optional, check_tensor, check_type
+from ..checks import INT_DTYPES, check_choice, check_int, check_number, check_optional, check_tensor, check_type
 from ..launch import arch, schedule as schedule_launch
-from ..types import DraftBlock, VerifyLayout
-from ..workspace import Workspace
+from ..types import CostTable, DraftBlock, VerifyLayout
+from ..workspace import Workspace, declare, lend, words_of
+from .layout import OUTPUTS, batch_rows, check_batch, fields, output, padded, pages, row_count
+
+POLICIES = ("causal", "budget")
+MAX_CANDIDATES = 16384  # drafts of a batch, requests and drafts each padded to a power of two: what one program can hold
+UNIT = 1 << 24  # of survival
+_BYPASS_UNIT = 1 << 20
 
 
-def fixed_layout(
+def schedule_prefixes(
     block: DraftBlock,
-    draft_lens: Tensor,
+    cost: CostTable | None,
     *,
     anchors: Tensor,
     anchor_positions: Tensor,
+    policy: str = "causal",
+    budget: Tensor | None = None,
+    stale_confidence: Tensor | None = None,
+    min_len: int = 0,
+    max_len: int | Tensor | None = None,
     max_rows: int | None = None,
     num_prefill_tokens: Tensor | None = None,
     emits: Tensor | None = None,
+    survival_floor: float = 0.0,
+    bypass: float | None = None,
     block_tables: Tensor | None = None,
     page_size: int | None = None,
     state_indices: Tensor | None = None,
     out: VerifyLayout | None = None,
     workspace: Workspace | None = None,
 ) -> VerifyLayout:
-    """Pack the anchor and the first draft_lens[r] drafts of every request into rows, in one launch.
+    """Choose how many drafts of each request the target verifies, and pack the rows of its pass, in one launch.
+
+    Drafts of requests that decode and emit are taken by survival, descending, ties by position, then by request, so that a
+    request's share is always a prefix. A draft takes part up to max_len, before the first draft below 0 (flag MISSING_DRAFT), with
+    survival > 0 and not below survival_floor. The first min_len drafts of each request come before all others and are not
+    tested. Nothing is admitted beyond max_rows rows in all. Both policies are lossless: whether draft k is verified depends on
+    nothing that was computed from draft k or later ones.
 
     Args:
-        block: drafts [S, K].
-        draft_lens: int32 or int64 [R], clamped to [0, K] and cut before the first draft below 0 (flag MISSING_DRAFT).
-        anchors, anchor_positions: int64 or int32 [S], last emitted token and its absolute position.
-        max_rows: rows allocated (a graph bucket); default R * (K + 1). Drafts that do not fit are cut, later requests first.
-        num_prefill_tokens: int32 or int64 [R]; a request with any brings that many prompt rows (token ids 0, the engine fills
-            them) instead of an anchor and drafts.
-        emits: bool or int32 [R]; False = no logit row (a prefill chunk before the last).
-        block_tables, page_size: int32 [S, max_pages] and the rows of a page: then slot_mapping is written.
-        state_indices: int32 [R], state slot of each request, -1 = padding (no rows).
-        out: a VerifyLayout to write; nothing else is allocated.
-        workspace: accepted for uniformity; this op needs no scratch memory.
+        block: tokens and calibrated confidence [S, K]. R * K, each padded to a power of two, at most 16384.
+        cost: measured times of a step by its rows, on the device of the block; None only with a given budget and no bypass.
+        anchors, anchor_positions: int64 or int32 [S].
+        policy: "causal": one draft after another until the first that does not raise expected tokens per second (algorithm 1).
+            "budget": the `budget` best; or, with stale_confidence, as many as maximise expected tokens per second under those
+            older confidences.
+        budget: int32 [1], drafts of the whole batch (anchors not counted).
+        stale_confidence: fp32 [S, K], confidences of older rounds (`scheduling.ConfidenceHistory`), 1.0 for new requests.
+        min_len: >= 0. max_len: int or int32/int64 [R]. survival_floor: in [0, 1].
+        bypass: low-load bypass, delta in [0, 1024]: verify every draft when cost(B + K per drafting request) <= (1 + delta)
+            cost(B), B the anchor and prompt rows. Decided from the rows and the table alone. None: off.
+        max_rows, num_prefill_tokens, emits, block_tables, page_size, state_indices, out: as in `fixed_layout`.
+        workspace: used where the padded R * K exceeds 2048; without one, scratch is allocated then.
+
+    Returns:
+        VerifyLayout. A NaN confidence counts as 0 and is flagged NAN.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
+        TypeError, ValueError: an argument of the wrong type, value, dtype, shape, device or stride.
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
     check_type("block", block, DraftBlock)
     slots, drafts = block.tokens.shape
     device = block.tokens.device
-    check_tensor("draft_lens", draft_lens, dtype=INT_DTYPES, shape=("R",), device=device, contiguous=True)
-    requests = draft_lens.shape[0]
-    if state_indices is None and slots != requests:
-        raise ValueError(f"block.tokens: expected {requests} rows (one per request, no state_indices), got {slots}")
+    requests = batch_rows(state_indices, slots)
+    if block.confidence is None:
+        raise ValueError("block.confidence: expected fp32 [S, K], got None")
+    _check_policy(policy, budget, stale_confidence, cost, bypass, (slots, drafts), device)
+    check_int("min_len", min_len, low=0)
+    check_number("survival_floor", survival_floor, low=0.0, high=1.0)
+    if bypass is not None:
+        check_number("bypass", bypass, low=0.0, high=1024.0)
     check_tensor("anchors", anchors, dtype=INT_DTYPES, shape=(slots,), device=device)
-    check_tensor("anchor_positions", anchor_positions, dtype=INT_DTYPES, shape=(slots,), device=device)
-    per_request = dict(shape=(requests,), device=device, contiguous=True)
-    check_optional("num_prefill_tokens", num_prefill_tokens, dtype=INT_DTYPES, **per_request)
-    check_optional("emits", emits, dtype=(torch.bool, torch.int32), **per_request)
-    check_optional("state_indices", state_indices, dtype=torch.int32, **per_request)
-    check_optional("block_tables", block_tables, dtype=torch.int32, shape=(slots, "max_pages"), device=device, last_contiguous=True)
-    if (block_tables is None) != (page_size is None):
-        raise ValueError("page_size: expected together with block_tables, got only one of them")
-    if page_size is not None:
-        check_int("page_size", page_size, low=1)
-    if workspace is not None:
-        check_type("workspace", workspace, Workspace)
-    rows = _row_count(max_rows, requests, drafts, num_prefill_tokens, out)
-    if out is None:
-        out = _allocate(requests, rows, drafts, block_tables is not None, device)
-    else:
-        _check_out(out, requests, rows, block_tables is not None, device)
-    if requests == 0:
-        for offsets in (out.query_start_loc, out.cu_num_logits, out.num_rows):
-            offsets.zero_()
-        return out
-    _fixed_layout(
-        draft_lens,
-        block.tokens,
-        anchors,
-        anchor_positions,
-        num_prefill_tokens,
-        emits,
-        block_tables,
-        state_indices,
-        out.draft_lens,
-        out.query_start_loc,
-        out.cu_num_logits,
-        out.token_ids,
-        out.positions,
-        out.batch_indices,
-        out.slot_mapping,
-        out.logits_indices,
-        out.num_rows,
-        out.flags,
-        page_size or 1,
+    check_batch(
+        slots, requests, device, anchor_positions, num_prefill_tokens, emits, block_tables, page_size, state_indices, workspace
     )
+    max_lens = None
+    if isinstance(max_len, Tensor):
+        max_lens = check_tensor("max_len", max_len, dtype=INT_DTYPES, shape=(requests,), device=device, contiguous=True)
+        max_len = None
+    elif max_len is not None:
+        check_int("max_len", max_len, low=0)
+    rows = row_count(max_rows, requests, drafts, num_prefill_tokens, out)
+    candidates = _candidates(requests, drafts)
+    if candidates > MAX_CANDIDATES:
+        raise ValueError(
+            f"block: expected at most {MAX_CANDIDATES} drafts (requests x drafts, each padded to a power of two), got "
+            f"{requests} x {drafts}, padded {candidates}"
+        )
+    out = output(out, requests, rows, drafts, block_tables is not None, device)
+    if requests:
+        scratch = None
+        if candidates > _sort(device, candidates, rows):
+            scratch = lend("schedule_prefixes", workspace, requests, drafts, 1, device)[1].view(torch.int32)
+        _schedule_prefixes(
+            block.tokens,
+            block.confidence,
+            stale_confidence,
+            None if cost is None else cost.seconds,
+            None if cost is None else cost.draft_seconds,
+            budget,
+            max_lens,
+            anchors,
+            anchor_positions,
+            num_prefill_tokens,
+            emits,
+            block_tables,
+            state_indices,
+            *fields(out),
+            scratch,
+            page_size or 1,
+            min_len,
+            drafts if max_len is None else min(max_len, drafts),
+            max(1, math.floor(survival_floor * UNIT)),
+            0 if bypass is None else _BYPASS_UNIT + math.ceil(bypass * _BYPASS_UNIT),
+        )
     return out
 
 
-def _row_count(max_rows, requests, drafts, num_prefill_tokens, out) -> int:
-    if max_rows is None:
-        if out is not None:
-            return out.token_ids.shape[0]
-        if num_prefill_tokens is not None:
-            raise ValueError("max_rows: expected an int with num_prefill_tokens (prompt rows are counted on the device), got None")
-        return requests * (drafts + 1)
-    check_int("max_rows", max_rows, low=requests)
-    return max_rows
+def _check_policy(policy, budget, stale_confidence, cost, bypass, shape, device):
+    check_choice("policy", policy, POLICIES)
+    if policy == "causal" and not (budget is None and stale_confidence is None):
+        raise ValueError("budget: expected None (and no stale_confidence) with policy 'causal', got a tensor")
+    if policy == "budget" and (budget is None) == (stale_confidence is None):
+        raise ValueError("budget: expected either budget or stale_confidence with policy 'budget', got both or neither")
+    check_optional("budget", budget, dtype=torch.int32, shape=(1,), device=device)
+    check_optional("stale_confidence", stale_confidence, dtype=torch.float32, shape=shape, device=device, last_contiguous=True)
+    if cost is not None:
+        check_type("cost", cost, CostTable)
+        check_tensor("cost.seconds", cost.seconds, device=device)
+        check_optional("cost.draft_seconds", cost.draft_seconds, device=device)
+    elif not (budget is not None and bypass is None):
+        raise TypeError("cost: expected a CostTable (only a given budget without bypass needs none), got None")
 
 
-def _allocate(requests, rows, drafts, mapped, device) -> VerifyLayout:
-    # Without requests nothing is launched: padding values then come from here.
-    new = torch.empty if requests else torch.zeros
-
-    def tensor(size, dtype=torch.int32):
-        return new(size, dtype=dtype, device=device)
-
-    def padding(dtype):
-        return tensor(rows, dtype) if requests else torch.full((rows,), -1, dtype=dtype, device=device)
-
-    return VerifyLayout(
-        draft_lens=tensor(requests),
-        query_start_loc=tensor(requests + 1),
-        cu_num_logits=tensor(requests + 1),
-        token_ids=tensor(rows, torch.int64),
-        positions=tensor(rows, torch.int64),
-        batch_indices=padding(torch.int32),
-        logits_indices=tensor(rows),
-        num_rows=tensor(1),
-        flags=tensor(requests),
-        slot_mapping=padding(torch.int64) if mapped else None,
-        max_drafts=drafts,
-    )
+def _candidates(requests: int, drafts: int) -> int:
+    return padded(requests) * padded(drafts, least=2)
 
 
-def _check_out(out, requests, rows, mapped, device):
-    check_type("out", out, VerifyLayout)
-    check_tensor("out.draft_lens", out.draft_lens, shape=(requests,), device=device)
-    check_tensor("out.token_ids", out.token_ids, shape=(rows,))
-    check_tensor("out.logits_indices", out.logits_indices, shape=(rows,))
-    if mapped != (out.slot_mapping is not None):
-        raise ValueError(f"out.slot_mapping: expected {'a tensor' if mapped else 'None'}, as block_tables decides")
+def _sort(device, candidates, rows) -> int:
+    return min(candidates, schedule_launch.pick(arch.current(device), candidates, rows).sort)
+
+
+@declare("schedule_prefixes")
+def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
+    """Nothing is counted; the values of older and of these drafts and those in order, where they are not sorted at once."""
+    return 0, words_of(3 * min(_candidates(requests, drafts), MAX_CANDIDATES), torch.int32)
 
 
 @library.register(
-    "fixed_layout(Tensor draft_lens, Tensor drafts, Tensor anchors, Tensor anchor_positions, Tensor? num_prefill_tokens, "
-    "Tensor? emits, Tensor? block_tables, Tensor? state_indices, Tensor(a!) out_draft_lens, Tensor(b!) query_start_loc, "
-    "Tensor(c!) cu_num_logits, Tensor(d!) token_ids, Tensor(e!) positions, Tensor(f!) batch_indices, Tensor(g!)? slot_mapping, "
-    "Tensor(h!) logits_indices, Tensor(i!) num_rows, Tensor(j!) flags, int page_size) -> ()"
+    "schedule_prefixes(Tensor drafts, Tensor confidence, Tensor? stale_confidence, Tensor? seconds, Tensor? draft_seconds, "
+    "Tensor? budget, Tensor? max_lens, Tensor anchors, Tensor anchor_positions, Tensor? num_prefill_tokens, Tensor? emits, "
+    "Tensor? block_tables, Tensor? state_indices, " + OUTPUTS + ", Tensor(k!)? scratch, int page_size, int min_len, int max_len, "
+    "int least, int bypass) -> ()"
 )
-def _fixed_layout(
-    draft_lens, drafts, anchors, anchor_positions, num_prefill_tokens, emits, block_tables, state_indices, out_draft_lens,
-    query_start_loc, cu_num_logits, token_ids, positions, batch_indices, slot_mapping, logits_indices, num_rows, flags, page_size,
+def _schedule_prefixes(
+    drafts, confidence, stale_confidence, seconds, draft_seconds, budget, max_lens, anchors, anchor_positions,
+    num_prefill_tokens, emits, block_tables, state_indices, draft_lens, query_start_loc, cu_num_logits, token_ids, positions,
+    batch_indices, slot_mapping, logits_indices, num_rows, flags, scratch, page_size, min_len, max_len, least, bypass,
 ):  # fmt: skip
-    device = draft_lens.device
+    device = drafts.device
     kernels = library.kernels("schedule", device)
-    requests, rows = draft_lens.shape[0], token_ids.shape[0]
-    log_requests = (requests - 1).bit_length()
-    config = schedule_launch.pick(arch.current(device), requests)
-    block = min(config.block, max(1, 1 << (rows - 1).bit_length()))
-    kernels.launch_fixed_layout(
+    requests, rows, (slots, width) = draft_lens.shape[0], token_ids.shape[0], drafts.shape
+    candidates = _candidates(requests, width)
+    config = schedule_launch.pick(arch.current(device), candidates, rows)
+    block, sort = min(config.block, padded(rows)), min(config.sort, candidates)
+    max_pages, stride_pages = pages(block_tables)
+    parts = (None, None, None) if scratch is None else scratch[: 3 * candidates].split(candidates)
+    kernels.launch_schedule_prefixes(
         -(-rows // block),
         (
-            draft_lens, drafts, anchors, anchor_positions, num_prefill_tokens, emits, block_tables, state_indices,
-            out_draft_lens, query_start_loc, cu_num_logits, token_ids, positions, batch_indices, slot_mapping, logits_indices,
-            num_rows, flags, requests, drafts.shape[0], rows, drafts.shape[1],
-            0 if block_tables is None else block_tables.shape[1], page_size,
-            drafts.stride(0), anchors.stride(0), anchor_positions.stride(0),
-            0 if block_tables is None else block_tables.stride(0),
+            drafts, confidence, stale_confidence, seconds, draft_seconds, budget, max_lens, anchors, anchor_positions,
+            num_prefill_tokens, emits, block_tables, state_indices, draft_lens, query_start_loc, cu_num_logits, token_ids,
+            positions, batch_indices, slot_mapping, logits_indices, num_rows, flags, *parts,
+            requests, slots, rows, width, max_pages, page_size,
+            0 if seconds is None else seconds.shape[0] - 1, 0 if draft_seconds is None else draft_seconds.shape[0] - 1,
+            min_len, max_len, least, bypass, candidates // sort,
+            drafts.stride(0), confidence.stride(0), 0 if stale_confidence is None else stale_confidence.stride(0),
+            anchors.stride(0), anchor_positions.stride(0), stride_pages,
         ),
-        log_requests=log_requests,
-        drafts=1 << (drafts.shape[1] - 1).bit_length(),
+        log_requests=(requests - 1).bit_length(),
+        drafts=padded(width, least=2),
+        sort=sort,
         block=block,
         num_warps=config.num_warps,
     )  # fmt: skip
