@@ -19,9 +19,11 @@ from typing import Callable, Sequence
 import torch
 
 from dspark_kernels.checkpoint import load_drafter, load_target
+from dspark_kernels.types import CostTable
 from reference.drafters import MTP, Autoregressive, Block, Drafter, DraftModel, DSpark
 from reference.loop import RULES, Generation, Request, decode
 from reference.model import Target
+from reference.schedule import POLICIES
 
 from . import assets, lossless, summary
 from .parity import CheckedOps
@@ -45,6 +47,7 @@ class Models:
     drafters: list[tuple[str, str, Callable[[], Drafter]]]  # (system, where it comes from, how it is made)
     encode: Callable[[str], list[int]] | None
     decode: Callable[[Sequence[int]], str]
+    cost: CostTable | None = None  # times of the target's step, on its device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +58,14 @@ class System:
     source: str
     drafter: Drafter
     threshold: float = 0.0
+    cost: CostTable | None = None  # schedule by measured times, instead of a threshold
     ops: object = None  # None: the reference's
 
     @property
     def label(self) -> str:
         label = self.name + (f", {self.source}" if self.source else "")
-        return label + (f", threshold {self.threshold:g}" if self.threshold else "") + (", kernels" if self.ops else "")
+        label += f", threshold {self.threshold:g}" if self.threshold else ""
+        return label + (", scheduled" if self.cost is not None else "") + (", kernels" if self.ops else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +119,14 @@ def parser() -> argparse.ArgumentParser:
         help="of dspark: 0 verifies the whole block, T up to the first draft whose confidence is below T"
         " (repeatable, a row each; default: 0 and 0.3)",
     )  # fmt: skip
+    how.add_argument(
+        "--cost", metavar="FILE",
+        help="a row of dspark scheduled by these times of a step (JSON of CostTable.save; default: measured ones of the embedded"
+        " models on two CPU cores, none with --model)",
+    )  # fmt: skip
+    how.add_argument(
+        "--policy", choices=POLICIES, default="causal", help="how that row is scheduled (default: %(default)s)"
+    )
     how.add_argument(
         "--batch-size", type=int, metavar="N", default=DEFAULTS["batch_size"], help="requests at once (default: %(default)s)"
     )
@@ -188,7 +201,14 @@ def load(arguments) -> Models:
             for name, kind in kinds.items()
         ]
         tokenizer = assets.tokenizer()
-        return Models(target, lambda: Target(config, tensors, device, torch.float64), drafters, tokenizer.encode, tokenizer.decode)
+        return Models(
+            target,
+            lambda: Target(config, tensors, device, torch.float64),
+            drafters,
+            tokenizer.encode,
+            tokenizer.decode,
+            _cost(arguments.cost or assets.COST, device),
+        )
     with _naming("--model"):
         checkpoint = load_target(arguments.model)
         target = Target(checkpoint.config, checkpoint.tensors, device, dtype)
@@ -205,7 +225,13 @@ def load(arguments) -> Models:
         drafters,
         encode,
         decode_ids,
+        None if arguments.cost is None else _cost(arguments.cost, device),
     )
+
+
+def _cost(path, device) -> CostTable:
+    with _naming("--cost"):
+        return CostTable.load(path, device)
 
 
 class _naming:
@@ -297,14 +323,11 @@ def kernel_ops(device: str):
             interpreter.repair()
     import dspark_kernels as dk
 
-    def no_schedule(*arguments, **options):
-        raise NotImplementedError("schedule_prefixes has no kernel yet")
-
     return SimpleNamespace(
         draft_block=dk.draft_block,
         fixed_layout=dk.fixed_layout,
         accept_chain=dk.accept_chain,
-        schedule_prefixes=no_schedule,
+        schedule_prefixes=dk.schedule_prefixes,
     )
 
 
@@ -325,9 +348,12 @@ def systems_of(arguments, models: Models) -> list[System]:
         thresholds = arguments.confidence_threshold if name == "dspark" else [0.0]
         if any(thresholds) and not drafter.has_confidence:
             thresholds = [0.0]
-        systems += [System(name, source, drafter, threshold) for threshold in thresholds]
+        rows = [System(name, source, drafter, threshold) for threshold in thresholds]
+        if drafter.has_confidence and models.cost is not None:
+            rows.append(System(name, source, drafter, cost=models.cost))
+        systems += rows
         if name == "dspark" and ops is not None:
-            systems += [System(name, source, drafter, threshold, ops) for threshold in thresholds]
+            systems += [dataclasses.replace(row, ops=ops) for row in rows]
     if arguments.kernels and not any(system.ops for system in systems):
         raise BadArgument("--kernels: expected dspark among the systems, there is none")
     return systems
@@ -385,6 +411,8 @@ def _prepared(arguments, target: Target, system: System, temperature: float):
             requests,
             rule=arguments.rule,
             confidence_threshold=system.threshold,
+            cost=system.cost,
+            policy=arguments.policy,
             ops=system.ops,
             batch_size=arguments.batch_size,
             progress=progress,
@@ -450,6 +478,7 @@ def as_json(arguments, runs: Sequence[Run], prompts) -> dict:
                 "drafter": run.system.source or None,
                 "temperature": run.temperature,
                 "confidence_threshold": run.system.threshold,
+                "policy": None if run.system.cost is None else arguments.policy,
                 "kernels": run.system.ops is not None,
                 **{
                     key: (None if isinstance(value, float) and math.isnan(value) else value)
@@ -489,9 +518,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = run_all(arguments, models, systems, prompts)
     except BadArgument as error:
         print(f"bench.decode: {error}", file=sys.stderr)
-        return 2
-    except NotImplementedError as error:
-        print(f"bench.decode: --kernels: {error}", file=sys.stderr)
         return 2
     print(
         f"{len(prompts)} prompts, up to {arguments.max_new_tokens} new tokens each, batches of {arguments.batch_size}, rule"

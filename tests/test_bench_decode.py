@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import assets, decode as job, lossless, summary
+from dspark_kernels.types import CostTable
 from reference import loop
 from reference.drafters import Autoregressive, DSpark
 from reference.model import Rows, Target
@@ -41,18 +42,18 @@ def test_a_row_for_every_system_at_both_temperatures(ran):
     for temperature in ("1", "0"):
         table = ran.text.split(f"\nT = {temperature} ")[1].split("\n\n")[0]
         names = [line.split("  ")[0] for line in table.splitlines()[2:]]
-        assert names == [*SYSTEMS, "dspark, threshold 0.3"]
+        assert names == [*SYSTEMS, "dspark, threshold 0.3", "dspark, scheduled"]
         for name, _ in summary.COLUMNS:
             assert name in table.splitlines()[0]
-    assert len(re.findall(r"^  ok ", ran.text, re.M)) == 10 and "NOT" not in ran.text
+    assert len(re.findall(r"^  ok ", ran.text, re.M)) == 12 and "NOT" not in ran.text
     assert ran.errors == "", "a progress bar where nobody watches"
 
 
 def test_counts_hang_together(ran):
     prompts = [assets.tokenizer().encode(text) for text in assets.prompts()[:5]]
-    runs = {(r["system"], r["confidence_threshold"], r["temperature"]): r for r in ran.json["runs"]}
-    assert len(runs) == 12
-    for (system, threshold, _), run in runs.items():
+    runs = {(r["system"], r["confidence_threshold"], r["policy"], r["temperature"]): r for r in ran.json["runs"]}
+    assert len(runs) == 14
+    for (system, threshold, policy, _), run in runs.items():
         drafts = {"autoregressive": 0, "draft-model": 4, "mtp": 4, "block": 7, "dspark": 7}[system]
         passes = {"autoregressive": 0, "draft-model": 4, "mtp": 4, "block": 1, "dspark": 1}[system]
         rounds = sum(len(p["acceptance_lengths"]) for p in run["prompts"])
@@ -62,7 +63,7 @@ def test_counts_hang_together(ran):
             assert all(1 <= a <= p + 1 for a, p in zip(result["acceptance_lengths"], result["proposal_lengths"], strict=True))
             # The prompt's pass gives the first token; rounds go on until the anchor is the last token asked for, or beyond.
             assert 32 <= sum(result["acceptance_lengths"]) < 32 + drafts + 1
-            if threshold == 0:
+            if threshold == 0 and policy is None:
                 assert set(result["proposal_lengths"]) == {drafts}
         assert math.isclose(run["tokens_per_round"], tokens / rounds)
         assert math.isclose(run["target_passes_per_token"], rounds / tokens)
@@ -110,8 +111,27 @@ def test_kernels_equal_the_reference_while_decoding():
         [sys.executable, "-m", "bench.decode", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("all tokens and lengths identical") == 4
-    assert len(re.findall(r"^dspark.*, kernels ", done.stdout, re.M)) == 4
+    assert done.stdout.count("all tokens and lengths identical") == 6
+    assert len(re.findall(r"^dspark.*, kernels ", done.stdout, re.M)) == 6
+
+
+@pytest.mark.parametrize("policy", ["causal", "budget"])
+def test_the_scheduled_row_follows_its_costs(policy, tmp_path, capsys):
+    """Nothing is verified where every row costs as much again, everything where rows cost nothing; lossless anyhow."""
+    file, out = tmp_path / "cost.json", tmp_path / "out.json"
+    arguments = ["--num-prompts", "2", "--max-new-tokens", "16", "--systems", "autoregressive,dspark", "--temperature", "0"]
+    arguments += ["--confidence-threshold", "0", "--policy", policy, "--cost", str(file), "--json", str(out)]
+    texts = []
+    for seconds, verified in ((torch.arange(100.0), {0}), (torch.ones(100), {7})):
+        CostTable(seconds * 1e-3).save(file)
+        assert job.main(arguments) == 0, capsys.readouterr().out
+        run = json.loads(out.read_text())["runs"][-1]
+        assert run["policy"] == policy
+        lengths = [p["proposal_lengths"] for p in run["prompts"]]
+        # A new request counts as sure: with a budget, its first round is cut by what the table says alone.
+        assert {length for p in lengths for length in p[1:]} == verified
+        texts.append([p["output_ids"] for p in run["prompts"]])
+    assert texts[0] == texts[1]
 
 
 def test_a_wrong_kernel_is_seen(monkeypatch, capsys):
@@ -350,6 +370,7 @@ def test_a_language_model_from_disk_drafts(directories, tmp_path, capsys):
         (["--model", "/nowhere"], "--model: /nowhere: no such directory"),
         (["--prompts", "/nowhere.json"], "--prompts: /nowhere.json: No such file"),
         (["--json", "/nowhere/out.json"], "--json: expected a file in a directory that exists"),
+        (["--cost", "/nowhere.json"], "--cost: "),
         (["--device", "abacus"], "--device: expected one that torch has here"),
     ],
 )
@@ -406,7 +427,7 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for option in (
         "--kernels --model --drafter --prompts --max-new-tokens --temperature --confidence-threshold --systems --rule "
-        "--batch-size --num-prompts --device --dtype --seed --show --json"
+        "--batch-size --num-prompts --cost --policy --device --dtype --seed --show --json"
     ).split():
         assert option in text
     for name, _ in summary.COLUMNS:

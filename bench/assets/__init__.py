@@ -17,6 +17,7 @@ from .tokenizer import Tokenizer
 
 FOLDER = Path(__file__).resolve().parent
 SCALE = "#scale"
+COST = FOLDER / "cost.json"  # a CostTable: measured times of the target's and of the DSpark drafter's step
 
 
 class Weights(NamedTuple):
