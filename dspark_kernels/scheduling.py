@@ -5,8 +5,8 @@
 
 Symbols: S state slots, R requests, K drafts, B anchor and prompt rows. The integers are those of `schedule_prefixes`: survival
 floor(a 2^24) with a product rounded to fp32 after each factor, cost in 100 ns, tau in 2^-24, so host and device agree exactly.
-Source: DSpark, arXiv 2607.05147, asynchronous scheduling: confidences of two rounds ago decide how much is verified now, so that the
-engine knows the size of its next step without waiting for the drafts.
+Source: DSpark, arXiv 2607.05147, asynchronous scheduling: confidences of two rounds ago decide how much is verified now, so that
+the engine knows the size of its next step without waiting for the drafts.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def plan_lengths(
     if budget is not None:
         check_int("budget", budget)
     lens, _ = _plan(
-        "confidence", confidence, cost, "causal" if budget is None else budget, min_len, max_len, max_rows, num_prefill_tokens, emits,
-        survival_floor, bypass, state_indices,
+        "confidence", confidence, cost, "causal" if budget is None else budget, min_len, max_len, max_rows, num_prefill_tokens,
+        emits, survival_floor, bypass, state_indices,
     )  # fmt: skip
     return lens
 

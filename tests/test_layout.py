@@ -1,4 +1,7 @@
-"""fixed_layout, tree_layout, draft_layout against reference/layout.py: every field, every element, for ragged, padded, prefill and trimmed batches."""
+"""fixed_layout, tree_layout, draft_layout against reference/layout.py: every field, every element.
+
+Ragged, padded, trimmed batches, with prompts among the requests, trees of all shapes.
+"""
 
 import dataclasses
 

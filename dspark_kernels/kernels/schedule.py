@@ -18,6 +18,7 @@ from .primitives.rows import MISSING_DRAFT, fixed_rows, made_drafts, read_reques
 NAN = tl.constexpr(2)
 SURVIVAL_ONE = tl.constexpr(1 << 24)
 FORCED = tl.constexpr(1 << 25)
+ABOVE = tl.constexpr(1 << 26)  # every value
 COST_LIMIT = tl.constexpr((1 << 24) - 1)
 COST_UNITS_PER_SECOND = tl.constexpr(1e7)
 
@@ -122,7 +123,7 @@ def _count(values, stored_ptr, tiles, least, SORT: tl.constexpr, CANDIDATES: tl.
 
 @triton.jit
 def _value_of_rank(values, stored_ptr, tiles, number, SORT: tl.constexpr, CANDIDATES: tl.constexpr):
-    """The number-th value in order, by bisection on its bits; above every value for number = 0."""
+    """The number-th value in order, by bisection on its bits; more than any for number = 0."""
     value = number * 0
     for bit in range(26):
         higher = value | (FORCED >> bit)
@@ -132,7 +133,8 @@ def _value_of_rank(values, stored_ptr, tiles, number, SORT: tl.constexpr, CANDID
 
 @triton.jit
 def _in_order(values, stored_ptr, gathered_ptr, tiles, first, upto, before, SORT: tl.constexpr, CANDIDATES: tl.constexpr):
-    """(values int32 [SORT] of the ranks first .. upto - 1 in order, -1 beyond; the last of them). before: the value of rank first - 1.
+    """(values int32 [SORT] of the ranks first .. upto - 1 in order, -1 beyond; the last of them). before: the value of the rank
+    before them.
 
     What lies strictly between the two bounds is gathered and sorted; copies of the bounds fill the ranks around it.
     """
@@ -191,8 +193,9 @@ def _number_of_drafts(
     values, stored_ptr, gathered_ptr, tiles, total, forced_tau, tau, rows, seconds_ptr, last_cost, drafting_cost,
     BEST: tl.constexpr, SORT: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """(how many of the first `total` drafts to take, the value of the last of them): up to the first that does not raise tau / cost,
-    or, with BEST, the smallest number that makes it largest (and no value). The forced ones come first and are not tested.
+    """(how many of the first `total` drafts to take, the value of the last of them): up to the first that does not raise
+    tau / cost, or, with BEST, the smallest number that makes it largest (and no value). The forced ones come first and are not
+    tested.
 
     tau: int64, before any draft; forced_tau: what the forced drafts add; rows: of the step without drafts. Only values matter here,
     so drafts of equal survival need no order.
@@ -203,7 +206,7 @@ def _number_of_drafts(
     best_cost = _step_cost(seconds_ptr, last_cost, drafting_cost, (rows + forced).to(tl.int64))
     number = total
     first = total * 0
-    last = first + 2147483647
+    last = first + ABOVE
     value = last
     while first < number:
         ranked, last = _in_order(
@@ -225,7 +228,7 @@ def _number_of_drafts(
             fails = tested & (after * cost_before <= (after - gain) * cost_after)
             number = tl.minimum(number, tl.min(tl.where(fails, n, total), axis=0))
             if first < number:
-                value = tl.min(tl.where(n < number, ranked, 2147483647), axis=0)
+                value = tl.min(tl.where(n < number, ranked, ABOVE), axis=0)
         tau += tl.sum(gain, axis=0)
         first += SORT
     if BEST:
@@ -237,7 +240,8 @@ def _number_of_drafts(
 
 
 @triton.jit(do_not_specialize=[
-    "num_requests", "num_slots", "num_rows", "max_pages", "last_cost", "last_draft_cost", "min_len", "max_len", "least", "bypass", "tiles",
+    "num_requests", "num_slots", "num_rows", "max_pages", "last_cost", "last_draft_cost", "min_len", "max_len", "least", "bypass",
+    "tiles",
 ])  # fmt: skip
 def schedule_prefixes_kernel(
     drafts_ptr, confidence_ptr,  # [S, K]
