@@ -19,7 +19,7 @@ import dspark_kernels as dk  # noqa: E402
 
 
 # README: begin
-def decoding_round(backbone, target, head, confidence, sampling, anchors, positions, workspace=None):
+def decoding_round(backbone, target, head, confidence, cost, sampling, anchors, positions, workspace=None):
     # The drafter's backbone, one parallel pass over the block (the engine's).
     base_logits, hidden = backbone(anchors, positions)
     # Launch 1: K drafts under the sequential head, their law and their chance to survive.
@@ -27,9 +27,8 @@ def decoding_round(backbone, target, head, confidence, sampling, anchors, positi
         base_logits, anchors, head, anchor_positions=positions, sampling=sampling, hidden=hidden, confidence=confidence,
         workspace=workspace,
     )  # fmt: skip
-    # Verify up to the first draft that is unlikely to survive. Launch 2: the packed rows.
-    draft_lens = (block.confidence >= 0.3).int().cumprod(1).sum(1)
-    layout = dk.fixed_layout(block, draft_lens, anchors=anchors, anchor_positions=positions)
+    # Launch 2: how many drafts of each request are worth verifying at the engine's measured costs, and the packed rows.
+    layout = dk.schedule_prefixes(block, cost, anchors=anchors, anchor_positions=positions, workspace=workspace)
     # The target's forward pass over all rows of all requests (the engine's).
     target_logits = target(layout.token_ids, layout.positions, layout.batch_indices)
     # Launch 3: accept, correct or add the bonus token; anchors and positions move on in place.
@@ -68,9 +67,10 @@ def main(rounds: int = 4) -> list[list[int]]:
     )
     workspace = dk.Workspace(requests, drafts, vocab, DEVICE)
     head, confidence = dk.MarkovHead(w1, w2), dk.ConfidenceHead(0.05 * random(width + rank))
+    cost = dk.CostTable.from_curve([1, 24], [2.0e-3, 2.6e-3], device=DEVICE)  # seconds of a step at 1 and at 24 rows
     emitted = [[] for _ in range(requests)]
     for _ in range(rounds):
-        step = decoding_round(backbone, target, head, confidence, sampling, anchors, positions, workspace)
+        step = decoding_round(backbone, target, head, confidence, cost, sampling, anchors, positions, workspace)
         for request, (tokens, count) in enumerate(zip(step.tokens.tolist(), step.num_emitted.tolist())):
             emitted[request] += tokens[:count]
     return emitted

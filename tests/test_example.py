@@ -20,11 +20,11 @@ def _example():
 def test_round_emits_and_repeats(monkeypatch):
     example = _example()
     launches = []
-    for name in ("draft_block", "fixed_layout", "accept_chain"):
+    for name in ("draft_block", "schedule_prefixes", "accept_chain"):
         op = getattr(dk, name)
         monkeypatch.setattr(dk, name, lambda *a, op=op, name=name, **k: (launches.append(name), op(*a, **k))[1])
     emitted = example.main(3)
-    assert launches == ["draft_block", "fixed_layout", "accept_chain"] * 3
+    assert launches == ["draft_block", "schedule_prefixes", "accept_chain"] * 3
     assert all(len(tokens) >= 3 and all(0 <= t < 500 for t in tokens) for tokens in emitted)
     assert sum(map(len, emitted)) > 9, "no draft was ever accepted"
     assert example.main(3) == emitted
