@@ -268,7 +268,7 @@ def test_cuts_vary(cut):
 # ---- two rounds
 
 
-@pytest.mark.parametrize("cut", ["whole", "threshold", "older"])
+@pytest.mark.parametrize("cut", ["whole", "threshold", "causal", "older"])
 @pytest.mark.parametrize("kind", ["dense", "one_hot"])
 @pytest.mark.parametrize("rule", [*SAMPLED, "greedy"])
 def test_two_rounds(rule, kind, cut):
@@ -321,6 +321,15 @@ def test_global_maximum_is_convicted():
     convicted(assert_lossless, model)
     chance_of_a = sum(p for tokens, p in round_law(model, PROMPT, 1).items() if tokens == (0,))
     assert math.isclose(chance_of_a, 0.85)
+
+
+def test_global_maximum_is_convicted_over_two_rounds():
+    """On the model of `test_two_rounds`, with times that rise less and less, where stopping early is not the maximum."""
+    seconds = (0.010, 0.0135, 0.014)
+    model = decoder("token", 3, 2)
+    convicted(assert_lossless, dataclasses.replace(model, length=wrong.global_maximum([1 / s for s in seconds])), rounds=2)
+    assert_lossless(dataclasses.replace(model, length=causally(seconds)), rounds=2)
+    assert_lossless(dataclasses.replace(model, length=by_older_budget(seconds)), rounds=2)
 
 
 def test_causal_policy_is_lossless_on_the_same_example():
@@ -419,7 +428,7 @@ def test_what_the_simulation_sees():
     assert smallest_bias_seen() <= 0.015
 
 
-@pytest.mark.parametrize("cut", ["whole", "threshold", "older"])
+@pytest.mark.parametrize("cut", ["whole", "threshold", "causal", "older"])
 @pytest.mark.parametrize("rule", SAMPLED)
 def test_simulation_of_three_rounds(rule, cut):
     assert_simulation_agrees(simulated(rule, cut))
