@@ -167,6 +167,15 @@ def test_a_steep_table_admits_nothing():
     assert check(given).draft_lens.tolist() == [0] * 8
 
 
+def test_a_draft_that_gains_exactly_nothing_is_not_admitted():
+    """1.5 tokens in 1.5 times the time; in the second table one unit of 100 ns less decides otherwise."""
+    for seconds, lens in (([1, 1e-4, 1.5e-4], [0]), ([1, 1e-4, 1.499e-4], [1])):
+        given = dict(block=block_of([[0.5]]), cost=dk.CostTable(torch.tensor(seconds)), **anchored(1))
+        assert check(given).draft_lens.tolist() == lens
+        given |= dict(policy="budget", stale_confidence=torch.tensor([[0.5]]))
+        assert check(given).draft_lens.tolist() == lens
+
+
 def test_counterexample_of_the_global_maximum():
     """R = 1, SPS(1..3) = 1, 0.5, 0.45, a_1 = 0.8: whatever the second confidence, which knows the first draft, the length is 0."""
     cost = dk.CostTable(1e-3 / torch.tensor([1.0, 1.0, 0.5, 0.45]))
