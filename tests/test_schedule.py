@@ -38,7 +38,8 @@ def table(kind, seed=0, entries=64):
         "steps": 2e-3 + 3e-4 * (torch.arange(entries) // 8),
         "single": torch.tensor([0.0, 1e-3]),
     }[kind]
-    seconds[0] = float("nan")
+    if seed % 3:
+        seconds[0] = float("nan")  # no measurement, whatever is there
     return dk.CostTable(seconds, 1e-4 + 1e-4 * torch.rand(3, generator=g) if seed % 2 else None)
 
 
@@ -168,12 +169,48 @@ def test_a_steep_table_admits_nothing():
 
 
 def test_a_draft_that_gains_exactly_nothing_is_not_admitted():
-    """1.5 tokens in 1.5 times the time; in the second table one unit of 100 ns less decides otherwise."""
-    for seconds, lens in (([1, 1e-4, 1.5e-4], [0]), ([1, 1e-4, 1.499e-4], [1])):
+    """1.5 tokens in 1.5 times the time, which is rounded to 100 ns; a whole unit less decides otherwise."""
+    for seconds, lens in (([1, 1e-4, 1.5e-4], [0]), ([1, 1e-4, 1.4996e-4], [0]), ([1, 1e-4, 1.499e-4], [1])):
         given = dict(block=block_of([[0.5]]), cost=dk.CostTable(torch.tensor(seconds)), **anchored(1))
         assert check(given).draft_lens.tolist() == lens
         given |= dict(policy="budget", stale_confidence=torch.tensor([[0.5]]))
         assert check(given).draft_lens.tolist() == lens
+
+
+def test_survival_is_rounded_down():
+    """0.1 in fp32 is 1677721.625 units: below a floor of 1677722."""
+    for floor, lens in ((1677721 / 2**24, [1]), (1677722 / 2**24, [0])):
+        given = dict(block=block_of([[0.1]]), cost=table("flat"), survival_floor=floor, **anchored(1))
+        assert check(given).draft_lens.tolist() == lens
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_cap_on_rows_takes_the_likeliest(policy):
+    """Five drafts fit, and they are not those of the first requests."""
+    confidence = [[0.5, 0.5, 0.5], [0.9, 0.9, 0.9], [0.8, 0.8, 0.8]]
+    chosen = dict(
+        causal={},
+        budget=dict(policy="budget", budget=ints(9)),
+        stale=dict(policy="budget", stale_confidence=torch.full((3, 3), 0.7)),
+    )[policy]
+    given = dict(block=block_of(confidence), cost=table("flat"), max_rows=8, **anchored(3), **chosen)
+    with small_pieces():
+        check(given)
+    assert check(given).draft_lens.tolist() == [0, 3, 2]
+
+
+def test_a_budget_from_older_rounds_is_the_best_that_fits():
+    """Two drafts more would pay and one would not: where one fits, none is verified."""
+    cost = dk.CostTable(torch.tensor([0, 1e-3, 1.9e-3, 1.9e-3]))
+    given = dict(block=block_of([[0.9, 0.9]]), cost=cost, policy="budget", stale_confidence=torch.full((1, 2), 0.8), **anchored(1))
+    assert check(given).draft_lens.tolist() == [2]
+    assert check(given | dict(max_rows=2)).draft_lens.tolist() == [0]
+
+
+def test_beyond_a_table_of_one_entry_costs_do_not_rise():
+    """Entry 0 is no measurement, so there is no slope."""
+    given = dict(block=block_of([[0.5, 0.5]]), cost=dk.CostTable(torch.tensor([0.0, 1e-3])), **anchored(1))
+    assert check(given).draft_lens.tolist() == [2]
 
 
 def test_counterexample_of_the_global_maximum():

@@ -331,7 +331,7 @@ def schedule_prefixes_kernel(
     )  # fmt: skip
 
 
-def launch_schedule_prefixes(programs, args, *, log_requests, drafts, sort, block, num_warps):
+def launch_schedule_prefixes(programs, args, *, log_requests, drafts, sort, block, num_warps, max_registers):
     """Launch one program per `block` rows."""
     schedule_prefixes_kernel[(programs,)](
         *args,
@@ -342,4 +342,5 @@ def launch_schedule_prefixes(programs, args, *, log_requests, drafts, sort, bloc
         BLOCK=block,
         num_warps=num_warps,
         enable_fp_fusion=False,
+        **({} if max_registers is None else {"maxnreg": max_registers}),
     )

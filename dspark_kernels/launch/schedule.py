@@ -9,11 +9,13 @@ from .arch import Arch
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """block: rows per program. sort: drafts that are put in order at a time."""
+    """block: rows per program. sort: drafts that are put in order at a time. max_registers: per thread, None = the compiler's
+    choice."""
 
     block: int
     sort: int
     num_warps: int
+    max_registers: int | None
 
 
 def pick(arch: Arch, candidates: int, rows: int) -> ScheduleConfig:
@@ -23,6 +25,7 @@ def pick(arch: Arch, candidates: int, rows: int) -> ScheduleConfig:
     bits are 8 a thread for 8 warps; a single sort of 16384 compiles for a minute and needs 128 KB of shared memory.
     """
     if arch.vendor == "interpreter":
-        return ScheduleConfig(1 << (rows - 1).bit_length(), 2048, 1)
-    warps = 8 if candidates > 512 else 4
-    return ScheduleConfig(512 if rows > 512 else 256, min(candidates, 2048), warps)
+        return ScheduleConfig(1 << (rows - 1).bit_length(), 2048, 1, None)
+    # Left alone, ptxas spills to keep more programs resident than there are.
+    registers = 255 if arch.vendor == "nvidia" else None
+    return ScheduleConfig(512 if rows > 512 else 256, min(candidates, 2048), 8 if candidates > 512 else 4, registers)

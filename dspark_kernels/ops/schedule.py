@@ -201,4 +201,5 @@ def _schedule_prefixes(
         sort=sort,
         block=block,
         num_warps=config.num_warps,
+        max_registers=config.max_registers,
     )  # fmt: skip
