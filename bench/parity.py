@@ -40,7 +40,10 @@ class CheckedOps:
 
     def _same_rows(self, op, layout, want):
         self.calls += 1
-        for name in ("token_ids", "positions", "batch_indices", "query_start_loc", "cu_num_logits", "draft_lens", "flags"):
+        for name in (
+            "token_ids", "positions", "batch_indices", "logits_indices", "query_start_loc", "cu_num_logits", "num_rows", "draft_lens",
+            "flags",
+        ):  # fmt: skip
             if not torch.equal(getattr(layout, name), getattr(want, name).to(getattr(layout, name).dtype)):
                 raise AssertionError(f"{op}: {name} differs")
         return layout

@@ -49,7 +49,7 @@ def plan_budget(
         cost: on the CPU.
         The others: as in `schedule_prefixes`, tensors on the CPU.
 
-    With them the step has at most B + plan_budget(...) rows, B the anchor and prompt rows. `schedule_prefixes(policy="budget",
+    Without max_rows there is no cap. The step has at most B + plan_budget(...) rows, B the anchor and prompt rows. `schedule_prefixes(policy="budget",
     stale_confidence=...)` admits as many on the device.
 
     Raises:
@@ -101,7 +101,7 @@ def _plan(
     cpu = torch.device("cpu")
     slots, drafts = check_tensor(name, confidence, dtype=torch.float32, shape=("S", "K"), device=cpu).shape
     check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=("R",), device=cpu)
-    slot_of = torch.arange(slots) if state_indices is None else state_indices.long()
+    slot_of = torch.arange(slots, device=cpu) if state_indices is None else state_indices.long()
     requests = len(slot_of)
     check_optional("num_prefill_tokens", num_prefill_tokens, dtype=INT_DTYPES, shape=(requests,), device=cpu)
     check_optional("emits", emits, dtype=(torch.bool, torch.int32), shape=(requests,), device=cpu)
@@ -117,15 +117,14 @@ def _plan(
         check_number("bypass", bypass, low=0.0, high=1024.0)
 
     live = (slot_of >= 0) & (slot_of < slots)
-    prompts = torch.zeros(requests, dtype=torch.int64) if num_prefill_tokens is None else num_prefill_tokens.long().clamp(min=0)
+    prompts = torch.zeros(requests, dtype=torch.int64, device=cpu) if num_prefill_tokens is None else num_prefill_tokens.long().clamp(min=0)
     emitting = live if emits is None else live & emits.bool()
     takes = emitting & (prompts == 0)
-    caps = torch.full((requests,), drafts) if max_len is None else torch.as_tensor(max_len).long().expand(requests)
+    caps = torch.as_tensor(drafts if max_len is None else max_len, dtype=torch.int64, device=cpu).expand(requests)
     caps = torch.where(takes, caps.clamp(0, drafts), 0)
     rows = int(torch.where(live, prompts.clamp(min=1), 0).sum())
     drafting = int(takes.sum())
-    capacity = requests * (drafts + 1) if max_rows is None else max_rows
-    room = max(0, capacity - rows)
+    room = requests * drafts if max_rows is None else max(0, max_rows - rows)
     cost_of = None
     if cost is not None:
         check_type("cost", cost, CostTable)
@@ -135,12 +134,13 @@ def _plan(
         raise TypeError("cost: expected a CostTable, got None")
     if bypass is not None and drafting:
         allowed = _BYPASS_UNIT + math.ceil(bypass * _BYPASS_UNIT)
-        without, with_all = cost_of(torch.tensor([rows, min(capacity, rows + drafting * drafts)])).tolist()
-        if with_all * _BYPASS_UNIT <= without * allowed:
+        with_all = rows + drafting * drafts
+        without, of_all = cost_of(torch.tensor([rows, with_all], device=cpu)).tolist()
+        if with_all - rows <= room and of_all * _BYPASS_UNIT <= without * allowed:
             min_len = drafts
 
-    survival = _survival(confidence[slot_of.clamp(0, max(0, slots - 1))]) if slots else torch.zeros(requests, drafts).long()
-    k = torch.arange(drafts)
+    survival = _survival(confidence[slot_of.clamp(0, max(0, slots - 1))]) if slots else _none(requests, drafts)
+    k = torch.arange(drafts, device=cpu)
     forced = (k < min_len).expand(requests, drafts)
     there = (k < caps[:, None]) & (forced | (survival >= max(1, math.floor(survival_floor * UNIT))))
     # By value, then by position, then by request: a stable sort of [K, R].
@@ -152,20 +152,24 @@ def _plan(
     else:
         gains = survival.T.flatten()[order]
         tau = UNIT * int(emitting.sum()) + torch.cat([gains.new_zeros(1), gains.cumsum(0)])  # [n], after n drafts
-        costs = cost_of(rows + torch.arange(total + 1))
+        costs = cost_of(rows + torch.arange(total + 1, device=cpu))
         number = _causal(tau, costs, first) if policy == "causal" else _best(tau, costs, first)
-    lens = torch.bincount(order[:number] % requests, minlength=requests) if requests else torch.zeros(0)
+    lens = torch.bincount(order[:number] % requests, minlength=requests) if requests else order
     return lens.to(torch.int32), number
 
 
 def _survival(confidence: Tensor) -> Tensor:
     """floor(a 2^24) int64 [R, K]; the product from left to right in fp32."""
     factors = confidence.nan_to_num(nan=0.0).clamp(0.0, 1.0)
-    columns, product = [], torch.ones(len(factors))
+    columns, product = [], torch.ones(len(factors), dtype=torch.float32, device="cpu")
     for k in range(factors.shape[1]):
         product = product * factors[:, k]
         columns.append(product)
-    return (torch.stack(columns, 1) * UNIT).floor().long() if columns else torch.zeros(factors.shape).long()
+    return (torch.stack(columns, 1) * UNIT).floor().long() if columns else _none(*factors.shape)
+
+
+def _none(*shape) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device="cpu")
 
 
 class _StepCost:
@@ -175,7 +179,7 @@ class _StepCost:
         self._steps = _cost_units(cost.seconds)
         self._drafting = 0
         if cost.draft_seconds is not None and drafting:
-            self._drafting = int(_line(_cost_units(cost.draft_seconds), torch.tensor(drafting)))
+            self._drafting = int(_line(_cost_units(cost.draft_seconds), torch.tensor(drafting, device="cpu")))
 
     def __call__(self, rows: Tensor) -> Tensor:
         return (_line(self._steps, rows) + self._drafting).clamp(max=COST_LIMIT)
@@ -223,7 +227,8 @@ class ConfidenceHistory:
                      history.record(block, state_indices)           may be captured in a CUDA graph
                      history.send()                                 starts the copy to the host; not captured
 
-    Slots that have not drafted `lag` rounds hold 1.0: a new request is verified as if it were sure. What a step plans with was on
+    A slot holds 1.0 from its reset until its confidences are `lag` steps old: a new request is verified as if it were sure. A slot
+    that is not in the batch keeps its last ones. What a step plans with was on
     its way to the host for `lag` - 1 whole steps, so `on_host` waits for nothing unless the device is that far behind.
 
     slots: S. drafts: K. lag: rounds between a confidence and its use, >= 1; the paper uses 2. device: where the drafts are.
@@ -237,7 +242,7 @@ class ConfidenceHistory:
         # Oldest first, which is what a step reads; one row more than there are slots takes what nobody wants.
         self._rounds = torch.ones(lag, slots + 1, drafts, dtype=torch.float32, device=device)
         pinned = self._rounds.device.type == "cuda"
-        self._host = [torch.ones(slots, drafts, pin_memory=pinned) for _ in range(lag)]
+        self._host = [torch.ones(slots, drafts, dtype=torch.float32, device="cpu", pin_memory=pinned) for _ in range(lag)]
         self._arrived = [torch.cuda.Event() if pinned else None for _ in range(lag)]
         self._since: list[set[int]] = [set() for _ in range(lag)]  # slots reset since the copy was started
         self._steps = 0
@@ -248,9 +253,10 @@ class ConfidenceHistory:
         return self._rounds[0, : self.slots]
 
     def record(self, block: DraftBlock, state_indices: Tensor | None = None) -> None:
-        """Keep this round's confidences of the slots in the batch (all without state_indices; -1 = padding). Others keep theirs.
+        """Keep this round's confidences of the slots in the batch (all without state_indices). Others keep theirs.
 
-        block: confidence fp32 [S, K]; state_indices: int32 [R]. No synchronisation, and nothing of a size that varies.
+        block: confidence fp32 [S, K]; state_indices: int32 [R], -1 for padding rows and for requests that did not draft this
+        round (those still in their prompt). No synchronisation, and nothing of a size that varies.
         """
         check_type("block", block, DraftBlock)
         if block.confidence is None:
@@ -272,7 +278,7 @@ class ConfidenceHistory:
         place = self._steps % self.lag
         self._host[place].copy_(self._rounds[-1, : self.slots], non_blocking=True)
         if self._arrived[place] is not None:
-            self._arrived[place].record()
+            self._arrived[place].record(torch.cuda.current_stream(self._rounds.device))
         self._since[place].clear()
         self._steps += 1
 
@@ -293,7 +299,7 @@ class ConfidenceHistory:
             if not 0 <= slot < self.slots:
                 raise ValueError(f"slots: expected 0 to {self.slots - 1}, got {slot}")
         if slots:
-            index = torch.tensor(slots, device=self._rounds.device)
-            self._rounds.index_fill_(1, index, 1.0)
+            index = torch.tensor(slots, dtype=torch.int64, device="cpu", pin_memory=self._arrived[0] is not None)
+            self._rounds.index_fill_(1, index.to(self._rounds.device, non_blocking=True), 1.0)
             for since in self._since:
                 since.update(slots)

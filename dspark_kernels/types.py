@@ -307,7 +307,7 @@ class DraftTree(Checked):
         for field in ("parents", "depths", "first_child", "next_sibling"):
             self._tensor(field, dtype=torch.int32, **same)
         self._tensor("ancestors", dtype=torch.int64, **same)
-        self._tensor("num_nodes", dtype=torch.int32, shape=(tokens.shape[0],), device=tokens.device)
+        self._tensor("num_nodes", dtype=torch.int32, shape=(tokens.shape[0],), device=tokens.device, contiguous=True)
         check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
         check_choice(self._name("drawn"), self.drawn, ("one_hot", "iid", "without_replacement"))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device)

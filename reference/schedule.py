@@ -151,8 +151,8 @@ def schedule_prefixes(
     drafts (int32 [1]; the min_len drafts count, and are taken even where there are more of them); or, with
     stale_confidence fp32 [S, K], the number of drafts that maximises tau / cost under those older confidences (the
     smallest such number). That number does not read this round's block at all. bypass: with delta >= 0, the confidences
-    are set aside and every draft is verified when cost(B + K per drafting request) <= (1 + delta) * cost(B), B the
-    anchor and prefill rows; delta counts in 2^-20, rounded up.
+    are set aside and every draft is verified when all of them fit and cost(B + K per drafting request) <= (1 + delta) *
+    cost(B), B the anchor and prefill rows; delta counts in 2^-20, rounded up.
 
     A NaN confidence (this round's or stale) counts as 0 and is flagged NAN.
     """
@@ -183,11 +183,8 @@ def schedule_prefixes(
     drafting = sum(request.takes_drafts for request in requests)
     tau = SURVIVAL_ONE * sum(request.slot is not None and request.emits for request in requests)
     step_cost = None if cost is None else StepCost(cost, drafting)
-    if (
-        bypass is not None
-        and drafting
-        and _cheap_to_verify(step_cost, rows, min(capacity, rows + drafting * drafts), bypass)
-    ):
+    with_all = rows + drafting * drafts
+    if bypass is not None and drafting and with_all <= capacity and _cheap_to_verify(step_cost, rows, with_all, bypass):
         min_len = drafts
 
     least = max(1, math.floor(survival_floor * SURVIVAL_ONE))

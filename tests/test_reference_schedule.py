@@ -286,7 +286,9 @@ def test_bypass_looks_at_rows_alone():
     assert lengths(confidence, units, bypass=0.1, policy="budget", budget=ints(0)) == [3, 3]
     dear_end = [1000] * 6 + [3000] * 2
     assert lengths(confidence, dear_end, bypass=0.1, policy="budget", budget=ints(0)) == [0, 0]
-    assert lengths(confidence, dear_end, bypass=0.1, policy="budget", budget=ints(0), max_rows=6) == [2, 2]
+    # Where not all of them fit there is nothing to bypass: what fits is left to the confidences, whatever the rows allocated.
+    assert lengths(confidence, units, bypass=0.1, policy="budget", budget=ints(0), max_rows=7) == [0, 0]
+    assert lengths(confidence, dear_end, bypass=0.1, policy="budget", budget=ints(0), max_rows=6) == [0, 0]
 
 
 def test_nan_confidence_is_zero_and_flagged():

@@ -31,14 +31,14 @@ def fixed_layout_kernel(
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
     slots, prompt, emits, flags = read_requests(
-        r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, stride_a
+        r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, num_rows, stride_a
     )
     live = slots >= 0
     if depths_ptr is None:
-        lens = tl.load(lens_ptr + r, mask=live, other=0).to(tl.int32)
+        lens = tl.load(lens_ptr + r, mask=live, other=0)
     else:
-        lens = tl.load(lens_ptr + slots, mask=live, other=1).to(tl.int32) - 1  # node 0 is the anchor
-    lens = tl.minimum(tl.maximum(lens, 0), num_drafts)
+        lens = tl.load(lens_ptr + slots, mask=live, other=1) - 1  # node 0 is the anchor
+    lens = tl.minimum(tl.maximum(lens, 0), num_drafts).to(tl.int32)
     lens = tl.where((prompt > 0) | (emits == 0), 0, lens)
     made = made_drafts(drafts_ptr, slots, num_drafts, stride_ds, DRAFTS)
     flags |= tl.where(lens > made, MISSING_DRAFT, 0)
@@ -66,7 +66,9 @@ def draft_layout_kernel(
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
-    slots, prompt, emits, flags = read_requests(r, slots_ptr, anchors_ptr, None, None, num_requests, num_slots, stride_a)
+    slots, prompt, emits, flags = read_requests(
+        r, slots_ptr, anchors_ptr, None, None, num_requests, num_slots, num_rows, stride_a
+    )
     write_rows(
         r, slots, prompt, emits, tl.where(slots >= 0, num_masks, 0), flags, anchors_ptr, anchor_positions_ptr, None, None,
         block_tables_ptr, draft_lens_ptr, query_start_ptr, cu_logits_ptr, token_ids_ptr, positions_ptr, batch_indices_ptr,

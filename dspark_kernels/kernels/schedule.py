@@ -132,7 +132,23 @@ def _value_of_rank(values, stored_ptr, tiles, number, SORT: tl.constexpr, CANDID
 
 
 @triton.jit
-def _in_order(values, stored_ptr, gathered_ptr, tiles, first, upto, before, SORT: tl.constexpr, CANDIDATES: tl.constexpr):
+def _sorted(values, SORT: tl.constexpr, LOG_SORT: tl.constexpr):
+    """values [SORT] in descending order: a bitonic network in a loop. tl.sort writes out every step of it, thousands of
+    instructions that a launch fetches once and that compile for a minute."""
+    i = tl.arange(0, SORT)
+    for stage in range(1, LOG_SORT + 1):
+        for step in range(stage):
+            distance = 1 << (stage - 1 - step)
+            other = tl.gather(values, i ^ distance, axis=0)
+            larger = ((i >> stage) & 1) == ((i & distance) != 0).to(tl.int32)
+            values = tl.where(larger, tl.maximum(values, other), tl.minimum(values, other))
+    return values
+
+
+@triton.jit
+def _in_order(
+    values, stored_ptr, gathered_ptr, tiles, first, upto, before, SORT: tl.constexpr, LOG_SORT: tl.constexpr, CANDIDATES: tl.constexpr
+):
     """(values int32 [SORT] of the ranks first .. upto - 1 in order, -1 beyond; the last of them). before: the value of the rank
     before them.
 
@@ -153,7 +169,7 @@ def _in_order(values, stored_ptr, gathered_ptr, tiles, first, upto, before, SORT
         rank = first + tl.arange(0, SORT)
         found = tl.load(gathered_ptr + rank, mask=(rank >= begin) & (rank < end), other=0)
         values = tl.where(rank < begin, before, tl.where(rank < end, found, tl.where(rank < upto, last, -1)))
-    return tl.sort(values, descending=True), last
+    return _sorted(values, SORT, LOG_SORT), last
 
 
 @triton.jit
@@ -191,32 +207,33 @@ def _better(tau, cost, number, other_tau, other_cost, other_number):
 @triton.jit
 def _number_of_drafts(
     values, stored_ptr, gathered_ptr, tiles, total, forced_tau, tau, rows, seconds_ptr, last_cost, drafting_cost,
-    BEST: tl.constexpr, SORT: tl.constexpr, CANDIDATES: tl.constexpr,
+    BEST: tl.constexpr, SORT: tl.constexpr, LOG_SORT: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """(how many of the first `total` drafts to take, the value of the last of them): up to the first that does not raise
     tau / cost, or, with BEST, the smallest number that makes it largest (and no value). The forced ones come first and are not
     tested.
 
-    tau: int64, before any draft; forced_tau: what the forced drafts add; rows: of the step without drafts. Only values matter here,
+    tau, rows: int64, of the step without drafts; forced_tau: what the forced drafts add. Only values matter here,
     so drafts of equal survival need no order.
     """
     forced = tl.minimum(_count(values, stored_ptr, tiles, FORCED, SORT, CANDIDATES), total)
     tau += forced_tau
     best_tau, best_number = tau, forced
-    best_cost = _step_cost(seconds_ptr, last_cost, drafting_cost, (rows + forced).to(tl.int64))
+    best_cost = _step_cost(seconds_ptr, last_cost, drafting_cost, rows + forced)
     number = total
     first = total * 0
     last = first + ABOVE
     value = last
     while first < number:
         ranked, last = _in_order(
-            values, stored_ptr, gathered_ptr, tiles, first, tl.minimum(first + SORT, total), last, SORT, CANDIDATES
+            values, stored_ptr, gathered_ptr, tiles, first, tl.minimum(first + SORT, total), last, SORT, LOG_SORT,
+            CANDIDATES,
         )
         n = first + tl.arange(0, SORT)  # drafts before this one
         tested = (n >= forced) & (n < total)
         gain = tl.where(tested, ranked, 0).to(tl.int64)
         after = tau + tl.cumsum(gain, axis=0)
-        cost_after = _step_cost(seconds_ptr, last_cost, drafting_cost, (rows + n + 1).to(tl.int64))
+        cost_after = _step_cost(seconds_ptr, last_cost, drafting_cost, rows + n + 1)
         if BEST:
             fraction = tl.where(tested, after, 0), tl.where(tested, cost_after, 1), tl.where(tested, n + 1, 2147483647)
             found_tau, found_cost, found_number = tl.reduce(fraction, 0, _better)
@@ -224,7 +241,7 @@ def _number_of_drafts(
                 best_tau, best_cost, best_number, found_tau, found_cost, found_number
             )
         else:
-            cost_before = _step_cost(seconds_ptr, last_cost, drafting_cost, (rows + n).to(tl.int64))
+            cost_before = _step_cost(seconds_ptr, last_cost, drafting_cost, rows + n)
             fails = tested & (after * cost_before <= (after - gain) * cost_after)
             number = tl.minimum(number, tl.min(tl.where(fails, n, total), axis=0))
             if first < number:
@@ -266,32 +283,34 @@ def schedule_prefixes_kernel(
     bypass,  # 2^-20 of the cost of a step without drafts; below 2^20: off
     tiles,  # CANDIDATES / SORT
     stride_ds, stride_cs, stride_ss, stride_a, stride_p, stride_bs,
-    REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, SORT: tl.constexpr, BLOCK: tl.constexpr,
+    REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, SORT: tl.constexpr, LOG_SORT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
     slots, prompt, emits, flags = read_requests(
-        r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, stride_a
+        r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, num_rows, stride_a
     )
     takes = (slots >= 0) & (prompt == 0) & (emits != 0)
     caps = tl.full([REQUESTS], max_len, tl.int32)
     if max_lens_ptr is not None:
-        caps = tl.minimum(caps, tl.maximum(tl.load(max_lens_ptr + r, mask=takes, other=0).to(tl.int32), 0))
+        caps = tl.minimum(tl.maximum(tl.load(max_lens_ptr + r, mask=takes, other=0), 0), num_drafts).to(tl.int32)
     caps = tl.where(takes, tl.minimum(caps, num_drafts), 0)
     made = made_drafts(drafts_ptr, slots, num_drafts, stride_ds, DRAFTS, SORT == REQUESTS * DRAFTS)
     flags |= tl.where(caps > made, MISSING_DRAFT, 0)
     # The step without drafts, and the cost of drafting, which is paid whatever is verified.
-    rows = tl.sum(fixed_rows(slots, prompt))
-    drafting = tl.sum(takes.to(tl.int32))
-    tau = tl.sum(((slots >= 0) & (emits != 0)).to(tl.int64)) * SURVIVAL_ONE
-    room = tl.maximum(num_rows - rows, 0)
+    rows = tl.sum(fixed_rows(slots, prompt).to(tl.int64), axis=0)
+    drafting = tl.sum(takes.to(tl.int32), axis=0)
+    tau = tl.sum(((slots >= 0) & (emits != 0)).to(tl.int64), axis=0) * SURVIVAL_ONE
+    room = tl.maximum(num_rows - rows, 0).to(tl.int32)
     drafting_cost = tl.zeros_like(tau)
     if draft_seconds_ptr is not None:
         drafting_cost = tl.where(drafting > 0, _entry(draft_seconds_ptr, last_draft_cost, drafting.to(tl.int64)), 0)
     if seconds_ptr is not None:
-        with_all = tl.minimum(rows + drafting * num_drafts, num_rows)
-        cost_with_all = _step_cost(seconds_ptr, last_cost, drafting_cost, with_all.to(tl.int64))
-        cost_without = _step_cost(seconds_ptr, last_cost, drafting_cost, rows.to(tl.int64))
-        cheap = (bypass >= 1 << 20) & (drafting > 0) & (cost_with_all * (1 << 20) <= cost_without * bypass)
+        with_all = rows + drafting * num_drafts
+        cost_with_all = _step_cost(seconds_ptr, last_cost, drafting_cost, with_all)
+        cost_without = _step_cost(seconds_ptr, last_cost, drafting_cost, rows)
+        cheap = (bypass >= 1 << 20) & (drafting > 0) & (with_all <= num_rows)
+        cheap = cheap & (cost_with_all * (1 << 20) <= cost_without * bypass)
         min_len = tl.where(cheap, num_drafts, min_len)
 
     CANDIDATES: tl.constexpr = REQUESTS * DRAFTS
@@ -304,7 +323,7 @@ def schedule_prefixes_kernel(
         flags |= tl.where(takes, nan, 0)
         number, _ = _number_of_drafts(
             older, older_ptr, gathered_ptr, tiles, tl.minimum(older_count, room), forced_tau, tau, rows, seconds_ptr,
-            last_cost, drafting_cost, True, SORT, CANDIDATES,
+            last_cost, drafting_cost, True, SORT, LOG_SORT, CANDIDATES,
         )  # fmt: skip
     values, count, forced_tau, nan = _read_values(
         confidence_ptr, slots, tl.minimum(caps, made), num_drafts, min_len, least, stride_cs, stored_ptr, tiles,
@@ -315,7 +334,7 @@ def schedule_prefixes_kernel(
     if (stale_ptr is None) and (budget_ptr is None):
         number, value = _number_of_drafts(
             values, stored_ptr, gathered_ptr, tiles, total, forced_tau, tau, rows, seconds_ptr, last_cost, drafting_cost,
-            False, SORT, CANDIDATES,
+            False, SORT, LOG_SORT, CANDIDATES,
         )  # fmt: skip
     else:
         if budget_ptr is not None:
@@ -339,6 +358,7 @@ def launch_schedule_prefixes(programs, args, *, log_requests, drafts, sort, bloc
         LOG_REQUESTS=log_requests,
         DRAFTS=drafts,
         SORT=sort,
+        LOG_SORT=sort.bit_length() - 1,
         BLOCK=block,
         num_warps=num_warps,
         enable_fp_fusion=False,

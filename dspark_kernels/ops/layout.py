@@ -179,7 +179,7 @@ def check_batch(
     if (block_tables is None) != (page_size is None):
         raise ValueError("page_size: expected together with block_tables, got only one of them")
     if page_size is not None:
-        check_int("page_size", page_size, low=1)
+        check_int("page_size", page_size, low=1, high=(1 << 31) - 1)
     if workspace is not None:
         check_type("workspace", workspace, Workspace)
 
@@ -204,6 +204,10 @@ def output(out, requests, rows, drafts, mapped, device) -> VerifyLayout:
         check_type("out", out, VerifyLayout)
         check_tensor("out.draft_lens", out.draft_lens, shape=(requests,), device=device)
         check_tensor("out.token_ids", out.token_ids, shape=(rows,))
+        if rows < requests:
+            raise ValueError(f"out.token_ids: expected at least {requests} rows (one per request), got {rows}")
+        if out.max_drafts != drafts:
+            raise ValueError(f"out.max_drafts: expected {drafts}, got {out.max_drafts}")
         check_tensor("out.logits_indices", out.logits_indices, shape=(rows,))
         if mapped != (out.slot_mapping is not None):
             raise ValueError(f"out.slot_mapping: expected {'a tensor' if mapped else 'None'}, as block_tables decides")

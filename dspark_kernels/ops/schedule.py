@@ -52,8 +52,8 @@ def schedule_prefixes(
     Drafts of requests that decode and emit are taken by survival, descending, ties by position, then by request, so that a
     request's share is always a prefix. A draft takes part up to max_len, before the first draft below 0 (flag MISSING_DRAFT), with
     survival > 0 and not below survival_floor. The first min_len drafts of each request come before all others and are not
-    tested. Nothing is admitted beyond max_rows rows in all. Both policies are lossless: whether draft k is verified depends on
-    nothing that was computed from draft k or later ones.
+    tested. Nothing is admitted beyond max_rows rows in all. Both policies are lossless, as long as what is passed for them was not
+    computed from this round's drafts: whether draft k is verified then depends on nothing that knows draft k or later ones.
 
     Args:
         block: tokens and calibrated confidence [S, K]. R * K, each padded to a power of two, at most 16384.
@@ -62,11 +62,11 @@ def schedule_prefixes(
         policy: "causal": one draft after another until the first that does not raise expected tokens per second (algorithm 1).
             "budget": the `budget` best; or, with stale_confidence, as many as maximise expected tokens per second under those
             older confidences.
-        budget: int32 [1], drafts of the whole batch (anchors not counted).
+        budget: int32 [1], drafts of the whole batch (anchors not counted), decided before this round's drafts were known.
         stale_confidence: fp32 [S, K], confidences of older rounds (`scheduling.ConfidenceHistory`), 1.0 for new requests.
-        min_len: >= 0. max_len: int or int32/int64 [R]. survival_floor: in [0, 1].
-        bypass: low-load bypass, delta in [0, 1024]: verify every draft when cost(B + K per drafting request) <= (1 + delta)
-            cost(B), B the anchor and prompt rows. Decided from the rows and the table alone. None: off.
+        min_len: >= 0. max_len: int or int32/int64 [R], not computed from this round's drafts. survival_floor: in [0, 1].
+        bypass: low-load bypass, delta in [0, 1024]: verify every draft when all fit max_rows and cost(B + K per drafting request)
+            <= (1 + delta) cost(B), B the anchor and prompt rows. Decided from the rows and the table alone. None: off.
         max_rows, num_prefill_tokens, emits, block_tables, page_size, state_indices, out: as in `fixed_layout`.
         workspace: used where the padded R * K exceeds 2048; without one, scratch is allocated then.
 
@@ -83,7 +83,7 @@ def schedule_prefixes(
     requests = batch_rows(state_indices, slots)
     if block.confidence is None:
         raise ValueError("block.confidence: expected fp32 [S, K], got None")
-    _check_policy(policy, budget, stale_confidence, cost, bypass, (slots, drafts), device)
+    _check_policy(policy, budget, stale_confidence, block.confidence, cost, bypass, (slots, drafts), device)
     check_int("min_len", min_len, low=0)
     check_number("survival_floor", survival_floor, low=0.0, high=1.0)
     if bypass is not None:
@@ -109,7 +109,10 @@ def schedule_prefixes(
     if requests:
         scratch = None
         if candidates > _sort(device, candidates, rows):
-            scratch = lend("schedule_prefixes", workspace, requests, drafts, 1, device)[1].view(torch.int32)
+            if workspace is None:
+                scratch = torch.empty(3 * candidates, dtype=torch.int32, device=device)
+            else:
+                scratch = lend("schedule_prefixes", workspace, requests, drafts, 1, device)[1].view(torch.int32)
         _schedule_prefixes(
             block.tokens,
             block.confidence,
@@ -127,7 +130,7 @@ def schedule_prefixes(
             *fields(out),
             scratch,
             page_size or 1,
-            min_len,
+            min(min_len, drafts),
             drafts if max_len is None else min(max_len, drafts),
             max(1, math.floor(survival_floor * UNIT)),
             0 if bypass is None else _BYPASS_UNIT + math.ceil(bypass * _BYPASS_UNIT),
@@ -135,13 +138,15 @@ def schedule_prefixes(
     return out
 
 
-def _check_policy(policy, budget, stale_confidence, cost, bypass, shape, device):
+def _check_policy(policy, budget, stale_confidence, confidence, cost, bypass, shape, device):
     check_choice("policy", policy, POLICIES)
     if policy == "causal" and not (budget is None and stale_confidence is None):
         raise ValueError("budget: expected None (and no stale_confidence) with policy 'causal', got a tensor")
     if policy == "budget" and (budget is None) == (stale_confidence is None):
         raise ValueError("budget: expected either budget or stale_confidence with policy 'budget', got both or neither")
     check_optional("budget", budget, dtype=torch.int32, shape=(1,), device=device)
+    if stale_confidence is not None and stale_confidence is confidence:
+        raise ValueError("stale_confidence: expected confidences of older rounds, got this round's, which would bias the output")
     check_optional("stale_confidence", stale_confidence, dtype=torch.float32, shape=shape, device=device, last_contiguous=True)
     if cost is not None:
         check_type("cost", cost, CostTable)

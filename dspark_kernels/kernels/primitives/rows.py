@@ -15,13 +15,17 @@ MISSING_DRAFT = tl.constexpr(8)
 
 
 @triton.jit
-def read_requests(r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, stride_a):
-    """Per request [REQUESTS]: state slot (-1 = padding), prompt rows, whether it emits, and the flag of its anchor."""
+def read_requests(r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, num_rows, stride_a):
+    """Per request [REQUESTS]: state slot (-1 = padding), prompt rows, whether it emits, and the flag of its anchor.
+
+    A prompt longer than all rows there are counts as one row longer, which is as much too long.
+    """
     slots = state_slots(slots_ptr, r, num_requests, num_slots)
     live = slots >= 0
     prompt = tl.zeros(r.shape, tl.int32)
     if prefill_ptr is not None:
-        prompt = tl.maximum(tl.load(prefill_ptr + r, mask=live, other=0).to(tl.int32), 0)
+        prompt = tl.load(prefill_ptr + r, mask=live, other=0)
+        prompt = tl.minimum(tl.maximum(prompt, 0), num_rows + 1).to(tl.int32)
     emits = live
     if emits_ptr is not None:
         emits = tl.load(emits_ptr + r, mask=live, other=0).to(tl.int32) != 0
@@ -92,12 +96,13 @@ def write_rows(
     live = slots >= 0
     # Anchor and prompt rows come first; drafts share what is left, in the order of requests.
     own = fixed_rows(slots, prompt)
-    left = tl.maximum(num_rows - tl.sum(own, axis=0), 0)
+    left = tl.maximum(num_rows - tl.sum(own.to(tl.int64), axis=0), 0).to(tl.int32)
     before = tl.cumsum(lens, axis=0) - lens
     lens = tl.minimum(lens, tl.maximum(left - before, 0))
     rows = own + lens
-    end = tl.minimum(tl.cumsum(rows, axis=0), num_rows)
-    start = tl.minimum(tl.cumsum(rows, axis=0) - rows, num_rows)
+    wanted = tl.cumsum(rows.to(tl.int64), axis=0)
+    end = tl.minimum(wanted, num_rows).to(tl.int32)
+    start = tl.minimum(wanted - rows, num_rows).to(tl.int32)
     logits = tl.where(prompt > 0, 1, tl.maximum(lens + 1 - silent_rows, 0))
     logits = tl.where(live & emits & (end - start == rows), logits, 0)
     logits_end = tl.cumsum(logits, axis=0)
