@@ -2,8 +2,8 @@
 
     survived draft k  <=>  accepted >= k;   confidence_k = sigmoid(logit_k / T_k), T from `calibration.fit_sts`
 
-Symbols: N rounds, K drafts per round. A round: the target reads a piece of real text up to a cut, emits a token, the drafter drafts K
-tokens after it, all K are verified. One round per cut, at every token of the second half of each text: a model this small
+Symbols: N rounds, K drafts per round. A round: the target reads a piece of real text up to a cut, emits a token, the drafter
+drafts K tokens after it, all K are verified. One round per cut, at every token of the second half of each text: a model this small
 wanders off to its own kind of text within a few rounds, and would make all domains alike (foreign text: 2.1 tokens per round at
 cuts of the text itself, 2.5 when 96 tokens are continued).
 
@@ -36,7 +36,7 @@ VERSION = 1
 DOMAINS = {
     "code": "held-out Python source, what the models were trained on",
     "prose": "English prose",
-    "foreign": "prose in twenty other languages, accents and other scripts",
+    "foreign": "prose in eighteen other languages, accents and other scripts",
 }
 TEMPERATURE = 1.0
 STRIDE = 1  # tokens between two cuts
@@ -181,7 +181,7 @@ class Calibrated:
 
 
 def calibrate(rounds: Mapping[str, Rounds]) -> tuple[dict[str, Calibrated], Tensor]:
-    """(held-out rounds by domain, temperatures fp32 [K]): fitted on the even texts of all domains together, applied to the odd ones.
+    """(held-out rounds by domain, temperatures fp32 [K]): fitted on the even texts of all domains, applied to the odd ones.
 
     Whole texts are held out, since two cuts of one text share most of their context. One set of temperatures for all domains: an
     engine does not know them apart. Raises ValueError where a half is empty.

@@ -7,7 +7,8 @@ takes cost(N anchors + admitted drafts) + the time of drafting for N requests, w
 speculation there is no drafting. Draws, domains and lengths of requests are the same for every policy.
 
 Left out: prompts, the host, correlation between the rounds of a request other than by its domain. A round that was cut leads to
-another next anchor than the measured one; the draws do not know that. The last round of a request is not clipped, as in bench.decode.
+another next anchor than the measured one; the draws do not know that. As in bench.decode, the last round of a request is not
+clipped.
 
 policies:
   none           no speculation
@@ -36,9 +37,12 @@ from torch import Tensor
 from dspark_kernels import cost as costs
 from dspark_kernels.scheduling import ConfidenceHistory, plan_budget, plan_lengths
 from dspark_kernels.types import CostTable, DraftBlock, OneHotProposal
+from reference.drafters import Anchors, Committed, DSpark
+from reference.loop import REFERENCE_OPS
+from reference.model import Rows, Target
 from reference.schedule import COST_LIMIT, COST_UNITS_PER_SECOND, StepCost, threshold_lengths
 
-from . import acceptance, roofline
+from . import acceptance, assets, roofline
 from .decode import BadArgument, Progress as _TokenProgress
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -130,6 +134,8 @@ def convex_below(table: CostTable, first: int) -> CostTable:
     alone, so the policy stays lossless.
     """
     seconds = table.seconds.double().tolist()
+    if first >= len(seconds):
+        return table
     corners: list[int] = []
     for at in range(first, len(seconds)):
         while len(corners) > 1:
@@ -161,7 +167,7 @@ def policy_of(name: str, bypass: float | None) -> Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Rounds to draw from: confidence fp32 [M, K], accepted int64 [M], of all domains one after another; first int64 [domains+1]."""
+    """Rounds to draw from, one domain after another: confidence fp32 [M, K], accepted int64 [M], first int64 [domains+1]."""
 
     confidence: Tensor
     accepted: np.ndarray
@@ -267,13 +273,14 @@ def simulate(policy: Policy, source: Source, draws: Draws, table: CostTable, war
             domain[ended], left[ended] = draws.domain[ended, turn[ended]], draws.length[ended, turn[ended]]
             policy.reset(ended.tolist())
     if units.max() >= COST_LIMIT:
-        raise ValueError(f"cost: expected steps below {COST_LIMIT / COST_UNITS_PER_SECOND:.2f} s, which is all that a table can tell")
+        limit = COST_LIMIT / COST_UNITS_PER_SECOND
+        raise ValueError(f"expected steps below {limit:.2f} s, which is all that a table can tell, got more at {requests} requests")
     return Run(policy.name, requests, tokens[warm:], units[warm:] / COST_UNITS_PER_SECOND, verified[warm:])
 
 
 def steps_for(requests: int) -> int:
-    """Counted steps by default: 20000 rounds, between 200 and 2000 steps."""
-    return min(2000, max(200, 20000 // requests))
+    """Counted steps by default: 20000 rounds of requests, in 100 to 2000 steps."""
+    return min(2000, max(100, 20000 // requests))
 
 
 # --- what a step costs ------------------------------------------------------------------------------------------------
@@ -287,19 +294,14 @@ class Costs:
     lines: Sequence[str]
 
 
-def measure_demo(progress: Callable[[int, int], object] | None = None, repeats: int = 7) -> CostTable:
-    """Times of the embedded target's and drafter's step on this CPU (reference code, fp32).
+def measure_demo(progress: Callable[[int, int], object] | None = None, repeats: int = 15) -> CostTable:
+    """Times of the embedded target's and drafter's step on this CPU (reference code, fp32, one thread: two of them that wait for
+    each other beside other processes take ten times as long every now and then).
 
     A step of n rows is ceil(n / 8) requests of up to 8 rows at 64 tokens of context. The reference attends request by request, so
     a row that is a request of its own costs more than the table says.
     """
-    from reference.drafters import Anchors, Committed, DSpark
-    from reference.loop import REFERENCE_OPS
-    from reference.model import Rows, Target
-
-    from . import assets
-
-    context, most = 64, 128
+    context, most = 64, 64
     target = Target(*assets.weights("target"))
     drafter = DSpark(*assets.weights("dspark"), target)
     per_request = drafter.max_drafts + 1
@@ -326,22 +328,30 @@ def measure_demo(progress: Callable[[int, int], object] | None = None, repeats: 
             at = Anchors.of(anchors, positions, range(n))
             drafter.propose(at, drafts=drafter.max_drafts, sampling=None, noise="draft", ops=REFERENCE_OPS)
 
-    sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-    return costs.measure(
-        step, sizes, draft_step=draft, draft_sizes=[1, 4, 16, 64, 128], device="cpu", warmup=1, repeats=repeats, progress=progress
-    )
+    sizes, draft_sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], [1, 4, 16, 64]
+    rules = {"draft_step": draft, "draft_sizes": draft_sizes, "device": "cpu", "warmup": 1, "repeats": repeats}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return costs.measure(step, sizes, progress=progress, **rules)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def costs_of(arguments) -> Costs:
     """Raises BadArgument."""
     if arguments.measure_cost:
-        table = measure_demo()
+        progress = Progress(0, "call")
+        progress.start("measuring")
+        table = measure_demo(lambda done, total: progress(1))
+        progress.close()
         if arguments.save_cost is not None:
             try:
                 table.save(arguments.save_cost)
             except OSError as error:
                 raise BadArgument(f"--save-cost: {arguments.save_cost}: {error.strerror}") from None
-        return Costs(lambda requests: table, [f"costs: the embedded demo, measured on this machine: {table.info['device']}", *_drafts(table)])
+        title = f"costs: the embedded demo, measured on this machine: {table.info['device']}"
+        return Costs(lambda requests: table, [title, *_drafts(table)])
     if arguments.cost is not None:
         try:
             table = CostTable.load(arguments.cost)
@@ -362,7 +372,7 @@ def _drafts(table: CostTable) -> list[str]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    ("tokens/s", "of all requests together, with its standard error; * marks the best policy of a concurrency"),
+    ("tokens/s", "of all requests together, with its standard error; * the best of a concurrency, and those within 2 errors of it"),
     ("per user", "tokens per second of one request"),
     ("tokens/round", "accepted drafts and the token after them, per request and round"),
     ("verified", "drafts sent to verification, per request and round"),
@@ -377,13 +387,14 @@ FIELDS = (
 
 def records(runs: Sequence[Run]) -> list[dict]:
     """A row per run, the fields of the CSV file."""
-    most = {run.requests: max(r.tokens_per_second[0] for r in runs if r.requests == run.requests) for run in runs}
+    most = {run.requests: best(runs, run.requests, "") for run in runs}
     found = []
     for run in runs:
         (speed, error), (tokens, tokens_error) = run.tokens_per_second, run.tokens_per_round
+        behind, doubt = run.gain_over(most[run.requests])
         values = (
             run.policy, run.requests, len(run.tokens), speed, error, speed / run.requests, tokens, tokens_error,
-            run.verified_per_round, run.rows_per_step, 1e3 * float(run.seconds.mean()), int(speed == most[run.requests]),
+            run.verified_per_round, run.rows_per_step, 1e3 * float(run.seconds.mean()), int(behind + 2 * np.nan_to_num(doubt) >= 0),
         )  # fmt: skip
         found.append(dict(zip(FIELDS, values, strict=True)))
     return found
@@ -427,13 +438,16 @@ def sentences(runs: Sequence[Run]) -> list[str]:
     scheduled = [name for name in ("causal", "causal-convex", "budget") if any(run.policy == name for run in runs)]
     by_name = {(run.policy, run.requests): run for run in runs}
     high = max(run.requests for run in runs)
+    whole = max((int(run.policy[6:]) for run in runs if run.policy.startswith("fixed-")), default=0)
+    kinds = [("fixed-", "the best fixed K"), (f"fixed-{whole}", f"{whole} drafts always")]
+    kinds += [("threshold-", "the best static threshold"), ("none", "no speculation")]
     for name in scheduled:
         parts = []
-        for kind, title in (("fixed-", "the best fixed K"), ("threshold-", "the best static threshold"), ("none", "no speculation")):
+        for kind, title in kinds:
             other = best(runs, high, kind)
             if other is not None:
                 gain, error = by_name[name, high].gain_over(other)
-                parts.append(f"{gain:+.1f} ±{error:.1f} % against {title}" + (f" ({other.policy})" if kind != "none" else ""))
+                parts.append(f"{gain:+.1f} ±{error:.1f} % against {title}" + (f" ({other.policy})" if kind.endswith("-") else ""))
         if parts:
             found.append(f"At {high} requests {name}: " + ", ".join(parts) + ".")
     low = [n for n in (1, 8) if any(run.requests == n for run in runs)]
@@ -447,7 +461,7 @@ def sentences(runs: Sequence[Run]) -> list[str]:
         gain, error, name, n, fixed = min(worst)
         where = f"{name} at {n} against {fixed}, {gain:+.2f} ±{error:.2f} %"
         at = " and ".join(map(str, low)) + " request" + "s" * (low != [1])
-        loses = gain < 0 and f"the largest loss of scheduling is {where}" or f"scheduling does not lose: the least it does is {where}"
+        loses = f"the largest loss of scheduling is {where}" if gain < 0 else f"scheduling loses nothing; closest is {where}"
         found.append(f"At {at} {loses}.")
     return found
 
@@ -473,7 +487,8 @@ def plot(runs: Sequence[Run], path, title: str) -> None:
             own = sorted((run for run in runs if run.policy == name), key=lambda run: run.requests)
             speeds = [run.tokens_per_second[0] for run in own]
             left.plot([s / run.requests for s, run in zip(speeds, own, strict=True)], speeds, label=name, **styles[name])
-            gains = [(run.requests, *run.gain_over(best(runs, run.requests, "fixed-"))) for run in own if best(runs, run.requests, "fixed-")]
+            pairs = [(run, best(runs, run.requests, "fixed-")) for run in own]
+            gains = [(run.requests, *run.gain_over(fixed)) for run, fixed in pairs if fixed is not None]
             if gains and not name.startswith("fixed-"):
                 at, percent, errors = zip(*gains, strict=True)
                 right.errorbar(at, percent, yerr=np.nan_to_num(errors), label=name, capsize=2, **styles[name])
@@ -482,16 +497,14 @@ def plot(runs: Sequence[Run], path, title: str) -> None:
             run = best(runs, requests, "")
             speed = run.tokens_per_second[0]
             left.annotate(f"{requests}", (speed / requests, speed), textcoords="offset points", xytext=(5, 5), fontweight="bold")
-        left.set(xscale="log", yscale="log", xlabel="tokens/s per user", ylabel="tokens/s of all requests (numbers: requests at once)")
+        left.set(xscale="log", yscale="log", xlabel="tokens/s per user", ylabel="tokens/s in total (numbers: requests at once)")
         left.grid(color="0.9", which="both", linewidth=0.5)
         left.legend(handlelength=4, fontsize=8)
         right.axhline(0, color="0.4", linewidth=1)
-        right.set(xlabel="requests at once", ylabel="tokens/s over the best fixed K, percent")
+        right.set(xlabel="requests at once", ylabel="tokens/s over the best fixed K, percent (curves as left)")
         right.set_xscale("log", base=2)
         right.set_xticks(all_requests, [str(n) for n in all_requests])
         right.grid(color="0.9", linewidth=0.5)
-        if right.get_legend_handles_labels()[0]:
-            right.legend(handlelength=4, fontsize=8)
         figure.suptitle(title, fontsize=9)
         figure.savefig(path, dpi=150, metadata={"Date": None} if Path(path).suffix.lower() == ".svg" else None)
 
@@ -541,11 +554,13 @@ def parser() -> argparse.ArgumentParser:
     load.add_argument("--mean-tokens", type=float, metavar="T", default=MEAN_TOKENS, help="of a request (default: %(default)s)")
     load.add_argument(
         "--rounds", type=int, metavar="STEPS",
-        help="steps that are counted, per policy and concurrency (default: 20000 / concurrency, from 200 to 2000)",
+        help="steps that are counted, per policy and concurrency (default: 20000 / concurrency, from 100 to 2000)",
     )  # fmt: skip
     load.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
     what = p.add_argument_group("policies")
-    what.add_argument("--policies", metavar="NAME[,NAME]", help="none, fixed (all K), fixed-K, threshold, causal, causal-convex, budget")
+    what.add_argument(
+        "--policies", metavar="NAME[,NAME]", help="none, fixed (all K), fixed-K, threshold, causal, causal-convex, budget"
+    )
     what.add_argument(
         "--threshold", type=float, action="append", metavar="T",
         help=f"of the policy threshold (repeatable; default: {', '.join(map(str, THRESHOLDS))})",
@@ -558,16 +573,22 @@ def parser() -> argparse.ArgumentParser:
     times.add_argument("--cost", metavar="FILE", help="a measured table (JSON of CostTable.save)")
     times.add_argument("--measure-cost", action="store_true", help="measure the embedded demo on this CPU")
     times.add_argument("--save-cost", metavar="FILE", help="keep what --measure-cost measured")
-    times.add_argument("--context", type=int, metavar="TOKENS", default=1024, help="of every request, in the model (default: %(default)s)")
+    times.add_argument(
+        "--context", type=int, metavar="TOKENS", default=1024, help="of every request, in the model (default: %(default)s)"
+    )
     times.add_argument("--no-graphs", action="store_true", help="the model without padding to captured sizes")
     rounds = p.add_argument_group("measured rounds")
-    rounds.add_argument("--acceptance", metavar="FILE", default=str(acceptance.FILE), help="where they are (default: the embedded ones)")
+    rounds.add_argument(
+        "--acceptance", metavar="FILE", default=str(acceptance.FILE), help="where they are (default: the embedded ones)"
+    )
     rounds.add_argument(
         "--measure-rounds", action="store_true", help="measure them again with the embedded models, write that file, and stop"
     )
     out = p.add_argument_group("output")
     out.add_argument("--csv", metavar="FILE", help="write the table")
-    out.add_argument("--plot", metavar="FILE", action="append", default=[], help="write a picture, PNG or SVG by its suffix (repeatable)")
+    out.add_argument(
+        "--plot", metavar="FILE", action="append", default=[], help="write a picture, PNG or SVG by its suffix (repeatable)"
+    )
     return p
 
 
@@ -698,16 +719,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         easy, hard = rounds
         print(f"load: {arguments.mix:.0%} of requests {easy}, the others {hard}, {arguments.mean_tokens:g} tokens on average")
         for name, found in rounds.items():
-            print(
-                f"  {name}: {len(found.accepted)} held-out rounds, {found.tokens_per_round:.2f} tokens per round with all"
-                f" {source.drafts} drafts verified, ECE {100 * found.before:.1f} % before calibration and {100 * found.after:.1f} % after"
-            )
+            errors = f"ECE {100 * found.before:.1f} % before calibration and {100 * found.after:.1f} % after"
+            tokens = f"{found.tokens_per_round:.2f} tokens per round with all {source.drafts} drafts verified"
+            print(f"  {name}: {len(found.accepted)} held-out rounds, {tokens}, {errors}")
         print("  temperatures: " + " ".join(f"{t:.2f}" for t in temperatures.tolist()))
-        print("bypass: " + ("never" if arguments.bypass is None else f"where verifying everything costs at most {arguments.bypass:.0%} more"))
+        cheap = "never" if arguments.bypass is None else f"where verifying everything costs at most {arguments.bypass:.0%} more"
+        print(f"bypass: {cheap}")
         try:
             runs = run_all(arguments, names, source, prices)
         except ValueError as error:
-            raise BadArgument(f"--cost: {error}") from None
+            raise BadArgument(f"--concurrency: {error}") from None
         rows = records(runs)
         print(table_of(rows))
         print("\n" + "\n".join(sentences(runs)))

@@ -4,13 +4,13 @@
                                         + (logits of B rows + key-value cache of R contexts) / bandwidth
     drafting for R requests           = the same of the drafter at R * K rows, and W2 once per position
 
-Symbols: B rows of the target's pass (anchors and admitted drafts), R requests, K drafts. Weights are streamed once for all rows, and
-products and streaming overlap completely (the roofline); attention over the context reads every request's cache once, however many
-rows of that request there are, and overlaps with nothing. What is left out: prompts, sampling and acceptance beyond one reading of the
-logits, the host, communication.
+Symbols: B rows of the target's pass (anchors and admitted drafts), R requests, K drafts. Weights are streamed once for all
+rows, and products and streaming overlap completely (the roofline); attention over the context reads every request's cache once,
+however many rows of that request there are, and overlaps with nothing. What is left out: prompts, sampling and acceptance beyond
+one reading of the logits, the host, communication.
 
-Sources. H200: 989 TFLOP/s dense bf16 and 4.8 TB/s on paper (NVIDIA's data sheet), about 4.3 TB/s for a measured device copy. Qwen3-4B:
-its config.json. Drafter: arXiv 2607.05147 (5 layers of the target's shape, 5 target layers injected, rank 256, K = 7).
+Sources. H200: 989 TFLOP/s dense bf16 and 4.8 TB/s on paper (NVIDIA's data sheet), about 4.3 TB/s for a measured device copy.
+Qwen3-4B: its config.json. Drafter: arXiv 2607.05147 (5 layers of the target's shape, 5 target layers injected, rank 256, K = 7).
 Assumed, not sourced: the share of peak that large products reach, the gap between kernels of a captured graph, the context.
 """
 

@@ -210,15 +210,18 @@ def run_of(policy, requests, tokens, seconds):
 def test_sentences_by_hand():
     runs = [
         run_of("none", 1, 10, 1), run_of("fixed-1", 1, 20, 1), run_of("fixed-2", 1, 25, 1), run_of("causal", 1, 24, 1),
+        run_of("budget", 1, 25, 1), run_of("budget", 64, 80, 1),
         run_of("none", 64, 90, 1), run_of("fixed-1", 64, 80, 1), run_of("fixed-2", 64, 50, 1), run_of("causal", 64, 100, 1),
         run_of("threshold-0.3", 64, 50, 1), run_of("threshold-0.5", 64, 75, 1),
     ]  # fmt: skip
     assert job.sentences(runs) == [
         "At 64 requests causal: +25.0 ±0.0 % against the best fixed K (fixed-1), +100.0 ±0.0 % against 2 drafts always, "
         "+33.3 ±0.0 % against the best static threshold (threshold-0.5), +11.1 ±0.0 % against no speculation.",
+        "At 64 requests budget: +0.0 ±0.0 % against the best fixed K (fixed-1), +60.0 ±0.0 % against 2 drafts always, "
+        "+6.7 ±0.0 % against the best static threshold (threshold-0.5), -11.1 ±0.0 % against no speculation.",
         "At 1 request the largest loss of scheduling is causal at 1 against fixed-2, -4.00 ±0.00 %.",
     ]
-    assert [row["best"] for row in job.records(runs)] == [0, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    assert [row["best"] for row in job.records(runs)] == [0, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
 
 
 def test_the_model_of_a_gpu_by_hand():
@@ -326,7 +329,16 @@ def test_files_are_written(ran):
 
 def test_curves_differ_without_colour():
     styles = job._styles([*ALL, "threshold-0.5", "threshold-0.7"])
-    assert len({(str(s["marker"]), str(s["linestyle"])) for s in styles.values()}) == len(styles) == len(ALL) + 2
+    assert len({s["marker"] for s in styles.values()}) == len(styles) == len(ALL) + 2
+    scheduled = [style for name, style in styles.items() if not name.startswith("fixed-")]
+    assert len({str(style["linestyle"]) for style in scheduled}) == len(scheduled)
+
+
+def test_the_same_runs_give_the_same_picture(tmp_path):
+    runs = [run_of(name, n, 10 * n, 1) for n in (1, 2) for name in ("none", "fixed-1", "causal")]
+    for name in ("a.svg", "b.svg"):
+        job.plot(runs, tmp_path / name, "title")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_matplotlib_is_asked_for_by_name(monkeypatch, capsys, tmp_path):
@@ -365,6 +377,7 @@ def fixed(results, requests):
 
 def test_committed_results_are_those_of_a_run_now(results, tmp_path, capsys):
     assert {row["concurrency"] for row in results} == {str(n) for n in job.CONCURRENCY}
+    assert all(row["steps"] == str(job.steps_for(int(row["concurrency"]))) for row in results)
     file = tmp_path / "load.csv"
     assert job.main(["--concurrency", "256", "--csv", str(file)]) == 0
     assert list(csv.DictReader(file.open())) == [row for row in results if row["concurrency"] == "256"]

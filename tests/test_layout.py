@@ -111,6 +111,18 @@ def test_rows_of_one_request_follow_the_contract():
     assert layout.num_rows.tolist() == [4] and layout.max_drafts == 3
 
 
+def test_numbers_beyond_32_bits():
+    """Lengths of 64 bits are clamped, not cut; prompts whose rows no 32 bits count are cut as any that are too long."""
+    tokens = torch.tensor([[11, 12, 13]] * 3)
+    given = dict(block=_block(tokens, 3), anchors=torch.tensor([1, 2, 3]), anchor_positions=torch.tensor([5, 6, 7]))
+    layout = dk.fixed_layout(draft_lens=torch.tensor([2**32 + 1, 2**31, -(2**32)]), **given)
+    assert layout.draft_lens.tolist() == [3, 3, 0]
+    for prompts in ([0, 2**31 - 1, 0], [2**31 - 1] * 3, [0, 2**32, 2**40]):
+        given |= dict(draft_lens=torch.tensor([3, 3, 3]), num_prefill_tokens=torch.tensor(prompts), max_rows=8)
+        want = layouts.fixed_layout(**given | dict(num_prefill_tokens=torch.tensor(prompts).clamp(max=9)))
+        assert_same_layout(dk.fixed_layout(**given), want)
+
+
 def test_empty_batch_is_zeros_without_a_launch():
     layout = dk.fixed_layout(
         _block(torch.empty(0, 3, dtype=torch.int64), 0),

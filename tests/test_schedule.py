@@ -207,6 +207,48 @@ def test_a_budget_from_older_rounds_is_the_best_that_fits():
     assert check(given | dict(max_rows=2)).draft_lens.tolist() == [0]
 
 
+@pytest.mark.parametrize("policy", ["causal", "stale"])
+@pytest.mark.parametrize("seed", range(12))
+def test_ties_across_pieces(policy, seed):
+    """Survivals of few values, more of each than a piece holds, and times that stop in the middle."""
+    given = arguments(seed, 13, 7, policy, coarse=True)
+    given["cost"] = dk.CostTable(2e-3 + (1 + seed % 4) * 1e-6 * torch.arange(120.0) ** 1.5)
+    with small_pieces():
+        admitted = int(check(given).draft_lens.sum())
+    assert 8 < admitted < 60
+
+
+def test_prompts_weigh_in_the_cost_and_what_emits_in_the_gain():
+    """One decode beside 3 prompt rows, which start at B = 4 and tau = 2, or 1 where the prompt does not emit."""
+    cost = dk.CostTable(1e-7 * torch.tensor([0.0, 9999, 9999, 9999, 1000, 1300, 1700]))
+    given = dict(block=block_of([[0.9, 0.9], [1, 1]]), cost=cost, num_prefill_tokens=ints(0, 3), max_rows=9, **anchored(2))
+    # 2.9 * 1000 > 2 * 1300 but 3.71 * 1300 < 2.9 * 1700; 1.9 * 1000 > 1300 and 2.71 * 1300 > 1.9 * 1700.
+    assert check(given).draft_lens.tolist() == [1, 0]
+    assert check(given | dict(emits=torch.tensor([True, False]))).draft_lens.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 0.0])
+def test_times_that_nobody_can_have_measured(bad):
+    """A table on a device is not looked at when it is made: NaN and infinity are the dearest, the others the cheapest."""
+    cost = dk.CostTable(torch.full((9,), 1e-3))
+    cost.seconds[4] = bad
+    given = dict(block=block_of([[0.9] * 5]), cost=cost, **anchored(1))
+    assert check(given).draft_lens.tolist() == [2 if bad != bad or bad > 0 else 3]
+    check(given | dict(policy="budget", stale_confidence=torch.full((1, 5), 0.8)))
+
+
+def test_numbers_beyond_32_bits():
+    """Lengths of 64 bits are clamped, not cut; a prompt that no batch holds is cut as one that is a little too long."""
+    tokens = torch.tensor([[1, 2, 3]] * 3)
+    given = dict(block=block_of([[0.9] * 3] * 3, tokens), cost=table("flat"), **anchored(3))
+    assert check(given | dict(max_len=torch.tensor([2**32, 2**31, -(2**32)]))).draft_lens.tolist() == [3, 3, 0]
+    prompts = torch.tensor([0, 2**31 - 1, 2**40])
+    # The reference would make a list of every row that it is asked for.
+    want = schedule.schedule_prefixes(**given, num_prefill_tokens=prompts.clamp(max=9), max_rows=8)
+    assert_same_layout(dk.schedule_prefixes(**given, num_prefill_tokens=prompts, max_rows=8), want)
+    assert_same_layout(dk.schedule_prefixes(**given, num_prefill_tokens=prompts.clamp(max=2**31 - 1).int(), max_rows=8), want)
+
+
 def test_beyond_a_table_of_one_entry_costs_do_not_rise():
     """Entry 0 is no measurement, so there is no slope."""
     given = dict(block=block_of([[0.5, 0.5]]), cost=dk.CostTable(torch.tensor([0.0, 1e-3])), **anchored(1))
@@ -264,8 +306,8 @@ def test_rows_far_apart():
     check(given)
 
 
-def test_a_workspace_serves_smaller_batches(monkeypatch):
-    """With it, nothing is allocated: what is lent covers every batch up to its size."""
+def test_a_workspace_serves_smaller_batches():
+    """What it lends covers every batch up to its size."""
     workspace = dk.Workspace(1024, 16, 32, "cpu")
     for requests, drafts in ((700, 13), (400, 11), (1, 1)):
         given = arguments(requests, requests, drafts, "causal", kind="flat")
@@ -314,12 +356,30 @@ def test_requests_and_their_order():
         (dict(page_size=16), ValueError, "page_size"),
         (dict(workspace=3), TypeError, "workspace"),
         (dict(out=3), TypeError, "out"),
+        (dict(max_rows=2**40), ValueError, "max_rows"),
     ],
 )
 def test_bad_arguments_are_named(change, error, name):
     given = dict(block=block_of([[0.5, 0.5]] * 3), cost=table("flat"), **anchored(3)) | change
     with pytest.raises(error, match=f"^{name.replace('.', chr(92) + '.')}: expected"):
         dk.schedule_prefixes(**given)
+
+
+def test_this_rounds_confidences_are_no_older_ones():
+    block = block_of([[0.5, 0.5]])
+    with pytest.raises(ValueError, match="^stale_confidence: expected confidences of older rounds"):
+        dk.schedule_prefixes(block, table("flat"), policy="budget", stale_confidence=block.confidence, **anchored(1))
+
+
+def test_layouts_of_another_shape_are_not_written():
+    given = dict(block=block_of([[0.5, 0.5]] * 3), cost=table("flat"), **anchored(3))
+    out = dk.schedule_prefixes(**given)
+    fewer = dk.schedule_prefixes(**dict(given, block=block_of([[0.5]] * 3)))
+    with pytest.raises(ValueError, match="^out.max_drafts: expected 2, got 1"):
+        dk.schedule_prefixes(**given, out=dataclasses.replace(fewer, max_drafts=1), max_rows=6)
+    rows = {n: getattr(out, n)[:2] for n in ("token_ids", "positions", "batch_indices", "logits_indices")}
+    with pytest.raises(ValueError, match=r"^out.token_ids: expected at least 3 rows \(one per request\), got 2"):
+        dk.schedule_prefixes(**given, out=dataclasses.replace(out, **rows))
 
 
 def test_a_batch_that_no_program_can_hold_is_refused():

@@ -72,6 +72,46 @@ def test_the_device_takes_the_hosts_budget(batch):
     assert torch.equal(own.draft_lens, told.draft_lens)
 
 
+def test_a_prompt_does_not_eat_the_budget():
+    """The bucket is not known yet, so there is no cap: three sure drafts beside a prompt of 100 rows."""
+    budget = plan_budget(torch.ones(2, 3), table("flat"), num_prefill_tokens=ints(0, 100))
+    assert budget == 3
+    assert plan_budget(torch.ones(2, 3), table("flat"), num_prefill_tokens=ints(0, 100), max_rows=102) == 1
+
+
+def test_a_bucket_chosen_by_the_plan_does_not_change_the_plan():
+    """Flat up to 5 rows, then dearer: the bypass is off with the whole batch in view, and stays off in the smaller bucket."""
+    cost = dk.CostTable(torch.tensor([0, *[1e-3] * 5, *[5e-3] * 3]))
+    stale = torch.tensor([[1.0] * 3, [0.1] * 3])
+    budget = plan_budget(stale, cost, bypass=0.1)
+    rules = dict(policy="budget", bypass=0.1, **anchored(2))
+    block = block_of([[0.9] * 3, [0.2] * 3])
+    for rows in (None, 2 + budget):
+        layout = dk.schedule_prefixes(block, cost, stale_confidence=stale, max_rows=rows, **rules)
+        assert layout.draft_lens.tolist() == [3, 0]
+
+
+def test_torchs_defaults_change_nothing():
+    """Engines set another default dtype and device while they load."""
+    g = _generator(4)
+    confidence, cost = torch.rand(64, 7, generator=g), dk.CostTable(2e-3 + 1e-5 * torch.arange(300.0))
+    want, block = (plan_lengths(confidence, cost), plan_budget(confidence, cost)), block_of(confidence)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        have = plan_lengths(confidence, cost), plan_budget(confidence, cost)
+        history = ConfidenceHistory(64, 7, "cpu")
+        history.reset([3])
+        history.record(block)
+        history.send()
+        arrived = history.on_host()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(have[0], want[0]) and have[1] == want[1]
+    assert arrived.dtype == torch.float32 and arrived.device.type == "cpu"
+
+
 def test_a_large_batch_on_the_host():
     made = arguments(3, 700, 13, "stale", kind="steps")
     cost = dk.CostTable(2e-3 + 1e-7 * torch.arange(20000.0))

@@ -192,7 +192,7 @@ def row_count(max_rows, requests, drafts, num_prefill_tokens, out) -> int:
         if num_prefill_tokens is not None:
             raise ValueError("max_rows: expected an int with num_prefill_tokens (prompt rows are counted on the device), got None")
         return requests * (drafts + 1)
-    check_int("max_rows", max_rows, low=requests)
+    check_int("max_rows", max_rows, low=requests, high=(1 << 31) - 1)
     return max_rows
 
 

@@ -8,12 +8,14 @@ program passes through, which is how the interpreter runs.
 import triton
 import triton.language as tl
 
+from .fence import stores_done
+
 
 @triton.jit
 def grid_barrier(barrier_ptr):
     programs = tl.num_programs(0)
     if programs > 1:
-        tl.debug_barrier()  # every warp's stores come before the release below
+        stores_done()
         step = tl.where(tl.program_id(0) == 0, 2147483647 - programs + 2, 1).to(tl.int32)
         before = tl.atomic_add(barrier_ptr, step, sem="release", scope="gpu")
         now = before

@@ -6,11 +6,13 @@ No barrier and no co-residency is needed; the counter is put back to zero for th
 import triton
 import triton.language as tl
 
+from .fence import stores_done
+
 
 @triton.jit
 def arrive(counter_ptr, parts):
     """True for the last of `parts` programs; everything the others stored before arriving is visible to it."""
-    tl.debug_barrier()  # every warp's stores come before the release below
+    stores_done()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
     if last:
         tl.store(counter_ptr, 0)
