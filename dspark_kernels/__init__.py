@@ -4,10 +4,12 @@ Importing needs neither Triton nor a GPU; calling an op needs Triton, and a GPU 
 """
 
 from .ops.accept import accept_chain
+from .ops.attention import plan_attention, tree_attention
 from .ops.draft import draft_block
 from .ops.schedule import fixed_layout
 from .types import (
     Acceptance,
+    AttentionPlan,
     ConfidenceHead,
     CostTable,
     DenseProposal,
