@@ -16,7 +16,6 @@ from .primitives.slots import owner_of, state_slots
 from .primitives.ticket import arrive
 
 NEG_INF = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -148,7 +147,7 @@ def fp8_by_bits(x, dtype: tl.constexpr):
     """e4m3 bytes to `dtype` anywhere: the same bits are an fp16 number 2^8 times smaller, subnormals too."""
     half = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
     value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((x & 0x7F) == 0x7F, NAN, value).to(dtype)
+    return tl.where((x & 0x7F) == 0x7F, float("nan"), value).to(dtype)
 
 
 @triton.jit
@@ -217,7 +216,8 @@ def tree_attention_kernel(
     stride_qn, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_ksc, stride_vsc, stride_b,
     stride_nn, stride_nh, stride_wn, stride_wh, stride_as, stride_an, stride_ai, stride_on, stride_oh, stride_ln, stride_lh,
     WIDEN: tl.constexpr, FULL: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OWN_STAGES: tl.constexpr,
+    OWN_BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     m = tl.arange(0, BLOCK_M)
@@ -268,8 +268,7 @@ def tree_attention_kernel(
         if ancestors_ptr is not None:
             tree = ancestors_ptr + slot * stride_as + first_row * stride_an
             words = tl.load(tree + own_row * stride_ai, mask=valid & (own_row < tree_slots) & (slot >= 0), other=0)
-            if rows <= TREE_SLOTS:  # more rows are no tree but a piece of a prompt
-                depth = _depths(words)
+            depth = tl.where(rows <= TREE_SLOTS, _depths(words), own_row)  # more rows are no tree but a piece of a prompt
         hidden = tl.zeros([BLOCK_M], tl.int32)  # keys at positions below are outside the window
         lowest = 0
         if window is not None:
@@ -316,49 +315,47 @@ def tree_attention_kernel(
             if not FULL:
                 own_end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1, rows)
             if window is not None:
-                own_begin = tl.maximum(tile * BLOCK_M // GROUP - window + 1, 0) // BLOCK_N * BLOCK_N
+                own_begin = tl.maximum(tile * BLOCK_M // GROUP - window + 1, 0) // OWN_BLOCK * OWN_BLOCK
         own_end = tl.where((part == parts - 1) & (slot >= 0), own_end, 0)
-        for begin in range(own_begin, own_end, BLOCK_N):
-            own = begin + n
+        for begin in tl.range(own_begin, own_end, OWN_BLOCK, num_stages=OWN_STAGES):
+            own = begin + tl.arange(0, OWN_BLOCK)
             there = own < own_end
             key_row = first_row + own
             seen = there[None, :] & valid[:, None]
             own_depth = own
             if ancestors_ptr is not None:
-                if rows <= TREE_SLOTS:
-                    named = (words[:, None] >> tl.minimum(own, TREE_SLOTS - 1)[None, :].to(tl.int64)) & 1
-                    seen = seen & (named != 0)
-                    if window is not None:
-                        own_words = tl.load(tree + own * stride_ai, mask=there & (own < tree_slots), other=0)
-                        own_depth = _depths(own_words)
-                else:
-                    seen = seen & (own[None, :] <= own_row[:, None])
+                # In halves of 32 bits, which take half the registers.
+                half = tl.where((own < 32)[None, :], words.to(tl.int32)[:, None], (words >> 32).to(tl.int32)[:, None])
+                named = ((half >> (own & 31)[None, :]) & 1) != 0
+                seen = seen & tl.where(rows <= TREE_SLOTS, named, own[None, :] <= own_row[:, None])
+                if window is not None:
+                    own_words = tl.load(tree + own * stride_ai, mask=there & (own < tree_slots), other=0)
+                    own_depth = tl.where(rows <= TREE_SLOTS, _depths(own_words), own)
             elif not FULL:
                 seen = seen & (own[None, :] <= own_row[:, None])
             if window is not None:
                 seen = seen & ((context + own_depth)[None, :] >= hidden[:, None])
             if k_new_ptr is not None:
-                here = (tl.max(seen.to(tl.int32), axis=0) > 0)[:, None] & in_head
+                here = there[:, None] & in_head
                 k = tl.load(k_new_ptr + (key_row * stride_nn + kv_head * stride_nh)[:, None] + d[None, :], mask=here, other=0.0)
                 v = tl.load(v_new_ptr + (key_row * stride_wn + kv_head * stride_wh)[:, None] + d[None, :], mask=here, other=0.0)
             else:
                 at = tl.load(slot_mapping_ptr + key_row, mask=there, other=-1)
                 page = at // PAGE_SIZE
                 within = at % PAGE_SIZE
-                seen = seen & ((at >= 0) & (page < num_pages))[None, :]
-                here = (tl.max(seen.to(tl.int32), axis=0) > 0)[:, None] & in_head
+                there = there & (at >= 0) & (page < num_pages)
+                seen = seen & there[None, :]
+                here = there[:, None] & in_head
                 k = tl.load(k_base + (page * stride_kp + within * stride_ks)[:, None] + d[None, :], mask=here, other=0)
                 v = tl.load(v_base + (page * stride_vp + within * stride_vs)[:, None] + d[None, :], mask=here, other=0)
                 k = WIDEN(k, dtype)
                 v = WIDEN(v, dtype)
             # A draft whose values overflowed must not reach the rows before it: 0 * NaN is NaN.
             broken = (tl.abs(v.to(tl.float32)) <= LARGEST) == 0
-            acc, top, total = _join(
-                q, k, tl.where(broken, 0.0, v).to(dtype), seen, own_scale, softcap, acc, top, total
-            )
-            if tl.max(tl.max(broken.to(tl.int32), axis=1), axis=0) > 0:
-                hit = tl.dot(seen.to(tl.float16), broken.to(tl.float16))
-                acc = tl.where(hit > 0.0, NAN, acc)
+            acc, top, total = _join(q, k, tl.where(broken, 0.0, v).to(dtype), seen, own_scale, softcap, acc, top, total)
+            spoilt = tl.max(broken.to(tl.int32), axis=1)
+            hit = tl.max(tl.where(seen, spoilt[None, :], 0), axis=1)
+            acc = tl.where((hit > 0)[:, None], float("nan"), acc)
         acc *= v_scale
 
         last = parts == 1
@@ -373,7 +370,7 @@ def tree_attention_kernel(
                 acc = tl.zeros([BLOCK_M, HEAD], tl.float32)
                 top = tl.full([BLOCK_M], NEG_INF, tl.float32)
                 total = tl.zeros([BLOCK_M], tl.float32)
-                for other in range(parts):
+                for other in tl.range(0, parts, num_stages=1):
                     at = ((partial + (other - part) * size + m) * KV_HEADS + kv_head).to(tl.int64)
                     its_top = tl.load(norms_ptr + at * 2, mask=valid, other=NEG_INF)
                     its_total = tl.load(norms_ptr + at * 2 + 1, mask=valid, other=0.0)
@@ -417,6 +414,8 @@ def launch_tree_attention(programs, args, *, widening, constants, config):
         WIDEN=WIDENINGS[widening],
         **constants,
         STAGES=config.num_stages,
+        OWN_STAGES=config.own_stages,
+        OWN_BLOCK=config.own_block,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,

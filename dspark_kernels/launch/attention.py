@@ -19,6 +19,8 @@ class AttentionConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    own_block: int  # own rows per block
+    own_stages: int  # in the loop over own rows, which rarely has two blocks: its loads are asynchronous from 2 on
     programs: int
     min_blocks: int
     finer: int
@@ -43,7 +45,9 @@ def head_tile(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def pick(arch: Arch, packed_rows: int | None, head_dim: int, element_size: int, kv_heads: int) -> AttentionConfig:
+def pick(
+    arch: Arch, packed_rows: int | None, head_dim: int, element_size: int, cached_size: int, kv_heads: int
+) -> AttentionConfig:
     """The configuration for requests of up to `packed_rows` packed rows; None = whatever comes, always the same tile.
 
     Not measured on a GPU yet. Parts of at least 256 keys: below that a part's partial result is no smaller than its keys.
@@ -56,18 +60,30 @@ def pick(arch: Arch, packed_rows: int | None, head_dim: int, element_size: int, 
     if arch.vendor == "interpreter":
         # Every operation costs the same whatever its size: large blocks, and no parts, of which each repeats all operations.
         block_m = 64 if packed_rows is None else min(256, max(16, wanted))
-        return AttentionConfig(block_m, 128, 1, 1, 1, 1 << 20, 4, 16, native, None)
+        return AttentionConfig(block_m, 128, 1, 1, 64, 1, 1, 1 << 20, 4, 16, native, None)
     invariant_parts = max(1, 128 // kv_heads)  # one long request fills a GPU of 132 multiprocessors
     block_n = 64 if head <= 128 else 32
     if element_size > 2:
         block_n = 32 if head <= 128 else 16
-    warps = 4
+    # Every thread of 8 warps may have all registers there are, where only one program is resident.
+    warps = 8 if block_m == 64 or element_size > 2 or cached_size == 1 or head > 128 else 4
     stage = 2 * block_n * head * element_size
     queries = block_m * head * element_size
     stages = max(1, min(3, (arch.shared_memory - queries) // stage))
-    resident = max(1, min(2, arch.shared_memory // (stages * stage + queries)))
+    resident = 2 if warps == 4 and 2 * (stages * stage + queries) <= arch.shared_memory else 1
     return AttentionConfig(
-        block_m, block_n, warps, stages, resident * arch.multiprocessors, 256 // block_n, 4, invariant_parts, native, None
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=warps,
+        num_stages=stages,
+        own_block=min(32, block_n),
+        own_stages=min(2, stages),
+        programs=resident * arch.multiprocessors,
+        min_blocks=256 // block_n,
+        finer=4,
+        invariant_parts=invariant_parts,
+        native_fp8=native,
+        max_registers=255 if arch.vendor == "nvidia" else None,
     )
 
 
@@ -75,4 +91,4 @@ def pick_plan(arch: Arch, requests: int) -> PlanConfig:
     """The configuration of the work table's launch for `requests` requests. Not measured on a GPU yet."""
     if arch.vendor == "interpreter":
         return PlanConfig(4096, 1)
-    return PlanConfig(128 if requests <= 512 else 256, 4 if requests <= 512 else 8)
+    return PlanConfig(128 if requests <= 512 else 512, 4 if requests <= 512 else 16)

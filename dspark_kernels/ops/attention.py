@@ -36,11 +36,11 @@ class _Sizes:
     partial_rows: int
 
 
-def _sizes(arch_, requests, rows, most_rows, query_heads, kv_heads, head_dim, element_size, max_keys, invariant) -> _Sizes:
+def _sizes(arch_, requests, rows, most_rows, query_heads, kv_heads, head_dim, element_size, cached_size, max_keys, invariant) -> _Sizes:
     """Bounds of the work table. most_rows: rows of one request at most, None = not known; max_keys: of one context, or None."""
     group = query_heads // kv_heads
     packed = None if invariant else group * (rows if most_rows is None else min(rows, most_rows))
-    config = attention_launch.pick(arch_, packed, head_dim, element_size, kv_heads)
+    config = attention_launch.pick(arch_, packed, head_dim, element_size, cached_size, kv_heads)
     tiles = min(requests, rows) + rows * group // config.block_m
     # Parts beyond one per tile: work / chunk with chunk >= work / (finer * programs of a head); no part under min_blocks.
     longest = 2**31 if max_keys is None else -(-max_keys // (config.block_n * config.min_blocks))
@@ -68,8 +68,8 @@ def _needs(requests, rows, query_heads, kv_heads, head_dim, invariant, device) -
     # Any mask, context and dtype: the most that any of them needs.
     here = arch.current(device)
     needs = [
-        _sizes(here, requests, rows, most, query_heads, kv_heads, head_dim, element_size, None, any_batch)
-        for element_size in (2, 4)
+        _sizes(here, requests, rows, most, query_heads, kv_heads, head_dim, element_size, cached_size, None, any_batch)
+        for element_size, cached_size in ((2, 2), (2, 1), (4, 4), (4, 1))
         for any_batch in {False, invariant}
         for most in {1 << shift for shift in range(rows.bit_length())} | {None}
     ]
@@ -111,6 +111,38 @@ def plan_attention(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
+    plan, config = _plan_for(
+        layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, out, workspace
+    )  # fmt: skip
+    requests, rows = layout.draft_lens.shape[0], layout.token_ids.shape[0]
+    if requests == 0 or rows == 0:
+        plan.counts.zero_()
+        return plan
+    _plan_attention(
+        layout.query_start_loc, kv.context_lens, state_indices, plan.items, plan.counts, rows,
+        kv.block_tables.shape[1] * kv.k_cache.shape[1], query_heads // plan.kv_heads, plan.kv_heads, plan.block_m, plan.block_n,
+        plan.programs, config.min_blocks, config.finer, config.invariant_parts if batch_invariant else 0, plan.partial_rows, window,
+    )  # fmt: skip
+    return plan
+
+
+def empty_plan(
+    layout: VerifyLayout,
+    kv: PagedKV,
+    *,
+    query_heads: int,
+    dtype: torch.dtype | None = None,
+    window: int | None = None,
+    batch_invariant: bool = False,
+    max_programs: int | None = None,
+    state_indices: Tensor | None = None,
+) -> AttentionPlan:
+    """Room for a plan of these sizes, `out` of plan_attention: nothing is launched."""
+    return _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, None, None)[0]
+
+
+def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, out, workspace):
+    """The plan to write, checked or new, and the launch configuration it is made for."""
     check_type("layout", layout, VerifyLayout)
     check_type("kv", kv, PagedKV)
     requests, rows = layout.draft_lens.shape[0], layout.token_ids.shape[0]
@@ -132,7 +164,7 @@ def plan_attention(
     most_rows = None if layout.max_drafts is None or rows > requests * (layout.max_drafts + 1) else layout.max_drafts + 1
     sizes = _sizes(
         arch.current(device), requests, rows, most_rows, query_heads, kv_heads, head_dim, dtype.itemsize,
-        kv.block_tables.shape[1] * page_size, batch_invariant,
+        kv.k_cache.element_size(), kv.block_tables.shape[1] * page_size, batch_invariant,
     )  # fmt: skip
     config = sizes.config
     programs = config.programs if max_programs is None else min(config.programs, max_programs)
@@ -161,15 +193,7 @@ def plan_attention(
         for name, fact in facts.items():
             if getattr(out, name) != fact:
                 raise ValueError(f"out.{name}: expected {fact}, got {getattr(out, name)}")
-    if requests == 0 or rows == 0:
-        out.counts.zero_()
-        return out
-    _plan_attention(
-        layout.query_start_loc, kv.context_lens, state_indices, out.items, out.counts, rows,
-        kv.block_tables.shape[1] * page_size, query_heads // kv_heads, kv_heads, config.block_m, config.block_n, programs,
-        config.min_blocks, config.finer, config.invariant_parts if batch_invariant else 0, sizes.partial_rows, window,
-    )  # fmt: skip
-    return out
+    return out, config
 
 
 def tree_attention(
@@ -252,7 +276,8 @@ def tree_attention(
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
     check_optional("sinks", sinks, dtype=LOGIT_DTYPES, shape=(query_heads,), device=device, contiguous=True)
-    _check_slots(state_indices, requests, kv, device)
+    if plan is None or state_indices is not None:
+        _check_slots(state_indices, requests, kv, device)
     result, lse = _outputs(out, return_lse, q)
     if validate:
         _validate(layout, kv, words, state_indices, k_new is None)
@@ -452,7 +477,7 @@ def _tree_attention(
     rows, query_heads, head_dim = q.shape
     pages, page_size, kv_heads, _ = k_cache.shape
     group, head, max_items = query_heads // kv_heads, attention_launch.head_tile(head_dim), items.shape[0]
-    config = attention_launch.pick(arch.current(device), block_m, head_dim, q.element_size(), kv_heads)
+    config = attention_launch.pick(arch.current(device), block_m, head_dim, q.element_size(), k_cache.element_size(), kv_heads)
     widening = "as_stored"
     if k_cache.dtype == torch.float8_e4m3fn:
         # As bytes: not every GPU's compiler takes pointers to e4m3.
