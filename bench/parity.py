@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from reference import accept, draft, schedule
+from reference import accept, attention, draft, schedule
 from reference.equality import assert_equal_or_tied
 
 
@@ -58,6 +58,24 @@ class CheckedOps:
         self.calls += 1
         assert_equal_or_tied(run, _by_request(result.tokens, result.num_accepted, result.last_row, result.flags))
         return result
+
+    def __getattr__(self, name):
+        # Only ops with attention make the loop use paged caches.
+        if name in ("plan_attention", "tree_attention") and hasattr(self._ops, name):
+            return self._ops.plan_attention if name == "plan_attention" else self._tree_attention
+        raise AttributeError(name)
+
+    def _tree_attention(self, q, kv, layout, **options):
+        out = self._ops.tree_attention(q, kv, layout, **options)
+        exact = attention.tree_attention(q, kv, layout, **options)
+        dense = attention.tree_attention(q, kv, layout, dtype=torch.float32, **options)
+        self.calls += 1
+        error, dense_error = (out - exact).abs().max().item(), (dense - exact).abs().max().item()
+        # Twice the error of dense fp32, and one rounding to the dtype of the result.
+        bound = 2 * dense_error + torch.finfo(q.dtype).eps * max(1.0, exact.abs().max().item())
+        if not error <= bound:
+            raise AssertionError(f"tree_attention: error {error:.3g} exceeds {bound:.3g}")
+        return out
 
     def schedule_prefixes(self, *arguments, **options):
         return self._ops.schedule_prefixes(*arguments, **options)
