@@ -18,6 +18,8 @@ ALL = (*HERE, "sm_86", "sm_89", "sm_100", "sm_120", "gfx950")
 CASES = {
     "draft_block": ("sampled_r1", "sampled_r64", "greedy_r64"),
     "fixed_layout": ("r64",),
+    "plan_attention": ("r64_slots",),
+    "tree_attention": ("chain", "tree_window", "fp8_cached"),
     "accept_chain": ("dense", "one_hot", "greedy"),
 }
 

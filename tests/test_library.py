@@ -5,7 +5,7 @@ import torch
 
 import dspark_kernels as dk
 from dspark_kernels import library
-from dspark_kernels.ops import accept, draft, schedule
+from dspark_kernels.ops import accept, attention, draft, schedule
 from reference import cases
 
 
@@ -31,6 +31,18 @@ def _layout():
     dk.fixed_layout(block, torch.tensor([1, 2]), anchors=tokens[:, 0], anchor_positions=tokens[:, 1])
 
 
+def _attention(**case):
+    """The attention with a plan that was there before, so that it is one launch."""
+    made = cases.attention_case(**case)
+    plan = dk.plan_attention(made.layout, made.kv, query_heads=6, window=made.window)
+    return lambda: dk.tree_attention(**made.arguments(), plan=plan, return_lse=True)
+
+
+def _plan():
+    made = cases.attention_case()
+    dk.plan_attention(made.layout, made.kv, query_heads=6)
+
+
 @pytest.mark.parametrize(
     "module, name, run",
     [
@@ -39,6 +51,9 @@ def _layout():
         (accept, "_accept_chain", _accept()),
         (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
         (schedule, "_fixed_layout", _layout),
+        (attention, "_plan_attention", _plan),
+        (attention, "_tree_attention", _attention()),
+        (attention, "_tree_attention", _attention(mask="tree", cached=True, window=5, softcap=2.0, sinks=True)),
     ],
 )
 def test_opcheck(monkeypatch, module, name, run):
@@ -71,14 +86,37 @@ def test_compiles_into_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
+def _layer(q, k_cache, v_cache, tables, lens, k_new, v_new, sinks, like):
+    """Two layers that share a plan."""
+    kv = dk.PagedKV(k_cache, v_cache, tables, lens)
+    plan = dk.plan_attention(like, kv, query_heads=q.shape[1])
+    out = dk.tree_attention(q, kv, like, k_new=k_new, v_new=v_new, plan=plan)
+    return dk.tree_attention(out, kv, like, k_new=k_new, v_new=v_new, sinks=sinks, plan=plan, return_lse=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_attention_compiles_into_one_graph(backend):
+    case = cases.attention_case(seed=7, sinks=True, padding_rows=1)
+    kv = case.kv
+    arguments = (case.q, kv.k_cache, kv.v_cache, kv.block_tables, kv.context_lens, case.k_new, case.v_new, case.sinks)
+    have = torch.compile(_layer, fullgraph=True, backend=backend)(*arguments, case.layout)
+    assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
+
+
 def test_constants_of_kernels_are_the_public_ones():
-    from dspark_kernels.kernels import accept as accept_kernels, draft as draft_kernels, schedule as schedule_kernels
+    from dspark_kernels.kernels import (
+        accept as accept_kernels,
+        attention as attention_kernels,
+        draft as draft_kernels,
+        schedule as schedule_kernels,
+    )
     from dspark_kernels.kernels.primitives import mass, philox
 
     for kernels in (accept_kernels, draft_kernels, schedule_kernels):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
+    assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
     assert draft_kernels.UNIT.value == draft.UNIT and mass.LEAF.value == accept.LEAF
 
 
@@ -102,6 +140,7 @@ def test_a_cpu_tensor_without_the_interpreter_says_what_to_do(monkeypatch):
         (lambda: dk.CostTable(None), TypeError, "CostTable.seconds: expected a torch.Tensor"),
         (lambda: dk.ConfidenceHead(torch.zeros(2, 2)), ValueError, "ConfidenceHead.weight: expected shape"),
         (lambda: dk.Workspace(0, 1, 1, "cpu"), ValueError, "max_requests: expected >= 1, got 0"),
+        (lambda: dk.Workspace(1, 1, 1, "cpu", kv_heads=2, head_dim=8), TypeError, "query_heads: expected an int, got NoneType"),
         (lambda: dk.Workspace(1.5, 1, 1, "cpu"), TypeError, "max_requests: expected an int"),
     ],
 )
