@@ -358,30 +358,32 @@ def tree_attention_kernel(
             acc = tl.where((hit > 0)[:, None], float("nan"), acc)
         acc *= v_scale
 
+        # A tile of one part is done; otherwise the last part to arrive adds all of them up again, in their order.
         last = parts == 1
+        merged = 0
+        size = tl.minimum(rows * GROUP - tile * BLOCK_M, BLOCK_M)
         if parts > 1:
-            size = tl.minimum(rows * GROUP - tile * BLOCK_M, BLOCK_M)
-            at = ((partial + m) * KV_HEADS + kv_head).to(tl.int64)
-            tl.store(partial_ptr + (at * HEAD)[:, None] + d[None, :], acc, mask=valid[:, None])
-            tl.store(norms_ptr + at * 2, top, mask=valid)
-            tl.store(norms_ptr + at * 2 + 1, total, mask=valid)
+            mine = (partial + m).to(tl.int64) * KV_HEADS + kv_head
+            tl.store(partial_ptr + (mine * HEAD)[:, None] + d[None, :], acc, mask=valid[:, None])
+            tl.store(norms_ptr + mine * 2, top, mask=valid)
+            tl.store(norms_ptr + mine * 2 + 1, total, mask=valid)
             last = arrive(arrivals_ptr + (number - part).to(tl.int64) * KV_HEADS + kv_head, parts)
-            if last:
-                acc = tl.zeros([BLOCK_M, HEAD], tl.float32)
-                top = tl.full([BLOCK_M], NEG_INF, tl.float32)
-                total = tl.zeros([BLOCK_M], tl.float32)
-                for other in tl.range(0, parts, num_stages=1):
-                    at = ((partial + (other - part) * size + m) * KV_HEADS + kv_head).to(tl.int64)
-                    its_top = tl.load(norms_ptr + at * 2, mask=valid, other=NEG_INF)
-                    its_total = tl.load(norms_ptr + at * 2 + 1, mask=valid, other=0.0)
-                    its_acc = tl.load(partial_ptr + (at * HEAD)[:, None] + d[None, :], mask=valid[:, None], other=0.0)
-                    higher = tl.maximum(top, its_top)
-                    base = tl.where(higher == NEG_INF, 0.0, higher)
-                    mine = tl.exp2(top - base)
-                    its = tl.exp2(its_top - base)
-                    acc = acc * mine[:, None] + its_acc * its[:, None]
-                    total = total * mine + its_total * its
-                    top = higher
+            merged = tl.where(last, parts, 0)
+        acc = tl.where(parts > 1, 0.0, acc)
+        top = tl.where(parts > 1, NEG_INF, top)
+        total = tl.where(parts > 1, 0.0, total)
+        for other in tl.range(0, merged, num_stages=1):
+            theirs = (partial + (other - part) * size + m).to(tl.int64) * KV_HEADS + kv_head
+            its_top = tl.load(norms_ptr + theirs * 2, mask=valid, other=NEG_INF)
+            its_total = tl.load(norms_ptr + theirs * 2 + 1, mask=valid, other=0.0)
+            its_acc = tl.load(partial_ptr + (theirs * HEAD)[:, None] + d[None, :], mask=valid[:, None], other=0.0)
+            higher = tl.maximum(top, its_top)
+            base = tl.where(higher == NEG_INF, 0.0, higher)
+            keep = tl.exp2(top - base)
+            add = tl.exp2(its_top - base)
+            acc = acc * keep[:, None] + its_acc * add[:, None]
+            total = total * keep + its_total * add
+            top = higher
         if last:
             if sinks_ptr is not None:
                 sink = tl.load(sinks_ptr + head, mask=valid & (slot >= 0), other=NEG_INF).to(tl.float32) * LOG2E
