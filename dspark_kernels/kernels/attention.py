@@ -12,7 +12,8 @@ slots, N rows, Hq/Hkv query and KV heads, G = Hq / Hkv, D head size, M tree slot
 import triton
 import triton.language as tl
 
-from .primitives.slots import owner_of, state_slots
+from .primitives.packing import owner_of
+from .primitives.slots import state_slots
 from .primitives.ticket import arrive
 
 NEG_INF = tl.constexpr(float("-inf"))

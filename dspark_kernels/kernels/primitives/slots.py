@@ -1,4 +1,4 @@
-"""State slots of batch rows, and the request that an entry of a packed list belongs to."""
+"""State slots of batch rows."""
 
 import triton
 import triton.language as tl
@@ -17,13 +17,3 @@ def state_slots(slots_ptr, requests, num_requests, num_slots):
         slots = tl.load(slots_ptr + requests, mask=inside, other=-1).to(tl.int64)
         slots = tl.where((slots >= 0) & (slots < num_slots), slots, -1)
     return slots
-
-
-@triton.jit
-def owner_of(ends, n, REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of the sorted `ends` [REQUESTS] are at or before n [BLOCK], at most REQUESTS - 1: by bisection."""
-    found = tl.zeros([BLOCK], tl.int32)
-    for halving in tl.static_range(LOG_REQUESTS):
-        last = found + ((REQUESTS >> (halving + 1)) - 1)
-        found = tl.where(tl.gather(ends, last, axis=0) <= n, last + 1, found)
-    return found
