@@ -237,6 +237,13 @@ def test_a_tree_node_is_the_last_row_of_its_path(parts, window):
         torch.testing.assert_close(lse[node], want_lse[-1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_wide_tree_in_a_window(parts):
+    """Children of the anchor in late tiles are as near to the context as those in the first."""
+    case = cases.attention_case(seed=6, rows=(50,), contexts=(60,), mask="tree", window=9, padding_rows=0)
+    case.ancestors.copy_(cases.ancestor_words([-1] + [0] * 49))
+    check(case)
+
+
 def test_more_than_64_rows_of_a_tree_batch_are_a_chain(parts):
     """A piece of a prompt beside trees: its words are not read."""
     for window in (None, 20):
@@ -303,18 +310,35 @@ def test_any_number_of_parts_is_right(monkeypatch):
         check(case)
 
 
-def test_parts_that_arrive_in_any_order_give_the_same_bits(parts):
-    """All programs at once: whoever arrives last merges, in the order of the parts."""
+def _workspace():
+    return dk.Workspace(2, 3, 100, "cpu", query_heads=3, kv_heads=1, head_dim=32, max_rows=16)
+
+
+def test_parts_that_arrive_in_any_order_give_the_same_bits(monkeypatch):
+    """Whoever arrives last merges, in the order of the parts: programs run backwards, shuffled, and all at once."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
     from dspark_kernels.testing import interpreter
 
+    monkeypatch.setattr(attention_launch, "pick", small_parts(attention_launch.pick, programs=24))
     case = cases.attention_case(seed=11, rows=(4, 1), contexts=(200, 130), kv_heads=1, query_heads=3)
     want = run(case)
-    workspace = dk.Workspace(2, 3, 100, "cpu", query_heads=3, kv_heads=1, head_dim=32, max_rows=16)
-    with interpreter.threads(12):
-        for _ in range(3):
-            workspace.scratch.fill_(-1)
-            assert all(torch.equal(a, b) for a, b in zip(run(case, workspace=workspace), want, strict=True))
-            assert (workspace.counters == 0).all(), "counters were not left clean"
+    workspace, place = _workspace(), InterpreterBuilder.set_grid_idx
+    shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def again():
+        workspace.scratch.fill_(-1)
+        assert all(torch.equal(a, b) for a, b in zip(run(case, workspace=workspace), want, strict=True))
+        assert (workspace.counters == 0).all(), "counters were not left clean"
+
+    for order in (lambda x, n: n - 1 - x, lambda x, n: [p for p in shuffled if p < n][x]):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                InterpreterBuilder, "set_grid_idx", lambda self, x, y, z, order=order: place(self, order(x, self.grid_dim[0]), y, z)
+            )
+            again()
+    with interpreter.threads(24):
+        again()
 
 
 # --- bad values -------------------------------------------------------------------------------------------------------

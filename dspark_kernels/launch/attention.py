@@ -80,7 +80,7 @@ def pick(
         num_warps=warps,
         num_stages=stages,
         own_block=min(16 if arch.name in _FEW_REGISTERS else 32, block_n),
-        own_stages=1 if arch.name == "sm_100" else min(2, stages),
+        own_stages=1 if arch.name == "sm_100" and element_size <= 2 else min(2, stages),
         programs=resident * arch.multiprocessors,
         min_blocks=256 // block_n,
         finer=4,
