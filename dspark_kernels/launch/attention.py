@@ -66,7 +66,7 @@ def pick(
     invariant_parts = max(1, 128 // kv_heads)  # one long request fills a GPU of 132 multiprocessors
     block_n = 32 if head > 128 or (head <= 64 and arch.name == "sm_120") else 64
     if element_size > 2:
-        block_n = 32 if head <= 128 and arch.name not in _FEW_REGISTERS else 16
+        block_n = 16
     # Every thread of 8 warps may have all registers there are, where only one program is resident.
     warps = 8 if block_m == 64 or element_size > 2 or cached_size == 1 or head > 128 else 4
     most_stages = 1 if arch.vendor == "amd" else 2 if arch.name == "sm_120" else 3
