@@ -146,8 +146,8 @@ def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, propo
     )
 
 
-def _attention(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, page_size=16, dtype=torch.bfloat16, cache=None, mask="chain",
-               cached=False, invariant=False, slots=None, sinks=False, **options):  # fmt: skip
+def _attention(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, page_size=16, dtype=torch.bfloat16, cache=None,
+               mask="chain", cached=False, invariant=False, slots=None, sinks=False, **options):  # fmt: skip
     """The attention of a step whose plan is there already, or with `head_dim` None the plan itself."""
     size, heads = requests if slots is None else slots, kv_heads * group
     rows = requests * (drafts + 1)

@@ -300,8 +300,10 @@ def attention_case(
     position_dtype: torch.dtype = torch.int32,
 ) -> AttentionCase:
     """rows, contexts per request. cached: own keys and values lie in the cache, at slot_mapping. by_slot: ancestors [S, M].
-    swapped: a cache stored head before slot. padding_requests: the last requests have no slot. Whatever no row may see is NaN: pages
-    of nobody, the end of a last page, padding rows; unused entries of block tables point nowhere."""
+
+    swapped: a cache stored head before slot. padding_requests: the last requests have no slot. Whatever no row may see is
+    NaN: pages of nobody, the end of a last page, padding rows; unused entries of block tables point nowhere.
+    """
     g = _generator(seed)
     requests, total = len(rows), sum(rows)
     slots = requests + 3 if scattered or padding_requests else requests

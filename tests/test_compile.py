@@ -58,6 +58,12 @@ def test_the_report_is_that_of_the_code():
     assert {arch for _, _, arch in report} == set(ALL)
 
 
+def test_attention_uses_matrix_units():
+    for (op, case, arch), row in _read(REPORT).items():
+        if op == "tree_attention" and "fp32" not in case:
+            assert int(row["matrix_instructions"]) > 0, (case, arch)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

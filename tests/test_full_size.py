@@ -1,4 +1,4 @@
-"""The sizes of published checkpoints: V = 151936, r = 256, 32 and 8 heads of 128. One request in the interpreter, whole batches on a GPU."""
+"""The sizes of published checkpoints: V = 151936, r = 256, heads of 64 to 256. Little in the interpreter, batches on a GPU."""
 
 import dataclasses
 

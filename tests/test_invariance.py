@@ -119,7 +119,7 @@ def _take_attention(case, requests, padding):
 
 @pytest.mark.parametrize("mask, window", [("chain", None), ("tree", None), ("full", 50)])
 def test_tree_attention_in_any_batch(monkeypatch, mask, window):
-    """Alone, with others, in another order, among more padding: batch_invariant gives the same bits; parts by even shares do not."""
+    """Alone, with others, in another order, among more padding: the same bits; parts by even shares do not give them."""
     pick = attention_launch.pick
     small = dict(block_n=16, own_block=16, programs=12, min_blocks=1, invariant_parts=4)
     monkeypatch.setattr(attention_launch, "pick", lambda *a: dataclasses.replace(pick(*a), **small))

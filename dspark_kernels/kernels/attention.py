@@ -5,8 +5,8 @@
 A tile holds BLOCK_M packed rows of one request and one KV head: forward row x group head, so that keys are read once for a group
 and once for all rows. A request's context is cut into parts by the work table; each part is an item, the last part of a tile also
 has the request's own rows. The item that arrives last merges the parts of a tile in their order. Symbols: R requests, S state
-slots, N rows, Hq/Hkv query and KV heads, G = Hq / Hkv, D head size, M tree slots. Oracle: reference/attention.py. Sources: FlashAttention
-(arXiv 2205.14135), split-KV decoding (Flash-Decoding, Dao et al. 2023), tree masks (SpecInfer, arXiv 2305.09781).
+slots, N rows, Hq/Hkv query and KV heads, G = Hq / Hkv, D head size, M tree slots. Oracle: reference/attention.py. Sources:
+FlashAttention (arXiv 2205.14135), split-KV decoding (Flash-Decoding, Dao et al. 2023), tree masks (SpecInfer, arXiv 2305.09781).
 """
 
 import triton

@@ -36,11 +36,13 @@ class _Sizes:
     partial_rows: int
 
 
-def _sizes(arch_, requests, rows, most_rows, query_heads, kv_heads, head_dim, element_size, cached_size, max_keys, invariant) -> _Sizes:
+def _sizes(
+    here, requests, rows, most_rows, query_heads, kv_heads, head_dim, element_size, cached_size, max_keys, invariant
+) -> _Sizes:
     """Bounds of the work table. most_rows: rows of one request at most, None = not known; max_keys: of one context, or None."""
     group = query_heads // kv_heads
     packed = None if invariant else group * (rows if most_rows is None else min(rows, most_rows))
-    config = attention_launch.pick(arch_, packed, head_dim, element_size, cached_size, kv_heads)
+    config = attention_launch.pick(here, packed, head_dim, element_size, cached_size, kv_heads)
     tiles = min(requests, rows) + rows * group // config.block_m
     # Parts beyond one per tile: work / chunk with chunk >= work / (finer * programs of a head); no part under min_blocks.
     longest = 2**31 if max_keys is None else -(-max_keys // (config.block_n * config.min_blocks))
@@ -411,7 +413,8 @@ def _validate(layout, kv, words, state_indices, from_cache):
             at = layout.slot_mapping[starts[request] : starts[request + 1]]
             wrong = at[(at < 0) | (at >= pages * page_size)].tolist()
             if wrong:
-                raise ValueError(f"layout.slot_mapping: expected 0 to {pages * page_size - 1} for request {request}, got {wrong[0]}")
+                most = pages * page_size - 1
+                raise ValueError(f"layout.slot_mapping: expected 0 to {most} for request {request}, got {wrong[0]}")
         if words is None or (count > MAX_NODES and words.dim() == 1):
             continue
         if words.dim() == 2 and count > words.shape[1]:
@@ -502,7 +505,8 @@ def _tree_attention(
             out, lse, arrivals, partial, norms,
             rows, pages, max_items, scale, softcap, window, ancestors.shape[1] if by_slot else MAX_NODES,
             q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), v_cache.stride(0),
-            v_cache.stride(1), v_cache.stride(2), per_head(k_scale), per_head(v_scale), block_tables.stride(0), stride(k_new, 0), stride(k_new, 1), stride(v_new, 0), stride(v_new, 1),
+            v_cache.stride(1), v_cache.stride(2), per_head(k_scale), per_head(v_scale), block_tables.stride(0),
+            stride(k_new, 0), stride(k_new, 1), stride(v_new, 0), stride(v_new, 1),
             ancestors.stride(0) if by_slot else 0, 0 if by_slot else stride(ancestors, 0), stride(ancestors, -1),
             out.stride(0), out.stride(1), stride(lse, 0), stride(lse, 1),
         ),
