@@ -528,6 +528,29 @@ def test_a_plan_is_shared_by_layers_and_written_in_place(parts):
         assert (workspace.counters == 0).all()
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_workspace_has_room_for_every_smaller_batch(invariant):
+    from dspark_kernels.launch import arch
+    from dspark_kernels.ops import attention as op
+
+    g = torch.Generator().manual_seed(22)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=g))
+
+    for name in arch.KNOWN:
+        with arch.override(name):
+            heads = (8 * (1 << draw(0, 4)), 8, 128)
+            counters, scratch = op._needs(64, 512, *heads, invariant, torch.device("cpu"))
+            for _ in range(100):
+                rows, size = draw(1, 512), (2, 4)[draw(0, 1)]
+                most = None if draw(0, 2) == 0 else draw(1, 20)
+                cached, longest, asked = (size, 1)[draw(0, 1)], draw(1, 1 << 18), invariant and draw(0, 1) == 1
+                sizes = op._sizes(arch.current(torch.device("cpu")), draw(1, 64), rows, most, *heads, size, cached, longest, asked)
+                have = op._words(sizes.max_items, sizes.partial_rows, heads[1], heads[2])
+                assert have[0] <= counters and have[1] <= scratch
+
+
 def test_programs_can_be_limited(parts):
     case = cases.attention_case(seed=21, rows=(3, 5), contexts=(37, 130))
     plan = _plan(case, max_programs=3)

@@ -256,6 +256,7 @@ def tree_attention_kernel(
 
         packed = tile * BLOCK_M + m
         valid = packed < rows * GROUP
+        living = packed < tl.where(slot >= 0, rows * GROUP, 0)
         own_row = packed // GROUP
         row = first_row + own_row
         head = kv_head * GROUP + packed % GROUP
@@ -268,7 +269,7 @@ def tree_attention_kernel(
         words = tl.zeros([BLOCK_M], tl.int64)
         if ancestors_ptr is not None:
             tree = ancestors_ptr + slot * stride_as + first_row * stride_an
-            words = tl.load(tree + own_row * stride_ai, mask=valid & (own_row < tree_slots) & (slot >= 0), other=0)
+            words = tl.load(tree + own_row * stride_ai, mask=living & (own_row < tree_slots), other=0)
             depth = tl.where(rows <= TREE_SLOTS, _depths(words), own_row)  # more rows are no tree but a piece of a prompt
         hidden = tl.zeros([BLOCK_M], tl.int32)  # keys at positions below are outside the window
         lowest = 0
@@ -387,7 +388,7 @@ def tree_attention_kernel(
             top = higher
         if last:
             if sinks_ptr is not None:
-                sink = tl.load(sinks_ptr + head, mask=valid & (slot >= 0), other=NEG_INF).to(tl.float32) * LOG2E
+                sink = tl.load(sinks_ptr + head, mask=living, other=NEG_INF).to(tl.float32) * LOG2E
                 higher = tl.maximum(top, sink)
                 base = tl.where(higher == NEG_INF, 0.0, higher)
                 shrink = tl.exp2(top - base)
