@@ -39,6 +39,7 @@ import torch  # noqa: E402
 
 import dspark_kernels as dk  # noqa: E402
 from dspark_kernels.launch import arch as archs  # noqa: E402
+from dspark_kernels.ops import attention  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "compile.csv"
@@ -182,6 +183,32 @@ def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, propo
     )
 
 
+def _attention(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, page_size=16, dtype=torch.bfloat16, cache=None,
+               mask="chain", cached=False, invariant=False, slots=None, sinks=False, **options):  # fmt: skip
+    """The attention of a step whose plan is there already, or with `head_dim` None the plan itself."""
+    size, heads = requests if slots is None else slots, kv_heads * group
+    rows = requests * (drafts + 1)
+    plan_only = head_dim is None
+    head_dim = head_dim or 128
+    fp8 = cache == torch.float8_e4m3fn
+    scales = dict(k_scale=torch.ones(kv_heads), v_scale=torch.ones(kv_heads)) if fp8 else {}
+    pages = [_empty(2**18 // page_size, page_size, kv_heads, head_dim, dtype=cache or dtype) for _ in range(2)]
+    kv = dk.PagedKV(*pages, _ints(size, 131072 // page_size, dtype=torch.int32), _ints(size, dtype=torch.int32), **scales)
+    layout = dataclasses.replace(_rows(requests, drafts), slot_mapping=_ints(rows))
+    state_indices = None if slots is None else torch.arange(requests, dtype=torch.int32)
+    shared = dict(window=options.get("window"), batch_invariant=invariant)
+    planning = dict(shared, query_heads=heads, dtype=dtype)
+    if plan_only:
+        return dk.plan_attention(layout, kv, state_indices=state_indices, **planning)
+    q = _empty(rows, heads, head_dim, dtype=dtype)
+    own = [None if cached else _empty(rows, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+    return dk.tree_attention(
+        q, kv, layout, mask=mask, ancestors=_ints(rows) if mask == "tree" else None, k_new=own[0], v_new=own[1],
+        sinks=_empty(heads) if sinks else None, batch_invariant=invariant, state_indices=state_indices,
+        plan=attention.empty_plan(layout, kv, state_indices=state_indices, **planning), **options,
+    )  # fmt: skip
+
+
 # op -> case -> call. A case for every constant and optional argument that makes another binary.
 CASES: dict[str, dict[str, Callable[[], object]]] = {
     "draft_block": {
@@ -228,6 +255,37 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "stale_r64": lambda: _schedule(64, policy="budget", stale=True),
         "stale_r256": lambda: _schedule(256, policy="budget", stale=True),
         "stale_r1024_k16": lambda: _schedule(1024, drafts=16, policy="budget", stale=True),
+    },
+    "plan_attention": {
+        "r1": lambda: _attention(1, head_dim=None),
+        "r64_slots": lambda: _attention(64, head_dim=None, slots=80),
+        "r64_window": lambda: _attention(64, head_dim=None, window=4096),
+        "r64_invariant": lambda: _attention(64, head_dim=None, invariant=True),
+        "r1024": lambda: _attention(1024, head_dim=None),
+    },
+    "tree_attention": {
+        "chain": lambda: _attention(64),
+        "chain_r1": lambda: _attention(1),
+        "chain_cached": lambda: _attention(64, cached=True, slots=80),
+        "decode": lambda: _attention(64, drafts=0),
+        "decode_group16": lambda: _attention(64, drafts=0, group=16, kv_heads=2),
+        "group8": lambda: _attention(64, group=8),
+        "group5_page1": lambda: _attention(64, group=5, page_size=1),
+        "page128": lambda: _attention(64, page_size=128),
+        "full": lambda: _attention(64, mask="full"),
+        "tree": lambda: _attention(64, drafts=63, mask="tree"),
+        "tree_window": lambda: _attention(64, drafts=15, mask="tree", window=4096, cached=True),
+        "gemma": lambda: _attention(64, head_dim=256, group=2, window=1024, softcap=50.0),
+        "gpt_oss": lambda: _attention(64, head_dim=64, group=8, window=128, sinks=True),
+        "d64": lambda: _attention(64, head_dim=64),
+        "d256": lambda: _attention(64, head_dim=256, group=2),
+        "d80": lambda: _attention(64, head_dim=80),
+        "fp8": lambda: _attention(64, cache=torch.float8_e4m3fn),
+        "fp8_cached": lambda: _attention(64, cache=torch.float8_e4m3fn, cached=True),
+        "fp16": lambda: _attention(64, dtype=torch.float16),
+        "fp32": lambda: _attention(64, dtype=torch.float32),
+        "fp32_d256": lambda: _attention(64, dtype=torch.float32, head_dim=256, group=2),
+        "invariant": lambda: _attention(64, invariant=True, return_lse=True),
     },
     "accept_chain": {
         "dense": lambda: _accept(64),

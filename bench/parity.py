@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from reference import accept, draft, layout as layouts, schedule
+from reference import accept, attention, draft, layout as layouts, schedule
 from reference.equality import assert_equal_or_tied
 
 
@@ -41,8 +41,8 @@ class CheckedOps:
     def _same_rows(self, op, layout, want):
         self.calls += 1
         for name in (
-            "token_ids", "positions", "batch_indices", "logits_indices", "query_start_loc", "cu_num_logits", "num_rows", "draft_lens",
-            "flags",
+            "token_ids", "positions", "batch_indices", "logits_indices", "query_start_loc", "cu_num_logits", "num_rows",
+            "draft_lens", "flags",
         ):  # fmt: skip
             if not torch.equal(getattr(layout, name), getattr(want, name).to(getattr(layout, name).dtype)):
                 raise AssertionError(f"{op}: {name} differs")
@@ -68,6 +68,24 @@ class CheckedOps:
     def schedule_prefixes(self, block, cost, **options):
         layout = self._ops.schedule_prefixes(block, cost, **options)
         return self._same_rows("schedule_prefixes", layout, schedule.schedule_prefixes(block, cost, **options))
+
+    def __getattr__(self, name):
+        # Only ops with attention make the loop use paged caches.
+        if name in ("plan_attention", "tree_attention") and hasattr(self._ops, name):
+            return self._ops.plan_attention if name == "plan_attention" else self._tree_attention
+        raise AttributeError(name)
+
+    def _tree_attention(self, q, kv, layout, **options):
+        out = self._ops.tree_attention(q, kv, layout, **options)
+        exact = attention.tree_attention(q, kv, layout, **options)
+        dense = attention.tree_attention(q, kv, layout, dtype=torch.float32, **options)
+        self.calls += 1
+        error, dense_error = ((x.double() - exact).abs().max().item() for x in (out, dense))
+        # Twice the error of dense fp32, and one rounding to the dtype of the result.
+        bound = 2 * dense_error + torch.finfo(q.dtype).eps * max(1.0, exact.abs().max().item())
+        if not error <= bound:
+            raise AssertionError(f"tree_attention: error {error:.3g} exceeds {bound:.3g}")
+        return out
 
 
 def _by_request(*columns) -> dict[int, tuple]:

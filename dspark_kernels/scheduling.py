@@ -49,8 +49,8 @@ def plan_budget(
         cost: on the CPU.
         The others: as in `schedule_prefixes`, tensors on the CPU.
 
-    Without max_rows there is no cap. The step has at most B + plan_budget(...) rows, B the anchor and prompt rows. `schedule_prefixes(policy="budget",
-    stale_confidence=...)` admits as many on the device.
+    Without max_rows there is no cap. The step has at most B + plan_budget(...) rows, B the anchor and prompt rows.
+    `schedule_prefixes(policy="budget", stale_confidence=...)` admits as many on the device.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, value, dtype, shape or device.
@@ -117,7 +117,7 @@ def _plan(
         check_number("bypass", bypass, low=0.0, high=1024.0)
 
     live = (slot_of >= 0) & (slot_of < slots)
-    prompts = torch.zeros(requests, dtype=torch.int64, device=cpu) if num_prefill_tokens is None else num_prefill_tokens.long().clamp(min=0)
+    prompts = torch.zeros_like(slot_of) if num_prefill_tokens is None else num_prefill_tokens.long().clamp(min=0)
     emitting = live if emits is None else live & emits.bool()
     takes = emitting & (prompts == 0)
     caps = torch.as_tensor(drafts if max_len is None else max_len, dtype=torch.int64, device=cpu).expand(requests)

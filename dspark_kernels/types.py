@@ -374,3 +374,34 @@ class Acceptance(Checked):
         self._optional("logprobs", dtype=_FLOAT, shape=tuple(tokens.shape), device=device, contiguous=True)
         for field in ("path", "kv_source"):
             self._optional(field, dtype=torch.int32, shape=(requests, "M"), device=device, contiguous=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionPlan(Checked):
+    """The work table of `tree_attention`, made by `plan_attention` once per step and read by all layers.
+
+    items: int32 [max_items, 10], one row per part of work: state slot (-1 = a padding request), context length, first
+    forward row of the request, its rows, query tile, part of the keys, number of parts, first context key, end of the context
+    keys, first row of partial results. counts: int32 [2], items in use and forward rows in use. The rest is what the table was
+    made for, and what a launch that reads it must be compiled with.
+    """
+
+    items: Tensor
+    counts: Tensor
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    element_size: int  # bytes of a query element
+    block_m: int  # packed rows (forward row x group head) of a tile
+    block_n: int  # keys of a block
+    programs: int
+    partial_rows: int  # rows of partial results there must be room for
+    window: int | None
+    batch_invariant: bool
+
+    def _check(self):
+        items = self._tensor("items", dtype=torch.int32, shape=("max_items", 10), contiguous=True)
+        self._tensor("counts", dtype=torch.int32, shape=(2,), device=items.device, contiguous=True)
+        for field in ("query_heads", "kv_heads", "head_dim", "element_size", "block_m", "block_n", "programs"):
+            check_int(self._name(field), getattr(self, field), low=1)
+        check_int(self._name("partial_rows"), self.partial_rows, low=0)

@@ -16,6 +16,8 @@ from .checks import check_int, check_type
 
 # op -> (requests, drafts, vocab) -> (int64 words of counters, int64 words of scratch)
 _NEEDS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {}
+# The same for ops that need to know the heads of a model: (requests, rows, query heads, KV heads, head size, invariant, device).
+_HEAD_NEEDS: dict[str, Callable[..., tuple[int, int]]] = {}
 
 # int64 words at the start of `counters` that keep their place in every launch: the grid barrier.
 RESERVED = 2
@@ -31,18 +33,51 @@ def declare(op: str):
     return register
 
 
+def declare_heads(op: str):
+    """`declare` for an op of attention: it has room only where a workspace was made for heads."""
+
+    def register(needs):
+        _HEAD_NEEDS[op] = needs
+        return needs
+
+    return register
+
+
 class Workspace:
     """Scratch for batches of at most max_requests x max_drafts over vocab_size.
 
     One per stream, never shared by launches (or CUDA graphs) that may run at the same time. Clean after every launch that
     finished; call `reset()` after one that was aborted. With `out=` and `workspace=` an op allocates nothing.
+
+    For `tree_attention` too: query_heads, kv_heads and head_dim of the model (the largest, where layers differ), max_rows
+    forward rows (default max_requests * (max_drafts + 1)), and whether batch_invariant will be asked for, which needs more.
     """
 
-    def __init__(self, max_requests: int, max_drafts: int, vocab_size: int, device="cuda"):
+    def __init__(
+        self,
+        max_requests: int,
+        max_drafts: int,
+        vocab_size: int,
+        device="cuda",
+        *,
+        query_heads: int | None = None,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        max_rows: int | None = None,
+        batch_invariant: bool = False,
+    ):
         self.max_requests = check_int("max_requests", max_requests, low=1)
         self.max_drafts = check_int("max_drafts", max_drafts, low=0)
         self.vocab_size = check_int("vocab_size", vocab_size, low=1)
         needs = [needed(max_requests, max_drafts, vocab_size) for needed in _NEEDS.values()]
+        heads = (query_heads, kv_heads, head_dim)
+        if any(size is not None for size in heads):
+            for name, size in zip(("query_heads", "kv_heads", "head_dim"), heads, strict=True):
+                check_int(name, size, low=1)
+            rows = check_int("max_rows", max_requests * (max_drafts + 1) if max_rows is None else max_rows, low=1)
+            needs += [
+                needed(max_requests, rows, *heads, batch_invariant, torch.device(device)) for needed in _HEAD_NEEDS.values()
+            ]
         counters = RESERVED + max(words for words, _ in needs)
         self.counters = torch.zeros(counters, dtype=torch.int64, device=device)
         self.scratch = torch.empty(max(words for _, words in needs), dtype=torch.int64, device=device)
@@ -73,6 +108,22 @@ def lend(op: str, workspace: Workspace | None, requests: int, drafts: int, vocab
             f"workspace: expected room for {requests} requests x {drafts} drafts over {vocab} ids, got one made for "
             f"{workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size}"
         )
+    return workspace.counters, workspace.scratch
+
+
+def lend_words(workspace: Workspace | None, counters: int, scratch: int, device, message: str) -> tuple[Tensor, Tensor]:
+    """`lend` for an op that knows its words itself; `message` says what to make a workspace for that is too small."""
+    counters += RESERVED
+    if workspace is None:
+        return (
+            torch.zeros(counters, dtype=torch.int64, device=device),
+            torch.empty(scratch, dtype=torch.int64, device=device),
+        )
+    check_type("workspace", workspace, Workspace)
+    if workspace.counters.device != device:
+        raise ValueError(f"workspace: expected one on {device}, got one on {workspace.counters.device}")
+    if workspace.counters.numel() < counters or workspace.scratch.numel() < scratch:
+        raise ValueError(f"workspace: {message}")
     return workspace.counters, workspace.scratch
 
 

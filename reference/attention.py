@@ -24,6 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dspark_kernels.types import DraftTree, PagedKV, VerifyLayout
+
 MASKS = ("chain", "full", "tree")
 MAX_NODES = 64
 
@@ -166,7 +168,8 @@ def packed_attention(
 
     q [N, Hq, D]; k_new, v_new [N, Hkv, D]; query_start_loc int [R+1]: request r has the rows query_start_loc[r] up to
     query_start_loc[r+1]; contexts: R pairs (k [c_r, Hkv, D], v [c_r, Hkv, Dv]); ancestors int64 [N], bits counted
-    within the request. Rows of no request give 0 and lse -inf. The other keywords go to `dense_attention`.
+    within the request. Rows of no request give 0 and lse -inf. The other keywords go to `dense_attention`. With mask "tree" a
+    request of more than 64 rows is a chain.
     """
     starts = query_start_loc.tolist()
     if len(contexts) != len(starts) - 1:
@@ -175,15 +178,71 @@ def packed_attention(
     lse = torch.full(q.shape[:2], -math.inf, dtype=dtype, device=q.device)
     for (k_context, v_context), begin, end in zip(contexts, starts[:-1], starts[1:], strict=True):
         rows = slice(begin, end)
+        own = dict(rules, ancestors=None if ancestors is None else ancestors[rows])
+        if ancestors is not None and end - begin > MAX_NODES:
+            own = dict(rules, mask="chain")
         out[rows], lse[rows] = dense_attention(
-            q[rows],
-            k_context,
-            v_context,
-            k_new[rows],
-            v_new[rows],
-            ancestors=None if ancestors is None else ancestors[rows],
-            return_lse=True,
-            dtype=dtype,
-            **rules,
+            q[rows], k_context, v_context, k_new[rows], v_new[rows], return_lse=True, dtype=dtype, **own
         )
     return (out, lse) if return_lse else out
+
+
+def tree_attention(
+    q: Tensor,
+    kv: PagedKV,
+    layout: VerifyLayout,
+    *,
+    mask: str = "chain",
+    ancestors: Tensor | DraftTree | None = None,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    batch_invariant: bool = False,
+    plan=None,
+    state_indices: Tensor | None = None,
+    out=None,
+    workspace=None,
+    validate: bool = False,
+    dtype: torch.dtype = torch.float64,
+):
+    """`packed_attention` over a paged cache, with the op's signature: [N_max, Hq, D] in `dtype`, with return_lse also lse.
+
+    batch_invariant, plan, out, workspace and validate change nothing here. A padding request's rows give 0 and lse -inf.
+    Pages and slots must be in range.
+    """
+    if isinstance(ancestors, DraftTree):
+        ancestors = ancestors.ancestors
+    starts = layout.query_start_loc.tolist()
+    slots = list(range(len(starts) - 1)) if state_indices is None else state_indices.tolist()
+    page_size = kv.k_cache.shape[1]
+    wide = [
+        cache.to(dtype) * (1 if one is None else one.to(dtype)[:, None])
+        for cache, one in ((kv.k_cache, kv.k_scale), (kv.v_cache, kv.v_scale))
+    ]
+
+    def rows_at(cache, index):
+        return cache[index // page_size, index % page_size]
+
+    own = [k_new, v_new]
+    if k_new is None:
+        at = layout.slot_mapping.clamp(min=0)
+        own = [rows_at(cache, at) for cache in wide]
+    contexts, words = [], None if ancestors is None else torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    for slot, begin, end in zip(slots, starts[:-1], starts[1:], strict=True):
+        keys = torch.arange(int(kv.context_lens[slot]) if slot >= 0 else 0, device=q.device)
+        table = kv.block_tables[max(slot, 0)].long()
+        contexts.append(tuple(rows_at(cache, table[keys // page_size] * page_size + keys % page_size) for cache in wide))
+        if ancestors is not None and end - begin <= MAX_NODES:
+            words[begin:end] = ancestors[begin:end] if ancestors.dim() == 1 else ancestors[slot, : end - begin]
+    result, lse = packed_attention(
+        q, contexts, *own, layout.query_start_loc, mask=mask, ancestors=words, scale=scale, window=window, softcap=softcap,
+        sinks=sinks, return_lse=True, dtype=dtype,
+    )  # fmt: skip
+    for slot, begin, end in zip(slots, starts[:-1], starts[1:], strict=True):
+        if slot < 0:
+            result[begin:end], lse[begin:end] = 0.0, -math.inf
+    return (result, lse) if return_lse else result

@@ -17,6 +17,7 @@ from dspark_kernels.types import (
     DraftBlock,
     MarkovHead,
     OneHotProposal,
+    PagedKV,
     SamplingTensors,
     VerifyLayout,
 )
@@ -56,6 +57,27 @@ class AcceptCase:
     sampling: SamplingTensors | None
     state_indices: Tensor | None
     rule: str = "token"
+
+    def arguments(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclasses.dataclass
+class AttentionCase:
+    """Arguments of `tree_attention`: call it with **case.arguments()."""
+
+    q: Tensor
+    kv: PagedKV
+    layout: VerifyLayout
+    mask: str
+    ancestors: Tensor | None
+    k_new: Tensor | None
+    v_new: Tensor | None
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    state_indices: Tensor | None
 
     def arguments(self) -> dict:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -214,3 +236,135 @@ def accept_case(
         "dense": DenseProposal(draft_logits, temperature=draft_temperatures if draft_temperature else None),
     }
     return AcceptCase(logits, layout, laws[proposal], sampling if sampled else None, state_indices)
+
+
+def random_tree(g: torch.Generator, nodes: int) -> list[int]:
+    """Parents of a random tree in slot order; the root's is -1."""
+    return [-1] + [int(torch.randint(max(0, node - 5), node, (), generator=g)) for node in range(1, nodes)]
+
+
+def ancestor_words(parents: list[int]) -> Tensor:
+    """int64 word per node: bit s = slot s is an ancestor or the node itself."""
+    words = []
+    for node, parent in enumerate(parents):
+        words.append((words[parent] if parent >= 0 else 0) | 1 << node)
+    return torch.tensor([word - (1 << 64) if word >> 63 else word for word in words], dtype=torch.int64)
+
+
+def attention_layout(rows: list[int], contexts: list[int], depths: Tensor, slot_mapping: Tensor | None, max_drafts=None):
+    """A VerifyLayout of these rows per request; depths [N_max] gives positions, and its length how many rows there are."""
+    count = depths.shape[0]
+    ints = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    starts = [0]
+    for n in rows:
+        starts.append(starts[-1] + n)
+    owners = [r for r, n in enumerate(rows) for _ in range(n)]
+    bases = torch.tensor([contexts[r] for r in owners] + [0] * (count - len(owners)), dtype=torch.int64)
+    return VerifyLayout(
+        draft_lens=ints([max(n - 1, 0) for n in rows]),
+        query_start_loc=ints(starts),
+        cu_num_logits=ints(starts),
+        token_ids=torch.zeros(count, dtype=torch.int64),
+        positions=bases + depths,
+        batch_indices=ints(owners + [-1] * (count - len(owners))),
+        logits_indices=ints(list(range(count))),
+        num_rows=ints([len(owners)]),
+        flags=ints([0] * len(rows)),
+        slot_mapping=slot_mapping,
+        max_drafts=max_drafts,
+    )
+
+
+def attention_case(
+    seed: int = 0,
+    rows: tuple[int, ...] = (3, 0, 5),
+    contexts: tuple[int, ...] = (37, 9, 70),
+    query_heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    page_size: int = 4,
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
+    mask: str = "chain",
+    cached: bool = False,
+    by_slot: bool = False,
+    scattered: bool = False,
+    padding_rows: int = 2,
+    padding_requests: int = 0,
+    swapped: bool = False,
+    sinks: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    max_drafts: int | None = None,
+    position_dtype: torch.dtype = torch.int32,
+) -> AttentionCase:
+    """rows, contexts per request. cached: own keys and values lie in the cache, at slot_mapping. by_slot: ancestors [S, M].
+
+    swapped: a cache stored head before slot. padding_requests: the last requests have no slot. Whatever no row may see is
+    NaN: pages of nobody, the end of a last page, padding rows; unused entries of block tables point nowhere.
+    """
+    g = _generator(seed)
+    requests, total = len(rows), sum(rows)
+    slots = requests + 3 if scattered or padding_requests else requests
+    state_indices = slot_map(seed + 2, requests, padding_requests) if slots > requests else None
+    slot_of = list(range(requests)) if state_indices is None else state_indices.tolist()
+    count = total + padding_rows
+    needed = [-(-(c + n) // page_size) for c, n in zip(contexts, rows, strict=True)]
+    pages = sum(needed) + 2
+    order = torch.randperm(pages, generator=g).tolist()
+    tables = torch.full((slots, max(needed, default=0) + 2), 2**31 - 1, dtype=torch.int32)
+    cache = [torch.full((pages, page_size, kv_heads, head_dim), float("nan")) for _ in range(2)]
+    own = [torch.full((count, kv_heads, head_dim), float("nan")) for _ in range(2)]
+    own_scale = [0.7, 1.5] if cache_dtype == torch.float8_e4m3fn else [1.0, 1.0]
+    slot_mapping = torch.full((count,), -1, dtype=torch.int64)
+    depths = torch.zeros(count, dtype=torch.int64)
+    most = max(rows, default=0)
+    words = torch.full((slots, min(most, 64)) if by_slot else (count,), -1, dtype=torch.int64)
+    lens = torch.full((slots,), 10**6, dtype=position_dtype)
+    begin = 0
+    for slot, n, context, some in zip(slot_of, rows, contexts, needed, strict=True):
+        table = [order.pop() for _ in range(some)]
+        places = torch.tensor([table[j // page_size] * page_size + j % page_size for j in range(context + n)], dtype=torch.int64)
+        for side in range(2):
+            values = _normal(g, context + n, kv_heads, head_dim)
+            cache[side].view(-1, kv_heads, head_dim)[places[: context + n if cached else context]] = (
+                values if cached else values[:context]
+            )
+            own[side][begin : begin + n] = values[context:]
+        slot_mapping[begin : begin + n] = places[context:]
+        depths[begin : begin + n] = torch.arange(n)
+        if mask == "tree" and n:
+            tree = ancestor_words(random_tree(g, n)) if n <= 64 else torch.zeros(n, dtype=torch.int64)
+            if n <= 64:
+                depths[begin : begin + n] = torch.tensor([bin(word & (1 << 64) - 1).count("1") - 1 for word in tree.tolist()])
+            if not by_slot:
+                words[begin : begin + n] = tree
+            elif slot >= 0:
+                words[slot, : min(n, 64)] = tree[:64]
+        if slot >= 0:
+            tables[slot, :some] = torch.tensor(table, dtype=torch.int32)
+            lens[slot] = context
+        begin += n
+    stored = [(c / s).to(cache_dtype or dtype) for c, s in zip(cache, own_scale, strict=True)]
+    if swapped:
+        stored = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in stored]
+    scales = {}
+    if cache_dtype == torch.float8_e4m3fn:
+        scales = dict(k_scale=torch.tensor([own_scale[0]]), v_scale=torch.full((kv_heads,), own_scale[1]))
+    q = torch.full((count, query_heads, head_dim), float("nan"), dtype=dtype)
+    q[:total] = _normal(g, total, query_heads, head_dim, scale=1.5, dtype=dtype)
+    return AttentionCase(
+        q=q,
+        kv=PagedKV(*stored, tables, lens, **scales),
+        layout=attention_layout(list(rows), list(contexts), depths, slot_mapping if cached else None, max_drafts),
+        mask=mask,
+        ancestors=words if mask == "tree" else None,
+        k_new=None if cached else own[0].to(dtype),
+        v_new=None if cached else own[1].to(dtype),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=_normal(g, query_heads) if sinks else None,
+        state_indices=state_indices,
+    )

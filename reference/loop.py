@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
 from types import SimpleNamespace
 from typing import Callable, Sequence
@@ -34,7 +35,8 @@ from .accept import accept_chain
 from .draft import draft_block
 from .drafters import Anchors, Committed, Drafter
 from .layout import fixed_layout
-from .model import Output, Rows, Target
+from .model import KVCache, Output, Rows, Target
+from .paged import PagedCache
 from .schedule import schedule_prefixes, threshold_lengths
 
 RULES = ("token", "block", "coupled")
@@ -111,7 +113,8 @@ def decode(
         confidence_threshold: 0 = verify the whole block; t = up to the first draft whose confidence is below t. Needs a
             drafter with a confidence head.
         cost, policy: schedule with measured costs instead (ops.schedule_prefixes); same need.
-        ops: namespace with draft_block, fixed_layout, accept_chain and schedule_prefixes (default: the reference's).
+        ops: namespace with draft_block, fixed_layout, accept_chain and schedule_prefixes (default: the reference's). With
+            plan_attention and tree_attention too, target and drafter attend through them, over paged caches.
         batch_size: requests decoded at once; as one leaves, the next takes its slot.
         progress: called with the number of new output tokens after each step.
 
@@ -233,9 +236,12 @@ class _Batch:
         self.target, self.drafter, self.ops, self.drafts, self.rule = target, drafter, ops, drafts, rule
         self.free = list(range(slots))
         self.sequences: list[_Sequence] = []  # in batch order
-        self.cache = target.new_cache(slots)
-        drafter.start(slots)
         device = target.device
+        new_cache = KVCache
+        if hasattr(ops, "tree_attention"):
+            new_cache = functools.partial(PagedCache, ops=ops)
+        self.cache = new_cache(target.shape, slots, device, target.dtype)
+        drafter.start(slots, new_cache)
         self.anchors = torch.zeros(slots, dtype=torch.int64, device=device)
         self.anchor_positions = torch.zeros(slots, dtype=torch.int64, device=device)
         self.temperature = torch.zeros(slots, device=device)

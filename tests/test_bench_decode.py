@@ -1,5 +1,6 @@
 """The main job, `python -m bench.decode`: its table, its checks, its files, its refusals; and the embedded models."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from bench import assets, decode as job, lossless, summary
+from bench.parity import CheckedOps
 from dspark_kernels.types import CostTable
-from reference import loop
+from reference import attention, loop
 from reference.drafters import Autoregressive, DSpark
 from reference.model import Rows, Target
 
@@ -154,6 +156,34 @@ def test_a_wrong_kernel_is_seen(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "requests differ, and a call does" in text
     assert re.search(r"NOT +dspark, kernels, T = 0 +2? ?", text)
+
+
+@pytest.mark.parametrize("fault", ["none", "a scale", "a key", "a padded row"])
+def test_wrong_attention_is_seen(fault):
+    """Every call of the attention op is held to the error of dense attention."""
+
+    def tree_attention(q, kv, layout, *, plan, **options):
+        if fault == "a scale":
+            options["scale"] = 1.001 * q.shape[-1] ** -0.5
+        if fault == "a key":
+            kv = dataclasses.replace(kv, context_lens=(kv.context_lens - 1).clamp(min=0))
+        out = attention.tree_attention(q, kv, layout, **options).to(q.dtype)
+        if fault == "a padded row":
+            out[-1] = math.nan
+        return out
+
+    extra = dict(plan_attention=lambda *arguments, **options: None, tree_attention=tree_attention)
+    ops = SimpleNamespace(**vars(loop.REFERENCE_OPS), **extra)
+    checked = CheckedOps(ops)
+    target = Target(*assets.weights("target"))
+    drafter = DSpark(*assets.weights("dspark"), target)
+    requests = [loop.Request(assets.tokenizer().encode(text), 8, 0.0) for text in assets.prompts()[:2]]
+    if fault == "none":
+        loop.decode(target, drafter, requests, ops=checked)
+        assert checked.calls > 20
+    else:
+        with pytest.raises(AssertionError, match="tree_attention: error"):
+            loop.decode(target, drafter, requests, ops=checked)
 
 
 def test_roundings_are_told_from_faults(monkeypatch, capsys):

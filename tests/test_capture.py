@@ -94,3 +94,51 @@ def test_schedule_prefixes_in_a_graph(device, policy, requests, drafts):
         torch.cuda.synchronize()
         assert torch.cuda.memory_allocated() == before
         assert_same_layout(to_device(out, "cpu"), schedule_prefixes(**{k: to_device(v, "cpu") for k, v in fresh.items()}))
+
+
+@pytest.mark.parametrize("mask", ["chain", "tree"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_tree_attention_in_a_graph(device, mask, invariant):
+    """Contents, row counts and lengths change between replays; plan and attention are both in the graph."""
+
+    def make(seed):
+        g = torch.Generator().manual_seed(seed)
+        rows = torch.randint(0, 9, (6,), generator=g).tolist()
+        contexts = torch.randint(0, 3000, (6,), generator=g).tolist()
+        case = cases.attention_case(
+            seed=seed, rows=rows, contexts=contexts, mask=mask, query_heads=8, head_dim=64, page_size=16, dtype=torch.bfloat16,
+            scattered=True, padding_rows=48 - sum(rows),
+        )  # fmt: skip
+        # The same sizes for every seed: tables and pools of the largest.
+        kv = case.kv
+        pool = torch.zeros(1300, *kv.k_cache.shape[1:], dtype=torch.bfloat16)
+        pools = [torch.cat([cache, pool[len(cache) :]]) for cache in (kv.k_cache, kv.v_cache)]
+        tables = torch.full((9, 200), 2**31 - 1, dtype=torch.int32)
+        tables[:, : kv.block_tables.shape[1]] = kv.block_tables
+        return to_device(dataclasses.replace(case, kv=dk.PagedKV(*pools, tables, kv.context_lens)), device)
+
+    static = make(0)
+    workspace = dk.Workspace(6, 7, 100, device, query_heads=8, kv_heads=2, head_dim=64, batch_invariant=invariant)
+    planning = dict(query_heads=8, batch_invariant=invariant)
+    slots = static.state_indices
+    plan = dk.plan_attention(static.layout, static.kv, state_indices=slots, **planning)
+    out = torch.empty_like(static.q), torch.empty(48, 8, device=device)
+
+    def call():
+        dk.plan_attention(static.layout, static.kv, state_indices=slots, out=plan, **planning)
+        options = dict(plan=plan, out=out, workspace=workspace, return_lse=True, batch_invariant=invariant)
+        dk.tree_attention(**static.arguments(), **options)
+
+    graph = _capture(call)
+    for seed in (1, 2, 3, 4):
+        fresh = make(seed)
+        want = dk.tree_attention(**fresh.arguments(), return_lse=True, batch_invariant=invariant)
+        _copy(static, fresh)
+        for tensor in out:
+            tensor.fill_(float("nan"))
+        before = torch.cuda.memory_allocated()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
+        assert (workspace.counters == 0).all()

@@ -21,6 +21,8 @@ CASES = {
     "tree_layout": ("r8",),
     "draft_layout": ("r64",),
     "schedule_prefixes": ("causal_r16", "budget_r64"),
+    "plan_attention": ("r64_slots",),
+    "tree_attention": ("chain", "tree_window", "fp8_cached"),
     "accept_chain": ("dense", "one_hot", "greedy"),
 }
 
@@ -57,6 +59,12 @@ def test_the_report_is_that_of_the_code():
     assert done.returncode == 0, f"run python -m bench.compile\n{done.stdout}{done.stderr}"
     report = _read(REPORT)
     assert {arch for _, _, arch in report} == set(ALL)
+
+
+def test_attention_uses_matrix_units():
+    for (op, case, arch), row in _read(REPORT).items():
+        if op == "tree_attention" and "fp32" not in case:
+            assert int(row["matrix_instructions"]) > 0, (case, arch)
 
 
 @pytest.mark.parametrize(

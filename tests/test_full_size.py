@@ -1,10 +1,11 @@
-"""The sizes of published checkpoints: V = 151936, r = 256. One request in the interpreter, whole batches on a GPU."""
+"""The sizes of published checkpoints: V = 151936, r = 256, heads of 64 to 256. Little in the interpreter, batches on a GPU."""
 
 import dataclasses
 
 import pytest
 import torch
 from test_accept import check as check_accept
+from test_attention import check as check_attention
 from test_draft import check as check_draft
 from test_layout import assert_same_layout
 from test_schedule import POLICIES, arguments as schedule_arguments
@@ -72,3 +73,76 @@ def test_schedule_prefixes_on_a_gpu(device, policy, requests, drafts):
     given["cost"] = dk.CostTable(2e-3 + 1e-7 * torch.arange(20000.0), torch.full((1025,), 1e-4))
     have = dk.schedule_prefixes(**{name: to_device(value, device) for name, value in given.items()})
     assert_same_layout(to_device(have, "cpu"), schedule_prefixes(**given))
+
+
+def _attention(device, rows, contexts, **options):
+    sizes = dict(query_heads=32, kv_heads=8, head_dim=128, page_size=16, dtype=torch.bfloat16) | options
+    check_attention(to_device(cases.attention_case(seed=72, rows=rows, contexts=contexts, **sizes), device))
+
+
+@pytest.mark.slow
+def test_tree_attention_in_the_interpreter(device):
+    _attention(device, (8,), (2048,), kv_heads=2, query_heads=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", ["chain", "full", "tree"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(query_heads=64, page_size=1),
+        dict(head_dim=256, kv_heads=4, query_heads=8, window=1024, softcap=50.0),
+        dict(head_dim=64, query_heads=64, window=128, sinks=True, page_size=64),
+        dict(head_dim=80, query_heads=40, scattered=True),
+        dict(cached=True, page_size=128, scattered=True),
+        dict(dtype=torch.float16),
+        dict(dtype=torch.float32),
+        dict(cache_dtype=torch.float8_e4m3fn),
+        dict(cache_dtype=torch.float8_e4m3fn, cached=True),
+        dict(max_drafts=7),
+    ],
+    ids=str,
+)
+def test_tree_attention_on_a_gpu(device, mask, options):
+    _attention(device, (8, 1, 0, 8, 3), (4100, 129, 70, 0, 900), mask=mask, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requests, context", [(1, 131072), (3, 32768), (64, 2048)])
+def test_long_contexts_on_a_gpu(device, requests, context):
+    for rows in (1, 8):
+        _attention(device, (rows,) * requests, (context,) * requests, kv_heads=2, query_heads=8)
+
+
+@pytest.mark.gpu
+def test_prompts_beside_drafts_on_a_gpu(device):
+    _attention(device, (8, 700, 1), (1000, 300, 5000))
+    _attention(device, (8, 700, 64), (1000, 300, 5000), mask="tree", window=400)
+
+
+@pytest.mark.gpu
+def test_a_chain_given_as_tree_has_the_same_bits_on_a_gpu(device):
+    from test_attention import _chain_as_tree, run
+
+    for options in (dict(), dict(window=100), dict(batch_invariant=True)):
+        invariant = dict(batch_invariant=options.pop("batch_invariant", False))
+        case = cases.attention_case(
+            seed=73, rows=(64, 8, 1), contexts=(0, 3000, 900), query_heads=8, head_dim=128, dtype=torch.bfloat16, **options
+        )
+        have = run(to_device(_chain_as_tree(case), device), **invariant)
+        assert all(torch.equal(a, b) for a, b in zip(have, run(to_device(case, device), **invariant), strict=True))
+
+
+@pytest.mark.gpu
+def test_batch_invariance_on_a_gpu(device):
+    from test_invariance import _take_attention
+
+    case = cases.attention_case(
+        seed=74, rows=(8, 1, 0, 30), contexts=(9000, 33, 5, 2000), query_heads=8, head_dim=128, dtype=torch.bfloat16
+    )
+    whole = dk.tree_attention(**to_device(case, device).arguments(), batch_invariant=True)
+    for requests, padding in (([0], 0), ([3, 0], 70), ([3, 1, 0], 0)):
+        part, index = _take_attention(case, requests, padding)
+        have = dk.tree_attention(**to_device(part, device).arguments(), batch_invariant=True)
+        assert torch.equal(have[: len(index)], whole[index])

@@ -8,7 +8,7 @@ from test_layout import assert_same_layout
 from test_schedule import arguments as schedule_arguments
 
 import dspark_kernels as dk
-from dspark_kernels.launch import arch, draft as draft_launch, schedule as schedule_launch
+from dspark_kernels.launch import arch, attention as attention_launch, draft as draft_launch, schedule as schedule_launch
 from reference import cases, layout as layouts
 
 
@@ -120,6 +120,42 @@ def test_accept_chain_in_any_batch(proposal):
         sampling = dk.SamplingTensors(case.sampling.temperature[index], case.sampling.seed[index])
         part = dk.accept_chain(torch.cat(logits), layout, law, sampling=sampling)
         assert torch.equal(part.tokens, whole.tokens[index]) and torch.equal(part.flags, whole.flags[index])
+
+
+def _take_attention(case, requests, padding):
+    """Some requests of a case as a batch of their own, in this order, with padding rows behind."""
+    starts = case.layout.query_start_loc.tolist()
+    index = [row for r in requests for row in range(starts[r], starts[r + 1])]
+    rows = torch.tensor(index + [0] * padding, dtype=torch.int64)
+    take = lambda t: None if t is None else t[rows]  # noqa: E731
+    counts = [starts[r + 1] - starts[r] for r in requests]
+    kv = dataclasses.replace(case.kv, block_tables=case.kv.block_tables[requests], context_lens=case.kv.context_lens[requests])
+    layout = cases.attention_layout(counts, kv.context_lens.tolist(), torch.zeros(len(rows), dtype=torch.int64), None)
+    part = dataclasses.replace(
+        case, q=take(case.q), kv=kv, layout=layout, ancestors=take(case.ancestors), k_new=take(case.k_new), v_new=take(case.v_new)
+    )
+    return part, index
+
+
+@pytest.mark.parametrize("mask, window", [("chain", None), ("tree", None), ("full", 50)])
+def test_tree_attention_in_any_batch(monkeypatch, mask, window):
+    """Alone, with others, in another order, among more padding: the same bits; parts by even shares do not give them."""
+    pick = attention_launch.pick
+    small = dict(block_n=16, own_block=16, programs=12, min_blocks=1, invariant_parts=4)
+    monkeypatch.setattr(attention_launch, "pick", lambda *a: dataclasses.replace(pick(*a), **small))
+    case = cases.attention_case(
+        seed=70, rows=(3, 1, 9, 0, 20), contexts=(150, 33, 70, 5, 48), mask=mask, window=window, dtype=torch.bfloat16
+    )
+    for invariant in (True, False):
+        whole = dk.tree_attention(**case.arguments(), return_lse=True, batch_invariant=invariant)
+        same = True
+        for requests, padding in (([0], 0), ([4, 0], 3), ([2, 1, 0, 3, 4], 0)):
+            part, index = _take_attention(case, requests, padding)
+            have = dk.tree_attention(**part.arguments(), return_lse=True, batch_invariant=invariant)
+            same &= all(torch.equal(a[: len(index)], b[index]) for a, b in zip(have, whole, strict=True))
+        assert same or not invariant
+        if mask == "chain" and not invariant:
+            assert not same, "the batches were to be cut into other parts"
 
 
 def test_replay_with_one_workspace_is_identical_and_leaves_it_clean():

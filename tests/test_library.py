@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.ops import accept, draft, layout, schedule
+from dspark_kernels.ops import accept, attention, draft, layout, schedule
 from reference import cases
 
 
@@ -43,6 +43,18 @@ def _schedule(requests=2, **options):
     return lambda: dk.schedule_prefixes(block, dk.CostTable(torch.ones(9)), **anchored(requests), **options)
 
 
+def _attention(**case):
+    """The attention with a plan that was there before, so that it is one launch."""
+    made = cases.attention_case(**case)
+    plan = dk.plan_attention(made.layout, made.kv, query_heads=6, window=made.window)
+    return lambda: dk.tree_attention(**made.arguments(), plan=plan, return_lse=True)
+
+
+def _plan():
+    made = cases.attention_case()
+    dk.plan_attention(made.layout, made.kv, query_heads=6)
+
+
 @pytest.mark.parametrize(
     "module, name, run",
     [
@@ -56,6 +68,9 @@ def _schedule(requests=2, **options):
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
         (schedule, "_schedule_prefixes", _schedule(600, policy="budget", stale_confidence=torch.ones(600, 3))),
+        (attention, "_plan_attention", _plan),
+        (attention, "_tree_attention", _attention()),
+        (attention, "_tree_attention", _attention(mask="tree", cached=True, window=5, softcap=2.0, sinks=True)),
     ],
 )
 def test_opcheck(monkeypatch, module, name, run):
@@ -90,14 +105,37 @@ def test_compiles_into_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
+def _layer(q, k_cache, v_cache, tables, lens, k_new, v_new, sinks, like):
+    """Two layers that share a plan."""
+    kv = dk.PagedKV(k_cache, v_cache, tables, lens)
+    plan = dk.plan_attention(like, kv, query_heads=q.shape[1])
+    out = dk.tree_attention(q, kv, like, k_new=k_new, v_new=v_new, plan=plan)
+    return dk.tree_attention(out, kv, like, k_new=k_new, v_new=v_new, sinks=sinks, plan=plan, return_lse=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_attention_compiles_into_one_graph(backend):
+    case = cases.attention_case(seed=7, sinks=True, padding_rows=1)
+    kv = case.kv
+    arguments = (case.q, kv.k_cache, kv.v_cache, kv.block_tables, kv.context_lens, case.k_new, case.v_new, case.sinks)
+    have = torch.compile(_layer, fullgraph=True, backend=backend)(*arguments, case.layout)
+    assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
+
+
 def test_constants_of_kernels_are_the_public_ones():
-    from dspark_kernels.kernels import accept as accept_kernels, draft as draft_kernels, schedule as schedule_kernels
+    from dspark_kernels.kernels import (
+        accept as accept_kernels,
+        attention as attention_kernels,
+        draft as draft_kernels,
+        schedule as schedule_kernels,
+    )
     from dspark_kernels.kernels.primitives import mass, philox, rows
 
     for kernels in (accept_kernels, draft_kernels, schedule_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
+    assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
     assert draft_kernels.UNIT.value == draft.UNIT and mass.LEAF.value == accept.LEAF
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
@@ -123,6 +161,7 @@ def test_a_cpu_tensor_without_the_interpreter_says_what_to_do(monkeypatch):
         (lambda: dk.CostTable(None), TypeError, "CostTable.seconds: expected a torch.Tensor"),
         (lambda: dk.ConfidenceHead(torch.zeros(2, 2)), ValueError, "ConfidenceHead.weight: expected shape"),
         (lambda: dk.Workspace(0, 1, 1, "cpu"), ValueError, "max_requests: expected >= 1, got 0"),
+        (lambda: dk.Workspace(1, 1, 1, "cpu", kv_heads=2, head_dim=8), TypeError, "query_heads: expected an int, got NoneType"),
         (lambda: dk.Workspace(1.5, 1, 1, "cpu"), TypeError, "max_requests: expected an int"),
     ],
 )

@@ -147,8 +147,9 @@ def _sorted(values, SORT: tl.constexpr, LOG_SORT: tl.constexpr):
 
 @triton.jit
 def _in_order(
-    values, stored_ptr, gathered_ptr, tiles, first, upto, before, SORT: tl.constexpr, LOG_SORT: tl.constexpr, CANDIDATES: tl.constexpr
-):
+    values, stored_ptr, gathered_ptr, tiles, first, upto, before,
+    SORT: tl.constexpr, LOG_SORT: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
     """(values int32 [SORT] of the ranks first .. upto - 1 in order, -1 beyond; the last of them). before: the value of the rank
     before them.
 

@@ -10,10 +10,10 @@
 
 The protocol (class `Drafter`). A drafter is made from (config, tensors, target). The loop then calls
 
-    start(slots)       once: state for that many requests at a time
-    propose(...)       every round, for the slots that decode: a DraftBlock, tokens chosen by `ops.draft_block`
-    commit(committed)  after every pass of the target, with the rows whose keys and values stay in the target's cache
-    release(slot)      when a request leaves its slot
+    start(slots, new_cache)   once: state for that many requests at a time, caches made by new_cache
+    propose(...)              every round, for the slots that decode: a DraftBlock, tokens chosen by `ops.draft_block`
+    commit(committed)         after every pass of the target, with the rows whose keys and values stay in the target's cache
+    release(slot)             when a request leaves its slot
 
 A request begins with a commit of its prompt. After any commit the slot's rows are 0 .. anchor_position - 1, one per
 token of the sequence but the anchor.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dspark_kernels.types import DenseProposal, DraftBlock, SamplingTensors
 
-from ..model import Rows
+from ..model import KVCache, Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Drafter:
     has_confidence = False
     passes = 0
 
-    def start(self, slots: int) -> None:
-        """State for `slots` requests at a time; whatever was there is forgotten."""
+    def start(self, slots: int, new_cache=KVCache) -> None:
+        """State for `slots` requests at a time; whatever was there is forgotten. new_cache(shape, slots, device, dtype)."""
         self.passes = 0
 
     def propose(

@@ -66,9 +66,9 @@ class Block(Drafter):
     def has_confidence(self) -> bool:
         return self.confidence is not None
 
-    def start(self, slots):
+    def start(self, slots, new_cache=KVCache):
         super().start(slots)
-        self._cache = KVCache(self.shape, slots, self.target.device, self.target.dtype)
+        self._cache = new_cache(self.shape, slots, self.target.device, self.target.dtype)
 
     def propose(self, anchors, *, drafts, sampling, noise, ops):
         hidden = self.block_hidden(anchors)[:, :drafts]

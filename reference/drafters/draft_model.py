@@ -12,7 +12,7 @@ from typing import Mapping
 import torch
 from torch import Tensor
 
-from ..model import Rows, Target
+from ..model import KVCache, Rows, Target
 from . import Committed, Drafter, join, max_drafts_of, step
 
 
@@ -29,9 +29,9 @@ class DraftModel(Drafter):
         if self.model.shape.vocab != target.shape.vocab:
             raise ValueError(f"config: expected vocab_size {target.shape.vocab}, got {self.model.shape.vocab}")
 
-    def start(self, slots):
+    def start(self, slots, new_cache=KVCache):
         super().start(slots)
-        self._cache = self.model.new_cache(slots)
+        self._cache = new_cache(self.model.shape, slots, self.model.device, self.model.dtype)
         self._missing: list[list[int]] = [[] for _ in range(slots)]  # tokens before the anchor that it has not read
 
     def propose(self, anchors, *, drafts, sampling, noise, ops):

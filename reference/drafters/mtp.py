@@ -35,9 +35,9 @@ class MTP(Drafter):
         self.projection, self.norm = take("eh_proj.weight", d, 2 * d), take("norm.weight", d)
         self.layer = DecoderLayer(self.shape, take.below("layer."))
 
-    def start(self, slots):
+    def start(self, slots, new_cache=KVCache):
         super().start(slots)
-        self._cache = KVCache(self.shape, slots, self.target.device, self.target.dtype)
+        self._cache = new_cache(self.shape, slots, self.target.device, self.target.dtype)
         self._unread: list[tuple[int, Tensor, Tensor] | None] = [None] * slots  # first position, next ids, hidden
 
     def propose(self, anchors, *, drafts, sampling, noise, ops):

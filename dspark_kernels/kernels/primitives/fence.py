@@ -1,7 +1,7 @@
 """What a program stored, by all of its warps, before it tells others.
 
-A release by one thread covers the stores of its own warp, and on NVIDIA those of every warp that reached the barrier before it. On AMD
-the barrier does not wait for stores on their way to L2, so each wave waits for its own first.
+A release by one thread covers the stores of its own warp, and on NVIDIA those of every warp that reached the barrier before
+it. On AMD the barrier does not wait for stores on their way to L2, so each wave waits for its own first.
 """
 
 import triton

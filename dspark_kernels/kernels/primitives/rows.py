@@ -8,6 +8,7 @@ requests, K drafts, N rows allocated, S state slots.
 import triton
 import triton.language as tl
 
+from .packing import owner_of
 from .slots import state_slots
 
 BAD_TOKEN_ID = tl.constexpr(4)
@@ -64,16 +65,6 @@ def fixed_rows(slots, prompt):
 
 
 @triton.jit
-def _owner(ends, n, REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of the sorted `ends` [REQUESTS] are at or before n [BLOCK], at most REQUESTS - 1: by bisection."""
-    found = tl.zeros([BLOCK], tl.int32)
-    for halving in tl.static_range(LOG_REQUESTS):
-        last = found + ((REQUESTS >> (halving + 1)) - 1)
-        found = tl.where(tl.gather(ends, last, axis=0) <= n, last + 1, found)
-    return found
-
-
-@triton.jit
 def write_rows(
     r, slots, prompt, emits, lens, flags,  # [REQUESTS]
     anchors_ptr, anchor_positions_ptr,  # [S]
@@ -121,7 +112,7 @@ def write_rows(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < num_rows
     used = n < total
-    owner = _owner(tl.where(batch, end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
+    owner = owner_of(tl.where(batch, end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
     owner = tl.where(used, owner, 0)
     slot = tl.gather(slots, owner, axis=0)
     offset = n - tl.gather(start, owner, axis=0)
@@ -151,7 +142,7 @@ def write_rows(
         tl.store(slot_mapping_ptr + n, tl.where(mapped & (base >= 0), base * page_size + cached % page_size, -1), mask=inside)
 
     # Logit row m: the last rows of its request.
-    logit_owner = _owner(tl.where(batch, logits_end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
+    logit_owner = owner_of(tl.where(batch, logits_end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
     has_logits = n < tl.max(logits_end, axis=0)
     behind = tl.gather(logits_end, logit_owner, axis=0) - n  # 1 for the request's last row
     row = tl.gather(end, logit_owner, axis=0) - behind

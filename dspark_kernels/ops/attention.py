@@ -1,0 +1,525 @@
+"""tree_attention: attention of a step's packed rows over paged contexts, split over all programs, in one launch.
+
+    out_i = sum over visible j of exp(score_{i,j} - lse_i) v_j,  score = softcap(scale q_i . k_j)
+
+A chain, a block that sees itself in both directions, or a tree given by ancestor words. Oracle: reference/attention.py. Sources:
+arXiv 2211.17192 (chains), arXiv 2305.09781 (tree masks), Flash-Decoding (Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from .. import library, workspace as workspaces
+from ..checks import LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
+from ..launch import arch, attention as attention_launch
+from ..types import AttentionPlan, DraftTree, PagedKV, VerifyLayout
+from ..workspace import Workspace
+
+OP = "tree_attention"
+MASKS = ("chain", "full", "tree")
+MAX_NODES = 64  # bits of an ancestor word
+MAX_HEAD_DIM = 256
+ITEM_COLUMNS = 10  # of AttentionPlan.items, as in kernels/attention.py
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What a plan is made for, from facts that the host knows."""
+
+    config: attention_launch.AttentionConfig
+    max_items: int
+    partial_rows: int
+
+
+def _sizes(
+    here, requests, rows, most_rows, query_heads, kv_heads, head_dim, element_size, cached_size, max_keys, invariant
+) -> _Sizes:
+    """Bounds of the work table. most_rows: rows of one request at most, None = not known; max_keys: of one context, or None."""
+    group = query_heads // kv_heads
+    packed = None if invariant else group * (rows if most_rows is None else min(rows, most_rows))
+    config = attention_launch.pick(here, packed, head_dim, element_size, cached_size, kv_heads)
+    tiles = min(requests, rows) + rows * group // config.block_m
+    # Parts beyond one per tile: work / chunk with chunk >= work / (finer * programs of a head); no part under min_blocks.
+    longest = 2**31 if max_keys is None else -(-max_keys // (config.block_n * config.min_blocks))
+    more = config.finer * -(-config.programs // kv_heads)
+    if invariant:
+        parts = max(1, min(config.invariant_parts, longest))
+        items, partial_rows = tiles * parts, rows * group * parts
+    else:
+        parts = max(1, min(more + 1, longest))
+        items = min(tiles + more, tiles * parts)
+        # A tile of several parts is longer than a chunk, so at most `more` tiles are, and they have 2 * more parts in all.
+        partial_rows = min(2 * more * config.block_m, rows * group * parts)
+    return _Sizes(config, max(1, items), 0 if parts == 1 else partial_rows)
+
+
+def _words(max_items, partial_rows, kv_heads, head_dim) -> tuple[int, int]:
+    """int64 words of counters and scratch of a launch."""
+    words, head = workspaces.words_of, attention_launch.head_tile(head_dim)
+    scratch = words(partial_rows * kv_heads * head, torch.float32) + words(2 * partial_rows * kv_heads, torch.float32)
+    return words(max_items * kv_heads, torch.int32), scratch
+
+
+@workspaces.declare_heads(OP)
+def _needs(requests, rows, query_heads, kv_heads, head_dim, invariant, device) -> tuple[int, int]:
+    # Any mask, context and dtype: the most that any of them needs.
+    here = arch.current(device)
+    needs = [
+        _sizes(here, requests, rows, most, query_heads, kv_heads, head_dim, element_size, cached_size, None, any_batch)
+        for element_size, cached_size in ((2, 2), (2, 1), (4, 4), (4, 1))
+        for any_batch in {False, invariant}
+        for most in {1 << shift for shift in range(rows.bit_length())} | {None}
+    ]
+    words = [_words(size.max_items, size.partial_rows, kv_heads, head_dim) for size in needs]
+    return max(counters for counters, _ in words), max(scratch for _, scratch in words)
+
+
+def plan_attention(
+    layout: VerifyLayout,
+    kv: PagedKV,
+    *,
+    query_heads: int,
+    dtype: torch.dtype | None = None,
+    window: int | None = None,
+    batch_invariant: bool = False,
+    max_programs: int | None = None,
+    state_indices: Tensor | None = None,
+    out: AttentionPlan | None = None,
+    workspace: Workspace | None = None,
+) -> AttentionPlan:
+    """Share the keys of all requests out over the GPU, in one launch and without knowing a length on the host.
+
+    One plan serves every layer of a step with these heads and this window: the table depends on the rows of each request and on
+    its context length, never on keys. A part of a context is as long as an even share of all work, or up to four times
+    shorter where that balances better; with batch_invariant its length is decided by the request's own context length alone.
+
+    Args:
+        layout: the rows of each request (layout.max_drafts bounds the tile, where it is known).
+        kv: lengths from kv.context_lens; sizes and dtype of the cache.
+        query_heads: Hq, a multiple of the cache's Hkv.
+        dtype: of the queries; default the cache's, bf16 for an fp8 cache.
+        window: as it will be given to tree_attention.
+        max_programs: programs of the attention launch at most (to leave multiprocessors to a collective).
+        state_indices: int32 [R], slot of each request in kv.context_lens and kv.block_tables, -1 = padding.
+        out: an AttentionPlan made for the same sizes; nothing else is allocated.
+        workspace: accepted for uniformity; this op needs no scratch memory.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
+        RuntimeError: no Triton, or CPU tensors without its interpreter.
+    """
+    plan, config = _plan_for(
+        layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, out, workspace
+    )  # fmt: skip
+    requests, rows = layout.draft_lens.shape[0], layout.token_ids.shape[0]
+    if requests == 0 or rows == 0:
+        plan.counts.zero_()
+        return plan
+    _plan_attention(
+        layout.query_start_loc, kv.context_lens, state_indices, plan.items, plan.counts, rows,
+        kv.block_tables.shape[1] * kv.k_cache.shape[1], query_heads // plan.kv_heads, plan.kv_heads, plan.block_m, plan.block_n,
+        plan.programs, config.min_blocks, config.finer, config.invariant_parts if batch_invariant else 0, plan.partial_rows, window,
+    )  # fmt: skip
+    return plan
+
+
+def empty_plan(
+    layout: VerifyLayout,
+    kv: PagedKV,
+    *,
+    query_heads: int,
+    dtype: torch.dtype | None = None,
+    window: int | None = None,
+    batch_invariant: bool = False,
+    max_programs: int | None = None,
+    state_indices: Tensor | None = None,
+) -> AttentionPlan:
+    """Room for a plan of these sizes, `out` of plan_attention: nothing is launched."""
+    return _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, None, None)[0]
+
+
+def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, out, workspace):
+    """The plan to write, checked or new, and the launch configuration it is made for."""
+    check_type("layout", layout, VerifyLayout)
+    check_type("kv", kv, PagedKV)
+    requests, rows = layout.draft_lens.shape[0], layout.token_ids.shape[0]
+    device = layout.token_ids.device
+    check_tensor("kv.k_cache", kv.k_cache, device=device)
+    _, page_size, kv_heads, head_dim = kv.k_cache.shape
+    check_int("query_heads", query_heads, low=1)
+    if query_heads % kv_heads:
+        raise ValueError(f"query_heads: expected a multiple of {kv_heads} KV heads, got {query_heads}")
+    fp8 = kv.k_cache.dtype == torch.float8_e4m3fn
+    dtype = dtype or (torch.bfloat16 if fp8 else kv.k_cache.dtype)
+    check_choice("dtype", dtype, LOGIT_DTYPES)
+    _check_window(window)
+    if max_programs is not None:
+        check_int("max_programs", max_programs, low=1)
+    _check_slots(state_indices, requests, kv, device)
+    if workspace is not None:
+        check_type("workspace", workspace, Workspace)
+    most_rows = None if layout.max_drafts is None or rows > requests * (layout.max_drafts + 1) else layout.max_drafts + 1
+    sizes = _sizes(
+        arch.current(device), requests, rows, most_rows, query_heads, kv_heads, head_dim, dtype.itemsize,
+        kv.k_cache.element_size(), kv.block_tables.shape[1] * page_size, batch_invariant,
+    )  # fmt: skip
+    config = sizes.config
+    programs = config.programs if max_programs is None else min(config.programs, max_programs)
+    facts = dict(
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        element_size=dtype.itemsize,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        programs=programs,
+        partial_rows=sizes.partial_rows,
+        window=window,
+        batch_invariant=bool(batch_invariant),
+    )
+    if out is None:
+        new = torch.empty if requests and rows else torch.zeros  # without rows nothing is launched
+        out = AttentionPlan(
+            new(sizes.max_items, ITEM_COLUMNS, dtype=torch.int32, device=device),
+            new(2, dtype=torch.int32, device=device),
+            **facts,
+        )
+    else:
+        check_type("out", out, AttentionPlan)
+        check_tensor("out.items", out.items, shape=(sizes.max_items, ITEM_COLUMNS), device=device)
+        for name, fact in facts.items():
+            if getattr(out, name) != fact:
+                raise ValueError(f"out.{name}: expected {fact}, got {getattr(out, name)}")
+    return out, config
+
+
+def tree_attention(
+    q: Tensor,
+    kv: PagedKV,
+    layout: VerifyLayout,
+    *,
+    mask: str = "chain",
+    ancestors: Tensor | DraftTree | None = None,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    batch_invariant: bool = False,
+    plan: AttentionPlan | None = None,
+    state_indices: Tensor | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+    workspace: Workspace | None = None,
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of all rows over each request's paged context and its own rows of this step, in one launch.
+
+    Args:
+        q: [N_max, Hq, D] bf16, fp16 or fp32, last dimension contiguous, D at most 256.
+        kv: the layer's cache, in q's dtype or fp8 e4m3; Hq must be a multiple of its Hkv.
+        layout: which rows belong to which request. Rows of no request, and rows of a padding request, get 0 and lse -inf.
+        mask: how a request's own rows see each other: "chain" (causal), "full" (both directions), "tree" (ancestors).
+        ancestors: with "tree": int64 [N_max] by forward row, or [S, M] or a DraftTree by slot, M <= 64. Bit s = sees own row
+            s; a row counts itself. Depth is the number of bits less one. A request of more than 64 rows is no tree: its rows
+            are a chain (a piece of a prompt).
+        k_new, v_new: [N_max, Hkv, D] in q's dtype, keys and values of the rows themselves (an fp8 cache's scales do not
+            apply to them); None = already in the cache, at layout.slot_mapping.
+        scale: of the scores, default 1 / sqrt(D). softcap: cap * tanh(score / cap). sinks: [Hq] float, logits without value.
+        window: visible keys counted by depth, a row itself included; nothing ahead of a row is hidden by it.
+        return_lse: also ln of the sum of exponentials, sinks included, fp32 [N_max, Hq].
+        batch_invariant: a request's bits depend on nothing else in the batch, nor on the sizes of batch and layout.
+        plan: plan_attention(...) of this step, shared by all layers; None = one is made here, by a launch of its own before
+            the attention, with memory of its own.
+        state_indices: int32 [R], slot of each request, -1 = padding. Where a plan is given, it has the slots already.
+        out: [N_max, Hq, D], or with return_lse the pair. With plan, out and workspace nothing is allocated.
+        validate: read lengths, page ids and ancestor words back and raise for what cannot be (waits for the GPU). Without,
+            a page id out of range, a slot of -1 or a word's bit beyond the request's rows hides the key and no more.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
+        RuntimeError: no Triton, or CPU tensors without its interpreter.
+    """
+    check_tensor("q", q, dtype=LOGIT_DTYPES, shape=("N_max", "Hq", "D"), last_contiguous=True)
+    check_type("kv", kv, PagedKV)
+    check_type("layout", layout, VerifyLayout)
+    device, (rows, query_heads, head_dim) = q.device, q.shape
+    requests = layout.draft_lens.shape[0]
+    check_tensor("layout.token_ids", layout.token_ids, shape=(rows,), device=device)
+    _, _, kv_heads, cached_dim = kv.k_cache.shape
+    check_tensor("kv.k_cache", kv.k_cache, device=device)
+    if query_heads == 0 or query_heads % kv_heads:
+        raise ValueError(f"q: expected a multiple of {kv_heads} heads (those of kv.k_cache), got {query_heads}")
+    if head_dim != cached_dim or not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected head size {cached_dim} (that of kv.k_cache), at most {MAX_HEAD_DIM}, got {head_dim}")
+    if kv.k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
+        raise TypeError(f"kv.k_cache: expected dtype {q.dtype} (that of q) or float8_e4m3fn, got {kv.k_cache.dtype}")
+    check_choice("mask", mask, MASKS)
+    words = _check_ancestors(ancestors, mask, rows, state_indices, requests, kv, device)
+    if (k_new is None) != (v_new is None):
+        raise ValueError(f"{'k_new' if k_new is None else 'v_new'}: expected both k_new and v_new or neither, got None")
+    own = dict(dtype=q.dtype, shape=(rows, kv_heads, head_dim), device=device, last_contiguous=True)
+    check_optional("k_new", k_new, **own)
+    check_optional("v_new", v_new, **own)
+    if k_new is None and layout.slot_mapping is None:
+        raise ValueError("k_new: expected [N_max, Hkv, D] with a layout without slot_mapping, got None")
+    _check_window(window)
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+            raise TypeError(f"{name}: expected a number or None, got {type(number).__name__}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
+    check_optional("sinks", sinks, dtype=LOGIT_DTYPES, shape=(query_heads,), device=device, contiguous=True)
+    if plan is None or state_indices is not None:
+        _check_slots(state_indices, requests, kv, device)
+    result, lse = _outputs(out, return_lse, q)
+    if validate:
+        _validate(layout, kv, words, state_indices, k_new is None)
+    if rows == 0 or requests == 0:
+        result.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+        return (result, lse) if return_lse else result
+    if plan is None:
+        plan = plan_attention(
+            layout, kv, query_heads=query_heads, dtype=q.dtype, window=window, batch_invariant=batch_invariant,
+            state_indices=state_indices,
+        )  # fmt: skip
+    else:
+        _check_plan(plan, query_heads, kv_heads, head_dim, q.element_size(), window, batch_invariant, device)
+    counter_words, scratch_words = _words(plan.items.shape[0], plan.partial_rows, kv_heads, head_dim)
+    counters, scratch = workspaces.lend_words(
+        workspace, counter_words, scratch_words, device,
+        f"expected room for attention of {requests} requests and {rows} rows over {query_heads} query and {kv_heads} KV heads of "
+        f"{head_dim}: Workspace(..., query_heads={query_heads}, kv_heads={kv_heads}, head_dim={head_dim}, max_rows={rows}, "
+        f"batch_invariant={bool(batch_invariant)})",
+    )  # fmt: skip
+    _tree_attention(
+        q,
+        kv.k_cache,
+        kv.v_cache,
+        kv.k_scale,
+        kv.v_scale,
+        kv.block_tables,
+        None if k_new is not None else layout.slot_mapping,
+        k_new,
+        v_new,
+        words,
+        sinks,
+        plan.items,
+        plan.counts,
+        result,
+        lse,
+        counters,
+        scratch,
+        1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        None if softcap is None else float(softcap),
+        window,
+        mask == "full",
+        plan.block_m,
+        plan.block_n,
+        plan.programs,
+        plan.partial_rows,
+    )
+    return (result, lse) if return_lse else result
+
+
+def _check_window(window):
+    if window is not None:
+        check_int("window", window, low=1, high=2**30)
+
+
+def _check_slots(state_indices, requests, kv, device):
+    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
+    if state_indices is None and kv.block_tables.shape[0] != requests:
+        raise ValueError(
+            f"kv.block_tables: expected {requests} rows (one per request, no state_indices), got {kv.block_tables.shape[0]}"
+        )
+
+
+def _check_ancestors(ancestors, mask, rows, state_indices, requests, kv, device) -> Tensor | None:
+    """Ancestor words as a tensor [N_max] or [S, M]."""
+    if (mask == "tree") != (ancestors is not None):
+        expected = "int64 words or a DraftTree" if mask == "tree" else "None"
+        raise ValueError(f"ancestors: expected {expected} with mask {mask!r}, got {type(ancestors).__name__}")
+    if ancestors is None:
+        return None
+    words = ancestors.ancestors if isinstance(ancestors, DraftTree) else ancestors
+    check_tensor("ancestors", words, dtype=torch.int64, device=device)
+    if words.dim() == 2:
+        check_tensor("ancestors", words, shape=(kv.block_tables.shape[0], "M"))
+        if words.shape[1] > MAX_NODES:
+            raise ValueError(f"ancestors: expected at most {MAX_NODES} nodes, got {words.shape[1]}")
+    else:
+        check_tensor("ancestors", words, shape=(rows,))
+    return words
+
+
+def _check_plan(plan, query_heads, kv_heads, head_dim, element_size, window, batch_invariant, device):
+    check_type("plan", plan, AttentionPlan)
+    check_tensor("plan.items", plan.items, device=device)
+    facts = dict(
+        query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, element_size=element_size, window=window,
+        batch_invariant=bool(batch_invariant),
+    )  # fmt: skip
+    for name, fact in facts.items():
+        if getattr(plan, name) != fact:
+            raise ValueError(f"plan.{name}: expected {fact}, as this call has it, got {getattr(plan, name)}")
+
+
+def _outputs(out, return_lse, q) -> tuple[Tensor, Tensor | None]:
+    if out is None:
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+    if return_lse:
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            raise TypeError(f"out: expected a pair (out, lse) with return_lse, got {type(out).__name__}")
+        result, lse = out
+        check_tensor("out[1]", lse, dtype=torch.float32, shape=tuple(q.shape[:2]), device=q.device)
+    else:
+        result, lse = out, None
+    name = "out[0]" if return_lse else "out"
+    check_tensor(name, result, dtype=q.dtype, shape=tuple(q.shape), device=q.device, last_contiguous=True)
+    return result, lse
+
+
+def _validate(layout, kv, words, state_indices, from_cache):
+    """What only the device knows, read back: raises ValueError for what a kernel would silently hide."""
+    starts = layout.query_start_loc.tolist()
+    requests = len(starts) - 1
+    slots = range(requests) if state_indices is None else state_indices.tolist()
+    lens = kv.context_lens.tolist()
+    pages, page_size = kv.k_cache.shape[:2]
+    for request, slot in enumerate(slots):
+        count = starts[request + 1] - starts[request]
+        if slot < 0 or count == 0:
+            continue
+        most = kv.block_tables.shape[1] * page_size
+        if not 0 <= lens[slot] <= most:
+            raise ValueError(f"kv.context_lens: expected 0 to {most} (pages of a block table) for slot {slot}, got {lens[slot]}")
+        table = kv.block_tables[slot, : -(-lens[slot] // page_size)]
+        wrong = table[(table < 0) | (table >= pages)].tolist()
+        if wrong:
+            raise ValueError(f"kv.block_tables: expected page ids from 0 to {pages - 1} for slot {slot}, got {wrong[0]}")
+        if from_cache:
+            at = layout.slot_mapping[starts[request] : starts[request + 1]]
+            wrong = at[(at < 0) | (at >= pages * page_size)].tolist()
+            if wrong:
+                most = pages * page_size - 1
+                raise ValueError(f"layout.slot_mapping: expected 0 to {most} for request {request}, got {wrong[0]}")
+        if words is None or (count > MAX_NODES and words.dim() == 1):
+            continue
+        if words.dim() == 2 and count > words.shape[1]:
+            raise ValueError(f"ancestors: expected a word for each of the {count} rows of request {request}, got {words.shape[1]}")
+        own = words[slot, :count] if words.dim() == 2 else words[starts[request] : starts[request + 1]]
+        for node, word in enumerate(own.tolist()):
+            word &= (1 << 64) - 1
+            if not word >> node & 1 or word >> (node + 1):
+                what = "to name the node itself" if not word >> node & 1 else "not to name later slots"
+                raise ValueError(f"ancestors: expected word {node} of request {request} {what}, got {word:#x}")
+
+
+@library.register(
+    "plan_attention(Tensor query_start_loc, Tensor context_lens, Tensor? state_indices, Tensor(a!) items, Tensor(b!) counts, "
+    "int rows, int max_keys, int group, int kv_heads, int block_m, int block_n, int programs, int min_blocks, int finer, "
+    "int invariant_parts, int partial_rows, int? window) -> ()"
+)
+def _plan_attention(
+    query_start_loc, context_lens, state_indices, items, counts, rows, max_keys, group, kv_heads, block_m, block_n, programs,
+    min_blocks, finer, invariant_parts, partial_rows, window,
+):  # fmt: skip
+    device = items.device
+    kernels = library.kernels("attention", device)
+    requests, max_items = query_start_loc.shape[0] - 1, items.shape[0]
+    log_requests = (requests - 1).bit_length()
+    config = attention_launch.pick_plan(arch.current(device), requests)
+    block = min(config.block, 1 << (max_items - 1).bit_length())
+    kernels.launch_plan_attention(
+        -(-max_items // block),
+        (
+            query_start_loc, context_lens, state_indices, items, counts,
+            requests, context_lens.shape[0], rows, max_items, max_keys, partial_rows, window,
+        ),
+        constants=dict(
+            GROUP=group,
+            KV_HEADS=kv_heads,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            PROGRAMS=programs,
+            MIN_BLOCKS=min_blocks,
+            FINER=finer,
+            INVARIANT_PARTS=invariant_parts,
+            REQUESTS=1 << log_requests,
+            LOG_REQUESTS=log_requests,
+            BLOCK=block,
+        ),
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+@library.register(
+    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor block_tables, "
+    "Tensor? slot_mapping, Tensor? k_new, Tensor? v_new, Tensor? ancestors, Tensor? sinks, Tensor items, Tensor counts, "
+    "Tensor(a!) out, Tensor(b!)? lse, Tensor(c!) counters, Tensor(d!) scratch, float scale, float? softcap, int? window, "
+    "bool full, int block_m, int block_n, int programs, int partial_rows) -> ()"
+)
+def _tree_attention(
+    q, k_cache, v_cache, k_scale, v_scale, block_tables, slot_mapping, k_new, v_new, ancestors, sinks, items, counts, out, lse,
+    counters, scratch, scale, softcap, window, full, block_m, block_n, programs, partial_rows,
+):  # fmt: skip
+    device = q.device
+    kernels = library.kernels("attention", device)
+    rows, query_heads, head_dim = q.shape
+    pages, page_size, kv_heads, _ = k_cache.shape
+    group, head, max_items = query_heads // kv_heads, attention_launch.head_tile(head_dim), items.shape[0]
+    config = attention_launch.pick(arch.current(device), block_m, head_dim, q.element_size(), k_cache.element_size(), kv_heads)
+    widening = "as_stored"
+    if k_cache.dtype == torch.float8_e4m3fn:
+        # As bytes: not every GPU's compiler takes pointers to e4m3.
+        widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    arrivals = workspaces.Carver(counters, workspaces.RESERVED).take(max_items * kv_heads, torch.int32)
+    carver = workspaces.Carver(scratch)
+    partial = carver.take(partial_rows * kv_heads * head, torch.float32)
+    norms = carver.take(2 * partial_rows * kv_heads, torch.float32)
+
+    def stride(tensor, dim):
+        return 0 if tensor is None else tensor.stride(dim)
+
+    def per_head(scale):
+        return 0 if scale is None or scale.shape[0] == 1 else scale.stride(0)
+
+    by_slot = ancestors is not None and ancestors.dim() == 2
+    kernels.launch_tree_attention(
+        min(programs, max_items * kv_heads),
+        (
+            q, k_cache, v_cache, k_scale, v_scale, block_tables, slot_mapping, k_new, v_new, ancestors, sinks, items, counts,
+            out, lse, arrivals, partial, norms,
+            rows, pages, max_items, scale, softcap, window, ancestors.shape[1] if by_slot else MAX_NODES,
+            q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), v_cache.stride(0),
+            v_cache.stride(1), v_cache.stride(2), per_head(k_scale), per_head(v_scale), block_tables.stride(0),
+            stride(k_new, 0), stride(k_new, 1), stride(v_new, 0), stride(v_new, 1),
+            ancestors.stride(0) if by_slot else 0, 0 if by_slot else stride(ancestors, 0), stride(ancestors, -1),
+            out.stride(0), out.stride(1), stride(lse, 0), stride(lse, 1),
+        ),
+        widening=widening,
+        constants=dict(
+            FULL=full,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            D=head_dim,
+            HEAD=head,
+            PAGE_SIZE=page_size,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+        ),
+        config=config,
+    )  # fmt: skip

@@ -1,0 +1,631 @@
+"""tree_attention against reference/attention.py: masks, lengths, windows, pages, types, parts; and its properties.
+
+Every case poisons what no row may see with NaN (reference/cases.py), and outputs before the call. `parts` cuts contexts into parts
+of a few keys and rows into tiles, where the interpreter's own configuration would keep them whole.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from errors import excess_error
+from far import far_apart
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import dspark_kernels as dk
+from dspark_kernels.launch import attention as attention_launch
+from reference import attention, cases
+
+FP8 = torch.float8_e4m3fn
+
+
+def small_parts(pick, **changes):
+    """`pick` with blocks of 16 keys, parts of at least one block and 12 programs to share them."""
+    changes = dict(block_n=16, own_block=16, programs=12, min_blocks=1, invariant_parts=5) | changes
+
+    def picked(arch, packed, *rest):
+        config = pick(arch, packed, *rest)
+        return dataclasses.replace(config, block_m=min(config.block_m, 32), **changes)
+
+    return picked
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    monkeypatch.setattr(attention_launch, "pick", small_parts(attention_launch.pick))
+
+
+def _eager(case):
+    """PyTorch in the queries' own dtype: products rounded to it, softmax in fp32, weights rounded to it; out and lse."""
+    dtype, group = case.q.dtype, case.q.shape[1] // case.kv.k_cache.shape[2]
+    out = torch.zeros_like(case.q)
+    lse = torch.full(case.q.shape[:2], -math.inf)
+
+    def widened(cache, scale):
+        return cache.float() * (1 if scale is None else scale[:, None]) if cache.dtype == FP8 else cache
+
+    caches = [widened(case.kv.k_cache, case.kv.k_scale), widened(case.kv.v_cache, case.kv.v_scale)]
+    page_size = caches[0].shape[1]
+    starts = case.layout.query_start_loc.tolist()
+    slots = range(len(starts) - 1) if case.state_indices is None else case.state_indices.tolist()
+    for slot, begin, end in zip(slots, starts[:-1], starts[1:], strict=True):
+        n = end - begin
+        if slot < 0 or n == 0:
+            continue
+        context = int(case.kv.context_lens[slot])
+        at = torch.arange(context)
+        places = case.kv.block_tables[slot].long()[at // page_size], at % page_size
+        own = [case.k_new, case.v_new]
+        if case.k_new is None:
+            rows = case.layout.slot_mapping[begin:end]
+            own = [c[rows // page_size, rows % page_size] for c in caches]
+        else:
+            own = [t[begin:end] for t in own]
+        keys, values = (torch.cat([c[places].to(dtype), o.to(dtype)]).repeat_interleave(group, 1) for c, o in zip(caches, own))
+        rules = dict(mask=case.mask, window=case.window)
+        if case.mask == "tree":
+            words = case.ancestors[slot, :n] if case.ancestors.dim() == 2 else case.ancestors[begin:end]
+            rules |= dict(ancestors=words) if n <= 64 else dict(mask="chain")
+        seen = attention.visible_keys(n, context, **rules)
+        scale = case.q.shape[-1] ** -0.5 if case.scale is None else case.scale
+        scores = torch.einsum("nhd,mhd->nhm", case.q[begin:end], keys) * scale
+        if case.softcap is not None:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
+        scores = scores.float().masked_fill(~seen[:, None], -math.inf)
+        if case.sinks is not None:
+            scores = torch.cat([scores, case.sinks.float()[None, :, None].expand(n, -1, 1)], -1)
+        lse[begin:end] = scores.logsumexp(-1)
+        weights = scores.softmax(-1)[..., : context + n].to(dtype)
+        out[begin:end] = torch.einsum("nhm,mhd->nhd", weights, values)
+    return out, lse
+
+
+def run(case, **options):
+    """The op into poisoned outputs."""
+    out = torch.full_like(case.q, math.nan), torch.full(case.q.shape[:2], math.nan, device=case.q.device)
+    have = dk.tree_attention(**case.arguments(), return_lse=True, out=out, **options)
+    assert have[0] is out[0] and have[1] is out[1]
+    return have
+
+
+def check(case, **options):
+    out, lse = (t.cpu() for t in run(case, **options))
+    case = on_cpu(case)
+    exact, exact_lse = attention.tree_attention(**case.arguments(), return_lse=True)
+    eager, eager_lse = _eager(case)
+    excess_error(out, eager, exact, "out")
+    excess_error(lse, eager_lse, exact_lse, "lse")
+    return out, lse
+
+
+def on_cpu(value):
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if dataclasses.is_dataclass(value):
+        return type(value)(**{f.name: on_cpu(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return value
+
+
+OPTIONS = [
+    dict(),
+    dict(cached=True, page_size=1, scattered=True),
+    dict(window=1, page_size=7),
+    dict(window=6, cached=True, swapped=True),
+    dict(window=64, softcap=2.0, scale=0.3, sinks=True),
+    dict(query_heads=5, kv_heads=1, head_dim=80, page_size=16, position_dtype=torch.int64),
+    dict(query_heads=16, kv_heads=1, head_dim=4, scattered=True, padding_requests=1),
+    dict(query_heads=3, kv_heads=3, head_dim=64, sinks=True, cached=True),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+@pytest.mark.parametrize("mask", ["chain", "full", "tree"])
+def test_equals_the_reference_in_parts(parts, mask, options):
+    rows, contexts = ((3, 0, 18, 1, 2), (37, 9, 66, 0, 130)) if mask == "tree" else ((3, 0, 5, 1), (37, 9, 130, 0))
+    check(cases.attention_case(seed=len(options), rows=rows, contexts=contexts, mask=mask, **options))
+
+
+@pytest.mark.parametrize("mask", ["chain", "full", "tree"])
+def test_equals_the_reference_whole(mask):
+    check(cases.attention_case(rows=(8, 1, 0, 64), contexts=(300, 129, 128, 5), mask=mask))
+    check(cases.attention_case(rows=(8, 1), contexts=(300, 129), mask=mask, window=100, sinks=True, by_slot=mask == "tree"))
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        dict(dtype=torch.bfloat16),
+        dict(dtype=torch.float16, cached=True),
+        dict(dtype=torch.bfloat16, cache_dtype=FP8),
+        dict(dtype=torch.float16, cache_dtype=FP8, cached=True),
+        dict(dtype=torch.float32, cache_dtype=FP8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("native", [True, False])
+def test_number_types(monkeypatch, types, native):
+    """fp8 by the GPU's cast and by bits; errors no worse than eager PyTorch's in the same dtype."""
+    if not native and "cache_dtype" not in types:
+        pytest.skip("only an fp8 cache is widened")
+    monkeypatch.setattr(attention_launch, "pick", small_parts(attention_launch.pick, native_fp8=native))
+    for mask in ("chain", "tree"):
+        check(cases.attention_case(seed=4, rows=(5, 2), contexts=(70, 90), head_dim=64, mask=mask, **types))
+
+
+def test_every_byte_of_fp8():
+    """A context of 16 keys whose values are all 256 bytes: what a single visible key shows is what the byte means."""
+    from dspark_kernels.launch import arch
+
+    for native in (True, False):
+        values = torch.arange(256, dtype=torch.uint8).view(FP8).view(16, 1, 1, 16)
+        keys = torch.zeros(16, 1, 1, 16).to(FP8)
+        one = torch.ones(1)
+        tables = torch.arange(16, dtype=torch.int32)[:, None].contiguous()
+        kv = dk.PagedKV(keys, values, tables, torch.ones(16, dtype=torch.int32), k_scale=one, v_scale=one)
+        layout = cases.attention_layout([1] * 16, [1] * 16, torch.zeros(16, dtype=torch.int64), None)
+        # The own row's key is hidden by an ancestor word of 0.
+        own = torch.zeros(16, 1, 16)
+        arguments = dict(mask="tree", ancestors=torch.zeros(16, dtype=torch.int64), k_new=own, v_new=own)
+        with pytest.MonkeyPatch.context() as patch:
+            pick = attention_launch.pick
+            patch.setattr(attention_launch, "pick", lambda *a: dataclasses.replace(pick(*a), native_fp8=native))  # noqa: B023
+            out = dk.tree_attention(torch.zeros(16, 1, 16), kv, layout, **arguments)
+        assert arch.current(out.device).name == "interpreter"
+        torch.testing.assert_close(out.view(-1), values.float().view(-1), rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_shape(data):
+    draw = data.draw
+    requests = draw(st.integers(1, 5))
+    mask = draw(st.sampled_from(["chain", "full", "tree"]))
+    kv_heads = draw(st.integers(1, 3))
+    options = dict(
+        seed=draw(st.integers(0, 1000)),
+        rows=tuple(draw(st.lists(st.integers(0, 20), min_size=requests, max_size=requests))),
+        contexts=tuple(draw(st.lists(st.integers(0, 90), min_size=requests, max_size=requests))),
+        kv_heads=kv_heads,
+        query_heads=kv_heads * draw(st.integers(1, 7)),
+        head_dim=draw(st.sampled_from([8, 16, 48, 64])),
+        page_size=draw(st.sampled_from([1, 3, 16, 64])),
+        mask=mask,
+        cached=draw(st.booleans()),
+        by_slot=mask == "tree" and draw(st.booleans()),
+        scattered=draw(st.booleans()),
+        padding_rows=draw(st.integers(0, 3)),
+        sinks=draw(st.booleans()),
+        window=draw(st.sampled_from([None, None, 1, 5, 40])),
+        max_drafts=draw(st.sampled_from([None, 19])),
+    )
+    if sum(options["rows"]) + options["padding_rows"] == 0:
+        options["padding_rows"] = 1
+    changes = dict(programs=draw(st.sampled_from([1, 7, 40])), min_blocks=draw(st.integers(1, 3)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_launch, "pick", small_parts(attention_launch.pick, **changes))
+        check(cases.attention_case(**options), batch_invariant=draw(st.booleans()))
+
+
+# --- what must not matter ---------------------------------------------------------------------------------------------
+
+
+def _chain_as_tree(case):
+    words = [attention.chain_ancestors(n) for n in (case.layout.query_start_loc.diff()).tolist()]
+    padding = torch.full((case.q.shape[0] - sum(map(len, words)),), -1)
+    return dataclasses.replace(case, mask="tree", ancestors=torch.cat([*words, padding]))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(window=1), dict(window=30, cached=True), dict(dtype=torch.bfloat16)], ids=str)
+def test_a_chain_given_as_tree_has_the_same_bits(parts, options):
+    case = cases.attention_case(seed=3, rows=(64, 7, 1), contexts=(0, 75, 130), **options)
+    for have, want in zip(run(_chain_as_tree(case)), run(case), strict=True):
+        assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("window", [None, 3, 9])
+def test_a_tree_node_is_the_last_row_of_its_path(parts, window):
+    sizes = dict(rows=(14,), contexts=(30,), kv_heads=1, query_heads=2, padding_rows=0)
+    case = cases.attention_case(seed=5, mask="tree", window=window, **sizes)
+    out, lse = run(case)
+    for node, word in enumerate(case.ancestors.tolist()):
+        path = [slot for slot in range(14) if word >> slot & 1]
+        chain = dataclasses.replace(
+            case, mask="chain", ancestors=None, q=case.q[path], k_new=case.k_new[path], v_new=case.v_new[path],
+            layout=cases.attention_layout([len(path)], [30], torch.arange(len(path)), None),
+        )  # fmt: skip
+        want, want_lse = run(chain)
+        torch.testing.assert_close(out[node], want[-1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse[node], want_lse[-1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_wide_tree_in_a_window(parts):
+    """Children of the anchor in late tiles are as near to the context as those in the first."""
+    case = cases.attention_case(seed=6, rows=(50,), contexts=(60,), mask="tree", window=9, padding_rows=0)
+    case.ancestors.copy_(cases.ancestor_words([-1] + [0] * 49))
+    check(case)
+
+
+def test_more_than_64_rows_of_a_tree_batch_are_a_chain(parts):
+    """A piece of a prompt beside trees: its words are not read."""
+    for window in (None, 20):
+        check(cases.attention_case(seed=6, rows=(9, 70, 0), contexts=(33, 20, 8), query_heads=2, mask="tree", window=window))
+
+
+def test_a_prompt_shares_the_batch(parts):
+    """150 rows beside one and five: several tiles, the later ones with less of the context in their window."""
+    for options in (dict(), dict(window=70), dict(mask="full", window=70), dict(cached=True)):
+        sizes = dict(rows=(1, 150, 5), contexts=(90, 100, 0), kv_heads=1, query_heads=2, head_dim=16)
+        check(cases.attention_case(seed=7, **sizes, **options))
+
+
+def _permuted(case, order):
+    """The requests of a case without slots in another order."""
+    starts = case.layout.query_start_loc.tolist()
+    index = [row for r in order for row in range(starts[r], starts[r + 1])]
+    index += range(starts[-1], case.q.shape[0])
+    counts = [starts[r + 1] - starts[r] for r in order]
+    take = lambda t: None if t is None else t[index]  # noqa: E731
+    kv = dataclasses.replace(case.kv, block_tables=case.kv.block_tables[order], context_lens=case.kv.context_lens[order])
+    contexts = kv.context_lens.tolist()
+    layout = cases.attention_layout(counts, contexts, torch.zeros(len(index), dtype=torch.int64), take(case.layout.slot_mapping))
+    changed = dict(q=case.q[index], kv=kv, layout=layout, ancestors=take(case.ancestors))
+    return dataclasses.replace(case, **changed, k_new=take(case.k_new), v_new=take(case.v_new)), index
+
+
+@pytest.mark.parametrize("mask", ["chain", "tree"])
+def test_order_of_requests_does_not_matter(parts, mask):
+    """The table depends on the order only through the numbering: with equal parts the bits are equal."""
+    case = cases.attention_case(seed=8, rows=(3, 5, 0, 2), contexts=(37, 90, 9, 0), mask=mask, window=60)
+    want = run(case)
+    other, index = _permuted(case, [2, 3, 1, 0])
+    for have, expected in zip(run(other), want, strict=True):
+        assert torch.equal(have, expected[index])
+
+
+def test_order_of_pages_does_not_matter(parts):
+    case = cases.attention_case(seed=9, rows=(3, 5), contexts=(37, 90), cached=True, dtype=torch.bfloat16)
+    pages = case.kv.k_cache.shape[0]
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
+    place = order.argsort()  # page p of the old cache is page place[p] of the new one
+    tables = case.kv.block_tables.clone()
+    used = tables < pages
+    tables[used] = place[tables[used].long()].int()
+    at = case.layout.slot_mapping.clamp(min=0)
+    mapping = torch.where(case.layout.slot_mapping < 0, -1, place[at // 4] * 4 + at % 4)
+    moved = dataclasses.replace(
+        case,
+        kv=dataclasses.replace(
+            case.kv, k_cache=case.kv.k_cache[order], v_cache=case.kv.v_cache[order], block_tables=tables
+        ),
+        layout=dataclasses.replace(case.layout, slot_mapping=mapping),
+    )
+    for have, want in zip(run(moved), run(case), strict=True):
+        assert torch.equal(have, want)
+
+
+def test_any_number_of_parts_is_right(monkeypatch):
+    """Parts change the rounding and nothing else."""
+    case = cases.attention_case(seed=10, rows=(4, 2), contexts=(200, 130), dtype=torch.bfloat16, sinks=True)
+    pick = attention_launch.pick
+    for programs in (1, 3, 8, 100):
+        monkeypatch.setattr(attention_launch, "pick", small_parts(pick, programs=programs))
+        check(case)
+
+
+def _workspace():
+    return dk.Workspace(2, 3, 100, "cpu", query_heads=3, kv_heads=1, head_dim=32, max_rows=16)
+
+
+def test_parts_that_arrive_in_any_order_give_the_same_bits(monkeypatch):
+    """Whoever arrives last merges, in the order of the parts: programs run backwards, shuffled, and all at once."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from dspark_kernels.testing import interpreter
+
+    monkeypatch.setattr(attention_launch, "pick", small_parts(attention_launch.pick, programs=24))
+    case = cases.attention_case(seed=11, rows=(4, 1), contexts=(200, 130), kv_heads=1, query_heads=3)
+    want = run(case)
+    workspace, place = _workspace(), InterpreterBuilder.set_grid_idx
+    shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def again():
+        workspace.scratch.fill_(-1)
+        assert all(torch.equal(a, b) for a, b in zip(run(case, workspace=workspace), want, strict=True))
+        assert (workspace.counters == 0).all(), "counters were not left clean"
+
+    for order in (lambda x, n: n - 1 - x, lambda x, n: [p for p in shuffled if p < n][x]):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                InterpreterBuilder, "set_grid_idx", lambda self, x, y, z, order=order: place(self, order(x, self.grid_dim[0]), y, z)
+            )
+            again()
+    with interpreter.threads(24):
+        again()
+
+
+# --- bad values -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("mask", ["chain", "tree"])
+def test_an_own_row_that_broke_reaches_only_rows_that_see_it(parts, mask, value):
+    """A draft that overflowed spoils itself and its descendants, not the anchor."""
+    case = cases.attention_case(seed=12, rows=(6, 9), contexts=(20, 33), mask=mask, padding_rows=0)
+    want, _ = run(case)
+    row = 6 + 4  # row 4 of request 1
+    for side in (case.k_new, case.v_new):
+        broken = side.clone()
+        broken[row, :, 3] = value
+        out, _ = run(dataclasses.replace(case, **{"k_new" if side is case.k_new else "v_new": broken}))
+        words = case.ancestors[6:] if mask == "tree" else attention.chain_ancestors(9)
+        sees = torch.tensor([False] * 6 + [bool(word >> 4 & 1) for word in words.tolist()])
+        assert torch.equal(out[~sees], want[~sees])
+        assert (~out[sees].isfinite()).flatten(1).any(1).all()
+
+
+def test_a_page_id_out_of_range_hides_its_keys(parts):
+    case = cases.attention_case(seed=13, rows=(3,), contexts=(38,))
+    want = run(dataclasses.replace(case, kv=dataclasses.replace(case.kv, context_lens=torch.tensor([36], dtype=torch.int32))))
+    for page in (-1, case.kv.k_cache.shape[0], 2**31 - 1, -(2**31)):
+        tables = case.kv.block_tables.clone()
+        tables[0, 9] = page
+        bad = dataclasses.replace(case, kv=dataclasses.replace(case.kv, block_tables=tables))
+        for have, expected in zip(run(bad), want, strict=True):
+            torch.testing.assert_close(have, expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match="kv.block_tables: expected page ids"):
+            dk.tree_attention(**bad.arguments(), validate=True)
+
+
+def test_lengths_that_cannot_be_reach_no_memory():
+    case = cases.attention_case(seed=14, rows=(3, 2), contexts=(5, 6), cached=True, max_drafts=2)
+    for lens in ([10**9, -7], [2**31 - 1, -(2**31)]):
+        kv = dataclasses.replace(case.kv, context_lens=torch.tensor(lens, dtype=torch.int32))
+        out, lse = run(dataclasses.replace(case, kv=kv))
+        assert (lse[5:] == -math.inf).all() and (out[5:] == 0).all()
+        with pytest.raises(ValueError, match="kv.context_lens"):
+            dk.tree_attention(**dataclasses.replace(case, kv=kv).arguments(), validate=True)
+    for mapping in (-1, 10**9, 2**62):
+        layout = dataclasses.replace(case.layout, slot_mapping=torch.full_like(case.layout.slot_mapping, mapping))
+        hidden = dataclasses.replace(case, layout=layout)
+        blind = dataclasses.replace(case, mask="tree", ancestors=torch.zeros(7, dtype=torch.int64))
+        for have, want in zip(run(hidden), run(blind), strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("word, message", [(0b111, "not to name later slots"), (0b001, "the node itself"), (0, "the node itself")])
+def test_ancestor_words_that_are_no_tree(parts, word, message):
+    """Harmless on the device, where bits mean what they say; refused where the host is asked to look."""
+    case = cases.attention_case(seed=15, rows=(3, 2), contexts=(5, 36), mask="tree")
+    case.ancestors[1] = word
+    check(case)
+    with pytest.raises(ValueError, match=message):
+        dk.tree_attention(**case.arguments(), validate=True)
+    case.ancestors[1] = word | 1 << 40  # a slot that the request does not have
+    out, lse = run(case)
+    assert out.isfinite().all()
+
+
+def test_validation_accepts_what_is_right(parts):
+    for options in (dict(mask="tree", rows=(64, 3)), dict(mask="tree", by_slot=True, rows=(9, 3)), dict(cached=True, rows=(9, 3))):
+        case = cases.attention_case(seed=16, contexts=(5, 36), scattered=True, **options)
+        run(case, validate=True)
+
+
+def test_a_request_without_slot_gets_zeros(parts):
+    case = cases.attention_case(seed=17, rows=(3, 4), contexts=(20, 33), padding_requests=1, sinks=True)
+    out, lse = run(case)
+    assert (out[3:] == 0).all() and (lse[3:] == -math.inf).all()
+
+
+def test_offsets_beyond_32_bits():
+    case = cases.attention_case(seed=18, rows=(2,), contexts=(9,), page_size=4, padding_rows=0, cached=True, dtype=torch.bfloat16)
+    want = run(case)
+    pages, size, heads, dim = case.kv.k_cache.shape
+
+    def far(cache):
+        # [pages, size, heads, D] with pages more than 2^30 elements apart
+        apart = far_apart(cache.permute(1, 2, 0, 3).reshape(size * heads, pages, dim))
+        return apart.unflatten(0, (size, heads)).permute(2, 0, 1, 3)
+
+    assert max(case.kv.block_tables[0, :3].tolist()) >= 2
+    for name in ("k_cache", "v_cache"):
+        kv = dataclasses.replace(case.kv, **{name: far(getattr(case.kv, name))})
+        for have, expected in zip(run(dataclasses.replace(case, kv=kv)), want, strict=True):
+            assert torch.equal(have, expected)
+
+
+# --- sizes that are nothing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, contexts", [((), ()), ((0,), (7,)), ((0, 0), (0, 0)), ((1,), (0,))])
+def test_small_batches(rows, contexts):
+    for mask in ("chain", "full", "tree"):
+        check(cases.attention_case(rows=rows, contexts=contexts, mask=mask, padding_rows=3))
+    case = cases.attention_case(rows=rows, contexts=contexts, padding_rows=0)
+    assert dk.tree_attention(**case.arguments()).shape == case.q.shape
+
+
+# --- the work table ---------------------------------------------------------------------------------------------------
+
+
+def _plan(case, **options):
+    names = ("window",)
+    return dk.plan_attention(
+        case.layout, case.kv, query_heads=case.q.shape[1], dtype=case.q.dtype, state_indices=case.state_indices,
+        **{name: getattr(case, name) for name in names}, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_table_covers_every_key_once(parts, invariant, window):
+    rows, contexts = (3, 0, 40, 1, 7), (37, 9, 100, 0, 230)
+    case = cases.attention_case(seed=19, rows=rows, contexts=contexts, window=window, scattered=True)
+    plan = _plan(case, batch_invariant=invariant)
+    group = 3
+    items = plan.items[: int(plan.counts[0])].tolist()
+    assert plan.counts[1] == sum(rows)
+    tiles, partial = {}, []
+    for slot, context, first, count, tile, part, parts_, begin, end, at in items:
+        tiles.setdefault((slot, tile), []).append((part, parts_, begin, end))
+        request = case.state_indices.tolist().index(slot)
+        assert (context, count) == (contexts[request], rows[request]) and first == sum(rows[:request])
+        if parts_ > 1:
+            partial += range(at, at + min(plan.block_m, count * group - tile * plan.block_m))
+    assert len(set(partial)) == len(partial) and max(partial, default=-1) < plan.partial_rows
+    assert len(tiles) == sum(-(-n * group // plan.block_m) for n in rows)
+    for (slot, tile), found in tiles.items():
+        context = contexts[case.state_indices.tolist().index(slot)]
+        assert [part for part, *_ in found] == list(range(found[0][1])), "parts in order, one after the other"
+        keys = [key for _, _, begin, end in found for key in range(begin, end)]
+        low = 0 if window is None else max(0, context - window)
+        assert keys == list(range(keys[0] if keys else context, context)) and (not keys or keys[0] <= low)
+    assert window is not None or any(found[0][1] > 1 for found in tiles.values())
+
+
+def test_a_long_request_is_split_whatever_its_rows_and_its_neighbours():
+    """Splitting comes from all work, never from the longest query; here as a GPU of 132 multiprocessors would do it."""
+    pick = attention_launch.pick
+    with pytest.MonkeyPatch.context() as patch:
+        # The real configuration's table, made in the interpreter.
+        from dspark_kernels.launch import arch
+
+        patch.setattr(attention_launch, "pick", lambda _, *rest: pick(arch.KNOWN["sm_90"], *rest))
+        batches = [((1,), (131072,)), ((8,), (131072,)), ((8,) * 34, (32768,) * 34)]
+        batches.append(((8,) * 64, (131072,) + (1024,) * 63))
+        for rows, contexts in batches:
+            kv = dk.PagedKV(
+                torch.empty(1, 128, 8, 128, dtype=torch.bfloat16), torch.empty(1, 128, 8, 128, dtype=torch.bfloat16),
+                torch.zeros(len(rows), 1024, dtype=torch.int32), torch.tensor(contexts),
+            )  # fmt: skip
+            layout = cases.attention_layout(list(rows), list(contexts), torch.zeros(sum(rows), dtype=torch.int64), None, 7)
+            plan = dk.plan_attention(layout, kv, query_heads=32)
+            items = plan.items[: int(plan.counts[0])]
+            blocks = (items[:, 8] - items[:, 7] + plan.block_n - 1) // plan.block_n
+            # As the launch hands them out: program p has items p, p + programs, ... of (item, KV head).
+            load = torch.zeros(plan.programs, dtype=torch.int64)
+            work = blocks.repeat_interleave(8)
+            load.index_add_(0, torch.arange(len(work)) % plan.programs, work.long() + 2)
+            even = int(work.sum()) / plan.programs
+            assert load.max() <= 1.3 * even + 10, (rows, contexts, int(load.max()), even)
+
+
+def test_a_plan_is_shared_by_layers_and_written_in_place(parts):
+    case = cases.attention_case(seed=20, rows=(3, 0, 5), contexts=(37, 9, 130), scattered=True)
+    plan = _plan(case)
+    want = run(case)
+    for have, expected in zip(run(dataclasses.replace(case, state_indices=None), plan=plan), want, strict=True):
+        assert torch.equal(have, expected)
+    plan.items.fill_(-9)
+    plan.counts.fill_(-9)
+    assert _plan(case, out=plan) is plan
+    workspace = dk.Workspace(3, 4, 100, "cpu", query_heads=6, kv_heads=2, head_dim=32, max_rows=16)
+    for _ in range(2):
+        workspace.scratch.fill_(-1)
+        for have, expected in zip(run(case, plan=plan, workspace=workspace), want, strict=True):
+            assert torch.equal(have, expected)
+        assert (workspace.counters == 0).all()
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_workspace_has_room_for_every_smaller_batch(invariant):
+    from dspark_kernels.launch import arch
+    from dspark_kernels.ops import attention as op
+
+    g = torch.Generator().manual_seed(22)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=g))
+
+    for name in arch.KNOWN:
+        with arch.override(name):
+            heads = (8 * (1 << draw(0, 4)), 8, 128)
+            counters, scratch = op._needs(64, 512, *heads, invariant, torch.device("cpu"))
+            for _ in range(100):
+                rows, size = draw(1, 512), (2, 4)[draw(0, 1)]
+                most = None if draw(0, 2) == 0 else draw(1, 20)
+                cached, longest, asked = (size, 1)[draw(0, 1)], draw(1, 1 << 18), invariant and draw(0, 1) == 1
+                sizes = op._sizes(arch.current(torch.device("cpu")), draw(1, 64), rows, most, *heads, size, cached, longest, asked)
+                have = op._words(sizes.max_items, sizes.partial_rows, heads[1], heads[2])
+                assert have[0] <= counters and have[1] <= scratch
+
+
+def test_programs_can_be_limited(parts):
+    case = cases.attention_case(seed=21, rows=(3, 5), contexts=(37, 130))
+    plan = _plan(case, max_programs=3)
+    assert plan.programs == 3
+    check(case, plan=plan)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def _kv(case, **changes):
+    return dict(kv=dataclasses.replace(case.kv, **changes))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda c: dict(q=c.q.double()), TypeError, "q: expected dtype"),
+        (lambda c: dict(q=c.q[:, :5]), ValueError, "q: expected a multiple of 2 heads"),
+        (lambda c: dict(q=c.q[..., :16].contiguous()), ValueError, "q: expected head size 32"),
+        (lambda c: dict(q=c.q[:4]), ValueError, "layout.token_ids: expected shape"),
+        (lambda c: dict(mask="causal"), ValueError, "mask: expected one of"),
+        (lambda c: dict(mask="tree"), ValueError, "ancestors: expected int64 words or a DraftTree with mask 'tree', got NoneType"),
+        (lambda c: dict(ancestors=torch.zeros(10).long()), ValueError, "ancestors: expected None with mask 'chain'"),
+        (lambda c: dict(mask="tree", ancestors=torch.zeros(10).int()), TypeError, "ancestors: expected dtype int64"),
+        (lambda c: dict(mask="tree", ancestors=torch.zeros(9).long()), ValueError, "ancestors: expected shape"),
+        (lambda c: dict(mask="tree", ancestors=torch.zeros(3, 65).long()), ValueError, "ancestors: expected at most 64 nodes"),
+        (lambda c: dict(v_new=None), ValueError, "v_new: expected both"),
+        (lambda c: dict(k_new=None, v_new=None), ValueError, "k_new: expected .* with a layout without slot_mapping"),
+        (lambda c: dict(k_new=c.k_new[:, :1]), ValueError, "k_new: expected shape"),
+        (lambda c: dict(v_new=c.v_new.half()), TypeError, "v_new: expected dtype"),
+        (lambda c: _kv(c, k_cache=c.kv.k_cache.half(), v_cache=c.kv.v_cache.half()), TypeError, "kv.k_cache: expected dtype"),
+        (
+            lambda c: _kv(c, block_tables=c.kv.block_tables[:2], context_lens=c.kv.context_lens[:2]), ValueError,
+            "kv.block_tables: expected 3 rows",
+        ),
+        (lambda c: dict(window=0), ValueError, "window: expected"),
+        (lambda c: dict(window=1.5), TypeError, "window: expected an int"),
+        (lambda c: dict(softcap=0.0), ValueError, "softcap: expected"),
+        (lambda c: dict(softcap="1"), TypeError, "softcap: expected a number"),
+        (lambda c: dict(scale=math.nan), ValueError, "scale: expected a finite number"),
+        (lambda c: dict(sinks=torch.zeros(2)), ValueError, "sinks: expected shape"),
+        (lambda c: dict(state_indices=torch.zeros(3).long()), TypeError, "state_indices: expected dtype int32"),
+        (lambda c: dict(out=torch.zeros(1)), ValueError, "out: expected shape"),
+        (lambda c: dict(return_lse=True, out=torch.zeros(1)), TypeError, "out: expected a pair"),
+        (lambda c: dict(workspace=dk.Workspace(1, 1, 1, "cpu")), ValueError, "workspace: expected room for attention of 3"),
+        (lambda c: dict(plan=_plan(c, batch_invariant=True)), ValueError, "plan.batch_invariant: expected False"),
+        (lambda c: dict(plan=_plan(c), window=3), ValueError, "plan.window: expected 3"),
+        (lambda c: dict(plan="no"), TypeError, "plan: expected AttentionPlan"),
+    ],
+)  # fmt: skip
+def test_refused_arguments(monkeypatch, change, error, message):
+    monkeypatch.setattr(attention_launch, "pick", small_parts(attention_launch.pick, programs=400))
+    case = cases.attention_case()
+    with pytest.raises(error, match=message):
+        dk.tree_attention(**case.arguments() | change(case))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(query_heads=5), ValueError, "query_heads: expected a multiple of 2"),
+        (dict(query_heads=0), ValueError, "query_heads: expected >= 1"),
+        (dict(dtype=torch.float64), ValueError, "dtype: expected one of"),
+        (dict(window=-1), ValueError, "window: expected"),
+        (dict(max_programs=0), ValueError, "max_programs: expected >= 1"),
+    ],
+)
+def test_refused_plans(change, error, message):
+    case = cases.attention_case()
+    with pytest.raises(error, match=message):
+        dk.plan_attention(**dict(layout=case.layout, kv=case.kv, query_heads=6) | change)
+
+
+def test_a_plan_for_other_sizes_is_not_overwritten():
+    case, other = cases.attention_case(), cases.attention_case(query_heads=2)
+    with pytest.raises(ValueError, match="out.query_heads: expected 2, got 6"):
+        dk.plan_attention(other.layout, other.kv, query_heads=2, out=_plan(case))
