@@ -247,7 +247,8 @@ class _Batch:
         self.temperature = torch.zeros(slots, device=device)
         self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
         self.sampling = None if greedy else SamplingTensors(self.temperature, self.seed)
-        self.stale_confidence = torch.ones(slots, max(1, drafts), device=device)  # of the slot's last round
+        # Of the slot's last two rounds, older first: a budget is made of what is two rounds old.
+        self.confidences = [torch.ones(slots, max(1, drafts), device=device) for _ in range(2)]
         # Stands in for a proposal where nothing is drafted: no drafts for any slot.
         self.no_drafts = DraftBlock(
             torch.full((slots, max(1, drafts)), -1, device=device),
@@ -260,7 +261,8 @@ class _Batch:
         self.sequences.append(_Sequence(index, request, slot))
         self.anchors[slot], self.anchor_positions[slot] = int(request.prompt[0]), 0
         self.temperature[slot], self.seed[slot] = request.temperature, request.seed
-        self.stale_confidence[slot] = 1.0
+        for confidence in self.confidences:
+            confidence[slot] = 1.0
 
     @property
     def slots(self) -> list[int]:
@@ -300,10 +302,11 @@ class _Batch:
             state_indices=self.state_indices,
         )
         if drafting and cost is not None:
-            stale = self.stale_confidence if policy == "budget" else None
+            older, newer = self.confidences
+            stale = older if policy == "budget" else None
             layout = self.ops.schedule_prefixes(block, cost, policy=policy, stale_confidence=stale, **shared)
             slots = [sequence.slot for sequence in self.decoding]
-            self.stale_confidence[slots] = block.confidence[slots]
+            older[slots], newer[slots] = newer[slots], block.confidence[slots]
         else:
             lengths = torch.full((len(prompts),), self.drafts if drafting else 0, dtype=torch.int32, device=device)
             if drafting and threshold > 0:

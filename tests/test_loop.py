@@ -486,30 +486,32 @@ def test_costs_decide_how_much_is_verified(policy):
 
 
 def test_budget_comes_from_older_rounds():
-    """Each slot's stale confidences are those of its last round, and 1 for a request that has had none."""
-    seen = []
+    """Each slot's stale confidences are those of two rounds ago, and 1 for a request that has had fewer."""
+    seen, new = [], [[1.0] * 4] * 2
 
-    def schedule_prefixes(block, cost, *, stale_confidence, state_indices, **arguments):
-        drafted = [slot for slot in state_indices.tolist() if int(block.tokens[slot, 0]) >= 0]
-        positions = arguments["anchor_positions"].tolist()
+    def schedule_prefixes(block, cost, *, stale_confidence, state_indices, num_prefill_tokens, **arguments):
+        slots = state_indices.tolist()
+        prompts = [0] * len(slots) if num_prefill_tokens is None else num_prefill_tokens.tolist()
         stale, current = stale_confidence.tolist(), block.confidence.tolist()
-        seen.append([(slot, positions[slot], stale[slot], current[slot]) for slot in drafted])
+        seen.append([(slot, prompt, stale[slot], current[slot]) for slot, prompt in zip(slots, prompts, strict=True)])
         return REFERENCE_OPS.schedule_prefixes(
-            block, cost, stale_confidence=stale_confidence, state_indices=state_indices, **arguments
-        )
+            block, cost, stale_confidence=stale_confidence, state_indices=state_indices, num_prefill_tokens=num_prefill_tokens,
+            **arguments,
+        )  # fmt: skip
 
     ops = recording([], schedule_prefixes=schedule_prefixes)
     requests = requests_of(temperature=1.0)
     results = decode(TARGET, make_dspark(TARGET), requests, cost=COST, policy="budget", batch_size=3, ops=ops)
-    last, fresh = {}, 0
-    for slot, position, stale, current in itertools.chain(*seen):
-        before = last.get(slot)
-        if before is None or position <= before[0] or before[1] != stale:
-            assert stale == [1.0] * 4
-            fresh += 1
-        last[slot] = position, current
-    assert fresh == len(requests)
-    assert sum(map(len, seen)) == sum(result.target_passes for result in results)
+    rounds, decoded = {}, 0
+    for slot, prompt, stale, current in itertools.chain(*seen):
+        if prompt:
+            rounds[slot] = new
+            continue
+        assert stale == rounds.get(slot, new)[-2]
+        rounds[slot] = [*rounds.get(slot, new), current]
+        decoded += 1
+    assert sum(prompt > 0 for _, prompt, _, _ in itertools.chain(*seen)) == len(requests) - 3  # the first three came before
+    assert decoded == sum(result.target_passes for result in results)
 
 
 # --- sampling ---
