@@ -396,6 +396,10 @@ class AttentionPlan(Checked):
     block_n: int  # keys of a block
     programs: int
     partial_rows: int  # rows of partial results there must be room for
+    rows: int  # N_max of the layout
+    requests: int
+    slots: int  # rows of the block tables
+    max_keys: int  # that a block table has pages for
     window: int | None
     batch_invariant: bool
 
@@ -404,4 +408,5 @@ class AttentionPlan(Checked):
         self._tensor("counts", dtype=torch.int32, shape=(2,), device=items.device, contiguous=True)
         for field in ("query_heads", "kv_heads", "head_dim", "element_size", "block_m", "block_n", "programs"):
             check_int(self._name(field), getattr(self, field), low=1)
-        check_int(self._name("partial_rows"), self.partial_rows, low=0)
+        for field in ("partial_rows", "rows", "requests", "slots", "max_keys"):
+            check_int(self._name(field), getattr(self, field), low=0)

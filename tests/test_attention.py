@@ -565,6 +565,29 @@ def _kv(case, **changes):
     return dict(kv=dataclasses.replace(case.kv, **changes))
 
 
+def _cut(case, rows=2):
+    """Arguments for the first rows alone, as a layout of one request per slot that has nothing else."""
+    layout = cases.attention_layout([rows, 0, 0], [37, 9, 70], torch.zeros(rows, dtype=torch.int64), None)
+    return dict(q=case.q[:rows], k_new=case.k_new[:rows], v_new=case.v_new[:rows], layout=layout)
+
+
+def _wider(case):
+    return dataclasses.replace(case.kv, block_tables=torch.cat([case.kv.block_tables, case.kv.block_tables[:, :1]], 1))
+
+
+def _fewer(case):
+    """The case in two requests of the same rows and slots."""
+    layout = cases.attention_layout([3, 5], [37, 70], torch.zeros(10, dtype=torch.int64), None)
+    return dataclasses.replace(case, layout=layout, state_indices=torch.tensor([0, 2], dtype=torch.int32))
+
+
+def _slotted(case, slots):
+    """The case in a cache of more slots."""
+    more = torch.arange(slots).clamp(max=2)
+    kv = dataclasses.replace(case.kv, block_tables=case.kv.block_tables[more], context_lens=case.kv.context_lens[more])
+    return dataclasses.replace(case, kv=kv, state_indices=torch.arange(3, dtype=torch.int32))
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -598,6 +621,10 @@ def _kv(case, **changes):
         (lambda c: dict(return_lse=True, out=torch.zeros(1)), TypeError, "out: expected a pair"),
         (lambda c: dict(workspace=dk.Workspace(1, 1, 1, "cpu")), ValueError, "workspace: expected room for attention of 3"),
         (lambda c: dict(plan=_plan(c, batch_invariant=True)), ValueError, "plan.batch_invariant: expected False"),
+        (lambda c: dict(plan=_plan(c, max_programs=1), kv=_wider(c)), ValueError, "plan.max_keys: expected 88, as this call has it, got 84"),
+        (lambda c: dict(plan=_plan(c), **_cut(c)), ValueError, "plan.rows: expected 2, as this call has it, got 10"),
+        (lambda c: dict(plan=_plan(_fewer(c))), ValueError, "plan.requests: expected 3, as this call has it, got 2"),
+        (lambda c: dict(plan=_plan(_slotted(c, 5))), ValueError, "plan.slots: expected 3, as this call has it, got 5"),
         (lambda c: dict(plan=_plan(c), window=3), ValueError, "plan.window: expected 3"),
         (lambda c: dict(plan="no"), TypeError, "plan: expected AttentionPlan"),
     ],
@@ -629,3 +656,5 @@ def test_a_plan_for_other_sizes_is_not_overwritten():
     case, other = cases.attention_case(), cases.attention_case(query_heads=2)
     with pytest.raises(ValueError, match="out.query_heads: expected 2, got 6"):
         dk.plan_attention(other.layout, other.kv, query_heads=2, out=_plan(case))
+    with pytest.raises(ValueError, match="out.rows: expected 11, got 10"):
+        _plan(cases.attention_case(padding_rows=3), out=_plan(case))

@@ -225,7 +225,7 @@ def tree_attention_kernel(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD)
     in_head = (d < D)[None, :]
-    count = tl.load(counts_ptr)
+    count = tl.minimum(tl.load(counts_ptr), max_items)
     live_rows = tl.load(counts_ptr + 1)
 
     # Rows of no request.

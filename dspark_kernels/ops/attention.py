@@ -171,6 +171,7 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
     config = sizes.config
     programs = config.programs if max_programs is None else min(config.programs, max_programs)
     facts = dict(
+        **_places(rows, requests, kv),
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -191,11 +192,16 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
         )
     else:
         check_type("out", out, AttentionPlan)
-        check_tensor("out.items", out.items, shape=(sizes.max_items, ITEM_COLUMNS), device=device)
         for name, fact in facts.items():
             if getattr(out, name) != fact:
                 raise ValueError(f"out.{name}: expected {fact}, got {getattr(out, name)}")
+        check_tensor("out.items", out.items, shape=(sizes.max_items, ITEM_COLUMNS), device=device)
     return out, config
+
+
+def _places(rows, requests, kv) -> dict:
+    """What bounds the rows, slots and keys that a plan names: one made for other bounds would reach other memory."""
+    return dict(rows=rows, requests=requests, slots=kv.block_tables.shape[0], max_keys=kv.block_tables.shape[1] * kv.k_cache.shape[1])
 
 
 def tree_attention(
@@ -294,7 +300,7 @@ def tree_attention(
             state_indices=state_indices,
         )  # fmt: skip
     else:
-        _check_plan(plan, query_heads, kv_heads, head_dim, q.element_size(), window, batch_invariant, device)
+        _check_plan(plan, query_heads, kv, head_dim, q.element_size(), window, batch_invariant, rows, requests, device)
     counter_words, scratch_words = _words(plan.items.shape[0], plan.partial_rows, kv_heads, head_dim)
     counters, scratch = workspaces.lend_words(
         workspace, counter_words, scratch_words, device,
@@ -363,12 +369,12 @@ def _check_ancestors(ancestors, mask, rows, state_indices, requests, kv, device)
     return words
 
 
-def _check_plan(plan, query_heads, kv_heads, head_dim, element_size, window, batch_invariant, device):
+def _check_plan(plan, query_heads, kv, head_dim, element_size, window, batch_invariant, rows, requests, device):
     check_type("plan", plan, AttentionPlan)
     check_tensor("plan.items", plan.items, device=device)
     facts = dict(
-        query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, element_size=element_size, window=window,
-        batch_invariant=bool(batch_invariant),
+        query_heads=query_heads, kv_heads=kv.k_cache.shape[2], head_dim=head_dim, element_size=element_size, window=window,
+        batch_invariant=bool(batch_invariant), **_places(rows, requests, kv),
     )  # fmt: skip
     for name, fact in facts.items():
         if getattr(plan, name) != fact:
