@@ -393,6 +393,21 @@ def test_lengths_that_cannot_be_reach_no_memory():
             torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
 
 
+def test_starts_that_do_not_ascend_leave_the_counters_clean(monkeypatch):
+    """They ask for more items than any layout of so many rows has: a tile cut off between its parts must not wait for them."""
+    monkeypatch.setattr(attention_launch, "pick", small_parts(attention_launch.pick, programs=2))
+    for last in (48, 40, 17):
+        case = cases.attention_case(
+            seed=29, rows=(0,) * 8 + (48,), contexts=(0,) * 8 + (150,), kv_heads=1, query_heads=3, padding_rows=0
+        )  # fmt: skip
+        case.layout.query_start_loc.copy_(torch.tensor([0, 48, 0, 48, 0, 48, 0, 48, 0, last]))
+        workspace = dk.Workspace(9, 3, 100, "cpu", query_heads=3, kv_heads=1, head_dim=32, max_rows=48)
+        plan = _plan(case)
+        run(case, plan=plan, workspace=workspace)
+        assert (workspace.counters == 0).all()
+        assert plan.counts[0] == min(20 + -(-last * 3 // plan.block_m), plan.items.shape[0])
+
+
 @pytest.mark.parametrize("word, message", [(0b111, "not to name later slots"), (0b001, "the node itself"), (0, "the node itself")])
 def test_ancestor_words_that_are_no_tree(parts, word, message):
     """Harmless on the device, where bits mean what they say; refused where the host is asked to look."""

@@ -87,12 +87,15 @@ def plan_attention_kernel(
     chunk = tl.cdiv(blocks, parts)
     parts = tl.maximum(tl.cdiv(blocks, tl.maximum(chunk, 1)), 1)
     # Where partial results would not fit, a request stays whole.
-    needed = tl.where(parts > 1, rows * GROUP * parts, 0).to(tl.int64)
+    needed = tl.where(parts > 1, (rows * GROUP).to(tl.int64) * parts, 0)
     parts = tl.where(tl.cumsum(needed, axis=0) <= partial_rows, parts, 1)
+    # Starts that do not ascend may ask for more items than there are. The table then ends somewhere: all tiles stay whole, as
+    # one cut off between its parts would wait for the rest and leave its counter dirty.
+    parts = tl.where(tl.sum(tiles.to(tl.int64) * parts, axis=0) <= max_items, parts, 1)
     chunk = tl.where(parts > 1, chunk, blocks) * BLOCK_N
     needed = tl.where(parts > 1, rows * GROUP * parts, 0)
     partial = tl.cumsum(needed, axis=0) - needed
-    ends = tl.cumsum(tiles * parts, axis=0)
+    ends = tl.minimum(tl.cumsum((tiles * parts).to(tl.int64), axis=0), 2147483646).to(tl.int32)
     begins = ends - tiles * parts
 
     if tl.program_id(0) == 0:
