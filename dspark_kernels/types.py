@@ -382,8 +382,8 @@ class AttentionPlan(Checked):
 
     items: int32 [max_items, 10], one row per part of work: state slot (-1 = a padding request), context length, first
     forward row of the request, its rows, query tile, part of the keys, number of parts, first context key, end of the context
-    keys, first row of partial results. counts: int32 [2], items in use and forward rows in use. The rest is what the table was
-    made for, and what a launch that reads it must be compiled with.
+    keys, first row of partial results. counts: int32 [3], items in use, first forward row in use, end of those in use. The rest is
+    what the table was made for, and what a launch that reads it must be compiled with.
     """
 
     items: Tensor
@@ -405,7 +405,7 @@ class AttentionPlan(Checked):
 
     def _check(self):
         items = self._tensor("items", dtype=torch.int32, shape=("max_items", 10), contiguous=True)
-        self._tensor("counts", dtype=torch.int32, shape=(2,), device=items.device, contiguous=True)
+        self._tensor("counts", dtype=torch.int32, shape=(3,), device=items.device, contiguous=True)
         for field in ("query_heads", "kv_heads", "head_dim", "element_size", "block_m", "block_n", "programs"):
             check_int(self._name(field), getattr(self, field), low=1)
         for field in ("partial_rows", "rows", "requests", "slots", "max_keys"):

@@ -450,6 +450,17 @@ def test_offsets_beyond_32_bits():
             assert torch.equal(have, expected)
 
 
+@pytest.mark.parametrize("rows", [(3, 0, 5), (0, 0)])
+def test_rows_before_the_first_request_get_zeros(parts, rows):
+    """Any row of no request, on either side."""
+    case = cases.attention_case(seed=30, rows=rows, contexts=(37, 9, 70)[: len(rows)], padding_rows=4)
+    want = run(case)
+    case.layout.query_start_loc.add_(3)
+    rolled = {name: getattr(case, name).roll(3, 0) for name in ("q", "k_new", "v_new")}
+    for have, expected in zip(run(dataclasses.replace(case, **rolled)), want, strict=True):
+        assert torch.equal(have, expected.roll(3, 0))
+
+
 # --- sizes that are nothing -------------------------------------------------------------------------------------------
 
 
@@ -480,7 +491,7 @@ def test_the_table_covers_every_key_once(parts, invariant, window):
     plan = _plan(case, batch_invariant=invariant)
     group = 3
     items = plan.items[: int(plan.counts[0])].tolist()
-    assert plan.counts[1] == sum(rows)
+    assert plan.counts[1:].tolist() == [0, sum(rows)]
     tiles, partial = {}, []
     for slot, context, first, count, tile, part, parts_, begin, end, at in items:
         tiles.setdefault((slot, tile), []).append((part, parts_, begin, end))

@@ -43,7 +43,7 @@ def plan_attention_kernel(
     context_lens_ptr,  # [S]
     slots_ptr,  # [R] or None
     items_ptr,  # [max_items, 10]
-    counts_ptr,  # [2]
+    counts_ptr,  # [3]
     num_requests, num_slots, num_rows, max_items, max_keys, partial_rows,
     window,  # int or None
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -100,7 +100,8 @@ def plan_attention_kernel(
 
     if tl.program_id(0) == 0:
         tl.store(counts_ptr, tl.minimum(tl.max(ends, axis=0), max_items))
-        tl.store(counts_ptr + 1, tl.max(tl.where(batch, end, 0), axis=0))
+        tl.store(counts_ptr + 1, tl.min(tl.where(batch, start, num_rows), axis=0))
+        tl.store(counts_ptr + 2, tl.max(tl.where(batch, end, 0), axis=0))
 
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < max_items
@@ -207,7 +208,7 @@ def tree_attention_kernel(
     ancestors_ptr,  # [N] or [S, M], or None
     sinks_ptr,  # [Hq] or None
     items_ptr,  # [max_items, 10]
-    counts_ptr,  # [2]
+    counts_ptr,  # [3]
     out_ptr,  # [N, Hq, D]
     lse_ptr,  # [N, Hq] or None
     arrivals_ptr,  # [max_items, Hkv]
@@ -229,13 +230,15 @@ def tree_attention_kernel(
     d = tl.arange(0, HEAD)
     in_head = (d < D)[None, :]
     count = tl.minimum(tl.load(counts_ptr), max_items)
-    live_rows = tl.load(counts_ptr + 1)
+    before = tl.load(counts_ptr + 1)
+    behind = tl.load(counts_ptr + 2)
 
-    # Rows of no request.
-    padding = (num_rows - live_rows) * (KV_HEADS * GROUP)
+    # Rows of no request: before the first, behind the last.
+    padding = (before + num_rows - behind) * (KV_HEADS * GROUP)
     for block in range(tl.program_id(0), tl.cdiv(padding, BLOCK_M), tl.num_programs(0)):
         pair = block * BLOCK_M + m
-        row = (live_rows + pair // (KV_HEADS * GROUP)).to(tl.int64)
+        row = pair // (KV_HEADS * GROUP)
+        row = tl.where(row < before, row, row - before + behind).to(tl.int64)
         head = (pair % (KV_HEADS * GROUP)).to(tl.int64)
         at = out_ptr + row * stride_on + head * stride_oh
         tl.store(at[:, None] + d[None, :], tl.zeros([BLOCK_M, HEAD], dtype), mask=(pair < padding)[:, None] & in_head)

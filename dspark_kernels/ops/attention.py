@@ -187,7 +187,7 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
         new = torch.empty if requests and rows else torch.zeros  # without rows nothing is launched
         out = AttentionPlan(
             new(sizes.max_items, ITEM_COLUMNS, dtype=torch.int32, device=device),
-            new(2, dtype=torch.int32, device=device),
+            new(3, dtype=torch.int32, device=device),
             **facts,
         )
     else:
