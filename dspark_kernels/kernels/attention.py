@@ -197,7 +197,7 @@ def _join(q, k, v, seen, scale, softcap, acc, top, total):
     return acc, higher, total * shrink + tl.sum(weights, axis=1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_pages", "max_items", "scale"])
+@triton.jit(do_not_specialize=["num_rows", "num_pages", "max_items", "scale", "tree_slots", "stride_b", "stride_as"])
 def tree_attention_kernel(
     q_ptr,  # [N, Hq, D]
     k_ptr, v_ptr,  # [pages, page_size, Hkv, D], e4m3 as bytes

@@ -109,6 +109,11 @@ def plan_attention(
         out: an AttentionPlan made for the same sizes; nothing else is allocated.
         workspace: accepted for uniformity; this op needs no scratch memory.
 
+    tree_attention with this plan needs 4 * partial_rows * Hkv * (D + 2) bytes of scratch, D rounded up to a power of two of at
+    least 16. plan.partial_rows is bounded by the size of the GPU, except with batch_invariant: there it is rows * Hq / Hkv *
+    parts, with up to 128 / Hkv parts, whatever the lengths turn out to be. Hence Hq = 32, Hkv = 8, D = 128, 16 parts: 266 KB
+    per row. Prompts of thousands of rows are better given to another launch, without batch_invariant.
+
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
         RuntimeError: no Triton, or CPU tensors without its interpreter.
@@ -238,7 +243,8 @@ def tree_attention(
         k_new, v_new: [N_max, Hkv, D] in q's dtype, keys and values of the rows themselves (an fp8 cache's scales do not
             apply to them); None = already in the cache, at layout.slot_mapping.
         scale: of the scores, default 1 / sqrt(D). softcap: cap * tanh(score / cap). sinks: [Hq] float, logits without value.
-        window: visible keys counted by depth, a row itself included; nothing ahead of a row is hidden by it.
+        window: visible keys counted by depth, a row itself included; nothing ahead of a row is hidden by it. A NaN or inf among
+            a hidden context key's values may still reach a row, where another row of the same request sees that key.
         return_lse: also ln of the sum of exponentials, sinks included, fp32 [N_max, Hq].
         batch_invariant: a request's bits depend on nothing else in the batch, nor on the sizes of batch and layout.
         plan: plan_attention(...) of this step, shared by all layers; None = one is made here, by a launch of its own before
