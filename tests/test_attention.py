@@ -425,6 +425,35 @@ def test_validation_accepts_what_is_right(parts):
     for options in (dict(mask="tree", rows=(64, 3)), dict(mask="tree", by_slot=True, rows=(9, 3)), dict(cached=True, rows=(9, 3))):
         case = cases.attention_case(seed=16, contexts=(5, 36), scattered=True, **options)
         run(case, validate=True)
+    for by_slot in (False, True):  # 70 rows are a chain, whatever their words are
+        case = cases.attention_case(seed=16, rows=(70, 3), contexts=(5, 36), mask="tree", by_slot=by_slot)
+        run(case, validate=True)
+
+
+def test_validation_needs_the_slots_of_a_plan(parts):
+    case = cases.attention_case(seed=16, scattered=True)
+    plan = _plan(case)
+    run(case, plan=plan, validate=True)
+    with pytest.raises(ValueError, match="state_indices: expected those that plan was made with"):
+        run(dataclasses.replace(case, state_indices=None), plan=plan, validate=True)
+
+
+def test_a_slot_out_of_range_is_padding(parts):
+    case = cases.attention_case(seed=17, rows=(3, 4), contexts=(20, 33), scattered=True)
+    for slot in (5, 2**31 - 1, -(2**31)):
+        case.state_indices[1] = slot
+        out, lse = run(case, validate=True)
+        assert (out[3:] == 0).all() and (lse[3:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("name, known", [("sm_103", "sm_100"), ("sm_121", "sm_120"), ("sm_87", "sm_86"), ("gfx941", "gfx942")])
+def test_an_unknown_gpu_is_configured_as_its_family(name, known):
+    from dspark_kernels.launch import arch
+
+    like = arch.KNOWN[known]
+    other = dataclasses.replace(like, name=name)
+    for sizes in ((None, 128, 2, 2, 8), (8, 64, 2, 1, 8), (64, 256, 2, 2, 1), (64, 64, 4, 4, 8)):
+        assert attention_launch.pick(other, *sizes) == attention_launch.pick(like, *sizes)
 
 
 def test_a_request_without_slot_gets_zeros(parts):

@@ -249,7 +249,8 @@ def tree_attention(
         batch_invariant: a request's bits depend on nothing else in the batch, nor on the sizes of batch and layout.
         plan: plan_attention(...) of this step, shared by all layers; None = one is made here, by a launch of its own before
             the attention, with memory of its own.
-        state_indices: int32 [R], slot of each request, -1 = padding. Where a plan is given, it has the slots already.
+        state_indices: int32 [R], slot of each request, -1 = padding. Where a plan is given, it has the slots already, and only
+            validate needs them again (without slots: 0 to R - 1).
         out: [N_max, Hq, D], or with return_lse the pair. With plan, out and workspace nothing is allocated.
         validate: read lengths, page ids and ancestor words back and raise for what cannot be (waits for the GPU). Without,
             a page id out of range, a slot of -1 or a word's bit beyond the request's rows hides the key and no more.
@@ -294,6 +295,8 @@ def tree_attention(
         _check_slots(state_indices, requests, kv, device)
     result, lse = _outputs(out, return_lse, q)
     if validate:
+        if plan is not None and state_indices is None:
+            raise ValueError("state_indices: expected those that plan was made with, to validate their slots, got None")
         _validate(layout, kv, words, state_indices, k_new is None)
     if rows == 0 or requests == 0:
         result.zero_()
@@ -412,7 +415,7 @@ def _validate(layout, kv, words, state_indices, from_cache):
     pages, page_size = kv.k_cache.shape[:2]
     for request, slot in enumerate(slots):
         count = starts[request + 1] - starts[request]
-        if slot < 0 or count == 0:
+        if not 0 <= slot < len(lens) or count == 0:
             continue
         most = kv.block_tables.shape[1] * page_size
         if not 0 <= lens[slot] <= most:
@@ -427,7 +430,7 @@ def _validate(layout, kv, words, state_indices, from_cache):
             if wrong:
                 most = pages * page_size - 1
                 raise ValueError(f"layout.slot_mapping: expected 0 to {most} for request {request}, got {wrong[0]}")
-        if words is None or (count > MAX_NODES and words.dim() == 1):
+        if words is None or count > MAX_NODES:
             continue
         if words.dim() == 2 and count > words.shape[1]:
             raise ValueError(f"ancestors: expected a word for each of the {count} rows of request {request}, got {words.shape[1]}")
