@@ -153,6 +153,36 @@ def test_number_types(monkeypatch, types, native):
         check(cases.attention_case(seed=4, rows=(5, 2), contexts=(70, 90), head_dim=64, mask=mask, **types))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("k_scale, v_scale", [([0.7, 0.2], [1.5]), ([0.7], [1.5, 0.4]), ([0.7, 0.2], [1.5, 0.4])])
+def test_scales_of_each_head(parts, cached, k_scale, v_scale):
+    """A scale per KV head or one for all, for keys and values apart."""
+    case = cases.attention_case(seed=32, rows=(3, 2), contexts=(40, 21), dtype=torch.float16, cache_dtype=FP8, cached=cached)
+    kv = dataclasses.replace(case.kv, k_scale=torch.tensor(k_scale), v_scale=torch.tensor(v_scale))
+    check(dataclasses.replace(case, kv=kv))
+
+
+@pytest.mark.parametrize("mask", ["chain", "tree"])
+def test_strides_do_not_matter(parts, mask):
+    """Queries, keys and values as slices of one tensor, outputs as slices of wider ones, of which nothing else is written."""
+    case = cases.attention_case(seed=33, rows=(3, 0, 9), contexts=(37, 9, 70), mask=mask, query_heads=6, kv_heads=2, head_dim=32)
+    want = run(case)
+    q, k, v = torch.cat([case.q, case.k_new, case.v_new], 1).split([6, 2, 2], 1)
+    assert not (q.is_contiguous() or k.is_contiguous() or v.is_contiguous())
+    wide, wide_lse = torch.full((14, 9, 37), 7.0), torch.full((14, 9), 7.0)
+    out = wide[:, 2:8, 3:35], wide_lse[:, 2:8]
+    split = dataclasses.replace(case, q=q, k_new=k, v_new=v, ancestors=None if mask == "chain" else _spread(case.ancestors))
+    dk.tree_attention(**split.arguments(), return_lse=True, out=out)
+    for have, expected in zip(out, want, strict=True):
+        assert torch.equal(have, expected)
+        have.fill_(7.0)
+    assert (wide == 7).all() and (wide_lse == 7).all()
+
+
+def _spread(words):
+    return torch.stack([words, ~words], 1)[:, 0]
+
+
 def test_every_byte_of_fp8():
     """A context of 16 keys whose values are all 256 bytes: what a single visible key shows is what the byte means."""
     from dspark_kernels.launch import arch
@@ -385,6 +415,13 @@ def test_lengths_that_cannot_be_reach_no_memory():
         assert (lse[5:] == -math.inf).all() and (out[5:] == 0).all()
         with pytest.raises(ValueError, match="kv.context_lens"):
             dk.tree_attention(**dataclasses.replace(case, kv=kv).arguments(), validate=True)
+    # Beyond 32 bits a length is still too long or negative, not what its low half says.
+    have = [
+        run(dataclasses.replace(case, kv=dataclasses.replace(case.kv, context_lens=torch.tensor(lens))))
+        for lens in ([2**32 + 1, -(2**32) + 2], [2**62, -(2**62)], [4 * case.kv.block_tables.shape[1], 0])
+    ]
+    for few in have[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(few, have[2], strict=True))
     for mapping in (-1, 10**9, 2**62):
         layout = dataclasses.replace(case.layout, slot_mapping=torch.full_like(case.layout.slot_mapping, mapping))
         hidden = dataclasses.replace(case, layout=layout)
