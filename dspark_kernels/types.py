@@ -382,8 +382,8 @@ class AttentionPlan(Checked):
 
     items: int32 [max_items, 10], one row per part of work: state slot (-1 = a padding request), context length, first
     forward row of the request, its rows, query tile, part of the keys, number of parts, first context key, end of the context
-    keys, first row of partial results. counts: int32 [2], items in use and forward rows in use. The rest is what the table was
-    made for, and what a launch that reads it must be compiled with.
+    keys, first row of partial results. counts: int32 [3], items in use, first forward row in use, end of those in use. The rest is
+    what the table was made for, and what a launch that reads it must be compiled with.
     """
 
     items: Tensor
@@ -396,12 +396,17 @@ class AttentionPlan(Checked):
     block_n: int  # keys of a block
     programs: int
     partial_rows: int  # rows of partial results there must be room for
+    rows: int  # N_max of the layout
+    requests: int
+    slots: int  # rows of the block tables
+    max_keys: int  # that a block table has pages for
     window: int | None
     batch_invariant: bool
 
     def _check(self):
         items = self._tensor("items", dtype=torch.int32, shape=("max_items", 10), contiguous=True)
-        self._tensor("counts", dtype=torch.int32, shape=(2,), device=items.device, contiguous=True)
+        self._tensor("counts", dtype=torch.int32, shape=(3,), device=items.device, contiguous=True)
         for field in ("query_heads", "kv_heads", "head_dim", "element_size", "block_m", "block_n", "programs"):
             check_int(self._name(field), getattr(self, field), low=1)
-        check_int(self._name("partial_rows"), self.partial_rows, low=0)
+        for field in ("partial_rows", "rows", "requests", "slots", "max_keys"):
+            check_int(self._name(field), getattr(self, field), low=0)

@@ -49,8 +49,9 @@ class Workspace:
     One per stream, never shared by launches (or CUDA graphs) that may run at the same time. Clean after every launch that
     finished; call `reset()` after one that was aborted. With `out=` and `workspace=` an op allocates nothing.
 
-    For `tree_attention` too: query_heads, kv_heads and head_dim of the model (the largest, where layers differ), max_rows
-    forward rows (default max_requests * (max_drafts + 1)), and whether batch_invariant will be asked for, which needs more.
+    For `tree_attention` too: query_heads, kv_heads and head_dim of the layers (where they differ: one workspace for each kind, as
+    the smaller head can need more), max_rows forward rows (default max_requests * (max_drafts + 1)), and whether batch_invariant
+    will be asked for: that takes scratch for max_rows rows in all their parts, see `plan_attention`.
     """
 
     def __init__(

@@ -153,6 +153,36 @@ def test_number_types(monkeypatch, types, native):
         check(cases.attention_case(seed=4, rows=(5, 2), contexts=(70, 90), head_dim=64, mask=mask, **types))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("k_scale, v_scale", [([0.7, 0.2], [1.5]), ([0.7], [1.5, 0.4]), ([0.7, 0.2], [1.5, 0.4])])
+def test_scales_of_each_head(parts, cached, k_scale, v_scale):
+    """A scale per KV head or one for all, for keys and values apart."""
+    case = cases.attention_case(seed=32, rows=(3, 2), contexts=(40, 21), dtype=torch.float16, cache_dtype=FP8, cached=cached)
+    kv = dataclasses.replace(case.kv, k_scale=torch.tensor(k_scale), v_scale=torch.tensor(v_scale))
+    check(dataclasses.replace(case, kv=kv))
+
+
+@pytest.mark.parametrize("mask", ["chain", "tree"])
+def test_strides_do_not_matter(parts, mask):
+    """Queries, keys and values as slices of one tensor, outputs as slices of wider ones, of which nothing else is written."""
+    case = cases.attention_case(seed=33, rows=(3, 0, 9), contexts=(37, 9, 70), mask=mask, query_heads=6, kv_heads=2, head_dim=32)
+    want = run(case)
+    q, k, v = torch.cat([case.q, case.k_new, case.v_new], 1).split([6, 2, 2], 1)
+    assert not (q.is_contiguous() or k.is_contiguous() or v.is_contiguous())
+    wide, wide_lse = torch.full((14, 9, 37), 7.0), torch.full((14, 9), 7.0)
+    out = wide[:, 2:8, 3:35], wide_lse[:, 2:8]
+    split = dataclasses.replace(case, q=q, k_new=k, v_new=v, ancestors=None if mask == "chain" else _spread(case.ancestors))
+    dk.tree_attention(**split.arguments(), return_lse=True, out=out)
+    for have, expected in zip(out, want, strict=True):
+        assert torch.equal(have, expected)
+        have.fill_(7.0)
+    assert (wide == 7).all() and (wide_lse == 7).all()
+
+
+def _spread(words):
+    return torch.stack([words, ~words], 1)[:, 0]
+
+
 def test_every_byte_of_fp8():
     """A context of 16 keys whose values are all 256 bytes: what a single visible key shows is what the byte means."""
     from dspark_kernels.launch import arch
@@ -385,12 +415,34 @@ def test_lengths_that_cannot_be_reach_no_memory():
         assert (lse[5:] == -math.inf).all() and (out[5:] == 0).all()
         with pytest.raises(ValueError, match="kv.context_lens"):
             dk.tree_attention(**dataclasses.replace(case, kv=kv).arguments(), validate=True)
+    # Beyond 32 bits a length is still too long or negative, not what its low half says.
+    have = [
+        run(dataclasses.replace(case, kv=dataclasses.replace(case.kv, context_lens=torch.tensor(lens))))
+        for lens in ([2**32 + 1, -(2**32) + 2], [2**62, -(2**62)], [4 * case.kv.block_tables.shape[1], 0])
+    ]
+    for few in have[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(few, have[2], strict=True))
     for mapping in (-1, 10**9, 2**62):
         layout = dataclasses.replace(case.layout, slot_mapping=torch.full_like(case.layout.slot_mapping, mapping))
         hidden = dataclasses.replace(case, layout=layout)
         blind = dataclasses.replace(case, mask="tree", ancestors=torch.zeros(7, dtype=torch.int64))
         for have, want in zip(run(hidden), run(blind), strict=True):
             torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+
+
+def test_starts_that_do_not_ascend_leave_the_counters_clean(monkeypatch):
+    """They ask for more items than any layout of so many rows has: a tile cut off between its parts must not wait for them."""
+    monkeypatch.setattr(attention_launch, "pick", small_parts(attention_launch.pick, programs=2))
+    for last in (48, 40, 17):
+        case = cases.attention_case(
+            seed=29, rows=(0,) * 8 + (48,), contexts=(0,) * 8 + (150,), kv_heads=1, query_heads=3, padding_rows=0
+        )  # fmt: skip
+        case.layout.query_start_loc.copy_(torch.tensor([0, 48, 0, 48, 0, 48, 0, 48, 0, last]))
+        workspace = dk.Workspace(9, 3, 100, "cpu", query_heads=3, kv_heads=1, head_dim=32, max_rows=48)
+        plan = _plan(case)
+        run(case, plan=plan, workspace=workspace)
+        assert (workspace.counters == 0).all()
+        assert plan.counts[0] == min(20 + -(-last * 3 // plan.block_m), plan.items.shape[0])
 
 
 @pytest.mark.parametrize("word, message", [(0b111, "not to name later slots"), (0b001, "the node itself"), (0, "the node itself")])
@@ -410,6 +462,35 @@ def test_validation_accepts_what_is_right(parts):
     for options in (dict(mask="tree", rows=(64, 3)), dict(mask="tree", by_slot=True, rows=(9, 3)), dict(cached=True, rows=(9, 3))):
         case = cases.attention_case(seed=16, contexts=(5, 36), scattered=True, **options)
         run(case, validate=True)
+    for by_slot in (False, True):  # 70 rows are a chain, whatever their words are
+        case = cases.attention_case(seed=16, rows=(70, 3), contexts=(5, 36), mask="tree", by_slot=by_slot)
+        run(case, validate=True)
+
+
+def test_validation_needs_the_slots_of_a_plan(parts):
+    case = cases.attention_case(seed=16, scattered=True)
+    plan = _plan(case)
+    run(case, plan=plan, validate=True)
+    with pytest.raises(ValueError, match="state_indices: expected those that plan was made with"):
+        run(dataclasses.replace(case, state_indices=None), plan=plan, validate=True)
+
+
+def test_a_slot_out_of_range_is_padding(parts):
+    case = cases.attention_case(seed=17, rows=(3, 4), contexts=(20, 33), scattered=True)
+    for slot in (5, 2**31 - 1, -(2**31)):
+        case.state_indices[1] = slot
+        out, lse = run(case, validate=True)
+        assert (out[3:] == 0).all() and (lse[3:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("name, known", [("sm_103", "sm_100"), ("sm_121", "sm_120"), ("sm_87", "sm_86"), ("gfx941", "gfx942")])
+def test_an_unknown_gpu_is_configured_as_its_family(name, known):
+    from dspark_kernels.launch import arch
+
+    like = arch.KNOWN[known]
+    other = dataclasses.replace(like, name=name)
+    for sizes in ((None, 128, 2, 2, 8), (8, 64, 2, 1, 8), (64, 256, 2, 2, 1), (64, 64, 4, 4, 8)):
+        assert attention_launch.pick(other, *sizes) == attention_launch.pick(like, *sizes)
 
 
 def test_a_request_without_slot_gets_zeros(parts):
@@ -433,6 +514,17 @@ def test_offsets_beyond_32_bits():
         kv = dataclasses.replace(case.kv, **{name: far(getattr(case.kv, name))})
         for have, expected in zip(run(dataclasses.replace(case, kv=kv)), want, strict=True):
             assert torch.equal(have, expected)
+
+
+@pytest.mark.parametrize("rows", [(3, 0, 5), (0, 0)])
+def test_rows_before_the_first_request_get_zeros(parts, rows):
+    """Any row of no request, on either side."""
+    case = cases.attention_case(seed=30, rows=rows, contexts=(37, 9, 70)[: len(rows)], padding_rows=4)
+    want = run(case)
+    case.layout.query_start_loc.add_(3)
+    rolled = {name: getattr(case, name).roll(3, 0) for name in ("q", "k_new", "v_new")}
+    for have, expected in zip(run(dataclasses.replace(case, **rolled)), want, strict=True):
+        assert torch.equal(have, expected.roll(3, 0))
 
 
 # --- sizes that are nothing -------------------------------------------------------------------------------------------
@@ -465,7 +557,7 @@ def test_the_table_covers_every_key_once(parts, invariant, window):
     plan = _plan(case, batch_invariant=invariant)
     group = 3
     items = plan.items[: int(plan.counts[0])].tolist()
-    assert plan.counts[1] == sum(rows)
+    assert plan.counts[1:].tolist() == [0, sum(rows)]
     tiles, partial = {}, []
     for slot, context, first, count, tile, part, parts_, begin, end, at in items:
         tiles.setdefault((slot, tile), []).append((part, parts_, begin, end))
@@ -565,6 +657,29 @@ def _kv(case, **changes):
     return dict(kv=dataclasses.replace(case.kv, **changes))
 
 
+def _cut(case, rows=2):
+    """Arguments for the first rows alone, as a layout of one request per slot that has nothing else."""
+    layout = cases.attention_layout([rows, 0, 0], [37, 9, 70], torch.zeros(rows, dtype=torch.int64), None)
+    return dict(q=case.q[:rows], k_new=case.k_new[:rows], v_new=case.v_new[:rows], layout=layout)
+
+
+def _wider(case):
+    return dataclasses.replace(case.kv, block_tables=torch.cat([case.kv.block_tables, case.kv.block_tables[:, :1]], 1))
+
+
+def _fewer(case):
+    """The case in two requests of the same rows and slots."""
+    layout = cases.attention_layout([3, 5], [37, 70], torch.zeros(10, dtype=torch.int64), None)
+    return dataclasses.replace(case, layout=layout, state_indices=torch.tensor([0, 2], dtype=torch.int32))
+
+
+def _slotted(case, slots):
+    """The case in a cache of more slots."""
+    more = torch.arange(slots).clamp(max=2)
+    kv = dataclasses.replace(case.kv, block_tables=case.kv.block_tables[more], context_lens=case.kv.context_lens[more])
+    return dataclasses.replace(case, kv=kv, state_indices=torch.arange(3, dtype=torch.int32))
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -598,6 +713,10 @@ def _kv(case, **changes):
         (lambda c: dict(return_lse=True, out=torch.zeros(1)), TypeError, "out: expected a pair"),
         (lambda c: dict(workspace=dk.Workspace(1, 1, 1, "cpu")), ValueError, "workspace: expected room for attention of 3"),
         (lambda c: dict(plan=_plan(c, batch_invariant=True)), ValueError, "plan.batch_invariant: expected False"),
+        (lambda c: dict(plan=_plan(c, max_programs=1), kv=_wider(c)), ValueError, "plan.max_keys: expected 88, as this call has it, got 84"),
+        (lambda c: dict(plan=_plan(c), **_cut(c)), ValueError, "plan.rows: expected 2, as this call has it, got 10"),
+        (lambda c: dict(plan=_plan(_fewer(c))), ValueError, "plan.requests: expected 3, as this call has it, got 2"),
+        (lambda c: dict(plan=_plan(_slotted(c, 5))), ValueError, "plan.slots: expected 3, as this call has it, got 5"),
         (lambda c: dict(plan=_plan(c), window=3), ValueError, "plan.window: expected 3"),
         (lambda c: dict(plan="no"), TypeError, "plan: expected AttentionPlan"),
     ],
@@ -629,3 +748,5 @@ def test_a_plan_for_other_sizes_is_not_overwritten():
     case, other = cases.attention_case(), cases.attention_case(query_heads=2)
     with pytest.raises(ValueError, match="out.query_heads: expected 2, got 6"):
         dk.plan_attention(other.layout, other.kv, query_heads=2, out=_plan(case))
+    with pytest.raises(ValueError, match="out.rows: expected 11, got 10"):
+        _plan(cases.attention_case(padding_rows=3), out=_plan(case))

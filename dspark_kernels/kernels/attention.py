@@ -43,7 +43,7 @@ def plan_attention_kernel(
     context_lens_ptr,  # [S]
     slots_ptr,  # [R] or None
     items_ptr,  # [max_items, 10]
-    counts_ptr,  # [2]
+    counts_ptr,  # [3]
     num_requests, num_slots, num_rows, max_items, max_keys, partial_rows,
     window,  # int or None
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -87,17 +87,21 @@ def plan_attention_kernel(
     chunk = tl.cdiv(blocks, parts)
     parts = tl.maximum(tl.cdiv(blocks, tl.maximum(chunk, 1)), 1)
     # Where partial results would not fit, a request stays whole.
-    needed = tl.where(parts > 1, rows * GROUP * parts, 0).to(tl.int64)
+    needed = tl.where(parts > 1, (rows * GROUP).to(tl.int64) * parts, 0)
     parts = tl.where(tl.cumsum(needed, axis=0) <= partial_rows, parts, 1)
+    # Starts that do not ascend may ask for more items than there are. The table then ends somewhere: all tiles stay whole, as
+    # one cut off between its parts would wait for the rest and leave its counter dirty.
+    parts = tl.where(tl.sum(tiles.to(tl.int64) * parts, axis=0) <= max_items, parts, 1)
     chunk = tl.where(parts > 1, chunk, blocks) * BLOCK_N
     needed = tl.where(parts > 1, rows * GROUP * parts, 0)
     partial = tl.cumsum(needed, axis=0) - needed
-    ends = tl.cumsum(tiles * parts, axis=0)
+    ends = tl.minimum(tl.cumsum((tiles * parts).to(tl.int64), axis=0), 2147483646).to(tl.int32)
     begins = ends - tiles * parts
 
     if tl.program_id(0) == 0:
         tl.store(counts_ptr, tl.minimum(tl.max(ends, axis=0), max_items))
-        tl.store(counts_ptr + 1, tl.max(tl.where(batch, end, 0), axis=0))
+        tl.store(counts_ptr + 1, tl.min(tl.where(batch, start, num_rows), axis=0))
+        tl.store(counts_ptr + 2, tl.max(tl.where(batch, end, 0), axis=0))
 
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < max_items
@@ -193,7 +197,7 @@ def _join(q, k, v, seen, scale, softcap, acc, top, total):
     return acc, higher, total * shrink + tl.sum(weights, axis=1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_pages", "max_items", "scale"])
+@triton.jit(do_not_specialize=["num_rows", "num_pages", "max_items", "scale", "tree_slots", "stride_b", "stride_as"])
 def tree_attention_kernel(
     q_ptr,  # [N, Hq, D]
     k_ptr, v_ptr,  # [pages, page_size, Hkv, D], e4m3 as bytes
@@ -204,7 +208,7 @@ def tree_attention_kernel(
     ancestors_ptr,  # [N] or [S, M], or None
     sinks_ptr,  # [Hq] or None
     items_ptr,  # [max_items, 10]
-    counts_ptr,  # [2]
+    counts_ptr,  # [3]
     out_ptr,  # [N, Hq, D]
     lse_ptr,  # [N, Hq] or None
     arrivals_ptr,  # [max_items, Hkv]
@@ -225,14 +229,16 @@ def tree_attention_kernel(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD)
     in_head = (d < D)[None, :]
-    count = tl.load(counts_ptr)
-    live_rows = tl.load(counts_ptr + 1)
+    count = tl.minimum(tl.load(counts_ptr), max_items)
+    before = tl.load(counts_ptr + 1)
+    behind = tl.load(counts_ptr + 2)
 
-    # Rows of no request.
-    padding = (num_rows - live_rows) * (KV_HEADS * GROUP)
+    # Rows of no request: before the first, behind the last.
+    padding = (before + num_rows - behind) * (KV_HEADS * GROUP)
     for block in range(tl.program_id(0), tl.cdiv(padding, BLOCK_M), tl.num_programs(0)):
         pair = block * BLOCK_M + m
-        row = (live_rows + pair // (KV_HEADS * GROUP)).to(tl.int64)
+        row = pair // (KV_HEADS * GROUP)
+        row = tl.where(row < before, row, row - before + behind).to(tl.int64)
         head = (pair % (KV_HEADS * GROUP)).to(tl.int64)
         at = out_ptr + row * stride_on + head * stride_oh
         tl.store(at[:, None] + d[None, :], tl.zeros([BLOCK_M, HEAD], dtype), mask=(pair < padding)[:, None] & in_head)

@@ -22,6 +22,16 @@ class Arch:
     def vendor(self) -> str:
         return {"s": "nvidia", "g": "amd"}.get(self.name[0], "interpreter")
 
+    @property
+    def family(self) -> str:
+        """The known name whose rules hold: its own, or that of the nearest older GPU of its kind."""
+        if self.vendor == "interpreter" or self.name in KNOWN:
+            return self.name
+        if self.vendor == "amd":
+            return "gfx942"
+        older = [name for name in KNOWN if name.startswith("sm_") and int(name[3:]) <= int(self.name[3:])]
+        return max(older, key=lambda name: int(name[3:]), default="sm_86")
+
 
 # Shared memory per program: CUDA programming guide, table "technical specifications per compute capability"; CDNA3 and CDNA4
 # ISA guides for gfx942 (64 KiB) and gfx950 (160 KiB). Multiprocessors of the usual part, used only where no device can be asked.
@@ -72,12 +82,8 @@ def _of_device(index: int) -> Arch:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
-        family = KNOWN["gfx942"]
     else:
         major, minor = torch.cuda.get_device_capability(index)
         name = f"sm_{major}{minor}"
-        # An unknown GPU takes the limits of the nearest older one of its kind.
-        older = [a for a in KNOWN.values() if a.vendor == "nvidia" and int(a.name[3:]) <= 10 * major + minor]
-        family = max(older, key=lambda a: int(a.name[3:]), default=KNOWN["sm_86"])
-    known = KNOWN.get(name, family)
+    known = KNOWN[Arch(name, 0, 0).family]
     return dataclasses.replace(known, name=name, multiprocessors=properties.multi_processor_count)

@@ -55,21 +55,21 @@ def pick(
     Not measured on a GPU yet. Parts of at least 256 keys: below that a part's partial result is no smaller than its keys.
     """
     head = head_tile(head_dim)
-    largest = 16 if element_size > 2 else 32 if arch.name == "gfx942" else 64
+    largest = 16 if element_size > 2 else 32 if arch.family == "gfx942" else 64
     wanted = largest if packed_rows is None else 1 << max(0, packed_rows - 1).bit_length()
     block_m = min(largest, max(16, wanted))
-    native = arch.name in _NATIVE_FP8
+    native = arch.family in _NATIVE_FP8
     if arch.vendor == "interpreter":
         # Every operation costs the same whatever its size: large blocks, and no parts, of which each repeats all operations.
         block_m = 64 if packed_rows is None else min(256, max(16, wanted))
         return AttentionConfig(block_m, 128, 1, 1, 64, 1, 1, 1 << 20, 4, 16, native, None)
     invariant_parts = max(1, 128 // kv_heads)  # one long request fills a GPU of 132 multiprocessors
-    block_n = 32 if head > 128 or (head <= 64 and arch.name == "sm_120") else 64
+    block_n = 32 if head > 128 or (head <= 64 and arch.family == "sm_120") else 64
     if element_size > 2:
         block_n = 16
     # Every thread of 8 warps may have all registers there are, where only one program is resident.
     warps = 8 if block_m == 64 or element_size > 2 or cached_size == 1 or head > 128 else 4
-    most_stages = 1 if arch.vendor == "amd" else 2 if arch.name == "sm_120" else 3
+    most_stages = 1 if arch.vendor == "amd" else 2 if arch.family == "sm_120" else 3
     stage = 2 * block_n * head * element_size
     queries = block_m * head * element_size
     stages = max(1, min(most_stages, (arch.shared_memory - queries) // stage))
@@ -79,8 +79,8 @@ def pick(
         block_n=block_n,
         num_warps=warps,
         num_stages=stages,
-        own_block=min(16 if arch.name in _FEW_REGISTERS else 32, block_n),
-        own_stages=1 if arch.name == "sm_100" and element_size <= 2 else min(2, stages),
+        own_block=min(16 if arch.family in _FEW_REGISTERS else 32, block_n),
+        own_stages=1 if arch.family == "sm_100" and element_size <= 2 else min(2, stages),
         programs=resident * arch.multiprocessors,
         min_blocks=256 // block_n,
         finer=4,

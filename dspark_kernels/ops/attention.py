@@ -109,6 +109,11 @@ def plan_attention(
         out: an AttentionPlan made for the same sizes; nothing else is allocated.
         workspace: accepted for uniformity; this op needs no scratch memory.
 
+    tree_attention with this plan needs 4 * partial_rows * Hkv * (D + 2) bytes of scratch, D rounded up to a power of two of at
+    least 16. plan.partial_rows is bounded by the size of the GPU, except with batch_invariant: there it is rows * Hq / Hkv *
+    parts, with up to 128 / Hkv parts, whatever the lengths turn out to be. Hence Hq = 32, Hkv = 8, D = 128, 16 parts: 266 KB
+    per row. Prompts of thousands of rows are better given to another launch, without batch_invariant.
+
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
         RuntimeError: no Triton, or CPU tensors without its interpreter.
@@ -171,6 +176,7 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
     config = sizes.config
     programs = config.programs if max_programs is None else min(config.programs, max_programs)
     facts = dict(
+        **_places(rows, requests, kv),
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -186,16 +192,21 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
         new = torch.empty if requests and rows else torch.zeros  # without rows nothing is launched
         out = AttentionPlan(
             new(sizes.max_items, ITEM_COLUMNS, dtype=torch.int32, device=device),
-            new(2, dtype=torch.int32, device=device),
+            new(3, dtype=torch.int32, device=device),
             **facts,
         )
     else:
         check_type("out", out, AttentionPlan)
-        check_tensor("out.items", out.items, shape=(sizes.max_items, ITEM_COLUMNS), device=device)
         for name, fact in facts.items():
             if getattr(out, name) != fact:
                 raise ValueError(f"out.{name}: expected {fact}, got {getattr(out, name)}")
+        check_tensor("out.items", out.items, shape=(sizes.max_items, ITEM_COLUMNS), device=device)
     return out, config
+
+
+def _places(rows, requests, kv) -> dict:
+    """What bounds the rows, slots and keys that a plan names: one made for other bounds would reach other memory."""
+    return dict(rows=rows, requests=requests, slots=kv.block_tables.shape[0], max_keys=kv.block_tables.shape[1] * kv.k_cache.shape[1])
 
 
 def tree_attention(
@@ -232,12 +243,14 @@ def tree_attention(
         k_new, v_new: [N_max, Hkv, D] in q's dtype, keys and values of the rows themselves (an fp8 cache's scales do not
             apply to them); None = already in the cache, at layout.slot_mapping.
         scale: of the scores, default 1 / sqrt(D). softcap: cap * tanh(score / cap). sinks: [Hq] float, logits without value.
-        window: visible keys counted by depth, a row itself included; nothing ahead of a row is hidden by it.
+        window: visible keys counted by depth, a row itself included; nothing ahead of a row is hidden by it. A NaN or inf among
+            a hidden context key's values may still reach a row, where another row of the same request sees that key.
         return_lse: also ln of the sum of exponentials, sinks included, fp32 [N_max, Hq].
         batch_invariant: a request's bits depend on nothing else in the batch, nor on the sizes of batch and layout.
         plan: plan_attention(...) of this step, shared by all layers; None = one is made here, by a launch of its own before
             the attention, with memory of its own.
-        state_indices: int32 [R], slot of each request, -1 = padding. Where a plan is given, it has the slots already.
+        state_indices: int32 [R], slot of each request, -1 = padding. Where a plan is given, it has the slots already, and only
+            validate needs them again (without slots: 0 to R - 1).
         out: [N_max, Hq, D], or with return_lse the pair. With plan, out and workspace nothing is allocated.
         validate: read lengths, page ids and ancestor words back and raise for what cannot be (waits for the GPU). Without,
             a page id out of range, a slot of -1 or a word's bit beyond the request's rows hides the key and no more.
@@ -282,6 +295,8 @@ def tree_attention(
         _check_slots(state_indices, requests, kv, device)
     result, lse = _outputs(out, return_lse, q)
     if validate:
+        if plan is not None and state_indices is None:
+            raise ValueError("state_indices: expected those that plan was made with, to validate their slots, got None")
         _validate(layout, kv, words, state_indices, k_new is None)
     if rows == 0 or requests == 0:
         result.zero_()
@@ -294,7 +309,7 @@ def tree_attention(
             state_indices=state_indices,
         )  # fmt: skip
     else:
-        _check_plan(plan, query_heads, kv_heads, head_dim, q.element_size(), window, batch_invariant, device)
+        _check_plan(plan, query_heads, kv, head_dim, q.element_size(), window, batch_invariant, rows, requests, device)
     counter_words, scratch_words = _words(plan.items.shape[0], plan.partial_rows, kv_heads, head_dim)
     counters, scratch = workspaces.lend_words(
         workspace, counter_words, scratch_words, device,
@@ -363,12 +378,12 @@ def _check_ancestors(ancestors, mask, rows, state_indices, requests, kv, device)
     return words
 
 
-def _check_plan(plan, query_heads, kv_heads, head_dim, element_size, window, batch_invariant, device):
+def _check_plan(plan, query_heads, kv, head_dim, element_size, window, batch_invariant, rows, requests, device):
     check_type("plan", plan, AttentionPlan)
     check_tensor("plan.items", plan.items, device=device)
     facts = dict(
-        query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, element_size=element_size, window=window,
-        batch_invariant=bool(batch_invariant),
+        query_heads=query_heads, kv_heads=kv.k_cache.shape[2], head_dim=head_dim, element_size=element_size, window=window,
+        batch_invariant=bool(batch_invariant), **_places(rows, requests, kv),
     )  # fmt: skip
     for name, fact in facts.items():
         if getattr(plan, name) != fact:
@@ -400,7 +415,7 @@ def _validate(layout, kv, words, state_indices, from_cache):
     pages, page_size = kv.k_cache.shape[:2]
     for request, slot in enumerate(slots):
         count = starts[request + 1] - starts[request]
-        if slot < 0 or count == 0:
+        if not 0 <= slot < len(lens) or count == 0:
             continue
         most = kv.block_tables.shape[1] * page_size
         if not 0 <= lens[slot] <= most:
@@ -415,7 +430,7 @@ def _validate(layout, kv, words, state_indices, from_cache):
             if wrong:
                 most = pages * page_size - 1
                 raise ValueError(f"layout.slot_mapping: expected 0 to {most} for request {request}, got {wrong[0]}")
-        if words is None or (count > MAX_NODES and words.dim() == 1):
+        if words is None or count > MAX_NODES:
             continue
         if words.dim() == 2 and count > words.shape[1]:
             raise ValueError(f"ancestors: expected a word for each of the {count} rows of request {request}, got {words.shape[1]}")
