@@ -45,7 +45,12 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """op and name: as on the command line. spec: sizes, inputs, cost and check. target: None where there is none."""
+    """op and name: as on the command line. target: None where there is none. spec: a frozen dataclass of sizes with
+
+    bytes, flops, instructions; small() -> the same at sizes for the interpreter; make(seed) -> the op's arguments on the host;
+    workspace(device); run(arguments) -> (result of a call, what else the comparison needs); compare(arguments, *run(arguments)),
+    which raises AssertionError where the result is not the reference's.
+    """
 
     op: str
     name: str
@@ -65,7 +70,6 @@ def mapped(value, change: Callable[[Tensor], Tensor]):
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(part, change) for part in value)
     if dataclasses.is_dataclass(value):
-        # Past the checks of the types: poison (below) would fail those of a cost table.
         return dataclasses.replace(value, **{f.name: mapped(getattr(value, f.name), change) for f in dataclasses.fields(value)})
     return value
 
@@ -192,23 +196,25 @@ class Draft:
     def workspace(self, device) -> dk.Workspace:
         return dk.Workspace(self.requests, self.drafts, self.vocab, device)
 
-    def check(self, inputs: dict) -> dk.DraftBlock:
-        """The op's result, after comparison: drafts chosen from the stored law, that law, its lse and the confidences."""
+    def run(self, inputs: dict) -> tuple[dk.DraftBlock, dk.DraftBlock]:
+        """The op's result, and one that keeps the law of greedy drafts, too."""
         block = dk.draft_block(**inputs)
-        kept = block if self.sampled else dk.draft_block(**inputs, keep_logits=True)
+        return block, block if self.sampled else dk.draft_block(**inputs, keep_logits=True)
+
+    def compare(self, inputs: dict, block: dk.DraftBlock, kept: dk.DraftBlock) -> None:
+        """Drafts chosen from the stored law, that law, its lse and the confidences."""
         require(torch.equal(kept.tokens, block.tokens), "draft_block: keep_logits changes the drafts")
         stored = kept.proposal.logits
 
-        def run(decisions):
+        def reference(decisions):
             want = draft.draft_block(**inputs, keep_logits=True, stored_logits=stored, decisions=decisions)
             return by_request(want.tokens, want.flags)
 
-        assert_equal_or_tied(run, by_request(block.tokens, block.flags))
+        assert_equal_or_tied(reference, by_request(block.tokens, block.flags))
         for r in range(self.requests):
-            self._check_law(r, inputs, block, stored[r])
-        return block
+            self._compare_law(r, inputs, block, stored[r])
 
-    def _check_law(self, r: int, inputs: dict, block: dk.DraftBlock, stored: Tensor) -> None:
+    def _compare_law(self, r: int, inputs: dict, block: dk.DraftBlock, stored: Tensor) -> None:
         """Request r given its drafts, [K, V]: fp64, beside eager PyTorch in fp32."""
         base, head = inputs["base_logits"][r], inputs["head"]
         exact, eager = base.double(), base.float()
@@ -302,27 +308,25 @@ class Accept:
     def workspace(self, device) -> dk.Workspace:
         return dk.Workspace(self.requests, self.drafts, self.vocab, device)
 
-    def check(self, inputs: dict) -> dk.Acceptance:
-        """The op's result, after comparison of everything a request can see, its anchor in place included."""
-        result = dk.accept_chain(**inputs)
-        moved = inputs["anchors"], inputs["anchor_positions"]
-        require(
-            torch.equal(moved[0], result.next_token) and bool((moved[1] > 0).all()), "accept_chain: anchors were not moved on"
-        )
+    def run(self, inputs: dict) -> tuple[dk.Acceptance, None]:
+        return dk.accept_chain(**inputs), None
+
+    def compare(self, inputs: dict, result: dk.Acceptance, _) -> None:
+        """Everything a request can see; its anchor, moved on in place, too."""
+        anchors, positions = inputs["anchors"], inputs["anchor_positions"]
         fixed = {name: value for name, value in inputs.items() if name not in ("anchors", "anchor_positions")}
 
-        def outcome(result, positions):
+        def outcome(result, anchors, positions):
             columns = (result.tokens, result.num_accepted, result.num_emitted, result.num_rejected, result.next_token)
             commit = result.commit_mask.view(self.requests, self.drafts + 1)
-            return by_request(*columns, result.last_row, result.flags, commit, positions)
+            return by_request(*columns, result.last_row, result.flags, commit, anchors, positions)
 
-        def run(decisions):
-            ids, positions = (torch.zeros_like(tensor) for tensor in moved)
-            want = accept.accept_chain(**fixed, anchors=ids, anchor_positions=positions, decisions=decisions)
-            return outcome(want, positions)
+        def reference(decisions):
+            own = torch.zeros_like(anchors), torch.zeros_like(positions)
+            want = accept.accept_chain(**fixed, anchors=own[0], anchor_positions=own[1], decisions=decisions)
+            return outcome(want, *own)
 
-        assert_equal_or_tied(run, outcome(result, moved[1]))
-        return result
+        assert_equal_or_tied(reference, outcome(result, anchors, positions))
 
 
 # --- schedule_prefixes and the layouts --------------------------------------------------------------------------------
@@ -399,10 +403,11 @@ class Schedule:
     def workspace(self, device) -> dk.Workspace:
         return dk.Workspace(self.requests, self.drafts, 1, device)
 
-    def check(self, inputs: dict) -> dk.VerifyLayout:
-        have = dk.schedule_prefixes(**inputs)
-        same_layout(self.op, have, schedule.schedule_prefixes(**inputs))
-        return have
+    def run(self, inputs: dict) -> tuple[dk.VerifyLayout, None]:
+        return dk.schedule_prefixes(**inputs), None
+
+    def compare(self, inputs: dict, result: dk.VerifyLayout, _) -> None:
+        same_layout(self.op, result, schedule.schedule_prefixes(**inputs))
 
 
 class _Layout:
@@ -413,10 +418,11 @@ class _Layout:
     def workspace(self, device) -> None:
         return None  # they need none
 
-    def check(self, inputs: dict) -> dk.VerifyLayout:
-        have = getattr(dk, self.op)(**inputs)
-        same_layout(self.op, have, getattr(layouts, self.op)(**inputs))
-        return have
+    def run(self, inputs: dict) -> tuple[dk.VerifyLayout, None]:
+        return getattr(dk, self.op)(**inputs), None
+
+    def compare(self, inputs: dict, result: dk.VerifyLayout, _) -> None:
+        same_layout(self.op, result, getattr(layouts, self.op)(**inputs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,7 @@ class DeviceClock:
 
 
 class Flush:
-    """Takes `size` bytes of cache away from others by reading them: written lines would have to be written back while others run."""
+    """Takes `size` bytes of cache from others by reading: written lines would have to be written back while others run."""
 
     def __init__(self, size: int, device):
         self._buffer = torch.randn(size // 4, device=device) if size >= 4 else None
