@@ -175,7 +175,7 @@ def _survival(confidence):
 
 
 def _units(seconds):
-    return (seconds * 1e7).round().clamp(1, UNIT - 1).long()
+    return (seconds * 1e7 + 0.5).floor().clamp(1, UNIT - 1).long()  # halves up
 
 
 def schedule_prefixes(

@@ -4,9 +4,9 @@
     python -m bench.gpu --dry-run                    list the steps and run the quick ones in Triton's interpreter
 
 Facts about the machine, the tests marked gpu, kernel times by op, decoding with kernels, memory and race checks, plain PyTorch
-beside the kernels. Every step is a process of its own with a limit, past which it is killed; what it wrote until then stays. DIR holds
-at most 8 files: state.json says what is done (for which source: a step is run again after a change), summary.md is written last and
-after every step.
+beside the kernels. Every step is a process of its own with a limit, past which it is killed; what it wrote until then stays. DIR
+holds at most 8 files: state.json says what is done (and for which source: a step is run again after a change), summary.md is
+written after every step.
 
 Exit code: 0 all steps are done, 1 some are not, 2 no GPU or a bad argument.
 """
@@ -191,7 +191,7 @@ def _end(process) -> None:
         except ProcessLookupError:
             pass
         try:
-            process.wait(2)
+            process.wait(1)
         except subprocess.TimeoutExpired:
             continue
     process.wait()
