@@ -87,9 +87,9 @@ class Bench:
     bandwidth: float
     samples: int
     baselines: tuple[str, ...]
-    small: bool = False
-    capture: Callable = timing.graph_of
-    facts: Callable[[], dict] = dict  # columns about the machine, read after the times of a case
+    small: bool
+    capture: Callable
+    facts: Callable[[], dict]  # columns about the machine, read after the times of a case
 
 
 # --- one case ---------------------------------------------------------------------------------------------------------
@@ -98,7 +98,9 @@ class Bench:
 def inputs_of(spec, seed: int, device) -> dict:
     from . import kernel_cases
 
-    return kernel_cases.mapped(spec.make(seed), lambda tensor: tensor.to(device))
+    inputs = kernel_cases.mapped(spec.make(seed), lambda tensor: tensor.to(device))
+    # What a step makes once for all layers is an input of the call.
+    return spec.prepare(inputs) if hasattr(spec, "prepare") else inputs
 
 
 def check(spec, device, seed: int = 1, on_host: bool = False):
@@ -359,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if interpreted or arguments.check:
         return check_all(cases, torch.device("cpu" if interpreted else "cuda"), interpreted or arguments.small, interpreted)
-    return time_all(cases, arguments)
+    return time_all(cases, arguments, torch.device("cuda", torch.cuda.current_device()))
 
 
 def check_all(cases, device, small: bool, interpreted: bool) -> int:
@@ -383,8 +385,8 @@ def check_all(cases, device, small: bool, interpreted: bool) -> int:
     return 1 if wrong else 0
 
 
-def time_all(cases, arguments) -> int:
-    device = torch.device("cuda", torch.cuda.current_device())
+def time_all(cases, arguments, device) -> int:
+    """Measure the machine, then the cases."""
     clock = timing.DeviceClock()
     bandwidth = timing.copy_bandwidth(clock, device)
     machine = timing.machine(device)
@@ -397,6 +399,7 @@ def time_all(cases, arguments) -> int:
         samples=QUICK_SAMPLES if arguments.quick else SAMPLES,
         baselines=baselines,
         small=arguments.small,
+        capture=timing.graph_of,
         facts=lambda: facts_of(device),
     )
     path = Path(arguments.out) if arguments.out else RESULTS / file_name(machine.gpu)

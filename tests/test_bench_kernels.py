@@ -338,6 +338,57 @@ def test_few_requests_have_inputs_of_several_seeds():
     assert torch.equal(other, inputs["target_logits"]) and other.data_ptr() != inputs["target_logits"].data_ptr()
 
 
+def test_a_run_from_the_command_line(monkeypatch, tmp_path, capsys):
+    """Everything but the device itself: its clock, copy, graphs and facts are stand-ins."""
+    captured = []
+    monkeypatch.setattr(timing, "DeviceClock", FakeClock)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda clock, device: 2e9)
+    monkeypatch.setattr(timing, "machine", lambda device: dataclasses.replace(MACHINE, sm_clock="777"))
+    monkeypatch.setattr(timing, "graph_of", lambda call: captured.append(call) or call)
+    monkeypatch.setattr(kernels, "QUICK_SAMPLES", 2)
+    path = tmp_path / "k.csv"
+    arguments = kernels.parser().parse_args(["--quick", "--small", "--out", str(path)])
+    assert kernels.time_all([CASES["fixed_layout r64"], CASES["draft_layout r64"]], arguments, CPU) == 0
+    rows = read(path)
+    assert [(r["op"], r["contender"]) for r in rows] == [
+        (op, name) for op in ("fixed_layout", "draft_layout") for name in 4 * ["kernel"] + 4 * ["pytorch"]
+    ]
+    assert {(r["gpu"], r["driver"], r["torch"], r["triton"], r["commit"], r["sm_clock_mhz"]) for r in rows} == {
+        ("Fake GPU", "1", "2", "3", "abc", "777")
+    }
+    assert {(r["copy_gb_per_s"], r["samples"]) for r in rows} == {("2", "2")} and len(captured) == 8
+    out = capsys.readouterr().out
+    assert "[2/2] draft_layout r64\n" in out and "a device copy moves 2 GB/s" in out and f"written to {path}" in out
+
+
+def test_copy_bandwidth_counts_reading_and_writing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40_000, 0))
+    assert timing.copy_bandwidth(FakeClock([5.0] * 20), CPU) == pytest.approx(2 * 10_000 / 5e-6)
+
+
+def test_what_nvidia_smi_does_not_know_is_empty(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '580.1, 1980, [N/A], 2000'\n")
+    tool.chmod(0o755)
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert timing._smi(*fields) == ["580.1", "1980", "", "2000"]
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert timing._smi(*fields) == ["", "", "", ""]
+
+
+def test_a_tree_without_git_is_known_by_its_source(monkeypatch, tmp_path):
+    for folder in ("dspark_kernels", "bench"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    before = timing.commit()
+    assert before == "source " + timing.source_digest()
+    (tmp_path / "bench" / "a.py").write_text("x = 2\n")
+    assert timing.commit() != before
+
+
 def test_issue_time():
     measured = timing.Timing(1, 2, 3, 4)
     row = kernels._row(CASES["accept_chain dense_r1"], kc.Accept(1), "kernel", "graph", "warm", measured, 1, bench_of())
@@ -535,3 +586,57 @@ def test_layouts_by_cumulative_sums_are_the_reference(spec):
     for seed in range(2):
         inputs = spec.make(seed)
         assert_rows(call(spec.op, inputs), getattr(layouts, spec.op)(**inputs))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [kc.Draft(2), kc.Draft(2, sampled=False), kc.Draft(2, rank=0), kc.Accept(2), kc.Accept(2, "one_hot"),
+     kc.Accept(2, "one_hot", sampled=False), kc.Schedule(5, "causal"), kc.Schedule(5, "budget"), kc.Schedule(5, "stale"),
+     kc.Fixed(3), kc.Tree(3), kc.DraftRows(3)],
+    ids=repr,
+)  # fmt: skip
+def test_baselines_wait_for_nothing(spec):
+    """One graph for the compiler, without a break: so no value is read on the host, and a CUDA graph can hold it, too."""
+    baseline = baselines.BASELINES[spec.op]
+    torch._dynamo.reset()
+    compiled = torch.compile(baseline.function, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled(*baseline.arguments(spec.small().make(1)))
+
+
+# --- tree_attention ---------------------------------------------------------------------------------------------------
+
+needs_attention = pytest.mark.skipif(not hasattr(dk, "tree_attention"), reason="the package has no tree_attention yet")
+
+
+@needs_attention
+def test_costs_of_attention_by_hand():
+    from bench.attention_cases import Attention
+
+    spec = Attention(2, 40, rows=3, query_heads=4, kv_heads=2, head_dim=8)
+    assert spec.bytes == 2 * 2 * 2 * 8 * (80 + 6) + 2 * 2 * 6 * 4 * 8 + 4 * 2 * 3 + 2 * 8 + 4
+    assert spec.flops == 2 * 4 * (3 * 40 + 6) * 4 * 8
+    assert dataclasses.replace(spec, mask="tree").bytes == spec.bytes + 6 * 8
+
+
+@needs_attention
+def test_a_wrong_attention_turns_the_gate_red(monkeypatch):
+    right = dk.tree_attention
+
+    def wrong(*arguments, **options):
+        out = right(*arguments, **options)
+        out[0, 0, 0] += 0.1
+        return out
+
+    monkeypatch.setattr(dk, "tree_attention", wrong)
+    assert_red("tree_attention r1_c8192_q8")
+
+
+@needs_attention
+@pytest.mark.parametrize("mask", ["chain", "tree"])
+def test_gathered_attention_is_the_reference(mask):
+    from bench.attention_cases import Attention
+    from reference import attention
+
+    inputs = Attention(3, 37, rows=5, mask=mask, query_heads=4, kv_heads=2, head_dim=16).make(1)
+    exact = attention.tree_attention(**inputs)
+    assert torch.allclose(call("tree_attention", inputs).double(), exact, atol=0.02)
