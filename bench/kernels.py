@@ -4,7 +4,7 @@ Every case is first run once and compared with the reference; a case that differ
 CUDA-graph replays and eager calls are timed, on inputs that have left the cache (cold) and on the same ones again (warm). What a
 captured graph writes is compared with the checked result, bit by bit, before it is timed.
 
-Without a GPU small versions of the cases run in Triton's interpreter, and no times are taken.
+Without a GPU, or with TRITON_INTERPRET=1, small versions of the cases run in Triton's interpreter, and no times are taken.
 
     python -m bench.kernels                          all cases, and plain PyTorch beside them
     python -m bench.kernels --op accept_chain        one op (repeatable); --case dense_r64 one case
@@ -327,12 +327,11 @@ def choose(cases, ops, names):
 
 
 def prepare_triton() -> bool:
-    """Compiled kernels where there is a GPU, the repaired interpreter where there is none; True for the interpreter.
+    """Compiled kernels where there is a GPU; the repaired interpreter where there is none or TRITON_INTERPRET=1 asks for it.
 
-    Triton reads TRITON_INTERPRET when it is imported, so this comes before the first op.
+    True for the interpreter. Triton reads the variable when it is imported, so this comes before the first op.
     """
-    if torch.cuda.is_available():
-        os.environ.pop("TRITON_INTERPRET", None)
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return False
     os.environ["TRITON_INTERPRET"] = "1"
     from dspark_kernels.testing import interpreter
@@ -380,7 +379,8 @@ def check_all(cases, device, small: bool, interpreted: bool) -> int:
             wrong += 1
         seconds = "" if interpreted else f", {time.perf_counter() - start:.1f} s with the reference"
         print(f"[{number}/{len(cases)}] {case.op} {case.name}: {verdict}{seconds}", flush=True)
-    where = "no GPU: small cases in Triton's interpreter" if interpreted else "small cases" if small else "full size"
+    why = "TRITON_INTERPRET=1" if torch.cuda.is_available() else "no GPU"
+    where = f"{why}: small cases in Triton's interpreter" if interpreted else "small cases" if small else "full size"
     print(f"{where}; {len(cases) - wrong} of {len(cases)} equal the reference; no times were taken")
     return 1 if wrong else 0
 

@@ -35,7 +35,9 @@ def test_the_steps_and_their_order(tmp_path):
         "decode", "memcheck", "racecheck", "baselines",
     ]  # fmt: skip
     steps = {step.name: step for step in gpu.steps(tmp_path)}
-    assert {"pytest", "gpu"} <= set(steps["tests"].command) and ("TRITON_INTERPRET", "0") in steps["tests"].environment
+    assert {"pytest", "gpu"} <= set(steps["tests"].command)
+    assert all(("TRITON_INTERPRET", "0") in step.environment for step in steps.values())
+    assert ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1") in steps["memcheck"].environment
     assert "--no-baselines" in steps["kernels: draft_block"].command and "--no-baselines" not in steps["baselines"].command
     assert all(0 < step.limit <= 300 for step in steps.values())
 
