@@ -131,6 +131,7 @@ def draft_case(
     position_dtype: torch.dtype = torch.int64,
     first_draft: int = 0,
     noise: str = "draft",
+    temperatures: tuple[float, ...] = TEMPERATURES,
 ) -> DraftCase:
     """rank 0 = no head. confidence None, "plain" (hidden only) or "markov". extra_columns: rows of logits wider than V."""
     g = _generator(seed)
@@ -158,7 +159,7 @@ def draft_case(
         head=head,
         hidden=hidden,
         confidence=confidence_head,
-        sampling=sampling_tensors(seed + 1, slots) if sampled else None,
+        sampling=sampling_tensors(seed + 1, slots, temperatures) if sampled else None,
         state_indices=slot_map(seed + 2, requests, padding) if scattered else None,
         first_draft=first_draft,
         noise=noise,
@@ -182,6 +183,7 @@ def accept_case(
     draft_temperature: bool = False,
     lengths: Tensor | None = None,
     exact_rows: bool = False,
+    temperatures: tuple[float, ...] = TEMPERATURES,
 ) -> AcceptCase:
     """proposal "dense", "one_hot" or "none". closeness: how much of a draft row is the target's. exact_rows: as many rows
     of target logits as the layout uses, instead of one per allocated row (garbage in the rest)."""
@@ -190,7 +192,7 @@ def accept_case(
     width = draft_vocab or vocab
     state_indices = slot_map(seed + 2, requests, padding) if scattered else None
     slot_of = torch.arange(requests) if state_indices is None else state_indices.long()
-    sampling = sampling_tensors(seed + 1, slots)
+    sampling = sampling_tensors(seed + 1, slots, temperatures)
     target = _normal(g, requests, drafts + 1, vocab, scale=sharpness, grid=grid)
     common = torch.full((requests, drafts, width), -sharpness)
     common[..., : min(vocab, width)] = target[:, :drafts, : min(vocab, width)]

@@ -1,0 +1,253 @@
+"""What the kernels are compared with: the same steps in plain PyTorch, as functions of tensors.
+
+They do what an engine without kernels does: a loop over draft positions, a softmax of whole rows, a sort and cumulative sums. They
+draw their own noise (so their tokens differ from the ops' while their law does not), take full blocks only (every draft of every
+request verified), set no flags and know neither padding rows nor NaN: all of that is left out in their favour. Nothing here waits
+for the device, so each can be captured in a CUDA graph, compiled by torch.compile, or called as it is.
+
+Symbols: R requests, K drafts, V vocabulary, r rank, H hidden size, N rows of the target's pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+UNIT = 1 << 24  # of survival, and the limit of a cost, as in reference/schedule.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """function(*arguments(inputs)); inputs: those of the op."""
+
+    function: Callable
+    arguments: Callable[[dict], tuple]
+
+
+def _draw(probabilities: Tensor, noise: Tensor | None) -> Tensor:
+    """An id per row, with chance proportional to its entry: the smallest of exponential clocks. noise: their times at rate 1."""
+    noise = torch.empty_like(probabilities).exponential_() if noise is None else noise
+    return (probabilities / noise).argmax(-1)
+
+
+def draft_block(base_logits, anchors, w1, w2, hidden, weight, bias, sts_temperatures, temperature, noise=None):
+    """Drafts left to right: tokens [R, K], logits [R, K, V], lse [R, K], confidence [R, K] (None where there is none).
+
+    temperature None: greedy. noise: [R, K, V] exponential times, or drawn here. The bias is rounded to the logits' dtype and added
+    in it, as engines do.
+    """
+    token, tokens, logits, lses, features = anchors, [], [], [], []
+    for k in range(base_logits.shape[1]):
+        row = base_logits[:, k]
+        if w1 is not None:
+            latent = w1[token]
+            row = row + latent @ w2.T
+            if hidden is not None:
+                features.append(torch.cat([hidden[:, k], latent], -1))
+        if temperature is None:
+            token = row.argmax(-1)
+        else:
+            scaled = row.float() / temperature[:, None]
+            lse = scaled.logsumexp(-1)
+            token = _draw((scaled - lse[:, None]).exp(), None if noise is None else noise[:, k])
+            logits.append(row)
+            lses.append(lse)
+        tokens.append(token)
+    confidence = None
+    if features:
+        raw = torch.stack(features, 1) @ weight
+        raw = raw.float() if bias is None else (raw + bias).float()
+        confidence = torch.sigmoid(raw if sts_temperatures is None else raw / sts_temperatures)
+    law = (torch.stack(logits, 1), torch.stack(lses, 1)) if logits else (None, None)
+    return torch.stack(tokens, 1), *law, confidence
+
+
+def _draft_arguments(inputs):
+    head, confidence, sampling = inputs["head"], inputs["confidence"], inputs["sampling"]
+    return (
+        inputs["base_logits"],
+        inputs["anchors"],
+        None if head is None else head.w1,
+        None if head is None else head.w2,
+        None if confidence is None else inputs["hidden"],
+        None if confidence is None else confidence.weight,
+        None if confidence is None else confidence.bias,
+        None if confidence is None else confidence.sts_temperatures,
+        None if sampling is None else sampling.temperature,
+    )
+
+
+def accept_chain(target_logits, drafts, draft_logits, lse, temperature, coins=None, noise=None):
+    """Token rule over full blocks: tokens int64 [R, K + 1] (-1 behind the last) and num_accepted [R].
+
+    target_logits: [R (K + 1), V]. drafts: [R, K]. draft_logits [R, K, V] and lse [R, K], or None: drafts chosen without chance.
+    temperature None: greedy. coins: [R, K] uniforms, noise: [R, V] exponential times, or drawn here.
+    """
+    requests, width = drafts.shape
+    rows = target_logits.view(requests, width + 1, -1)
+    if temperature is None:
+        best = rows.argmax(-1)
+        accepted = (best[:, :-1] == drafts).long().cumprod(1).sum(1)
+        token = best.gather(1, accepted[:, None])
+        return _emitted(drafts, accepted, token), accepted
+    target = (rows.float() / temperature[:, None, None]).softmax(-1)
+    chance = target[:, :-1].gather(2, drafts[..., None])[..., 0]
+    coins = torch.rand_like(chance) if coins is None else coins
+    if draft_logits is None:
+        passes = coins < chance
+    else:
+        drawn = draft_logits.gather(2, drafts[..., None])[..., 0].float() / temperature[:, None]
+        passes = coins * (drawn - lse).exp() < chance
+    accepted = passes.long().cumprod(1).sum(1)
+    each = torch.arange(requests, device=drafts.device)
+    last, rejected = target[each, accepted], accepted.clamp(max=width - 1)
+    if draft_logits is None:
+        residual = last.scatter(1, drafts[each, rejected][:, None], 0.0)
+    else:
+        law = (draft_logits[each, rejected].float() / temperature[:, None] - lse[each, rejected][:, None]).exp()
+        residual = (last - law).clamp(min=0)
+    weights = torch.where((accepted == width)[:, None], last, residual)
+    return _emitted(drafts, accepted, _draw(weights, noise)[:, None]), accepted
+
+
+def _emitted(drafts, accepted, token):
+    """[R, K + 1]: the accepted drafts, the token, then -1."""
+    requests, width = drafts.shape
+    at = torch.arange(width + 1, device=drafts.device)
+    padded = torch.cat([drafts, drafts.new_full((requests, 1), -1)], 1)
+    return torch.where(at < accepted[:, None], padded, torch.where(at == accepted[:, None], token, -1))
+
+
+def _accept_arguments(inputs):
+    layout, sampling = inputs["layout"], inputs["sampling"]
+    requests = layout.draft_lens.shape[0]
+    drafts = layout.token_ids.view(requests, layout.max_drafts + 1)[:, 1:]
+    proposal = inputs["proposal"]
+    dense = sampling is not None and hasattr(proposal, "logits")
+    return (
+        inputs["target_logits"],
+        drafts,
+        proposal.logits if dense else None,
+        proposal.lse if dense else None,
+        None if sampling is None else sampling.temperature,
+    )
+
+
+def rows_of(lens, tokens, depths, anchors, anchor_positions, block_tables, page_size: int, first_logit: int = 0):
+    """A packed layout from lengths [R]: the tensors of VerifyLayout but flags, in its order (slot_mapping last).
+
+    tokens: [R, K]; depths: [R, K + 1] or None (a chain). first_logit: rows of a request before the first that gives logits.
+    """
+    requests, width = tokens.shape
+    starts = torch.nn.functional.pad((lens + 1).cumsum(0), (1, 0))
+    capacity = requests * (width + 1)
+    row = torch.arange(capacity, device=tokens.device)
+    owner = torch.searchsorted(starts[1:], row, right=True)
+    used = owner < requests
+    owner = owner.clamp(max=requests - 1)
+    local = (row - starts[owner]).clamp(max=width)
+    ids = torch.cat([anchors[:, None], tokens], 1)[owner, local]
+    base = anchor_positions[owner]
+    cache = base + local
+    positions = cache if depths is None else base + depths[owner, local]
+    slots = block_tables[owner, cache // page_size].long() * page_size + cache % page_size
+    logit_starts = starts - first_logit * torch.arange(requests + 1, device=tokens.device)
+    logit_owner = torch.searchsorted(logit_starts[1:], row, right=True)
+    behind = logit_owner.clamp(max=requests - 1)
+    logit_rows = torch.where(logit_owner < requests, starts[behind] + first_logit + row - logit_starts[behind], 0)
+    return (
+        lens.int(), starts.int(), logit_starts.int(), torch.where(used, ids, 0), torch.where(used, positions, 0),
+        torch.where(used, owner, -1).int(), logit_rows.int(), starts[-1:].int(), torch.where(used, slots, -1),
+    )  # fmt: skip
+
+
+LAYOUT_FIELDS = (
+    "draft_lens", "query_start_loc", "cu_num_logits", "token_ids", "positions", "batch_indices", "logits_indices", "num_rows",
+    "slot_mapping",
+)  # fmt: skip
+
+
+def _survival(confidence):
+    return (confidence.clamp(0, 1).cumprod(1) * UNIT).floor().long()
+
+
+def _units(seconds):
+    return (seconds * 1e7 + 0.5).floor().clamp(1, UNIT - 1).long()  # halves up
+
+
+def schedule_prefixes(
+    tokens, confidence, stale, seconds, draft_seconds, budget, anchors, anchor_positions, block_tables, page_size: int
+):  # fmt: skip
+    """Drafts by survival, by sort and cumulative sum; then their rows (`rows_of`).
+
+    budget int32 [1]: that many; stale [R, K]: the best number under those; neither: until the first that does not pay.
+    """
+    requests, width = tokens.shape
+    # Position before request: ties keep that order.
+    survival = _survival(confidence).T.reshape(-1)
+    ordered, order = torch.sort(survival, descending=True, stable=True)
+    possible = (ordered > 0).sum()
+    if budget is not None:
+        number = torch.minimum(budget[0], possible)
+    else:
+        costs = (_units(seconds) + _units(draft_seconds[requests]))[requests : requests * (width + 1) + 1]
+        likely = ordered if stale is None else torch.sort(_survival(stale).T.reshape(-1), descending=True).values
+        tau = torch.nn.functional.pad(likely.cumsum(0), (1, 0)) + requests * UNIT
+        if stale is None:
+            pays = (tau[1:] * costs[:-1] > tau[:-1] * costs[1:]) & (likely > 0)
+            number = pays.long().cumprod(0).sum()
+        else:
+            number = torch.minimum((tau.double() / costs.double()).argmax(), possible)
+    taken = torch.zeros_like(order).scatter_(0, order, (torch.arange(order.shape[0], device=order.device) < number).long())
+    lens = taken.view(width, requests).sum(0)
+    return rows_of(lens, tokens, None, anchors, anchor_positions, block_tables, page_size)
+
+
+def _schedule_arguments(inputs):
+    cost, block = inputs["cost"], inputs["block"]
+    return (
+        block.tokens,
+        block.confidence,
+        inputs.get("stale_confidence"),
+        None if cost is None else cost.seconds,
+        None if cost is None else cost.draft_seconds,
+        inputs.get("budget"),
+        inputs["anchors"],
+        inputs["anchor_positions"],
+        inputs["block_tables"],
+        inputs["page_size"],
+    )
+
+
+def fixed_layout(lens, tokens, anchors, anchor_positions, block_tables, page_size: int):
+    """Rows for lengths chosen elsewhere."""
+    return rows_of(lens.clamp(0, tokens.shape[1]), tokens, None, anchors, anchor_positions, block_tables, page_size)
+
+
+def tree_layout(nodes, tokens, depths, anchor_positions, block_tables, page_size: int):
+    """Rows for trees: tokens, depths [R, M], node 0 the anchor."""
+    return rows_of(nodes - 1, tokens[:, 1:], depths, tokens[:, 0], anchor_positions, block_tables, page_size)
+
+
+def draft_layout(anchors, anchor_positions, block_tables, page_size: int, block_size: int, mask_token_id: int):
+    """The drafter's own block, anchor first."""
+    masks = anchors.new_full((anchors.shape[0], block_size - 1), mask_token_id)
+    lens = torch.full_like(anchors, block_size - 1)
+    return rows_of(lens, masks, None, anchors, anchor_positions, block_tables, page_size)
+
+
+def _pages(inputs):
+    return inputs["anchor_positions"], inputs["block_tables"], inputs["page_size"]
+
+
+BASELINES = {
+    "draft_block": Baseline(draft_block, _draft_arguments),
+    "accept_chain": Baseline(accept_chain, _accept_arguments),
+    "schedule_prefixes": Baseline(schedule_prefixes, _schedule_arguments),
+    "fixed_layout": Baseline(fixed_layout, lambda i: (i["draft_lens"], i["block"].tokens, i["anchors"], *_pages(i))),
+    "tree_layout": Baseline(tree_layout, lambda i: (i["tree"].num_nodes, i["tree"].tokens, i["tree"].depths, *_pages(i))),
+    "draft_layout": Baseline(draft_layout, lambda i: (i["anchors"], *_pages(i), i["block_size"], i["mask_token_id"])),
+}

@@ -1,0 +1,551 @@
+"""The cases of bench.kernels: one call of a public op each, with its inputs, its cost counted by hand, and its check.
+
+    bytes         what must move once: every input read once, every output written once; W2 once per draft position, since it is
+                  larger than the caches of most GPUs
+    flops         a product and its sum count 2; maximum, scaling, exp and sum of a log-sum-exp 4 per logit
+    instructions  fp32 instructions per logit that no layout avoids: SUM_EXP, and NOISE where noise is drawn per token
+
+Symbols: R requests, K drafts, V vocabulary, r rank, H hidden size, N = R (K + 1) rows. Inputs: reference/cases.py; checks: the
+reference, draw by draw up to near ties (reference/equality.py), integers exactly, floats within the roundings that lead to them.
+Targets are those the project set for one H200; sizes are Qwen3-4B's with its published drafter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import dspark_kernels as dk
+from reference import accept, cases, draft, layout as layouts, schedule
+from reference.equality import assert_equal_or_tied
+
+VOCAB, DRAFTS, RANK, HIDDEN = 151936, 7, 256, 2560
+BF16 = 2  # bytes
+SUM_EXP, NOISE = 10, 93  # instructions per logit: counted in the compiled code
+PAGE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """At most `microseconds`, or `floors` times the floor (with `issue`: times the larger of floor and issue time)."""
+
+    microseconds: float | None = None
+    floors: float | None = None
+    issue: bool = False
+
+    def limit(self, floor: float, issue: float | None) -> float:
+        """Microseconds. issue: time of the instructions, None = not known."""
+        if self.microseconds is not None:
+            return self.microseconds
+        return self.floors * (max(floor, issue) if self.issue and issue is not None else floor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """op and name: as on the command line. target: None where there is none. spec: a frozen dataclass of sizes with
+
+    bytes, flops, instructions; small() -> the same at sizes for the interpreter; make(seed) -> the op's arguments on the host;
+    workspace(device); run(arguments) -> (result of a call, what else the comparison needs); compare(arguments, *run(arguments)),
+    which raises AssertionError where the result is not the reference's.
+    """
+
+    op: str
+    name: str
+    spec: object
+    target: Target | None = None
+
+
+# --- tensors in dataclasses in dictionaries ---------------------------------------------------------------------------
+
+
+def mapped(value, change: Callable[[Tensor], Tensor]):
+    """The same structure with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: mapped(part, change) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(part, change) for part in value)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{f.name: mapped(getattr(value, f.name), change) for f in dataclasses.fields(value)})
+    return value
+
+
+def tensors(value) -> list[Tensor]:
+    found = []
+    mapped(value, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def nbytes(value) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(value))
+
+
+def poison(value) -> None:
+    """Overwrite every tensor with what no op writes: NaN, -77777, True."""
+    for tensor in tensors(value):
+        tensor.fill_(float("nan") if tensor.is_floating_point() else True if tensor.dtype == torch.bool else -77777)
+
+
+def same(have, want) -> bool:
+    """Whether two structures hold the same bits."""
+    pairs = zip(tensors(have), tensors(want), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+# --- what a check compares --------------------------------------------------------------------------------------------
+
+ULP = 2.0**-23
+
+
+def require(condition, message: str) -> None:
+    """Assert, also under python -O."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def close(actual, exact, bound: float, what: str) -> None:
+    """max |actual - exact| <= bound, exact in fp64; NaN never passes."""
+    error = (actual.double() - exact).abs().max().item()
+    require(error <= bound, f"{what}: error {error:.3g} exceeds {bound:.3g}")
+
+
+def largest(x: Tensor) -> float:
+    return max(1.0, x.abs().max().item())
+
+
+def same_layout(op: str, have: dk.VerifyLayout, want: dk.VerifyLayout) -> None:
+    for field in dataclasses.fields(want):
+        expected, actual = getattr(want, field.name), getattr(have, field.name)
+        if isinstance(expected, Tensor):
+            require(actual.dtype == expected.dtype and torch.equal(actual, expected), f"{op}: {field.name} differs")
+        else:
+            require(actual == expected, f"{op}: {field.name} differs")
+
+
+def by_request(*columns) -> dict[int, tuple]:
+    return dict(enumerate(zip(*(column.tolist() for column in columns), strict=True)))
+
+
+# --- draft_block ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A dense block; rank 0: no head, no confidence."""
+
+    requests: int
+    sampled: bool = True
+    drafts: int = DRAFTS
+    vocab: int = VOCAB
+    rank: int = RANK
+    hidden: int = HIDDEN
+
+    op = "draft_block"
+
+    @property
+    def logits(self) -> int:
+        return self.requests * self.drafts * self.vocab
+
+    @property
+    def bytes(self) -> int:
+        slots, positions = self.requests, self.requests * self.drafts
+        count = BF16 * self.logits  # base logits
+        count += slots * (8 + 8 + 4) + 8 * positions  # anchors, their positions, flags; drafts
+        if self.rank:
+            count += BF16 * self.rank * (self.drafts * self.vocab + positions)  # W2 per position, rows of W1
+            count += BF16 * (positions * self.hidden + self.hidden + self.rank + 1) + 4 * self.drafts  # hidden, confidence head
+            count += 2 * 4 * positions  # confidence, raw and calibrated
+        if self.sampled:
+            count += BF16 * self.logits + 4 * positions + slots * (4 + 8)  # law and its lse; temperature, seed
+        return count
+
+    @property
+    def flops(self) -> int:
+        count = 4 * self.logits if self.sampled else 0
+        if self.rank:
+            count += self.logits * (2 * self.rank + 1) + 2 * self.requests * self.drafts * (self.hidden + self.rank)
+        return count
+
+    @property
+    def instructions(self) -> int:
+        return self.logits * (SUM_EXP + NOISE) if self.sampled else 0
+
+    def small(self) -> Draft:
+        few = min(self.requests, 5)
+        return dataclasses.replace(self, requests=few, drafts=3, vocab=700, rank=min(self.rank, 16), hidden=24)
+
+    def make(self, seed: int) -> dict:
+        case = cases.draft_case(
+            seed=6 * seed,  # every sixth has a bias and calibration temperatures
+            requests=self.requests,
+            drafts=self.drafts,
+            vocab=self.vocab,
+            rank=self.rank,
+            hidden_size=self.hidden,
+            dtype=torch.bfloat16,
+            sampled=self.sampled,
+            confidence="markov" if self.rank else None,
+            temperatures=(1.0,),
+        )
+        return case.arguments()
+
+    def workspace(self, device) -> dk.Workspace:
+        return dk.Workspace(self.requests, self.drafts, self.vocab, device)
+
+    def run(self, inputs: dict) -> tuple[dk.DraftBlock, dk.DraftBlock]:
+        """The op's result, and one that keeps the law of greedy drafts, too."""
+        block = dk.draft_block(**inputs)
+        return block, block if self.sampled else dk.draft_block(**inputs, keep_logits=True)
+
+    def compare(self, inputs: dict, block: dk.DraftBlock, kept: dk.DraftBlock) -> None:
+        """Drafts chosen from the stored law, that law, its lse and the confidences."""
+        require(torch.equal(kept.tokens, block.tokens), "draft_block: keep_logits changes the drafts")
+        stored = kept.proposal.logits
+
+        def reference(decisions):
+            want = draft.draft_block(**inputs, keep_logits=True, stored_logits=stored, decisions=decisions)
+            return by_request(want.tokens, want.flags)
+
+        assert_equal_or_tied(reference, by_request(block.tokens, block.flags))
+        for r in range(self.requests):
+            self._compare_law(r, inputs, block, stored[r])
+
+    def _compare_law(self, r: int, inputs: dict, block: dk.DraftBlock, stored: Tensor) -> None:
+        """Request r given its drafts, [K, V]: fp64, beside eager PyTorch in fp32."""
+        base, head = inputs["base_logits"][r], inputs["head"]
+        exact, eager = base.double(), base.float()
+        latent = None
+        if head is not None:
+            previous = torch.cat([inputs["anchors"][r : r + 1], block.tokens[r, :-1]])
+            latent = head.w1[previous]
+            exact = exact + latent.double() @ head.w2.double().T
+            eager = eager + latent.float() @ head.w2.float().T
+        # Twice eager's error, because the largest of a few roundings is itself random.
+        own = (eager.to(stored.dtype).double() - exact).abs().max().item()
+        close(stored, exact, 2 * own + ULP * largest(exact), f"draft_block: logits of request {r}")
+        if self.sampled:
+            law = stored.double() / float(inputs["sampling"].temperature[r])
+            # Six roundings of half an ulp on the way to the largest value, and the sum's near 1 (tests/test_draft.py).
+            bound = ULP / 2 * (6 * largest(law) + 2)
+            close(block.proposal.lse[r], law.logsumexp(-1), bound, f"draft_block: lse of request {r}")
+        confidence = inputs["confidence"]
+        if confidence is not None:
+            terms = torch.cat([inputs["hidden"][r], latent], -1).double() * confidence.weight.double()
+            raw = terms.sum(-1) + (0.0 if confidence.bias is None else confidence.bias.double())
+            bound = ULP * largest(terms.abs().sum(-1))  # sums of fp32 in any order stay far below
+            close(block.confidence_logits[r], raw, bound, f"draft_block: confidence_logits of request {r}")
+            scale = 1.0 if confidence.sts_temperatures is None else confidence.sts_temperatures[: self.drafts].double()
+            close(block.confidence[r], torch.sigmoid(raw / scale), 1e-5, f"draft_block: confidence of request {r}")
+
+
+# --- accept_chain -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Accept:
+    """Every draft of every request is verified. proposal: "dense" (with lse) or "one_hot"."""
+
+    requests: int
+    proposal: str = "dense"
+    sampled: bool = True
+    drafts: int = DRAFTS
+    vocab: int = VOCAB
+
+    op = "accept_chain"
+
+    @property
+    def rows(self) -> int:
+        return self.requests * (self.drafts + 1)
+
+    @property
+    def bytes(self) -> int:
+        """The target's logits once, and of a dense proposal one row per request: that of the draft that is rejected."""
+        count = BF16 * self.rows * self.vocab
+        count += self.rows * (8 + 4 + 8 + 1)  # ids, logit rows; tokens, commit mask
+        # Starts of rows and of logits, anchor's position; four counts and rows, next token, flags, anchor and position.
+        count += 2 * 4 * (self.requests + 1) + self.requests * (8 + 4 * 4 + 8 + 4 + 8 + 8)
+        if self.sampled:
+            count += self.requests * (4 + 8)
+            if self.proposal == "dense":
+                count += BF16 * self.requests * self.vocab + 4 * self.requests * self.drafts
+        return count
+
+    @property
+    def flops(self) -> int:
+        return (4 if self.sampled else 1) * self.rows * self.vocab
+
+    @property
+    def instructions(self) -> int:
+        return SUM_EXP * self.rows * self.vocab if self.sampled else 0
+
+    def small(self) -> Accept:
+        return dataclasses.replace(self, requests=min(self.requests, 5), drafts=3, vocab=1500)
+
+    def make(self, seed: int) -> dict:
+        case = cases.accept_case(
+            seed=seed,
+            requests=self.requests,
+            drafts=self.drafts,
+            vocab=self.vocab,
+            proposal=self.proposal,
+            sampled=self.sampled,
+            closeness=0.9,
+            sharpness=2.0,
+            lengths=torch.full((self.requests,), self.drafts),
+            temperatures=(1.0,),
+        )
+        inputs = case.arguments()
+        if self.proposal == "dense":
+            lse = inputs["proposal"].logits.double().logsumexp(-1).float()  # at temperature 1
+            inputs["proposal"] = dataclasses.replace(inputs["proposal"], lse=lse)
+        slots = self.requests
+        return inputs | dict(anchors=torch.zeros(slots).long(), anchor_positions=torch.zeros(slots).long())
+
+    def workspace(self, device) -> dk.Workspace:
+        return dk.Workspace(self.requests, self.drafts, self.vocab, device)
+
+    def run(self, inputs: dict) -> tuple[dk.Acceptance, None]:
+        return dk.accept_chain(**inputs), None
+
+    def compare(self, inputs: dict, result: dk.Acceptance, _) -> None:
+        """Everything a request can see; its anchor, moved on in place, too."""
+        anchors, positions = inputs["anchors"], inputs["anchor_positions"]
+        fixed = {name: value for name, value in inputs.items() if name not in ("anchors", "anchor_positions")}
+
+        def outcome(result, anchors, positions):
+            columns = (result.tokens, result.num_accepted, result.num_emitted, result.num_rejected, result.next_token)
+            commit = result.commit_mask.view(self.requests, self.drafts + 1)
+            return by_request(*columns, result.last_row, result.flags, commit, anchors, positions)
+
+        def reference(decisions):
+            own = torch.zeros_like(anchors), torch.zeros_like(positions)
+            want = accept.accept_chain(**fixed, anchors=own[0], anchor_positions=own[1], decisions=decisions)
+            return outcome(want, *own)
+
+        assert_equal_or_tied(reference, outcome(result, anchors, positions))
+
+
+# --- schedule_prefixes and the layouts --------------------------------------------------------------------------------
+
+
+def _row_bytes(requests: int, rows: int) -> int:
+    """A layout with paged slots: per row id, position, owner, slot and logit row written; per request length, starts, flags
+    written, anchor and position read; the first page of each."""
+    return rows * (8 + 8 + 4 + 8 + 4) + 4 + requests * (4 + 4 + 8 + 8 + 4) + 2 * 4 * (requests + 1)
+
+
+def _pages(g: torch.Generator, requests: int, longest: int = 4096) -> dict:
+    """Positions below `longest`, and a table of pages for them and the rows behind."""
+    pages = -(-(longest + 128) // PAGE)
+    tables = torch.randint(0, 10**6, (requests, pages), generator=g).int()
+    positions = torch.randint(0, longest, (requests,), generator=g)
+    return dict(anchor_positions=positions, block_tables=tables, page_size=PAGE)
+
+
+def _block(g: torch.Generator, requests: int, drafts: int, confidence: bool) -> dk.DraftBlock:
+    tokens = torch.randint(0, VOCAB, (requests, drafts), generator=g)
+    survives = torch.rand(requests, drafts, generator=g) ** 0.4 if confidence else None
+    return dk.DraftBlock(tokens, dk.OneHotProposal(), torch.zeros(requests, dtype=torch.int32), survives)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """policy "causal", "budget" (a given one) or "stale" (the best under older confidences)."""
+
+    requests: int
+    policy: str
+    drafts: int = DRAFTS
+
+    op = "schedule_prefixes"
+
+    @property
+    def rows(self) -> int:
+        return self.requests * (self.drafts + 1)
+
+    @property
+    def bytes(self) -> int:
+        count = _row_bytes(self.requests, self.rows) + self.requests * self.drafts * (8 + 4)
+        if self.policy == "stale":
+            count += 4 * self.requests * self.drafts
+        return count + (4 if self.policy == "budget" else 4 * (self.rows + 1) + 4)  # a budget, or the costs of every size
+
+    @property
+    def flops(self) -> int:
+        return self.requests * self.drafts * (2 if self.policy == "stale" else 1)  # survivals
+
+    @property
+    def instructions(self) -> int:
+        return 0
+
+    def small(self) -> Schedule:
+        return dataclasses.replace(self, requests=min(self.requests, 13), drafts=min(self.drafts, 5))
+
+    def make(self, seed: int) -> dict:
+        g = torch.Generator().manual_seed(seed)
+        # Costs rise slowly enough that most drafts pay and steeply enough that the unlikely ones do not.
+        steps = 2e-3 + 2e-3 / self.rows * torch.arange(self.rows + 1.0)
+        given = dict(
+            block=_block(g, self.requests, self.drafts, True),
+            cost=None if self.policy == "budget" else dk.CostTable(steps, torch.full((self.requests + 1,), 5e-4)),
+            anchors=torch.randint(0, VOCAB, (self.requests,), generator=g),
+            policy="causal" if self.policy == "causal" else "budget",
+        )
+        if self.policy == "budget":
+            given["budget"] = torch.tensor([self.requests * self.drafts // 2], dtype=torch.int32)
+        elif self.policy == "stale":
+            given["stale_confidence"] = torch.rand(self.requests, self.drafts, generator=g) ** 0.4
+        return given | _pages(g, self.requests)
+
+    def workspace(self, device) -> dk.Workspace:
+        return dk.Workspace(self.requests, self.drafts, 1, device)
+
+    def run(self, inputs: dict) -> tuple[dk.VerifyLayout, None]:
+        return dk.schedule_prefixes(**inputs), None
+
+    def compare(self, inputs: dict, result: dk.VerifyLayout, _) -> None:
+        same_layout(self.op, result, schedule.schedule_prefixes(**inputs))
+
+
+class _Layout:
+    """What the three layouts share. Frozen dataclasses below."""
+
+    flops = instructions = 0
+
+    def workspace(self, device) -> None:
+        return None  # they need none
+
+    def run(self, inputs: dict) -> tuple[dk.VerifyLayout, None]:
+        return getattr(dk, self.op)(**inputs), None
+
+    def compare(self, inputs: dict, result: dk.VerifyLayout, _) -> None:
+        same_layout(self.op, result, getattr(layouts, self.op)(**inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(_Layout):
+    """Given lengths."""
+
+    requests: int
+    drafts: int = DRAFTS
+
+    op = "fixed_layout"
+
+    @property
+    def bytes(self) -> int:
+        return _row_bytes(self.requests, self.requests * (self.drafts + 1)) + self.requests * (8 * self.drafts + 4)
+
+    def small(self) -> Fixed:
+        return dataclasses.replace(self, requests=min(self.requests, 13))
+
+    def make(self, seed: int) -> dict:
+        g = torch.Generator().manual_seed(seed)
+        return dict(
+            block=_block(g, self.requests, self.drafts, False),
+            draft_lens=torch.randint(0, self.drafts + 1, (self.requests,), generator=g).int(),
+            anchors=torch.randint(0, VOCAB, (self.requests,), generator=g),
+        ) | _pages(g, self.requests)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree(_Layout):
+    """Random trees of M nodes."""
+
+    requests: int
+    nodes: int = 32
+
+    op = "tree_layout"
+
+    @property
+    def bytes(self) -> int:
+        """The anchors are among the nodes here; each node has a depth."""
+        rows = self.requests * self.nodes
+        return _row_bytes(self.requests, rows) + 8 * (rows - self.requests) + 4 * rows + 4 * self.requests
+
+    def small(self) -> Tree:
+        return dataclasses.replace(self, requests=min(self.requests, 5), nodes=9)
+
+    def make(self, seed: int) -> dict:
+        g = torch.Generator().manual_seed(seed)
+        shape = (self.requests, self.nodes)
+        parents = torch.full(shape, -1)
+        depths = torch.zeros(shape, dtype=torch.long)
+        words = torch.ones(shape, dtype=torch.long)
+        each = torch.arange(self.requests)
+        for node in range(1, self.nodes):
+            parents[:, node] = torch.randint(max(0, node - 5), node, (self.requests,), generator=g)
+            depths[:, node] = depths[each, parents[:, node]] + 1
+            words[:, node] = words[each, parents[:, node]] | 1 << node
+        links = torch.full(shape, -1, dtype=torch.int32)  # children are not read by a layout
+        tree = dk.DraftTree(
+            torch.randint(0, VOCAB, shape, generator=g), parents.int(), depths.int(), links, links.clone(), words,
+            torch.randint(1, self.nodes + 1, (self.requests,), generator=g).int(), dk.OneHotProposal(), "one_hot",
+            torch.zeros(self.requests, dtype=torch.int32),
+        )  # fmt: skip
+        return dict(tree=tree) | _pages(g, self.requests)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftRows(_Layout):
+    """The drafter's own block, anchor first."""
+
+    requests: int
+    drafts: int = DRAFTS
+
+    op = "draft_layout"
+
+    @property
+    def bytes(self) -> int:
+        return _row_bytes(self.requests, self.requests * self.drafts)
+
+    def small(self) -> DraftRows:
+        return dataclasses.replace(self, requests=min(self.requests, 13))
+
+    def make(self, seed: int) -> dict:
+        g = torch.Generator().manual_seed(seed)
+        anchors = torch.randint(0, VOCAB, (self.requests,), generator=g)
+        return dict(anchors=anchors, block_size=self.drafts, mask_token_id=VOCAB - 1) | _pages(g, self.requests)
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+def registry() -> list[Case]:
+    """Every case, those that matter most first."""
+    found = [
+        Case("draft_block", "sampled_r1", Draft(1), Target(floors=1.25)),
+        Case("draft_block", "sampled_r8", Draft(8)),
+        Case("draft_block", "sampled_r64", Draft(64), Target(floors=1.4, issue=True)),
+        Case("draft_block", "greedy_r1", Draft(1, sampled=False), Target(floors=1.25)),
+        Case("draft_block", "greedy_r64", Draft(64, sampled=False), Target(floors=1.25)),
+        Case("draft_block", "no_head_r64", Draft(64, rank=0)),
+        Case("accept_chain", "dense_r1", Accept(1), Target(microseconds=12)),
+        Case("accept_chain", "dense_r8", Accept(8)),
+        Case("accept_chain", "dense_r32", Accept(32), Target(floors=1.25)),
+        Case("accept_chain", "dense_r64", Accept(64), Target(floors=1.25)),
+        Case("accept_chain", "one_hot_r1", Accept(1, "one_hot"), Target(microseconds=12)),
+        Case("accept_chain", "one_hot_r64", Accept(64, "one_hot"), Target(floors=1.25)),
+        Case("accept_chain", "greedy_r1", Accept(1, "one_hot", sampled=False), Target(microseconds=10)),
+        Case("accept_chain", "greedy_r8", Accept(8, "one_hot", sampled=False), Target(microseconds=10)),
+    ]
+    for policy in ("causal", "budget", "stale"):
+        for requests, drafts in ((1, DRAFTS), (64, DRAFTS), (256, DRAFTS), (1024, 16)):
+            name = f"{policy}_r{requests}" + ("" if drafts == DRAFTS else f"_k{drafts}")
+            target = Target(microseconds=10) if (requests, drafts) == (256, DRAFTS) else None
+            found.append(Case("schedule_prefixes", name, Schedule(requests, policy, drafts), target))
+    # tree_attention: its cases live in a module of their own, and are here as soon as the op is.
+    if hasattr(dk, "tree_attention"):
+        from . import attention_cases
+
+        found += attention_cases.registry()
+    found += [
+        Case("fixed_layout", "r64", Fixed(64)),
+        Case("fixed_layout", "r256", Fixed(256)),
+        Case("tree_layout", "r64", Tree(64)),
+        Case("draft_layout", "r64", DraftRows(64)),
+        Case("draft_layout", "r256", DraftRows(256)),
+    ]
+    return found
