@@ -206,7 +206,8 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
 
 def _places(rows, requests, kv) -> dict:
     """What bounds the rows, slots and keys that a plan names: one made for other bounds would reach other memory."""
-    return dict(rows=rows, requests=requests, slots=kv.block_tables.shape[0], max_keys=kv.block_tables.shape[1] * kv.k_cache.shape[1])
+    slots, max_pages = kv.block_tables.shape
+    return dict(rows=rows, requests=requests, slots=slots, max_keys=max_pages * kv.k_cache.shape[1])
 
 
 def tree_attention(
