@@ -328,6 +328,7 @@ def test_a_case_is_timed_on_cold_and_warm_inputs(monkeypatch):
     bytes_ = case.spec.small().bytes
     assert (first.bytes, first.samples, first.input_sets, first.gpu, first.commit) == (bytes_, 3, 2, "Fake GPU", "abc")
     assert first.floor_us == pytest.approx(bytes_ / 1e3) and first.share_of_floor == pytest.approx(first.floor_us / 6.0)
+    assert [r.input_sets for r in rows] == [2, 1, 2, 1]
     assert len(set(used)) == 2 and len({given for given, _ in used}) == len({out for _, out in used}) == 2
     slow = kernels.run(case, bench_of(clock=FakeClock([6.6] * 3)))
     assert slow[0].met == "no"
