@@ -586,6 +586,17 @@ def test_scheduling_by_sort_is_the_reference(policy, requests, drafts):
         assert_rows(call("schedule_prefixes", inputs), schedule.schedule_prefixes(**inputs))
 
 
+def test_scheduling_by_sort_admits_no_impossible_draft():
+    """Also where larger steps cost less."""
+    inputs = kc.Schedule(3, "causal", 4).make(0)
+    confidence = inputs["block"].confidence
+    confidence[:, 2] = 0.0
+    inputs["cost"] = dk.CostTable(inputs["cost"].seconds.flip(0).contiguous(), inputs["cost"].draft_seconds)
+    want = schedule.schedule_prefixes(**inputs)
+    assert want.draft_lens.tolist() == [2, 2, 2]
+    assert_rows(call("schedule_prefixes", inputs), want)
+
+
 @pytest.mark.parametrize("spec", [kc.Fixed(1), kc.Fixed(13, 4), kc.Tree(5, 9), kc.DraftRows(1), kc.DraftRows(13, 3)], ids=repr)
 def test_layouts_by_cumulative_sums_are_the_reference(spec):
     for seed in range(2):
