@@ -125,7 +125,9 @@ def test_the_budget_ends_the_run(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     todo = [python("import time; time.sleep(60)", name="long", limit=50), appended(seen, "late")]
+    start = time.monotonic()
     assert gpu.run_all(todo, out, 2.0) == 1
+    assert time.monotonic() - start < 15
     assert states(out) == {"long": "killed", "late": "no time"} and not seen.exists()
     assert gpu.run_all(todo[1:], out, 60) == 0  # and is run when there is time
 
