@@ -90,7 +90,7 @@ def test_schedule_prefixes_with_many_programs(monkeypatch, policy):
     workspace = dk.Workspace(16, 8, 1000, "cpu")
     want = dk.schedule_prefixes(**given, workspace=workspace)
     pick = schedule_launch.pick
-    monkeypatch.setattr(schedule_launch, "pick", lambda *a: dataclasses.replace(pick(*a), sort=16, block=16))
+    monkeypatch.setattr(schedule_launch, "pick", lambda *a: dataclasses.replace(pick(*a), sort=32, block=32))
     with interpreter.threads(8):
         for _ in range(3):
             workspace.scratch.fill_(-1)
