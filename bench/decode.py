@@ -356,6 +356,8 @@ def systems_of(arguments, models: Models) -> list[System]:
         systems += rows
         if name == "dspark" and ops is not None:
             systems += [dataclasses.replace(row, ops=ops) for row in rows]
+    if arguments.cost is not None and not any(system.cost is not None for system in systems):
+        raise BadArgument("--cost: expected a drafter with a confidence head among the systems, there is none")
     if arguments.kernels and not any(system.ops for system in systems):
         raise BadArgument("--kernels: expected dspark among the systems, there is none")
     return systems

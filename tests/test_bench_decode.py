@@ -400,7 +400,8 @@ def test_a_language_model_from_disk_drafts(directories, tmp_path, capsys):
         (["--model", "/nowhere"], "--model: /nowhere: no such directory"),
         (["--prompts", "/nowhere.json"], "--prompts: /nowhere.json: No such file"),
         (["--json", "/nowhere/out.json"], "--json: expected a file in a directory that exists"),
-        (["--cost", "/nowhere.json"], "--cost: "),
+        (["--cost", "/nowhere.json"], "--cost: /nowhere.json: no such file"),
+        (["--cost", str(assets.COST), "--systems", "block"], "--cost: expected a drafter with a confidence head"),
         (["--device", "abacus"], "--device: expected one that torch has here"),
     ],
 )
