@@ -25,7 +25,7 @@ class PagedCache:
 
     def __init__(self, shape: Shape, slots: int, device, dtype, *, ops, page_size: int = 16):
         self.lengths = [0] * slots
-        self._shape, self._ops, self._page_size = shape, ops, page_size
+        self._ops, self._page_size = ops, page_size
         self._tables: list[list[int]] = [[] for _ in range(slots)]
         self._free: list[int] = []
         self._random = random.Random(0)
