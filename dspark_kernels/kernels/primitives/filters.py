@@ -1,7 +1,7 @@
 """top-k, top-p and min-p of a row of logits as two scalars: kept <=> key > threshold, or key = threshold and id <= cut.
 
-key = ordered bits of the fp32 logit (primitives/race.py). Every filter keeps a prefix of the order (key descending, id ascending), so
-the strictest wins. The maxima of groups of ids bound the threshold from below (top-k: the k-th largest maximum; top-p: the
+key = ordered bits of the fp32 logit. Every filter keeps a prefix of the order (key descending, id ascending), so the strictest
+wins. The maxima of groups of ids bound the threshold from below (top-k: the k-th largest maximum; top-p: the
 largest t whose maxima alone carry p of the mass), so only groups that reach the bound are read again; a bitwise search
 over their elements finds it exactly. Masses are integers, 2^40 for the row's maximum, so that the result does not depend on tiles.
 Oracle: reference/sampling.py. Nothing of the size of a row is written.
@@ -99,9 +99,9 @@ def filter_row(LOAD: tl.constexpr, source, width, group_max_ptr, num_groups, gro
                top, mass, scale, top_k, top_p, min_p, JOINT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
     """(threshold int64, cut int32, number of groups that can hold kept ids, listed at groups_ptr in ascending order).
 
-    LOAD(ids, inside, source): fp32 logits of ids [BLOCK], NaN read as -inf. group_max_ptr: fp32 [num_groups], maxima of GROUP
-    neighbouring ids. Scratch: groups_ptr int32 [num_groups], keys_ptr and ids_ptr int32 [BLOCK]. top: the row's maximum (finite);
-    mass: int64, its sum of exponentials, 2^40 for the maximum; scale = log2(e) / temperature. JOINT: top_k and top_p are both judged
+    LOAD(ids, inside, source): fp32 logits of ids [BLOCK], NaN read as -inf. group_max_ptr: fp32 [num_groups], maxima of
+    GROUP neighbouring ids. Scratch: groups_ptr int32 [num_groups], keys_ptr and ids_ptr int32 [BLOCK]. top: the row's maximum,
+    finite; mass: int64, its sum of exponentials, 2^40 for the maximum; scale = log2(e) / temperature. JOINT: top_k and top_p are both judged
     on the whole law, else top_p on what top_k leaves. GROUPS: a power of two >= num_groups. Call where `filter_is_on`.
     """
     use_k = (top_k > 0) & (top_k < width)
