@@ -6,6 +6,8 @@ of known_wrong.py show as much as they can; what any other bias must be to be se
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from . import models, rules
@@ -52,13 +54,14 @@ def one_round(run):
 
 def rounds(run):
     """three consecutive rounds and more under one seed: noise that is met again"""
-    yield from _windows(run, "K=2", ROUNDS, 2)
+    yield from _windows(run, "noise of the function", ROUNDS, 2)
+    yield from _windows(run, "noise of the drafts", REDRAFTED, 2)
 
 
 def prefix(run):
     """lengths cut by confidences; rows that are not verified hold something else"""
     yield from _round(run, "one round, K=3", PREFIX, 3, cut=True)
-    yield from _windows(run, "rounds, K=2", PREFIX, 2, cut=True)
+    yield from _windows(run, "rounds, K=2", PREFIX_ROUNDS, 2, cut=True)
 
 
 def noise(run):
@@ -67,9 +70,10 @@ def noise(run):
     seeds = run.seeds("pairs")
     model = run.model(PAIRS)
     law = models.sequence_law(model.law(), 1)
-    for what, other, offset in (("seed + 1", seeds + 1, 0), ("seed + 2^32", seeds + (1 << 32), 0), ("position + 1", seeds, 1)):
+    others = {"seed + 1": (1, 0), "seed + 2^32": (1 << 32, 0), "position + 1": (0, 1), "seed + 1, position - 1": (1, -1)}
+    for what, (step, offset) in others.items():
         tokens = []
-        for given, position in ((seeds, 7), (other, 7 + offset)):
+        for given, position in ((seeds, 7), (seeds + step, 7 + offset)):
             history, _ = run.play(model, 1).decode(given, 1, 1, position, salt=position)
             tokens.append(history[:, 0])
         counts = torch.bincount(tokens[0] * model.vocab + tokens[1], minlength=model.vocab**2)
@@ -143,9 +147,9 @@ def _impossible(run):
 
 
 def _rare_tokens(run):
-    """Bonus tokens of TAIL ids with mean chance 64 / (requests * TAIL) each, but not below 2^-24."""
-    requests = max(16, min(run.requests // 8, 1 << 21))
-    each = max(2.0**-24, 64.0 / requests / TAIL)
+    """Bonus tokens among TAIL ids, as rare as leaves 24 of them to expect, but not below 2^-24 each."""
+    requests = max(16, min(run.requests // 16, 1 << 21))
+    each = max(2.0**-24, 24.0 / requests / TAIL)
     row = torch.zeros(TAIL + 1)
     row[1:] = torch.tensor(each / (1 - each * TAIL)).log() if each * TAIL < 0.5 else 0.0
     mass = float(torch.softmax(row.double(), 0)[1:].sum())
@@ -175,15 +179,19 @@ def _rare_drafts(run):
 
 ROUND = [
     (2, 1, "dense", models.random_model(1, 2)),
-    (3, 2, "dense", models.random_model(2, 3)),
+    (3, 2, "dense", models.random_model(25, 3, sharpness=1.5)),
     (4, 3, "dense", models.random_model(3, 4)),
     (3, 2, "one_hot", models.random_model(4, 3)),
 ]
-ROUNDS = models.random_model(5, 3)
-PREFIX = models.random_model(6, 3)
-CORRECTIONS = models.random_model(7, 4, sharpness=1.0)
+ROUNDS, REDRAFTED = models.random_model(35, 3, sharpness=2.5), models.random_model(26, 3, sharpness=2.5)
+# After token 2 hardly a draft survives: what is admitted behind it depends on it.
+PREFIX, PREFIX_ROUNDS = (
+    dataclasses.replace(models.random_model(seed, 3, sharpness=2.5), confidence=torch.tensor([0.9, 0.95, 0.1])) for seed in (37, 19)
+)
+CORRECTIONS = models.random_model(67, 4, sharpness=2.5)
 PAIRS = models.random_model(8, 3)
 OFFSET = models.random_model(9, 3)
+OFFSET = dataclasses.replace(OFFSET, draft=OFFSET.draft + 300)  # where bf16 has steps of 2
 SUPPORT = models.random_model(10, 4, impossible=True)
 MISSING = models.random_model(11, 3)
 WIDTHS = {"wider": models.random_model(12, 3, draft_vocab=5), "narrower": models.random_model(13, 4, draft_vocab=3)}

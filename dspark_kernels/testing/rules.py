@@ -51,9 +51,13 @@ class Noise:
         """Words [R, lanes] of lanes first .. first + lanes - 1 (first a multiple of 4, one for all or [R])."""
         first = torch.as_tensor(first, device=self.seeds.device).view(-1, 1)
         groups = (first >> 2) + torch.arange(-(-lanes // 4), device=self.seeds.device)
-        anchor = torch.zeros_like(self.anchor_positions) if stream == Stream.COUPLED else self.anchor_positions
-        output = philox(self.seeds[:, None], [groups, positions[:, None], anchor[:, None], int(stream)])
+        output = self.blocks(stream, positions[:, None], groups)
         return torch.stack(output, -1).flatten(1)[:, :lanes]
+
+    def blocks(self, stream: Stream, positions: Tensor, groups: Tensor) -> list[Tensor]:
+        """The four words at positions [R, n] and lane groups, which broadcast."""
+        anchor = torch.zeros_like(self.anchor_positions) if stream == Stream.COUPLED else self.anchor_positions
+        return philox(self.seeds[:, None], [groups, positions, anchor[:, None], int(stream)])
 
     def uniform(self, words: Tensor) -> Tensor:
         """In (0, 1 - 2^-24]."""
@@ -62,9 +66,10 @@ class Noise:
     def exponential(self, words: Tensor) -> Tensor:
         return -torch.log1p(-self.uniform(words))
 
-    def coin(self, i: int) -> Tensor:
-        """[R], the coin of draft i = 1..K."""
-        return self.uniform(self.words(Stream.ACCEPT, self.anchor_positions + i, 1))[:, 0]
+    def coins(self, count: int) -> Tensor:
+        """[R, count], the coins of drafts 1..count."""
+        positions = self.anchor_positions[:, None] + torch.arange(1, count + 1, device=self.seeds.device)
+        return self.uniform(self.blocks(Stream.ACCEPT, positions, torch.zeros_like(positions))[0])
 
     def race(self, stream: Stream, positions: Tensor, log_weights: Tensor, first: Tensor | int = 0) -> Tensor:
         """[R]: which of log_weights [R, n] wins when Gumbel noise is added."""
@@ -126,10 +131,6 @@ class Batch:
         pick = lambda law: torch.where(valid, law.gather(2, ids)[..., 0], 0.0)  # noqa: E731
         return pick(self.target[:, : self.num_drafts]), pick(self.draft)
 
-    def coins(self) -> Tensor:
-        """[R, K]."""
-        return torch.stack([self.noise.coin(i + 1) for i in range(self.num_drafts)], 1)
-
     def finish(self, accepted: Tensor, kept: Tensor | None = None) -> Tensor:
         """[R]: the token after `accepted` drafts: from [kept target - draft]+ after a rejection, else the bonus."""
         weights = torch.where((accepted < self.lens)[:, None], self.residual(accepted, kept), at(self.target, accepted))
@@ -156,7 +157,7 @@ def prefix(passes: Tensor) -> Tensor:
 def token_rule(batch: Batch) -> tuple[Tensor, Tensor]:
     """(accepted [R], token [R])."""
     target, draft = batch.chances()
-    accepted = prefix(batch.admitted() & (draft > 0) & (batch.coins() * draft < target))
+    accepted = prefix(batch.admitted() & (draft > 0) & (batch.noise.coins(batch.num_drafts) * draft < target))
     return accepted, batch.finish(accepted)
 
 
@@ -180,7 +181,7 @@ def block_terms(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def block_rule(batch: Batch) -> tuple[Tensor, Tensor]:
     kept, chances = block_terms(batch)
-    passes = batch.admitted() & (batch.coins() < chances) & (kept[:, 1:] > 0)
+    passes = batch.admitted() & (batch.noise.coins(batch.num_drafts) < chances) & (kept[:, 1:] > 0)
     index = torch.arange(1, batch.num_drafts + 1, device=passes.device)
     accepted = torch.where(passes, index, 0).amax(1)
     return accepted, batch.finish(accepted, at(kept, accepted))

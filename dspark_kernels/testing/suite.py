@@ -48,7 +48,7 @@ from .statistics import Finding
 FALSE_ALARM = 1e-4
 FINDINGS = 100
 LEVEL = FALSE_ALARM / FINDINGS
-REQUESTS, QUICK = 1 << 17, 1 << 13
+REQUESTS, QUICK, FEWEST_REQUESTS = 1 << 17, 1 << 13, 64
 RULES = ("token", "block", "coupled", "greedy")
 _MIX = -7046029254386353131  # 2^64 / golden ratio
 
@@ -203,6 +203,10 @@ class Run:
             raise Convicted(f"{what}: {int(wrong.sum())} of {len(wrong)} requests, request {r} got {out[r].tolist()}")
 
 
+def default_requests(function, quick: bool = False) -> int:
+    return min(QUICK if quick else REQUESTS, getattr(function, "max_requests", REQUESTS))
+
+
 def check(
     function: Callable[..., Tensor],
     *,
@@ -236,13 +240,14 @@ def check(
         ValueError, TypeError: an argument that is none of these. Errors of the function fail the test they happen in.
     """
     rule = check_choice("rule", getattr(function, "rule", "token") if rule is None else rule, RULES)
-    chosen = list(TESTS) if tests is None else [check_choice("tests", name, tuple(TESTS)) for name in tests]
-    if requests is None:
-        requests = min(QUICK if quick else REQUESTS, getattr(function, "max_requests", REQUESTS))
-    check_int("requests", requests, low=64)
+    if tests is None:
+        tests = [name for name, (_, rules, _) in TESTS.items() if rule in rules]
+    tests = [check_choice("tests", name, tuple(TESTS)) for name in tests]
+    requests = default_requests(function, quick) if requests is None else requests
+    check_int("requests", requests, low=FEWEST_REQUESTS)
     run = Run(function, rule, requests, seed, device, draft, schedule, dtype)
     results = []
-    for name in chosen:
+    for name in tests:
         test, rules, seeded = TESTS[name]
         if rule not in rules:
             result = Result(name, "skip", f"not for the {rule} rule")
@@ -250,8 +255,6 @@ def check(
             result = Result(name, "skip", "the function's noise does not come from the seeds")
         else:
             result = _judge(name, test, run)
-        if result.verdict == "skip" and tests is None and rule not in rules:
-            continue
         results.append(result)
         if progress is not None:
             progress(result)
