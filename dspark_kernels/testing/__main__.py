@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     tests = "\n".join(f"  {name.ljust(width)}  {test.__doc__.splitlines()[0]}" for name, (test, *_) in suite.TESTS.items())
     p = argparse.ArgumentParser(
         prog="python -m dspark_kernels.testing",
-        description=__doc__.splitlines()[0].split(": ", 1)[1],
+        description="A verdict per test on an acceptance function.",
         epilog="\n".join(__doc__.splitlines()[2:]) + "\n\ntests:\n" + tests,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -61,7 +61,7 @@ def _resolve(p: argparse.ArgumentParser, option: str, name: str | None):
 
 def main(argv: list[str] | None = None) -> int:
     p = parser()
-    args = p.parse_args(argv)
+    args = p.parse_intermixed_args(argv)
     if "" not in sys.path:
         sys.path.insert(0, "")
     function = _resolve(p, "function", args.function)
