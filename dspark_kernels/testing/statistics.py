@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEWEST = 10.0
+FEWEST, FEWEST_SQUARE = 10.0, 100.0  # expected counts; below, the tails are not those of the formulas
 CERTAIN = 0.999  # chance with which a bias of the stated size is seen
 
 
@@ -43,29 +43,46 @@ def compare(what: str, observed: Tensor, probs: Tensor, level: float) -> list[Fi
     A count where the law has no mass is a chance of 0.
     """
     observed, probs = observed.double().flatten(), probs.double().flatten()
+    if impossible := int(observed[probs <= 0].sum()):
+        return [Finding(f"{what}: {impossible} impossible outcomes", 0.0)] * 2
+    return [
+        _finding(f"{what}: {name}", test, *_merged(observed, probs, fewest), level)
+        for name, test, fewest in (("chi-square", _square, FEWEST_SQUARE), ("G", _likelihood, FEWEST))
+    ]
+
+
+def _merged(observed: Tensor, probs: Tensor, fewest: float) -> tuple[Tensor, Tensor]:
+    """The same with cells of fewer than `fewest` expected counts made one, and that one joined to the next if it is as rare."""
     total = float(observed.sum())
-    names = ("chi-square", "G")
-    if float(observed[probs <= 0].sum()) > 0:
-        return [Finding(f"{what}: {int(observed[probs <= 0].sum())} impossible outcomes", 0.0) for _ in names]
-    common = probs * total >= FEWEST
-    rest = ~common & (probs > 0)
-    observed, probs = (torch.cat([x[common], x[rest].sum()[None]]) if rest.any() else x[common] for x in (observed, probs))
-    if len(probs) > 2 and probs[-1] * total < FEWEST:  # what is rare is rare together, too
-        observed, probs = (torch.cat([x[:-2], x[-2:].sum()[None]]) for x in (observed, probs))
-    cells = len(probs)
-    if cells < 2:
-        return [Finding(f"{what}: too few samples", 1.0) for _ in names]
-    expected, degrees = probs * total, cells - 1
-    square = float(((observed - expected) ** 2 / expected).sum())
-    inverse = float((1 / probs).sum())
-    variance = max(2 * degrees + (inverse - cells**2 - 2 * cells + 2) / total, degrees)
-    by_square = float(_upper(degrees**2 / variance, square * degrees / variance))
-    likelihood = 2 * float(torch.special.xlogy(observed, observed / expected).sum())
-    likelihood /= 1 + (inverse - 1) / (6 * total * degrees)
-    by_likelihood = float(_upper(degrees / 2, max(likelihood, 0.0) / 2))
-    sees = smallest_bias(degrees, total, level)
-    values = zip(names, (square, likelihood), (by_square, by_likelihood), strict=True)
-    return [Finding(f"{what}: {name} {value:.0f} at {degrees} degrees", chance, sees) for name, value, chance in values]
+    probs, order = probs.sort(descending=True)
+    observed = observed[order]
+    kept = int((probs * total >= fewest).sum())
+    kept -= 0 if float(probs[kept:].sum()) * total >= fewest else 1
+    if kept < 1:
+        return observed.sum()[None], probs.sum()[None]
+    join = lambda x: torch.cat([x[:kept], x[kept:].sum()[None]])  # noqa: E731
+    return join(observed), join(probs)
+
+
+def _finding(what: str, test, observed: Tensor, probs: Tensor, level: float) -> Finding:
+    degrees, total = len(probs) - 1, float(observed.sum())
+    if degrees < 1:
+        return Finding(f"{what}: too few samples", 1.0)
+    value, chance = test(observed, probs, total, degrees)
+    return Finding(f"{what} {value:.0f} at {degrees} degrees", chance, smallest_bias(degrees, total, level))
+
+
+def _square(observed, probs, total, degrees) -> tuple[float, float]:
+    value = float(((observed - probs * total) ** 2 / (probs * total)).sum())
+    cells = degrees + 1
+    variance = max(2 * degrees + (float((1 / probs).sum()) - cells**2 - 2 * cells + 2) / total, degrees)
+    return value, float(_upper(degrees**2 / variance, value * degrees / variance))
+
+
+def _likelihood(observed, probs, total, degrees) -> tuple[float, float]:
+    value = 2 * float(torch.special.xlogy(observed, observed / (probs * total)).sum())
+    value /= 1 + (float((1 / probs).sum()) - 1) / (6 * total * degrees)
+    return value, float(_upper(degrees / 2, max(value, 0.0) / 2))
 
 
 def power(degrees: int, shift: float, threshold: float) -> float:
