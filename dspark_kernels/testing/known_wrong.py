@@ -96,10 +96,10 @@ class _Coarse(Noise):
 
 
 class _GumbelFloor(Noise):
-    """-log(-log(u)) of uniforms kept off 0 and 1 by 1e-5."""
+    """-log(-log(u)) of uniforms kept off 0 and 1 by 1e-4."""
 
     def exponential(self, words):
-        return -torch.log(self.uniform(words).clamp(1e-5, 1 - 1e-5))
+        return -torch.log(self.uniform(words).clamp(1e-4, 1 - 1e-4))
 
     def draw(self, positions, weights):
         return self.race(Stream.CORRECT, positions, weights.log())

@@ -190,7 +190,7 @@ PREFIX, PREFIX_ROUNDS = (
 )
 CORRECTIONS = models.random_model(67, 4, sharpness=2.5)
 PAIRS = models.random_model(8, 3)
-OFFSET = models.random_model(9, 3)
+OFFSET = models.random_model(9, 3, sharpness=1.0)
 OFFSET = dataclasses.replace(OFFSET, draft=OFFSET.draft + 300)  # where bf16 has steps of 2
 SUPPORT = models.random_model(10, 4, impossible=True)
 MISSING = models.random_model(11, 3)

@@ -19,8 +19,12 @@ so a verifier that wants probabilities and packed rows is wrapped in a few lines
     def mine(target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions):
         scale = temperature.clamp(min=1e-6)[:, None, None]
         rows = torch.arange(target_logits.shape[1], device=seeds.device) <= draft_lens[:, None]
-        packed = (target_logits / scale)[rows].softmax(-1)                               # [L, V]
-        out = verify(packed, draft_tokens, (draft_logits / scale).softmax(-1), draft_lens)   # tokens, how many
+        target_probs = (target_logits / scale)[rows].softmax(-1)                 # [L, V], packed
+        if draft_logits is None:
+            draft_probs = torch.nn.functional.one_hot(draft_tokens.clamp(min=0), target_logits.shape[2]).float()
+        else:
+            draft_probs = (draft_logits / scale).softmax(-1)
+        out = verify(target_probs, draft_tokens, draft_probs, draft_lens)        # tokens, and how many
         index = torch.arange(out.tokens.shape[1], device=seeds.device)
         return torch.where(index < out.count[:, None], out.tokens, -1)
 
