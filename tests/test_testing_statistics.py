@@ -8,7 +8,9 @@ import torch
 from dspark_kernels.testing import statistics, suite
 
 
-@pytest.mark.parametrize("degrees, chance, quantile", [(1, 0.05, 3.841459), (10, 0.05, 18.307038), (26, 0.001, 54.051962), (80, 0.01, 112.328793)])  # fmt: skip
+@pytest.mark.parametrize(
+    "degrees, chance, quantile", [(1, 0.05, 3.841459), (10, 0.05, 18.307038), (26, 0.001, 54.051962), (80, 0.01, 112.328793)]
+)
 def test_threshold_is_the_quantile_of_the_tables(degrees, chance, quantile):
     assert statistics.threshold(degrees, chance) == pytest.approx(quantile, rel=1e-6)
 
@@ -25,7 +27,7 @@ def test_power_of_no_difference_is_the_level():
 
 @pytest.mark.parametrize(
     "total, law",
-    [(64, (0.5, 0.5)), (64, (0.84, 0.16)), (1000, (0.9, 0.1)), (1000, (0.99, 0.01)), (2500, (0.96, 0.04)), (70, (0.66, 0.17, 0.17))],
+    [(64, (0.5, 0.5)), (64, (0.84, 0.16)), (1000, (0.9, 0.1)), (1000, (0.99, 0.01)), (70, (0.66, 0.17, 0.17))],
 )
 def test_false_alarms_by_exact_sums(total, law):
     """Over every possible count: the chance that either statistic convicts at the suite's level, of two findings."""
@@ -77,7 +79,8 @@ def test_stated_power_is_there_for_the_bias_that_is_hardest_to_see():
 
 def test_impossible_outcomes_and_too_few_samples():
     assert all(f.chance == 0.0 for f in statistics.compare("", torch.tensor([5, 1]), torch.tensor([1.0, 0.0]), 1e-6))
-    assert all(f.chance == 1.0 and f.sees is None for f in statistics.compare("", torch.tensor([3, 1]), torch.tensor([0.5, 0.5]), 1e-6))
+    few = statistics.compare("", torch.tensor([3, 1]), torch.tensor([0.5, 0.5]), 1e-6)
+    assert all(finding.chance == 1.0 and finding.sees is None for finding in few)
 
 
 def test_rare_events_are_poisson():

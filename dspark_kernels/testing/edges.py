@@ -1,7 +1,8 @@
 """Tests of an acceptance function on batches whose output is known in advance, token by token.
 
-Where a target row puts all mass on one id, every lossless rule must say it, and every draft of that id is accepted: rows that are read in
-the wrong place, ids beyond the vocabulary and lengths that are not kept show without any statistics. A test raises `Convicted`.
+Where a target row puts all mass on one id, every lossless rule must say it, and every draft of that id is accepted: rows that
+are read in the wrong place, ids beyond the vocabulary and lengths that are not kept show without any statistics. A test raises
+`Convicted`; `run` is a `suite.Run`.
 """
 
 from __future__ import annotations
@@ -170,6 +171,6 @@ def shared(run):
 
     model, seeds = run.model(laws.ROUNDS), run.seeds("shared", 64)
     drafted, _ = run.play(model, 3).decode(seeds, 6, None, 3)
-    nothing = dataclasses.replace(run.play(model, 3, cut=True), schedule=lambda confidence: torch.zeros_like(seeds)[: len(confidence)])
-    plain, _ = nothing.decode(seeds, 6, None, 3)
+    none = dataclasses.replace(run.play(model, 3, cut=True), schedule=lambda confidence: torch.zeros_like(confidence[:, 0]))
+    plain, _ = none.decode(seeds, 6, None, 3)
     expect("with drafts, against no draft admitted", drafted, plain)

@@ -1,12 +1,14 @@
 """Ways to lose the target's law that implementations have shipped, as acceptance functions for the suite to convict.
 
-Each is one of rules.py with one mistake. `MISTAKES` holds them by name; `DRAFTS` and `SCHEDULES` hold what is wrong before acceptance. Try
+Each is one of rules.py with one mistake. `MISTAKES` holds them by name; `DRAFTS` and `SCHEDULES` hold what is wrong before
+acceptance. Which test convicts which: tests/test_testing.py. Try
 
     python -m dspark_kernels.testing dspark_kernels.testing.known_wrong:block_first_reject
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..types import Stream
-from . import rules
+from . import models, rules
 from .rules import Batch, Noise, at
 
 MISTAKES: dict[str, object] = {}
@@ -107,7 +109,7 @@ class _GumbelFloor(Noise):
 
 def _on(noise, rule_name: str, name: str, text: str):
     def function(*arguments):
-        return rules.accept({"token": rules.token_rule, "block": rules.block_rule}[rule_name], *arguments, noise=noise)
+        return getattr(rules, rule_name)(*arguments, noise=noise)
 
     function.__name__, function.__doc__ = name, text
     return mistake(rule_name)(function)
@@ -132,8 +134,8 @@ def equality_passes(batch: Batch):
     """u q <= p with a u that can be 0: impossible drafts pass."""
     target, draft = batch.chances()
     accepted = rules.prefix(batch.admitted() & (draft > 0) & (batch.noise.coins(batch.num_drafts) * draft <= target))
-    weights = torch.where((accepted < batch.lens)[:, None], batch.residual(accepted), at(batch.target, accepted))
-    return accepted, Noise(batch.noise.seeds, batch.noise.anchor_positions).draw(batch.noise.anchor_positions + accepted + 1, weights)
+    fine = dataclasses.replace(batch, noise=Noise(batch.noise.seeds, batch.noise.anchor_positions))
+    return accepted, fine.finish(accepted)
 
 
 # ---- rules
@@ -150,7 +152,7 @@ def block_first_reject(batch: Batch):
 @judged("block")
 def block_unverified_row(batch: Batch):
     """The block rule over all K drafts and rows, cut back to the admitted ones."""
-    whole = Batch(batch.target, batch.draft, batch.drafts, torch.full_like(batch.lens, batch.num_drafts), batch.noise)
+    whole = dataclasses.replace(batch, lens=torch.full_like(batch.lens, batch.num_drafts))
     accepted, token = rules.block_rule(whole)
     return torch.minimum(accepted, batch.lens), torch.where(accepted <= batch.lens, token, batch.finish(batch.lens))
 
@@ -200,14 +202,14 @@ def bonus_one_row_early(batch: Batch):
 @judged("token")
 def all_drafts_verified(batch: Batch):
     """Judges all K drafts whatever was admitted."""
-    whole = Batch(batch.target, batch.draft, batch.drafts, torch.full_like(batch.lens, batch.num_drafts), batch.noise)
+    whole = dataclasses.replace(batch, lens=torch.full_like(batch.lens, batch.num_drafts))
     return rules.token_rule(whole)
 
 
 @judged("token")
 def at_least_one_draft(batch: Batch):
     """Takes a request without an admitted draft for one with one."""
-    return rules.token_rule(Batch(batch.target, batch.draft, batch.drafts, batch.lens.clamp(min=1), batch.noise))
+    return rules.token_rule(dataclasses.replace(batch, lens=batch.lens.clamp(min=1)))
 
 
 @judged("token")
@@ -230,7 +232,7 @@ def always_rejects(batch: Batch):
 def coupled_without_sharing(batch: Batch):
     """Samples the target with noise of its own: lossless, accepts by accident."""
     noise = Noise(batch.noise.seeds ^ 0x5555, batch.noise.anchor_positions)
-    return rules.coupled_rule(Batch(batch.target, batch.draft, batch.drafts, batch.lens, noise))
+    return rules.coupled_rule(dataclasses.replace(batch, noise=noise))
 
 
 @judged("coupled")
@@ -277,7 +279,7 @@ def law_ignored(target_logits, draft_tokens, draft_logits, temperature, *rest):
 
 @mistake("token")
 def one_hot_for_granted(target_logits, draft_tokens, draft_logits, temperature, *rest):
-    """Without a draft law every draft of positive chance is accepted by u < p / 1, corrected from p."""
+    """One-hot drafts corrected from p, with the draft's id still in it."""
     if draft_logits is None:
         return correction_from_target(target_logits, draft_tokens, None, temperature, *rest)
     return rules.token(target_logits, draft_tokens, draft_logits, temperature, *rest)
@@ -287,8 +289,7 @@ def one_hot_for_granted(target_logits, draft_tokens, draft_logits, temperature, 
 def placeholder_is_the_last_id(target_logits, draft_tokens, draft_logits, temperature, *rest):
     """-1 indexes the last id, and is judged as if it were it."""
     vocab = target_logits.shape[2]
-    out = rules.token(target_logits, torch.where(draft_tokens == -1, vocab - 1, draft_tokens), draft_logits, temperature, *rest)
-    return out
+    return rules.token(target_logits, torch.where(draft_tokens == -1, vocab - 1, draft_tokens), draft_logits, temperature, *rest)
 
 
 @mistake("token")
@@ -297,7 +298,8 @@ def nan_passes(target_logits, draft_tokens, draft_logits, temperature, *rest):
     dead = ~rules.readable(target_logits).isfinite().any(-1, keepdim=True)
     ids = torch.arange(target_logits.shape[2], device=target_logits.device)
     hot = torch.where(ids == pad(draft_tokens, (0, 1))[..., None], 0.0, rules.NEG_INF)
-    return rules.token(torch.where(dead, hot.to(target_logits.dtype), target_logits), draft_tokens, draft_logits, temperature, *rest)
+    target_logits = torch.where(dead, hot.to(target_logits.dtype), target_logits)
+    return rules.token(target_logits, draft_tokens, draft_logits, temperature, *rest)
 
 
 @mistake("token")
@@ -345,22 +347,16 @@ def greedy_rows_sampled(target_logits, draft_tokens, draft_logits, temperature, 
 
 def draft_rounded(draft_logits, temperature, *rest) -> Tensor:
     """Drafts drawn from bf16 logits, where the law that is handed over has more digits."""
-    from . import models
-
     return models.draft(draft_logits.bfloat16().float(), temperature, *rest)
 
 
 def draft_hot(draft_logits, temperature, *rest) -> Tensor:
     """Drafts drawn at half the temperature."""
-    from . import models
-
     return models.draft(draft_logits, temperature * 0.5, *rest)
 
 
 def draft_position_only(draft_logits, temperature, seeds, positions, anchor_positions) -> Tensor:
     """A position that is drafted again meets its old noise."""
-    from . import models
-
     return models.draft(draft_logits, temperature, seeds, positions, torch.zeros_like(anchor_positions))
 
 

@@ -1,13 +1,13 @@
 """Toy targets and drafters, and decoding rounds over them: many requests at once, one seed each.
 
-A model is a table of logits by last token, so that the exact law of the tokens after a prompt is a product of table rows:
+A model is a table of logits by last token, so that the exact law of the tokens after a prompt is a product of its rows:
 
     law(x_1 .. x_T) = prod_t p(x_t | x_{t-1}),  x_0 the prompt
 
-and the law of any window of it is a sum over the others. `Play` lets an acceptance function decode from there: draft K tokens with
-the seeds' own noise, choose how many are verified, accept, go on from what was emitted; what the last round left open is completed
-by the target with noise of the suite. Symbols: R requests, K drafts, V vocabulary, T tokens, p target law. Logits lie on a grid of 1/8,
-exact in bf16.
+and the law of a window is a sum over the others. `Play` lets an acceptance function decode from there: draft K tokens with the
+seeds' own noise, choose how many are verified, accept, go on from what was emitted; what the last round left open is completed by
+the target with noise of the suite. Symbols: R requests, K drafts, V vocabulary, T tokens, p target law. Logits lie on a grid of
+1/8, exact in bf16. Oracle: reference/enumeration.py.
 """
 
 from __future__ import annotations

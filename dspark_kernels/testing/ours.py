@@ -2,8 +2,9 @@
 
     python -m dspark_kernels.testing dspark_kernels.testing.ours:token
 
-`token`, `block`, `coupled` and `greedy` are acceptance functions; `draft`, `draft_coupled` are samplers and `causal` is a schedule. On CPU
-tensors they run in Triton's interpreter (TRITON_INTERPRET=1), where a request takes about 50 ms and the suite fewer of them.
+`token`, `block`, `coupled` and `greedy` are acceptance functions; `draft`, `draft_coupled` are samplers and `causal` is a
+schedule. On CPU tensors they run in Triton's interpreter (TRITON_INTERPRET=1), where a request takes about 50 ms, so the suite
+takes fewer of them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A function under test takes a padded batch, all tensors on one device,
 
     function(target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions) -> tokens
 
-    target_logits [R, K+1, V]  row i judges draft i + 1, the row behind the last admitted draft gives the bonus; other rows are garbage
+    target_logits [R, K+1, V]  row i judges draft i + 1, the row behind the last admitted draft gives the bonus, the rest is garbage
     draft_tokens  [R, K] int64 drafts (-1: none was made); draft_logits [R, K, Vd] the law they were drawn from, None: one-hot
     temperature   [R] fp32     of both laws, 0 = greedy; -inf logits have no mass
     seeds         [R] int64    of the function's noise; a function that keeps its own generator is checked with unseeded=True
@@ -28,11 +28,13 @@ so a verifier that wants probabilities and packed rows is wrapped in a few lines
         index = torch.arange(out.tokens.shape[1], device=seeds.device)
         return torch.where(index < out.count[:, None], out.tokens, -1)
 
-The suite drafts with this package's noise (rules.Noise, streams DRAFT or COUPLED); draft(draft_logits [R, V], temperature, seeds,
-positions, anchor_positions) -> tokens [R] replaces it, and is tested with the function, as is schedule(confidence [R, K]) -> lengths [R].
+The suite drafts with this package's noise (rules.Noise, streams DRAFT or COUPLED). draft(draft_logits [R, V], temperature, seeds,
+positions, anchor_positions) -> tokens [R] replaces that and is tested together with the function, and so is
+schedule(confidence [R, K]) -> lengths [R].
 
-False alarms: every finding is judged at LEVEL, and a run makes at most FINDINGS of them, so a right function is convicted with a chance
-of at most LEVEL * FINDINGS = 1e-4 a run. Seeds are fixed: a function whose noise comes from them gets the same verdict every time.
+False alarms: every finding is judged at LEVEL, and a run makes at most FINDINGS of them, so a right function is convicted with a
+chance of about LEVEL * FINDINGS = 1e-4 a run at most. Seeds are fixed: a function whose noise comes from them gets the same verdict
+every time.
 """
 
 from __future__ import annotations
