@@ -4,11 +4,11 @@
     G            G = 2 sum O_i ln(O_i / E_i) / (1 + (sum 1 / p_i - 1) / (6 N d))              (Williams' correction)
 
 G is compared with chi-square of d degrees, whose tail is the regularised incomplete gamma function Q(d / 2, x / 2); X with the
-gamma law of its exact mean and variance. Cells that are too rare are made one. Power: under another law with differences delta_i the
-statistic is noncentral chi-square with lambda = N sum delta_i^2 / p_i, and by Cauchy's inequality lambda >= 4 N TV^2 whatever the
-differences look like. Rare events: Poisson. Symbols: O observed and E = N p expected counts of k cells, N samples, TV total
-variation. Oracles: exact sums and simulation (tests/test_testing_statistics.py). Sources: Pearson 1900; Haldane 1937 (variance);
-Williams 1976.
+gamma law of its exact mean and variance. Cells that are too rare are made one. Power: under another law with differences
+delta_i the statistic is noncentral chi-square with lambda = N sum delta_i^2 / p_i, and by Cauchy's inequality lambda >= 4 N
+TV^2 whatever the differences look like. Rare events: Poisson. Symbols: O observed and E = N p expected counts of k cells, N
+samples, TV total variation. Oracles: exact sums and simulation (tests/test_testing_statistics.py). Sources: Pearson 1900;
+Haldane 1937 (variance); Williams 1976.
 """
 
 from __future__ import annotations
