@@ -162,6 +162,28 @@ def test_ours_pass(rule):
     assert report.passed, str(report)
 
 
+def test_our_adapter_hands_everything_over():
+    """Missing drafts, trimmed requests, rows of a wider buffer: what rules.token says, draw by draw."""
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(5)
+    target = (torch.randn(8, 3, 9, generator=generator) * 2)[..., :5]
+    law = target[:, :2] + torch.randn(8, 2, 5, generator=generator)
+    drafts = law.argmax(2)
+    drafts[[1, 4], [1, 0]] = -1
+    rest = (
+        torch.tensor([1.0, 1, 0.5, 0, 1, 1, 2, 1]),
+        torch.arange(8) * 31,
+        torch.tensor([2, 2, 1, 2, 2, 0, 2, 2]).int(),
+        torch.arange(8),
+    )
+    for proposal in (law, None):
+        want = rules.token(target, drafts, proposal, *rest)
+        assert torch.equal(ours.token(target, drafts, proposal, *rest), want)
+        assert len(set((want >= 0).sum(1).tolist())) == 3
+    assert suite.default_requests(ours.token) == ours.INTERPRETED_REQUESTS
+    assert (suite.default_requests(rules.token), suite.default_requests(rules.token, quick=True)) == (suite.REQUESTS, suite.QUICK)
+
+
 def test_our_drafts_and_schedule_are_what_the_suite_takes():
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(4)
