@@ -13,7 +13,16 @@ import math
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import ConfidenceHead, DenseProposal, DraftBlock, Flag, MarkovHead, OneHotProposal, SamplingTensors
+from dspark_kernels.types import (
+    ConfidenceHead,
+    DenseProposal,
+    DraftBlock,
+    Flag,
+    MarkovHead,
+    OneHotProposal,
+    RnnMarkovHead,
+    SamplingTensors,
+)
 
 from . import heads
 from .decisions import Decisions
@@ -47,7 +56,9 @@ def draft_block(
     confidence: ConfidenceHead | None = None,
     candidates: int | None = None,
     draft_to_target: Tensor | None = None,
+    vocab_size: int | None = None,
     first_draft: int = 0,
+    head_state: Tensor | None = None,
     noise: str = "draft",
     state_indices: Tensor | None = None,
     keep_logits: bool = False,
@@ -63,18 +74,24 @@ def draft_block(
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:
             raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
-    for name, value in (("candidates", candidates), ("draft_to_target", draft_to_target)):
-        if value is not None:
-            raise NotImplementedError(f"draft_block: {name}: not in the reference yet")
+    if candidates is not None:
+        raise NotImplementedError("draft_block: candidates: not in the reference yet")
     decisions = Decisions() if decisions is None else decisions
+    base_logits = base_logits[:, :, :vocab_size]
     batch, drafts, vocab = base_logits.shape
+    order = lanes = None
+    if draft_to_target is not None:
+        # In the order of the target's ids, which decides ties; entries that stand for no token are left out.
+        order = torch.argsort(draft_to_target, stable=True)
+        order = order[draft_to_target[order] >= 0]
+        lanes = draft_to_target[order]
     slots, device = anchors.shape[0], base_logits.device
     tokens = torch.full((slots, drafts), -1, dtype=torch.int64, device=device)
     logits = torch.zeros(slots, drafts, vocab, dtype=base_logits.dtype, device=device)
     lse = torch.zeros(slots, drafts, device=device)
     raw, calibrated = torch.zeros(slots, drafts, device=device), torch.zeros(slots, drafts, device=device)
     flags = torch.zeros(batch, dtype=torch.int32, device=device)
-    w2 = heads.output_weights(head)
+    w2 = None if head is None else heads.output_weights(head)[:vocab]
     for r in range(batch):
         slot = r if state_indices is None else int(state_indices[r])
         if not 0 <= slot < slots:
@@ -84,10 +101,13 @@ def draft_block(
             flags[r] |= int(Flag.BAD_TOKEN_ID)
         temperature = float(sampling.temperature[slot]) if sampling is not None else 0.0
         source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, anchor_position, decisions, r)
-        transition = heads.Transition(head, w2)
+        carried = head_state[slot].double() if head_state is not None and first_draft > 0 else None
+        transition = heads.Transition(head, w2, carried)
         for k in range(drafts):
             position_hidden = None if hidden is None else hidden[r, k]
             total = base_logits[r, k].double() + transition.bias(token, position_hidden)
+            if draft_to_target is not None:
+                total = torch.where(draft_to_target >= 0, total, -math.inf)
             _, row_flags = read_logits(total)
             flags[r] |= row_flags
             if confidence is not None:
@@ -102,17 +122,24 @@ def draft_block(
             scale = inverse_temperature(temperature)
             lse[slot, k] = torch.logsumexp(row * (scale if scale > 0 else 1.0), 0)
             position = anchor_position + first_draft + k + 1
-            if scale > 0 and noise == "coupled":
-                token = source.coupled(position, row * scale)
+            if order is not None:
+                row = row[order]
+            if row.numel() == 0:
+                token = 0
+            elif scale > 0 and noise == "coupled":
+                token = source.coupled(position, row * scale, lanes)
             elif scale > 0:
-                token = source.draft(position, row * scale)
+                token = source.draft(position, row * scale, lanes)
             else:
                 token = decisions.pick(r, "greedy", row)
+            token = token if lanes is None else int(lanes[token]) if len(lanes) else 0
             tokens[slot, k] = token
+        if isinstance(head, RnnMarkovHead) and head_state is not None:
+            head_state[slot] = transition.state.float()
     if sampling is not None:
-        proposal = DenseProposal(logits, lse=lse)
+        proposal = DenseProposal(logits, lse=lse, draft_to_target=draft_to_target)
     elif keep_logits:
-        proposal = DenseProposal(logits, temperature=torch.zeros(slots, device=device))
+        proposal = DenseProposal(logits, temperature=torch.zeros(slots, device=device), draft_to_target=draft_to_target)
     else:
         proposal = OneHotProposal()
     return DraftBlock(
