@@ -21,7 +21,7 @@ from .heads import DOT_ROWS, gated_latent, hoist, keep_state, low_rank_bias, rnn
 from .primitives.barrier import grid_barrier
 from .primitives.mass import NEG_INF, ONE, below_max, log2_scale, masses, numbers
 from .primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, words_at
-from .primitives.race import pack
+from .primitives.race import NOBODY, pack
 from .primitives.slots import state_slots
 from .primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
 
@@ -86,7 +86,7 @@ def _draft_tile(
         mapped = tl.load(map_ptr + ids, mask=ids < vocab, other=-1)
         used = (mapped >= 0) & (mapped < 2147483648)
         tokens = tl.where(used, mapped, 0).to(tl.int32)
-        x = tl.where(used[None, :], x, NEG_INF)  # a row of W2 that stands for no token
+        x = tl.where(used[None, :], x, NEG_INF)  # else an id that stands for no token
     nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
     tl.atomic_or(status_ptr + requests, NAN, mask=live & (nan > 0), sem="relaxed")
     stored = numbers(x).to(base_ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
@@ -122,7 +122,10 @@ def _draft_tile(
         tl.store(unit_max_ptr + where, top, mask=keep)
         tl.store(unit_mass_ptr + where, mass, mask=keep)
 
-    best = tl.max(tl.where(inside, pack(key, tokens[None, :]), 0), axis=1)
+    words = pack(key, tokens[None, :])
+    if map_ptr is not None:
+        words = tl.where(used[None, :], words, NOBODY)
+    best = tl.max(tl.where(inside, words, 0), axis=1)
     tl.atomic_max(best_ptr + k * num_requests + requests, best, mask=live, sem="relaxed")
 
 

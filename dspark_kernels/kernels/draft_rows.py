@@ -35,7 +35,7 @@ def _row_status(word, base_ptr, request, k, vocab, stride_br, stride_bk, BLOCK: 
     """NONFINITE_ROW where the row of this winner has no finite logit."""
     key = unpack_key(word)
     status = 0
-    if key == NEG_INF:
+    if (key == NEG_INF) | (key != key):
         status = NONFINITE_ROW
     if key == POS_INF:
         # Rare, so paid only here: a +inf won; look whether anything finite stood beside it.
