@@ -186,12 +186,15 @@ def draft_case(
     w2_dtype: torch.dtype | None = None,
     target_vocab: int | None = None,
     padded: bool = False,
+    adjust=(),
+    filters=(),
+    filter_order: str = "top_k_first",
 ) -> DraftCase:
     """rank 0 = no head. confidence None, "plain" (hidden only) or "markov". extra_columns: rows of logits wider than V.
 
     kind "vanilla", "gated" or "rnn". w2_dtype: W2's alone, also int8 and e4m3 (with scales). target_vocab: V ids are a part of so
     many, in no order, one in nine of them stands for no token. padded: extra_columns, and rows of W2, are part of the tensors and
-    hold what would win (`vocab_size` leaves them out).
+    hold what would win (`vocab_size` leaves them out). adjust, filters, filter_order: as in sampling_tensors.
     """
     g = _generator(seed)
     weight_dtype = weight_dtype or dtype
@@ -230,7 +233,12 @@ def draft_case(
         head=head,
         hidden=hidden,
         confidence=confidence_head,
-        sampling=sampling_tensors(seed + 1, slots, temperatures) if sampled else None,
+        sampling=sampling_tensors(
+            seed + 1, slots, temperatures, vocab=targets, mask_rows=(slots, drafts), adjust=adjust, filters=filters,
+            filter_order=filter_order, grid=grid,
+        )
+        if sampled
+        else None,
         state_indices=slot_map(seed + 2, requests, padding) if scattered else None,
         first_draft=first_draft,
         noise=noise,

@@ -8,6 +8,7 @@ positions, V vocabulary. Source: DSpark, arXiv 2607.05147.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -26,6 +27,7 @@ from dspark_kernels.types import (
 
 from . import heads
 from .decisions import Decisions
+from .sampling import adjust, filtered
 from .sources import PhiloxSource
 
 
@@ -43,6 +45,32 @@ def read_logits(row: Tensor) -> tuple[Tensor, int]:
     if not bool(row.isfinite().any()):
         flags |= int(Flag.NONFINITE_ROW)
     return row, flags
+
+
+def target_ids(head: MarkovHead | None, sampling: SamplingTensors | None) -> int:
+    """Ids that W1, bias and mask all know."""
+    known = [2**31 - 1] if head is None else [head.w1.shape[0]]
+    if sampling is not None and sampling.logit_bias is not None:
+        known.append(sampling.logit_bias.shape[1])
+    if sampling is not None and sampling.token_bitmask is not None:
+        known.append(32 * sampling.token_bitmask.shape[-1])
+    return min(known)
+
+
+def adjusted(
+    row: Tensor, sampling: SamplingTensors, slot: int, mask_row: int, path: list[int], ids: Tensor | None, unused: Tensor | None
+) -> Tensor:
+    """`adjust` for a row whose entries are the target's ids `ids`, 0, 1, 2, ... where None."""
+    whole = row
+    if ids is not None:
+        width = int(ids[~unused].max()) + 1 if bool((~unused).any()) else 1
+        whole = torch.zeros(width, dtype=row.dtype, device=row.device)
+        whole[ids[~unused]] = row[~unused]
+    if sampling.logit_bias is not None:
+        # A row may be narrower than the table.
+        sampling = dataclasses.replace(sampling, logit_bias=sampling.logit_bias[:, : whole.shape[0]])
+    whole = adjust(whole, sampling, slot, mask_row, path)
+    return whole if ids is None else row.masked_scatter(~unused, whole[ids[~unused]])
 
 
 def draft_block(
@@ -64,12 +92,14 @@ def draft_block(
     keep_logits: bool = False,
     out: DraftBlock | None = None,
     workspace=None,
+    path_before: list[list[int]] | None = None,
     stored_logits: Tensor | None = None,
     decisions: Decisions | None = None,
 ) -> DraftBlock:
     """The op's arguments and result (dspark_kernels.ops.draft), plus:
 
-    stored_logits: [R, K, V] a kernel's stored sums; tokens are then chosen from these bits. decisions: records margins.
+    path_before: drafts of this round per slot that earlier calls made, for penalties. stored_logits: [R, K, V] a kernel's stored
+    sums, before filters; support and tokens are then chosen from these bits. decisions: records margins.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:
@@ -79,12 +109,16 @@ def draft_block(
     decisions = Decisions() if decisions is None else decisions
     base_logits = base_logits[:, :, :vocab_size]
     batch, drafts, vocab = base_logits.shape
-    order = lanes = None
+    unused = order = lanes = None
     if draft_to_target is not None:
+        targets = target_ids(head, sampling)
+        unused = (draft_to_target < 0) | (draft_to_target >= targets)
         # In the order of the target's ids, which decides ties; entries that stand for no token are left out.
         order = torch.argsort(draft_to_target, stable=True)
-        order = order[draft_to_target[order] >= 0]
+        order = order[~unused[order]]
         lanes = draft_to_target[order]
+    if sampling is not None and sampling.token_bitmask is not None:  # [S, K, words]
+        sampling = dataclasses.replace(sampling, token_bitmask=sampling.token_bitmask.flatten(0, 1))
     slots, device = anchors.shape[0], base_logits.device
     tokens = torch.full((slots, drafts), -1, dtype=torch.int64, device=device)
     logits = torch.zeros(slots, drafts, vocab, dtype=base_logits.dtype, device=device)
@@ -106,8 +140,11 @@ def draft_block(
         for k in range(drafts):
             position_hidden = None if hidden is None else hidden[r, k]
             total = base_logits[r, k].double() + transition.bias(token, position_hidden)
-            if draft_to_target is not None:
-                total = torch.where(draft_to_target >= 0, total, -math.inf)
+            path = tokens[slot, :k].tolist() if path_before is None else path_before[slot] + tokens[slot, :k].tolist()
+            if sampling is not None:
+                total = adjusted(total, sampling, slot, slot * drafts + k, path, draft_to_target, unused)
+            if unused is not None:
+                total = total.masked_fill(unused, -math.inf)
             _, row_flags = read_logits(total)
             flags[r] |= row_flags
             if confidence is not None:
@@ -120,6 +157,8 @@ def draft_block(
             stored = logits[slot, k] if stored_logits is None else stored_logits[r, k]
             row, _ = read_logits(stored)
             scale = inverse_temperature(temperature)
+            row = filtered(row, scale, sampling, slot, decisions, r)
+            logits[slot, k] = torch.where(row > -math.inf, logits[slot, k], -math.inf)
             lse[slot, k] = torch.logsumexp(row * (scale if scale > 0 else 1.0), 0)
             position = anchor_position + first_draft + k + 1
             if order is not None:

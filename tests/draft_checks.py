@@ -1,5 +1,7 @@
 """A draft block against reference/draft.py, every output: what the tests of draft_block share."""
 
+import dataclasses
+
 import torch
 from errors import ULP, excess_error
 
@@ -75,10 +77,70 @@ def laws(case, r, slot, previous):
         bias = latents @ head.w2[:vocab].float().T
         eager = eager + (bias if head.w2_scale is None else bias * head.w2_scale[:vocab])
         states = transition.state, state
+    unused = None
     if case.draft_to_target is not None:
-        unused = case.draft_to_target < 0
+        unused = (case.draft_to_target < 0) | (case.draft_to_target >= reference.target_ids(head, case.sampling))
+    if case.sampling is not None:
+        exact, eager = (adjusted(case, law, slot, previous, unused) for law in (exact, eager))
+    if unused is not None:
         exact, eager = exact.masked_fill(unused, -torch.inf), eager.masked_fill(unused, -torch.inf)
     return exact, eager, states
+
+
+def adjusted(case, law, slot, previous, unused):
+    """Penalties, bias and mask of a request, row by row, in the precision of `law`."""
+    sampling = case.sampling
+    if sampling.token_bitmask is not None:
+        sampling = dataclasses.replace(sampling, token_bitmask=sampling.token_bitmask[slot])
+    rows = [
+        reference.adjusted(row, sampling, slot, k, previous[1 : k + 1], case.draft_to_target, unused) for k, row in enumerate(law)
+    ]
+    return torch.stack(rows)
+
+
+def filters_of(case):
+    names = ("top_k", "top_p", "min_p")
+    return [] if case.sampling is None else [name for name in names if getattr(case.sampling, name) is not None]
+
+
+def unfiltered(case, block):
+    """The rows [R, K, V] that the filters of a call judged: the same drafts once more, one position a call, without filters.
+
+    A call of one position follows the draft before it, whichever filters chose that one, and has the same bits as a whole block.
+    """
+    slots, drafts = case.anchors.shape[0], case.base_logits.shape[1]
+    batch, width = case.base_logits.shape[0], case.first_draft + drafts
+    vocab, device, dtype = block.proposal.logits.shape[2], case.base_logits.device, case.base_logits.dtype
+    arguments = arguments_of(case) | dict(confidence=None)
+    sampling = dataclasses.replace(case.sampling, top_k=None, top_p=None, min_p=None)
+    out = dk.DraftBlock(
+        tokens=torch.full((slots, max(2, width)), -1, device=device),
+        proposal=dk.DenseProposal(
+            torch.zeros(slots, max(2, width), vocab, dtype=dtype, device=device), draft_to_target=case.draft_to_target
+        ),
+        flags=torch.zeros(batch, dtype=torch.int32, device=device),
+    )
+    rows = torch.zeros(batch, drafts, vocab, dtype=dtype, device=device)
+    for k in range(drafts):
+        now = sampling
+        if now.token_bitmask is not None:
+            now = dataclasses.replace(now, token_bitmask=now.token_bitmask[:, k : k + 1].contiguous())
+        arguments |= dict(
+            base_logits=case.base_logits[:, k : k + 1],
+            hidden=None if case.hidden is None else case.hidden[:, k : k + 1],
+            anchors=case.anchors if k == 0 else block.tokens[:, k - 1].clone(),
+            sampling=now,
+            first_draft=case.first_draft + k,
+        )
+        dk.draft_block(**arguments, out=out)
+        out.tokens[:, case.first_draft + k] = block.tokens[:, k]
+        for r, slot in rows_of(case):
+            rows[r, k] = out.proposal.logits[slot, case.first_draft + k]
+    return rows
+
+
+def support(logits):
+    return (logits > -torch.inf).tolist()
 
 
 def check(case, block=None, state=None, exempt=True):
@@ -88,17 +150,24 @@ def check(case, block=None, state=None, exempt=True):
         block, state = dk.draft_block(**arguments, keep_logits=True), arguments["head_state"]
     rows = rows_of(case)
     batch, drafts = case.base_logits.shape[:2]
-    stored = torch.zeros(batch, drafts, block.proposal.logits.shape[2], dtype=case.base_logits.dtype)
-    stored = stored.to(case.base_logits.device)
+    filtered = bool(filters_of(case))
+    kept = torch.zeros(batch, drafts, block.proposal.logits.shape[2], dtype=case.base_logits.dtype)
+    kept = kept.to(case.base_logits.device)
     for r, slot in rows:
-        stored[r] = block.proposal.logits[slot]
+        kept[r] = block.proposal.logits[slot]
+    stored = unfiltered(case, block) if filtered else kept
+
+    def outcome(block, logits, r, slot):
+        found = block.tokens[slot].tolist(), int(block.flags[r])
+        return (*found, support(logits)) if filtered else found
 
     def run(decisions):
         want = reference.draft_block(**arguments_of(case), keep_logits=True, stored_logits=stored, decisions=decisions)
-        return {r: (want.tokens[slot].tolist(), int(want.flags[r])) for r, slot in rows}
+        return {r: outcome(want, want.proposal.logits[slot], r, slot) for r, slot in rows}
 
-    have = {r: (block.tokens[slot].tolist(), int(block.flags[r])) for r, slot in rows}
-    assert_equal_or_tied(run, have, exempt=exempt)
+    assert_equal_or_tied(run, {r: outcome(block, kept[r], r, slot) for r, slot in rows}, exempt=exempt)
+    inside = kept > -torch.inf
+    assert torch.equal(kept[inside], stored[inside])
     padding = set(range(batch)) - {r for r, _ in rows}
     assert all(int(block.flags[r]) == 0 for r in padding)
 
@@ -106,13 +175,13 @@ def check(case, block=None, state=None, exempt=True):
     for r, slot in rows:
         previous = [int(case.anchors[slot]), *block.tokens[slot].tolist()][:drafts]
         exact, eager, states = laws(case, r, slot, previous)
-        excess_error(block.proposal.logits[slot], eager.to(stored.dtype), exact, f"logits of request {r}")
+        excess_error(stored[r], eager.to(stored.dtype), exact, f"logits of request {r}")
         if state is not None:
             excess_error(state[slot], states[1], states[0], f"state of request {r}")
         if case.sampling is not None:
             temperature = float(case.sampling.temperature[slot])
             scale = 1.0 / temperature if temperature > 0 else 1.0
-            law = stored[r].double() * scale
+            law = kept[r].double() * scale
             assert_lse(block.proposal.lse[slot], law, f"lse of request {r}")
         if case.confidence is not None:
             check_confidence(case, block, r, slot, previous)

@@ -1,12 +1,13 @@
 """Dense draft block: K positions of a block drafted left to right under the sequential head, in one persistent launch.
 
-x_k = argmax_v of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(base_k + bias(x_{k-1})).
+x_k = argmax_v of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(adjust(base_k + bias(x_{k-1}))).
 Symbols: R requests, K positions, V vocabulary of the head, r rank, H hidden size, S state slots, U units of 64 ids.
 
 The block is a row of phases with a grid barrier between any two:
     [hoist]  the products of a gated or rnn head with the hidden states of all positions (kernels/heads.py)
     per position:  [latents]  of a gated or rnn head;  vocabulary: every program takes tiles of ids for the whole batch, so that W2
-        is read once per position, and one integer atomic maximum per request and tile finds the winner
+        is read once per position, and one integer atomic maximum per request and tile finds the winner;  [filter]  one program
+        per request finds the support and the winner in it (kernels/draft_filters.py)
     finish   log-sum-exp, confidence, last draft, flags (kernels/draft_rows.py)
 A launch runs the phases [first_phase, end_phase): all of them in a cooperative launch, or one after the other where launches of a
 graph cost less than a barrier. Both run the same code on the same tiles, so they give the same bits. Oracle: reference/draft.py.
@@ -16,8 +17,10 @@ Source: DSpark, arXiv 2607.05147.
 import triton
 import triton.language as tl
 
+from .draft_filters import filter_rows, mask_tile
 from .draft_rows import NAN, UNIT, finish, previous_tokens, settle
 from .heads import DOT_ROWS, gated_latent, hoist, keep_state, low_rank_bias, rnn_latent, w2_tile
+from .primitives.adjust import adjusted
 from .primitives.barrier import grid_barrier
 from .primitives.mass import NEG_INF, ONE, below_max, log2_scale, masses, numbers
 from .primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, words_at
@@ -48,12 +51,35 @@ def _latents(
 
 
 @triton.jit
+def _drafted(j, path):
+    """PATH of adjusted: drafts of this round, the last of which is still in its word and not among the tokens."""
+    tokens_ptr, stride_ts, slots, last, previous = path
+    token = tl.load(tokens_ptr + slots * stride_ts + j, mask=(slots >= 0) & (j < last), other=-1, volatile=True)
+    return tl.where(j == last, previous, token)
+
+
+@triton.jit
+def _adjusted(
+    x, tokens, inside, slots, requests, k, anchors_ptr, best_ptr, tokens_ptr, adjust, num_requests, num_drafts, column,
+    stride_a, stride_ts,
+):  # fmt: skip
+    """Logits with penalties, bias and mask; the mask's rows are [S, K]."""
+    path = tokens
+    path_max = 0
+    if adjust[2] is not None:
+        previous = previous_tokens(anchors_ptr, stride_a, best_ptr, requests, slots, k, num_requests)
+        path_max = column + k
+        path = (tokens_ptr, stride_ts, slots, tl.where(k > 0, path_max - 1, path_max), previous)
+    return adjusted(x, tokens[None, :], inside, slots, slots * num_drafts + k, adjust, path, path_max, _drafted)
+
+
+@triton.jit
 def _draft_tile(
     tile, ids, first_request, k,
-    base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, temperature_ptr, seed_ptr, logits_ptr,
-    best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
-    num_requests, num_slots, num_drafts, vocab, first_draft, column,
-    stride_br, stride_bk, stride_a, stride_p, stride_ls, stride_lk,
+    base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr, tokens_ptr,
+    logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
+    num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
+    stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
     WIDEN: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -84,8 +110,14 @@ def _draft_tile(
     tokens = ids  # in the target's vocabulary
     if map_ptr is not None:
         mapped = tl.load(map_ptr + ids, mask=ids < vocab, other=-1)
-        used = (mapped >= 0) & (mapped < 2147483648)
+        used = (mapped >= 0) & (mapped < num_targets)
         tokens = tl.where(used, mapped, 0).to(tl.int32)
+    if adjust is not None:
+        x = _adjusted(
+            x, tokens, inside, slots, requests, k, anchors_ptr, best_ptr, tokens_ptr, adjust, num_requests, num_drafts, column,
+            stride_a, stride_ts,
+        )  # fmt: skip
+    if map_ptr is not None:
         x = tl.where(used[None, :], x, NEG_INF)  # else an id that stands for no token
     nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
     tl.atomic_or(status_ptr + requests, NAN, mask=live & (nan > 0), sem="relaxed")
@@ -136,6 +168,8 @@ def draft_dense_kernel(
     slots_ptr,  # [R] or None
     map_ptr,  # [V] ids in the target's vocabulary, or None
     head, mixer,  # kernels/heads.py; head None = none, mixer None = vanilla or none
+    adjust,  # settings of primitives/adjust.py, or None
+    filters,  # kernels/draft_filters.py, or None
     hidden_ptr,  # [R, K, H] or None
     scores,  # None or confidence: (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated, raw [S, K], their row strides)
     temperature_ptr, seed_ptr,  # [S]; temperature None = every row greedy
@@ -146,45 +180,63 @@ def draft_dense_kernel(
     status_ptr,  # int32 [R], zero before and after
     barrier_ptr,  # int32 [1]
     unit_max_ptr, unit_mass_ptr,  # [R, K, U]
-    first_phase, end_phase, num_requests, num_slots, num_drafts, vocab, hidden_size, first_draft, column,
+    first_phase, end_phase, num_requests, num_slots, num_drafts, vocab, num_targets, hidden_size, first_draft, column,
     stride_br, stride_bk, stride_a, stride_p, stride_hr, stride_hk, stride_ts, stride_ls, stride_lk, stride_es,
     MIX: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
-    ONE_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, DOT_TYPE: tl.constexpr, MIX_TYPE: tl.constexpr,
+    ONE_TILE: tl.constexpr, JOINT: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, DOT_TYPE: tl.constexpr,
+    MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
-    STAGES: tl.constexpr = 1 if MIX is None else 2  # phases per position
+    MIXED: tl.constexpr = 0 if MIX is None else 1
+    STAGES: tl.constexpr = MIXED + (1 if filters is None else 2)  # phases per position
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     for phase in range(first_phase, end_phase):
         if phase > first_phase:
             grid_barrier(barrier_ptr)
-        if phase < STAGES - 1:
+        if phase < MIXED:
             if MIX is not None:
                 hoist(
                     mixer, head, hidden_ptr, slots_ptr, num_requests, num_slots, num_drafts, hidden_size, first_draft,
                     stride_hr, stride_hk, PARTS, BLOCK_N, BLOCK_S, MIX_TYPE,
                 )  # fmt: skip
         else:
-            k = (phase - (STAGES - 1)) // STAGES
-            stage = (phase - (STAGES - 1)) % STAGES
+            k = (phase - MIXED) // STAGES
+            stage = (phase - MIXED) % STAGES
             if (stage == 0) & (k > 0):
                 settle(
-                    k - 1, base_ptr, anchors_ptr, slots_ptr, head, tokens_ptr, flags_ptr, best_ptr, status_ptr,
-                    num_requests, num_slots, num_drafts, vocab, column, stride_br, stride_bk, stride_a, stride_ts,
+                    k - 1, base_ptr, anchors_ptr, slots_ptr, map_ptr, head, adjust, tokens_ptr, logits_ptr, flags_ptr, best_ptr,
+                    status_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, column, stride_br, stride_bk, stride_a,
+                    stride_ts, stride_ls, stride_lk,
                 )  # fmt: skip
+                if filters is not None:
+                    for first_id in range(program * BLOCK_V, vocab, programs * BLOCK_V):
+                        ids = first_id + tl.arange(0, BLOCK_V)
+                        for first_request in range(0, num_requests, ROWS):
+                            mask_tile(
+                                ids, first_request, k - 1, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column,
+                                stride_ls, stride_lk, ROWS,
+                            )  # fmt: skip
             if k == num_drafts:
                 finish(
-                    anchors_ptr, slots_ptr, head, scores, hidden_ptr, temperature_ptr, tokens_ptr, lse_ptr, unit_max_ptr,
-                    unit_mass_ptr, num_requests, num_slots, num_drafts, vocab, hidden_size, first_draft, column,
-                    stride_hr, stride_hk, stride_a, stride_ts, stride_es, WITH_MARKOV,
+                    anchors_ptr, slots_ptr, head, scores, hidden_ptr, temperature_ptr, tokens_ptr,
+                    lse_ptr if filters is None else None, unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab,
+                    hidden_size, first_draft, column, stride_hr, stride_hk, stride_a, stride_ts, stride_es, WITH_MARKOV,
                 )  # fmt: skip
                 if PARTS == 3:
                     keep_state(mixer, head, slots_ptr, num_requests, num_slots, num_drafts, BLOCK_N)
-            elif stage < STAGES - 1:
+            elif stage < MIXED:
                 if MIX is not None:
                     _latents(
                         k, anchors_ptr, best_ptr, slots_ptr, head, mixer, num_requests, num_slots, num_drafts, stride_a,
                         MIX, BLOCK_J, BLOCK_S, MIX_TYPE,
+                    )  # fmt: skip
+            elif stage > MIXED:
+                if filters is not None:
+                    filter_rows(
+                        k, positions_ptr, slots_ptr, map_ptr, filters, temperature_ptr, seed_ptr, logits_ptr, lse_ptr, best_ptr,
+                        unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
+                        stride_p, stride_ls, stride_lk, stride_es, STREAM, JOINT, GROUPS,
                     )  # fmt: skip
             else:
                 for first_id in range(program * BLOCK_V, vocab, programs * BLOCK_V):
@@ -195,58 +247,62 @@ def draft_dense_kernel(
                     if ONE_TILE:
                         _draft_tile(
                             tile, ids, 0, k,
-                            base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, temperature_ptr, seed_ptr,
-                            logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
-                            num_requests, num_slots, num_drafts, vocab, first_draft, column,
-                            stride_br, stride_bk, stride_a, stride_p, stride_ls, stride_lk,
+                            base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, adjust, temperature_ptr,
+                            seed_ptr, tokens_ptr, logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
+                            num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
+                            stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
                             WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
                         )  # fmt: skip
                     else:
                         for first_request in range(0, num_requests, ROWS):
                             _draft_tile(
                                 tile, ids, first_request, k,
-                                base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, temperature_ptr, seed_ptr,
-                                logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
-                                num_requests, num_slots, num_drafts, vocab, first_draft, column,
-                                stride_br, stride_bk, stride_a, stride_p, stride_ls, stride_lk,
+                                base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, adjust, temperature_ptr,
+                                seed_ptr, tokens_ptr, logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
+                                num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
+                                stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
                                 WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
                             )  # fmt: skip
 
 
 _MIXERS = {None: (None, 0), "gated": (gated_latent, 1), "rnn": (rnn_latent, 3)}  # and parts of r outputs
+_STREAMS = {"draft": DRAFT, "coupled": COUPLED}
 _WIDENINGS = {"by_cast": by_cast, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
 
 
-def phases(mixer, drafts: int) -> int:
+def phases(mixer, drafts: int, filtered: bool) -> int:
     """How many phases a block of `drafts` positions has; mixer None, "gated" or "rnn"."""
-    return drafts + 1 if mixer is None else 2 * drafts + 2
+    mixed = mixer is not None
+    return mixed + drafts * (1 + mixed + filtered) + 1
 
 
-def launch_draft_dense(programs, args, tail, *, drafts, mixer, widening, dot_type, mix_type, coupled, with_markov, one_tile, rows,
-                       config):  # fmt: skip
-    """One launch of all phases (its programs must all be resident), or one for each phase. args, tail: before and after the range."""
-    end = phases(mixer, drafts)
+def launch_draft_dense(programs, args, tail, *, drafts, mixer, filtered, constants, config):
+    """One launch of all phases (its programs must all be resident), or one for each. args, tail: before and after the range.
+
+    constants: by name; a device function or type stands as its name.
+    """
+    end = phases(mixer, drafts, filtered)
     spans = [(0, end)] if config.one_launch or programs == 1 else [(phase, phase + 1) for phase in range(end)]
     mix, parts = _MIXERS[mixer]
+    named = dict(
+        WIDEN=_WIDENINGS[constants["WIDEN"]],
+        STREAM=_STREAMS[constants["STREAM"]],
+        DOT_TYPE=getattr(tl, constants["DOT_TYPE"]),
+        MIX_TYPE=getattr(tl, constants["MIX_TYPE"]),
+    )
     for span in spans:
         draft_dense_kernel[(programs,)](
             *args,
             *span,
             *tail,
+            **(constants | named),
             MIX=mix,
             PARTS=parts,
-            WIDEN=_WIDENINGS[widening],
-            STREAM=COUPLED if coupled else DRAFT,
-            WITH_MARKOV=with_markov,
-            ONE_TILE=one_tile,
-            ROWS=rows,
             BLOCK_V=config.block_v,
             BLOCK_R=config.block_r,
             BLOCK_J=config.block_j,
             BLOCK_N=config.block_n,
             BLOCK_S=config.block_s,
-            DOT_TYPE=getattr(tl, dot_type),
-            MIX_TYPE=getattr(tl, mix_type),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             launch_cooperative_grid=config.one_launch and programs > 1,

@@ -31,7 +31,7 @@ def previous_tokens(anchors_ptr, stride_a, best_ptr, requests, slots, k, num_req
 
 
 @triton.jit
-def _row_status(word, base_ptr, request, k, vocab, stride_br, stride_bk, BLOCK: tl.constexpr):
+def _row_status(word, row_ptr, map_ptr, vocab, num_targets, BLOCK: tl.constexpr):
     """NONFINITE_ROW where the row of this winner has no finite logit."""
     key = unpack_key(word)
     status = 0
@@ -40,12 +40,14 @@ def _row_status(word, base_ptr, request, k, vocab, stride_br, stride_bk, BLOCK: 
     if key == POS_INF:
         # Rare, so paid only here: a +inf won; look whether anything finite stood beside it.
         finite = 0
-        row_ptr = base_ptr + request.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
         for first in range(0, vocab, BLOCK):
             ids = first + tl.arange(0, BLOCK)
             x = tl.load(row_ptr + ids, mask=ids < vocab, other=NEG_INF)
-            x = tl.abs(x.to(tl.float32))
-            finite = tl.maximum(finite, tl.max(tl.where(x < POS_INF, 1, 0), axis=0))
+            there = tl.abs(x.to(tl.float32)) < POS_INF
+            if map_ptr is not None:
+                token = tl.load(map_ptr + ids, mask=ids < vocab, other=-1)
+                there = there & (token >= 0) & (token < num_targets)
+            finite = tl.maximum(finite, tl.max(there.to(tl.int32), axis=0))
         if finite == 0:
             status = NONFINITE_ROW
     return status
@@ -53,8 +55,8 @@ def _row_status(word, base_ptr, request, k, vocab, stride_br, stride_bk, BLOCK: 
 
 @triton.jit
 def settle(
-    k, base_ptr, anchors_ptr, slots_ptr, head, tokens_ptr, flags_ptr, best_ptr, status_ptr,
-    num_requests, num_slots, num_drafts, vocab, column, stride_br, stride_bk, stride_a, stride_ts,
+    k, base_ptr, anchors_ptr, slots_ptr, map_ptr, head, adjust, tokens_ptr, logits_ptr, flags_ptr, best_ptr, status_ptr,
+    num_requests, num_slots, num_drafts, vocab, num_targets, column, stride_br, stride_bk, stride_a, stride_ts, stride_ls, stride_lk,
 ):  # fmt: skip
     """Position k is decided: keep its drafts, and clear the winners that nobody reads any more. Request r belongs to one program."""
     last = k == num_drafts - 1
@@ -63,7 +65,11 @@ def settle(
         if slot >= 0:
             word = tl.load(best_ptr + k * num_requests + request, volatile=True)
             tl.store(tokens_ptr + slot * stride_ts + column + k, unpack_id(word))
-            status = _row_status(word, base_ptr, request, k, vocab, stride_br, stride_bk, 1024)
+            if adjust is None:
+                row_ptr = base_ptr + tl.cast(request, tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
+            else:
+                row_ptr = logits_ptr + slot * stride_ls + (column + k).to(tl.int64) * stride_lk
+            status = _row_status(word, row_ptr, map_ptr, vocab, num_targets, 1024)
             if k > 0:
                 tl.store(best_ptr + (k - 1) * num_requests + request, tl.zeros((), tl.int64))
             if last:
@@ -81,8 +87,8 @@ def settle(
 
 
 @triton.jit
-def log_sum_exp(unit_max_ptr, unit_mass_ptr, row, num_units, scale, BLOCK: tl.constexpr):
-    """ln sum exp(logit / T) of a row from its units: the same bits for any order of units."""
+def row_mass(unit_max_ptr, unit_mass_ptr, row, num_units, scale, BLOCK: tl.constexpr):
+    """(maximum fp32, sum of exponentials int64, 2^40 for the maximum) of a row from its units: the same bits for any order of them."""
     top = tl.full((), float("-inf"), tl.float32)
     for first in range(0, num_units, BLOCK):
         unit = first + tl.arange(0, BLOCK)
@@ -94,6 +100,12 @@ def log_sum_exp(unit_max_ptr, unit_mass_ptr, row, num_units, scale, BLOCK: tl.co
         m = tl.load(unit_max_ptr + row * num_units + unit, mask=unit < num_units, other=NEG_INF, volatile=True)
         mass = tl.load(unit_mass_ptr + row * num_units + unit, mask=unit < num_units, other=0, volatile=True)
         total += tl.sum((mass.to(tl.float32) * tl.exp2(below_max(m, top) * scale)).to(tl.int64), axis=0)
+    return top, total
+
+
+@triton.jit
+def log_sum_exp(top, total, scale):
+    """ln sum exp(logit / T) of what `row_mass` gives."""
     lse = (top * scale + (tl.log2(tl.maximum(total, 1).to(tl.float32)) - 40.0)) * 0.6931471805599453
     return tl.where((top == NEG_INF) | (top == POS_INF), top, lse)
 
@@ -127,7 +139,7 @@ def finish(
     num_requests, num_slots, num_drafts, vocab, hidden_size, first_draft, column,
     stride_hr, stride_hk, stride_a, stride_ts, stride_es, WITH_MARKOV: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp and confidence of every position, shared out over the programs."""
+    """Log-sum-exp (lse_ptr None: done elsewhere) and confidence of every position, shared out over the programs."""
     for item in range(tl.program_id(0), num_requests * num_drafts, tl.num_programs(0)):
         request = item // num_drafts
         k = item % num_drafts
@@ -136,8 +148,8 @@ def finish(
             if lse_ptr is not None:
                 scale = log2_scale(tl.load(temperature_ptr + slot))
                 row = request.to(tl.int64) * num_drafts + k
-                lse = log_sum_exp(unit_max_ptr, unit_mass_ptr, row, tl.cdiv(vocab, UNIT), scale, 1024)
-                tl.store(lse_ptr + slot * stride_es + column + k, lse)
+                top, total = row_mass(unit_max_ptr, unit_mass_ptr, row, tl.cdiv(vocab, UNIT), scale, 1024)
+                tl.store(lse_ptr + slot * stride_es + column + k, log_sum_exp(top, total, scale))
             if scores is not None:
                 _, _, sts_ptr, confidence_ptr, raw_ptr, stride_cs, stride_rs = scores
                 previous = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)

@@ -24,9 +24,11 @@ from ..types import (
     RnnMarkovHead,
     SamplingTensors,
 )
+from .sampling import SCHEMA, Flat, adjust_settings, check_sampling, flatten
 
 OP = "draft_block"
-UNIT = 64  # ids per stored (maximum, mass) pair, as in kernels/draft.py
+UNIT = 64  # ids per stored (maximum, mass) pair, as in kernels/draft_rows.py
+LIST = 1024  # kept ids that a filter lists, as in kernels/primitives/filters.py
 
 
 @workspaces.declare(OP)
@@ -34,6 +36,8 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     rows, units = requests * drafts, -(-vocab // UNIT)
     counters = workspaces.words_of(rows, torch.int64) + workspaces.words_of(requests, torch.int32)
     scratch = workspaces.words_of(rows * units, torch.float32) + workspaces.words_of(rows * units, torch.int64)
+    filters = (requests, torch.int64), (requests, torch.int32), (requests * units, torch.int32), (requests * LIST, torch.int32)
+    scratch += sum(workspaces.words_of(*region) for region in (*filters, filters[-1]))
     return counters, scratch
 
 
@@ -65,7 +69,10 @@ def draft_block(
             > 0 takes the token drafted last in its place.
         head: MarkovHead, GatedMarkovHead, RnnMarkovHead (w1 [V1, r] by target id, w2 [V, r]) or None for independent positions.
         anchor_positions: int64 or int32 [S], absolute position of the anchor; draft k is decided for position + k.
-        sampling: temperature and seed per slot; None = every row greedy. Temperature <= 0 makes a row greedy.
+        sampling: per slot; None = every row greedy. Temperature <= 0 makes a row greedy. Penalties, bias and mask act on base
+            logits + bias of the head before they are rounded; the penalties' path is the drafts of this call before a position,
+            and with an `out` that is wider the earlier columns, too. Bias and mask are by target id; token_bitmask is
+            [S, K, words] for the positions of this call. The proposal holds -inf outside what filters leave.
         hidden: [R, K, H], needed by `confidence`, gated and rnn heads.
         confidence: ConfidenceHead; its weight is [H], or [H + r] with the Markov input.
         draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; a negative entry stands for no token.
@@ -97,7 +104,7 @@ def draft_block(
     if candidates is not None:
         not_yet(OP, "candidates", "sparse candidate drafting is")
     check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True)
-    _check_sampling(sampling, slots, device)
+    targets = _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device)
     hidden_size = _check_hidden(hidden, head, confidence, rows, drafts, device)
     _check_head(head, head_state, vocab, hidden_size, first_draft, slots, device)
     _check_confidence(confidence, hidden_size, head, drafts, first_draft, device)
@@ -125,8 +132,7 @@ def draft_block(
         None if confidence is None else confidence.weight,
         None if confidence is None else confidence.bias,
         None if confidence is None else confidence.sts_temperatures,
-        None if sampling is None else sampling.temperature,
-        None if sampling is None else sampling.seed,
+        *flatten(sampling),
         draft_to_target,
         state_indices,
         out.tokens,
@@ -138,6 +144,7 @@ def draft_block(
         head_state,
         counters,
         scratch,
+        targets,
         first_draft,
         column,
         noise == "coupled",
@@ -196,14 +203,22 @@ def _check_inputs(base_logits, anchors, anchor_positions, state_indices):
     return rows, drafts, vocab
 
 
-def _check_sampling(sampling, slots, device):
-    if sampling is None:
-        return
-    check_type("sampling", sampling, SamplingTensors)
-    check_tensor("sampling.temperature", sampling.temperature, shape=(slots,), device=device)
-    for name in ("top_k", "top_p", "min_p", "logit_bias", "token_bitmask", "penalties"):
-        if getattr(sampling, name) is not None:
-            not_yet(OP, f"sampling.{name}", "filters and penalties while drafting are")
+def _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device) -> int:
+    """How many ids of the target all tables know; an entry of `draft_to_target` at or above stands for no token."""
+    known = [2**31 - 1 if draft_to_target is not None else vocab]
+    if sampling is not None:
+        check_type("sampling", sampling, SamplingTensors)
+        if sampling.token_bitmask is not None:
+            words = check_tensor("sampling.token_bitmask", sampling.token_bitmask, shape=(slots, drafts, "words")).shape[2]
+            known.append(32 * words)
+        if sampling.logit_bias is not None:
+            known.append(sampling.logit_bias.shape[1])
+        check_sampling(sampling, slots=slots, vocab=known[-1], mask_shape=(slots, drafts), device=device)
+    if draft_to_target is not None:
+        return min(known + ([] if head is None else [head.w1.shape[0]]))
+    if min(known) < vocab:
+        raise ValueError(f"sampling: expected logit_bias and token_bitmask for {vocab} ids, got room for {min(known)}")
+    return vocab
 
 
 def _check_hidden(hidden, head, confidence, rows, drafts, device) -> int:
@@ -322,14 +337,16 @@ def _check_out(out, base_logits, slots, rows, sampling, confidence, draft_to_tar
 @library.register(
     "draft_block(Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, Tensor? w2_scale, "
     "Tensor? mix_weight, Tensor? mix_bias, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? sts_temperatures, "
-    "Tensor? temperature, Tensor? seed, Tensor? draft_to_target, Tensor? state_indices, Tensor(a!) tokens, "
+    f"{SCHEMA}, Tensor? draft_to_target, Tensor? state_indices, Tensor(a!) tokens, "
     "Tensor(b!)? confidence, Tensor(c!)? confidence_logits, Tensor(d!)? logits, Tensor(e!)? lse, Tensor(f!) flags, "
-    "Tensor(g!)? head_state, Tensor(h!) counters, Tensor(i!) scratch, int first_draft, int column, bool coupled) -> ()"
+    "Tensor(g!)? head_state, Tensor(h!) counters, Tensor(i!) scratch, int targets, int first_draft, int column, "
+    "bool coupled) -> ()"
 )
 def _draft_block(
     base_logits, anchors, anchor_positions, w1, w2, w2_scale, mix_weight, mix_bias, hidden, weight, bias, sts_temperatures,
-    temperature, seed, draft_to_target, state_indices, tokens, confidence, confidence_logits, logits, lse, flags, head_state,
-    counters, scratch, first_draft, column, coupled,
+    temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint,
+    draft_to_target, state_indices, tokens, confidence, confidence_logits, logits, lse, flags, head_state, counters, scratch,
+    targets, first_draft, column, coupled,
 ):  # fmt: skip
     device = base_logits.device
     kernels = library.kernels("draft", device)
@@ -344,8 +361,8 @@ def _draft_block(
     best = clean.take(rows * drafts, torch.int64)
     status = clean.take(rows, torch.int32)
     carver = workspaces.Carver(scratch)
-    units = rows * drafts * -(-vocab // UNIT)
-    unit_max, unit_mass = carver.take(units, torch.float32), carver.take(units, torch.int64)
+    units = -(-vocab // UNIT)
+    unit_max, unit_mass = carver.take(rows * drafts * units, torch.float32), carver.take(rows * drafts * units, torch.int64)
 
     def stride(tensor, dim):
         return 0 if tensor is None else tensor.stride(dim)
@@ -371,6 +388,15 @@ def _draft_block(
         # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
         columns = (0, hidden_size) if kind == "gated" else (2 * rank, rank)
         mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, head_state, stride(head_state, 0))
+    sampling = Flat(
+        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
+    )
+    adjust = adjust_settings(sampling) if sampling.adjusts else None
+    filters = sampling.filters
+    if filters is not None:
+        support = carver.take(rows, torch.int64), carver.take(rows, torch.int32)  # threshold and cut
+        lists = (carver.take(rows * size, torch.int32) for size in (units, LIST, LIST))
+        filters = (*filters, *support, *lists)
     scores = None
     if weight is not None:
         scores = (weight, bias, sts_temperatures, confidence, confidence_logits, confidence.stride(0), confidence_logits.stride(0))
@@ -378,23 +404,28 @@ def _draft_block(
     kernels.launch_draft_dense(
         min(-(-vocab // config.block_v), gpu.multiprocessors * config.programs_per_sm),
         (
-            base_logits, anchors, anchor_positions, state_indices, draft_to_target, head, mixer, hidden, scores, temperature, seed,
-            tokens, logits, lse, flags, best, status, barrier, unit_max, unit_mass,
+            base_logits, anchors, anchor_positions, state_indices, draft_to_target, head, mixer, adjust, filters, hidden, scores,
+            temperature, seed, tokens, logits, lse, flags, best, status, barrier, unit_max, unit_mass,
         ),
         (
-            rows, anchors.shape[0], drafts, vocab, hidden_size, first_draft, column,
+            rows, anchors.shape[0], drafts, vocab, targets, hidden_size, first_draft, column,
             base_logits.stride(0), base_logits.stride(1), anchors.stride(0), anchor_positions.stride(0), stride(hidden, 0),
             stride(hidden, 1), tokens.stride(0), stride(logits, 0), stride(logits, 1), stride(lse, 0),
         ),
         drafts=drafts,
         mixer=kind,
-        widening=widening,
-        dot_type=_name(dot_type),
-        mix_type=_name(mix_type),
-        coupled=coupled,
-        with_markov=weight is not None and weight.shape[0] > hidden_size,
-        one_tile=one_tile,
-        rows=request_tile,
+        filtered=filters is not None,
+        constants=dict(
+            WIDEN=widening,
+            STREAM="coupled" if coupled else "draft",
+            WITH_MARKOV=weight is not None and weight.shape[0] > hidden_size,
+            ONE_TILE=one_tile,
+            JOINT=joint and filters is not None,
+            GROUPS=max(2, 1 << (units - 1).bit_length()) if filters is not None else 2,
+            ROWS=request_tile,
+            DOT_TYPE=_name(dot_type),
+            MIX_TYPE=_name(mix_type),
+        ),
         config=config,
     )  # fmt: skip
 
