@@ -355,7 +355,12 @@ def _draft_block(
     rows, drafts, vocab = base_logits.shape
     hidden_size = 0 if hidden is None else hidden.shape[2]
     gpu = arch.current(device)
-    request_tile = draft_launch.request_tile(rows)
+    sampling = Flat(
+        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
+    )
+    adjust = adjust_settings(sampling) if sampling.adjusts else None
+    filters = sampling.filters
+    request_tile = draft_launch.request_tile(rows, sampling.adjusts or filters is not None)
     one_tile = rows <= request_tile
 
     clean = workspaces.Carver(counters)
@@ -376,7 +381,8 @@ def _draft_block(
             # As bytes: not every GPU's compiler takes pointers to e4m3.
             widening, w2 = "fp8", w2.view(torch.uint8)
         head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
-    config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile)
+    ranks = draft_launch.ranks_per_dot(mix_weight is not None or filters is not None, w2_scale is not None, sampling.adjusts)
+    config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
     kind, mixer, mix_type = None, None, torch.float32
@@ -390,11 +396,6 @@ def _draft_block(
         # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
         columns = (0, hidden_size) if kind == "gated" else (2 * rank, rank)
         mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, head_state, stride(head_state, 0))
-    sampling = Flat(
-        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
-    )
-    adjust = adjust_settings(sampling) if sampling.adjusts else None
-    filters = sampling.filters
     if filters is not None:
         support = carver.take(rows, torch.int64), carver.take(rows, torch.int32)  # threshold and cut
         maxima = carver.take(rows * groups, torch.float32)
