@@ -68,8 +68,10 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
     native = arch.family in _NATIVE_FP8
     if arch.vendor == "interpreter":
         # One program walks everything: large tiles, because every operation costs the same whatever its size.
-        block_v = min(4096, max(64, 1 << (vocab - 1).bit_length()))
-        return DraftConfig(block_v, padded_rank, 1, 1, 1, None, True, padded_rank, 4 * padded_rank, padded_rank, native)
+        # No block may have more than 2^20 elements.
+        block_v = min(4096, 2**20 // padded_rank, max(64, 1 << (vocab - 1).bit_length()))
+        few = min(512, padded_rank)
+        return DraftConfig(block_v, padded_rank, 1, 1, 1, None, True, few, 4 * few, few, native)
     block_v, stages_one, stages_more = _TILES[arch.family]
     stages = stages_one if one_tile else stages_more
     # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
