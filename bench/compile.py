@@ -276,9 +276,6 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "filtered_r1": lambda: _draft(1, filtered=True),
         "filtered_r64": lambda: _draft(64, filtered=True),
         "adjusted_r8": lambda: _draft(8, adjusted=True),
-        "everything_r64": lambda: _draft(
-            64, kind="rnn", w2_dtype=torch.int8, vocab=32000, targets=VOCAB, adjusted=True, filtered=True, slots=80
-        ),
     },
     "fixed_layout": {
         "r1": lambda: _layout(1),

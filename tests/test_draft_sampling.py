@@ -1,11 +1,9 @@
 """draft_block with penalties, bias, mask and filters: the stored law is the filtered one, and drafts come from it."""
 
-import pytest
 import torch
 from draft_checks import check
 from hypothesis import given, settings, strategies as st
 
-import dspark_kernels as dk
 from reference import cases
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

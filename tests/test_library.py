@@ -119,13 +119,15 @@ def _filtered(base_logits, anchors, positions, hidden, temperature, seed, top_p,
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_heads_and_filters_compile_into_one_graph(backend):
-    case = cases.draft_case(seed=7, requests=2, drafts=2, vocab=130, kind="rnn", target_vocab=200, filters={"top_p"}, adjust={"bias"})
+    options = dict(kind="rnn", target_vocab=200, filters={"top_p"}, adjust={"bias"})
+    case = cases.draft_case(seed=7, requests=2, drafts=2, vocab=130, **options)
     head, sampling = case.head, case.sampling
 
     def arguments():
         return (
             case.base_logits, case.anchors, case.anchor_positions, case.hidden, sampling.temperature, sampling.seed, sampling.top_p,
-            sampling.logit_bias, case.draft_to_target, case.head_state.clone(), head.w1, head.w2, head.joint_weight, head.joint_bias,
+            sampling.logit_bias, case.draft_to_target, case.head_state.clone(), head.w1, head.w2, head.joint_weight,
+            head.joint_bias,
         )  # fmt: skip
 
     have = torch.compile(_filtered, fullgraph=True, backend=backend)(*arguments())
