@@ -10,7 +10,7 @@ from torch import Tensor
 import dspark_kernels as dk
 
 
-def latents_of(head, embedded: Tensor, hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def latents_of(head, embedded: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """Latents [K, r] of one request in `dtype`."""
     embedded, hidden = embedded.to(dtype), hidden.to(dtype)
     if isinstance(head, dk.GatedMarkovHead):

@@ -254,7 +254,7 @@ class Draft:
         if head is not None:
             previous = torch.cat([inputs["anchors"][r : r + 1], block.tokens[r, :-1]])
             embedded = head.w1[previous]
-            latents = latents_of(head, embedded, inputs["hidden"][r], torch.float64), latents_of(head, embedded, inputs["hidden"][r])
+            latents = [latents_of(head, embedded, inputs["hidden"][r], dtype) for dtype in (torch.float64, torch.float32)]
             scale = 1.0 if head.w2_scale is None else head.w2_scale
             exact = exact + latents[0] @ head.w2.double().T * scale
             # Rounded once, to the type of the product with W2, as the kernel's.

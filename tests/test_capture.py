@@ -66,9 +66,8 @@ def test_draft_block_in_a_graph(device, sampled):
 )
 def test_heads_and_settings_of_a_draft_block_in_a_graph(device, options):
     """Contents change between replays, the state of an rnn in place; results are those of fresh calls."""
-    make = lambda seed: to_device(  # noqa: E731
-        cases.draft_case(seed=seed, requests=9, drafts=5, vocab=5000, dtype=torch.bfloat16, rank=64, scattered=True, **options), device
-    )
+    sizes = dict(requests=9, drafts=5, vocab=5000, dtype=torch.bfloat16, rank=64, scattered=True)
+    make = lambda seed: to_device(cases.draft_case(seed=seed, **sizes, **options), device)  # noqa: E731
     static = make(0)
     workspace = dk.Workspace(9, 5, 5000, device, markov_rank=64)
     out = dk.draft_block(**static.arguments(), workspace=workspace)

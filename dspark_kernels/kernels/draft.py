@@ -1,7 +1,8 @@
 """Dense draft block: K positions of a block drafted left to right under the sequential head, in one persistent launch.
 
-x_k = argmax_v of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(adjust(base_k + bias(x_{k-1}))).
-Symbols: R requests, K positions, V vocabulary of the head, r rank, H hidden size, S state slots, U units of 64 ids.
+x_k = argmax_v of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(adjust(base_k +
+bias(x_{k-1}))). Symbols: R requests, K positions, V vocabulary of the head, r rank, H hidden size, S state slots, U units of 64
+ids.
 
 The block is a row of phases with a grid barrier between any two:
     [hoist]  the products of a gated or rnn head with the hidden states of all positions (kernels/heads.py)
@@ -173,7 +174,7 @@ def draft_dense_kernel(
     adjust,  # settings of primitives/adjust.py, or None
     filters,  # kernels/draft_filters.py, or None
     hidden_ptr,  # [R, K, H] or None
-    scores,  # None or confidence: (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated, raw [S, K], their row strides)
+    scores,  # None, or confidence: (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated and raw [S, K], row strides)
     temperature_ptr, seed_ptr,  # [S]; temperature None = every row greedy
     tokens_ptr,  # [S, K]
     logits_ptr, lse_ptr,  # [S, K, V] or None, [S, K] or None
