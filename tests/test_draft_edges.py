@@ -56,7 +56,7 @@ def test_a_map_without_any_token_drafts_0_and_says_so(sampled):
 
 def test_a_map_beyond_the_target_is_never_drafted():
     """Ids that W1, bias or mask do not know stand for no token: nothing is read outside those tables."""
-    case = cases.draft_case(seed=5, vocab=300, target_vocab=400, adjust={"bias", "mask"}, filters={"top_p"})
+    case = cases.draft_case(seed=5, vocab=300, drafts=2, target_vocab=400, adjust={"bias", "mask"}, filters={"top_p"})
     case.draft_to_target[::5] = torch.arange(1000, 1060)
     block = check(case)
     assert (block.tokens < 400).all() and (block.proposal.logits[:, :, ::5] == -torch.inf).all()
@@ -133,18 +133,18 @@ def test_bad_arguments_are_named(change, error, message):
 
 def test_padding_rows_with_everything_touch_nothing():
     case = cases.draft_case(
-        seed=6, requests=6, scattered=True, padding=2, vocab=200, kind="rnn", target_vocab=900, adjust=cases.ADJUSTMENTS,
+        seed=6, requests=4, drafts=2, scattered=True, padding=2, vocab=130, kind="rnn", target_vocab=900, adjust=cases.ADJUSTMENTS,
         filters=cases.FILTERS,
     )  # fmt: skip
     arguments, slots = arguments_of(case), case.anchors.shape[0]
     out = dk.DraftBlock(
-        tokens=torch.full((slots, 4), -77),
+        tokens=torch.full((slots, 2), -77),
         proposal=dk.DenseProposal(
-            torch.full((slots, 4, 200), -77.0), lse=torch.full((slots, 4), -77.0), draft_to_target=case.draft_to_target
+            torch.full((slots, 2, 130), -77.0), lse=torch.full((slots, 2), -77.0), draft_to_target=case.draft_to_target
         ),
-        flags=torch.full((6,), -77, dtype=torch.int32),
-        confidence=torch.full((slots, 4), -77.0),
-        confidence_logits=torch.full((slots, 4), -77.0),
+        flags=torch.full((4,), -77, dtype=torch.int32),
+        confidence=torch.full((slots, 2), -77.0),
+        confidence_logits=torch.full((slots, 2), -77.0),
     )
     dk.draft_block(**arguments, out=out)
     check(case, out, arguments["head_state"])

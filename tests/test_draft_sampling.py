@@ -9,7 +9,7 @@ from reference import cases
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw
@@ -22,8 +22,8 @@ def test_equals_reference(data):
             kind=draw(st.sampled_from(["vanilla", "gated", "rnn"])),
             rank=draw(st.sampled_from([7, 16])),
             dtype=draw(st.sampled_from(DTYPES)),
-            requests=draw(st.sampled_from([1, 3, 7, 17])),
-            drafts=draw(st.sampled_from([1, 4])),
+            requests=draw(st.sampled_from([1, 3, 10])),
+            drafts=draw(st.sampled_from([1, 3])),
             vocab=draw(st.sampled_from([33, 300, 1031])),
             confidence=draw(st.sampled_from([None, "markov"])),
             scattered=draw(st.booleans()),
