@@ -16,6 +16,7 @@ from torch import Tensor
 from dspark_kernels.types import ConfidenceHead, DenseProposal, DraftBlock, Flag, MarkovHead, OneHotProposal, SamplingTensors
 
 from . import heads
+from .candidates import draft_candidates
 from .decisions import Decisions
 from .sources import PhiloxSource
 
@@ -46,6 +47,7 @@ def draft_block(
     hidden: Tensor | None = None,
     confidence: ConfidenceHead | None = None,
     candidates: int | None = None,
+    bigrams: Tensor | None = None,
     draft_to_target: Tensor | None = None,
     first_draft: int = 0,
     noise: str = "draft",
@@ -63,9 +65,15 @@ def draft_block(
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:
             raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
-    for name, value in (("candidates", candidates), ("draft_to_target", draft_to_target)):
-        if value is not None:
-            raise NotImplementedError(f"draft_block: {name}: not in the reference yet")
+    if candidates is not None:
+        return draft_candidates(
+            base_logits, anchors, head, anchor_positions=anchor_positions, sampling=sampling, hidden=hidden,
+            confidence=confidence, candidates=candidates, bigrams=bigrams, draft_to_target=draft_to_target,
+            first_draft=first_draft, noise=noise, state_indices=state_indices, keep_logits=keep_logits,
+            stored_logits=stored_logits, decisions=decisions,
+        )  # fmt: skip
+    if draft_to_target is not None:
+        raise NotImplementedError("draft_block: draft_to_target: not in the reference yet")
     decisions = Decisions() if decisions is None else decisions
     batch, drafts, vocab = base_logits.shape
     slots, device = anchors.shape[0], base_logits.device

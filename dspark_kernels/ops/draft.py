@@ -14,6 +14,8 @@ from ..checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_op
 from ..launch import arch, draft as draft_launch
 from ..types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, OneHotProposal, SamplingTensors
 
+from .candidates import draft_candidates
+
 OP = "draft_block"
 UNIT = 64  # ids per stored (maximum, mass) pair, as in kernels/draft.py
 
@@ -36,6 +38,7 @@ def draft_block(
     hidden: Tensor | None = None,
     confidence: ConfidenceHead | None = None,
     candidates: int | None = None,
+    bigrams: Tensor | None = None,
     draft_to_target: Tensor | None = None,
     first_draft: int = 0,
     noise: str = "draft",
@@ -54,6 +57,10 @@ def draft_block(
         sampling: temperature and seed per slot; None = every row greedy. Temperature <= 0 makes a row greedy.
         hidden: [R, K, H], needed by `confidence`.
         confidence: ConfidenceHead; its weight is [H], or [H + r] with the Markov input.
+        candidates: restrict each position to its C best base logits (1 to 256; ties: lowest ids): the proposal is sparse.
+        bigrams: int32 or int64 [V, B] with `candidates`: ids of the head's vocabulary (-1 = unused) that join the candidates of a
+            position by the token before it; a SparseProposal then has C + B entries.
+        draft_to_target: int64 [V], target-vocabulary id of each id of base_logits and W2.
         first_draft: positions already drafted; K = 1 with first_draft = 0, 1, 2, ... serves step-wise drafters.
         noise: "draft", or "coupled" where acceptance uses the coupled rule.
         state_indices: int32 [R], state slot of each row, -1 = padding row.
@@ -73,7 +80,14 @@ def draft_block(
     check_choice("noise", noise, ("draft", "coupled"))
     check_int("first_draft", first_draft, low=0)
     if candidates is not None:
-        not_yet(OP, "candidates", "sparse candidate drafting is")
+        return draft_candidates(
+            base_logits, anchors, head, anchor_positions=anchor_positions, sampling=sampling, hidden=hidden,
+            confidence=confidence, candidates=candidates, bigrams=bigrams, draft_to_target=draft_to_target,
+            first_draft=first_draft, noise=noise, state_indices=state_indices, keep_logits=keep_logits, out=out,
+            workspace=workspace,
+        )  # fmt: skip
+    if bigrams is not None:
+        raise ValueError("bigrams: expected None without `candidates`, got a tensor")
     if draft_to_target is not None:
         not_yet(OP, "draft_to_target", "a reduced draft vocabulary is")
     _check_sampling(sampling, slots, device)

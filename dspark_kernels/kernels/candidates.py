@@ -1,0 +1,347 @@
+"""Sparse draft block: K positions drafted left to right, each on the C best of its base logits, in one launch without a barrier.
+
+x_k = argmax over v in S_k of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(base_k +
+bias(x_{k-1})), S_k = the C ids of the largest base_k (ties: lowest ids) and the B ids listed for x_{k-1}. Symbols: R requests, K
+positions, V vocabulary, C candidates, r rank, H hidden size, S state slots, U units of GROUP ids. Oracle: reference/candidates.py.
+Source: DSpark, arXiv 2607.05147.
+
+Three steps, each begun by the last to arrive from the one before. A chunk of a row: the key of the largest logit of each unit, one
+pass over the logits. A row: its C largest units hold its C largest logits (each has one that is at least as large as any other unit),
+so C * GROUP logits are read again and the C largest kept. A request: the walk over its positions, on the rows of W2 that its
+candidates need, which are fetched a position ahead. What a head multiplies with hidden states is done by programs of its own,
+for all positions, before the walk.
+"""
+
+import triton
+import triton.language as tl
+
+from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, w2_tile, weighted
+from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
+from .primitives.philox import COUPLED, DRAFT, id_words, log2_exponential
+from .primitives.race import pack, unpack_id
+from .primitives.select import ABSENT, ordered_key, select
+from .primitives.slots import state_slots
+from .primitives.ticket import arrive
+
+# Bits of `flags`; the public names are dspark_kernels.types.Flag (a test keeps both equal).
+NONFINITE_ROW = tl.constexpr(1)
+NAN = tl.constexpr(2)
+BAD_TOKEN_ID = tl.constexpr(4)
+
+PAIRS = tl.constexpr(16)  # (request, position) pairs that share one product with hidden states
+
+
+@triton.jit
+def _slot(slots_ptr, request, num_requests, num_slots):
+    return tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
+
+
+@triton.jit
+def _unit_keys(row_ptr, first_id, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
+    """Key of the largest logit of each unit of a chunk, int32 [BLOCK // GROUP], and whether a logit is NaN."""
+    ids = first_id + tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + ids, mask=ids < vocab, other=NEG_INF).to(tl.float32)
+    nan = tl.max((x != x).to(tl.int32), axis=0)
+    return ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT), nan
+
+
+@triton.jit
+def _hidden_score(hidden_ptr, weight_ptr, hidden_size, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, hidden_size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        h = tl.load(hidden_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
+        total += h * tl.load(weight_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _keep_best(
+    row, row_ptr, keys_ptr, units_ptr, ids_ptr, bounds_ptr, vocab, num_candidates,
+    GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
+    num_units = tl.cdiv(vocab, GROUP)
+    unit = tl.arange(0, UNITS)
+    keys = tl.load(keys_ptr + row * num_units + unit, mask=unit < num_units, other=ABSENT, volatile=True)
+    wanted = tl.minimum(num_candidates, num_units)
+    _, selected, place = select(keys, wanted)
+    tl.store(units_ptr + row * num_candidates + place, unit, mask=selected)
+    tl.debug_barrier()
+    c = tl.arange(0, CHOSEN)
+    units = tl.load(units_ptr + row * num_candidates + c, mask=c < wanted, other=0, volatile=True)
+    ids = units[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    ids = tl.reshape(tl.where((c < wanted)[:, None], ids, vocab), [CHOSEN * GROUP])
+    x = tl.load(row_ptr + ids, mask=ids < vocab, other=NEG_INF).to(tl.float32)
+    keys = tl.where(ids < vocab, ordered_key(numbers(x), SHIFT), ABSENT)
+    bound, selected, place = select(keys, tl.minimum(num_candidates, vocab))
+    tl.store(ids_ptr + row * num_candidates + place, ids, mask=selected)
+    tl.store(bounds_ptr + row * 2, bound)
+    tl.store(bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1), axis=0))
+
+
+@triton.jit
+def _best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab):
+    """Entry c of the C best of a row: an id, or -1 where there is none."""
+    there = c < tl.where(row < num_rows, tl.minimum(num_candidates, vocab), 0)
+    return tl.load(ids_ptr + row * num_candidates + c, mask=there, other=-1, volatile=True)
+
+
+@triton.jit
+def _listed_ids(ids, c, bigrams, previous, row_ptr, bounds_ptr, row, num_candidates, vocab, SHIFT: tl.constexpr):
+    """ids [WIDTH] with the successors listed for `previous` behind the C best, those that are there already left out (-1)."""
+    bigrams_ptr, stride_gv, vocab_g, listed = bigrams
+    count = tl.where((previous >= 0) & (previous < vocab_g), listed, 0)
+    list_ptr = bigrams_ptr + previous * stride_gv
+    i = c - num_candidates
+    more = tl.load(list_ptr + i, mask=(i >= 0) & (i < count), other=-1)
+    more = tl.where((more >= 0) & (more < vocab), more, -1).to(tl.int32)
+    x = tl.load(row_ptr + more, mask=more >= 0, other=NEG_INF).to(tl.float32)
+    key = ordered_key(numbers(x), SHIFT)
+    bound = tl.load(bounds_ptr + row * 2, volatile=True)
+    cut = tl.load(bounds_ptr + row * 2 + 1, volatile=True)
+    more = tl.where((key > bound) | ((key == bound) & (more <= cut)), -1, more)
+    for j in range(count):
+        earlier = tl.load(list_ptr + j)
+        more = tl.where((more == earlier) & (i > j), -1, more)
+    return tl.where(i >= 0, more, ids)
+
+
+@triton.jit
+def _walk(
+    request, slot, base, state, bigrams, map_ptr, head, latent, hidden, confidence, out, scratch, status_ptr,
+    num_rows, num_drafts, vocab, num_candidates, first_draft, column,
+    ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
+    WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """All positions of one request, whose candidates are there."""
+    base_ptr, stride_br, stride_bk = base
+    anchors_ptr, stride_a, positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr = state
+    tokens_ptr, stride_ts, out_ids_ptr, stride_is, stride_ik, logits_ptr, stride_ls, stride_lk, lse_ptr, stride_es, flags_ptr = out
+    ids_ptr, bounds_ptr, score_ptr, products_ptr, latent_ptr = scratch
+    anchor = tl.load(positions_ptr + slot * stride_p).to(tl.int64)
+    previous = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
+    temperature = tl.zeros((), tl.float32)
+    seed = tl.zeros((), tl.int64)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + slot)
+        seed = tl.load(seed_ptr + slot)
+    scale = log2_scale(temperature)
+    noise_anchor = anchor
+    if STREAM == COUPLED:
+        noise_anchor = anchor * 0
+    flags = tl.atomic_xchg(status_ptr + request, 0, sem="relaxed")
+    if head is not None:
+        flags = flags | tl.where((previous < 0) | (previous >= head[5]), BAD_TOKEN_ID, 0)
+
+    c = tl.arange(0, WIDTH)
+    width = num_candidates
+    if bigrams is not None:
+        width += bigrams[3]
+    first = request.to(tl.int64) * num_drafts
+    row_ptr = base_ptr + request.to(tl.int64) * stride_br
+    ids = _best_ids(ids_ptr, first, num_rows, c, num_candidates, vocab)
+    later_ids = _best_ids(ids_ptr, first + 1, num_rows, c, num_candidates, vocab)
+    x = tl.load(row_ptr + ids, mask=ids >= 0, other=NEG_INF)
+    tile = ids
+    if head is not None:
+        tile = w2_tile(head, ids, 0, BLOCK_R)
+    for k in range(num_drafts):
+        # Candidates do not depend on drafts: those of k + 1 and their rows of W2 are on the way while k is decided.
+        row = first + k
+        k_ptr = row_ptr + tl.cast(k, tl.int64) * stride_bk
+        next_ids = later_ids
+        later_ids = _best_ids(ids_ptr, row + 2, num_rows, c, num_candidates, vocab)
+        here = tl.where(k + 1 < num_drafts, next_ids, -1)
+        next_x = tl.load(k_ptr + stride_bk + here, mask=here >= 0, other=NEG_INF)
+        next_tile = here
+        if head is not None:
+            next_tile = w2_tile(head, here, 0, BLOCK_R)
+        if bigrams is not None:
+            ids = _listed_ids(ids, c, bigrams, previous, k_ptr, bounds_ptr, row, num_candidates, vocab, SHIFT)
+            listed = tl.where(c >= num_candidates, ids, -1)
+            x = tl.where(listed >= 0, tl.load(k_ptr + listed, mask=listed >= 0, other=NEG_INF), x)
+            if head is not None:
+                tile = tl.where((listed >= 0)[:, None], w2_tile(head, listed, 0, BLOCK_R), tile)
+
+        targets = ids.to(tl.int64)
+        used = ids >= 0
+        if map_ptr is not None:
+            targets = tl.load(map_ptr + ids, mask=used, other=0)
+            flags = flags | tl.max(tl.where(used & (targets < 0), BAD_TOKEN_ID, 0), axis=0)
+            used = used & (targets >= 0) & (targets < 2147483648)
+        x = x.to(tl.float32)
+        if head is not None:
+            known = tl.where((previous >= 0) & (previous < head[5]), head[6], 0)
+            embedded_ptr = head[0] + previous * head[1]
+            if latent is None:
+                x += weighted(tile, ids, embedded_ptr, known, head, BLOCK_R)
+            else:
+                own_ptr = latent_ptr + request.to(tl.int64) * (3 * head[6])
+                ADVANCE(k, embedded_ptr, known, latent, hidden, products_ptr + row * latent[3], own_ptr, head[6], BLOCK_O, BLOCK_R)
+                x += weighted(tile, ids, own_ptr, head[6], head, BLOCK_R)
+
+        if confidence is not None:
+            weight_ptr, weight_bias_ptr, sts_ptr, scores_ptr, stride_cs, raw_ptr, stride_rs = confidence
+            raw = tl.load(score_ptr + row, volatile=True)
+            if WITH_MARKOV:
+                i = tl.arange(0, BLOCK_R)
+                total = tl.zeros([BLOCK_R], tl.float32)
+                for first_rank in range(0, head[6], BLOCK_R):
+                    e = tl.load(embedded_ptr + first_rank + i, mask=first_rank + i < known, other=0.0).to(tl.float32)
+                    w = tl.load(weight_ptr + hidden[3] + first_rank + i, mask=first_rank + i < head[6], other=0.0)
+                    total += e * w.to(tl.float32)
+                raw += tl.sum(total, axis=0)
+            if weight_bias_ptr is not None:
+                raw += tl.load(weight_bias_ptr).to(tl.float32)
+            tl.store(raw_ptr + slot * stride_rs + column + k, raw)
+            if sts_ptr is not None:
+                raw = raw / tl.load(sts_ptr + first_draft + k)
+            tl.store(scores_ptr + slot * stride_cs + column + k, 1.0 / (1.0 + tl.exp(-raw)))
+
+        flags = flags | tl.max(tl.where(used & (x != x), NAN, 0), axis=0)
+        finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
+        flags = flags | tl.where(finite == 0, NONFINITE_ROW, 0)
+        # Rounded once; everything below reads the rounded value.
+        stored = tl.where(used, numbers(x), NEG_INF).to(base_ptr.dtype.element_ty)
+        x = stored.to(tl.float32)
+        if logits_ptr is not None:
+            place = slot * stride_is + (column + k).to(tl.int64) * stride_ik + c
+            tl.store(out_ids_ptr + place, tl.where(used, targets, 0), mask=c < width)
+            place = slot * stride_ls + (column + k).to(tl.int64) * stride_lk + c
+            tl.store(logits_ptr + place, stored, mask=c < width)
+        key = x
+        if temperature_ptr is not None:
+            if lse_ptr is not None:
+                top = tl.max(x, axis=0)
+                mass = tl.sum((tl.exp2(below_max(x, top) * scale) * ONE).to(tl.int64), axis=0)
+                lse = (top * scale + (tl.log2(tl.maximum(mass, 1).to(tl.float32)) - 40.0)) * 0.6931471805599453
+                lse = tl.where((top == NEG_INF) | (top == POS_INF), top, lse)
+                tl.store(lse_ptr + slot * stride_es + column + k, lse)
+            words = id_words(seed, targets.to(tl.int32), anchor + (first_draft + k + 1), noise_anchor, STREAM)
+            key = tl.where(temperature > 0.0, x * scale - log2_exponential(words), x)
+        word = tl.max(tl.where(used, pack(key, targets), 0), axis=0)
+        previous = tl.where(word > 0, unpack_id(word), 0)
+        tl.store(tokens_ptr + slot * stride_ts + column + k, previous)
+        ids = next_ids
+        x = next_x
+        tile = next_tile
+    tl.store(flags_ptr + request, flags)
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column", "latent_items"])
+def draft_candidates_kernel(
+    base,  # (logits [R, K, V], strides of R and K)
+    state,  # (anchors [S], stride, positions [S], stride, slots [R] or None, temperature [S] or None, seed [S])
+    bigrams,  # ([Vg, B], stride, Vg, B) or None
+    map_ptr,  # int64 [V] or None
+    head,  # (W1 [V1, r], stride, W2 [V, r], stride, scale [V] or None, V1, r) or None
+    latent,  # (weight [O, ...], stride, bias [O], O, first column of hidden states) of gated and rnn, else None
+    hidden,  # ([R, K, H], strides of R and K, H) or None
+    confidence,  # (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated [S, K], stride, raw [S, K], stride) or None
+    out,  # (tokens, stride, ids, 2 strides, logits, 2 strides, lse, stride, flags)
+    keys_ptr,  # int32 [R, K, U]
+    units_ptr,  # int32 [R, K, C]
+    scratch,  # (ids int32 [R, K, C], bounds int32 [R, K, 2], score fp32 [R, K], products fp32 [R, K, O], latent fp32 [R, 3, r])
+    row_count_ptr, request_count_ptr, status_ptr,  # int32 [R, K], [R], [R], zero before and after
+    num_requests, num_slots, num_drafts, vocab, num_candidates, first_draft, column, latent_items,
+    ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, DOT_TYPE: tl.constexpr,
+):  # fmt: skip
+    base_ptr, stride_br, stride_bk = base
+    slots_ptr = state[4]
+    num_rows = num_requests * num_drafts
+    program = tl.program_id(0)
+    # Requests that this program arrives at when its part is done, and how many parts a request has.
+    first = tl.zeros((), tl.int32)
+    count = tl.zeros((), tl.int32)
+    if program < latent_items:
+        if latent is not None:
+            outputs = tl.cdiv(latent[3], 16)
+            pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
+            requests = pairs // num_drafts
+            slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+            hidden_products(
+                pairs, requests, slots, program % outputs, latent, hidden, scratch[3], num_drafts, BLOCK_H, DOT_TYPE
+            )
+            first = program // outputs * PAIRS // num_drafts
+            count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
+    else:
+        chunks = tl.cdiv(vocab, BLOCK)
+        item = program - latent_items
+        row = item // chunks
+        chunk = item % chunks
+        request = row // num_drafts
+        k = row % num_drafts
+        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        if slot >= 0:
+            row_ptr = base_ptr + request.to(tl.int64) * stride_br + k.to(tl.int64) * stride_bk
+            keys, nan = _unit_keys(row_ptr, chunk * BLOCK, vocab, BLOCK, GROUP, SHIFT)
+            unit = chunk * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+            num_units = tl.cdiv(vocab, GROUP)
+            wide_row = row.to(tl.int64)
+            tl.store(keys_ptr + wide_row * num_units + unit, keys, mask=unit < num_units)
+            if nan > 0:
+                tl.atomic_or(status_ptr + request, NAN, sem="relaxed")
+            if confidence is not None:
+                if chunk == 0:
+                    hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
+                    own_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + k.to(tl.int64) * stride_hk
+                    tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size, 1024))
+            if arrive(row_count_ptr + row, chunks):
+                _keep_best(
+                    wide_row, row_ptr, keys_ptr, units_ptr, scratch[0], scratch[1], vocab, num_candidates,
+                    GROUP, UNITS, CHOSEN, SHIFT,
+                )  # fmt: skip
+                first = request
+                count = tl.full((), 1, tl.int32)
+        else:
+            if (k == 0) & (chunk == 0):
+                tl.store(out[10] + request, 0)
+
+    for request in range(first, first + count):
+        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        if slot >= 0:
+            parts = num_drafts
+            if latent is not None:
+                tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
+                parts += tiles * tl.cdiv(latent[3], 16)
+            if arrive(request_count_ptr + request, parts):
+                _walk(
+                    request, slot, base, state, bigrams, map_ptr, head, latent, hidden, confidence, out, scratch, status_ptr,
+                    num_rows, num_drafts, vocab, num_candidates, first_draft, column,
+                    ADVANCE, STREAM, WITH_MARKOV, WIDTH, SHIFT, BLOCK_R, BLOCK_O,
+                )  # fmt: skip
+
+
+_ADVANCE = {None: no_latent, "vanilla": no_latent, "gated": advance_gated, "rnn": advance_rnn}
+
+
+def latent_programs(rows, outputs):
+    """How many programs multiply `outputs` weights with the hidden states of `rows` positions."""
+    return -(-rows // PAIRS.value) * -(-outputs // 16)
+
+
+def launch_draft_candidates(programs, args, *, kind, dot_type, coupled, with_markov, shift, config):
+    """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
+    draft_candidates_kernel[(programs,)](
+        *args,
+        ADVANCE=_ADVANCE[kind],
+        STREAM=COUPLED if coupled else DRAFT,
+        WITH_MARKOV=with_markov,
+        BLOCK=config.block,
+        GROUP=config.group,
+        UNITS=config.units,
+        CHOSEN=config.chosen,
+        WIDTH=config.width,
+        SHIFT=shift,
+        BLOCK_R=config.block_r,
+        BLOCK_O=config.block_o,
+        BLOCK_H=config.block_h,
+        DOT_TYPE=getattr(tl, dot_type or "float32"),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=False,
+        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+    )

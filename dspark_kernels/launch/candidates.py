@@ -1,0 +1,65 @@
+"""Launch configuration of the draft block on candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .arch import Arch
+
+MAX_CANDIDATES = 256
+MAX_LISTED = 128  # successors per token in a bigram table
+MOST_UNITS = 8192  # units of a row, all of which one program holds at once
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidatesConfig:
+    """block: ids of a chunk; group: ids of a unit; units: units of a row, and chosen: units read again, both padded; width:
+    entries of a position, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_h: hidden
+    elements per dot; max_registers: per thread, None = the compiler's choice."""
+
+    block: int
+    group: int
+    units: int
+    chosen: int
+    width: int
+    block_r: int
+    block_o: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+def _padded(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def unit_ids(vocab: int, candidates: int) -> int:
+    """Ids of a unit: few units to search through against few logits to read again (candidates x this)."""
+    group = 128 if candidates <= 32 else 64 if candidates <= 128 else 32
+    while -(-vocab // group) > MOST_UNITS:
+        group *= 2
+    return group
+
+
+def pick(arch: Arch, vocab: int, candidates: int, listed: int, rank: int) -> CandidatesConfig:
+    """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
+
+    Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
+    """
+    width = max(16, _padded(candidates + listed))
+    padded_rank = max(16, _padded(rank))
+    if arch.vendor == "interpreter":
+        group = 16 if vocab <= 16 * MOST_UNITS else unit_ids(vocab, candidates)
+        units = _padded(-(-vocab // group))
+        chosen = _padded(min(candidates, units))
+        block = min(65536, max(group, _padded(vocab)))
+        return CandidatesConfig(block, group, units, chosen, width, padded_rank, padded_rank, 4096, 1, 1, None)
+    group = unit_ids(vocab, candidates)
+    units = _padded(-(-vocab // group))
+    chosen = _padded(min(candidates, units))
+    # 8 warps of 32 lanes, 4 of 64: the same work per lane.
+    warps = 8 if arch.vendor == "nvidia" else 4
+    block_r = min(padded_rank, max(16, 16384 // width))
+    block_o = max(16, 8192 // block_r)
+    return CandidatesConfig(8192, group, units, chosen, width, block_r, block_o, 128, warps, 2, None)
