@@ -4,8 +4,8 @@
     (U_k(v) + B_k(v)) / T,  x_k ~ q_k (greedy: its arg-max),  x_0 = the anchor
 
 The token is chosen from the sum as it is stored: fp64 here, rounded once to the logits' dtype, with the noise of its own id, so
-that an id that wins among all wins among the candidates. Symbols: R requests, S slots, K positions, V vocabulary, C candidates, B listed
-successors. Source: DSpark, arXiv 2607.05147.
+that an id that wins among all wins among the candidates. Symbols: R requests, S slots, K positions, V vocabulary, C candidates, B
+listed successors. Source: DSpark, arXiv 2607.05147.
 """
 
 from __future__ import annotations

@@ -10,42 +10,73 @@ token, r = rank, O = r (gated) or 3 r (rnn) outputs, s = state, zero at first. O
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
+
+COLUMNS = tl.constexpr(16)  # of the second factor of every dot
 
 
 @triton.jit
-def _weights(stored):
-    """fp32 values of stored weights; bytes are e4m3, whose values fp16 has, too, with an exponent that is 8 higher."""
+def _weights(stored, DOT_TYPE: tl.constexpr):
+    """Stored weights as the dot takes them; bytes are e4m3, whose values fp16 has, too, with an exponent that is 8 higher."""
     if stored.dtype == tl.uint8:
         byte = stored.to(tl.int16)
         half = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        value = tl.where((byte & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
-    else:
-        value = stored.to(tl.float32)
-    return value
+        stored = tl.where((byte & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+    return stored.to(DOT_TYPE)
 
 
 @triton.jit
-def w2_tile(head, ids, first_rank, BLOCK_R: tl.constexpr):
-    """Rows of W2 (zeros for id -1), BLOCK_R ranks of them, as stored."""
-    w2_ptr, stride_2v, rank = head[2], head[3], head[6]
-    ranks = first_rank + tl.arange(0, BLOCK_R)
-    inside = (ids >= 0)[:, None] & (ranks < rank)[None, :]
-    return tl.load(w2_ptr + ids.to(tl.int64)[:, None] * stride_2v + ranks[None, :], mask=inside, other=0)
+def _in_columns(x, DOT_TYPE: tl.constexpr):
+    """fp32 x [N] as three columns of [N, COLUMNS], whose sum it is: products with DOT_TYPE weights keep all of its bits."""
+    high = x.to(DOT_TYPE)
+    x -= high.to(tl.float32)
+    middle = x.to(DOT_TYPE)
+    low = (x - middle.to(tl.float32)).to(DOT_TYPE)
+    column = tl.arange(0, COLUMNS)[None, :]
+    x = tl.where(column == 0, high[:, None], tl.where(column == 1, middle[:, None], low[:, None]))
+    return tl.where(column < 3, x, 0.0).to(DOT_TYPE)
 
 
 @triton.jit
-def weighted(tile, ids, latent_ptr, known, head, BLOCK_R: tl.constexpr):
-    """fp32 [WIDTH]: W2[ids] . latent. tile: the first BLOCK_R ranks of W2[ids]; known: ranks of the latent that there are."""
-    scale_ptr, rank = head[4], head[6]
-    ranks = tl.arange(0, BLOCK_R)
-    latent = tl.load(latent_ptr + ranks, mask=ranks < known, other=0.0).to(tl.float32)
-    total = tl.sum(_weights(tile) * latent[None, :], axis=1)
-    for first_rank in range(BLOCK_R, rank, BLOCK_R):
-        latent = tl.load(latent_ptr + first_rank + ranks, mask=first_rank + ranks < known, other=0.0).to(tl.float32)
-        total += tl.sum(_weights(w2_tile(head, ids, first_rank, BLOCK_R)) * latent[None, :], axis=1)
-    if scale_ptr is not None:
-        total = total * tl.load(scale_ptr + ids, mask=ids >= 0, other=0.0)
+def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, BLOCK: tl.constexpr, DOT_TYPE: tl.constexpr):
+    """total [M, COLUMNS] + weight . x by columns. rows: offsets [M] of rows of weights that are `there`; x [size], of which
+    `known` elements are there. One form: a dot of [M, BLOCK] by [BLOCK, COLUMNS]."""
+    for first in range(0, size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside = there[:, None] & (i < size)[None, :]
+        w = tl.load(weight_ptr + rows[:, None] + (first_column + i)[None, :], mask=inside, other=0)
+        x = tl.load(x_ptr + i, mask=i < known, other=0.0).to(tl.float32)
+        total = tl.dot(_weights(w, DOT_TYPE), _in_columns(x, DOT_TYPE), total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def weighted(ids, latent_ptr, known, head, BLOCK_R: tl.constexpr, DOT_TYPE: tl.constexpr):
+    """fp32 [WIDTH]: W2[ids] . latent, 0 for id -1. known: ranks of the latent that there are."""
+    w2_ptr, stride_2v, scale_ptr, rank = head[2], head[3], head[4], head[6]
+    total = tl.zeros([ids.shape[0], COLUMNS], tl.float32)
+    total = _product(total, w2_ptr, ids.to(tl.int64) * stride_2v, ids >= 0, 0, rank, latent_ptr, known, BLOCK_R, DOT_TYPE)
+    bias = tl.sum(total, axis=1)
+    if scale_ptr is not None:
+        bias = bias * tl.load(scale_ptr + ids, mask=ids >= 0, other=0.0)
+    return bias
+
+
+@triton.jit
+def prefetch_rows(table_ptr, stride, ids, size, LINES: tl.constexpr, LINE: tl.constexpr):
+    """Have the first `size` elements of these rows (id -1 = none) brought to L2, where an instruction for that is known.
+
+    LINE: elements per 128 bytes; LINES: lines at a time.
+    """
+    if is_cuda():
+        for first in range(0, size, LINES * LINE):
+            i = first + tl.arange(0, LINES) * LINE
+            address = (table_ptr + ids.to(tl.int64)[:, None] * stride + i[None, :]).to(tl.int64)
+            there = ((ids >= 0)[:, None] & (i < size)[None, :]).to(tl.int32)
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }",
+                "=r,l,r", [address, there], dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -76,72 +107,61 @@ def hidden_products(
 
 @triton.jit
 def no_latent(
-    k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr
-):
+    k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, DOT_TYPE: tl.constexpr,
+):  # fmt: skip
     pass
 
 
 @triton.jit
-def _rows_times(weight_ptr, stride_w, o, outputs, first_column, x_ptr, known, size, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr):
-    """fp32 [BLOCK_O]: weight[o, first_column:first_column + size] . x, of which `known` elements are there."""
-    total = tl.zeros([BLOCK_O], tl.float32)
-    for first in range(0, size, BLOCK_J):
-        j = first + tl.arange(0, BLOCK_J)
-        w = tl.load(
-            weight_ptr + o.to(tl.int64)[:, None] * stride_w + first_column + j[None, :],
-            mask=(o < outputs)[:, None] & (j < size)[None, :],
-            other=0.0,
-        )
-        x = tl.load(x_ptr + j, mask=j < known, other=0.0).to(tl.float32)
-        total += tl.sum(w.to(tl.float32) * x[None, :], axis=1)
-    return total
-
-
-@triton.jit
 def advance_gated(
-    k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr
-):
+    k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, DOT_TYPE: tl.constexpr,
+):  # fmt: skip
     """latent [r] = sigmoid(G [h; W1[x]] + b) * W1[x]."""
     weight_ptr, stride_w = latent[0], latent[1]
     tl.debug_barrier()  # the latent of k - 1 has been read
     for first in range(0, rank, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
-        z = tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
-        z += _rows_times(weight_ptr, stride_w, o, rank, hidden[3], embedded_ptr, known, rank, BLOCK_O, BLOCK_J)
+        total = tl.zeros([BLOCK_O, COLUMNS], tl.float32)
+        rows = o.to(tl.int64) * stride_w
+        total = _product(total, weight_ptr, rows, o < rank, hidden[3], rank, embedded_ptr, known, BLOCK_J, DOT_TYPE)
+        z = tl.sum(total, axis=1) + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
         e = tl.load(embedded_ptr + o, mask=o < known, other=0.0).to(tl.float32)
         tl.store(latent_ptr + o, e / (1.0 + tl.exp(-z)), mask=o < rank)
     tl.debug_barrier()
 
 
 @triton.jit
-def _joint(part, first, k, embedded_ptr, known, latent, products_ptr, state_ptr, rank,
-           BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr):  # fmt: skip
-    """Chunk `part` (gate, candidate, output) of J [s; W1[x]; h] + b, outputs first .. first + BLOCK_O - 1."""
-    weight_ptr, stride_w = latent[0], latent[1]
-    o = first + tl.arange(0, BLOCK_O)
-    row = part * rank + tl.where(o < rank, o, 0)
-    z = tl.load(products_ptr + row, volatile=True)
-    states = tl.where(k > 0, rank, 0)
-    z += _rows_times(weight_ptr, stride_w, row, 3 * rank, 0, state_ptr, states, rank, BLOCK_O, BLOCK_J)
-    return z + _rows_times(weight_ptr, stride_w, row, 3 * rank, rank, embedded_ptr, known, rank, BLOCK_O, BLOCK_J)
+def _tanh(x):
+    return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
 
 
 @triton.jit
 def advance_rnn(
-    k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr
-):
+    k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, DOT_TYPE: tl.constexpr,
+):  # fmt: skip
     """latent [r] = tanh(output), then the states of k - 1 and k, which take turns in two more rows of r."""
+    weight_ptr, stride_w = latent[0], latent[1]
     old_ptr = latent_ptr + (1 + k % 2) * rank
-    new_ptr = latent_ptr + (2 - k % 2) * rank
+    states = tl.where(k > 0, rank, 0)
     tl.debug_barrier()
     for first in range(0, rank, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
-        gate = _joint(0, first, k, embedded_ptr, known, latent, products_ptr, old_ptr, rank, BLOCK_O, BLOCK_J)
-        gate = 1.0 / (1.0 + tl.exp(-gate))
-        candidate = _joint(1, first, k, embedded_ptr, known, latent, products_ptr, old_ptr, rank, BLOCK_O, BLOCK_J)
-        output = _joint(2, first, k, embedded_ptr, known, latent, products_ptr, old_ptr, rank, BLOCK_O, BLOCK_J)
-        old = tl.load(old_ptr + o, mask=o < tl.where(k > 0, rank, 0), other=0.0)
-        new = gate * old + (1.0 - gate) * (2.0 / (1.0 + tl.exp(-2.0 * candidate)) - 1.0)
-        tl.store(new_ptr + o, new, mask=o < rank)
-        tl.store(latent_ptr + o, 2.0 / (1.0 + tl.exp(-2.0 * output)) - 1.0, mask=o < rank)
+        old = tl.load(old_ptr + o, mask=o < states, other=0.0)
+        gate = old
+        for part in range(3):  # gate, candidate, output
+            total = tl.zeros([BLOCK_O, COLUMNS], tl.float32)
+            rows = (part * rank + o).to(tl.int64) * stride_w
+            total = _product(total, weight_ptr, rows, o < rank, 0, rank, old_ptr, states, BLOCK_J, DOT_TYPE)
+            total = _product(total, weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J, DOT_TYPE)
+            z = tl.sum(total, axis=1) + tl.load(products_ptr + part * rank + o, mask=o < rank, other=0.0, volatile=True)
+            if part == 0:
+                gate = 1.0 / (1.0 + tl.exp(-z))
+            elif part == 1:
+                state = gate * old + (1.0 - gate) * _tanh(z)
+                tl.store(latent_ptr + (2 - k % 2) * rank + o, state, mask=o < rank)
+            else:
+                tl.store(latent_ptr + o, _tanh(z), mask=o < rank)
     tl.debug_barrier()

@@ -6,8 +6,8 @@ positions, V vocabulary, C candidates, r rank, H hidden size, S state slots, U u
 Source: DSpark, arXiv 2607.05147.
 
 Three steps, each begun by the last to arrive from the one before. A chunk of a row: the key of the largest logit of each unit, one
-pass over the logits. A row: its C largest units hold its C largest logits (each has one that is at least as large as any other unit),
-so C * GROUP logits are read again and the C largest kept. A request: the walk over its positions, on the rows of W2 that its
+pass over the logits. A row: its C largest units hold its C largest logits (each has one at least as large as any other
+unit), so C * GROUP logits are read again and the C largest kept. A request: the walk over its positions, on the rows of W2 that its
 candidates need, which are fetched a position ahead. What a head multiplies with hidden states is done by programs of its own,
 for all positions, before the walk.
 """
@@ -15,7 +15,7 @@ for all positions, before the walk.
 import triton
 import triton.language as tl
 
-from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, w2_tile, weighted
+from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted
 from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
 from .primitives.philox import COUPLED, DRAFT, id_words, log2_exponential
 from .primitives.race import pack, unpack_id
@@ -57,8 +57,8 @@ def _hidden_score(hidden_ptr, weight_ptr, hidden_size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _keep_best(
-    row, row_ptr, keys_ptr, units_ptr, ids_ptr, bounds_ptr, vocab, num_candidates,
-    GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, SHIFT: tl.constexpr,
+    row, row_ptr, head, keys_ptr, units_ptr, ids_ptr, bounds_ptr, num_rows, vocab, num_candidates,
+    GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
     num_units = tl.cdiv(vocab, GROUP)
@@ -76,6 +76,12 @@ def _keep_best(
     keys = tl.where(ids < vocab, ordered_key(numbers(x), SHIFT), ABSENT)
     bound, selected, place = select(keys, tl.minimum(num_candidates, vocab))
     tl.store(ids_ptr + row * num_candidates + place, ids, mask=selected)
+    if head is not None:
+        # The walk needs these rows of W2, and one of the same rows of W1: where memory has nothing else to do, it gets them all.
+        tl.debug_barrier()
+        best = _best_ids(ids_ptr, row, num_rows, tl.arange(0, WIDTH), num_candidates, vocab)
+        line: tl.constexpr = 1024 // head[2].dtype.element_ty.primitive_bitwidth
+        prefetch_rows(head[2], head[3], best, head[6], 4, line)
     tl.store(bounds_ptr + row * 2, bound)
     tl.store(bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1), axis=0))
 
@@ -112,7 +118,8 @@ def _walk(
     request, slot, base, state, bigrams, map_ptr, head, latent, hidden, confidence, out, scratch, status_ptr,
     num_rows, num_drafts, vocab, num_candidates, first_draft, column,
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
-    WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    DOT_TYPE: tl.constexpr, LATENT_TYPE: tl.constexpr,
 ):  # fmt: skip
     """All positions of one request, whose candidates are there."""
     base_ptr, stride_br, stride_bk = base
@@ -143,26 +150,18 @@ def _walk(
     ids = _best_ids(ids_ptr, first, num_rows, c, num_candidates, vocab)
     later_ids = _best_ids(ids_ptr, first + 1, num_rows, c, num_candidates, vocab)
     x = tl.load(row_ptr + ids, mask=ids >= 0, other=NEG_INF)
-    tile = ids
-    if head is not None:
-        tile = w2_tile(head, ids, 0, BLOCK_R)
     for k in range(num_drafts):
-        # Candidates do not depend on drafts: those of k + 1 and their rows of W2 are on the way while k is decided.
+        # Candidates do not depend on drafts: those of k + 1 are on the way while k is decided.
         row = first + k
         k_ptr = row_ptr + tl.cast(k, tl.int64) * stride_bk
         next_ids = later_ids
         later_ids = _best_ids(ids_ptr, row + 2, num_rows, c, num_candidates, vocab)
         here = tl.where(k + 1 < num_drafts, next_ids, -1)
         next_x = tl.load(k_ptr + stride_bk + here, mask=here >= 0, other=NEG_INF)
-        next_tile = here
-        if head is not None:
-            next_tile = w2_tile(head, here, 0, BLOCK_R)
         if bigrams is not None:
             ids = _listed_ids(ids, c, bigrams, previous, k_ptr, bounds_ptr, row, num_candidates, vocab, SHIFT)
             listed = tl.where(c >= num_candidates, ids, -1)
             x = tl.where(listed >= 0, tl.load(k_ptr + listed, mask=listed >= 0, other=NEG_INF), x)
-            if head is not None:
-                tile = tl.where((listed >= 0)[:, None], w2_tile(head, listed, 0, BLOCK_R), tile)
 
         targets = ids.to(tl.int64)
         used = ids >= 0
@@ -175,11 +174,12 @@ def _walk(
             known = tl.where((previous >= 0) & (previous < head[5]), head[6], 0)
             embedded_ptr = head[0] + previous * head[1]
             if latent is None:
-                x += weighted(tile, ids, embedded_ptr, known, head, BLOCK_R)
+                x += weighted(ids, embedded_ptr, known, head, BLOCK_R, DOT_TYPE)
             else:
                 own_ptr = latent_ptr + request.to(tl.int64) * (3 * head[6])
-                ADVANCE(k, embedded_ptr, known, latent, hidden, products_ptr + row * latent[3], own_ptr, head[6], BLOCK_O, BLOCK_R)
-                x += weighted(tile, ids, own_ptr, head[6], head, BLOCK_R)
+                own_products_ptr = products_ptr + row * latent[3]
+                ADVANCE(k, embedded_ptr, known, latent, hidden, own_products_ptr, own_ptr, head[6], BLOCK_O, BLOCK_J, LATENT_TYPE)
+                x += weighted(ids, own_ptr, head[6], head, BLOCK_R, DOT_TYPE)
 
         if confidence is not None:
             weight_ptr, weight_bias_ptr, sts_ptr, scores_ptr, stride_cs, raw_ptr, stride_rs = confidence
@@ -225,7 +225,6 @@ def _walk(
         tl.store(tokens_ptr + slot * stride_ts + column + k, previous)
         ids = next_ids
         x = next_x
-        tile = next_tile
     tl.store(flags_ptr + request, flags)
 
 
@@ -247,7 +246,8 @@ def draft_candidates_kernel(
     num_requests, num_slots, num_drafts, vocab, num_candidates, first_draft, column, latent_items,
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_H: tl.constexpr, DOT_TYPE: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    DOT_TYPE: tl.constexpr, LATENT_TYPE: tl.constexpr, HIDDEN_TYPE: tl.constexpr,
 ):  # fmt: skip
     base_ptr, stride_br, stride_bk = base
     slots_ptr = state[4]
@@ -263,7 +263,7 @@ def draft_candidates_kernel(
             requests = pairs // num_drafts
             slots = state_slots(slots_ptr, requests, num_requests, num_slots)
             hidden_products(
-                pairs, requests, slots, program % outputs, latent, hidden, scratch[3], num_drafts, BLOCK_H, DOT_TYPE
+                pairs, requests, slots, program % outputs, latent, hidden, scratch[3], num_drafts, BLOCK_J, HIDDEN_TYPE
             )
             first = program // outputs * PAIRS // num_drafts
             count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
@@ -291,8 +291,8 @@ def draft_candidates_kernel(
                     tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size, 1024))
             if arrive(row_count_ptr + row, chunks):
                 _keep_best(
-                    wide_row, row_ptr, keys_ptr, units_ptr, scratch[0], scratch[1], vocab, num_candidates,
-                    GROUP, UNITS, CHOSEN, SHIFT,
+                    wide_row, row_ptr, head, keys_ptr, units_ptr, scratch[0], scratch[1], num_rows, vocab, num_candidates,
+                    GROUP, UNITS, CHOSEN, WIDTH, SHIFT,
                 )  # fmt: skip
                 first = request
                 count = tl.full((), 1, tl.int32)
@@ -311,7 +311,7 @@ def draft_candidates_kernel(
                 _walk(
                     request, slot, base, state, bigrams, map_ptr, head, latent, hidden, confidence, out, scratch, status_ptr,
                     num_rows, num_drafts, vocab, num_candidates, first_draft, column,
-                    ADVANCE, STREAM, WITH_MARKOV, WIDTH, SHIFT, BLOCK_R, BLOCK_O,
+                    ADVANCE, STREAM, WITH_MARKOV, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DOT_TYPE, LATENT_TYPE,
                 )  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def latent_programs(rows, outputs):
     return -(-rows // PAIRS.value) * -(-outputs // 16)
 
 
-def launch_draft_candidates(programs, args, *, kind, dot_type, coupled, with_markov, shift, config):
+def launch_draft_candidates(programs, args, *, kind, dot_types, coupled, with_markov, shift, config):
     """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
     draft_candidates_kernel[(programs,)](
         *args,
@@ -338,8 +338,8 @@ def launch_draft_candidates(programs, args, *, kind, dot_type, coupled, with_mar
         SHIFT=shift,
         BLOCK_R=config.block_r,
         BLOCK_O=config.block_o,
-        BLOCK_H=config.block_h,
-        DOT_TYPE=getattr(tl, dot_type or "float32"),
+        BLOCK_J=config.block_j,
+        **{name: getattr(tl, dtype) for name, dtype in zip(("DOT_TYPE", "LATENT_TYPE", "HIDDEN_TYPE"), dot_types, strict=True)},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

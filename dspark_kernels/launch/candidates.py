@@ -14,8 +14,8 @@ MOST_UNITS = 8192  # units of a row, all of which one program holds at once
 @dataclasses.dataclass(frozen=True)
 class CandidatesConfig:
     """block: ids of a chunk; group: ids of a unit; units: units of a row, and chosen: units read again, both padded; width:
-    entries of a position, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_h: hidden
-    elements per dot; max_registers: per thread, None = the compiler's choice."""
+    entries of a position, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_j:
+    what such a dot sums; max_registers: per thread, None = the compiler's choice."""
 
     block: int
     group: int
@@ -24,7 +24,7 @@ class CandidatesConfig:
     width: int
     block_r: int
     block_o: int
-    block_h: int
+    block_j: int
     num_warps: int
     num_stages: int
     max_registers: int | None
@@ -42,8 +42,10 @@ def unit_ids(vocab: int, candidates: int) -> int:
     return group
 
 
-def pick(arch: Arch, vocab: int, candidates: int, listed: int, rank: int) -> CandidatesConfig:
+def pick(arch: Arch, vocab: int, candidates: int, listed: int, rank: int, dot_size: int) -> CandidatesConfig:
     """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
+
+    dot_size: bytes of the elements that are multiplied.
 
     Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
     """
@@ -60,6 +62,5 @@ def pick(arch: Arch, vocab: int, candidates: int, listed: int, rank: int) -> Can
     chosen = _padded(min(candidates, units))
     # 8 warps of 32 lanes, 4 of 64: the same work per lane.
     warps = 8 if arch.vendor == "nvidia" else 4
-    block_r = min(padded_rank, max(16, 16384 // width))
-    block_o = max(16, 8192 // block_r)
-    return CandidatesConfig(8192, group, units, chosen, width, block_r, block_o, 128, warps, 2, None)
+    block_r = min(padded_rank, max(16, 32768 // width // dot_size))
+    return CandidatesConfig(8192, group, units, chosen, width, block_r, 64, 256 // dot_size, warps, 2, None)

@@ -13,7 +13,6 @@ from .. import library, workspace as workspaces
 from ..checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type, not_yet
 from ..launch import arch, draft as draft_launch
 from ..types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, OneHotProposal, SamplingTensors
-
 from .candidates import draft_candidates
 
 OP = "draft_block"
