@@ -5,7 +5,7 @@ bias(x_{k-1})), S_k = the C ids of the largest base_k (ties: lowest ids) and the
 positions, V vocabulary, C candidates, r rank, H hidden size, S state slots, U units of GROUP ids. Oracle: reference/candidates.py.
 Source: DSpark, arXiv 2607.05147.
 
-Three steps, each begun by the last to arrive from the one before. A chunk of a row: the key of the largest logit of each unit, one
+Three steps, each begun by the last to arrive from the one before. A part of a row: the key of the largest logit of each unit, one
 pass over the logits. A row: its C largest units hold its C largest logits (each has one at least as large as any other
 unit), so C * GROUP logits are read again and the C largest kept. A request: the walk over its positions, on the rows of W2 that its
 candidates need, which are fetched a position ahead. What a head multiplies with hidden states is done by programs of its own,
@@ -28,6 +28,8 @@ NONFINITE_ROW = tl.constexpr(1)
 NAN = tl.constexpr(2)
 BAD_TOKEN_ID = tl.constexpr(4)
 
+SCORE_RANKS = tl.constexpr(256)  # ranks of the confidence head at a time
+UNIT_COLUMNS = tl.constexpr(64)
 PAIRS = tl.constexpr(16)  # (request, position) pairs that share one product with hidden states
 
 
@@ -37,12 +39,31 @@ def _slot(slots_ptr, request, num_requests, num_slots):
 
 
 @triton.jit
-def _unit_keys(row_ptr, first_id, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
-    """Key of the largest logit of each unit of a chunk, int32 [BLOCK // GROUP], and whether a logit is NaN."""
-    ids = first_id + tl.arange(0, BLOCK)
-    x = tl.load(row_ptr + ids, mask=ids < vocab, other=NEG_INF).to(tl.float32)
-    nan = tl.max((x != x).to(tl.int32), axis=0)
-    return ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT), nan
+def padded_units(num_units):
+    """int32 words between the units of two rows: whole vectors, however many units there are."""
+    return tl.cdiv(num_units, 16) * 16
+
+
+@triton.jit
+def _chunk(row_ptr, chunk, end, vocab, BLOCK: tl.constexpr):
+    ids = chunk * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(row_ptr + ids, mask=ids < tl.where(chunk < end, vocab, 0), other=NEG_INF)
+
+
+@triton.jit
+def _store_unit_keys(row_ptr, keys_ptr, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
+    """Key of the largest logit of each unit of chunks first .. end - 1 of a row; returns whether a logit is NaN."""
+    unit = tl.arange(0, BLOCK // GROUP)
+    nan = tl.zeros([BLOCK], tl.int1)
+    loaded = _chunk(row_ptr, first, end, vocab, BLOCK)
+    for chunk in range(first, end):
+        x = loaded.to(tl.float32)
+        loaded = _chunk(row_ptr, chunk + 1, end, vocab, BLOCK)  # on its way while this one is reduced
+        nan = nan | (x != x)
+        keys = ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
+        here = chunk * (BLOCK // GROUP) + unit
+        tl.store(keys_ptr + here, keys, mask=here < tl.cdiv(vocab, GROUP))
+    return tl.max(nan.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -62,28 +83,28 @@ def _keep_best(
 ):  # fmt: skip
     """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
     num_units = tl.cdiv(vocab, GROUP)
-    unit = tl.arange(0, UNITS)
-    keys = tl.load(keys_ptr + row * num_units + unit, mask=unit < num_units, other=ABSENT, volatile=True)
+    unit = tl.arange(0, UNITS // UNIT_COLUMNS)[:, None] * UNIT_COLUMNS + tl.arange(0, UNIT_COLUMNS)[None, :]
+    keys = tl.load(keys_ptr + row * padded_units(num_units) + unit, mask=unit < num_units, other=ABSENT, volatile=True)
     wanted = tl.minimum(num_candidates, num_units)
     _, selected, place = select(keys, wanted)
     tl.store(units_ptr + row * num_candidates + place, unit, mask=selected)
     tl.debug_barrier()
     c = tl.arange(0, CHOSEN)
     units = tl.load(units_ptr + row * num_candidates + c, mask=c < wanted, other=0, volatile=True)
-    ids = units[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    ids = tl.reshape(tl.where((c < wanted)[:, None], ids, vocab), [CHOSEN * GROUP])
-    x = tl.load(row_ptr + ids, mask=ids < vocab, other=NEG_INF).to(tl.float32)
-    keys = tl.where(ids < vocab, ordered_key(numbers(x), SHIFT), ABSENT)
+    ids = tl.multiple_of(units * GROUP, GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    inside = (c < wanted)[:, None] & (ids < vocab)
+    x = tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32)
+    keys = tl.where(inside, ordered_key(numbers(x), SHIFT), ABSENT)
     bound, selected, place = select(keys, tl.minimum(num_candidates, vocab))
     tl.store(ids_ptr + row * num_candidates + place, ids, mask=selected)
+    tl.store(bounds_ptr + row * 2, bound)
+    tl.store(bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1)))
     if head is not None:
         # The walk needs these rows of W2, and one of the same rows of W1: where memory has nothing else to do, it gets them all.
         tl.debug_barrier()
         best = _best_ids(ids_ptr, row, num_rows, tl.arange(0, WIDTH), num_candidates, vocab)
         line: tl.constexpr = 1024 // head[2].dtype.element_ty.primitive_bitwidth
         prefetch_rows(head[2], head[3], best, head[6], 4, line)
-    tl.store(bounds_ptr + row * 2, bound)
-    tl.store(bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1), axis=0))
 
 
 @triton.jit
@@ -119,7 +140,7 @@ def _walk(
     num_rows, num_drafts, vocab, num_candidates, first_draft, column,
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
     WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
-    DOT_TYPE: tl.constexpr, LATENT_TYPE: tl.constexpr,
+    DRAFTS: tl.constexpr, DOT_TYPE: tl.constexpr, LATENT_TYPE: tl.constexpr,
 ):  # fmt: skip
     """All positions of one request, whose candidates are there."""
     base_ptr, stride_br, stride_bk = base
@@ -148,20 +169,13 @@ def _walk(
     first = request.to(tl.int64) * num_drafts
     row_ptr = base_ptr + request.to(tl.int64) * stride_br
     ids = _best_ids(ids_ptr, first, num_rows, c, num_candidates, vocab)
-    later_ids = _best_ids(ids_ptr, first + 1, num_rows, c, num_candidates, vocab)
-    x = tl.load(row_ptr + ids, mask=ids >= 0, other=NEG_INF)
     for k in range(num_drafts):
         # Candidates do not depend on drafts: those of k + 1 are on the way while k is decided.
         row = first + k
         k_ptr = row_ptr + tl.cast(k, tl.int64) * stride_bk
-        next_ids = later_ids
-        later_ids = _best_ids(ids_ptr, row + 2, num_rows, c, num_candidates, vocab)
-        here = tl.where(k + 1 < num_drafts, next_ids, -1)
-        next_x = tl.load(k_ptr + stride_bk + here, mask=here >= 0, other=NEG_INF)
+        next_ids = _best_ids(ids_ptr, row + 1, num_rows, c, num_candidates, vocab)
         if bigrams is not None:
             ids = _listed_ids(ids, c, bigrams, previous, k_ptr, bounds_ptr, row, num_candidates, vocab, SHIFT)
-            listed = tl.where(c >= num_candidates, ids, -1)
-            x = tl.where(listed >= 0, tl.load(k_ptr + listed, mask=listed >= 0, other=NEG_INF), x)
 
         targets = ids.to(tl.int64)
         used = ids >= 0
@@ -169,7 +183,7 @@ def _walk(
             targets = tl.load(map_ptr + ids, mask=used, other=0)
             flags = flags | tl.max(tl.where(used & (targets < 0), BAD_TOKEN_ID, 0), axis=0)
             used = used & (targets >= 0) & (targets < 2147483648)
-        x = x.to(tl.float32)
+        x = tl.load(k_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)
         if head is not None:
             known = tl.where((previous >= 0) & (previous < head[5]), head[6], 0)
             embedded_ptr = head[0] + previous * head[1]
@@ -180,24 +194,6 @@ def _walk(
                 own_products_ptr = products_ptr + row * latent[3]
                 ADVANCE(k, embedded_ptr, known, latent, hidden, own_products_ptr, own_ptr, head[6], BLOCK_O, BLOCK_J, LATENT_TYPE)
                 x += weighted(ids, own_ptr, head[6], head, BLOCK_R, DOT_TYPE)
-
-        if confidence is not None:
-            weight_ptr, weight_bias_ptr, sts_ptr, scores_ptr, stride_cs, raw_ptr, stride_rs = confidence
-            raw = tl.load(score_ptr + row, volatile=True)
-            if WITH_MARKOV:
-                i = tl.arange(0, BLOCK_R)
-                total = tl.zeros([BLOCK_R], tl.float32)
-                for first_rank in range(0, head[6], BLOCK_R):
-                    e = tl.load(embedded_ptr + first_rank + i, mask=first_rank + i < known, other=0.0).to(tl.float32)
-                    w = tl.load(weight_ptr + hidden[3] + first_rank + i, mask=first_rank + i < head[6], other=0.0)
-                    total += e * w.to(tl.float32)
-                raw += tl.sum(total, axis=0)
-            if weight_bias_ptr is not None:
-                raw += tl.load(weight_bias_ptr).to(tl.float32)
-            tl.store(raw_ptr + slot * stride_rs + column + k, raw)
-            if sts_ptr is not None:
-                raw = raw / tl.load(sts_ptr + first_draft + k)
-            tl.store(scores_ptr + slot * stride_cs + column + k, 1.0 / (1.0 + tl.exp(-raw)))
 
         flags = flags | tl.max(tl.where(used & (x != x), NAN, 0), axis=0)
         finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
@@ -224,11 +220,45 @@ def _walk(
         previous = tl.where(word > 0, unpack_id(word), 0)
         tl.store(tokens_ptr + slot * stride_ts + column + k, previous)
         ids = next_ids
-        x = next_x
     tl.store(flags_ptr + request, flags)
+    if confidence is not None:
+        tl.debug_barrier()
+        _score(request, slot, state, head, hidden, confidence, tokens_ptr, stride_ts, score_ptr, num_drafts, first_draft, column,
+               WITH_MARKOV, DRAFTS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column", "latent_items"])
+@triton.jit
+def _score(
+    request, slot, state, head, hidden, confidence, tokens_ptr, stride_ts, score_ptr, num_drafts, first_draft, column,
+    WITH_MARKOV: tl.constexpr, DRAFTS: tl.constexpr,
+):  # fmt: skip
+    """Confidence of all positions of one request, whose drafts are there."""
+    weight_ptr, bias_ptr, sts_ptr, scores_ptr, stride_cs, raw_ptr, stride_rs = confidence
+    k = tl.arange(0, DRAFTS)
+    inside = k < num_drafts
+    raw = tl.load(score_ptr + request.to(tl.int64) * num_drafts + k, mask=inside, other=0.0, volatile=True)
+    if WITH_MARKOV:
+        w1_ptr, stride_1v, vocab_w1, rank = head[0], head[1], head[5], head[6]
+        anchor = tl.load(state[0] + slot * state[1]).to(tl.int64)
+        tokens_ptr += slot * stride_ts + column
+        previous = tl.load(tokens_ptr + k - 1, mask=inside & (k > 0), other=-1, volatile=True)
+        previous = tl.where(k == 0, anchor, previous)
+        known = inside & (previous >= 0) & (previous < vocab_w1)
+        for first in range(0, rank, SCORE_RANKS):
+            i = first + tl.arange(0, SCORE_RANKS)
+            there = known[:, None] & (i < rank)[None, :]
+            e = tl.load(w1_ptr + previous[:, None] * stride_1v + i[None, :], mask=there, other=0.0).to(tl.float32)
+            w = tl.load(weight_ptr + hidden[3] + i, mask=i < rank, other=0.0).to(tl.float32)
+            raw += tl.sum(e * w[None, :], axis=1)
+    if bias_ptr is not None:
+        raw += tl.load(bias_ptr).to(tl.float32)
+    tl.store(raw_ptr + slot * stride_rs + column + k, raw, mask=inside)
+    if sts_ptr is not None:
+        raw = raw / tl.load(sts_ptr + first_draft + k, mask=inside, other=1.0)
+    tl.store(scores_ptr + slot * stride_cs + column + k, 1.0 / (1.0 + tl.exp(-raw)), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column", "latent_items", "parts"])
 def draft_candidates_kernel(
     base,  # (logits [R, K, V], strides of R and K)
     state,  # (anchors [S], stride, positions [S], stride, slots [R] or None, temperature [S] or None, seed [S])
@@ -243,11 +273,11 @@ def draft_candidates_kernel(
     units_ptr,  # int32 [R, K, C]
     scratch,  # (ids int32 [R, K, C], bounds int32 [R, K, 2], score fp32 [R, K], products fp32 [R, K, O], latent fp32 [R, 3, r])
     row_count_ptr, request_count_ptr, status_ptr,  # int32 [R, K], [R], [R], zero before and after
-    num_requests, num_slots, num_drafts, vocab, num_candidates, first_draft, column, latent_items,
+    num_requests, num_slots, num_drafts, vocab, num_candidates, first_draft, column, latent_items, parts,
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
-    DOT_TYPE: tl.constexpr, LATENT_TYPE: tl.constexpr, HIDDEN_TYPE: tl.constexpr,
+    DRAFTS: tl.constexpr, DOT_TYPE: tl.constexpr, LATENT_TYPE: tl.constexpr, HIDDEN_TYPE: tl.constexpr,
 ):  # fmt: skip
     base_ptr, stride_br, stride_bk = base
     slots_ptr = state[4]
@@ -268,28 +298,28 @@ def draft_candidates_kernel(
             first = program // outputs * PAIRS // num_drafts
             count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
     else:
-        chunks = tl.cdiv(vocab, BLOCK)
         item = program - latent_items
-        row = item // chunks
-        chunk = item % chunks
+        row = item // parts
+        part = item % parts
         request = row // num_drafts
         k = row % num_drafts
         slot = _slot(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             row_ptr = base_ptr + request.to(tl.int64) * stride_br + k.to(tl.int64) * stride_bk
-            keys, nan = _unit_keys(row_ptr, chunk * BLOCK, vocab, BLOCK, GROUP, SHIFT)
-            unit = chunk * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-            num_units = tl.cdiv(vocab, GROUP)
             wide_row = row.to(tl.int64)
-            tl.store(keys_ptr + wide_row * num_units + unit, keys, mask=unit < num_units)
+            chunks = tl.cdiv(vocab, BLOCK)
+            nan = _store_unit_keys(
+                row_ptr, keys_ptr + wide_row * padded_units(tl.cdiv(vocab, GROUP)), part * chunks // parts,
+                (part + 1) * chunks // parts, vocab, BLOCK, GROUP, SHIFT,
+            )  # fmt: skip
             if nan > 0:
                 tl.atomic_or(status_ptr + request, NAN, sem="relaxed")
             if confidence is not None:
-                if chunk == 0:
+                if part == 0:
                     hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
                     own_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + k.to(tl.int64) * stride_hk
                     tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size, 1024))
-            if arrive(row_count_ptr + row, chunks):
+            if arrive(row_count_ptr + row, parts):
                 _keep_best(
                     wide_row, row_ptr, head, keys_ptr, units_ptr, scratch[0], scratch[1], num_rows, vocab, num_candidates,
                     GROUP, UNITS, CHOSEN, WIDTH, SHIFT,
@@ -297,21 +327,22 @@ def draft_candidates_kernel(
                 first = request
                 count = tl.full((), 1, tl.int32)
         else:
-            if (k == 0) & (chunk == 0):
+            if (k == 0) & (part == 0):
                 tl.store(out[10] + request, 0)
 
     for request in range(first, first + count):
         slot = _slot(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            parts = num_drafts
+            awaited = num_drafts
             if latent is not None:
                 tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
-                parts += tiles * tl.cdiv(latent[3], 16)
-            if arrive(request_count_ptr + request, parts):
+                awaited += tiles * tl.cdiv(latent[3], 16)
+            if arrive(request_count_ptr + request, awaited):
                 _walk(
                     request, slot, base, state, bigrams, map_ptr, head, latent, hidden, confidence, out, scratch, status_ptr,
                     num_rows, num_drafts, vocab, num_candidates, first_draft, column,
-                    ADVANCE, STREAM, WITH_MARKOV, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DOT_TYPE, LATENT_TYPE,
+                    ADVANCE, STREAM, WITH_MARKOV, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
+                    DOT_TYPE, LATENT_TYPE,
                 )  # fmt: skip
 
 
@@ -339,6 +370,7 @@ def launch_draft_candidates(programs, args, *, kind, dot_types, coupled, with_ma
         BLOCK_R=config.block_r,
         BLOCK_O=config.block_o,
         BLOCK_J=config.block_j,
+        DRAFTS=config.drafts,
         **{name: getattr(tl, dtype) for name, dtype in zip(("DOT_TYPE", "LATENT_TYPE", "HIDDEN_TYPE"), dot_types, strict=True)},
         num_warps=config.num_warps,
         num_stages=config.num_stages,

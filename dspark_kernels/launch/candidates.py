@@ -15,7 +15,7 @@ MOST_UNITS = 8192  # units of a row, all of which one program holds at once
 class CandidatesConfig:
     """block: ids of a chunk; group: ids of a unit; units: units of a row, and chosen: units read again, both padded; width:
     entries of a position, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_j:
-    what such a dot sums; max_registers: per thread, None = the compiler's choice."""
+    what such a dot sums; drafts: positions, padded; max_registers: per thread, None = the compiler's choice."""
 
     block: int
     group: int
@@ -25,6 +25,7 @@ class CandidatesConfig:
     block_r: int
     block_o: int
     block_j: int
+    drafts: int
     num_warps: int
     num_stages: int
     max_registers: int | None
@@ -42,7 +43,12 @@ def unit_ids(vocab: int, candidates: int) -> int:
     return group
 
 
-def pick(arch: Arch, vocab: int, candidates: int, listed: int, rank: int, dot_size: int) -> CandidatesConfig:
+def parts(arch: Arch, rows: int, chunks: int) -> int:
+    """Programs per row of logits: some rounds of programs for every multiprocessor, and no less than a chunk each."""
+    return max(1, min(chunks, arch.multiprocessors * 8 // rows))
+
+
+def pick(arch: Arch, drafts: int, vocab: int, candidates: int, listed: int, rank: int, dot_size: int) -> CandidatesConfig:
     """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
 
     dot_size: bytes of the elements that are multiplied.
@@ -53,14 +59,15 @@ def pick(arch: Arch, vocab: int, candidates: int, listed: int, rank: int, dot_si
     padded_rank = max(16, _padded(rank))
     if arch.vendor == "interpreter":
         group = 16 if vocab <= 16 * MOST_UNITS else unit_ids(vocab, candidates)
-        units = _padded(-(-vocab // group))
+        units = max(64, _padded(-(-vocab // group)))
         chosen = _padded(min(candidates, units))
         block = min(65536, max(group, _padded(vocab)))
-        return CandidatesConfig(block, group, units, chosen, width, padded_rank, padded_rank, 4096, 1, 1, None)
+        return CandidatesConfig(block, group, units, chosen, width, padded_rank, padded_rank, 4096, _padded(drafts), 1, 1, None)
     group = unit_ids(vocab, candidates)
-    units = _padded(-(-vocab // group))
+    units = max(64, _padded(-(-vocab // group)))
     chosen = _padded(min(candidates, units))
     # 8 warps of 32 lanes, 4 of 64: the same work per lane.
     warps = 8 if arch.vendor == "nvidia" else 4
-    block_r = min(padded_rank, max(16, 32768 // width // dot_size))
-    return CandidatesConfig(8192, group, units, chosen, width, block_r, 64, 256 // dot_size, warps, 2, None)
+    registers = 128 if arch.vendor == "nvidia" else None
+    block_r = min(padded_rank, max(16, 16384 // width // dot_size))
+    return CandidatesConfig(8192, group, units, chosen, width, block_r, 64, 256 // dot_size, _padded(drafts), warps, 2, registers)

@@ -28,11 +28,16 @@ MAX_RANK = 1024
 LEAST_GROUP = 16  # ids of the smallest unit of any configuration
 
 
+def _units(vocab: int, group: int) -> int:
+    """Words per row for the keys of its units, as kernels/candidates.py has them."""
+    return -(-vocab // (16 * group)) * 16
+
+
 @workspaces.declare(NEEDS)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     rows, int32 = requests * drafts, torch.int32
     counters = 2 * workspaces.words_of(requests, int32) + workspaces.words_of(rows, int32)
-    scratch = workspaces.words_of(rows * -(-vocab // LEAST_GROUP), int32)
+    scratch = workspaces.words_of(rows * _units(vocab, LEAST_GROUP), int32)
     scratch += 2 * workspaces.words_of(rows * launch.MAX_CANDIDATES, int32) + workspaces.words_of(2 * rows, int32)
     scratch += workspaces.words_of(rows, int32) + workspaces.words_of(3 * rows * MAX_RANK, int32)
     return counters, scratch + workspaces.words_of(3 * requests * MAX_RANK, int32)
@@ -261,13 +266,14 @@ def _draft_candidates(
     rank = 0 if w1 is None else w1.shape[1]
     listed = 0 if bigrams is None else bigrams.shape[1]
     dot_types = _dot_types(w1, w2, latent_weight, hidden)
-    config = launch.pick(arch.current(device), vocab, candidates, listed, rank, max(dtype.itemsize for dtype in dot_types))
+    gpu = arch.current(device)
+    config = launch.pick(gpu, drafts, vocab, candidates, listed, rank, max(dtype.itemsize for dtype in dot_types))
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     row_count, request_count = clean.take(rows * drafts, torch.int32), clean.take(rows, torch.int32)
     status = clean.take(rows, torch.int32)
     carver, positions = workspaces.Carver(scratch), rows * drafts
-    keys = carver.take(positions * -(-vocab // config.group), torch.int32)
+    keys = carver.take(positions * _units(vocab, config.group), torch.int32)
     units, best = (carver.take(positions * candidates, torch.int32) for _ in range(2))
     bounds, scores = carver.take(2 * positions, torch.int32), carver.take(positions, torch.float32)
     outputs = 0 if latent_weight is None else latent_weight.shape[0]
@@ -294,8 +300,9 @@ def _draft_candidates(
         return 0 if tensor is None else tensor.stride(dim)
 
     latent_items = kernels.latent_programs(positions, outputs)
+    parts = launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_candidates(
-        latent_items + positions * -(-vocab // config.block),
+        latent_items + positions * parts,
         (
             (base_logits, base_logits.stride(0), base_logits.stride(1)),
             (anchors, anchors.stride(0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed),
@@ -305,7 +312,7 @@ def _draft_candidates(
                 stride(lse, 0), flags,
             ),
             keys, units, (best, bounds, scores, products, latents), row_count, request_count, status,
-            rows, anchors.shape[0], drafts, vocab, candidates, first_draft, column, latent_items,
+            rows, anchors.shape[0], drafts, vocab, candidates, first_draft, column, latent_items, parts,
         ),
         kind=kind,
         dot_types=[str(dtype).removeprefix("torch.") for dtype in dot_types],

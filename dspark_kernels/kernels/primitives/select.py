@@ -20,12 +20,12 @@ def ordered_key(x, SHIFT: tl.constexpr):
 
 @triton.jit
 def threshold(keys, wanted):
-    """A key t with at least `wanted` of keys [N] at t or above, and with fewer above it. wanted >= 1 keys are not ABSENT."""
-    low = tl.min(keys, axis=0)
-    high = tl.max(keys, axis=0)
+    """A key t with at least `wanted` of the keys at t or above, and with fewer above it. wanted >= 1 keys are not ABSENT."""
+    low = tl.min(keys)
+    high = tl.max(keys)
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # of the two, rounded up, without overflow
-        count = tl.sum((keys >= middle).to(tl.int32), axis=0)
+        count = tl.sum((keys >= middle).to(tl.int32))
         high = tl.where(count > wanted, high, tl.where(count == wanted, middle, middle - 1))
         low = tl.where(count >= wanted, middle, low)
     return low
@@ -33,12 +33,14 @@ def threshold(keys, wanted):
 
 @triton.jit
 def select(keys, wanted):
-    """(threshold, selected bool [N], place int32 [N] of the selected in index order). N at most 2^14."""
+    """(threshold, selected bool, place int32 of the selected in index order) of keys [M, N], row by row, at most 2^14."""
     t = threshold(keys, wanted)
     above = (keys > t).to(tl.int32)
     tied = (keys == t).to(tl.int32)
-    ranks = tl.cumsum(above + (tied << 16), axis=0)  # both counts in one scan
-    left = wanted - tl.sum(above, axis=0)
+    both = above + (tied << 16)  # two counts in one scan: inside rows, then over rows
+    rows = tl.sum(both, axis=1)
+    ranks = tl.cumsum(both, axis=1) + (tl.cumsum(rows, axis=0) - rows)[:, None]
+    left = wanted - tl.sum(above)
     tied_rank = ranks >> 16
     selected = (above == 1) | ((tied == 1) & (tied_rank <= left))
     return t, selected, (ranks & 0xFFFF) + tl.minimum(tied_rank, left) - 1
