@@ -16,46 +16,68 @@ COLUMNS = tl.constexpr(16)  # of the second factor of every dot
 
 
 @triton.jit
-def _weights(stored, DOT_TYPE: tl.constexpr):
-    """Stored weights as the dot takes them; bytes are e4m3, whose values fp16 has, too, with an exponent that is 8 higher."""
+def _values(stored):
+    """Weights in a type whose values they have; bytes are e4m3, whose values fp16 has, too, with an exponent that is 8 higher."""
     if stored.dtype == tl.uint8:
         byte = stored.to(tl.int16)
         half = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        stored = tl.where((byte & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
-    return stored.to(DOT_TYPE)
+        value = tl.where((byte & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0).to(tl.bfloat16)
+    elif stored.dtype == tl.int8:
+        value = stored.to(tl.bfloat16)
+    else:
+        value = stored
+    return value
 
 
 @triton.jit
-def _in_columns(x, DOT_TYPE: tl.constexpr):
-    """fp32 x [N] as three columns of [N, COLUMNS], whose sum it is: products with DOT_TYPE weights keep all of its bits."""
-    high = x.to(DOT_TYPE)
+def _in_columns(x):
+    """fp32 x [N] as three columns of bf16 [N, COLUMNS], whose sum it is."""
+    high = x.to(tl.bfloat16)
     x -= high.to(tl.float32)
-    middle = x.to(DOT_TYPE)
-    low = (x - middle.to(tl.float32)).to(DOT_TYPE)
+    middle = x.to(tl.bfloat16)
+    low = (x - middle.to(tl.float32)).to(tl.bfloat16)
     column = tl.arange(0, COLUMNS)[None, :]
     x = tl.where(column == 0, high[:, None], tl.where(column == 1, middle[:, None], low[:, None]))
-    return tl.where(column < 3, x, 0.0).to(DOT_TYPE)
+    return tl.where(column < 3, x, 0.0).to(tl.bfloat16)
 
 
 @triton.jit
-def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, BLOCK: tl.constexpr, DOT_TYPE: tl.constexpr):
+def exact_dot(total, w, x):
+    """total + w @ x with the products of fp32, all by dots of bf16: a factor is the sum of as many bf16 as its type needs."""
+    w_parts: tl.constexpr = 3 if w.dtype == tl.float32 else 2 if w.dtype == tl.float16 else 1
+    x_parts: tl.constexpr = 3 if x.dtype == tl.float32 else 2 if x.dtype == tl.float16 else 1
+    for i in tl.static_range(w_parts):
+        part = w.to(tl.bfloat16)
+        if i + 1 < w_parts:
+            w = w.to(tl.float32) - part.to(tl.float32)
+        rest = x
+        for j in tl.static_range(x_parts):
+            other = rest.to(tl.bfloat16)
+            if j + 1 < x_parts:
+                rest = rest.to(tl.float32) - other.to(tl.float32)
+            total = tl.dot(part, other, total)
+    return total
+
+
+@triton.jit
+def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, BLOCK: tl.constexpr):
     """total [M, COLUMNS] + weight . x by columns. rows: offsets [M] of rows of weights that are `there`; x [size], of which
-    `known` elements are there. One form: a dot of [M, BLOCK] by [BLOCK, COLUMNS]."""
+    `known` elements are there. One form: dots of [M, BLOCK] by [BLOCK, COLUMNS]."""
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
         inside = there[:, None] & (i < size)[None, :]
         w = tl.load(weight_ptr + rows[:, None] + (first_column + i)[None, :], mask=inside, other=0)
         x = tl.load(x_ptr + i, mask=i < known, other=0.0).to(tl.float32)
-        total = tl.dot(_weights(w, DOT_TYPE), _in_columns(x, DOT_TYPE), total, input_precision="ieee")
+        total = exact_dot(total, _values(w), _in_columns(x))
     return total
 
 
 @triton.jit
-def weighted(ids, latent_ptr, known, head, BLOCK_R: tl.constexpr, DOT_TYPE: tl.constexpr):
+def weighted(ids, latent_ptr, known, head, BLOCK_R: tl.constexpr):
     """fp32 [WIDTH]: W2[ids] . latent, 0 for id -1. known: ranks of the latent that there are."""
     w2_ptr, stride_2v, scale_ptr, rank = head[2], head[3], head[4], head[6]
     total = tl.zeros([ids.shape[0], COLUMNS], tl.float32)
-    total = _product(total, w2_ptr, ids.to(tl.int64) * stride_2v, ids >= 0, 0, rank, latent_ptr, known, BLOCK_R, DOT_TYPE)
+    total = _product(total, w2_ptr, ids.to(tl.int64) * stride_2v, ids >= 0, 0, rank, latent_ptr, known, BLOCK_R)
     bias = tl.sum(total, axis=1)
     if scale_ptr is not None:
         bias = bias * tl.load(scale_ptr + ids, mask=ids >= 0, other=0.0)
@@ -80,10 +102,8 @@ def prefetch_rows(table_ptr, stride, ids, size, LINES: tl.constexpr, LINE: tl.co
 
 
 @triton.jit
-def hidden_products(
-    pairs, requests, slots, block, latent, hidden, products_ptr, num_drafts, BLOCK_H: tl.constexpr, DOT_TYPE: tl.constexpr
-):
-    """16 outputs of (weight . h + bias) for 16 (request, position) pairs. One form whatever the batch: a dot of [16, BLOCK_H] by
+def hidden_products(pairs, requests, slots, block, latent, hidden, products_ptr, num_drafts, BLOCK_H: tl.constexpr):
+    """16 outputs of (weight . h + bias) for 16 (request, position) pairs. One form whatever the batch: dots of [16, BLOCK_H] by
     [BLOCK_H, 16]."""
     weight_ptr, stride_w, bias_ptr, outputs, first_column = latent
     hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
@@ -99,7 +119,7 @@ def hidden_products(
             other=0.0,
         )
         h = tl.load(hidden_ptr + at[None, :] + first + i[:, None], mask=(slots >= 0)[None, :] & there[:, None], other=0.0)
-        total = tl.dot(w.to(DOT_TYPE), h.to(DOT_TYPE), total, input_precision="ieee")
+        total = exact_dot(total, w, h)
     total += tl.load(bias_ptr + o, mask=o < outputs, other=0.0).to(tl.float32)[:, None]
     where = products_ptr + pairs.to(tl.int64)[None, :] * outputs + o[:, None]
     tl.store(where, total, mask=(slots >= 0)[None, :] & (o < outputs)[:, None])
@@ -108,7 +128,7 @@ def hidden_products(
 @triton.jit
 def no_latent(
     k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank,
-    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, DOT_TYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     pass
 
@@ -116,7 +136,7 @@ def no_latent(
 @triton.jit
 def advance_gated(
     k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank,
-    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, DOT_TYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """latent [r] = sigmoid(G [h; W1[x]] + b) * W1[x]."""
     weight_ptr, stride_w = latent[0], latent[1]
@@ -125,7 +145,7 @@ def advance_gated(
         o = first + tl.arange(0, BLOCK_O)
         total = tl.zeros([BLOCK_O, COLUMNS], tl.float32)
         rows = o.to(tl.int64) * stride_w
-        total = _product(total, weight_ptr, rows, o < rank, hidden[3], rank, embedded_ptr, known, BLOCK_J, DOT_TYPE)
+        total = _product(total, weight_ptr, rows, o < rank, hidden[3], rank, embedded_ptr, known, BLOCK_J)
         z = tl.sum(total, axis=1) + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
         e = tl.load(embedded_ptr + o, mask=o < known, other=0.0).to(tl.float32)
         tl.store(latent_ptr + o, e / (1.0 + tl.exp(-z)), mask=o < rank)
@@ -140,7 +160,7 @@ def _tanh(x):
 @triton.jit
 def advance_rnn(
     k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank,
-    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, DOT_TYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """latent [r] = tanh(output), then the states of k - 1 and k, which take turns in two more rows of r."""
     weight_ptr, stride_w = latent[0], latent[1]
@@ -154,8 +174,8 @@ def advance_rnn(
         for part in range(3):  # gate, candidate, output
             total = tl.zeros([BLOCK_O, COLUMNS], tl.float32)
             rows = (part * rank + o).to(tl.int64) * stride_w
-            total = _product(total, weight_ptr, rows, o < rank, 0, rank, old_ptr, states, BLOCK_J, DOT_TYPE)
-            total = _product(total, weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J, DOT_TYPE)
+            total = _product(total, weight_ptr, rows, o < rank, 0, rank, old_ptr, states, BLOCK_J)
+            total = _product(total, weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J)
             z = tl.sum(total, axis=1) + tl.load(products_ptr + part * rank + o, mask=o < rank, other=0.0, volatile=True)
             if part == 0:
                 gate = 1.0 / (1.0 + tl.exp(-z))

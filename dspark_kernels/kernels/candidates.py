@@ -140,7 +140,7 @@ def _walk(
     num_rows, num_drafts, vocab, num_candidates, first_draft, column,
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
     WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
-    DRAFTS: tl.constexpr, DOT_TYPE: tl.constexpr, LATENT_TYPE: tl.constexpr,
+    DRAFTS: tl.constexpr,
 ):  # fmt: skip
     """All positions of one request, whose candidates are there."""
     base_ptr, stride_br, stride_bk = base
@@ -188,12 +188,12 @@ def _walk(
             known = tl.where((previous >= 0) & (previous < head[5]), head[6], 0)
             embedded_ptr = head[0] + previous * head[1]
             if latent is None:
-                x += weighted(ids, embedded_ptr, known, head, BLOCK_R, DOT_TYPE)
+                x += weighted(ids, embedded_ptr, known, head, BLOCK_R)
             else:
                 own_ptr = latent_ptr + request.to(tl.int64) * (3 * head[6])
                 own_products_ptr = products_ptr + row * latent[3]
-                ADVANCE(k, embedded_ptr, known, latent, hidden, own_products_ptr, own_ptr, head[6], BLOCK_O, BLOCK_J, LATENT_TYPE)
-                x += weighted(ids, own_ptr, head[6], head, BLOCK_R, DOT_TYPE)
+                ADVANCE(k, embedded_ptr, known, latent, hidden, own_products_ptr, own_ptr, head[6], BLOCK_O, BLOCK_J)
+                x += weighted(ids, own_ptr, head[6], head, BLOCK_R)
 
         flags = flags | tl.max(tl.where(used & (x != x), NAN, 0), axis=0)
         finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
@@ -277,7 +277,7 @@ def draft_candidates_kernel(
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
-    DRAFTS: tl.constexpr, DOT_TYPE: tl.constexpr, LATENT_TYPE: tl.constexpr, HIDDEN_TYPE: tl.constexpr,
+    DRAFTS: tl.constexpr,
 ):  # fmt: skip
     base_ptr, stride_br, stride_bk = base
     slots_ptr = state[4]
@@ -293,7 +293,7 @@ def draft_candidates_kernel(
             requests = pairs // num_drafts
             slots = state_slots(slots_ptr, requests, num_requests, num_slots)
             hidden_products(
-                pairs, requests, slots, program % outputs, latent, hidden, scratch[3], num_drafts, BLOCK_J, HIDDEN_TYPE
+                pairs, requests, slots, program % outputs, latent, hidden, scratch[3], num_drafts, BLOCK_J
             )
             first = program // outputs * PAIRS // num_drafts
             count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
@@ -342,7 +342,6 @@ def draft_candidates_kernel(
                     request, slot, base, state, bigrams, map_ptr, head, latent, hidden, confidence, out, scratch, status_ptr,
                     num_rows, num_drafts, vocab, num_candidates, first_draft, column,
                     ADVANCE, STREAM, WITH_MARKOV, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
-                    DOT_TYPE, LATENT_TYPE,
                 )  # fmt: skip
 
 
@@ -354,7 +353,7 @@ def latent_programs(rows, outputs):
     return -(-rows // PAIRS.value) * -(-outputs // 16)
 
 
-def launch_draft_candidates(programs, args, *, kind, dot_types, coupled, with_markov, shift, config):
+def launch_draft_candidates(programs, args, *, kind, coupled, with_markov, shift, config):
     """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
     draft_candidates_kernel[(programs,)](
         *args,
@@ -371,7 +370,6 @@ def launch_draft_candidates(programs, args, *, kind, dot_types, coupled, with_ma
         BLOCK_O=config.block_o,
         BLOCK_J=config.block_j,
         DRAFTS=config.drafts,
-        **{name: getattr(tl, dtype) for name, dtype in zip(("DOT_TYPE", "LATENT_TYPE", "HIDDEN_TYPE"), dot_types, strict=True)},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

@@ -48,26 +48,31 @@ def parts(arch: Arch, rows: int, chunks: int) -> int:
     return max(1, min(chunks, arch.multiprocessors * 8 // rows))
 
 
-def pick(arch: Arch, drafts: int, vocab: int, candidates: int, listed: int, rank: int, dot_size: int) -> CandidatesConfig:
+def pick(
+    arch: Arch, drafts: int, vocab: int, candidates: int, listed: int, rank: int, weights: str, outputs: int
+) -> CandidatesConfig:
     """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
 
-    dot_size: bytes of the elements that are multiplied.
-
-    Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
+    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. Nothing here may depend on the batch: sums over
+    ranks take the order that these blocks give them.
     """
     width = max(16, _padded(candidates + listed))
-    padded_rank = max(16, _padded(rank))
+    padded_rank, padded_drafts = max(16, _padded(rank)), _padded(drafts)
     if arch.vendor == "interpreter":
         group = 16 if vocab <= 16 * MOST_UNITS else unit_ids(vocab, candidates)
         units = max(64, _padded(-(-vocab // group)))
         chosen = _padded(min(candidates, units))
         block = min(65536, max(group, _padded(vocab)))
-        return CandidatesConfig(block, group, units, chosen, width, padded_rank, padded_rank, 4096, _padded(drafts), 1, 1, None)
+        return CandidatesConfig(block, group, units, chosen, width, padded_rank, padded_rank, 4096, padded_drafts, 1, 1, None)
     group = unit_ids(vocab, candidates)
     units = max(64, _padded(-(-vocab // group)))
     chosen = _padded(min(candidates, units))
-    # 8 warps of 32 lanes, 4 of 64: the same work per lane.
+    # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that one
+    # reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
     warps = 8 if arch.vendor == "nvidia" else 4
-    registers = 128 if arch.vendor == "nvidia" else None
-    block_r = min(padded_rank, max(16, 16384 // width // dot_size))
-    return CandidatesConfig(8192, group, units, chosen, width, block_r, 64, 256 // dot_size, _padded(drafts), warps, 2, registers)
+    plain = weights == "bfloat16"
+    block_r = min(padded_rank, 128, max(16, (8192 if plain else 2048) // width))
+    block_o, block_j = (64, 128) if plain else (32, 32)
+    capped = arch.vendor == "nvidia" and not outputs and width <= 128 and weights not in ("float16", "float32")
+    registers = 128 if capped else None
+    return CandidatesConfig(8192, group, units, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)

@@ -228,26 +228,6 @@ def _check_out(out, base_logits, slots, rows, width, sampling, confidence, first
 _UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
-def _dot_types(w1, w2, latent_weight, hidden):
-    """What W2 and a latent, a latent's weights and what it is made of, and those weights and hidden states are multiplied in.
-
-    An fp32 factor becomes three of 16 bits, beside which bf16 (and bytes, whose values bf16 has) lose nothing. fp16 has not the
-    range for that unless the factor comes from fp16, too.
-    """
-
-    def beside(weights, other):
-        if weights is None or weights.dtype == torch.float32:
-            return torch.bfloat16 if weights is None else torch.float32
-        if weights.dtype != torch.float16:
-            return torch.bfloat16
-        return torch.float16 if other.dtype == torch.float16 else torch.float32
-
-    heard = torch.bfloat16
-    if latent_weight is not None:
-        heard = hidden.dtype if hidden.dtype == latent_weight.dtype else torch.float32
-    return beside(w2, w1), beside(latent_weight, w1), heard
-
-
 @library.register(
     "draft_candidates(Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, Tensor? w2_scale, "
     "Tensor? latent_weight, Tensor? latent_bias, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? sts_temperatures, "
@@ -265,9 +245,10 @@ def _draft_candidates(
     rows, drafts, vocab = base_logits.shape
     rank = 0 if w1 is None else w1.shape[1]
     listed = 0 if bigrams is None else bigrams.shape[1]
-    dot_types = _dot_types(w1, w2, latent_weight, hidden)
+    outputs = 0 if latent_weight is None else latent_weight.shape[0]
     gpu = arch.current(device)
-    config = launch.pick(gpu, drafts, vocab, candidates, listed, rank, max(dtype.itemsize for dtype in dot_types))
+    weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
+    config = launch.pick(gpu, drafts, vocab, candidates, listed, rank, weights, outputs)
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     row_count, request_count = clean.take(rows * drafts, torch.int32), clean.take(rows, torch.int32)
@@ -276,7 +257,6 @@ def _draft_candidates(
     keys = carver.take(positions * _units(vocab, config.group), torch.int32)
     units, best = (carver.take(positions * candidates, torch.int32) for _ in range(2))
     bounds, scores = carver.take(2 * positions, torch.int32), carver.take(positions, torch.float32)
-    outputs = 0 if latent_weight is None else latent_weight.shape[0]
     products, latents = carver.take(positions * outputs, torch.float32), carver.take(3 * rows * rank, torch.float32)
 
     head = latent = heard = confident = follow = kind = None
@@ -315,7 +295,6 @@ def _draft_candidates(
             rows, anchors.shape[0], drafts, vocab, candidates, first_draft, column, latent_items, parts,
         ),
         kind=kind,
-        dot_types=[str(dtype).removeprefix("torch.") for dtype in dot_types],
         coupled=coupled,
         with_markov=weight is not None and weight.shape[0] > hidden.shape[2],
         shift=_UNUSED_BITS[base_logits.dtype],
