@@ -137,12 +137,22 @@ def _head(kind, vocab, rank, dtype, w2_dtype=None):
 
 
 def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
-                w2_dtype=None, sampled=True, confidence=True, slots=None, listed=0, mapped=False, **options):  # fmt: skip
+                w2_dtype=None, sampled=True, confidence=True, slots=None, listed=0, mapped=False, adjusted=False, filtered=False,
+                **options):  # fmt: skip
     size, width = requests if slots is None else slots, candidates + listed
     head = _head(kind, vocab, rank, dtype, w2_dtype) if rank else None
     confidence_head = None
     if confidence:
         confidence_head = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(drafts))
+    sampling = _sampling(size) if sampled else None
+    if adjusted:
+        ones = torch.ones(size)
+        penalties = dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), ones, ones, ones)
+        mask = _ints(size, drafts, -(-vocab // 32), dtype=torch.int32)
+        sampling = dataclasses.replace(sampling, logit_bias=_empty(size, vocab), token_bitmask=mask, penalties=penalties)
+    if filtered:
+        top_k = _ints(size, dtype=torch.int32)
+        sampling = dataclasses.replace(sampling, top_k=top_k, top_p=torch.ones(size), min_p=torch.ones(size))
     logits = _empty(size, drafts, width, dtype=dtype)
     proposal = dk.SparseProposal(_ints(size, drafts, width), logits, lse=_empty(size, drafts, dtype=torch.float32))
     scores = [_empty(size, drafts, dtype=torch.float32) if confidence else None for _ in range(2)]
@@ -151,7 +161,7 @@ def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab
         _ints(size),
         head,
         anchor_positions=_ints(size),
-        sampling=_sampling(size) if sampled else None,
+        sampling=sampling,
         hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
         confidence=confidence_head,
         candidates=candidates,
@@ -164,7 +174,7 @@ def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab
             _ints(requests, dtype=torch.int32),
             *scores,
         ),
-        workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
+        workspace=dk.Workspace(requests, drafts, vocab, "cpu", markov_rank=rank),
         **options,
     )
 
@@ -342,6 +352,8 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "c56_bigrams8": lambda: _candidates(64, 56, listed=8),
         "c64_coupled_map": lambda: _candidates(64, vocab=32000, mapped=True, noise="coupled"),
         "c64_greedy": lambda: _candidates(64, sampled=False),
+        "c64_adjusted": lambda: _candidates(64, adjusted=True),
+        "c64_filtered": lambda: _candidates(64, filtered=True),
     },
     "fixed_layout": {
         "r1": lambda: _layout(1),

@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
+from .primitives.activations import sigmoid, tanh
+from .primitives.widen import fp8_by_bits
+
 COLUMNS = tl.constexpr(16)  # of the second factor of every dot
 
 
 @triton.jit
 def _values(stored):
-    """Weights in a type whose values they have; bytes are e4m3, whose values fp16 has, too, with an exponent that is 8 higher."""
+    """Weights in a type whose values they have; bytes are e4m3."""
     if stored.dtype == tl.uint8:
-        byte = stored.to(tl.int16)
-        half = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        value = tl.where((byte & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0).to(tl.bfloat16)
+        value = fp8_by_bits(stored, tl.bfloat16)
     elif stored.dtype == tl.int8:
         value = stored.to(tl.bfloat16)
     else:
@@ -105,7 +106,7 @@ def prefetch_rows(table_ptr, stride, ids, size, LINES: tl.constexpr, LINE: tl.co
 def hidden_products(pairs, requests, slots, block, latent, hidden, products_ptr, num_drafts, BLOCK_H: tl.constexpr):
     """16 outputs of (weight . h + bias) for 16 (request, position) pairs. One form whatever the batch: dots of [16, BLOCK_H] by
     [BLOCK_H, 16]."""
-    weight_ptr, stride_w, bias_ptr, outputs, first_column = latent
+    weight_ptr, stride_w, bias_ptr, outputs, first_column, _, _ = latent
     hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
     o = block * 16 + tl.arange(0, 16)
     i = tl.arange(0, BLOCK_H)
@@ -127,7 +128,7 @@ def hidden_products(pairs, requests, slots, block, latent, hidden, products_ptr,
 
 @triton.jit
 def no_latent(
-    k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank,
+    turn, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, states_ptr, rank,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     pass
@@ -135,7 +136,7 @@ def no_latent(
 
 @triton.jit
 def advance_gated(
-    k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank,
+    turn, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, states_ptr, rank,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """latent [r] = sigmoid(G [h; W1[x]] + b) * W1[x]."""
@@ -148,40 +149,45 @@ def advance_gated(
         total = _product(total, weight_ptr, rows, o < rank, hidden[3], rank, embedded_ptr, known, BLOCK_J)
         z = tl.sum(total, axis=1) + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
         e = tl.load(embedded_ptr + o, mask=o < known, other=0.0).to(tl.float32)
-        tl.store(latent_ptr + o, e / (1.0 + tl.exp(-z)), mask=o < rank)
+        tl.store(latent_ptr + o, (sigmoid(z) * e).to(latent_ptr.dtype.element_ty), mask=o < rank)
     tl.debug_barrier()
-
-
-@triton.jit
-def _tanh(x):
-    return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
 
 
 @triton.jit
 def advance_rnn(
-    k, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, rank,
+    turn, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, states_ptr, rank,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """latent [r] = tanh(output), then the states of k - 1 and k, which take turns in two more rows of r."""
-    weight_ptr, stride_w = latent[0], latent[1]
-    old_ptr = latent_ptr + (1 + k % 2) * rank
-    states = tl.where(k > 0, rank, 0)
+    """latent [r] = tanh(output). The states of k - 1 and k take turns in two rows of r; turn = (k, K, first_draft, slot)."""
+    k, num_drafts, first_draft, slot = turn
+    weight_ptr, stride_w, _, _, _, carried_ptr, stride_c = latent
+    old_ptr = states_ptr + (k % 2) * rank
     tl.debug_barrier()
+    if k == 0:
+        for first in range(0, rank, BLOCK_O):
+            o = first + tl.arange(0, BLOCK_O)
+            state = tl.zeros([BLOCK_O], tl.float32)
+            if carried_ptr is not None:
+                state = tl.load(carried_ptr + slot * stride_c + o, mask=o < tl.where(first_draft > 0, rank, 0), other=0.0)
+            tl.store(old_ptr + o, state, mask=o < rank)
+        tl.debug_barrier()
     for first in range(0, rank, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
-        old = tl.load(old_ptr + o, mask=o < states, other=0.0)
+        old = tl.load(old_ptr + o, mask=o < rank, other=0.0)
         gate = old
         for part in range(3):  # gate, candidate, output
             total = tl.zeros([BLOCK_O, COLUMNS], tl.float32)
             rows = (part * rank + o).to(tl.int64) * stride_w
-            total = _product(total, weight_ptr, rows, o < rank, 0, rank, old_ptr, states, BLOCK_J)
+            total = _product(total, weight_ptr, rows, o < rank, 0, rank, old_ptr, rank, BLOCK_J)
             total = _product(total, weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J)
             z = tl.sum(total, axis=1) + tl.load(products_ptr + part * rank + o, mask=o < rank, other=0.0, volatile=True)
             if part == 0:
-                gate = 1.0 / (1.0 + tl.exp(-z))
+                gate = sigmoid(z)
             elif part == 1:
-                state = gate * old + (1.0 - gate) * _tanh(z)
-                tl.store(latent_ptr + (2 - k % 2) * rank + o, state, mask=o < rank)
+                state = gate * old + (1.0 - gate) * tanh(z)
+                tl.store(states_ptr + (1 - k % 2) * rank + o, state, mask=o < rank)
+                if carried_ptr is not None:
+                    tl.store(carried_ptr + slot * stride_c + o, state, mask=o < tl.where(k == num_drafts - 1, rank, 0))
             else:
-                tl.store(latent_ptr + o, _tanh(z), mask=o < rank)
+                tl.store(latent_ptr + o, tanh(z).to(latent_ptr.dtype.element_ty), mask=o < rank)
     tl.debug_barrier()

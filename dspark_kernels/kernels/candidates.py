@@ -16,17 +16,15 @@ import triton
 import triton.language as tl
 
 from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted
+from .draft_rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, log_sum_exp
+from .primitives.adjust import adjusted, no_path
 from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
-from .primitives.philox import COUPLED, DRAFT, id_words, log2_exponential
+from .primitives.philox import COUPLED, DRAFT, log2_exponential, words_at
 from .primitives.race import pack, unpack_id
 from .primitives.select import ABSENT, ordered_key, select
 from .primitives.slots import state_slots
+from .primitives.support import last_kept
 from .primitives.ticket import arrive
-
-# Bits of `flags`; the public names are dspark_kernels.types.Flag (a test keeps both equal).
-NONFINITE_ROW = tl.constexpr(1)
-NAN = tl.constexpr(2)
-BAD_TOKEN_ID = tl.constexpr(4)
 
 SCORE_RANKS = tl.constexpr(256)  # ranks of the confidence head at a time
 UNIT_COLUMNS = tl.constexpr(64)
@@ -51,7 +49,35 @@ def _chunk(row_ptr, chunk, end, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_unit_keys(row_ptr, keys_ptr, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
+def _judged(x, ids, inside, choice, path, path_max, PATH: tl.constexpr):
+    """(x fp32 after penalties, bias and mask, -inf where there is no token; target ids int32; where there is a token).
+
+    choice = (map [V] or None, number of target ids, settings of primitives/adjust.py or None, slot, row of the bit mask).
+    """
+    map_ptr, num_targets, adjust, slot, mask_row = choice
+    targets = ids
+    if map_ptr is not None:
+        mapped = tl.load(map_ptr + ids, mask=inside, other=-1)
+        inside = inside & (mapped >= 0) & (mapped < num_targets)
+        targets = tl.where(inside, mapped, 0).to(tl.int32)
+    if adjust is not None:
+        SIZE: tl.constexpr = x.numel
+        one = tl.zeros([1], tl.int64)
+        wide = tl.reshape(x, [1, SIZE])
+        wide = adjusted(
+            wide, tl.reshape(targets, [1, SIZE]), tl.reshape(inside, [1, SIZE]), one + slot, one + mask_row, adjust, path,
+            path_max, PATH,
+        )  # fmt: skip
+        x = tl.reshape(wide, x.shape)
+    if map_ptr is not None:
+        x = tl.where(inside, x, NEG_INF)
+    return x, targets, inside
+
+
+@triton.jit
+def _store_unit_keys(
+    row_ptr, keys_ptr, choice, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr
+):
     """Key of the largest logit of each unit of chunks first .. end - 1 of a row; returns whether a logit is NaN."""
     unit = tl.arange(0, BLOCK // GROUP)
     nan = tl.zeros([BLOCK], tl.int1)
@@ -59,6 +85,8 @@ def _store_unit_keys(row_ptr, keys_ptr, first, end, vocab, BLOCK: tl.constexpr, 
     for chunk in range(first, end):
         x = loaded.to(tl.float32)
         loaded = _chunk(row_ptr, chunk + 1, end, vocab, BLOCK)  # on its way while this one is reduced
+        ids = chunk * BLOCK + tl.arange(0, BLOCK)
+        x, _, _ = _judged(x, ids, ids < vocab, choice, 0, 0, no_path)
         nan = nan | (x != x)
         keys = ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
         here = chunk * (BLOCK // GROUP) + unit
@@ -78,7 +106,7 @@ def _hidden_score(hidden_ptr, weight_ptr, hidden_size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _keep_best(
-    row, row_ptr, head, keys_ptr, units_ptr, ids_ptr, bounds_ptr, num_rows, vocab, num_candidates,
+    row, row_ptr, choice, head, keys_ptr, units_ptr, ids_ptr, bounds_ptr, num_rows, vocab, num_candidates,
     GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
@@ -94,6 +122,7 @@ def _keep_best(
     ids = tl.multiple_of(units * GROUP, GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (c < wanted)[:, None] & (ids < vocab)
     x = tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32)
+    x, _, _ = _judged(x, ids, inside, choice, 0, 0, no_path)
     keys = tl.where(inside, ordered_key(numbers(x), SHIFT), ABSENT)
     bound, selected, place = select(keys, tl.minimum(num_candidates, vocab))
     tl.store(ids_ptr + row * num_candidates + place, ids, mask=selected)
@@ -115,7 +144,7 @@ def _best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab):
 
 
 @triton.jit
-def _listed_ids(ids, c, bigrams, previous, row_ptr, bounds_ptr, row, num_candidates, vocab, SHIFT: tl.constexpr):
+def _listed_ids(ids, c, bigrams, previous, row_ptr, choice, bounds_ptr, row, num_candidates, vocab, SHIFT: tl.constexpr):
     """ids [WIDTH] with the successors listed for `previous` behind the C best, those that are there already left out (-1)."""
     bigrams_ptr, stride_gv, vocab_g, listed = bigrams
     count = tl.where((previous >= 0) & (previous < vocab_g), listed, 0)
@@ -124,6 +153,7 @@ def _listed_ids(ids, c, bigrams, previous, row_ptr, bounds_ptr, row, num_candida
     more = tl.load(list_ptr + i, mask=(i >= 0) & (i < count), other=-1)
     more = tl.where((more >= 0) & (more < vocab), more, -1).to(tl.int32)
     x = tl.load(row_ptr + more, mask=more >= 0, other=NEG_INF).to(tl.float32)
+    x, _, _ = _judged(x, more, more >= 0, choice, 0, 0, no_path)
     key = ordered_key(numbers(x), SHIFT)
     bound = tl.load(bounds_ptr + row * 2, volatile=True)
     cut = tl.load(bounds_ptr + row * 2 + 1, volatile=True)
@@ -135,10 +165,31 @@ def _listed_ids(ids, c, bigrams, previous, row_ptr, bounds_ptr, row, num_candida
 
 
 @triton.jit
+def _drafted(j, path):
+    """PATH of adjusted: the request's drafts of this round."""
+    return tl.load(path + j + tl.arange(0, 1), volatile=True)
+
+
+@triton.jit
+def _filters_of(filters, slot):
+    """A slot's (top_k, top_p, min_p), off where not given."""
+    top_k = tl.zeros((), tl.int32)
+    top_p = tl.full((), 1.0, tl.float32)
+    min_p = tl.zeros((), tl.float32)
+    if filters[0] is not None:
+        top_k = tl.load(filters[0] + slot)
+    if filters[1] is not None:
+        top_p = tl.load(filters[1] + slot)
+    if filters[2] is not None:
+        min_p = tl.load(filters[2] + slot)
+    return top_k, top_p, min_p
+
+
+@triton.jit
 def _walk(
-    request, slot, base, state, bigrams, map_ptr, head, latent, hidden, confidence, out, scratch, status_ptr,
-    num_rows, num_drafts, vocab, num_candidates, first_draft, column,
-    ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
+    request, slot, base, state, bigrams, map_ptr, adjust, filters, head, latent, hidden, confidence, out, scratch, status_ptr,
+    num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
+    ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr, LOG_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
     DRAFTS: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +197,7 @@ def _walk(
     base_ptr, stride_br, stride_bk = base
     anchors_ptr, stride_a, positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr = state
     tokens_ptr, stride_ts, out_ids_ptr, stride_is, stride_ik, logits_ptr, stride_ls, stride_lk, lse_ptr, stride_es, flags_ptr = out
-    ids_ptr, bounds_ptr, score_ptr, products_ptr, latent_ptr = scratch
+    ids_ptr, bounds_ptr, score_ptr, products_ptr, latent_ptr, states_ptr = scratch
     anchor = tl.load(positions_ptr + slot * stride_p).to(tl.int64)
     previous = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
     temperature = tl.zeros((), tl.float32)
@@ -174,26 +225,28 @@ def _walk(
         row = first + k
         k_ptr = row_ptr + tl.cast(k, tl.int64) * stride_bk
         next_ids = _best_ids(ids_ptr, row + 1, num_rows, c, num_candidates, vocab)
+        choice = (map_ptr, num_targets, adjust, slot, slot * num_drafts + k)
         if bigrams is not None:
-            ids = _listed_ids(ids, c, bigrams, previous, k_ptr, bounds_ptr, row, num_candidates, vocab, SHIFT)
+            ids = _listed_ids(ids, c, bigrams, previous, k_ptr, choice, bounds_ptr, row, num_candidates, vocab, SHIFT)
 
-        targets = ids.to(tl.int64)
-        used = ids >= 0
-        if map_ptr is not None:
-            targets = tl.load(map_ptr + ids, mask=used, other=0)
-            flags = flags | tl.max(tl.where(used & (targets < 0), BAD_TOKEN_ID, 0), axis=0)
-            used = used & (targets >= 0) & (targets < 2147483648)
-        x = tl.load(k_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)
+        x = tl.load(k_ptr + ids, mask=ids >= 0, other=NEG_INF).to(tl.float32)
         if head is not None:
             known = tl.where((previous >= 0) & (previous < head[5]), head[6], 0)
             embedded_ptr = head[0] + previous * head[1]
             if latent is None:
                 x += weighted(ids, embedded_ptr, known, head, BLOCK_R)
             else:
-                own_ptr = latent_ptr + request.to(tl.int64) * (3 * head[6])
-                own_products_ptr = products_ptr + row * latent[3]
-                ADVANCE(k, embedded_ptr, known, latent, hidden, own_products_ptr, own_ptr, head[6], BLOCK_O, BLOCK_J)
+                own_ptr = latent_ptr + request.to(tl.int64) * head[6]
+                own_states_ptr = states_ptr
+                if states_ptr is not None:
+                    own_states_ptr += request.to(tl.int64) * (2 * head[6])
+                ADVANCE(
+                    (k, num_drafts, first_draft, slot), embedded_ptr, known, latent, hidden, products_ptr + row * latent[3],
+                    own_ptr, own_states_ptr, head[6], BLOCK_O, BLOCK_J,
+                )  # fmt: skip
                 x += weighted(ids, own_ptr, head[6], head, BLOCK_R)
+
+        x, targets, used = _judged(x, ids, ids >= 0, choice, tokens_ptr + slot * stride_ts, column + k, _drafted)
 
         flags = flags | tl.max(tl.where(used & (x != x), NAN, 0), axis=0)
         finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
@@ -201,6 +254,14 @@ def _walk(
         # Rounded once; everything below reads the rounded value.
         stored = tl.where(used, numbers(x), NEG_INF).to(base_ptr.dtype.element_ty)
         x = stored.to(tl.float32)
+        if filters is not None:
+            top = tl.max(x, axis=0)
+            if (temperature > 0.0) & (tl.abs(top) < POS_INF):
+                top_k, top_p, min_p = _filters_of(filters, slot)
+                words = tl.where(used, pack(x, targets), 0)
+                last = last_kept(words, top, scale, top_k, top_p, min_p, JOINT, WIDTH, LOG_WIDTH)
+                x = tl.where(words >= last, x, NEG_INF)
+                stored = x.to(base_ptr.dtype.element_ty)
         if logits_ptr is not None:
             place = slot * stride_is + (column + k).to(tl.int64) * stride_ik + c
             tl.store(out_ids_ptr + place, tl.where(used, targets, 0), mask=c < width)
@@ -211,14 +272,14 @@ def _walk(
             if lse_ptr is not None:
                 top = tl.max(x, axis=0)
                 mass = tl.sum((tl.exp2(below_max(x, top) * scale) * ONE).to(tl.int64), axis=0)
-                lse = (top * scale + (tl.log2(tl.maximum(mass, 1).to(tl.float32)) - 40.0)) * 0.6931471805599453
-                lse = tl.where((top == NEG_INF) | (top == POS_INF), top, lse)
-                tl.store(lse_ptr + slot * stride_es + column + k, lse)
-            words = id_words(seed, targets.to(tl.int32), anchor + (first_draft + k + 1), noise_anchor, STREAM)
+                tl.store(lse_ptr + slot * stride_es + column + k, log_sum_exp(top, mass, scale))
+            words = words_at(seed, targets, anchor + (first_draft + k + 1), noise_anchor, STREAM)
             key = tl.where(temperature > 0.0, x * scale - log2_exponential(words), x)
         word = tl.max(tl.where(used, pack(key, targets), 0), axis=0)
         previous = tl.where(word > 0, unpack_id(word), 0)
         tl.store(tokens_ptr + slot * stride_ts + column + k, previous)
+        if adjust is not None:
+            tl.debug_barrier()  # the path of k + 1 reads it
         ids = next_ids
     tl.store(flags_ptr + request, flags)
     if confidence is not None:
@@ -264,17 +325,20 @@ def draft_candidates_kernel(
     state,  # (anchors [S], stride, positions [S], stride, slots [R] or None, temperature [S] or None, seed [S])
     bigrams,  # ([Vg, B], stride, Vg, B) or None
     map_ptr,  # int64 [V] or None
+    adjust,  # settings of primitives/adjust.py, or None
+    filters,  # (top_k, top_p, min_p [S], each or None) or None
     head,  # (W1 [V1, r], stride, W2 [V, r], stride, scale [V] or None, V1, r) or None
-    latent,  # (weight [O, ...], stride, bias [O], O, first column of hidden states) of gated and rnn, else None
+    latent,  # of gated and rnn: (weight [O, ...], stride, bias [O], O, first column of hidden states, state [S, r] or None, stride)
     hidden,  # ([R, K, H], strides of R and K, H) or None
     confidence,  # (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated [S, K], stride, raw [S, K], stride) or None
     out,  # (tokens, stride, ids, 2 strides, logits, 2 strides, lse, stride, flags)
     keys_ptr,  # int32 [R, K, U]
     units_ptr,  # int32 [R, K, C]
-    scratch,  # (ids int32 [R, K, C], bounds int32 [R, K, 2], score fp32 [R, K], products fp32 [R, K, O], latent fp32 [R, 3, r])
+    scratch,  # (ids int32 [R, K, C], bounds int32 [R, K, 2], score fp32 [R, K], and with a latent products fp32 [R, K, O], latent
+    # [R, r], states fp32 [R, 2, r])
     row_count_ptr, request_count_ptr, status_ptr,  # int32 [R, K], [R], [R], zero before and after
-    num_requests, num_slots, num_drafts, vocab, num_candidates, first_draft, column, latent_items, parts,
-    ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
+    num_requests, num_slots, num_drafts, vocab, num_targets, num_candidates, first_draft, column, latent_items, parts,
+    ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr, LOG_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr,
     SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
     DRAFTS: tl.constexpr,
@@ -308,8 +372,9 @@ def draft_candidates_kernel(
             row_ptr = base_ptr + request.to(tl.int64) * stride_br + k.to(tl.int64) * stride_bk
             wide_row = row.to(tl.int64)
             chunks = tl.cdiv(vocab, BLOCK)
+            choice = (map_ptr, num_targets, adjust, slot, slot * num_drafts + k)
             nan = _store_unit_keys(
-                row_ptr, keys_ptr + wide_row * padded_units(tl.cdiv(vocab, GROUP)), part * chunks // parts,
+                row_ptr, keys_ptr + wide_row * padded_units(tl.cdiv(vocab, GROUP)), choice, part * chunks // parts,
                 (part + 1) * chunks // parts, vocab, BLOCK, GROUP, SHIFT,
             )  # fmt: skip
             if nan > 0:
@@ -321,7 +386,7 @@ def draft_candidates_kernel(
                     tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size, 1024))
             if arrive(row_count_ptr + row, parts):
                 _keep_best(
-                    wide_row, row_ptr, head, keys_ptr, units_ptr, scratch[0], scratch[1], num_rows, vocab, num_candidates,
+                    wide_row, row_ptr, choice, head, keys_ptr, units_ptr, scratch[0], scratch[1], num_rows, vocab, num_candidates,
                     GROUP, UNITS, CHOSEN, WIDTH, SHIFT,
                 )  # fmt: skip
                 first = request
@@ -339,9 +404,9 @@ def draft_candidates_kernel(
                 awaited += tiles * tl.cdiv(latent[3], 16)
             if arrive(request_count_ptr + request, awaited):
                 _walk(
-                    request, slot, base, state, bigrams, map_ptr, head, latent, hidden, confidence, out, scratch, status_ptr,
-                    num_rows, num_drafts, vocab, num_candidates, first_draft, column,
-                    ADVANCE, STREAM, WITH_MARKOV, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
+                    request, slot, base, state, bigrams, map_ptr, adjust, filters, head, latent, hidden, confidence, out, scratch,
+                    status_ptr, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
+                    ADVANCE, STREAM, WITH_MARKOV, JOINT, LOG_WIDTH, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
                 )  # fmt: skip
 
 
@@ -353,13 +418,15 @@ def latent_programs(rows, outputs):
     return -(-rows // PAIRS.value) * -(-outputs // 16)
 
 
-def launch_draft_candidates(programs, args, *, kind, coupled, with_markov, shift, config):
+def launch_draft_candidates(programs, args, *, kind, coupled, with_markov, joint, shift, config):
     """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
     draft_candidates_kernel[(programs,)](
         *args,
         ADVANCE=_ADVANCE[kind],
         STREAM=COUPLED if coupled else DRAFT,
         WITH_MARKOV=with_markov,
+        JOINT=joint,
+        LOG_WIDTH=config.width.bit_length() - 1,
         BLOCK=config.block,
         GROUP=config.group,
         UNITS=config.units,

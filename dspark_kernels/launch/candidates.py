@@ -67,8 +67,8 @@ def pick(
     group = unit_ids(vocab, candidates)
     units = max(64, _padded(-(-vocab // group)))
     chosen = _padded(min(candidates, units))
-    # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that one
-    # reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
+    # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
+    # one reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
     warps = 8 if arch.vendor == "nvidia" else 4
     plain = weights == "bfloat16"
     block_r = min(padded_rank, 128, max(16, (8192 if plain else 2048) // width))

@@ -9,22 +9,13 @@ from __future__ import annotations
 import torch
 
 from .. import library, workspace as workspaces
-from ..checks import INT_DTYPES, LOGIT_DTYPES, check_int, check_optional, check_tensor, check_type, not_yet
+from ..checks import INT_DTYPES, check_int, check_tensor, check_type
 from ..launch import arch, candidates as launch
-from ..types import (
-    ConfidenceHead,
-    DraftBlock,
-    GatedMarkovHead,
-    MarkovHead,
-    OneHotProposal,
-    RnnMarkovHead,
-    SamplingTensors,
-    SparseProposal,
-)
+from ..types import DraftBlock, OneHotProposal, SparseProposal
+from .sampling import SCHEMA, Flat, adjust_settings, flatten
 
 OP = "draft_block"
 NEEDS = "draft_block candidates"
-MAX_RANK = 1024
 LEAST_GROUP = 16  # ids of the smallest unit of any configuration
 
 
@@ -39,24 +30,19 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     counters = 2 * workspaces.words_of(requests, int32) + workspaces.words_of(rows, int32)
     scratch = workspaces.words_of(rows * _units(vocab, LEAST_GROUP), int32)
     scratch += 2 * workspaces.words_of(rows * launch.MAX_CANDIDATES, int32) + workspaces.words_of(2 * rows, int32)
-    scratch += workspaces.words_of(rows, int32) + workspaces.words_of(3 * rows * MAX_RANK, int32)
-    return counters, scratch + workspaces.words_of(3 * requests * MAX_RANK, int32)
+    return counters, scratch + workspaces.words_of(rows, int32)
 
 
 def draft_candidates(
-    base_logits, anchors, head, *, anchor_positions, sampling, hidden, confidence, candidates, bigrams, draft_to_target,
-    first_draft, noise, state_indices, keep_logits, out, workspace,
+    base_logits, anchors, head, mixing, *, anchor_positions, sampling, hidden, confidence, candidates, bigrams, draft_to_target,
+    targets, first_draft, head_state, noise, state_indices, keep_logits, out, workspace,
 ) -> DraftBlock:  # fmt: skip
-    """ops.draft.draft_block where `candidates` is given; its arguments are described there."""
+    """ops.draft.draft_block where `candidates` is given, its other arguments checked. mixing: weight and bias of a gated or rnn
+    head, or two None; targets: how many target ids there are."""
     check_int("candidates", candidates, low=1, high=launch.MAX_CANDIDATES)
     rows, drafts, vocab = base_logits.shape
     device, slots = base_logits.device, anchors.shape[0]
-    listed = _check_bigrams(bigrams, device)
-    check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True)
-    _check_sampling(sampling, slots, device)
-    _check_head(head, hidden, rows, drafts, vocab, device)
-    _check_confidence(confidence, hidden, head, rows, drafts, first_draft, device)
-    width = candidates + listed
+    width = candidates + _check_bigrams(bigrams, device)
     if out is None:
         column = 0
         out = _allocate(base_logits, slots, rows, width, sampling, confidence, keep_logits, state_indices is not None)
@@ -65,12 +51,7 @@ def draft_candidates(
     if rows == 0:
         return out
     sparse = out.proposal if isinstance(out.proposal, SparseProposal) else None
-    counters, scratch = workspaces.lend(NEEDS, workspace, rows, drafts, vocab, device)
-    latent = (None, None)
-    if isinstance(head, GatedMarkovHead):
-        latent = (head.gate_weight, head.gate_bias)
-    elif isinstance(head, RnnMarkovHead):
-        latent = (head.joint_weight, head.joint_bias)
+    counters, scratch = _lend(workspace, rows, drafts, vocab, head, mixing[0], device)
     _draft_candidates(
         base_logits,
         anchors,
@@ -78,13 +59,12 @@ def draft_candidates(
         None if head is None else head.w1,
         None if head is None else head.w2,
         None if head is None else head.w2_scale,
-        *latent,
-        hidden if confidence is not None or latent[0] is not None else None,
+        *mixing,
+        hidden if confidence is not None or mixing[0] is not None else None,
         None if confidence is None else confidence.weight,
         None if confidence is None else confidence.bias,
         None if confidence is None else confidence.sts_temperatures,
-        None if sampling is None else sampling.temperature,
-        None if sampling is None else sampling.seed,
+        *flatten(sampling),
         bigrams,
         draft_to_target,
         state_indices,
@@ -95,9 +75,11 @@ def draft_candidates(
         None if sparse is None else sparse.logits,
         None if sparse is None else sparse.lse,
         out.flags,
+        head_state,
         counters,
         scratch,
         candidates,
+        targets,
         first_draft,
         column,
         noise == "coupled",
@@ -115,54 +97,13 @@ def _check_bigrams(bigrams, device) -> int:
     return listed
 
 
-def _check_sampling(sampling, slots, device):
-    if sampling is None:
-        return
-    check_type("sampling", sampling, SamplingTensors)
-    check_tensor("sampling.temperature", sampling.temperature, shape=(slots,), device=device)
-    for name in ("top_k", "top_p", "min_p", "logit_bias", "token_bitmask", "penalties"):
-        if getattr(sampling, name) is not None:
-            not_yet(OP, f"sampling.{name}", "filters and penalties while drafting are")
-
-
-def _check_head(head, hidden, rows, drafts, vocab, device):
-    if head is None:
-        return
-    check_type("head", head, MarkovHead)
-    if head.rank > MAX_RANK:
-        raise ValueError(f"head.w1: expected rank <= {MAX_RANK} with `candidates`, got {head.rank}")
-    check_tensor("head.w1", head.w1, device=device)
-    check_tensor("head.w2", head.w2, shape=(vocab, head.rank), device=device)
-    if head.w2_scale is not None:
-        check_tensor("head.w2_scale", head.w2_scale, contiguous=True)
-    if isinstance(head, (GatedMarkovHead, RnnMarkovHead)):
-        if hidden is None:
-            raise ValueError(f"hidden: expected [R, K, H] because `head` is a {type(head).__name__}, got None")
-        check_tensor("hidden", hidden, dtype=LOGIT_DTYPES, shape=(rows, drafts, "H"), device=device, last_contiguous=True)
-        name, ranks = ("gate", 1) if isinstance(head, GatedMarkovHead) else ("joint", 2)
-        width = hidden.shape[2] + ranks * head.rank
-        check_tensor(f"head.{name}_weight", getattr(head, f"{name}_weight"), shape=(None, width), device=device)
-        check_tensor(f"head.{name}_bias", getattr(head, f"{name}_bias"), device=device, contiguous=True)
-
-
-def _check_confidence(confidence, hidden, head, rows, drafts, first_draft, device):
-    if confidence is None:
-        return
-    check_type("confidence", confidence, ConfidenceHead)
-    if hidden is None:
-        raise ValueError("hidden: expected [R, K, H] because `confidence` is given, got None")
-    check_tensor("hidden", hidden, dtype=LOGIT_DTYPES, shape=(rows, drafts, "H"), device=device, last_contiguous=True)
-    width, size = confidence.weight.shape[0], hidden.shape[2]
-    markov = width == size + head.rank if head is not None else False
-    if width != size and not markov:
-        wanted = f"[{size}]" + ("" if head is None else f" or [{size + head.rank}]")
-        raise ValueError(f"confidence.weight: expected shape {wanted}, got [{width}]")
-    check_tensor("confidence.weight", confidence.weight, device=device)
-    temperatures = confidence.sts_temperatures
-    if temperatures is not None and temperatures.shape[0] < first_draft + drafts:
-        raise ValueError(
-            f"confidence.sts_temperatures: expected at least {first_draft + drafts} entries, got {temperatures.shape[0]}"
-        )
+def _lend(workspace, rows, drafts, vocab, head, weight, device):
+    if weight is None:
+        return workspaces.lend(NEEDS, workspace, rows, drafts, vocab, device)
+    counters, scratch = _needs(rows, drafts, vocab)
+    scratch += workspaces.latent_words(rows, drafts, head.rank, weight.shape[0] // head.rank)
+    message = f"expected room for {rows} requests x {drafts} drafts over {vocab} ids and markov_rank={head.rank}"
+    return workspaces.lend_words(workspace, counters, scratch, device, message)
 
 
 def _allocate(base_logits, slots, rows, width, sampling, confidence, keep_logits, scattered) -> DraftBlock:
@@ -231,24 +172,30 @@ _UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 @library.register(
     "draft_candidates(Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, Tensor? w2_scale, "
     "Tensor? latent_weight, Tensor? latent_bias, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? sts_temperatures, "
-    "Tensor? temperature, Tensor? seed, Tensor? bigrams, Tensor? draft_to_target, Tensor? state_indices, Tensor(a!) tokens, "
+    f"{SCHEMA}, Tensor? bigrams, Tensor? draft_to_target, Tensor? state_indices, Tensor(a!) tokens, "
     "Tensor(b!)? confidence, Tensor(c!)? confidence_logits, Tensor(d!)? ids, Tensor(e!)? logits, Tensor(f!)? lse, "
-    "Tensor(g!) flags, Tensor(h!) counters, Tensor(i!) scratch, int candidates, int first_draft, int column, bool coupled) -> ()"
+    "Tensor(g!) flags, Tensor(h!)? head_state, Tensor(i!) counters, Tensor(j!) scratch, int candidates, "
+    "int targets, int first_draft, int column, bool coupled) -> ()"
 )
 def _draft_candidates(
     base_logits, anchors, anchor_positions, w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias, sts_temperatures,
-    temperature, seed, bigrams, draft_to_target, state_indices, tokens, confidence, confidence_logits, ids, logits, lse, flags,
-    counters, scratch, candidates, first_draft, column, coupled,
+    temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint,
+    bigrams, draft_to_target, state_indices, tokens, confidence, confidence_logits, ids, logits, lse, flags, head_state,
+    counters, scratch, candidates, targets, first_draft, column, coupled,
 ):  # fmt: skip
     device = base_logits.device
     kernels = library.kernels("candidates", device)
     rows, drafts, vocab = base_logits.shape
     rank = 0 if w1 is None else w1.shape[1]
-    listed = 0 if bigrams is None else bigrams.shape[1]
+    successors = 0 if bigrams is None else bigrams.shape[1]
+    sampling = Flat(
+        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
+    )
+    adjust, filters = adjust_settings(sampling) if sampling.adjusts else None, sampling.filters
     outputs = 0 if latent_weight is None else latent_weight.shape[0]
     gpu = arch.current(device)
     weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
-    config = launch.pick(gpu, drafts, vocab, candidates, listed, rank, weights, outputs)
+    config = launch.pick(gpu, drafts, vocab, candidates, successors, rank, weights, outputs)
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     row_count, request_count = clean.take(rows * drafts, torch.int32), clean.take(rows, torch.int32)
@@ -257,24 +204,29 @@ def _draft_candidates(
     keys = carver.take(positions * _units(vocab, config.group), torch.int32)
     units, best = (carver.take(positions * candidates, torch.int32) for _ in range(2))
     bounds, scores = carver.take(2 * positions, torch.int32), carver.take(positions, torch.float32)
-    products, latents = carver.take(positions * outputs, torch.float32), carver.take(3 * rows * rank, torch.float32)
-
+    products = latents = states = None
     head = latent = heard = confident = follow = kind = None
     if w1 is not None:
         # Bytes of e4m3 are decoded by the kernel: not every architecture has the type.
         stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
         head, kind = (w1, w1.stride(0), stored, w2.stride(0), w2_scale, w1.shape[0], rank), "vanilla"
     if latent_weight is not None:
-        kind = "gated" if outputs == rank else "rnn"
-        columns = 0 if kind == "gated" else 2 * rank
-        latent = (latent_weight, latent_weight.stride(0), latent_bias, outputs, columns)
+        kind, columns = ("gated", 0) if outputs == rank else ("rnn", 2 * rank)
+        carried = (head_state, 0 if head_state is None else head_state.stride(0))
+        latent = (latent_weight, latent_weight.stride(0), latent_bias, outputs, columns, *carried)
+        products, states = carver.take(positions * outputs, torch.float32), None
+        # Rounded to W1's type where W2 has the same or is exact in it, as in the dense form.
+        exact = w2.dtype in (w1.dtype, torch.int8, torch.float8_e4m3fn)
+        latents = carver.take(rows * rank, w1.dtype if exact else torch.float32)
+        if kind == "rnn":
+            states = carver.take(2 * rows * rank, torch.float32)
     if hidden is not None:
         heard = (hidden, hidden.stride(0), hidden.stride(1), hidden.shape[2])
     if weight is not None:
         results = (confidence, confidence.stride(0), confidence_logits, confidence_logits.stride(0))
         confident = (weight, bias, sts_temperatures, *results)
     if bigrams is not None:
-        follow = (bigrams, bigrams.stride(0), bigrams.shape[0], listed)
+        follow = (bigrams, bigrams.stride(0), bigrams.shape[0], successors)
 
     def stride(tensor, dim):
         return 0 if tensor is None else tensor.stride(dim)
@@ -286,17 +238,18 @@ def _draft_candidates(
         (
             (base_logits, base_logits.stride(0), base_logits.stride(1)),
             (anchors, anchors.stride(0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed),
-            follow, draft_to_target, head, latent, heard, confident,
+            follow, draft_to_target, adjust, filters, head, latent, heard, confident,
             (
                 tokens, tokens.stride(0), ids, stride(ids, 0), stride(ids, 1), logits, stride(logits, 0), stride(logits, 1), lse,
                 stride(lse, 0), flags,
             ),
-            keys, units, (best, bounds, scores, products, latents), row_count, request_count, status,
-            rows, anchors.shape[0], drafts, vocab, candidates, first_draft, column, latent_items, parts,
+            keys, units, (best, bounds, scores, products, latents, states), row_count, request_count, status,
+            rows, anchors.shape[0], drafts, vocab, targets, candidates, first_draft, column, latent_items, parts,
         ),
         kind=kind,
         coupled=coupled,
         with_markov=weight is not None and weight.shape[0] > hidden.shape[2],
-        shift=_UNUSED_BITS[base_logits.dtype],
+        joint=joint and filters is not None,
+        shift=0 if adjust is not None else _UNUSED_BITS[base_logits.dtype],
         config=config,
     )  # fmt: skip

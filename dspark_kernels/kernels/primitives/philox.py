@@ -60,14 +60,6 @@ def coin_words(seed, position, anchor, stream: tl.constexpr):
 
 
 @triton.jit
-def id_words(seed, ids, position, anchor, stream: tl.constexpr):
-    """The word of each lane of a block of ids in any order."""
-    w0, w1, w2, w3 = _four_words(seed, ids >> 2, position, anchor, stream)
-    lane = ids & 3
-    return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-
-
-@triton.jit
 def uniform(words):
     """(word + 1/2) * 2^-32 in (0, 1 - 2^-24]."""
     return tl.minimum(words.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
