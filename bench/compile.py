@@ -125,34 +125,14 @@ def _draft(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloa
     )
 
 
-def _head(kind, vocab, rank, dtype, w2_dtype=None):
-    w2_dtype = w2_dtype or dtype
-    tables = _empty(vocab, rank, dtype=dtype), _empty(vocab, rank, dtype=w2_dtype)
-    scale = None if w2_dtype == dtype else torch.ones(vocab)
-    if kind == "gated":
-        return dk.GatedMarkovHead(*tables, scale, _empty(rank, HIDDEN + rank, dtype=dtype), _empty(rank, dtype=dtype))
-    if kind == "rnn":
-        return dk.RnnMarkovHead(*tables, scale, _empty(3 * rank, 2 * rank + HIDDEN, dtype=dtype), _empty(3 * rank, dtype=dtype))
-    return dk.MarkovHead(*tables, scale)
-
-
 def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
                 w2_dtype=None, sampled=True, confidence=True, slots=None, listed=0, mapped=False, adjusted=False, filtered=False,
                 **options):  # fmt: skip
     size, width = requests if slots is None else slots, candidates + listed
-    head = _head(kind, vocab, rank, dtype, w2_dtype) if rank else None
+    head = _head(kind, vocab, vocab, rank, dtype, w2_dtype) if rank else None
     confidence_head = None
     if confidence:
         confidence_head = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(drafts))
-    sampling = _sampling(size) if sampled else None
-    if adjusted:
-        ones = torch.ones(size)
-        penalties = dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), ones, ones, ones)
-        mask = _ints(size, drafts, -(-vocab // 32), dtype=torch.int32)
-        sampling = dataclasses.replace(sampling, logit_bias=_empty(size, vocab), token_bitmask=mask, penalties=penalties)
-    if filtered:
-        top_k = _ints(size, dtype=torch.int32)
-        sampling = dataclasses.replace(sampling, top_k=top_k, top_p=torch.ones(size), min_p=torch.ones(size))
     logits = _empty(size, drafts, width, dtype=dtype)
     proposal = dk.SparseProposal(_ints(size, drafts, width), logits, lse=_empty(size, drafts, dtype=torch.float32))
     scores = [_empty(size, drafts, dtype=torch.float32) if confidence else None for _ in range(2)]
@@ -161,12 +141,13 @@ def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab
         _ints(size),
         head,
         anchor_positions=_ints(size),
-        sampling=sampling,
+        sampling=_settings(size, drafts, vocab, adjusted, filtered) if sampled else None,
         hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
         confidence=confidence_head,
         candidates=candidates,
         bigrams=_ints(vocab, listed, dtype=torch.int32) if listed else None,
         draft_to_target=_ints(vocab) if mapped else None,
+        head_state=_empty(size, rank, dtype=torch.float32) if kind == "rnn" else None,
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         out=dk.DraftBlock(
             _ints(size, drafts),

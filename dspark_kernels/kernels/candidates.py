@@ -86,7 +86,7 @@ def _store_unit_keys(
         x = loaded.to(tl.float32)
         loaded = _chunk(row_ptr, chunk + 1, end, vocab, BLOCK)  # on its way while this one is reduced
         ids = chunk * BLOCK + tl.arange(0, BLOCK)
-        x, _, _ = _judged(x, ids, ids < vocab, choice, 0, 0, no_path)
+        x, _, _ = _judged(x, ids, ids < vocab, choice, tl.zeros([1], tl.int64), 0, no_path)
         nan = nan | (x != x)
         keys = ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
         here = chunk * (BLOCK // GROUP) + unit
@@ -122,7 +122,7 @@ def _keep_best(
     ids = tl.multiple_of(units * GROUP, GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (c < wanted)[:, None] & (ids < vocab)
     x = tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32)
-    x, _, _ = _judged(x, ids, inside, choice, 0, 0, no_path)
+    x, _, _ = _judged(x, ids, inside, choice, tl.zeros([1], tl.int64), 0, no_path)
     keys = tl.where(inside, ordered_key(numbers(x), SHIFT), ABSENT)
     bound, selected, place = select(keys, tl.minimum(num_candidates, vocab))
     tl.store(ids_ptr + row * num_candidates + place, ids, mask=selected)
@@ -153,7 +153,7 @@ def _listed_ids(ids, c, bigrams, previous, row_ptr, choice, bounds_ptr, row, num
     more = tl.load(list_ptr + i, mask=(i >= 0) & (i < count), other=-1)
     more = tl.where((more >= 0) & (more < vocab), more, -1).to(tl.int32)
     x = tl.load(row_ptr + more, mask=more >= 0, other=NEG_INF).to(tl.float32)
-    x, _, _ = _judged(x, more, more >= 0, choice, 0, 0, no_path)
+    x, _, _ = _judged(x, more, more >= 0, choice, tl.zeros([1], tl.int64), 0, no_path)
     key = ordered_key(numbers(x), SHIFT)
     bound = tl.load(bounds_ptr + row * 2, volatile=True)
     cut = tl.load(bounds_ptr + row * 2 + 1, volatile=True)

@@ -49,12 +49,12 @@ def parts(arch: Arch, rows: int, chunks: int) -> int:
 
 
 def pick(
-    arch: Arch, drafts: int, vocab: int, candidates: int, listed: int, rank: int, weights: str, outputs: int
+    arch: Arch, drafts: int, vocab: int, candidates: int, listed: int, rank: int, weights: str, outputs: int, settings: bool
 ) -> CandidatesConfig:
     """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
 
-    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. Nothing here may depend on the batch: sums over
-    ranks take the order that these blocks give them.
+    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. settings: penalties, bias, mask, filters or an
+    id map are in play. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
     """
     width = max(16, _padded(candidates + listed))
     padded_rank, padded_drafts = max(16, _padded(rank)), _padded(drafts)
@@ -71,8 +71,9 @@ def pick(
     # one reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
     warps = 8 if arch.vendor == "nvidia" else 4
     plain = weights == "bfloat16"
-    block_r = min(padded_rank, 128, max(16, (8192 if plain else 2048) // width))
+    capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and weights not in ("float16", "float32")
+    most = 32 if capped and (not plain or arch.family not in ("sm_90", "sm_100")) else 64 if width < 32 else 128
+    block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
     block_o, block_j = (64, 128) if plain else (32, 32)
-    capped = arch.vendor == "nvidia" and not outputs and width <= 128 and weights not in ("float16", "float32")
     registers = 128 if capped else None
     return CandidatesConfig(8192, group, units, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)

@@ -195,7 +195,8 @@ def _draft_candidates(
     outputs = 0 if latent_weight is None else latent_weight.shape[0]
     gpu = arch.current(device)
     weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
-    config = launch.pick(gpu, drafts, vocab, candidates, successors, rank, weights, outputs)
+    settings = adjust is not None or filters is not None or draft_to_target is not None
+    config = launch.pick(gpu, drafts, vocab, candidates, successors, rank, weights, outputs, settings)
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     row_count, request_count = clean.take(rows * drafts, torch.int32), clean.take(rows, torch.int32)
