@@ -9,7 +9,7 @@ from errors import excess_error
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.launch import arch, candidates as launch
+from dspark_kernels.launch import candidates as launch
 from reference import cases, draft as reference, heads
 from reference.equality import assert_equal_or_tied
 
@@ -134,7 +134,7 @@ def test_equals_reference(data):
         w2_dtype=draw(st.sampled_from([None, torch.int8, torch.float8_e4m3fn])),
         dtype=draw(st.sampled_from(DTYPES)),
         weight_dtype=draw(st.sampled_from(DTYPES)),
-        requests=draw(st.sampled_from([1, 2, 7])),
+        requests=draw(st.sampled_from([1, 2, 3])),
         drafts=draw(st.sampled_from([1, 2, 3])),
         vocab=draw(st.sampled_from([1, 33, 300, 1031])),
         hidden_size=draw(st.sampled_from([1, 24, 130])),
@@ -235,9 +235,9 @@ def take(case, rows):
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated"])
 def test_any_batch(kind):
-    case = cases.draft_case(seed=50, requests=9, drafts=3, vocab=700, rank=24, kind=kind, dtype=torch.bfloat16)
+    case = cases.draft_case(seed=50, requests=7, drafts=2, vocab=500, rank=24, kind=kind, dtype=torch.bfloat16)
     whole = dk.draft_block(**case.arguments(), candidates=21)
-    for rows in ([4], [8, 0, 7, 2, 5, 1]):
+    for rows in ([4], [6, 0, 5, 2]):
         part = dk.draft_block(**take(case, rows).arguments(), candidates=21)
         assert same(bits(part, slice(None)), bits(whole, rows)), rows
         assert torch.equal(part.flags, whole.flags[rows])
@@ -269,13 +269,13 @@ def test_programs_at_once_with_one_workspace(monkeypatch):
 
     if not interpreter.interpreting():
         pytest.skip("programs run together on a GPU anyway")
-    case = cases.draft_case(seed=52, requests=4, drafts=3, vocab=600, rank=8, kind="rnn", dtype=torch.bfloat16)
+    case = cases.draft_case(seed=52, requests=2, drafts=2, vocab=600, rank=8, kind="rnn", dtype=torch.bfloat16)
     want = dk.draft_block(**arguments_of(case), candidates=12)
-    workspace = dk.Workspace(4, 3, 600, "cpu", markov_rank=8)
+    workspace = dk.Workspace(2, 2, 600, "cpu", markov_rank=8)
     pick = launch.pick
     monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), block=128))
-    monkeypatch.setattr(arch, "INTERPRETER", dataclasses.replace(arch.INTERPRETER, multiprocessors=4))
-    with interpreter.threads(4):
+    monkeypatch.setattr(launch, "parts", lambda *a: 2)
+    with interpreter.threads(2 + 2 * 2 * 2):  # the head's products and two parts of every row
         for _ in range(2):
             workspace.scratch.fill_(-1)
             have = dk.draft_block(**arguments_of(case), candidates=12, workspace=workspace)
@@ -395,7 +395,7 @@ def test_anchor_outside_the_vocabulary(anchor):
 
 # --- the law ----------------------------------------------------------------------------------------------------------
 
-DRAWS, CANDIDATES, VOCABULARY = 4000, 4, 8
+DRAWS, CANDIDATES, VOCABULARY = 400, 4, 8
 
 
 def test_drafts_follow_the_stored_law():
@@ -412,7 +412,7 @@ def test_drafts_follow_the_stored_law():
         windows.append(block[0])
         laws.append(torch.softmax(block[1].double() / 1.3, -1))
         for k in range(3):
-            assert chi_square(block[0][:, k], block[2][:, k], laws[-1][:, k]) < 60
+            assert chi_square(block[0][:, k], block[2][:, k], laws[-1][:, k]) < 40
     # The same place of both windows: with the position's noise alone they would be equal far more often than their laws allow.
     for k in range(3):
         chance = sum((laws[0][:, k] * laws[1][:, k]).sum(-1).tolist()) / DRAWS
@@ -421,18 +421,16 @@ def test_drafts_follow_the_stored_law():
 
 
 def drafted_in_pieces(base, head, sampling, position):
-    tokens, logits, ids = [], [], []
     anchors, positions = torch.zeros(DRAWS, dtype=torch.int64), torch.full((DRAWS,), position)
     # The interpreter takes a program per row one after another, so the reference draws most of them; the kernel, a sample.
     want = reference.draft_block(base, anchors, head, anchor_positions=positions, sampling=sampling, candidates=CANDIDATES)
-    few = slice(0, 24)
+    few = slice(0, 10)
     have = dk.draft_block(
         base[few], anchors[few], head, anchor_positions=positions[few], candidates=CANDIDATES,
         sampling=dk.SamplingTensors(sampling.temperature[few], sampling.seed[few].contiguous()),
     )  # fmt: skip
     assert torch.equal(have.tokens, want.tokens[few]) and torch.equal(have.proposal.ids, want.proposal.ids[few])
-    tokens, logits, ids = want.tokens, want.proposal.logits, want.proposal.ids
-    return tokens, logits, ids
+    return want.tokens, want.proposal.logits, want.proposal.ids
 
 
 def chi_square(tokens, ids, law):
