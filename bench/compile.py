@@ -125,6 +125,41 @@ def _draft(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloa
     )
 
 
+def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
+                w2_dtype=None, sampled=True, confidence=True, slots=None, listed=0, mapped=False, adjusted=False, filtered=False,
+                **options):  # fmt: skip
+    size, width = requests if slots is None else slots, candidates + listed
+    head = _head(kind, vocab, vocab, rank, dtype, w2_dtype) if rank else None
+    confidence_head = None
+    if confidence:
+        confidence_head = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(drafts))
+    logits = _empty(size, drafts, width, dtype=dtype)
+    proposal = dk.SparseProposal(_ints(size, drafts, width), logits, lse=_empty(size, drafts, dtype=torch.float32))
+    scores = [_empty(size, drafts, dtype=torch.float32) if confidence else None for _ in range(2)]
+    dk.draft_block(
+        _empty(requests, drafts, vocab, dtype=dtype),
+        _ints(size),
+        head,
+        anchor_positions=_ints(size),
+        sampling=_settings(size, drafts, vocab, adjusted, filtered) if sampled else None,
+        hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
+        confidence=confidence_head,
+        candidates=candidates,
+        bigrams=_ints(vocab, listed, dtype=torch.int32) if listed else None,
+        draft_to_target=_ints(vocab) if mapped else None,
+        head_state=_empty(size, rank, dtype=torch.float32) if kind == "rnn" else None,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        out=dk.DraftBlock(
+            _ints(size, drafts),
+            proposal if sampled else dk.OneHotProposal(),
+            _ints(requests, dtype=torch.int32),
+            *scores,
+        ),
+        workspace=dk.Workspace(requests, drafts, vocab, "cpu", markov_rank=rank),
+        **options,
+    )
+
+
 def _layout(requests, *, drafts=DRAFTS, prefill=False, paged=False, slots=None):
     size = requests if slots is None else slots
     block = dk.DraftBlock(_ints(size, drafts), dk.OneHotProposal(), _ints(requests, dtype=torch.int32))
@@ -277,6 +312,27 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "filtered_r64": lambda: _draft(64, filtered=True),
         "adjusted_r8": lambda: _draft(8, adjusted=True),
     },
+    "draft_candidates": {
+        "c64_r1": lambda: _candidates(1),
+        "c64_r64": lambda: _candidates(64),
+        "c64_r64_slots": lambda: _candidates(64, slots=80),
+        "c16": lambda: _candidates(64, 16),
+        "c256": lambda: _candidates(64, 256),
+        "c64_fp32": lambda: _candidates(64, dtype=torch.float32),
+        "c64_fp16": lambda: _candidates(64, dtype=torch.float16),
+        "c64_plain": lambda: _candidates(64, rank=0, confidence=False),
+        "c64_rank1024": lambda: _candidates(64, rank=1024),
+        "c64_int8": lambda: _candidates(64, w2_dtype=torch.int8),
+        "c64_fp8": lambda: _candidates(64, w2_dtype=torch.float8_e4m3fn),
+        "c64_gated": lambda: _candidates(64, kind="gated"),
+        "c64_rnn": lambda: _candidates(64, kind="rnn"),
+        "c64_rnn_fp32": lambda: _candidates(64, kind="rnn", dtype=torch.float32),
+        "c56_bigrams8": lambda: _candidates(64, 56, listed=8),
+        "c64_coupled_map": lambda: _candidates(64, vocab=32000, mapped=True, noise="coupled"),
+        "c64_greedy": lambda: _candidates(64, sampled=False),
+        "c64_adjusted": lambda: _candidates(64, adjusted=True),
+        "c64_filtered": lambda: _candidates(64, filtered=True),
+    },
     "fixed_layout": {
         "r1": lambda: _layout(1),
         "r64": lambda: _layout(64),
@@ -406,6 +462,8 @@ def _argument(value, parameter) -> str:
         return f"({', '.join(_argument(part, parameter) for part in value)})"
     if isinstance(value, torch.Tensor):
         return f"*{value.dtype}" + (":16" if value.data_ptr() % 16 == 0 else "")
+    if isinstance(value, tuple):
+        return f"({', '.join(_argument(part, parameter) for part in value)})"
     if isinstance(value, int) and not isinstance(value, bool):
         width = "i32" if -(2**31) <= value < 2**31 else "i64"
         if parameter.do_not_specialize:
