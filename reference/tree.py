@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import Acceptance, DenseProposal, DraftTree, Flag, OneHotProposal, SamplingTensors, VerifyLayout
+from dspark_kernels.types import Acceptance, DraftTree, Flag, OneHotProposal, SamplingTensors, VerifyLayout
 
 from .accept import _draft_law as draft_law, law_of
 from .decisions import Decisions
@@ -161,3 +161,135 @@ def sibling_laws(law: Tensor, tokens: Sequence[int], drawn: str) -> list[Tensor]
             rest = float(law.sum())
             law = law / rest if rest > 0 else law
     return found
+
+
+class _Lazy:
+    """Laws by node, computed when a rule asks for them."""
+
+    def __init__(self, make):
+        self._make, self._laws = make, {}
+
+    def __getitem__(self, node: int):
+        if node not in self._laws:
+            self._laws[node] = self._make(node)
+        return self._laws[node]
+
+
+class _GreedySource:
+    """Answers draws by the arg-max, from logits, with its margin."""
+
+    def __init__(self, rows, decisions: Decisions, request: int):
+        self._rows, self._decisions, self._request = rows, decisions, request
+
+    def draw(self, position: int, weights: Tensor, node: int = 0) -> int:
+        return self._decisions.pick(self._request, "greedy", self._rows[node])
+
+
+def accept_tree(
+    target_logits: Tensor,
+    layout: VerifyLayout,
+    tree: DraftTree,
+    *,
+    sampling: SamplingTensors | None = None,
+    rule: str = "walk",
+    anchors: Tensor | None = None,
+    anchor_positions: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    out: Acceptance | None = None,
+    workspace=None,
+    decisions: Decisions | None = None,
+) -> Acceptance:
+    """The op's arguments and result (dspark_kernels.ops.tree), plus `decisions` to record margins.
+
+    Node m of a request is its m-th logit row, with the token of the layout's row; nodes without a row do not exist. A greedy
+    row, and every row of a tree made without chance, is judged by the walk under each rule: there the three emit one law. Children
+    of a node without a finite logit are not looked at.
+    """
+    for name, value in (("out", out), ("workspace", workspace)):
+        if value is not None:
+            raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
+    if rule not in ("walk", "recursive", "traversal"):
+        raise ValueError(f"rule: expected one of 'walk', 'recursive', 'traversal', got {rule!r}")
+    decisions = Decisions() if decisions is None else decisions
+    device, batch, nodes = target_logits.device, layout.draft_lens.shape[0], tree.tokens.shape[1]
+    result = Acceptance(
+        tokens=torch.full((batch, nodes), -1, dtype=torch.int64, device=device),
+        **{
+            name: torch.zeros(batch, dtype=torch.int32, device=device)
+            for name in ("num_accepted", "num_emitted", "num_rejected", "last_row", "flags")
+        },
+        next_token=torch.full((batch,), -1, dtype=torch.int64, device=device),
+        commit_mask=torch.zeros(layout.token_ids.shape[0], dtype=torch.bool, device=device),
+        path=torch.full((batch, nodes), -1, dtype=torch.int32, device=device),
+        kv_source=torch.full((batch, nodes), -1, dtype=torch.int32, device=device),
+    )
+    offsets, starts = layout.cu_num_logits.tolist(), layout.query_start_loc.tolist()
+    row_of, ids = layout.logits_indices.tolist(), layout.token_ids.tolist()
+    for r in range(batch):
+        slot = r if state_indices is None else int(state_indices[r])
+        if not 0 <= slot < tree.tokens.shape[0]:
+            continue
+        first, count = offsets[r], min(offsets[r + 1] - offsets[r], nodes)
+        if count <= 0:
+            result.commit_mask[starts[r] : starts[r + 1]] = True  # a prefill chunk that does not emit keeps its rows
+            continue
+        forward = row_of[first : first + count]
+        rows, row_flags = zip(*(read_logits(target_logits[first + m]) for m in range(count)), strict=True)
+        parents = [
+            -1 if 0 <= parent < count and row_flags[parent] & Flag.NONFINITE_ROW else parent
+            for parent in tree.parents[slot, :count].tolist()
+        ]
+        shape = nodes_of([ids[row] for row in forward], parents)
+        position = int(layout.positions[forward[0]])
+        verdict = _judge(rows, row_flags, shape, tree, slot, sampling, rule, r, position, decisions)
+        n = len(verdict.path) - 1
+        result.path[r, : n + 1] = torch.tensor(verdict.path, dtype=torch.int32)
+        result.kv_source[r, : n + 1] = torch.tensor([forward[node] for node in verdict.path], dtype=torch.int32)
+        result.tokens[r, : n + 1] = torch.tensor([*(shape.tokens[node] for node in verdict.path[1:]), verdict.token])
+        result.next_token[r] = verdict.token
+        result.num_accepted[r], result.num_emitted[r], result.num_rejected[r] = n, n + 1, count - 1 - n
+        result.last_row[r] = forward[verdict.path[-1]]
+        result.commit_mask[starts[r] : forward[0]] = True
+        result.commit_mask[[forward[node] for node in verdict.path]] = True
+        result.flags[r] = (
+            (Flag.NAN if any(row_flags[node] & Flag.NAN for node in verdict.path) else 0)
+            | (row_flags[verdict.path[-1]] & Flag.NONFINITE_ROW)
+            | (Flag.BAD_TOKEN_ID if verdict.bad_draft else 0)
+            | (Flag.EMPTY_RESIDUAL if verdict.empty_residual else 0)
+        )
+        if anchors is not None:
+            anchors[slot] = verdict.token
+        if anchor_positions is not None:
+            anchor_positions[slot] = position + n + 1
+    return result
+
+
+def _judge(rows, row_flags, shape, tree, slot, sampling, rule, request, position, decisions) -> TreeVerdict:
+    """Apply the rule to one request."""
+    vocab, device = rows[0].shape[0], rows[0].device
+    scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
+    if scale == 0:
+        return walk_rule(rows, None, shape, _GreedySource(rows, decisions, request), position)
+
+    def target_law(node):
+        if row_flags[node] & Flag.NONFINITE_ROW:
+            law = torch.zeros(vocab, dtype=torch.float64, device=device)
+            law[int(torch.argmax((rows[node] > -math.inf).int()))] = 1.0
+            return law
+        return law_of(rows[node], scale)
+
+    source = PhiloxSource(int(sampling.seed[slot]), position, decisions, request)
+    proposal = tree.proposal
+    draft_scale = scale
+    if not isinstance(proposal, OneHotProposal) and proposal.temperature is not None:
+        draft_scale = inverse_temperature(float(proposal.temperature[slot]))
+    by_chance = not isinstance(proposal, OneHotProposal) and tree.drawn != "one_hot" and draft_scale > 0
+    draft_probs = {}
+    if by_chance and rule != "walk":
+        for node, children in enumerate(shape.children):
+            if children:
+                law = draft_law(proposal, slot, node, 0, scale, vocab, device)
+                tokens = [shape.tokens[child] for child in children]
+                draft_probs.update(zip(children, sibling_laws(law, tokens, tree.drawn), strict=True))
+    chosen = RULES[rule if by_chance else "walk"]
+    return chosen(_Lazy(target_law), draft_probs, shape, source, position)
