@@ -209,6 +209,21 @@ def _attention(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, pa
     )  # fmt: skip
 
 
+def _compact(requests, *, nodes=32, layers=36, kv_heads=8, head_dim=128, dtype=torch.bfloat16, extra=0):
+    """Keys and values of all layers; extra: odd bytes per slot, so that nothing wider than a byte moves."""
+    pages = [_empty(64, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    rows = _rows(requests, nodes - 1)
+    counts = [int32(requests) for _ in range(5)]
+    acceptance = dk.Acceptance(
+        _ints(requests, nodes), *counts[:3], _ints(requests), counts[3], torch.zeros(len(rows.token_ids), dtype=torch.bool),
+        counts[4], kv_source=int32(requests, nodes),
+    )  # fmt: skip
+    more = [_empty(64, 16, extra, dtype=torch.uint8)] if extra else []
+    layout = dataclasses.replace(rows, slot_mapping=_ints(len(rows.token_ids)))
+    dk.compact_kv(dk.KVLayers.of([pages] * layers), acceptance, layout, extra=more)
+
+
 # op -> case -> call. A case for every constant and optional argument that makes another binary.
 CASES: dict[str, dict[str, Callable[[], object]]] = {
     "draft_block": {
@@ -286,6 +301,11 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "fp32": lambda: _attention(64, dtype=torch.float32),
         "fp32_d256": lambda: _attention(64, dtype=torch.float32, head_dim=256, group=2),
         "invariant": lambda: _attention(64, invariant=True, return_lse=True),
+    },
+    "compact_kv": {
+        "r64": lambda: _compact(64),
+        "r1_fp8": lambda: _compact(1, dtype=torch.float8_e4m3fn),
+        "r64_bytes": lambda: _compact(64, layers=1, extra=7),
     },
     "accept_chain": {
         "dense": lambda: _accept(64),

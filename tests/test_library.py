@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.ops import accept, attention, draft, layout, schedule
+from dspark_kernels.ops import accept, attention, compact, draft, layout, schedule
 from reference import cases
 
 
@@ -55,6 +55,13 @@ def _plan():
     dk.plan_attention(made.layout, made.kv, query_heads=6)
 
 
+def _compact():
+    from test_compact import case_of
+
+    case = case_of(4, 2, 9, 4, ("plain", "apart"), extra=2)
+    dk.compact_kv(dk.KVLayers.of([case.caches]), case.acceptance, case.layout, extra=case.extra)
+
+
 @pytest.mark.parametrize(
     "module, name, run",
     [
@@ -65,6 +72,7 @@ def _plan():
         (layout, "_fixed_layout", _layout),
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
+        (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
         (schedule, "_schedule_prefixes", _schedule(600, policy="budget", stale_confidence=torch.ones(600, 3))),
@@ -120,6 +128,24 @@ def test_attention_compiles_into_one_graph(backend):
     arguments = (case.q, kv.k_cache, kv.v_cache, kv.block_tables, kv.context_lens, case.k_new, case.v_new, case.sinks)
     have = torch.compile(_layer, fullgraph=True, backend=backend)(*arguments, case.layout)
     assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
+
+
+def test_compaction_compiles_into_one_graph():
+    """Caches written in place through their addresses, among other writes to them."""
+    from test_compact import bytes_of, case_of
+
+    def step(layers, acceptance, layout):
+        layers.caches[0].mul_(2)
+        dk.compact_kv(layers, acceptance, layout)
+        layers.caches[1].mul_(2)
+        return layers.caches[0] + 1
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        case = case_of(4, 2, 9, 4)
+        finite = [plane.nan_to_num_(0.0).clamp_(-9, 9) for plane in case.caches]
+        results.append([call(dk.KVLayers.of([finite]), case.acceptance, case.layout), *finite])
+    assert all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in zip(*results, strict=True))
 
 
 def test_constants_of_kernels_are_the_public_ones():
