@@ -10,6 +10,7 @@ from .ops.compact import compact_kv
 from .ops.draft import draft_block
 from .ops.layout import draft_layout, fixed_layout, tree_layout
 from .ops.schedule import schedule_prefixes
+from .ops.tree import accept_tree
 from .types import (
     Acceptance,
     AttentionPlan,

@@ -30,8 +30,8 @@ SAMPLED = ("iid", "without_replacement")
 MAX_NODES = 64
 
 
-class _Growing:
-    """A tree of one request while it is drafted."""
+class Growing:
+    """A tree of one request while it grows."""
 
     def __init__(self, anchor: int, room: int):
         self.tokens, self.parents, self.depths, self.room = [anchor], [-1], [0], room
@@ -91,7 +91,7 @@ def draft_tree(
     head = None if method == "best_first" else head
     depth_limit = drafts if branching is None else min(drafts, len(branching))
     stored = torch.zeros(slots, num_nodes, vocab, dtype=base_logits.dtype, device=device) if method in SAMPLED else None
-    grown: dict[int, _Growing] = {}
+    grown: dict[int, Growing] = {}
     flags = torch.zeros(batch, dtype=torch.int32, device=device)
     w2 = heads.output_weights(head)
     for r in range(batch):
@@ -102,7 +102,7 @@ def draft_tree(
         if head is not None and not 0 <= anchor < head.w1.shape[0]:
             flags[r] |= int(Flag.BAD_TOKEN_ID)
         room = num_nodes if node_budgets is None else max(1, min(int(node_budgets[r]), num_nodes))
-        tree = grown[slot] = _Growing(anchor, room)
+        tree = grown[slot] = Growing(anchor, room)
         scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
         source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, position, decisions, r)
         states = {0: heads.Transition(head, w2)}
@@ -133,7 +133,7 @@ def draft_tree(
         else:
             _by_probability(tree, depth_limit, law_after, scale if scale > 0 else 1.0, decisions, r)
     proposal = OneHotProposal() if stored is None else DenseProposal(stored)
-    return _packed(grown, slots, num_nodes, device, proposal, method if method in SAMPLED else "one_hot", flags)
+    return packed(grown, slots, num_nodes, device, proposal, method if method in SAMPLED else "one_hot", flags)
 
 
 def _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, request):
@@ -181,7 +181,7 @@ def _by_probability(tree, depth_limit, law_after, scale, decisions, request):
         logs[parent][token] = -math.inf
 
 
-def _packed(grown, slots, nodes, device, proposal, drawn, flags) -> DraftTree:
+def packed(grown, slots, nodes, device, proposal, drawn, flags) -> DraftTree:
     """Tensors [S, M] of the trees; nodes that are not there are -1, their ancestor words 0."""
     names = ("parents", "depths", "first_child", "next_sibling")
     links = {name: torch.full((slots, nodes), -1, dtype=torch.int32) for name in names}
@@ -245,7 +245,7 @@ def expand_tree(
     grown = {}
     for slot, count in enumerate(tree.num_nodes.tolist()):
         if count > 0:
-            old = grown[slot] = _Growing(int(tree.tokens[slot, 0]), nodes)
+            old = grown[slot] = Growing(int(tree.tokens[slot, 0]), nodes)
             for node in range(1, count):
                 old.add(int(tree.parents[slot, node]), int(tree.tokens[slot, node]))
     for r in range(node_logits.shape[0]):
@@ -267,4 +267,4 @@ def expand_tree(
                 logits = stored[slot, node].double()
             _children(growing, node, branching, logits, method, scale, source, position, decisions, r)
     proposal = tree.proposal if stored is None else DenseProposal(stored)
-    return _packed(grown, slots, nodes, node_logits.device, proposal, method if method in SAMPLED else "one_hot", flags)
+    return packed(grown, slots, nodes, node_logits.device, proposal, method if method in SAMPLED else "one_hot", flags)
