@@ -439,9 +439,9 @@ def _decide(
                 elif is_point == 0:
                     one = tl.full([1], 0, tl.int64) + row
                     row_top, _, words, tops = merge_leaves(top_ptr, mass_ptr, one, num_leaves, scale, LEAVES)
-                    drawn = draw_rows(target_ptr + one * stride_t, tops, words, row_top, vocab, scale, seed, position, anchor, at,
+                    plain = draw_rows(target_ptr + one * stride_t, tops, words, row_top, vocab, scale, seed, position, anchor, at,
                                       1, LEAVES)  # fmt: skip
-                    token = tl.sum(drawn, axis=0).to(tl.int64)
+                    token = tl.sum(plain, axis=0).to(tl.int64)
     if final > 0:
         path = tl.where(i == last, 1, 0)
         node = last
@@ -579,7 +579,7 @@ def accept_tree_kernel(
                     )  # fmt: skip
                     if arrive(request_count_ptr + request, length // GROUP + 1):
                         decides = 1
-    else:
+    elif SWEEPS:
         state = tl.full((), DONE, tl.int32)
         if length >= 0:
             state = tl.atomic_add(published_ptr + request, 0, sem="acquire", scope="gpu")
