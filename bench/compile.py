@@ -326,12 +326,9 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
     },
     "accept_tree": {
         "walk": lambda: _accept_tree(64),
-        "walk_r1": lambda: _accept_tree(1),
         "walk_m64": lambda: _accept_tree(8, nodes=64, slots=10),
         "greedy": lambda: _accept_tree(64, sampled=False),
         "recursive_iid": lambda: _accept_tree(64, rule="recursive", drawn="iid"),
-        "recursive_replaced": lambda: _accept_tree(64, rule="recursive", drawn="without_replacement"),
-        "traversal_iid": lambda: _accept_tree(64, rule="traversal", drawn="iid", nodes=64),
         "traversal_replaced": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", slots=80),
         "traversal_v1000": lambda: _accept_tree(8, rule="traversal", drawn="without_replacement", vocab=1000, nodes=8),
     },

@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.ops import accept, attention, compact, draft, layout, schedule
+from dspark_kernels.ops import accept, attention, compact, draft, layout, schedule, tree
 from reference import cases
 
 
@@ -55,6 +55,12 @@ def _plan():
     dk.plan_attention(made.layout, made.kv, query_heads=6)
 
 
+def _accept_tree(*rule):
+    from reference.tree_cases import accept_tree_case
+
+    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule).arguments())
+
+
 def _compact():
     from test_compact import case_of
 
@@ -72,6 +78,8 @@ def _compact():
         (layout, "_fixed_layout", _layout),
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
+        (tree, "_accept_tree", _accept_tree("one_hot", "walk")),
+        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal")),
         (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
@@ -154,15 +162,18 @@ def test_constants_of_kernels_are_the_public_ones():
         attention as attention_kernels,
         draft as draft_kernels,
         schedule as schedule_kernels,
+        tree as tree_kernels,
     )
     from dspark_kernels.kernels.primitives import mass, philox, rows
 
-    for kernels in (accept_kernels, draft_kernels, schedule_kernels, rows):
+    for kernels in (accept_kernels, draft_kernels, schedule_kernels, tree_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
     assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
-    assert draft_kernels.UNIT.value == draft.UNIT and mass.LEAF.value == accept.LEAF
+    assert draft_kernels.UNIT.value == draft.UNIT and mass.LEAF.value == accept.LEAF == tree.LEAF
+    assert [tree_kernels.WALK.value, tree_kernels.RECURSIVE.value, tree_kernels.TRAVERSAL.value] == [0, 1, 2]
+    assert tree.RULES == ("walk", "recursive", "traversal")
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 

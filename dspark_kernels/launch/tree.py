@@ -23,9 +23,11 @@ def pick(arch: Arch, num_leaves: int, num_nodes: int, sweeps: bool) -> TreeConfi
     """The configuration for rows of `num_leaves` leaves. Not measured on a GPU yet.
 
     Items of wave 1 as in launch/accept.py. A sweep has fewer, larger items: all of M - 1 possible sweeps are launched, most of
-    which end at once.
+    which end at once. With sweeps, items of several nodes spill on sm_80 (bench/compile.py).
     """
-    pairs = 16 if arch.vendor == "interpreter" else 4
+    interpreted = arch.vendor == "interpreter"
+    pairs = 16 if interpreted else 4
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
-    group = min(pairs // chunk, 1 << (num_nodes - 1).bit_length()) if chunk >= num_leaves else 1
+    grouped = chunk >= num_leaves and (interpreted or not sweeps)
+    group = min(pairs // chunk, 1 << (num_nodes - 1).bit_length()) if grouped else 1
     return TreeConfig(group, chunk, span=1 if chunk >= num_leaves else 4, num_warps=4, max_registers=None)
