@@ -276,6 +276,43 @@ def _attention(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, pa
     )  # fmt: skip
 
 
+def _tree(slots, nodes, proposal, drawn):
+    links = [_ints(slots, nodes, dtype=torch.int32) for _ in range(4)]
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    return dk.DraftTree(_ints(slots, nodes), *links, _ints(slots, nodes), int32(slots), proposal, drawn, int32(slots))
+
+
+def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", sampled=True, slots=None):
+    size = requests if slots is None else slots
+    law = dk.OneHotProposal() if drawn == "one_hot" else dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype))
+    dk.accept_tree(
+        _empty(requests * nodes, vocab, dtype=dtype),
+        _rows(requests, nodes - 1),
+        _tree(size, nodes, law, drawn),
+        sampling=_sampling(size) if sampled else None,
+        rule=rule,
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu"),
+    )
+
+
+def _compact(requests, *, nodes=32, layers=36, kv_heads=8, head_dim=128, dtype=torch.bfloat16, extra=0):
+    """Keys and values of all layers; extra: odd bytes per slot, so that nothing wider than a byte moves."""
+    pages = [_empty(64, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    rows = _rows(requests, nodes - 1)
+    counts = [int32(requests) for _ in range(5)]
+    acceptance = dk.Acceptance(
+        _ints(requests, nodes), *counts[:3], _ints(requests), counts[3], torch.zeros(len(rows.token_ids), dtype=torch.bool),
+        counts[4], kv_source=int32(requests, nodes),
+    )  # fmt: skip
+    more = [_empty(64, 16, extra, dtype=torch.uint8)] if extra else []
+    layout = dataclasses.replace(rows, slot_mapping=_ints(len(rows.token_ids)))
+    dk.compact_kv(dk.KVLayers.of([pages] * layers), acceptance, layout, extra=more)
+
+
 # op -> case -> call. A case for every constant and optional argument that makes another binary.
 CASES: dict[str, dict[str, Callable[[], object]]] = {
     "draft_block": {
@@ -390,6 +427,19 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "fp32": lambda: _attention(64, dtype=torch.float32),
         "fp32_d256": lambda: _attention(64, dtype=torch.float32, head_dim=256, group=2),
         "invariant": lambda: _attention(64, invariant=True, return_lse=True),
+    },
+    "accept_tree": {
+        "walk": lambda: _accept_tree(64),
+        "walk_m64": lambda: _accept_tree(8, nodes=64, slots=10),
+        "greedy": lambda: _accept_tree(64, sampled=False),
+        "recursive_iid": lambda: _accept_tree(64, rule="recursive", drawn="iid"),
+        "traversal_replaced": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", slots=80),
+        "traversal_v1000": lambda: _accept_tree(8, rule="traversal", drawn="without_replacement", vocab=1000, nodes=8),
+    },
+    "compact_kv": {
+        "r64": lambda: _compact(64),
+        "r1_fp8": lambda: _compact(1, dtype=torch.float8_e4m3fn),
+        "r64_bytes": lambda: _compact(64, layers=1, extra=7),
     },
     "accept_chain": {
         "dense": lambda: _accept(64),

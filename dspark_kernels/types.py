@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from typing import Union
 
 import torch
 from torch import Tensor
 
-from .checks import INT_DTYPES, LOGIT_DTYPES, Checked, check_choice, check_int, check_type
+from .checks import INT_DTYPES, LOGIT_DTYPES, Checked, check_choice, check_int, check_tensor, check_type
 from .cost import CostTable  # noqa: F401  one of these types, on a page of its own
 
 _FLOAT = torch.float32
@@ -345,6 +346,78 @@ class PagedKV(Checked):
                 raise ValueError(f"{self._name(field)}: expected shape [1] or [{k.shape[2]}], got {list(scale.shape)}")
         if k.dtype == torch.float8_e4m3fn and (self.k_scale is None or self.v_scale is None):
             raise ValueError(f"{self._name('k_scale')}: expected scales for an fp8 cache, got None")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KVLayers(Checked):
+    """The caches of all layers, and where they are, for `compact_kv`; made once by `KVLayers.of`.
+
+    caches: tensors [pages, page_size, ...], keys and values of every layer, any strides but the last. table: int64 [P, 6] on their
+    device, a row per cache: address, then in units of `unit` bytes the strides of a page, of a slot and of the dimension that may
+    lie apart (heads), how many of those there are, and the units of one. pointers: the addresses, for the host.
+    """
+
+    caches: tuple[Tensor, ...]
+    table: Tensor
+    pointers: tuple[int, ...]
+    unit: int
+
+    @classmethod
+    def of(cls, layers) -> KVLayers:
+        """layers: per layer its (k_cache, v_cache), a `PagedKV`, or a tuple of any number of caches (MLA: one).
+
+        Copies the addresses to the device: do it once, not in every step. The caches must stay where they are.
+        """
+        caches = []
+        for layer in layers:
+            caches += (layer.k_cache, layer.v_cache) if isinstance(layer, PagedKV) else layer
+        if not caches:
+            raise ValueError("layers: expected at least one layer, got none")
+        rows, unit = slot_rows(caches, "layers")
+        return cls(tuple(caches), torch.tensor(rows, device=caches[0].device), tuple(row[0] for row in rows), unit)
+
+    def _check(self):
+        check_int(self._name("unit"), self.unit, low=1, high=8)
+        check_slotted(self.caches, self._name("caches"))
+        shape = (len(self.caches), 6)
+        self._tensor("table", dtype=torch.int64, shape=shape, device=self.caches[0].device, contiguous=True)
+
+
+def check_slotted(caches, name: str, like: Tensor | None = None) -> None:
+    """Tensors [pages, page_size, ...] of the device and page size of `like` (None: the first). Raises TypeError or ValueError."""
+    for number, cache in enumerate(caches):
+        like = check_tensor(f"{name}[{number}]", cache) if like is None else like
+        check_tensor(f"{name}[{number}]", cache, device=like.device)
+        size = like.shape[1] if like.dim() > 1 else "page_size"
+        if cache.dim() < 2 or cache.shape[1] != size:
+            raise ValueError(f"{name}[{number}]: expected shape [pages, {size}, ...], got {list(cache.shape)}")
+
+
+def slot_rows(caches, name: str) -> tuple[list[tuple[int, ...]], int]:
+    """(rows of a table as in `KVLayers`, bytes of its unit: the largest power of two up to 8 that divides everything)."""
+    check_slotted(caches, name)
+    rows, together = [], 8
+    for number, cache in enumerate(caches):
+        sizes, strides = [1], [1]  # of the dimensions behind the slot, those that lie side by side joined
+        for size, stride in zip(reversed(cache.shape[2:]), reversed(cache.stride()[2:]), strict=True):
+            if size == 1:
+                continue
+            if stride == sizes[-1] * strides[-1]:
+                sizes[-1] *= size
+            else:
+                sizes.append(size)
+                strides.append(stride)
+        if len(sizes) > 2 or strides[0] != 1:
+            raise ValueError(
+                f"{name}[{number}]: expected a slot of contiguous parts with one stride between them, got shape "
+                f"{list(cache.shape)}, strides {list(cache.stride())}"
+            )
+        parts, apart = (sizes[1], strides[1]) if len(sizes) > 1 else (1, 0)
+        row = (cache.data_ptr(), *(n * cache.element_size() for n in (cache.stride(0), cache.stride(1), apart)), parts,
+               sizes[0] * cache.element_size())  # fmt: skip
+        rows.append(row)
+        together = math.gcd(together, *(n for n in (*row[:4], row[5])))
+    return [(row[0], *(n // together for n in row[1:4]), row[4], row[5] // together) for row in rows], together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

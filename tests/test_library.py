@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.ops import accept, attention, draft, layout, schedule
+from dspark_kernels.ops import accept, attention, compact, draft, layout, schedule, tree
 from reference import cases
 
 
@@ -55,6 +55,19 @@ def _plan():
     dk.plan_attention(made.layout, made.kv, query_heads=6)
 
 
+def _accept_tree(*rule):
+    from reference.tree_cases import accept_tree_case
+
+    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule).arguments())
+
+
+def _compact():
+    from test_compact import case_of
+
+    case = case_of(4, 2, 9, 4, ("plain", "apart"), extra=2)
+    dk.compact_kv(dk.KVLayers.of([case.caches]), case.acceptance, case.layout, extra=case.extra)
+
+
 @pytest.mark.parametrize(
     "module, name, run",
     [
@@ -67,6 +80,9 @@ def _plan():
         (layout, "_fixed_layout", _layout),
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
+        (tree, "_accept_tree", _accept_tree("one_hot", "walk")),
+        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal")),
+        (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
         (schedule, "_schedule_prefixes", _schedule(600, policy="budget", stale_confidence=torch.ones(600, 3))),
@@ -151,6 +167,24 @@ def test_attention_compiles_into_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
 
 
+def test_compaction_compiles_into_one_graph():
+    """Caches written in place through their addresses, among other writes to them."""
+    from test_compact import bytes_of, case_of
+
+    def step(layers, acceptance, layout):
+        layers.caches[0].mul_(2)
+        dk.compact_kv(layers, acceptance, layout)
+        layers.caches[1].mul_(2)
+        return layers.caches[0] + 1
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        case = case_of(4, 2, 9, 4)
+        finite = [plane.nan_to_num_(0.0).clamp_(-9, 9) for plane in case.caches]
+        results.append([call(dk.KVLayers.of([finite]), case.acceptance, case.layout), *finite])
+    assert all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in zip(*results, strict=True))
+
+
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import (
         accept as accept_kernels,
@@ -159,16 +193,20 @@ def test_constants_of_kernels_are_the_public_ones():
         draft_filters,
         draft_rows,
         schedule as schedule_kernels,
+        tree as tree_kernels,
     )
     from dspark_kernels.kernels.primitives import filters, mass, philox, rows
 
-    for kernels in (accept_kernels, draft_kernels, draft_rows, schedule_kernels, rows):
+    for kernels in (accept_kernels, draft_kernels, draft_rows, schedule_kernels, tree_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
     assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
     assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
-    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and mass.LEAF.value == accept.LEAF
+    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP
+    assert mass.LEAF.value == accept.LEAF == tree.LEAF
+    assert [tree_kernels.WALK.value, tree_kernels.RECURSIVE.value, tree_kernels.TRAVERSAL.value] == [0, 1, 2]
+    assert tree.RULES == ("walk", "recursive", "traversal")
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 
