@@ -6,7 +6,7 @@ Its standard error is that of the mean over texts, since two cuts of one text sh
 CPU, token rule at temperature 1, one round per cut (bench/acceptance.py). The embedded weights are int8 by rows already
 (bench/assets/quantise.py), with this very scale: int8 gives them back, so its line shows what rounding to bf16 does.
 
-    python -m bench.quantised --texts 4        writes bench/results/quantised.csv
+    python -m bench.quantised --texts 8        writes bench/results/quantised.csv
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def compare(domain: str, texts: range, stride: int) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quantised", description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=int, default=4, metavar="N", help="texts of each domain (default %(default)s)")
-    parser.add_argument("--stride", type=int, default=4, metavar="N", help="tokens between two cuts (default %(default)s)")
+    parser.add_argument("--texts", type=int, default=8, metavar="N", help="texts of each domain (default %(default)s)")
+    parser.add_argument("--stride", type=int, default=6, metavar="N", help="tokens between two cuts (default %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="the report (default: %(default)s)")
     options = parser.parse_args(arguments)
     rows = []
@@ -63,8 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
         rows += compare(domain, range(options.texts), options.stride)
         for row in rows[-len(WEIGHTS) :]:
             print(" ".join(f"{row[name]:>16}" for name in COLUMNS), flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="") as file:
+        write(options.output, rows)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
