@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.ops import accept, attention, compact, draft, layout, schedule, tree
+from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree
 from reference import cases
 
 
@@ -20,6 +20,12 @@ def _calls(monkeypatch, module, name, run):
 
 def _draft(**case):
     return lambda: dk.draft_block(**cases.draft_case(requests=2, drafts=2, vocab=130, **case).arguments(), keep_logits=True)
+
+
+def _candidates(listed=0, **case):
+    made = cases.draft_case(requests=2, drafts=2, vocab=130, **case)
+    options = dict(candidates=5, bigrams=torch.zeros(130, listed, dtype=torch.int32) if listed else None)
+    return lambda: dk.draft_block(**made.arguments(), **options, keep_logits=True)
 
 
 def _accept(**case):
@@ -75,6 +81,8 @@ def _compact():
         (draft, "_draft_block", _draft(sampled=False, rank=0, confidence=None)),
         (draft, "_draft_block", _draft(kind="gated", w2_dtype=torch.int8, target_vocab=300)),
         (draft, "_draft_block", _draft(kind="rnn", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS, padded=True)),
+        (candidates, "_draft_candidates", _candidates()),
+        (candidates, "_draft_candidates", _candidates(2, sampled=False, kind="rnn")),
         (accept, "_accept_chain", _accept()),
         (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
         (layout, "_fixed_layout", _layout),
@@ -109,6 +117,20 @@ def _round(base_logits, target_logits, anchors, positions, hidden, temperature, 
     layout = dk.schedule_prefixes(block, COST, anchors=anchors, anchor_positions=positions)
     acceptance = dk.accept_chain(target_logits, layout, block.proposal, sampling=sampling)
     return block.tokens, layout.token_ids, acceptance.tokens, acceptance.commit_mask
+
+
+def test_candidates_compile_into_one_graph():
+    case = cases.draft_case(seed=6, requests=2, drafts=2, vocab=130)
+
+    def step(base_logits, hidden, temperature, seed):
+        sampling = dk.SamplingTensors(temperature, seed)
+        arguments = case.arguments() | dict(base_logits=base_logits, hidden=hidden, sampling=sampling)
+        block = dk.draft_block(**arguments, candidates=9)
+        return block.tokens, block.proposal.ids, block.proposal.logits, block.confidence
+
+    arguments = case.base_logits, case.hidden, case.sampling.temperature, case.sampling.seed
+    have = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(have, step(*arguments), strict=True))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -71,8 +71,10 @@ def pick(
     # one reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
     warps = 8 if arch.vendor == "nvidia" else 4
     plain = weights == "bfloat16"
-    capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and weights not in ("float16", "float32")
-    most = 32 if capped and (not plain or arch.family not in ("sm_90", "sm_100")) else 64 if width < 32 else 128
+    roomy = arch.family in ("sm_90", "sm_100")
+    narrow = plain or weights == "int8" or (roomy and weights == "float8_e4m3fn")
+    capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
+    most = 32 if capped and not (plain and roomy) else 64 if width < 32 else 128
     block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
     block_o, block_j = (64, 128) if plain else (32, 32)
     registers = 128 if capped else None
