@@ -182,22 +182,22 @@ def accept_chain_kernel(
                     tl.store(draft_mass_ptr + where, mass, mask=keep)
 
                 if arrive(group_count_ptr + request * groups + group, chunks):
-                    i = group * GROUP + tl.arange(0, GROUP)
-                    rows = tl.where(i <= length, row0 + i, -1).to(tl.int64)
-                    draft = merge_rows(i, rows, slot, target, layout, temperature_ptr, memory, row_values_ptr, row_ids_ptr, scale,
+                    member = group * GROUP + tl.arange(0, GROUP)
+                    rows = tl.where(member <= length, row0 + member, -1).to(tl.int64)
+                    draft = merge_rows(member, rows, slot, target, layout, temperature_ptr, memory, row_values_ptr, row_ids_ptr, scale,
                                        vocab, num_leaves, length, LEAVES)  # fmt: skip
                     if RECORD is not None:
-                        RECORD(i, tl.where(i < length, rows, -1), draft, slot, law, draft_memory, row_values_ptr, row_ids_ptr,
+                        RECORD(member, tl.where(member < length, rows, -1), draft, slot, law, draft_memory, row_values_ptr, row_ids_ptr,
                                draft_scale, draft_temperature, vocab, num_leaves, COLUMN, LEAVES, CANDIDATES)  # fmt: skip
                     if arrive(request_count_ptr + request, length // GROUP + 1):
-                        i = tl.arange(0, WIDTH)
+                        every = tl.arange(0, WIDTH)
                         anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
                         sampled = length < 0
                         seed = tl.zeros((), tl.int64)
                         if temperature_ptr is not None:
                             sampled = tl.load(temperature_ptr + slot) > 0.0
                             seed = tl.load(seed_ptr + slot)
-                        accepted, wants = JUDGE(i, (row0 + i).to(tl.int64), length, layout, row_values_ptr, row_ids_ptr, rates_ptr,
+                        accepted, wants = JUDGE(every, (row0 + every).to(tl.int64), length, layout, row_values_ptr, row_ids_ptr, rates_ptr,
                                                 sampled, seed, anchor, vocab)  # fmt: skip
                         if TWO_WAVES:
                             tl.store(record_ptr + request, accepted)
@@ -235,10 +235,10 @@ def accept_chain_kernel(
                     wants = state == NEEDS_RESIDUAL
                     if CHOOSE is not None:
                         if wants:
-                            i = tl.arange(0, WIDTH)
+                            every = tl.arange(0, WIDTH)
                             anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
                             stop = accepted
-                            accepted = CHOOSE(i, (row0 + i).to(tl.int64), stop, row_values_ptr, residual_ptr, num_leaves,
+                            accepted = CHOOSE(every, (row0 + every).to(tl.int64), stop, row_values_ptr, residual_ptr, num_leaves,
                                               tl.load(seed_ptr + slot), anchor, WIDTH, LEAVES)  # fmt: skip
                             wants = accepted < stop
                     _conclude(
