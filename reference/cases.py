@@ -24,6 +24,7 @@ from dspark_kernels.types import (
 )
 
 from . import layout as layouts
+from .sources import PhiloxSource
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEMPERATURES = (0.0, 0.3, 1.0, 1.7)
@@ -248,6 +249,8 @@ def accept_case(
     for r in range(requests):
         first, last = layout.cu_num_logits[r : r + 2].tolist()
         logits[first:last] = target[r, : last - first].to(dtype)
+    if rule == "coupled":
+        _couple(g, closeness, layout, target.to(dtype), sampling, slot_of)
     laws = {
         "none": None,
         "one_hot": OneHotProposal(),
@@ -264,6 +267,19 @@ def accept_case(
         logprobs,
         torch.rand(drafts, generator=g) if forced else None,
     )
+
+
+def _couple(g, closeness: float, layout: VerifyLayout, target: Tensor, sampling: SamplingTensors, slot_of: Tensor) -> None:
+    """Give most drafts the token that the target will choose with the noise they share."""
+    for r, slot in enumerate(slot_of.tolist()):
+        first, length = int(layout.query_start_loc[r]), int(layout.draft_lens[r])
+        for i in range(length):
+            if slot >= 0 and torch.rand((), generator=g) < closeness:
+                temperature, position = float(sampling.temperature[slot]), int(layout.positions[first])
+                row = target[r, i].double()
+                scale = 1 / temperature if temperature > 0 else 1e30
+                source = PhiloxSource(int(sampling.seed[slot]), position)
+                layout.token_ids[first + i + 1] = source.coupled(position + i + 1, row * scale)
 
 
 def _lists(g, logits: Tensor, candidates: int, odd: bool) -> tuple[Tensor, Tensor]:
