@@ -19,8 +19,9 @@ from .accept_laws import (
     record_listed,
     residual_dense,
     residual_listed,
+    sweep_draft,
 )
-from .accept_rows import FIRST, IDS, NONFINITE_ROW, STATUS, TARGET_OF, leaf_masses, load_leaf, merge_rows, sweep_rows
+from .accept_rows import FIRST, IDS, NONFINITE_ROW, STATUS, merge_rows, sweep_rows
 from .accept_rules import (
     DONE,
     NEEDS_RESIDUAL,
@@ -32,7 +33,7 @@ from .accept_rules import (
     judge_token,
 )
 from .primitives.fence import stores_done
-from .primitives.mass import LEAF, log2_scale
+from .primitives.mass import log2_scale
 from .primitives.slots import state_slots
 from .primitives.ticket import arrive
 
@@ -123,9 +124,9 @@ def accept_chain_kernel(
 ):  # fmt: skip
     PAIRS: tl.constexpr = GROUP * CHUNK
     ticket_ptr, group_count_ptr, request_count_ptr, residual_count_ptr, state_ptr = counters
-    _, cu_logits_ptr, logits_indices_ptr, _, positions_ptr = layout
-    draft_top_ptr, draft_mass_ptr = draft_memory
-    removed_ptr, _ = listing
+    _starts, cu_logits_ptr, logits_indices_ptr, _tokens, positions_ptr = layout
+    draft_top_ptr, _draft_mass = draft_memory
+    removed_ptr, _patch = listing
     chunks = tl.cdiv(num_leaves, CHUNK)
     groups = tl.cdiv(num_drafts + 1, GROUP)
     first_wave = groups * chunks
@@ -172,14 +173,7 @@ def accept_chain_kernel(
                 sweep_rows(i, leaf, keep, row0, slot, target, layout, temperature_ptr, seed_ptr, memory, scale, vocab, num_leaves,
                            PAIRS)  # fmt: skip
                 if draft_top_ptr is not None:
-                    logits_ptr, _, stride_s, stride_k, _, width = law
-                    ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-                    keep = keep & (i < length)
-                    draft_rows = logits_ptr + slot * stride_s + i.to(tl.int64)[:, None] * stride_k
-                    top, mass = leaf_masses(load_leaf(draft_rows, ids, keep[:, None] & (ids < width)), draft_scale, PAIRS)
-                    where = (row0 + i).to(tl.int64) * num_leaves + leaf
-                    tl.store(draft_top_ptr + where, top, mask=keep)
-                    tl.store(draft_mass_ptr + where, mass, mask=keep)
+                    sweep_draft(i, leaf, keep & (i < length), row0, slot, law, draft_memory, draft_scale, num_leaves, PAIRS)
 
                 if arrive(group_count_ptr + request * groups + group, chunks):
                     member = group * GROUP + tl.arange(0, GROUP)

@@ -21,6 +21,7 @@ from .accept_rows import (
     INVERSE,
     KEPT,
     LOG2E,
+    MASS_BITS,
     NOBODY,
     REFERENCE,
     SOFTMAX,
@@ -29,6 +30,7 @@ from .accept_rows import (
     VALUES,
     finite_or_zero,
     first_of,
+    leaf_masses,
     load_leaf,
     merge_leaves,
     soft_prob,
@@ -92,6 +94,19 @@ def column_is_id(law, ids, vocab):
 @triton.jit
 def id_is_column(law, columns, vocab):
     return columns
+
+
+@triton.jit
+def sweep_draft(i, leaf, keep, row0, slot, law, draft_memory, draft_scale, num_leaves, PAIRS: tl.constexpr):
+    """Wave 1 on leaves of a stored law whose log-sum-exp is not stored: maximum and mass over its columns."""
+    logits_ptr, _, stride_s, stride_k, _, width = law
+    draft_top_ptr, draft_mass_ptr = draft_memory
+    columns = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+    draft_rows = logits_ptr + slot * stride_s + i.to(tl.int64)[:, None] * stride_k
+    top, mass = leaf_masses(load_leaf(draft_rows, columns, keep[:, None] & (columns < width)), draft_scale, PAIRS)
+    where = (row0 + i).to(tl.int64) * num_leaves + leaf
+    tl.store(draft_top_ptr + where, top, mask=keep)
+    tl.store(draft_mass_ptr + where, mass, mask=keep)
 
 
 @triton.jit
@@ -190,28 +205,28 @@ def _entries(law, slot, i, c, draft_law, draft_scale, vocab):
 
 
 @triton.jit
-def _distinct(law, slot, i, draft_law, draft_scale, vocab, CANDIDATES: tl.constexpr):
-    """The list with entries of one id made one.
+def _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES: tl.constexpr):
+    """Entries start, start + 1, ... of a list, those of one id made one.
 
-    Gives ids [C], the probability of each id, whether the entry is the first of its id, the first of its octet, and which of the
-    octet's eight ids are listed: counts of 16 bits, four in each of two words.
+    Gives ids [ENTRIES], the probability of each id, whether the entry is the first of its id, the first of its octet, and which of
+    the octet's eight ids are listed: counts of 16 bits, four in each of two words.
     """
-    c = tl.arange(0, CANDIDATES)
+    c = start + tl.arange(0, ENTRIES)
     ids, prob = _entries(law, slot, i, c, draft_law, draft_scale, vocab)
     valid = ids >= 0
     first_id, first_octet = valid, valid
-    one = tl.full([CANDIDATES], 1, tl.int64)
+    one = tl.full([ENTRIES], 1, tl.int64)
     low = tl.where((ids & 7) < 4, one << ((ids & 3) * 16), 0)
     high = tl.where((ids & 7) < 4, 0, one << ((ids & 3) * 16))
     if law is not None:
         _, _, _, _, _, _, count = law
         mass_of, _, _ = draft_law
         if mass_of == SOFTMAX:
-            BLOCK: tl.constexpr = 16 if CANDIDATES > 16 else CANDIDATES
+            BLOCK: tl.constexpr = 16 if ENTRIES > 16 else ENTRIES
             prob, low, high = prob * 0.0, low * 0, high * 0
             before_id, before_octet = low.to(tl.int32), low.to(tl.int32)
-            for start in range(0, count, BLOCK):
-                other = start + tl.arange(0, BLOCK)
+            for begin in range(0, count, BLOCK):
+                other = begin + tl.arange(0, BLOCK)
                 there, amount = _entries(law, slot, i, other, draft_law, draft_scale, vocab)
                 same_id = ids[:, None] == there[None, :]
                 same_octet = (ids >> 3)[:, None] == (there >> 3)[None, :]
@@ -262,24 +277,30 @@ def record_listed(
 
 
 @triton.jit
-def residual_listed(
-    item, i, row, slot, target, law, listing, memory, residual_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, vocab,
-    num_leaves, COLUMN: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
-):  # fmt: skip
-    """Item: all leaves of a row."""
-    target_ptr, stride_t = target
-    top_ptr, mass_ptr, _, _ = memory
-    removed_ptr = listing
-    target_row = target_ptr + row * stride_t
-    leaf = tl.arange(0, LEAVES)
-    there = leaf < num_leaves
-    of_leaf = row * num_leaves + leaf
-    tops = tl.load(top_ptr + of_leaf, mask=there, other=NEG_INF, volatile=True)
-    mass = tl.load(mass_ptr + of_leaf, mask=there, other=0, volatile=True) & ((1 << 61) - 1)
-    target_law, draft_law, kept = read_record(row_values_ptr, row_ids_ptr, row)
-    target_of, reference, inverse = target_law
+def _list_end(law, draft_law):
+    """Entries that there are: all of the list, or one where the law is a point."""
+    end = 1
+    if law is not None:
+        _, _, _, _, _, _, count = law
+        mass_of, _, _ = draft_law
+        end = tl.where(mass_of == SOFTMAX, count, 1)
+    return end
 
-    ids, prob, first_id, first_octet, low, high = _distinct(law, slot, i, draft_law, draft_scale, vocab, CANDIDATES)
+
+@triton.jit
+def _entry_masses(
+    start, i, row, slot, target, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, vocab, num_leaves,
+    ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """What entries of a list take from the masses of their leaves, and what they add as a residual of their own.
+
+    Gives ids, leaves, int64 removed (of an octet, where its first entry is) and added (where the first entry of an id is), and
+    which entries these are.
+    """
+    target_ptr, stride_t = target
+    target_row = target_ptr + row * stride_t
+    target_of, reference, inverse = target_law
+    ids, prob, first_id, first_octet, low, high = _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES)
     own_leaf = ids // LEAF
     slots = tl.arange(0, 8)[None, :]
     octet = (ids >> 3)[:, None] * 8 + slots
@@ -287,32 +308,59 @@ def residual_listed(
     own_top = tl.load(top_ptr + row * num_leaves + own_leaf, mask=ids >= 0, other=0.0, volatile=True)
     e = tl.exp2(below_max(load_leaf(target_row, octet, inside), own_top[:, None]) * scale)
     counts = tl.where(slots < 4, low[:, None], high[:, None]) >> ((slots & 3) * 16)
-    rest = octet_sums(tl.where((counts & 65535) > 0, 0.0, e), CANDIDATES)
-    removed = (octet_sums(e, CANDIDATES) * ONE).to(tl.int64) - (rest * ONE).to(tl.int64)
+    rest = octet_sums(tl.where((counts & 65535) > 0, 0.0, e), ENTRIES)
+    removed = (octet_sums(e, ENTRIES) * ONE).to(tl.int64) - (rest * ONE).to(tl.int64)
     x = load_leaf(target_row, ids, ids >= 0)
     target_prob = soft_prob(x, ids, target_of, reference, inverse, scale)
     added = (tl.maximum(kept * target_prob - prob, 0.0) * RESIDUAL_ONE).to(tl.int64)
+    return ids, own_leaf, removed, added, first_octet, first_id
 
+
+@triton.jit
+def residual_listed(
+    item, i, row, slot, target, law, listing, memory, residual_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, vocab,
+    num_leaves, COLUMN: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Item: all leaves of a row."""
+    ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
+    top_ptr, mass_ptr, _, _ = memory
+    removed_ptr = listing
+    leaf = tl.arange(0, LEAVES)
+    there = leaf < num_leaves
+    of_leaf = row * num_leaves + leaf
+    target_law, draft_law, kept = read_record(row_values_ptr, row_ids_ptr, row)
+    target_of, reference, inverse = target_law
     if CANDIDATES == 1:
         # A list of one needs no memory to find its leaf.
-        mine = leaf == tl.max(own_leaf, axis=0)
-        some = tl.max(ids, axis=0) >= 0
-        mass -= tl.where(mine & some, tl.sum(removed, axis=0), 0)
-        extra = tl.where(mine & some, tl.sum(added, axis=0), 0)
+        ids, own_leaf, removed, added, first_octet, first_id = _entry_masses(
+            0, i, row, slot, target, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, vocab, num_leaves, ENTRIES
+        )
+        mine = (leaf == tl.max(own_leaf, axis=0)) & (leaf < tl.where(tl.max(ids, axis=0) >= 0, LEAVES, 0))
+        taken = tl.where(mine, tl.sum(removed, axis=0), 0)
+        extra = tl.where(mine, tl.sum(added, axis=0), 0)
+        listed = tl.max(tl.where(ids == target_of, 1, 0), axis=0)
     else:
         tl.store(removed_ptr + of_leaf, tl.zeros([LEAVES], tl.int64), mask=there)
         tl.store(residual_ptr + of_leaf, tl.zeros([LEAVES], tl.int64), mask=there)
         stores_done()
-        tl.atomic_add(removed_ptr + row * num_leaves + own_leaf, removed, mask=first_octet, sem="relaxed")
-        tl.atomic_add(residual_ptr + row * num_leaves + own_leaf, added, mask=first_id, sem="relaxed")
+        listed = tl.zeros((), tl.int32)
+        for start in range(0, _list_end(law, draft_law), ENTRIES):
+            ids, own_leaf, removed, added, first_octet, first_id = _entry_masses(
+                start, i, row, slot, target, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, vocab, num_leaves,
+                ENTRIES,
+            )  # fmt: skip
+            tl.atomic_add(removed_ptr + row * num_leaves + own_leaf, removed, mask=first_octet, sem="relaxed")
+            tl.atomic_add(residual_ptr + row * num_leaves + own_leaf, added, mask=first_id, sem="relaxed")
+            listed = tl.maximum(listed, tl.max(tl.where(ids == target_of, 1, 0), axis=0))
         stores_done()
-        mass -= tl.load(removed_ptr + of_leaf, mask=there, other=0, volatile=True)
+        taken = tl.load(removed_ptr + of_leaf, mask=there, other=0, volatile=True)
         extra = tl.load(residual_ptr + of_leaf, mask=there, other=0, volatile=True)
         tl.debug_barrier()
+    tops = tl.load(top_ptr + of_leaf, mask=there, other=NEG_INF, volatile=True)
+    mass = (tl.load(mass_ptr + of_leaf, mask=there, other=0, volatile=True) & MASS_BITS) - taken
     unlisted = mass.to(tl.float32) * tl.exp2(below_max(tops, reference) * scale) * (inverse * (1.0 / ONE))
     if target_of != SOFTMAX:
-        listed = tl.max(tl.where(ids == target_of, 1, 0), axis=0) > 0
-        unlisted = tl.where((leaf == target_of // LEAF) & (listed == 0), 1.0, 0.0)
+        unlisted = tl.where(leaf == tl.where(listed == 0, target_of // LEAF, -1), 1.0, 0.0)
     residual = (kept * unlisted * RESIDUAL_ONE).to(tl.int64) + extra
     tl.store(residual_ptr + of_leaf, residual, mask=there)
     stores_done()
@@ -323,23 +371,27 @@ def inner_listed(
     leaf, i, row, request, slot, target, law, patch_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, vocab,
     COLUMN: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
+    ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
     target_ptr, stride_t = target
     target_row = target_ptr + row * stride_t
     target_law, draft_law, kept = read_record(row_values_ptr, row_ids_ptr, row)
     at = tl.arange(0, LEAF)
-    unlisted = kept * target_probs(target_row, leaf * LEAF + at, target_law, scale, vocab)
-    ids, prob, first_id, _, _, _ = _distinct(law, slot, i, draft_law, draft_scale, vocab, CANDIDATES)
-    listed = target_probs(target_row, tl.maximum(ids, 0), target_law, scale, vocab)
-    listed = tl.maximum(kept * listed - prob, 0.0)
     if CANDIDATES == 1:
-        residual = tl.where(leaf * LEAF + at == tl.max(ids, axis=0), tl.max(listed, axis=0), unlisted)
+        ids, _ = _entries(law, slot, i, tl.arange(0, 1), draft_law, draft_scale, vocab)
+        unlisted = kept * target_probs(target_row, leaf * LEAF + at, target_law, scale, vocab)
+        # kept * target <= 1 = the draft's: nothing of it is left.
+        residual = tl.where(leaf * LEAF + at == tl.max(ids, axis=0), 0.0, unlisted)
     else:
         # Listed ids find their places in the leaf through memory; -1 = not listed.
         patch = patch_ptr + request.to(tl.int64) * LEAF
         tl.store(patch + at, at * 0.0 - 1.0)
         stores_done()
-        tl.store(patch + ids % LEAF, listed, mask=first_id & (ids // LEAF == leaf))
+        for start in range(0, _list_end(law, draft_law), ENTRIES):
+            ids, prob, first_id, _o, _l, _h = _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES)
+            listed = target_probs(target_row, tl.maximum(ids, 0), target_law, scale, vocab)
+            tl.store(patch + ids % LEAF, tl.maximum(kept * listed - prob, 0.0), mask=first_id & (ids // LEAF == leaf))
         stores_done()
         changed = tl.load(patch + at, volatile=True)
+        unlisted = kept * target_probs(target_row, leaf * LEAF + at, target_law, scale, vocab)
         residual = tl.where(changed >= 0.0, changed, unlisted)
     return residual
