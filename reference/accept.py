@@ -10,7 +10,7 @@
     greedy  accept while x_i = argmax p_i, then emit the arg-max.
     forced  (synthetic_rates, load tests) accept x_i while u_i < rate_i, then draw from p as after the last draft.
 
-Symbols: p_i target law and q_i draft law at draft i (after temperature), x_i drafts, L admitted drafts, u_i coins in (0, 1). Coins
+Symbols: p_i target law and q_i draft law at draft i (after temperature; p_i after all sampling settings, reference/sampling.py), x_i drafts, L admitted drafts, u_i coins in (0, 1). Coins
 compare strictly, so that a coin of 0 accepts nothing impossible.
 """
 
@@ -26,6 +26,7 @@ from dspark_kernels.types import Acceptance, DenseProposal, Flag, OneHotProposal
 
 from .decisions import Decisions
 from .draft import inverse_temperature, read_logits
+from .sampling import adjust, filtered
 from .sources import PhiloxSource, Source
 
 
@@ -275,10 +276,15 @@ def accept_chain(
             continue
         drafts = [ids[row_of[first + i]] for i in range(1, length + 1)]
         position = int(layout.positions[row_of[first]])
-        rows, row_flags = zip(*(read_logits(target_logits[first + i]) for i in range(length + 1)), strict=True)
+        raw = [target_logits[first + i] for i in range(length + 1)]
+        # A row's own path: the drafts before it. fp32 as the kernels have it, because what is adjusted is an input of the rules.
+        adjusted = [adjust(row.float(), sampling, slot, first + i, drafts[:i]) for i, row in enumerate(raw)]
+        rows, row_flags = zip(*map(read_logits, adjusted), strict=True)
         # Acceptance stops at a row without finite logits: what is behind it is not looked at.
         stop = next((i for i in range(length + 1) if row_flags[i] & Flag.NONFINITE_ROW), None)
         judged = length if stop is None else stop
+        temperature = float(sampling.temperature[slot]) if sampling is not None else 0.0
+        rows = [filtered(row, inverse_temperature(temperature), sampling, slot, decisions, r) for row in rows]
         verdict = _judge(
             rows, drafts[:judged], stop, proposal, sampling, rule, slot, r, position, vocab, decisions, synthetic_rates
         )
@@ -298,7 +304,8 @@ def accept_chain(
         if logprobs is not None:
             scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
             for i in range(n + 1):
-                log_probs[r, i] = _log_prob(rows[i], int(tokens[r, i]), 1.0 if logprobs == "raw" else scale)
+                row = read_logits(raw[i])[0] if logprobs == "raw" else rows[i]
+                log_probs[r, i] = _log_prob(row, int(tokens[r, i]), 1.0 if logprobs == "raw" else scale)
         last_row[r] = row_of[first + n]
         commit[starts[r] : starts[r + 1]] = torch.arange(starts[r], starts[r + 1], device=device) <= int(last_row[r])
         flags[r] = (
