@@ -23,6 +23,7 @@ from .types import (
     OneHotProposal,
     PagedKV,
     Penalties,
+    RebuiltProposal,
     RnnMarkovHead,
     SamplingTensors,
     SparseProposal,

@@ -24,6 +24,7 @@ from .accept_laws import (
     residual_listed,
     sweep_draft,
 )
+from .accept_rebuilt import inner_rebuilt, record_rebuilt, residual_rebuilt
 from .accept_rows import FIRST, IDS, NONFINITE_ROW, STATUS, limit_rows, merge_rows, rows_status, sweep_rows
 from .accept_rules import (
     DONE,
@@ -222,8 +223,8 @@ def accept_chain_kernel(
                     if RECORD is not None:
                         if mapping is not None:
                             await_map(ready_ptr, map_parts)
-                        RECORD(member, tl.where(member < length, rows, -1), draft, slot, law, draft_memory, row_values_ptr, row_ids_ptr,
-                               draft_scale, draft_temperature, vocab, num_leaves, COLUMN, LEAVES, CANDIDATES)  # fmt: skip
+                        RECORD(member, tl.where(member < length, rows, -1), draft, view, law, draft_memory, row_values_ptr, row_ids_ptr,
+                               draft_scale, draft_temperature, num_leaves, COLUMN, LEAVES, CANDIDATES)  # fmt: skip
                     if arrive(request_count_ptr + request, length // GROUP + 1):
                         every = tl.arange(0, WIDTH)
                         anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
@@ -293,6 +294,7 @@ _LAWS = {
     "listed": (record_listed, residual_listed, inner_listed, None),
     "stored": (record_dense, residual_dense, inner_dense, column_is_id),
     "mapped": (record_dense, residual_dense, inner_dense, column_of_id),
+    "rebuilt": (record_rebuilt, residual_rebuilt, inner_rebuilt, None),
 }
 
 

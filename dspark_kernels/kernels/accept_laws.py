@@ -79,7 +79,7 @@ def _as_id(draft):
 
 
 @triton.jit
-def _target_probs(view, i, ids, law, scale):
+def target_probs(view, i, ids, law, scale):
     """Of ids [WIDTH] of row i."""
     _, _, vocab, _, _, _, _, _, _, _ = view
     mass_of, reference, inverse = law
@@ -154,37 +154,50 @@ def sweep_draft(i, leaf, keep, row0, slot, law, draft_memory, draft_scale, num_l
 
 @triton.jit
 def record_dense(
-    i, rows, draft, slot, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, vocab, num_leaves,
+    i, rows, draft, view, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, num_leaves,
     COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """rows, draft: [GROUP], rows -1 where no draft is judged."""
-    logits_ptr, lse_ptr, stride_s, stride_k, stride_e, width, _ = law
+    _, _, vocab, _, _, _, _, slot, _, _ = view
+    logits_ptr, lse_ptr, stride_s, stride_k, _, width, _ = law
     draft_top_ptr, draft_mass_ptr = draft_memory
     row_ptrs = logits_ptr + slot * stride_s + tl.where(rows >= 0, i, 0).to(tl.int64) * stride_k
-    mass_of = tl.full(rows.shape, SOFTMAX, tl.int32)
     column, inside = COLUMN(law, draft, vocab)
     x = load_leaf(row_ptrs, column, (rows >= 0) & inside)
-    own = _as_id(draft)
     if lse_ptr is None:
         top, mass, words, tops = merge_leaves(draft_top_ptr, draft_mass_ptr, rows, num_leaves, draft_scale, LEAVES)
-        reference = finite_or_zero(top)
-        factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+        mass_of = tl.full(rows.shape, SOFTMAX, tl.int32)
         if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
             columns = first_leaf(tops, top, LEAVES)
             logits = load_leaf(row_ptrs[:, None], columns, columns < width)
             hot = _id_of_column(law, first_of(logits, columns, top, width), vocab)
             mass_of = tl.where(top == POS_INF, hot, mass_of)
+        mass_of = tl.where(top == NEG_INF, NOBODY, mass_of)
+        factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+        _record(rows, draft, x, mass_of, finite_or_zero(top), factor, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature)
     else:
-        top = tl.load(lse_ptr + slot * stride_e + i, mask=rows >= 0, other=0.0)
-        # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
-        reference = finite_or_zero(top) * (LOG2E / draft_scale)
-        factor = tl.full(rows.shape, 1.0, tl.float32)
-        # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
-        infinite = tl.where(x == POS_INF, own, NOBODY)
-        mass_of = tl.where(top == POS_INF, infinite, mass_of)
-    mass_of = tl.where(top == NEG_INF, NOBODY, mass_of)
+        record_stored(i, rows, draft, x, view, law, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature)
+
+
+@triton.jit
+def record_stored(i, rows, draft, x, view, law, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature):
+    """The record from a stored log-sum-exp and the logits x of the drafts."""
+    _, _, _, _, _, _, _, slot, _, _ = view
+    _, lse_ptr, _, _, stride_e, _, _ = law
+    lse = tl.load(lse_ptr + slot * stride_e + i, mask=rows >= 0, other=0.0)
+    # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
+    infinite = tl.where(x == POS_INF, _as_id(draft), NOBODY)
+    mass_of = tl.where(lse == POS_INF, infinite, tl.where(lse == NEG_INF, NOBODY, SOFTMAX))
+    # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
+    reference = finite_or_zero(lse) * (LOG2E / draft_scale)
+    factor = tl.full(rows.shape, 1.0, tl.float32)
+    _record(rows, draft, x, mass_of, reference, factor, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature)
+
+
+@triton.jit
+def _record(rows, draft, x, mass_of, reference, factor, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature):
     if (draft_temperature > 0.0) == 0:
-        mass_of = own
+        mass_of = _as_id(draft)
     mass_of = tl.where(draft == -1, NOBODY, mass_of)
     draft_prob = soft_prob(x, draft, mass_of, reference, factor, draft_scale)
     _write_record(row_values_ptr, row_ids_ptr, rows, mass_of, reference, factor, draft_prob)
@@ -200,7 +213,7 @@ def _dense_residual(view, i, law, ids, record, scale, draft_scale, COLUMN: tl.co
     column, inside = COLUMN(law, ids, vocab)
     draft_row = logits_ptr + slot * stride_s + i.to(tl.int64) * stride_k
     draft_prob = soft_prob(load_leaf(draft_row, column, inside), ids, mass_of, reference, factor, draft_scale)
-    return tl.maximum(kept * _target_probs(view, i, ids, target_law, scale) - draft_prob, 0.0)
+    return tl.maximum(kept * target_probs(view, i, ids, target_law, scale) - draft_prob, 0.0)
 
 
 @triton.jit
@@ -286,10 +299,11 @@ def _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES: tl.co
 
 @triton.jit
 def record_listed(
-    i, rows, draft, slot, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, vocab, num_leaves,
+    i, rows, draft, view, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, num_leaves,
     COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """rows, draft: [GROUP], rows -1 where no draft is judged. The lists' own sums replace a stored lse."""
+    _, _, vocab, _, _, _, _, slot, _, _ = view
     own = _as_id(draft)
     reference = tl.zeros(rows.shape, tl.float32)
     factor = tl.full(rows.shape, 1.0, tl.float32)
@@ -415,7 +429,7 @@ def inner_listed(
     at = tl.arange(0, LEAF)
     if CANDIDATES == 1:
         ids, _ = _entries(law, slot, i, tl.arange(0, 1), draft_law, draft_scale, vocab)
-        unlisted = kept * _target_probs(view, i, leaf * LEAF + at, target_law, scale)
+        unlisted = kept * target_probs(view, i, leaf * LEAF + at, target_law, scale)
         # kept * target <= 1 = the draft's: nothing of it is left.
         residual = tl.where(leaf * LEAF + at == tl.max(ids, axis=0), 0.0, unlisted)
     else:
@@ -425,10 +439,10 @@ def inner_listed(
         stores_done()
         for start in range(0, _list_end(law, draft_law), ENTRIES):
             ids, prob, first_id, _o, _l, _h = _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES)
-            listed = _target_probs(view, i, tl.maximum(ids, 0), target_law, scale)
+            listed = target_probs(view, i, tl.maximum(ids, 0), target_law, scale)
             tl.store(patch + ids % LEAF, tl.maximum(kept * listed - prob, 0.0), mask=first_id & (ids // LEAF == leaf))
         stores_done()
         changed = tl.load(patch + at, volatile=True)
-        unlisted = kept * _target_probs(view, i, leaf * LEAF + at, target_law, scale)
+        unlisted = kept * target_probs(view, i, leaf * LEAF + at, target_law, scale)
         residual = tl.where(changed >= 0.0, changed, unlisted)
     return residual

@@ -40,17 +40,23 @@ def request_tile(requests: int) -> int:
     return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 16))
 
 
+def rank_block(arch: Arch, rank: int, element_size: int) -> int:
+    """Ranks per dot: what the bits of a projection depend on, so acceptance takes the same to rebuild them."""
+    padded_rank = max(16, 1 << max(0, rank - 1).bit_length())
+    return padded_rank if arch.vendor == "interpreter" else min(padded_rank, 256 if element_size <= 2 else 32)
+
+
 def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool) -> DraftConfig:
     """The configuration for W2 of [vocab, rank] with `element_size` bytes an element. Not measured on a GPU yet.
 
     one_tile: the batch fits one tile of requests.
     """
-    padded_rank = max(16, 1 << max(0, rank - 1).bit_length())
+    block_r = rank_block(arch, rank, element_size)
     if arch.vendor == "interpreter":
         # One program walks everything: large tiles, because every operation costs the same whatever its size.
-        return DraftConfig(min(4096, max(64, 1 << (vocab - 1).bit_length())), padded_rank, 1, 1, 1, None)
+        return DraftConfig(min(4096, max(64, 1 << (vocab - 1).bit_length())), block_r, 1, 1, 1, None)
     block_v, stages_one, stages_more = _TILES.get(arch.name, (64, 1, 1))
     stages = stages_one if one_tile else stages_more
     # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
     registers = 255 if arch.vendor == "nvidia" else None
-    return DraftConfig(block_v, min(padded_rank, 256 if element_size <= 2 else 32), 8, stages, 1, registers)
+    return DraftConfig(block_v, block_r, 8, stages, 1, registers)

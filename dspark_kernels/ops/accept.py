@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import library, workspace as workspaces
 from ..checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type
-from ..launch import accept as accept_launch, arch
-from ..types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
+from ..launch import accept as accept_launch, arch, draft as draft_launch
+from ..types import Acceptance, DenseProposal, OneHotProposal, RebuiltProposal, SamplingTensors, SparseProposal, VerifyLayout
 from . import sampling as sampling_args
 
 OP = "accept_chain"
@@ -50,7 +50,7 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
 def accept_chain(
     target_logits: Tensor,
     layout: VerifyLayout,
-    proposal: OneHotProposal | DenseProposal | SparseProposal | None = None,
+    proposal: OneHotProposal | DenseProposal | SparseProposal | RebuiltProposal | None = None,
     *,
     sampling: SamplingTensors | None = None,
     rule: str = "token",
@@ -104,9 +104,10 @@ def accept_chain(
     law = _check_proposal(proposal, slots, device)
     for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
         check_optional(name, tensor, dtype=INT_DTYPES, shape=("S" if slots is None else slots,), device=device)
-    drafts = _width(layout, law, rows)
-    if law is not None and law.logits.shape[1] < drafts:
-        raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {law.logits.shape[1]}")
+    logits = None if law is None else law.base_logits if isinstance(law, RebuiltProposal) else law.logits
+    drafts = _width(layout, logits, rows)
+    if logits is not None and logits.shape[1] < drafts:
+        raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {logits.shape[1]}")
     if synthetic_rates is not None:
         check_tensor("synthetic_rates", synthetic_rates, dtype=torch.float32, shape=(drafts,), device=device, contiguous=True)
         if sampling is None:
@@ -118,9 +119,9 @@ def accept_chain(
     if requests == 0:
         return out
     if sampling is None or rule == "coupled" or synthetic_rates is not None:
-        law = None  # these do not ask how a draft was drawn
-    sparse = isinstance(law, SparseProposal)
-    leaves = _leaves(vocab, None if law is None or sparse else law.logits)
+        law = logits = None  # these do not ask how a draft was drawn
+    sparse, dense, rebuilt = (isinstance(law, kind) for kind in (SparseProposal, DenseProposal, RebuiltProposal))
+    leaves = _leaves(vocab, None if sparse else logits)
     counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, leaves * LEAF, device)
     _accept_chain(
         target_logits,
@@ -129,11 +130,12 @@ def accept_chain(
         layout.logits_indices,
         layout.token_ids,
         layout.positions,
-        None if law is None else law.logits,
+        logits,
         law.ids if sparse else None,
         None if law is None or sparse else law.lse,
         None if law is None else law.temperature,
-        None if law is None or sparse else law.draft_to_target,
+        law.draft_to_target if dense else None,
+        *((law.head.w1, law.head.w2, law.rows) if rebuilt else (None, None, None)),
         *sampling_args.flatten(sampling),
         synthetic_rates,
         state_indices,
@@ -156,11 +158,14 @@ def accept_chain(
     return out
 
 
-def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal | None:
+def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal | RebuiltProposal | None:
     """The proposal; None where the drafts stand for themselves."""
     if proposal is None or isinstance(proposal, OneHotProposal):
         return None
-    check_type("proposal", proposal, (DenseProposal, SparseProposal))
+    check_type("proposal", proposal, (DenseProposal, SparseProposal, RebuiltProposal))
+    if isinstance(proposal, RebuiltProposal):
+        check_tensor("proposal.lse", proposal.lse, shape=("S" if slots is None else slots, "K"), device=device)
+        return proposal
     shape = ["S" if slots is None else slots, "K", "Vd"]
     if isinstance(proposal, SparseProposal):
         shape[2] = "C"
@@ -170,10 +175,10 @@ def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal |
     return proposal
 
 
-def _width(layout, law, rows) -> int:
+def _width(layout, draft_logits, rows) -> int:
     if layout.max_drafts is not None:
         return layout.max_drafts
-    return law.logits.shape[1] if law is not None else max(rows - 1, 0)
+    return draft_logits.shape[1] if draft_logits is not None else max(rows - 1, 0)
 
 
 def _leaves(vocab: int, draft_logits: Tensor | None) -> int:
@@ -209,15 +214,15 @@ def _check_out(out, requests, drafts, forward_rows, device, logprobs):
 @library.register(
     "accept_chain(Tensor target_logits, Tensor query_start_loc, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, "
     "Tensor positions, Tensor? draft_logits, Tensor? draft_ids, Tensor? draft_lse, Tensor? draft_temperature, "
-    "Tensor? draft_to_target, " + sampling_args.SCHEMA + ", Tensor? rates, Tensor? state_indices, str rule, str? logprobs, "
+    "Tensor? draft_to_target, Tensor? w1, Tensor? w2, Tensor? base_rows, " + sampling_args.SCHEMA + ", Tensor? rates, Tensor? state_indices, str rule, str? logprobs, "
     "Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) num_emitted, Tensor(d!) num_rejected, Tensor(e!) next_token, Tensor(f!) last_row, "
     "Tensor(g!) commit_mask, Tensor(h!) flags, Tensor(m!)? log_probs, Tensor(i!)? anchors, Tensor(j!)? anchor_positions, "
     "Tensor(k!) counters, Tensor(l!) scratch) -> ()"
 )
 def _accept_chain(
     target_logits, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_ids, draft_lse,
-    draft_temperature, draft_to_target, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition,
-    presence, frequency, joint, rates, state_indices, rule, logprobs, tokens, num_accepted, num_emitted, num_rejected, next_token,
+    draft_temperature, draft_to_target, w1, w2, base_rows, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed,
+    counts, repetition, presence, frequency, joint, rates, state_indices, rule, logprobs, tokens, num_accepted, num_emitted, num_rejected, next_token,
     last_row, commit_mask, flags, log_probs, anchors, anchor_positions, counters, scratch,
 ):  # fmt: skip
     device = target_logits.device
@@ -237,8 +242,8 @@ def _accept_chain(
         judge, kind = "match", "none"  # plain sampling: there is nothing to judge
     draws = temperature is not None and rule != "coupled"
     if kind == "listed" and draft_logits is not None and draft_ids is None:
-        kind = "stored" if draft_to_target is None else "mapped"
-    dense = kind in ("stored", "mapped")
+        kind = "rebuilt" if w1 is not None else "stored" if draft_to_target is None else "mapped"
+    dense = kind in ("stored", "mapped", "rebuilt")
     two_waves = dense or (kind == "listed" and judge == "block")
     leaves = _leaves(vocab, draft_logits if dense else None)
     swept = dense and draft_lse is None
@@ -273,8 +278,11 @@ def _accept_chain(
     law, candidates = None, 1
     if dense:
         strides = (draft_logits.stride(0), draft_logits.stride(1), _stride(draft_lse, 0))
-        mapping = (draft_to_target, inverse) if kind == "mapped" else None
-        law = (draft_logits, draft_lse, *strides, draft_logits.shape[2], mapping)
+        how = (draft_to_target, inverse) if kind == "mapped" else None
+        if kind == "rebuilt":
+            how = (base_rows, w1, w1.stride(0), w1.shape[0], w2, w2.stride(0), w2.shape[1])
+            candidates = draft_launch.rank_block(arch.current(device), w2.shape[1], w2.element_size())
+        law = (draft_logits, draft_lse, *strides, draft_logits.shape[2], how)
     elif kind == "listed" and draft_ids is not None:
         strides = (*draft_ids.stride()[:2], *draft_logits.stride()[:2])
         law = (draft_ids, draft_logits, *strides, draft_logits.shape[2])
