@@ -188,7 +188,8 @@ class DenseProposal(Checked):
     """The law the drafts were drawn from, as stored logits.
 
     logits: [S, K, V or Vd], before temperature, -inf outside a filtered support. lse: fp32 [S, K], ln sum exp(logits /
-    temperature), or None. temperature: fp32 [S] (None = the sampling temperature; 0 = one-hot). draft_to_target: int64 [Vd].
+    temperature), or None. temperature: fp32 [S] (None = the sampling temperature; 0 = one-hot). draft_to_target: int64 [Vd], the
+    target's id of each column, each id at most once, in any order.
     """
 
     logits: Tensor
@@ -206,7 +207,11 @@ class DenseProposal(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseProposal(Checked):
-    """The law the drafts were drawn from, on C candidates; no mass elsewhere. ids [S, K, C], logits [S, K, C]."""
+    """The law the drafts were drawn from, on C candidates; no mass elsewhere. ids [S, K, C], logits [S, K, C].
+
+    Ids in any order; entries of one id add up, ids outside the vocabulary (-1 = unused) keep their mass. lse: acceptance does not
+    need it.
+    """
 
     ids: Tensor
     logits: Tensor
@@ -266,7 +271,7 @@ class DraftBlock(Checked):
 
     def _check(self):
         tokens = self._tensor("tokens", dtype=torch.int64, shape=("S", "K"), last_contiguous=True)
-        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
+        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal, RebuiltProposal))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device, contiguous=True)
         for field in ("confidence", "confidence_logits"):
             self._optional(field, dtype=_FLOAT, shape=tuple(tokens.shape), device=tokens.device, last_contiguous=True)
@@ -340,7 +345,7 @@ class DraftTree(Checked):
             self._tensor(field, dtype=torch.int32, **same)
         self._tensor("ancestors", dtype=torch.int64, **same)
         self._tensor("num_nodes", dtype=torch.int32, shape=(tokens.shape[0],), device=tokens.device, contiguous=True)
-        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
+        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal, RebuiltProposal))
         check_choice(self._name("drawn"), self.drawn, ("one_hot", "iid", "without_replacement"))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device)
 
@@ -380,7 +385,8 @@ class Acceptance(Checked):
 
     tokens: int64 [R, K+1], accepted drafts, correction or bonus, then -1. num_accepted, num_emitted, num_rejected: int32
     [R]. next_token: int64 [R]. last_row: int32 [R], the forward row whose logits gave next_token. commit_mask: bool
-    [N_max], rows whose keys and values stay. flags: int32 [R]. logprobs: fp32 [R, K+1] or None. For trees: path, kv_source
+    [N_max], rows whose keys and values stay. flags: int32 [R]. logprobs: fp32 [R, K+1] or None, of the emitted tokens, 0 beyond
+    them. For trees: path, kv_source
     int32 [R, M].
     """
 

@@ -10,8 +10,8 @@
     greedy  accept while x_i = argmax p_i, then emit the arg-max.
     forced  (synthetic_rates, load tests) accept x_i while u_i < rate_i, then draw from p as after the last draft.
 
-Symbols: p_i target law and q_i draft law at draft i (after temperature; p_i after all sampling settings, reference/sampling.py), x_i drafts, L admitted drafts, u_i coins in (0, 1). Coins
-compare strictly, so that a coin of 0 accepts nothing impossible.
+Symbols: p_i target law at draft i (after all sampling settings, reference/sampling.py) and q_i draft law (after temperature), x_i
+drafts, L admitted drafts, u_i coins in (0, 1). Coins compare strictly, so that a coin of 0 accepts nothing impossible.
 """
 
 from __future__ import annotations

@@ -243,10 +243,12 @@ def accept_case(
     filters=(),
     filter_order: str = "top_k_first",
 ) -> AcceptCase:
-    """proposal "dense", "sparse", "one_hot" or "none". mapped: columns of a dense one are ids in shuffled order, some of them outside
-    the vocabulary. adjust, filters: see `sampling_tensors`. candidates of a sparse one; odd_lists: in any order, with entries of one id
-    and of none. forced: random rates of acceptance. closeness: how much of a draft row is the target's. exact_rows: as many rows
-    of target logits as the layout uses, instead of one per allocated row (garbage in the rest)."""
+    """proposal "dense", "sparse", "one_hot" or "none". closeness: how much of a draft row is the target's.
+
+    mapped: columns of a dense proposal are ids in shuffled order, some of them outside the vocabulary. candidates of a sparse one;
+    odd_lists: in any order, with entries of one id and of none. adjust, filters: see `sampling_tensors`. forced: random rates of
+    acceptance. exact_rows: as many rows of target logits as the layout uses, instead of one per allocated row (garbage there).
+    """
     g = _generator(seed)
     slots = requests + 3 if scattered else requests
     width = draft_vocab or vocab

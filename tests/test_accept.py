@@ -113,6 +113,38 @@ def test_equals_reference(data):
     )
     if case.sampling is not None and draw(st.integers(0, 4)) == 0:
         case.synthetic_rates = torch.rand(case.layout.max_drafts)
+    compare_in_place(case)
+
+
+@settings(max_examples=24, deadline=None)
+@given(st.data())
+def test_sampling_settings_act_inside(data):
+    """Penalties along the request's own path, bias, masks and filters, under every rule and law."""
+    draw = data.draw
+    rule = draw(st.sampled_from(RULES))
+    proposal = draw(st.sampled_from(PROPOSALS))
+    case = cases.accept_case(
+        seed=draw(st.integers(0, 10**6)),
+        requests=draw(st.sampled_from([1, 3, 5])),
+        drafts=draw(st.sampled_from([1, 3, 5])),
+        vocab=draw(st.sampled_from([5, 90, 640, 1100])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        proposal=proposal,
+        rule=rule,
+        scattered=draw(st.booleans()),
+        closeness=draw(st.sampled_from([0.8, 0.95])),
+        adjust=draw(st.sampled_from([(), ("bias",), ("mask",), ("repetition", "presence", "frequency"), cases.ADJUSTMENTS])),
+        filters=draw(st.sampled_from([(), ("top_k",), ("top_p",), ("min_p",), cases.FILTERS])),
+        filter_order=draw(st.sampled_from(["top_k_first", "joint"])),
+        mapped=proposal == "dense" and draw(st.booleans()),
+        draft_vocab=draw(st.sampled_from([None, 70])) if proposal == "dense" else None,
+        logprobs=draw(st.sampled_from([None, "raw", "processed"])),
+    )
+    compare_in_place(case)
+
+
+def compare_in_place(case):
+    """The case against the reference, and the same bits into outputs that held something else."""
     acceptance = check(case)
     out = poisoned(acceptance)
     assert dk.accept_chain(**case.arguments(), out=out) is out
@@ -149,7 +181,8 @@ def test_one_launch(monkeypatch, rule):
     assert len(launched) == len(PROPOSALS)
 
 
-VARIANTS = [("token", "dense"), ("token", "sparse"), ("token", "one_hot"), ("block", "dense"), ("block", "sparse"), ("coupled", "none")]
+VARIANTS = [("token", "dense"), ("token", "sparse"), ("token", "one_hot")]
+VARIANTS += [("block", "dense"), ("block", "sparse"), ("coupled", "none")]
 
 
 @pytest.mark.parametrize("rule, proposal", VARIANTS)
@@ -158,7 +191,7 @@ def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
     case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
 
-    def pick(arch, num_leaves, num_drafts, sweeps_draft):
+    def pick(arch, num_leaves, num_drafts, heavy, rebuilt):
         chunk = min(pairs, 16)
         group = 2 if chunk >= num_leaves else 1
         return launch.AcceptConfig(group, chunk, lag=1, num_warps=1, max_registers=None)
@@ -193,10 +226,67 @@ def test_stored_lse_gives_the_same_tokens_as_sweeping_the_proposal():
     check(dataclasses.replace(case, proposal=stored))
 
 
-@pytest.mark.parametrize("draft_vocab", [700, 1024, 3000])
-def test_draft_and_target_widths_differ(draft_vocab):
-    for seed in range(3):
-        check(cases.accept_case(seed=seed, vocab=1500, draft_vocab=draft_vocab, closeness=0.9))
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("draft_vocab", [700, 1024, 5000])
+def test_draft_and_target_widths_differ(draft_vocab, mapped, rule):
+    case = cases.accept_case(seed=1, vocab=1500, draft_vocab=draft_vocab, closeness=0.95, mapped=mapped, rule=rule, requests=7)
+    want = check(case)
+    if draft_vocab == 700:
+        check(dataclasses.replace(case, proposal=dataclasses.replace(with_lse(case), draft_to_target=case.proposal.draft_to_target)))
+    assert want.num_accepted.any(), "no draft was accepted, so the map shows nothing"
+
+
+def test_map_of_a_batch_without_a_live_request():
+    """The counters of the inverted map come back to zero whoever is there; what its scratch held does not matter."""
+    case = cases.accept_case(seed=2, vocab=900, draft_vocab=500, mapped=True, scattered=True, requests=3)
+    workspace = dk.Workspace(3, 4, 900, "cpu")
+    want = dk.accept_chain(**case.arguments())
+    for indices in (torch.full((3,), -1, dtype=torch.int32), case.state_indices):
+        workspace.scratch.fill_(0)
+        have = dk.accept_chain(**case.arguments() | dict(state_indices=indices), workspace=workspace)
+        assert (workspace.counters == 0).all()
+    assert torch.equal(have.tokens, want.tokens)
+
+
+def rebuilt_case(seed, rule, dtype, grid=None):
+    """A block that `draft_block` drafted and a target near its law: with the stored proposal, and the one to rebuild."""
+    draft = cases.draft_case(seed=seed, requests=6, drafts=3, vocab=1100, rank=13, dtype=dtype, confidence=None, grid=grid)
+    block = dk.draft_block(**draft.arguments())
+    lengths = torch.tensor([3, 3, 3, 2, 1, 0])
+    layout = dk.fixed_layout(block, lengths, anchors=draft.anchors, anchor_positions=draft.anchor_positions)
+    g = torch.Generator().manual_seed(seed)
+    target = 2 * torch.randn(24, 1100, generator=g)
+    for r in range(6):
+        first, rows = int(layout.cu_num_logits[r]), int(lengths[r])
+        target[first : first + rows] = 0.8 * block.proposal.logits[r, :rows].float() + 0.2 * target[first : first + rows]
+    case = cases.AcceptCase(target.to(dtype), layout, block.proposal, draft.sampling, None, rule)
+    return case, dk.RebuiltProposal(draft.base_logits, draft.head, block.proposal.lse)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rebuilt_law_has_the_bits_of_the_stored_one(dtype, rule):
+    accepted = 0
+    for seed in range(2):
+        case, rebuilt = rebuilt_case(seed, rule, dtype)
+        want = check(case)
+        have = dk.accept_chain(**case.arguments() | dict(proposal=rebuilt))
+        assert torch.equal(have.tokens, want.tokens) and torch.equal(have.flags, want.flags)
+        accepted += int(have.num_accepted.sum())
+        # Base logits that lie elsewhere.
+        order = torch.tensor([3, 5, 0, 1, 4, 2])
+        moved = torch.empty_like(rebuilt.base_logits)
+        moved[order] = rebuilt.base_logits
+        moved = dataclasses.replace(rebuilt, base_logits=moved, rows=order.int())
+        assert torch.equal(dk.accept_chain(**case.arguments() | dict(proposal=moved)).tokens, want.tokens)
+    assert accepted
+
+
+def test_rebuilt_law_is_the_reference():
+    """On a dyadic grid every sum is exact, so that the rounded logits are the reference's."""
+    case, rebuilt = rebuilt_case(3, "token", torch.float32, grid=0.25)
+    check(dataclasses.replace(case, proposal=rebuilt))
 
 
 @pytest.mark.parametrize("seed", range(3))

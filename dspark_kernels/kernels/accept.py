@@ -216,15 +216,15 @@ def accept_chain_kernel(
                     rows = tl.where(member <= length, row0 + member, -1).to(tl.int64)
                     status = rows_status(rows, mass_ptr, num_leaves, LEAVES)
                     if limits is not None:
-                        limit_rows(group * GROUP, whole_view, view, filters, layout, temperature_ptr, seed_ptr, memory, groups, scale,
-                                   num_leaves, length, JOINT, GROUP, GROUPS, LEAVES)  # fmt: skip
+                        limit_rows(group * GROUP, whole_view, view, filters, layout, temperature_ptr, seed_ptr, memory, groups,
+                                   scale, num_leaves, length, JOINT, GROUP, GROUPS, LEAVES)  # fmt: skip
                     draft = merge_rows(member, rows, status, view, layout, temperature_ptr, memory, raw_memory, row_values_ptr,
                                        row_ids_ptr, scale, num_leaves, length, LEAVES)  # fmt: skip
                     if RECORD is not None:
                         if mapping is not None:
                             await_map(ready_ptr, map_parts)
-                        RECORD(member, tl.where(member < length, rows, -1), draft, view, law, draft_memory, row_values_ptr, row_ids_ptr,
-                               draft_scale, draft_temperature, num_leaves, COLUMN, LEAVES, CANDIDATES)  # fmt: skip
+                        RECORD(member, tl.where(member < length, rows, -1), draft, view, law, draft_memory, row_values_ptr,
+                               row_ids_ptr, draft_scale, draft_temperature, num_leaves, COLUMN, LEAVES, CANDIDATES)  # fmt: skip
                     if arrive(request_count_ptr + request, length // GROUP + 1):
                         every = tl.arange(0, WIDTH)
                         anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
@@ -241,9 +241,9 @@ def accept_chain_kernel(
                             tl.atomic_xchg(state_ptr + request, tl.where(wants, NEEDS_RESIDUAL, DONE), sem="release", scope="gpu")
                         else:
                             _conclude(
-                                request, row0, length, accepted, wants, view, layout, law, temperature_ptr, seed_ptr, outputs, memory,
-                                raw_memory, residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale, num_requests,
-                                num_drafts, num_forward, num_leaves,
+                                request, row0, length, accepted, wants, view, layout, law, temperature_ptr, seed_ptr, outputs,
+                                memory, raw_memory, residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale,
+                                num_requests, num_drafts, num_forward, num_leaves,
                                 RESIDUAL, INNER, COLUMN, DRAWS, TWO_WAVES, PAIRS, CANDIDATES, LEAVES, WIDTH,
                             )  # fmt: skip
     elif wave == 1:
@@ -279,8 +279,8 @@ def accept_chain_kernel(
                             wants = accepted < stop
                     _conclude(
                         request, row0, length, accepted, wants, view, layout, law, temperature_ptr, seed_ptr, outputs, memory,
-                        raw_memory, residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale, num_requests, num_drafts,
-                        num_forward, num_leaves,
+                        raw_memory, residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale, num_requests,
+                        num_drafts, num_forward, num_leaves,
                         RESIDUAL, INNER, COLUMN, DRAWS, TWO_WAVES, PAIRS, CANDIDATES, LEAVES, WIDTH,
                     )  # fmt: skip
                     if mapping is not None:
@@ -320,6 +320,7 @@ def launch_accept_chain(items, args, *, judge, law, two_waves, draws, joint, can
         WIDTH=width,
         LAG=config.lag,
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
         enable_fp_fusion=False,
         **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
     )

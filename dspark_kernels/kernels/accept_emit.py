@@ -54,8 +54,8 @@ def _log2(weight):
 
 @triton.jit
 def draw(
-    i, row, request, wants_residual, seed, position, anchor, view, law, memory, residual_ptr, patch_ptr, row_values_ptr, row_ids_ptr,
-    scale, draft_scale, num_leaves,
+    i, row, request, wants_residual, seed, position, anchor, view, law, memory, residual_ptr, patch_ptr, row_values_ptr,
+    row_ids_ptr, scale, draft_scale, num_leaves,
     INNER: tl.constexpr, COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Draw after row i of a request from its residual, or, where that is not wanted or has no mass, from the target's law.

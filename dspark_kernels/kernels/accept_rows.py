@@ -227,12 +227,13 @@ def merge_rows(i, rows, status, view, layout, temperature_ptr, memory, raw_memor
     _, _, vocab, _, _, _, _, slot, _, _ = view
     _starts, _logits, logits_indices_ptr, token_ids_ptr, _positions = layout
     live = rows >= 0
-    there = tl.where(live, i, 0)
+    row_of = tl.where(live, i, 0)
     top, mass, words, tops = merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, LEAVES)
     point = (top == POS_INF) | ((status & NONFINITE_ROW) > 0)
     if best_ptr is not None:
         leaf = tl.arange(0, LEAVES)[None, :]
-        best = tl.load(best_ptr + rows[:, None] * num_leaves + leaf, mask=live[:, None] & (leaf < num_leaves), other=0, volatile=True)
+        there = live[:, None] & (leaf < num_leaves)
+        best = tl.load(best_ptr + rows[:, None] * num_leaves + leaf, mask=there, other=0, volatile=True)
         first = tl.where(live, unpack_id(tl.max(best, axis=1)), 0).to(tl.int32)
     else:
         # The first maximum is needed for greedy rows and for rows without a proper law.
@@ -244,7 +245,7 @@ def merge_rows(i, rows, status, view, layout, temperature_ptr, memory, raw_memor
             need = need | tl.where((tl.load(temperature_ptr + slot) > 0.0) == 0, 1, 0)
         if tl.max(need, axis=0) > 0:
             ids = first_leaf(tops, top, LEAVES)
-            first = first_of(read_rows(view, there, ids, live[:, None] & (ids < vocab)), ids, top, vocab)
+            first = first_of(read_rows(view, row_of, ids, live[:, None] & (ids < vocab)), ids, top, vocab)
     mass_of = tl.where(point, first, SOFTMAX)
     inverse = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
     values, ids_of = row_values_ptr + rows * VALUES, row_ids_ptr + rows * IDS
@@ -263,7 +264,7 @@ def merge_rows(i, rows, status, view, layout, temperature_ptr, memory, raw_memor
     forward = tl.load(logits_indices_ptr + rows + 1, mask=has_draft, other=0)
     draft = tl.load(token_ids_ptr + forward, mask=has_draft, other=-1)
     inside = has_draft & (draft >= 0) & (draft < vocab)
-    x = read_each(view, there, tl.where(inside, draft, 0).to(tl.int32), inside)
+    x = read_each(view, row_of, tl.where(inside, draft, 0).to(tl.int32), inside)
     target_prob = soft_prob(x, draft, mass_of, finite_or_zero(top), inverse, scale)
     tl.store(values + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
     return draft

@@ -1,7 +1,8 @@
 """accept_chain: lossless acceptance of drafted chains from raw target logits in one launch.
 
 Token rule: accept while u * draft_prob(x) < target_prob(x), then draw from [target - draft]+ or, after the last draft, from the
-target. Oracle: reference/accept.py. Sources: arXiv 2211.17192 and 2302.01318.
+target. Block rule: keep the longest prefix whose coin passes; coupled rule: follow the token that the noise shared with the draft
+gives. Oracle: reference/accept.py. Sources: arXiv 2211.17192 and 2302.01318; 2403.10444; 2408.07978.
 """
 
 from __future__ import annotations
@@ -67,9 +68,19 @@ def accept_chain(
     Args:
         target_logits: [L, V] bf16, fp16 or fp32, last dimension contiguous; row j belongs to layout.logits_indices[j].
         layout: which rows and drafts belong to which request (drafts are read from layout.token_ids).
-        proposal: the law the drafts were drawn from; None = one-hot. Dense: its logits [S, K, Vd] and, if given, its lse.
-        sampling: temperature and seed per slot; None = every row greedy.
-        rule: "token".
+        proposal: the law the drafts were drawn from; None = one-hot. Dense: its logits [S, K, Vd] and, if given, its lse; columns
+            beyond V, or that draft_to_target maps to no id, hold mass that no target has. Sparse: 1 to 512 candidates in any
+            order; entries of one id count as one id with their sum, ids outside the vocabulary keep their mass to themselves.
+            Rebuilt: a vanilla head's, computed for the rows that need a residual. The coupled rule and forced acceptance read none.
+        sampling: settings per slot; None = every row greedy. All of them act inside: token_bitmask has a row per row of
+            target_logits, penalties see the drafts before a row as emitted.
+        rule: "token", "block" or "coupled"; greedy rows are greedy under each.
+        logprobs: "raw" (softmax of target_logits as they came, at temperature 1) or "processed" (the law that tokens were drawn
+            from; greedy: all mass on the arg-max) adds `Acceptance.logprobs`: ln of the probability of each emitted token, -inf
+            for a token without probability (a row without any finite logit, a forced draft), 0 beyond num_emitted.
+        synthetic_rates: fp32 [K], for load tests: draft k is accepted with this chance, given its predecessors, by the ACCEPT
+            coins and whatever the laws say (not beyond a row without finite logits, nor an id outside the vocabulary); the
+            token that follows is drawn as after a last draft, from the target's law. Not lossless.
         anchors, anchor_positions: int64 or int32 [S], advanced in place to the next round's anchor if given.
         state_indices: int32 [R], state slot of each row, -1 = padding row.
         out, workspace: with both, nothing is allocated.
@@ -208,22 +219,23 @@ def _check_out(out, requests, drafts, forward_rows, device, logprobs):
     check_tensor("out.tokens", out.tokens, shape=(requests, drafts + 1), device=device)
     check_tensor("out.commit_mask", out.commit_mask, shape=(forward_rows,), device=device)
     if logprobs:
-        check_tensor("out.logprobs", out.logprobs)
+        check_tensor("out.logprobs", out.logprobs, shape=(requests, drafts + 1), device=device)
 
 
 @library.register(
     "accept_chain(Tensor target_logits, Tensor query_start_loc, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, "
     "Tensor positions, Tensor? draft_logits, Tensor? draft_ids, Tensor? draft_lse, Tensor? draft_temperature, "
-    "Tensor? draft_to_target, Tensor? w1, Tensor? w2, Tensor? base_rows, " + sampling_args.SCHEMA + ", Tensor? rates, Tensor? state_indices, str rule, str? logprobs, "
-    "Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) num_emitted, Tensor(d!) num_rejected, Tensor(e!) next_token, Tensor(f!) last_row, "
-    "Tensor(g!) commit_mask, Tensor(h!) flags, Tensor(m!)? log_probs, Tensor(i!)? anchors, Tensor(j!)? anchor_positions, "
-    "Tensor(k!) counters, Tensor(l!) scratch) -> ()"
+    "Tensor? draft_to_target, Tensor? w1, Tensor? w2, Tensor? base_rows, " + sampling_args.SCHEMA + ", Tensor? rates, "
+    "Tensor? state_indices, str rule, str? logprobs, Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) num_emitted, "
+    "Tensor(d!) num_rejected, Tensor(e!) next_token, Tensor(f!) last_row, Tensor(g!) commit_mask, "
+    "Tensor(h!) flags, Tensor(m!)? log_probs, Tensor(i!)? anchors, Tensor(j!)? anchor_positions, Tensor(k!) counters, "
+    "Tensor(l!) scratch) -> ()"
 )
 def _accept_chain(
     target_logits, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_ids, draft_lse,
-    draft_temperature, draft_to_target, w1, w2, base_rows, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed,
-    counts, repetition, presence, frequency, joint, rates, state_indices, rule, logprobs, tokens, num_accepted, num_emitted, num_rejected, next_token,
-    last_row, commit_mask, flags, log_probs, anchors, anchor_positions, counters, scratch,
+    draft_temperature, draft_to_target, w1, w2, base_rows, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask,
+    listed, counts, repetition, presence, frequency, joint, rates, state_indices, rule, logprobs, tokens, num_accepted,
+    num_emitted, num_rejected, next_token, last_row, commit_mask, flags, log_probs, anchors, anchor_positions, counters, scratch,
 ):  # fmt: skip
     device = target_logits.device
     kernels = library.kernels("accept", device)
@@ -247,7 +259,8 @@ def _accept_chain(
     two_waves = dense or (kind == "listed" and judge == "block")
     leaves = _leaves(vocab, draft_logits if dense else None)
     swept = dense and draft_lse is None
-    config = accept_launch.pick(arch.current(device), leaves, drafts, swept)
+    heavy = swept or kind == "rebuilt" or draft_ids is not None or flat.filters is not None or flat.adjusts
+    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, kind == "rebuilt")
     parts = -(-leaves // (config.group * config.chunk)) if dense else 1
     map_parts = -(-draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-(drafts + 1) // config.group) * -(-leaves // config.chunk)
