@@ -183,10 +183,11 @@ def test_one_launch(monkeypatch, rule):
 
 VARIANTS = [("token", "dense"), ("token", "sparse"), ("token", "one_hot")]
 VARIANTS += [("block", "dense"), ("block", "sparse"), ("coupled", "none")]
+ODD = [(*variant, True) for variant in VARIANTS] + [("token", "dense", False)]
 
 
 @pytest.mark.parametrize("rule, proposal", VARIANTS)
-@pytest.mark.parametrize("pairs", [1, 2, 32])
+@pytest.mark.parametrize("pairs", [1, 32])
 def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
     case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
@@ -233,7 +234,8 @@ def test_draft_and_target_widths_differ(draft_vocab, mapped, rule):
     case = cases.accept_case(seed=1, vocab=1500, draft_vocab=draft_vocab, closeness=0.95, mapped=mapped, rule=rule, requests=7)
     want = check(case)
     if draft_vocab == 700:
-        check(dataclasses.replace(case, proposal=dataclasses.replace(with_lse(case), draft_to_target=case.proposal.draft_to_target)))
+        stored = dataclasses.replace(with_lse(case), draft_to_target=case.proposal.draft_to_target)
+        check(dataclasses.replace(case, proposal=stored))
     assert want.num_accepted.any(), "no draft was accepted, so the map shows nothing"
 
 
@@ -354,8 +356,7 @@ def test_prefill_rows_and_requests_that_do_not_emit():
 # --- values that only the device sees ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule, proposal", VARIANTS)
-@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("rule, proposal, sampled", ODD)
 @pytest.mark.parametrize("value", ["nan", "all_minus_inf", "all_nan", "two_inf", "only_inf", "mask", "draft_inf", "draft_nan"])
 def test_odd_logits(value, sampled, rule, proposal):
     if value.startswith("draft") and (proposal not in ("dense", "sparse") or not sampled):
@@ -392,8 +393,7 @@ def test_odd_logits(value, sampled, rule, proposal):
         assert acceptance.next_token[0] == (1500 if value == "only_inf" else 0)
 
 
-@pytest.mark.parametrize("rule, proposal", VARIANTS)
-@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("rule, proposal, sampled", ODD)
 @pytest.mark.parametrize("bad", [-1, -2, 1500, 2**40])
 def test_draft_ids_out_of_range(bad, sampled, rule, proposal):
     case = cases.accept_case(seed=13, requests=6, drafts=3, proposal=proposal, sampled=sampled, closeness=1.0, rule=rule,
@@ -472,7 +472,7 @@ def test_empty_residual_draws_from_the_target():
 @pytest.mark.parametrize("rule, proposal", VARIANTS)
 @pytest.mark.parametrize("temperature", [1e-6, 1e6, -1.0, float("nan")])
 def test_extreme_temperatures(temperature, rule, proposal):
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float16,) if temperature > 0 else (torch.float32,):
         case = cases.accept_case(seed=23, requests=5, drafts=3, dtype=dtype, closeness=0.9, rule=rule, proposal=proposal,
                                  vocab=900)  # fmt: skip
         case.sampling.temperature[1:4] = temperature

@@ -97,9 +97,11 @@ def test_schedule_prefixes_with_many_programs(monkeypatch, policy):
             assert_same_layout(dk.schedule_prefixes(**given, workspace=workspace), want)
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-def test_accept_chain_in_any_batch(proposal):
-    case = cases.accept_case(seed=60, requests=9, drafts=4, vocab=2100, proposal=proposal, closeness=0.9)
+@pytest.mark.parametrize(
+    "proposal, rule", [("dense", "token"), ("one_hot", "token"), ("sparse", "token"), ("dense", "block"), ("one_hot", "coupled")]
+)
+def test_accept_chain_in_any_batch(proposal, rule):
+    case = cases.accept_case(seed=60, requests=9, drafts=4, vocab=2100, proposal=proposal, closeness=0.9, rule=rule)
     whole = dk.accept_chain(**case.arguments())
     lens = case.layout.draft_lens
     for rows in ([3], [8, 3, 0], list(range(8, -1, -1))):
@@ -116,9 +118,13 @@ def test_accept_chain_in_any_batch(proposal):
         layout = layouts.fixed_layout(
             block, lens[index], anchors=torch.tensor(anchors), anchor_positions=torch.tensor(positions)
         )
-        law = dk.DenseProposal(case.proposal.logits[index]) if proposal == "dense" else dk.OneHotProposal()
+        law = dk.OneHotProposal()
+        if proposal == "dense":
+            law = dk.DenseProposal(case.proposal.logits[index])
+        elif proposal == "sparse":
+            law = dk.SparseProposal(case.proposal.ids[index], case.proposal.logits[index])
         sampling = dk.SamplingTensors(case.sampling.temperature[index], case.sampling.seed[index])
-        part = dk.accept_chain(torch.cat(logits), layout, law, sampling=sampling)
+        part = dk.accept_chain(torch.cat(logits), layout, law, sampling=sampling, rule=rule)
         assert torch.equal(part.tokens, whole.tokens[index]) and torch.equal(part.flags, whole.flags[index])
 
 

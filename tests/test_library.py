@@ -62,6 +62,8 @@ def _plan():
         (draft, "_draft_block", _draft(sampled=False, rank=0, confidence=None)),
         (accept, "_accept_chain", _accept()),
         (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
+        (accept, "_accept_chain", _accept(rule="block", proposal="sparse", logprobs="raw", adjust=cases.ADJUSTMENTS)),
+        (accept, "_accept_chain", _accept(rule="coupled", filters=cases.FILTERS, logprobs="processed", forced=True)),
         (layout, "_fixed_layout", _layout),
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
@@ -125,18 +127,23 @@ def test_attention_compiles_into_one_graph(backend):
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import (
         accept as accept_kernels,
+        accept_rows,
+        accept_target,
         attention as attention_kernels,
         draft as draft_kernels,
         schedule as schedule_kernels,
     )
-    from dspark_kernels.kernels.primitives import mass, philox, rows
+    from dspark_kernels.kernels.primitives import filters, mass, philox, rows
 
-    for kernels in (accept_kernels, draft_kernels, schedule_kernels, rows):
+    for kernels in (accept_rows, draft_kernels, schedule_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
     assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
     assert draft_kernels.UNIT.value == draft.UNIT and mass.LEAF.value == accept.LEAF
+    assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
+    assert accept_kernels.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
+    assert accept.LISTED == 2 * filters.BLOCK.value
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 
