@@ -164,8 +164,17 @@ def test_tree_attention_in_any_batch(monkeypatch, mask, window):
             assert not same, "the batches were to be cut into other parts"
 
 
-def test_replay_with_one_workspace_is_identical_and_leaves_it_clean():
-    case = cases.accept_case(seed=61, requests=7, drafts=4, vocab=2100, closeness=0.5)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(proposal="sparse", rule="block", logprobs="raw"),
+        dict(rule="block", mapped=True, draft_vocab=1100),
+        dict(rule="coupled", filters=("top_k",), vocab=900),
+    ],
+)
+def test_replay_with_one_workspace_is_identical_and_leaves_it_clean(options):
+    case = cases.accept_case(**dict(seed=61, requests=7, drafts=4, vocab=2100, closeness=0.5) | options)
     draft = cases.draft_case(seed=62, requests=7, drafts=4, vocab=2100)
     workspace = dk.Workspace(16, 7, 5000, "cpu")
     first = dk.accept_chain(**case.arguments(), workspace=workspace)
