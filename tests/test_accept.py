@@ -439,6 +439,20 @@ def test_odd_lists(content, rule):
     check(case)
 
 
+def test_entries_that_share_ids_and_octets():
+    """Most of the target's mass lies in the octets of the lists, and two entries make an id's probability."""
+    case = cases.accept_case(seed=7, requests=40, drafts=1, vocab=1100, proposal="sparse", candidates=16, closeness=0.9,
+                             lengths=torch.ones(40), temperatures=(1.0,), dtype=torch.float32, sharpness=1.0)  # fmt: skip
+    g = torch.Generator().manual_seed(7)
+    case.target_logits[:, 1024:1048] += 6
+    case.proposal.ids[:] = (1024 + torch.randperm(24, generator=g)[:8]).repeat(2)
+    case.proposal.logits[:] = torch.randn(40, 1, 16, generator=g)
+    drawn = case.proposal.ids[:, 0, 0]
+    case.layout.token_ids[case.layout.query_start_loc[:-1].long() + 1] = drawn
+    acceptance = check(case)
+    assert (acceptance.num_rejected > 0).sum() > 10 and (acceptance.num_accepted > 0).sum() > 5
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_forced_rates(rule):
     """Rate 1 accepts all that can be, rate 0 nothing, whatever the laws say."""
