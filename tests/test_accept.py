@@ -87,7 +87,7 @@ RULES = ("token", "block", "coupled")
 PROPOSALS = ("dense", "sparse", "one_hot", "none")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw
@@ -116,7 +116,7 @@ def test_equals_reference(data):
     compare_in_place(case)
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_sampling_settings_act_inside(data):
     """Penalties along the request's own path, bias, masks and filters, under every rule and law."""
@@ -266,23 +266,18 @@ def rebuilt_case(seed, rule, dtype, grid=None):
     return case, dk.RebuiltProposal(draft.base_logits, draft.head, block.proposal.lse)
 
 
-@pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, rule", [(torch.bfloat16, "token"), (torch.float16, "block"), (torch.float32, "token")])
 def test_rebuilt_law_has_the_bits_of_the_stored_one(dtype, rule):
-    accepted = 0
-    for seed in range(2):
-        case, rebuilt = rebuilt_case(seed, rule, dtype)
-        want = check(case)
-        have = dk.accept_chain(**case.arguments() | dict(proposal=rebuilt))
+    case, rebuilt = rebuilt_case(1, rule, dtype)
+    want = check(case)
+    # Base logits that lie elsewhere.
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    moved = torch.empty_like(rebuilt.base_logits)
+    moved[order] = rebuilt.base_logits
+    for proposal in (rebuilt, dataclasses.replace(rebuilt, base_logits=moved, rows=order.int())):
+        have = dk.accept_chain(**case.arguments() | dict(proposal=proposal))
         assert torch.equal(have.tokens, want.tokens) and torch.equal(have.flags, want.flags)
-        accepted += int(have.num_accepted.sum())
-        # Base logits that lie elsewhere.
-        order = torch.tensor([3, 5, 0, 1, 4, 2])
-        moved = torch.empty_like(rebuilt.base_logits)
-        moved[order] = rebuilt.base_logits
-        moved = dataclasses.replace(rebuilt, base_logits=moved, rows=order.int())
-        assert torch.equal(dk.accept_chain(**case.arguments() | dict(proposal=moved)).tokens, want.tokens)
-    assert accepted
+    assert want.num_accepted.any() and want.num_rejected.any()
 
 
 def test_rebuilt_law_is_the_reference():
