@@ -232,21 +232,44 @@ def _rows(requests, drafts):
     )
 
 
-def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None):
+def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None, candidates=64,
+            forced=False, filters=False, adjust=False, **options):  # fmt: skip
+    """proposal "lse" or "no lse" (dense), "mapped", "sparse", "rebuilt" or "one_hot"."""
     size = requests if slots is None else slots
     law = None
-    if proposal != "one_hot":
-        lse = _empty(size, drafts, dtype=torch.float32) if proposal == "lse" else None
-        law = dk.DenseProposal(_empty(size, drafts, vocab, dtype=dtype), lse=lse)
+    if proposal == "sparse":
+        law = dk.SparseProposal(_ints(size, drafts, candidates), _empty(size, drafts, candidates, dtype=dtype))
+    elif proposal == "rebuilt":
+        head = dk.MarkovHead(_empty(vocab, RANK, dtype=dtype), _empty(vocab, RANK, dtype=dtype))
+        law = dk.RebuiltProposal(_empty(size, drafts, vocab, dtype=dtype), head, _empty(size, drafts, dtype=torch.float32))
+    elif proposal != "one_hot":
+        width = 32000 if proposal == "mapped" else vocab
+        lse = None if proposal == "no lse" else _empty(size, drafts, dtype=torch.float32)
+        law = dk.DenseProposal(
+            _empty(size, drafts, width, dtype=dtype), lse, draft_to_target=_ints(width) if proposal == "mapped" else None
+        )
+    sampling = _sampling(size) if sampled else None
+    if filters:
+        limits = dict(top_k=_ints(size, dtype=torch.int32), top_p=torch.ones(size), min_p=torch.ones(size))
+        sampling = dataclasses.replace(sampling, **limits)
+    if adjust:
+        sampling = dataclasses.replace(
+            sampling,
+            logit_bias=_empty(size, vocab, dtype=torch.float32),
+            token_bitmask=_ints(requests * (drafts + 1), -(-vocab // 32), dtype=torch.int32),
+            penalties=dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), *(torch.ones(size) for _ in range(3))),
+        )
     dk.accept_chain(
         _empty(requests * (drafts + 1), vocab, dtype=dtype),
         _rows(requests, drafts),
         law,
-        sampling=_sampling(size) if sampled else None,
+        sampling=sampling,
         anchors=_ints(size),
         anchor_positions=_ints(size),
+        synthetic_rates=torch.ones(drafts) if forced else None,
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
+        **options,
     )
 
 
@@ -451,6 +474,28 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "one_hot": lambda: _accept(64, proposal="one_hot"),
         "one_hot_v1000": lambda: _accept(64, proposal="one_hot", vocab=1000),
         "greedy": lambda: _accept(64, proposal="one_hot", sampled=False),
+        "sparse": lambda: _accept(64, proposal="sparse"),
+        "sparse_c16": lambda: _accept(64, proposal="sparse", candidates=16),
+        "sparse_c512": lambda: _accept(64, proposal="sparse", candidates=512),
+        "dense_block": lambda: _accept(64, rule="block"),
+        "dense_block_swept": lambda: _accept(64, rule="block", proposal="no lse"),
+        "sparse_block": lambda: _accept(64, rule="block", proposal="sparse"),
+        "one_hot_block": lambda: _accept(64, rule="block", proposal="one_hot"),
+        "coupled": lambda: _accept(64, rule="coupled", proposal="one_hot"),
+        "dense_raw": lambda: _accept(64, logprobs="raw"),
+        "dense_processed": lambda: _accept(64, logprobs="processed"),
+        "coupled_raw": lambda: _accept(64, rule="coupled", proposal="one_hot", logprobs="raw"),
+        "forced": lambda: _accept(64, forced=True),
+        "mapped": lambda: _accept(64, proposal="mapped"),
+        "rebuilt": lambda: _accept(64, proposal="rebuilt"),
+        "rebuilt_block": lambda: _accept(64, rule="block", proposal="rebuilt"),
+        "dense_filters": lambda: _accept(64, filters=True),
+        "dense_block_filters": lambda: _accept(64, rule="block", filters=True),
+        "sparse_filters": lambda: _accept(64, proposal="sparse", filters=True),
+        "coupled_filters": lambda: _accept(64, rule="coupled", proposal="one_hot", filters=True),
+        "dense_adjust": lambda: _accept(64, adjust=True),
+        "one_hot_all": lambda: _accept(64, proposal="one_hot", filters=True, adjust=True, logprobs="raw"),
+        "sparse_all": lambda: _accept(64, proposal="sparse", filters=True, adjust=True, logprobs="processed"),
     },
 }
 

@@ -27,6 +27,7 @@ from .types import (
     OneHotProposal,
     PagedKV,
     Penalties,
+    RebuiltProposal,
     RnnMarkovHead,
     SamplingTensors,
     SparseProposal,

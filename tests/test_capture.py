@@ -110,9 +110,18 @@ def test_candidates_in_a_graph(device, kind):
         assert (workspace.counters == 0).all()
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-def test_accept_chain_in_a_graph(device, proposal):
-    make = lambda seed: to_device(cases.accept_case(seed=seed, requests=9, drafts=5, vocab=5000, proposal=proposal), device)  # noqa: E731
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(proposal="dense"),
+        dict(proposal="one_hot"),
+        dict(proposal="sparse", filters=cases.FILTERS, logprobs="raw"),
+        dict(proposal="dense", rule="block", mapped=True, draft_vocab=3000),
+        dict(proposal="none", rule="coupled", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS),
+    ],
+)
+def test_accept_chain_in_a_graph(device, options):
+    make = lambda seed: to_device(cases.accept_case(seed=seed, requests=9, drafts=5, vocab=5000, **options), device)  # noqa: E731
     static = make(0)
     workspace = dk.Workspace(9, 5, 5000, device)
     out = dk.accept_chain(**static.arguments(), workspace=workspace)

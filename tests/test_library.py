@@ -85,6 +85,8 @@ def _compact():
         (candidates, "_draft_candidates", _candidates(2, sampled=False, kind="rnn")),
         (accept, "_accept_chain", _accept()),
         (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
+        (accept, "_accept_chain", _accept(rule="block", proposal="sparse", logprobs="raw", adjust=cases.ADJUSTMENTS)),
+        (accept, "_accept_chain", _accept(rule="coupled", filters=cases.FILTERS, logprobs="processed", forced=True)),
         (layout, "_fixed_layout", _layout),
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
@@ -210,6 +212,8 @@ def test_compaction_compiles_into_one_graph():
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import (
         accept as accept_kernels,
+        accept_rows,
+        accept_target,
         attention as attention_kernels,
         draft as draft_kernels,
         draft_filters,
@@ -219,16 +223,18 @@ def test_constants_of_kernels_are_the_public_ones():
     )
     from dspark_kernels.kernels.primitives import filters, mass, philox, rows
 
-    for kernels in (accept_kernels, draft_kernels, draft_rows, schedule_kernels, tree_kernels, rows):
+    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
     assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
     assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
-    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP
+    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and accept.LISTED == 2 * filters.BLOCK.value
     assert mass.LEAF.value == accept.LEAF == tree.LEAF
     assert [tree_kernels.WALK.value, tree_kernels.RECURSIVE.value, tree_kernels.TRAVERSAL.value] == [0, 1, 2]
     assert tree.RULES == ("walk", "recursive", "traversal")
+    assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
+    assert accept_kernels.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 
