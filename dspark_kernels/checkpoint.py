@@ -94,7 +94,7 @@ def read_config(path) -> dict:
 
 def stored_tensors(path) -> dict[str, StoredTensor]:
     """Every tensor of a directory by name, from the headers alone. Raises as `load_drafter` does."""
-    where = _handles(Path(path))
+    where = _handles(_directory(path, f"{formats.PUBLISHED_DRAFTERS}; {formats.PUBLISHED_TARGETS}"))
     slices = {name: (file, handle.get_slice(name)) for name, (file, handle) in where.items()}
     return {name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), file) for name, (file, part) in slices.items()}
 
