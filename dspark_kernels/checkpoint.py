@@ -19,6 +19,7 @@ from torch import Tensor
 from . import checkpoint_formats as formats
 from .types import ConfidenceHead, GatedMarkovHead, MarkovHead, RnnMarkovHead
 
+_PUBLISHED = f"{formats.PUBLISHED_DRAFTERS}; {formats.PUBLISHED_TARGETS}"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -74,7 +75,7 @@ def load_drafter(path) -> DrafterCheckpoint:
     directory = _directory(path, formats.PUBLISHED_DRAFTERS)
     config, form = _config(directory, formats.DRAFTERS, formats.PUBLISHED_DRAFTERS)
     config = form.drafter(config)
-    tensors = _read(directory, form.shapes(config))
+    tensors = _read(_checked(directory, form.shapes(config)))
     return DrafterCheckpoint(config, tensors, _head(config, tensors), _confidence(config, tensors))
 
 
@@ -82,19 +83,29 @@ def load_target(path) -> TargetCheckpoint:
     """Read a `Qwen3ForCausalLM` directory onto the CPU. Raises as `load_drafter` does."""
     directory = _directory(path, formats.PUBLISHED_TARGETS)
     config, form = _config(directory, formats.TARGETS, formats.PUBLISHED_TARGETS)
-    # Some exporters write a tied head out too; it is the embedding again.
-    ignored = ("lm_head.weight",) if config.get("tie_word_embeddings", False) else ()
-    return TargetCheckpoint(config, _read(directory, form.shapes(config), ignored))
+    return TargetCheckpoint(config, _read(_checked(directory, form.shapes(config))))
+
+
+def check(path) -> tuple[dict, formats.Format]:
+    """Check a drafter or target as its loader does, but read no tensor: its config (a drafter's in DSpark's words) and format.
+
+    Raises as `load_drafter` does, and ValueError for what neither loader reads.
+    """
+    directory = _directory(path, _PUBLISHED)
+    config, form = _config(directory, formats.DRAFTERS | formats.TARGETS, _PUBLISHED)
+    config = form.drafter(config)
+    _checked(directory, form.shapes(config))
+    return config, form
 
 
 def read_config(path) -> dict:
     """config.json of any directory, unchecked. Raises FileNotFoundError and ValueError as `load_drafter` does."""
-    return _json(_directory(path, f"{formats.PUBLISHED_DRAFTERS}; {formats.PUBLISHED_TARGETS}") / "config.json")
+    return _json(_directory(path, _PUBLISHED) / "config.json")
 
 
 def stored_tensors(path) -> dict[str, StoredTensor]:
     """Every tensor of a directory by name, from the headers alone. Raises as `load_drafter` does."""
-    where = _handles(_directory(path, f"{formats.PUBLISHED_DRAFTERS}; {formats.PUBLISHED_TARGETS}"))
+    where = _handles(_directory(path, _PUBLISHED))
     slices = {name: (file, handle.get_slice(name)) for name, (file, handle) in where.items()}
     return {name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), file) for name, (file, part) in slices.items()}
 
@@ -154,14 +165,16 @@ def _listing(directory: Path) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "no files"
 
 
-def _read(directory: Path, shapes: Mapping[str, tuple[int, ...]], ignored=()) -> dict[str, Tensor]:
-    """The tensors of `shapes`, all checked before the first is read."""
+def _checked(directory: Path, shapes: formats.Shapes) -> dict:
+    """The open file of every tensor of `shapes`, all of them checked."""
     where = _handles(directory)
     missing = [name for name in shapes if name not in where]
     if missing:
         wanted = f"{missing[0]} {list(shapes[missing[0]])}{_more(missing)}"
         raise ValueError(f"{directory}: expected the tensor {wanted}, found none")
-    surplus = [name for name in where if name not in shapes and name not in ignored]
+    # Some exporters write a tied head out too; it is the embedding again.
+    tied = {"lm_head.weight"} if "model.embed_tokens.weight" in shapes else set()
+    surplus = sorted(where.keys() - shapes.keys() - tied)
     if surplus:
         raise ValueError(f"{directory}: expected no tensor {surplus[0]}{_more(surplus)} by config.json, found one")
     for name, shape in shapes.items():
@@ -171,7 +184,11 @@ def _read(directory: Path, shapes: Mapping[str, tuple[int, ...]], ignored=()) ->
             raise ValueError(f"{file}: expected {name} of shape {list(shape)}, got {list(entry.get_shape())}")
         if entry.get_dtype() not in _DTYPES:
             raise ValueError(f"{file}: expected {name} in {' or '.join(_DTYPES)}, got {entry.get_dtype()}")
-    return {name: where[name][1].get_tensor(name) for name in shapes}
+    return {name: where[name][1] for name in shapes}
+
+
+def _read(handles: Mapping) -> dict[str, Tensor]:
+    return {name: handle.get_tensor(name) for name, handle in handles.items()}
 
 
 def _handles(directory: Path) -> dict:

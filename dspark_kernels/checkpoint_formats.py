@@ -87,10 +87,11 @@ def other(config: Mapping) -> str | None:
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     if is_eagle3(config):
         width = config.get("draft_vocab_size")
-        mapped = f", over {width} ids of its own that d2t maps to the target's" if width not in (None, config.get("vocab_size")) else ""
+        own = width not in (None, config.get("vocab_size"))
         return (
-            f"an EAGLE-3 drafter: its layers read target states beside token embeddings and draft token by token{mapped}; no backbone"
-            " for them is here (an engine that has one drives draft_block with first_draft and draft_to_target)"
+            "an EAGLE-3 drafter: its layers read target states beside token embeddings and draft token by token"
+            + (f", over {width} ids of its own that d2t maps to the target's" if own else "")
+            + "; no backbone for them is here (an engine that has one drives draft_block with first_draft and draft_to_target)"
         )
     if "speculators_config" in config or "speculators_model_type" in config:
         return "a drafter in the layout of the speculators library, which wraps the config: expected the published layout"
@@ -186,7 +187,7 @@ def _check_gemma4_layers(config: Mapping, source: Path) -> None:
 
 
 def gemma4_kv_heads(config: Mapping) -> str:
-    """The key that gives the key-value heads of Gemma 4's full attention: with shared keys and values it has a number of its own."""
+    """The key that gives the key-value heads of Gemma 4's full attention: where values are the keys, a number of its own."""
     return "num_global_key_value_heads" if config.get("attention_k_eq_v") else "num_key_value_heads"
 
 

@@ -1,9 +1,9 @@
 """A target run by its own class of Hugging Face transformers, in the shape that the decoding loop takes.
 
-The interface of reference/model.Target, for any causal language model whose cache can give rows back: full or sliding-window attention.
-Every slot has a cache of its own, and every request of a pass is a call of its own, so that nothing depends on the batch. A layer's
-output is what the layer returns, the last one's too (transformers' own `hidden_states` end with the final norm instead). What the
-head does is checked once against the whole model, when it is loaded.
+The interface of reference/model.Target, for any causal language model whose cache can give rows back: full or sliding-window
+attention. Every slot has a cache of its own, and every request of a pass is a call of its own: nothing depends on the batch.
+A layer's output is what the layer returns, the last one's too (transformers' own `hidden_states` end with the final norm instead).
+What the head does is checked once against the whole model, when it is loaded.
 
 transformers is imported on demand (the extra `transformers`); nothing is fetched, no code of a directory is run.
 """
@@ -121,7 +121,6 @@ class HuggingFaceTarget:
         rows = Rows.of([(0, 0, len(token_ids))], self.device)
         own = self.logits(self.forward(token_ids, rows, self.new_cache(1)).hidden)
         whole = self._model(input_ids=token_ids[None], position_ids=rows.positions[None]).logits[0]
-        # Compared in one dtype: some classes return fp32 logits.
         if own.shape != whole.shape or not (own - whole).abs().max() <= _HEAD_ERROR * whole.abs().max():
             raise ValueError(f"{type(self._model).__name__}: expected logits that are the head of the last state, got others")
 
