@@ -52,13 +52,18 @@ def examine(directory: str) -> dict:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
     found = {"directory": directory, "architecture": name}
+    tensors = None
     if formats.is_eagle3(config):
-        found |= _eagle3(config, checkpoint.stored_tensors(directory))
+        try:
+            tensors = checkpoint.stored_tensors(directory)
+        except FileNotFoundError:  # its authors publish pytorch_model.bin, which is not opened: unpickling runs code
+            tensors = {}
+        found |= _eagle3(config, tensors)
     elif name in formats.DRAFTERS:
         config, form = checkpoint.check(directory)
         found |= {"title": form.title, "runs": "python -m bench.decode --target TARGET --drafter " + directory}
         found |= _drafter(config)
-    elif name in formats.TARGETS or (name and name.endswith(("ForCausalLM", "ForConditionalGeneration")) and not formats.other(config)):
+    elif name in formats.TARGETS or (_is_language_model(name) and not formats.other(config)):
         own = name in formats.TARGETS
         if own:
             checkpoint.check(directory)
@@ -71,8 +76,12 @@ def examine(directory: str) -> dict:
             f"{directory}: expected a checkpoint of a known architecture ({known}, an EAGLE-3 drafter, or a language model), got"
             f" {formats.described(config)}; {formats.PUBLISHED_DRAFTERS}; {formats.PUBLISHED_TARGETS}"
         )
-    tensors = checkpoint.stored_tensors(directory)
+    tensors = checkpoint.stored_tensors(directory) if tensors is None else tensors
     return found | {"files": sorted({tensor.file.name for tensor in tensors.values()}), "parts": _parts(tensors)}
+
+
+def _is_language_model(name: str | None) -> bool:
+    return name is not None and name.endswith(("ForCausalLM", "ForConditionalGeneration"))
 
 
 def _layers(config: Mapping) -> dict:
@@ -120,7 +129,8 @@ def _block_ops(config: Mapping, kind: str | None, confidence: bool, markov: bool
     layout = f"block_size={drafts}, mask_token_id={config['mask_token_id']}, anchor_first={first}"
     ops = [Op("draft_layout", layout, f"the block's {rows} rows: the anchor and {rows - 1} masks")]
     scale = ", scale=1.0" if "global_head_dim" in config else ""
-    ops.append(_attention(layers["head_size"], f'mask="full"{scale}', "the block's rows in every draft layer, over the injected context"))
+    why = "the block's rows in every draft layer, over the injected context"
+    ops.append(_attention(layers["head_size"], f'mask="full"{scale}', why))
     head = f"head={_HEADS[kind]}(rank {rank})" if kind else "head=None"
     options = [head] + (["hidden"] if kind in ("gated", "rnn") or confidence else [])
     if confidence:
@@ -128,12 +138,15 @@ def _block_ops(config: Mapping, kind: str | None, confidence: bool, markov: bool
     cap = config.get("final_logit_softcapping")
     why = f"{drafts} drafts in one launch" + (f"; base logits capped at {cap:g} before" if cap else "")
     ops.append(Op("draft_block", ", ".join(options), why))
-    ops.append(Op("draft_block", f"{head}, candidates=C", "the same over each position's C best base logits: a sparse proposal"))
+    why = "the same over each position's C best base logits: a sparse proposal"
+    ops.append(Op("draft_block", f"{head}, candidates=C", why))
     if hasattr(dk, "draft_tree"):
-        ops.append(Op("draft_tree", f'{head}, method="conditioned"', "instead: a tree of drafts (tree_layout, accept_tree, compact_kv)"))
+        why = "instead: a tree of drafts (tree_layout, accept_tree, compact_kv)"
+        ops.append(Op("draft_tree", f'{head}, method="conditioned"', why))
     if confidence:
         ops.append(Op("schedule_prefixes", 'cost, policy="causal" or "budget"', "how many drafts to verify, by confidence"))
-    ops.append(Op("fixed_layout", f"draft_lens up to {drafts}", "without scheduling" if confidence else "no confidence to schedule by"))
+    why = "without scheduling" if confidence else "no confidence to schedule by"
+    ops.append(Op("fixed_layout", f"draft_lens up to {drafts}", why))
     ops.append(Op("accept_chain", "proposal of draft_block", "lossless acceptance of the target's logits"))
     return ops
 
@@ -182,8 +195,9 @@ def _target(config: Mapping, directory: Path) -> dict:
     window, kinds = text.get("sliding_window"), text.get("layer_types") or []
     sizes = [text.get("head_dim")] + ([text.get("global_head_dim")] if text.get("global_head_dim") else [])
     options = 'mask="chain"' + (f" (window={window} in the sliding layers)" if "sliding_attention" in kinds else "")
+    why = "the verified rows in every layer, over the paged context"
     ops = [
-        _attention(max((size for size in sizes if size), default=0), options, "the verified rows in every layer, over the paged context"),
+        _attention(max((size for size in sizes if size), default=0), options, why),
         Op("accept_chain", "target_logits", "lossless acceptance; SamplingTensors for temperature and filters"),
     ]
     return {
@@ -214,7 +228,7 @@ def _parts(tensors: Mapping) -> list[dict]:
         parts[title].append(tensor)
     order = ["embedding", "context projection", "layers", "final norm", "output head", *parts]
     rows = [_part(title, parts[title]) for title in dict.fromkeys(order) if parts[title]]
-    return [*rows, _part("in all", tensors.values())]
+    return [*rows, _part("in all", tensors.values())] if rows else []
 
 
 def _part(title: str, tensors) -> dict:
@@ -237,7 +251,8 @@ def report(found: Mapping) -> str:
     rows += [
         (p["part"], str(p["tensors"]), f"{p['parameters']:,}", _size(p["bytes"]), ", ".join(p["dtypes"])) for p in found["parts"]
     ]
-    lines += ["", *_table(rows, numbers=(1, 2, 3)), "", "ops of a round"]
+    lines += ["", *_table(rows, numbers=(1, 2, 3))] if found["parts"] else []
+    lines += ["", "ops of a round"]
     lines += _table([tuple(op.values()) for op in found["ops"]])
     if found["runs"] is None:
         return "\n".join([*lines, "", f"not run by bench.decode: {found['reason']}"])
@@ -254,7 +269,9 @@ def _facts(found: Mapping):
     yield "vocabulary", f"{found['vocabulary']}" + (f", of which {own} can be drafted" if mapped else "")
     if "block_size" in found:
         drafts, mask = found["block_size"], found["mask_token_id"]
-        masks = f"the anchor and {drafts - 1} masks, all predict" if found["anchor_first"] else f"{drafts} masks after the anchor predict"
+        masks = f"{drafts} masks after the anchor predict"
+        if found["anchor_first"]:
+            masks = f"the anchor and {drafts - 1} masks, all predict"
         yield "block", f"{drafts} drafts per pass: {masks} (mask token {mask})"
         yield "head", f"{found['head']}, rank {found['rank']}" if found["head"] else "none: positions are independent"
         confidence = found["confidence"]
@@ -269,14 +286,16 @@ def _facts(found: Mapping):
         yield "stop tokens", ", ".join(map(str, found["stop_tokens"])) or "none named by generation_config.json"
         template = "with a chat template" if found["chat_template"] else "without a chat template"
         yield "tokenizer", template if found["tokenizer"] else "none"
-    yield "files", ", ".join(found["files"]) if len(found["files"]) < 4 else f"{len(found['files'])} shards"
+    files = ", ".join(found["files"]) if len(found["files"]) < 4 else f"{len(found['files'])} shards"
+    yield "files", files or "no safetensors: the tensors are not looked at"
 
 
 def _expected(expects: Mapping) -> str:
     count = f"{expects['layers']} layers, " if expects["layers"] else ""
     read, number = expects["layers_read"], expects.get("num_layers_read")
     reads = f"; reads layers {', '.join(map(str, read))}" if read else f"; reads {number} layers" if number else ""
-    shares = "; its embedding" + ("" if number else " and head") + " are the drafter's too" if expects["shares_embedding"] else ""
+    shares = "its embedding is" if number else "its embedding and head are"
+    shares = f"; {shares} the drafter's too" if expects["shares_embedding"] else ""
     known = f": {expects['known']}" if expects["known"] else ""
     return f"{count}hidden size {expects['hidden_size']}, vocabulary {expects['vocabulary']}{known}{reads}{shares}"
 
