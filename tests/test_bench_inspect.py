@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import directories as made
 import pytest
 import torch
 
-import directories as made
 import dspark_kernels as dk
 from bench import inspect as job
 

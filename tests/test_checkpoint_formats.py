@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+import directories as made
 import pytest
 import torch
 import torch.nn.functional as F
 
-import directories as made
 from dspark_kernels import checkpoint
 from dspark_kernels.types import GatedMarkovHead, MarkovHead, RnnMarkovHead
 from reference import gemma4

@@ -12,10 +12,10 @@ import os
 import re
 from pathlib import Path
 
+import directories as made
 import pytest
 import torch
 
-import directories as made
 from bench import decode as job
 from dspark_kernels import checkpoint
 from reference import huggingface
@@ -230,11 +230,12 @@ def test_what_it_refuses(tmp_path, qwen3, drafter, capsys):
     target._model.config.final_logit_softcapping = 0.5  # which Qwen3 does not do
     with pytest.raises(ValueError, match="expected logits that are the head of the last state"):
         huggingface.HuggingFaceTarget(target._model)
+    mute = made.write(tmp_path / "mute", config, made.tensors(shapes))
     capsys.readouterr()  # transformers' progress bars
     for arguments, message in (
         (["--target", str(drafter), "--transformers"], '--model: .*expected a causal language model, got \\["Qwen3DSparkModel"\\]'),
         (["--target", str(tmp_path / "Qwen3-4B"), "--transformers"], "--model: .*the repository Qwen/Qwen3-4B .* holds it"),
-        (["--target", str(made.write(tmp_path / "mute", config, made.tensors(shapes))), "--chat"], "tokenizer with a chat template"),
+        (["--target", str(mute), "--chat"], "tokenizer with a chat template"),
     ):
         assert job.main(arguments) == 2
         error = capsys.readouterr().err.splitlines()
