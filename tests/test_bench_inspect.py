@@ -130,7 +130,8 @@ def test_a_target(tmp_path, capsys):
 
 def test_a_target_of_another_class(tmp_path, capsys):
     """Language models that this repository has no code for are run by transformers; sizes come from text_config."""
-    inner = dict(hidden_size=24, num_hidden_layers=3, vocab_size=41, sliding_window=8, layer_types=["sliding_attention"], head_dim=8)
+    inner = dict(hidden_size=24, num_hidden_layers=3, vocab_size=41, head_dim=8)
+    inner |= dict(sliding_window=8, layer_types=["sliding_attention"])
     config = {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "text_config": inner}
     shapes = {"model.language_model.embed_tokens.weight": [41, 24], "model.language_model.layers.0.mlp.up_proj.weight": [36, 24]}
     text, found = shown(made.write(tmp_path / "d", config, made.tensors(shapes)), capsys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import directories as made
 import pytest
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 
 from dspark_kernels import checkpoint
 from dspark_kernels.types import GatedMarkovHead, MarkovHead, RnnMarkovHead
-from reference import gemma4
+from reference import attention, gemma4
 from reference.drafters import Anchors, Autoregressive, Block, Committed, DSpark
 from reference.loop import Request, decode
-from reference.model import Rotation, Rows, Target, Weights
+from reference.model import KVCache, Rotation, Rows, Target, Weights
+from reference.paged import PagedCache
 
 pytest.importorskip("safetensors.torch")
 FAMILIES = ("qwen3", "gemma4")
@@ -146,6 +148,13 @@ def _turned(vector, position, head=16, share=0.25, theta=1000000.0):
     return out
 
 
+def _dense(queries, keys, values):
+    """Unscaled attention of all rows over all keys, heads in groups."""
+    group = queries.shape[1] // keys.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(group, 1))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(group, 1)).flatten(1)
+
+
 @pytest.mark.parametrize("shares", [True, False])
 def test_a_gemma4_layer_word_by_word(shares):
     """The layer against its description, row by row and head by head in fp64, over context and block."""
@@ -162,13 +171,7 @@ def test_a_gemma4_layer_word_by_word(shares):
     rotations = Rotation.at(spots[:3], shape, torch.float64), Rotation.at(spots[3:], shape, torch.float64)
     held = have.keys_values(context, rotations[0])
 
-    def attend(queries, keys, values):
-        keys, values = torch.cat([held[0], keys]), torch.cat([held[1], values])
-        group = 4 // shape.kv_heads
-        scores = torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(group, 1))
-        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(group, 1)).flatten(1)
-
-    got = have(block, rotations[1], attend)
+    got = have(block, rotations[1], lambda q, k, v: _dense(q, torch.cat([held[0], k]), torch.cat([held[1], v])))
     heads = 1 if shares else 2
     rows = [*context, *(_unit(row) * w["input_layernorm.weight"] for row in block)]
     keys = [(w["self_attn.k_proj.weight"] @ row).view(heads, 16) for row in rows]
@@ -186,6 +189,23 @@ def test_a_gemma4_layer_word_by_word(shares):
         gated = F.gelu(w["mlp.gate_proj.weight"] @ normed, approximate="tanh") * (w["mlp.up_proj.weight"] @ normed)
         x = x + _unit(w["mlp.down_proj.weight"] @ gated) * w["post_feedforward_layernorm.weight"]
         torch.testing.assert_close(got[i], x * w["layer_scalar"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_caches_do_not_scale_gemma4s_attention(paged):
+    shape = gemma4.shape(made.dspark("gemma4")[0])
+    ops = SimpleNamespace(plan_attention=lambda *arguments, **options: None, tree_attention=_reference_attention)
+    cache = PagedCache(shape, 2, "cpu", torch.float32, ops=ops) if paged else KVCache(shape, 2, "cpu", torch.float32)
+    rows = Rows.of([(1, 0, 6)], "cpu")
+    queries, keys, values = torch.randn(6, 4, 16), torch.randn(6, 1, 16), torch.randn(6, 1, 16)
+    cache.claim(rows)
+    cache.write(1, rows, keys, values)
+    have = cache.attend(1, rows, queries, causal=False)
+    torch.testing.assert_close(have, _dense(queries, keys, values), rtol=1e-4, atol=1e-5)
+
+
+def _reference_attention(*arguments, plan, **options):
+    return attention.tree_attention(*arguments, **options).float()
 
 
 def test_gemma4_scales_embeddings_and_caps_logits(target):
