@@ -229,6 +229,18 @@ def test_gemma4_scales_embeddings_and_caps_logits(target):
     assert (drafter.block_hidden(anchors) - want).abs().max() > 0.1
 
 
+def test_gemma4s_norms_round_once(target):
+    """In bf16 the weight multiplies before the rounding; Qwen3's multiplies what was rounded."""
+    config, shapes = made.dspark("gemma4", None, None)
+    small = Target(target.config, made.tensors(made.target()[1], seed=1), dtype=torch.bfloat16)
+    x, weight = torch.randn(64, 24).bfloat16(), torch.rand(24).bfloat16()
+    wide = x.float()
+    once = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.float()).bfloat16()
+    assert torch.equal(Block(config, made.tensors(shapes), small)._norm(x, weight, 1e-6), once)
+    config, shapes = made.dspark("qwen3", None, None)
+    assert not torch.equal(Block(config, made.tensors(shapes), small)._norm(x, weight, 1e-6), once)
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 

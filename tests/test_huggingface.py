@@ -16,7 +16,7 @@ import directories as made
 import pytest
 import torch
 
-from bench import decode as job
+from bench import decode as job, models
 from dspark_kernels import checkpoint
 from reference import huggingface
 from reference.drafters import Autoregressive, Block, DSpark
@@ -52,10 +52,11 @@ def drafter(tmp_path_factory):
 
 
 def words(directory, template=TEMPLATE):
-    """Put a tokenizer of one word per character into a directory."""
+    """Put a tokenizer of one word per character into a directory; texts begin with "."."""
     tokenizers = pytest.importorskip("tokenizers")
     letters = "abcdefghijklmnopqrstuvwxyz<>. "
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=". $A", special_tokens=[(".", 28)])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "."} | ({"chat_template": template} if template else {})
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
@@ -73,8 +74,6 @@ def test_states_features_and_logits_equal_the_references_reading(qwen3):
         token_ids = torch.arange(len(rows.positions)) * 7 % 41
         outputs = []
         for target, cache in zip((own, theirs), caches, strict=True):
-            for slot, start, _ in segments:
-                cache.crop(slot, start)
             outputs.append(target.forward(token_ids, rows, cache, (-1, 0, 2)))
         for have, want in zip(outputs[1], outputs[0], strict=True):
             torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
@@ -183,7 +182,7 @@ def test_text_chat_and_stop_tokens(tmp_path, qwen3):
     assert huggingface.load_text(directory) is None
     letters = words(directory)
     text = huggingface.load_text(directory)
-    assert text.encode("abc.") == [0, 1, 2, 28] and text.decode([2, 0, 1]).split() == ["c", "a", "b"] and text.stop_token == 28
+    assert text.encode("abc.") == [28, 0, 1, 2, 28] and text.decode([2, 0, 1]).split() == ["c", "a", "b"] and text.stop_token == 28
     turns = [{"role": "user", "content": "hi"}]
     assert "".join(letters[i] for i in text.chat(turns)) == "<user>hi<say>"
     assert "".join(letters[i] for i in huggingface.load_text(directory, thinking=True).chat(turns)) == "<user>hi<think>"
@@ -207,6 +206,8 @@ def test_a_directory_pair_from_the_command_line(qwen3, drafter, tmp_path, capsys
     for start, ids in zip(("<user>go on<say>", "<user>hi<user>there<say>"), outputs[0], strict=True):
         assert "".join(letters[i] for i in ids[: len(start)]) == start
     assert outputs[0] == outputs[1]
+    loaded = models.load(job.parser().parse_args([*shared, "--transformers"]))
+    assert (loaded.target.dtype, loaded.exact().dtype, loaded.stop_tokens) == (torch.float32, torch.float64, (33,))
     for stopped, whole in zip(outputs[1], outputs[2], strict=True):
         assert stopped == whole[: len(stopped)] and (len(stopped) == len(whole) or stopped[-1] == 33)
 
