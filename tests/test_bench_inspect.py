@@ -60,13 +60,14 @@ def test_a_dspark_drafter(tmp_path, capsys):
         assert line in text
 
 
-@pytest.mark.parametrize("kind, confidence", [("vanilla", None), ("rnn", "hidden"), (None, None)])
+@pytest.mark.parametrize("kind, confidence", [("vanilla", None), ("vanilla", "hidden"), ("rnn", None), (None, None)])
 def test_options_follow_the_heads(tmp_path, capsys, kind, confidence):
     config, shapes = made.dspark("qwen3", kind, confidence)
     text, found = shown(made.write(tmp_path / "d", config, made.tensors(shapes)), capsys)
     want = {
         ("vanilla", None): "head=MarkovHead(rank 5)",
-        ("rnn", "hidden"): "head=RnnMarkovHead(rank 5), hidden, confidence=ConfidenceHead([24])",
+        ("vanilla", "hidden"): "head=MarkovHead(rank 5), hidden, confidence=ConfidenceHead([24])",
+        ("rnn", None): "head=RnnMarkovHead(rank 5), hidden",
         (None, None): "head=None",
     }[kind, confidence]
     assert ops(found)["draft_block"] == want
@@ -98,7 +99,8 @@ def test_a_dflash_drafter(tmp_path, capsys):
     assert (found["block_size"], found["anchor_first"], found["head"]) == (4, False, None)
     assert ops(found)["draft_layout"] == "block_size=4, mask_token_id=40, anchor_first=False"
     assert found["expects"]["shares_embedding"] and "its embedding and head are the drafter's too" in text
-    assert "4 masks after the anchor predict" in text and "embedding" not in parts(found)
+    assert "4 masks after the anchor predict" in text and "the block's 5 rows: the anchor and 4 masks" in text
+    assert "embedding" not in parts(found)
 
 
 @pytest.mark.parametrize("safe", [True, False])
