@@ -49,9 +49,9 @@ class Penalties(Checked):
 
     token_ids: int64 or int32 [S, T], each token at most once a slot, -1 = unused. counts: int32 [S, T], how often the request
     has emitted it, the anchor included; 0 for a token that only the prompt holds. repetition (> 0), presence, frequency: fp32 [S]
-    or None. For a listed token and one drafted earlier in this round, x becomes x / repetition (x > 0) or x * repetition; then frequency
-    * n and, if n > 0, presence are taken off, n = count + occurrences among the drafts before. Sources: repetition, Keskar et
-    al. arXiv 1909.05858; presence and frequency, the OpenAI API reference.
+    or None. For a listed token and one drafted earlier in this round, x becomes x / repetition (x > 0) or x * repetition; then
+    frequency * n and, if n > 0, presence are taken off, n = count + occurrences among the drafts before. Sources: repetition,
+    Keskar et al. arXiv 1909.05858; presence and frequency, the OpenAI API reference.
     """
 
     token_ids: Tensor

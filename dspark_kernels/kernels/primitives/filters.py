@@ -101,8 +101,8 @@ def filter_row(LOAD: tl.constexpr, source, width, group_max_ptr, num_groups, gro
 
     LOAD(ids, inside, source): fp32 logits of ids [BLOCK], NaN read as -inf. group_max_ptr: fp32 [num_groups], maxima of
     GROUP neighbouring ids. Scratch: groups_ptr int32 [num_groups], keys_ptr and ids_ptr int32 [BLOCK]. top: the row's maximum,
-    finite; mass: int64, its sum of exponentials, 2^40 for the maximum; scale = log2(e) / temperature. JOINT: top_k and top_p are both judged
-    on the whole law, else top_p on what top_k leaves. GROUPS: a power of two >= num_groups. Call where `filter_is_on`.
+    finite; mass: int64, its sum of exponentials, 2^40 for the maximum; scale = log2(e) / temperature. JOINT: top_k and top_p are
+    both judged on the whole law, else top_p on what top_k leaves. GROUPS: a power of two >= num_groups. Call where `filter_is_on`.
     """
     use_k = (top_k > 0) & (top_k < width)
     use_p = top_p < 1.0
