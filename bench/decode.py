@@ -234,7 +234,6 @@ def read_prompts(arguments, models: Models) -> list[list[int]]:
 def kernel_ops(device: str):
     """The Triton ops in the shape the loop takes; on a CPU in Triton's interpreter. Raises BadArgument."""
     if torch.device(device).type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
         from dspark_kernels.testing import interpreter
 
         with naming("--kernels"):
@@ -434,6 +433,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         check(arguments)
+        if arguments.kernels and torch.device(arguments.device).type == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which a target's own class may do
         models = load(arguments)
         prompts = read_prompts(arguments, models)
         systems = systems_of(arguments, models)
