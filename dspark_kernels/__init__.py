@@ -7,6 +7,7 @@ from . import calibration, cost, scheduling
 from .ops.accept import accept_chain
 from .ops.attention import plan_attention, tree_attention
 from .ops.draft import draft_block
+from .ops.draft_shards import draft_block_finish, draft_block_partial
 from .ops.layout import draft_layout, fixed_layout, tree_layout
 from .ops.schedule import schedule_prefixes
 from .types import (
