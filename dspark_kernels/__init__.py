@@ -31,6 +31,7 @@ from .types import (
     Stream,
     VerifyLayout,
 )
+from .warmup import warmup
 from .workspace import Workspace
 
 __version__ = "0.1.0"
