@@ -74,6 +74,44 @@ def _best_words(key, ids, inside, GROUP: tl.constexpr, CHUNK: tl.constexpr):
     return tl.max(tl.reshape(tl.max(tl.where(inside, pack(key, ids), 0), axis=1), [GROUP, CHUNK]), axis=1)
 
 
+@triton.jit
+def _write_rows(
+    slot, i, rows, own, length, target_ptr, logits_indices_ptr, token_ids_ptr, draft_ptr,
+    row_words_ptr, row_logits_ptr, top_ptr, best_ptr, draft_best_ptr, seen_ptr,
+    scale, start, held, first_leaf, num_leaves, stride_t, stride_ds, stride_dk, GROUP: tl.constexpr,
+):  # fmt: skip
+    """All items of a row group are there: words, logits of the drafts this rank has, counters back to zero."""
+    words = row_words_ptr + rows * 4
+    tl.store(words, tl.load(best_ptr + rows, mask=own, other=0, volatile=True), mask=own)
+    tl.store(words + 1, tl.load(draft_best_ptr + rows, mask=own, other=0, volatile=True), mask=own)
+    tl.store(words + 3, tl.load(seen_ptr + rows, mask=own, other=0, volatile=True).to(tl.int64), mask=own)
+    tl.store(best_ptr + rows, tl.zeros([GROUP], tl.int64), mask=own)
+    tl.store(draft_best_ptr + rows, tl.zeros([GROUP], tl.int64), mask=own)
+    tl.store(seen_ptr + rows, tl.zeros([GROUP], tl.int32), mask=own)
+    forward = tl.load(logits_indices_ptr + rows + 1, mask=i < length, other=0)
+    id = tl.load(token_ids_ptr + forward, mask=i < length, other=-1)
+    here = (i < length) & (id >= start) & (id - start < held)
+    logit = tl.load(target_ptr + rows * stride_t + id - start, mask=here, other=NEG_INF)
+    tl.store(row_logits_ptr + rows * 2, numbers(logit.to(tl.float32)), mask=own)
+    drafted = tl.full([GROUP], float("-inf"), tl.float32)
+    removed = tl.zeros([GROUP], tl.int64)
+    if draft_ptr is not None:
+        where = draft_ptr + slot * stride_ds + i.to(tl.int64) * stride_dk + id - start
+        drafted = numbers(tl.load(where, mask=here, other=NEG_INF).to(tl.float32))
+    elif top_ptr is not None:
+        # What the draft's octet loses without it: the same tree with and without, hence the same bits.
+        octet = (id // 8 * 8)[:, None] + tl.arange(0, 8)[None, :]
+        inside = here[:, None] & (octet >= start) & (octet - start < held)
+        x = tl.load(target_ptr + rows[:, None] * stride_t + octet - start, mask=inside, other=NEG_INF).to(tl.float32)
+        top = tl.load(top_ptr + rows * num_leaves + id // LEAF - first_leaf, mask=here, other=0.0, volatile=True)
+        e = tl.exp2(below_max(numbers(x), top[:, None]) * scale)
+        whole = (octet_sums(e, GROUP) * ONE).to(tl.int64)
+        rest = (octet_sums(tl.where(octet == id[:, None], 0.0, e), GROUP) * ONE).to(tl.int64)
+        removed = tl.where(here, whole - rest, 0)
+    tl.store(row_logits_ptr + rows * 2 + 1, drafted, mask=own)
+    tl.store(words + 2, removed, mask=own)
+
+
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "start", "held", "first_leaf"])
 def accept_normalise_kernel(
     target_ptr,  # [L, W]
@@ -153,39 +191,11 @@ def accept_normalise_kernel(
                 tl.atomic_max(draft_best_ptr + own_rows, _best_words(x, ids, inside, GROUP, CHUNK), mask=own, sem="relaxed")
 
         if arrive(arrivals_ptr + request * groups + group, chunks):
-            words = row_words_ptr + own_rows * 4
-            tl.store(words, tl.load(best_ptr + own_rows, mask=own, other=0, volatile=True), mask=own)
-            tl.store(words + 1, tl.load(draft_best_ptr + own_rows, mask=own, other=0, volatile=True), mask=own)
-            seen = tl.load(seen_ptr + own_rows, mask=own, other=0, volatile=True)
-            tl.store(words + 3, seen.to(tl.int64), mask=own)
-            tl.store(best_ptr + own_rows, tl.zeros([GROUP], tl.int64), mask=own)
-            tl.store(draft_best_ptr + own_rows, tl.zeros([GROUP], tl.int64), mask=own)
-            tl.store(seen_ptr + own_rows, tl.zeros([GROUP], tl.int32), mask=own)
-            forward = tl.load(logits_indices_ptr + own_rows + 1, mask=own_i < length, other=0)
-            draft = tl.load(token_ids_ptr + forward, mask=own_i < length, other=-1) - start
-            here = (own_i < length) & (draft >= 0) & (draft < held)
-            logit = tl.load(target_ptr + own_rows * stride_t + draft, mask=here, other=NEG_INF)
-            logits = row_logits_ptr + own_rows * 2
-            tl.store(logits, numbers(logit.to(tl.float32)), mask=own)
-            drafted = tl.full([GROUP], float("-inf"), tl.float32)
-            removed = tl.zeros([GROUP], tl.int64)
-            if draft_ptr is not None:
-                where = draft_ptr + slot * stride_ds + own_i.to(tl.int64) * stride_dk + draft
-                drafted = numbers(tl.load(where, mask=here, other=NEG_INF).to(tl.float32))
-            elif top_ptr is not None:
-                # What the draft's octet loses without it: the same tree with and without, hence the same bits.
-                id = draft + start
-                octet = (id // 8 * 8)[:, None] + tl.arange(0, 8)[None, :]
-                inside = here[:, None] & (octet >= start) & (octet - start < held)
-                x = numbers(tl.load(target_ptr + own_rows[:, None] * stride_t + octet - start, mask=inside, other=NEG_INF)
-                            .to(tl.float32))  # fmt: skip
-                top = tl.load(top_ptr + own_rows * num_leaves + id // LEAF - first_leaf, mask=here, other=0.0, volatile=True)
-                e = tl.exp2(below_max(x, top[:, None]) * scale)
-                whole = (octet_sums(e, GROUP) * ONE).to(tl.int64)
-                rest = (octet_sums(tl.where(octet == id[:, None], 0.0, e), GROUP) * ONE).to(tl.int64)
-                removed = tl.where(here, whole - rest, 0)
-            tl.store(logits + 1, drafted, mask=own)
-            tl.store(words + 2, removed, mask=own)
+            _write_rows(
+                slot, own_i, own_rows, own, length, target_ptr, logits_indices_ptr, token_ids_ptr, draft_ptr,
+                row_words_ptr, row_logits_ptr, top_ptr, best_ptr, draft_best_ptr, seen_ptr,
+                scale, start, held, first_leaf, num_leaves, stride_t, stride_ds, stride_dk, GROUP,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -211,6 +211,13 @@ def accept_finish(
     return out
 
 
+def part_words(target_logits, layout, proposal=None, *, phase, vocab_start, vocab_shards, vocab_size=None, sampling=None,
+               rule="token", state_indices=None) -> int:  # fmt: skip
+    """Size of the part of a phase: int64 words, the same on every rank."""
+    call = _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_size, sampling, rule, state_indices)
+    return call.fields(check_choice("phase", phase, call.phases)).words
+
+
 class _Call:
     """What the arguments of a call say about sizes."""
 
@@ -311,11 +318,12 @@ def _accept_partial(
     rows, width = target_logits.shape
     shard = Shard(vocab_start, width, vocab_shards, vocab_size)
     leaves = shard.blocks(accept.LEAF)
-    config = accept_launch.pick(arch.current(device), leaves, drafts)
+    sweeps_draft = draws and draft_logits is not None and draft_lse is None
+    config = accept_launch.pick(arch.current(device), leaves, drafts, sweeps_draft)
     num_slots = temperature.shape[0] if temperature is not None else 2**31 - 1
 
     def fields(phase):
-        return _fields(phase, requests, rows, shard, draws, draws and draft_logits is not None and draft_lse is None)
+        return _fields(phase, requests, rows, shard, draws, sweeps_draft)
 
     view = fields(phase).view
     layout = (logits_indices, token_ids, positions)

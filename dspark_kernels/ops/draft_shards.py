@@ -45,6 +45,11 @@ def _fields(requests: int, shard: Shard, with_lse: bool) -> Fields:
     return Fields(**fields)
 
 
+def part_words(requests: int, width: int, with_lse: bool) -> int:
+    """Size of a part: int64 words, the same on every rank of `width` columns."""
+    return _fields(requests, Shard(0, width, 1, width), with_lse).words
+
+
 def _lse(block: DraftBlock) -> Tensor | None:
     return block.proposal.lse if isinstance(block.proposal, DenseProposal) else None
 
