@@ -74,6 +74,7 @@ def run_filter(rows, sampling, group=128):
     kept = torch.zeros(count, vocab, dtype=torch.bool)
     mass = torch.zeros(count, leaves, dtype=torch.int64)
     top = torch.full((count, leaves), float("nan"))
+    lists = torch.full((count + 1, 2 * BLOCK), -7, dtype=torch.int32)
     default = lambda tensor, value, dtype: torch.full((count,), value, dtype=dtype) if tensor is None else tensor  # noqa: E731
     kernels.filter_kernel[(count,)](
         rows,
@@ -86,7 +87,7 @@ def run_filter(rows, sampling, group=128):
         top,
         torch.full((count, groups), float("nan")),
         torch.full((count, groups), 2**31 - 1, dtype=torch.int32),
-        torch.full((count, 2 * BLOCK), -7, dtype=torch.int32),
+        lists,
         vocab,
         leaves,
         JOINT=sampling.filter_order == "joint",
@@ -94,6 +95,7 @@ def run_filter(rows, sampling, group=128):
         GROUPS=max(16, 1 << (groups - 1).bit_length()),
         LEAVES=max(2, 1 << (leaves - 1).bit_length()),
     )
+    assert (lists[count] == -7).all(), "a list ran over its end"
     return kept, mass, top
 
 
@@ -153,6 +155,20 @@ def test_more_elements_than_the_list_holds(filters, order):
         filter_order=order,
     )
     check_filter(rows, sampling)
+
+
+def test_top_p_counts_all_that_top_k_leaves():
+    """Twenty equal chances in as many groups, fifteen of them left by top_k: top_p must not judge by fewer."""
+    rows = torch.full((2, 1300), -math.inf)
+    rows[:, : 20 * 64 : 64] = torch.arange(20) * -1e-3
+    sampling = dk.SamplingTensors(
+        torch.ones(2),
+        torch.zeros(2, dtype=torch.int64),
+        top_k=torch.tensor([15, 15], dtype=torch.int32),
+        top_p=torch.tensor([0.5, 0.95]),
+    )
+    kept = check_filter(rows, sampling, group=64)
+    assert [int(row.sum()) for row in kept] == [8, 15]
 
 
 def test_settings_out_of_range_and_the_strictest():
