@@ -11,6 +11,7 @@ from .ops.draft import draft_block
 from .ops.draft_shards import draft_block_finish, draft_block_partial
 from .ops.layout import draft_layout, fixed_layout, tree_layout
 from .ops.schedule import schedule_prefixes
+from .quantise import quantise_head
 from .types import (
     Acceptance,
     AttentionPlan,
@@ -31,6 +32,7 @@ from .types import (
     Stream,
     VerifyLayout,
 )
+from .vocabulary import ids_from_offsets
 from .warmup import warmup
 from .workspace import Workspace
 
