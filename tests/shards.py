@@ -72,8 +72,8 @@ def joined(blocks, vocab):
 
 def accept(case, shards, width, workspace=None, spoil=False, **advanced):
     """What every rank's finish returns. advanced: anchors, anchor_positions, copied for each rank and returned beside."""
-    arguments = case.arguments()
-    logits, layout, proposal = (arguments.pop(name) for name in ("target_logits", "layout", "proposal"))
+    arguments = {name: getattr(case, name) for name in ("sampling", "rule", "state_indices")}
+    logits, layout, proposal = case.target_logits, case.layout, case.proposal
     proposals = [proposal] * shards
     if isinstance(proposal, dk.DenseProposal):
         proposals = [dataclasses.replace(proposal, logits=part) for part in cut(proposal.logits, shards, width)]

@@ -1,47 +1,53 @@
 """Lossless acceptance of a chain on vocabulary shards: each phase one launch on every rank, with a gather between them.
 
-normalise: maximum and integer mass of each leaf of the rank's ids, and of each row its best word and the logits of its draft.
-residual: every rank decides from the gathered parts, and sums [target - draft]+ of its ids where that is to be drawn from. draw:
-every rank races the leaves (decides first, where no residual was needed) and those with ids in the winning leaf race inside it.
-finish: the best word of all ranks is the token. What an id contributes depends on the id, never on the rank that has it: leaves,
-octets and noise lanes are global, masses are integers. So every rank decides the same, and the same as kernels/accept.py does on
-whole rows, as long as no leaf is cut. A cut leaf is two pieces with maxima of their own, merged by one rounding of each mass.
+normalise  maximum and integer mass of each leaf of the rank's ids, and of each row its best word and the logits of its draft
+residual   every rank judges from the gathered parts, and sums [kept * target - draft]+ of its ids in the rows that need it
+draw       every rank judges, races the leaves, and those with ids in the winning leaf race inside it
+finish     the best word of all ranks is the token
 
-Symbols: R requests, K drafts, L logit rows, W ids of a shard, N ranks, NL leaves of 1024 ids that a shard can touch. Oracle: the op
-on the whole vocabulary (reference/accept.py). Sources: arXiv 2211.17192, 2302.01318.
+What an id contributes depends on the id, never on the rank that has it: leaves, octets and noise lanes are global, masses are
+integers. So every rank judges the same, and the same as kernels/accept.py does on whole rows, as long as no leaf is cut. A cut leaf
+is two pieces with maxima of their own, merged by one rounding of each mass. Symbols: R requests, K drafts, L logit rows, W ids of a
+shard, N ranks, NL leaves of 1024 ids that a shard can touch. Rules: accept_rules.py. Oracle: reference/accept.py on whole rows.
 """
 
 import triton
 import triton.language as tl
 
-from .accept import (
-    BAD_TOKEN_ID,
-    EMPTY_RESIDUAL,
-    MISSING_DRAFT,
+from .accept_emit import emit, emit_nothing
+from .accept_laws import RESIDUAL_ONE, read_record
+from .accept_rows import (
+    DRAFT_OF,
+    DRAFT_PROB,
+    FACTOR,
+    FIRST,
+    IDS,
+    INVERSE,
+    KEPT,
+    LOG2E,
     NAN,
     NOBODY,
     NONFINITE_ROW,
-    RESIDUAL_ONE,
+    REFERENCE,
     SOFTMAX,
-    _draft_prob,
-    _emit_nothing,
-    _emit_rows,
-    _emit_token,
-    _leaf_masses,
-    _race_leaves,
+    STATUS,
+    TARGET_OF,
+    TARGET_PROB,
+    TOP,
+    VALUES,
+    finite_or_zero,
+    leaf_masses,
+    soft_prob,
 )
+from .accept_rules import choose_block, judge_block, judge_match, judge_token, read_drafts
+from .primitives.fence import stores_done
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers, octet_sums
-from .primitives.philox import ACCEPT, CORRECT, COUPLED, coin_words, lane_words, log2_exponential, uniform
+from .primitives.philox import CORRECT, COUPLED, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id
 from .primitives.slots import state_slots
 from .primitives.ticket import arrive
 
 FINITE = tl.constexpr(256)  # a row showed a finite logit; beside the bits of `flags`
-
-# What follows the accepted drafts: a token that is known, a draw from the target (without one id), or from the residual.
-KNOWN = tl.constexpr(0)
-TARGET = tl.constexpr(1)
-RESIDUAL = tl.constexpr(2)
 
 
 @triton.jit
@@ -169,7 +175,7 @@ def accept_normalise_kernel(
                 key = tl.where(temperature > 0.0, x * scale - log2_exponential(words), x)
             tl.atomic_max(best_ptr + own_rows, _best_words(key, ids, inside, GROUP, CHUNK), mask=own, sem="relaxed")
         else:
-            top, mass = _leaf_masses(x, scale, PAIRS)
+            top, mass = leaf_masses(x, scale, PAIRS)
             tl.store(top_ptr + row * num_leaves + leaf, top, mask=keep)
             tl.store(mass_ptr + row * num_leaves + leaf, mass, mask=keep)
             # The arg-max is needed for greedy rows and for rows without a proper law.
@@ -184,7 +190,7 @@ def accept_normalise_kernel(
             inside = inside & keep[:, None]
             draft_rows = draft_ptr + slot * stride_ds + i.to(tl.int64)[:, None] * stride_dk
             x = numbers(tl.load(draft_rows + local, mask=inside, other=NEG_INF).to(tl.float32))
-            top, mass = _leaf_masses(x, draft_scale, PAIRS)
+            top, mass = leaf_masses(x, draft_scale, PAIRS)
             tl.store(draft_top_ptr + row * num_leaves + leaf, top, mask=keep)
             tl.store(draft_mass_ptr + row * num_leaves + leaf, mass, mask=keep)
             if tl.max(tl.where(keep & (top == POS_INF), 1, 0), axis=0) > 0:
@@ -223,181 +229,169 @@ def _row_masses(top_ptr, mass_ptr, stride_top, stride_mass, rows, has_row, shard
 
 
 @triton.jit
-def _shown(row_words_ptr, stride_part, rows, has_row, shards, WIDTH: tl.constexpr, SHARDS: tl.constexpr):
-    """Of every row its first maximum and its status, from the words of all ranks."""
-    shard = tl.arange(0, SHARDS)[None, :]
-    where = row_words_ptr + shard.to(tl.int64) * stride_part + rows[:, None] * 4
-    inside = has_row[:, None] & (shard < shards)
-    best = tl.max(tl.load(where, mask=inside, other=0), axis=1)
-    seen = tl.load(where + 3, mask=inside, other=0).to(tl.int32)
-    status = tl.max(seen & NAN, axis=1) | tl.where(tl.max(seen & FINITE, axis=1) > 0, 0, NONFINITE_ROW)
-    return tl.where(best > 0, unpack_id(best), 0), tl.where(has_row, status, 0)
-
-
-@triton.jit
-def _drafts(logits_indices_ptr, token_ids_ptr, rows, has_draft, vocab):
-    """Drafts of a request, and whether each is in the vocabulary, missing, bad."""
-    forward = tl.load(logits_indices_ptr + rows + 1, mask=has_draft, other=0)
-    draft = tl.load(token_ids_ptr + forward, mask=has_draft, other=0)
-    missing = has_draft & (draft == -1)
-    inside = has_draft & (draft >= 0) & (draft < vocab)
-    return draft, inside, missing, has_draft & ~inside & ~missing
-
-
-@triton.jit
-def _stop(i, length, accept, status, bad, missing):
-    """Number of accepted drafts, and the flags of a request."""
-    has_draft = i < length
-    accepted = tl.min(tl.where(has_draft & ~(accept & ((status & NONFINITE_ROW) == 0)), i, length), axis=0)
-    here = i == accepted
-    flags = tl.max(tl.where(i <= accepted, status & NAN, 0), axis=0)
-    flags |= tl.max(tl.where(here, status & NONFINITE_ROW, 0), axis=0)
-    flags |= tl.where(tl.max(tl.where(here & bad, 1, 0), axis=0) > 0, BAD_TOKEN_ID, 0)
-    flags |= tl.where(tl.max(tl.where(here & missing, 1, 0), axis=0) > 0, MISSING_DRAFT, 0)
-    return accepted, flags
-
-
-@triton.jit
-def _decide(
-    slot, row0, length, temperature, draft_temperature,
-    gathered, proposal, layout, seed_ptr,
-    shards, num_leaves, vocab, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+def _record(
+    slot, row0, length, temperature, draft_temperature, gathered, law, layout, row_values_ptr, row_ids_ptr, shards, num_leaves, vocab,
+    WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Token rule from the gathered parts: (accepted, flags, what follows, its id, mass of that id, maximum and inverse mass of the
-    row, reference and factor of the draft's law there)."""
-    (row_words_ptr, row_logits_ptr, top_ptr, mass_ptr, draft_top_ptr, draft_mass_ptr, stride_part) = gathered
-    (draft_ptr, draft_lse_ptr, stride_es) = proposal
-    (logits_indices_ptr, token_ids_ptr, positions_ptr) = layout
-    scale, draft_scale = log2_scale(temperature), log2_scale(draft_temperature)
+    """The records (accept_rows.py) of all rows of a request, from the parts of all ranks."""
+    row_words_ptr, row_logits_ptr, top_ptr, mass_ptr, draft_top_ptr, draft_mass_ptr, stride_part = gathered
     i = tl.arange(0, WIDTH)
     rows = (row0 + i).to(tl.int64)
-    has_row, has_draft = i <= length, i < length
-    draft, inside, missing, bad = _drafts(logits_indices_ptr, token_ids_ptr, rows, has_draft, vocab)
-    first, status = _shown(row_words_ptr, stride_part, rows, has_row, shards, WIDTH, SHARDS)
-    top, mass = _row_masses(top_ptr, mass_ptr, 2 * stride_part, stride_part, rows, has_row, shards, num_leaves, scale, WIDTH, BLOCK)
-    inverse = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
-    shard = tl.arange(0, SHARDS)[None, :]
-    on_ranks = has_row[:, None] & (shard < shards)
-    logits = row_logits_ptr + shard.to(tl.int64) * (2 * stride_part) + rows[:, None] * 2
-    words = row_words_ptr + shard.to(tl.int64) * stride_part + rows[:, None] * 4
-    logit = tl.max(tl.load(logits, mask=on_ranks, other=NEG_INF), axis=1)
-    point = (top == POS_INF) | ((status & NONFINITE_ROW) != 0)  # a row whose law is its first maximum alone
-    sampled = temperature > 0.0
-    target_prob = tl.where(point, tl.where(draft == first, 1.0, 0.0), tl.exp2(below_max(logit, top) * scale) * inverse)
-    target_prob = tl.where(inside, target_prob, 0.0)
-    draft_prob = tl.where(has_draft, 1.0, 0.0)
-    mass_of = tl.full([WIDTH], SOFTMAX, tl.int32)
-    reference = tl.zeros([WIDTH], tl.float32)
-    factor = tl.full([WIDTH], 1.0, tl.float32)
-    if draft_ptr is not None:
-        x = tl.max(tl.load(logits + 1, mask=on_ranks, other=NEG_INF), axis=1)
-        own = tl.where((draft >= 0) & (draft < 2147483647), draft, NOBODY).to(tl.int32)
-        if draft_lse_ptr is None:
-            draft_top, draft_mass = _row_masses(draft_top_ptr, draft_mass_ptr, 2 * stride_part, stride_part, rows, has_draft,
-                                                shards, num_leaves, draft_scale, WIDTH, BLOCK)  # fmt: skip
-            reference = tl.where(tl.abs(draft_top) == POS_INF, 0.0, draft_top)
-            factor = 1.0 / tl.maximum(draft_mass, 1).to(tl.float32) * ONE
-            hot = tl.max(tl.load(words + 1, mask=on_ranks, other=0), axis=1)
-            mass_of = tl.where(draft_top == POS_INF, unpack_id(hot).to(tl.int32), mass_of)
-        else:
-            draft_top = tl.load(draft_lse_ptr + slot * stride_es + i, mask=has_draft, other=0.0)
-            # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
-            reference = tl.where(tl.abs(draft_top) == POS_INF, 0.0, draft_top * (1.4426950408889634 / draft_scale))
-            # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
-            mass_of = tl.where(draft_top == POS_INF, tl.where(x == POS_INF, own, NOBODY), mass_of)
-        mass_of = tl.where(draft_top == NEG_INF, NOBODY, mass_of)
-        mass_of = tl.where(draft_temperature > 0.0, mass_of, own)
-        draft_prob = _draft_prob(x, draft, mass_of, reference, factor, draft_scale)
-        bad = bad | tl.where(sampled, has_draft & ~missing & (draft_prob <= 0.0), i < 0)
-    anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
-    coin = uniform(coin_words(tl.load(seed_ptr + slot), anchor + 1 + i, anchor, ACCEPT))
-    chance = inside & (draft_prob > 0.0) & (coin * draft_prob < target_prob)
-    accepted, flags = _stop(i, length, tl.where(sampled, chance, inside & (draft == first)), status, bad, missing)
+    live = i <= length
+    values, ids_of = row_values_ptr + rows * VALUES, row_ids_ptr + rows * IDS
+    shard = tl.arange(0, SHARDS).to(tl.int64)[None, :]
+    there = live[:, None] & (shard < shards)
+    words = row_words_ptr + shard * stride_part + rows[:, None] * 4
+    best = tl.max(tl.load(words, mask=there, other=0), axis=1)
+    first = tl.where(best > 0, unpack_id(best), 0).to(tl.int32)
+    seen = tl.load(words + 3, mask=there, other=0).to(tl.int32)
+    status = tl.max(seen & NAN, axis=1) | tl.where(tl.max(seen & FINITE, axis=1) > 0, 0, NONFINITE_ROW)
+    tl.store(ids_of + FIRST, first, mask=live)
+    tl.store(ids_of + STATUS, status, mask=live)
+    if top_ptr is not None:
+        scale = log2_scale(temperature)
+        top, mass = _row_masses(top_ptr, mass_ptr, 2 * stride_part, stride_part, rows, live, shards, num_leaves, scale, WIDTH, BLOCK)
+        inverse = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+        mass_of = tl.where((top == POS_INF) | ((status & NONFINITE_ROW) > 0), first, SOFTMAX)
+        draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
+        logits = row_logits_ptr + shard * (2 * stride_part) + rows[:, None] * 2
+        logit = tl.max(tl.load(logits, mask=there, other=NEG_INF), axis=1)
+        target_prob = soft_prob(logit, draft, mass_of, finite_or_zero(top), inverse, scale)
+        tl.store(values + TOP, top, mask=live)
+        tl.store(values + INVERSE, inverse, mask=live)
+        tl.store(values + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
+        tl.store(ids_of + TARGET_OF, mass_of, mask=live)
 
-    here = i == accepted
-    greedy = tl.max(tl.where(here & (point | (sampled == 0)), 1, 0), axis=0) > 0
-    judged = tl.max(tl.where(here & has_draft & ~missing, 1, 0), axis=0) > 0  # the draft there was made, and rejected
-    named = tl.max(tl.where(here & inside, 1, 0), axis=0) > 0
-    follows = tl.full((), TARGET, tl.int32)
-    id = tl.where(named, tl.sum(tl.where(here & inside, draft, 0), axis=0), -1)
-    removed = tl.max(tl.load(words + 2, mask=on_ranks, other=0), axis=1)
-    removed = tl.sum(tl.where(here & inside, removed, 0), axis=0)
-    if draft_ptr is not None:
-        follows = tl.where(judged, RESIDUAL, TARGET).to(tl.int32)
-        id = tl.where(judged, tl.sum(tl.where(here, mass_of, 0), axis=0), -1).to(tl.int64)
-    follows = tl.where(greedy, KNOWN, follows).to(tl.int32)
-    id = tl.where(greedy, tl.sum(tl.where(here, first, 0), axis=0), id)
-    row_top = tl.sum(tl.where(here, top, 0.0), axis=0)
-    inverse = tl.sum(tl.where(here, inverse, 0.0), axis=0)
-    reference = tl.sum(tl.where(here, reference, 0.0), axis=0)
-    factor = tl.sum(tl.where(here, factor, 0.0), axis=0)
-    return accepted, flags, follows, id, removed, row_top, inverse, reference, factor
+        # The draft's law: one-hot, by its lse, or by the sums of its own leaves.
+        has_draft = i < length
+        own = tl.where((draft >= 0) & (draft < 2147483647), draft, NOBODY).to(tl.int32)
+        mass_of = own
+        reference = tl.zeros([WIDTH], tl.float32)
+        factor = tl.full([WIDTH], 1.0, tl.float32)
+        x = tl.full([WIDTH], float("-inf"), tl.float32)
+        draft_ptr, draft_lse_ptr, stride_ds, stride_dk, stride_es = law
+        draft_scale = log2_scale(draft_temperature)
+        if draft_ptr is not None:
+            x = tl.max(tl.load(logits + 1, mask=there, other=NEG_INF), axis=1)
+            soft = tl.full([WIDTH], SOFTMAX, tl.int32)
+            if draft_lse_ptr is None:
+                draft_top, draft_mass = _row_masses(draft_top_ptr, draft_mass_ptr, 2 * stride_part, stride_part, rows, has_draft, shards,
+                                                    num_leaves, draft_scale, WIDTH, BLOCK)  # fmt: skip
+                reference = finite_or_zero(draft_top)
+                factor = 1.0 / tl.maximum(draft_mass, 1).to(tl.float32) * ONE
+                infinite = unpack_id(tl.max(tl.load(words + 1, mask=there, other=0), axis=1)).to(tl.int32)
+            else:
+                draft_top = tl.load(draft_lse_ptr + slot * stride_es + i, mask=has_draft, other=0.0)
+                # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
+                reference = finite_or_zero(draft_top) * (LOG2E / draft_scale)
+                # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
+                infinite = tl.where(x == POS_INF, own, NOBODY)
+            soft = tl.where(draft_top == POS_INF, infinite, tl.where(draft_top == NEG_INF, NOBODY, soft))
+            mass_of = tl.where(draft_temperature > 0.0, soft, own)
+        mass_of = tl.where(missing, NOBODY, mass_of)
+        draft_prob = soft_prob(x, draft, mass_of, reference, factor, draft_scale)
+        tl.store(values + REFERENCE, reference, mask=live)
+        tl.store(values + FACTOR, factor, mask=live)
+        tl.store(values + DRAFT_PROB, draft_prob, mask=live)
+        tl.store(values + KEPT, tl.full([WIDTH], 1.0, tl.float32), mask=live)
+        tl.store(ids_of + DRAFT_OF, mass_of, mask=live)
 
 
 @triton.jit
-def _residual(target_row, draft_row, ids, start, held, row_top, inverse, mass_of, reference, factor, scale, draft_scale):
-    """[target_prob - draft_prob]+ of ids, 0 for those of other ranks."""
+def _judge(
+    slot, row0, length, temperature, draft_temperature, gathered, law, layout, seed_ptr, row_values_ptr, row_ids_ptr, shards, num_leaves,
+    vocab, JUDGE: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the rule says, see accept_rules.py, beside the anchor's position."""
+    _record(slot, row0, length, temperature, draft_temperature, gathered, law, layout, row_values_ptr, row_ids_ptr, shards, num_leaves,
+            vocab, WIDTH, SHARDS, BLOCK)  # fmt: skip
+    stores_done()
+    _, _, logits_indices_ptr, _, positions_ptr = layout
+    anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
+    i = tl.arange(0, WIDTH)
+    seed = tl.zeros((), tl.int64)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr + slot)
+    accepted, wants = JUDGE(i, (row0 + i).to(tl.int64), length, layout, row_values_ptr, row_ids_ptr, None, temperature > 0.0, seed, anchor,
+                            vocab)  # fmt: skip
+    stores_done()
+    return accepted, wants, anchor
+
+
+@triton.jit
+def _own_records(row_values_ptr, row_ids_ptr, row0, WIDTH: tl.constexpr):
+    """This program's records, addressed by row: programs of one request judge at the same time, each for itself."""
+    shift = tl.program_id(0).to(tl.int64) * WIDTH - row0
+    return row_values_ptr + shift * VALUES, row_ids_ptr + shift * IDS
+
+
+@triton.jit
+def _residual(target_row, draft_row, ids, start, held, record, scale, draft_scale):
+    """[kept * target_prob - draft_prob]+ of ids, 0 for those of other ranks."""
+    target_law, draft_law, kept = record
     local = ids - start
     inside = (local >= 0) & (local < held)
+    target_of, row_top, inverse = target_law
     x = numbers(tl.load(target_row + local, mask=inside, other=NEG_INF).to(tl.float32))
-    target_prob = tl.exp2(below_max(x, row_top) * scale) * inverse
-    y = numbers(tl.load(draft_row + local, mask=inside, other=NEG_INF).to(tl.float32))
-    draft_prob = _draft_prob(y, ids, mass_of, reference, factor, draft_scale)
-    return tl.where(inside, tl.maximum(target_prob - draft_prob, 0.0), 0.0)
+    target_prob = soft_prob(x, ids, target_of, row_top, inverse, scale)
+    draft_of, reference, factor = draft_law
+    y = tl.full(ids.shape, float("-inf"), tl.float32)
+    if draft_row is not None:
+        y = numbers(tl.load(draft_row + local, mask=inside, other=NEG_INF).to(tl.float32))
+    draft_prob = soft_prob(y, ids, draft_of, reference, factor, draft_scale)
+    return tl.where(inside, tl.maximum(kept * target_prob - draft_prob, 0.0), 0.0)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "start", "held", "first_leaf"])
 def accept_residual_kernel(
     target_ptr,  # [L, W]
-    cu_logits_ptr,  # [R+1]
-    layout,  # logits_indices [L], token_ids, positions [N_max]
+    layout,  # None, cu_logits [R+1], logits_indices [L], token_ids, positions [N_max]
     gathered,  # row_words, row_logits, top, mass, draft_top, draft_mass of all ranks [N, L, ...], and their stride
-    draft_ptr, draft_lse_ptr, draft_temperature_ptr,  # [S, K, W], [S, K] or None, [S] or None
-    temperature_ptr, seed_ptr, slots_ptr,  # [S], [S], [R] or None
-    record_ptr, values_ptr,  # int64 [R, 4], fp32 [R, 4] of the part: the decision
-    residual_ptr,  # int64 [R, NL] of the part
-    num_requests, num_slots, num_rows, num_drafts, shards, start, held, first_leaf, num_leaves, vocab,
-    stride_t, stride_ds, stride_dk, stride_es,
+    law,  # draft logits [S, K, W], lse [S, K] or None, their strides
+    draft_temperature_ptr, temperature_ptr, seed_ptr, slots_ptr,  # [S] or None, [S], [S], [R] or None
+    residual_ptr,  # int64 of the part: [R, NL], where every row may be needed [L, NL]
+    row_values_ptr, row_ids_ptr,  # [programs, WIDTH, ...]
+    num_requests, num_slots, num_rows, num_drafts, shards, start, held, first_leaf, num_leaves, vocab, stride_t,
+    JUDGE: tl.constexpr, EVERY_ROW: tl.constexpr,
     WIDTH: tl.constexpr, SHARDS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Item = leaves of a request. Each item decides for itself, from L2: dearer in loads than in waiting for one that decides."""
+    """Item = leaves of a request. Each item judges for itself, from L2: dearer in loads than in waiting for one that does."""
     chunks = tl.cdiv(num_leaves, CHUNK)
     request = tl.program_id(0) // chunks
     item = tl.program_id(0) % chunks
-    slot, row0, length = _request(request, slots_ptr, cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
+    slot, row0, length = _request(request, slots_ptr, layout[1], num_requests, num_slots, num_rows, num_drafts)
     if length >= 0:
+        draft_ptr, _, stride_ds, stride_dk, _ = law
+        row_values_ptr, row_ids_ptr = _own_records(row_values_ptr, row_ids_ptr, row0, WIDTH)
         temperature, draft_temperature = _temperatures(temperature_ptr, draft_temperature_ptr, slot, length)
         scale, draft_scale = log2_scale(temperature), log2_scale(draft_temperature)
-        accepted, flags, follows, id, removed, row_top, inverse, reference, factor = _decide(
-            slot, row0, length, temperature, draft_temperature, gathered, (draft_ptr, draft_lse_ptr, stride_es), layout, seed_ptr,
-            shards, num_leaves, vocab, WIDTH, SHARDS, BLOCK,
+        accepted, wants, _ = _judge(
+            slot, row0, length, temperature, draft_temperature, gathered, law, layout, seed_ptr, row_values_ptr, row_ids_ptr, shards,
+            num_leaves, vocab, JUDGE, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip
         leaf = item * CHUNK + tl.arange(0, CHUNK)
-        mass = tl.zeros([CHUNK], tl.int64)
-        if follows == RESIDUAL:
-            ids = (first_leaf + leaf)[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-            target_row = target_ptr + (row0 + accepted).to(tl.int64) * stride_t
-            draft_row = draft_ptr + slot * stride_ds + accepted.to(tl.int64) * stride_dk
-            residual = _residual(target_row, draft_row, ids, start, held, row_top, inverse, id, reference, factor, scale,
-                                 draft_scale)  # fmt: skip
+        ids = (first_leaf + leaf)[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+        begin = accepted
+        end = tl.where(wants, accepted + 1, accepted)
+        if EVERY_ROW:
+            begin = accepted * 0
+            end = tl.where(wants, accepted, 0)
+        for judged in range(begin, end):
+            row = (row0 + judged).to(tl.int64)
+            record = read_record(row_values_ptr, row_ids_ptr, row)
+            draft_row = draft_ptr + slot * stride_ds + tl.cast(judged, tl.int64) * stride_dk
+            residual = _residual(target_ptr + row * stride_t, draft_row, ids, start, held, record, scale, draft_scale)
             mass = masses(residual, CHUNK, LEAF, RESIDUAL_ONE)
-        tl.store(residual_ptr + request.to(tl.int64) * num_leaves + leaf, mass, mask=leaf < num_leaves)
-        if item == 0:
-            record, values = record_ptr + request * 4, values_ptr + request * 4
-            tl.store(record, accepted.to(tl.int64))
-            tl.store(record + 1, flags.to(tl.int64))
-            tl.store(record + 2, follows.to(tl.int64))
-            tl.store(record + 3, id.to(tl.int64))
-            tl.store(values, row_top)
-            tl.store(values + 1, inverse)
-            tl.store(values + 2, reference)
-            tl.store(values + 3, factor)
+            at = request.to(tl.int64)
+            if EVERY_ROW:
+                at = row
+            tl.store(residual_ptr + at * num_leaves + leaf, mass, mask=leaf < num_leaves)
 
 
 @triton.jit
-def _merged_leaves(top_ptr, mass_ptr, stride_part, row, shard_width, num_leaves, pieces, vocab, scale, excluded, removed,
-                   LEAVES: tl.constexpr):  # fmt: skip
+def _merged_leaves(top_ptr, mass_ptr, stride_part, row, cut, vocab, scale, excluded, removed, LEAVES: tl.constexpr):
     """Maximum and mass of every leaf of a row from its pieces, without what `excluded` (-1 = nobody) adds to its own."""
+    shard_width, num_leaves, pieces = cut
     leaf = tl.arange(0, LEAVES)
     first = leaf * LEAF // shard_width
     top = tl.full([LEAVES], float("-inf"), tl.float32)
@@ -414,7 +408,8 @@ def _merged_leaves(top_ptr, mass_ptr, stride_part, row, shard_width, num_leaves,
         where = row * num_leaves + (leaf - shard * shard_width // LEAF)
         tops = tl.load(top_ptr + shard.to(tl.int64) * (2 * stride_part) + where, mask=here, other=NEG_INF)
         own = tl.load(mass_ptr + shard.to(tl.int64) * stride_part + where, mask=here, other=0)
-        own -= tl.where((leaf == excluded // LEAF) & (shard == excluded // shard_width), removed, 0)
+        owner = (leaf == tl.where(excluded >= 0, excluded // LEAF, -1)) & (shard == excluded // shard_width)
+        own -= tl.where(owner, removed, 0)
         # The piece that has the maximum keeps its integer, so that a leaf of one piece is that piece.
         scaled = (own.to(tl.float32) * tl.exp2(below_max(tops, top) * scale)).to(tl.int64)
         mass += tl.where(tops == top, own, scaled)
@@ -422,194 +417,208 @@ def _merged_leaves(top_ptr, mass_ptr, stride_part, row, shard_width, num_leaves,
 
 
 @triton.jit
-def _race_owned(log_weight, leaf, inside, seed, position, anchor):
-    """Best word among this rank's ids of a leaf by log2 weight [LEAF] (-inf = excluded)."""
-    words = lane_words(seed, leaf * LEAF, position, anchor, CORRECT, 1, LEAF)
-    key = log_weight - tl.reshape(log2_exponential(words), [LEAF])
-    ids = leaf * LEAF + tl.arange(0, LEAF)
-    return tl.max(tl.where(inside, pack(tl.where(log_weight > NEG_INF, key, NEG_INF), ids), 0), axis=0)
+def _without_draft(gathered, row, record, cut, shards, vocab, scale, LEAVES: tl.constexpr, SHARDS: tl.constexpr):
+    """Residual mass of every leaf of a row whose draft's law is one-hot: the target's, less the draft's octet without it."""
+    row_words_ptr, _, top_ptr, mass_ptr, _, _, stride_part = gathered
+    target_law, draft_law, kept = record
+    target_of, reference, inverse = target_law
+    draft_of, _, _ = draft_law
+    shard = tl.arange(0, SHARDS).to(tl.int64)
+    removed = tl.load(row_words_ptr + shard * stride_part + row * 4 + 2, mask=shard < shards, other=0)
+    listed = tl.where(draft_of < vocab, draft_of, -1)
+    tops, mass = _merged_leaves(top_ptr, mass_ptr, stride_part, row, cut, vocab, scale, listed, tl.max(removed, axis=0), LEAVES)
+    unlisted = mass.to(tl.float32) * tl.exp2(below_max(tops, reference) * scale) * (inverse * (1.0 / ONE))
+    if target_of != SOFTMAX:
+        leaf = tl.arange(0, LEAVES)
+        unlisted = tl.where(leaf == tl.where(listed != target_of, target_of // LEAF, -1), 1.0, 0.0)
+    return (kept * unlisted * RESIDUAL_ONE).to(tl.int64)
 
 
 @triton.jit
-def _draw_target(target_row, top_ptr, mass_ptr, stride_part, row, row_top, scale, excluded, removed, start, held, shard_width,
-                 num_leaves, pieces, vocab, seed, position, anchor, LEAVES: tl.constexpr):  # fmt: skip
-    """Draw from the target's row without `excluded`, or from the whole row where nothing else has mass: (word, flags)."""
-    top, mass = _merged_leaves(top_ptr, mass_ptr, stride_part, row, shard_width, num_leaves, pieces, vocab, scale, excluded,
-                               removed, LEAVES)  # fmt: skip
-    flags = tl.zeros((), tl.int32)
-    if tl.max(mass, axis=0) <= 0:
-        flags += EMPTY_RESIDUAL
-        excluded = excluded * 0 - 1
-        removed = removed * 0
-        top, mass = _merged_leaves(top_ptr, mass_ptr, stride_part, row, shard_width, num_leaves, pieces, vocab, scale, excluded,
-                                   removed, LEAVES)  # fmt: skip
-    weight = tl.where(mass > 0, tl.log2(tl.maximum(mass, 1).to(tl.float32)) + below_max(top, row_top) * scale, NEG_INF)
-    winner = unpack_id(_race_leaves(weight, seed, position, anchor, LEAVES))
-    ids = winner * LEAF + tl.arange(0, LEAF)
-    inside = (ids >= start) & (ids - start < held)
-    x = numbers(tl.load(target_row + ids - start, mask=inside, other=NEG_INF).to(tl.float32))
-    inner = tl.where((ids == excluded) | (x == NEG_INF), NEG_INF, (x - row_top) * scale)
-    return _race_owned(inner, winner, inside, seed, position, anchor), flags
+def _summed(residual_ptr, stride_residual, row, cut, vocab, LEAVES: tl.constexpr):
+    """Residual mass of every leaf of a row from the pieces of all ranks."""
+    shard_width, num_leaves, pieces = cut
+    leaf = tl.arange(0, LEAVES)
+    first = leaf * LEAF // shard_width
+    mass = tl.zeros([LEAVES], tl.int64)
+    for n in range(pieces):
+        shard = first + n
+        here = shard * shard_width < tl.minimum((leaf + 1) * LEAF, vocab)
+        where = row * num_leaves + (leaf - shard * shard_width // LEAF)
+        mass += tl.load(residual_ptr + shard.to(tl.int64) * stride_residual + where, mask=here, other=0)
+    return mass
+
+
+@triton.jit
+def _log2(weight):
+    return tl.where(weight > 0, tl.log2(tl.where(weight > 0, weight, 1).to(tl.float32)), NEG_INF)
+
+
+@triton.jit
+def _race(log_weight, ids, inside, first_lane, seed, position, anchor, STREAM: tl.constexpr, LANES: tl.constexpr):
+    """Best word by log2 weight (-inf = excluded); ids are first_lane + 0, 1, ...; 0 where none is inside."""
+    words = lane_words(seed, first_lane, position, anchor, STREAM, 1, LANES)
+    key = log_weight - tl.reshape(log2_exponential(words), [LANES])
+    return tl.max(tl.where(inside, pack(tl.where(log_weight > NEG_INF, key, NEG_INF), ids), 0), axis=0)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "start", "held"])
 def accept_draw_kernel(
     target_ptr,  # [L, W]
-    cu_logits_ptr,  # [R+1]
-    layout,  # logits_indices [L], token_ids, positions [N_max]
+    layout,  # None, cu_logits [R+1], logits_indices [L], token_ids, positions [N_max]
     gathered,  # row_words, row_logits, top, mass, draft_top, draft_mass of all ranks [N, L, ...], and their stride
-    decided,  # record, values, residual masses of all ranks [N, R, ...] and their stride, or Nones: decided here
-    draft_ptr, draft_temperature_ptr,  # [S, K, W] or None, [S] or None
-    temperature_ptr, seed_ptr, slots_ptr,  # [S], [S], [R] or None
+    law,  # draft logits [S, K, W] or None (one-hot), lse [S, K] or None, their strides
+    residual_ptr,  # int64 [N, R, NL], where every row may be needed [N, L, NL]; None: one-hot
+    draft_temperature_ptr, temperature_ptr, seed_ptr, slots_ptr,  # [S] or None, [S], [S], [R] or None
     word_ptr,  # int64 [R] of the part
-    verdict_ptr,  # int64 [R, 2] of the part: accepted drafts, flags
-    num_requests, num_slots, num_rows, num_drafts, shards, start, held, shard_width, num_leaves, pieces, vocab,
-    stride_t, stride_ds, stride_dk,
+    verdict_ptr,  # int64 [R, 2] of the part: accepted drafts, whether the residual was empty
+    row_values_ptr, row_ids_ptr, total_ptr,  # [R, WIDTH, ...]
+    cut,  # ids and leaves of a shard, ranks that can share a leaf
+    num_requests, num_slots, num_rows, num_drafts, shards, start, held, vocab, stride_t, stride_residual,
+    JUDGE: tl.constexpr, CHOOSE: tl.constexpr,
     WIDTH: tl.constexpr, SHARDS: tl.constexpr, LEAVES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Request = program. The race over leaves is the same on every rank; inside the winning leaf each rank races its ids."""
     request = tl.program_id(0)
-    (row_words_ptr, row_logits_ptr, top_ptr, mass_ptr, draft_top_ptr, draft_mass_ptr, stride_part) = gathered
-    (record_ptr, values_ptr, residual_ptr, stride_decided) = decided
-    (logits_indices_ptr, token_ids_ptr, positions_ptr) = layout
-    slot, row0, length = _request(request, slots_ptr, cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
+    slot, row0, length = _request(request, slots_ptr, layout[1], num_requests, num_slots, num_rows, num_drafts)
     word = tl.zeros((), tl.int64)
     accepted = tl.zeros((), tl.int32)
-    flags = tl.zeros((), tl.int32)
+    empty = word
     if length >= 0:
+        draft_ptr, _, stride_ds, stride_dk, _ = law
+        row_values_ptr, row_ids_ptr = _own_records(row_values_ptr, row_ids_ptr, row0, WIDTH)
         temperature, draft_temperature = _temperatures(temperature_ptr, draft_temperature_ptr, slot, length)
         scale, draft_scale = log2_scale(temperature), log2_scale(draft_temperature)
-        if record_ptr is None:
-            accepted, flags, follows, id, removed, row_top, inverse, reference, factor = _decide(
-                slot, row0, length, temperature, draft_temperature, gathered, (draft_ptr, draft_ptr, 0), layout, seed_ptr,
-                shards, num_leaves, vocab, WIDTH, SHARDS, BLOCK,
-            )  # fmt: skip
-        else:
-            accepted = tl.load(record_ptr + request * 4).to(tl.int32)
-            flags = tl.load(record_ptr + request * 4 + 1).to(tl.int32)
-            follows = tl.load(record_ptr + request * 4 + 2).to(tl.int32)
-            id = tl.load(record_ptr + request * 4 + 3)
-            row_top = tl.load(values_ptr + request * 4)
-            removed = tl.zeros((), tl.int64)
+        accepted, wants, anchor = _judge(
+            slot, row0, length, temperature, draft_temperature, gathered, law, layout, seed_ptr, row_values_ptr, row_ids_ptr, shards,
+            cut[1], vocab, JUDGE, WIDTH, SHARDS, BLOCK,
+        )  # fmt: skip
         seed = tl.load(seed_ptr + slot)
-        anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
-        position = anchor + accepted + 1
+        if CHOOSE is not None:
+            if wants:
+                i = tl.arange(0, WIDTH)
+                rows = (row0 + i).to(tl.int64)
+                total_ptr += request.to(tl.int64) * WIDTH - row0
+                for judged in range(0, accepted):
+                    row = (row0 + judged).to(tl.int64)
+                    if residual_ptr is None:
+                        record = read_record(row_values_ptr, row_ids_ptr, row)
+                        mass = _without_draft(gathered, row, record, cut, shards, vocab, scale, LEAVES, SHARDS)
+                    else:
+                        mass = _summed(residual_ptr, stride_residual, row, cut, vocab, LEAVES)
+                    tl.store(total_ptr + row, tl.sum(mass, axis=0))
+                stores_done()
+                stop = accepted
+                accepted = CHOOSE(i, rows, stop, row_values_ptr, total_ptr, 1, seed, anchor, WIDTH, 4)
+                wants = accepted < stop
+
         row = (row0 + accepted).to(tl.int64)
         target_row = target_ptr + row * stride_t
-        if follows == KNOWN:
-            word = pack(tl.zeros((), tl.float32), id)
-        if draft_ptr is not None:
-            if follows == RESIDUAL:
-                leaf = tl.arange(0, LEAVES)
-                first = leaf * LEAF // shard_width
-                mass = tl.zeros([LEAVES], tl.int64)
-                for n in range(pieces):
-                    shard = first + n
-                    here = shard * shard_width < tl.minimum((leaf + 1) * LEAF, vocab)
-                    where = request.to(tl.int64) * num_leaves + (leaf - shard * shard_width // LEAF)
-                    mass += tl.load(residual_ptr + shard.to(tl.int64) * stride_decided + where, mask=here, other=0)
-                if tl.max(mass, axis=0) > 0:
-                    weight = tl.where(mass > 0, tl.log2(tl.maximum(mass, 1).to(tl.float32)), NEG_INF)
-                    winner = unpack_id(_race_leaves(weight, seed, position, anchor, LEAVES))
-                    ids = winner * LEAF + tl.arange(0, LEAF)
-                    draft_row = draft_ptr + slot * stride_ds + accepted.to(tl.int64) * stride_dk
-                    inverse = tl.load(values_ptr + request * 4 + 1)
-                    reference = tl.load(values_ptr + request * 4 + 2)
-                    factor = tl.load(values_ptr + request * 4 + 3)
-                    residual = _residual(target_row, draft_row, ids, start, held, row_top, inverse, id, reference, factor, scale,
-                                         draft_scale)  # fmt: skip
-                    weight = tl.where(residual > 0.0, tl.log2(tl.where(residual > 0.0, residual, 1.0)), NEG_INF)
-                    inside = (ids >= start) & (ids - start < held)
-                    word = _race_owned(weight, winner, inside, seed, position, anchor)
+        word = pack(tl.zeros((), tl.float32), tl.load(row_ids_ptr + row * IDS + FIRST, volatile=True).to(tl.int64))
+        finite = (tl.load(row_ids_ptr + row * IDS + STATUS, volatile=True) & NONFINITE_ROW) == 0
+        if (temperature > 0.0) & finite:
+            record = read_record(row_values_ptr, row_ids_ptr, row)
+            target_law, _, _ = record
+            target_of, row_top, _ = target_law
+            tops, mass = _merged_leaves(gathered[2], gathered[3], gathered[6], row, cut, vocab, scale,
+                                         tl.full((), -1, tl.int32), tl.zeros((), tl.int64), LEAVES)  # fmt: skip
+            leaf = tl.arange(0, LEAVES)
+            weight = _log2(mass) + below_max(tops, row_top) * scale
+            from_residual = wants
+            if wants:
+                if residual_ptr is None:
+                    residual = _without_draft(gathered, row, record, cut, shards, vocab, scale, LEAVES, SHARDS)
                 else:
-                    flags |= EMPTY_RESIDUAL
-                    follows = tl.full((), TARGET, tl.int32)
-                    id = id * 0 - 1
-        if follows == TARGET:
-            word, empty = _draw_target(target_row, top_ptr, mass_ptr, stride_part, row, row_top, scale, id, removed, start, held,
-                                       shard_width, num_leaves, pieces, vocab, seed, position, anchor, LEAVES)  # fmt: skip
-            flags |= empty
+                    at = request.to(tl.int64)
+                    if CHOOSE is not None:
+                        at = row
+                    residual = _summed(residual_ptr, stride_residual, at, cut, vocab, LEAVES)
+                from_residual = tl.max(residual, axis=0) > 0
+                weight = tl.where(from_residual, _log2(residual), weight)
+            if from_residual | (target_of == SOFTMAX):
+                position = anchor + accepted + 1
+                here = leaf * LEAF < vocab
+                weight = tl.where(here, weight, NEG_INF)
+                winner = unpack_id(_race(weight, leaf, leaf >= 0, tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, LEAVES))
+                ids = winner * LEAF + tl.arange(0, LEAF)
+                inside = (ids >= start) & (ids - start < held)
+                x = numbers(tl.load(target_row + ids - start, mask=inside, other=NEG_INF).to(tl.float32))
+                inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scale)
+                if from_residual:
+                    draft_row = draft_ptr
+                    if draft_ptr is not None:
+                        draft_row = draft_ptr + slot * stride_ds + accepted.to(tl.int64) * stride_dk
+                    inner = _log2(_residual(target_row, draft_row, ids, start, held, record, scale, draft_scale))
+                word = _race(inner, ids, inside, winner * LEAF, seed, position, anchor, CORRECT, LEAF)
+            empty = tl.where(wants & (from_residual == 0), 1, 0).to(tl.int64)
     tl.store(word_ptr + request, word)
     tl.store(verdict_ptr + request * 2, accepted.to(tl.int64))
-    tl.store(verdict_ptr + request * 2 + 1, flags.to(tl.int64))
+    tl.store(verdict_ptr + request * 2 + 1, empty)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward"])
 def accept_finish_kernel(
-    query_start_ptr, cu_logits_ptr,  # [R+1]
-    layout,  # logits_indices [L], token_ids, positions [N_max]
-    row_words_ptr,  # int64 [N, L, 4], where words decide, or None
-    word_ptr, verdict_ptr,  # int64 [N, R], [N, R, 2], where a draw was made, or None
-    slots_ptr,  # [R] or None
-    tokens_ptr,  # [R, K+1]
-    accepted_ptr, emitted_ptr, rejected_ptr, next_ptr, last_row_ptr,  # [R]
-    commit_ptr,  # [N_max]
-    flags_ptr,  # [R]
-    anchors_ptr, anchor_positions_ptr,  # [S] or None, advanced in place
-    num_requests, num_slots, num_rows, num_forward, num_drafts, shards, vocab,
-    stride_part, stride_a, stride_p,
-    WIDTH: tl.constexpr, SHARDS: tl.constexpr,
+    layout,  # query_start, cu_logits [R+1], logits_indices [L], token_ids, positions [N_max]
+    gathered,  # row_words, row_logits, top, mass, draft_top, draft_mass of all ranks [N, L, ...], and their stride
+    law,  # (draft logits or None: not read; lse [S, K] or None, their strides)
+    word_ptr, verdict_ptr,  # int64 [N, R], [N, R, 2], or None: the rows' own words decide
+    draft_temperature_ptr, temperature_ptr, slots_ptr,  # [S] or None, [S] or None, [R] or None
+    outputs,  # (tokens [R, K+1], five of [R], commit [N_max], flags [R], None), (anchors and positions [S] or None, strides)
+    row_values_ptr, row_ids_ptr,  # [R, WIDTH, ...]
+    num_requests, num_slots, num_rows, num_forward, num_drafts, shards, num_leaves, vocab, stride_drawn,
+    WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Request = program: everything follows from the gathered parts, so every rank writes the same."""
     request = tl.program_id(0)
-    (logits_indices_ptr, token_ids_ptr, positions_ptr) = layout
-    slot, row0, length = _request(request, slots_ptr, cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
+    slot, row0, length = _request(request, slots_ptr, layout[1], num_requests, num_slots, num_rows, num_drafts)
     if length < 0:
-        _emit_nothing(request, slot, tokens_ptr, accepted_ptr, emitted_ptr, rejected_ptr, next_ptr, last_row_ptr, commit_ptr,
-                      flags_ptr, query_start_ptr, num_requests, num_drafts, num_forward, WIDTH)  # fmt: skip
+        emit_nothing(request, slot, layout, outputs, num_requests, num_drafts, num_forward, WIDTH)
     else:
-        i = tl.arange(0, WIDTH)
-        rows = (row0 + i).to(tl.int64)
-        draft, inside, missing, bad = _drafts(logits_indices_ptr, token_ids_ptr, rows, i < length, vocab)
-        if row_words_ptr is not None:
-            first, status = _shown(row_words_ptr, stride_part, rows, i <= length, shards, WIDTH, SHARDS)
-            accepted, flags = _stop(i, length, inside & (draft == first), status, bad, missing)
-            token = tl.sum(tl.where(i == accepted, first, 0), axis=0)
-        else:
-            shard = tl.arange(0, SHARDS)
-            words = word_ptr + shard.to(tl.int64) * stride_part + request
-            token = unpack_id(tl.max(tl.load(words, mask=shard < shards, other=0), axis=0))
+        row_values_ptr, row_ids_ptr = _own_records(row_values_ptr, row_ids_ptr, row0, WIDTH)
+        temperature, draft_temperature = _temperatures(temperature_ptr, draft_temperature_ptr, slot, length)
+        accepted, _, anchor = _judge(
+            slot, row0, length, temperature, draft_temperature, gathered, law, layout, None, row_values_ptr, row_ids_ptr, shards,
+            num_leaves, vocab, judge_match, WIDTH, SHARDS, BLOCK,
+        )  # fmt: skip
+        empty = length < 0
+        if word_ptr is not None:
+            shard = tl.arange(0, SHARDS).to(tl.int64)
+            words = tl.load(word_ptr + shard * stride_drawn + request, mask=shard < shards, other=0)
+            token = unpack_id(tl.max(words, axis=0))
             accepted = tl.load(verdict_ptr + request * 2).to(tl.int32)
-            flags = tl.load(verdict_ptr + request * 2 + 1).to(tl.int32)
-        kept = tl.where(i < accepted, draft, -1)
-        tl.store(tokens_ptr + request.to(tl.int64) * (num_drafts + 1) + i, kept, mask=(i <= num_drafts) & (i != accepted))
-        tl.store(accepted_ptr + request, accepted)
-        tl.store(emitted_ptr + request, accepted + 1)
-        tl.store(rejected_ptr + request, length - accepted)
-        tl.store(flags_ptr + request, flags)
-        last_row = tl.load(logits_indices_ptr + row0 + accepted)
-        tl.store(last_row_ptr + request, last_row)
-        if anchor_positions_ptr is not None:
-            anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
-            tl.store(anchor_positions_ptr + slot * stride_p, anchor + accepted + 1)
-        _emit_rows(commit_ptr, query_start_ptr, request, num_requests, last_row, num_forward, 128)
-        _emit_token(tokens_ptr, next_ptr, anchors_ptr, stride_a, request, slot, num_drafts, accepted, token)
+            empty = tl.load(verdict_ptr + request * 2 + 1) > 0
+        else:
+            token = tl.load(row_ids_ptr + (row0 + accepted).to(tl.int64) * IDS + FIRST, volatile=True).to(tl.int64)
+        emit(request, slot, row0, length, accepted, token, empty, anchor, temperature > 0.0, None, layout, outputs, None, row_values_ptr,
+             row_ids_ptr, log2_scale(temperature), num_requests, num_drafts, num_forward, vocab, word_ptr is not None, WIDTH)  # fmt: skip
 
 
-def _options(config, capped=True):
+_JUDGES = {"token": judge_token, "block": judge_block}
+
+
+def _options(config, capped=False):
     limit = config.max_registers if capped else None
     return dict(num_warps=config.num_warps, enable_fp_fusion=False) | ({} if limit is None else {"maxnreg": limit})
 
 
 def launch_accept_normalise(items, args, *, noisy, config):
     """Launch one program per item (rows x leaves of a request)."""
-    accept_normalise_kernel[(items,)](*args, NOISY=noisy, GROUP=config.group, CHUNK=config.chunk, **_options(config))
+    options = _options(config, capped=True)
+    accept_normalise_kernel[(items,)](*args, NOISY=noisy, GROUP=config.group, CHUNK=config.chunk, **options)
 
 
-def launch_accept_residual(items, args, *, width, shards, config):
+def launch_accept_residual(items, args, *, rule, config, **sizes):
     """Launch one program per item (leaves of a request)."""
-    accept_residual_kernel[(items,)](
-        *args, WIDTH=width, SHARDS=shards, CHUNK=config.chunk, BLOCK=config.block, **_options(config, capped=False)
-    )
+    constants = dict(JUDGE=_JUDGES[rule], EVERY_ROW=rule == "block", CHUNK=config.chunk, BLOCK=config.block)
+    accept_residual_kernel[(items,)](*args, **constants, **sizes, **_options(config))
 
 
-def launch_accept_draw(requests, args, *, width, shards, leaves, config):
+def launch_accept_draw(requests, args, *, rule, config, **sizes):
     """Launch one program per request."""
-    accept_draw_kernel[(requests,)](
-        *args, WIDTH=width, SHARDS=shards, LEAVES=leaves, BLOCK=config.block, **_options(config, capped=False)
-    )
+    constants = dict(JUDGE=_JUDGES[rule], CHOOSE=choose_block if rule == "block" else None, BLOCK=config.block)
+    accept_draw_kernel[(requests,)](*args, **constants, **sizes, **_options(config))
 
 
-def launch_accept_finish(requests, args, *, width, shards):
+def launch_accept_finish(requests, args, *, config, **sizes):
     """Launch one program per request."""
-    accept_finish_kernel[(requests,)](*args, WIDTH=width, SHARDS=shards, num_warps=1, enable_fp_fusion=False)
+    accept_finish_kernel[(requests,)](*args, BLOCK=config.block, **sizes, **_options(config))
