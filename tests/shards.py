@@ -12,7 +12,8 @@ SENTINEL = -77777
 def cut(tensor, shards, width, dim=-1):
     """Shards of `width` ids along `dim`; columns beyond the vocabulary are NaN."""
     tensor = tensor.movedim(dim, -1)
-    padding = torch.full((*tensor.shape[:-1], shards * width - tensor.shape[-1]), float("nan"), dtype=tensor.dtype)
+    shape = (*tensor.shape[:-1], shards * width - tensor.shape[-1])
+    padding = torch.full(shape, float("nan") if tensor.is_floating_point() else 77).to(tensor.dtype)
     whole = torch.cat([tensor, padding], -1)
     return [whole[..., i * width : (i + 1) * width].movedim(-1, dim).contiguous() for i in range(shards)]
 
@@ -38,7 +39,10 @@ def draft(case, shards, width, workspace=None, lse=True, spoil=False):
     common = {name: getattr(case, name) for name in names}
     ranks = []
     for i, where in enumerate(cuts(vocab, shards, width)):
-        head = case.head and dataclasses.replace(case.head, w2=cut(case.head.w2, shards, width, dim=0)[i])
+        head = case.head
+        if head is not None:
+            scale = head.w2_scale if head.w2_scale is None else cut(head.w2_scale, shards, width)[i]
+            head = dataclasses.replace(head, w2=cut(head.w2, shards, width, dim=0)[i], w2_scale=scale)
         ranks.append((cut(case.base_logits, shards, width)[i], head, where))
     blocks = [None] * shards
     for k in range(drafts):

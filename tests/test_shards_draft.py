@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import shards
 import torch
+from draft_checks import check
 from hypothesis import given, settings, strategies as st
-from test_draft import check
 
 import dspark_kernels as dk
 from dspark_kernels.ops import draft_shards
@@ -51,6 +51,7 @@ def test_whole_units_give_the_bits_of_the_whole_op(data):
         drafts=draw(st.integers(1, 3)),
         vocab=vocab,
         rank=draw(st.sampled_from([0, 3, 16])),
+        w2_dtype=draw(st.sampled_from([None, None, torch.int8, torch.float8_e4m3fn])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         sampled=draw(st.sampled_from([True, True, False])),
         confidence=draw(st.sampled_from([None, "plain", "markov"])),
@@ -123,6 +124,8 @@ def settings_of(**fields):
         (dict(vocab_start=100), ValueError, "vocab_start: expected a multiple of the 150 columns"),
         (dict(vocab_size=301), ValueError, "vocab_size: expected at most 2 shards x 150 columns"),
         (dict(head=dk.MarkovHead(torch.zeros(300, 4), torch.zeros(300, 4))), ValueError, "head.w2: expected shape [150, 4]"),
+        (dict(head=dk.GatedMarkovHead(*(torch.zeros(*shape) for shape in ((300, 4), (150, 4))), None, torch.zeros(4, 9), torch.zeros(4))),
+         NotImplementedError, "draft_block_partial: head: GatedMarkovHead on vocabulary shards is not supported"),
         (dict(candidates=4), NotImplementedError, "draft_block_partial: candidates: "),
         (dict(draft_to_target=torch.zeros(150).long()), NotImplementedError, "draft_block_partial: draft_to_target: "),
         (dict(sampling=settings_of(top_k=torch.ones(3).int())), NotImplementedError, "draft_block_partial: sampling.top_k: filters"),
@@ -130,7 +133,7 @@ def settings_of(**fields):
         (dict(out=torch.zeros(3)), TypeError, "out: expected dtype int64"),
         (dict(noise="white"), ValueError, "noise: expected one of"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(change, error, message):
     case = cases.draft_case(seed=0, rank=4)
     arguments = dict(base_logits=case.base_logits[..., :150], anchors=case.anchors, anchor_positions=case.anchor_positions)

@@ -9,13 +9,14 @@ it. Oracle: the op on the whole vocabulary (reference/draft.py). Source: DSpark,
 import triton
 import triton.language as tl
 
-from .draft import BAD_TOKEN_ID, NAN, NONFINITE_ROW, UNIT, _confidence_logit
-from .heads import DOT_ROWS, no_bias, no_weights, vanilla_bias, vanilla_weights
+from .draft_rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, UNIT, _confidence_logit as confidence_logit, log_sum_exp
+from .heads import DOT_ROWS, low_rank_bias, w2_tile
 from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers
 from .primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id, unpack_key
 from .primitives.slots import state_slots
 from .primitives.ticket import arrive
+from .primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
 
 FINITE = tl.constexpr(256)  # a finite base logit was seen; beside the bits of `flags`
 
@@ -23,39 +24,42 @@ FINITE = tl.constexpr(256)  # a finite base logit was seen; beside the bits of `
 @triton.jit
 def _shard_tile(
     tile, ids, local, first_request, k,
-    base_ptr, anchors_ptr, positions_ptr, w1_ptr, w2_ptr, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
+    base_ptr, anchors_ptr, positions_ptr, head, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
     logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
-    num_requests, num_slots, first_unit, num_units, held, width, vocab_w1, rank, first_draft, column,
-    stride_br, stride_bk, stride_a, stride_p, stride_1v, stride_2v, stride_ts, stride_ls, stride_lk,
-    BIAS: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    num_requests, num_slots, first_unit, num_units, held, width, first_draft, column,
+    stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
+    WIDEN: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
     """ROWS requests of one tile: `ids` global, `local` their columns in the shard (`width` where they are in none).
 
     Columns from `held` on have no id of the vocabulary: the law gives them nothing.
     """
-    columns = first_request + tl.arange(0, DOT_ROWS)
-    column_slots = state_slots(slots_ptr, columns, num_requests, num_slots)
-    if k == 0:
-        previous = tl.load(anchors_ptr + column_slots * stride_a, mask=column_slots >= 0, other=-1).to(tl.int64)
-    else:
-        previous = tl.load(tokens_ptr + column_slots * stride_ts + column + k - 1, mask=column_slots >= 0, other=-1)
-    known = (column_slots >= 0) & (previous >= 0) & (previous < vocab_w1)
-    bias = BIAS(tile, w1_ptr, w2_ptr, stride_1v, stride_2v, local, previous, known, held, rank, BLOCK_V, BLOCK_R, DOT_TYPE)
-    bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
-    if ROWS < DOT_ROWS:
-        # Keep the first ROWS columns; the others are zero and adding zeros is exact.
-        bias = tl.sum(tl.reshape(bias, [DOT_ROWS // ROWS, ROWS, BLOCK_V]), axis=0)
-
     requests = first_request + tl.arange(0, ROWS)
     slots = state_slots(slots_ptr, requests, num_requests, num_slots)
     live = slots >= 0
     inside = live[:, None] & (local < held)[None, :]
     rows = requests.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
-    base = tl.load(base_ptr + rows[:, None] + local[None, :], mask=inside, other=0.0)
-    x = base.to(tl.float32) + bias
+    base = tl.load(base_ptr + rows[:, None] + local[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = base
+    if head is not None:
+        # The dot always has DOT_ROWS columns; ROWS of them are requests of this batch.
+        columns = first_request + tl.arange(0, DOT_ROWS)
+        column_slots = state_slots(slots_ptr, columns, num_requests, num_slots)
+        if k == 0:
+            previous = tl.load(anchors_ptr + column_slots * stride_a, mask=column_slots >= 0, other=-1).to(tl.int64)
+        else:
+            previous = tl.load(tokens_ptr + column_slots * stride_ts + column + k - 1, mask=column_slots >= 0, other=-1)
+        w1_ptr, _, _, stride_1v, _, vocab_w1, _ = head
+        known = (column_slots >= 0) & (previous >= 0) & (previous < vocab_w1)
+        bias = low_rank_bias(tile, head, w1_ptr, previous * stride_1v, known, local, held, WIDEN, BLOCK_R, DOT_TYPE)
+        bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
+        if ROWS < DOT_ROWS:
+            # Keep the first ROWS columns; the others are zero and adding zeros is exact.
+            bias = tl.sum(tl.reshape(bias, [DOT_ROWS // ROWS, ROWS, BLOCK_V]), axis=0)
+        x += bias
     nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
-    finite = tl.max(tl.where(inside & (tl.abs(base.to(tl.float32)) < POS_INF), 1, 0), axis=1)
+    finite = tl.max(tl.where(inside & (tl.abs(base) < POS_INF), 1, 0), axis=1)
     tl.atomic_or(seen_ptr + requests, tl.where(nan > 0, NAN, 0) | tl.where(finite > 0, FINITE, 0), mask=live, sem="relaxed")
     stored = numbers(x).to(base_ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
     x = tl.where(inside, stored.to(tl.float32), NEG_INF)
@@ -94,7 +98,7 @@ def _shard_tile(
 def draft_partial_kernel(
     base_ptr,  # [R, K, W]
     anchors_ptr, positions_ptr,  # [S]
-    w1_ptr, w2_ptr,  # [V1, r], [W, r]
+    head,  # kernels/heads.py, with W2 and its scales of the shard; or None
     temperature_ptr, seed_ptr,  # [S]; temperature None = every row greedy
     slots_ptr,  # [R] or None
     tokens_ptr,  # [S, K], drafts before position k
@@ -104,9 +108,9 @@ def draft_partial_kernel(
     best_ptr,  # int64 [R], zero before and after
     seen_ptr,  # int32 [R], zero before and after
     arrivals_ptr,  # int32 [1], zero before and after
-    k, num_requests, num_slots, start, held, width, first_unit, num_units, vocab_w1, rank, first_draft, column,
-    stride_br, stride_bk, stride_a, stride_p, stride_1v, stride_2v, stride_ts, stride_ls, stride_lk,
-    WEIGHTS: tl.constexpr, BIAS: tl.constexpr, STREAM: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr,
+    k, num_requests, num_slots, start, held, width, first_unit, num_units, first_draft, column,
+    stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
+    WIDEN: tl.constexpr, STREAM: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Position k on this rank's ids start .. start + held - 1; ids from first_unit * UNIT on are walked, others are masked."""
@@ -114,25 +118,27 @@ def draft_partial_kernel(
     for first_id in range(tl.program_id(0) * BLOCK_V, num_units * UNIT, programs * BLOCK_V):
         ids = first_unit * UNIT + first_id + tl.arange(0, BLOCK_V)
         local = tl.where((ids >= start) & (ids - start < width), ids - start, width)
-        tile = WEIGHTS(w2_ptr, stride_2v, local, held, rank, BLOCK_R)
+        tile = ids
+        if head is not None:
+            tile = w2_tile(head, local, held, BLOCK_R)
         if ONE_TILE:
             _shard_tile(
                 tile, ids, local, 0, k,
-                base_ptr, anchors_ptr, positions_ptr, w1_ptr, w2_ptr, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
+                base_ptr, anchors_ptr, positions_ptr, head, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
                 logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
-                num_requests, num_slots, first_unit, num_units, held, width, vocab_w1, rank, first_draft, column,
-                stride_br, stride_bk, stride_a, stride_p, stride_1v, stride_2v, stride_ts, stride_ls, stride_lk,
-                BIAS, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
+                num_requests, num_slots, first_unit, num_units, held, width, first_draft, column,
+                stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
+                WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
             )  # fmt: skip
         else:
             for first_request in range(0, num_requests, ROWS):
                 _shard_tile(
                     tile, ids, local, first_request, k,
-                    base_ptr, anchors_ptr, positions_ptr, w1_ptr, w2_ptr, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
+                    base_ptr, anchors_ptr, positions_ptr, head, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
                     logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
-                    num_requests, num_slots, first_unit, num_units, held, width, vocab_w1, rank, first_draft, column,
-                    stride_br, stride_bk, stride_a, stride_p, stride_1v, stride_2v, stride_ts, stride_ls, stride_lk,
-                    BIAS, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
+                    num_requests, num_slots, first_unit, num_units, held, width, first_draft, column,
+                    stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
+                    WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
                 )  # fmt: skip
     if arrive(arrivals_ptr, programs):
         for first_request in range(0, num_requests, 128):
@@ -146,8 +152,8 @@ def draft_partial_kernel(
 
 
 @triton.jit
-def _log_sum_exp(unit_max_ptr, unit_mass_ptr, stride_max, stride_mass, row, num_units, shards, scale, BLOCK: tl.constexpr):
-    """ln sum exp(logit / T) of a row from the units of all ranks: integers, so their order and number do not matter."""
+def _row_mass(unit_max_ptr, unit_mass_ptr, stride_max, stride_mass, row, num_units, shards, scale, BLOCK: tl.constexpr):
+    """Maximum and mass of a row from the units of all ranks: integers, so their order and number do not matter."""
     top = tl.full((), float("-inf"), tl.float32)
     for first in range(0, shards * num_units, BLOCK):
         piece = first + tl.arange(0, BLOCK)
@@ -164,8 +170,7 @@ def _log_sum_exp(unit_max_ptr, unit_mass_ptr, stride_max, stride_mass, row, num_
         m = tl.load(unit_max_ptr + shard * stride_max + where, mask=inside, other=NEG_INF)
         mass = tl.load(unit_mass_ptr + shard * stride_mass + where, mask=inside, other=0)
         total += tl.sum((mass.to(tl.float32) * tl.exp2(below_max(m, top) * scale)).to(tl.int64), axis=0)
-    lse = (top * scale + (tl.log2(tl.maximum(total, 1).to(tl.float32)) - 40.0)) * 0.6931471805599453
-    return tl.where((top == NEG_INF) | (top == POS_INF), top, lse)
+    return top, total
 
 
 @triton.jit(do_not_specialize=["k", "num_requests", "num_slots", "first_draft", "column"])
@@ -173,14 +178,14 @@ def draft_finish_kernel(
     words_ptr, status_ptr,  # int64 [N, R]: the parts of all ranks
     unit_max_ptr, unit_mass_ptr,  # [N, R, U] or None
     anchors_ptr,  # [S]
-    w1_ptr,  # [V1, r]
+    head,  # kernels/heads.py, of which W1 is read; or None
     hidden_ptr,  # [R, K, H] or None
-    weight_ptr, bias_ptr, sts_ptr,  # confidence head: [H] or [H+r], [1] or None, [K] or None
+    scores,  # None or confidence: (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated, raw [S, K], their row strides)
     temperature_ptr, slots_ptr,  # [S], [R] or None
-    tokens_ptr, confidence_ptr, raw_ptr, lse_ptr,  # [S, K], the last three may be None
+    tokens_ptr, lse_ptr,  # [S, K]; lse may be None
     flags_ptr,  # [R], those of earlier positions included
-    k, num_requests, num_slots, shards, num_units, vocab_w1, rank, hidden_size, first_draft, column,
-    stride_part, stride_max, stride_a, stride_1v, stride_hr, stride_hk, stride_ts, stride_cs, stride_rs, stride_es,
+    k, num_requests, num_slots, shards, num_units, hidden_size, first_draft, column,
+    stride_part, stride_max, stride_a, stride_hr, stride_hk, stride_ts, stride_es,
     WITH_MARKOV: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
     """Request = program: everything follows from the gathered words, so every rank writes the same."""
@@ -201,42 +206,40 @@ def draft_finish_kernel(
         status = tl.max(seen & NAN, axis=0) | tl.where(key == NEG_INF, NONFINITE_ROW, 0)
         status |= tl.where((key == POS_INF) & (finite == 0), NONFINITE_ROW, 0)
         previous = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
-        if w1_ptr is not None:
-            status |= tl.where((previous < 0) | (previous >= vocab_w1), BAD_TOKEN_ID, 0)
+        if head is not None:
+            status |= tl.where((previous < 0) | (previous >= head[5]), BAD_TOKEN_ID, 0)
         tl.store(flags_ptr + request, before | status)
         tl.store(tokens_ptr + slot * stride_ts + column + k, unpack_id(word))
         if lse_ptr is not None:
             scale = log2_scale(tl.load(temperature_ptr + slot))
-            lse = _log_sum_exp(unit_max_ptr, unit_mass_ptr, stride_max, stride_part, request.to(tl.int64), num_units, shards,
-                               scale, 1024)  # fmt: skip
-            tl.store(lse_ptr + slot * stride_es + column + k, lse)
-        if confidence_ptr is not None:
+            top, total = _row_mass(unit_max_ptr, unit_mass_ptr, stride_max, stride_part, request.to(tl.int64), num_units, shards,
+                                   scale, 1024)  # fmt: skip
+            tl.store(lse_ptr + slot * stride_es + column + k, log_sum_exp(top, total, scale))
+        if scores is not None:
+            _, _, sts_ptr, confidence_ptr, raw_ptr, stride_cs, stride_rs = scores
             if k > 0:
                 previous = tl.load(tokens_ptr + slot * stride_ts + column + k - 1)
-            logit = _confidence_logit(hidden_ptr, weight_ptr, bias_ptr, w1_ptr, request, k, previous, hidden_size, rank,
-                                      vocab_w1, stride_hr, stride_hk, stride_1v, WITH_MARKOV, 1024)  # fmt: skip
+            logit = confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_size, stride_hr, stride_hk, WITH_MARKOV, 1024)
             tl.store(raw_ptr + slot * stride_rs + column + k, logit)
             if sts_ptr is not None:
                 logit = logit / tl.load(sts_ptr + first_draft + k)
             tl.store(confidence_ptr + slot * stride_cs + column + k, 1.0 / (1.0 + tl.exp(-logit)))
 
 
-_HEADS = {None: (no_weights, no_bias), "vanilla": (vanilla_weights, vanilla_bias)}
+_WIDENINGS = {"by_cast": by_cast, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
 
 
-def launch_draft_partial(programs, args, *, head, dot_type, coupled, one_tile, rows, config):
+def launch_draft_partial(programs, args, *, widening, dot_type, coupled, one_tile, rows, config):
     """Launch on any number of programs: nobody waits for another."""
-    weights, bias = _HEADS[head]
     draft_partial_kernel[(programs,)](
         *args,
-        WEIGHTS=weights,
-        BIAS=bias,
+        WIDEN=_WIDENINGS[widening],
         STREAM=COUPLED if coupled else DRAFT,
         ONE_TILE=one_tile,
         ROWS=rows,
         BLOCK_V=config.block_v,
         BLOCK_R=config.block_r,
-        DOT_TYPE=getattr(tl, dot_type or "float32"),
+        DOT_TYPE=getattr(tl, dot_type),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

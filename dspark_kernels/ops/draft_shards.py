@@ -82,7 +82,7 @@ def draft_block_partial(
         base_logits: [R, K, W] bf16, fp16 or fp32: this rank's columns, the same W on every rank. Columns of ids from
             vocab_size on are ignored.
         anchors, anchor_positions, sampling, first_draft, noise, state_indices, keep_logits: as in `draft_block`.
-        head: MarkovHead with the whole w1 [V1, r] and this rank's rows w2 [W, r].
+        head: MarkovHead with the whole w1 [V1, r] and this rank's rows w2 [W, r] (and w2_scale [W]).
         position: 0 .. K - 1.
         vocab_start, vocab_shards, vocab_size: first id of this rank, number of ranks, ids in all (default W * vocab_shards).
         block: what the call at position 0 returned, or a DraftBlock to write, whose proposal has this rank's columns
@@ -114,9 +114,9 @@ def draft_block_partial(
         if position:
             raise ValueError(f"block: expected the block of position 0 at position {position}, got None")
         column = 0
-        block = draft._allocate(base_logits, slots, rows, sampling, confidence, keep_logits, state_indices is not None)
+        block = draft._allocate(base_logits, slots, rows, sampling, confidence, None, keep_logits, state_indices is not None)
     else:
-        column = draft._check_out(block, base_logits, slots, rows, sampling, confidence, first_draft)
+        column = draft._check_out(block, base_logits, slots, rows, sampling, confidence, None, first_draft)
     dense = block.proposal if isinstance(block.proposal, DenseProposal) else None
     fields = _fields(rows, shard, _lse(block) is not None)
     part = fields.check_part(out, device)
@@ -129,6 +129,7 @@ def draft_block_partial(
         anchor_positions,
         None if head is None else head.w1,
         None if head is None else head.w2,
+        None if head is None else head.w2_scale,
         None if sampling is None else sampling.temperature,
         None if sampling is None else sampling.seed,
         state_indices,
@@ -190,7 +191,8 @@ def draft_block_finish(
     _check_sampling(FINISH, sampling, slots, device)
     if head is not None:
         check_type("head", head, MarkovHead)
-    draft._check_confidence(confidence, hidden, head, rows, drafts, first_draft, device)
+    hidden_size = draft._check_hidden(hidden, None, confidence, rows, drafts, device)
+    draft._check_confidence(confidence, hidden_size, head, drafts, first_draft, device)
     lse = _lse(block)
     if lse is not None and sampling is None:
         raise ValueError("sampling: expected the temperatures that block.proposal.lse is to be scaled by, got None")
@@ -246,10 +248,9 @@ def _check_head(op, head, width, device):
     check_type("head", head, MarkovHead)
     if type(head) is not MarkovHead:
         not_yet(op, "head", f"{type(head).__name__} on vocabulary shards is")
-    if head.w2_scale is not None:
-        not_yet(op, "head.w2_scale", "a quantised W2 on vocabulary shards is")
     check_tensor("head.w1", head.w1, device=device)
     check_tensor("head.w2", head.w2, shape=(width, head.rank), device=device)
+    check_optional("head.w2_scale", head.w2_scale, device=device, contiguous=True)
 
 
 def _stride(tensor, dim):
@@ -258,24 +259,31 @@ def _stride(tensor, dim):
 
 @library.register(
     "draft_block_partial(Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, "
-    "Tensor? temperature, Tensor? seed, Tensor? state_indices, Tensor tokens, Tensor(a!)? logits, Tensor(b!) part, "
+    "Tensor? w2_scale, Tensor? temperature, Tensor? seed, Tensor? state_indices, Tensor tokens, Tensor(a!)? logits, Tensor(b!) part, "
     "Tensor(c!) counters, bool with_lse, int vocab_start, int vocab_shards, int vocab_size, int position, int first_draft, "
     "int column, bool coupled) -> ()"
 )
 def _draft_block_partial(
-    base_logits, anchors, anchor_positions, w1, w2, temperature, seed, state_indices, tokens, logits, part, counters, with_lse,
-    vocab_start, vocab_shards, vocab_size, position, first_draft, column, coupled,
+    base_logits, anchors, anchor_positions, w1, w2, w2_scale, temperature, seed, state_indices, tokens, logits, part, counters,
+    with_lse, vocab_start, vocab_shards, vocab_size, position, first_draft, column, coupled,
 ):  # fmt: skip
     device = base_logits.device
     kernels = library.kernels("draft_shards", device)
     rows, _, width = base_logits.shape
     shard = Shard(vocab_start, width, vocab_shards, vocab_size)
-    rank = 0 if w1 is None else w1.shape[1]
     gpu = arch.current(device)
     request_tile = draft_launch.request_tile(rows)
     one_tile = rows <= request_tile
     units = shard.blocks(draft.UNIT)
-    config = draft_launch.pick(gpu, units * draft.UNIT, max(1, rank), 2 if w2 is None else w2.element_size(), one_tile)
+    rank, dot_type, widening, head = 1, torch.float32, "by_cast", None
+    if w1 is not None:
+        rank, dot_type = w1.shape[1], draft._product_type(w1, w2)
+        if w2.dtype == torch.float8_e4m3fn:
+            widening, w2 = "fp8", w2.view(torch.uint8)
+        head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
+    config = draft_launch.pick(gpu, units * draft.UNIT, rank, dot_type.itemsize, one_tile)
+    if widening == "fp8":
+        widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     best, seen = clean.take(rows, torch.int64), clean.take(rows, torch.int32)
     arrivals = counters[1:2].view(torch.int32)
@@ -283,15 +291,15 @@ def _draft_block_partial(
     kernels.launch_draft_partial(
         min(-(-units * draft.UNIT // config.block_v), gpu.multiprocessors * config.programs_per_sm),
         (
-            base_logits, anchors, anchor_positions, w1, w2, temperature, seed, state_indices, tokens, logits,
+            base_logits, anchors, anchor_positions, head, temperature, seed, state_indices, tokens, logits,
             view(part, "words"), view(part, "status"), view(part, "unit_max"), view(part, "unit_mass"), best, seen, arrivals,
             position, rows, anchors.shape[0], shard.start, shard.held, width, shard.start // draft.UNIT, units,
-            0 if w1 is None else w1.shape[0], rank, first_draft, column,
-            base_logits.stride(0), base_logits.stride(1), anchors.stride(0), anchor_positions.stride(0), _stride(w1, 0),
-            _stride(w2, 0), tokens.stride(0), _stride(logits, 0), _stride(logits, 1),
+            first_draft, column,
+            base_logits.stride(0), base_logits.stride(1), anchors.stride(0), anchor_positions.stride(0), tokens.stride(0),
+            _stride(logits, 0), _stride(logits, 1),
         ),
-        head=None if w1 is None else "vanilla",
-        dot_type=None if w1 is None else str((w1.dtype if w1.dtype == w2.dtype else torch.float32)).removeprefix("torch."),
+        widening=widening,
+        dot_type=draft._name(dot_type),
         coupled=coupled,
         one_tile=one_tile,
         rows=request_tile,
@@ -313,17 +321,20 @@ def _draft_block_finish(
     rows = flags.shape[0]
     shard = Shard(0, width, vocab_shards, width * vocab_shards)
     hidden_size = 0 if hidden is None else hidden.shape[2]
+    head, scores = None, None
+    if w1 is not None:
+        head = (w1, None, None, w1.stride(0), 0, w1.shape[0], w1.shape[1])
+    if weight is not None:
+        scores = (weight, bias, sts_temperatures, confidence, confidence_logits, confidence.stride(0), confidence_logits.stride(0))
     view = _fields(rows, shard, lse is not None).view
     kernels.launch_draft_finish(
         rows,
         (
             view(gathered, "words"), view(gathered, "status"), view(gathered, "unit_max"), view(gathered, "unit_mass"), anchors,
-            w1, hidden, weight, bias, sts_temperatures, temperature, state_indices, tokens, confidence, confidence_logits, lse,
-            flags,
-            position, rows, tokens.shape[0], vocab_shards, shard.blocks(draft.UNIT), 0 if w1 is None else w1.shape[0],
-            0 if w1 is None else w1.shape[1], hidden_size, first_draft, column,
-            gathered.stride(0), 2 * gathered.stride(0), anchors.stride(0), _stride(w1, 0), _stride(hidden, 0),
-            _stride(hidden, 1), tokens.stride(0), _stride(confidence, 0), _stride(confidence_logits, 0), _stride(lse, 0),
+            head, hidden, scores, temperature, state_indices, tokens, lse, flags,
+            position, rows, tokens.shape[0], vocab_shards, shard.blocks(draft.UNIT), hidden_size, first_draft, column,
+            gathered.stride(0), 2 * gathered.stride(0), anchors.stride(0), _stride(hidden, 0), _stride(hidden, 1),
+            tokens.stride(0), _stride(lse, 0),
         ),
         with_markov=weight is not None and weight.shape[0] > hidden_size,
         shards=1 << (vocab_shards - 1).bit_length(),
