@@ -195,10 +195,13 @@ def _cut(shards):
 
 
 def _draft_shard(requests, *, shards=8, dtype=torch.bfloat16, rank=RANK, sampled=True, lse=True, confidence=True, finish=False,
-                 **options):  # fmt: skip
+                 w2_dtype=None, **options):  # fmt: skip
     """The second position of a block on a rank: its part, or the draft from the parts of all ranks."""
     width = -(-VOCAB // shards)
-    head = dk.MarkovHead(_empty(VOCAB, rank, dtype=dtype), _empty(width, rank, dtype=dtype)) if rank else None
+    head = None
+    if rank:
+        scale = _empty(width, dtype=torch.float32) if w2_dtype else None
+        head = dk.MarkovHead(_empty(VOCAB, rank, dtype=dtype), _empty(width, rank, dtype=w2_dtype or dtype), scale)
     proposal = dk.OneHotProposal()
     if sampled:
         scores = _empty(requests, DRAFTS, dtype=torch.float32) if lse else None
@@ -371,6 +374,8 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "sampled_r64_two": lambda: _draft_shard(64, shards=2),
         "no_lse_r64": lambda: _draft_shard(64, lse=False),
         "coupled_r64": lambda: _draft_shard(64, noise="coupled"),
+        "int8_r64": lambda: _draft_shard(64, w2_dtype=torch.int8),
+        "fp8_r64": lambda: _draft_shard(64, w2_dtype=torch.float8_e4m3fn),
         "plain_r64": lambda: _draft_shard(64, rank=0, confidence=False),
         "greedy_r64": lambda: _draft_shard(64, sampled=False),
     },
@@ -388,11 +393,15 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "residual": lambda: _accept_shard(64, "residual"),
         "residual_two": lambda: _accept_shard(64, "residual", shards=2),
         "residual_swept": lambda: _accept_shard(64, "residual", proposal="no lse"),
+        "residual_block": lambda: _accept_shard(64, "residual", rule="block"),
         "draw_dense": lambda: _accept_shard(64, "draw"),
         "draw_one_hot": lambda: _accept_shard(64, "draw", proposal="one_hot"),
+        "draw_block": lambda: _accept_shard(64, "draw", rule="block"),
+        "draw_block_one_hot": lambda: _accept_shard(64, "draw", proposal="one_hot", rule="block"),
     },
     "accept_finish": {
         "drawn": lambda: _accept_shard(64, "finish"),
+        "drawn_swept": lambda: _accept_shard(64, "finish", proposal="no lse"),
         "greedy": lambda: _accept_shard(64, "finish", sampled=False),
     },
 }

@@ -518,8 +518,7 @@ def accept_draw_kernel(
         finite = (tl.load(row_ids_ptr + row * IDS + STATUS, volatile=True) & NONFINITE_ROW) == 0
         if (temperature > 0.0) & finite:
             record = read_record(row_values_ptr, row_ids_ptr, row)
-            target_law, _, _ = record
-            target_of, row_top, _ = target_law
+            target_of, row_top = record[0][0], record[0][1]
             tops, mass = _merged_leaves(gathered[2], gathered[3], gathered[6], row, cut, vocab, scale,
                                          tl.full((), -1, tl.int32), tl.zeros((), tl.int64), LEAVES)  # fmt: skip
             leaf = tl.arange(0, LEAVES)
@@ -596,15 +595,14 @@ def accept_finish_kernel(
 _JUDGES = {"token": judge_token, "block": judge_block}
 
 
-def _options(config, capped=False):
-    limit = config.max_registers if capped else None
-    return dict(num_warps=config.num_warps, enable_fp_fusion=False) | ({} if limit is None else {"maxnreg": limit})
+def _options(config):
+    options = dict(num_warps=config.num_warps, enable_fp_fusion=False)
+    return options if config.max_registers is None else options | dict(maxnreg=config.max_registers)
 
 
 def launch_accept_normalise(items, args, *, noisy, config):
     """Launch one program per item (rows x leaves of a request)."""
-    options = _options(config, capped=True)
-    accept_normalise_kernel[(items,)](*args, NOISY=noisy, GROUP=config.group, CHUNK=config.chunk, **options)
+    accept_normalise_kernel[(items,)](*args, NOISY=noisy, GROUP=config.group, CHUNK=config.chunk, **_options(config))
 
 
 def launch_accept_residual(items, args, *, rule, config, **sizes):

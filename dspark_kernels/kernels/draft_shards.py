@@ -39,9 +39,7 @@ def _shard_tile(
     slots = state_slots(slots_ptr, requests, num_requests, num_slots)
     live = slots >= 0
     inside = live[:, None] & (local < held)[None, :]
-    rows = requests.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
-    base = tl.load(base_ptr + rows[:, None] + local[None, :], mask=inside, other=0.0).to(tl.float32)
-    x = base
+    x = tl.zeros([ROWS, BLOCK_V], tl.float32)
     if head is not None:
         # The dot always has DOT_ROWS columns; ROWS of them are requests of this batch.
         columns = first_request + tl.arange(0, DOT_ROWS)
@@ -58,6 +56,9 @@ def _shard_tile(
             # Keep the first ROWS columns; the others are zero and adding zeros is exact.
             bias = tl.sum(tl.reshape(bias, [DOT_ROWS // ROWS, ROWS, BLOCK_V]), axis=0)
         x += bias
+    rows = requests.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
+    base = tl.load(base_ptr + rows[:, None] + local[None, :], mask=inside, other=0.0).to(tl.float32)
+    x += base
     nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
     finite = tl.max(tl.where(inside & (tl.abs(base) < POS_INF), 1, 0), axis=1)
     tl.atomic_or(seen_ptr + requests, tl.where(nan > 0, NAN, 0) | tl.where(finite > 0, FINITE, 0), mask=live, sem="relaxed")

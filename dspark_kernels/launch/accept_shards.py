@@ -10,7 +10,7 @@ from .arch import Arch
 @dataclasses.dataclass(frozen=True)
 class AcceptShardsConfig:
     """group x chunk: rows x leaves of 1024 ids per item of the first phase; block: pieces of leaves that a decision loads at once;
-    max_registers: per thread in the first phase, None = the compiler's choice."""
+    max_registers: per thread, None = the compiler's choice."""
 
     group: int
     chunk: int
@@ -19,7 +19,7 @@ class AcceptShardsConfig:
     max_registers: int | None
 
 
-def pick(arch: Arch, num_leaves: int, num_drafts: int, sweeps_draft: bool) -> AcceptShardsConfig:
+def pick(arch: Arch, num_leaves: int, num_drafts: int) -> AcceptShardsConfig:
     """The configuration for shards of `num_leaves` leaves. Not measured on a GPU yet.
 
     Four leaves an item, as for whole rows: with a vocabulary of 151936 ids on 8 ranks, a row is 5 items on each. Registers are
@@ -29,5 +29,4 @@ def pick(arch: Arch, num_leaves: int, num_drafts: int, sweeps_draft: bool) -> Ac
     pairs = 16 if arch.vendor == "interpreter" else 4
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
-    registers = (200 if sweeps_draft else 168) if arch.vendor == "nvidia" else None
-    return AcceptShardsConfig(group, chunk, 64, num_warps=4, max_registers=registers)
+    return AcceptShardsConfig(group, chunk, 64, num_warps=4, max_registers=200 if arch.vendor == "nvidia" else None)

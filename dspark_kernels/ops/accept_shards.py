@@ -343,7 +343,7 @@ def _accept_partial(
     shard = Shard(vocab_start, width, vocab_shards, vocab_size)
     leaves, draws = shard.blocks(accept.LEAF), rule != "match"
     sweeps_draft = draws and draft_logits is not None and draft_lse is None
-    config = accept_launch.pick(arch.current(device), leaves, drafts, sweeps_draft)
+    config = accept_launch.pick(arch.current(device), leaves, drafts)
     num_slots = temperature.shape[0] if temperature is not None else 2**31 - 1
 
     def fields(phase):
@@ -436,5 +436,5 @@ def _accept_finish(
         ),
         WIDTH=_width(drafts),
         SHARDS=_power(vocab_shards),
-        config=accept_launch.pick(arch.current(device), leaves, drafts, sums),
+        config=accept_launch.pick(arch.current(device), leaves, drafts),
     )  # fmt: skip
