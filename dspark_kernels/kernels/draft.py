@@ -17,7 +17,7 @@ Source: DSpark, arXiv 2607.05147.
 import triton
 import triton.language as tl
 
-from .draft_filters import filter_rows, mask_tile
+from .draft_filters import filter_rows, mask_rows
 from .draft_rows import NAN, UNIT, finish, previous_tokens, settle
 from .heads import DOT_ROWS, gated_latent, hoist, keep_state, low_rank_bias, rnn_latent, w2_tile
 from .primitives.adjust import adjusted
@@ -30,7 +30,7 @@ from .primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
 
 
 @triton.jit
-def _latents(
+def latents(
     k, anchors_ptr, best_ptr, slots_ptr, head, mixer, num_requests, num_slots, num_drafts, stride_a,
     MIX: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -84,12 +84,6 @@ def _draft_tile(
     DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
     """ROWS requests of one tile of ids at position k: logits, proposal, unit masses, winner so far."""
-    requests = first_request + tl.arange(0, ROWS)
-    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-    live = slots >= 0
-    inside = live[:, None] & (ids < vocab)[None, :]
-    rows = requests.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
-    x = tl.load(base_ptr + rows[:, None] + ids[None, :], mask=inside, other=0.0).to(tl.float32)
     if head is not None:
         # The dot always has DOT_ROWS columns; ROWS of them are requests of this batch.
         columns = first_request + tl.arange(0, DOT_ROWS)
@@ -106,6 +100,14 @@ def _draft_tile(
         if ROWS < DOT_ROWS:
             # Keep the first ROWS columns; the others are zero and adding zeros is exact.
             bias = tl.sum(tl.reshape(bias, [DOT_ROWS // ROWS, ROWS, BLOCK_V]), axis=0)
+
+    requests = first_request + tl.arange(0, ROWS)
+    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+    live = slots >= 0
+    inside = live[:, None] & (ids < vocab)[None, :]
+    rows = requests.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
+    x = tl.load(base_ptr + rows[:, None] + ids[None, :], mask=inside, other=0.0).to(tl.float32)
+    if head is not None:
         x += bias
     tokens = ids  # in the target's vocabulary
     if map_ptr is not None:
@@ -191,78 +193,93 @@ def draft_dense_kernel(
     STAGES: tl.constexpr = MIXED + (1 if filters is None else 2)  # phases per position
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    for phase in range(first_phase, end_phase):
+    end_blocks = MIXED + num_drafts * STAGES
+    if MIX is not None:
+        if first_phase == 0:
+            hoist(
+                mixer, head, hidden_ptr, slots_ptr, num_requests, num_slots, num_drafts, hidden_size, first_draft, stride_hr,
+                stride_hk, PARTS, BLOCK_N, BLOCK_S, MIX_TYPE,
+            )  # fmt: skip
+    for k in range(tl.maximum(first_phase - MIXED, 0) // STAGES, tl.cdiv(tl.minimum(end_phase, end_blocks) - MIXED, STAGES)):
+        phase = MIXED + k * STAGES
         if phase > first_phase:
             grid_barrier(barrier_ptr)
-        if phase < MIXED:
-            if MIX is not None:
-                hoist(
-                    mixer, head, hidden_ptr, slots_ptr, num_requests, num_slots, num_drafts, hidden_size, first_draft,
-                    stride_hr, stride_hk, PARTS, BLOCK_N, BLOCK_S, MIX_TYPE,
-                )  # fmt: skip
-        else:
-            k = (phase - MIXED) // STAGES
-            stage = (phase - MIXED) % STAGES
-            if (stage == 0) & (k > 0):
+        if phase >= first_phase:
+            if k > 0:
                 settle(
                     k - 1, base_ptr, anchors_ptr, slots_ptr, map_ptr, head, adjust, tokens_ptr, logits_ptr, flags_ptr, best_ptr,
                     status_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, column, stride_br, stride_bk, stride_a,
                     stride_ts, stride_ls, stride_lk,
                 )  # fmt: skip
                 if filters is not None:
-                    for first_id in range(program * BLOCK_V, vocab, programs * BLOCK_V):
-                        ids = first_id + tl.arange(0, BLOCK_V)
-                        for first_request in range(0, num_requests, ROWS):
-                            mask_tile(
-                                ids, first_request, k - 1, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column,
-                                stride_ls, stride_lk, ROWS,
-                            )  # fmt: skip
-            if k == num_drafts:
-                finish(
-                    anchors_ptr, slots_ptr, head, scores, hidden_ptr, temperature_ptr, tokens_ptr,
-                    lse_ptr if filters is None else None, unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab,
-                    hidden_size, first_draft, column, stride_hr, stride_hk, stride_a, stride_ts, stride_es, WITH_MARKOV,
+                    mask_rows(
+                        k - 1, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column, stride_ls, stride_lk,
+                        ROWS, BLOCK_V,
+                    )  # fmt: skip
+        if MIX is not None:
+            if phase >= first_phase:
+                latents(
+                    k, anchors_ptr, best_ptr, slots_ptr, head, mixer, num_requests, num_slots, num_drafts, stride_a,
+                    MIX, BLOCK_J, BLOCK_S, MIX_TYPE,
                 )  # fmt: skip
-                if PARTS == 3:
-                    keep_state(mixer, head, slots_ptr, num_requests, num_slots, num_drafts, BLOCK_N)
-            elif stage < MIXED:
-                if MIX is not None:
-                    _latents(
-                        k, anchors_ptr, best_ptr, slots_ptr, head, mixer, num_requests, num_slots, num_drafts, stride_a,
-                        MIX, BLOCK_J, BLOCK_S, MIX_TYPE,
+            phase += 1
+            if (phase > first_phase) & (phase < end_phase):
+                grid_barrier(barrier_ptr)
+        if (phase >= first_phase) & (phase < end_phase):
+            for first_id in range(program * BLOCK_V, vocab, programs * BLOCK_V):
+                ids = first_id + tl.arange(0, BLOCK_V)
+                tile = ids
+                if head is not None:
+                    tile = w2_tile(head, ids, vocab, BLOCK_R)
+                if ONE_TILE:
+                    _draft_tile(
+                        tile, ids, 0, k,
+                        base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr,
+                        tokens_ptr, logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
+                        num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
+                        stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
+                        WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
                     )  # fmt: skip
-            elif stage > MIXED:
-                if filters is not None:
-                    filter_rows(
-                        k, positions_ptr, slots_ptr, map_ptr, filters, temperature_ptr, seed_ptr, logits_ptr, lse_ptr, best_ptr,
-                        unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
-                        stride_p, stride_ls, stride_lk, stride_es, STREAM, JOINT, GROUPS,
-                    )  # fmt: skip
-            else:
-                for first_id in range(program * BLOCK_V, vocab, programs * BLOCK_V):
-                    ids = first_id + tl.arange(0, BLOCK_V)
-                    tile = ids
-                    if head is not None:
-                        tile = w2_tile(head, ids, vocab, BLOCK_R)
-                    if ONE_TILE:
+                else:
+                    for first_request in range(0, num_requests, ROWS):
                         _draft_tile(
-                            tile, ids, 0, k,
+                            tile, ids, first_request, k,
                             base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, adjust, temperature_ptr,
                             seed_ptr, tokens_ptr, logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
                             num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
                             stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
                             WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
                         )  # fmt: skip
-                    else:
-                        for first_request in range(0, num_requests, ROWS):
-                            _draft_tile(
-                                tile, ids, first_request, k,
-                                base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, adjust, temperature_ptr,
-                                seed_ptr, tokens_ptr, logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
-                                num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
-                                stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
-                                WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
-                            )  # fmt: skip
+        if filters is not None:
+            phase += 1
+            if (phase > first_phase) & (phase < end_phase):
+                grid_barrier(barrier_ptr)
+            if (phase >= first_phase) & (phase < end_phase):
+                filter_rows(
+                    k, positions_ptr, slots_ptr, map_ptr, filters, temperature_ptr, seed_ptr, logits_ptr, lse_ptr, best_ptr,
+                    unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
+                    stride_p, stride_ls, stride_lk, stride_es, STREAM, JOINT, GROUPS,
+                )  # fmt: skip
+    if end_phase > end_blocks:
+        if end_blocks > first_phase:
+            grid_barrier(barrier_ptr)
+        settle(
+            num_drafts - 1, base_ptr, anchors_ptr, slots_ptr, map_ptr, head, adjust, tokens_ptr, logits_ptr, flags_ptr, best_ptr,
+            status_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, column, stride_br, stride_bk, stride_a,
+            stride_ts, stride_ls, stride_lk,
+        )  # fmt: skip
+        if filters is not None:
+            mask_rows(
+                num_drafts - 1, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column, stride_ls, stride_lk,
+                ROWS, BLOCK_V,
+            )  # fmt: skip
+        finish(
+            anchors_ptr, slots_ptr, head, scores, hidden_ptr, temperature_ptr, tokens_ptr, lse_ptr if filters is None else None,
+            unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab, hidden_size, first_draft, column,
+            stride_hr, stride_hk, stride_a, stride_ts, stride_es, WITH_MARKOV,
+        )  # fmt: skip
+        if PARTS == 3:
+            keep_state(mixer, head, slots_ptr, num_requests, num_slots, num_drafts, BLOCK_N)
 
 
 _MIXERS = {None: (None, 0), "gated": (gated_latent, 1), "rnn": (rnn_latent, 3)}  # and parts of r outputs

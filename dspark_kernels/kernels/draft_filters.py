@@ -17,9 +17,10 @@ from .primitives.philox import COUPLED, log2_exponential, words_at
 from .primitives.race import NOBODY, pack, unpack_id
 from .primitives.slots import state_slots
 
-# filters = (top_k int32, top_p fp32, min_p fp32 [S], each or None; threshold int64, cut int32 [R], groups int32 [R, U],
-# keys, ids int32 [R, BLOCK] of scratch).
-GROUPS_OF_BLOCK = tl.constexpr(16)  # units of a block of filter_row: BLOCK // UNIT
+# filters = (top_k int32, top_p fp32, min_p fp32 [S], each or None; threshold int64, cut int32 [R], group maxima fp32 and groups int32
+# [R, G] of scratch, keys and ids int32 [R, BLOCK] of scratch); G groups of 128 ids.
+GROUP = tl.constexpr(128)  # ids per group: two units, since a program keeps all groups of a row in registers
+TILE = tl.constexpr(8)  # groups of a block of filter_row: BLOCK // GROUP
 
 
 @triton.jit
@@ -38,12 +39,22 @@ def _setting(pointer, slot, off):
 
 
 @triton.jit
+def _group_maxima(unit_max_ptr, maxima_ptr, num_units):
+    for first in range(0, num_units, 2 * BLOCK):
+        unit = first + 2 * tl.arange(0, BLOCK)
+        left = tl.load(unit_max_ptr + unit, mask=unit < num_units, other=NEG_INF, volatile=True)
+        right = tl.load(unit_max_ptr + unit + 1, mask=unit + 1 < num_units, other=NEG_INF, volatile=True)
+        tl.store(maxima_ptr + unit // 2, tl.maximum(left, right), mask=unit < num_units)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _reached(b, row_ptr, groups_ptr, num_reached, map_ptr, num_targets, vocab, threshold, cut):
-    """Block b of the groups that can hold kept ids: their units, and [BLOCK] logits, tokens, and which are kept."""
-    which = b * GROUPS_OF_BLOCK + tl.arange(0, GROUPS_OF_BLOCK)
+    """Block b of the groups that can hold kept ids: which those are, and [BLOCK] logits, tokens, and which are kept."""
+    which = b * TILE + tl.arange(0, TILE)
     groups = tl.load(groups_ptr + which, mask=which < num_reached, other=0)
-    ids = tl.reshape(groups[:, None] * UNIT + tl.arange(0, UNIT)[None, :], [BLOCK])
-    valid = tl.reshape((which < num_reached)[:, None] & (tl.arange(0, UNIT) >= 0)[None, :], [BLOCK]) & (ids < vocab)
+    ids = tl.reshape(groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [BLOCK])
+    valid = tl.reshape((which < num_reached)[:, None] & (tl.arange(0, GROUP) >= 0)[None, :], [BLOCK]) & (ids < vocab)
     x = _stored(ids, valid, row_ptr)
     tokens = ids
     if map_ptr is not None:
@@ -59,8 +70,8 @@ def filter_rows(
     stride_p, stride_ls, stride_lk, stride_es, STREAM: tl.constexpr, JOINT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Support, law and winner of position k."""
-    top_k_ptr, top_p_ptr, min_p_ptr, threshold_ptr, cut_ptr, groups_ptr, keys_ptr, list_ptr = filters
-    num_units = tl.cdiv(vocab, UNIT)
+    top_k_ptr, top_p_ptr, min_p_ptr, threshold_ptr, cut_ptr, maxima_ptr, groups_ptr, keys_ptr, list_ptr = filters
+    num_units, num_groups = tl.cdiv(vocab, UNIT), tl.cdiv(vocab, GROUP)
     for request in range(tl.program_id(0), num_requests, tl.num_programs(0)):
         slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
         if slot >= 0:
@@ -75,27 +86,27 @@ def filter_rows(
             cut = tl.full((), -1, tl.int32)
             finite = (top > NEG_INF) & (top < POS_INF)
             if filter_is_on(top_k, top_p, min_p, vocab) & (temperature > 0.0) & finite:
-                row_ptr = logits_ptr + slot * stride_ls + (column + k).to(tl.int64) * stride_lk
-                own_groups_ptr = groups_ptr + tl.cast(request, tl.int64) * num_units
-                own_max_ptr = unit_max_ptr + row * num_units
+                row_ptr = logits_ptr + slot * stride_ls + tl.cast(column + k, tl.int64) * stride_lk
+                own_groups_ptr = groups_ptr + tl.cast(request, tl.int64) * num_groups
+                own_max_ptr = maxima_ptr + tl.cast(request, tl.int64) * num_groups
+                _group_maxima(unit_max_ptr + row * num_units, own_max_ptr, num_units)
                 threshold, cut, reached = filter_row(
-                    _stored, row_ptr, vocab, own_max_ptr, num_units, own_groups_ptr, keys_ptr + request * BLOCK,
-                    list_ptr + request * BLOCK, top, total, scale, top_k, top_p, min_p, JOINT, UNIT, GROUPS,
+                    _stored, row_ptr, vocab, own_max_ptr, num_groups, own_groups_ptr, keys_ptr + request * BLOCK,
+                    list_ptr + request * BLOCK, top, total, scale, top_k, top_p, min_p, JOINT, GROUP, GROUPS,
                 )  # fmt: skip
                 word = tl.load(best_ptr + k * num_requests + request, volatile=True)
                 winner = unpack_id(word)
                 total = tl.zeros((), tl.int64)
                 there = tl.zeros((), tl.int32)
-                for b in range(tl.cdiv(reached, GROUPS_OF_BLOCK)):
-                    units, used, x, tokens, keep = _reached(
+                for b in range(tl.cdiv(reached, TILE)):
+                    groups, used, x, tokens, keep = _reached(
                         b, row_ptr, own_groups_ptr, reached, map_ptr, num_targets, vocab, threshold, cut
                     )
-                    unit_top = tl.load(own_max_ptr + units, mask=used, other=NEG_INF, volatile=True)
-                    units_x = tl.reshape(x, [GROUPS_OF_BLOCK, UNIT])
-                    e = tl.exp2(below_max(units_x, unit_top[:, None]) * scale)
-                    e = tl.where(tl.reshape(keep, [GROUPS_OF_BLOCK, UNIT]), e, 0.0)
-                    mass = masses(e, GROUPS_OF_BLOCK, UNIT, ONE).to(tl.float32)
-                    total += tl.sum((mass * tl.exp2(below_max(unit_top, top) * scale)).to(tl.int64), axis=0)
+                    group_top = tl.load(own_max_ptr + groups, mask=used, other=NEG_INF, volatile=True)
+                    e = tl.exp2(below_max(tl.reshape(x, [TILE, GROUP]), group_top[:, None]) * scale)
+                    e = tl.where(tl.reshape(keep, [TILE, GROUP]), e, 0.0)
+                    mass = masses(e, TILE, GROUP, ONE).to(tl.float32)
+                    total += tl.sum((mass * tl.exp2(below_max(group_top, top) * scale)).to(tl.int64), axis=0)
                     there += tl.max(tl.where(keep & (tokens == winner), 1, 0), axis=0)
                 if there == 0:
                     anchor = tl.load(positions_ptr + slot * stride_p).to(tl.int64)
@@ -105,8 +116,8 @@ def filter_rows(
                     seed = tl.load(seed_ptr + slot)
                     zeros = tl.zeros([BLOCK], tl.int64)
                     word = tl.full((), NOBODY, tl.int64)
-                    for b in range(tl.cdiv(reached, GROUPS_OF_BLOCK)):
-                        units, used, x, tokens, keep = _reached(
+                    for b in range(tl.cdiv(reached, TILE)):
+                        groups, used, x, tokens, keep = _reached(
                             b, row_ptr, own_groups_ptr, reached, map_ptr, num_targets, vocab, threshold, cut
                         )
                         words = words_at(zeros + seed, tokens, zeros + position, zeros + anchor, STREAM)
@@ -120,19 +131,22 @@ def filter_rows(
 
 
 @triton.jit
-def mask_tile(
-    ids, first_request, k, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column, stride_ls, stride_lk,
-    ROWS: tl.constexpr,
+def mask_rows(
+    k, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column, stride_ls, stride_lk,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """-inf over what position k's support leaves out of a tile."""
-    _, _, _, threshold_ptr, cut_ptr, _, _, _ = filters
-    requests = first_request + tl.arange(0, ROWS)
-    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-    threshold = tl.load(threshold_ptr + requests, mask=slots >= 0, other=EVERYTHING, volatile=True)
-    cut = tl.load(cut_ptr + requests, mask=slots >= 0, other=-1, volatile=True)
-    inside = ((slots >= 0) & (threshold != EVERYTHING))[:, None] & (ids < vocab)[None, :]
-    at = logits_ptr + slots[:, None] * stride_ls + (column + k).to(tl.int64) * stride_lk + ids[None, :]
-    x = tl.load(at, mask=inside, other=NEG_INF).to(tl.float32)
-    keep = kept(x, ids[None, :], threshold[:, None], cut[:, None])
-    nothing = tl.full(x.shape, NEG_INF, tl.float32).to(logits_ptr.dtype.element_ty)
-    tl.store(at, nothing, mask=inside & (keep == 0))
+    """-inf over what position k's support leaves out, in this program's tiles."""
+    _, _, _, threshold_ptr, cut_ptr, _, _, _, _ = filters
+    for first_id in range(tl.program_id(0) * BLOCK_V, vocab, tl.num_programs(0) * BLOCK_V):
+        ids = first_id + tl.arange(0, BLOCK_V)
+        for first_request in range(0, num_requests, ROWS):
+            requests = first_request + tl.arange(0, ROWS)
+            slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+            threshold = tl.load(threshold_ptr + requests, mask=slots >= 0, other=EVERYTHING, volatile=True)
+            cut = tl.load(cut_ptr + requests, mask=slots >= 0, other=-1, volatile=True)
+            inside = ((slots >= 0) & (threshold != EVERYTHING))[:, None] & (ids < vocab)[None, :]
+            at = logits_ptr + slots[:, None] * stride_ls + tl.cast(column + k, tl.int64) * stride_lk + ids[None, :]
+            x = tl.load(at, mask=inside, other=NEG_INF).to(tl.float32)
+            keep = kept(x, ids[None, :], threshold[:, None], cut[:, None])
+            nothing = tl.full(x.shape, NEG_INF, tl.float32).to(logits_ptr.dtype.element_ty)
+            tl.store(at, nothing, mask=inside & (keep == 0))

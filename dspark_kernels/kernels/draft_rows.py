@@ -68,7 +68,7 @@ def settle(
             if adjust is None:
                 row_ptr = base_ptr + tl.cast(request, tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
             else:
-                row_ptr = logits_ptr + slot * stride_ls + (column + k).to(tl.int64) * stride_lk
+                row_ptr = logits_ptr + slot * stride_ls + tl.cast(column + k, tl.int64) * stride_lk
             status = _row_status(word, row_ptr, map_ptr, vocab, num_targets, 1024)
             if k > 0:
                 tl.store(best_ptr + (k - 1) * num_requests + request, tl.zeros((), tl.int64))

@@ -47,15 +47,22 @@ _STEPPED = ("gfx942", "gfx950")
 _NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx950", "interpreter")
 
 
-def request_tile(requests: int) -> int:
-    """Requests whose noise a program computes at once. 4 would do for 3 and 4, but there the compiler runs out of registers."""
-    return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 16))
+def request_tile(requests: int, settings: bool) -> int:
+    """Requests whose noise a program computes at once. 4 would do for 3 and 4, but there the compiler runs out of registers, as it
+    does at 16 with `settings` (penalties, bias, mask or filters)."""
+    return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
 
 
-def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool) -> DraftConfig:
+def ranks_per_dot(extra_phases: bool, widened: bool, adjusted: bool) -> int:
+    """Of W2 in 16 bits: fewer where registers are needed for phases beside the vocabulary's, to widen a quantised W2, or for
+    penalties, bias and mask (bench/compile.py: no spills)."""
+    return 64 if adjusted else 128 if extra_phases or widened else 256
+
+
+def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, ranks: int = 256) -> DraftConfig:
     """The configuration for W2 of [vocab, rank] whose products take `element_size` bytes an operand. Not measured on a GPU yet.
 
-    one_tile: the batch fits one tile of requests.
+    one_tile: the batch fits one tile of requests. ranks: from `ranks_per_dot`.
     """
     padded_rank = max(16, 1 << max(0, rank - 1).bit_length())
     native = arch.family in _NATIVE_FP8
@@ -69,7 +76,7 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool) -
     registers = 255 if arch.vendor == "nvidia" else None
     return DraftConfig(
         block_v=block_v,
-        block_r=min(padded_rank, 256 if element_size <= 2 else 32),
+        block_r=min(padded_rank, ranks if element_size <= 2 else 32),
         num_warps=8,
         num_stages=stages,
         programs_per_sm=1,

@@ -28,6 +28,7 @@ from .sampling import SCHEMA, Flat, adjust_settings, check_sampling, flatten
 
 OP = "draft_block"
 UNIT = 64  # ids per stored (maximum, mass) pair, as in kernels/draft_rows.py
+GROUP = 128  # ids per group of a filter, as in kernels/draft_filters.py
 LIST = 1024  # kept ids that a filter lists, as in kernels/primitives/filters.py
 
 
@@ -36,8 +37,9 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     rows, units = requests * drafts, -(-vocab // UNIT)
     counters = workspaces.words_of(rows, torch.int64) + workspaces.words_of(requests, torch.int32)
     scratch = workspaces.words_of(rows * units, torch.float32) + workspaces.words_of(rows * units, torch.int64)
-    filters = (requests, torch.int64), (requests, torch.int32), (requests * units, torch.int32), (requests * LIST, torch.int32)
-    scratch += sum(workspaces.words_of(*region) for region in (*filters, filters[-1]))
+    groups = -(-vocab // GROUP)
+    filters = [(1, torch.int64), (1, torch.int32), *[(groups, torch.float32)] * 2, *[(LIST, torch.int32)] * 2]
+    scratch += sum(workspaces.words_of(requests * size, dtype) for size, dtype in filters)
     return counters, scratch
 
 
@@ -353,7 +355,12 @@ def _draft_block(
     rows, drafts, vocab = base_logits.shape
     hidden_size = 0 if hidden is None else hidden.shape[2]
     gpu = arch.current(device)
-    request_tile = draft_launch.request_tile(rows)
+    sampling = Flat(
+        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
+    )
+    adjust = adjust_settings(sampling) if sampling.adjusts else None
+    filters = sampling.filters
+    request_tile = draft_launch.request_tile(rows, sampling.adjusts or filters is not None)
     one_tile = rows <= request_tile
 
     clean = workspaces.Carver(counters)
@@ -361,7 +368,7 @@ def _draft_block(
     best = clean.take(rows * drafts, torch.int64)
     status = clean.take(rows, torch.int32)
     carver = workspaces.Carver(scratch)
-    units = -(-vocab // UNIT)
+    units, groups = -(-vocab // UNIT), -(-vocab // GROUP)
     unit_max, unit_mass = carver.take(rows * drafts * units, torch.float32), carver.take(rows * drafts * units, torch.int64)
 
     def stride(tensor, dim):
@@ -374,7 +381,8 @@ def _draft_block(
             # As bytes: not every GPU's compiler takes pointers to e4m3.
             widening, w2 = "fp8", w2.view(torch.uint8)
         head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
-    config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile)
+    ranks = draft_launch.ranks_per_dot(mix_weight is not None or filters is not None, w2_scale is not None, sampling.adjusts)
+    config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
     kind, mixer, mix_type = None, None, torch.float32
@@ -388,15 +396,11 @@ def _draft_block(
         # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
         columns = (0, hidden_size) if kind == "gated" else (2 * rank, rank)
         mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, head_state, stride(head_state, 0))
-    sampling = Flat(
-        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
-    )
-    adjust = adjust_settings(sampling) if sampling.adjusts else None
-    filters = sampling.filters
     if filters is not None:
         support = carver.take(rows, torch.int64), carver.take(rows, torch.int32)  # threshold and cut
-        lists = (carver.take(rows * size, torch.int32) for size in (units, LIST, LIST))
-        filters = (*filters, *support, *lists)
+        maxima = carver.take(rows * groups, torch.float32)
+        lists = (carver.take(rows * size, torch.int32) for size in (groups, LIST, LIST))
+        filters = (*filters, *support, maxima, *lists)
     scores = None
     if weight is not None:
         scores = (weight, bias, sts_temperatures, confidence, confidence_logits, confidence.stride(0), confidence_logits.stride(0))
@@ -421,7 +425,7 @@ def _draft_block(
             WITH_MARKOV=weight is not None and weight.shape[0] > hidden_size,
             ONE_TILE=one_tile,
             JOINT=joint and filters is not None,
-            GROUPS=max(2, 1 << (units - 1).bit_length()) if filters is not None else 2,
+            GROUPS=max(2, 1 << (groups - 1).bit_length()) if filters is not None else 2,
             ROWS=request_tile,
             DOT_TYPE=_name(dot_type),
             MIX_TYPE=_name(mix_type),

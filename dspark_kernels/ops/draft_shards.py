@@ -272,7 +272,7 @@ def _draft_block_partial(
     rows, _, width = base_logits.shape
     shard = Shard(vocab_start, width, vocab_shards, vocab_size)
     gpu = arch.current(device)
-    request_tile = draft_launch.request_tile(rows)
+    request_tile = draft_launch.request_tile(rows, settings=False)
     one_tile = rows <= request_tile
     units = shard.blocks(draft.UNIT)
     rank, dot_type, widening, head = 1, torch.float32, "by_cast", None
@@ -281,7 +281,9 @@ def _draft_block_partial(
         if w2.dtype == torch.float8_e4m3fn:
             widening, w2 = "fp8", w2.view(torch.uint8)
         head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
-    config = draft_launch.pick(gpu, units * draft.UNIT, rank, dot_type.itemsize, one_tile)
+    # As for the whole vocabulary: how many ranks a dot takes is part of what its sums are.
+    ranks = draft_launch.ranks_per_dot(False, w2 is not None and w2.dtype.itemsize == 1, False)
+    config = draft_launch.pick(gpu, units * draft.UNIT, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
     clean = workspaces.Carver(counters, workspaces.RESERVED)
