@@ -26,6 +26,7 @@ from .types import (
     OneHotProposal,
     PagedKV,
     Penalties,
+    RebuiltProposal,
     RnnMarkovHead,
     SamplingTensors,
     SparseProposal,

@@ -293,8 +293,13 @@ def accept_case(
     odd_lists: bool = False,
     logprobs: str | None = None,
     forced: bool = False,
+    mapped: bool = False,
+    adjust=(),
+    filters=(),
+    filter_order: str = "top_k_first",
 ) -> AcceptCase:
-    """proposal "dense", "sparse", "one_hot" or "none". candidates of a sparse one; odd_lists: in any order, with entries of one id
+    """proposal "dense", "sparse", "one_hot" or "none". mapped: columns of a dense one are ids in shuffled order, some of them outside
+    the vocabulary. adjust, filters: see `sampling_tensors`. candidates of a sparse one; odd_lists: in any order, with entries of one id
     and of none. forced: random rates of acceptance. closeness: how much of a draft row is the target's. exact_rows: as many rows
     of target logits as the layout uses, instead of one per allocated row (garbage in the rest)."""
     g = _generator(seed)
@@ -302,10 +307,17 @@ def accept_case(
     width = draft_vocab or vocab
     state_indices = slot_map(seed + 2, requests, padding) if scattered else None
     slot_of = torch.arange(requests) if state_indices is None else state_indices.long()
-    sampling = sampling_tensors(seed + 1, slots, temperatures)
+    rows = requests * (drafts + 1)
+    sampling = sampling_tensors(
+        seed + 1, slots, temperatures, vocab=vocab, mask_rows=rows, adjust=adjust, filters=filters, filter_order=filter_order
+    )
     target = _normal(g, requests, drafts + 1, vocab, scale=sharpness, grid=grid)
     common = torch.full((requests, drafts, width), -sharpness)
     common[..., : min(vocab, width)] = target[:, :drafts, : min(vocab, width)]
+    ids = torch.arange(width)
+    if mapped:
+        ids = torch.randperm(max(vocab, width), generator=g)[:width]
+        common = torch.where(ids < vocab, target[:, :drafts, ids.clamp(max=vocab - 1)], -sharpness)
     noise = _normal(g, requests, drafts, width, scale=sharpness)
     near = closeness * common + (1 - closeness) * noise
     if grid is not None:
@@ -331,6 +343,8 @@ def accept_case(
             tokens[slot] = torch.multinomial(law, 1, generator=g)[:, 0]
         else:
             tokens[slot] = law.argmax(-1)
+        if mapped:
+            tokens[slot] = ids[tokens[slot]]
         if proposal == "sparse":
             tokens[slot] = listed_ids[slot].gather(1, tokens[slot][:, None])[:, 0]
     if lengths is None:
@@ -345,6 +359,8 @@ def accept_case(
         state_indices=state_indices,
     )
     rows = int(layout.cu_num_logits[-1]) if exact_rows else layout.logits_indices.shape[0]
+    if sampling.token_bitmask is not None:
+        sampling = dataclasses.replace(sampling, token_bitmask=sampling.token_bitmask[:rows])
     logits = torch.full((rows, vocab), float("nan"), dtype=dtype)
     for r in range(requests):
         first, last = layout.cu_num_logits[r : r + 2].tolist()
@@ -354,7 +370,11 @@ def accept_case(
     laws = {
         "none": None,
         "one_hot": OneHotProposal(),
-        "dense": DenseProposal(draft_logits, temperature=draft_temperatures if draft_temperature else None),
+        "dense": DenseProposal(
+            draft_logits,
+            temperature=draft_temperatures if draft_temperature else None,
+            draft_to_target=torch.where(ids < vocab, ids, -1) if mapped else None,
+        ),
         "sparse": SparseProposal(listed_ids, listed_logits, temperature=draft_temperatures if draft_temperature else None),
     }
     return AcceptCase(

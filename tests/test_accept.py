@@ -12,8 +12,10 @@ import dspark_kernels as dk
 from dspark_kernels.kernels import accept as kernels
 from dspark_kernels.launch import accept as launch
 from reference import accept as reference, cases
+from reference.decisions import Decisions
 from reference.draft import inverse_temperature, read_logits
 from reference.equality import assert_equal_or_tied
+from reference.sampling import adjust, filtered
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SENTINEL = -77777
@@ -53,8 +55,13 @@ def check_logprobs(case, acceptance):
         scale = inverse_temperature(float(case.sampling.temperature[slot])) if case.sampling is not None else 0.0
         scale = 1.0 if case.logprobs == "raw" else scale
         for i in range(count):
-            row, _ = read_logits(case.target_logits[int(case.layout.cu_num_logits[r]) + i])
-            token = int(acceptance.tokens[r, i])
+            at = int(case.layout.cu_num_logits[r]) + i
+            token, row = int(acceptance.tokens[r, i]), case.target_logits[at].float()
+            if case.logprobs == "processed":
+                row = adjust(row, case.sampling, slot, at, acceptance.tokens[r, :i].tolist())
+            row, _ = read_logits(row)
+            if case.logprobs == "processed":
+                row = filtered(row, scale, case.sampling, slot, Decisions(), 0)
             want = reference._log_prob(row, token, scale)
             eager = want
             if torch.isfinite(torch.tensor(want)) and scale > 0:

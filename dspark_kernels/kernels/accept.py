@@ -12,16 +12,20 @@ import triton.language as tl
 
 from .accept_emit import draw, emit, emit_nothing
 from .accept_laws import (
+    await_map,
     column_is_id,
+    column_of_id,
     inner_dense,
     inner_listed,
+    invert_map,
     record_dense,
     record_listed,
     residual_dense,
     residual_listed,
     sweep_draft,
 )
-from .accept_rows import FIRST, IDS, NONFINITE_ROW, STATUS, merge_rows, sweep_rows
+from .accept_rebuilt import inner_rebuilt, record_rebuilt, residual_rebuilt
+from .accept_rows import FIRST, IDS, NONFINITE_ROW, STATUS, limit_rows, merge_rows, rows_status, sweep_rows
 from .accept_rules import (
     DONE,
     NEEDS_RESIDUAL,
@@ -36,6 +40,8 @@ from .primitives.fence import stores_done
 from .primitives.mass import log2_scale
 from .primitives.slots import state_slots
 from .primitives.ticket import arrive
+
+MAP_COLUMNS = tl.constexpr(4096)  # of a draft vocabulary's map per item that inverts it
 
 
 @triton.jit
@@ -68,13 +74,14 @@ def _order(ticket, num_requests, first_wave, second_wave, LAG: tl.constexpr, TWO
 
 @triton.jit
 def _conclude(
-    request, slot, row0, length, accepted, wants_residual, target, layout, law, temperature_ptr, seed_ptr, outputs, memory,
-    residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale, num_requests, num_drafts, num_forward, vocab, num_leaves,
+    request, row0, length, accepted, wants_residual, view, layout, law, temperature_ptr, seed_ptr, outputs, memory, raw_memory,
+    residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale, num_requests, num_drafts, num_forward, num_leaves,
     RESIDUAL: tl.constexpr, INNER: tl.constexpr, COLUMN: tl.constexpr, DRAWS: tl.constexpr, TWO_WAVES: tl.constexpr,
     PAIRS: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """What follows the accepted drafts, and every output."""
-    _, _, logits_indices_ptr, _, positions_ptr = layout
+    _, _, logits_indices_ptr, _tokens, positions_ptr = layout
+    _, _, _, _, _, _, _, slot, _, _ = view
     removed_ptr, patch_ptr = listing
     anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
     row = (row0 + accepted).to(tl.int64)
@@ -88,48 +95,64 @@ def _conclude(
             if sampled & finite:
                 if RESIDUAL is not None and not TWO_WAVES:
                     if wants_residual:
-                        RESIDUAL(0, accepted, row, slot, target, law, removed_ptr, memory, residual_ptr, row_values_ptr, row_ids_ptr,
-                                 scale, draft_scale, vocab, num_leaves, COLUMN, PAIRS, LEAVES, CANDIDATES)  # fmt: skip
+                        RESIDUAL(0, accepted, row, view, law, removed_ptr, memory, residual_ptr, row_values_ptr, row_ids_ptr,
+                                 scale, draft_scale, num_leaves, COLUMN, PAIRS, LEAVES, CANDIDATES)  # fmt: skip
                 token, empty = draw(
-                    accepted, row, request, slot, wants_residual, tl.load(seed_ptr + slot), anchor + accepted + 1, anchor,
-                    target, law, memory, residual_ptr, patch_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, vocab,
-                    num_leaves, INNER, COLUMN, LEAVES, CANDIDATES,
+                    accepted, row, request, wants_residual, tl.load(seed_ptr + slot), anchor + accepted + 1, anchor, view, law,
+                    memory, residual_ptr, patch_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, num_leaves,
+                    INNER, COLUMN, LEAVES, CANDIDATES,
                 )  # fmt: skip
-    _, _, _, raw_ptr = memory
-    emit(request, slot, row0, length, accepted, token, empty, anchor, sampled, target, layout, outputs, raw_ptr, row_values_ptr,
-         row_ids_ptr, scale, num_requests, num_drafts, num_forward, vocab, RESIDUAL is not None, WIDTH)  # fmt: skip
+    emit(request, slot, row0, length, accepted, token, empty, anchor, sampled, view, layout, outputs, raw_memory, row_values_ptr,
+         row_ids_ptr, scale, num_requests, num_drafts, num_forward, RESIDUAL is not None, WIDTH)  # fmt: skip
+
+
+@triton.jit
+def _finished(mapping, num_requests, parts):
+    """Called once per request: the last one puts the map's counter back."""
+    ready_ptr, finished_ptr = mapping
+    if arrive(finished_ptr, num_requests):
+        await_map(ready_ptr, parts)
+        tl.store(ready_ptr, 0)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward"])
 def accept_chain_kernel(
-    target,  # ([L, V], its row stride)
+    target,  # ([L, V], its row stride, settings of primitives/adjust.py or None)
     layout,  # query_start, cu_logits [R+1], logits_indices [L], token_ids, positions [N_max]
     law,  # of the drafts, see accept_laws.py; None = one-hot
     draft_temperature_ptr,  # [S] or None
     temperature_ptr, seed_ptr,  # [S]; None = every row greedy
+    filters,  # (top_k, top_p, min_p), each [S] or None; or None
     rates_ptr,  # [K] or None
     slots_ptr,  # [R] or None
     outputs,  # (tokens [R, K+1], five of [R], commit [N_max], flags [R], log_probs [R, K+1] or None), (anchors and positions [S])
     counters,  # int32, zero before and after: ticket, arrivals of row groups, of requests, of wave-2 items, states
-    memory,  # [L, NL]: maxima, masses; best keys or None, raw masses or None
+    mapping,  # int32, zero before and after: parts of the inverted map, requests that finished; or None
+    memory,  # [L, NL]: maxima, masses; best keys or None
+    raw_memory,  # [L, NL]: maxima and masses of what the target gave, or None
     draft_memory,  # [L, NL]: maxima and masses of the draft's rows, or (None, None)
     residual_ptr,  # [L, NL]
-    listing,  # (masses removed [L, NL], one leaf per request [R, LEAF]), or (None, None)
+    listing,  # (masses removed [L, NL], one leaf per request [R, LEAF])
+    groups,  # (maxima fp32 [L, G], groups int32 [L, G], lists int32 [L, 2 * 1024]), or (None, None, None)
+    limits,  # (threshold int64 [L], cut int32 [L]), or None
     row_values_ptr, row_ids_ptr,  # [L, VALUES], [L, IDS]
     record_ptr,  # [R]
-    num_requests, num_slots, num_rows, num_forward, num_drafts, vocab, num_leaves, parts,
+    num_requests, num_slots, num_rows, num_forward, num_drafts, vocab, num_leaves, parts, map_parts,
     JUDGE: tl.constexpr, CHOOSE: tl.constexpr, RECORD: tl.constexpr, RESIDUAL: tl.constexpr, INNER: tl.constexpr,
-    COLUMN: tl.constexpr, DRAWS: tl.constexpr, TWO_WAVES: tl.constexpr,
-    GROUP: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr, WIDTH: tl.constexpr, LAG: tl.constexpr,
+    COLUMN: tl.constexpr, DRAWS: tl.constexpr, TWO_WAVES: tl.constexpr, JOINT: tl.constexpr,
+    GROUP: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = GROUP * CHUNK
     ticket_ptr, group_count_ptr, request_count_ptr, residual_count_ptr, state_ptr = counters
-    _starts, cu_logits_ptr, logits_indices_ptr, _tokens, positions_ptr = layout
+    _starts, cu_logits_ptr, logits_indices_ptr, token_ids_ptr, positions_ptr = layout
+    _tops, mass_ptr, _best = memory
     draft_top_ptr, _draft_mass = draft_memory
     removed_ptr, _patch = listing
+    maxima_ptr, _groups, _lists = groups
     chunks = tl.cdiv(num_leaves, CHUNK)
-    groups = tl.cdiv(num_drafts + 1, GROUP)
-    first_wave = groups * chunks
+    num_groups = tl.cdiv(num_drafts + 1, GROUP)
+    first_wave = num_groups * chunks
     # Wave 2: `parts` items for each of the rows that may need a residual, one under the token rule.
     second_wave = parts
     if CHOOSE is not None:
@@ -139,9 +162,17 @@ def accept_chain_kernel(
 
     # Tickets, not program ids, order the work: an item that waits has a later ticket than the items it waits for.
     ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
-    if ticket == num_requests * (first_wave + second_wave) - 1:
+    before = 0
+    if mapping is not None:
+        before = map_parts
+    if ticket == before + num_requests * (first_wave + second_wave) - 1:
         tl.store(ticket_ptr, 0)
-    wave, request, item = _order(ticket, num_requests, first_wave, second_wave, LAG, TWO_WAVES)
+    wave, request, item = _order(tl.maximum(ticket - before, 0), num_requests, first_wave, second_wave, LAG, TWO_WAVES)
+    if mapping is not None:
+        ready_ptr, _finished_ptr = mapping
+        if ticket < before:
+            wave = 2
+            invert_map(ticket, law, vocab, ready_ptr, MAP_COLUMNS)
 
     slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
     row0 = tl.load(cu_logits_ptr + request)
@@ -158,11 +189,16 @@ def accept_chain_kernel(
             if draft_temperature_ptr is not None:
                 draft_temperature = tl.load(draft_temperature_ptr + slot)
             draft_scale = log2_scale(draft_temperature)
+    target_ptr, stride_t, settings = target
+    whole_view = (target_ptr, stride_t, vocab, settings, token_ids_ptr, logits_indices_ptr, row0, slot, length, None)
+    view = (target_ptr, stride_t, vocab, settings, token_ids_ptr, logits_indices_ptr, row0, slot, length, limits)
 
     if wave == 0:
         if length < 0:
             if item == 0:
                 emit_nothing(request, slot, layout, outputs, num_requests, num_drafts, num_forward, WIDTH)
+                if mapping is not None:
+                    _finished(mapping, num_requests, map_parts)
         else:
             group = item // chunks
             if group * GROUP <= length:
@@ -170,19 +206,25 @@ def accept_chain_kernel(
                 i = group * GROUP + pair // CHUNK
                 leaf = (item % chunks) * CHUNK + pair % CHUNK
                 keep = (i <= length) & (leaf < num_leaves)
-                sweep_rows(i, leaf, keep, row0, slot, target, layout, temperature_ptr, seed_ptr, memory, scale, vocab, num_leaves,
-                           PAIRS)  # fmt: skip
+                sweep_rows(i, leaf, keep, whole_view, layout, temperature_ptr, seed_ptr, memory, raw_memory, maxima_ptr, scale,
+                           num_leaves, PAIRS)  # fmt: skip
                 if draft_top_ptr is not None:
                     sweep_draft(i, leaf, keep & (i < length), row0, slot, law, draft_memory, draft_scale, num_leaves, PAIRS)
 
-                if arrive(group_count_ptr + request * groups + group, chunks):
+                if arrive(group_count_ptr + request * num_groups + group, chunks):
                     member = group * GROUP + tl.arange(0, GROUP)
                     rows = tl.where(member <= length, row0 + member, -1).to(tl.int64)
-                    draft = merge_rows(member, rows, slot, target, layout, temperature_ptr, memory, row_values_ptr, row_ids_ptr, scale,
-                                       vocab, num_leaves, length, LEAVES)  # fmt: skip
+                    status = rows_status(rows, mass_ptr, num_leaves, LEAVES)
+                    if limits is not None:
+                        limit_rows(group * GROUP, whole_view, view, filters, layout, temperature_ptr, seed_ptr, memory, groups, scale,
+                                   num_leaves, length, JOINT, GROUP, GROUPS, LEAVES)  # fmt: skip
+                    draft = merge_rows(member, rows, status, view, layout, temperature_ptr, memory, raw_memory, row_values_ptr,
+                                       row_ids_ptr, scale, num_leaves, length, LEAVES)  # fmt: skip
                     if RECORD is not None:
-                        RECORD(member, tl.where(member < length, rows, -1), draft, slot, law, draft_memory, row_values_ptr, row_ids_ptr,
-                               draft_scale, draft_temperature, vocab, num_leaves, COLUMN, LEAVES, CANDIDATES)  # fmt: skip
+                        if mapping is not None:
+                            await_map(ready_ptr, map_parts)
+                        RECORD(member, tl.where(member < length, rows, -1), draft, view, law, draft_memory, row_values_ptr, row_ids_ptr,
+                               draft_scale, draft_temperature, num_leaves, COLUMN, LEAVES, CANDIDATES)  # fmt: skip
                     if arrive(request_count_ptr + request, length // GROUP + 1):
                         every = tl.arange(0, WIDTH)
                         anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
@@ -191,20 +233,20 @@ def accept_chain_kernel(
                         if temperature_ptr is not None:
                             sampled = tl.load(temperature_ptr + slot) > 0.0
                             seed = tl.load(seed_ptr + slot)
-                        accepted, wants = JUDGE(every, (row0 + every).to(tl.int64), length, layout, row_values_ptr, row_ids_ptr, rates_ptr,
-                                                sampled, seed, anchor, vocab)  # fmt: skip
+                        accepted, wants = JUDGE(every, (row0 + every).to(tl.int64), length, layout, row_values_ptr, row_ids_ptr,
+                                                rates_ptr, sampled, seed, anchor, vocab)  # fmt: skip
                         if TWO_WAVES:
                             tl.store(record_ptr + request, accepted)
                             stores_done()
                             tl.atomic_xchg(state_ptr + request, tl.where(wants, NEEDS_RESIDUAL, DONE), sem="release", scope="gpu")
                         else:
                             _conclude(
-                                request, slot, row0, length, accepted, wants, target, layout, law, temperature_ptr, seed_ptr,
-                                outputs, memory, residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale,
-                                num_requests, num_drafts, num_forward, vocab, num_leaves,
+                                request, row0, length, accepted, wants, view, layout, law, temperature_ptr, seed_ptr, outputs, memory,
+                                raw_memory, residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale, num_requests,
+                                num_drafts, num_forward, num_leaves,
                                 RESIDUAL, INNER, COLUMN, DRAWS, TWO_WAVES, PAIRS, CANDIDATES, LEAVES, WIDTH,
                             )  # fmt: skip
-    else:
+    elif wave == 1:
         if TWO_WAVES:
             if length >= 0:
                 state = tl.atomic_add(state_ptr + request, 0, sem="acquire", scope="gpu")
@@ -221,8 +263,8 @@ def accept_chain_kernel(
                         part = item % parts
                         inside = judged < accepted
                     if inside:
-                        RESIDUAL(part, judged, (row0 + judged).to(tl.int64), slot, target, law, removed_ptr, memory, residual_ptr,
-                                 row_values_ptr, row_ids_ptr, scale, draft_scale, vocab, num_leaves,
+                        RESIDUAL(part, judged, (row0 + judged).to(tl.int64), view, law, removed_ptr, memory, residual_ptr,
+                                 row_values_ptr, row_ids_ptr, scale, draft_scale, num_leaves,
                                  COLUMN, PAIRS, LEAVES, CANDIDATES)  # fmt: skip
                 if arrive(residual_count_ptr + request, second_wave):
                     tl.store(state_ptr + request, PENDING)
@@ -236,11 +278,13 @@ def accept_chain_kernel(
                                               tl.load(seed_ptr + slot), anchor, WIDTH, LEAVES)  # fmt: skip
                             wants = accepted < stop
                     _conclude(
-                        request, slot, row0, length, accepted, wants, target, layout, law, temperature_ptr, seed_ptr, outputs, memory,
-                        residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale, num_requests, num_drafts,
-                        num_forward, vocab, num_leaves,
+                        request, row0, length, accepted, wants, view, layout, law, temperature_ptr, seed_ptr, outputs, memory,
+                        raw_memory, residual_ptr, listing, row_values_ptr, row_ids_ptr, scale, draft_scale, num_requests, num_drafts,
+                        num_forward, num_leaves,
                         RESIDUAL, INNER, COLUMN, DRAWS, TWO_WAVES, PAIRS, CANDIDATES, LEAVES, WIDTH,
                     )  # fmt: skip
+                    if mapping is not None:
+                        _finished(mapping, num_requests, map_parts)
 
 
 _JUDGES = {"token": judge_token, "block": judge_block, "match": judge_match, "forced": judge_forced}
@@ -249,10 +293,12 @@ _LAWS = {
     "none": (None, None, None, None),
     "listed": (record_listed, residual_listed, inner_listed, None),
     "stored": (record_dense, residual_dense, inner_dense, column_is_id),
+    "mapped": (record_dense, residual_dense, inner_dense, column_of_id),
+    "rebuilt": (record_rebuilt, residual_rebuilt, inner_rebuilt, None),
 }
 
 
-def launch_accept_chain(items, args, *, judge, law, two_waves, draws, candidates, leaves, width, config):
+def launch_accept_chain(items, args, *, judge, law, two_waves, draws, joint, candidates, leaves, groups, width, config):
     """Launch one program per item (a wave-1 or wave-2 part of a request)."""
     record, residual, inner, column = _LAWS[law]
     accept_chain_kernel[(items,)](
@@ -265,10 +311,12 @@ def launch_accept_chain(items, args, *, judge, law, two_waves, draws, candidates
         COLUMN=column,
         DRAWS=draws,
         TWO_WAVES=two_waves,
+        JOINT=joint,
         GROUP=config.group,
         CHUNK=config.chunk,
         CANDIDATES=candidates,
         LEAVES=leaves,
+        GROUPS=groups,
         WIDTH=width,
         LAG=config.lag,
         num_warps=config.num_warps,

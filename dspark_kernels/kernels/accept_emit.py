@@ -31,6 +31,7 @@ from .accept_rows import (
     load_leaf,
 )
 from .accept_rules import read_drafts
+from .accept_target import read_each, read_row
 from .primitives.mass import LEAF, NEG_INF, POS_INF, below_max
 from .primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id
@@ -53,16 +54,16 @@ def _log2(weight):
 
 @triton.jit
 def draw(
-    i, row, request, slot, wants_residual, seed, position, anchor, target, law, memory, residual_ptr, patch_ptr, row_values_ptr,
-    row_ids_ptr, scale, draft_scale, vocab, num_leaves,
+    i, row, request, wants_residual, seed, position, anchor, view, law, memory, residual_ptr, patch_ptr, row_values_ptr, row_ids_ptr,
+    scale, draft_scale, num_leaves,
     INNER: tl.constexpr, COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Draw after row i of a request from its residual, or, where that is not wanted or has no mass, from the target's law.
 
     Gives the token int64 and whether a wanted residual was empty.
     """
-    target_ptr, stride_t = target
-    top_ptr, mass_ptr, _, _ = memory
+    _, _, vocab, _, _, _, _, _, _, _ = view
+    top_ptr, mass_ptr, _ = memory
     leaf = tl.arange(0, LEAVES)
     of_leaf = row * num_leaves + leaf
     there = leaf < num_leaves
@@ -82,12 +83,12 @@ def draw(
     if from_residual | (target_of == SOFTMAX):
         winner = _race(weight, leaf, tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, LEAVES)
         ids = winner * LEAF + tl.arange(0, LEAF)
-        x = load_leaf(target_ptr + row * stride_t, ids, ids < vocab)
+        x = read_row(view, i, ids.to(tl.int32), ids < vocab)
         inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scale)
         if INNER is not None:
             if from_residual:
-                inner = _log2(INNER(winner.to(tl.int32), i, row, request, slot, target, law, patch_ptr, row_values_ptr, row_ids_ptr,
-                                    scale, draft_scale, vocab, COLUMN, CANDIDATES))  # fmt: skip
+                inner = _log2(INNER(winner.to(tl.int32), i, row, request, view, law, patch_ptr, row_values_ptr, row_ids_ptr,
+                                    scale, draft_scale, COLUMN, CANDIDATES))  # fmt: skip
         token = _race(inner, ids, winner * LEAF, seed, position, anchor, CORRECT, LEAF)
     return token, wants_residual & (from_residual == 0)
 
@@ -107,18 +108,19 @@ def _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_f
 
 
 @triton.jit
-def _log_probs(i, rows, tokens, emitted, greedy, target, raw_ptr, row_values_ptr, row_ids_ptr, scale):
+def _log_probs(i, rows, tokens, emitted, greedy, view, raw_memory, row_values_ptr, row_ids_ptr, scale):
     """ln of the probability of each emitted token under its row's law: processed, or raw where wave 1 summed that, too."""
-    target_ptr, stride_t = target
     values, ids_of = row_values_ptr + rows * VALUES, row_ids_ptr + rows * IDS
-    x = load_leaf(target_ptr + rows * stride_t, tokens, emitted)
-    if raw_ptr is not None:
+    if raw_memory is not None:
+        target_ptr, stride_t, _, _, _, _, _, _, _, _ = view
+        x = load_leaf(target_ptr + rows * stride_t, tokens, emitted)
         top = tl.load(values + RAW_TOP, mask=emitted, other=0.0, volatile=True)
         mass = tl.load(values + RAW_LOG, mask=emitted, other=0.0, volatile=True)
         soft = below_max(x, top) - mass * LN2
         point = tl.where(x == POS_INF, 0.0, NEG_INF)
         is_point = tl.abs(top) == POS_INF
     else:
+        x = read_each(view, tl.where(emitted, i, 0), tl.where(emitted, tokens, 0).to(tl.int32), emitted)
         top = tl.load(values + TOP, mask=emitted, other=0.0, volatile=True)
         inverse = tl.load(values + INVERSE, mask=emitted, other=1.0, volatile=True)
         soft = (below_max(x, top) * (scale / LOG2E)) + tl.log2(inverse) * LN2
@@ -130,14 +132,15 @@ def _log_probs(i, rows, tokens, emitted, greedy, target, raw_ptr, row_values_ptr
 
 @triton.jit
 def emit(
-    request, slot, row0, length, accepted, token, empty, anchor, sampled, target, layout, outputs, raw_ptr, row_values_ptr,
-    row_ids_ptr, scale, num_requests, num_drafts, num_forward, vocab,
+    request, slot, row0, length, accepted, token, empty, anchor, sampled, view, layout, outputs, raw_memory, row_values_ptr,
+    row_ids_ptr, scale, num_requests, num_drafts, num_forward,
     SUPPORT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Every output of a request with rows. SUPPORT: whether a draft that its law could not give is flagged."""
     tokens_ptr, accepted_ptr, emitted_ptr, rejected_ptr, next_ptr, last_row_ptr, commit_ptr, flags_ptr, log_probs_ptr = outputs[0]
     anchors_ptr, stride_a, anchor_positions_ptr, stride_p = outputs[1]
-    query_start_ptr, _, logits_indices_ptr, _, _ = layout
+    query_start_ptr, _, logits_indices_ptr, _tokens, _positions = layout
+    _, _, vocab, _, _, _, _, _, _, _ = view
     i = tl.arange(0, WIDTH)
     rows = (row0 + i).to(tl.int64)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
@@ -156,7 +159,7 @@ def emit(
     of_token = request.to(tl.int64) * (num_drafts + 1) + i
     tl.store(tokens_ptr + of_token, tokens, mask=i <= num_drafts)
     if log_probs_ptr is not None:
-        log_probs = _log_probs(i, rows, tokens, i <= accepted, sampled == 0, target, raw_ptr, row_values_ptr, row_ids_ptr, scale)
+        log_probs = _log_probs(i, rows, tokens, i <= accepted, sampled == 0, view, raw_memory, row_values_ptr, row_ids_ptr, scale)
         tl.store(log_probs_ptr + of_token, log_probs, mask=i <= num_drafts)
     tl.store(accepted_ptr + request, accepted)
     tl.store(emitted_ptr + request, accepted + 1)

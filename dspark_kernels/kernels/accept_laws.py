@@ -4,7 +4,8 @@
     residual   masses per leaf of [kept * target - draft]+ (scale 2^60), from one item of wave 2, or of a row at once
     inner      that residual inside one leaf, fp32 [LEAF]
 
-stored: logits [S, K, Vd], ids are columns. mapped: the same, columns are mapped to ids (inverted at the start of the launch).
+stored: logits [S, K, Vd], ids are columns, or columns are mapped to ids, each id at most once (the map is inverted at the start
+of the launch).
 listed: C ids with logits (sparse), or the draft alone (one-hot): the target's leaf masses stay, less the octets of the listed ids,
 computed again with and without them: the same tree, hence the same bits. Symbols: S state slots, K drafts, C candidates,
 kept = P_i of the block rule (1 under the token rule). Oracle: reference/accept.py.
@@ -29,12 +30,14 @@ from .accept_rows import (
     TOP,
     VALUES,
     finite_or_zero,
+    first_leaf,
     first_of,
     leaf_masses,
     load_leaf,
     merge_leaves,
     soft_prob,
 )
+from .accept_target import read_row, read_tile
 from .primitives.fence import stores_done
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, masses, numbers, octet_sums
 
@@ -76,9 +79,11 @@ def _as_id(draft):
 
 
 @triton.jit
-def target_probs(target_row, ids, law, scale, vocab):
+def target_probs(view, i, ids, law, scale):
+    """Of ids [WIDTH] of row i."""
+    _, _, vocab, _, _, _, _, _, _, _ = view
     mass_of, reference, inverse = law
-    return soft_prob(load_leaf(target_row, ids, ids < vocab), ids, mass_of, reference, inverse, scale)
+    return soft_prob(read_row(view, i, ids, ids < vocab), ids, mass_of, reference, inverse, scale)
 
 
 # --- stored and mapped: one logit per column --------------------------------------------------------------------------
@@ -87,19 +92,57 @@ def target_probs(target_row, ids, law, scale, vocab):
 @triton.jit
 def column_is_id(law, ids, vocab):
     """(column of each id, whether it has one)"""
-    _, _, _, _, _, width = law
+    _, _, _, _, _, width, _ = law
     return ids, (ids >= 0) & (ids < width)
 
 
 @triton.jit
-def id_is_column(law, columns, vocab):
-    return columns
+def column_of_id(law, ids, vocab):
+    """The same through the inverted map: an entry counts where the map leads back, so what nobody wrote does not matter."""
+    _, _, _, _, _, width, mapping = law
+    map_ptr, inverse_ptr = mapping
+    inside = (ids >= 0) & (ids < vocab)
+    column = tl.load(inverse_ptr + ids, mask=inside, other=-1, volatile=True)
+    found = inside & (column >= 0) & (column < width)
+    return column, found & (tl.load(map_ptr + column, mask=found, other=-1) == ids)
+
+
+@triton.jit
+def _id_of_column(law, columns, vocab):
+    _, _, _, _, _, _, mapping = law
+    ids = columns
+    if mapping is not None:
+        map_ptr, _inverse = mapping
+        ids = tl.load(map_ptr + columns)
+        ids = tl.where((ids >= 0) & (ids < vocab), ids, NOBODY)
+    return ids.to(tl.int32)
+
+
+@triton.jit
+def invert_map(part, law, vocab, ready_ptr, COLUMNS: tl.constexpr):
+    """One part of a draft vocabulary's map into the inverse that everybody after it reads."""
+    _, _, _, _, _, width, mapping = law
+    map_ptr, inverse_ptr = mapping
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    ids = tl.load(map_ptr + column, mask=column < width, other=-1)
+    tl.store(inverse_ptr + ids, column, mask=(ids >= 0) & (ids < vocab))
+    stores_done()
+    tl.atomic_add(ready_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def await_map(ready_ptr, parts):
+    """All parts have earlier tickets."""
+    done = tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu")
+    while done < parts:
+        done = tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
 
 
 @triton.jit
 def sweep_draft(i, leaf, keep, row0, slot, law, draft_memory, draft_scale, num_leaves, PAIRS: tl.constexpr):
     """Wave 1 on leaves of a stored law whose log-sum-exp is not stored: maximum and mass over its columns."""
-    logits_ptr, _, stride_s, stride_k, _, width = law
+    logits_ptr, _, stride_s, stride_k, _, width, _ = law
     draft_top_ptr, draft_mass_ptr = draft_memory
     columns = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
     draft_rows = logits_ptr + slot * stride_s + i.to(tl.int64)[:, None] * stride_k
@@ -111,76 +154,88 @@ def sweep_draft(i, leaf, keep, row0, slot, law, draft_memory, draft_scale, num_l
 
 @triton.jit
 def record_dense(
-    i, rows, draft, slot, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, vocab, num_leaves,
+    i, rows, draft, view, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, num_leaves,
     COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """rows, draft: [GROUP], rows -1 where no draft is judged."""
-    logits_ptr, lse_ptr, stride_s, stride_k, stride_e, width = law
+    _, _, vocab, _, _, _, _, slot, _, _ = view
+    logits_ptr, lse_ptr, stride_s, stride_k, _, width, _ = law
     draft_top_ptr, draft_mass_ptr = draft_memory
     row_ptrs = logits_ptr + slot * stride_s + tl.where(rows >= 0, i, 0).to(tl.int64) * stride_k
-    mass_of = tl.full(rows.shape, SOFTMAX, tl.int32)
     column, inside = COLUMN(law, draft, vocab)
     x = load_leaf(row_ptrs, column, (rows >= 0) & inside)
-    own = _as_id(draft)
     if lse_ptr is None:
         top, mass, words, tops = merge_leaves(draft_top_ptr, draft_mass_ptr, rows, num_leaves, draft_scale, LEAVES)
-        reference = finite_or_zero(top)
-        factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+        mass_of = tl.full(rows.shape, SOFTMAX, tl.int32)
         if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
-            hot = first_of(row_ptrs, tops, top, width, LEAVES)
+            columns = first_leaf(tops, top, LEAVES)
+            logits = load_leaf(row_ptrs[:, None], columns, columns < width)
+            hot = _id_of_column(law, first_of(logits, columns, top, width), vocab)
             mass_of = tl.where(top == POS_INF, hot, mass_of)
+        mass_of = tl.where(top == NEG_INF, NOBODY, mass_of)
+        factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+        _record(rows, draft, x, mass_of, finite_or_zero(top), factor, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature)
     else:
-        top = tl.load(lse_ptr + slot * stride_e + i, mask=rows >= 0, other=0.0)
-        # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
-        reference = finite_or_zero(top) * (LOG2E / draft_scale)
-        factor = tl.full(rows.shape, 1.0, tl.float32)
-        # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
-        infinite = tl.where(x == POS_INF, own, NOBODY)
-        mass_of = tl.where(top == POS_INF, infinite, mass_of)
-    mass_of = tl.where(top == NEG_INF, NOBODY, mass_of)
+        record_stored(i, rows, draft, x, view, law, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature)
+
+
+@triton.jit
+def record_stored(i, rows, draft, x, view, law, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature):
+    """The record from a stored log-sum-exp and the logits x of the drafts."""
+    _, _, _, _, _, _, _, slot, _, _ = view
+    _, lse_ptr, _, _, stride_e, _, _ = law
+    lse = tl.load(lse_ptr + slot * stride_e + i, mask=rows >= 0, other=0.0)
+    # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
+    infinite = tl.where(x == POS_INF, _as_id(draft), NOBODY)
+    mass_of = tl.where(lse == POS_INF, infinite, tl.where(lse == NEG_INF, NOBODY, SOFTMAX))
+    # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
+    reference = finite_or_zero(lse) * (LOG2E / draft_scale)
+    factor = tl.full(rows.shape, 1.0, tl.float32)
+    _record(rows, draft, x, mass_of, reference, factor, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature)
+
+
+@triton.jit
+def _record(rows, draft, x, mass_of, reference, factor, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature):
     if (draft_temperature > 0.0) == 0:
-        mass_of = own
+        mass_of = _as_id(draft)
     mass_of = tl.where(draft == -1, NOBODY, mass_of)
     draft_prob = soft_prob(x, draft, mass_of, reference, factor, draft_scale)
     _write_record(row_values_ptr, row_ids_ptr, rows, mass_of, reference, factor, draft_prob)
 
 
 @triton.jit
-def _dense_residual(target_row, draft_row, law, ids, record, scale, draft_scale, vocab, COLUMN: tl.constexpr):
+def _dense_residual(view, i, law, ids, record, scale, draft_scale, COLUMN: tl.constexpr):
+    """Of ids [WIDTH] of row i."""
+    _, _, vocab, _, _, _, _, slot, _, _ = view
+    logits_ptr, _, stride_s, stride_k, _, _, _ = law
     target_law, draft_law, kept = record
     mass_of, reference, factor = draft_law
     column, inside = COLUMN(law, ids, vocab)
+    draft_row = logits_ptr + slot * stride_s + i.to(tl.int64) * stride_k
     draft_prob = soft_prob(load_leaf(draft_row, column, inside), ids, mass_of, reference, factor, draft_scale)
-    return tl.maximum(kept * target_probs(target_row, ids, target_law, scale, vocab) - draft_prob, 0.0)
+    return tl.maximum(kept * target_probs(view, i, ids, target_law, scale) - draft_prob, 0.0)
 
 
 @triton.jit
 def residual_dense(
-    item, i, row, slot, target, law, listing, memory, residual_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, vocab,
-    num_leaves, COLUMN: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+    item, i, row, view, law, removed_ptr, memory, residual_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, num_leaves,
+    COLUMN: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Item: PAIRS leaves of a row."""
-    target_ptr, stride_t = target
-    logits_ptr, _, stride_s, stride_k, _, _ = law
     leaf = item * PAIRS + tl.arange(0, PAIRS)
-    ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
     record = read_record(row_values_ptr, row_ids_ptr, row)
-    draft_row = logits_ptr + slot * stride_s + i.to(tl.int64) * stride_k
-    residual = _dense_residual(target_ptr + row * stride_t, draft_row, law, ids, record, scale, draft_scale, vocab, COLUMN)
+    ids = item * PAIRS * LEAF + tl.arange(0, PAIRS * LEAF)
+    residual = _dense_residual(view, i, law, ids, record, scale, draft_scale, COLUMN)
     tl.store(residual_ptr + row * num_leaves + leaf, masses(residual, PAIRS, LEAF, RESIDUAL_ONE), mask=leaf < num_leaves)
 
 
 @triton.jit
 def inner_dense(
-    leaf, i, row, request, slot, target, law, patch_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, vocab,
+    leaf, i, row, request, view, law, patch_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale,
     COLUMN: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    target_ptr, stride_t = target
-    logits_ptr, _, stride_s, stride_k, _, _ = law
-    ids = leaf * LEAF + tl.arange(0, LEAF)
     record = read_record(row_values_ptr, row_ids_ptr, row)
-    draft_row = logits_ptr + slot * stride_s + i.to(tl.int64) * stride_k
-    return _dense_residual(target_ptr + row * stride_t, draft_row, law, ids, record, scale, draft_scale, vocab, COLUMN)
+    return _dense_residual(view, i, law, leaf * LEAF + tl.arange(0, LEAF), record, scale, draft_scale, COLUMN)
 
 
 # --- listed: a few ids ------------------------------------------------------------------------------------------------
@@ -244,10 +299,11 @@ def _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES: tl.co
 
 @triton.jit
 def record_listed(
-    i, rows, draft, slot, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, vocab, num_leaves,
+    i, rows, draft, view, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, num_leaves,
     COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """rows, draft: [GROUP], rows -1 where no draft is judged. The lists' own sums replace a stored lse."""
+    _, _, vocab, _, _, _, _, slot, _, _ = view
     own = _as_id(draft)
     reference = tl.zeros(rows.shape, tl.float32)
     factor = tl.full(rows.shape, 1.0, tl.float32)
@@ -289,16 +345,14 @@ def _list_end(law, draft_law):
 
 @triton.jit
 def _entry_masses(
-    start, i, row, slot, target, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, vocab, num_leaves,
-    ENTRIES: tl.constexpr,
+    start, i, row, view, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, num_leaves, ENTRIES: tl.constexpr
 ):  # fmt: skip
     """What entries of a list take from the masses of their leaves, and what they add as a residual of their own.
 
     Gives ids, leaves, int64 removed (of an octet, where its first entry is) and added (where the first entry of an id is), and
     which entries these are.
     """
-    target_ptr, stride_t = target
-    target_row = target_ptr + row * stride_t
+    _, _, vocab, _, _, _, _, slot, _, _ = view
     target_of, reference, inverse = target_law
     ids, prob, first_id, first_octet, low, high = _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES)
     own_leaf = ids // LEAF
@@ -306,11 +360,11 @@ def _entry_masses(
     octet = (ids >> 3)[:, None] * 8 + slots
     inside = (ids >= 0)[:, None] & (octet < vocab)
     own_top = tl.load(top_ptr + row * num_leaves + own_leaf, mask=ids >= 0, other=0.0, volatile=True)
-    e = tl.exp2(below_max(load_leaf(target_row, octet, inside), own_top[:, None]) * scale)
+    e = tl.exp2(below_max(read_tile(view, i, octet, inside), own_top[:, None]) * scale)
     counts = tl.where(slots < 4, low[:, None], high[:, None]) >> ((slots & 3) * 16)
     rest = octet_sums(tl.where((counts & 65535) > 0, 0.0, e), ENTRIES)
     removed = (octet_sums(e, ENTRIES) * ONE).to(tl.int64) - (rest * ONE).to(tl.int64)
-    x = load_leaf(target_row, ids, ids >= 0)
+    x = read_row(view, i, ids, ids >= 0)
     target_prob = soft_prob(x, ids, target_of, reference, inverse, scale)
     added = (tl.maximum(kept * target_prob - prob, 0.0) * RESIDUAL_ONE).to(tl.int64)
     return ids, own_leaf, removed, added, first_octet, first_id
@@ -318,13 +372,12 @@ def _entry_masses(
 
 @triton.jit
 def residual_listed(
-    item, i, row, slot, target, law, listing, memory, residual_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, vocab,
-    num_leaves, COLUMN: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+    item, i, row, view, law, removed_ptr, memory, residual_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, num_leaves,
+    COLUMN: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Item: all leaves of a row."""
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
-    top_ptr, mass_ptr, _, _ = memory
-    removed_ptr = listing
+    top_ptr, mass_ptr, _ = memory
     leaf = tl.arange(0, LEAVES)
     there = leaf < num_leaves
     of_leaf = row * num_leaves + leaf
@@ -333,7 +386,7 @@ def residual_listed(
     if CANDIDATES == 1:
         # A list of one needs no memory to find its leaf.
         ids, own_leaf, removed, added, first_octet, first_id = _entry_masses(
-            0, i, row, slot, target, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, vocab, num_leaves, ENTRIES
+            0, i, row, view, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, num_leaves, ENTRIES
         )
         mine = (leaf == tl.max(own_leaf, axis=0)) & (leaf < tl.where(tl.max(ids, axis=0) >= 0, LEAVES, 0))
         taken = tl.where(mine, tl.sum(removed, axis=0), 0)
@@ -346,9 +399,8 @@ def residual_listed(
         listed = tl.zeros((), tl.int32)
         for start in range(0, _list_end(law, draft_law), ENTRIES):
             ids, own_leaf, removed, added, first_octet, first_id = _entry_masses(
-                start, i, row, slot, target, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, vocab, num_leaves,
-                ENTRIES,
-            )  # fmt: skip
+                start, i, row, view, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, num_leaves, ENTRIES
+            )
             tl.atomic_add(removed_ptr + row * num_leaves + own_leaf, removed, mask=first_octet, sem="relaxed")
             tl.atomic_add(residual_ptr + row * num_leaves + own_leaf, added, mask=first_id, sem="relaxed")
             listed = tl.maximum(listed, tl.max(tl.where(ids == target_of, 1, 0), axis=0))
@@ -368,17 +420,16 @@ def residual_listed(
 
 @triton.jit
 def inner_listed(
-    leaf, i, row, request, slot, target, law, patch_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale, vocab,
+    leaf, i, row, request, view, law, patch_ptr, row_values_ptr, row_ids_ptr, scale, draft_scale,
     COLUMN: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
-    target_ptr, stride_t = target
-    target_row = target_ptr + row * stride_t
+    _, _, vocab, _, _, _, _, slot, _, _ = view
     target_law, draft_law, kept = read_record(row_values_ptr, row_ids_ptr, row)
     at = tl.arange(0, LEAF)
     if CANDIDATES == 1:
         ids, _ = _entries(law, slot, i, tl.arange(0, 1), draft_law, draft_scale, vocab)
-        unlisted = kept * target_probs(target_row, leaf * LEAF + at, target_law, scale, vocab)
+        unlisted = kept * target_probs(view, i, leaf * LEAF + at, target_law, scale)
         # kept * target <= 1 = the draft's: nothing of it is left.
         residual = tl.where(leaf * LEAF + at == tl.max(ids, axis=0), 0.0, unlisted)
     else:
@@ -388,10 +439,10 @@ def inner_listed(
         stores_done()
         for start in range(0, _list_end(law, draft_law), ENTRIES):
             ids, prob, first_id, _o, _l, _h = _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES)
-            listed = target_probs(target_row, tl.maximum(ids, 0), target_law, scale, vocab)
+            listed = target_probs(view, i, tl.maximum(ids, 0), target_law, scale)
             tl.store(patch + ids % LEAF, tl.maximum(kept * listed - prob, 0.0), mask=first_id & (ids // LEAF == leaf))
         stores_done()
         changed = tl.load(patch + at, volatile=True)
-        unlisted = kept * target_probs(target_row, leaf * LEAF + at, target_law, scale, vocab)
+        unlisted = kept * target_probs(view, i, leaf * LEAF + at, target_law, scale)
         residual = tl.where(changed >= 0.0, changed, unlisted)
     return residual

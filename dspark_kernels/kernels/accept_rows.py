@@ -8,6 +8,8 @@ reference/accept.py.
 import triton
 import triton.language as tl
 
+from .accept_target import GROUP_IDS, limit_row, read_each, read_raw, read_row, read_rows
+from .primitives.fence import stores_done
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, masses, numbers
 from .primitives.philox import COUPLED, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id
@@ -75,12 +77,16 @@ def merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, LEAVES: tl.constexp
 
 
 @triton.jit
-def first_of(row_ptrs, tops, top, width, LEAVES: tl.constexpr):
-    """Lowest id whose logit is the row's maximum: the first leaf that has it is read again. int32 [GROUP]."""
+def first_leaf(tops, top, LEAVES: tl.constexpr):
+    """Ids [GROUP, LEAF] of the first leaf that has each row's maximum."""
     leaf = tl.arange(0, LEAVES)[None, :]
     winner = tl.min(tl.where(tops == top[:, None], leaf, LEAVES - 1), axis=1)
-    ids = winner[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-    x = numbers(tl.load(row_ptrs[:, None] + ids, mask=ids < width, other=NEG_INF).to(tl.float32))
+    return winner[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+
+
+@triton.jit
+def first_of(x, ids, top, width):
+    """Lowest id whose logit x is the row's maximum, int32 [GROUP]."""
     return tl.min(tl.where((x == top[:, None]) & (ids < width), ids, 2147483647), axis=1)
 
 
@@ -101,54 +107,128 @@ def finite_or_zero(x):
 
 
 @triton.jit
-def sweep_rows(i, leaf, keep, row0, slot, target, layout, temperature_ptr, seed_ptr, memory, scale, vocab, num_leaves,
+def sweep_rows(i, leaf, keep, view, layout, temperature_ptr, seed_ptr, memory, raw_memory, maxima_ptr, scale, num_leaves,
                PAIRS: tl.constexpr):  # fmt: skip
     """Wave 1 on PAIRS pairs of a row (i-th of its request) and a leaf: maximum and mass, one pass over the logits.
 
-    Coupled: the leaf's best key of logit * scale + noise, too. Raw log-probabilities: its mass at temperature 1, too.
+    Coupled: the leaf's best key of logit * scale + noise, too. Raw log-probabilities: maximum and mass of what the target gave, at
+    temperature 1. Filters: maxima of groups of ids.
     """
-    target_ptr, stride_t = target
-    top_ptr, mass_ptr, best_ptr, raw_ptr = memory
+    target_ptr, stride_t, vocab, settings, _, _, row0, slot, _, _ = view
+    top_ptr, mass_ptr, best_ptr = memory
     row = (row0 + i).to(tl.int64)
     ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
     inside = keep[:, None] & (ids < vocab)
-    raw = tl.load(target_ptr + row[:, None] * stride_t + ids, mask=inside, other=NEG_INF).to(tl.float32)
-    x = numbers(raw)
+    adjusted = read_raw(view, i, ids, inside)
+    x = numbers(adjusted)
     top, mass = leaf_masses(x, scale, PAIRS)
-    mass |= tl.where(tl.max(tl.where(raw != raw, 1, 0), axis=1) > 0, SAW_NAN, 0)
+    mass |= tl.where(tl.max(tl.where(adjusted != adjusted, 1, 0), axis=1) > 0, SAW_NAN, 0)
     mass |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
     where = row * num_leaves + leaf
     tl.store(top_ptr + where, top, mask=keep)
     tl.store(mass_ptr + where, mass, mask=keep)
-    if raw_ptr is not None:
-        _, mass = leaf_masses(x, LOG2E, PAIRS)
-        tl.store(raw_ptr + where, mass, mask=keep)
+    if maxima_ptr is not None:
+        maxima = tl.max(tl.reshape(x, [PAIRS, LEAF // GROUP_IDS, GROUP_IDS]), axis=2)
+        group = leaf[:, None] * (LEAF // GROUP_IDS) + tl.arange(0, LEAF // GROUP_IDS)[None, :]
+        num_groups = tl.cdiv(vocab, GROUP_IDS)
+        tl.store(maxima_ptr + row[:, None] * num_groups + group, maxima, mask=keep[:, None] & (group < num_groups))
+    if raw_memory is not None:
+        raw_top_ptr, raw_mass_ptr = raw_memory
+        raw = x
+        if settings is not None:
+            raw = numbers(tl.load(target_ptr + row[:, None] * stride_t + ids, mask=inside, other=NEG_INF).to(tl.float32))
+        raw_top, raw_mass = leaf_masses(raw, LOG2E, PAIRS)
+        tl.store(raw_top_ptr + where, raw_top, mask=keep)
+        tl.store(raw_mass_ptr + where, raw_mass, mask=keep)
     if best_ptr is not None:
-        _, _, logits_indices_ptr, _, positions_ptr = layout
+        _starts, _logits, logits_indices_ptr, _tokens, positions_ptr = layout
         position = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0)) + 1 + i
-        seed = tl.load(seed_ptr + slot) + position * 0
-        words = lane_words(seed[:, None], leaf[:, None] * LEAF, position[:, None], (position * 0)[:, None], COUPLED, PAIRS, LEAF)
-        noisy = x * scale - log2_exponential(words)
-        key = tl.where(tl.load(temperature_ptr + slot) > 0.0, noisy, x)
-        best = tl.max(tl.where(inside, pack(key, ids), 0), axis=1)
-        tl.store(best_ptr + where, best, mask=keep)
+        key = coupled_keys(x, leaf, position, tl.load(temperature_ptr + slot), tl.load(seed_ptr + slot), scale, PAIRS)
+        tl.store(best_ptr + where, tl.max(tl.where(inside, pack(key, ids), 0), axis=1), mask=keep)
 
 
 @triton.jit
-def merge_rows(i, rows, slot, target, layout, temperature_ptr, memory, row_values_ptr, row_ids_ptr, scale, vocab, num_leaves, length,
-               LEAVES: tl.constexpr):  # fmt: skip
+def coupled_keys(x, leaf, position, temperature, seed, scale, PAIRS: tl.constexpr):
+    """Keys of leaves x [PAIRS, LEAF] under the noise that the draft of the position was drawn with; no anchor in its address."""
+    seeds = seed + position * 0
+    words = lane_words(seeds[:, None], leaf[:, None] * LEAF, position[:, None], (position * 0)[:, None], COUPLED, PAIRS, LEAF)
+    return tl.where(temperature > 0.0, x * scale - log2_exponential(words), x)
+
+
+@triton.jit
+def _best_kept(i, row, view, layout, temperature_ptr, seed_ptr, best_ptr, scale, num_leaves, LEAVES: tl.constexpr):
+    """Best keys of a row's leaves where filters leave ids out: a leaf whose best is out is read again, but only if it would win.
+
+    The row's winner takes the place of its first leaf's, nobody that of the others.
+    """
+    _, _, vocab, _, _, _, row0, slot, _, _ = view
+    _starts, _logits, logits_indices_ptr, _tokens, positions_ptr = layout
+    leaf = tl.arange(0, LEAVES)
+    best = tl.load(best_ptr + row * num_leaves + leaf, mask=leaf < num_leaves, other=0, volatile=True)
+    word = tl.max(best, axis=0)
+    one = tl.zeros([1], tl.int32)
+    position = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0)) + 1 + i + one
+    temperature, seed = tl.load(temperature_ptr + slot), tl.load(seed_ptr + slot)
+    out = tl.max(read_row(view, i, unpack_id(word).to(tl.int32) + one, one == 0), axis=0) == NEG_INF
+    while out:
+        again = unpack_id(word).to(tl.int32) // LEAF
+        ids = again * LEAF + tl.arange(0, LEAF)
+        x = read_row(view, i, ids, ids < vocab)
+        key = coupled_keys(x[None, :], again + one, position, temperature, seed, scale, 1)
+        new = tl.max(tl.where(x > NEG_INF, pack(tl.reshape(key, [LEAF]), ids), 0), axis=0)
+        best = tl.where(leaf == again, new, best)
+        word = tl.max(best, axis=0)
+        out = tl.max(read_row(view, i, unpack_id(word).to(tl.int32) + one, one == 0), axis=0) == NEG_INF
+    tl.store(best_ptr + row * num_leaves + leaf, tl.where(leaf == 0, word, 0), mask=leaf < num_leaves)
+
+
+@triton.jit
+def limit_rows(
+    first_row, view, kept_view, filters, layout, temperature_ptr, seed_ptr, memory, groups, scale, num_leaves, length,
+    JOINT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr,
+):  # fmt: skip
+    """What each of GROUP rows keeps, its leaf masses and best keys without the rest."""
+    top_ptr, mass_ptr, best_ptr = memory
+    _, _, _, _, _, _, row0, slot, _, _ = view
+    _, _, _, _, _, _, _, _, _, limits = kept_view
+    sampled = tl.load(temperature_ptr + slot) > 0.0
+    for i in range(first_row, tl.minimum(first_row + GROUP, length + 1)):
+        row = (row0 + i).to(tl.int64)
+        tops, sums, words, leaves = merge_leaves(top_ptr, mass_ptr, row + tl.zeros([1], tl.int64), num_leaves, scale, LEAVES)
+        top, mass = tl.max(tops, axis=0), tl.max(sums, axis=0)
+        top = tl.where(sampled, top, NEG_INF)  # a greedy row keeps all
+        limited = limit_row(i, row, view, filters, top_ptr, mass_ptr, top, mass, limits, groups, scale, num_leaves,
+                            JOINT, GROUPS, LEAVES)  # fmt: skip
+        stores_done()
+        if best_ptr is not None:
+            if limited:
+                _best_kept(i, row, kept_view, layout, temperature_ptr, seed_ptr, best_ptr, scale, num_leaves, LEAVES)
+                stores_done()
+
+
+@triton.jit
+def rows_status(rows, mass_ptr, num_leaves, LEAVES: tl.constexpr):
+    """What the logits of rows [GROUP] showed, before filters."""
+    leaf = tl.arange(0, LEAVES)[None, :]
+    inside = (rows >= 0)[:, None] & (leaf < num_leaves)
+    words = tl.load(mass_ptr + rows[:, None] * num_leaves + leaf, mask=inside, other=0, volatile=True)
+    status = tl.where(tl.max(words & SAW_FINITE, axis=1) > 0, 0, NONFINITE_ROW)
+    return status | tl.where(tl.max(words & SAW_NAN, axis=1) > 0, NAN, 0)
+
+
+@triton.jit
+def merge_rows(i, rows, status, view, layout, temperature_ptr, memory, raw_memory, row_values_ptr, row_ids_ptr, scale, num_leaves,
+               length, LEAVES: tl.constexpr):  # fmt: skip
     """All leaves of rows [GROUP] (-1 = none) are there: the target's part of their records.
 
     Gives the drafts that the rows judge, int64 [GROUP], -1 where there is none.
     """
-    target_ptr, stride_t = target
-    top_ptr, mass_ptr, best_ptr, raw_ptr = memory
-    _, _, logits_indices_ptr, token_ids_ptr, _ = layout
-    row_ptrs = target_ptr + tl.maximum(rows, 0) * stride_t
+    top_ptr, mass_ptr, best_ptr = memory
+    _, _, vocab, _, _, _, _, slot, _, _ = view
+    _starts, _logits, logits_indices_ptr, token_ids_ptr, _positions = layout
     live = rows >= 0
+    there = tl.where(live, i, 0)
     top, mass, words, tops = merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, LEAVES)
-    status = tl.where(tl.max(words & SAW_FINITE, axis=1) > 0, 0, NONFINITE_ROW)
-    status |= tl.where(tl.max(words & SAW_NAN, axis=1) > 0, NAN, 0)
     point = (top == POS_INF) | ((status & NONFINITE_ROW) > 0)
     if best_ptr is not None:
         leaf = tl.arange(0, LEAVES)[None, :]
@@ -163,7 +243,8 @@ def merge_rows(i, rows, slot, target, layout, temperature_ptr, memory, row_value
         else:
             need = need | tl.where((tl.load(temperature_ptr + slot) > 0.0) == 0, 1, 0)
         if tl.max(need, axis=0) > 0:
-            first = first_of(row_ptrs, tops, top, vocab, LEAVES)
+            ids = first_leaf(tops, top, LEAVES)
+            first = first_of(read_rows(view, there, ids, live[:, None] & (ids < vocab)), ids, top, vocab)
     mass_of = tl.where(point, first, SOFTMAX)
     inverse = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
     values, ids_of = row_values_ptr + rows * VALUES, row_ids_ptr + rows * IDS
@@ -172,16 +253,17 @@ def merge_rows(i, rows, slot, target, layout, temperature_ptr, memory, row_value
     tl.store(ids_of + FIRST, first, mask=live)
     tl.store(ids_of + STATUS, status, mask=live)
     tl.store(ids_of + TARGET_OF, mass_of, mask=live)
-    if raw_ptr is not None:
-        raw_top, mass, words, tops = merge_leaves(top_ptr, raw_ptr, rows, num_leaves, LOG2E, LEAVES)
+    if raw_memory is not None:
+        raw_top_ptr, raw_mass_ptr = raw_memory
+        raw_top, raw_mass, words, tops = merge_leaves(raw_top_ptr, raw_mass_ptr, rows, num_leaves, LOG2E, LEAVES)
         tl.store(values + RAW_TOP, raw_top, mask=live)
-        tl.store(values + RAW_LOG, tl.log2(tl.maximum(mass, 1).to(tl.float32)) - 40.0, mask=live)
+        tl.store(values + RAW_LOG, tl.log2(tl.maximum(raw_mass, 1).to(tl.float32)) - 40.0, mask=live)
 
     has_draft = live & (i < length)
     forward = tl.load(logits_indices_ptr + rows + 1, mask=has_draft, other=0)
     draft = tl.load(token_ids_ptr + forward, mask=has_draft, other=-1)
     inside = has_draft & (draft >= 0) & (draft < vocab)
-    x = load_leaf(row_ptrs, draft, inside)
+    x = read_each(view, there, tl.where(inside, draft, 0).to(tl.int32), inside)
     target_prob = soft_prob(x, draft, mass_of, finite_or_zero(top), inverse, scale)
     tl.store(values + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
     return draft
