@@ -588,8 +588,9 @@ def accept_finish_kernel(
             empty = tl.load(verdict_ptr + request * 2 + 1) > 0
         else:
             token = tl.load(row_ids_ptr + (row0 + accepted).to(tl.int64) * IDS + FIRST, volatile=True).to(tl.int64)
-        emit(request, slot, row0, length, accepted, token, empty, anchor, temperature > 0.0, None, layout, outputs, None, row_values_ptr,
-             row_ids_ptr, log2_scale(temperature), num_requests, num_drafts, num_forward, vocab, word_ptr is not None, WIDTH)  # fmt: skip
+        view = (None, None, vocab, None, None, None, None, None, None, None)  # no logits are read
+        emit(request, slot, row0, length, accepted, token, empty, anchor, temperature > 0.0, view, layout, outputs, None, row_values_ptr,
+             row_ids_ptr, log2_scale(temperature), num_requests, num_drafts, num_forward, word_ptr is not None, WIDTH)  # fmt: skip
 
 
 _JUDGES = {"token": judge_token, "block": judge_block}

@@ -281,7 +281,7 @@ def _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_siz
                 not_yet(OP, f"sampling.{name}", "filters, biases, masks and penalties on vocabulary shards are")
         slots = sampling.temperature.shape[0]
     dense = _check_proposal(proposal, slots, width, device)
-    drafts = accept._width(layout, dense, rows)
+    drafts = accept._width(layout, None if dense is None else dense.logits, rows)
     if dense is not None and dense.logits.shape[1] < drafts:
         raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {dense.logits.shape[1]}")
     if len(phases) == 1:
