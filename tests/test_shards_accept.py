@@ -29,20 +29,21 @@ def equal_on_all_ranks(case, count, width, exact=True, **options):
     return results[0]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_whole_leaves_give_the_bits_of_the_whole_op(data):
     draw = data.draw
     vocab, count, width = draw(st.sampled_from([
         (1500, 1, 1500), (1500, 2, 1024), (5000, 2, 3072), (5000, 3, 2048), (2100, 4, 1024), (3000, 8, 1024),
     ]))  # fmt: skip
-    requests = draw(st.integers(1, 3 if count < 8 else 1))
+    requests = draw(st.integers(1, 2 if count < 8 else 1))
     scattered = draw(st.booleans())
     case = cases.accept_case(
         seed=draw(st.integers(0, 10**6)),
         requests=requests,
-        drafts=draw(st.integers(1, 4)),
+        drafts=draw(st.integers(1, 3)),
         vocab=vocab,
+        rule=draw(st.sampled_from(["token", "block"])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         proposal=draw(st.sampled_from(["dense", "dense", "one_hot", "none"])),
         sampled=draw(st.sampled_from([True, True, True, False])),
@@ -57,32 +58,46 @@ def test_whole_leaves_give_the_bits_of_the_whole_op(data):
     equal_on_all_ranks(case, count, width, spoil=draw(st.booleans()))
 
 
-@pytest.mark.parametrize("proposal, lse", [("one_hot", False), ("dense", False), ("dense", True)])
-@pytest.mark.parametrize("vocab, count, width", [(1500, 2, 750), (1100, 3, 401), (33, 8, 5), (2500, 2, 1300)])
-def test_any_cut_draws_what_the_reference_draws(vocab, count, width, proposal, lse):
-    case = cases.accept_case(seed=width, requests=3, drafts=3, vocab=vocab, proposal=proposal, closeness=0.8)
+@pytest.mark.parametrize(
+    "vocab, count, width, proposal, lse, rule",
+    [
+        (1500, 2, 750, "one_hot", False, "token"),
+        (1100, 3, 401, "dense", False, "token"),
+        (33, 4, 9, "one_hot", False, "block"),
+        (2500, 2, 1300, "dense", True, "block"),
+    ],
+)
+def test_any_cut_draws_what_the_reference_draws(vocab, count, width, proposal, lse, rule):
+    case = cases.accept_case(seed=width, requests=2, drafts=2, vocab=vocab, proposal=proposal, closeness=0.8, rule=rule)
     equal_on_all_ranks(dataclasses.replace(case, proposal=with_lse(case)) if lse else case, count, width, exact=False)
 
 
-@pytest.mark.parametrize("vocab, count, width", [(1500, 2, 1024), (1100, 3, 401)])
+@pytest.mark.parametrize("vocab, count, width", [(1100, 3, 401)])
 def test_coupled_and_greedy_rows_need_one_gather(vocab, count, width):
     """The drafts of a greedy proposal agree with the target's noise now and then: accepted and rejected ones."""
-    for seed in range(2):
-        case = cases.accept_case(seed=seed, requests=4, drafts=3, vocab=vocab, sharpness=4.0, closeness=1.0)
-        case = dataclasses.replace(case, rule="coupled")
-        assert dk.accept_phases(case.proposal, sampling=case.sampling, rule="coupled") == ("normalise",)
-        equal_on_all_ranks(case, count, width, exact=False)
+    case = cases.accept_case(seed=1, requests=6, drafts=3, vocab=vocab, sharpness=3.0, closeness=0.3, rule="coupled")
+    assert dk.accept_phases(case.proposal, sampling=case.sampling, rule="coupled") == ("normalise",)
+    acceptance = equal_on_all_ranks(case, count, width)
+    assert 0 < int(acceptance.num_accepted.sum()) and int(acceptance.num_rejected.sum()) > 0
 
 
-@pytest.mark.parametrize("width", [1024, 700])
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-@pytest.mark.parametrize("value", ["nan", "all_minus_inf", "all_nan", "two_inf", "only_inf", "shard", "draft_inf"])
+@pytest.mark.parametrize(
+    "value, proposal, width",
+    [
+        ("nan", "one_hot", 1024),
+        ("all_minus_inf", "dense", 700),
+        ("two_inf", "one_hot", 700),
+        ("only_inf", "dense", 1024),
+        ("shard", "dense", 700),
+        ("draft_inf", "dense", 1024),
+    ],
+)
 def test_odd_logits(value, proposal, width):
     case = cases.accept_case(
-        seed=41, requests=3, drafts=2, vocab=2100, proposal=proposal, closeness=1.0, lengths=torch.full((3,), 2),
+        seed=41, requests=2, drafts=2, vocab=2100, proposal=proposal, closeness=1.0, lengths=torch.full((2,), 2),
         dtype=torch.float32,
     )  # fmt: skip
-    for r, i in ((0, 0), (1, 1), (2, 2)):
+    for r, i in ((0, 0), (1, 1)):
         row = case.target_logits[int(case.layout.cu_num_logits[r]) + i]
         draft = case.proposal.logits[r, min(i, 1)] if proposal == "dense" else torch.zeros(2100)
         if value == "nan":
@@ -103,22 +118,20 @@ def test_odd_logits(value, proposal, width):
         assert acceptance.next_token[0] == (1500 if value == "only_inf" else 0)
 
 
-@pytest.mark.parametrize("bad", [-1, -2, 1500, 1600, 2**40])
 @pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-def test_draft_ids_out_of_range(bad, proposal):
+def test_draft_ids_out_of_range(proposal):
     """1600 is a column of the last rank, but no id of the vocabulary."""
-    case = cases.accept_case(seed=13, requests=3, drafts=2, proposal=proposal, closeness=1.0, lengths=torch.full((3,), 2))
-    for r, i in ((0, 1), (1, 2), (2, 1)):
-        case.layout.token_ids[int(case.layout.query_start_loc[r]) + i] = bad
+    bad = (-1, -2, 1500, 1600, 2**40)
+    case = cases.accept_case(seed=13, requests=5, drafts=1, proposal=proposal, closeness=1.0, lengths=torch.ones(5))
+    for r, token in enumerate(bad):
+        case.layout.token_ids[int(case.layout.query_start_loc[r]) + 1] = token
     acceptance = equal_on_all_ranks(case, 2, 1024)
-    flag = dk.Flag.MISSING_DRAFT if bad == -1 else dk.Flag.BAD_TOKEN_ID
-    assert all(f & flag for f in acceptance.flags[[0, 2]].tolist())
+    for token, flags in zip(bad, acceptance.flags.tolist(), strict=True):
+        assert flags & (dk.Flag.MISSING_DRAFT if token == -1 else dk.Flag.BAD_TOKEN_ID)
 
 
-@pytest.mark.parametrize("width", [1024, 375])
-def test_empty_residual_draws_from_the_target(width):
-    """Dense: equal laws and a draft outside them. One-hot: all the mass is on a draft whose coin is irrelevant: it is accepted or,
-    where the temperature makes its chance 0, the residual is empty."""
+def test_empty_residual_draws_from_the_target(width=375):
+    """Equal laws, and a draft outside their support: nothing is left of [target - draft]+."""
     case = cases.accept_case(seed=19, requests=2, drafts=1, vocab=1100, lengths=torch.ones(2), dtype=torch.float32)
     case.sampling.temperature[:] = 1.0
     for r in range(2):
@@ -132,7 +145,7 @@ def test_empty_residual_draws_from_the_target(width):
 
 
 def test_anchors_advance_on_every_rank():
-    case = cases.accept_case(seed=3, requests=4, drafts=2, scattered=True, padding=1)
+    case = cases.accept_case(seed=3, requests=3, drafts=1, scattered=True, padding=1)
     slots = case.sampling.temperature.shape[0]
     advanced = dict(anchors=torch.full((slots,), -5), anchor_positions=torch.full((2 * slots,), -5, dtype=torch.int32)[::2])
     want = {name: tensor.clone() for name, tensor in advanced.items()}
@@ -144,7 +157,7 @@ def test_anchors_advance_on_every_rank():
 def test_one_workspace_for_all_phases_stays_clean():
     workspace = dk.Workspace(3, 2, 1500, "cpu")
     for proposal in ("dense", "one_hot"):
-        case = cases.accept_case(seed=2, requests=3, drafts=2, proposal=proposal)
+        case = cases.accept_case(seed=2, requests=2, drafts=2, proposal=proposal, rule="block")
         equal_on_all_ranks(case, 2, 1024, workspace=workspace)
         assert not workspace.counters.any()
 
@@ -179,7 +192,7 @@ def test_a_cut_leaf_keeps_the_law():
     )  # fmt: skip
     law = torch.softmax(torch.linspace(-1.5, 1.5, vocab), 0)
     case.target_logits[:] = law.log()
-    acceptance = shards.accept(case, 3, 5)[1]
+    acceptance = shards.accept(case, 3, 5)[0]
     seen = torch.bincount(acceptance.tokens[:, 0], minlength=vocab).double()
     statistic = float(((seen - requests * law) ** 2 / (requests * law)).sum())
     assert statistic < 45.0  # 13 degrees of freedom: beyond by chance once in 50000
@@ -205,7 +218,6 @@ def settings_of(**fields):
         (dict(phase="draw"), ValueError, "gathered: expected the parts of 2 phases"),
         (dict(phase="residual", gathered=(torch.zeros(2, 7).long(),)), ValueError, "gathered[0]: expected shape [2, "),
         (dict(out=torch.zeros(5).long()), ValueError, "out: expected shape"),
-        (dict(rule="block"), NotImplementedError, "accept_partial: rule: the block rule on vocabulary shards is not supported"),
         (dict(sampling=settings_of(top_p=torch.ones(3))), NotImplementedError, "accept_partial: sampling.top_p: filters"),
         (dict(sampling=settings_of(logit_bias=torch.zeros(3, 1500))), NotImplementedError, "accept_partial: sampling.logit_bias"),
         (dict(proposal=dk.SparseProposal(torch.zeros(3, 2, 4).long(), torch.zeros(3, 2, 4))), NotImplementedError,
@@ -216,7 +228,7 @@ def settings_of(**fields):
 )  # fmt: skip
 def test_bad_arguments_are_named(change, error, message):
     case = cases.accept_case(seed=0, requests=3, drafts=2)
-    arguments = case.arguments()
+    arguments = dict(layout=case.layout, sampling=case.sampling, state_indices=case.state_indices)
     arguments["target_logits"] = case.target_logits[:, :750]
     arguments["proposal"] = dataclasses.replace(case.proposal, logits=case.proposal.logits[..., :750])
     with pytest.raises(error) as caught:
@@ -224,7 +236,7 @@ def test_bad_arguments_are_named(change, error, message):
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
+@pytest.mark.parametrize("proposal", ["one_hot", pytest.param("dense", marks=pytest.mark.slow)])
 def test_opcheck(monkeypatch, proposal):
     calls = {}
     for name in ("_accept_partial", "_accept_finish"):
@@ -232,7 +244,7 @@ def test_opcheck(monkeypatch, proposal):
         seen = calls.setdefault(registered, [])
         keep = lambda *args, registered=registered, seen=seen: (seen.append(args), registered(*args))[1]  # noqa: E731
         monkeypatch.setattr(accept_shards, name, keep)
-    shards.accept(cases.accept_case(requests=2, drafts=1, vocab=130, proposal=proposal), 1, 130)
+    shards.accept(cases.accept_case(requests=1, drafts=1, vocab=130, proposal=proposal), 1, 130)
     assert sorted(len(seen) for seen in calls.values()) == [1, len(dk.accept_phases(PROPOSALS[proposal], sampling=settings_of()))]
     for registered, seen in calls.items():
         for arguments in seen:
@@ -251,7 +263,7 @@ def _all_phases(logits, layout, proposal, sampling):
 
 
 def test_compiles_into_one_graph():
-    case = cases.accept_case(seed=4, requests=2, drafts=2, vocab=300)
+    case = cases.accept_case(seed=4, requests=1, drafts=1, vocab=300)
     arguments = (case.target_logits, case.layout, case.proposal, case.sampling)
     have = torch.compile(_all_phases, fullgraph=True, backend="aot_eager")(*arguments)
     assert torch.equal(have, _all_phases(*arguments))
