@@ -75,7 +75,8 @@ def joined(blocks, vocab):
 
 
 def accept(case, shards, width, workspace=None, spoil=False, **advanced):
-    """What the first and the last rank's finish return. advanced: anchors, anchor_positions, copied for each rank and returned beside."""
+    """What the first and the last rank's finish return. advanced: anchors, anchor_positions, copied
+    for each rank and returned beside."""
     arguments = {name: getattr(case, name) for name in ("sampling", "rule", "state_indices")}
     logits, layout, proposal = case.target_logits, case.layout, case.proposal
     proposals = [proposal] * shards

@@ -230,8 +230,8 @@ def _row_masses(top_ptr, mass_ptr, stride_top, stride_mass, rows, has_row, shard
 
 @triton.jit
 def _record(
-    slot, row0, length, temperature, draft_temperature, gathered, law, layout, row_values_ptr, row_ids_ptr, shards, num_leaves, vocab,
-    WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+    slot, row0, length, temperature, draft_temperature, gathered, law, layout, row_values_ptr, row_ids_ptr, shards, num_leaves,
+    vocab, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The records (accept_rows.py) of all rows of a request, from the parts of all ranks."""
     row_words_ptr, row_logits_ptr, top_ptr, mass_ptr, draft_top_ptr, draft_mass_ptr, stride_part = gathered
@@ -250,7 +250,8 @@ def _record(
     tl.store(ids_of + STATUS, status, mask=live)
     if top_ptr is not None:
         scale = log2_scale(temperature)
-        top, mass = _row_masses(top_ptr, mass_ptr, 2 * stride_part, stride_part, rows, live, shards, num_leaves, scale, WIDTH, BLOCK)
+        top, mass = _row_masses(top_ptr, mass_ptr, 2 * stride_part, stride_part, rows, live, shards, num_leaves, scale, WIDTH,
+                                BLOCK)  # fmt: skip
         inverse = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
         mass_of = tl.where((top == POS_INF) | ((status & NONFINITE_ROW) > 0), first, SOFTMAX)
         draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
@@ -275,8 +276,8 @@ def _record(
             x = tl.max(tl.load(logits + 1, mask=there, other=NEG_INF), axis=1)
             soft = tl.full([WIDTH], SOFTMAX, tl.int32)
             if draft_lse_ptr is None:
-                draft_top, draft_mass = _row_masses(draft_top_ptr, draft_mass_ptr, 2 * stride_part, stride_part, rows, has_draft, shards,
-                                                    num_leaves, draft_scale, WIDTH, BLOCK)  # fmt: skip
+                draft_top, draft_mass = _row_masses(draft_top_ptr, draft_mass_ptr, 2 * stride_part, stride_part, rows, has_draft,
+                                                    shards, num_leaves, draft_scale, WIDTH, BLOCK)  # fmt: skip
                 reference = finite_or_zero(draft_top)
                 factor = 1.0 / tl.maximum(draft_mass, 1).to(tl.float32) * ONE
                 infinite = unpack_id(tl.max(tl.load(words + 1, mask=there, other=0), axis=1)).to(tl.int32)
@@ -299,12 +300,12 @@ def _record(
 
 @triton.jit
 def _judge(
-    slot, row0, length, temperature, draft_temperature, gathered, law, layout, seed_ptr, row_values_ptr, row_ids_ptr, shards, num_leaves,
-    vocab, JUDGE: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+    slot, row0, length, temperature, draft_temperature, gathered, law, layout, seed_ptr, row_values_ptr, row_ids_ptr, shards,
+    num_leaves, vocab, JUDGE: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the rule says, see accept_rules.py, beside the anchor's position."""
-    _record(slot, row0, length, temperature, draft_temperature, gathered, law, layout, row_values_ptr, row_ids_ptr, shards, num_leaves,
-            vocab, WIDTH, SHARDS, BLOCK)  # fmt: skip
+    _record(slot, row0, length, temperature, draft_temperature, gathered, law, layout, row_values_ptr, row_ids_ptr, shards,
+            num_leaves, vocab, WIDTH, SHARDS, BLOCK)  # fmt: skip
     stores_done()
     _, _, logits_indices_ptr, _, positions_ptr = layout
     anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
@@ -312,8 +313,8 @@ def _judge(
     seed = tl.zeros((), tl.int64)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr + slot)
-    accepted, wants = JUDGE(i, (row0 + i).to(tl.int64), length, layout, row_values_ptr, row_ids_ptr, None, temperature > 0.0, seed, anchor,
-                            vocab)  # fmt: skip
+    accepted, wants = JUDGE(i, (row0 + i).to(tl.int64), length, layout, row_values_ptr, row_ids_ptr, None, temperature > 0.0, seed,
+                            anchor, vocab)  # fmt: skip
     stores_done()
     return accepted, wants, anchor
 
@@ -366,8 +367,8 @@ def accept_residual_kernel(
         temperature, draft_temperature = _temperatures(temperature_ptr, draft_temperature_ptr, slot, length)
         scale, draft_scale = log2_scale(temperature), log2_scale(draft_temperature)
         accepted, wants, _ = _judge(
-            slot, row0, length, temperature, draft_temperature, gathered, law, layout, seed_ptr, row_values_ptr, row_ids_ptr, shards,
-            num_leaves, vocab, JUDGE, WIDTH, SHARDS, BLOCK,
+            slot, row0, length, temperature, draft_temperature, gathered, law, layout, seed_ptr, row_values_ptr, row_ids_ptr,
+            shards, num_leaves, vocab, JUDGE, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip
         leaf = item * CHUNK + tl.arange(0, CHUNK)
         ids = (first_leaf + leaf)[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
@@ -490,8 +491,8 @@ def accept_draw_kernel(
         temperature, draft_temperature = _temperatures(temperature_ptr, draft_temperature_ptr, slot, length)
         scale, draft_scale = log2_scale(temperature), log2_scale(draft_temperature)
         accepted, wants, anchor = _judge(
-            slot, row0, length, temperature, draft_temperature, gathered, law, layout, seed_ptr, row_values_ptr, row_ids_ptr, shards,
-            cut[1], vocab, JUDGE, WIDTH, SHARDS, BLOCK,
+            slot, row0, length, temperature, draft_temperature, gathered, law, layout, seed_ptr, row_values_ptr, row_ids_ptr,
+            shards, cut[1], vocab, JUDGE, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip
         seed = tl.load(seed_ptr + slot)
         if CHOOSE is not None:
@@ -538,7 +539,8 @@ def accept_draw_kernel(
                 position = anchor + accepted + 1
                 here = leaf * LEAF < vocab
                 weight = tl.where(here, weight, NEG_INF)
-                winner = unpack_id(_race(weight, leaf, leaf >= 0, tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, LEAVES))
+                first_leaf = tl.zeros((), tl.int32)
+                winner = unpack_id(_race(weight, leaf, here, first_leaf, seed, position, anchor, LEAF_STREAM, LEAVES))
                 ids = winner * LEAF + tl.arange(0, LEAF)
                 inside = (ids >= start) & (ids - start < held)
                 x = numbers(tl.load(target_row + ids - start, mask=inside, other=NEG_INF).to(tl.float32))
@@ -589,8 +591,9 @@ def accept_finish_kernel(
         else:
             token = tl.load(row_ids_ptr + (row0 + accepted).to(tl.int64) * IDS + FIRST, volatile=True).to(tl.int64)
         view = (None, None, vocab, None, None, None, None, None, None, None)  # no logits are read
-        emit(request, slot, row0, length, accepted, token, empty, anchor, temperature > 0.0, view, layout, outputs, None, row_values_ptr,
-             row_ids_ptr, log2_scale(temperature), num_requests, num_drafts, num_forward, word_ptr is not None, WIDTH)  # fmt: skip
+        emit(request, slot, row0, length, accepted, token, empty, anchor, temperature > 0.0, view, layout, outputs, None,
+             row_values_ptr, row_ids_ptr, log2_scale(temperature), num_requests, num_drafts, num_forward, word_ptr is not None,
+             WIDTH)  # fmt: skip
 
 
 _JUDGES = {"token": judge_token, "block": judge_block}

@@ -181,7 +181,7 @@ def draft_finish_kernel(
     anchors_ptr,  # [S]
     head,  # kernels/heads.py, of which W1 is read; or None
     hidden_ptr,  # [R, K, H] or None
-    scores,  # None or confidence: (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated, raw [S, K], their row strides)
+    scores,  # as in kernels/draft_rows.py, or None
     temperature_ptr, slots_ptr,  # [S], [R] or None
     tokens_ptr, lse_ptr,  # [S, K]; lse may be None
     flags_ptr,  # [R], those of earlier positions included
@@ -220,7 +220,8 @@ def draft_finish_kernel(
             _, _, sts_ptr, confidence_ptr, raw_ptr, stride_cs, stride_rs = scores
             if k > 0:
                 previous = tl.load(tokens_ptr + slot * stride_ts + column + k - 1)
-            logit = confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_size, stride_hr, stride_hk, WITH_MARKOV, 1024)
+            logit = confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_size, stride_hr, stride_hk,
+                                     WITH_MARKOV, 1024)  # fmt: skip
             tl.store(raw_ptr + slot * stride_rs + column + k, logit)
             if sts_ptr is not None:
                 logit = logit / tl.load(sts_ptr + first_draft + k)

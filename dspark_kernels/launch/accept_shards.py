@@ -29,4 +29,4 @@ def pick(arch: Arch, num_leaves: int, num_drafts: int) -> AcceptShardsConfig:
     pairs = 16 if arch.vendor == "interpreter" else 4
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
-    return AcceptShardsConfig(group, chunk, 64, num_warps=4, max_registers=200 if arch.vendor == "nvidia" else None)
+    return AcceptShardsConfig(group, chunk, 64, num_warps=4, max_registers=224 if arch.vendor == "nvidia" else None)

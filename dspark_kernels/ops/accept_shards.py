@@ -9,14 +9,13 @@ the whole vocabulary, to the bit where shards start at multiples of 1024 ids. So
         gathered += (all_gather(part),)
     acceptance = accept_finish(target_logits, layout, proposal, gathered=gathered, **common)
 
-| rows, rule | gathers | phases: int64 words per rank |
+| rows, rule | gathers | int64 words per rank: (n)ormalise, (r)esidual, (d)raw |
 | --- | --- | --- |
-| greedy (sampling=None), coupled | 1 | normalise: 5 per row |
-| token or block, one-hot proposal or none | 2 | normalise: 5 per row + 1.5 per row and leaf of 1024 ids; draw: 3 per request |
-| token or block, dense proposal | 3 | the same (3 per row and leaf without lse), residual: 1 per leaf of one row per request (block: \
-of every row) |
+| greedy (sampling=None), coupled | 1 | n: 5 per row |
+| token, block; one-hot proposal or none | 2 | n: 5 per row and 1.5 per leaf of each; d: 3 per request |
+| token, block; dense proposal | 3 | the same (without lse 3 per leaf); r: 1 per leaf of one row a request (block: of every row) |
 
-Rows are logit rows, their leaves those a shard can touch. A row of 151936 ids on 8 ranks is 20 leaves and 280 bytes per rank.
+Rows are logit rows, leaves those of 1024 ids that a shard can touch: a row of 151936 ids on 8 ranks has 20, 280 bytes a rank.
 """
 
 from __future__ import annotations

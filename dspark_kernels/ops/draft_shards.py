@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import library, workspace as workspaces
-from ..checks import LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type, not_yet
+from ..checks import check_choice, check_int, check_optional, check_tensor, check_type, not_yet
 from ..launch import arch, draft as draft_launch
 from ..types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, SamplingTensors
 from . import draft
@@ -259,8 +259,8 @@ def _stride(tensor, dim):
 
 @library.register(
     "draft_block_partial(Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, "
-    "Tensor? w2_scale, Tensor? temperature, Tensor? seed, Tensor? state_indices, Tensor tokens, Tensor(a!)? logits, Tensor(b!) part, "
-    "Tensor(c!) counters, bool with_lse, int vocab_start, int vocab_shards, int vocab_size, int position, int first_draft, "
+    "Tensor? w2_scale, Tensor? temperature, Tensor? seed, Tensor? state_indices, Tensor tokens, Tensor(a!)? logits, "
+    "Tensor(b!) part, Tensor(c!) counters, bool with_lse, int vocab_start, int vocab_shards, int vocab_size, int position, int first_draft, "
     "int column, bool coupled) -> ()"
 )
 def _draft_block_partial(
