@@ -144,22 +144,21 @@ def test_empty_residual_draws_from_the_target(width=375):
     assert acceptance.flags.tolist() == [int(dk.Flag.BAD_TOKEN_ID | dk.Flag.EMPTY_RESIDUAL)] * 2
 
 
-@pytest.mark.parametrize("width", [1024, 700])
-def test_a_rejected_draft_leaves_its_leaf(width):
+def test_a_rejected_draft_leaves_its_leaf(width=700):
     """Half the mass is on the draft, the other half on one id of another leaf, which every rejection must give."""
     case = cases.accept_case(
-        seed=23, requests=12, drafts=1, vocab=1400, proposal="one_hot", lengths=torch.ones(12), temperatures=(1.0,)
+        seed=23, requests=8, drafts=1, vocab=1400, proposal="one_hot", lengths=torch.ones(8), temperatures=(1.0,)
     )
     case.target_logits[:] = -INF
     case.target_logits[:, [10, 1300]] = 0.0
     case.layout.token_ids[case.layout.logits_indices[case.layout.cu_num_logits[:-1] + 1]] = 10
     acceptance = equal_on_all_ranks(case, 2, width)
     rejected = acceptance.num_accepted == 0
-    assert 2 < int(rejected.sum()) < 10 and (acceptance.next_token[rejected] == 1300).all()
+    assert 1 < int(rejected.sum()) < 8 and (acceptance.next_token[rejected] == 1300).all()
 
 
 def test_the_block_rule_sums_what_is_kept():
-    case = cases.accept_case(seed=2, requests=24, drafts=3, vocab=40, closeness=0.5, rule="block", temperatures=(1.0,))
+    case = cases.accept_case(seed=2, requests=14, drafts=3, vocab=40, closeness=0.5, rule="block", temperatures=(1.0,))
     acceptance = equal_on_all_ranks(case, 2, 24, exact=False)
     assert len(set(acceptance.num_accepted.tolist())) > 2
 

@@ -35,7 +35,7 @@ def without_lse(block):
     return dataclasses.replace(block, proposal=dataclasses.replace(block.proposal, lse=None))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_whole_units_give_the_bits_of_the_whole_op(data):
     """On a dyadic grid, where the host's matrix product is exact whatever the tile it is given."""
