@@ -203,8 +203,8 @@ def test_requests_without_logits_and_an_empty_batch():
 
 @pytest.mark.slow
 def test_a_cut_leaf_keeps_the_law():
-    """Chi-square of the first emitted token, one-hot drafts, 14 ids cut into 5, 5, 4: 600 requests of different seeds."""
-    requests, vocab = 600, 14
+    """Chi-square of the first emitted token, one-hot drafts, 14 ids cut into 5, 5, 4: 160 requests of different seeds."""
+    requests, vocab = 160, 14
     case = cases.accept_case(
         seed=1, requests=requests, drafts=1, vocab=vocab, proposal="one_hot", dtype=torch.float32,
         lengths=torch.ones(requests), temperatures=(1.0,),
@@ -216,7 +216,7 @@ def test_a_cut_leaf_keeps_the_law():
     statistic = float(((seen - requests * law) ** 2 / (requests * law)).sum())
     assert statistic < 45.0  # 13 degrees of freedom: beyond by chance once in 50000
     uniform = float(((seen - requests / vocab) ** 2 / (requests / vocab)).sum())
-    assert uniform > 100.0, "the test would not tell the law from another"
+    assert uniform > 60.0, "the test would not tell the law from another"
 
 
 # --- arguments and registration ---------------------------------------------------------------------------------------
