@@ -39,7 +39,7 @@ import torch  # noqa: E402
 
 import dspark_kernels as dk  # noqa: E402
 from dspark_kernels.launch import arch as archs  # noqa: E402
-from dspark_kernels.ops import attention  # noqa: E402
+from dspark_kernels.ops import accept_shards, attention, draft_shards  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "compile.csv"
@@ -273,6 +273,58 @@ def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, propo
     )
 
 
+def _cut(shards):
+    """The first of `shards` equal shards of the vocabulary."""
+    return dict(vocab_start=0, vocab_shards=shards, vocab_size=VOCAB)
+
+
+def _draft_shard(requests, *, shards=8, dtype=torch.bfloat16, rank=RANK, sampled=True, lse=True, confidence=True, finish=False,
+                 w2_dtype=None, **options):  # fmt: skip
+    """The second position of a block on a rank: its part, or the draft from the parts of all ranks."""
+    width = -(-VOCAB // shards)
+    head = None
+    if rank:
+        scale = _empty(width, dtype=torch.float32) if w2_dtype else None
+        head = dk.MarkovHead(_empty(VOCAB, rank, dtype=dtype), _empty(width, rank, dtype=w2_dtype or dtype), scale)
+    proposal = dk.OneHotProposal()
+    if sampled:
+        scores = _empty(requests, DRAFTS, dtype=torch.float32) if lse else None
+        proposal = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=scores)
+    scores = [_empty(requests, DRAFTS, dtype=torch.float32) if confidence else None for _ in range(2)]
+    block = dk.DraftBlock(_ints(requests, DRAFTS), proposal, _ints(requests, dtype=torch.int32), *scores)
+    scorer = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(DRAFTS))
+    common = dict(position=1, sampling=_sampling(requests) if sampled else None, confidence=scorer if confidence else None)
+    common |= _cut(shards)
+    if not finish:
+        base = _empty(requests, DRAFTS, width, dtype=dtype)
+        workspace = dk.Workspace(requests, DRAFTS, VOCAB, "cpu")
+        return dk.draft_block_partial(
+            base, _ints(requests), head, anchor_positions=_ints(requests), block=block, workspace=workspace, **common, **options
+        )
+    hidden = _empty(requests, DRAFTS, HIDDEN, dtype=dtype) if confidence else None
+    gathered = _ints(shards, draft_shards.part_words(requests, width, sampled and lse))
+    return dk.draft_block_finish(gathered, block, _ints(requests), head, hidden=hidden, **common)
+
+
+def _accept_shard(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="lse", sampled=True, rule="token"):
+    """A phase of acceptance on a rank, or its finish."""
+    width = -(-VOCAB // shards)
+    law = None
+    if proposal != "one_hot":
+        lse = _empty(requests, DRAFTS, dtype=torch.float32) if proposal == "lse" else None
+        law = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=lse)
+    common = dict(sampling=_sampling(requests) if sampled else None, rule=rule) | _cut(shards)
+    logits, layout = _empty(requests * (DRAFTS + 1), width, dtype=dtype), _rows(requests, DRAFTS)
+    phases = dk.accept_phases(law, sampling=common["sampling"], rule=rule)
+    before = phases if phase == "finish" else phases[: phases.index(phase)]
+    gathered = tuple(_ints(shards, accept_shards.part_words(logits, layout, law, phase=name, **common)) for name in before)
+    if phase == "finish":
+        anchors = dict(anchors=_ints(requests), anchor_positions=_ints(requests))
+        return dk.accept_finish(logits, layout, law, gathered=gathered, **anchors, **common)
+    workspace = dk.Workspace(requests, DRAFTS, VOCAB, "cpu")
+    return dk.accept_partial(logits, layout, law, phase=phase, gathered=gathered, workspace=workspace, **common)
+
+
 def _attention(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, page_size=16, dtype=torch.bfloat16, cache=None,
                mask="chain", cached=False, invariant=False, slots=None, sinks=False, **options):  # fmt: skip
     """The attention of a step whose plan is there already, or with `head_dim` None the plan itself."""
@@ -496,6 +548,42 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "dense_adjust": lambda: _accept(64, adjust=True),
         "one_hot_all": lambda: _accept(64, proposal="one_hot", filters=True, adjust=True, logprobs="raw"),
         "sparse_all": lambda: _accept(64, proposal="sparse", filters=True, adjust=True, logprobs="processed"),
+    },
+    "draft_block_partial": {
+        "sampled_r1": lambda: _draft_shard(1),
+        "sampled_r64": lambda: _draft_shard(64),
+        "sampled_r64_two": lambda: _draft_shard(64, shards=2),
+        "no_lse_r64": lambda: _draft_shard(64, lse=False),
+        "coupled_r64": lambda: _draft_shard(64, noise="coupled"),
+        "int8_r64": lambda: _draft_shard(64, w2_dtype=torch.int8),
+        "fp8_r64": lambda: _draft_shard(64, w2_dtype=torch.float8_e4m3fn),
+        "plain_r64": lambda: _draft_shard(64, rank=0, confidence=False),
+        "greedy_r64": lambda: _draft_shard(64, sampled=False),
+    },
+    "draft_block_finish": {
+        "sampled_r64": lambda: _draft_shard(64, finish=True),
+        "greedy_r64": lambda: _draft_shard(64, sampled=False, confidence=False, finish=True),
+    },
+    "accept_partial": {
+        "normalise_dense": lambda: _accept_shard(64, "normalise"),
+        "normalise_dense_fp32": lambda: _accept_shard(64, "normalise", dtype=torch.float32),
+        "normalise_swept": lambda: _accept_shard(64, "normalise", proposal="no lse"),
+        "normalise_one_hot": lambda: _accept_shard(64, "normalise", proposal="one_hot"),
+        "normalise_greedy": lambda: _accept_shard(64, "normalise", sampled=False),
+        "normalise_coupled": lambda: _accept_shard(64, "normalise", rule="coupled"),
+        "residual": lambda: _accept_shard(64, "residual"),
+        "residual_two": lambda: _accept_shard(64, "residual", shards=2),
+        "residual_swept": lambda: _accept_shard(64, "residual", proposal="no lse"),
+        "residual_block": lambda: _accept_shard(64, "residual", rule="block"),
+        "draw_dense": lambda: _accept_shard(64, "draw"),
+        "draw_one_hot": lambda: _accept_shard(64, "draw", proposal="one_hot"),
+        "draw_block": lambda: _accept_shard(64, "draw", rule="block"),
+        "draw_block_one_hot": lambda: _accept_shard(64, "draw", proposal="one_hot", rule="block"),
+    },
+    "accept_finish": {
+        "drawn": lambda: _accept_shard(64, "finish"),
+        "drawn_swept": lambda: _accept_shard(64, "finish", proposal="no lse"),
+        "greedy": lambda: _accept_shard(64, "finish", sampled=False),
     },
 }
 
