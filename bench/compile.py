@@ -349,11 +349,15 @@ def _constant(value) -> str:
 
 
 def _argument(value, parameter) -> str:
-    """What the compiler sees of an argument: its type, and whether its value is 1 or a multiple of 16."""
+    """What the compiler sees of an argument: its type, and whether its value is 1 or a multiple of 16; of a tuple, its parts."""
     if parameter.is_constexpr:
         return f"constant {_constant(value)}"
     if value is None:
         return "None"
+    if isinstance(value, tuple):
+        return f"({', '.join(_argument(part, parameter) for part in value)})"
+    if hasattr(value, "fn") or type(value).__name__ == "constexpr":
+        return f"constant {_constant(value)}"  # inside a tuple the type says what is constant
     if isinstance(value, torch.Tensor):
         return f"*{value.dtype}" + (":16" if value.data_ptr() % 16 == 0 else "")
     if isinstance(value, int) and not isinstance(value, bool):
