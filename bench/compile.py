@@ -127,7 +127,7 @@ def _draft_layout(requests, *, anchor_first=True, paged=False):
     )
 
 
-def _schedule(requests, *, drafts=DRAFTS, policy="causal", stale=False, paged=True, drafting=True, slots=None):
+def _schedule(requests, *, drafts=DRAFTS, policy="causal", stale=False, paged=True, drafting=True, slots=None, **options):
     size = requests if slots is None else slots
     int32 = functools.partial(_ints, dtype=torch.int32)
     block = dk.DraftBlock(_ints(size, drafts), dk.OneHotProposal(), int32(requests), torch.ones(size, drafts))
@@ -144,6 +144,7 @@ def _schedule(requests, *, drafts=DRAFTS, policy="causal", stale=False, paged=Tr
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         workspace=dk.Workspace(requests, drafts, VOCAB, "cpu"),
         **pages,
+        **options,
     )
 
 
