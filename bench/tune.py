@@ -324,7 +324,7 @@ def tune(name: str, arch: Arch, kernels: Sequence[str], path: Path, tools, most:
     """Time the entries of this GPU's table, the most important first. tools: submit, timer(kernel, shape, config), facts()."""
     start = table.FOLDER / f"{name}.json"
     entries = table.read(path if path.exists() else start if start.exists() else table.FOLDER / f"{arch.family}.json")
-    source = timing.source_digest()
+    source = timing.source_digest(tables=False)  # which is what changes here
     todo, left = ordered(entries, kernels), 0
     for count, (kernel, number, entry) in enumerate(todo, 1):
         head, tuned = f"[{count}/{len(todo)}] {label(kernel, entry.shape)}", KERNELS[kernel]
