@@ -84,6 +84,12 @@ def _attention_spec(cases, attention_cases, shape):
     return attention_cases.Attention(32, 8192, query_heads=8 * group, head_dim=shape["head"])
 
 
+def _layout_call(compile, shape):
+    requests = shape["requests"]
+    few = requests <= 256
+    compile._layout(requests, prefill=not few, paged=True, slots=requests + (44 if few else 76))  # as in the report
+
+
 def _schedule_requests(shape) -> int:
     return shape["candidates"] // 8
 
@@ -107,7 +113,7 @@ KERNELS = {
     ),
     "layout": Tuned(
         op="fixed_layout",
-        call=lambda compile, shape: compile._layout(shape["requests"], paged=True),
+        call=_layout_call,
         spec=lambda cases, attention_cases, shape: cases.Fixed(shape["requests"]),
         space=dict(block=(64, 128, 256, 512), num_warps=(1, 2, 4, 8)),
         flight=lambda shape, config: 32 * config["block"],
