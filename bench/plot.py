@@ -179,22 +179,25 @@ def launch_counts(figure, rows: Sequence[launches.Row]) -> None:
     figure.suptitle(f"counted by {rows[0].method}{bound}", fontsize=8)
 
 
+def _error(share: float, count: float) -> float:
+    """Standard error of a share of `count`."""
+    return (share * (1 - share) / max(1.0, count)) ** 0.5
+
+
 def acceptance_curves(figure, rounds: dict) -> None:
     """Left: chance that draft k is accepted given the ones before it; right: that it is reached and accepted."""
     figure.set_size_inches(9, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (domain, found) in enumerate(rounds.items()):
-        survived = found.survived.double()
-        reach = survived.mean(0)
-        before = [1.0, *reach.tolist()[:-1]]
-        errors = []
-        for share, reached in zip((reach / reach.new_tensor(before)).tolist(), before, strict=True):
-            errors.append((share * (1 - share) / max(1.0, reached * len(found))) ** 0.5)
+        reach = found.survived.double().mean(0).tolist()
+        before = [1.0, *reach[:-1]]
+        given = [now / then for now, then in zip(reach, before, strict=True) if then]  # as far as anybody came
+        errors = [_error(share, then * len(found)) for share, then in zip(given, before, strict=False)]
         style = dict(marker=MARKERS[number], linestyle=LINES[number], color=("black", "0.35", "0.55")[number % 3], capsize=2)
         at = range(1, found.drafts + 1)
         label = f"{domain}: {found.tokens_per_round:.2f} tokens per round, {len(found)} rounds"
-        left.errorbar(at, [r / b for r, b in zip(reach.tolist(), before, strict=True)], yerr=errors, label=label, **style)
-        right.errorbar(at, reach.tolist(), yerr=[(p * (1 - p) / len(found)) ** 0.5 for p in reach.tolist()], **style)
+        left.errorbar(at[: len(given)], given, yerr=errors, label=label, **style)
+        right.errorbar(at, reach, yerr=[_error(share, len(found)) for share in reach], **style)
     left.set(xlabel="draft position", ylabel="accepted, of those whose predecessors were", ylim=(0, 1))
     right.set(xlabel="draft position", ylabel="accepted with all predecessors")
     for panel in (left, right):
@@ -275,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, (name, draw, reader) in enumerate(todo, 1):
         try:
             written = ", ".join(path.name for path in save(draw, reader(), out / name))
-        except (LookupError, ValueError, TypeError) as error:
+        except (OSError, LookupError, ValueError, TypeError) as error:
             written, wrong = f"cannot be drawn: {type(error).__name__}: {kernels.first_line(error)}", wrong + 1
         print(f"[{number}/{len(todo)}] {name}: {written}", flush=True)
     for kind in ("kernels", "round"):

@@ -81,7 +81,7 @@ ATTENTION = {
         (None, 128, 2, 2): (64, 64, 8, 3, 32, 2, 132, 4),
         (32, 128, 2, 2): (32, 64, 4, 3, 32, 2, 264, 4),
         (5, 80, 2, 2): (16, 64, 4, 3, 32, 2, 264, 4),
-        (33, 256, 2, 1): (64, 32, 8, 3, 32, 2, 132, 8),
+        (33, 256, 2, 1): (32, 32, 8, 3, 32, 2, 132, 8),  # a tile of 64 x 256 spilled
         (100, 64, 4, 4): (16, 16, 8, 3, 16, 2, 132, 16),
     },
     "sm_86": {(8, 32, 2, 2): (16, 64, 4, 3, 32, 2, 168, 4), (8, 64, 2, 2): (16, 64, 4, 3, 32, 2, 84, 4)},
@@ -97,8 +97,9 @@ def test_the_tables_hold_what_was_chosen_before_there_were_tables():
             assert schedule.pick(known, candidates, rows) == schedule.ScheduleConfig(block, sort, warps, registers)
     for known in arch.KNOWN.values():
         assert [layout.pick(known, n) for n in (1, 512, 513)] == [layout.LayoutConfig(128, 4)] * 2 + [layout.LayoutConfig(256, 8)]
-        plans = [attention.pick_plan(known, n) for n in (1, 512, 513)]
-        assert plans == [attention.PlanConfig(128, 4)] * 2 + [attention.PlanConfig(512, 16)]
+        plans = [attention.pick_plan(known, n) for n in (1, 128, 512, 513)]
+        few = attention.PlanConfig(128, 8 if known.name == "sm_89" else 4)  # 4 warps have a stack there at 256 requests
+        assert plans == [attention.PlanConfig(128, 4)] * 2 + [few, attention.PlanConfig(512, 16)]
     for name, cases in ATTENTION.items():
         for (rows, *rest), want in cases.items():
             found = attention.pick(arch.KNOWN[name], rows, *rest, 8)
