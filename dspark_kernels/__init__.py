@@ -29,6 +29,7 @@ from .types import (
     Stream,
     VerifyLayout,
 )
+from .warmup import warmup
 from .workspace import Workspace
 
 __version__ = "0.1.0"

@@ -47,7 +47,11 @@ class Stream(enum.IntEnum):
 class Penalties(Checked):
     """Repetition, presence and frequency penalties over sparse token counts.
 
-    repetition, presence, frequency: fp32 [S] or None; token_ids: int64 or int32 [S, T], -1 = unused; counts: int32 [S, T].
+    token_ids: int64 or int32 [S, T], each token at most once a slot, -1 = unused. counts: int32 [S, T], how often the request
+    has emitted it, the anchor included; 0 for a token that only the prompt holds. repetition (> 0), presence, frequency: fp32 [S]
+    or None. For a listed token and one drafted earlier in this round, x becomes x / repetition (x > 0) or x * repetition; then
+    frequency * n and, if n > 0, presence are taken off, n = count + occurrences among the drafts before. Sources: repetition,
+    Keskar et al. arXiv 1909.05858; presence and frequency, the OpenAI API reference.
     """
 
     token_ids: Tensor
@@ -57,10 +61,10 @@ class Penalties(Checked):
     frequency: Tensor | None = None
 
     def _check(self):
-        ids = self._tensor("token_ids", dtype=INT_DTYPES, shape=("S", "T"))
-        self._tensor("counts", dtype=torch.int32, shape=tuple(ids.shape), device=ids.device)
+        ids = self._tensor("token_ids", dtype=INT_DTYPES, shape=("S", "T"), last_contiguous=True)
+        self._tensor("counts", dtype=torch.int32, shape=tuple(ids.shape), device=ids.device, last_contiguous=True)
         for field in ("repetition", "presence", "frequency"):
-            self._optional(field, dtype=_FLOAT, shape=(ids.shape[0],), device=ids.device)
+            self._optional(field, dtype=_FLOAT, shape=(ids.shape[0],), device=ids.device, contiguous=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +73,8 @@ class SamplingTensors(Checked):
 
     temperature: fp32 [S], 0 = greedy. seed: int64 [S], the Philox key. Optional: top_k int32 [S] (off: <= 0 or >= V; 1 is
     greedy), top_p fp32 [S] (off: >= 1), min_p fp32 [S] (off: <= 0), filter_order "top_k_first" or "joint", logit_bias
-    [S, V], token_bitmask int32 [rows, ceil(V/32)] (bit 1 = allowed, lowest bit first), penalties.
+    [S, V], token_bitmask int32 [rows, ceil(V/32)] (bit 1 = allowed, lowest bit first; rows = rows of target logits in
+    acceptance, [S, K] in drafting), penalties.
     Order: penalties and bias, mask, temperature, top_k (ties: lowest ids), renormalise, top_p (the crossing token is kept),
     renormalise, min_p against the maximum; "joint" judges top_k and top_p on the unfiltered law.
     """

@@ -18,6 +18,7 @@ from dspark_kernels.types import (
     MarkovHead,
     OneHotProposal,
     PagedKV,
+    Penalties,
     SamplingTensors,
     VerifyLayout,
 )
@@ -95,14 +96,58 @@ def _normal(g, *shape, scale=1.0, dtype=torch.float32, grid=None) -> Tensor:
     return x.to(dtype)
 
 
-def sampling_tensors(seed: int, slots: int, temperatures=TEMPERATURES) -> SamplingTensors:
-    """Mixed temperatures (greedy rows among sampled ones) and 63-bit seeds."""
+ADJUSTMENTS = ("bias", "mask", "repetition", "presence", "frequency")
+FILTERS = ("top_k", "top_p", "min_p")
+
+
+def sampling_tensors(
+    seed: int,
+    slots: int,
+    temperatures=TEMPERATURES,
+    *,
+    vocab: int = 0,
+    mask_rows: int | tuple = 0,
+    adjust=(),
+    filters=(),
+    listed: int = 6,
+    filter_order: str = "top_k_first",
+    bias_dtype: torch.dtype = torch.float32,
+    grid: float | None = None,
+) -> SamplingTensors:
+    """Mixed temperatures (greedy rows among sampled ones) and 63-bit seeds; `adjust` of ADJUSTMENTS, `filters` of FILTERS.
+
+    mask_rows: leading shape of the bit mask. listed: entries of the penalties' lists, some unused. Every filter is off in some
+    slots, and what is beyond a mask's last id is garbage.
+    """
     g = _generator(seed)
     choice = torch.randint(0, len(temperatures), (slots,), generator=g)
-    return SamplingTensors(
+    tensors = dict(
         temperature=torch.tensor(temperatures, dtype=torch.float32)[choice],
         seed=torch.randint(-(2**63), 2**63 - 1, (slots,), generator=g),
     )
+    pick = lambda values, dtype: torch.tensor(values, dtype=dtype)[torch.randint(0, len(values), (slots,), generator=g)]  # noqa: E731
+    if "top_k" in filters:
+        tensors["top_k"] = pick([0, 1, 2, 5, max(1, vocab // 3), vocab], torch.int32)
+    if "top_p" in filters:
+        tensors["top_p"] = pick([1.0, 0.1, 0.5, 0.9, 0.95], torch.float32)
+    if "min_p" in filters:
+        tensors["min_p"] = pick([0.0, 0.01, 0.2], torch.float32)
+    if "bias" in adjust:
+        tensors["logit_bias"] = _normal(g, slots, vocab, dtype=bias_dtype, grid=grid)
+    if "mask" in adjust:
+        rows = mask_rows if isinstance(mask_rows, tuple) else (mask_rows,)
+        words = torch.randint(-(2**31), 2**31, (*rows, -(-vocab // 32)), generator=g)
+        tensors["token_bitmask"] = (words | torch.randint(-(2**31), 2**31, words.shape, generator=g)).to(torch.int32)
+    if set(adjust) & {"repetition", "presence", "frequency"}:
+        order = torch.rand(slots, max(vocab, listed), generator=g).argsort(1)[:, :listed]
+        unused = (torch.rand(order.shape, generator=g) < 0.2) | (order >= vocab)
+        strengths = {"repetition": [1.0, 1.25, 0.8], "presence": [0.0, 0.5, -0.25], "frequency": [0.0, 0.25, -0.5]}
+        tensors["penalties"] = Penalties(
+            token_ids=torch.where(unused, -1, order),
+            counts=torch.randint(0, 4, order.shape, generator=g).to(torch.int32),
+            **{name: pick(values, torch.float32) for name, values in strengths.items() if name in adjust},
+        )
+    return SamplingTensors(**tensors, filter_order=filter_order)
 
 
 def slot_map(seed: int, requests: int, padding: int = 0) -> Tensor:

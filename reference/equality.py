@@ -6,11 +6,7 @@ request, taken the other way, must explain it; and near ties may not be more tha
 
 import itertools
 
-from .decisions import NEAR, Decisions
-
-# A decision's margin is near with a chance of about twice its width (a log-uniform gap near 0 has density at most 1 on each
-# side); the bound is 3 + 10 times what is expected.
-_CHANCE = 2 * NEAR
+from .decisions import Decisions
 
 
 def assert_equal_or_tied(run, actual, exempt=True):
@@ -21,7 +17,7 @@ def assert_equal_or_tied(run, actual, exempt=True):
     decisions = Decisions()
     want = run(decisions)
     near = decisions.near()
-    assert len(near) <= 3 + 10 * _CHANCE * decisions.total, f"{len(near)} near ties among {decisions.total} decisions"
+    assert len(near) <= 3 + 10 * decisions.expected, f"{len(near)} near ties among {decisions.total} decisions"
     assert actual.keys() == want.keys()
     for request, outcome in actual.items():
         if outcome == want[request]:

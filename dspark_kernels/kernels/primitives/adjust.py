@@ -1,0 +1,118 @@
+"""What a request asks to be done to a logit before temperature: penalties, additive bias, bit mask, in this order, in fp32.
+
+x = x / repetition (x > 0) or x * repetition, where the token is listed or on the path; x -= frequency * n and, if n > 0,
+x -= presence, n = listed count + occurrences on the path; x += bias; -inf where the mask has a 0. Symbols: S state slots, T listed
+tokens of a slot, path = the drafts before a row. Oracle: reference/sampling.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .mass import NEG_INF
+
+LISTED = tl.constexpr(128)  # listed tokens compared at once
+NOBODY = tl.constexpr(2147483647)
+
+
+@triton.jit
+def no_path(j, path):
+    """PATH of rows that have none."""
+    return path
+
+
+@triton.jit
+def _penalised(x, repetition, presence, frequency, n):
+    x = tl.where(x > 0.0, tl.div_rn(x, repetition + x * 0.0), x * repetition)
+    x = x - frequency * n.to(tl.float32)
+    return tl.where(n > 0, x - presence, x)
+
+
+@triton.jit
+def _of_slot(pointer, slots, neutral):
+    """fp32 [ROWS, 1]: a setting of each row's slot, or what changes nothing."""
+    if pointer is None:
+        setting = tl.zeros_like(slots).to(tl.float32) + neutral
+    else:
+        setting = tl.load(pointer + slots, mask=slots >= 0, other=neutral)
+    return setting[:, None]
+
+
+@triton.jit
+def _listed(listed_ptr, stride_l, slots, first, num_listed):
+    """int32 [ROWS, LISTED]: tokens first .. of each row's list, -1 where there is none."""
+    entry = first + tl.arange(0, LISTED)
+    inside = (slots >= 0)[:, None] & (entry < num_listed)[None, :]
+    return tl.load(listed_ptr + slots[:, None] * stride_l + entry[None, :], mask=inside, other=-1).to(tl.int32)
+
+
+@triton.jit
+def _occurrences(token, path, path_max, PATH: tl.constexpr):
+    n = token * 0
+    for j in range(path_max):
+        n += tl.where((PATH(j, path).to(tl.int32) == token) & (token >= 0), 1, 0)
+    return n
+
+
+@triton.jit
+def _with_penalties(x, ids, inside, slots, penalties, path, path_max, PATH: tl.constexpr):
+    listed_ptr, stride_l, counts_ptr, stride_c, num_listed, repetition_ptr, presence_ptr, frequency_ptr = penalties
+    repetition = _of_slot(repetition_ptr, slots, 1.0)
+    presence = _of_slot(presence_ptr, slots, 0.0)
+    frequency = _of_slot(frequency_ptr, slots, 0.0)
+    ids = ids.to(tl.int32)
+    low = tl.min(tl.where(inside, ids, NOBODY), axis=1)
+    high = tl.max(tl.where(inside, ids, -1), axis=1)
+    # A token of the list is looked for in the tile only where it lies between the tile's ids: a few per tile.
+    for first in range(0, num_listed, LISTED):
+        token = _listed(listed_ptr, stride_l, slots, first, num_listed)
+        hit = (token >= low[:, None]) & (token <= high[:, None]) & (token >= 0)
+        if tl.max(tl.max(hit.to(tl.int32), axis=1), axis=0) > 0:
+            entry = first + tl.arange(0, LISTED)
+            count = tl.load(counts_ptr + slots[:, None] * stride_c + entry[None, :], mask=hit, other=0)
+            left = tl.where(hit, token, NOBODY)
+            current = tl.min(left, axis=1)
+            while tl.min(current, axis=0) < NOBODY:
+                here = left == current[:, None]
+                n = tl.sum(tl.where(here & hit, count, 0), axis=1) + _occurrences(current, path, path_max, PATH)
+                changed = _penalised(x, repetition, presence, frequency, n[:, None])
+                x = tl.where((ids == current[:, None]) & inside, changed, x)
+                left = tl.where(here, NOBODY, left)
+                current = tl.min(left, axis=1)
+    for j in range(path_max):
+        token = PATH(j, path).to(tl.int32)
+        near = (token >= low) & (token <= high) & (token >= 0)
+        if tl.max(near.to(tl.int32), axis=0) > 0:
+            known = tl.where(near, 0, 1)
+            for i in range(j):
+                known = known | tl.where(PATH(i, path).to(tl.int32) == token, 1, 0)
+            for first in range(0, num_listed, LISTED):
+                same = _listed(listed_ptr, stride_l, slots, first, num_listed) == token[:, None]
+                known = known | tl.max(same.to(tl.int32), axis=1)
+            n = _occurrences(token, path, path_max, PATH)
+            changed = _penalised(x, repetition, presence, frequency, n[:, None])
+            x = tl.where((ids == token[:, None]) & inside & (known == 0)[:, None], changed, x)
+    return x
+
+
+@triton.jit
+def adjusted(x, ids, inside, slots, mask_rows, settings, path, path_max, PATH: tl.constexpr):
+    """fp32 logits x [ROWS, WIDTH] of token ids [ROWS, WIDTH] after everything that comes before temperature.
+
+    inside: which of them exist. slots: int64 [ROWS], -1 = a row of nobody. mask_rows: int64 [ROWS], row of the bit mask.
+    settings = (bias, mask, penalties), each None or a tuple: bias (pointer [S, V], row stride); mask (pointer int32
+    [rows, words], row stride); penalties (token ids [S, T], row stride, counts int32 [S, T], row stride, T, then pointers fp32 [S]
+    or None of repetition, presence and frequency). PATH(j, path): int64 [ROWS], the path's token j, -1 where a row's path is
+    shorter, j < path_max. NaN stays NaN.
+    """
+    bias, mask, penalties = settings
+    ids = ids + tl.zeros_like(x).to(tl.int32)
+    if penalties is not None:
+        x = _with_penalties(x, ids, inside, slots, penalties, path, path_max, PATH)
+    if bias is not None:
+        bias_ptr, stride_b = bias
+        x += tl.load(bias_ptr + slots[:, None] * stride_b + ids, mask=inside & (slots >= 0)[:, None], other=0.0).to(tl.float32)
+    if mask is not None:
+        mask_ptr, stride_m = mask
+        words = tl.load(mask_ptr + mask_rows[:, None] * stride_m + (ids >> 5), mask=inside & (slots >= 0)[:, None], other=-1)
+        x = tl.where(((words >> (ids & 31).to(tl.int32)) & 1) == 0, NEG_INF, x)
+    return x

@@ -1,0 +1,109 @@
+"""SamplingTensors on their way to a kernel: checked against the call, flat through torch.library, bundled for a launch.
+
+What the settings do is said in types.SamplingTensors; the device functions are kernels/primitives/{adjust,filters}.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..checks import check_optional, check_tensor, check_type
+from ..types import SamplingTensors
+
+# The arguments of an op that takes sampling settings, in `Flat`'s order.
+SCHEMA = (
+    "Tensor? temperature, Tensor? seed, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? logit_bias, Tensor? token_bitmask, "
+    "Tensor? listed, Tensor? counts, Tensor? repetition, Tensor? presence, Tensor? frequency, bool joint"
+)
+
+
+class Flat(NamedTuple):
+    """Sampling settings as an op's arguments; all None for a greedy call."""
+
+    temperature: Tensor | None = None
+    seed: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    logit_bias: Tensor | None = None
+    token_bitmask: Tensor | None = None
+    listed: Tensor | None = None
+    counts: Tensor | None = None
+    repetition: Tensor | None = None
+    presence: Tensor | None = None
+    frequency: Tensor | None = None
+    joint: bool = False
+
+    @property
+    def filters(self) -> tuple | None:
+        """(top_k, top_p, min_p) where any of them is given."""
+        given = (self.top_k, self.top_p, self.min_p)
+        return None if all(tensor is None for tensor in given) else given
+
+    @property
+    def adjusts(self) -> bool:
+        return any(tensor is not None for tensor in (self.logit_bias, self.token_bitmask, self.listed))
+
+
+def flatten(sampling: SamplingTensors | None) -> Flat:
+    if sampling is None:
+        return Flat()
+    penalties = sampling.penalties
+    return Flat(
+        sampling.temperature,
+        sampling.seed,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.logit_bias,
+        sampling.token_bitmask,
+        *((None,) * 5 if penalties is None else (
+            penalties.token_ids, penalties.counts, penalties.repetition, penalties.presence, penalties.frequency
+        )),
+        sampling.filter_order == "joint",
+    )  # fmt: skip
+
+
+def adjust_settings(sampling: SamplingTensors | Flat | None) -> tuple:
+    """The `settings` of primitives/adjust.py."""
+    flat = sampling if isinstance(sampling, Flat) else flatten(sampling)
+    bias = None if flat.logit_bias is None else (flat.logit_bias, flat.logit_bias.stride(0))
+    mask = None
+    if flat.token_bitmask is not None:
+        words = flat.token_bitmask.flatten(0, -2)  # [S, K, words] of a drafter: row slot * K + k
+        mask = (words, words.stride(0))
+    penalties = None
+    if flat.listed is not None:
+        penalties = (
+            flat.listed, flat.listed.stride(0), flat.counts, flat.counts.stride(0), flat.listed.shape[1],
+            flat.repetition, flat.presence, flat.frequency,
+        )  # fmt: skip
+    return bias, mask, penalties
+
+
+def check_sampling(sampling: SamplingTensors | None, *, slots: int | None, vocab: int, mask_shape: tuple, device) -> None:
+    """Check settings against a call. slots: S where known; vocab: V; mask_shape: leading shape of token_bitmask."""
+    if sampling is None:
+        return
+    check_type("sampling", sampling, SamplingTensors)
+    check_tensor("sampling.temperature", sampling.temperature, shape=("S" if slots is None else slots,), device=device)
+    check_optional("sampling.logit_bias", sampling.logit_bias, shape=(sampling.temperature.shape[0], vocab), device=device)
+    if sampling.token_bitmask is not None:
+        mask = check_tensor("sampling.token_bitmask", sampling.token_bitmask, device=device, shape=(*mask_shape, -(-vocab // 32)))
+        if mask.dim() == 3 and mask.shape[0] > 1 and mask.stride(0) != mask.shape[1] * mask.stride(1):
+            raise ValueError(
+                f"sampling.token_bitmask: expected slots that follow each other without gaps, got strides {list(mask.stride())}"
+            )
+    penalties = sampling.penalties
+    if penalties is not None:
+        check_tensor("sampling.penalties.token_ids", penalties.token_ids, device=device,
+                     shape=(sampling.temperature.shape[0], "T"))  # fmt: skip
+
+
+def needs_no(op: str, sampling: SamplingTensors | None, fields: tuple[str, ...], why: str) -> None:
+    """Refuse settings that an op's variant cannot obey."""
+    for name in fields:
+        if sampling is not None and getattr(sampling, name) is not None:
+            raise NotImplementedError(f"{op}: sampling.{name}: not supported {why}")
