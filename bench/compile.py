@@ -166,10 +166,14 @@ def _rows(requests, drafts):
     )
 
 
-def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None):
+def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None, candidates=64,
+            forced=False, **options):  # fmt: skip
+    """proposal "lse" or "no lse" (dense), "sparse" or "one_hot"."""
     size = requests if slots is None else slots
     law = None
-    if proposal != "one_hot":
+    if proposal == "sparse":
+        law = dk.SparseProposal(_ints(size, drafts, candidates), _empty(size, drafts, candidates, dtype=dtype))
+    elif proposal != "one_hot":
         lse = _empty(size, drafts, dtype=torch.float32) if proposal == "lse" else None
         law = dk.DenseProposal(_empty(size, drafts, vocab, dtype=dtype), lse=lse)
     dk.accept_chain(
@@ -179,8 +183,10 @@ def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, propo
         sampling=_sampling(size) if sampled else None,
         anchors=_ints(size),
         anchor_positions=_ints(size),
+        synthetic_rates=torch.ones(drafts) if forced else None,
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
+        **options,
     )
 
 
@@ -298,6 +304,18 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "one_hot": lambda: _accept(64, proposal="one_hot"),
         "one_hot_v1000": lambda: _accept(64, proposal="one_hot", vocab=1000),
         "greedy": lambda: _accept(64, proposal="one_hot", sampled=False),
+        "sparse": lambda: _accept(64, proposal="sparse"),
+        "sparse_c16": lambda: _accept(64, proposal="sparse", candidates=16),
+        "sparse_c512": lambda: _accept(64, proposal="sparse", candidates=512),
+        "dense_block": lambda: _accept(64, rule="block"),
+        "dense_block_swept": lambda: _accept(64, rule="block", proposal="no lse"),
+        "sparse_block": lambda: _accept(64, rule="block", proposal="sparse"),
+        "one_hot_block": lambda: _accept(64, rule="block", proposal="one_hot"),
+        "coupled": lambda: _accept(64, rule="coupled", proposal="one_hot"),
+        "dense_raw": lambda: _accept(64, logprobs="raw"),
+        "dense_processed": lambda: _accept(64, logprobs="processed"),
+        "coupled_raw": lambda: _accept(64, rule="coupled", proposal="one_hot", logprobs="raw"),
+        "forced": lambda: _accept(64, forced=True),
     },
 }
 

@@ -8,6 +8,7 @@
     coupled (Daliri et al., arXiv 2408.07978): y_i = argmax(log p_i + G_i) with the draft's own noise; accept while x_i = y_i, else
             emit y_i; after the last draft y_{L+1} is the bonus.
     greedy  accept while x_i = argmax p_i, then emit the arg-max.
+    forced  (synthetic_rates, load tests) accept x_i while u_i < rate_i, then draw from p as after the last draft.
 
 Symbols: p_i target law and q_i draft law at draft i (after temperature), x_i drafts, L admitted drafts, u_i coins in (0, 1). Coins
 compare strictly, so that a coin of 0 accepts nothing impossible.
@@ -133,6 +134,15 @@ def greedy_rule(target_probs, draft_probs, drafts: list[int], source: Source, an
     raise AssertionError("the loop returns")
 
 
+def forced(rates, drafts: list[int], vocab: int, source: Source, anchor_position: int) -> tuple[int, bool, bool]:
+    """(drafts accepted, bad, missing) by rate; only a token of the vocabulary can be accepted."""
+    for i, draft in enumerate(drafts):
+        inside = 0 <= draft < vocab
+        if not (inside and source.coin(anchor_position + i + 1, 1.0, float(rates[i]))):
+            return i, not inside and draft != -1, draft == -1
+    return len(drafts), False, False
+
+
 RULES = {"token": token_rule, "block": block_rule, "coupled": coupled_rule, "greedy": greedy_rule}
 
 
@@ -232,9 +242,10 @@ def accept_chain(
             raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
     if rule not in ("token", "block", "coupled"):
         raise ValueError(f"rule: expected one of 'token', 'block', 'coupled', got {rule!r}")
-    for name, value in (("logprobs", logprobs), ("synthetic_rates", synthetic_rates)):
-        if value is not None:
-            raise NotImplementedError(f"accept_chain: {name}: not in the reference yet")
+    if logprobs not in (None, "raw", "processed"):
+        raise ValueError(f"logprobs: expected one of None, 'raw', 'processed', got {logprobs!r}")
+    if synthetic_rates is not None and sampling is None:
+        raise ValueError("sampling: expected SamplingTensors, whose seeds give the coins of synthetic_rates, got None")
     decisions = Decisions() if decisions is None else decisions
     device = target_logits.device
     batch, vocab = layout.draft_lens.shape[0], target_logits.shape[1]
@@ -249,6 +260,7 @@ def accept_chain(
     accepted, emitted, rejected, last_row, flags = ints(), ints(), ints(), ints(), ints()
     tokens = torch.full((batch, width + 1), -1, dtype=torch.int64, device=device)
     next_token = torch.full((batch,), -1, dtype=torch.int64, device=device)
+    log_probs = torch.zeros(batch, width + 1, dtype=torch.float64, device=device)
     commit = torch.zeros(layout.token_ids.shape[0], dtype=torch.bool, device=device)
     offsets, starts = layout.cu_num_logits.tolist(), layout.query_start_loc.tolist()
     row_of = layout.logits_indices.tolist()
@@ -267,10 +279,13 @@ def accept_chain(
         # Acceptance stops at a row without finite logits: what is behind it is not looked at.
         stop = next((i for i in range(length + 1) if row_flags[i] & Flag.NONFINITE_ROW), None)
         judged = length if stop is None else stop
-        verdict = _judge(rows, drafts[:judged], stop, proposal, sampling, rule, slot, r, position, vocab, decisions)
+        verdict = _judge(
+            rows, drafts[:judged], stop, proposal, sampling, rule, slot, r, position, vocab, decisions, synthetic_rates
+        )
         if stop is not None and verdict.num_accepted == stop:
             bad = stop < length and not (drafts[stop] == -1 or 0 <= drafts[stop] < vocab)
-            if stop < length and 0 <= drafts[stop] < vocab and sampling is not None:
+            asks = sampling is not None and rule != "coupled" and synthetic_rates is None
+            if stop < length and 0 <= drafts[stop] < vocab and asks:
                 scale = inverse_temperature(float(sampling.temperature[slot]))
                 law = _draft_law(proposal, slot, stop, drafts[stop], scale, vocab, device)
                 bad = scale > 0 and float(law[drafts[stop]]) <= 0
@@ -280,6 +295,10 @@ def accept_chain(
         tokens[r, :n] = torch.tensor(drafts[:n], dtype=torch.int64, device=device)
         tokens[r, n] = next_token[r] = verdict.token
         accepted[r], emitted[r], rejected[r] = n, n + 1, length - n
+        if logprobs is not None:
+            scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
+            for i in range(n + 1):
+                log_probs[r, i] = _log_prob(rows[i], int(tokens[r, i]), 1.0 if logprobs == "raw" else scale)
         last_row[r] = row_of[first + n]
         commit[starts[r] : starts[r + 1]] = torch.arange(starts[r], starts[r + 1], device=device) <= int(last_row[r])
         flags[r] = (
@@ -293,15 +312,40 @@ def accept_chain(
             anchors[slot] = verdict.token
         if anchor_positions is not None:
             anchor_positions[slot] = position + n + 1
-    return Acceptance(tokens, accepted, emitted, rejected, next_token, last_row, commit, flags)
+    log_probs = log_probs.float() if logprobs is not None else None
+    return Acceptance(tokens, accepted, emitted, rejected, next_token, last_row, commit, flags, log_probs)
 
 
-def _judge(rows, drafts, stop, proposal, sampling, rule, slot, request, position, vocab, decisions) -> Verdict:
+def _log_prob(row: Tensor, token: int, scale: float) -> float:
+    """ln of the token's probability, -inf where it has none; scale 0 = greedy, whose law is the first maximum alone."""
+    if scale == 0:
+        return 0.0 if row[token] > -math.inf and token == int(torch.argmax((row == row.max()).int())) else -math.inf
+    if float(row.max()) == math.inf:
+        return 0.0 if row[token] == math.inf else -math.inf
+    if float(row.max()) == -math.inf:
+        return -math.inf
+    return float(torch.log_softmax((row - row.max()) * scale, 0)[token])
+
+
+def _after(row, rule, request, position, decisions, source, scale) -> int:
+    """The token after the last accepted draft of a load test: what the rule would give as a bonus."""
+    if scale == 0:
+        return decisions.pick(request, "greedy", row)
+    law = law_of(row, scale)
+    return source.coupled(position, law.log()) if rule == "coupled" else source.draw(position, law)
+
+
+def _judge(rows, drafts, stop, proposal, sampling, rule, slot, request, position, vocab, decisions, rates) -> Verdict:
     """Apply the rule to the rows before `stop` (None = all); where all those drafts pass, the caller emits at `stop`."""
     scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
     if stop is not None:
         # The row at `stop` judges nothing: a stand-in law lets the rule end there.
         rows = (*rows[:stop], torch.zeros_like(rows[0]))
+    if rates is not None:
+        source = PhiloxSource(int(sampling.seed[slot]), position, decisions, request)
+        accepted, bad, missing = forced(rates, drafts, vocab, source, position)
+        rest = _after(rows[accepted], rule, request, position + accepted + 1, decisions, source, scale)
+        return Verdict(accepted, rest, False, bad, missing)
     if scale == 0:
         return _greedy(list(rows), drafts, decisions, request)
     source = PhiloxSource(int(sampling.seed[slot]), position, decisions, request)

@@ -4,12 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from errors import ULP
 from far import far_apart
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
+from dspark_kernels.kernels import accept as kernels
 from dspark_kernels.launch import accept as launch
 from reference import accept as reference, cases
+from reference.draft import inverse_temperature, read_logits
 from reference.equality import assert_equal_or_tied
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,7 +40,30 @@ def check(case, acceptance=None, exempt=True):
     assert_equal_or_tied(run, outcome(acceptance, case.layout), exempt=exempt)
     padding = [not bool(c) for c, owner in zip(acceptance.commit_mask, case.layout.batch_indices.tolist()) if owner < 0]
     assert all(padding), "a padding row was committed"
+    if case.logprobs is not None:
+        check_logprobs(case, acceptance)
     return acceptance
+
+
+def check_logprobs(case, acceptance):
+    """Log-probabilities of the tokens that the kernel emitted, each by the reference's formula, beside eager PyTorch's."""
+    for r, count in enumerate(acceptance.num_emitted.tolist()):
+        assert (acceptance.logprobs[r, count:] == 0).all()
+        slot = r if case.state_indices is None else int(case.state_indices[r])
+        scale = inverse_temperature(float(case.sampling.temperature[slot])) if case.sampling is not None else 0.0
+        scale = 1.0 if case.logprobs == "raw" else scale
+        for i in range(count):
+            row, _ = read_logits(case.target_logits[int(case.layout.cu_num_logits[r]) + i])
+            token = int(acceptance.tokens[r, i])
+            want = reference._log_prob(row, token, scale)
+            eager = want
+            if torch.isfinite(torch.tensor(want)) and scale > 0:
+                eager = torch.log_softmax((row - row.max()).float() * scale, 0)[token]
+            exact, have = torch.tensor([want], dtype=torch.float64), acceptance.logprobs[r, i : i + 1]
+            # Three roundings of the scaled distance to the maximum and a few of ln of the mass.
+            bound = ULP * (3 * max(1.0, abs(want)) + 12)
+            same = torch.equal(have.double(), exact) if not exact.isfinite() else abs(float(have) - want) <= bound
+            assert same, f"request {r}, token {i}: {float(have)} for {want}, eager {float(eager)}"
 
 
 def poisoned(acceptance):
@@ -50,7 +76,11 @@ def poisoned(acceptance):
     return dk.Acceptance(**fields)
 
 
-@settings(max_examples=40, deadline=None)
+RULES = ("token", "block", "coupled")
+PROPOSALS = ("dense", "sparse", "one_hot", "none")
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw
@@ -62,7 +92,11 @@ def test_equals_reference(data):
         drafts=draw(st.sampled_from([1, 2, 4, 7])),
         vocab=draw(st.sampled_from([2, 33, 1024, 1500, 5000])),
         dtype=draw(st.sampled_from(DTYPES)),
-        proposal=draw(st.sampled_from(["dense", "dense", "one_hot", "none"])),
+        proposal=draw(st.sampled_from(PROPOSALS)),
+        rule=draw(st.sampled_from(RULES)),
+        candidates=draw(st.sampled_from([1, 3, 16, 37])),
+        odd_lists=draw(st.booleans()),
+        logprobs=draw(st.sampled_from([None, None, "raw", "processed"])),
         sampled=draw(st.sampled_from([True, True, True, False])),
         scattered=scattered,
         padding=draw(st.integers(0, requests - 1)) if scattered else 0,
@@ -70,6 +104,8 @@ def test_equals_reference(data):
         draft_temperature=draw(st.booleans()),
         exact_rows=draw(st.booleans()),
     )
+    if case.sampling is not None and draw(st.integers(0, 4)) == 0:
+        case.synthetic_rates = torch.rand(case.layout.max_drafts)
     acceptance = check(case)
     out = poisoned(acceptance)
     assert dk.accept_chain(**case.arguments(), out=out) is out
@@ -84,10 +120,35 @@ def test_many_coins():
     assert acceptance.num_emitted.sum() > 800
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-@pytest.mark.parametrize("pairs", [1, 2, 4, 32])
-def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, proposal):
-    case = cases.accept_case(seed=31, requests=4, drafts=3, vocab=9000, proposal=proposal, sharpness=1.0)
+@pytest.mark.parametrize("proposal", ["dense", "sparse", "one_hot"])
+def test_many_coins_of_the_block_rule(proposal):
+    """A rule that stops at the first coin which fails, or sums another row's residual, comes out differently."""
+    closeness = 0.8 if proposal == "dense" else 0.97
+    case = cases.accept_case(seed=2, requests=80, drafts=7, vocab=40, proposal=proposal, closeness=closeness, rule="block",
+                             candidates=30, sharpness=1.5, temperatures=(1.0,))  # fmt: skip
+    acceptance = check(case)
+    token = dk.accept_chain(**case.arguments() | dict(rule="token"))
+    assert (acceptance.num_accepted > token.num_accepted).any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_launch(monkeypatch, rule):
+    launched = []
+    launch_kernel = kernels.launch_accept_chain
+    monkeypatch.setattr(kernels, "launch_accept_chain", lambda *a, **k: (launched.append(a), launch_kernel(*a, **k)))
+    for proposal in PROPOSALS:
+        case = cases.accept_case(requests=2, drafts=2, vocab=50, proposal=proposal, rule=rule, logprobs="raw")
+        dk.accept_chain(**case.arguments())
+    assert len(launched) == len(PROPOSALS)
+
+
+VARIANTS = [("token", "dense"), ("token", "sparse"), ("token", "one_hot"), ("block", "dense"), ("block", "sparse"), ("coupled", "none")]
+
+
+@pytest.mark.parametrize("rule, proposal", VARIANTS)
+@pytest.mark.parametrize("pairs", [1, 2, 32])
+def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
+    case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
 
     def pick(arch, num_leaves, num_drafts, sweeps_draft):
@@ -100,9 +161,10 @@ def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, proposal):
     assert torch.equal(have.tokens, want.tokens) and torch.equal(have.flags, want.flags)
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("lag", [0, 1, 2, 100])
-def test_any_lag_between_the_waves(monkeypatch, lag):
-    case = cases.accept_case(seed=32, requests=5, drafts=3, vocab=5000, closeness=0.3)
+def test_any_lag_between_the_waves(monkeypatch, lag, rule):
+    case = cases.accept_case(seed=32, requests=5, drafts=3, vocab=5000, closeness=0.3, rule=rule)
     pick = launch.pick
     monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), lag=lag))
     check(case)
@@ -195,18 +257,20 @@ def test_prefill_rows_and_requests_that_do_not_emit():
 # --- values that only the device sees ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
+@pytest.mark.parametrize("rule, proposal", VARIANTS)
 @pytest.mark.parametrize("sampled", [True, False])
 @pytest.mark.parametrize("value", ["nan", "all_minus_inf", "all_nan", "two_inf", "only_inf", "mask", "draft_inf", "draft_nan"])
-def test_odd_logits(value, sampled, proposal):
+def test_odd_logits(value, sampled, rule, proposal):
+    if value.startswith("draft") and (proposal not in ("dense", "sparse") or not sampled):
+        pytest.skip("no law of drafts is read")
     case = cases.accept_case(
         seed=41, requests=6, drafts=3, vocab=2100, proposal=proposal, sampled=sampled, closeness=1.0,
-        lengths=torch.full((6,), 3), dtype=torch.float32,
+        lengths=torch.full((6,), 3), dtype=torch.float32, rule=rule, logprobs="raw" if value == "two_inf" else "processed",
     )  # fmt: skip
     inf = float("inf")
     for r, i in ((0, 0), (1, 1), (2, 3), (4, 2)):
         row = case.target_logits[int(case.layout.cu_num_logits[r]) + i]
-        draft = case.proposal.logits[r, min(i, 2)] if proposal == "dense" else torch.zeros(2100)
+        draft = case.proposal.logits[r, min(i, 2)] if proposal in ("dense", "sparse") else torch.zeros(2100)
         if value == "nan":
             row[::5] = float("nan")
         elif value == "all_minus_inf":
@@ -221,7 +285,7 @@ def test_odd_logits(value, sampled, proposal):
         elif value == "mask":
             row[: row.shape[0] // 2] = -inf
         elif value == "draft_inf":
-            draft[[900, 2000]] = inf
+            draft[[-4, -2]] = inf
         else:
             draft[::3] = float("nan")
     acceptance = check(case)
@@ -231,11 +295,11 @@ def test_odd_logits(value, sampled, proposal):
         assert acceptance.next_token[0] == (1500 if value == "only_inf" else 0)
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
+@pytest.mark.parametrize("rule, proposal", VARIANTS)
 @pytest.mark.parametrize("sampled", [True, False])
 @pytest.mark.parametrize("bad", [-1, -2, 1500, 2**40])
-def test_draft_ids_out_of_range(bad, sampled, proposal):
-    case = cases.accept_case(seed=13, requests=6, drafts=3, proposal=proposal, sampled=sampled, closeness=1.0,
+def test_draft_ids_out_of_range(bad, sampled, rule, proposal):
+    case = cases.accept_case(seed=13, requests=6, drafts=3, proposal=proposal, sampled=sampled, closeness=1.0, rule=rule,
                              lengths=torch.full((6,), 3))  # fmt: skip
     for r, i in ((0, 1), (1, 2), (3, 3)):
         case.layout.token_ids[int(case.layout.query_start_loc[r]) + i] = bad
@@ -258,6 +322,39 @@ def test_draft_outside_the_support_of_its_law():
     assert all(f & dk.Flag.BAD_TOKEN_ID for f in acceptance.flags.tolist())
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("content", ["one id", "nowhere", "no mass", "infinite", "octet"])
+def test_odd_lists(content, rule):
+    """Lists of one id repeated, of ids outside the vocabulary, without mass, with a +inf, and with whole octets of ids."""
+    case = cases.accept_case(seed=29, requests=5, drafts=2, vocab=1300, proposal="sparse", candidates=16, closeness=0.9, rule=rule,
+                             lengths=torch.full((5,), 2), temperatures=(1.0, 0.0), dtype=torch.float32)  # fmt: skip
+    ids, logits = case.proposal.ids, case.proposal.logits
+    if content == "one id":
+        ids[:] = ids[..., :1].clone()
+    elif content == "nowhere":
+        ids[..., ::2] = torch.tensor([-1, 1300, 2**31, 2**40, -(2**40), 2**62, -7, 1301])
+    elif content == "no mass":
+        logits[:, 0] = float("-inf")
+    elif content == "infinite":
+        logits[..., [3, 5]] = float("inf")
+    else:
+        ids[:] = torch.arange(1290, 1306) - 6
+    check(case)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_forced_rates(rule):
+    """Rate 1 accepts all that can be, rate 0 nothing, whatever the laws say."""
+    for rate in (0.0, 1.0):
+        case = cases.accept_case(seed=37, requests=6, drafts=3, vocab=600, closeness=0.0, rule=rule)
+        case.synthetic_rates = torch.full((3,), rate)
+        case.layout.token_ids[int(case.layout.query_start_loc[0]) + 2] = -1
+        acceptance = check(case)
+        lens = case.layout.draft_lens.clone()
+        lens[0] = 1
+        assert torch.equal(acceptance.num_accepted, lens if rate else lens * 0)
+
+
 def test_empty_residual_draws_from_the_target():
     """Equal laws, and a draft outside their support: nothing is left of [target - draft]+."""
     case = cases.accept_case(seed=19, requests=3, drafts=1, vocab=1100, lengths=torch.ones(3), dtype=torch.float32)
@@ -275,10 +372,12 @@ def test_empty_residual_draws_from_the_target():
     assert all(int(t) in (10 + r, 1050) for r, t in enumerate(acceptance.next_token))
 
 
+@pytest.mark.parametrize("rule, proposal", VARIANTS)
 @pytest.mark.parametrize("temperature", [1e-6, 1e6, -1.0, float("nan")])
-def test_extreme_temperatures(temperature):
-    for dtype in DTYPES:
-        case = cases.accept_case(seed=23, requests=5, drafts=3, dtype=dtype, closeness=0.9)
+def test_extreme_temperatures(temperature, rule, proposal):
+    for dtype in (torch.float32, torch.float16):
+        case = cases.accept_case(seed=23, requests=5, drafts=3, dtype=dtype, closeness=0.9, rule=rule, proposal=proposal,
+                                 vocab=900)  # fmt: skip
         case.sampling.temperature[1:4] = temperature
         check(case)
 
