@@ -63,24 +63,56 @@ def _sampling(slots):
     return dk.SamplingTensors(torch.ones(slots), _ints(slots))
 
 
+def _head(kind, vocab, targets, rank, dtype, w2_dtype):
+    tables = _empty(targets, rank, dtype=dtype), _empty(vocab, rank, dtype=w2_dtype or dtype)
+    scale = _empty(vocab, dtype=torch.float32) if w2_dtype in (torch.int8, torch.float8_e4m3fn) else None
+    if kind == "gated":
+        mixing = dict(gate_weight=_empty(rank, HIDDEN + rank, dtype=dtype), gate_bias=_empty(rank, dtype=dtype))
+        return dk.GatedMarkovHead(*tables, scale, **mixing)
+    if kind == "rnn":
+        mixing = dict(joint_weight=_empty(3 * rank, 2 * rank + HIDDEN, dtype=dtype), joint_bias=_empty(3 * rank, dtype=dtype))
+        return dk.RnnMarkovHead(*tables, scale, **mixing)
+    return dk.MarkovHead(*tables, scale)
+
+
+def _settings(slots, drafts, vocab, adjusted, filtered):
+    """Everything a request can ask for."""
+    number = functools.partial(torch.ones, slots)
+    found = {}
+    if adjusted:
+        lists = _ints(slots, 1000), _ints(slots, 1000, dtype=torch.int32)
+        found |= dict(
+            logit_bias=_empty(slots, vocab, dtype=torch.float32),
+            token_bitmask=_ints(slots, drafts, -(-vocab // 32), dtype=torch.int32),
+            penalties=dk.Penalties(*lists, number(), number(), number()),
+        )
+    if filtered:
+        found |= dict(top_k=_ints(slots, dtype=torch.int32), top_p=number(), min_p=number())
+    return dataclasses.replace(_sampling(slots), **found)
+
+
 def _draft(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16, sampled=True, confidence=True,
-           slots=None, **options):  # fmt: skip
+           slots=None, kind="vanilla", w2_dtype=None, targets=None, adjusted=False, filtered=False, **options):  # fmt: skip
     size = requests if slots is None else slots
-    head = dk.MarkovHead(_empty(vocab, rank, dtype=dtype), _empty(vocab, rank, dtype=dtype)) if rank else None
+    head = _head(kind, vocab, targets or vocab, rank, dtype, w2_dtype) if rank else None
+    ids = None if targets is None else _ints(vocab)
     confidence_head = None
     if confidence:
         sts = torch.ones(drafts)
         confidence_head = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), sts)
-    proposal = dk.DenseProposal(_empty(size, drafts, vocab, dtype=dtype), lse=_empty(size, drafts, dtype=torch.float32))
+    lse = _empty(size, drafts, dtype=torch.float32)
+    proposal = dk.DenseProposal(_empty(size, drafts, vocab, dtype=dtype), lse=lse, draft_to_target=ids)
     scores = [_empty(size, drafts, dtype=torch.float32) if confidence else None for _ in range(2)]
     dk.draft_block(
         _empty(requests, drafts, vocab, dtype=dtype),
         _ints(size),
         head,
         anchor_positions=_ints(size),
-        sampling=_sampling(size) if sampled else None,
-        hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence else None,
+        sampling=_settings(size, drafts, targets or vocab, adjusted, filtered) if sampled else None,
+        hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
         confidence=confidence_head,
+        draft_to_target=ids,
+        head_state=_empty(size, rank, dtype=torch.float32) if kind == "rnn" else None,
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         out=dk.DraftBlock(
             _ints(size, drafts),
@@ -88,7 +120,7 @@ def _draft(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloa
             _ints(requests, dtype=torch.int32),
             *scores,
         ),
-        workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
+        workspace=dk.Workspace(requests, drafts, vocab, "cpu", markov_rank=rank),
         **options,
     )
 
@@ -235,6 +267,25 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "plain_r64": lambda: _draft(64, rank=0, confidence=False),
         "greedy_r1": lambda: _draft(1, sampled=False),
         "greedy_r64": lambda: _draft(64, sampled=False, confidence=False),
+        "gated_r1": lambda: _draft(1, kind="gated"),
+        "gated_r64": lambda: _draft(64, kind="gated"),
+        "gated_r1_rank1000": lambda: _draft(1, kind="gated", rank=1000),
+        "rnn_r1": lambda: _draft(1, kind="rnn"),
+        "rnn_r64": lambda: _draft(64, kind="rnn"),
+        "rnn_r8_fp32": lambda: _draft(8, kind="rnn", dtype=torch.float32),
+        "rank1024_r64": lambda: _draft(64, rank=1024),
+        "int8_r1": lambda: _draft(1, w2_dtype=torch.int8),
+        "int8_r64": lambda: _draft(64, w2_dtype=torch.int8),
+        "fp8_r1": lambda: _draft(1, w2_dtype=torch.float8_e4m3fn),
+        "fp8_r64": lambda: _draft(64, w2_dtype=torch.float8_e4m3fn),
+        "rnn_fp8_r64": lambda: _draft(64, kind="rnn", w2_dtype=torch.float8_e4m3fn),
+        "mapped_r64_v32000": lambda: _draft(64, vocab=32000, targets=VOCAB),
+        "filtered_r1": lambda: _draft(1, filtered=True),
+        "filtered_r64": lambda: _draft(64, filtered=True),
+        "adjusted_r8": lambda: _draft(8, adjusted=True),
+        "everything_r64": lambda: _draft(
+            64, kind="rnn", w2_dtype=torch.int8, vocab=32000, targets=VOCAB, adjusted=True, filtered=True, slots=80
+        ),
     },
     "fixed_layout": {
         "r1": lambda: _layout(1),
@@ -536,8 +587,9 @@ def rows_of(arch: str, op: str, compiled: bool, cases: list[str] | None = None) 
             continue
         with capture(arch, compiled) as launches:
             call()
-        if len(launches) != 1:
-            raise RuntimeError(f"{op} {case}: expected one launch, got {[launch.kernel for launch in launches]}")
+        # A form of several launches runs one binary again and again.
+        if len({(launch.kernel, launch.launch) for launch in launches}) != 1:
+            raise RuntimeError(f"{op} {case}: expected one binary, got {[launch.kernel for launch in launches]}")
         launch = launches[0]
         row = dict(op=op, case=case, kernel=launch.kernel, arch=arch, source=launch.source, launch=launch.launch)
         if compiled:

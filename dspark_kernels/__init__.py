@@ -9,6 +9,7 @@ from .ops.attention import plan_attention, tree_attention
 from .ops.draft import draft_block
 from .ops.layout import draft_layout, fixed_layout, tree_layout
 from .ops.schedule import schedule_prefixes
+from .quantise import quantise_head
 from .types import (
     Acceptance,
     AttentionPlan,
@@ -29,6 +30,7 @@ from .types import (
     Stream,
     VerifyLayout,
 )
+from .vocabulary import ids_from_offsets
 from .warmup import warmup
 from .workspace import Workspace
 

@@ -46,6 +46,8 @@ def declare_heads(op: str):
 class Workspace:
     """Scratch for batches of at most max_requests x max_drafts over vocab_size.
 
+    markov_rank: of a gated or rnn head of `draft_block`, which keeps latents; other heads need none.
+
     One per stream, never shared by launches (or CUDA graphs) that may run at the same time. Clean after every launch that
     finished; call `reset()` after one that was aborted. With `out=` and `workspace=` an op allocates nothing.
 
@@ -66,10 +68,12 @@ class Workspace:
         head_dim: int | None = None,
         max_rows: int | None = None,
         batch_invariant: bool = False,
+        markov_rank: int = 0,
     ):
         self.max_requests = check_int("max_requests", max_requests, low=1)
         self.max_drafts = check_int("max_drafts", max_drafts, low=0)
         self.vocab_size = check_int("vocab_size", vocab_size, low=1)
+        self.markov_rank = check_int("markov_rank", markov_rank, low=0)
         needs = [needed(max_requests, max_drafts, vocab_size) for needed in _NEEDS.values()]
         heads = (query_heads, kv_heads, head_dim)
         if any(size is not None for size in heads):
@@ -81,7 +85,8 @@ class Workspace:
             ]
         counters = RESERVED + max(words for words, _ in needs)
         self.counters = torch.zeros(counters, dtype=torch.int64, device=device)
-        self.scratch = torch.empty(max(words for _, words in needs), dtype=torch.int64, device=device)
+        scratch = max(words for _, words in needs) + latent_words(max_requests, max_drafts, markov_rank)
+        self.scratch = torch.empty(scratch, dtype=torch.int64, device=device)
 
     def reset(self) -> None:
         """Make the workspace clean again after a launch that did not finish."""
@@ -90,6 +95,13 @@ class Workspace:
     @property
     def bytes(self) -> int:
         return 8 * (self.counters.numel() + self.scratch.numel())
+
+
+def latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> int:
+    """int64 words of scratch that a head with latents needs beside the rest: `parts` hoisted products per position (1 for a gated
+    head, 3 for an rnn), a latent, and the two states of an rnn."""
+    hoisted, latents = words_of(requests * drafts * parts * rank, torch.float32), words_of(requests * rank, torch.float32)
+    return hoisted + latents + (words_of(2 * requests * rank, torch.float32) if parts == 3 else 0)
 
 
 def lend(op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device) -> tuple[Tensor, Tensor]:

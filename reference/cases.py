@@ -15,10 +15,12 @@ from dspark_kernels.types import (
     ConfidenceHead,
     DenseProposal,
     DraftBlock,
+    GatedMarkovHead,
     MarkovHead,
     OneHotProposal,
     PagedKV,
     Penalties,
+    RnnMarkovHead,
     SamplingTensors,
     SparseProposal,
     VerifyLayout,
@@ -45,6 +47,9 @@ class DraftCase:
     state_indices: Tensor | None
     first_draft: int = 0
     noise: str = "draft"
+    draft_to_target: Tensor | None = None
+    vocab_size: int | None = None
+    head_state: Tensor | None = None
 
     def arguments(self) -> dict:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -181,38 +186,88 @@ def draft_case(
     first_draft: int = 0,
     noise: str = "draft",
     temperatures: tuple[float, ...] = TEMPERATURES,
+    kind: str = "vanilla",
+    w2_dtype: torch.dtype | None = None,
+    target_vocab: int | None = None,
+    padded: bool = False,
+    adjust=(),
+    filters=(),
+    filter_order: str = "top_k_first",
 ) -> DraftCase:
-    """rank 0 = no head. confidence None, "plain" (hidden only) or "markov". extra_columns: rows of logits wider than V."""
+    """rank 0 = no head. confidence None, "plain" (hidden only) or "markov". extra_columns: rows of logits wider than V.
+
+    kind "vanilla", "gated" or "rnn". w2_dtype: W2's alone, also int8 and e4m3 (with scales). target_vocab: V ids are a part of so
+    many, in no order, one in nine of them stands for no token. padded: extra_columns, and rows of W2, are part of the tensors and
+    hold what would win (`vocab_size` leaves them out). adjust, filters, filter_order: as in sampling_tensors.
+    """
     g = _generator(seed)
     weight_dtype = weight_dtype or dtype
     slots = requests + 3 if scattered else requests
-    logits = _normal(g, requests, drafts, vocab + extra_columns, scale=2.0, dtype=dtype, grid=grid)[..., :vocab]
+    logits = _normal(g, requests, drafts, vocab + extra_columns, scale=2.0, dtype=dtype, grid=grid)
+    logits[..., vocab:] = 100.0
     head = None
+    targets = vocab if target_vocab is None else target_vocab
     if rank:
-        w1 = _normal(g, vocab, rank, dtype=weight_dtype, grid=grid)
-        w2 = _normal(g, vocab, rank, scale=rank**-0.5 if grid is None else 1.0, dtype=weight_dtype, grid=grid)
-        head = MarkovHead(w1, w2)
+        w1 = _normal(g, targets, rank, dtype=weight_dtype, grid=grid)
+        w2 = _normal(g, vocab, rank, scale=rank**-0.5 if grid is None else 1.0, grid=grid)
+        if padded:
+            w2 = torch.cat([w2, torch.full((3, rank), float("nan"))])
+        head = _head(g, kind, w1, w2, w2_dtype or weight_dtype, hidden_size, weight_dtype)
     hidden = confidence_head = None
+    if confidence is not None or kind != "vanilla":
+        hidden = _normal(g, requests, drafts, hidden_size, dtype=dtype)
     if confidence is not None:
         width = hidden_size + (rank if confidence == "markov" and rank else 0)
-        hidden = _normal(g, requests, drafts, hidden_size, dtype=dtype)
         confidence_head = ConfidenceHead(
             weight=_normal(g, width, scale=width**-0.5, dtype=weight_dtype),
             bias=_normal(g, 1, dtype=weight_dtype) if seed % 2 == 0 else None,
             sts_temperatures=torch.rand(first_draft + drafts, generator=g) + 0.5 if seed % 3 == 0 else None,
         )
+    anchors = torch.randint(0, targets, (slots,), generator=g)
+    ids = head_state = None
+    if target_vocab is not None:
+        ids = torch.randperm(target_vocab, generator=g)[:vocab]
+        ids[torch.rand(vocab, generator=g) < 1 / 9] = -1
+    if kind == "rnn":
+        head_state = _normal(g, slots, rank, scale=0.5)
     return DraftCase(
-        base_logits=logits,
-        anchors=torch.randint(0, vocab, (slots,), generator=g),
+        base_logits=logits if padded else logits[..., :vocab],
+        anchors=anchors,
         anchor_positions=torch.randint(0, 100000, (slots,), generator=g).to(position_dtype),
         head=head,
         hidden=hidden,
         confidence=confidence_head,
-        sampling=sampling_tensors(seed + 1, slots, temperatures) if sampled else None,
+        sampling=sampling_tensors(
+            seed + 1, slots, temperatures, vocab=targets, mask_rows=(slots, drafts), adjust=adjust, filters=filters,
+            filter_order=filter_order, grid=grid,
+        )
+        if sampled
+        else None,
         state_indices=slot_map(seed + 2, requests, padding) if scattered else None,
         first_draft=first_draft,
         noise=noise,
+        draft_to_target=ids,
+        vocab_size=vocab if padded else None,
+        head_state=head_state,
     )
+
+
+def _head(g, kind, w1, w2, w2_dtype, hidden_size, dtype) -> MarkovHead:
+    """w2: fp32; stored as w2_dtype, by rows with a scale where that is int8 or e4m3."""
+    rank, scale = w1.shape[1], None
+    if w2_dtype in (torch.int8, torch.float8_e4m3fn):
+        scale = w2.abs().amax(1).clamp(min=1e-6) / (127.0 if w2_dtype == torch.int8 else 448.0)
+        w2 = w2 / scale[:, None]
+        w2 = w2.nan_to_num(127.0).round() if w2_dtype == torch.int8 else w2
+    w2 = w2.to(w2_dtype)
+    inputs = rank + hidden_size
+    if kind == "gated":
+        weight = _normal(g, rank, inputs, scale=inputs**-0.5, dtype=dtype)
+        return GatedMarkovHead(w1, w2, scale, gate_weight=weight, gate_bias=_normal(g, rank, dtype=dtype))
+    if kind == "rnn":
+        weight = _normal(g, 3 * rank, inputs + rank, scale=inputs**-0.5, dtype=dtype)
+        return RnnMarkovHead(w1, w2, scale, joint_weight=weight, joint_bias=_normal(g, 3 * rank, dtype=dtype))
+    return MarkovHead(w1, w2, scale)
 
 
 def accept_case(

@@ -34,12 +34,15 @@ def output_weights(head: MarkovHead | None) -> Tensor | None:
 
 
 class Transition:
-    """The transition bias along one request's block. w2: `output_weights(head)`, which the requests of a batch share."""
+    """The transition bias along one request's block. w2: `output_weights(head)`, which the requests of a batch share.
 
-    def __init__(self, head: MarkovHead | None, w2: Tensor | None):
-        self.head, self._w2 = head, w2
-        if head is not None:
-            self._state = torch.zeros(head.rank, dtype=torch.float64, device=head.w1.device)
+    state: of an rnn, fp64 [r], after the last bias; given to go on from an earlier call.
+    """
+
+    def __init__(self, head: MarkovHead | None, w2: Tensor | None, state: Tensor | None = None):
+        self.head, self._w2, self.state = head, w2, state
+        if head is not None and state is None:
+            self.state = torch.zeros(head.rank, dtype=torch.float64, device=head.w1.device)
 
     def bias(self, token: int, hidden: Tensor | None) -> Tensor | float:
         """Bias of the next position, fp64 [V], after `token`; advances the recurrent state."""
@@ -50,11 +53,11 @@ class Transition:
             features = torch.cat([hidden.double(), latent])
             latent = torch.sigmoid(self.head.gate_weight.double() @ features + self.head.gate_bias.double()) * latent
         elif isinstance(self.head, RnnMarkovHead):
-            features = torch.cat([self._state, latent, hidden.double()])
+            features = torch.cat([self.state, latent, hidden.double()])
             joint = self.head.joint_weight.double() @ features + self.head.joint_bias.double()
             gate, candidate, output = joint.chunk(3)
             gate = torch.sigmoid(gate)
-            self._state = gate * self._state + (1 - gate) * torch.tanh(candidate)
+            self.state = gate * self.state + (1 - gate) * torch.tanh(candidate)
             latent = torch.tanh(output)
         return self._w2 @ latent
 

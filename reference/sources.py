@@ -59,12 +59,14 @@ class PhiloxSource:
         noise = philox.gumbel(self.seed, lanes, position, self.anchor_position, stream)
         return self.decisions.pick(self.request, kind, log_weights + noise)
 
-    def coupled(self, position: int, log_weights: Tensor) -> int:
+    def coupled(self, position: int, log_weights: Tensor, lanes: Tensor | None = None) -> int:
+        """lanes: the noise of each entry, where it is not its index."""
         # No anchor in this address: draft and target meet the same noise on purpose.
-        lanes = torch.arange(log_weights.numel(), device=log_weights.device)
+        lanes = torch.arange(log_weights.numel(), device=log_weights.device) if lanes is None else lanes
         noise = philox.gumbel(self.seed, lanes, position, 0, Stream.COUPLED)
         return self.decisions.pick(self.request, "coupled", log_weights + noise)
 
-    def draft(self, position: int, log_weights: Tensor) -> int:
-        lanes = torch.arange(log_weights.numel(), device=log_weights.device)
+    def draft(self, position: int, log_weights: Tensor, lanes: Tensor | None = None) -> int:
+        """lanes: the noise of each entry, where it is not its index."""
+        lanes = torch.arange(log_weights.numel(), device=log_weights.device) if lanes is None else lanes
         return self._race(position, "draft", log_weights, lanes, Stream.DRAFT)

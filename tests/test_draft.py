@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from errors import ULP, excess_error
+from draft_checks import check
 from far import far_apart
 from hypothesis import given, settings, strategies as st
 
@@ -13,81 +13,6 @@ from reference import cases, draft as reference
 from reference.equality import assert_equal_or_tied
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def _rows(case):
-    """(batch row, slot) of every request that is not padding."""
-    if case.state_indices is None:
-        return [(r, r) for r in range(case.base_logits.shape[0])]
-    return [(r, int(s)) for r, s in enumerate(case.state_indices) if s >= 0]
-
-
-def assert_lse(actual, law, what):
-    """ln sum exp within the roundings that lead to it.
-
-    Relative to the largest of |law| and |lse|: 2 in log2(e) / T, 1 in its product with a logit, 1 in adding the maximum back, 2 in
-    the way from base 2 to base e. The sum of exponentials adds less than 2 units near 1.
-    """
-    exact = law.logsumexp(-1)
-    largest = law[law.isfinite()].abs().max().item() if law.isfinite().any() else 0.0
-    finite = exact.isfinite()
-    assert torch.equal(actual.double()[~finite], exact[~finite]), what
-    bound = 2.0**-24 * (6 * max(largest, exact[finite].abs().max().item() if finite.any() else 0.0) + 2)
-    error = (actual.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
-    assert error <= bound, f"{what}: error {error:.3g} exceeds {bound:.3g}"
-
-
-def check(case, block=None, exempt=True):
-    """A draft block against the reference, every output."""
-    arguments = case.arguments()
-    block = dk.draft_block(**arguments, keep_logits=True) if block is None else block
-    rows = _rows(case)
-    drafts = case.base_logits.shape[1]
-    stored = torch.zeros_like(case.base_logits)
-    for r, slot in rows:
-        stored[r] = block.proposal.logits[slot]
-
-    def run(decisions):
-        want = reference.draft_block(**arguments, keep_logits=True, stored_logits=stored, decisions=decisions)
-        return {r: (want.tokens[slot].tolist(), int(want.flags[r])) for r, slot in rows}
-
-    have = {r: (block.tokens[slot].tolist(), int(block.flags[r])) for r, slot in rows}
-    assert_equal_or_tied(run, have, exempt=exempt)
-    padding = set(range(case.base_logits.shape[0])) - {r for r, _ in rows}
-    assert all(int(block.flags[r]) == 0 for r in padding)
-
-    # The law, given the drafts that came out: the reference in fp64, eager PyTorch as the error to beat.
-    for r, slot in rows:
-        previous = [int(case.anchors[slot]), *block.tokens[slot].tolist()][:drafts]
-        exact = case.base_logits[r].double()
-        eager = case.base_logits[r].float()
-        if case.head is not None:
-            latent = torch.stack([case.head.w1[x] for x in previous])
-            exact = exact + latent.double() @ case.head.w2.double().T
-            eager = eager + latent.float() @ case.head.w2.float().T
-        excess_error(block.proposal.logits[slot], eager.to(stored.dtype), exact, f"logits of request {r}")
-        if case.sampling is not None:
-            temperature = float(case.sampling.temperature[slot])
-            scale = 1.0 / temperature if temperature > 0 else 1.0
-            law = stored[r].double() * scale
-            assert_lse(block.proposal.lse[slot], law, f"lse of request {r}")
-        if case.confidence is not None:
-            features = [case.hidden[r].double()]
-            if case.confidence.weight.shape[0] > case.hidden.shape[2]:
-                features.append(torch.stack([case.head.w1[x] for x in previous]).double())
-            features = torch.cat(features, -1)
-            bias = 0.0 if case.confidence.bias is None else case.confidence.bias.double()
-            exact = features @ case.confidence.weight.double() + bias
-            # One number per position: eager's own error may be 0 by chance, so the bound is an ulp of what is summed.
-            magnitude = (features.abs() @ case.confidence.weight.double().abs()).max().item()
-            error = (block.confidence_logits[slot].double() - exact).abs().max().item()
-            assert error <= ULP * max(1.0, magnitude), f"confidence logits of request {r}: error {error:.3g}"
-            temperatures = 1.0
-            if case.confidence.sts_temperatures is not None:
-                temperatures = case.confidence.sts_temperatures[case.first_draft : case.first_draft + drafts].double()
-            calibrated = torch.sigmoid(exact / temperatures)
-            assert torch.allclose(block.confidence[slot].double(), calibrated, rtol=0, atol=1e-5)
-    return block
 
 
 @settings(max_examples=30, deadline=None)

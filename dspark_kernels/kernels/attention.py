@@ -12,9 +12,11 @@ FlashAttention (arXiv 2205.14135), split-KV decoding (Flash-Decoding, Dao et al.
 import triton
 import triton.language as tl
 
+from .primitives.activations import tanh
 from .primitives.packing import owner_of
 from .primitives.slots import state_slots
 from .primitives.ticket import arrive
+from .primitives.widen import as_stored, fp8_by_bits, fp8_by_cast
 
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -136,26 +138,6 @@ def plan_attention_kernel(
 
 
 @triton.jit
-def as_stored(x, dtype: tl.constexpr):
-    """Keys and values in the type of the queries."""
-    return x
-
-
-@triton.jit
-def fp8_by_cast(x, dtype: tl.constexpr):
-    """e4m3 bytes to `dtype` where the GPU has the cast."""
-    return x.to(tl.float8e4nv, bitcast=True).to(dtype)
-
-
-@triton.jit
-def fp8_by_bits(x, dtype: tl.constexpr):
-    """e4m3 bytes to `dtype` anywhere: the same bits are an fp16 number 2^8 times smaller, subnormals too."""
-    half = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
-    value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((x & 0x7F) == 0x7F, float("nan"), value).to(dtype)
-
-
-@triton.jit
 def _depths(words):
     """Number of proper ancestors: bits of int64 words, less one."""
     x = words - ((words >> 1) & 0x5555555555555555)
@@ -168,16 +150,6 @@ def _depths(words):
 
 
 @triton.jit
-def _tanh(x):
-    """To fp32 accuracy over the whole range: near 0 by its series, where 1 - exp would cancel."""
-    y = x * x
-    series = x * (1.0 + y * (-0.33333333 + y * (0.13333333 + y * (-0.053968254 + y * 0.021869488))))
-    decay = tl.exp2(tl.abs(x) * -2.8853900817779268)
-    far = (1.0 - decay) / (1.0 + decay)
-    return tl.where(y < 0.0625, series, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
 def _join(q, k, v, seen, scale, softcap, acc, top, total):
     """One block of keys joins the running softmax: scores in units of log2, `top` their maximum, `total` the sum of 2^score.
 
@@ -185,7 +157,7 @@ def _join(q, k, v, seen, scale, softcap, acc, top, total):
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if softcap is not None:
-        scores = _tanh(scores / softcap) * (softcap * LOG2E)
+        scores = tanh(scores / softcap) * (softcap * LOG2E)
     else:
         scores *= LOG2E
     scores = tl.where(seen, scores, NEG_INF)

@@ -10,7 +10,11 @@ from .arch import Arch
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
     """block_v: ids per tile (a multiple of 64); block_r: ranks per dot; programs_per_sm: resident programs; max_registers: per
-    thread, None = the compiler's choice."""
+    thread, None = the compiler's choice; one_launch: all phases in one cooperative launch, else a launch for each.
+
+    Of gated and rnn heads: block_j: latents per program, block_n: hoisted products per program, block_s: inputs per dot of these and
+    of the state.
+    """
 
     block_v: int
     block_r: int
@@ -18,6 +22,11 @@ class DraftConfig:
     num_stages: int
     programs_per_sm: int
     max_registers: int | None
+    one_launch: bool
+    block_j: int
+    block_n: int
+    block_s: int
+    native_fp8: bool
 
 
 # (ids, stages for a batch of one request tile, stages for more) per architecture: the widest tile of W2 (block_v x 512 bytes,
@@ -33,24 +42,48 @@ _TILES = {
     "gfx942": (64, 1, 1),
     "gfx950": (64, 2, 2),
 }
+# A grid barrier costs about 7 us on MI300X (published), more than a launch of a captured graph: there every phase is a launch.
+_STEPPED = ("gfx942", "gfx950")
+_NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx950", "interpreter")
 
 
-def request_tile(requests: int) -> int:
-    """Requests whose noise a program computes at once. 4 would do for 3 and 4, but there the compiler runs out of registers."""
-    return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 16))
+def request_tile(requests: int, settings: bool) -> int:
+    """Requests whose noise a program computes at once. 4 would do for 3 and 4, but there the compiler runs out of registers, as it
+    does at 16 with `settings` (penalties, bias, mask or filters)."""
+    return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
 
 
-def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool) -> DraftConfig:
-    """The configuration for W2 of [vocab, rank] with `element_size` bytes an element. Not measured on a GPU yet.
+def ranks_per_dot(extra_phases: bool, widened: bool, adjusted: bool) -> int:
+    """Of W2 in 16 bits: fewer where registers are needed for phases beside the vocabulary's, to widen a quantised W2, or for
+    penalties, bias and mask (bench/compile.py: no spills)."""
+    return 64 if adjusted else 128 if extra_phases or widened else 256
 
-    one_tile: the batch fits one tile of requests.
+
+def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, ranks: int = 256) -> DraftConfig:
+    """The configuration for W2 of [vocab, rank] whose products take `element_size` bytes an operand. Not measured on a GPU yet.
+
+    one_tile: the batch fits one tile of requests. ranks: from `ranks_per_dot`.
     """
     padded_rank = max(16, 1 << max(0, rank - 1).bit_length())
+    native = arch.family in _NATIVE_FP8
     if arch.vendor == "interpreter":
         # One program walks everything: large tiles, because every operation costs the same whatever its size.
-        return DraftConfig(min(4096, max(64, 1 << (vocab - 1).bit_length())), padded_rank, 1, 1, 1, None)
-    block_v, stages_one, stages_more = _TILES.get(arch.name, (64, 1, 1))
+        block_v = min(4096, max(64, 1 << (vocab - 1).bit_length()))
+        return DraftConfig(block_v, padded_rank, 1, 1, 1, None, True, padded_rank, 4 * padded_rank, padded_rank, native)
+    block_v, stages_one, stages_more = _TILES[arch.family]
     stages = stages_one if one_tile else stages_more
     # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
     registers = 255 if arch.vendor == "nvidia" else None
-    return DraftConfig(block_v, min(padded_rank, 256 if element_size <= 2 else 32), 8, stages, 1, registers)
+    return DraftConfig(
+        block_v=block_v,
+        block_r=min(padded_rank, ranks if element_size <= 2 else 32),
+        num_warps=8,
+        num_stages=stages,
+        programs_per_sm=1,
+        max_registers=registers,
+        one_launch=arch.cooperative and arch.family not in _STEPPED,
+        block_j=16,
+        block_n=64,
+        block_s=64,
+        native_fp8=native,
+    )

@@ -7,6 +7,9 @@ merges any number of programs in any order to the same bits.
 import triton
 import triton.language as tl
 
+# Token 0 below every key (its own key unpacks as NaN): what an entry that stands for no token takes part with.
+NOBODY = tl.constexpr(2147483647)
+
 
 @triton.jit
 def pack(key, ids):
