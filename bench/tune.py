@@ -94,7 +94,34 @@ def _schedule_requests(shape) -> int:
     return shape["candidates"] // 8
 
 
+def _draft_call(compile, shape):
+    requests, dtype = (1 if shape["one_tile"] else 64), getattr(compile.torch, _OPERANDS[shape["operands"]])
+    compile._draft(requests, dtype=dtype)
+
+
+_OPERANDS = {"16 bit": "bfloat16", "32 bit": "float32"}
+
 KERNELS = {
+    "draft": Tuned(
+        op="draft_block",
+        call=_draft_call,
+        # bench.kernels has no case in fp32.
+        spec=lambda cases, attention_cases, shape: (
+            cases.Draft(1 if shape["one_tile"] else 64) if shape["operands"] == "16 bit" else None
+        ),
+        space=dict(block_v=(64, 128), block_r=(32, 64, 128, 256), num_warps=(4, 8), num_stages=(1, 2, 3), programs_per_sm=(1, 2)),
+        flight=lambda shape, config: config["num_stages"] * config["block_v"] * config["block_r"] * int(shape["operands"][:2]) // 8,
+        importance=lambda shape: 8.0 + shape["one_tile"],
+    ),
+    "accept": Tuned(
+        op="accept_chain",
+        call=lambda compile, shape: compile._accept(64, proposal="no lse" if shape["sweeps_draft"] else "lse"),
+        # bench.kernels has no case without the proposal's lse.
+        spec=lambda cases, attention_cases, shape: None if shape["sweeps_draft"] else cases.Accept(64),
+        space=dict(pairs=(2, 4, 8), num_warps=(4, 8), lag=(1, 2, 4), max_registers=(96, 128, 168)),
+        flight=lambda shape, config: 2 * 1024 * config["pairs"],
+        importance=lambda shape: 8.5,
+    ),
     "attention": Tuned(
         op="tree_attention",
         call=_attention_call,

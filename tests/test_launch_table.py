@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from dspark_kernels.launch import arch, attention, layout, schedule, table
+from dspark_kernels.launch import accept, arch, attention, draft, layout, schedule, table
 from dspark_kernels.launch.table import Entry
 
 SM_90, SM_86, GFX942 = (arch.KNOWN[name] for name in ("sm_90", "sm_86", "gfx942"))
@@ -88,6 +88,11 @@ ATTENTION = {
     "sm_100": {(32, 128, 2, 2): (32, 64, 4, 3, 16, 1, 296, 4)},
     "gfx942": {(64, 128, 2, 2): (32, 64, 4, 1, 16, 1, 304, 4), (None, 256, 2, 2): (32, 32, 8, 1, 16, 1, 304, 8)},
 }
+# stages of the draft block for one tile of requests and for more
+STAGES = {
+    "sm_80": (2, 2), "sm_86": (2, 2), "sm_89": (2, 2), "sm_90": (3, 2), "sm_100": (3, 1), "sm_120": (2, 2), "gfx942": (1, 1),
+    "gfx950": (2, 2),
+}  # fmt: skip
 
 
 def test_the_tables_hold_what_was_chosen_before_there_were_tables():
@@ -100,6 +105,12 @@ def test_the_tables_hold_what_was_chosen_before_there_were_tables():
         plans = [attention.pick_plan(known, n) for n in (1, 128, 512, 513)]
         few = attention.PlanConfig(128, 8 if known.name == "sm_89" else 4)  # 4 warps have a stack there at 256 requests
         assert plans == [attention.PlanConfig(128, 4)] * 2 + [few, attention.PlanConfig(512, 16)]
+        for one_tile, stages in zip((True, False), STAGES[known.name], strict=True):
+            for size, rank, ranks in ((2, 256, 256), (2, 1000, 64), (4, 256, 256), (2, 20, 256)):
+                found = draft.pick(known, 151936, rank, size, one_tile, ranks)
+                assert (found.block_v, found.num_warps, found.num_stages, found.programs_per_sm) == (64, 8, stages, 1)
+                assert found.block_r == (32 if size == 4 or rank == 20 else min(256, ranks))
+        assert accept.pick(known, 149, 7, False).chunk == 4 and accept.pick(known, 2, 7, True).group == 2
     for name, cases in ATTENTION.items():
         for (rows, *rest), want in cases.items():
             found = attention.pick(arch.KNOWN[name], rows, *rest, 8)

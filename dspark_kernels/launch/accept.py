@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .arch import Arch
+from .table import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +21,18 @@ class AcceptConfig:
 
 
 def pick(arch: Arch, num_leaves: int, num_drafts: int, sweeps_draft: bool) -> AcceptConfig:
-    """The configuration for rows of `num_leaves` leaves. Not measured on a GPU yet.
+    """The configuration for rows of `num_leaves` leaves.
 
     Four leaves an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
     multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
-    resident than the loads in flight need; these caps are the smallest at which no architecture spills (bench/compile.py).
+    resident than the loads in flight need; the caps are the smallest at which no architecture spills (bench/compile.py).
     """
-    # The interpreter pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
-    pairs = 16 if arch.vendor == "interpreter" else 4
+    if arch.vendor == "interpreter":
+        # It pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
+        tuned = dict(pairs=16, lag=2, num_warps=4, max_registers=None)
+    else:
+        tuned = dict(find(arch, "accept", sweeps_draft=sweeps_draft).config)
+    pairs = tuned.pop("pairs")
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
-    registers = (200 if sweeps_draft else 128) if arch.vendor == "nvidia" else None
-    return AcceptConfig(group, chunk, lag=2, num_warps=4, max_registers=registers)
+    return AcceptConfig(group, chunk, **tuned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .arch import Arch
+from .table import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,8 +13,8 @@ class DraftConfig:
     """block_v: ids per tile (a multiple of 64); block_r: ranks per dot; programs_per_sm: resident programs; max_registers: per
     thread, None = the compiler's choice; one_launch: all phases in one cooperative launch, else a launch for each.
 
-    Of gated and rnn heads: block_j: latents per program, block_n: hoisted products per program, block_s: inputs per dot of these and
-    of the state.
+    Of gated and rnn heads: block_j: latents per program, block_n: hoisted products per program, block_s: inputs per dot of these
+    and of the state.
     """
 
     block_v: int
@@ -29,19 +30,6 @@ class DraftConfig:
     native_fp8: bool
 
 
-# (ids, stages for a batch of one request tile, stages for more) per architecture: the widest tile of W2 (block_v x 512 bytes,
-# once per stage and, where the matrix unit reads shared memory itself, once more) that fits its shared memory without spilling
-# registers (bench/compile.py).
-_TILES = {
-    "sm_80": (64, 2, 2),
-    "sm_86": (64, 2, 2),
-    "sm_89": (64, 2, 2),
-    "sm_90": (64, 3, 2),
-    "sm_100": (64, 3, 1),
-    "sm_120": (64, 2, 2),
-    "gfx942": (64, 1, 1),
-    "gfx950": (64, 2, 2),
-}
 # A grid barrier costs about 7 us on MI300X (published), more than a launch of a captured graph: there every phase is a launch.
 _STEPPED = ("gfx942", "gfx950")
 _NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx950", "interpreter")
@@ -60,7 +48,7 @@ def ranks_per_dot(extra_phases: bool, widened: bool, adjusted: bool) -> int:
 
 
 def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, ranks: int = 256) -> DraftConfig:
-    """The configuration for W2 of [vocab, rank] whose products take `element_size` bytes an operand. Not measured on a GPU yet.
+    """The configuration for W2 of [vocab, rank] whose products take `element_size` bytes an operand.
 
     one_tile: the batch fits one tile of requests. ranks: from `ranks_per_dot`.
     """
@@ -70,20 +58,10 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
         # One program walks everything: large tiles, because every operation costs the same whatever its size.
         block_v = min(4096, max(64, 1 << (vocab - 1).bit_length()))
         return DraftConfig(block_v, padded_rank, 1, 1, 1, None, True, padded_rank, 4 * padded_rank, padded_rank, native)
-    block_v, stages_one, stages_more = _TILES[arch.family]
-    stages = stages_one if one_tile else stages_more
-    # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
-    registers = 255 if arch.vendor == "nvidia" else None
+    tuned = dict(find(arch, "draft", operands=f"{8 * element_size} bit", one_tile=one_tile).config)
     return DraftConfig(
-        block_v=block_v,
-        block_r=min(padded_rank, ranks if element_size <= 2 else 32),
-        num_warps=8,
-        num_stages=stages,
-        programs_per_sm=1,
-        max_registers=registers,
+        block_r=min(padded_rank, ranks, tuned.pop("block_r")),
         one_launch=arch.cooperative and arch.family not in _STEPPED,
-        block_j=16,
-        block_n=64,
-        block_s=64,
         native_fp8=native,
+        **tuned,
     )
