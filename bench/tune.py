@@ -219,7 +219,7 @@ def compiled(kernel: str, shape: dict, config: dict, arch: str) -> Binary:
     with table.trial(kernel, shape, config):
         with compile.capture(arch, False) as launches:
             KERNELS[kernel].call(compile, shape)
-        (launch,) = launches
+        launch = launches[0]  # a form of several launches runs one binary again and again
         key = dict(op=KERNELS[kernel].op, arch=arch, source=launch.source, launch=launch.launch)
         for row in compile.read(compile.REPORT):
             if all(row[name] == value for name, value in key.items()):
