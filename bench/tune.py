@@ -109,8 +109,8 @@ KERNELS = {
         spec=lambda cases, attention_cases, shape: (
             cases.Draft(1 if shape["one_tile"] else 64) if shape["operands"] == "16 bit" else None
         ),
-        space=dict(block_v=(64, 128), block_r=(32, 64, 128, 256), num_warps=(4, 8), num_stages=(1, 2, 3), programs_per_sm=(1, 2)),
-        flight=lambda shape, config: config["num_stages"] * config["block_v"] * config["block_r"] * int(shape["operands"][:2]) // 8,
+        space=dict(block_v=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3), programs_per_sm=(1, 2)),
+        flight=lambda shape, config: config["num_stages"] * config["block_v"] * (512 if shape["operands"] == "16 bit" else 128),
         importance=lambda shape: 8.0 + shape["one_tile"],
     ),
     "accept": Tuned(

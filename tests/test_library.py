@@ -60,6 +60,8 @@ def _plan():
     [
         (draft, "_draft_block", _draft()),
         (draft, "_draft_block", _draft(sampled=False, rank=0, confidence=None)),
+        (draft, "_draft_block", _draft(kind="gated", w2_dtype=torch.int8, target_vocab=300)),
+        (draft, "_draft_block", _draft(kind="rnn", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS, padded=True)),
         (accept, "_accept_chain", _accept()),
         (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
         (layout, "_fixed_layout", _layout),
@@ -105,6 +107,31 @@ def test_compiles_into_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
+def _filtered(base_logits, anchors, positions, hidden, temperature, seed, top_p, bias, ids, state, *weights):
+    sampling = dk.SamplingTensors(temperature, seed, top_p=top_p, logit_bias=bias)
+    head = dk.RnnMarkovHead(*weights[:2], joint_weight=weights[2], joint_bias=weights[3])
+    block = dk.draft_block(
+        base_logits, anchors, head, anchor_positions=positions, sampling=sampling, hidden=hidden, draft_to_target=ids,
+        head_state=state,
+    )  # fmt: skip
+    return block.tokens, block.proposal.logits, block.proposal.lse, state
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_heads_and_filters_compile_into_one_graph(backend):
+    case = cases.draft_case(seed=7, requests=2, drafts=2, vocab=130, kind="rnn", target_vocab=200, filters={"top_p"}, adjust={"bias"})
+    head, sampling = case.head, case.sampling
+
+    def arguments():
+        return (
+            case.base_logits, case.anchors, case.anchor_positions, case.hidden, sampling.temperature, sampling.seed, sampling.top_p,
+            sampling.logit_bias, case.draft_to_target, case.head_state.clone(), head.w1, head.w2, head.joint_weight, head.joint_bias,
+        )  # fmt: skip
+
+    have = torch.compile(_filtered, fullgraph=True, backend=backend)(*arguments())
+    assert all(torch.equal(a, b) for a, b in zip(have, _filtered(*arguments()), strict=True))
+
+
 def _layer(q, k_cache, v_cache, tables, lens, k_new, v_new, sinks, like):
     """Two layers that share a plan."""
     kv = dk.PagedKV(k_cache, v_cache, tables, lens)
@@ -127,16 +154,19 @@ def test_constants_of_kernels_are_the_public_ones():
         accept as accept_kernels,
         attention as attention_kernels,
         draft as draft_kernels,
+        draft_filters,
+        draft_rows,
         schedule as schedule_kernels,
     )
-    from dspark_kernels.kernels.primitives import mass, philox, rows
+    from dspark_kernels.kernels.primitives import filters, mass, philox, rows
 
-    for kernels in (accept_kernels, draft_kernels, schedule_kernels, rows):
+    for kernels in (accept_kernels, draft_kernels, draft_rows, schedule_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
     assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
-    assert draft_kernels.UNIT.value == draft.UNIT and mass.LEAF.value == accept.LEAF
+    assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
+    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and mass.LEAF.value == accept.LEAF
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 

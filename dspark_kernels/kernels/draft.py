@@ -85,9 +85,9 @@ def _draft_tile(
 ):  # fmt: skip
     """ROWS requests of one tile of ids at position k: logits, proposal, unit masses, winner so far."""
     if head is not None:
-        # The dot always has DOT_ROWS columns; ROWS of them are requests of this batch.
+        # The dot always has DOT_ROWS columns; ROWS of them are this tile's requests, the others stay zero.
         columns = first_request + tl.arange(0, DOT_ROWS)
-        column_slots = state_slots(slots_ptr, columns, num_requests, num_slots)
+        column_slots = state_slots(slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), num_slots)
         if mixer is None:
             w1_ptr, _, _, stride_1v, _, vocab_w1, _ = head
             previous = previous_tokens(anchors_ptr, stride_a, best_ptr, columns, column_slots, k, num_requests)

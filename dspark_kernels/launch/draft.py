@@ -56,12 +56,14 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
     native = arch.family in _NATIVE_FP8
     if arch.vendor == "interpreter":
         # One program walks everything: large tiles, because every operation costs the same whatever its size.
-        block_v = min(4096, max(64, 1 << (vocab - 1).bit_length()))
-        return DraftConfig(block_v, padded_rank, 1, 1, 1, None, True, padded_rank, 4 * padded_rank, padded_rank, native)
-    tuned = dict(find(arch, "draft", operands=f"{8 * element_size} bit", one_tile=one_tile).config)
+        # No block may have more than 2^20 elements.
+        block_v = min(4096, 2**20 // padded_rank, max(64, 1 << (vocab - 1).bit_length()))
+        few = min(512, padded_rank)
+        return DraftConfig(block_v, padded_rank, 1, 1, 1, None, True, few, 4 * few, few, native)
     return DraftConfig(
-        block_r=min(padded_rank, ranks, tuned.pop("block_r")),
+        # In no table: the bits of a projection depend on it, and must not depend on the batch.
+        block_r=min(padded_rank, ranks if element_size <= 2 else 32),
         one_launch=arch.cooperative and arch.family not in _STEPPED,
         native_fp8=native,
-        **tuned,
+        **find(arch, "draft", operands=f"{8 * element_size} bit", one_tile=one_tile).config,
     )
