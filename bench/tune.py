@@ -4,7 +4,8 @@
     python -m bench.tune --predict          the same, and configurations one step away, ranked by prediction
     python -m bench.tune                    on a GPU: time entries and what is one step away from them, keep what is faster
 
-A step changes one parameter. Configurations that spill registers or exceed shared memory are out. The others are ranked by
+A step changes one parameter; what decides in which order a request's numbers are summed is none, since bits may not depend on the
+batch. Configurations that spill registers or exceed shared memory are out. The others are ranked by
 
     time = bytes / bandwidth * max(1, bandwidth * LATENCY / (multiprocessors * resident * bytes on the way per program))
 
