@@ -41,7 +41,8 @@ def test_equals_reference(data):
 @pytest.mark.parametrize("order", ["top_k_first", "joint"])
 def test_filters_leave_their_support_and_draws_from_it(order):
     case = cases.draft_case(
-        seed=31, requests=3, drafts=2, vocab=300, confidence=None, filters=cases.FILTERS, filter_order=order, temperatures=(1.0, 1.7)
+        seed=31, requests=3, drafts=2, vocab=300, confidence=None, filters=cases.FILTERS, filter_order=order,
+        temperatures=(1.0, 1.7),
     )
     free = dk.draft_block(**case.arguments() | dict(sampling=dk.SamplingTensors(case.sampling.temperature, case.sampling.seed)))
     block = check(case)
