@@ -51,8 +51,8 @@ class BadArgument(Exception):
 class Tuned:
     """How the entries of a kernel are compiled, timed and varied.
 
-    call: (bench.compile, shape) -> what launches it there. spec: (bench.kernel_cases, bench.attention_cases, shape) -> the case
-    that times it, or None: then it is compiled only. space: parameter -> values. flight: (shape, config) -> bytes that a program
+    call: (bench.compile_cases, shape) -> what launches it there. spec: (bench.kernel_cases, bench.attention_cases, shape) -> the
+    case that times it, or None: then it is compiled only. space: parameter -> values. flight: (shape, config) -> bytes that a program
     has on the way. importance: orders entries, the largest first.
     """
 
@@ -70,12 +70,12 @@ def _bits(kind: str) -> tuple[int, int]:
     return queries, keys
 
 
-def _attention_call(compile, shape):
+def _attention_call(calls, shape):
     queries, keys = _bits(shape["kind"])
     group = {16: 2, 32: 4, 64: 8}[shape["block_m"]]
-    cache = compile.torch.float8_e4m3fn if keys == 1 else None
-    dtype = compile.torch.float32 if queries == 4 else compile.torch.bfloat16
-    compile._attention(64, group=group, head_dim=shape["head"], dtype=dtype, cache=cache)
+    cache = calls.torch.float8_e4m3fn if keys == 1 else None
+    dtype = calls.torch.float32 if queries == 4 else calls.torch.bfloat16
+    calls.attention_call(64, group=group, head_dim=shape["head"], dtype=dtype, cache=cache)
 
 
 def _attention_spec(cases, attention_cases, shape):
@@ -85,19 +85,19 @@ def _attention_spec(cases, attention_cases, shape):
     return attention_cases.Attention(32, 8192, query_heads=8 * group, head_dim=shape["head"])
 
 
-def _layout_call(compile, shape):
+def _layout_call(calls, shape):
     requests = shape["requests"]
     few = requests <= 256
-    compile._layout(requests, prefill=not few, paged=True, slots=requests + (44 if few else 76))  # as in the report
+    calls.layout_call(requests, prefill=not few, paged=True, slots=requests + (44 if few else 76))  # as in the report
 
 
 def _schedule_requests(shape) -> int:
     return shape["candidates"] // 8
 
 
-def _draft_call(compile, shape):
-    requests, dtype = (1 if shape["one_tile"] else 64), getattr(compile.torch, _OPERANDS[shape["operands"]])
-    compile._draft(requests, dtype=dtype)
+def _draft_call(calls, shape):
+    requests, dtype = (1 if shape["one_tile"] else 64), getattr(calls.torch, _OPERANDS[shape["operands"]])
+    calls.draft_call(requests, dtype=dtype)
 
 
 _OPERANDS = {"16 bit": "bfloat16", "32 bit": "float32"}
@@ -117,7 +117,7 @@ KERNELS = {
     ),
     "accept": Tuned(
         op="accept_chain",
-        call=lambda compile, shape: compile._accept(64, proposal=_PROPOSALS[shape["law"]]),
+        call=lambda calls, shape: calls.accept_call(64, proposal=_PROPOSALS[shape["law"]]),
         # bench.kernels has no case without the proposal's lse.
         spec=lambda cases, attention_cases, shape: cases.Accept(64) if shape["law"] == "light" else None,
         space=dict(pairs=(2, 4, 8), num_warps=(4, 8), lag=(1, 2, 4), max_registers=(96, 128, 168)),
@@ -134,7 +134,7 @@ KERNELS = {
     ),
     "schedule": Tuned(
         op="schedule_prefixes",
-        call=lambda compile, shape: compile._schedule(_schedule_requests(shape), max_rows=shape["rows"]),
+        call=lambda calls, shape: calls.schedule_call(_schedule_requests(shape), max_rows=shape["rows"]),
         spec=lambda cases, attention_cases, shape: cases.Schedule(_schedule_requests(shape), "causal"),
         space=dict(block=(128, 256, 512, 1024), sort=(512, 1024, 2048), num_warps=(2, 4, 8, 16)),
         flight=lambda shape, config: 36 * config["block"],
@@ -150,7 +150,7 @@ KERNELS = {
     ),
     "plan": Tuned(
         op="plan_attention",
-        call=lambda compile, shape: compile._attention(shape["requests"], head_dim=None),
+        call=lambda calls, shape: calls.attention_call(shape["requests"], head_dim=None),
         spec=lambda cases, attention_cases, shape: None,
         space=dict(block=(64, 128, 256, 512), num_warps=(2, 4, 8, 16)),
         flight=lambda shape, config: 40 * config["block"],
@@ -215,18 +215,18 @@ def compiled(kernel: str, shape: dict, config: dict, arch: str) -> Binary:
     """Compile one configuration offline, or find it in the compile report. Needs a process in which kernels are not interpreted."""
     import torch
 
-    from . import compile
+    from . import compile, compile_cases  # in this order: compile decides that kernels are not interpreted
 
     torch.set_num_threads(1)
     with table.trial(kernel, shape, config):
         with compile.capture(arch, False) as launches:
-            KERNELS[kernel].call(compile, shape)
+            KERNELS[kernel].call(compile_cases, shape)
         launch = launches[0]  # a form of several launches runs one binary again and again
         key = dict(op=KERNELS[kernel].op, arch=arch, source=launch.source, launch=launch.launch)
         for row in compile.read(compile.REPORT):
             if all(row[name] == value for name, value in key.items()):
                 return Binary.of(row, f"{row['op']} {row['case']}")
-        compile.CASES = {kernel: {"trial": lambda: KERNELS[kernel].call(compile, shape)}}
+        compile.CASES = {kernel: {"trial": lambda: KERNELS[kernel].call(compile_cases, shape)}}
         (row,) = compile.rows_of(arch, kernel, True)
     return Binary.of(row)
 

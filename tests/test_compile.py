@@ -23,7 +23,10 @@ CASES = {
     "schedule_prefixes": ("causal_r16", "budget_r64"),
     "plan_attention": ("r64_slots",),
     "tree_attention": ("chain", "tree_window", "fp8_cached"),
-    "accept_chain": ("dense", "one_hot", "greedy"),
+    "draft_candidates": ("c64_r1",),
+    "accept_chain": ("dense", "one_hot", "greedy", "dense_block"),
+    "compact_kv": ("r64",),
+    "draft_block_finish": ("sampled_r64",),
     "accept_tree": ("walk", "greedy", "recursive_iid", "traversal_replaced"),
     "compact_kv": ("r64",),
 }

@@ -260,8 +260,8 @@ def _stride(tensor, dim):
 @library.register(
     "draft_block_partial(Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, "
     "Tensor? w2_scale, Tensor? temperature, Tensor? seed, Tensor? state_indices, Tensor tokens, Tensor(a!)? logits, "
-    "Tensor(b!) part, Tensor(c!) counters, bool with_lse, int vocab_start, int vocab_shards, int vocab_size, int position, int first_draft, "
-    "int column, bool coupled) -> ()"
+    "Tensor(b!) part, Tensor(c!) counters, bool with_lse, int vocab_start, int vocab_shards, int vocab_size, int position, "
+    "int first_draft, int column, bool coupled) -> ()"
 )
 def _draft_block_partial(
     base_logits, anchors, anchor_positions, w1, w2, w2_scale, temperature, seed, state_indices, tokens, logits, part, counters,

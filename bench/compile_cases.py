@@ -1,0 +1,513 @@
+"""What bench.compile compiles: one call of a public op for each constant and optional argument that makes another binary.
+
+Sizes are those of Qwen3-4B with its published drafter. Where two arguments meet only in ways that their own cases show, one case
+stands for both: compiling takes seconds to a minute for each of eight architectures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+
+import dspark_kernels as dk
+from dspark_kernels.ops import accept_shards, attention, draft_shards
+
+VOCAB, DRAFTS, RANK, HIDDEN = 151936, 7, 256, 2560  # Qwen3-4B with its published drafter
+
+
+def _empty(*shape, dtype=torch.bfloat16):
+    # Never touched, so the memory of full-size tensors is never really taken.
+    return torch.empty(*shape, dtype=dtype)
+
+
+def _ints(*shape, dtype=torch.int64):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def _sampling(slots):
+    return dk.SamplingTensors(torch.ones(slots), _ints(slots))
+
+
+def _head(kind, vocab, targets, rank, dtype, w2_dtype):
+    tables = _empty(targets, rank, dtype=dtype), _empty(vocab, rank, dtype=w2_dtype or dtype)
+    scale = _empty(vocab, dtype=torch.float32) if w2_dtype in (torch.int8, torch.float8_e4m3fn) else None
+    if kind == "gated":
+        mixing = dict(gate_weight=_empty(rank, HIDDEN + rank, dtype=dtype), gate_bias=_empty(rank, dtype=dtype))
+        return dk.GatedMarkovHead(*tables, scale, **mixing)
+    if kind == "rnn":
+        mixing = dict(joint_weight=_empty(3 * rank, 2 * rank + HIDDEN, dtype=dtype), joint_bias=_empty(3 * rank, dtype=dtype))
+        return dk.RnnMarkovHead(*tables, scale, **mixing)
+    return dk.MarkovHead(*tables, scale)
+
+
+def _settings(slots, drafts, vocab, adjusted, filtered):
+    """Everything a request can ask for."""
+    number = functools.partial(torch.ones, slots)
+    found = {}
+    if adjusted:
+        lists = _ints(slots, 1000), _ints(slots, 1000, dtype=torch.int32)
+        found |= dict(
+            logit_bias=_empty(slots, vocab, dtype=torch.float32),
+            token_bitmask=_ints(slots, drafts, -(-vocab // 32), dtype=torch.int32),
+            penalties=dk.Penalties(*lists, number(), number(), number()),
+        )
+    if filtered:
+        found |= dict(top_k=_ints(slots, dtype=torch.int32), top_p=number(), min_p=number())
+    return dataclasses.replace(_sampling(slots), **found)
+
+
+def draft_call(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16, sampled=True, confidence=True,
+           slots=None, kind="vanilla", w2_dtype=None, targets=None, adjusted=False, filtered=False, **options):  # fmt: skip
+    size = requests if slots is None else slots
+    head = _head(kind, vocab, targets or vocab, rank, dtype, w2_dtype) if rank else None
+    ids = None if targets is None else _ints(vocab)
+    confidence_head = None
+    if confidence:
+        sts = torch.ones(drafts)
+        confidence_head = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), sts)
+    lse = _empty(size, drafts, dtype=torch.float32)
+    proposal = dk.DenseProposal(_empty(size, drafts, vocab, dtype=dtype), lse=lse, draft_to_target=ids)
+    scores = [_empty(size, drafts, dtype=torch.float32) if confidence else None for _ in range(2)]
+    dk.draft_block(
+        _empty(requests, drafts, vocab, dtype=dtype),
+        _ints(size),
+        head,
+        anchor_positions=_ints(size),
+        sampling=_settings(size, drafts, targets or vocab, adjusted, filtered) if sampled else None,
+        hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
+        confidence=confidence_head,
+        draft_to_target=ids,
+        head_state=_empty(size, rank, dtype=torch.float32) if kind == "rnn" else None,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        out=dk.DraftBlock(
+            _ints(size, drafts),
+            proposal if sampled else dk.OneHotProposal(),
+            _ints(requests, dtype=torch.int32),
+            *scores,
+        ),
+        workspace=dk.Workspace(requests, drafts, vocab, "cpu", markov_rank=rank),
+        **options,
+    )
+
+
+def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
+                w2_dtype=None, sampled=True, confidence=True, slots=None, listed=0, mapped=False, adjusted=False, filtered=False,
+                **options):  # fmt: skip
+    size, width = requests if slots is None else slots, candidates + listed
+    head = _head(kind, vocab, vocab, rank, dtype, w2_dtype) if rank else None
+    confidence_head = None
+    if confidence:
+        confidence_head = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(drafts))
+    logits = _empty(size, drafts, width, dtype=dtype)
+    proposal = dk.SparseProposal(_ints(size, drafts, width), logits, lse=_empty(size, drafts, dtype=torch.float32))
+    scores = [_empty(size, drafts, dtype=torch.float32) if confidence else None for _ in range(2)]
+    dk.draft_block(
+        _empty(requests, drafts, vocab, dtype=dtype),
+        _ints(size),
+        head,
+        anchor_positions=_ints(size),
+        sampling=_settings(size, drafts, vocab, adjusted, filtered) if sampled else None,
+        hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
+        confidence=confidence_head,
+        candidates=candidates,
+        bigrams=_ints(vocab, listed, dtype=torch.int32) if listed else None,
+        draft_to_target=_ints(vocab) if mapped else None,
+        head_state=_empty(size, rank, dtype=torch.float32) if kind == "rnn" else None,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        out=dk.DraftBlock(
+            _ints(size, drafts),
+            proposal if sampled else dk.OneHotProposal(),
+            _ints(requests, dtype=torch.int32),
+            *scores,
+        ),
+        workspace=dk.Workspace(requests, drafts, vocab, "cpu", markov_rank=rank),
+        **options,
+    )
+
+
+def layout_call(requests, *, drafts=DRAFTS, prefill=False, paged=False, slots=None):
+    size = requests if slots is None else slots
+    block = dk.DraftBlock(_ints(size, drafts), dk.OneHotProposal(), _ints(requests, dtype=torch.int32))
+    return dk.fixed_layout(
+        block,
+        _ints(requests, dtype=torch.int32),
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        max_rows=requests * (drafts + 1) if prefill else None,
+        num_prefill_tokens=_ints(requests, dtype=torch.int32) if prefill else None,
+        emits=torch.ones(requests, dtype=torch.bool) if prefill else None,
+        block_tables=_ints(size, 2048, dtype=torch.int32) if paged else None,
+        page_size=16 if paged else None,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+    )
+
+
+def _tree_layout(requests, *, nodes=32, paged=False):
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    links = [int32(requests, nodes) for _ in range(4)]
+    tree = dk.DraftTree(
+        _ints(requests, nodes), *links, _ints(requests, nodes), int32(requests), dk.OneHotProposal(), "one_hot", int32(requests)
+    )
+    pages = dict(block_tables=int32(requests, 2048), page_size=16) if paged else {}
+    return dk.tree_layout(tree, anchor_positions=_ints(requests), **pages)
+
+
+def _draft_layout(requests, *, anchor_first=True, paged=False):
+    pages = dict(block_tables=_ints(requests, 2048, dtype=torch.int32), page_size=16) if paged else {}
+    return dk.draft_layout(
+        _ints(requests), _ints(requests), block_size=DRAFTS, mask_token_id=151643, anchor_first=anchor_first, **pages
+    )
+
+
+def schedule_call(requests, *, drafts=DRAFTS, policy="causal", stale=False, paged=True, drafting=True, slots=None, **options):
+    size = requests if slots is None else slots
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    block = dk.DraftBlock(_ints(size, drafts), dk.OneHotProposal(), int32(requests), torch.ones(size, drafts))
+    cost = dk.CostTable(torch.ones(4097), torch.ones(1025) if drafting else None)
+    pages = dict(block_tables=int32(size, 2048), page_size=16) if paged else {}
+    return dk.schedule_prefixes(
+        block,
+        None if policy == "budget" and not stale else cost,
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        policy=policy,
+        budget=int32(1) if policy == "budget" and not stale else None,
+        stale_confidence=torch.ones(size, drafts) if stale else None,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        workspace=dk.Workspace(requests, drafts, VOCAB, "cpu"),
+        **pages,
+        **options,
+    )
+
+
+def _rows(requests, drafts):
+    """The layout of a full batch, made without a launch."""
+    rows = requests * (drafts + 1)
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    return dk.VerifyLayout(
+        draft_lens=int32(requests),
+        query_start_loc=int32(requests + 1),
+        cu_num_logits=int32(requests + 1),
+        token_ids=_ints(rows),
+        positions=_ints(rows),
+        batch_indices=int32(rows),
+        logits_indices=int32(rows),
+        num_rows=int32(1),
+        flags=int32(requests),
+        max_drafts=drafts,
+    )
+
+
+def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None,
+                candidates=64, forced=False, filters=False, adjust=False, **options):  # fmt: skip
+    """proposal "lse" or "no lse" (dense), "mapped", "sparse", "rebuilt" or "one_hot"."""
+    size = requests if slots is None else slots
+    law = None
+    if proposal == "sparse":
+        law = dk.SparseProposal(_ints(size, drafts, candidates), _empty(size, drafts, candidates, dtype=dtype))
+    elif proposal == "rebuilt":
+        head = dk.MarkovHead(_empty(vocab, RANK, dtype=dtype), _empty(vocab, RANK, dtype=dtype))
+        law = dk.RebuiltProposal(_empty(size, drafts, vocab, dtype=dtype), head, _empty(size, drafts, dtype=torch.float32))
+    elif proposal != "one_hot":
+        width = 32000 if proposal == "mapped" else vocab
+        lse = None if proposal == "no lse" else _empty(size, drafts, dtype=torch.float32)
+        law = dk.DenseProposal(
+            _empty(size, drafts, width, dtype=dtype), lse, draft_to_target=_ints(width) if proposal == "mapped" else None
+        )
+    sampling = _sampling(size) if sampled else None
+    if filters:
+        limits = dict(top_k=_ints(size, dtype=torch.int32), top_p=torch.ones(size), min_p=torch.ones(size))
+        sampling = dataclasses.replace(sampling, **limits)
+    if adjust:
+        sampling = dataclasses.replace(
+            sampling,
+            logit_bias=_empty(size, vocab, dtype=torch.float32),
+            token_bitmask=_ints(requests * (drafts + 1), -(-vocab // 32), dtype=torch.int32),
+            penalties=dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), *(torch.ones(size) for _ in range(3))),
+        )
+    dk.accept_chain(
+        _empty(requests * (drafts + 1), vocab, dtype=dtype),
+        _rows(requests, drafts),
+        law,
+        sampling=sampling,
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        synthetic_rates=torch.ones(drafts) if forced else None,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
+        **options,
+    )
+
+
+def _cut(shards):
+    """The first of `shards` equal shards of the vocabulary."""
+    return dict(vocab_start=0, vocab_shards=shards, vocab_size=VOCAB)
+
+
+def _draft_shard(requests, *, shards=8, dtype=torch.bfloat16, rank=RANK, sampled=True, lse=True, confidence=True, finish=False,
+                 w2_dtype=None, **options):  # fmt: skip
+    """The second position of a block on a rank: its part, or the draft from the parts of all ranks."""
+    width = -(-VOCAB // shards)
+    head = None
+    if rank:
+        scale = _empty(width, dtype=torch.float32) if w2_dtype else None
+        head = dk.MarkovHead(_empty(VOCAB, rank, dtype=dtype), _empty(width, rank, dtype=w2_dtype or dtype), scale)
+    proposal = dk.OneHotProposal()
+    if sampled:
+        scores = _empty(requests, DRAFTS, dtype=torch.float32) if lse else None
+        proposal = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=scores)
+    scores = [_empty(requests, DRAFTS, dtype=torch.float32) if confidence else None for _ in range(2)]
+    block = dk.DraftBlock(_ints(requests, DRAFTS), proposal, _ints(requests, dtype=torch.int32), *scores)
+    scorer = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(DRAFTS))
+    common = dict(position=1, sampling=_sampling(requests) if sampled else None, confidence=scorer if confidence else None)
+    common |= _cut(shards)
+    if not finish:
+        base = _empty(requests, DRAFTS, width, dtype=dtype)
+        workspace = dk.Workspace(requests, DRAFTS, VOCAB, "cpu")
+        return dk.draft_block_partial(
+            base, _ints(requests), head, anchor_positions=_ints(requests), block=block, workspace=workspace, **common, **options
+        )
+    hidden = _empty(requests, DRAFTS, HIDDEN, dtype=dtype) if confidence else None
+    gathered = _ints(shards, draft_shards.part_words(requests, width, sampled and lse))
+    return dk.draft_block_finish(gathered, block, _ints(requests), head, hidden=hidden, **common)
+
+
+def _accept_shard(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="lse", sampled=True, rule="token"):
+    """A phase of acceptance on a rank, or its finish."""
+    width = -(-VOCAB // shards)
+    law = None
+    if proposal != "one_hot":
+        lse = _empty(requests, DRAFTS, dtype=torch.float32) if proposal == "lse" else None
+        law = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=lse)
+    common = dict(sampling=_sampling(requests) if sampled else None, rule=rule) | _cut(shards)
+    logits, layout = _empty(requests * (DRAFTS + 1), width, dtype=dtype), _rows(requests, DRAFTS)
+    phases = dk.accept_phases(law, sampling=common["sampling"], rule=rule)
+    before = phases if phase == "finish" else phases[: phases.index(phase)]
+    gathered = tuple(_ints(shards, accept_shards.part_words(logits, layout, law, phase=name, **common)) for name in before)
+    if phase == "finish":
+        anchors = dict(anchors=_ints(requests), anchor_positions=_ints(requests))
+        return dk.accept_finish(logits, layout, law, gathered=gathered, **anchors, **common)
+    workspace = dk.Workspace(requests, DRAFTS, VOCAB, "cpu")
+    return dk.accept_partial(logits, layout, law, phase=phase, gathered=gathered, workspace=workspace, **common)
+
+
+def attention_call(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, page_size=16, dtype=torch.bfloat16, cache=None,
+               mask="chain", cached=False, invariant=False, slots=None, sinks=False, **options):  # fmt: skip
+    """The attention of a step whose plan is there already, or with `head_dim` None the plan itself."""
+    size, heads = requests if slots is None else slots, kv_heads * group
+    rows = requests * (drafts + 1)
+    plan_only = head_dim is None
+    head_dim = head_dim or 128
+    fp8 = cache == torch.float8_e4m3fn
+    scales = dict(k_scale=torch.ones(kv_heads), v_scale=torch.ones(kv_heads)) if fp8 else {}
+    pages = [_empty(2**18 // page_size, page_size, kv_heads, head_dim, dtype=cache or dtype) for _ in range(2)]
+    kv = dk.PagedKV(*pages, _ints(size, 131072 // page_size, dtype=torch.int32), _ints(size, dtype=torch.int32), **scales)
+    layout = dataclasses.replace(_rows(requests, drafts), slot_mapping=_ints(rows))
+    state_indices = None if slots is None else torch.arange(requests, dtype=torch.int32)
+    shared = dict(window=options.get("window"), batch_invariant=invariant)
+    planning = dict(shared, query_heads=heads, dtype=dtype)
+    if plan_only:
+        return dk.plan_attention(layout, kv, state_indices=state_indices, **planning)
+    q = _empty(rows, heads, head_dim, dtype=dtype)
+    own = [None if cached else _empty(rows, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+    return dk.tree_attention(
+        q, kv, layout, mask=mask, ancestors=_ints(rows) if mask == "tree" else None, k_new=own[0], v_new=own[1],
+        sinks=_empty(heads) if sinks else None, batch_invariant=invariant, state_indices=state_indices,
+        plan=attention.empty_plan(layout, kv, state_indices=state_indices, **planning), **options,
+    )  # fmt: skip
+
+
+def _tree(slots, nodes, proposal, drawn):
+    links = [_ints(slots, nodes, dtype=torch.int32) for _ in range(4)]
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    return dk.DraftTree(_ints(slots, nodes), *links, _ints(slots, nodes), int32(slots), proposal, drawn, int32(slots))
+
+
+def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", sampled=True, slots=None):
+    size = requests if slots is None else slots
+    law = dk.OneHotProposal() if drawn == "one_hot" else dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype))
+    dk.accept_tree(
+        _empty(requests * nodes, vocab, dtype=dtype),
+        _rows(requests, nodes - 1),
+        _tree(size, nodes, law, drawn),
+        sampling=_sampling(size) if sampled else None,
+        rule=rule,
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu"),
+    )
+
+
+def _compact(requests, *, nodes=32, layers=36, kv_heads=8, head_dim=128, dtype=torch.bfloat16, extra=0):
+    """Keys and values of all layers; extra: odd bytes per slot, so that nothing wider than a byte moves."""
+    pages = [_empty(64, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    rows = _rows(requests, nodes - 1)
+    counts = [int32(requests) for _ in range(5)]
+    acceptance = dk.Acceptance(
+        _ints(requests, nodes), *counts[:3], _ints(requests), counts[3], torch.zeros(len(rows.token_ids), dtype=torch.bool),
+        counts[4], kv_source=int32(requests, nodes),
+    )  # fmt: skip
+    more = [_empty(64, 16, extra, dtype=torch.uint8)] if extra else []
+    layout = dataclasses.replace(rows, slot_mapping=_ints(len(rows.token_ids)))
+    dk.compact_kv(dk.KVLayers.of([pages] * layers), acceptance, layout, extra=more)
+
+
+# op -> case -> call.
+CASES: dict[str, dict[str, Callable[[], object]]] = {
+    "draft_block": {
+        "sampled_r1": lambda: draft_call(1),
+        "sampled_r2": lambda: draft_call(2),
+        "sampled_r8": lambda: draft_call(8),
+        "sampled_r64": lambda: draft_call(64),
+        "sampled_r1_fp32": lambda: draft_call(1, dtype=torch.float32),
+        "sampled_r64_fp32": lambda: draft_call(64, dtype=torch.float32),
+        "sampled_r64_rank64": lambda: draft_call(64, rank=64),
+        "coupled_r64": lambda: draft_call(64, noise="coupled"),
+        "plain_r64": lambda: draft_call(64, rank=0, confidence=False),
+        "greedy_r1": lambda: draft_call(1, sampled=False),
+        "greedy_r64": lambda: draft_call(64, sampled=False, confidence=False),
+        "gated_r1": lambda: draft_call(1, kind="gated"),
+        "gated_r64": lambda: draft_call(64, kind="gated"),
+        "rnn_r1": lambda: draft_call(1, kind="rnn"),
+        "rnn_r64": lambda: draft_call(64, kind="rnn"),
+        "rank1024_r64": lambda: draft_call(64, rank=1024),
+        "int8_r64": lambda: draft_call(64, w2_dtype=torch.int8),
+        "fp8_r64": lambda: draft_call(64, w2_dtype=torch.float8_e4m3fn),
+        "mapped_r64_v32000": lambda: draft_call(64, vocab=32000, targets=VOCAB),
+        "filtered_r64": lambda: draft_call(64, filtered=True),
+        "adjusted_r8": lambda: draft_call(8, adjusted=True),
+    },
+    "draft_candidates": {
+        "c64_r1": lambda: _candidates(1),
+        "c64_r64": lambda: _candidates(64),
+        "c16": lambda: _candidates(64, 16),
+        "c256": lambda: _candidates(64, 256),
+        "c64_fp32": lambda: _candidates(64, dtype=torch.float32),
+        "c64_rank1024": lambda: _candidates(64, rank=1024),
+        "c64_int8": lambda: _candidates(64, w2_dtype=torch.int8),
+        "c64_rnn": lambda: _candidates(64, kind="rnn"),
+        "c56_bigrams8": lambda: _candidates(64, 56, listed=8),
+        "c64_coupled_map": lambda: _candidates(64, vocab=32000, mapped=True, noise="coupled"),
+        "c64_greedy": lambda: _candidates(64, sampled=False),
+        "c64_adjusted": lambda: _candidates(64, adjusted=True),
+        "c64_filtered": lambda: _candidates(64, filtered=True),
+    },
+    "fixed_layout": {
+        "r1": lambda: layout_call(1),
+        "r64": lambda: layout_call(64),
+        "r256_paged": lambda: layout_call(256, paged=True, slots=300),
+        "r1024_prefill": lambda: layout_call(1024, prefill=True, paged=True, slots=1100),
+    },
+    "tree_layout": {
+        "r8": lambda: _tree_layout(8),
+        "r64_paged": lambda: _tree_layout(64, nodes=64, paged=True),
+    },
+    "draft_layout": {
+        "r64": lambda: _draft_layout(64),
+        "r256_paged": lambda: _draft_layout(256, anchor_first=False, paged=True),
+    },
+    "schedule_prefixes": {
+        "causal_r1": lambda: schedule_call(1),
+        "causal_r16": lambda: schedule_call(16),
+        "causal_r64": lambda: schedule_call(64),
+        "causal_r256": lambda: schedule_call(256, slots=300),
+        "causal_r256_plain": lambda: schedule_call(256, drafting=False, paged=False),
+        "causal_r1024_k16": lambda: schedule_call(1024, drafts=16),
+        "budget_r64": lambda: schedule_call(64, policy="budget"),
+        "budget_r1024_k16": lambda: schedule_call(1024, drafts=16, policy="budget"),
+        "stale_r64": lambda: schedule_call(64, policy="budget", stale=True),
+        "stale_r256": lambda: schedule_call(256, policy="budget", stale=True),
+        "stale_r1024_k16": lambda: schedule_call(1024, drafts=16, policy="budget", stale=True),
+    },
+    "plan_attention": {
+        "r1": lambda: attention_call(1, head_dim=None),
+        "r64_slots": lambda: attention_call(64, head_dim=None, slots=80),
+        "r64_window": lambda: attention_call(64, head_dim=None, window=4096),
+        "r64_invariant": lambda: attention_call(64, head_dim=None, invariant=True),
+        "r1024": lambda: attention_call(1024, head_dim=None),
+    },
+    "tree_attention": {
+        "chain": lambda: attention_call(64),
+        "chain_r1": lambda: attention_call(1),
+        "chain_cached": lambda: attention_call(64, cached=True, slots=80),
+        "decode": lambda: attention_call(64, drafts=0),
+        "decode_group16": lambda: attention_call(64, drafts=0, group=16, kv_heads=2),
+        "group8": lambda: attention_call(64, group=8),
+        "group5_page1": lambda: attention_call(64, group=5, page_size=1),
+        "page128": lambda: attention_call(64, page_size=128),
+        "full": lambda: attention_call(64, mask="full"),
+        "tree": lambda: attention_call(64, drafts=63, mask="tree"),
+        "tree_window": lambda: attention_call(64, drafts=15, mask="tree", window=4096, cached=True),
+        "gemma": lambda: attention_call(64, head_dim=256, group=2, window=1024, softcap=50.0),
+        "gpt_oss": lambda: attention_call(64, head_dim=64, group=8, window=128, sinks=True),
+        "d64": lambda: attention_call(64, head_dim=64),
+        "d256": lambda: attention_call(64, head_dim=256, group=2),
+        "d80": lambda: attention_call(64, head_dim=80),
+        "fp8": lambda: attention_call(64, cache=torch.float8_e4m3fn),
+        "fp8_cached": lambda: attention_call(64, cache=torch.float8_e4m3fn, cached=True),
+        "fp16": lambda: attention_call(64, dtype=torch.float16),
+        "fp32": lambda: attention_call(64, dtype=torch.float32),
+        "fp32_d256": lambda: attention_call(64, dtype=torch.float32, head_dim=256, group=2),
+        "invariant": lambda: attention_call(64, invariant=True, return_lse=True),
+    },
+    "accept_tree": {
+        "walk": lambda: _accept_tree(64),
+        "greedy": lambda: _accept_tree(64, sampled=False),
+        "traversal_replaced": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", slots=80),
+    },
+    "compact_kv": {
+        "r64": lambda: _compact(64),
+        "r1_fp8": lambda: _compact(1, dtype=torch.float8_e4m3fn),
+        "r64_bytes": lambda: _compact(64, layers=1, extra=7),
+    },
+    "accept_chain": {
+        "dense": lambda: accept_call(64),
+        "dense_fp32": lambda: accept_call(64, dtype=torch.float32),
+        "dense_swept": lambda: accept_call(64, proposal="no lse"),
+        "one_hot": lambda: accept_call(64, proposal="one_hot"),
+        "greedy": lambda: accept_call(64, proposal="one_hot", sampled=False),
+        "sparse": lambda: accept_call(64, proposal="sparse"),
+        "sparse_c512": lambda: accept_call(64, proposal="sparse", candidates=512),
+        "dense_block": lambda: accept_call(64, rule="block"),
+        "sparse_block": lambda: accept_call(64, rule="block", proposal="sparse"),
+        "coupled": lambda: accept_call(64, rule="coupled", proposal="one_hot"),
+        "dense_raw": lambda: accept_call(64, logprobs="raw"),
+        "forced": lambda: accept_call(64, forced=True),
+        "mapped": lambda: accept_call(64, proposal="mapped"),
+        "rebuilt": lambda: accept_call(64, proposal="rebuilt"),
+        "dense_block_filters": lambda: accept_call(64, rule="block", filters=True),
+        "coupled_filters": lambda: accept_call(64, rule="coupled", proposal="one_hot", filters=True),
+        "dense_adjust": lambda: accept_call(64, adjust=True),
+        "one_hot_all": lambda: accept_call(64, proposal="one_hot", filters=True, adjust=True, logprobs="raw"),
+        "sparse_all": lambda: accept_call(64, proposal="sparse", filters=True, adjust=True, logprobs="processed"),
+    },
+    "draft_block_partial": {
+        "sampled_r1": lambda: _draft_shard(1),
+        "sampled_r64": lambda: _draft_shard(64),
+        "plain_r64": lambda: _draft_shard(64, rank=0, confidence=False),
+        "greedy_r64": lambda: _draft_shard(64, sampled=False),
+    },
+    "draft_block_finish": {
+        "sampled_r64": lambda: _draft_shard(64, finish=True),
+        "greedy_r64": lambda: _draft_shard(64, sampled=False, confidence=False, finish=True),
+    },
+    "accept_partial": {
+        "normalise_dense": lambda: _accept_shard(64, "normalise"),
+        "normalise_swept": lambda: _accept_shard(64, "normalise", proposal="no lse"),
+        "normalise_one_hot": lambda: _accept_shard(64, "normalise", proposal="one_hot"),
+        "normalise_coupled": lambda: _accept_shard(64, "normalise", rule="coupled"),
+        "residual": lambda: _accept_shard(64, "residual"),
+        "residual_block": lambda: _accept_shard(64, "residual", rule="block"),
+        "draw_dense": lambda: _accept_shard(64, "draw"),
+        "draw_one_hot": lambda: _accept_shard(64, "draw", proposal="one_hot"),
+    },
+    "accept_finish": {
+        "drawn": lambda: _accept_shard(64, "finish"),
+        "greedy": lambda: _accept_shard(64, "finish", sampled=False),
+    },
+}
