@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dspark_kernels.calibration import expected_calibration_error, fit_sts, survival
+from dspark_kernels.types import MarkovHead
 from reference import loop
 from reference.drafters import DSpark
 from reference.model import Target
@@ -89,14 +90,23 @@ def settings() -> dict:
     }
 
 
-def measure(domain: str, prompts: Sequence[int] | None = None, progress: Callable[[int], None] | None = None) -> Rounds:
+def measure(
+    domain: str,
+    prompts: Sequence[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+    stride: int = STRIDE,
+    change_head: Callable[[MarkovHead], MarkovHead] | None = None,
+) -> Rounds:
     """Decode one round at every cut of the domain's texts (only those of these numbers).
 
     Reference ops in fp32, one request at a time, so that a round depends on nothing but its own text and cut. Every cut has a
-    seed of its own. progress: called with the number of rounds done since the last call.
+    seed of its own. progress: called with the number of rounds done since the last call. change_head: gives the sequential head to
+    draft with from the drafter's own.
     """
     target = Target(*assets.weights("target"))
     drafter = DSpark(*assets.weights("dspark"), target)
+    if change_head is not None:
+        drafter.head = change_head(drafter.head)
     tokenizer, number = assets.tokenizer(), list(DOMAINS).index(domain)
     logits, accepted, prompt = [], [], []
 
@@ -112,7 +122,7 @@ def measure(domain: str, prompts: Sequence[int] | None = None, progress: Callabl
         ids = tokenizer.encode(text)
         requests = [
             loop.Request(ids[:cut], 1, TEMPERATURE, seed=((SEED << 8 | number) << 16 | index) << 16 | cut)
-            for cut in range(len(ids) // 2, len(ids) + 1, STRIDE)
+            for cut in range(len(ids) // 2, len(ids) + 1, stride)
         ]
         for generation in loop.decode(target, drafter, requests, ops=ops, batch_size=1):
             (length,) = generation.acceptance_lengths

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dspark_kernels import GatedMarkovHead, RnnMarkovHead
+
 UNIT = 1 << 24  # of survival, and the limit of a cost, as in reference/schedule.py
 
 
@@ -33,23 +35,46 @@ def _draw(probabilities: Tensor, noise: Tensor | None) -> Tensor:
     return (probabilities / noise).argmax(-1)
 
 
-def draft_block(base_logits, anchors, w1, w2, hidden, weight, bias, sts_temperatures, temperature, noise=None):
+def _latent(embedded, hidden, state, weight, bias):
+    """Latents of a gated ([h; W1[x]]) or rnn ([state; W1[x]; h]) head in the weights' dtype, and the next state."""
+    if weight.shape[0] == embedded.shape[1]:
+        return torch.sigmoid(torch.cat([hidden, embedded], -1) @ weight.T + bias) * embedded, state
+    gate, candidate, output = (torch.cat([state, embedded, hidden], -1) @ weight.T + bias).chunk(3, -1)
+    gate = torch.sigmoid(gate)
+    return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
+
+
+def _filtered(row, temperature, top_k, top_p):
+    """Logits with -inf outside top_k, then top_p, by a sort of the row."""
+    values, order = row.float().sort(dim=-1, descending=True, stable=True)
+    keep = torch.arange(row.shape[1], device=row.device) < top_k[:, None]
+    chances = (values / temperature[:, None]).masked_fill(~keep, -torch.inf).softmax(-1)
+    keep &= (chances.cumsum(-1) - chances < top_p[:, None]) | (top_p[:, None] >= 1)
+    return row.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -torch.inf)
+
+
+def draft_block(base_logits, anchors, w1, w2, hidden, weight, bias, sts_temperatures, temperature, mix_weight=None, mix_bias=None,
+                top_k=None, top_p=None, noise=None):  # fmt: skip
     """Drafts left to right: tokens [R, K], logits [R, K, V], lse [R, K], confidence [R, K] (None where there is none).
 
     temperature None: greedy. noise: [R, K, V] exponential times, or drawn here. The bias is rounded to the logits' dtype and added
-    in it, as engines do.
+    in it, as engines do. mix_weight, mix_bias: of a gated or rnn head.
     """
-    token, tokens, logits, lses, features = anchors, [], [], [], []
+    token, tokens, logits, lses, features, state = anchors, [], [], [], [], None
     for k in range(base_logits.shape[1]):
         row = base_logits[:, k]
         if w1 is not None:
-            latent = w1[token]
+            embedded = latent = w1[token]
+            if mix_weight is not None:
+                state = torch.zeros_like(embedded) if state is None else state
+                latent, state = _latent(embedded, hidden[:, k], state, mix_weight, mix_bias)
             row = row + latent @ w2.T
-            if hidden is not None:
-                features.append(torch.cat([hidden[:, k], latent], -1))
+            if weight is not None:
+                features.append(torch.cat([hidden[:, k], embedded], -1))
         if temperature is None:
             token = row.argmax(-1)
         else:
+            row = row if top_k is None else _filtered(row, temperature, top_k, top_p)
             scaled = row.float() / temperature[:, None]
             lse = scaled.logsumexp(-1)
             token = _draw((scaled - lse[:, None]).exp(), None if noise is None else noise[:, k])
@@ -66,17 +91,29 @@ def draft_block(base_logits, anchors, w1, w2, hidden, weight, bias, sts_temperat
 
 
 def _draft_arguments(inputs):
+    """A quantised W2 is widened here, outside of what is timed."""
     head, confidence, sampling = inputs["head"], inputs["confidence"], inputs["sampling"]
+    w2 = None if head is None else head.w2
+    if w2 is not None and head.w2_scale is not None:
+        w2 = (w2.float() * head.w2_scale[:, None]).to(head.w1.dtype)
+    mixing = None, None
+    if isinstance(head, GatedMarkovHead):
+        mixing = head.gate_weight, head.gate_bias
+    elif isinstance(head, RnnMarkovHead):
+        mixing = head.joint_weight, head.joint_bias
     return (
         inputs["base_logits"],
         inputs["anchors"],
         None if head is None else head.w1,
-        None if head is None else head.w2,
-        None if confidence is None else inputs["hidden"],
+        w2,
+        inputs["hidden"],
         None if confidence is None else confidence.weight,
         None if confidence is None else confidence.bias,
         None if confidence is None else confidence.sts_temperatures,
         None if sampling is None else sampling.temperature,
+        *mixing,
+        None if sampling is None else sampling.top_k,
+        None if sampling is None else sampling.top_p,
     )
 
 

@@ -232,21 +232,44 @@ def _rows(requests, drafts):
     )
 
 
-def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None):
+def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None, candidates=64,
+            forced=False, filters=False, adjust=False, **options):  # fmt: skip
+    """proposal "lse" or "no lse" (dense), "mapped", "sparse", "rebuilt" or "one_hot"."""
     size = requests if slots is None else slots
     law = None
-    if proposal != "one_hot":
-        lse = _empty(size, drafts, dtype=torch.float32) if proposal == "lse" else None
-        law = dk.DenseProposal(_empty(size, drafts, vocab, dtype=dtype), lse=lse)
+    if proposal == "sparse":
+        law = dk.SparseProposal(_ints(size, drafts, candidates), _empty(size, drafts, candidates, dtype=dtype))
+    elif proposal == "rebuilt":
+        head = dk.MarkovHead(_empty(vocab, RANK, dtype=dtype), _empty(vocab, RANK, dtype=dtype))
+        law = dk.RebuiltProposal(_empty(size, drafts, vocab, dtype=dtype), head, _empty(size, drafts, dtype=torch.float32))
+    elif proposal != "one_hot":
+        width = 32000 if proposal == "mapped" else vocab
+        lse = None if proposal == "no lse" else _empty(size, drafts, dtype=torch.float32)
+        law = dk.DenseProposal(
+            _empty(size, drafts, width, dtype=dtype), lse, draft_to_target=_ints(width) if proposal == "mapped" else None
+        )
+    sampling = _sampling(size) if sampled else None
+    if filters:
+        limits = dict(top_k=_ints(size, dtype=torch.int32), top_p=torch.ones(size), min_p=torch.ones(size))
+        sampling = dataclasses.replace(sampling, **limits)
+    if adjust:
+        sampling = dataclasses.replace(
+            sampling,
+            logit_bias=_empty(size, vocab, dtype=torch.float32),
+            token_bitmask=_ints(requests * (drafts + 1), -(-vocab // 32), dtype=torch.int32),
+            penalties=dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), *(torch.ones(size) for _ in range(3))),
+        )
     dk.accept_chain(
         _empty(requests * (drafts + 1), vocab, dtype=dtype),
         _rows(requests, drafts),
         law,
-        sampling=_sampling(size) if sampled else None,
+        sampling=sampling,
         anchors=_ints(size),
         anchor_positions=_ints(size),
+        synthetic_rates=torch.ones(drafts) if forced else None,
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
+        **options,
     )
 
 
@@ -274,6 +297,43 @@ def _attention(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, pa
         sinks=_empty(heads) if sinks else None, batch_invariant=invariant, state_indices=state_indices,
         plan=attention.empty_plan(layout, kv, state_indices=state_indices, **planning), **options,
     )  # fmt: skip
+
+
+def _tree(slots, nodes, proposal, drawn):
+    links = [_ints(slots, nodes, dtype=torch.int32) for _ in range(4)]
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    return dk.DraftTree(_ints(slots, nodes), *links, _ints(slots, nodes), int32(slots), proposal, drawn, int32(slots))
+
+
+def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", sampled=True, slots=None):
+    size = requests if slots is None else slots
+    law = dk.OneHotProposal() if drawn == "one_hot" else dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype))
+    dk.accept_tree(
+        _empty(requests * nodes, vocab, dtype=dtype),
+        _rows(requests, nodes - 1),
+        _tree(size, nodes, law, drawn),
+        sampling=_sampling(size) if sampled else None,
+        rule=rule,
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu"),
+    )
+
+
+def _compact(requests, *, nodes=32, layers=36, kv_heads=8, head_dim=128, dtype=torch.bfloat16, extra=0):
+    """Keys and values of all layers; extra: odd bytes per slot, so that nothing wider than a byte moves."""
+    pages = [_empty(64, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    rows = _rows(requests, nodes - 1)
+    counts = [int32(requests) for _ in range(5)]
+    acceptance = dk.Acceptance(
+        _ints(requests, nodes), *counts[:3], _ints(requests), counts[3], torch.zeros(len(rows.token_ids), dtype=torch.bool),
+        counts[4], kv_source=int32(requests, nodes),
+    )  # fmt: skip
+    more = [_empty(64, 16, extra, dtype=torch.uint8)] if extra else []
+    layout = dataclasses.replace(rows, slot_mapping=_ints(len(rows.token_ids)))
+    dk.compact_kv(dk.KVLayers.of([pages] * layers), acceptance, layout, extra=more)
 
 
 # op -> case -> call. A case for every constant and optional argument that makes another binary.
@@ -311,9 +371,6 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "filtered_r1": lambda: _draft(1, filtered=True),
         "filtered_r64": lambda: _draft(64, filtered=True),
         "adjusted_r8": lambda: _draft(8, adjusted=True),
-        "everything_r64": lambda: _draft(
-            64, kind="rnn", w2_dtype=torch.int8, vocab=32000, targets=VOCAB, adjusted=True, filtered=True, slots=80
-        ),
     },
     "draft_candidates": {
         "c64_r1": lambda: _candidates(1),
@@ -394,6 +451,19 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "fp32_d256": lambda: _attention(64, dtype=torch.float32, head_dim=256, group=2),
         "invariant": lambda: _attention(64, invariant=True, return_lse=True),
     },
+    "accept_tree": {
+        "walk": lambda: _accept_tree(64),
+        "walk_m64": lambda: _accept_tree(8, nodes=64, slots=10),
+        "greedy": lambda: _accept_tree(64, sampled=False),
+        "recursive_iid": lambda: _accept_tree(64, rule="recursive", drawn="iid"),
+        "traversal_replaced": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", slots=80),
+        "traversal_v1000": lambda: _accept_tree(8, rule="traversal", drawn="without_replacement", vocab=1000, nodes=8),
+    },
+    "compact_kv": {
+        "r64": lambda: _compact(64),
+        "r1_fp8": lambda: _compact(1, dtype=torch.float8_e4m3fn),
+        "r64_bytes": lambda: _compact(64, layers=1, extra=7),
+    },
     "accept_chain": {
         "dense": lambda: _accept(64),
         "dense_r1": lambda: _accept(1),
@@ -404,6 +474,28 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "one_hot": lambda: _accept(64, proposal="one_hot"),
         "one_hot_v1000": lambda: _accept(64, proposal="one_hot", vocab=1000),
         "greedy": lambda: _accept(64, proposal="one_hot", sampled=False),
+        "sparse": lambda: _accept(64, proposal="sparse"),
+        "sparse_c16": lambda: _accept(64, proposal="sparse", candidates=16),
+        "sparse_c512": lambda: _accept(64, proposal="sparse", candidates=512),
+        "dense_block": lambda: _accept(64, rule="block"),
+        "dense_block_swept": lambda: _accept(64, rule="block", proposal="no lse"),
+        "sparse_block": lambda: _accept(64, rule="block", proposal="sparse"),
+        "one_hot_block": lambda: _accept(64, rule="block", proposal="one_hot"),
+        "coupled": lambda: _accept(64, rule="coupled", proposal="one_hot"),
+        "dense_raw": lambda: _accept(64, logprobs="raw"),
+        "dense_processed": lambda: _accept(64, logprobs="processed"),
+        "coupled_raw": lambda: _accept(64, rule="coupled", proposal="one_hot", logprobs="raw"),
+        "forced": lambda: _accept(64, forced=True),
+        "mapped": lambda: _accept(64, proposal="mapped"),
+        "rebuilt": lambda: _accept(64, proposal="rebuilt"),
+        "rebuilt_block": lambda: _accept(64, rule="block", proposal="rebuilt"),
+        "dense_filters": lambda: _accept(64, filters=True),
+        "dense_block_filters": lambda: _accept(64, rule="block", filters=True),
+        "sparse_filters": lambda: _accept(64, proposal="sparse", filters=True),
+        "coupled_filters": lambda: _accept(64, rule="coupled", proposal="one_hot", filters=True),
+        "dense_adjust": lambda: _accept(64, adjust=True),
+        "one_hot_all": lambda: _accept(64, proposal="one_hot", filters=True, adjust=True, logprobs="raw"),
+        "sparse_all": lambda: _accept(64, proposal="sparse", filters=True, adjust=True, logprobs="processed"),
     },
 }
 

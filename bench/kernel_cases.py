@@ -22,6 +22,8 @@ import dspark_kernels as dk
 from reference import accept, cases, draft, layout as layouts, schedule
 from reference.equality import assert_equal_or_tied
 
+from .draft_laws import latents_of, unfiltered
+
 VOCAB, DRAFTS, RANK, HIDDEN = 151936, 7, 256, 2560
 BF16 = 2  # bytes
 SUM_EXP, NOISE = 10, 93  # instructions per logit: counted in the compiled code
@@ -135,7 +137,8 @@ def by_request(*columns) -> dict[int, tuple]:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A dense block; rank 0: no head, no confidence."""
+    """A dense block; rank 0: no head, no confidence. kind "vanilla", "gated", "rnn"; w2 None (bf16), "int8", "fp8"; filtered:
+    top_k 50, then top_p 0.95."""
 
     requests: int
     sampled: bool = True
@@ -143,6 +146,9 @@ class Draft:
     vocab: int = VOCAB
     rank: int = RANK
     hidden: int = HIDDEN
+    kind: str = "vanilla"
+    w2: str | None = None
+    filtered: bool = False
 
     op = "draft_block"
 
@@ -151,16 +157,29 @@ class Draft:
         return self.requests * self.drafts * self.vocab
 
     @property
+    def mixing(self) -> tuple[int, int]:
+        """Inputs and outputs of what makes a head's latents."""
+        return {
+            "vanilla": (0, 0),
+            "gated": (self.hidden + self.rank, self.rank),
+            "rnn": (self.hidden + 2 * self.rank, 3 * self.rank),
+        }[self.kind]
+
+    @property
     def bytes(self) -> int:
         slots, positions = self.requests, self.requests * self.drafts
         count = BF16 * self.logits  # base logits
         count += slots * (8 + 8 + 4) + 8 * positions  # anchors, their positions, flags; drafts
         if self.rank:
-            count += BF16 * self.rank * (self.drafts * self.vocab + positions)  # W2 per position, rows of W1
+            row = BF16 * self.rank if self.w2 is None else self.rank + 4  # of W2, with its scale
+            count += row * self.drafts * self.vocab + BF16 * self.rank * positions  # W2 per position, rows of W1
             count += BF16 * (positions * self.hidden + self.hidden + self.rank + 1) + 4 * self.drafts  # hidden, confidence head
             count += 2 * 4 * positions  # confidence, raw and calibrated
+            inputs, outputs = self.mixing
+            count += BF16 * (inputs + 1) * outputs + (4 * slots * self.rank if self.kind == "rnn" else 0)  # and the state, written
         if self.sampled:
             count += BF16 * self.logits + 4 * positions + slots * (4 + 8)  # law and its lse; temperature, seed
+            count += slots * (4 + 4) if self.filtered else 0
         return count
 
     @property
@@ -168,6 +187,9 @@ class Draft:
         count = 4 * self.logits if self.sampled else 0
         if self.rank:
             count += self.logits * (2 * self.rank + 1) + 2 * self.requests * self.drafts * (self.hidden + self.rank)
+            inputs, outputs = self.mixing
+            count += 2 * self.requests * self.drafts * inputs * outputs
+            count += self.logits if self.w2 is not None else 0  # scales
         return count
 
     @property
@@ -190,51 +212,64 @@ class Draft:
             sampled=self.sampled,
             confidence="markov" if self.rank else None,
             temperatures=(1.0,),
+            kind=self.kind,
+            w2_dtype={None: None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[self.w2],
         )
+        if self.filtered:
+            settings = torch.full((self.requests,), 50, dtype=torch.int32), torch.full((self.requests,), 0.95)
+            case.sampling = dataclasses.replace(case.sampling, top_k=settings[0], top_p=settings[1])
         return case.arguments()
 
     def workspace(self, device) -> dk.Workspace:
-        return dk.Workspace(self.requests, self.drafts, self.vocab, device)
+        return dk.Workspace(self.requests, self.drafts, self.vocab, device, markov_rank=0 if self.kind == "vanilla" else self.rank)
 
-    def run(self, inputs: dict) -> tuple[dk.DraftBlock, dk.DraftBlock]:
-        """The op's result, and one that keeps the law of greedy drafts, too."""
+    def run(self, inputs: dict) -> tuple[dk.DraftBlock, Tensor]:
+        """The op's result, and the logits [R, K, V] before filters."""
         block = dk.draft_block(**inputs)
-        return block, block if self.sampled else dk.draft_block(**inputs, keep_logits=True)
+        if self.filtered:
+            return block, unfiltered(inputs, block)
+        return block, (block if self.sampled else dk.draft_block(**inputs, keep_logits=True)).proposal.logits
 
-    def compare(self, inputs: dict, block: dk.DraftBlock, kept: dk.DraftBlock) -> None:
-        """Drafts chosen from the stored law, that law, its lse and the confidences."""
-        require(torch.equal(kept.tokens, block.tokens), "draft_block: keep_logits changes the drafts")
-        stored = kept.proposal.logits
+    def compare(self, inputs: dict, block: dk.DraftBlock, stored: Tensor) -> None:
+        """Drafts and their support chosen from the stored law, that law, its lse and the confidences."""
+        kept = block.proposal.logits if self.sampled else stored
+        require(torch.equal(torch.where(kept > -torch.inf, stored, -torch.inf), kept), "draft_block: filters change the law")
+
+        def outcome(block, law):
+            return by_request(block.tokens, block.flags, *((law > -torch.inf,) if self.filtered else ()))
 
         def reference(decisions):
             want = draft.draft_block(**inputs, keep_logits=True, stored_logits=stored, decisions=decisions)
-            return by_request(want.tokens, want.flags)
+            return outcome(want, want.proposal.logits)
 
-        assert_equal_or_tied(reference, by_request(block.tokens, block.flags))
+        assert_equal_or_tied(reference, outcome(block, kept))
         for r in range(self.requests):
-            self._compare_law(r, inputs, block, stored[r])
+            self._compare_law(r, inputs, block, stored[r], kept[r])
 
-    def _compare_law(self, r: int, inputs: dict, block: dk.DraftBlock, stored: Tensor) -> None:
+    def _compare_law(self, r: int, inputs: dict, block: dk.DraftBlock, stored: Tensor, kept: Tensor) -> None:
         """Request r given its drafts, [K, V]: fp64, beside eager PyTorch in fp32."""
         base, head = inputs["base_logits"][r], inputs["head"]
         exact, eager = base.double(), base.float()
-        latent = None
+        embedded = None
         if head is not None:
             previous = torch.cat([inputs["anchors"][r : r + 1], block.tokens[r, :-1]])
-            latent = head.w1[previous]
-            exact = exact + latent.double() @ head.w2.double().T
-            eager = eager + latent.float() @ head.w2.float().T
+            embedded = head.w1[previous]
+            latents = [latents_of(head, embedded, inputs["hidden"][r], dtype) for dtype in (torch.float64, torch.float32)]
+            scale = 1.0 if head.w2_scale is None else head.w2_scale
+            exact = exact + latents[0] @ head.w2.double().T * scale
+            # Rounded once, to the type of the product with W2, as the kernel's.
+            eager = eager + latents[1].to(embedded.dtype).float() @ head.w2.float().T * scale
         # Twice eager's error, because the largest of a few roundings is itself random.
         own = (eager.to(stored.dtype).double() - exact).abs().max().item()
         close(stored, exact, 2 * own + ULP * largest(exact), f"draft_block: logits of request {r}")
         if self.sampled:
-            law = stored.double() / float(inputs["sampling"].temperature[r])
+            law = kept.double() / float(inputs["sampling"].temperature[r])
             # Six roundings of half an ulp on the way to the largest value, and the sum's near 1 (tests/test_draft.py).
-            bound = ULP / 2 * (6 * largest(law) + 2)
+            bound = ULP / 2 * (6 * largest(law[law > -torch.inf]) + 2)
             close(block.proposal.lse[r], law.logsumexp(-1), bound, f"draft_block: lse of request {r}")
         confidence = inputs["confidence"]
         if confidence is not None:
-            terms = torch.cat([inputs["hidden"][r], latent], -1).double() * confidence.weight.double()
+            terms = torch.cat([inputs["hidden"][r], embedded], -1).double() * confidence.weight.double()
             raw = terms.sum(-1) + (0.0 if confidence.bias is None else confidence.bias.double())
             bound = ULP * largest(terms.abs().sum(-1))  # sums of fp32 in any order stay far below
             close(block.confidence_logits[r], raw, bound, f"draft_block: confidence_logits of request {r}")
@@ -329,13 +364,18 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class Accept:
-    """Every draft of every request is verified. proposal: "dense" (with lse) or "one_hot"."""
+    """Every draft of every request is verified. proposal: "dense" (with lse), "sparse" or "one_hot". settings: "filters",
+    "adjust" (penalties, bias and bit masks)."""
 
     requests: int
     proposal: str = "dense"
     sampled: bool = True
     drafts: int = DRAFTS
     vocab: int = VOCAB
+    rule: str = "token"
+    candidates: int = 64
+    settings: str | None = None
+    logprobs: str | None = None
 
     op = "accept_chain"
 
@@ -345,27 +385,42 @@ class Accept:
 
     @property
     def bytes(self) -> int:
-        """The target's logits once, and of a dense proposal one row per request: that of the draft that is rejected."""
+        """The target's logits once, and of a dense proposal one row per request: that of the draft that is rejected; under the
+        block rule all of them. Filters: what they read again depends on the rows and is not counted."""
         count = BF16 * self.rows * self.vocab
         count += self.rows * (8 + 4 + 8 + 1)  # ids, logit rows; tokens, commit mask
         # Starts of rows and of logits, anchor's position; four counts and rows, next token, flags, anchor and position.
         count += 2 * 4 * (self.requests + 1) + self.requests * (8 + 4 * 4 + 8 + 4 + 8 + 8)
         if self.sampled:
             count += self.requests * (4 + 8)
-            if self.proposal == "dense":
-                count += BF16 * self.requests * self.vocab + 4 * self.requests * self.drafts
-        return count
+            drafts = self.requests * self.drafts
+            if self.rule == "coupled":
+                pass  # reads no law
+            elif self.proposal == "dense":
+                count += BF16 * self.vocab * (drafts if self.rule == "block" else self.requests) + 4 * drafts
+            elif self.proposal == "sparse":
+                count += drafts * self.candidates * (8 + BF16)
+            if self.settings == "filters":
+                count += 3 * 4 * self.requests
+            elif self.settings == "adjust":
+                # fp32 bias per request, a bit per logit, lists of 6 tokens with counts, three strengths.
+                count += 4 * self.requests * self.vocab + 4 * self.rows * -(-self.vocab // 32)
+                count += self.requests * (6 * (8 + 4) + 3 * 4)
+        return count + (4 * self.rows if self.logprobs else 0)
 
     @property
     def flops(self) -> int:
-        return (4 if self.sampled else 1) * self.rows * self.vocab
+        count = (4 if self.sampled else 1) * self.rows * self.vocab
+        return count + (4 * self.rows * self.vocab if self.logprobs == "raw" else 0)
 
     @property
     def instructions(self) -> int:
-        return SUM_EXP * self.rows * self.vocab if self.sampled else 0
+        each = SUM_EXP * (2 if self.logprobs == "raw" else 1) + (NOISE if self.rule == "coupled" else 0)
+        return each * self.rows * self.vocab if self.sampled else 0
 
     def small(self) -> Accept:
-        return dataclasses.replace(self, requests=min(self.requests, 5), drafts=3, vocab=1500)
+        vocab = 1500 if self.settings is None else 700
+        return dataclasses.replace(self, requests=min(self.requests, 5), drafts=3, vocab=vocab, candidates=9)
 
     def make(self, seed: int) -> dict:
         case = cases.accept_case(
@@ -379,6 +434,11 @@ class Accept:
             sharpness=2.0,
             lengths=torch.full((self.requests,), self.drafts),
             temperatures=(1.0,),
+            rule=self.rule,
+            candidates=self.candidates,
+            filters=cases.FILTERS if self.settings == "filters" else (),
+            adjust=cases.ADJUSTMENTS if self.settings == "adjust" else (),
+            logprobs=self.logprobs,
         )
         inputs = case.arguments()
         if self.proposal == "dense":
@@ -604,12 +664,30 @@ def registry() -> list[Case]:
         Case("draft_block", "greedy_r1", Draft(1, sampled=False), Target(floors=1.25)),
         Case("draft_block", "greedy_r64", Draft(64, sampled=False), Target(floors=1.25)),
         Case("draft_block", "no_head_r64", Draft(64, rank=0)),
+        Case("draft_block", "gated_r1", Draft(1, kind="gated")),
+        Case("draft_block", "gated_r64", Draft(64, kind="gated")),
+        Case("draft_block", "rnn_r1", Draft(1, kind="rnn")),
+        Case("draft_block", "rnn_r64", Draft(64, kind="rnn")),
+        Case("draft_block", "int8_r1", Draft(1, w2="int8")),
+        Case("draft_block", "int8_r64", Draft(64, w2="int8")),
+        Case("draft_block", "fp8_r1", Draft(1, w2="fp8")),
+        Case("draft_block", "fp8_r64", Draft(64, w2="fp8")),
+        Case("draft_block", "filtered_r1", Draft(1, filtered=True)),
+        Case("draft_block", "filtered_r64", Draft(64, filtered=True)),
         Case("accept_chain", "dense_r1", Accept(1), Target(microseconds=12)),
         Case("accept_chain", "dense_r8", Accept(8)),
         Case("accept_chain", "dense_r32", Accept(32), Target(floors=1.25)),
         Case("accept_chain", "dense_r64", Accept(64), Target(floors=1.25)),
         Case("accept_chain", "one_hot_r1", Accept(1, "one_hot"), Target(microseconds=12)),
         Case("accept_chain", "one_hot_r64", Accept(64, "one_hot"), Target(floors=1.25)),
+        Case("accept_chain", "sparse_r1", Accept(1, "sparse"), Target(microseconds=12)),
+        Case("accept_chain", "sparse_r64", Accept(64, "sparse"), Target(floors=1.25)),
+        Case("accept_chain", "dense_block_r64", Accept(64, rule="block")),
+        Case("accept_chain", "sparse_block_r64", Accept(64, "sparse", rule="block")),
+        Case("accept_chain", "coupled_r64", Accept(64, "one_hot", rule="coupled")),
+        Case("accept_chain", "one_hot_raw_r64", Accept(64, "one_hot", logprobs="raw")),
+        Case("accept_chain", "one_hot_filters_r64", Accept(64, "one_hot", settings="filters")),
+        Case("accept_chain", "one_hot_adjust_r64", Accept(64, "one_hot", settings="adjust")),
         Case("accept_chain", "greedy_r1", Accept(1, "one_hot", sampled=False), Target(microseconds=10)),
         Case("accept_chain", "greedy_r8", Accept(8, "one_hot", sampled=False), Target(microseconds=10)),
     ]

@@ -176,7 +176,7 @@ def draft_block(
             elif scale > 0 and noise == "coupled":
                 token = source.coupled(position, row * scale, lanes)
             elif scale > 0:
-                token = source.draft(position, row * scale, lanes)
+                token = source.draft(position, row * scale, lanes=lanes)
             else:
                 token = decisions.pick(r, "greedy", row)
             token = token if lanes is None else int(lanes[token]) if len(lanes) else 0

@@ -31,6 +31,12 @@ def test_costs_of_a_draft_block_by_hand():
     greedy = dataclasses.replace(spec, sampled=False)
     assert greedy.bytes == spec.bytes - 40 - 8 - 12 and greedy.instructions == 0
     assert dataclasses.replace(spec, rank=0).bytes == 40 + 8 + 8 + 4 + 8 + 16 + 4 + 40 + 8
+    gated, rnn = (dataclasses.replace(spec, kind=kind) for kind in ("gated", "rnn"))
+    assert gated.bytes == spec.bytes + 2 * 4 * (7 + 1) and gated.flops == spec.flops + 2 * 2 * 7 * 4
+    assert rnn.bytes == spec.bytes + 2 * 12 * (11 + 1) + 4 * 4 and rnn.flops == spec.flops + 2 * 2 * 11 * 12
+    int8, filtered = dataclasses.replace(spec, w2="int8"), dataclasses.replace(spec, filtered=True)
+    assert int8.bytes == spec.bytes - 2 * 10 * 4 + 2 * 10 * 4 and int8.flops == spec.flops + 20
+    assert filtered.bytes == spec.bytes + 8
 
 
 def test_costs_of_acceptance_by_hand():
@@ -91,7 +97,14 @@ def test_the_registry():
     assert {op for op, _ in names} >= {
         "draft_block", "accept_chain", "schedule_prefixes", "fixed_layout", "tree_layout", "draft_layout"
     }  # fmt: skip
-    sizes = [(c.spec.requests, c.spec.sampled, c.spec.rank) for c in kc.registry() if c.op == "draft_block"]
+    draft = [c.spec for c in kc.registry() if c.op == "draft_block"]
+    sizes = [(spec.requests, spec.sampled, spec.rank) for spec in draft[:6]]
+    assert [(spec.requests, spec.kind, spec.w2, spec.filtered) for spec in draft[6:]] == [
+        (r, *what)
+        for what in [("gated", None, False), ("rnn", None, False), ("vanilla", "int8", False), ("vanilla", "fp8", False),
+                     ("vanilla", None, True)]
+        for r in (1, 64)
+    ]  # fmt: skip
     assert sizes == [(1, True, 256), (8, True, 256), (64, True, 256), (1, False, 256), (64, False, 256), (64, True, 0)]
     sizes = {(c.spec.proposal, c.spec.sampled, c.spec.requests) for c in kc.registry() if c.op == "accept_chain"}
     assert sizes == {
@@ -492,8 +505,9 @@ def call(op, inputs, **options):
     return baseline.function(*baseline.arguments(inputs), **options)
 
 
-def test_the_draft_loop_greedy_is_the_reference():
-    case = cases.draft_case(seed=6, requests=5, drafts=4, vocab=300, sampled=False)
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_the_draft_loop_greedy_is_the_reference(kind):
+    case = cases.draft_case(seed=6, requests=5, drafts=4, vocab=300, sampled=False, kind=kind)
     tokens, _, _, confidence = call("draft_block", case.arguments())
     want = draft.draft_block(**case.arguments())
     assert torch.equal(tokens, want.tokens)
@@ -511,6 +525,15 @@ def test_the_draft_loop_keeps_the_law_it_draws_from():
     reference = draft.draft_block(**case.arguments(), stored_logits=logits)
     same = tokens == reference.tokens
     assert torch.allclose(confidence[:, 0], reference.confidence[:, 0], atol=1e-5) and not same.all()  # noise of its own
+
+
+def test_the_draft_loop_filters_as_the_reference():
+    case = cases.draft_case(seed=6, requests=5, drafts=1, vocab=300, rank=0, confidence=None, temperatures=(0.7,))
+    ks, ps = torch.tensor([1, 5, 300, 50, 20], dtype=torch.int32), torch.tensor([1.0, 0.9, 0.5, 0.1, 1.0])
+    case.sampling = dataclasses.replace(case.sampling, top_k=ks, top_p=ps)
+    tokens, logits, _, _ = call("draft_block", case.arguments())
+    assert torch.equal(logits, draft.draft_block(**case.arguments()).proposal.logits)
+    assert (logits.gather(2, tokens[:, :, None]) > -torch.inf).all()
 
 
 def test_the_loop_on_candidates_keeps_the_law_it_draws_from():
@@ -629,7 +652,8 @@ def test_layouts_by_cumulative_sums_are_the_reference(spec):
 
 @pytest.mark.parametrize(
     "spec",
-    [kc.Draft(2), kc.Draft(2, sampled=False), kc.Draft(2, rank=0), kc.Accept(2), kc.Accept(2, "one_hot"),
+    [kc.Draft(2), kc.Draft(2, sampled=False), kc.Draft(2, rank=0), kc.Draft(2, kind="gated", w2="int8"), kc.Draft(2, kind="rnn"),
+     kc.Draft(2, filtered=True), kc.Accept(2), kc.Accept(2, "one_hot"),
      kc.Accept(2, "one_hot", sampled=False), kc.Schedule(5, "causal"), kc.Schedule(5, "budget"), kc.Schedule(5, "stale"),
      kc.Fixed(3), kc.Tree(3), kc.DraftRows(3)],
     ids=repr,

@@ -54,6 +54,40 @@ def test_draft_block_in_a_graph(device, sampled):
         assert (workspace.counters[2:] == 0).all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kind="gated", w2_dtype=torch.int8),
+        dict(kind="rnn", w2_dtype=torch.float8_e4m3fn),
+        dict(filters=cases.FILTERS),
+        dict(adjust=cases.ADJUSTMENTS, target_vocab=9000),
+    ],
+    ids=str,
+)
+def test_heads_and_settings_of_a_draft_block_in_a_graph(device, options):
+    """Contents change between replays, the state of an rnn in place; results are those of fresh calls."""
+    sizes = dict(requests=9, drafts=5, vocab=5000, dtype=torch.bfloat16, rank=64, scattered=True)
+    make = lambda seed: to_device(cases.draft_case(seed=seed, **sizes, **options), device)  # noqa: E731
+    static = make(0)
+    workspace = dk.Workspace(9, 5, 5000, device, markov_rank=64)
+    out = dk.draft_block(**static.arguments(), workspace=workspace)
+    graph = _capture(lambda: dk.draft_block(**static.arguments(), out=out, workspace=workspace))
+    for seed in (6, 12):
+        fresh = make(seed)
+        _copy(static, fresh)
+        want = dk.draft_block(**fresh.arguments())
+        before = torch.cuda.memory_allocated()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        used = fresh.state_indices.long()
+        assert torch.equal(out.tokens[used], want.tokens[used])
+        assert torch.equal(out.proposal.logits[used], want.proposal.logits[used])
+        assert torch.equal(out.proposal.lse[used], want.proposal.lse[used])
+        assert fresh.head_state is None or torch.equal(static.head_state, fresh.head_state)
+        assert (workspace.counters[2:] == 0).all()
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 def test_candidates_in_a_graph(device, kind):
     make = lambda seed: to_device(cases.draft_case(seed=seed, requests=9, drafts=5, vocab=5000, kind=kind), device)  # noqa: E731
@@ -76,9 +110,18 @@ def test_candidates_in_a_graph(device, kind):
         assert (workspace.counters == 0).all()
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-def test_accept_chain_in_a_graph(device, proposal):
-    make = lambda seed: to_device(cases.accept_case(seed=seed, requests=9, drafts=5, vocab=5000, proposal=proposal), device)  # noqa: E731
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(proposal="dense"),
+        dict(proposal="one_hot"),
+        dict(proposal="sparse", filters=cases.FILTERS, logprobs="raw"),
+        dict(proposal="dense", rule="block", mapped=True, draft_vocab=3000),
+        dict(proposal="none", rule="coupled", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS),
+    ],
+)
+def test_accept_chain_in_a_graph(device, options):
+    make = lambda seed: to_device(cases.accept_case(seed=seed, requests=9, drafts=5, vocab=5000, **options), device)  # noqa: E731
     static = make(0)
     workspace = dk.Workspace(9, 5, 5000, device)
     out = dk.accept_chain(**static.arguments(), workspace=workspace)

@@ -59,6 +59,28 @@ def test_draft_block_on_a_gpu(device, requests, sampled):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("requests", [1, 13, 64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kind="gated"),
+        dict(kind="rnn"),
+        dict(w2_dtype=torch.int8),
+        dict(w2_dtype=torch.float8_e4m3fn),
+        dict(rank=1000),
+        dict(vocab=32000, target_vocab=VOCAB),
+        dict(filters=cases.FILTERS),
+        dict(adjust=cases.ADJUSTMENTS),
+        dict(kind="rnn", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS, vocab=32000, target_vocab=VOCAB),
+    ],
+    ids=str,
+)
+def test_heads_and_settings_of_a_draft_block_on_a_gpu(device, requests, options):
+    sizes = dict(requests=requests, drafts=3, vocab=VOCAB, rank=256, hidden_size=2560, dtype=torch.bfloat16) | options
+    check_draft(to_device(cases.draft_case(seed=70, **sizes), device))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("requests", [1, 3, 13, 32, 64])
 @pytest.mark.parametrize("proposal", ["dense", "one_hot"])
 def test_accept_chain_on_a_gpu(device, requests, proposal):

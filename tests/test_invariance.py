@@ -16,7 +16,10 @@ def _take_draft(case, rows):
     """The requests `rows` of a draft case without state slots, as a batch of their own."""
     rows = torch.tensor(rows)
     pick = lambda t: None if t is None else t[rows]  # noqa: E731
-    sampling = case.sampling and dk.SamplingTensors(case.sampling.temperature[rows], case.sampling.seed[rows])
+    sampling = case.sampling
+    if sampling is not None:
+        fields = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(sampling)}
+        sampling = dk.SamplingTensors(**{k: pick(v) if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
     return dataclasses.replace(
         case,
         base_logits=case.base_logits[rows],
@@ -24,6 +27,7 @@ def _take_draft(case, rows):
         anchor_positions=case.anchor_positions[rows],
         hidden=pick(case.hidden),
         sampling=sampling,
+        head_state=pick(case.head_state),
     )
 
 
@@ -79,6 +83,61 @@ def test_draft_block_with_many_programs(monkeypatch):
             assert (workspace.counters[2:] == 0).all(), "counters were not left clean"
 
 
+# What makes a draft block another row of phases: latents of a head, filters, both.
+PHASES = [
+    dict(),
+    dict(kind="gated", w2_dtype=torch.int8),
+    dict(filters={"top_k", "top_p"}),
+    dict(kind="rnn", filters={"top_p", "min_p"}, adjust={"bias", "mask"}, target_vocab=1500),
+]
+
+
+@pytest.mark.parametrize("options", PHASES[1:], ids=str)
+def test_draft_block_with_heads_and_filters_in_any_batch(options):
+    case = cases.draft_case(seed=53, requests=10, drafts=2, vocab=200, rank=24, dtype=torch.bfloat16, **options)
+    state = None if case.head_state is None else case.head_state.clone()
+    whole = dk.draft_block(**case.arguments() | dict(head_state=state))
+    for rows in ([4], [9, 4], list(range(9, -1, -1))):
+        part = _take_draft(case, rows)
+        block = dk.draft_block(**part.arguments())
+        for row, request in enumerate(rows):
+            assert _same(_draft_bits(block, row), _draft_bits(whole, request)), (rows, request)
+            assert state is None or torch.equal(part.head_state[row], state[request])
+
+
+@pytest.mark.parametrize("options", PHASES, ids=str)
+def test_forms_of_a_draft_block_agree(monkeypatch, options):
+    """One launch by one program, one launch by programs that meet at barriers, a launch for each phase: the same bits."""
+    from dspark_kernels.kernels import draft as kernels
+    from dspark_kernels.testing import interpreter
+
+    if not interpreter.interpreting():
+        pytest.skip("programs run together on a GPU anyway")
+    case = cases.draft_case(seed=54, requests=3, drafts=2, vocab=200, rank=20, dtype=torch.bfloat16, **options)
+    workspace = dk.Workspace(3, 2, 200, "cpu", markov_rank=20)
+    pick, config = draft_launch.pick, dict(block_v=64, block_j=16, block_n=32)
+    monkeypatch.setattr(draft_launch, "pick", lambda *a: dataclasses.replace(pick(*a), **config))
+    grids, kernel = [], kernels.draft_dense_kernel
+    monkeypatch.setattr(kernels, "draft_dense_kernel", type("", (), {"__getitem__": lambda _, g: grids.append(g) or kernel[g]})())
+
+    def run():
+        workspace.scratch.fill_(-1)
+        state = None if case.head_state is None else case.head_state.clone()
+        block = dk.draft_block(**case.arguments() | dict(head_state=state), workspace=workspace)
+        assert (workspace.counters[2:] == 0).all(), "counters were not left clean"
+        return [*_draft_bits(block, slice(None)), block.flags, state]
+
+    want = run()
+    monkeypatch.setattr(arch, "INTERPRETER", dataclasses.replace(arch.INTERPRETER, multiprocessors=4))
+    with interpreter.threads(4):
+        assert _same(run(), want)
+    assert grids == [(1,), (4,)]
+    config["one_launch"] = False
+    assert _same(run(), want)
+    mixed, filtered = "kind" in options, "filters" in options
+    assert grids[2:] == [(4,)] * (mixed + 2 * (1 + mixed + filtered) + 1)
+
+
 @pytest.mark.parametrize("policy", ["causal", "stale"])
 def test_schedule_prefixes_with_many_programs(monkeypatch, policy):
     """Programs that run at once store the same words in the same places, and none reads what another has not written."""
@@ -97,9 +156,11 @@ def test_schedule_prefixes_with_many_programs(monkeypatch, policy):
             assert_same_layout(dk.schedule_prefixes(**given, workspace=workspace), want)
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-def test_accept_chain_in_any_batch(proposal):
-    case = cases.accept_case(seed=60, requests=9, drafts=4, vocab=2100, proposal=proposal, closeness=0.9)
+@pytest.mark.parametrize(
+    "proposal, rule", [("dense", "token"), ("one_hot", "token"), ("sparse", "token"), ("dense", "block"), ("one_hot", "coupled")]
+)
+def test_accept_chain_in_any_batch(proposal, rule):
+    case = cases.accept_case(seed=60, requests=9, drafts=4, vocab=2100, proposal=proposal, closeness=0.9, rule=rule)
     whole = dk.accept_chain(**case.arguments())
     lens = case.layout.draft_lens
     for rows in ([3], [8, 3, 0], list(range(8, -1, -1))):
@@ -116,9 +177,13 @@ def test_accept_chain_in_any_batch(proposal):
         layout = layouts.fixed_layout(
             block, lens[index], anchors=torch.tensor(anchors), anchor_positions=torch.tensor(positions)
         )
-        law = dk.DenseProposal(case.proposal.logits[index]) if proposal == "dense" else dk.OneHotProposal()
+        law = dk.OneHotProposal()
+        if proposal == "dense":
+            law = dk.DenseProposal(case.proposal.logits[index])
+        elif proposal == "sparse":
+            law = dk.SparseProposal(case.proposal.ids[index], case.proposal.logits[index])
         sampling = dk.SamplingTensors(case.sampling.temperature[index], case.sampling.seed[index])
-        part = dk.accept_chain(torch.cat(logits), layout, law, sampling=sampling)
+        part = dk.accept_chain(torch.cat(logits), layout, law, sampling=sampling, rule=rule)
         assert torch.equal(part.tokens, whole.tokens[index]) and torch.equal(part.flags, whole.flags[index])
 
 
@@ -158,8 +223,17 @@ def test_tree_attention_in_any_batch(monkeypatch, mask, window):
             assert not same, "the batches were to be cut into other parts"
 
 
-def test_replay_with_one_workspace_is_identical_and_leaves_it_clean():
-    case = cases.accept_case(seed=61, requests=7, drafts=4, vocab=2100, closeness=0.5)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(proposal="sparse", rule="block", logprobs="raw"),
+        dict(rule="block", mapped=True, draft_vocab=1100),
+        dict(rule="coupled", filters=("top_k",), vocab=900),
+    ],
+)
+def test_replay_with_one_workspace_is_identical_and_leaves_it_clean(options):
+    case = cases.accept_case(**dict(seed=61, requests=7, drafts=4, vocab=2100, closeness=0.5) | options)
     draft = cases.draft_case(seed=62, requests=7, drafts=4, vocab=2100)
     workspace = dk.Workspace(16, 7, 5000, "cpu")
     first = dk.accept_chain(**case.arguments(), workspace=workspace)

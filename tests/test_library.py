@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.ops import accept, attention, candidates, draft, layout, schedule
+from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree
 from reference import cases
 
 
@@ -61,18 +61,38 @@ def _plan():
     dk.plan_attention(made.layout, made.kv, query_heads=6)
 
 
+def _accept_tree(*rule):
+    from reference.tree_cases import accept_tree_case
+
+    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule).arguments())
+
+
+def _compact():
+    from test_compact import case_of
+
+    case = case_of(4, 2, 9, 4, ("plain", "apart"), extra=2)
+    dk.compact_kv(dk.KVLayers.of([case.caches]), case.acceptance, case.layout, extra=case.extra)
+
+
 @pytest.mark.parametrize(
     "module, name, run",
     [
         (draft, "_draft_block", _draft()),
         (draft, "_draft_block", _draft(sampled=False, rank=0, confidence=None)),
+        (draft, "_draft_block", _draft(kind="gated", w2_dtype=torch.int8, target_vocab=300)),
+        (draft, "_draft_block", _draft(kind="rnn", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS, padded=True)),
         (candidates, "_draft_candidates", _candidates()),
         (candidates, "_draft_candidates", _candidates(2, sampled=False, kind="rnn")),
         (accept, "_accept_chain", _accept()),
         (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
+        (accept, "_accept_chain", _accept(rule="block", proposal="sparse", logprobs="raw", adjust=cases.ADJUSTMENTS)),
+        (accept, "_accept_chain", _accept(rule="coupled", filters=cases.FILTERS, logprobs="processed", forced=True)),
         (layout, "_fixed_layout", _layout),
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
+        (tree, "_accept_tree", _accept_tree("one_hot", "walk")),
+        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal")),
+        (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
         (schedule, "_schedule_prefixes", _schedule(600, policy="budget", stale_confidence=torch.ones(600, 3))),
@@ -127,6 +147,33 @@ def test_compiles_into_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
+def _filtered(base_logits, anchors, positions, hidden, temperature, seed, top_p, bias, ids, state, *weights):
+    sampling = dk.SamplingTensors(temperature, seed, top_p=top_p, logit_bias=bias)
+    head = dk.RnnMarkovHead(*weights[:2], joint_weight=weights[2], joint_bias=weights[3])
+    block = dk.draft_block(
+        base_logits, anchors, head, anchor_positions=positions, sampling=sampling, hidden=hidden, draft_to_target=ids,
+        head_state=state,
+    )  # fmt: skip
+    return block.tokens, block.proposal.logits, block.proposal.lse, state
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_heads_and_filters_compile_into_one_graph(backend):
+    options = dict(kind="rnn", target_vocab=200, filters={"top_p"}, adjust={"bias"})
+    case = cases.draft_case(seed=7, requests=2, drafts=2, vocab=130, **options)
+    head, sampling = case.head, case.sampling
+
+    def arguments():
+        return (
+            case.base_logits, case.anchors, case.anchor_positions, case.hidden, sampling.temperature, sampling.seed, sampling.top_p,
+            sampling.logit_bias, case.draft_to_target, case.head_state.clone(), head.w1, head.w2, head.joint_weight,
+            head.joint_bias,
+        )  # fmt: skip
+
+    have = torch.compile(_filtered, fullgraph=True, backend=backend)(*arguments())
+    assert all(torch.equal(a, b) for a, b in zip(have, _filtered(*arguments()), strict=True))
+
+
 def _layer(q, k_cache, v_cache, tables, lens, k_new, v_new, sinks, like):
     """Two layers that share a plan."""
     kv = dk.PagedKV(k_cache, v_cache, tables, lens)
@@ -144,21 +191,50 @@ def test_attention_compiles_into_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
 
 
+def test_compaction_compiles_into_one_graph():
+    """Caches written in place through their addresses, among other writes to them."""
+    from test_compact import bytes_of, case_of
+
+    def step(layers, acceptance, layout):
+        layers.caches[0].mul_(2)
+        dk.compact_kv(layers, acceptance, layout)
+        layers.caches[1].mul_(2)
+        return layers.caches[0] + 1
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        case = case_of(4, 2, 9, 4)
+        finite = [plane.nan_to_num_(0.0).clamp_(-9, 9) for plane in case.caches]
+        results.append([call(dk.KVLayers.of([finite]), case.acceptance, case.layout), *finite])
+    assert all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in zip(*results, strict=True))
+
+
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import (
         accept as accept_kernels,
+        accept_rows,
+        accept_target,
         attention as attention_kernels,
         draft as draft_kernels,
+        draft_filters,
+        draft_rows,
         schedule as schedule_kernels,
+        tree as tree_kernels,
     )
-    from dspark_kernels.kernels.primitives import mass, philox, rows
+    from dspark_kernels.kernels.primitives import filters, mass, philox, rows
 
-    for kernels in (accept_kernels, draft_kernels, schedule_kernels, rows):
+    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
     assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
-    assert draft_kernels.UNIT.value == draft.UNIT and mass.LEAF.value == accept.LEAF
+    assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
+    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and accept.LISTED == 2 * filters.BLOCK.value
+    assert mass.LEAF.value == accept.LEAF == tree.LEAF
+    assert [tree_kernels.WALK.value, tree_kernels.RECURSIVE.value, tree_kernels.TRAVERSAL.value] == [0, 1, 2]
+    assert tree.RULES == ("walk", "recursive", "traversal")
+    assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
+    assert accept_kernels.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 

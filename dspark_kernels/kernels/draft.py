@@ -1,7 +1,8 @@
 """Dense draft block: K positions of a block drafted left to right under the sequential head, in one persistent launch.
 
-x_k = argmax_v of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(adjust(base_k + bias(x_{k-1}))).
-Symbols: R requests, K positions, V vocabulary of the head, r rank, H hidden size, S state slots, U units of 64 ids.
+x_k = argmax_v of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(adjust(base_k +
+bias(x_{k-1}))). Symbols: R requests, K positions, V vocabulary of the head, r rank, H hidden size, S state slots, U units of 64
+ids.
 
 The block is a row of phases with a grid barrier between any two:
     [hoist]  the products of a gated or rnn head with the hidden states of all positions (kernels/heads.py)
@@ -85,9 +86,9 @@ def _draft_tile(
 ):  # fmt: skip
     """ROWS requests of one tile of ids at position k: logits, proposal, unit masses, winner so far."""
     if head is not None:
-        # The dot always has DOT_ROWS columns; ROWS of them are requests of this batch.
+        # The dot always has DOT_ROWS columns; ROWS of them are this tile's requests, the others stay zero.
         columns = first_request + tl.arange(0, DOT_ROWS)
-        column_slots = state_slots(slots_ptr, columns, num_requests, num_slots)
+        column_slots = state_slots(slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), num_slots)
         if mixer is None:
             w1_ptr, _, _, stride_1v, _, vocab_w1, _ = head
             previous = previous_tokens(anchors_ptr, stride_a, best_ptr, columns, column_slots, k, num_requests)
@@ -173,7 +174,7 @@ def draft_dense_kernel(
     adjust,  # settings of primitives/adjust.py, or None
     filters,  # kernels/draft_filters.py, or None
     hidden_ptr,  # [R, K, H] or None
-    scores,  # None or confidence: (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated, raw [S, K], their row strides)
+    scores,  # None, or confidence: (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated and raw [S, K], row strides)
     temperature_ptr, seed_ptr,  # [S]; temperature None = every row greedy
     tokens_ptr,  # [S, K]
     logits_ptr, lse_ptr,  # [S, K, V] or None, [S, K] or None

@@ -1,10 +1,10 @@
 """Filters of a draft position: the support that top-k, top-p and min-p leave of the stored row, its law, its winner.
 
-kept <=> key > threshold, or key = threshold and id <= cut (primitives/filters.py), judged on the logits as stored; x_k = argmax over
-kept v of logits_k(v) / T - ln E_k(v), with the noise of the whole row; lse_k = ln sum over kept of exp(logit / T). After the vocabulary
-phase request r belongs to one program. The winner of the whole row is that of the support wherever it is kept, so noise is
-drawn again only where it is not. A phase later each program writes -inf over what is not kept of its own tiles. Symbols: R requests,
-K positions, V vocabulary of the head, U units of 64 ids. Oracle: reference/draft.py, reference/sampling.py.
+kept <=> key > threshold, or key = threshold and id <= cut (primitives/filters.py), judged on the logits as stored; x_k = argmax
+over kept v of logits_k(v) / T - ln E_k(v), with the noise of the whole row; lse_k = ln sum over kept of exp(logit / T). After the
+vocabulary phase request r belongs to one program. The winner of the whole row is that of the support wherever it is kept, so
+noise is drawn again only where it is not. A phase later each program writes -inf over what is not kept of its own tiles. Symbols:
+R requests, K positions, V vocabulary of the head, U units of 64 ids. Oracle: reference/draft.py, reference/sampling.py.
 """
 
 import triton
@@ -17,8 +17,8 @@ from .primitives.philox import COUPLED, log2_exponential, words_at
 from .primitives.race import NOBODY, pack, unpack_id
 from .primitives.slots import state_slots
 
-# filters = (top_k int32, top_p fp32, min_p fp32 [S], each or None; threshold int64, cut int32 [R], group maxima fp32 and groups int32
-# [R, G] of scratch, keys and ids int32 [R, BLOCK] of scratch); G groups of 128 ids.
+# filters = (top_k int32, top_p fp32, min_p fp32 [S], each or None; threshold int64, cut int32 [R]; of scratch: group maxima fp32
+# and groups int32 [R, G], keys and ids int32 [R, BLOCK]); G groups of 128 ids.
 GROUP = tl.constexpr(128)  # ids per group: two units, since a program keeps all groups of a row in registers
 TILE = tl.constexpr(8)  # groups of a block of filter_row: BLOCK // GROUP
 

@@ -56,9 +56,10 @@ def _row_status(word, row_ptr, map_ptr, vocab, num_targets, BLOCK: tl.constexpr)
 @triton.jit
 def settle(
     k, base_ptr, anchors_ptr, slots_ptr, map_ptr, head, adjust, tokens_ptr, logits_ptr, flags_ptr, best_ptr, status_ptr,
-    num_requests, num_slots, num_drafts, vocab, num_targets, column, stride_br, stride_bk, stride_a, stride_ts, stride_ls, stride_lk,
+    num_requests, num_slots, num_drafts, vocab, num_targets, column, stride_br, stride_bk, stride_a, stride_ts, stride_ls,
+    stride_lk,
 ):  # fmt: skip
-    """Position k is decided: keep its drafts, and clear the winners that nobody reads any more. Request r belongs to one program."""
+    """Position k is decided: keep its drafts, and clear the winners that nobody reads any more. A request has one program."""
     last = k == num_drafts - 1
     for request in range(tl.program_id(0), num_requests, tl.num_programs(0)):
         slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
@@ -88,7 +89,7 @@ def settle(
 
 @triton.jit
 def row_mass(unit_max_ptr, unit_mass_ptr, row, num_units, scale, BLOCK: tl.constexpr):
-    """(maximum fp32, sum of exponentials int64, 2^40 for the maximum) of a row from its units: the same bits for any order of them."""
+    """(maximum fp32, sum of exponentials int64, 2^40 for the maximum) of a row from its units, in any order the same bits."""
     top = tl.full((), float("-inf"), tl.float32)
     for first in range(0, num_units, BLOCK):
         unit = first + tl.arange(0, BLOCK)

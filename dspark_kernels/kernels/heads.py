@@ -3,7 +3,8 @@
     bias(v) = scale_v * W2[v] . round(latent),  latent =
     vanilla  W1[x]
     gated    sigmoid(G [h; W1[x]] + b) * W1[x]
-    rnn      tanh(output),  s' = sigmoid(gate) s + (1 - sigmoid(gate)) tanh(candidate),  (gate, candidate, output) = J [s; W1[x]; h] + b
+    rnn      tanh(output),  s' = sigmoid(gate) s + (1 - sigmoid(gate)) tanh(candidate),
+             (gate, candidate, output) = J [s; W1[x]; h] + b
 
 x = the token drafted one position earlier (the anchor at the first), h = the position's hidden state, s = state, r = rank, H =
 hidden size. Every product is a dot of [BLOCK, BLOCK] by [BLOCK, 16] whatever the number of requests, so that a request gets the
@@ -70,8 +71,8 @@ def low_rank_bias(tile, head, latent_ptr, offsets, known, ids, vocab, WIDEN: tl.
 
 
 # --- latents of gated and rnn -----------------------------------------------------------------------------------------
-# mixer = (weight [P r, columns], bias [P r], its row stride, column of h, column of W1[x], hoisted fp32 [R, K, P r], latents [R, r],
-# states fp32 [2, R, r] or None, carried state fp32 [S, r] or None, its row stride); P = 1 (gated) or 3 (rnn).
+# mixer = (weight [P r, columns], bias [P r], its row stride, column of h, column of W1[x], hoisted fp32 [R, K, P r], latents
+# [R, r], states fp32 [2, R, r] or None, carried state fp32 [S, r] or None, its row stride); P = 1 (gated) or 3 (rnn).
 
 
 @triton.jit
