@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
 from dspark_kernels.launch import candidates as launch
-from reference import cases, draft as reference
+from reference import accept, cases, draft as reference, layout as layouts
 from reference.equality import assert_equal_or_tied
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -474,6 +474,26 @@ def chi_square(tokens, ids, law):
     some = variance > 0
     assert (seen[~some] == expected[~some]).all()
     return ((seen - expected)[some] ** 2 / variance[some]).sum().item()
+
+
+def test_acceptance_reads_the_proposal():
+    """Entries without a candidate (id 0 with -inf, beside a candidate 0 that has mass) and listed successors, as stored."""
+    case = cases.draft_case(seed=14, requests=4, drafts=3, vocab=40, rank=4, dtype=torch.bfloat16, confidence=None)
+    case.base_logits[:, :, 0] += 3.0
+    options = options_of(case, 50, 3)
+    block = dk.draft_block(**options)
+    assert (block.proposal.logits[..., 40:] == -INF).all() and (block.proposal.ids[..., 40:50] == 0).all()
+    layout = layouts.fixed_layout(
+        block, torch.tensor([3, 3, 1, 2]), anchors=case.anchors, anchor_positions=case.anchor_positions
+    )
+    target = torch.randn(16, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def run(decisions):
+        want = accept.accept_chain(target, layout, block.proposal, sampling=case.sampling, decisions=decisions)
+        return {r: (want.tokens[r].tolist(), int(want.flags[r])) for r in range(4)}
+
+    have = dk.accept_chain(target, layout, block.proposal, sampling=case.sampling)
+    assert_equal_or_tied(run, {r: (have.tokens[r].tolist(), int(have.flags[r])) for r in range(4)})
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
