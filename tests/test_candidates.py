@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from draft_checks import arguments_of, assert_lse, check_confidence, eager_latents, filters_of, rows_of
+from draft_checks import arguments_of, assert_lse, check_confidence, filters_of, laws, rows_of
 from errors import excess_error
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
 from dspark_kernels.launch import candidates as launch
-from reference import cases, draft as reference, heads
+from reference import accept, cases, draft as reference, layout as layouts
 from reference.equality import assert_equal_or_tied
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,9 +32,10 @@ def options_of(case, candidates, listed=0, seed=0):
 
 def check(case, candidates, listed=0, block=None, exempt=True):
     """A block on candidates against the reference, every output."""
-    arguments = options_of(case, candidates, listed)
+    state = None
     if block is None:
-        block = dk.draft_block(**arguments, keep_logits=True)
+        arguments = options_of(case, candidates, listed)
+        block, state = dk.draft_block(**arguments, keep_logits=True), arguments["head_state"]
     rows, (batch, drafts) = rows_of(case), case.base_logits.shape[:2]
     kept = torch.zeros(batch, drafts, candidates + listed, dtype=case.base_logits.dtype, device=case.base_logits.device)
     for r, slot in rows:
@@ -60,8 +61,7 @@ def check(case, candidates, listed=0, block=None, exempt=True):
     for r, slot in rows:
         previous = [int(case.anchors[slot]), *block.tokens[slot].tolist()][:drafts]
         assert all(token in ids for token, ids in zip(block.tokens[slot].tolist(), block.proposal.ids[slot].tolist(), strict=True))
-        if not (case.sampling is not None and (case.sampling.penalties is not None or case.sampling.logit_bias is not None)):
-            check_law(case, r, slot, previous, block.proposal.ids[slot], stored[r])
+        check_law(case, r, slot, previous, block.proposal.ids[slot], stored[r], state)
         if case.sampling is not None:
             temperature = float(case.sampling.temperature[slot])
             assert_lse(block.proposal.lse[slot], kept[r].double() / (temperature if temperature > 0 else 1.0), f"lse of {r}")
@@ -70,19 +70,9 @@ def check(case, candidates, listed=0, block=None, exempt=True):
     return block
 
 
-def check_law(case, r, slot, previous, targets, stored):
-    """Stored sums [K, W] of request r, given its drafts: fp64, beside eager PyTorch."""
-    exact, eager = case.base_logits[r].double(), case.base_logits[r].float()
-    if case.head is not None:
-        carried = torch.zeros(case.head.rank)
-        if case.head_state is not None and case.first_draft:
-            carried = case.head_state[slot]
-        hidden = [None] * len(previous) if case.hidden is None else case.hidden[r]
-        transition = heads.Transition(case.head, heads.output_weights(case.head), carried.double())
-        exact = exact + torch.stack([transition.bias(x, h) for x, h in zip(previous, hidden, strict=True)])
-        embedded = torch.stack([heads.embed(case.head, x) for x in previous]).float()
-        bias = eager_latents(case.head, embedded, hidden, carried)[0] @ case.head.w2.float().T
-        eager = eager + (bias if case.head.w2_scale is None else bias * case.head.w2_scale)
+def check_law(case, r, slot, previous, targets, stored, state):
+    """Stored sums [K, W] of request r and its head's state, given its drafts: fp64, beside eager PyTorch."""
+    exact, eager, states = laws(case, r, slot, previous)
     columns = targets
     if case.draft_to_target is not None:
         of_target = {int(t): v for v, t in enumerate(case.draft_to_target) if t >= 0}
@@ -90,6 +80,8 @@ def check_law(case, r, slot, previous, targets, stored):
     inside = stored > -INF
     exact, eager = (torch.where(inside, law.gather(1, columns), 0.0) for law in (exact, eager))
     excess_error(torch.where(inside, stored, 0.0), eager.to(stored.dtype), exact, f"logits of request {r}")
+    if state is not None:
+        excess_error(state[slot], states[1], states[0], f"state of request {r}")
 
 
 def unfiltered(case, candidates, listed, block):
@@ -172,6 +164,41 @@ def test_settings_equal_reference(data):
     check(case, draw(st.sampled_from([1, 9, 40])), draw(st.sampled_from([0, 4])))
 
 
+@pytest.mark.parametrize("order", ["top_k_first", "joint"])
+def test_filters_judge_the_candidates(order):
+    """Every request sampled and filtered, among as many entries as there are ids."""
+    case = cases.draft_case(
+        seed=9, requests=6, drafts=2, vocab=60, rank=8, confidence=None, dtype=torch.bfloat16, temperatures=(0.7, 1.6),
+        filters=cases.FILTERS, filter_order=order,
+    )  # fmt: skip
+    case.sampling.top_k[:] = torch.tensor([0, 4, 9, 5, 12, 7])
+    case.sampling.top_p[:] = torch.tensor([0.9, 1.0, 0.6, 0.5, 0.7, 0.8])
+    case.sampling.min_p[:] = torch.tensor([0.0, 0.02, 0.0, 0.0, 0.0, 0.05])
+    block = check(case, 50)
+    kept = (block.proposal.logits > -INF).sum(-1)
+    assert (kept[1:] <= case.sampling.top_k[1:, None]).all() and (kept >= 1).all() and (kept < 50).all()
+
+
+def test_penalties_follow_the_path():
+    """Few ids and long blocks: drafts repeat, and each repeat is penalised more."""
+    case = cases.draft_case(
+        seed=4, requests=3, drafts=6, vocab=12, rank=4, confidence=None, temperatures=(1.0,),
+        adjust=("repetition", "presence", "frequency"),
+    )  # fmt: skip
+    case.sampling.penalties.frequency[:] = -0.5  # repeats are favoured
+    block = check(case, 9)
+    assert any(len(set(row)) < 6 for row in block.tokens.tolist()), "no draft repeats, so this shows nothing"
+
+
+def test_candidates_are_chosen_after_the_bias():
+    """Base logits that all tie in bf16, told apart by a bias whose steps bf16 does not have."""
+    case = cases.draft_case(seed=4, requests=1, drafts=1, vocab=90, rank=0, confidence=None, dtype=torch.bfloat16, adjust=("bias",))
+    case.base_logits[:] = 8.0
+    case.sampling.logit_bias[:] = torch.randperm(90, generator=torch.Generator().manual_seed(1)) * 2.0**-12
+    block = check(case, 7)
+    assert set(block.proposal.ids[0, 0].tolist()) == set(case.sampling.logit_bias[0].topk(7).indices.tolist())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ties_go_to_the_lowest_ids(dtype):
     """On a dyadic grid sums are exact, and the C-th best base logit is shared by many ids."""
@@ -235,7 +262,7 @@ def take(case, rows):
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated"])
 def test_any_batch(kind):
-    case = cases.draft_case(seed=50, requests=7, drafts=2, vocab=500, rank=24, kind=kind, dtype=torch.bfloat16)
+    case = cases.draft_case(seed=50, requests=7, drafts=3, vocab=300, rank=24, kind=kind, dtype=torch.bfloat16)
     whole = dk.draft_block(**case.arguments(), candidates=21)
     for rows in ([4], [6, 0, 5, 2]):
         part = dk.draft_block(**take(case, rows).arguments(), candidates=21)
@@ -340,10 +367,13 @@ def test_listed_successors_join_once():
     case = cases.draft_case(seed=5, requests=1, drafts=1, vocab=100, rank=0, confidence=None)
     case.base_logits[0, 0] = -torch.arange(100.0)
     table = torch.full((100, 5), 50)
-    table[int(case.anchors[0])] = torch.tensor([2, -1, 100, 40, 40])
+    case.base_logits[0, 0, 4] = -3.0  # tied with the last candidate, and not one
+    table = torch.cat([table, table], 1)
+    table[int(case.anchors[0])] = torch.tensor([2, 3, -1, 100, 40, 40, 4, 40, -7, 0])
     law = dk.draft_block(**case.arguments(), candidates=4, bigrams=table).proposal
-    assert law.ids.flatten().tolist() == [0, 1, 2, 3, 0, 0, 0, 40, 0]
-    assert law.logits.flatten().tolist() == [0.0, -1.0, -2.0, -3.0, -INF, -INF, -INF, -40.0, -INF]
+    assert law.ids.flatten().tolist() == [0, 1, 2, 3] + [0, 0, 0, 0, 40, 0, 4, 0, 0, 0]
+    expected = [0.0, -1.0, -2.0, -3.0] + [-INF, -INF, -INF, -INF, -40.0, -INF, -3.0, -INF, -INF, -INF]
+    assert law.logits.flatten().tolist() == expected
 
 
 def test_fewer_logits_than_candidates():
@@ -444,6 +474,26 @@ def chi_square(tokens, ids, law):
     some = variance > 0
     assert (seen[~some] == expected[~some]).all()
     return ((seen - expected)[some] ** 2 / variance[some]).sum().item()
+
+
+def test_acceptance_reads_the_proposal():
+    """Entries without a candidate (id 0 with -inf, beside a candidate 0 that has mass) and listed successors, as stored."""
+    case = cases.draft_case(seed=14, requests=4, drafts=3, vocab=40, rank=4, dtype=torch.bfloat16, confidence=None)
+    case.base_logits[:, :, 0] += 3.0
+    options = options_of(case, 50, 3)
+    block = dk.draft_block(**options)
+    assert (block.proposal.logits[..., 40:] == -INF).all() and (block.proposal.ids[..., 40:50] == 0).all()
+    layout = layouts.fixed_layout(
+        block, torch.tensor([3, 3, 1, 2]), anchors=case.anchors, anchor_positions=case.anchor_positions
+    )
+    target = torch.randn(16, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def run(decisions):
+        want = accept.accept_chain(target, layout, block.proposal, sampling=case.sampling, decisions=decisions)
+        return {r: (want.tokens[r].tolist(), int(want.flags[r])) for r in range(4)}
+
+    have = dk.accept_chain(target, layout, block.proposal, sampling=case.sampling)
+    assert_equal_or_tied(run, {r: (have.tokens[r].tolist(), int(have.flags[r])) for r in range(4)})
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
