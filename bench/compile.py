@@ -341,7 +341,6 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "coupled_filters": lambda: _accept(64, rule="coupled", proposal="one_hot", filters=True),
         "dense_adjust": lambda: _accept(64, adjust=True),
         "one_hot_all": lambda: _accept(64, proposal="one_hot", filters=True, adjust=True, logprobs="raw"),
-        "sparse_all": lambda: _accept(64, proposal="sparse", filters=True, adjust=True, logprobs="processed"),
     },
 }
 

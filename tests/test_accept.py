@@ -163,7 +163,7 @@ def test_many_coins():
 def test_many_coins_of_the_block_rule(proposal):
     """A rule that stops at the first coin which fails, or sums another row's residual, comes out differently."""
     closeness = 0.8 if proposal == "dense" else 0.97
-    case = cases.accept_case(seed=2, requests=80, drafts=7, vocab=40, proposal=proposal, closeness=closeness, rule="block",
+    case = cases.accept_case(seed=2, requests=30, drafts=6, vocab=40, proposal=proposal, closeness=closeness, rule="block",
                              candidates=30, sharpness=1.5, temperatures=(1.0,))  # fmt: skip
     acceptance = check(case)
     token = dk.accept_chain(**case.arguments() | dict(rule="token"))

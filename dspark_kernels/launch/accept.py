@@ -23,8 +23,8 @@ class AcceptConfig:
 def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, rebuilt: bool = False, adjusted: bool = False) -> AcceptConfig:
     """The configuration for rows of `num_leaves` leaves. Not measured on a GPU yet.
 
-    heavy: whether lists, filters or swept draft rows take more registers. rebuilt: whether draft rows are products. adjusted: whether
-    logits get penalties, bias or masks, whose tiles are spread over more warps.
+    heavy: whether lists, filters or swept draft rows take more registers. rebuilt: whether draft rows are products. adjusted:
+    whether logits get penalties, bias or masks, whose tiles are spread over more warps.
 
     Four leaves an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
     multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
