@@ -101,7 +101,7 @@ def _draft_call(calls, shape):
 
 
 _OPERANDS = {"16 bit": "bfloat16", "32 bit": "float32"}
-_PROPOSALS = {"light": "lse", "heavy": "no lse", "rebuilt": "rebuilt"}
+_PROPOSALS = {"light": "lse", "heavy": "no lse", "wide": "rebuilt"}
 
 KERNELS = {
     "draft": Tuned(

@@ -163,7 +163,7 @@ def test_many_coins():
 def test_many_coins_of_the_block_rule(proposal):
     """A rule that stops at the first coin which fails, or sums another row's residual, comes out differently."""
     closeness = 0.8 if proposal == "dense" else 0.97
-    case = cases.accept_case(seed=2, requests=80, drafts=7, vocab=40, proposal=proposal, closeness=closeness, rule="block",
+    case = cases.accept_case(seed=2, requests=30, drafts=6, vocab=40, proposal=proposal, closeness=closeness, rule="block",
                              candidates=30, sharpness=1.5, temperatures=(1.0,))  # fmt: skip
     acceptance = check(case)
     token = dk.accept_chain(**case.arguments() | dict(rule="token"))
@@ -192,7 +192,7 @@ def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
     case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
 
-    def pick(arch, num_leaves, num_drafts, heavy, rebuilt):
+    def pick(arch, num_leaves, num_drafts, heavy, rebuilt, adjusted):
         chunk = min(pairs, 16)
         group = 2 if chunk >= num_leaves else 1
         return launch.AcceptConfig(group, chunk, lag=1, num_warps=1, max_registers=None)
@@ -241,10 +241,11 @@ def test_draft_and_target_widths_differ(draft_vocab, mapped, rule):
 
 def test_map_of_a_batch_without_a_live_request():
     """The counters of the inverted map come back to zero whoever is there; what its scratch held does not matter."""
-    case = cases.accept_case(seed=2, vocab=900, draft_vocab=500, mapped=True, scattered=True, requests=3)
-    workspace = dk.Workspace(3, 4, 900, "cpu")
-    want = dk.accept_chain(**case.arguments())
-    for indices in (torch.full((3,), -1, dtype=torch.int32), case.state_indices):
+    case = cases.accept_case(seed=2, vocab=900, draft_vocab=300, mapped=True, scattered=True, requests=20, drafts=1)
+    case.proposal.logits[..., 0] += 12  # column 0, to which a scratch of zeros leads, holds nearly all mass
+    workspace = dk.Workspace(20, 1, 900, "cpu")
+    want = check(case)
+    for indices in (torch.full((20,), -1, dtype=torch.int32), case.state_indices):
         workspace.scratch.fill_(0)
         have = dk.accept_chain(**case.arguments() | dict(state_indices=indices), workspace=workspace)
         assert (workspace.counters == 0).all()
@@ -282,8 +283,10 @@ def test_rebuilt_law_has_the_bits_of_the_stored_one(dtype, rule):
 
 def test_rebuilt_law_is_the_reference():
     """On a dyadic grid every sum is exact, so that the rounded logits are the reference's."""
-    case, rebuilt = rebuilt_case(3, "token", torch.float32, grid=0.25)
-    check(dataclasses.replace(case, proposal=rebuilt))
+    for seed in (3, 4):
+        case, rebuilt = rebuilt_case(seed, "token", torch.float32, grid=0.25)
+        want = check(dataclasses.replace(case, proposal=rebuilt))
+        assert (want.num_accepted > 1).any(), "no law of a later draft was needed"
 
 
 @pytest.mark.parametrize("seed", range(3))

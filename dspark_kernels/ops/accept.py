@@ -259,8 +259,8 @@ def _accept_chain(
     two_waves = dense or (kind == "listed" and judge == "block")
     leaves = _leaves(vocab, draft_logits if dense else None)
     swept = dense and draft_lse is None
-    heavy = swept or kind == "rebuilt" or draft_ids is not None or flat.filters is not None or flat.adjusts
-    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, kind == "rebuilt")
+    heavy = swept or draft_ids is not None or flat.filters is not None
+    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, kind == "rebuilt", flat.adjusts)
     parts = -(-leaves // (config.group * config.chunk)) if dense else 1
     map_parts = -(-draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-(drafts + 1) // config.group) * -(-leaves // config.chunk)
