@@ -276,6 +276,8 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "filtered_r1": lambda: _draft(1, filtered=True),
         "filtered_r64": lambda: _draft(64, filtered=True),
         "adjusted_r8": lambda: _draft(8, adjusted=True),
+        "adjusted_filtered_r64": lambda: _draft(64, adjusted=True, filtered=True),
+        "rnn_filtered_r64": lambda: _draft(64, kind="rnn", filtered=True),
     },
     "fixed_layout": {
         "r1": lambda: _layout(1),

@@ -52,10 +52,10 @@ def request_tile(requests: int, settings: bool) -> int:
     return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
 
 
-def ranks_per_dot(extra_phases: bool, widened: bool, adjusted: bool) -> int:
+def ranks_per_dot(mixed: bool, filtered: bool, widened: bool, adjusted: bool) -> int:
     """Of W2 in 16 bits: fewer where registers are needed for phases beside the vocabulary's, to widen a quantised W2, or for
     penalties, bias and mask (bench/compile.py: no spills)."""
-    return 64 if adjusted else 128 if extra_phases or widened else 256
+    return 64 if adjusted or (mixed and filtered) else 128 if mixed or filtered or widened else 256
 
 
 def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, ranks: int = 256) -> DraftConfig:
@@ -85,6 +85,6 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
         one_launch=arch.cooperative and arch.family not in _STEPPED,
         block_j=16,
         block_n=64,
-        block_s=64,
+        block_s=32 if ranks <= 64 else 64,
         native_fp8=native,
     )
