@@ -117,6 +117,33 @@ def _draft_arguments(inputs):
     )
 
 
+def draft_candidates(base_logits, candidates, anchors, w1, w2, hidden, weight, bias, sts_temperatures, temperature, noise=None):
+    """`draft_block` on the best of base_logits: tokens [R, K], ids [R, K, C], logits [R, K, C], lse [R, K], confidence [R, K]."""
+    base, ids = base_logits.topk(candidates, dim=-1)
+    rows = w2[ids]  # [R, K, C, r]
+    token, tokens, logits, lses, features = anchors, [], [], [], []
+    for k in range(base.shape[1]):
+        latent = w1[token]
+        row = base[:, k] + (rows[:, k] @ latent[..., None])[..., 0]
+        features.append(torch.cat([hidden[:, k], latent], -1))
+        scaled = row.float() / temperature[:, None]
+        lse = scaled.logsumexp(-1)
+        drawn = _draw((scaled - lse[:, None]).exp(), None if noise is None else noise[:, k])
+        token = ids[:, k].gather(1, drawn[:, None])[:, 0]
+        tokens.append(token)
+        logits.append(row)
+        lses.append(lse)
+    raw = torch.stack(features, 1) @ weight
+    raw = raw.float() if bias is None else (raw + bias).float()
+    confidence = torch.sigmoid(raw if sts_temperatures is None else raw / sts_temperatures)
+    return torch.stack(tokens, 1), ids, torch.stack(logits, 1), torch.stack(lses, 1), confidence
+
+
+def _candidate_arguments(inputs):
+    base_logits, *others = _draft_arguments(inputs)
+    return base_logits, inputs["candidates"], *others
+
+
 def accept_chain(target_logits, drafts, draft_logits, lse, temperature, coins=None, noise=None):
     """Token rule over full blocks: tokens int64 [R, K + 1] (-1 behind the last) and num_accepted [R].
 
@@ -282,6 +309,7 @@ def _pages(inputs):
 
 BASELINES = {
     "draft_block": Baseline(draft_block, _draft_arguments),
+    "draft_candidates": Baseline(draft_candidates, _candidate_arguments),
     "accept_chain": Baseline(accept_chain, _accept_arguments),
     "schedule_prefixes": Baseline(schedule_prefixes, _schedule_arguments),
     "fixed_layout": Baseline(fixed_layout, lambda i: (i["draft_lens"], i["block"].tokens, i["anchors"], *_pages(i))),

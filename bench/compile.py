@@ -39,7 +39,7 @@ import torch  # noqa: E402
 
 import dspark_kernels as dk  # noqa: E402
 from dspark_kernels.launch import arch as archs  # noqa: E402
-from dspark_kernels.ops import attention  # noqa: E402
+from dspark_kernels.ops import accept_shards, attention, draft_shards  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "compile.csv"
@@ -125,6 +125,41 @@ def _draft(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloa
     )
 
 
+def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
+                w2_dtype=None, sampled=True, confidence=True, slots=None, listed=0, mapped=False, adjusted=False, filtered=False,
+                **options):  # fmt: skip
+    size, width = requests if slots is None else slots, candidates + listed
+    head = _head(kind, vocab, vocab, rank, dtype, w2_dtype) if rank else None
+    confidence_head = None
+    if confidence:
+        confidence_head = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(drafts))
+    logits = _empty(size, drafts, width, dtype=dtype)
+    proposal = dk.SparseProposal(_ints(size, drafts, width), logits, lse=_empty(size, drafts, dtype=torch.float32))
+    scores = [_empty(size, drafts, dtype=torch.float32) if confidence else None for _ in range(2)]
+    dk.draft_block(
+        _empty(requests, drafts, vocab, dtype=dtype),
+        _ints(size),
+        head,
+        anchor_positions=_ints(size),
+        sampling=_settings(size, drafts, vocab, adjusted, filtered) if sampled else None,
+        hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
+        confidence=confidence_head,
+        candidates=candidates,
+        bigrams=_ints(vocab, listed, dtype=torch.int32) if listed else None,
+        draft_to_target=_ints(vocab) if mapped else None,
+        head_state=_empty(size, rank, dtype=torch.float32) if kind == "rnn" else None,
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        out=dk.DraftBlock(
+            _ints(size, drafts),
+            proposal if sampled else dk.OneHotProposal(),
+            _ints(requests, dtype=torch.int32),
+            *scores,
+        ),
+        workspace=dk.Workspace(requests, drafts, vocab, "cpu", markov_rank=rank),
+        **options,
+    )
+
+
 def _layout(requests, *, drafts=DRAFTS, prefill=False, paged=False, slots=None):
     size = requests if slots is None else slots
     block = dk.DraftBlock(_ints(size, drafts), dk.OneHotProposal(), _ints(requests, dtype=torch.int32))
@@ -197,22 +232,97 @@ def _rows(requests, drafts):
     )
 
 
-def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None):
+def _accept(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None, candidates=64,
+            forced=False, filters=False, adjust=False, **options):  # fmt: skip
+    """proposal "lse" or "no lse" (dense), "mapped", "sparse", "rebuilt" or "one_hot"."""
     size = requests if slots is None else slots
     law = None
-    if proposal != "one_hot":
-        lse = _empty(size, drafts, dtype=torch.float32) if proposal == "lse" else None
-        law = dk.DenseProposal(_empty(size, drafts, vocab, dtype=dtype), lse=lse)
+    if proposal == "sparse":
+        law = dk.SparseProposal(_ints(size, drafts, candidates), _empty(size, drafts, candidates, dtype=dtype))
+    elif proposal == "rebuilt":
+        head = dk.MarkovHead(_empty(vocab, RANK, dtype=dtype), _empty(vocab, RANK, dtype=dtype))
+        law = dk.RebuiltProposal(_empty(size, drafts, vocab, dtype=dtype), head, _empty(size, drafts, dtype=torch.float32))
+    elif proposal != "one_hot":
+        width = 32000 if proposal == "mapped" else vocab
+        lse = None if proposal == "no lse" else _empty(size, drafts, dtype=torch.float32)
+        law = dk.DenseProposal(
+            _empty(size, drafts, width, dtype=dtype), lse, draft_to_target=_ints(width) if proposal == "mapped" else None
+        )
+    sampling = _sampling(size) if sampled else None
+    if filters:
+        limits = dict(top_k=_ints(size, dtype=torch.int32), top_p=torch.ones(size), min_p=torch.ones(size))
+        sampling = dataclasses.replace(sampling, **limits)
+    if adjust:
+        sampling = dataclasses.replace(
+            sampling,
+            logit_bias=_empty(size, vocab, dtype=torch.float32),
+            token_bitmask=_ints(requests * (drafts + 1), -(-vocab // 32), dtype=torch.int32),
+            penalties=dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), *(torch.ones(size) for _ in range(3))),
+        )
     dk.accept_chain(
         _empty(requests * (drafts + 1), vocab, dtype=dtype),
         _rows(requests, drafts),
         law,
-        sampling=_sampling(size) if sampled else None,
+        sampling=sampling,
         anchors=_ints(size),
         anchor_positions=_ints(size),
+        synthetic_rates=torch.ones(drafts) if forced else None,
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
+        **options,
     )
+
+
+def _cut(shards):
+    """The first of `shards` equal shards of the vocabulary."""
+    return dict(vocab_start=0, vocab_shards=shards, vocab_size=VOCAB)
+
+
+def _draft_shard(requests, *, shards=8, dtype=torch.bfloat16, rank=RANK, sampled=True, lse=True, confidence=True, finish=False,
+                 w2_dtype=None, **options):  # fmt: skip
+    """The second position of a block on a rank: its part, or the draft from the parts of all ranks."""
+    width = -(-VOCAB // shards)
+    head = None
+    if rank:
+        scale = _empty(width, dtype=torch.float32) if w2_dtype else None
+        head = dk.MarkovHead(_empty(VOCAB, rank, dtype=dtype), _empty(width, rank, dtype=w2_dtype or dtype), scale)
+    proposal = dk.OneHotProposal()
+    if sampled:
+        scores = _empty(requests, DRAFTS, dtype=torch.float32) if lse else None
+        proposal = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=scores)
+    scores = [_empty(requests, DRAFTS, dtype=torch.float32) if confidence else None for _ in range(2)]
+    block = dk.DraftBlock(_ints(requests, DRAFTS), proposal, _ints(requests, dtype=torch.int32), *scores)
+    scorer = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(DRAFTS))
+    common = dict(position=1, sampling=_sampling(requests) if sampled else None, confidence=scorer if confidence else None)
+    common |= _cut(shards)
+    if not finish:
+        base = _empty(requests, DRAFTS, width, dtype=dtype)
+        workspace = dk.Workspace(requests, DRAFTS, VOCAB, "cpu")
+        return dk.draft_block_partial(
+            base, _ints(requests), head, anchor_positions=_ints(requests), block=block, workspace=workspace, **common, **options
+        )
+    hidden = _empty(requests, DRAFTS, HIDDEN, dtype=dtype) if confidence else None
+    gathered = _ints(shards, draft_shards.part_words(requests, width, sampled and lse))
+    return dk.draft_block_finish(gathered, block, _ints(requests), head, hidden=hidden, **common)
+
+
+def _accept_shard(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="lse", sampled=True, rule="token"):
+    """A phase of acceptance on a rank, or its finish."""
+    width = -(-VOCAB // shards)
+    law = None
+    if proposal != "one_hot":
+        lse = _empty(requests, DRAFTS, dtype=torch.float32) if proposal == "lse" else None
+        law = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=lse)
+    common = dict(sampling=_sampling(requests) if sampled else None, rule=rule) | _cut(shards)
+    logits, layout = _empty(requests * (DRAFTS + 1), width, dtype=dtype), _rows(requests, DRAFTS)
+    phases = dk.accept_phases(law, sampling=common["sampling"], rule=rule)
+    before = phases if phase == "finish" else phases[: phases.index(phase)]
+    gathered = tuple(_ints(shards, accept_shards.part_words(logits, layout, law, phase=name, **common)) for name in before)
+    if phase == "finish":
+        anchors = dict(anchors=_ints(requests), anchor_positions=_ints(requests))
+        return dk.accept_finish(logits, layout, law, gathered=gathered, **anchors, **common)
+    workspace = dk.Workspace(requests, DRAFTS, VOCAB, "cpu")
+    return dk.accept_partial(logits, layout, law, phase=phase, gathered=gathered, workspace=workspace, **common)
 
 
 def _attention(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, page_size=16, dtype=torch.bfloat16, cache=None,
@@ -239,6 +349,43 @@ def _attention(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, pa
         sinks=_empty(heads) if sinks else None, batch_invariant=invariant, state_indices=state_indices,
         plan=attention.empty_plan(layout, kv, state_indices=state_indices, **planning), **options,
     )  # fmt: skip
+
+
+def _tree(slots, nodes, proposal, drawn):
+    links = [_ints(slots, nodes, dtype=torch.int32) for _ in range(4)]
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    return dk.DraftTree(_ints(slots, nodes), *links, _ints(slots, nodes), int32(slots), proposal, drawn, int32(slots))
+
+
+def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", sampled=True, slots=None):
+    size = requests if slots is None else slots
+    law = dk.OneHotProposal() if drawn == "one_hot" else dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype))
+    dk.accept_tree(
+        _empty(requests * nodes, vocab, dtype=dtype),
+        _rows(requests, nodes - 1),
+        _tree(size, nodes, law, drawn),
+        sampling=_sampling(size) if sampled else None,
+        rule=rule,
+        anchors=_ints(size),
+        anchor_positions=_ints(size),
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu"),
+    )
+
+
+def _compact(requests, *, nodes=32, layers=36, kv_heads=8, head_dim=128, dtype=torch.bfloat16, extra=0):
+    """Keys and values of all layers; extra: odd bytes per slot, so that nothing wider than a byte moves."""
+    pages = [_empty(64, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
+    int32 = functools.partial(_ints, dtype=torch.int32)
+    rows = _rows(requests, nodes - 1)
+    counts = [int32(requests) for _ in range(5)]
+    acceptance = dk.Acceptance(
+        _ints(requests, nodes), *counts[:3], _ints(requests), counts[3], torch.zeros(len(rows.token_ids), dtype=torch.bool),
+        counts[4], kv_source=int32(requests, nodes),
+    )  # fmt: skip
+    more = [_empty(64, 16, extra, dtype=torch.uint8)] if extra else []
+    layout = dataclasses.replace(rows, slot_mapping=_ints(len(rows.token_ids)))
+    dk.compact_kv(dk.KVLayers.of([pages] * layers), acceptance, layout, extra=more)
 
 
 # op -> case -> call. A case for every constant and optional argument that makes another binary.
@@ -278,6 +425,27 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "adjusted_r8": lambda: _draft(8, adjusted=True),
         "adjusted_filtered_r64": lambda: _draft(64, adjusted=True, filtered=True),
         "rnn_filtered_r64": lambda: _draft(64, kind="rnn", filtered=True),
+    },
+    "draft_candidates": {
+        "c64_r1": lambda: _candidates(1),
+        "c64_r64": lambda: _candidates(64),
+        "c64_r64_slots": lambda: _candidates(64, slots=80),
+        "c16": lambda: _candidates(64, 16),
+        "c256": lambda: _candidates(64, 256),
+        "c64_fp32": lambda: _candidates(64, dtype=torch.float32),
+        "c64_fp16": lambda: _candidates(64, dtype=torch.float16),
+        "c64_plain": lambda: _candidates(64, rank=0, confidence=False),
+        "c64_rank1024": lambda: _candidates(64, rank=1024),
+        "c64_int8": lambda: _candidates(64, w2_dtype=torch.int8),
+        "c64_fp8": lambda: _candidates(64, w2_dtype=torch.float8_e4m3fn),
+        "c64_gated": lambda: _candidates(64, kind="gated"),
+        "c64_rnn": lambda: _candidates(64, kind="rnn"),
+        "c64_rnn_fp32": lambda: _candidates(64, kind="rnn", dtype=torch.float32),
+        "c56_bigrams8": lambda: _candidates(64, 56, listed=8),
+        "c64_coupled_map": lambda: _candidates(64, vocab=32000, mapped=True, noise="coupled"),
+        "c64_greedy": lambda: _candidates(64, sampled=False),
+        "c64_adjusted": lambda: _candidates(64, adjusted=True),
+        "c64_filtered": lambda: _candidates(64, filtered=True),
     },
     "fixed_layout": {
         "r1": lambda: _layout(1),
@@ -337,6 +505,19 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "fp32_d256": lambda: _attention(64, dtype=torch.float32, head_dim=256, group=2),
         "invariant": lambda: _attention(64, invariant=True, return_lse=True),
     },
+    "accept_tree": {
+        "walk": lambda: _accept_tree(64),
+        "walk_m64": lambda: _accept_tree(8, nodes=64, slots=10),
+        "greedy": lambda: _accept_tree(64, sampled=False),
+        "recursive_iid": lambda: _accept_tree(64, rule="recursive", drawn="iid"),
+        "traversal_replaced": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", slots=80),
+        "traversal_v1000": lambda: _accept_tree(8, rule="traversal", drawn="without_replacement", vocab=1000, nodes=8),
+    },
+    "compact_kv": {
+        "r64": lambda: _compact(64),
+        "r1_fp8": lambda: _compact(1, dtype=torch.float8_e4m3fn),
+        "r64_bytes": lambda: _compact(64, layers=1, extra=7),
+    },
     "accept_chain": {
         "dense": lambda: _accept(64),
         "dense_r1": lambda: _accept(1),
@@ -347,6 +528,64 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "one_hot": lambda: _accept(64, proposal="one_hot"),
         "one_hot_v1000": lambda: _accept(64, proposal="one_hot", vocab=1000),
         "greedy": lambda: _accept(64, proposal="one_hot", sampled=False),
+        "sparse": lambda: _accept(64, proposal="sparse"),
+        "sparse_c16": lambda: _accept(64, proposal="sparse", candidates=16),
+        "sparse_c512": lambda: _accept(64, proposal="sparse", candidates=512),
+        "dense_block": lambda: _accept(64, rule="block"),
+        "dense_block_swept": lambda: _accept(64, rule="block", proposal="no lse"),
+        "sparse_block": lambda: _accept(64, rule="block", proposal="sparse"),
+        "one_hot_block": lambda: _accept(64, rule="block", proposal="one_hot"),
+        "coupled": lambda: _accept(64, rule="coupled", proposal="one_hot"),
+        "dense_raw": lambda: _accept(64, logprobs="raw"),
+        "dense_processed": lambda: _accept(64, logprobs="processed"),
+        "coupled_raw": lambda: _accept(64, rule="coupled", proposal="one_hot", logprobs="raw"),
+        "forced": lambda: _accept(64, forced=True),
+        "mapped": lambda: _accept(64, proposal="mapped"),
+        "rebuilt": lambda: _accept(64, proposal="rebuilt"),
+        "rebuilt_block": lambda: _accept(64, rule="block", proposal="rebuilt"),
+        "dense_filters": lambda: _accept(64, filters=True),
+        "dense_block_filters": lambda: _accept(64, rule="block", filters=True),
+        "sparse_filters": lambda: _accept(64, proposal="sparse", filters=True),
+        "coupled_filters": lambda: _accept(64, rule="coupled", proposal="one_hot", filters=True),
+        "dense_adjust": lambda: _accept(64, adjust=True),
+        "one_hot_all": lambda: _accept(64, proposal="one_hot", filters=True, adjust=True, logprobs="raw"),
+        "sparse_all": lambda: _accept(64, proposal="sparse", filters=True, adjust=True, logprobs="processed"),
+    },
+    "draft_block_partial": {
+        "sampled_r1": lambda: _draft_shard(1),
+        "sampled_r64": lambda: _draft_shard(64),
+        "sampled_r64_two": lambda: _draft_shard(64, shards=2),
+        "no_lse_r64": lambda: _draft_shard(64, lse=False),
+        "coupled_r64": lambda: _draft_shard(64, noise="coupled"),
+        "int8_r64": lambda: _draft_shard(64, w2_dtype=torch.int8),
+        "fp8_r64": lambda: _draft_shard(64, w2_dtype=torch.float8_e4m3fn),
+        "plain_r64": lambda: _draft_shard(64, rank=0, confidence=False),
+        "greedy_r64": lambda: _draft_shard(64, sampled=False),
+    },
+    "draft_block_finish": {
+        "sampled_r64": lambda: _draft_shard(64, finish=True),
+        "greedy_r64": lambda: _draft_shard(64, sampled=False, confidence=False, finish=True),
+    },
+    "accept_partial": {
+        "normalise_dense": lambda: _accept_shard(64, "normalise"),
+        "normalise_dense_fp32": lambda: _accept_shard(64, "normalise", dtype=torch.float32),
+        "normalise_swept": lambda: _accept_shard(64, "normalise", proposal="no lse"),
+        "normalise_one_hot": lambda: _accept_shard(64, "normalise", proposal="one_hot"),
+        "normalise_greedy": lambda: _accept_shard(64, "normalise", sampled=False),
+        "normalise_coupled": lambda: _accept_shard(64, "normalise", rule="coupled"),
+        "residual": lambda: _accept_shard(64, "residual"),
+        "residual_two": lambda: _accept_shard(64, "residual", shards=2),
+        "residual_swept": lambda: _accept_shard(64, "residual", proposal="no lse"),
+        "residual_block": lambda: _accept_shard(64, "residual", rule="block"),
+        "draw_dense": lambda: _accept_shard(64, "draw"),
+        "draw_one_hot": lambda: _accept_shard(64, "draw", proposal="one_hot"),
+        "draw_block": lambda: _accept_shard(64, "draw", rule="block"),
+        "draw_block_one_hot": lambda: _accept_shard(64, "draw", proposal="one_hot", rule="block"),
+    },
+    "accept_finish": {
+        "drawn": lambda: _accept_shard(64, "finish"),
+        "drawn_swept": lambda: _accept_shard(64, "finish", proposal="no lse"),
+        "greedy": lambda: _accept_shard(64, "finish", sampled=False),
     },
 }
 
@@ -408,6 +647,8 @@ def _argument(value, parameter) -> str:
         return f"({', '.join(_argument(part, parameter) for part in value)})"
     if isinstance(value, torch.Tensor):
         return f"*{value.dtype}" + (":16" if value.data_ptr() % 16 == 0 else "")
+    if isinstance(value, tuple):
+        return f"({', '.join(_argument(part, parameter) for part in value)})"
     if isinstance(value, int) and not isinstance(value, bool):
         width = "i32" if -(2**31) <= value < 2**31 else "i64"
         if parameter.do_not_specialize:

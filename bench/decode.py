@@ -1,7 +1,8 @@
 """Compare ways of decoding on real text: plain, speculative with a draft model, MTP, blockwise parallel, DSpark.
 
 All systems run the same loop, target, prompts and sampling; only the drafter differs. Without arguments the embedded demo models
-continue held-out Python source. A table per temperature, then whether each system's output is the target's own.
+continue held-out Python source. A table per temperature, then whether each system's output is the target's own. What a checkpoint
+holds: python -m bench.inspect DIR.
 """
 
 from __future__ import annotations
@@ -14,40 +15,22 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Sequence
+from typing import Sequence
 
 import torch
 
-from dspark_kernels.checkpoint import load_drafter, load_target
 from dspark_kernels.types import CostTable
-from reference.drafters import MTP, Autoregressive, Block, Drafter, DraftModel, DSpark
+from reference.drafters import Autoregressive, Drafter
 from reference.loop import RULES, Generation, Request, decode
-from reference.model import Target
 from reference.schedule import POLICIES
 
 from . import assets, lossless, summary
+from .models import DTYPES, BadArgument, Models, first_line, load, naming
 from .parity import CheckedOps
 
 SYSTEMS = ("autoregressive", "draft-model", "mtp", "block", "dspark")
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULTS = dict(max_new_tokens=96, num_prompts=16, batch_size=8, temperature=[1.0, 0.0], confidence_threshold=[0.0, 0.3])
 INTERPRETED = dict(max_new_tokens=32, num_prompts=4)  # with --kernels on a CPU
-
-
-class BadArgument(Exception):
-    """Message of one line that names the argument."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Models:
-    """A target and the drafters that serve it."""
-
-    target: Target
-    exact: Callable[[], Target]  # the target in fp64, made when asked for
-    drafters: list[tuple[str, str, Callable[[], Drafter]]]  # (system, where it comes from, how it is made)
-    encode: Callable[[str], list[int]] | None
-    decode: Callable[[Sequence[int]], str]
-    cost: CostTable | None = None  # times of the target's step, on its device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +69,18 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     models = p.add_argument_group("models")
-    models.add_argument("--model", metavar="DIR", help="target checkpoint (Qwen3ForCausalLM; default: the embedded one)")
+    models.add_argument(
+        "--model", "--target", metavar="DIR",
+        help="target checkpoint (Qwen3ForCausalLM; any causal language model with --transformers; default: the embedded one)",
+    )  # fmt: skip
+    models.add_argument(
+        "--transformers", action="store_true",
+        help="run the target by its own class of Hugging Face transformers (pip install dspark_kernels[transformers])",
+    )  # fmt: skip
     models.add_argument(
         "--drafter", metavar="DIR", action="append", default=[],
-        help="drafter checkpoint for --model: Qwen3DSparkModel, or Qwen3ForCausalLM as draft model (repeatable)",
+        help="drafter checkpoint for --model: Qwen3DSparkModel, Gemma4DSparkModel, DFlashDraftModel, or Qwen3ForCausalLM as draft"
+        " model (repeatable)",
     )  # fmt: skip
     models.add_argument("--device", default="cpu", help="where the models run (default: %(default)s)")
     models.add_argument("--dtype", choices=DTYPES, default="float32", help="what they compute in (default: %(default)s)")
@@ -97,6 +88,17 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--prompts", metavar="FILE",
         help="JSON list of token-id lists, or of strings where the model has a tokenizer (default: embedded text)",
+    )  # fmt: skip
+    work.add_argument(
+        "--chat", action="store_true",
+        help="strings are a user's messages: the model's chat template is put around them (needs transformers; a list of objects"
+        " with role and content is a conversation)",
+    )  # fmt: skip
+    work.add_argument("--thinking", action="store_true", help="what --chat tells a template that knows enable_thinking")
+    work.add_argument(
+        "--ignore-stop-tokens", action="store_true",
+        help="go on to --max-new-tokens (default: end at what the model's generation_config.json names, or with --chat its"
+        " tokenizer)",
     )  # fmt: skip
     work.add_argument(
         "--num-prompts", type=int, metavar="N",
@@ -173,6 +175,11 @@ def check(arguments) -> None:
                 raise BadArgument(f"--systems: expected names among {', '.join(SYSTEMS)}, got {name!r}")
     if a.drafter and a.model is None:
         raise BadArgument("--drafter: expected together with --model, the embedded target has drafters of its own")
+    for name, given in (("transformers", a.transformers), ("chat", a.chat)):
+        if given and a.model is None:
+            raise BadArgument(f"--{name}: expected together with --model, the embedded target is no such model")
+    if a.thinking and not a.chat:
+        raise BadArgument("--thinking: expected together with --chat")
     if a.kernels and a.rule != "token":
         raise BadArgument(f"--kernels: expected --rule token, the ops have no {a.rule!r} yet")
     if a.json is not None:
@@ -182,101 +189,7 @@ def check(arguments) -> None:
     try:
         torch.empty(1, device=a.device)
     except Exception as error:  # torch has a different exception for every kind of device it lacks
-        raise BadArgument(f"--device: expected one that torch has here, got {a.device!r} ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def load(arguments) -> Models:
-    """The models that the arguments ask for. Raises BadArgument."""
-    device, dtype = arguments.device, DTYPES[arguments.dtype]
-    if arguments.model is None:
-        config, tensors = assets.weights("target")
-        target = Target(config, tensors, device, dtype)
-        kinds = {"draft-model": DraftModel, "mtp": MTP, "block": Block, "dspark": DSpark}
-        drafters = [
-            (name, "", lambda kind=kind, name=name: kind(*assets.weights(name.replace("-", "_")), target))
-            for name, kind in kinds.items()
-        ]
-        tokenizer = assets.tokenizer()
-        return Models(
-            target,
-            lambda: Target(config, tensors, device, torch.float64),
-            drafters,
-            tokenizer.encode,
-            tokenizer.decode,
-            _cost(arguments.cost or assets.COST, device),
-        )
-    with _naming("--model"):
-        checkpoint = load_target(arguments.model)
-        target = Target(checkpoint.config, checkpoint.tensors, device, dtype)
-    drafters = []
-    for path in arguments.drafter:
-        with _naming("--drafter"):
-            system, make = _drafter(path, target)
-        several = len(arguments.drafter) > 1
-        drafters.append((system, Path(path).name if several else "", make))
-    encode, decode_ids = _tokenizer(Path(arguments.model))
-    return Models(
-        target,
-        lambda: Target(checkpoint.config, checkpoint.tensors, device, torch.float64),
-        drafters,
-        encode,
-        decode_ids,
-        None if arguments.cost is None else _cost(arguments.cost, device),
-    )
-
-
-def _cost(path, device) -> CostTable:
-    with _naming("--cost"):
-        return CostTable.load(path, device)
-
-
-class _naming:
-    """Whatever goes wrong inside is a BadArgument of this option."""
-
-    def __init__(self, option: str):
-        self.option = option
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, (OSError, ValueError, ImportError)):
-            raise BadArgument(f"{self.option}: {_first_line(error)}") from None
-
-
-def _drafter(path: str, target: Target) -> tuple[str, Callable[[], Drafter]]:
-    """What a drafter directory holds: a language model, or a block drafter with or without a sequential head."""
-    try:
-        found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("architectures")
-    except (OSError, ValueError, AttributeError):
-        found = None  # load_drafter says what is wrong
-    if found == ["Qwen3ForCausalLM"]:
-        checkpoint = load_target(path)
-        drafter = DraftModel(checkpoint.config, checkpoint.tensors, target)
-        return "draft-model", lambda: drafter
-    checkpoint = load_drafter(path)
-    kind = DSpark if checkpoint.head is not None or checkpoint.confidence is not None else Block
-    drafter = kind(checkpoint.config, checkpoint.tensors, target)
-    return ("dspark" if kind is DSpark else "block"), lambda: drafter
-
-
-def _tokenizer(model: Path):
-    """Encoder and decoder of a checkpoint directory; without a tokenizer, none, and ids as text."""
-    file = model / "tokenizer.json"
-    if file.is_file():
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            pass
-        else:
-            with _naming("--model"):
-                tokenizer = Tokenizer.from_file(str(file))
-            return (lambda text: tokenizer.encode(text).ids), tokenizer.decode
-    return None, lambda token_ids: "".join(f" {token}" for token in token_ids)
+        raise BadArgument(f"--device: expected one that torch has here, got {a.device!r} ({first_line(error)})") from None
 
 
 def read_prompts(arguments, models: Models) -> list[list[int]]:
@@ -303,6 +216,11 @@ def read_prompts(arguments, models: Models) -> list[list[int]]:
     vocab = models.target.shape.vocab
     result = []
     for index, prompt in enumerate(prompts[:count]):
+        if arguments.chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if arguments.chat and isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt):
+            with naming("--prompts", f"prompt {index}: "):
+                prompt = models.chat(prompt)
         if isinstance(prompt, str):
             if models.encode is None:
                 raise BadArgument(f"--prompts: prompt {index} is text, but the model has no tokenizer that can be read")
@@ -316,10 +234,9 @@ def read_prompts(arguments, models: Models) -> list[list[int]]:
 def kernel_ops(device: str):
     """The Triton ops in the shape the loop takes; on a CPU in Triton's interpreter. Raises BadArgument."""
     if torch.device(device).type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
         from dspark_kernels.testing import interpreter
 
-        with _naming("--kernels"):
+        with naming("--kernels"):
             interpreter.repair()
     import dspark_kernels as dk
 
@@ -394,7 +311,7 @@ def run_all(arguments, models: Models, systems: Sequence[System], prompts: Seque
     for temperature in arguments.temperature:
         for system in systems:
             progress.start(f"{system.label}, T = {temperature:g}")
-            run = _prepared(arguments, models.target, system, temperature)
+            run = _prepared(arguments, models, system, temperature)
             if system.ops is None or not arguments.device.startswith("cpu"):  # nobody reads the interpreter's times
                 run(prompts[:1], 2 * system.drafter.max_drafts + 2)  # first calls set threads and memory up; not timed
             runs.append(Run(system, temperature, run(prompts, arguments.max_new_tokens, progress)))
@@ -402,16 +319,16 @@ def run_all(arguments, models: Models, systems: Sequence[System], prompts: Seque
     return runs
 
 
-def _prepared(arguments, target: Target, system: System, temperature: float):
+def _prepared(arguments, models: Models, system: System, temperature: float):
     """decode(...) with all but prompts and length filled in."""
 
     def run(prompts, max_new_tokens, progress=None):
         requests = [
-            Request(prompt, max_new_tokens, temperature, seed=arguments.seed << 32 | index)
+            Request(prompt, max_new_tokens, temperature, arguments.seed << 32 | index, models.stop_tokens)
             for index, prompt in enumerate(prompts)
         ]
         return decode(
-            target,
+            models.target,
             system.drafter,
             requests,
             rule=arguments.rule,
@@ -462,11 +379,11 @@ def _same(arguments, models: Models, run: Run, reference: Run, prompts) -> lossl
     # A rounding in a stored proposal or a near tie leads to another text. Decoding again, every call on the same inputs.
     checked = CheckedOps(run.system.ops)
     try:
-        _prepared(arguments, models.target, dataclasses.replace(run.system, ops=checked), run.temperature)(
+        _prepared(arguments, models, dataclasses.replace(run.system, ops=checked), run.temperature)(
             prompts, arguments.max_new_tokens
         )
     except AssertionError as error:
-        return lossless.Verdict(False, f"{text}{len(parted)} requests differ, and a call does: {_first_line(error)}")
+        return lossless.Verdict(False, f"{text}{len(parted)} requests differ, and a call does: {first_line(error)}")
     return lossless.Verdict(True, f"{text}{len(parted)} part at roundings; each of {checked.calls} calls equal up to near ties")
 
 
@@ -516,6 +433,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         check(arguments)
+        if arguments.kernels and torch.device(arguments.device).type == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which a target's own class may do
         models = load(arguments)
         prompts = read_prompts(arguments, models)
         systems = systems_of(arguments, models)

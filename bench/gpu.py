@@ -119,7 +119,7 @@ def steps(out: Path) -> list[Step]:
     found = [
         Step("environment", 60, facts_command, "environment.txt", dry=facts_command),
         Step("tests", 200, test_command(), "tests.txt"),
-        _kernels("draft_block", 100, ["draft_block"], out),
+        _kernels("draft_block", 120, ["draft_block", "draft_candidates"], out),
         _kernels("accept_chain", 100, ["accept_chain"], out),
         _kernels("schedule_prefixes", 60, ["schedule_prefixes"], out),
     ]

@@ -277,18 +277,105 @@ class Draft:
             close(block.confidence[r], torch.sigmoid(raw / scale), 1e-5, f"draft_block: confidence of request {r}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """A block on the C best base logits of each position; vanilla head and confidence."""
+
+    requests: int
+    candidates: int = 64
+    drafts: int = DRAFTS
+    vocab: int = VOCAB
+    rank: int = RANK
+    hidden: int = HIDDEN
+
+    op = "draft_block"
+
+    @property
+    def bytes(self) -> int:
+        slots, positions = self.requests, self.requests * self.drafts
+        count = BF16 * positions * self.vocab  # base logits
+        count += BF16 * positions * self.rank * (self.candidates + 1)  # rows of W2, a row of W1
+        count += BF16 * (positions * self.hidden + self.hidden + self.rank + 1) + 4 * self.drafts  # hidden, confidence head
+        count += slots * (8 + 8 + 4 + 4 + 8)  # anchors, their positions, flags, temperature, seed
+        # Drafts, confidence twice, lse; ids and logits of the law.
+        return count + positions * (8 + 2 * 4 + 4 + (8 + BF16) * self.candidates)
+
+    @property
+    def flops(self) -> int:
+        """A comparison per base logit; bias, sum-exp and confidence of the candidates."""
+        positions = self.requests * self.drafts
+        return positions * (self.vocab + self.candidates * (2 * self.rank + 1 + 4) + 2 * (self.hidden + self.rank))
+
+    @property
+    def instructions(self) -> int:
+        return 0  # noise and exponentials are drawn for the candidates alone
+
+    def small(self) -> Candidates:
+        few = min(self.requests, 3)
+        return dataclasses.replace(self, requests=few, candidates=20, drafts=2, vocab=500, rank=16, hidden=24)
+
+    def make(self, seed: int) -> dict:
+        case = cases.draft_case(
+            seed=6 * seed,  # every sixth has a bias and calibration temperatures
+            requests=self.requests,
+            drafts=self.drafts,
+            vocab=self.vocab,
+            rank=self.rank,
+            hidden_size=self.hidden,
+            dtype=torch.bfloat16,
+            temperatures=(1.0,),
+        )
+        return case.arguments() | dict(candidates=self.candidates)
+
+    def workspace(self, device) -> dk.Workspace:
+        return dk.Workspace(self.requests, self.drafts, self.vocab, device)
+
+    def run(self, inputs: dict) -> tuple[dk.DraftBlock, None]:
+        return dk.draft_block(**inputs), None
+
+    def compare(self, inputs: dict, block: dk.DraftBlock, _) -> None:
+        """Candidates exactly, drafts from the stored law, that law and its confidences."""
+        law = block.proposal
+
+        def reference(decisions):
+            want = draft.draft_block(**inputs, stored_logits=law.logits, decisions=decisions)
+            return by_request(want.tokens, want.flags, want.proposal.ids)
+
+        assert_equal_or_tied(reference, by_request(block.tokens, block.flags, law.ids))
+        for r in range(self.requests):
+            base, head = inputs["base_logits"][r].gather(1, law.ids[r]), inputs["head"]
+            latent = head.w1[torch.cat([inputs["anchors"][r : r + 1], block.tokens[r, :-1]])]
+            rows = head.w2[law.ids[r]]  # [K, C, r]
+            exact = base.double() + (rows.double() @ latent.double()[..., None])[..., 0]
+            eager = base.float() + (rows.float() @ latent.float()[..., None])[..., 0]
+            own = (eager.to(law.logits.dtype).double() - exact).abs().max().item()
+            close(law.logits[r], exact, 2 * own + ULP * largest(exact), f"draft_block: logits of request {r}")
+            stored = law.logits[r].double()
+            close(law.lse[r], stored.logsumexp(-1), ULP / 2 * (6 * largest(stored) + 2), f"draft_block: lse of request {r}")
+            confidence = inputs["confidence"]
+            terms = torch.cat([inputs["hidden"][r], latent], -1).double() * confidence.weight.double()
+            raw = terms.sum(-1) + (0.0 if confidence.bias is None else confidence.bias.double())
+            bound = ULP * largest(terms.abs().sum(-1))
+            close(block.confidence_logits[r], raw, bound, f"draft_block: confidence_logits of request {r}")
+
+
 # --- accept_chain -----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Accept:
-    """Every draft of every request is verified. proposal: "dense" (with lse) or "one_hot"."""
+    """Every draft of every request is verified. proposal: "dense" (with lse), "sparse" or "one_hot". settings: "filters",
+    "adjust" (penalties, bias and bit masks)."""
 
     requests: int
     proposal: str = "dense"
     sampled: bool = True
     drafts: int = DRAFTS
     vocab: int = VOCAB
+    rule: str = "token"
+    candidates: int = 64
+    settings: str | None = None
+    logprobs: str | None = None
 
     op = "accept_chain"
 
@@ -298,27 +385,42 @@ class Accept:
 
     @property
     def bytes(self) -> int:
-        """The target's logits once, and of a dense proposal one row per request: that of the draft that is rejected."""
+        """The target's logits once, and of a dense proposal one row per request: that of the draft that is rejected; under the
+        block rule all of them. Filters: what they read again depends on the rows and is not counted."""
         count = BF16 * self.rows * self.vocab
         count += self.rows * (8 + 4 + 8 + 1)  # ids, logit rows; tokens, commit mask
         # Starts of rows and of logits, anchor's position; four counts and rows, next token, flags, anchor and position.
         count += 2 * 4 * (self.requests + 1) + self.requests * (8 + 4 * 4 + 8 + 4 + 8 + 8)
         if self.sampled:
             count += self.requests * (4 + 8)
-            if self.proposal == "dense":
-                count += BF16 * self.requests * self.vocab + 4 * self.requests * self.drafts
-        return count
+            drafts = self.requests * self.drafts
+            if self.rule == "coupled":
+                pass  # reads no law
+            elif self.proposal == "dense":
+                count += BF16 * self.vocab * (drafts if self.rule == "block" else self.requests) + 4 * drafts
+            elif self.proposal == "sparse":
+                count += drafts * self.candidates * (8 + BF16)
+            if self.settings == "filters":
+                count += 3 * 4 * self.requests
+            elif self.settings == "adjust":
+                # fp32 bias per request, a bit per logit, lists of 6 tokens with counts, three strengths.
+                count += 4 * self.requests * self.vocab + 4 * self.rows * -(-self.vocab // 32)
+                count += self.requests * (6 * (8 + 4) + 3 * 4)
+        return count + (4 * self.rows if self.logprobs else 0)
 
     @property
     def flops(self) -> int:
-        return (4 if self.sampled else 1) * self.rows * self.vocab
+        count = (4 if self.sampled else 1) * self.rows * self.vocab
+        return count + (4 * self.rows * self.vocab if self.logprobs == "raw" else 0)
 
     @property
     def instructions(self) -> int:
-        return SUM_EXP * self.rows * self.vocab if self.sampled else 0
+        each = SUM_EXP * (2 if self.logprobs == "raw" else 1) + (NOISE if self.rule == "coupled" else 0)
+        return each * self.rows * self.vocab if self.sampled else 0
 
     def small(self) -> Accept:
-        return dataclasses.replace(self, requests=min(self.requests, 5), drafts=3, vocab=1500)
+        vocab = 1500 if self.settings is None else 700
+        return dataclasses.replace(self, requests=min(self.requests, 5), drafts=3, vocab=vocab, candidates=9)
 
     def make(self, seed: int) -> dict:
         case = cases.accept_case(
@@ -332,6 +434,11 @@ class Accept:
             sharpness=2.0,
             lengths=torch.full((self.requests,), self.drafts),
             temperatures=(1.0,),
+            rule=self.rule,
+            candidates=self.candidates,
+            filters=cases.FILTERS if self.settings == "filters" else (),
+            adjust=cases.ADJUSTMENTS if self.settings == "adjust" else (),
+            logprobs=self.logprobs,
         )
         inputs = case.arguments()
         if self.proposal == "dense":
@@ -573,6 +680,14 @@ def registry() -> list[Case]:
         Case("accept_chain", "dense_r64", Accept(64), Target(floors=1.25)),
         Case("accept_chain", "one_hot_r1", Accept(1, "one_hot"), Target(microseconds=12)),
         Case("accept_chain", "one_hot_r64", Accept(64, "one_hot"), Target(floors=1.25)),
+        Case("accept_chain", "sparse_r1", Accept(1, "sparse"), Target(microseconds=12)),
+        Case("accept_chain", "sparse_r64", Accept(64, "sparse"), Target(floors=1.25)),
+        Case("accept_chain", "dense_block_r64", Accept(64, rule="block")),
+        Case("accept_chain", "sparse_block_r64", Accept(64, "sparse", rule="block")),
+        Case("accept_chain", "coupled_r64", Accept(64, "one_hot", rule="coupled")),
+        Case("accept_chain", "one_hot_raw_r64", Accept(64, "one_hot", logprobs="raw")),
+        Case("accept_chain", "one_hot_filters_r64", Accept(64, "one_hot", settings="filters")),
+        Case("accept_chain", "one_hot_adjust_r64", Accept(64, "one_hot", settings="adjust")),
         Case("accept_chain", "greedy_r1", Accept(1, "one_hot", sampled=False), Target(microseconds=10)),
         Case("accept_chain", "greedy_r8", Accept(8, "one_hot", sampled=False), Target(microseconds=10)),
     ]
@@ -581,6 +696,10 @@ def registry() -> list[Case]:
             name = f"{policy}_r{requests}" + ("" if drafts == DRAFTS else f"_k{drafts}")
             target = Target(microseconds=10) if (requests, drafts) == (256, DRAFTS) else None
             found.append(Case("schedule_prefixes", name, Schedule(requests, policy, drafts), target))
+    found += [
+        Case("draft_candidates", "c64_r1", Candidates(1), Target(microseconds=15)),
+        Case("draft_candidates", "c64_r64", Candidates(64), Target(floors=1.3)),
+    ]
     # tree_attention: its cases live in a module of their own, and are here as soon as the op is.
     if hasattr(dk, "tree_attention"):
         from . import attention_cases

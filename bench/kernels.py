@@ -148,7 +148,7 @@ def _timed(case, spec, inputs, result, bench: Bench) -> list[Row]:
     flush = timing.Flush(between, bench.device)
     sets = [inputs] + [_another(spec, inputs, 1 + i, bench.device) for i in range(1, count)]
     workspace = spec.workspace(bench.device)
-    op = getattr(dk, case.op)
+    op = getattr(dk, spec.op)
 
     def kernel_call(given, out):
         return lambda: op(**given, out=out, workspace=workspace)

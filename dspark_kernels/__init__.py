@@ -5,10 +5,14 @@ Importing needs neither Triton nor a GPU; calling an op needs Triton, and a GPU 
 
 from . import calibration, cost, scheduling
 from .ops.accept import accept_chain
+from .ops.accept_shards import accept_finish, accept_partial, accept_phases
 from .ops.attention import plan_attention, tree_attention
+from .ops.compact import compact_kv
 from .ops.draft import draft_block
+from .ops.draft_shards import draft_block_finish, draft_block_partial
 from .ops.layout import draft_layout, fixed_layout, tree_layout
 from .ops.schedule import schedule_prefixes
+from .ops.tree import accept_tree
 from .quantise import quantise_head
 from .types import (
     Acceptance,
@@ -20,10 +24,12 @@ from .types import (
     DraftTree,
     Flag,
     GatedMarkovHead,
+    KVLayers,
     MarkovHead,
     OneHotProposal,
     PagedKV,
     Penalties,
+    RebuiltProposal,
     RnnMarkovHead,
     SamplingTensors,
     SparseProposal,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from typing import Union
 
 import torch
 from torch import Tensor
 
-from .checks import INT_DTYPES, LOGIT_DTYPES, Checked, check_choice, check_int, check_type
+from .checks import INT_DTYPES, LOGIT_DTYPES, Checked, check_choice, check_int, check_tensor, check_type
 from .cost import CostTable  # noqa: F401  one of these types, on a page of its own
 
 _FLOAT = torch.float32
@@ -188,7 +189,8 @@ class DenseProposal(Checked):
     """The law the drafts were drawn from, as stored logits.
 
     logits: [S, K, V or Vd], before temperature, -inf outside a filtered support. lse: fp32 [S, K], ln sum exp(logits /
-    temperature), or None. temperature: fp32 [S] (None = the sampling temperature; 0 = one-hot). draft_to_target: int64 [Vd].
+    temperature), or None. temperature: fp32 [S] (None = the sampling temperature; 0 = one-hot). draft_to_target: int64 [Vd], the
+    target's id of each column, each id at most once, in any order.
     """
 
     logits: Tensor
@@ -206,7 +208,11 @@ class DenseProposal(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseProposal(Checked):
-    """The law the drafts were drawn from, on C candidates; no mass elsewhere. ids [S, K, C], logits [S, K, C]."""
+    """The law the drafts were drawn from, on C candidates; no mass elsewhere. ids [S, K, C], logits [S, K, C].
+
+    Ids in any order; entries of one id add up, ids outside the vocabulary (-1 = unused) keep their mass. lse: acceptance does not
+    need it.
+    """
 
     ids: Tensor
     logits: Tensor
@@ -220,7 +226,35 @@ class SparseProposal(Checked):
         self._optional("temperature", dtype=_FLOAT, shape=(ids.shape[0],), device=ids.device, contiguous=True)
 
 
-Proposal = Union[OneHotProposal, DenseProposal, SparseProposal]
+@dataclasses.dataclass(frozen=True, eq=False)
+class RebuiltProposal(Checked):
+    """The law of a vanilla head's drafts, not stored: logits = round(base_logits + W1[previous] W2^T) where they are needed.
+
+    For drafts drawn without bias, mask, penalties, filters and maps: a law that has those must be stored.
+    base_logits: [B, K, V], what was drafted from; rows: int32 [S], which of its rows is a slot's (None: B = S, the slot's own).
+    head: MarkovHead with bf16, fp16 or fp32 weights. lse: fp32 [S, K], ln sum exp(logits / temperature), as `draft_block` gives it.
+    temperature: fp32 [S] (None = the sampling temperature; 0 = one-hot). Previous tokens come from the layout's rows.
+    """
+
+    base_logits: Tensor
+    head: MarkovHead
+    lse: Tensor
+    temperature: Tensor | None = None
+    rows: Tensor | None = None
+
+    def _check(self):
+        base = self._tensor("base_logits", dtype=LOGIT_DTYPES, shape=("B", "K", "V"), last_contiguous=True)
+        check_type(self._name("head"), self.head, MarkovHead)
+        if type(self.head) is not MarkovHead or self.head.w2_scale is not None:
+            raise ValueError(f"{self._name('head')}: expected a vanilla head that is not quantised, got {type(self.head).__name__}")
+        self.head._tensor("w2", shape=(base.shape[2], "r"), device=base.device)
+        slots = base.shape[0] if self.rows is None else "S"
+        lse = self._tensor("lse", dtype=_FLOAT, shape=(slots, base.shape[1]), device=base.device, last_contiguous=True)
+        self._optional("temperature", dtype=_FLOAT, shape=(lse.shape[0],), device=base.device, contiguous=True)
+        self._optional("rows", dtype=torch.int32, shape=(lse.shape[0],), device=base.device, contiguous=True)
+
+
+Proposal = Union[OneHotProposal, DenseProposal, SparseProposal, RebuiltProposal]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,7 +273,7 @@ class DraftBlock(Checked):
 
     def _check(self):
         tokens = self._tensor("tokens", dtype=torch.int64, shape=("S", "K"), last_contiguous=True)
-        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
+        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal, RebuiltProposal))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device, contiguous=True)
         for field in ("confidence", "confidence_logits"):
             self._optional(field, dtype=_FLOAT, shape=tuple(tokens.shape), device=tokens.device, last_contiguous=True)
@@ -313,7 +347,7 @@ class DraftTree(Checked):
             self._tensor(field, dtype=torch.int32, **same)
         self._tensor("ancestors", dtype=torch.int64, **same)
         self._tensor("num_nodes", dtype=torch.int32, shape=(tokens.shape[0],), device=tokens.device, contiguous=True)
-        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
+        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal, RebuiltProposal))
         check_choice(self._name("drawn"), self.drawn, ("one_hot", "iid", "without_replacement"))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device)
 
@@ -348,12 +382,85 @@ class PagedKV(Checked):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class KVLayers(Checked):
+    """The caches of all layers, and where they are, for `compact_kv`; made once by `KVLayers.of`.
+
+    caches: tensors [pages, page_size, ...], keys and values of every layer, any strides but the last. table: int64 [P, 6] on their
+    device, a row per cache: address, then in units of `unit` bytes the strides of a page, of a slot and of the dimension that may
+    lie apart (heads), how many of those there are, and the units of one. pointers: the addresses, for the host.
+    """
+
+    caches: tuple[Tensor, ...]
+    table: Tensor
+    pointers: tuple[int, ...]
+    unit: int
+
+    @classmethod
+    def of(cls, layers) -> KVLayers:
+        """layers: per layer its (k_cache, v_cache), a `PagedKV`, or a tuple of any number of caches (MLA: one).
+
+        Copies the addresses to the device: do it once, not in every step. The caches must stay where they are.
+        """
+        caches = []
+        for layer in layers:
+            caches += (layer.k_cache, layer.v_cache) if isinstance(layer, PagedKV) else layer
+        if not caches:
+            raise ValueError("layers: expected at least one layer, got none")
+        rows, unit = slot_rows(caches, "layers")
+        return cls(tuple(caches), torch.tensor(rows, device=caches[0].device), tuple(row[0] for row in rows), unit)
+
+    def _check(self):
+        check_int(self._name("unit"), self.unit, low=1, high=8)
+        check_slotted(self.caches, self._name("caches"))
+        shape = (len(self.caches), 6)
+        self._tensor("table", dtype=torch.int64, shape=shape, device=self.caches[0].device, contiguous=True)
+
+
+def check_slotted(caches, name: str, like: Tensor | None = None) -> None:
+    """Tensors [pages, page_size, ...] of the device and page size of `like` (None: the first). Raises TypeError or ValueError."""
+    for number, cache in enumerate(caches):
+        like = check_tensor(f"{name}[{number}]", cache) if like is None else like
+        check_tensor(f"{name}[{number}]", cache, device=like.device)
+        size = like.shape[1] if like.dim() > 1 else "page_size"
+        if cache.dim() < 2 or cache.shape[1] != size:
+            raise ValueError(f"{name}[{number}]: expected shape [pages, {size}, ...], got {list(cache.shape)}")
+
+
+def slot_rows(caches, name: str) -> tuple[list[tuple[int, ...]], int]:
+    """(rows of a table as in `KVLayers`, bytes of its unit: the largest power of two up to 8 that divides everything)."""
+    check_slotted(caches, name)
+    rows, together = [], 8
+    for number, cache in enumerate(caches):
+        sizes, strides = [1], [1]  # of the dimensions behind the slot, those that lie side by side joined
+        for size, stride in zip(reversed(cache.shape[2:]), reversed(cache.stride()[2:]), strict=True):
+            if size == 1:
+                continue
+            if stride == sizes[-1] * strides[-1]:
+                sizes[-1] *= size
+            else:
+                sizes.append(size)
+                strides.append(stride)
+        if len(sizes) > 2 or strides[0] != 1:
+            raise ValueError(
+                f"{name}[{number}]: expected a slot of contiguous parts with one stride between them, got shape "
+                f"{list(cache.shape)}, strides {list(cache.stride())}"
+            )
+        parts, apart = (sizes[1], strides[1]) if len(sizes) > 1 else (1, 0)
+        row = (cache.data_ptr(), *(n * cache.element_size() for n in (cache.stride(0), cache.stride(1), apart)), parts,
+               sizes[0] * cache.element_size())  # fmt: skip
+        rows.append(row)
+        together = math.gcd(together, *(n for n in (*row[:4], row[5])))
+    return [(row[0], *(n // together for n in row[1:4]), row[4], row[5] // together) for row in rows], together
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Acceptance(Checked):
     """What a step emits.
 
     tokens: int64 [R, K+1], accepted drafts, correction or bonus, then -1. num_accepted, num_emitted, num_rejected: int32
     [R]. next_token: int64 [R]. last_row: int32 [R], the forward row whose logits gave next_token. commit_mask: bool
-    [N_max], rows whose keys and values stay. flags: int32 [R]. logprobs: fp32 [R, K+1] or None. For trees: path, kv_source
+    [N_max], rows whose keys and values stay. flags: int32 [R]. logprobs: fp32 [R, K+1] or None, of the emitted tokens, 0 beyond
+    them. For trees: path, kv_source
     int32 [R, M].
     """
 

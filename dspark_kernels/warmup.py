@@ -19,7 +19,10 @@ _ALIGNMENT = 16  # bytes: what a variant depends on
 # What an op writes besides `out`, by its name.
 _WRITTEN: dict[str, tuple[str, ...]] = {
     "accept_chain": ("anchors", "anchor_positions"),
+    "accept_finish": ("anchors", "anchor_positions"),
     "draft_block": ("head_state",),
+    "draft_block_finish": ("block",),
+    "draft_block_partial": ("block",),
 }
 
 

@@ -8,9 +8,10 @@
     coupled (Daliri et al., arXiv 2408.07978): y_i = argmax(log p_i + G_i) with the draft's own noise; accept while x_i = y_i, else
             emit y_i; after the last draft y_{L+1} is the bonus.
     greedy  accept while x_i = argmax p_i, then emit the arg-max.
+    forced  (synthetic_rates, load tests) accept x_i while u_i < rate_i, then draw from p as after the last draft.
 
-Symbols: p_i target law and q_i draft law at draft i (after temperature), x_i drafts, L admitted drafts, u_i coins in (0, 1). Coins
-compare strictly, so that a coin of 0 accepts nothing impossible.
+Symbols: p_i target law at draft i (after all sampling settings, reference/sampling.py) and q_i draft law (after temperature), x_i
+drafts, L admitted drafts, u_i coins in (0, 1). Coins compare strictly, so that a coin of 0 accepts nothing impossible.
 """
 
 from __future__ import annotations
@@ -21,10 +22,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import Acceptance, DenseProposal, Flag, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
+from dspark_kernels.types import (
+    Acceptance,
+    DenseProposal,
+    Flag,
+    OneHotProposal,
+    RebuiltProposal,
+    SamplingTensors,
+    SparseProposal,
+    VerifyLayout,
+)
 
+from . import heads
 from .decisions import Decisions
 from .draft import inverse_temperature, read_logits
+from .sampling import adjust, filtered
 from .sources import PhiloxSource, Source
 
 
@@ -133,6 +145,15 @@ def greedy_rule(target_probs, draft_probs, drafts: list[int], source: Source, an
     raise AssertionError("the loop returns")
 
 
+def forced(rates, drafts: list[int], vocab: int, source: Source, anchor_position: int) -> tuple[int, bool, bool]:
+    """(drafts accepted, bad, missing) by rate; only a token of the vocabulary can be accepted."""
+    for i, draft in enumerate(drafts):
+        inside = 0 <= draft < vocab
+        if not (inside and source.coin(anchor_position + i + 1, 1.0, float(rates[i]))):
+            return i, not inside and draft != -1, draft == -1
+    return len(drafts), False, False
+
+
 RULES = {"token": token_rule, "block": block_rule, "coupled": coupled_rule, "greedy": greedy_rule}
 
 
@@ -148,25 +169,36 @@ def law_of(logits: Tensor, scale: float) -> Tensor:
     return torch.softmax((logits - top) * scale, 0)
 
 
-def _draft_law(proposal, slot: int, i: int, draft: int, scale: float, vocab: int, device) -> Tensor | None:
-    """The law draft i was drawn from over the target's ids; None where nothing was drawn (-1)."""
+def rebuilt(proposal: RebuiltProposal, slot: int, i: int, previous: int) -> Tensor:
+    """The logits of draft i's law, rounded as drafting stores them."""
+    row = proposal.base_logits[slot if proposal.rows is None else int(proposal.rows[slot]), i]
+    total = row.double() + heads.output_weights(proposal.head) @ heads.embed(proposal.head, previous)
+    return torch.where(total.isnan(), -math.inf, total).to(row.dtype)
+
+
+def _draft_law(proposal, slot: int, i: int, draft: int, scale: float, vocab: int, device, previous: int) -> Tensor | None:
+    """The law draft i was drawn from over the target's ids; None where nothing was drawn (-1). previous: the token before."""
     if draft == -1:
         return None
     law = torch.zeros(vocab, dtype=torch.float64, device=device)
     temperature_scale = scale
-    if isinstance(proposal, (DenseProposal, SparseProposal)) and proposal.temperature is not None:
+    if proposal is not None and not isinstance(proposal, OneHotProposal) and proposal.temperature is not None:
         temperature_scale = inverse_temperature(float(proposal.temperature[slot]))
     if proposal is None or isinstance(proposal, OneHotProposal) or temperature_scale == 0:
         if 0 <= draft < vocab:
             law[draft] = 1.0
         return law
-    logits, _ = read_logits(proposal.logits[slot, i])
+    if isinstance(proposal, RebuiltProposal):
+        stored = rebuilt(proposal, slot, i, previous)
+    else:
+        stored = proposal.logits[slot, i]
+    logits, _ = read_logits(stored)
     drawn = law_of(logits, temperature_scale)
     if isinstance(proposal, SparseProposal):
         ids = proposal.ids[slot, i].long()
         inside = (ids >= 0) & (ids < vocab)
         law.index_add_(0, ids[inside], drawn[inside])
-    elif proposal.draft_to_target is not None:
+    elif isinstance(proposal, DenseProposal) and proposal.draft_to_target is not None:
         inside = (proposal.draft_to_target >= 0) & (proposal.draft_to_target < vocab)
         law.index_add_(0, proposal.draft_to_target[inside], drawn[inside])
     else:
@@ -232,16 +264,17 @@ def accept_chain(
             raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
     if rule not in ("token", "block", "coupled"):
         raise ValueError(f"rule: expected one of 'token', 'block', 'coupled', got {rule!r}")
-    for name, value in (("logprobs", logprobs), ("synthetic_rates", synthetic_rates)):
-        if value is not None:
-            raise NotImplementedError(f"accept_chain: {name}: not in the reference yet")
+    if logprobs not in (None, "raw", "processed"):
+        raise ValueError(f"logprobs: expected one of None, 'raw', 'processed', got {logprobs!r}")
+    if synthetic_rates is not None and sampling is None:
+        raise ValueError("sampling: expected SamplingTensors, whose seeds give the coins of synthetic_rates, got None")
     decisions = Decisions() if decisions is None else decisions
     device = target_logits.device
     batch, vocab = layout.draft_lens.shape[0], target_logits.shape[1]
     width = layout.max_drafts
     if width is None:
-        dense = isinstance(proposal, (DenseProposal, SparseProposal))
-        width = proposal.logits.shape[1] if dense else max(target_logits.shape[0] - 1, 0)
+        logits = getattr(proposal, "base_logits", getattr(proposal, "logits", None))
+        width = logits.shape[1] if logits is not None else max(target_logits.shape[0] - 1, 0)
 
     def ints():
         return torch.zeros(batch, dtype=torch.int32, device=device)
@@ -249,6 +282,7 @@ def accept_chain(
     accepted, emitted, rejected, last_row, flags = ints(), ints(), ints(), ints(), ints()
     tokens = torch.full((batch, width + 1), -1, dtype=torch.int64, device=device)
     next_token = torch.full((batch,), -1, dtype=torch.int64, device=device)
+    log_probs = torch.zeros(batch, width + 1, dtype=torch.float64, device=device)
     commit = torch.zeros(layout.token_ids.shape[0], dtype=torch.bool, device=device)
     offsets, starts = layout.cu_num_logits.tolist(), layout.query_start_loc.tolist()
     row_of = layout.logits_indices.tolist()
@@ -261,18 +295,26 @@ def accept_chain(
         if length < 0:
             commit[starts[r] : starts[r + 1]] = True  # a prefill chunk that does not emit keeps its rows
             continue
-        drafts = [ids[row_of[first + i]] for i in range(1, length + 1)]
+        anchor, *drafts = [ids[row_of[first + i]] for i in range(length + 1)]
         position = int(layout.positions[row_of[first]])
-        rows, row_flags = zip(*(read_logits(target_logits[first + i]) for i in range(length + 1)), strict=True)
+        raw = [target_logits[first + i] for i in range(length + 1)]
+        # A row's own path: the drafts before it. fp32 as the kernels have it, because what is adjusted is an input of the rules.
+        adjusted = [adjust(row.float(), sampling, slot, first + i, drafts[:i]) for i, row in enumerate(raw)]
+        rows, row_flags = zip(*map(read_logits, adjusted), strict=True)
         # Acceptance stops at a row without finite logits: what is behind it is not looked at.
         stop = next((i for i in range(length + 1) if row_flags[i] & Flag.NONFINITE_ROW), None)
         judged = length if stop is None else stop
-        verdict = _judge(rows, drafts[:judged], stop, proposal, sampling, rule, slot, r, position, vocab, decisions)
+        temperature = float(sampling.temperature[slot]) if sampling is not None else 0.0
+        rows = [filtered(row, inverse_temperature(temperature), sampling, slot, decisions, r) for row in rows]
+        verdict = _judge(
+            rows, drafts[:judged], stop, proposal, sampling, rule, slot, r, position, vocab, decisions, synthetic_rates, anchor
+        )
         if stop is not None and verdict.num_accepted == stop:
             bad = stop < length and not (drafts[stop] == -1 or 0 <= drafts[stop] < vocab)
-            if stop < length and 0 <= drafts[stop] < vocab and sampling is not None:
+            asks = sampling is not None and rule != "coupled" and synthetic_rates is None
+            if stop < length and 0 <= drafts[stop] < vocab and asks:
                 scale = inverse_temperature(float(sampling.temperature[slot]))
-                law = _draft_law(proposal, slot, stop, drafts[stop], scale, vocab, device)
+                law = _draft_law(proposal, slot, stop, drafts[stop], scale, vocab, device, [anchor, *drafts][stop])
                 bad = scale > 0 and float(law[drafts[stop]]) <= 0
             lowest = int(torch.argmax((rows[stop] > -math.inf).int()))
             verdict = Verdict(stop, lowest, False, bad, stop < length and drafts[stop] == -1)
@@ -280,6 +322,11 @@ def accept_chain(
         tokens[r, :n] = torch.tensor(drafts[:n], dtype=torch.int64, device=device)
         tokens[r, n] = next_token[r] = verdict.token
         accepted[r], emitted[r], rejected[r] = n, n + 1, length - n
+        if logprobs is not None:
+            scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
+            for i in range(n + 1):
+                row = read_logits(raw[i])[0] if logprobs == "raw" else rows[i]
+                log_probs[r, i] = _log_prob(row, int(tokens[r, i]), 1.0 if logprobs == "raw" else scale)
         last_row[r] = row_of[first + n]
         commit[starts[r] : starts[r + 1]] = torch.arange(starts[r], starts[r + 1], device=device) <= int(last_row[r])
         flags[r] = (
@@ -293,17 +340,43 @@ def accept_chain(
             anchors[slot] = verdict.token
         if anchor_positions is not None:
             anchor_positions[slot] = position + n + 1
-    return Acceptance(tokens, accepted, emitted, rejected, next_token, last_row, commit, flags)
+    log_probs = log_probs.float() if logprobs is not None else None
+    return Acceptance(tokens, accepted, emitted, rejected, next_token, last_row, commit, flags, log_probs)
 
 
-def _judge(rows, drafts, stop, proposal, sampling, rule, slot, request, position, vocab, decisions) -> Verdict:
+def _log_prob(row: Tensor, token: int, scale: float) -> float:
+    """ln of the token's probability, -inf where it has none; scale 0 = greedy, whose law is the first maximum alone."""
+    if scale == 0:
+        return 0.0 if row[token] > -math.inf and token == int(torch.argmax((row == row.max()).int())) else -math.inf
+    if float(row.max()) == math.inf:
+        return 0.0 if row[token] == math.inf else -math.inf
+    if float(row.max()) == -math.inf:
+        return -math.inf
+    return float(torch.log_softmax((row - row.max()) * scale, 0)[token])
+
+
+def _after(row, rule, request, position, decisions, source, scale) -> int:
+    """The token after the last accepted draft of a load test: what the rule would give as a bonus."""
+    if scale == 0:
+        return decisions.pick(request, "greedy", row)
+    law = law_of(row, scale)
+    return source.coupled(position, law.log()) if rule == "coupled" else source.draw(position, law)
+
+
+def _judge(rows, drafts, stop, proposal, sampling, rule, slot, request, position, vocab, decisions, rates, anchor) -> Verdict:
     """Apply the rule to the rows before `stop` (None = all); where all those drafts pass, the caller emits at `stop`."""
     scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
     if stop is not None:
         # The row at `stop` judges nothing: a stand-in law lets the rule end there.
         rows = (*rows[:stop], torch.zeros_like(rows[0]))
+    if rates is not None:
+        source = PhiloxSource(int(sampling.seed[slot]), position, decisions, request)
+        accepted, bad, missing = forced(rates, drafts, vocab, source, position)
+        rest = _after(rows[accepted], rule, request, position + accepted + 1, decisions, source, scale)
+        return Verdict(accepted, rest, False, bad, missing)
     if scale == 0:
         return _greedy(list(rows), drafts, decisions, request)
     source = PhiloxSource(int(sampling.seed[slot]), position, decisions, request)
-    laws = _Laws(lambda i: _draft_law(proposal, slot, i, drafts[i], scale, vocab, rows[0].device))
+    previous = [anchor, *drafts]
+    laws = _Laws(lambda i: _draft_law(proposal, slot, i, drafts[i], scale, vocab, rows[0].device, previous[i]))
     return RULES[rule](_Rows(list(rows), scale), laws, drafts, source, position)

@@ -22,10 +22,12 @@ from dspark_kernels.types import (
     Penalties,
     RnnMarkovHead,
     SamplingTensors,
+    SparseProposal,
     VerifyLayout,
 )
 
 from . import layout as layouts
+from .sources import PhiloxSource
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEMPERATURES = (0.0, 0.3, 1.0, 1.7)
@@ -59,10 +61,12 @@ class AcceptCase:
 
     target_logits: Tensor
     layout: VerifyLayout
-    proposal: OneHotProposal | DenseProposal | None
+    proposal: OneHotProposal | DenseProposal | SparseProposal | None
     sampling: SamplingTensors | None
     state_indices: Tensor | None
     rule: str = "token"
+    logprobs: str | None = None
+    synthetic_rates: Tensor | None = None
 
     def arguments(self) -> dict:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -284,24 +288,46 @@ def accept_case(
     lengths: Tensor | None = None,
     exact_rows: bool = False,
     temperatures: tuple[float, ...] = TEMPERATURES,
+    rule: str = "token",
+    candidates: int = 5,
+    odd_lists: bool = False,
+    logprobs: str | None = None,
+    forced: bool = False,
+    mapped: bool = False,
+    adjust=(),
+    filters=(),
+    filter_order: str = "top_k_first",
 ) -> AcceptCase:
-    """proposal "dense", "one_hot" or "none". closeness: how much of a draft row is the target's. exact_rows: as many rows
-    of target logits as the layout uses, instead of one per allocated row (garbage in the rest)."""
+    """proposal "dense", "sparse", "one_hot" or "none". closeness: how much of a draft row is the target's.
+
+    mapped: columns of a dense proposal are ids in shuffled order, some of them outside the vocabulary. candidates of a sparse one;
+    odd_lists: in any order, with entries of one id and of none. adjust, filters: see `sampling_tensors`. forced: random rates of
+    acceptance. exact_rows: as many rows of target logits as the layout uses, instead of one per allocated row (garbage there).
+    """
     g = _generator(seed)
     slots = requests + 3 if scattered else requests
     width = draft_vocab or vocab
     state_indices = slot_map(seed + 2, requests, padding) if scattered else None
     slot_of = torch.arange(requests) if state_indices is None else state_indices.long()
-    sampling = sampling_tensors(seed + 1, slots, temperatures)
+    rows = requests * (drafts + 1)
+    sampling = sampling_tensors(
+        seed + 1, slots, temperatures, vocab=vocab, mask_rows=rows, adjust=adjust, filters=filters, filter_order=filter_order
+    )
     target = _normal(g, requests, drafts + 1, vocab, scale=sharpness, grid=grid)
     common = torch.full((requests, drafts, width), -sharpness)
     common[..., : min(vocab, width)] = target[:, :drafts, : min(vocab, width)]
+    ids = torch.arange(width)
+    if mapped:
+        ids = torch.randperm(max(vocab, width), generator=g)[:width]
+        common = torch.where(ids < vocab, target[:, :drafts, ids.clamp(max=vocab - 1)], -sharpness)
     noise = _normal(g, requests, drafts, width, scale=sharpness)
     near = closeness * common + (1 - closeness) * noise
     if grid is not None:
         near = (near / grid).round() * grid
     draft_logits = torch.full((slots, drafts, width), float("nan"), dtype=dtype)
     tokens = torch.full((slots, drafts), -1, dtype=torch.int64)
+    listed_ids = torch.full((slots, drafts, candidates), 2**40)
+    listed_logits = torch.full((slots, drafts, candidates), float("nan"), dtype=dtype)
     draft_temperatures = sampling.temperature.clone()
     if draft_temperature:
         draft_temperatures = torch.tensor(TEMPERATURES)[torch.randint(0, len(TEMPERATURES), (slots,), generator=g)]
@@ -311,11 +337,18 @@ def accept_case(
             continue
         draft_logits[slot] = near[r].to(dtype)
         law = draft_logits[slot].double()
-        if float(draft_temperatures[slot]) > 0 and proposal == "dense":
+        if proposal == "sparse":
+            listed_ids[slot], listed_logits[slot] = _lists(g, draft_logits[slot], candidates, odd_lists)
+            law = listed_logits[slot].double()
+        if float(draft_temperatures[slot]) > 0 and proposal in ("dense", "sparse"):
             law = torch.softmax(law / float(draft_temperatures[slot]), -1)
             tokens[slot] = torch.multinomial(law, 1, generator=g)[:, 0]
         else:
             tokens[slot] = law.argmax(-1)
+        if mapped:
+            tokens[slot] = ids[tokens[slot]]
+        if proposal == "sparse":
+            tokens[slot] = listed_ids[slot].gather(1, tokens[slot][:, None])[:, 0]
     if lengths is None:
         lengths = torch.randint(0, drafts + 1, (requests,), generator=g)
         lengths[0] = drafts
@@ -328,16 +361,65 @@ def accept_case(
         state_indices=state_indices,
     )
     rows = int(layout.cu_num_logits[-1]) if exact_rows else layout.logits_indices.shape[0]
+    if sampling.token_bitmask is not None:
+        sampling = dataclasses.replace(sampling, token_bitmask=sampling.token_bitmask[:rows])
     logits = torch.full((rows, vocab), float("nan"), dtype=dtype)
     for r in range(requests):
         first, last = layout.cu_num_logits[r : r + 2].tolist()
         logits[first:last] = target[r, : last - first].to(dtype)
+    if rule == "coupled":
+        _couple(g, closeness, layout, target.to(dtype), sampling, slot_of)
     laws = {
         "none": None,
         "one_hot": OneHotProposal(),
-        "dense": DenseProposal(draft_logits, temperature=draft_temperatures if draft_temperature else None),
+        "dense": DenseProposal(
+            draft_logits,
+            temperature=draft_temperatures if draft_temperature else None,
+            draft_to_target=torch.where(ids < vocab, ids, -1) if mapped else None,
+        ),
+        "sparse": SparseProposal(listed_ids, listed_logits, temperature=draft_temperatures if draft_temperature else None),
     }
-    return AcceptCase(logits, layout, laws[proposal], sampling if sampled else None, state_indices)
+    return AcceptCase(
+        logits,
+        layout,
+        laws[proposal],
+        sampling if sampled else None,
+        state_indices,
+        rule,
+        logprobs,
+        torch.rand(drafts, generator=g) if forced else None,
+    )
+
+
+def _couple(g, closeness: float, layout: VerifyLayout, target: Tensor, sampling: SamplingTensors, slot_of: Tensor) -> None:
+    """Give most drafts the token that the target will choose with the noise they share."""
+    for r, slot in enumerate(slot_of.tolist()):
+        first, length = int(layout.query_start_loc[r]), int(layout.draft_lens[r])
+        for i in range(length):
+            if slot >= 0 and torch.rand((), generator=g) < closeness:
+                temperature, position = float(sampling.temperature[slot]), int(layout.positions[first])
+                row = target[r, i].double()
+                scale = 1 / temperature if temperature > 0 else 1e30
+                source = PhiloxSource(int(sampling.seed[slot]), position)
+                layout.token_ids[first + i + 1] = source.coupled(position + i + 1, row * scale)
+
+
+def _lists(g, logits: Tensor, candidates: int, odd: bool) -> tuple[Tensor, Tensor]:
+    """(ids, logits) [K, C] of a sparse proposal: the best of dense logits [K, V]; odd: see `accept_case`."""
+    drafts, vocab = logits.shape
+    count = min(candidates, vocab)
+    best, ids = logits.float().topk(count, -1)
+    # A list longer than the vocabulary is filled up with entries that hold no mass.
+    ids = torch.cat([ids, torch.full((drafts, candidates - count), -1)], 1)
+    best = torch.cat([best, torch.full((drafts, candidates - count), -torch.inf)], 1)
+    if odd:
+        order = torch.rand(drafts, candidates, generator=g).argsort(-1)
+        ids, best = ids.gather(1, order), best.gather(1, order)
+        repeated = torch.rand(drafts, candidates, generator=g) < 0.3
+        ids = torch.where(repeated, ids.roll(1, 1), ids)
+        nowhere = torch.rand(drafts, candidates, generator=g) < 0.1
+        ids = torch.where(nowhere, torch.tensor([-3, vocab, 2**40])[torch.randint(0, 3, ids.shape, generator=g)], ids)
+    return ids, best.to(logits.dtype)
 
 
 def random_tree(g: torch.Generator, nodes: int) -> list[int]:

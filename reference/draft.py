@@ -83,6 +83,7 @@ def draft_block(
     hidden: Tensor | None = None,
     confidence: ConfidenceHead | None = None,
     candidates: int | None = None,
+    bigrams: Tensor | None = None,
     draft_to_target: Tensor | None = None,
     vocab_size: int | None = None,
     first_draft: int = 0,
@@ -105,7 +106,14 @@ def draft_block(
         if value is not None:
             raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
     if candidates is not None:
-        raise NotImplementedError("draft_block: candidates: not in the reference yet")
+        from .candidates import draft_candidates  # which builds on this module
+
+        return draft_candidates(
+            base_logits[:, :, :vocab_size], anchors, head, anchor_positions=anchor_positions, sampling=sampling, hidden=hidden,
+            confidence=confidence, candidates=candidates, bigrams=bigrams, draft_to_target=draft_to_target,
+            first_draft=first_draft, head_state=head_state, noise=noise, state_indices=state_indices, keep_logits=keep_logits,
+            path_before=path_before, stored_logits=stored_logits, decisions=decisions,
+        )  # fmt: skip
     decisions = Decisions() if decisions is None else decisions
     base_logits = base_logits[:, :, :vocab_size]
     batch, drafts, vocab = base_logits.shape
@@ -168,7 +176,7 @@ def draft_block(
             elif scale > 0 and noise == "coupled":
                 token = source.coupled(position, row * scale, lanes)
             elif scale > 0:
-                token = source.draft(position, row * scale, lanes)
+                token = source.draft(position, row * scale, lanes=lanes)
             else:
                 token = decisions.pick(r, "greedy", row)
             token = token if lanes is None else int(lanes[token]) if len(lanes) else 0

@@ -40,7 +40,7 @@ from .accept import Verdict
 from .decisions import Decisions
 
 Context = tuple[int, ...]
-Address = tuple[int, int, int]  # stream, decided position, anchor position
+Address = tuple[int, int, int]  # stream | tree node << 8, decided position, anchor position
 NEGLIGIBLE = 1e-18  # chances that are zero but for the rounding of a clipped cone
 
 
@@ -135,9 +135,9 @@ class _Path:
         self._path, self._taken = path, ()
         self._memo = {} if memo is None else memo
 
-    def address(self, stream: Stream, position: int) -> Address:
+    def address(self, stream: Stream, position: int, node: int = 0) -> Address:
         """Where the noise of a decision comes from: equal addresses, equal noise."""
-        return int(stream), position, 0 if stream == Stream.COUPLED else self.anchor_position
+        return int(stream) | node << 8, position, 0 if stream == Stream.COUPLED else self.anchor_position
 
     def _choose(self, options: Callable[[], list]):
         """Take one of the (outcome, weight) options, each a possible one."""
@@ -152,14 +152,14 @@ class _Path:
         outcome, self.weight = found[choice]
         return outcome
 
-    def draw(self, position: int, weights: Tensor) -> int:
-        return self._race(self.address(Stream.CORRECT, position), weights.double().log())
+    def draw(self, position: int, weights: Tensor, node: int = 0) -> int:
+        return self._race(self.address(Stream.CORRECT, position, node), weights.double().log())
 
     def coupled(self, position: int, log_weights: Tensor) -> int:
         return self._race(self.address(Stream.COUPLED, position), log_weights)
 
-    def draft(self, position: int, log_weights: Tensor) -> int:
-        return self._race(self.address(Stream.DRAFT, position), log_weights)
+    def draft(self, position: int, log_weights: Tensor, node: int = 0) -> int:
+        return self._race(self.address(Stream.DRAFT, position, node), log_weights)
 
     def _race(self, address: Address, log_weights: Tensor) -> int:
         raise NotImplementedError
@@ -188,8 +188,8 @@ class EnumeratingSource(_Path):
         self.known = dict(known or {})
         self.levels = levels
 
-    def coin(self, position: int, denominator: float, numerator: float) -> bool:
-        address = self.address(Stream.ACCEPT, position)
+    def coin(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
+        address = self.address(Stream.ACCEPT, position, node)
         if self.levels is not None:
             return self._level(address, float(denominator), float(numerator))
         low, high = self.known.get(address, (0.0, 1.0))
@@ -244,8 +244,8 @@ class CrowdSource(_Path):
         blocks = [philox.philox(low, high, block, position, anchor, stream) for block in range(-(-lanes // 4))]
         return torch.stack([word for block in blocks for word in block][:lanes], 1)
 
-    def coin(self, position: int, denominator: float, numerator: float) -> bool:
-        address = self.address(Stream.ACCEPT, position)
+    def coin(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
+        address = self.address(Stream.ACCEPT, position, node)
         if address not in self.noise:
             self.noise[address] = philox.uniform(self._words(address, 1)[:, 0])
 
@@ -392,7 +392,7 @@ def emitted_law(decoder: Decoder, prompt: Context, rounds: int = 1, source: Call
                 kept = [
                     (where, tuple(what) if isinstance(what, list) else what)
                     for where, what in at.known.items()
-                    if where[1] > following.anchor_position and following.address(Stream(where[0]), where[1]) == where
+                    if where[1] > following.anchor_position and following.address(Stream(where[0] & 255), where[1]) == where
                 ]
                 return new, confidences if decoder.length is not None else None, tuple(sorted(kept))
 

@@ -240,7 +240,7 @@ class _Batch:
         new_cache = KVCache
         if hasattr(ops, "tree_attention"):
             new_cache = functools.partial(PagedCache, ops=ops)
-        self.cache = new_cache(target.shape, slots, device, target.dtype)
+        self.cache = target.new_cache(slots, new_cache)
         drafter.start(slots, new_cache)
         self.anchors = torch.zeros(slots, dtype=torch.int64, device=device)
         self.anchor_positions = torch.zeros(slots, dtype=torch.int64, device=device)

@@ -60,6 +60,8 @@ class Shape:
     vocab: int
     eps: float
     rope_theta: float
+    rotated: float = 1.0  # the share of a head's pairs that RoPE turns
+    attention_scale: float | None = None  # of queries times keys; None: 1 / sqrt(head_dim)
 
     @classmethod
     def from_config(cls, config: Mapping) -> "Shape":
@@ -113,6 +115,7 @@ class Rotation(NamedTuple):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         exponents = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=wide) / shape.head_dim
         angles = positions.to(wide)[:, None] / shape.rope_theta**exponents
+        angles[:, int(shape.rotated * shape.head_dim // 2) :] = 0
         angles = torch.cat([angles, angles], -1)[:, None]
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
@@ -185,6 +188,7 @@ class KVCache:
 
     def __init__(self, shape: Shape, slots: int, device, dtype):
         self.lengths = [0] * slots
+        self._scale = shape.attention_scale
         empty = torch.empty(shape.layers, slots, shape.kv_heads, 0, shape.head_dim, device=device, dtype=dtype)
         self._keys, self._values = empty, empty.clone()  # [layers, S, Hkv, capacity, D]
 
@@ -227,6 +231,7 @@ class KVCache:
                 self._values[layer, slot, :, :length][None],
                 attn_mask=mask,
                 is_causal=causal and count > 1 and start == 0,
+                scale=self._scale,
                 enable_gqa=True,
             )[0].transpose(0, 1)
         return out.flatten(1)
@@ -312,8 +317,8 @@ class Target:
         tied = config.get("tie_word_embeddings", False) or "lm_head.weight" not in take
         self.head = self.embedding if tied else take("lm_head.weight", shape.vocab, shape.hidden)
 
-    def new_cache(self, slots: int) -> KVCache:
-        return KVCache(self.shape, slots, self.device, self.dtype)
+    def new_cache(self, slots: int, new_cache=KVCache) -> KVCache:
+        return new_cache(self.shape, slots, self.device, self.dtype)
 
     def forward(self, token_ids: Tensor, rows: Rows, cache: KVCache, feature_layers: Sequence[int] = ()) -> Output:
         """One pass. token_ids: int64 [N]. feature_layers: -1 = the embedding, i = output of layer i."""

@@ -25,7 +25,7 @@ class PagedCache:
 
     def __init__(self, shape: Shape, slots: int, device, dtype, *, ops, page_size: int = 16):
         self.lengths = [0] * slots
-        self._ops, self._page_size = ops, page_size
+        self._ops, self._page_size, self._scale = ops, page_size, shape.attention_scale
         self._tables: list[list[int]] = [[] for _ in range(slots)]
         self._free: list[int] = []
         self._random = random.Random(0)
@@ -90,7 +90,13 @@ class PagedCache:
             )
         layout, state_indices = self._step
         out = self._ops.tree_attention(
-            queries, self._paged(layer), layout, mask="chain" if causal else "full", plan=self._plan, state_indices=state_indices
+            queries,
+            self._paged(layer),
+            layout,
+            mask="chain" if causal else "full",
+            scale=self._scale,
+            plan=self._plan,
+            state_indices=state_indices,
         )
         return out.flatten(1)
 

@@ -59,6 +59,6 @@ def exponential(word: Tensor) -> Tensor:
     return -torch.log1p(-uniform(word))
 
 
-def gumbel(seed: int, lanes: Tensor, position: int, anchor_position: int, stream: int) -> Tensor:
+def gumbel(seed: int, lanes: Tensor, position: int, anchor_position: int, stream: int, node: int = 0) -> Tensor:
     """-ln E of each lane: added to log weights, the arg-max is a draw."""
-    return -torch.log(exponential(words(seed, lanes, position, anchor_position, stream)))
+    return -torch.log(exponential(words(seed, lanes, position, anchor_position, stream, node)))

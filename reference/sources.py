@@ -16,19 +16,22 @@ LEAF = 1024
 
 
 class Source(Protocol):
-    """Chance for one request. `position` is the sequence position being decided; weights and log weights are fp64 [V]."""
+    """Chance for one request. `position` is the sequence position being decided; weights and log weights are fp64 [V].
 
-    def coin(self, position: int, denominator: float, numerator: float) -> bool:
+    node: the slot of a draft tree that a coin or draw belongs to; 0 in chains.
+    """
+
+    def coin(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
         """u * denominator < numerator for the uniform u of this position's draft."""
 
-    def draw(self, position: int, weights: Tensor) -> int:
+    def draw(self, position: int, weights: Tensor, node: int = 0) -> int:
         """A correction or bonus token, with chance proportional to its weight."""
 
     def coupled(self, position: int, log_weights: Tensor) -> int:
         """arg-max of log weight plus the noise that draft and target share at this position."""
 
-    def draft(self, position: int, log_weights: Tensor) -> int:
-        """A draft token, with chance proportional to exp(log weight)."""
+    def draft(self, position: int, log_weights: Tensor, node: int = 0) -> int:
+        """A draft token, with chance proportional to exp(log weight). Calls at one node meet the same noise."""
 
 
 class PhiloxSource:
@@ -39,24 +42,25 @@ class PhiloxSource:
         self.decisions = Decisions() if decisions is None else decisions
         self.request = request
 
-    def coin(self, position: int, denominator: float, numerator: float) -> bool:
-        word = philox.words(self.seed, torch.zeros(1, dtype=torch.int64), position, self.anchor_position, Stream.ACCEPT)
+    def coin(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
+        lane = torch.zeros(1, dtype=torch.int64)
+        word = philox.words(self.seed, lane, position, self.anchor_position, Stream.ACCEPT, node)
         coin = float(philox.uniform(word))
         return self.decisions.below(self.request, "coin", coin, float(denominator), float(numerator))
 
-    def draw(self, position: int, weights: Tensor) -> int:
+    def draw(self, position: int, weights: Tensor, node: int = 0) -> int:
         """Two races of exponential clocks: between leaves of 1024 ids by their sums, then inside the winning leaf."""
         leaves = -(-weights.numel() // LEAF)
         padded = torch.zeros(leaves * LEAF, dtype=torch.float64, device=weights.device)
         padded[: weights.numel()] = weights
         sums = padded.view(leaves, LEAF).sum(1)
-        leaf = self._race(position, "leaf", sums.log(), torch.arange(leaves, device=weights.device), Stream.LEAF)
+        leaf = self._race(position, "leaf", sums.log(), torch.arange(leaves, device=weights.device), Stream.LEAF, node)
         inside = weights[leaf * LEAF : (leaf + 1) * LEAF]
         ids = torch.arange(leaf * LEAF, leaf * LEAF + inside.numel(), device=weights.device)
-        return leaf * LEAF + self._race(position, "token", inside.log(), ids, Stream.CORRECT)
+        return leaf * LEAF + self._race(position, "token", inside.log(), ids, Stream.CORRECT, node)
 
-    def _race(self, position: int, kind: str, log_weights: Tensor, lanes: Tensor, stream: Stream) -> int:
-        noise = philox.gumbel(self.seed, lanes, position, self.anchor_position, stream)
+    def _race(self, position: int, kind: str, log_weights: Tensor, lanes: Tensor, stream: Stream, node: int) -> int:
+        noise = philox.gumbel(self.seed, lanes, position, self.anchor_position, stream, node)
         return self.decisions.pick(self.request, kind, log_weights + noise)
 
     def coupled(self, position: int, log_weights: Tensor, lanes: Tensor | None = None) -> int:
@@ -66,7 +70,7 @@ class PhiloxSource:
         noise = philox.gumbel(self.seed, lanes, position, 0, Stream.COUPLED)
         return self.decisions.pick(self.request, "coupled", log_weights + noise)
 
-    def draft(self, position: int, log_weights: Tensor, lanes: Tensor | None = None) -> int:
+    def draft(self, position: int, log_weights: Tensor, node: int = 0, lanes: Tensor | None = None) -> int:
         """lanes: the noise of each entry, where it is not its index."""
         lanes = torch.arange(log_weights.numel(), device=log_weights.device) if lanes is None else lanes
-        return self._race(position, "draft", log_weights, lanes, Stream.DRAFT)
+        return self._race(position, "draft", log_weights, lanes, Stream.DRAFT, node)

@@ -4,13 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+from errors import ULP
 from far import far_apart
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
+from dspark_kernels.kernels import accept as kernels
 from dspark_kernels.launch import accept as launch
 from reference import accept as reference, cases
+from reference.decisions import Decisions
+from reference.draft import inverse_temperature, read_logits
 from reference.equality import assert_equal_or_tied
+from reference.sampling import adjust, filtered
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SENTINEL = -77777
@@ -37,7 +42,35 @@ def check(case, acceptance=None, exempt=True):
     assert_equal_or_tied(run, outcome(acceptance, case.layout), exempt=exempt)
     padding = [not bool(c) for c, owner in zip(acceptance.commit_mask, case.layout.batch_indices.tolist()) if owner < 0]
     assert all(padding), "a padding row was committed"
+    if case.logprobs is not None:
+        check_logprobs(case, acceptance)
     return acceptance
+
+
+def check_logprobs(case, acceptance):
+    """Log-probabilities of the tokens that the kernel emitted, each by the reference's formula, beside eager PyTorch's."""
+    for r, count in enumerate(acceptance.num_emitted.tolist()):
+        assert (acceptance.logprobs[r, count:] == 0).all()
+        slot = r if case.state_indices is None else int(case.state_indices[r])
+        scale = inverse_temperature(float(case.sampling.temperature[slot])) if case.sampling is not None else 0.0
+        scale = 1.0 if case.logprobs == "raw" else scale
+        for i in range(count):
+            at = int(case.layout.cu_num_logits[r]) + i
+            token, row = int(acceptance.tokens[r, i]), case.target_logits[at].float()
+            if case.logprobs == "processed":
+                row = adjust(row, case.sampling, slot, at, acceptance.tokens[r, :i].tolist())
+            row, _ = read_logits(row)
+            if case.logprobs == "processed":
+                row = filtered(row, scale, case.sampling, slot, Decisions(), 0)
+            want = reference._log_prob(row, token, scale)
+            eager = want
+            if torch.isfinite(torch.tensor(want)) and scale > 0:
+                eager = torch.log_softmax((row - row.max()).float() * scale, 0)[token]
+            exact, have = torch.tensor([want], dtype=torch.float64), acceptance.logprobs[r, i : i + 1]
+            # Three roundings of the scaled distance to the maximum and a few of ln of the mass.
+            bound = ULP * (3 * max(1.0, abs(want)) + 12)
+            same = torch.equal(have.double(), exact) if not exact.isfinite() else abs(float(have) - want) <= bound
+            assert same, f"request {r}, token {i}: {float(have)} for {want}, eager {float(eager)}"
 
 
 def poisoned(acceptance):
@@ -48,6 +81,10 @@ def poisoned(acceptance):
             value = torch.ones_like(value) if value.dtype == torch.bool else torch.full_like(value, SENTINEL)
         fields[field.name] = value
     return dk.Acceptance(**fields)
+
+
+RULES = ("token", "block", "coupled")
+PROPOSALS = ("dense", "sparse", "one_hot", "none")
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,7 +99,11 @@ def test_equals_reference(data):
         drafts=draw(st.sampled_from([1, 2, 4, 7])),
         vocab=draw(st.sampled_from([2, 33, 1024, 1500, 5000])),
         dtype=draw(st.sampled_from(DTYPES)),
-        proposal=draw(st.sampled_from(["dense", "dense", "one_hot", "none"])),
+        proposal=draw(st.sampled_from(PROPOSALS)),
+        rule=draw(st.sampled_from(RULES)),
+        candidates=draw(st.sampled_from([1, 3, 16, 37])),
+        odd_lists=draw(st.booleans()),
+        logprobs=draw(st.sampled_from([None, None, "raw", "processed"])),
         sampled=draw(st.sampled_from([True, True, True, False])),
         scattered=scattered,
         padding=draw(st.integers(0, requests - 1)) if scattered else 0,
@@ -70,6 +111,40 @@ def test_equals_reference(data):
         draft_temperature=draw(st.booleans()),
         exact_rows=draw(st.booleans()),
     )
+    if case.sampling is not None and draw(st.integers(0, 4)) == 0:
+        case.synthetic_rates = torch.rand(case.layout.max_drafts)
+    compare_in_place(case)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_sampling_settings_act_inside(data):
+    """Penalties along the request's own path, bias, masks and filters, under every rule and law."""
+    draw = data.draw
+    rule = draw(st.sampled_from(RULES))
+    proposal = draw(st.sampled_from(PROPOSALS))
+    case = cases.accept_case(
+        seed=draw(st.integers(0, 10**6)),
+        requests=draw(st.sampled_from([1, 3, 5])),
+        drafts=draw(st.sampled_from([1, 3, 5])),
+        vocab=draw(st.sampled_from([5, 90, 640, 1100])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        proposal=proposal,
+        rule=rule,
+        scattered=draw(st.booleans()),
+        closeness=draw(st.sampled_from([0.8, 0.95])),
+        adjust=draw(st.sampled_from([(), ("bias",), ("mask",), ("repetition", "presence", "frequency"), cases.ADJUSTMENTS])),
+        filters=draw(st.sampled_from([(), ("top_k",), ("top_p",), ("min_p",), cases.FILTERS])),
+        filter_order=draw(st.sampled_from(["top_k_first", "joint"])),
+        mapped=proposal == "dense" and draw(st.booleans()),
+        draft_vocab=draw(st.sampled_from([None, 70])) if proposal == "dense" else None,
+        logprobs=draw(st.sampled_from([None, "raw", "processed"])),
+    )
+    compare_in_place(case)
+
+
+def compare_in_place(case):
+    """The case against the reference, and the same bits into outputs that held something else."""
     acceptance = check(case)
     out = poisoned(acceptance)
     assert dk.accept_chain(**case.arguments(), out=out) is out
@@ -84,13 +159,40 @@ def test_many_coins():
     assert acceptance.num_emitted.sum() > 800
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-@pytest.mark.parametrize("pairs", [1, 2, 4, 32])
-def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, proposal):
-    case = cases.accept_case(seed=31, requests=4, drafts=3, vocab=9000, proposal=proposal, sharpness=1.0)
+@pytest.mark.parametrize("proposal", ["dense", "sparse", "one_hot"])
+def test_many_coins_of_the_block_rule(proposal):
+    """A rule that stops at the first coin which fails, or sums another row's residual, comes out differently."""
+    closeness = 0.8 if proposal == "dense" else 0.97
+    case = cases.accept_case(seed=2, requests=80, drafts=7, vocab=40, proposal=proposal, closeness=closeness, rule="block",
+                             candidates=30, sharpness=1.5, temperatures=(1.0,))  # fmt: skip
+    acceptance = check(case)
+    token = dk.accept_chain(**case.arguments() | dict(rule="token"))
+    assert (acceptance.num_accepted > token.num_accepted).any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_launch(monkeypatch, rule):
+    launched = []
+    launch_kernel = kernels.launch_accept_chain
+    monkeypatch.setattr(kernels, "launch_accept_chain", lambda *a, **k: (launched.append(a), launch_kernel(*a, **k)))
+    for proposal in PROPOSALS:
+        case = cases.accept_case(requests=2, drafts=2, vocab=50, proposal=proposal, rule=rule, logprobs="raw")
+        dk.accept_chain(**case.arguments())
+    assert len(launched) == len(PROPOSALS)
+
+
+VARIANTS = [("token", "dense"), ("token", "sparse"), ("token", "one_hot")]
+VARIANTS += [("block", "dense"), ("block", "sparse"), ("coupled", "none")]
+ODD = [(*variant, True) for variant in VARIANTS] + [("token", "dense", False)]
+
+
+@pytest.mark.parametrize("rule, proposal", VARIANTS)
+@pytest.mark.parametrize("pairs", [1, 32])
+def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
+    case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
 
-    def pick(arch, num_leaves, num_drafts, sweeps_draft):
+    def pick(arch, num_leaves, num_drafts, heavy, rebuilt):
         chunk = min(pairs, 16)
         group = 2 if chunk >= num_leaves else 1
         return launch.AcceptConfig(group, chunk, lag=1, num_warps=1, max_registers=None)
@@ -100,9 +202,10 @@ def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, proposal):
     assert torch.equal(have.tokens, want.tokens) and torch.equal(have.flags, want.flags)
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("lag", [0, 1, 2, 100])
-def test_any_lag_between_the_waves(monkeypatch, lag):
-    case = cases.accept_case(seed=32, requests=5, drafts=3, vocab=5000, closeness=0.3)
+def test_any_lag_between_the_waves(monkeypatch, lag, rule):
+    case = cases.accept_case(seed=32, requests=5, drafts=3, vocab=5000, closeness=0.3, rule=rule)
     pick = launch.pick
     monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), lag=lag))
     check(case)
@@ -124,10 +227,63 @@ def test_stored_lse_gives_the_same_tokens_as_sweeping_the_proposal():
     check(dataclasses.replace(case, proposal=stored))
 
 
-@pytest.mark.parametrize("draft_vocab", [700, 1024, 3000])
-def test_draft_and_target_widths_differ(draft_vocab):
-    for seed in range(3):
-        check(cases.accept_case(seed=seed, vocab=1500, draft_vocab=draft_vocab, closeness=0.9))
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("draft_vocab", [700, 1024, 5000])
+def test_draft_and_target_widths_differ(draft_vocab, mapped, rule):
+    case = cases.accept_case(seed=1, vocab=1500, draft_vocab=draft_vocab, closeness=0.95, mapped=mapped, rule=rule, requests=7)
+    want = check(case)
+    if draft_vocab == 700:
+        stored = dataclasses.replace(with_lse(case), draft_to_target=case.proposal.draft_to_target)
+        check(dataclasses.replace(case, proposal=stored))
+    assert want.num_accepted.any(), "no draft was accepted, so the map shows nothing"
+
+
+def test_map_of_a_batch_without_a_live_request():
+    """The counters of the inverted map come back to zero whoever is there; what its scratch held does not matter."""
+    case = cases.accept_case(seed=2, vocab=900, draft_vocab=500, mapped=True, scattered=True, requests=3)
+    workspace = dk.Workspace(3, 4, 900, "cpu")
+    want = dk.accept_chain(**case.arguments())
+    for indices in (torch.full((3,), -1, dtype=torch.int32), case.state_indices):
+        workspace.scratch.fill_(0)
+        have = dk.accept_chain(**case.arguments() | dict(state_indices=indices), workspace=workspace)
+        assert (workspace.counters == 0).all()
+    assert torch.equal(have.tokens, want.tokens)
+
+
+def rebuilt_case(seed, rule, dtype, grid=None):
+    """A block that `draft_block` drafted and a target near its law: with the stored proposal, and the one to rebuild."""
+    draft = cases.draft_case(seed=seed, requests=6, drafts=3, vocab=1100, rank=13, dtype=dtype, confidence=None, grid=grid)
+    block = dk.draft_block(**draft.arguments())
+    lengths = torch.tensor([3, 3, 3, 2, 1, 0])
+    layout = dk.fixed_layout(block, lengths, anchors=draft.anchors, anchor_positions=draft.anchor_positions)
+    g = torch.Generator().manual_seed(seed)
+    target = 2 * torch.randn(24, 1100, generator=g)
+    for r in range(6):
+        first, rows = int(layout.cu_num_logits[r]), int(lengths[r])
+        target[first : first + rows] = 0.8 * block.proposal.logits[r, :rows].float() + 0.2 * target[first : first + rows]
+    case = cases.AcceptCase(target.to(dtype), layout, block.proposal, draft.sampling, None, rule)
+    return case, dk.RebuiltProposal(draft.base_logits, draft.head, block.proposal.lse)
+
+
+@pytest.mark.parametrize("dtype, rule", [(torch.bfloat16, "token"), (torch.float16, "block"), (torch.float32, "token")])
+def test_rebuilt_law_has_the_bits_of_the_stored_one(dtype, rule):
+    case, rebuilt = rebuilt_case(1, rule, dtype)
+    want = check(case)
+    # Base logits that lie elsewhere.
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    moved = torch.empty_like(rebuilt.base_logits)
+    moved[order] = rebuilt.base_logits
+    for proposal in (rebuilt, dataclasses.replace(rebuilt, base_logits=moved, rows=order.int())):
+        have = dk.accept_chain(**case.arguments() | dict(proposal=proposal))
+        assert torch.equal(have.tokens, want.tokens) and torch.equal(have.flags, want.flags)
+    assert want.num_accepted.any() and want.num_rejected.any()
+
+
+def test_rebuilt_law_is_the_reference():
+    """On a dyadic grid every sum is exact, so that the rounded logits are the reference's."""
+    case, rebuilt = rebuilt_case(3, "token", torch.float32, grid=0.25)
+    check(dataclasses.replace(case, proposal=rebuilt))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -195,18 +351,19 @@ def test_prefill_rows_and_requests_that_do_not_emit():
 # --- values that only the device sees ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("rule, proposal, sampled", ODD)
 @pytest.mark.parametrize("value", ["nan", "all_minus_inf", "all_nan", "two_inf", "only_inf", "mask", "draft_inf", "draft_nan"])
-def test_odd_logits(value, sampled, proposal):
+def test_odd_logits(value, sampled, rule, proposal):
+    if value.startswith("draft") and (proposal not in ("dense", "sparse") or not sampled):
+        pytest.skip("no law of drafts is read")
     case = cases.accept_case(
         seed=41, requests=6, drafts=3, vocab=2100, proposal=proposal, sampled=sampled, closeness=1.0,
-        lengths=torch.full((6,), 3), dtype=torch.float32,
+        lengths=torch.full((6,), 3), dtype=torch.float32, rule=rule, logprobs="raw" if value == "two_inf" else "processed",
     )  # fmt: skip
     inf = float("inf")
     for r, i in ((0, 0), (1, 1), (2, 3), (4, 2)):
         row = case.target_logits[int(case.layout.cu_num_logits[r]) + i]
-        draft = case.proposal.logits[r, min(i, 2)] if proposal == "dense" else torch.zeros(2100)
+        draft = case.proposal.logits[r, min(i, 2)] if proposal in ("dense", "sparse") else torch.zeros(2100)
         if value == "nan":
             row[::5] = float("nan")
         elif value == "all_minus_inf":
@@ -221,7 +378,7 @@ def test_odd_logits(value, sampled, proposal):
         elif value == "mask":
             row[: row.shape[0] // 2] = -inf
         elif value == "draft_inf":
-            draft[[900, 2000]] = inf
+            draft[[-4, -2]] = inf
         else:
             draft[::3] = float("nan")
     acceptance = check(case)
@@ -231,11 +388,10 @@ def test_odd_logits(value, sampled, proposal):
         assert acceptance.next_token[0] == (1500 if value == "only_inf" else 0)
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("rule, proposal, sampled", ODD)
 @pytest.mark.parametrize("bad", [-1, -2, 1500, 2**40])
-def test_draft_ids_out_of_range(bad, sampled, proposal):
-    case = cases.accept_case(seed=13, requests=6, drafts=3, proposal=proposal, sampled=sampled, closeness=1.0,
+def test_draft_ids_out_of_range(bad, sampled, rule, proposal):
+    case = cases.accept_case(seed=13, requests=6, drafts=3, proposal=proposal, sampled=sampled, closeness=1.0, rule=rule,
                              lengths=torch.full((6,), 3))  # fmt: skip
     for r, i in ((0, 1), (1, 2), (3, 3)):
         case.layout.token_ids[int(case.layout.query_start_loc[r]) + i] = bad
@@ -258,6 +414,53 @@ def test_draft_outside_the_support_of_its_law():
     assert all(f & dk.Flag.BAD_TOKEN_ID for f in acceptance.flags.tolist())
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("content", ["one id", "nowhere", "no mass", "infinite", "octet"])
+def test_odd_lists(content, rule):
+    """Lists of one id repeated, of ids outside the vocabulary, without mass, with a +inf, and with whole octets of ids."""
+    case = cases.accept_case(seed=29, requests=5, drafts=2, vocab=1300, proposal="sparse", candidates=16, closeness=0.9, rule=rule,
+                             lengths=torch.full((5,), 2), temperatures=(1.0, 0.0), dtype=torch.float32)  # fmt: skip
+    ids, logits = case.proposal.ids, case.proposal.logits
+    if content == "one id":
+        ids[:] = ids[..., :1].clone()
+    elif content == "nowhere":
+        ids[..., ::2] = torch.tensor([-1, 1300, 2**31, 2**40, -(2**40), 2**62, -7, 1301])
+    elif content == "no mass":
+        logits[:, 0] = float("-inf")
+    elif content == "infinite":
+        logits[..., [3, 5]] = float("inf")
+    else:
+        ids[:] = torch.arange(1290, 1306) - 6
+    check(case)
+
+
+def test_entries_that_share_ids_and_octets():
+    """Most of the target's mass lies in the octets of the lists, and two entries make an id's probability."""
+    case = cases.accept_case(seed=7, requests=40, drafts=1, vocab=1100, proposal="sparse", candidates=16, closeness=0.9,
+                             lengths=torch.ones(40), temperatures=(1.0,), dtype=torch.float32, sharpness=1.0)  # fmt: skip
+    g = torch.Generator().manual_seed(7)
+    case.target_logits[:, 1024:1048] += 6
+    case.proposal.ids[:] = (1024 + torch.randperm(24, generator=g)[:8]).repeat(2)
+    case.proposal.logits[:] = torch.randn(40, 1, 16, generator=g)
+    drawn = case.proposal.ids[:, 0, 0]
+    case.layout.token_ids[case.layout.query_start_loc[:-1].long() + 1] = drawn
+    acceptance = check(case)
+    assert (acceptance.num_rejected > 0).sum() > 10 and (acceptance.num_accepted > 0).sum() > 5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_forced_rates(rule):
+    """Rate 1 accepts all that can be, rate 0 nothing, whatever the laws say."""
+    for rate in (0.0, 1.0):
+        case = cases.accept_case(seed=37, requests=6, drafts=3, vocab=600, closeness=0.0, rule=rule)
+        case.synthetic_rates = torch.full((3,), rate)
+        case.layout.token_ids[int(case.layout.query_start_loc[0]) + 2] = -1
+        acceptance = check(case)
+        lens = case.layout.draft_lens.clone()
+        lens[0] = 1
+        assert torch.equal(acceptance.num_accepted, lens if rate else lens * 0)
+
+
 def test_empty_residual_draws_from_the_target():
     """Equal laws, and a draft outside their support: nothing is left of [target - draft]+."""
     case = cases.accept_case(seed=19, requests=3, drafts=1, vocab=1100, lengths=torch.ones(3), dtype=torch.float32)
@@ -275,10 +478,12 @@ def test_empty_residual_draws_from_the_target():
     assert all(int(t) in (10 + r, 1050) for r, t in enumerate(acceptance.next_token))
 
 
+@pytest.mark.parametrize("rule, proposal", VARIANTS)
 @pytest.mark.parametrize("temperature", [1e-6, 1e6, -1.0, float("nan")])
-def test_extreme_temperatures(temperature):
-    for dtype in DTYPES:
-        case = cases.accept_case(seed=23, requests=5, drafts=3, dtype=dtype, closeness=0.9)
+def test_extreme_temperatures(temperature, rule, proposal):
+    for dtype in (torch.float16,) if temperature > 0 else (torch.float32,):
+        case = cases.accept_case(seed=23, requests=5, drafts=3, dtype=dtype, closeness=0.9, rule=rule, proposal=proposal,
+                                 vocab=900)  # fmt: skip
         case.sampling.temperature[1:4] = temperature
         check(case)
 

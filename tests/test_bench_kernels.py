@@ -536,6 +536,29 @@ def test_the_draft_loop_filters_as_the_reference():
     assert (logits.gather(2, tokens[:, :, None]) > -torch.inf).all()
 
 
+def test_the_loop_on_candidates_keeps_the_law_it_draws_from():
+    case = cases.draft_case(seed=6, requests=5, drafts=4, vocab=300, temperatures=(0.7,))
+    inputs = case.arguments() | dict(candidates=20)
+    tokens, ids, logits, lse, confidence = call("draft_candidates", inputs)
+    for r in range(5):
+        assert set(ids[r, 0].tolist()) == set(case.base_logits[r, 0].topk(20).indices.tolist())
+        previous = [int(case.anchors[r]), *tokens[r, :-1].tolist()]
+        exact = case.base_logits[r].double() + case.head.w1[previous].double() @ case.head.w2.double().T
+        exact = exact.gather(1, ids[r])
+        assert torch.allclose(logits[r].double(), exact, atol=1e-4)
+        assert torch.allclose(lse[r].double(), (exact / 0.7).logsumexp(-1), atol=1e-4)
+    reference = draft.draft_block(**inputs)
+    same = tokens == reference.tokens
+    assert torch.allclose(confidence[:, 0], reference.confidence[:, 0], atol=1e-5) and not same.all()  # noise of its own
+
+
+def test_costs_of_a_block_on_candidates_by_hand():
+    spec = kc.Candidates(2, candidates=5, drafts=3, vocab=11, rank=4, hidden=7)
+    base, rows, state = 2 * 6 * 11, 2 * 6 * 4 * 6, 2 * (6 * 7 + 7 + 4 + 1) + 4 * 3
+    assert spec.bytes == base + rows + state + 2 * 32 + 6 * (8 + 8 + 4 + 5 * 10)
+    assert spec.flops == 6 * (11 + 5 * 13 + 2 * 11)
+
+
 def test_the_draft_loop_draws_from_its_law():
     """Both positions of 50000 requests with the same logits: chi-square with 24 degrees of freedom, seldom above 60."""
     case = cases.draft_case(seed=3, requests=1, drafts=2, vocab=5, rank=4, confidence=None, temperatures=(1.3,))

@@ -88,9 +88,40 @@ def test_heads_and_settings_of_a_draft_block_in_a_graph(device, options):
         assert (workspace.counters[2:] == 0).all()
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-def test_accept_chain_in_a_graph(device, proposal):
-    make = lambda seed: to_device(cases.accept_case(seed=seed, requests=9, drafts=5, vocab=5000, proposal=proposal), device)  # noqa: E731
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_candidates_in_a_graph(device, kind):
+    make = lambda seed: to_device(cases.draft_case(seed=seed, requests=9, drafts=5, vocab=5000, kind=kind), device)  # noqa: E731
+    static = make(0)
+    bigrams = torch.randint(-1, 5000, (5000, 4), device=device)
+    options = dict(candidates=40, bigrams=bigrams)
+    workspace = dk.Workspace(9, 5, 5000, device, markov_rank=16)
+    out = dk.draft_block(**static.arguments(), **options, workspace=workspace)
+    graph = _capture(lambda: dk.draft_block(**static.arguments(), **options, out=out, workspace=workspace))
+    for seed in (6, 12):
+        fresh = make(seed)
+        want = dk.draft_block(**fresh.arguments(), **options)
+        _copy(static, fresh)
+        before = torch.cuda.memory_allocated()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        assert torch.equal(out.tokens, want.tokens) and torch.equal(out.flags, want.flags)
+        assert torch.equal(out.proposal.ids, want.proposal.ids) and torch.equal(out.proposal.logits, want.proposal.logits)
+        assert (workspace.counters == 0).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(proposal="dense"),
+        dict(proposal="one_hot"),
+        dict(proposal="sparse", filters=cases.FILTERS, logprobs="raw"),
+        dict(proposal="dense", rule="block", mapped=True, draft_vocab=3000),
+        dict(proposal="none", rule="coupled", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS),
+    ],
+)
+def test_accept_chain_in_a_graph(device, options):
+    make = lambda seed: to_device(cases.accept_case(seed=seed, requests=9, drafts=5, vocab=5000, **options), device)  # noqa: E731
     static = make(0)
     workspace = dk.Workspace(9, 5, 5000, device)
     out = dk.accept_chain(**static.arguments(), workspace=workspace)

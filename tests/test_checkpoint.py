@@ -198,9 +198,9 @@ def test_sharded(tmp_path):
     "config",
     [
         {**SIZES, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 8},
-        {**SIZES, "architectures": ["DFlashDraftModel"], "block_size": 16, "dflash_config": {"target_layer_ids": [1]}},
+        {**SIZES, "architectures": ["DFlash2DraftModel"], "block_size": 16, "dflash_config": {"target_layer_ids": [1]}},
         {**SIZES, "architectures": ["Qwen3ForCausalLM"]},
-        {**DRAFTER, "architectures": ["Gemma4DSparkModel"]},
+        {**DRAFTER, "architectures": ["Gemma3DSparkModel"]},
     ],
     ids=lambda config: config["architectures"][0],
 )

@@ -24,6 +24,8 @@ CASES = {
     "plan_attention": ("r64_slots",),
     "tree_attention": ("chain", "tree_window", "fp8_cached"),
     "accept_chain": ("dense", "one_hot", "greedy"),
+    "accept_tree": ("walk", "greedy", "recursive_iid", "traversal_replaced"),
+    "compact_kv": ("r64",),
 }
 
 

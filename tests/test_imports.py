@@ -43,9 +43,10 @@ OUTSIDE = {
     "dspark_kernels.calibration": ("torch", "matplotlib"),
     "dspark_kernels.library": ("torch", "triton"),
     "dspark_kernels": ("torch",),
+    "reference.huggingface": ("torch", "transformers"),
     "reference": ("torch", "numpy"),
 }
-EXTRAS = ("safetensors", "matplotlib")  # only inside functions: the package works without them
+EXTRAS = ("safetensors", "matplotlib", "transformers")  # only inside functions: the package works without them
 # Only here may a module be named at run time, and only here may Triton be imported outside the kernels.
 DYNAMIC = ("dspark_kernels.library",)
 ENVIRONMENT = ("os", "sys", "importlib", "subprocess")  # what a kernel may not look at, though it is standard
@@ -163,6 +164,8 @@ def test_arrows():
         ("reference/x.py", "from dspark_kernels.kernels.primitives import philox"),
         ("reference/x.py", "from tests import equality"),
         ("reference/x.py", "import triton"),
+        ("reference/x.py", "def f():\n    import transformers"),
+        ("reference/huggingface.py", "import transformers"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path, path, code):

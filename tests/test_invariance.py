@@ -156,9 +156,11 @@ def test_schedule_prefixes_with_many_programs(monkeypatch, policy):
             assert_same_layout(dk.schedule_prefixes(**given, workspace=workspace), want)
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-def test_accept_chain_in_any_batch(proposal):
-    case = cases.accept_case(seed=60, requests=9, drafts=4, vocab=2100, proposal=proposal, closeness=0.9)
+@pytest.mark.parametrize(
+    "proposal, rule", [("dense", "token"), ("one_hot", "token"), ("sparse", "token"), ("dense", "block"), ("one_hot", "coupled")]
+)
+def test_accept_chain_in_any_batch(proposal, rule):
+    case = cases.accept_case(seed=60, requests=9, drafts=4, vocab=2100, proposal=proposal, closeness=0.9, rule=rule)
     whole = dk.accept_chain(**case.arguments())
     lens = case.layout.draft_lens
     for rows in ([3], [8, 3, 0], list(range(8, -1, -1))):
@@ -175,9 +177,13 @@ def test_accept_chain_in_any_batch(proposal):
         layout = layouts.fixed_layout(
             block, lens[index], anchors=torch.tensor(anchors), anchor_positions=torch.tensor(positions)
         )
-        law = dk.DenseProposal(case.proposal.logits[index]) if proposal == "dense" else dk.OneHotProposal()
+        law = dk.OneHotProposal()
+        if proposal == "dense":
+            law = dk.DenseProposal(case.proposal.logits[index])
+        elif proposal == "sparse":
+            law = dk.SparseProposal(case.proposal.ids[index], case.proposal.logits[index])
         sampling = dk.SamplingTensors(case.sampling.temperature[index], case.sampling.seed[index])
-        part = dk.accept_chain(torch.cat(logits), layout, law, sampling=sampling)
+        part = dk.accept_chain(torch.cat(logits), layout, law, sampling=sampling, rule=rule)
         assert torch.equal(part.tokens, whole.tokens[index]) and torch.equal(part.flags, whole.flags[index])
 
 
@@ -217,8 +223,17 @@ def test_tree_attention_in_any_batch(monkeypatch, mask, window):
             assert not same, "the batches were to be cut into other parts"
 
 
-def test_replay_with_one_workspace_is_identical_and_leaves_it_clean():
-    case = cases.accept_case(seed=61, requests=7, drafts=4, vocab=2100, closeness=0.5)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(proposal="sparse", rule="block", logprobs="raw"),
+        dict(rule="block", mapped=True, draft_vocab=1100),
+        dict(rule="coupled", filters=("top_k",), vocab=900),
+    ],
+)
+def test_replay_with_one_workspace_is_identical_and_leaves_it_clean(options):
+    case = cases.accept_case(**dict(seed=61, requests=7, drafts=4, vocab=2100, closeness=0.5) | options)
     draft = cases.draft_case(seed=62, requests=7, drafts=4, vocab=2100)
     workspace = dk.Workspace(16, 7, 5000, "cpu")
     first = dk.accept_chain(**case.arguments(), workspace=workspace)

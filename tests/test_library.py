@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.ops import accept, attention, draft, layout, schedule
+from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree
 from reference import cases
 
 
@@ -20,6 +20,12 @@ def _calls(monkeypatch, module, name, run):
 
 def _draft(**case):
     return lambda: dk.draft_block(**cases.draft_case(requests=2, drafts=2, vocab=130, **case).arguments(), keep_logits=True)
+
+
+def _candidates(listed=0, **case):
+    made = cases.draft_case(requests=2, drafts=2, vocab=130, **case)
+    options = dict(candidates=5, bigrams=torch.zeros(130, listed, dtype=torch.int32) if listed else None)
+    return lambda: dk.draft_block(**made.arguments(), **options, keep_logits=True)
 
 
 def _accept(**case):
@@ -55,6 +61,19 @@ def _plan():
     dk.plan_attention(made.layout, made.kv, query_heads=6)
 
 
+def _accept_tree(*rule):
+    from reference.tree_cases import accept_tree_case
+
+    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule).arguments())
+
+
+def _compact():
+    from test_compact import case_of
+
+    case = case_of(4, 2, 9, 4, ("plain", "apart"), extra=2)
+    dk.compact_kv(dk.KVLayers.of([case.caches]), case.acceptance, case.layout, extra=case.extra)
+
+
 @pytest.mark.parametrize(
     "module, name, run",
     [
@@ -62,11 +81,18 @@ def _plan():
         (draft, "_draft_block", _draft(sampled=False, rank=0, confidence=None)),
         (draft, "_draft_block", _draft(kind="gated", w2_dtype=torch.int8, target_vocab=300)),
         (draft, "_draft_block", _draft(kind="rnn", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS, padded=True)),
+        (candidates, "_draft_candidates", _candidates()),
+        (candidates, "_draft_candidates", _candidates(2, sampled=False, kind="rnn")),
         (accept, "_accept_chain", _accept()),
         (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
+        (accept, "_accept_chain", _accept(rule="block", proposal="sparse", logprobs="raw", adjust=cases.ADJUSTMENTS)),
+        (accept, "_accept_chain", _accept(rule="coupled", filters=cases.FILTERS, logprobs="processed", forced=True)),
         (layout, "_fixed_layout", _layout),
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
+        (tree, "_accept_tree", _accept_tree("one_hot", "walk")),
+        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal")),
+        (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
         (schedule, "_schedule_prefixes", _schedule(600, policy="budget", stale_confidence=torch.ones(600, 3))),
@@ -93,6 +119,20 @@ def _round(base_logits, target_logits, anchors, positions, hidden, temperature, 
     layout = dk.schedule_prefixes(block, COST, anchors=anchors, anchor_positions=positions)
     acceptance = dk.accept_chain(target_logits, layout, block.proposal, sampling=sampling)
     return block.tokens, layout.token_ids, acceptance.tokens, acceptance.commit_mask
+
+
+def test_candidates_compile_into_one_graph():
+    case = cases.draft_case(seed=6, requests=2, drafts=2, vocab=130)
+
+    def step(base_logits, hidden, temperature, seed):
+        sampling = dk.SamplingTensors(temperature, seed)
+        arguments = case.arguments() | dict(base_logits=base_logits, hidden=hidden, sampling=sampling)
+        block = dk.draft_block(**arguments, candidates=9)
+        return block.tokens, block.proposal.ids, block.proposal.logits, block.confidence
+
+    arguments = case.base_logits, case.hidden, case.sampling.temperature, case.sampling.seed
+    have = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(have, step(*arguments), strict=True))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -151,24 +191,50 @@ def test_attention_compiles_into_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
 
 
+def test_compaction_compiles_into_one_graph():
+    """Caches written in place through their addresses, among other writes to them."""
+    from test_compact import bytes_of, case_of
+
+    def step(layers, acceptance, layout):
+        layers.caches[0].mul_(2)
+        dk.compact_kv(layers, acceptance, layout)
+        layers.caches[1].mul_(2)
+        return layers.caches[0] + 1
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        case = case_of(4, 2, 9, 4)
+        finite = [plane.nan_to_num_(0.0).clamp_(-9, 9) for plane in case.caches]
+        results.append([call(dk.KVLayers.of([finite]), case.acceptance, case.layout), *finite])
+    assert all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in zip(*results, strict=True))
+
+
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import (
         accept as accept_kernels,
+        accept_rows,
+        accept_target,
         attention as attention_kernels,
         draft as draft_kernels,
         draft_filters,
         draft_rows,
         schedule as schedule_kernels,
+        tree as tree_kernels,
     )
     from dspark_kernels.kernels.primitives import filters, mass, philox, rows
 
-    for kernels in (accept_kernels, draft_kernels, draft_rows, schedule_kernels, rows):
+    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
     assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
     assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
-    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and mass.LEAF.value == accept.LEAF
+    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and accept.LISTED == 2 * filters.BLOCK.value
+    assert mass.LEAF.value == accept.LEAF == tree.LEAF
+    assert [tree_kernels.WALK.value, tree_kernels.RECURSIVE.value, tree_kernels.TRAVERSAL.value] == [0, 1, 2]
+    assert tree.RULES == ("walk", "recursive", "traversal")
+    assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
+    assert accept_kernels.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 

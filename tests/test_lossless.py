@@ -12,6 +12,7 @@ import pytest
 import torch
 import wrong_rules as wrong
 
+from dspark_kernels.testing.statistics import compare, smallest_bias
 from dspark_kernels.types import CostTable, DraftBlock, OneHotProposal
 from reference import accept, schedule
 from reference.enumeration import (
@@ -167,29 +168,12 @@ WINDOW = 4
 LEVEL = 1e-6
 
 
-def _tail(statistic, degrees):
-    return float(torch.special.gammaincc(torch.tensor(degrees / 2).double(), torch.tensor(statistic / 2).double()))
-
-
-def smallest_bias_seen(seeds=SEEDS, cells=3**WINDOW, level=LEVEL):
-    """Total variation of a window from which on it is seen with a chance above 0.999, whatever the bias looks like.
-
-    With a bias delta against chances e, the statistic is noncentral chi-square with lambda = N sum delta^2 / e, and by Cauchy's
-    inequality lambda >= 4 N TV^2. Its mean is df + lambda and its variance 2 df + 4 lambda: lambda has to lift the mean 3.1
-    standard deviations above the threshold.
-    """
-    degrees = cells - 1
-    threshold = next(x for x in itertools.count(degrees) if _tail(x, degrees) < level)
-    power = next(x for x in itertools.count(1) if degrees + x - 3.1 * math.sqrt(2 * degrees + 4 * x) > threshold)
-    return math.sqrt(power / (4 * seeds))
-
-
 def assert_simulation_agrees(model, source=CrowdSource):
     """SEEDS requests, one seed each, decode 2 (K + 1) + 1 tokens, which takes each three rounds or more; every window of WINDOW
     consecutive tokens is compared with the exact law by chi-square at level 1e-6.
 
-    Power at 200000 seeds and 81 cells: any bias of 0.015 total variation in a window is seen (`smallest_bias_seen`, asserted
-    below), and less where it sits on rare tokens. Position-only noise is off by 0.03 on these models.
+    Power at 200000 seeds and 81 cells: any bias of 0.015 total variation in a window is seen (asserted below), and less where it
+    sits on rare tokens. Position-only noise is off by 0.03 on these models.
     """
     tokens = 2 * (model.num_drafts + 1) + 1
     seeds = torch.arange(SEEDS) * 0x9E3779B1 + 12345
@@ -200,16 +184,12 @@ def assert_simulation_agrees(model, source=CrowdSource):
         exact[sequence] = chance
     for start in range(tokens - WINDOW + 1):
         others = [i for i in range(tokens) if not start <= i < start + WINDOW]
-        expected = exact.sum(others).flatten() * SEEDS
         index = torch.zeros(SEEDS, dtype=torch.int64)
         for column in range(start, start + WINDOW):
             index = index * vocab + history[:, column]
-        observed = torch.bincount(index, minlength=vocab**WINDOW).double()
-        common = expected >= 5  # chi-square holds for these; what is rarer counts as one
-        expected, observed = (torch.cat([x[common], x[~common].sum()[None]]) for x in (expected, observed))
-        statistic = float(((observed - expected) ** 2 / expected)[expected > 0].sum())
-        chance = _tail(statistic, int((expected > 0).sum()) - 1)
-        assert chance >= LEVEL, f"tokens {start + 1} to {start + WINDOW}: chi-square {statistic:.0f}, chance {chance:.1e}"
+        observed = torch.bincount(index, minlength=vocab**WINDOW)
+        finding, _ = compare(f"tokens {start + 1} to {start + WINDOW}", observed, exact.sum(others), LEVEL)
+        assert finding.chance >= LEVEL, f"{finding.what}, chance {finding.chance:.1e}"
 
 
 def convicted(check, *arguments, **options):
@@ -425,7 +405,7 @@ def simulated(rule, cut="whole", seed=3, drafts=2):
 
 
 def test_what_the_simulation_sees():
-    assert smallest_bias_seen() <= 0.015
+    assert smallest_bias(3**WINDOW - 1, SEEDS, LEVEL) <= 0.015
 
 
 @pytest.mark.parametrize("cut", ["whole", "threshold", "causal", "older"])

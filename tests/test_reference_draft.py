@@ -178,5 +178,3 @@ def test_margins_are_recorded_and_decisions_can_be_turned():
 def test_what_the_reference_does_not_take():
     with pytest.raises(ValueError, match="out: expected None"):
         block([[[0, 1]]], out=object())
-    with pytest.raises(NotImplementedError, match="candidates"):
-        block([[[0, 1]]], candidates=1)

@@ -195,6 +195,21 @@ def test_ties_go_to_the_lowest_ids():
     assert [int(row.sum()) for row in kept] == [1, 3, 2000] and kept[2, :2000].all()
 
 
+def test_ties_of_neighbouring_floats():
+    """The last bit of a logit decides, whichever it is."""
+    one = torch.tensor(1.0)
+    after = torch.nextafter(one, torch.tensor(2.0))
+    rows = torch.stack([one, after, after, one, after, one]).repeat(2, 1)
+    rows[1] = torch.nextafter(rows[1], torch.tensor(2.0))
+    sampling = dk.SamplingTensors(
+        torch.ones(2), torch.zeros(2, dtype=torch.int64), top_k=torch.tensor([2, 4], dtype=torch.int32)
+    )
+    for k, want in ((2, [1, 2]), (4, [0, 1, 2, 4])):
+        sampling.top_k.fill_(k)
+        kept = check_filter(rows, sampling, exempt=False)
+        assert [row.nonzero().flatten().tolist() for row in kept] == [want, want]
+
+
 def test_near_ties_of_filters_are_recorded_and_turned():
     row = torch.tensor([0.3, 0.1, 0.6]).double().log()
     sampling = dk.SamplingTensors(torch.ones(1), torch.zeros(1, dtype=torch.int64), top_p=torch.tensor([0.9]))

@@ -11,6 +11,7 @@ from dspark_kernels.types import Stream
 from reference import accept
 from reference.accept import Verdict
 from reference.enumeration import CrowdSource, EnumeratingSource
+from reference.tree import TreeVerdict
 
 # ---- rules
 
@@ -164,16 +165,16 @@ class NonStrict(EnumeratingSource):
 class _PositionOnly:
     """Noise addressed without the anchor position: a position drafted again after a rejection meets its old noise."""
 
-    def address(self, stream, position):
-        stream, position, _ = super().address(stream, position)
+    def address(self, stream, position, node=0):
+        stream, position, _ = super().address(stream, position, node)
         return stream, position, 0
 
 
 class _DraftNoiseInCorrection:
     """Corrections drawn with the noise that drew the rejected draft."""
 
-    def address(self, stream, position):
-        return super().address(Stream.DRAFT if stream == Stream.CORRECT else stream, position)
+    def address(self, stream, position, node=0):
+        return super().address(Stream.DRAFT if stream == Stream.CORRECT else stream, position, node)
 
 
 class EnumeratingPositionOnly(_PositionOnly, EnumeratingSource):
@@ -190,3 +191,53 @@ class EnumeratingDraftNoise(_DraftNoiseInCorrection, EnumeratingSource):
 
 class CrowdDraftNoise(_DraftNoiseInCorrection, CrowdSource):
     pass
+
+
+# ---- trees
+
+
+def traversal_divided_by_the_child(target_probs, draft_probs, tree, source, anchor_position):
+    """The traversal rule with the rejected child's chance in the normaliser, where the node's own belongs."""
+
+    def visit(node, kept, path):
+        law, numerator, denominator = target_probs[node], kept, 1.0
+        for child in tree.children[node]:
+            token, proposed = tree.tokens[child], draft_probs[child]
+            chance = min(1.0, kept * float(law[token]) / float(proposed[token]))
+            verdict = visit(child, chance, (*path, child))
+            if verdict is not None:
+                return verdict
+            residual = (kept * law - proposed).clamp(min=0)
+            numerator = float(residual.sum())
+            denominator = numerator + 1.0 - chance
+            law, kept = residual / max(numerator, 1e-300), min(1.0, numerator / denominator)
+        position = anchor_position + len(path)
+        if node > 0 and not source.coin(position - 1, denominator, numerator, node=node):
+            return None
+        return TreeVerdict(path, source.draw(position, law if float(law.sum()) > 0 else target_probs[node], node=node))
+
+    return visit(0, 1.0, (0,))
+
+
+def recursive_without_residual(target_probs, draft_probs, tree, source, anchor_position):
+    """Every sibling judged against the whole of the target's law; what the elder ones were rejected for is not taken out."""
+    path = [0]
+    while True:
+        law = target_probs[path[-1]]
+        for child in tree.children[path[-1]]:
+            token = tree.tokens[child]
+            if source.coin(anchor_position + len(path), float(draft_probs[child][token]), float(law[token]), node=child):
+                path.append(child)
+                break
+        else:
+            for child in tree.children[path[-1]]:
+                law = (law - draft_probs[child]).clamp(min=0)
+            law = law if float(law.sum()) > 0 else target_probs[path[-1]]
+            return TreeVerdict(tuple(path), source.draw(anchor_position + len(path), law, node=path[-1]))
+
+
+class OneCoinForSiblings(EnumeratingSource):
+    """Coins addressed by position alone, so that all children of a node share theirs."""
+
+    def address(self, stream, position, node=0):
+        return super().address(stream, position, 0 if stream == Stream.ACCEPT else node)

@@ -107,7 +107,7 @@ def row_mass(unit_max_ptr, unit_mass_ptr, row, num_units, scale, BLOCK: tl.const
 @triton.jit
 def log_sum_exp(top, total, scale):
     """ln sum exp(logit / T) of what `row_mass` gives."""
-    lse = (top * scale + (tl.log2(tl.maximum(total, 1).to(tl.float32)) - 40.0)) * 0.6931471805599453
+    lse = (top * scale + tl.log2(tl.maximum(total, 1).to(tl.float32) * 9.094947017729282e-13)) * 0.6931471805599453
     return tl.where((top == NEG_INF) | (top == POS_INF), top, lse)
 
 

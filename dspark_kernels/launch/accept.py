@@ -10,17 +10,20 @@ from .arch import Arch
 @dataclasses.dataclass(frozen=True)
 class AcceptConfig:
     """group x chunk: rows x leaves of 1024 ids per item (more than one row only where an item covers a row's leaves all);
-    lag: requests between the waves; max_registers: per thread, None = the compiler's choice."""
+    lag: requests between the waves; max_registers: per thread, None = the compiler's choice; num_stages: of loads before a dot."""
 
     group: int
     chunk: int
     lag: int
     num_warps: int
     max_registers: int | None
+    num_stages: int = 3
 
 
-def pick(arch: Arch, num_leaves: int, num_drafts: int, sweeps_draft: bool) -> AcceptConfig:
+def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, rebuilt: bool = False) -> AcceptConfig:
     """The configuration for rows of `num_leaves` leaves. Not measured on a GPU yet.
+
+    heavy: whether lists, sampling settings or swept or rebuilt draft rows take more registers. rebuilt: whether rows are products.
 
     Four leaves an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
     multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
@@ -30,5 +33,8 @@ def pick(arch: Arch, num_leaves: int, num_drafts: int, sweeps_draft: bool) -> Ac
     pairs = 16 if arch.vendor == "interpreter" else 4
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
-    registers = (200 if sweeps_draft else 128) if arch.vendor == "nvidia" else None
+    registers = (200 if heavy else 128) if arch.vendor == "nvidia" else None
+    if rebuilt:
+        # As many warps as the draft block has (launch/draft.py), one tile of W2 at a time: that fits every shared memory.
+        return AcceptConfig(group, chunk, 2, 8, 255 if arch.vendor == "nvidia" else None, num_stages=1)
     return AcceptConfig(group, chunk, lag=2, num_warps=4, max_registers=registers)

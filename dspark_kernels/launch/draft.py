@@ -58,26 +58,32 @@ def ranks_per_dot(mixed: bool, filtered: bool, widened: bool, adjusted: bool) ->
     return 64 if adjusted or (mixed and filtered) else 128 if mixed or filtered or widened else 256
 
 
+def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
+    """Ranks per dot: what the bits of a projection depend on, so acceptance takes the same to rebuild them."""
+    padded_rank = max(16, 1 << max(0, rank - 1).bit_length())
+    return padded_rank if arch.vendor == "interpreter" else min(padded_rank, ranks if element_size <= 2 else 32)
+
+
 def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, ranks: int = 256) -> DraftConfig:
     """The configuration for W2 of [vocab, rank] whose products take `element_size` bytes an operand. Not measured on a GPU yet.
 
     one_tile: the batch fits one tile of requests. ranks: from `ranks_per_dot`.
     """
-    padded_rank = max(16, 1 << max(0, rank - 1).bit_length())
+    block_r = rank_block(arch, rank, element_size, ranks)
     native = arch.family in _NATIVE_FP8
     if arch.vendor == "interpreter":
         # One program walks everything: large tiles, because every operation costs the same whatever its size.
         # No block may have more than 2^20 elements.
-        block_v = min(4096, 2**20 // padded_rank, max(64, 1 << (vocab - 1).bit_length()))
-        few = min(512, padded_rank)
-        return DraftConfig(block_v, padded_rank, 1, 1, 1, None, True, few, 4 * few, few, native)
+        block_v = min(4096, 2**20 // block_r, max(64, 1 << (vocab - 1).bit_length()))
+        few = min(512, block_r)
+        return DraftConfig(block_v, block_r, 1, 1, 1, None, True, few, 4 * few, few, native)
     block_v, stages_one, stages_more = _TILES[arch.family]
     stages = stages_one if one_tile else stages_more
     # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
     registers = 255 if arch.vendor == "nvidia" else None
     return DraftConfig(
         block_v=block_v,
-        block_r=min(padded_rank, ranks if element_size <= 2 else 32),
+        block_r=block_r,
         num_warps=8,
         num_stages=stages,
         programs_per_sm=1,

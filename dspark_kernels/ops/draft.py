@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import library, workspace as workspaces
-from ..checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type, not_yet
+from ..checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
 from ..launch import arch, draft as draft_launch
 from ..types import (
     ConfidenceHead,
@@ -24,6 +24,7 @@ from ..types import (
     RnnMarkovHead,
     SamplingTensors,
 )
+from .candidates import draft_candidates
 from .sampling import SCHEMA, Flat, adjust_settings, check_sampling, flatten
 
 OP = "draft_block"
@@ -53,6 +54,7 @@ def draft_block(
     hidden: Tensor | None = None,
     confidence: ConfidenceHead | None = None,
     candidates: int | None = None,
+    bigrams: Tensor | None = None,
     draft_to_target: Tensor | None = None,
     vocab_size: int | None = None,
     first_draft: int = 0,
@@ -77,6 +79,10 @@ def draft_block(
             [S, K, words] for the positions of this call. The proposal holds -inf outside what filters leave.
         hidden: [R, K, H], needed by `confidence`, gated and rnn heads.
         confidence: ConfidenceHead; its weight is [H], or [H + r] with the Markov input.
+        candidates: restrict each position to its C best base logits after penalties, bias and mask (1 to 256; ties: lowest ids);
+            the proposal is sparse, and its noise is that of the dense form.
+        bigrams: int32 or int64 [V, B] with `candidates`: for a token before a position, ids of the head's vocabulary (-1 = unused)
+            that join the candidates; a position then has C + B entries.
         draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; a negative entry stands for no token.
             Tokens come out, W1 and the noise are addressed, and ties go to the lowest, by target ids. For a table of offsets
             (target = draft + offset, as in EAGLE-3's d2t) see `ids_from_offsets`.
@@ -92,7 +98,9 @@ def draft_block(
             its latents: Workspace(..., markov_rank=r).
 
     Returns:
-        DraftBlock. Its proposal is dense (logits in base_logits' dtype, lse) with `sampling`, one-hot without.
+        DraftBlock. Its proposal is dense (logits in base_logits' dtype, lse) with `sampling`, one-hot without. With `candidates` it
+        is sparse instead: ids in ascending order of the head's vocabulary, then listed successors; an entry without a candidate
+        (V < C, an unused or repeated successor, an id that stands for no token) is id 0 with -inf.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
@@ -103,13 +111,20 @@ def draft_block(
     device, slots = base_logits.device, anchors.shape[0]
     check_choice("noise", noise, ("draft", "coupled"))
     check_int("first_draft", first_draft, low=0)
-    if candidates is not None:
-        not_yet(OP, "candidates", "sparse candidate drafting is")
     check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True)
     targets = _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device)
     hidden_size = _check_hidden(hidden, head, confidence, rows, drafts, device)
     _check_head(head, head_state, vocab, hidden_size, first_draft, slots, device)
     _check_confidence(confidence, hidden_size, head, drafts, first_draft, device)
+    if candidates is not None:
+        return draft_candidates(
+            base_logits, anchors, head, _mixing(head), anchor_positions=anchor_positions, sampling=sampling, hidden=hidden,
+            confidence=confidence, candidates=candidates, bigrams=bigrams, draft_to_target=draft_to_target, targets=targets,
+            first_draft=first_draft, head_state=head_state, noise=noise, state_indices=state_indices, keep_logits=keep_logits,
+            out=out, workspace=workspace,
+        )  # fmt: skip
+    if bigrams is not None:
+        raise ValueError("bigrams: expected None without `candidates`, got a tensor")
 
     if out is None:
         column = 0

@@ -7,6 +7,7 @@ The block's rows see each other in both directions and the whole context; querie
 keeps the injected context, one entry per token before the anchor; the block's own keys and values are dropped after
 each pass.
 
+The layers are Qwen3's (reference/model.py) or, where the config says so, those of Gemma 4's full attention (reference/gemma4.py).
 Sources: blockwise parallel decoding (arXiv 1811.03115), DFlash (arXiv 2602.06036).
 """
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import gemma4
 from ..model import DecoderLayer, KVCache, Rotation, Rows, Shape, Target, Weights, rms_norm, run_layers
 from . import Committed, Drafter
 
@@ -27,8 +29,9 @@ class Block(Drafter):
 
     config: a transformer config with `block_size` (K), `mask_token_id`, `target_layer_ids` (-1 = the embedding, i =
     output of layer i) and optionally `anchor_first` (default true: the anchor and K - 1 masks, all predict; false: the
-    anchor and K masks, the masks predict). tensors: fc.weight [d, m * d_target], hidden_norm.weight, norm.weight [d],
-    layers.i.*; embed_tokens.weight and lm_head.weight [V, d], or neither: the target's.
+    anchor and K masks, the masks predict); `architectures` ["Gemma4DSparkModel"]: layers of Gemma 4, whose embeddings are scaled
+    and whose logits are capped before a sequential head adds to them. tensors: fc.weight [d, m * d_target], hidden_norm.weight,
+    norm.weight [d], layers.i.*; embed_tokens.weight and lm_head.weight [V, d], or neither: the target's.
 
     Raises:
         ValueError: a missing key or tensor, a wrong shape, a layer that the target does not have.
@@ -38,7 +41,10 @@ class Block(Drafter):
     confidence = None
 
     def __init__(self, config: Mapping, tensors: Mapping[str, Tensor], target: Target):
-        self.target, self.shape = target, Shape.from_config(config)
+        gemma = config.get("architectures") == ["Gemma4DSparkModel"]
+        self.target, self.shape = target, gemma4.shape(config) if gemma else Shape.from_config(config)
+        make_layer, self._norm = (gemma4.DecoderLayer, gemma4.rms_norm) if gemma else (DecoderLayer, rms_norm)
+        self._scale, self._cap = (self.shape.hidden**0.5, config.get("final_logit_softcapping")) if gemma else (None, None)
         shape, take = self.shape, Weights(tensors, target.device, target.dtype)
         missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if key not in config]
         if missing:
@@ -57,7 +63,7 @@ class Block(Drafter):
         d = shape.hidden
         self.fc = take("fc.weight", d, len(self.feature_layers) * target.shape.hidden)
         self.context_norm, self.norm = take("hidden_norm.weight", d), take("norm.weight", d)
-        self.layers = [DecoderLayer(shape, take.below(f"layers.{i}.")) for i in range(shape.layers)]
+        self.layers = [make_layer(shape, take.below(f"layers.{i}.")) for i in range(shape.layers)]
         own = "embed_tokens.weight" in take or "lm_head.weight" in take or d != target.shape.hidden
         self.embedding = take("embed_tokens.weight", shape.vocab, d) if own else target.embedding
         self.lm_head = take("lm_head.weight", shape.vocab, d) if own else target.head
@@ -74,7 +80,7 @@ class Block(Drafter):
         hidden = self.block_hidden(anchors)[:, :drafts]
         self.passes += 1
         return ops.draft_block(
-            F.linear(hidden, self.lm_head),
+            self.base_logits(hidden),
             anchors.token_ids,
             self.head,
             anchor_positions=anchors.positions,
@@ -92,14 +98,21 @@ class Block(Drafter):
         token_ids = torch.full((len(anchors.slots), length), self.mask_token_id, device=self.target.device)
         token_ids[:, 0] = anchors.batch_ids
         x = F.embedding(token_ids.flatten(), self.embedding)
+        if self._scale is not None:
+            x = x * x.new_tensor(self._scale)
         for x in run_layers(self.layers, x, rows, self._cache, causal=False):
             pass
         for slot, start in zip(anchors.slots, anchors.starts, strict=True):
             self._cache.crop(slot, start)
-        return rms_norm(x, self.norm, self.shape.eps).view(len(anchors.slots), length, -1)[:, -self.max_drafts :]
+        return self._norm(x, self.norm, self.shape.eps).view(len(anchors.slots), length, -1)[:, -self.max_drafts :]
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """[R, n, d] -> [R, n, V]."""
+        logits = F.linear(hidden, self.lm_head)
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def commit(self, committed: Committed):
-        context = rms_norm(F.linear(committed.features, self.fc), self.context_norm, self.shape.eps)
+        context = self._norm(F.linear(committed.features, self.fc), self.context_norm, self.shape.eps)
         self._cache.claim(committed.rows)
         rotation = Rotation.at(committed.rows.positions, self.shape, context.dtype)
         for index, layer in enumerate(self.layers):

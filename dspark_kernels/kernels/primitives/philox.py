@@ -1,8 +1,8 @@
 """Random words addressed by meaning: Philox 4x32-10 with key = seed, counter = (lane >> 2, position, anchor, stream | node << 8).
 
 The draw of a lane is output word lane & 3, so four neighbouring lanes share one Philox call. Symbols: lane = token id, leaf
-index or 0; position = the sequence position being decided. Oracle: reference/philox.py. Source: Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011.
+index or 0; position = the sequence position being decided; node = slot of a draft tree, 0 in chains. Oracle:
+reference/philox.py. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 import triton
@@ -18,7 +18,7 @@ DRAFT_LEAF = tl.constexpr(6)
 
 
 @triton.jit
-def _four_words(seed, group, position, anchor, stream: tl.constexpr):
+def _four_words(seed, group, position, anchor, stream: tl.constexpr, node=0):
     # All counters as uint32 blocks of one shape: an int64 counter would select Philox 4x64.
     zero = (group * 0).to(tl.uint32)
     shape_seed = seed.to(tl.uint64) + zero.to(tl.uint64)
@@ -27,18 +27,18 @@ def _four_words(seed, group, position, anchor, stream: tl.constexpr):
         group.to(tl.uint32),
         zero + position.to(tl.uint32),
         zero + anchor.to(tl.uint32),
-        zero + stream,
+        zero + stream + (zero + node << 8),
     )
 
 
 @triton.jit
-def lane_words(seed, first_lane, position, anchor, stream: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+def lane_words(seed, first_lane, position, anchor, stream: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, node=0):
     """Words of lanes first_lane .. first_lane + LANES - 1 (first_lane a multiple of 4) for each row: uint32 [ROWS, LANES].
 
-    seed, position, anchor, first_lane: [ROWS, 1].
+    seed, position, anchor, first_lane, node: [ROWS, 1].
     """
     group = (first_lane >> 2) + tl.arange(0, LANES // 4)[None, :] + tl.zeros([ROWS, LANES // 4], tl.int32)
-    w0, w1, w2, w3 = _four_words(seed, group, position, anchor, stream)
+    w0, w1, w2, w3 = _four_words(seed, group, position, anchor, stream, node)
     even = tl.join(w0, w2)  # [ROWS, LANES/4, 2]: words 0 and 2
     odd = tl.join(w1, w3)
     return tl.reshape(tl.join(even, odd), [ROWS, LANES])  # index 4g + 2a + b = word 2a + b of group g
@@ -47,15 +47,15 @@ def lane_words(seed, first_lane, position, anchor, stream: tl.constexpr, ROWS: t
 @triton.jit
 def words_at(seed, lanes, position, anchor, stream: tl.constexpr):
     """Words of any lanes, one Philox call each: uint32 of the common shape of lanes and seed, position, anchor."""
-    w0, w1, w2, w3 = _four_words(seed, (lanes >> 2) + tl.zeros_like(seed).to(lanes.dtype), position, anchor, stream)
+    w0, w1, w2, w3 = _four_words(seed, (lanes >> 2) + tl.zeros_like(seed).to(lanes.dtype), position, anchor, stream, 0)
     which = lanes & 3
     return tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
 
 
 @triton.jit
-def coin_words(seed, position, anchor, stream: tl.constexpr):
+def coin_words(seed, position, anchor, stream: tl.constexpr, node=0):
     """The word of lane 0 for each position of a block."""
-    w0, _, _, _ = _four_words(seed, (position * 0).to(tl.int32), position, anchor, stream)
+    w0, _, _, _ = _four_words(seed, (position * 0).to(tl.int32), position, anchor, stream, node)
     return w0
 
 

@@ -1,0 +1,342 @@
+"""What a checkpoint directory may hold, by the `architectures` of its config.json: which keys and tensors, or why it is refused.
+
+| architectures | what it is | published as |
+| --- | --- | --- |
+| Qwen3DSparkModel | DSpark, Qwen3 layers; rank 0 without confidence: DeepSpec's DFlash | deepseek-ai/{dspark,dflash}_qwen3_* |
+| Gemma4DSparkModel | the same with the layers of Gemma 4's full attention | deepseek-ai/{dspark,dflash}_gemma4_12b_block7 |
+| DFlashDraftModel | DFlash: only masks predict, embedding and head are the target's | z-lab/*-DFlash* |
+| Qwen3ForCausalLM | a target, or a draft model | Qwen/Qwen3-* |
+
+Symbols: d hidden size, m target layers, V vocabulary, r Markov rank, K drafts per pass. Everything is decided by config.json: a
+config is checked in full before a tensor is looked for. Sources: github.com/deepseek-ai/DeepSpec (DSpark, its DFlash and EAGLE-3),
+github.com/z-lab/dflash, github.com/SafeAILab/EAGLE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Callable, Mapping
+
+HEAD_TYPES = ("vanilla", "gated", "rnn")
+_SIZES = ("4b", "8b", "14b")
+_DSPARK = (*(f"deepseek-ai/dspark_qwen3_{size}_block7" for size in _SIZES), "deepseek-ai/dspark_gemma4_12b_block7")
+_DFLASH = (
+    *(f"deepseek-ai/dflash_qwen3_{size}_block7" for size in _SIZES),
+    "deepseek-ai/dflash_gemma4_12b_block7",
+    "z-lab/Qwen3-4B-DFlash-b16",
+    "z-lab/Qwen3-8B-DFlash-b16",
+)
+_EAGLE = (*(f"deepseek-ai/eagle3_qwen3_{size}_ttt7" for size in _SIZES), "deepseek-ai/eagle3_gemma4_12b_ttt7")
+_TARGETS = ("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B", "google/gemma-4-12B-it")
+REPOSITORIES = (*_DSPARK, *_DFLASH, *_EAGLE, *_TARGETS)
+PUBLISHED_DRAFTERS = "DSpark drafters on Hugging Face: " + ", ".join(_DSPARK) + "; DFlash: " + ", ".join(_DFLASH)
+PUBLISHED_TARGETS = "targets on Hugging Face: " + ", ".join(_TARGETS)
+_LAYER_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_hidden_layers",
+    "vocab_size",
+)
+_DRAFTER_SIZES = ("block_size", "num_target_layers")
+_DRAFTER_KEYS = ("mask_token_id", "target_layer_ids", "markov_rank", "enable_confidence_head")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One architecture.
+
+    title: what it is, in a few words. check(config, source): raises ValueError, naming the file `source`, for a config that is
+    incomplete or asks for what nothing here computes. drafter(config): a drafter's config in DSpark's words (`DrafterCheckpoint`).
+    shapes(config): every tensor of a checked config; of a drafter, in DSpark's words.
+    """
+
+    title: str
+    check: Callable[[Mapping, Path], None]
+    shapes: Callable[[Mapping], Shapes]
+    drafter: Callable[[Mapping], dict] = dict
+
+
+def published(directory: Path, several: str) -> str:
+    """Where a directory that is not there can be had: its repository, where the name tells which, else all of `several`."""
+    for repository in REPOSITORIES:
+        owner, name = repository.split("/")
+        if directory.name.lower() in (name.lower(), f"models--{owner}--{name}".lower()):
+            return f"the repository {repository} on Hugging Face holds it: hf download {repository} --local-dir {directory}"
+    return several
+
+
+def described(config: Mapping) -> str:
+    """A config's architectures, its model_type, and what that is and why it is refused, where known."""
+    found = config.get("architectures")
+    text = "none" if found is None else json.dumps(found)
+    text += "" if config.get("model_type") is None else f" (model_type {config['model_type']!r})"
+    known = other(config)
+    return text + (f", {known}" if known else "")
+
+
+def other(config: Mapping) -> str | None:
+    """What a config of no format here is, and why it is refused; None where it is unknown."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    if is_eagle3(config):
+        width = config.get("draft_vocab_size")
+        own = width not in (None, config.get("vocab_size"))
+        return (
+            "an EAGLE-3 drafter: its layers read target states beside token embeddings and draft token by token"
+            + (f", over {width} ids of its own that d2t maps to the target's" if own else "")
+            + "; no backbone for them is here (an engine that has one drives draft_block with first_draft and draft_to_target)"
+        )
+    if "speculators_config" in config or "speculators_model_type" in config:
+        return "a drafter in the layout of the speculators library, which wraps the config: expected the published layout"
+    if name == "DSparkDraftModel":
+        return "a DSpark drafter of other training code, whose layers may differ from those of DeepSpec"
+    if name.startswith("DFlash"):
+        return "a DFlash drafter of another version, with parts that are not in the published DFlashDraftModel"
+    if "eagle" in name.lower():
+        return "an EAGLE drafter, which drafts token by token from the target's last layer; no backbone for it is here"
+    if config.get("model_type") in ("deepseek_v3", "deepseek_v4", "deepseek_v32"):
+        return "a DeepSeek model, whose drafter is part of the target's own files and needs its attention"
+    return None
+
+
+def is_eagle3(config: Mapping) -> bool:
+    """An EAGLE-3 drafter: by name, or a language model of one layer with a draft vocabulary (SafeAILab's own files)."""
+    names = config.get("architectures")
+    named = isinstance(names, list) and any(isinstance(name, str) and "eagle3" in name.lower() for name in names)
+    return named or "draft_vocab_size" in config
+
+
+def _require(condition: bool, source: Path, expected: str, got) -> None:
+    if not condition:
+        raise ValueError(f"{source}: expected {expected}, got {got}")
+
+
+def _require_keys(config: Mapping, keys, source: Path) -> None:
+    missing = [key for key in keys if key not in config]
+    _require(not missing, source, f"the keys {', '.join(missing)}", "a config without them")
+
+
+def _check_size(value, key: str, source: Path, low: int = 1) -> None:
+    _require(type(value) is int and value >= low, source, f"an integer {key} >= {low}", repr(value))
+
+
+def _check_heads(config: Mapping, kv_heads: str, source: Path) -> None:
+    heads, groups = config["num_attention_heads"], config[kv_heads]
+    _require(heads % groups == 0, source, f"num_attention_heads to be a multiple of {kv_heads}", f"{heads} and {groups}")
+
+
+def _check_qwen3_layers(config: Mapping, source: Path) -> None:
+    _require_keys(config, _LAYER_SIZES, source)
+    for key in _LAYER_SIZES:
+        _check_size(config[key], key, source)
+    _check_heads(config, "num_key_value_heads", source)
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        rope = {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")}
+    has_theta = isinstance(rope.get("rope_theta"), (int, float))
+    _require(has_theta, source, "rope_parameters with a rope_theta, or rope_theta itself", "neither")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    _require(kind == "default", source, "rope_type 'default'", repr(kind))
+    activation = config.get("hidden_act", "silu")
+    _require(activation == "silu", source, "hidden_act 'silu'", repr(activation))
+    _check_attention(config, source)
+
+
+def _check_attention(config: Mapping, source: Path) -> None:
+    _require(not config.get("attention_bias"), source, "no attention_bias", "one")
+    types = config.get("layer_types") or []
+    windows = config.get("use_sliding_window") or any(kind != "full_attention" for kind in types)
+    _require(not windows, source, "full attention in every layer", f"layer_types {types}" if types else "use_sliding_window")
+
+
+def _check_gemma4_layers(config: Mapping, source: Path) -> None:
+    sizes = [key for key in _LAYER_SIZES if key not in ("num_key_value_heads", "head_dim")]
+    sizes += ["global_head_dim", gemma4_kv_heads(config)]
+    _require_keys(config, (*sizes, "rope_parameters"), source)
+    for key in sizes:
+        _check_size(config[key], key, source)
+    _check_heads(config, gemma4_kv_heads(config), source)
+    rope = config["rope_parameters"]
+    rope = rope.get("full_attention") if isinstance(rope, Mapping) else None
+    _require(isinstance(rope, Mapping), source, "rope_parameters with an entry full_attention", config["rope_parameters"])
+    _require(isinstance(rope.get("rope_theta"), (int, float)), source, "a rope_theta for full_attention", rope)
+    kind, same_width = rope.get("rope_type", "default"), config.get("head_dim") == config["global_head_dim"]
+    known = kind == "proportional" or (kind == "default" and same_width)
+    _require(known, source, "rope_type 'proportional' for full_attention", repr(kind))
+    factor = rope.get("partial_rotary_factor", 1.0)
+    _require(isinstance(factor, (int, float)) and 0 <= factor <= 1, source, "a partial_rotary_factor from 0 to 1", repr(factor))
+    _require(rope.get("factor", 1.0) == 1.0, source, "RoPE without a factor", rope.get("factor"))
+    activation = config.get("hidden_activation", "gelu_pytorch_tanh")
+    _require(activation == "gelu_pytorch_tanh", source, "hidden_activation 'gelu_pytorch_tanh'", repr(activation))
+    cap = config.get("final_logit_softcapping")
+    _require(cap is None or cap > 0, source, "a positive final_logit_softcapping or none", cap)
+    _check_attention(config, source)
+    for key, what in (
+        ("enable_moe_block", "mixture-of-experts blocks"),
+        ("hidden_size_per_layer_input", "embeddings per layer"),
+        ("use_double_wide_mlp", "double-wide MLPs"),
+    ):
+        _require(not config.get(key), source, f"no {what} in a drafter ({key})", config.get(key))
+
+
+def gemma4_kv_heads(config: Mapping) -> str:
+    """The key that gives the key-value heads of Gemma 4's full attention: where values are the keys, a number of its own."""
+    return "num_global_key_value_heads" if config.get("attention_k_eq_v") else "num_key_value_heads"
+
+
+def _check_block(config: Mapping, source: Path) -> None:
+    """What a block drafter adds to its layers, in DSpark's words."""
+    _require_keys(config, _DRAFTER_SIZES + _DRAFTER_KEYS, source)
+    for key in _DRAFTER_SIZES:
+        _check_size(config[key], key, source)
+    _check_size(config["markov_rank"], "markov_rank", source, low=0)
+    if config["markov_rank"]:
+        _require_keys(config, ("markov_head_type",), source)
+        kind = config["markov_head_type"]
+        _require(kind in HEAD_TYPES, source, f"markov_head_type in {HEAD_TYPES}", repr(kind))
+    if config["enable_confidence_head"]:
+        _require_keys(config, ("confidence_head_with_markov",), source)
+        alone = config["confidence_head_with_markov"] and not config["markov_rank"]
+        _require(not alone, source, "markov_rank >= 1 with confidence_head_with_markov", 0)
+    layers, count = config["target_layer_ids"], config["num_target_layers"]
+    _require(
+        isinstance(layers, list) and layers and all(type(i) is int and -1 <= i < count for i in layers),
+        source, f"target_layer_ids from -1 to {count - 1} (num_target_layers - 1)", layers,
+    )  # fmt: skip
+    mask, last = config["mask_token_id"], config["vocab_size"] - 1
+    _require(type(mask) is int and 0 <= mask <= last, source, f"mask_token_id from 0 to {last}", repr(mask))
+    temperatures, size = config.get("sts_temperatures"), config["block_size"]
+    _require(
+        temperatures is None
+        or (
+            isinstance(temperatures, list)
+            and len(temperatures) == size
+            and all(isinstance(value, (int, float)) and value > 0 for value in temperatures)
+        ),
+        source, f"{size} positive sts_temperatures", temperatures,
+    )  # fmt: skip
+
+
+def _check_qwen3_dspark(config: Mapping, source: Path) -> None:
+    _check_qwen3_layers(config, source)
+    _check_block(config, source)
+
+
+def _check_gemma4_dspark(config: Mapping, source: Path) -> None:
+    _check_gemma4_layers(config, source)
+    _check_block(config, source)
+
+
+def _check_dflash(config: Mapping, source: Path) -> None:
+    _check_qwen3_layers(config, source)
+    own = config.get("dflash_config")
+    _require(isinstance(own, Mapping), source, "a dflash_config", own)
+    surplus = sorted(own.keys() - {"target_layer_ids", "mask_token_id"})
+    _require(not surplus, source, "a dflash_config of target_layer_ids and mask_token_id alone", f"{', '.join(surplus)} too")
+    _require_keys(own, ("mask_token_id",), source)
+    for key in _DRAFTER_SIZES:
+        _require_keys(config, (key,), source)
+    _check_size(config["block_size"], "block_size", source, low=2)
+    _check_size(config["num_target_layers"], "num_target_layers", source)
+    _check_block(_dflash_drafter(config), source)
+
+
+def _dflash_drafter(config: Mapping) -> dict:
+    """DFlash's config in DSpark's words: its block_size counts the anchor, which predicts nothing."""
+    own = config["dflash_config"]
+    return {
+        **config,
+        "block_size": config["block_size"] - 1,
+        "anchor_first": False,
+        "mask_token_id": own["mask_token_id"],
+        "target_layer_ids": own.get("target_layer_ids", _spread(config["num_target_layers"], config["num_hidden_layers"])),
+        "markov_rank": 0,
+        "enable_confidence_head": False,
+    }
+
+
+def _spread(target_layers: int, draft_layers: int) -> list[int]:
+    """DFlash's own choice of target layers: as many as draft layers, evenly from the second to the last but two."""
+    if draft_layers == 1:
+        return [target_layers // 2]
+    first, last = 1, target_layers - 3
+    return [round(first + i * (last - first) / (draft_layers - 1)) for i in range(draft_layers)]
+
+
+def _qwen3_layer(config: Mapping) -> Shapes:
+    d, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    return {
+        "input_layernorm.weight": (d,),
+        "post_attention_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (queries, d),
+        "self_attn.k_proj.weight": (keys, d),
+        "self_attn.v_proj.weight": (keys, d),
+        "self_attn.o_proj.weight": (d, queries),
+        "self_attn.q_norm.weight": (head,),
+        "self_attn.k_norm.weight": (head,),
+        "mlp.gate_proj.weight": (ffn, d),
+        "mlp.up_proj.weight": (ffn, d),
+        "mlp.down_proj.weight": (d, ffn),
+    }
+
+
+def _gemma4_layer(config: Mapping) -> Shapes:
+    heads = {"head_dim": config["global_head_dim"], "num_key_value_heads": config[gemma4_kv_heads(config)]}
+    shapes = _qwen3_layer({**config, **heads})
+    if config.get("attention_k_eq_v"):
+        del shapes["self_attn.v_proj.weight"]
+    d = config["hidden_size"]
+    return {**shapes, "pre_feedforward_layernorm.weight": (d,), "post_feedforward_layernorm.weight": (d,), "layer_scalar": (1,)}
+
+
+def _backbone(config: Mapping, layer: Shapes) -> Shapes:
+    d = config["hidden_size"]
+    shapes = {"fc.weight": (d, len(config["target_layer_ids"]) * d), "hidden_norm.weight": (d,), "norm.weight": (d,)}
+    for i in range(config["num_hidden_layers"]):
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in layer.items()})
+    return shapes
+
+
+def _dspark(config: Mapping, layer: Shapes) -> Shapes:
+    d, vocab, rank = config["hidden_size"], config["vocab_size"], config["markov_rank"]
+    shapes = {"embed_tokens.weight": (vocab, d), "lm_head.weight": (vocab, d), **_backbone(config, layer)}
+    if rank:
+        shapes["markov_head.markov_w1.weight"] = shapes["markov_head.markov_w2.weight"] = (vocab, rank)
+        if config["markov_head_type"] == "gated":
+            shapes["markov_head.gate_proj.weight"] = (rank, d + rank)
+            shapes["markov_head.gate_proj.bias"] = (rank,)
+        elif config["markov_head_type"] == "rnn":
+            shapes["markov_head.joint_proj.weight"] = (3 * rank, 2 * rank + d)
+            shapes["markov_head.joint_proj.bias"] = (3 * rank,)
+    if config["enable_confidence_head"]:
+        shapes["confidence_head.proj.weight"] = (1, d + (rank if config["confidence_head_with_markov"] else 0))
+        shapes["confidence_head.proj.bias"] = (1,)
+    return shapes
+
+
+def _causal_lm(config: Mapping) -> Shapes:
+    d, vocab = config["hidden_size"], config["vocab_size"]
+    shapes = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
+    for i in range(config["num_hidden_layers"]):
+        shapes.update({f"model.layers.{i}.{name}": shape for name, shape in _qwen3_layer(config).items()})
+    if not config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = (vocab, d)
+    return shapes
+
+
+DRAFTERS = {
+    "Qwen3DSparkModel": Format("DSpark drafter with Qwen3 layers", _check_qwen3_dspark, lambda c: _dspark(c, _qwen3_layer(c))),
+    "Gemma4DSparkModel": Format("DSpark drafter with Gemma 4 layers", _check_gemma4_dspark, lambda c: _dspark(c, _gemma4_layer(c))),
+    "DFlashDraftModel": Format(
+        "DFlash drafter with Qwen3 layers", _check_dflash, lambda c: _backbone(c, _qwen3_layer(c)), _dflash_drafter
+    ),
+}
+TARGETS = {"Qwen3ForCausalLM": Format("Qwen3 language model", _check_qwen3_layers, _causal_lm)}

@@ -1,0 +1,92 @@
+"""compact_kv: keys and values of accepted tree nodes to consecutive slots, all layers in one launch.
+
+    slot(b + j) <- slot(path[j]),  j = 1..n,  b = the anchor's row
+
+Oracle: reference/compact.py. Source: the tree caches of SpecInfer, arXiv 2305.09781.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import library
+from ..checks import check_tensor, check_type
+from ..launch import arch, compact as compact_launch
+from ..types import Acceptance, KVLayers, VerifyLayout, check_slotted, slot_rows
+
+OP = "compact_kv"
+
+
+def compact_kv(layers: KVLayers, acceptance: Acceptance, layout: VerifyLayout, *, extra: Sequence[Tensor] = ()) -> None:
+    """Move what the accepted path left in the caches to the slots behind the context, in place, in one launch.
+
+    A tree's rows are cached by node (`tree_layout`); after it, slot anchor_position + j holds the j-th token of the path, as if a
+    chain had been verified. What lies behind the path is left as it is. Correct where sources and destinations overlap; bytes are
+    moved as they are, so any dtype does, fp8 too.
+
+    Args:
+        layers: caches of all layers, made once by `KVLayers.of`.
+        acceptance: of `accept_tree`; kv_source int32 [R, M] names the forward rows of the path.
+        layout: of the verified rows, with slot_mapping.
+        extra: more tensors [pages, page_size, ...] that hold state by cache slot (a drafter's cache, MLA's latents). A table of
+            their addresses is made, and copied to the device, at the first call with them: before a graph is captured.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
+        RuntimeError: no Triton, or CPU tensors without its interpreter.
+    """
+    check_type("layers", layers, KVLayers)
+    check_type("acceptance", acceptance, Acceptance)
+    check_type("layout", layout, VerifyLayout)
+    device = layers.caches[0].device
+    if acceptance.kv_source is None:
+        raise ValueError("acceptance.kv_source: expected int32 [R, M], as accept_tree gives it, got None")
+    if layout.slot_mapping is None:
+        raise ValueError("layout.slot_mapping: expected int64 [N], a layout made with block_tables, got None")
+    check_tensor("acceptance.kv_source", acceptance.kv_source, device=device)
+    check_tensor("layout.slot_mapping", layout.slot_mapping, device=device)
+    extra = list(extra)
+    check_slotted(extra, "extra", layers.caches[0])
+    if acceptance.kv_source.shape[0]:
+        _compact_kv(
+            list(layers.caches), layers.table, list(layers.pointers), layers.unit, layout.slot_mapping, acceptance.kv_source,
+            acceptance.num_accepted, extra,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
+def _table(rows: tuple, device: torch.device) -> Tensor:
+    return torch.tensor(rows, device=device)
+
+
+@library.register(
+    "compact_kv(Tensor(a!)[] caches, Tensor table, int[] pointers, int unit, Tensor slot_mapping, Tensor kv_source, "
+    "Tensor num_accepted, Tensor(b!)[] extra) -> ()"
+)
+def _compact_kv(caches, table, pointers, unit, slot_mapping, kv_source, num_accepted, extra):
+    device = slot_mapping.device
+    kernels = library.kernels("compact", device)
+    # torch.compile may hand over copies of the caches: then the table made for the originals does not hold.
+    if extra or any(cache.data_ptr() != pointer for cache, pointer in zip(caches, pointers, strict=True)):
+        rows, unit = slot_rows([*caches, *extra], "caches")
+        table = _table(tuple(rows), device)
+    planes = [*caches, *extra]
+    width = max(plane[0, 0].numel() * plane.element_size() if plane.numel() else 0 for plane in planes) // unit
+    if width == 0:
+        return
+    config = compact_launch.pick(arch.current(device), width)
+    chunks = -(-width // config.chunk)
+    requests, nodes = kv_source.shape
+    kernels.launch_compact_kv(
+        requests * len(planes) * chunks,
+        (
+            table, slot_mapping, kv_source, num_accepted,
+            slot_mapping.shape[0], nodes, len(planes), chunks, caches[0].shape[1],
+        ),
+        unit=unit,
+        config=config,
+    )  # fmt: skip

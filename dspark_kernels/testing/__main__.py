@@ -1,0 +1,101 @@
+"""python -m dspark_kernels.testing module:function: a verdict per test on an acceptance function.
+
+    python -m dspark_kernels.testing dspark_kernels.testing.ours:token                       the kernel
+    python -m dspark_kernels.testing dspark_kernels.testing.rules:block                      plain torch
+    python -m dspark_kernels.testing dspark_kernels.testing.known_wrong:block_first_reject   a planted mistake
+
+What a function takes and returns: dspark_kernels/testing/suite.py. The exit status is 0 if every test passed, 1 if the function was
+convicted, 2 for a bad argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import sys
+
+import torch
+
+from . import interpreter, suite
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parser() -> argparse.ArgumentParser:
+    width = max(map(len, suite.TESTS))
+    tests = "\n".join(f"  {name.ljust(width)}  {test.__doc__.splitlines()[0]}" for name, (test, *_) in suite.TESTS.items())
+    p = argparse.ArgumentParser(
+        prog="python -m dspark_kernels.testing",
+        description="A verdict per test on an acceptance function.",
+        epilog="\n".join(__doc__.splitlines()[2:]) + "\n\ntests:\n" + tests,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("function", metavar="module:function", help="the acceptance function; found from the current directory, too")
+    p.add_argument("tests", nargs="*", metavar="TEST", help="names of tests (default: all that the rule has)")
+    p.add_argument("--skip", metavar="TEST[,TEST]", default="", help="tests to leave out")
+    p.add_argument("--rule", choices=suite.RULES, help="what the function claims to be (default: its attribute `rule`, else token)")
+    p.add_argument("--quick", action="store_true", help=f"{suite.QUICK} requests per law instead of {suite.REQUESTS}")
+    p.add_argument("--requests", type=int, metavar="N", help="requests per law; a function's `max_requests` bounds the default")
+    p.add_argument("--seed", type=int, default=0, help="of all seeds (default: %(default)s)")
+    p.add_argument("--device", help="default: cuda where there is one and Triton's interpreter is off, else cpu")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the logits (default: %(default)s)")
+    p.add_argument("--draft", metavar="module:function", help="sampler of drafts to test together with it")
+    p.add_argument("--schedule", metavar="module:function", help="confidences [R, K] to lengths [R], to test together with it")
+    p.add_argument("--unseeded", action="store_true", help="the function's noise does not come from the seeds it is given")
+    return p
+
+
+def _resolve(p: argparse.ArgumentParser, option: str, name: str | None):
+    if name is None:
+        return None
+    if ":" not in name:
+        p.error(f"{option}: expected module:function, got {name!r}")
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        p.error(f"{option}: {error}")
+    if not callable(found):
+        p.error(f"{option}: expected a function, got {type(found).__name__}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    args = p.parse_intermixed_args(argv)
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    function = _resolve(p, "function", args.function)
+    draft, schedule = _resolve(p, "--draft", args.draft), _resolve(p, "--schedule", args.schedule)
+    skipped = [name for name in args.skip.split(",") if name]
+    for name in (*args.tests, *skipped):
+        if name not in suite.TESTS:
+            p.error(f"tests: expected some of {', '.join(suite.TESTS)}, got {name!r}")
+    rule = args.rule or getattr(function, "rule", "token")
+    tests = args.tests or [name for name, (_, rules, _) in suite.TESTS.items() if rule in rules]
+    compiled = torch.cuda.is_available() and not interpreter.interpreting()
+    device = args.device or ("cuda" if compiled else "cpu")
+    requests = args.requests
+    if requests is not None and requests < suite.FEWEST_REQUESTS:
+        p.error(f"--requests: expected >= {suite.FEWEST_REQUESTS}, got {requests}")
+    if requests is None:
+        requests = suite.default_requests(function, args.quick)
+    print(f"{args.function}: {rule} rule, {requests} requests per law, seed {args.seed}, {args.dtype} on {device}", flush=True)
+    report = suite.check(
+        function,
+        rule=rule,
+        tests=[name for name in tests if name not in skipped],
+        requests=requests,
+        seed=args.seed,
+        device=device,
+        dtype=DTYPES[args.dtype],
+        draft=draft,
+        schedule=schedule,
+        unseeded=args.unseeded,
+        progress=lambda result: print(result, flush=True),
+    )
+    print(report.summary())
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Tests of an acceptance function on batches whose output is known in advance, token by token.
+
+Where a target row puts all mass on one id, every lossless rule must say it, and every draft of that id is accepted: rows that
+are read in the wrong place, ids beyond the vocabulary and lengths that are not kept show without any statistics. A test raises
+`Convicted`; `run` is a `suite.Run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from . import rules
+from .rules import NEG_INF
+
+SURE = 60.0  # logit above all others: the rest has a chance of 1e-26
+
+
+class Convicted(Exception):
+    """What a request got, and what it had to get."""
+
+
+def expect(what: str, tokens: torch.Tensor, wanted: torch.Tensor):
+    differs = (tokens != wanted).any(1)
+    if bool(differs.any()):
+        r = int(differs.long().argmax())
+        raise Convicted(
+            f"{what}: {int(differs.sum())} of {len(differs)} requests; request {r} got {tokens[r].tolist()}, "
+            f"expected {wanted[r].tolist()}"
+        )
+
+
+def _points(ids: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Logits [..., vocab] with all mass on the ids."""
+    return torch.nn.functional.one_hot(ids, vocab) * SURE
+
+
+def _every_end(num_drafts: int):
+    """lens [R] and accepted [R]: every number of accepted drafts of every length 0..K."""
+    pairs = [(length, n) for length in range(num_drafts + 1) for n in range(length + 1)]
+    return torch.tensor(pairs).unbind(1)
+
+
+def _point_batch(vocab: int, num_drafts: int):
+    """(target logits, drafts, lens, what every lossless rule emits)."""
+    lens, accepted = _every_end(num_drafts)
+    r, i = torch.arange(len(lens))[:, None], torch.arange(num_drafts + 1)
+    says = (5 * r + 3 * i * i + 1) % vocab
+    right = i[:-1] < accepted[:, None]
+    drafts = torch.where(right, says[:, :-1], (says[:, :-1] + 1) % vocab)
+    return _points(says, vocab).float(), drafts, lens, rules.emitted(drafts, accepted, rules.at(says, accepted))
+
+
+def rows(run):
+    """each token from its own row: every length, every number of accepted drafts, bonus row of trimmed requests"""
+    vocab, num_drafts = 11, 4
+    target, drafts, lens, wanted = _point_batch(vocab, num_drafts)
+    behind = torch.arange(num_drafts + 1) > lens[:, None]
+    target = torch.where(behind[..., None], target.roll(2, 2), target)
+    for what, law in (("sampled drafts", torch.zeros(len(lens), num_drafts, vocab)), ("one-hot drafts", None)):
+        expect(what, run.call_rows(target, drafts, law, lens=lens), wanted)
+
+
+def padding(run):
+    """rows that are views of wider ones: what lies behind column V is never read"""
+    for vocab in (13, 1029):
+        target, drafts, lens, wanted = _point_batch(vocab, 2)
+        law = torch.zeros(len(lens), 2, vocab)
+        wide = [torch.full((*x.shape[:-1], vocab + 7), 3 * SURE) for x in (target, law)]
+        for buffer, x in zip(wide, (target, law), strict=True):
+            buffer[..., :vocab] = x
+        views = [buffer.to(run.device)[..., :vocab] for buffer in wide]
+        expect(f"V={vocab}", run.call_rows(views[0], drafts, views[1], lens=lens), wanted)
+
+
+def greedy(run):
+    """temperature 0: the arg-max whatever was drafted, ties to the lowest id, beside sampled requests too"""
+    requests, num_drafts, vocab = 24, 3, 37
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(-4, 5, (requests, num_drafts + 1, vocab), generator=generator).float()  # many ties
+    best = target.argmax(2)[:, :-1]
+    other = torch.randint(0, vocab, best.shape, generator=generator)
+    drafts = torch.where(torch.rand(best.shape, generator=generator) < 0.7, best, other)
+    law = torch.randn(requests, num_drafts, vocab, generator=generator)
+    lens = torch.randint(0, num_drafts + 1, (requests,), generator=generator)
+    seeds = run.seeds("greedy", requests).cpu()
+    wanted = rules.greedy(target, drafts, law, torch.zeros(requests), seeds, lens, torch.full((requests,), 7))
+    for what, proposal in (("sampled drafts", law), ("one-hot drafts", None)):
+        expect(what, run.call_rows(target, drafts, proposal, seeds, lens=lens, temperature=0.0), wanted)
+    if run.rule != "greedy":
+        cold = torch.arange(requests) % 2 == 0
+        out = run.call_rows(target, drafts, law, seeds, lens=lens, temperature=torch.where(cold, 0.0, 1.0))
+        expect("beside sampled requests", out[cold], wanted[cold])
+
+
+def batch(run):
+    """a request gets the same tokens whatever else is in the batch, in whatever row, and again"""
+    requests, num_drafts, vocab = 12, 3, 1100
+    generator = torch.Generator().manual_seed(2)
+    target = torch.randn(requests, num_drafts + 1, vocab, generator=generator) * 3
+    law = target[:, :-1] + torch.randn(requests, num_drafts, vocab, generator=generator)
+    drafts = law.argmax(2)
+    lens = torch.arange(requests) % (num_drafts + 1)
+    heat = torch.full((requests,), 0.0 if run.rule == "greedy" else 1.0)
+    seeds = run.seeds("batch", requests).cpu()
+
+    def tokens(index):
+        return run.call_rows(target[index], drafts[index], law[index], seeds[index], lens=lens[index], temperature=heat[index])
+
+    whole = torch.arange(requests)
+    want = tokens(whole)
+    expect("again", tokens(whole), want)
+    for what, index in (
+        ("in reverse", whole.flip(0)),
+        ("alone", torch.tensor([3])),
+        ("some", torch.tensor([10, 2, 7, 5, 3])),
+        ("twice each", whole.repeat_interleave(2)),
+    ):
+        expect(what, tokens(index), want[index])
+
+
+def bad_rows(run):
+    """NaN reads as -inf, +inf takes all, acceptance stops at a row without a finite logit, ids stay in range"""
+    num_drafts, vocab = 2, 9
+    target, drafts, lens, wanted = _point_batch(vocab, num_drafts)
+    law = torch.zeros(len(lens), num_drafts, vocab)
+    holes = torch.where(target == 0, float("nan"), target)
+    expect("NaN beside one id", run.call_rows(holes, drafts, law, lens=lens), wanted)
+    infinite = torch.where(target == SURE, float("inf"), target)
+    expect("+inf", run.call_rows(infinite, drafts, law, lens=lens), wanted)
+    for value in (float("nan"), NEG_INF):
+        spoilt = target.clone()
+        spoilt[:, 1] = value
+        out = run.call_rows(spoilt, drafts, law, lens=lens)
+        stopped = (wanted >= 0).sum(1).clamp(max=2)  # row 0 judges, row 1 can only end
+        index = torch.arange(num_drafts + 1)
+        known = torch.where((index < stopped[:, None] - (stopped == 2).long()[:, None]), wanted, -1)
+        any_id = (index == 1) & (stopped == 2)[:, None]
+        expect(f"row of {value}", torch.where(any_id, -1, out), known)
+    if run.rule != "greedy":
+        run.call_rows(target, drafts, law + float("nan"), lens=lens)
+
+
+def extreme(run):
+    """fp16 logits of 6e4 and temperatures of 1e-6: no overflow, no NaN, the arg-max though another is close"""
+    num_drafts, vocab = 2, 9
+    target, drafts, lens, wanted = _point_batch(vocab, num_drafts)
+    target = torch.maximum(target, 0.95 * target.roll(-1, 2))
+    drawn = _points(drafts, vocab)
+    for what, scale, heat in (("large logits", 1000.0, 1.0), ("temperature 1e-6", 0.05, 1e-6), ("both", 1000.0, 1e-6)):
+        halves = (target * scale).half(), (drawn * scale).half()
+        expect(what, run.call_rows(halves[0], drafts, halves[1], lens=lens, temperature=heat), wanted)
+
+
+def empty(run):
+    """no request, no admitted draft, one draft"""
+    none = run.call_rows(torch.zeros(0, 3, 5), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, 5))
+    if tuple(none.shape) != (0, 3):
+        raise Convicted(f"no request: expected tokens [0, 3], got {list(none.shape)}")
+    target, drafts, _, _ = _point_batch(7, 2)
+    target, drafts = target[:, :2], drafts[:, :1]
+    zero = torch.zeros(len(drafts), dtype=torch.int64)
+    wanted = rules.emitted(drafts, zero, target[:, 0].argmax(1))
+    expect("no draft admitted", run.call_rows(target, drafts, torch.zeros(len(drafts), 1, 7), lens=zero), wanted)
+
+
+def shared(run):
+    """the coupled rule emits what plain sampling with the same seed does, whatever was drafted"""
+    from . import laws  # the models
+
+    model, seeds = run.model(laws.ROUNDS), run.seeds("shared", 64)
+    drafted, _ = run.play(model, 3).decode(seeds, 6, None, 3)
+    none = dataclasses.replace(run.play(model, 3, cut=True), schedule=lambda confidence: torch.zeros_like(confidence[:, 0]))
+    plain, _ = none.decode(seeds, 6, None, 3)
+    expect("with drafts, against no draft admitted", drafted, plain)

@@ -1,0 +1,93 @@
+"""dk.accept_chain, dk.draft_block and dk.schedule_prefixes in the form that the suite takes.
+
+    python -m dspark_kernels.testing dspark_kernels.testing.ours:token
+
+`token`, `block`, `coupled` and `greedy` are acceptance functions; `draft`, `draft_coupled` are samplers and `causal` is a
+schedule. On CPU tensors they run in Triton's interpreter (TRITON_INTERPRET=1), where a request takes about 50 ms, so the suite
+takes fewer of them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..ops.accept import accept_chain
+from ..ops.draft import draft_block
+from ..ops.layout import fixed_layout
+from ..ops.schedule import schedule_prefixes
+from ..types import CostTable, DenseProposal, DraftBlock, OneHotProposal, SamplingTensors
+from . import interpreter
+
+INTERPRETED_REQUESTS = 256
+
+
+def _accept(rule: str, target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions) -> Tensor:
+    proposal = OneHotProposal() if draft_logits is None else DenseProposal(draft_logits)
+    flags = torch.zeros_like(draft_lens)
+    present = torch.where(draft_tokens == -1, 0, draft_tokens)  # a layout would cut the rows at a missing draft
+    block = DraftBlock(present, proposal, flags)
+    layout = fixed_layout(block, draft_lens, anchors=torch.zeros_like(seeds), anchor_positions=anchor_positions)
+    rows = torch.arange(target_logits.shape[1], device=seeds.device) <= draft_lens[:, None]
+    missing = (torch.nn.functional.pad(draft_tokens, (1, 0)) == -1)[rows]
+    layout.token_ids[: len(missing)].masked_fill_(missing, -1)
+    # The packed rows keep their distance, so that a view of wider rows stays one.
+    packed = _packed(target_logits, rows)
+    sampling = SamplingTensors(temperature, seeds)
+    return accept_chain(packed, layout, proposal, sampling=sampling, rule=rule).tokens
+
+
+def _packed(target_logits: Tensor, rows: Tensor) -> Tensor:
+    """Rows [L, V] of target_logits [R, K+1, V]; behind each lies what lay there before."""
+    requests, count, vocab = target_logits.shape
+    stride = max(vocab, target_logits.stride(1)) if target_logits.stride(1) > 0 else vocab
+    if stride == vocab or requests == 0:
+        return target_logits[rows].contiguous()
+    return target_logits.as_strided((requests, count, stride), target_logits.stride())[rows][:, :vocab]
+
+
+def _named(function, rule: str):
+    function.rule = rule
+    if interpreter.interpreting():
+        interpreter.repair()
+        function.max_requests = INTERPRETED_REQUESTS
+    return function
+
+
+token = _named(functools.partial(_accept, "token"), "token")
+block = _named(functools.partial(_accept, "block"), "block")
+coupled = _named(functools.partial(_accept, "coupled"), "coupled")
+# Temperature 0 is greedy under every rule.
+greedy = _named(functools.partial(_accept, "token"), "greedy")
+
+
+def _draft(noise: str, draft_logits, temperature, seeds, positions, anchor_positions) -> Tensor:
+    sampling = SamplingTensors(temperature, seeds)
+    first = int((positions - anchor_positions)[0]) - 1 if len(seeds) else 0
+    return draft_block(
+        draft_logits[:, None],
+        torch.zeros_like(seeds),
+        anchor_positions=anchor_positions,
+        sampling=sampling,
+        first_draft=first,
+        noise=noise,
+    ).tokens[:, 0]
+
+
+draft = functools.partial(_draft, "draft")
+draft_coupled = functools.partial(_draft, "coupled")
+
+
+def causal(confidence: Tensor) -> Tensor:
+    """Lengths of policy "causal", a request scheduled alone: rows cost less and less."""
+    requests, drafts = confidence.shape
+    seconds = torch.tensor([0.0, *(0.01 + 0.002 * n**0.7 for n in range(drafts + 1))], device=confidence.device)
+    zeros = torch.zeros(1, dtype=torch.int64, device=confidence.device)
+    lengths = []
+    for row in confidence.float().unique(dim=0, return_inverse=True)[0].split(1):
+        block = DraftBlock(zeros.expand(1, drafts).contiguous(), OneHotProposal(), zeros.int(), confidence=row)
+        layout = schedule_prefixes(block, CostTable(seconds), anchors=zeros, anchor_positions=zeros)
+        lengths.append(layout.draft_lens)
+    return torch.cat(lengths)[confidence.float().unique(dim=0, return_inverse=True)[1]]

@@ -1,0 +1,270 @@
+"""draft_tree and expand_tree, node by node, in fp64.
+
+    top_k                children of a node at depth d: its branching[d] best tokens (EAGLE's static trees, arXiv 2401.15077)
+    best_first           the nodes of greatest product of q_k(x_k), positions independent (DDTree)
+    conditioned          the same with q_k(x | x_{k-1}) of the sequential head: siblings' children differ by their own parent
+    iid                  branching[d] independent draws from the node's law (SpecInfer, arXiv 2305.09781)
+    without_replacement  the branching[d] best keys of one Gumbel race (Sequoia, arXiv 2402.12374)
+
+Symbols: R requests, S slots, K positions, V vocabulary, M nodes with the anchor; q the law after a node, softmax of (U + B) / T, U
+the base logits of the next depth, B the head's bias of the node's token; a node of depth d decides position anchor + d.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor
+
+from dspark_kernels.types import DenseProposal, DraftTree, Flag, MarkovHead, OneHotProposal, SamplingTensors
+
+from . import heads
+from .decisions import Decisions
+from .draft import inverse_temperature, read_logits
+from .sources import PhiloxSource
+
+METHODS = ("conditioned", "best_first", "top_k", "iid", "without_replacement")
+SAMPLED = ("iid", "without_replacement")
+MAX_NODES = 64
+
+
+class Growing:
+    """A tree of one request while it grows."""
+
+    def __init__(self, anchor: int, room: int):
+        self.tokens, self.parents, self.depths, self.room = [anchor], [-1], [0], room
+
+    def add(self, parent: int, token: int) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        return len(self.tokens) - 1
+
+    @property
+    def full(self) -> bool:
+        return len(self.tokens) >= self.room
+
+
+def draft_tree(
+    base_logits: Tensor,
+    anchors: Tensor,
+    head: MarkovHead | None = None,
+    *,
+    anchor_positions: Tensor,
+    method: str = "conditioned",
+    num_nodes: int,
+    branching: tuple[int, ...] | None = None,
+    node_budgets: Tensor | None = None,
+    sampling: SamplingTensors | None = None,
+    hidden: Tensor | None = None,
+    candidates: int | None = None,
+    state_indices: Tensor | None = None,
+    out=None,
+    workspace=None,
+    decisions: Decisions | None = None,
+) -> DraftTree:
+    """Trees of at most num_nodes nodes, the anchor included, from a block's logits [R, K, V].
+
+    num_nodes: 1 to 64. branching: children of a node by its depth, for "top_k" and the sampled methods, depth by depth, cut at
+    num_nodes. node_budgets: int32 [R], nodes of each request (clamped to [1, num_nodes]); for the sampled methods they must not
+    depend on this round's draws. candidates: children come from the C best base logits of their position alone. A greedy request
+    of a sampled method gets its best tokens. Path probabilities are compared at the sampling temperature (greedy: 1).
+    Ties: the lowest node, then the lowest id.
+    """
+    for name, value in (("out", out), ("workspace", workspace)):
+        if value is not None:
+            raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if not 1 <= num_nodes <= MAX_NODES:
+        raise ValueError(f"num_nodes: expected in [1, {MAX_NODES}], got {num_nodes}")
+    static = method not in ("conditioned", "best_first")
+    if static != (branching is not None):
+        raise ValueError(f"branching: expected {'a tuple' if static else 'None'} with method {method!r}, got {branching}")
+    if method in SAMPLED and sampling is None:
+        raise ValueError(f"sampling: expected SamplingTensors with method {method!r}, got None")
+    decisions = Decisions() if decisions is None else decisions
+    batch, drafts, vocab = base_logits.shape
+    slots, device = anchors.shape[0], base_logits.device
+    head = None if method == "best_first" else head
+    depth_limit = drafts if branching is None else min(drafts, len(branching))
+    stored = torch.zeros(slots, num_nodes, vocab, dtype=base_logits.dtype, device=device) if method in SAMPLED else None
+    grown: dict[int, Growing] = {}
+    flags = torch.zeros(batch, dtype=torch.int32, device=device)
+    w2 = heads.output_weights(head)
+    for r in range(batch):
+        slot = r if state_indices is None else int(state_indices[r])
+        if not 0 <= slot < slots:
+            continue
+        anchor, position = int(anchors[slot]), int(anchor_positions[slot])
+        if head is not None and not 0 <= anchor < head.w1.shape[0]:
+            flags[r] |= int(Flag.BAD_TOKEN_ID)
+        room = num_nodes if node_budgets is None else max(1, min(int(node_budgets[r]), num_nodes))
+        tree = grown[slot] = Growing(anchor, room)
+        scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
+        source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, position, decisions, r)
+        states = {0: heads.Transition(head, w2)}
+        rows: dict[int, Tensor] = {}
+
+        def law_after(node, r=r, tree=tree, states=states, rows=rows, slot=slot):
+            """Logits of the children of a node, fp64 [V], rounded once to the logits' dtype where they are kept."""
+            if node not in rows:
+                depth = tree.depths[node]
+                base = base_logits[r, depth].double()
+                states[node] = copy.copy(states[tree.parents[node]] if node else states[0])
+                total = base + states[node].bias(tree.tokens[node], None if hidden is None else hidden[r, depth])
+                _, seen = read_logits(total)
+                flags[r] |= seen
+                total = torch.where(total.isnan(), -math.inf, total)
+                if candidates is not None:
+                    outside = torch.ones(vocab, dtype=torch.bool, device=device)
+                    outside[torch.where(base.isnan(), -math.inf, base).argsort(descending=True, stable=True)[:candidates]] = False
+                    total = torch.where(outside, -math.inf, total)
+                if stored is not None:
+                    stored[slot, node] = total.to(stored.dtype)
+                    total = stored[slot, node].double()
+                rows[node] = total
+            return rows[node]
+
+        if static:
+            _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, r)
+        else:
+            _by_probability(tree, depth_limit, law_after, scale if scale > 0 else 1.0, decisions, r)
+    proposal = OneHotProposal() if stored is None else DenseProposal(stored)
+    return packed(grown, slots, num_nodes, device, proposal, method if method in SAMPLED else "one_hot", flags)
+
+
+def _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, request):
+    """Depth by depth, each node's children side by side."""
+    node = 0
+    while node < len(tree.tokens) and tree.depths[node] < depth_limit:
+        logits, wanted = law_after(node), branching[tree.depths[node]]
+        _children(tree, node, wanted, logits, method, scale, source, position, decisions, request)
+        node += 1
+
+
+def _children(tree, node, wanted, logits, method, scale, source, position, decisions, request):
+    """Up to `wanted` children of a node, drawn or chosen one after another; fewer where no token is left or the tree is full."""
+    left = logits.clone()
+    for _ in range(wanted):
+        if tree.full or not bool((left > -math.inf).any()):
+            return
+        if method in SAMPLED and scale > 0:
+            noise_of = len(tree.tokens) if method == "iid" else node
+            token = source.draft(position + tree.depths[node] + 1, left * scale, node=noise_of)
+        else:
+            token = decisions.pick(request, "top", left)
+        tree.add(node, token)
+        if method != "iid" or scale == 0:
+            left[token] = -math.inf
+
+
+def _by_probability(tree, depth_limit, law_after, scale, decisions, request):
+    """The best child of all that the tree does not have yet, one after another."""
+    logs: list[Tensor] = []  # ln of the path probability of every child a node might get, taken ones -inf
+    reached = [0.0]
+    while not tree.full:
+        for node in range(len(logs), len(tree.tokens)):
+            if tree.depths[node] < depth_limit:
+                law = law_after(node) * scale
+                logs.append(reached[node] + law - torch.logsumexp(law, 0) if bool((law > -math.inf).any()) else law)
+            else:
+                logs.append(torch.full_like(logs[0], -math.inf))
+        keys = torch.cat(logs)
+        if not bool((keys > -math.inf).any()):
+            return
+        parent, token = divmod(decisions.pick(request, "path", keys), logs[0].shape[0])
+        reached.append(float(logs[parent][token]))
+        tree.add(parent, token)
+        logs[parent][token] = -math.inf
+
+
+def packed(grown, slots, nodes, device, proposal, drawn, flags) -> DraftTree:
+    """Tensors [S, M] of the trees; nodes that are not there are -1, their ancestor words 0."""
+    names = ("parents", "depths", "first_child", "next_sibling")
+    links = {name: torch.full((slots, nodes), -1, dtype=torch.int32) for name in names}
+    tokens, ancestors = torch.full((slots, nodes), -1), torch.zeros(slots, nodes, dtype=torch.int64)
+    counts = torch.zeros(slots, dtype=torch.int32)
+    for slot, tree in grown.items():
+        counts[slot] = len(tree.tokens)
+        youngest: dict[int, int] = {}
+        for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+            tokens[slot, node] = token
+            links["parents"][slot, node], links["depths"][slot, node] = parent, tree.depths[node]
+            word = 1 << node if node < 63 else -(2**63)
+            ancestors[slot, node] = word | (int(ancestors[slot, parent]) if node else 0)
+            if parent in youngest:
+                links["next_sibling"][slot, youngest[parent]] = node
+            elif node:
+                links["first_child"][slot, parent] = node
+            youngest[parent] = node
+    on_device = {name: link.to(device) for name, link in links.items()}
+    return DraftTree(
+        tokens.to(device), **on_device, ancestors=ancestors.to(device), num_nodes=counts.to(device), proposal=proposal,
+        drawn=drawn, flags=flags,
+    )  # fmt: skip
+
+
+def expand_tree(
+    tree: DraftTree,
+    node_logits: Tensor,
+    *,
+    depth: int,
+    branching: int,
+    anchor_positions: Tensor,
+    method: str = "top_k",
+    sampling: SamplingTensors | None = None,
+    node_budgets: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    out=None,
+    workspace=None,
+    decisions: Decisions | None = None,
+) -> DraftTree:
+    """The tree with `branching` children for each node of this depth, for drafters with a forward pass per depth (MTP, EAGLE).
+
+    node_logits: [R, F, V], row f belongs to the request's f-th node of `depth`. The tree must end with those nodes; it keeps M as
+    its room, node_budgets int32 [R] cuts it. Methods "top_k", "iid", "without_replacement", as in `draft_tree`; the laws of nodes
+    of other depths stay as they are.
+    """
+    for name, value in (("out", out), ("workspace", workspace)):
+        if value is not None:
+            raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
+    if method not in ("top_k", *SAMPLED):
+        raise ValueError(f"method: expected one of 'top_k', 'iid', 'without_replacement', got {method!r}")
+    decisions = Decisions() if decisions is None else decisions
+    slots, nodes = tree.tokens.shape
+    stored = None
+    if method in SAMPLED:
+        if isinstance(tree.proposal, DenseProposal):
+            stored = tree.proposal.logits.clone()
+        else:
+            stored = torch.zeros(slots, nodes, node_logits.shape[2], dtype=node_logits.dtype, device=node_logits.device)
+    flags = tree.flags.clone()
+    grown = {}
+    for slot, count in enumerate(tree.num_nodes.tolist()):
+        if count > 0:
+            old = grown[slot] = Growing(int(tree.tokens[slot, 0]), nodes)
+            for node in range(1, count):
+                old.add(int(tree.parents[slot, node]), int(tree.tokens[slot, node]))
+    for r in range(node_logits.shape[0]):
+        slot = r if state_indices is None else int(state_indices[r])
+        if slot not in grown:
+            continue
+        growing = grown[slot]
+        if node_budgets is not None:
+            growing.room = max(1, min(int(node_budgets[r]), nodes))
+        position = int(anchor_positions[slot])
+        scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
+        source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, position, decisions, r)
+        frontier = [node for node, at in enumerate(growing.depths) if at == depth]
+        for row, node in enumerate(frontier[: node_logits.shape[1]]):
+            logits, seen = read_logits(node_logits[r, row])
+            flags[r] |= seen
+            if stored is not None:
+                stored[slot, node] = logits.to(stored.dtype)
+                logits = stored[slot, node].double()
+            _children(growing, node, branching, logits, method, scale, source, position, decisions, r)
+    proposal = tree.proposal if stored is None else DenseProposal(stored)
+    return packed(grown, slots, nodes, node_logits.device, proposal, method if method in SAMPLED else "one_hot", flags)

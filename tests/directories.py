@@ -1,0 +1,208 @@
+"""Tiny checkpoint directories with every tensor of the published ones: names, shapes and dtypes written out by hand."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+VOCAB, HIDDEN, FFN, LAYERS = 41, 24, 36, 2
+KINDS = ("vanilla", "gated", "rnn")
+RANK, BLOCK, MASK, TARGET_LAYERS = 5, 4, 40, 3
+
+QWEN3 = dict(
+    attention_bias=False,
+    hidden_act="silu",
+    hidden_size=HIDDEN,
+    intermediate_size=FFN,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_hidden_layers=LAYERS,
+    layer_types=["full_attention"] * LAYERS,
+    model_type="qwen3",
+    rms_norm_eps=1e-6,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    use_sliding_window=False,
+    vocab_size=VOCAB,
+)
+QWEN3_LAYER = {
+    "input_layernorm.weight": [24],
+    "post_attention_layernorm.weight": [24],
+    "self_attn.q_proj.weight": [32, 24],
+    "self_attn.k_proj.weight": [16, 24],
+    "self_attn.v_proj.weight": [16, 24],
+    "self_attn.o_proj.weight": [24, 32],
+    "self_attn.q_norm.weight": [8],
+    "self_attn.k_norm.weight": [8],
+    "mlp.gate_proj.weight": [36, 24],
+    "mlp.up_proj.weight": [36, 24],
+    "mlp.down_proj.weight": [24, 36],
+}
+# What transformers 5.10 writes for a Gemma 4 text config, without what no layer reads; the heads of full attention are wider.
+GEMMA4 = dict(
+    attention_bias=False,
+    attention_k_eq_v=True,
+    enable_moe_block=False,
+    final_logit_softcapping=30.0,
+    global_head_dim=16,
+    head_dim=8,
+    hidden_activation="gelu_pytorch_tanh",
+    hidden_size=HIDDEN,
+    hidden_size_per_layer_input=0,
+    intermediate_size=FFN,
+    layer_types=["full_attention"] * LAYERS,
+    model_type="gemma4_text",
+    num_attention_heads=4,
+    num_global_key_value_heads=1,
+    num_hidden_layers=LAYERS,
+    num_key_value_heads=2,
+    num_kv_shared_layers=0,
+    rms_norm_eps=1e-6,
+    rope_parameters={
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "rope_theta": None,
+        "rope_type": "default",
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    sliding_window=512,
+    target_model_type="gemma4",
+    use_double_wide_mlp=False,
+    vocab_size=VOCAB,
+)
+GEMMA4_LAYER = {
+    **QWEN3_LAYER,
+    "pre_feedforward_layernorm.weight": [24],
+    "post_feedforward_layernorm.weight": [24],
+    "layer_scalar": [1],
+    "self_attn.q_proj.weight": [64, 24],
+    "self_attn.k_proj.weight": [16, 24],
+    "self_attn.o_proj.weight": [24, 64],
+    "self_attn.q_norm.weight": [16],
+    "self_attn.k_norm.weight": [16],
+}
+del GEMMA4_LAYER["self_attn.v_proj.weight"]
+DSPARK = dict(
+    block_size=BLOCK,
+    enable_confidence_head=True,
+    confidence_head_with_markov=True,
+    markov_head_type="vanilla",
+    markov_rank=RANK,
+    mask_token_id=MASK,
+    num_anchors=8,
+    num_target_layers=TARGET_LAYERS,
+    target_layer_ids=[-1, 1],
+    tie_word_embeddings=False,
+)
+TABLES = {"markov_head.markov_w1.weight": [41, 5], "markov_head.markov_w2.weight": [41, 5]}
+HEADS = {
+    None: {},
+    "vanilla": TABLES,
+    "gated": {**TABLES, "markov_head.gate_proj.weight": [5, 29], "markov_head.gate_proj.bias": [5]},
+    "rnn": {**TABLES, "markov_head.joint_proj.weight": [15, 34], "markov_head.joint_proj.bias": [15]},
+}
+CONFIDENCE = {
+    None: {},
+    "hidden": {"confidence_head.proj.weight": [1, 24], "confidence_head.proj.bias": [1]},
+    "markov": {"confidence_head.proj.weight": [1, 29], "confidence_head.proj.bias": [1]},
+}
+BACKBONE = {"fc.weight": [24, 48], "hidden_norm.weight": [24], "norm.weight": [24]}
+OWN_ENDS = {"embed_tokens.weight": [41, 24], "lm_head.weight": [41, 24]}
+
+
+def _numbered(layer, prefix="layers."):
+    return {f"{prefix}{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
+
+
+def dspark(family="qwen3", kind="vanilla", confidence="markov", **changes):
+    """(config, shapes) of DeepSpec's format. kind None: rank 0, as its DFlash. confidence: None, "hidden" or "markov"."""
+    layers, layer, name = {
+        "qwen3": (QWEN3, QWEN3_LAYER, "Qwen3DSparkModel"),
+        "gemma4": (GEMMA4, GEMMA4_LAYER, "Gemma4DSparkModel"),
+    }[family]
+    config = {**layers, **DSPARK, "architectures": [name]}
+    if kind is None:
+        del config["markov_head_type"]
+        config["markov_rank"] = 0
+    else:
+        config["markov_head_type"] = kind
+    if confidence is None:
+        del config["confidence_head_with_markov"]
+        config["enable_confidence_head"] = False
+    else:
+        config["confidence_head_with_markov"] = confidence == "markov"
+    return {**config, **changes}, {**OWN_ENDS, **BACKBONE, **_numbered(layer), **HEADS[kind], **CONFIDENCE[confidence]}
+
+
+def dflash(**changes):
+    """(config, shapes) of z-lab's format: four drafts, for the anchor is in the block size too."""
+    own = {"target_layer_ids": [0, 1], "mask_token_id": MASK}
+    config = {**QWEN3, "architectures": ["DFlashDraftModel"], "block_size": BLOCK + 1, "num_target_layers": TARGET_LAYERS}
+    return {**config, "dflash_config": own, **changes}, {**BACKBONE, **_numbered(QWEN3_LAYER)}
+
+
+def eagle3(**changes):
+    """(config, shapes) of an EAGLE-3 drafter as SGLang's users publish it: a draft vocabulary of 11, mapped by d2t."""
+    config = dict(
+        architectures=["LlamaForCausalLMEagle3"],
+        draft_vocab_size=11,
+        hidden_size=24,
+        intermediate_size=36,
+        model_type="llama",
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+    )
+    layer = {f"midlayer.{name}": shape for name, shape in QWEN3_LAYER.items() if "_norm" not in name}
+    for name in "qkv":
+        layer[f"midlayer.self_attn.{name}_proj.weight"] = [32 if name == "q" else 16, 48]
+    shapes = {"fc.weight": [24, 72], "midlayer.hidden_norm.weight": [24], **layer, "norm.weight": [24], "lm_head.weight": [11, 24]}
+    return {**config, **changes}, {**shapes, "d2t": [11], "t2d": [41]}
+
+
+def target(**changes):
+    """(config, shapes) of a Qwen3 target with three layers."""
+    config = {**QWEN3, "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    shapes = {"model.embed_tokens.weight": [41, 24], "model.norm.weight": [24], "lm_head.weight": [41, 24]}
+    for i in range(3):
+        shapes.update({f"model.layers.{i}.{name}": shape for name, shape in QWEN3_LAYER.items()})
+    return {**config, "tie_word_embeddings": False, **changes}, shapes
+
+
+def tensors(shapes, dtype=torch.float32, seed=0):
+    """Random weights whose sizes are those of trained ones: norms near 1, projections that keep the size of what they map."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in shapes.items():
+        if name in ("d2t", "t2d"):
+            made[name] = torch.arange(shape[0]) * 2 if name == "d2t" else torch.arange(shape[0]) % 3 == 0
+            continue
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 1 and "bias" not in name:
+            values = 1 + 0.2 * values
+        elif len(shape) == 2 and "embed" not in name and "markov_w1" not in name:
+            values = values * (1.5 / shape[1] ** 0.5)
+        made[name] = values.to(dtype)
+    return made
+
+
+def write(directory, config, made, shards=1):
+    """A directory as transformers' save_pretrained writes it."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(exist_ok=True, parents=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    if shards == 1:
+        save_file(made, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+    names, where = sorted(made), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: made[name] for name in names[i::shards]}
+        save_file(part, directory / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(part, file))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory

@@ -1,0 +1,119 @@
+"""Vocabulary shards on one machine: ranks are a loop, a gather is torch.stack, columns of no id hold what must not matter."""
+
+import dataclasses
+
+import torch
+
+import dspark_kernels as dk
+
+SENTINEL = -77777
+
+
+def cut(tensor, shards, width, dim=-1):
+    """Shards of `width` ids along `dim`; columns beyond the vocabulary are NaN."""
+    tensor = tensor.movedim(dim, -1)
+    shape = (*tensor.shape[:-1], shards * width - tensor.shape[-1])
+    padding = torch.full(shape, float("nan") if tensor.is_floating_point() else 77).to(tensor.dtype)
+    whole = torch.cat([tensor, padding], -1)
+    return [whole[..., i * width : (i + 1) * width].movedim(-1, dim).contiguous() for i in range(shards)]
+
+
+def cuts(vocab, shards, width):
+    """Arguments of each rank that say what it has."""
+    return [dict(vocab_start=i * width, vocab_shards=shards, vocab_size=vocab) for i in range(shards)]
+
+
+def poisoned(value):
+    """The same fields, every tensor overwritten with what no op writes."""
+    if isinstance(value, torch.Tensor):
+        return torch.ones_like(value) if value.dtype == torch.bool else torch.full_like(value, SENTINEL)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{f.name: poisoned(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return value
+
+
+def draft(case, shards, width, workspace=None, lse=True, spoil=False):
+    """The blocks of all ranks. spoil: parts and results of position 0 are made a second time over poisoned memory."""
+    vocab, drafts = case.base_logits.shape[2], case.base_logits.shape[1]
+    names = ("sampling", "confidence", "first_draft", "state_indices")
+    common = {name: getattr(case, name) for name in names}
+    ranks = []
+    for i, where in enumerate(cuts(vocab, shards, width)):
+        head = case.head
+        if head is not None:
+            scale = head.w2_scale if head.w2_scale is None else cut(head.w2_scale, shards, width)[i]
+            head = dataclasses.replace(head, w2=cut(head.w2, shards, width, dim=0)[i], w2_scale=scale)
+        ranks.append((cut(case.base_logits, shards, width)[i], head, where))
+    blocks = [None] * shards
+    for k in range(drafts):
+        parts = []
+        for i, (base, head, where) in enumerate(ranks):
+            call = dict(anchor_positions=case.anchor_positions, position=k, noise=case.noise, workspace=workspace)
+            call |= common | where
+            part, blocks[i] = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], keep_logits=True, **call)
+            if not lse and k == 0:
+                blocks[i] = dataclasses.replace(blocks[i], proposal=dataclasses.replace(blocks[i].proposal, lse=None))
+                part, _ = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], keep_logits=True, **call)
+            if spoil:
+                again, _ = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], out=poisoned(part), **call)
+                # What only rounds a region up to 16 bytes is nobody's.
+                half, poison = again.view(torch.int32), poisoned(part).view(torch.int32)
+                assert ((half == part.view(torch.int32)) | (half == poison)).all()
+                part = again
+            parts.append(part)
+        gathered = torch.stack(parts)
+        for block, (_, head, where) in zip(blocks, ranks, strict=True):
+            arguments = dict(position=k, hidden=case.hidden) | common | where
+            assert dk.draft_block_finish(gathered, block, case.anchors, head, **arguments) is block
+    return blocks
+
+
+def joined(blocks, vocab):
+    """The block of the whole vocabulary: the first rank's, with the columns of all."""
+    logits = torch.cat([block.proposal.logits for block in blocks], -1)[..., :vocab]
+    return dataclasses.replace(blocks[0], proposal=dataclasses.replace(blocks[0].proposal, logits=logits))
+
+
+def accept(case, shards, width, workspace=None, spoil=False, **advanced):
+    """What the first and the last rank's finish return. advanced: anchors, anchor_positions, copied
+    for each rank and returned beside."""
+    arguments = {name: getattr(case, name) for name in ("sampling", "rule", "state_indices")}
+    logits, layout, proposal = case.target_logits, case.layout, case.proposal
+    proposals = [proposal] * shards
+    if isinstance(proposal, dk.DenseProposal):
+        proposals = [dataclasses.replace(proposal, logits=part) for part in cut(proposal.logits, shards, width)]
+    ranks = list(zip(cut(logits, shards, width), proposals, cuts(logits.shape[1], shards, width), strict=True))
+    gathered = ()
+    for phase in dk.accept_phases(proposal, sampling=arguments["sampling"], rule=arguments["rule"]):
+        parts = []
+        for own, law, where in ranks:
+            call = dict(phase=phase, gathered=gathered, workspace=workspace) | arguments | where
+            part = dk.accept_partial(own, layout, law, **call)
+            if spoil:
+                again = dk.accept_partial(own, layout, law, out=torch.full_like(part, SENTINEL), **call)
+                assert again.shape == part.shape
+                part = again
+            parts.append(part)
+        gathered += (torch.stack(parts),)
+    results = []
+    for own, law, where in (ranks[:1] + ranks[-1:] if shards > 1 else ranks):  # all the same kernel on the same bytes
+        moved = {name: tensor.clone() for name, tensor in advanced.items()}
+        result = dk.accept_finish(own, layout, law, gathered=gathered, **arguments, **where, **moved)
+        if spoil:
+            out = poisoned(result)
+            assert dk.accept_finish(own, layout, law, gathered=gathered, out=out, **arguments, **where) is out
+            assert same(out, result)
+        results.append((result, moved) if advanced else result)
+    return results
+
+
+def same(have, want):
+    """Whether two dataclasses hold the same bits, NaN where NaN."""
+    for field in dataclasses.fields(want):
+        a, b = getattr(have, field.name), getattr(want, field.name)
+        if dataclasses.is_dataclass(b):
+            if not same(a, b):
+                return False
+        elif isinstance(b, torch.Tensor) and not torch.equal(a.nan_to_num(-1e9), b.nan_to_num(-1e9)):
+            return False
+    return True
