@@ -52,10 +52,10 @@ def request_tile(requests: int, settings: bool) -> int:
     return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
 
 
-def ranks_per_dot(mixed: bool, filtered: bool, widened: bool, adjusted: bool) -> int:
-    """Of W2 in 16 bits: fewer where registers are needed for phases beside the vocabulary's, to widen a quantised W2, or for
-    penalties, bias and mask (bench/compile.py: no spills)."""
-    return 64 if adjusted or (mixed and filtered) else 128 if mixed or filtered or widened else 256
+def ranks_per_dot(phases: int, widened: bool, adjusted: bool) -> int:
+    """Of W2 in 16 bits: fewer where registers are needed for `phases` beside the vocabulary's at each position, to widen a
+    quantised W2, or for penalties, bias and mask (bench/compile.py: no spills)."""
+    return 64 if adjusted or phases > 1 else 128 if phases or widened else 256
 
 
 def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
