@@ -52,8 +52,8 @@ class Tuned:
     """How the entries of a kernel are compiled, timed and varied.
 
     call: (bench.compile_cases, shape) -> what launches it there. spec: (bench.kernel_cases, bench.attention_cases, shape) -> the
-    case that times it, or None: then it is compiled only. space: parameter -> values. flight: (shape, config) -> bytes that a program
-    has on the way. importance: orders entries, the largest first.
+    case that times it, or None: then it is compiled only. space: parameter -> values. flight: (shape, config) -> bytes that a
+    program has on the way. importance: orders entries, the largest first.
     """
 
     op: str

@@ -144,7 +144,7 @@ RNN = cases.draft_case(kind="rnn", requests=3, drafts=4, vocab=300)
             "head.joint_weight: expected shape [48, 56]",
         ),
         (dict(head=cases.draft_case(vocab=300).head), ValueError, "head_state: expected None because MarkovHead has no state"),
-        (dict(workspace=dk.Workspace(3, 4, 300, "cpu")), ValueError, "workspace: expected room for 3 requests x 4 drafts over 300"),
+        (dict(workspace=dk.Workspace(1, 1, 30, "cpu")), ValueError, "workspace: expected room for 3 requests x 4 drafts over 300"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

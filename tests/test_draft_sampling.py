@@ -40,10 +40,8 @@ def test_equals_reference(data):
 
 @pytest.mark.parametrize("order", ["top_k_first", "joint"])
 def test_filters_leave_their_support_and_draws_from_it(order):
-    case = cases.draft_case(
-        seed=31, requests=3, drafts=2, vocab=300, confidence=None, filters=cases.FILTERS, filter_order=order,
-        temperatures=(1.0, 1.7),
-    )
+    filters = dict(filters=cases.FILTERS, filter_order=order, temperatures=(1.0, 1.7))
+    case = cases.draft_case(seed=31, requests=3, drafts=2, vocab=300, confidence=None, **filters)
     free = dk.draft_block(**case.arguments() | dict(sampling=dk.SamplingTensors(case.sampling.temperature, case.sampling.seed)))
     block = check(case)
     assert (free.tokens[:, 0] != block.tokens[:, 0]).any(), "no draft of the whole row was outside the support"

@@ -14,9 +14,10 @@ W2 has the same or is quantised (e4m3 and int8 are exact in bf16 and fp16), else
 Where gated and rnn latents are made. The products with h do not depend on drafts: `hoist` does them for all positions in one phase
 before the first. What is left, r x r weights of a gated head, 6 r x r of an rnn, is needed by every program of the vocabulary
 phase. If each computed it, all of them would read those weights at once from L2, whose share per multiprocessor is about 40 bytes
-per nanosecond: 3.1 us at r = 256 gated in bf16, 50 us at r = 1024, six times that for rnn, and 2 r^2 R operations each (8.4 million
-at R = 64). Spread over the programs it is 64 KB or less for each, and costs a barrier, 1 to 2 us: cheaper from a rank of about 180
-on, for any R, and published ranks are 256. So latents have a phase of their own. Sources: DSpark, arXiv 2607.05147.
+per nanosecond on an H200: 3 us at r = 256 gated in bf16, 50 us at r = 1024, six times that for rnn, and 2 r^2 R operations each
+(8.4 million at R = 64). Spread over the programs it is 48 KB or less for each at r = 256, and costs a barrier, 1 to 2 us: cheaper
+from a rank of about 180 on, for any R, and published ranks are 256. So latents have a phase of their own. (Counted, not measured.)
+Sources: DSpark, arXiv 2607.05147.
 """
 
 import triton

@@ -41,10 +41,10 @@ def request_tile(requests: int, settings: bool) -> int:
     return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
 
 
-def ranks_per_dot(extra_phases: bool, widened: bool, adjusted: bool) -> int:
-    """Of W2 in 16 bits: fewer where registers are needed for phases beside the vocabulary's, to widen a quantised W2, or for
-    penalties, bias and mask (bench/compile.py: no spills)."""
-    return 64 if adjusted else 128 if extra_phases or widened else 256
+def ranks_per_dot(phases: int, widened: bool, adjusted: bool) -> int:
+    """Of W2 in 16 bits: fewer where registers are needed for `phases` beside the vocabulary's at each position, to widen a
+    quantised W2, or for penalties, bias and mask (bench/compile.py: no spills)."""
+    return 64 if adjusted or phases > 1 else 128 if phases or widened else 256
 
 
 def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
@@ -66,9 +66,12 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
         block_v = min(4096, 2**20 // block_r, max(64, 1 << (vocab - 1).bit_length()))
         few = min(512, block_r)
         return DraftConfig(block_v, block_r, 1, 1, 1, None, True, few, 4 * few, few, native)
+    tuned = find(arch, "draft", operands=f"{8 * element_size} bit", one_tile=one_tile).config
+    if ranks <= 64:
+        tuned = tuned | dict(block_s=32)
     return DraftConfig(
         block_r=block_r,  # in no table: the bits of a projection depend on it, and must not depend on the batch
         one_launch=arch.cooperative and arch.family not in _STEPPED,
         native_fp8=native,
-        **find(arch, "draft", operands=f"{8 * element_size} bit", one_tile=one_tile).config,
+        **tuned,
     )
