@@ -674,8 +674,8 @@ def test_margins_are_recorded_and_flips_obeyed():
         (dict(rule="greedy"), ValueError, "rule: expected"),
         (dict(out=object()), ValueError, "out: expected None"),
         (dict(workspace=object()), ValueError, "workspace: expected None"),
-        (dict(logprobs="raw"), NotImplementedError, "logprobs"),
-        (dict(synthetic_rates=torch.ones(2)), NotImplementedError, "synthetic_rates"),
+        (dict(logprobs="all"), ValueError, "logprobs: expected"),
+        (dict(synthetic_rates=torch.ones(2)), ValueError, "sampling: expected"),
     ],
 )
 def test_refused(options, error, message):
