@@ -194,7 +194,7 @@ def _draft_layout(requests, *, anchor_first=True, paged=False):
     )
 
 
-def _schedule(requests, *, drafts=DRAFTS, policy="causal", stale=False, paged=True, drafting=True, slots=None):
+def _schedule(requests, *, drafts=DRAFTS, policy="causal", stale=False, paged=True, drafting=True, slots=None, **options):
     size = requests if slots is None else slots
     int32 = functools.partial(_ints, dtype=torch.int32)
     block = dk.DraftBlock(_ints(size, drafts), dk.OneHotProposal(), int32(requests), torch.ones(size, drafts))
@@ -211,6 +211,7 @@ def _schedule(requests, *, drafts=DRAFTS, policy="causal", stale=False, paged=Tr
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         workspace=dk.Workspace(requests, drafts, VOCAB, "cpu"),
         **pages,
+        **options,
     )
 
 
@@ -638,13 +639,15 @@ def _constant(value) -> str:
 
 
 def _argument(value, parameter) -> str:
-    """What the compiler sees of an argument: its type, and whether its value is 1 or a multiple of 16."""
+    """What the compiler sees of an argument: its type, and whether its value is 1 or a multiple of 16; of a tuple, its parts."""
     if parameter.is_constexpr:
         return f"constant {_constant(value)}"
     if value is None:
         return "None"
     if isinstance(value, tuple):
         return f"({', '.join(_argument(part, parameter) for part in value)})"
+    if hasattr(value, "fn") or type(value).__name__ == "constexpr":
+        return f"constant {_constant(value)}"  # inside a tuple the type says what is constant
     if isinstance(value, torch.Tensor):
         return f"*{value.dtype}" + (":16" if value.data_ptr() % 16 == 0 else "")
     if isinstance(value, tuple):

@@ -3,10 +3,11 @@
     python -m bench.gpu --out DIR [--minutes 9]      run; again with the same DIR: only what is not done yet
     python -m bench.gpu --dry-run                    list the steps and run the quick ones in Triton's interpreter
 
-Facts about the machine, the tests marked gpu, kernel times by op, decoding with kernels, memory and race checks, plain PyTorch
-beside the kernels. Every step is a process of its own with a limit, past which it is killed; what it wrote until then stays. DIR
-holds at most 8 files: state.json says what is done (and for which source: a step is run again after a change), summary.md is
-written after every step.
+Facts about the machine, the tests marked gpu, kernel times by op, a whole round in one graph, decoding with kernels, memory and
+race checks, launches counted by the profiler, launch configurations of the most important shapes (tune.json: a table for
+dspark_kernels/launch/tables), plain PyTorch beside the kernels. Every step is a process of its own with a limit, past which it is
+killed; what it wrote until then stays. DIR holds at most 8 files: state.json says what is done (and for which source: a step is
+run again after a change), summary.md is written after every step.
 
 Exit code: 0 all steps are done, 1 some are not, 2 no GPU or a bad argument.
 """
@@ -33,9 +34,7 @@ from pathlib import Path
 from . import timing
 
 ROOT = timing.ROOT
-FILES = (
-    "summary.md", "state.json", "environment.txt", "tests.txt", "kernels.csv", "decode.txt", "sanitizer.txt", "baselines.csv",
-)  # fmt: skip
+FILES = ("summary.md", "state.json", "log.txt", "tests.txt", "kernels.csv", "round.csv", "launches.csv", "tune.json")
 RESERVE = 5.0  # seconds of the budget for the summary
 LEAST = 10.0  # seconds below which no step is started
 HEAD = "##### "  # before a step in its log
@@ -113,11 +112,11 @@ def steps(out: Path) -> list[Step]:
     def checked(kind: str, limit: float, *environment) -> Step:
         command = (tool or "compute-sanitizer", "--tool", kind, "--error-exitcode", "9", "--print-limit", "20")
         command += (PYTHON, "-m", "bench.kernels", "--check", "--small")
-        return Step(kind, limit, command, "sanitizer.txt", Step.environment + environment, missing)
+        return Step(kind, limit, command, "log.txt", Step.environment + environment, missing)
 
     facts_command = (PYTHON, "-m", "bench.gpu", "--facts")
     found = [
-        Step("environment", 60, facts_command, "environment.txt", dry=facts_command),
+        Step("environment", 60, facts_command, "log.txt", dry=facts_command),
         Step("tests", 200, test_command(), "tests.txt"),
         _kernels("draft_block", 120, ["draft_block", "draft_candidates"], out),
         _kernels("accept_chain", 100, ["accept_chain"], out),
@@ -130,14 +129,24 @@ def steps(out: Path) -> list[Step]:
     found.append(_kernels("layouts", 40, ["fixed_layout", "tree_layout", "draft_layout"], out))
     few = ("--num-prompts", "4", "--max-new-tokens", "48", "--systems", "autoregressive,dspark")
     decode = (PYTHON, "-m", "bench.decode", "--kernels", "--device", "cuda", *few)
+    whole = (PYTHON, "-m", "bench.round")
+    counted = (PYTHON, "-m", "bench.launches", "--out")
+    tuning = (PYTHON, "-m", "bench.tune")
     found += [
-        Step("decode", 90, decode, "decode.txt"),
+        Step("round", 90, (*whole, "--quick", "--out", str(out / "round.csv")), "log.txt", dry=(*whole, "--requests", "1")),
+        Step("decode", 90, decode, "log.txt"),
         # Allocations of their own: the caching allocator would hide a read just outside a tensor.
         checked("memcheck", 90, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")),
         checked("racecheck", 90),
-    ]
+        Step("launches", 40, (*counted, str(out / "launches.csv")), dry=(*counted, os.devnull)),
+        # Stops by itself; started again it goes on with the entries that are left.
+        Step(
+            "tune", 120, (*tuning, "--seconds", "90", "--most", "3", "--out", str(out / "tune.json")), "log.txt",
+            dry=(*tuning, "--help"),
+        ),
+    ]  # fmt: skip
     cases = ("sampled_r1", "sampled_r64", "dense_r1", "dense_r64", "causal_r256")
-    beside = (PYTHON, "-m", "bench.kernels", *(f"--case={case}" for case in cases), "--out", str(out / "baselines.csv"))
+    beside = (PYTHON, "-m", "bench.kernels", *(f"--case={case}" for case in cases), "--out", str(out / "kernels.csv"))
     found.append(Step("baselines", 240, beside))
     return found
 
@@ -278,9 +287,13 @@ def summary(todo: Sequence[Step], state: dict[str, Result], out: Path) -> str:
     counts = test_counts(out / "tests.txt")
     if counts:
         text += ["", "Tests marked gpu: " + ", ".join(f"{number} {name}" for name, number in counts.items()) + "."]
-    text += _times(out / "kernels.csv") + _beside(out / "baselines.csv")
-    text += _found(out / "decode.txt", r"^  (?:ok |NOT)  .*|^dspark.*|^autoregressive.*", "Decoding")
-    text += _found(out / "sanitizer.txt", rf"^{HEAD}.*|^=+ (?:ERROR SUMMARY|RACECHECK SUMMARY|Error:).*", "compute-sanitizer")
+    text += _times(out / "kernels.csv") + _beside(out / "kernels.csv")
+    text += _round(out / "round.csv") + _launches(out / "launches.csv")
+    log = sections(out / "log.txt")
+    text += _found(log.get("tune", ""), r"^\[\d+/\d+\] .*(?: before|no time left|reference).*", "Launch configurations")
+    text += _found(log.get("decode", ""), r"^  (?:ok |NOT)  .*|^dspark.*|^autoregressive.*", "Decoding")
+    checks = "\n".join(f"{HEAD}{name}\n{log[name]}" for name in ("memcheck", "racecheck") if name in log)
+    text += _found(checks, rf"^{HEAD}.*|^=+ (?:ERROR SUMMARY|RACECHECK SUMMARY|Error:).*", "compute-sanitizer")
     return "\n".join(text) + "\n"
 
 
@@ -288,11 +301,18 @@ def _cell(text: str) -> str:
     return text.replace("|", "/")
 
 
-def _facts_line(out: Path) -> str:
+def sections(path: Path) -> dict[str, str]:
+    """Step -> what its last run wrote to this log."""
     try:
-        lines = (out / "environment.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""
+        return {}
+    parts = re.split(rf"^{HEAD}([^:\n]+): .*\n", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _facts_line(out: Path) -> str:
+    lines = sections(out / "log.txt").get("environment", "").splitlines()
     wanted = ("gpu", "driver", "torch", "triton", "commit")
     found = dict(line.split(": ", 1) for line in lines if ": " in line)
     return ", ".join(f"{name} {found[name]}" for name in wanted if found.get(name))
@@ -339,8 +359,10 @@ def _times(path: Path) -> list[str]:
 
 
 def _beside(path: Path) -> list[str]:
-    """Medians of all contenders, graphs on cold inputs."""
+    """Medians of all contenders, graphs on cold inputs, of the cases that have others than the kernel."""
     rows = [row for row in _rows(path) if row["call"] == "graph" and row["cache"] in ("cold", "")]
+    both = {(row["op"], row["case"]) for row in rows if row["contender"] != "kernel"}
+    rows = [row for row in rows if (row["op"], row["case"]) in both]
     if not rows:
         return []
     text = ["", "Beside plain PyTorch, median us, graph replays on cold inputs.", "", "| op | case | contender | median |"]
@@ -350,12 +372,32 @@ def _beside(path: Path) -> list[str]:
     return text
 
 
-def _found(path: Path, pattern: str, title: str) -> list[str]:
-    """Telling lines of a step's output."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+def _round(path: Path) -> list[str]:
+    """The ops of a round, alone and all in one graph."""
+    rows = _rows(path)
+    if not rows:
         return []
+    head = f"{rows[0]['context']} tokens of context, {rows[0]['layers']} layers; shares with the models' times as in round.csv"
+    text = ["", f"A whole round, us: {head}.", "", "| requests | op | median | predicted | share of a round |"]
+    text.append("| --- | --- | --- | --- | --- |")
+    for row in rows:
+        share = f"{float(row['share_of_round']):.1%}"
+        text.append(f"| {row['requests']} | {row['op']} | {row['p50_us']} | {row['predicted_us']} | {share} |")
+    return text
+
+
+def _launches(path: Path) -> list[str]:
+    from . import launches
+
+    try:
+        return ["", *launches.table(launches.read(path)).splitlines()]
+    except (OSError, ValueError, TypeError, IndexError):
+        return []
+
+
+def _found(output: str, pattern: str, title: str) -> list[str]:
+    """Telling lines of a step's output."""
+    lines = output.splitlines()
     telling = [line for line in lines if re.match(pattern, line)]
     return ["", f"{title}:", "", "```", *telling[-40:], "```"] if telling else []
 

@@ -179,11 +179,14 @@ def commit() -> str:
     return "source " + source_digest()
 
 
-def source_digest() -> str:
-    """Digest of the Python source that results depend on."""
+def source_digest(tables: bool = True) -> str:
+    """Digest of the Python source that results depend on, and of the launch tables."""
     digest = hashlib.sha256()
     for folder in ("dspark_kernels", "reference", "bench", "tests"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        paths = [*(ROOT / folder).rglob("*.py")]
+        if folder == "dspark_kernels" and tables:
+            paths += (ROOT / folder / "launch" / "tables").glob("*.json")
+        for path in sorted(paths):
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -32,7 +32,7 @@ def test_the_steps_and_their_order(tmp_path):
     important = [n for n in names if n != "kernels: tree_attention"]
     assert important == [
         "environment", "tests", "kernels: draft_block", "kernels: accept_chain", "kernels: schedule_prefixes", "kernels: layouts",
-        "decode", "memcheck", "racecheck", "baselines",
+        "round", "decode", "memcheck", "racecheck", "launches", "tune", "baselines",
     ]  # fmt: skip
     steps = {step.name: step for step in gpu.steps(tmp_path)}
     assert {"pytest", "gpu"} <= set(steps["tests"].command)
@@ -186,14 +186,22 @@ accept_chain,dense_r64,pytorch,graph,cold,ok,900,901,902,3000,58.3,0.06,,
 accept_chain,dense_r1,kernel,graph,cold,ok,13,14,15,3000,0.9,0.06,12,no
 draft_block,greedy_r1,kernel,,,red: request 0 | differs,,,,,,,,
 """
+ROUND = """requests,context,layers,op,predicted_us,p50_us,share_of_round
+8,2048,36,draft_block,4,5,0.01
+8,2048,36,one graph,10,11.5,0.025
+"""
 
 
 def test_the_summary_lists_steps_and_numbers_beside_targets(tmp_path):
     (tmp_path / "kernels.csv").write_text(CSV)
-    (tmp_path / "baselines.csv").write_text(CSV)
+    (tmp_path / "round.csv").write_text(ROUND)
+    (tmp_path / "launches.csv").write_text((gpu.ROOT / "bench" / "results" / "launches.csv").read_text())
     (tmp_path / "tests.txt").write_text("= 4 passed in 2.00s =\n")
-    (tmp_path / "environment.txt").write_text("gpu: Fake\ndriver: 1\ncommit: abc\nother: 3\n")
-    (tmp_path / "sanitizer.txt").write_text("##### memcheck: x\nnoise\n========= ERROR SUMMARY: 0 errors\n")
+    (tmp_path / "log.txt").write_text(
+        "##### environment: x\ngpu: Old\n##### environment: x: y\ngpu: Fake\ndriver: 1\ncommit: abc\nother: 3\n"
+        "##### memcheck: x\nnoise\n========= ERROR SUMMARY: 0 errors\n"
+        "##### tune: x\n[1/9] layout requests 256: 3.10 us, 4.00 us before, 5 timed, block 128 -> 64\n    noise\n"
+    )
     todo = [python("", name=name) for name in ("a", "b")]
     text = gpu.summary(todo, {"a": Result("killed", 3.0, 4.0, None, "last | line\n")}, tmp_path)
     for line in (
@@ -206,10 +214,14 @@ def test_the_summary_lists_steps_and_numbers_beside_targets(tmp_path):
         "| draft_block | greedy_r1 | red: request 0 / differs | | | | | | |",
         "Targets met: 1 of 2.",
         "| accept_chain | dense_r64 | pytorch | 901 |",
+        "| 8 | one graph | 11.5 | 10 | 2.5% |",
+        "| **together, sampled** | **3** | **210** |",
+        "[1/9] layout requests 256: 3.10 us, 4.00 us before, 5 timed, block 128 -> 64",
         "========= ERROR SUMMARY: 0 errors",
     ):
         assert line in text.splitlines(), f"{line}\n\n{text}"
-    assert "41.5" not in text and "noise" not in text
+    assert "41.5" not in text
+    assert "noise" not in text and "Old" not in text and "| accept_chain | dense_r1 | kernel |" not in text
 
 
 def test_the_last_thing_printed_is_the_summary(tmp_path, capsys):
@@ -238,7 +250,8 @@ def test_a_dry_run_lists_all_steps_and_runs_the_quick_ones(monkeypatch, capsys):
     assert listed == [step.name for step in made(gpu.ROOT)] and "200 s" in out
     assert "environment: done" in out and "kernels: layouts: done" in out and "decode: failed" in out
     quick = {step.name for step in made(gpu.ROOT) if step.dry}
-    assert quick == {"environment"} | {step.name for step in made(gpu.ROOT) if step.name.startswith("kernels: ")}
+    others = {"environment", "round", "launches", "tune"}
+    assert quick == others | {step.name for step in made(gpu.ROOT) if step.name.startswith("kernels: ")}
 
 
 def test_facts(capsys):

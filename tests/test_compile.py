@@ -149,3 +149,28 @@ def test_a_digest_follows_code_and_not_words(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         digests.append(done.stdout)
     assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+BUNDLED = '''
+import torch, triton, triton.language as tl
+from bench import compile
+
+@triton.jit
+def kernel(pair, N: tl.constexpr):
+    x_ptr, (count, factor) = pair
+    tl.store(x_ptr + tl.arange(0, N), count)
+
+x = torch.empty(64)
+for pair in ((x, (5, None)), (x, (7, None)), (x, (16, None)), (x, (5, x)), (x[1:], (5, None)), (None, (5, None))):
+    compile.CASES = {"toy": {"bundled": lambda: kernel[(1,)](pair, 16)}}
+    print(compile.rows_of("sm_90", "toy", False)[0]["launch"])
+'''
+
+
+def test_a_digest_sees_into_tuples(tmp_path):
+    path = tmp_path / "bundled.py"
+    path.write_text(BUNDLED)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, path], cwd=ROOT, env=environment, capture_output=True, text=True)
+    digests = done.stdout.split()
+    assert len(digests) == 6 and digests[0] == digests[1] and len(set(digests)) == 5, done.stderr

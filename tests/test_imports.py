@@ -17,7 +17,8 @@ LAYERS = {
     "dspark_kernels.kernels.primitives": (),
     "dspark_kernels.kernels": ("dspark_kernels.kernels.primitives",),
     "dspark_kernels.launch.arch": (),
-    "dspark_kernels.launch": ("dspark_kernels.launch.arch",),
+    "dspark_kernels.launch.table": ("dspark_kernels.launch.arch",),
+    "dspark_kernels.launch": ("dspark_kernels.launch.arch", "dspark_kernels.launch.table"),
     "dspark_kernels.ops": (
         "dspark_kernels.types",
         "dspark_kernels.checks",
@@ -142,6 +143,7 @@ def test_arrows():
         ("dspark_kernels/kernels/x.py", "def launch():\n    import os"),
         ("dspark_kernels/launch/x.py", "from ..kernels import draft"),
         ("dspark_kernels/launch/x.py", "from . import draft"),
+        ("dspark_kernels/launch/arch.py", "from . import table"),
         ("dspark_kernels/launch/x.py", "from ..types import Flag"),
         ("dspark_kernels/ops/x.py", "from ..kernels import draft"),
         ("dspark_kernels/ops/x.py", "from .. import kernels"),
@@ -172,7 +174,7 @@ def test_a_planted_violation_is_found(tmp_path, path, code):
     for package in ("", "kernels", "kernels/primitives", "launch", "ops"):
         folder = tmp_path / PACKAGE / package
         folder.mkdir(exist_ok=True)
-        for module in ("__init__", "types", "checks", "draft"):
+        for module in ("__init__", "types", "checks", "draft", "table"):
             (folder / f"{module}.py").write_text("")
     (tmp_path / "reference").mkdir()
     assert violations(tmp_path) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .arch import Arch
+from .table import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,20 +22,21 @@ class AcceptConfig:
 
 
 def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, rebuilt: bool = False) -> AcceptConfig:
-    """The configuration for rows of `num_leaves` leaves. Not measured on a GPU yet.
+    """The configuration for rows of `num_leaves` leaves.
 
-    heavy: whether lists, sampling settings or swept or rebuilt draft rows take more registers. rebuilt: whether rows are products.
+    heavy: whether lists, sampling settings or swept or rebuilt draft rows take more registers. rebuilt: whether rows are
+    products, which take as many warps as the draft block has, and one tile of W2 at a time, to fit every shared memory.
 
     Four leaves an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
     multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
-    resident than the loads in flight need; these caps are the smallest at which no architecture spills (bench/compile.py).
+    resident than the loads in flight need; the caps are the smallest at which no architecture spills (bench/compile.py).
     """
-    # The interpreter pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
-    pairs = 16 if arch.vendor == "interpreter" else 4
+    if arch.vendor == "interpreter":
+        # It pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
+        tuned = dict(pairs=16, lag=2, num_warps=4, max_registers=None)
+    else:
+        tuned = dict(find(arch, "accept", law="rebuilt" if rebuilt else "heavy" if heavy else "light").config)
+    pairs = tuned.pop("pairs")
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
-    registers = (200 if heavy else 128) if arch.vendor == "nvidia" else None
-    if rebuilt:
-        # As many warps as the draft block has (launch/draft.py), one tile of W2 at a time: that fits every shared memory.
-        return AcceptConfig(group, chunk, 2, 8, 255 if arch.vendor == "nvidia" else None, num_stages=1)
-    return AcceptConfig(group, chunk, lag=2, num_warps=4, max_registers=registers)
+    return AcceptConfig(group, chunk, **tuned)

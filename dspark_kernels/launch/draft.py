@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .arch import Arch
+from .table import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +13,8 @@ class DraftConfig:
     """block_v: ids per tile (a multiple of 64); block_r: ranks per dot; programs_per_sm: resident programs; max_registers: per
     thread, None = the compiler's choice; one_launch: all phases in one cooperative launch, else a launch for each.
 
-    Of gated and rnn heads: block_j: latents per program, block_n: hoisted products per program, block_s: inputs per dot of both.
+    Of gated and rnn heads: block_j: latents per program, block_n: hoisted products per program, block_s: inputs per dot of these
+    and of the state.
     """
 
     block_v: int
@@ -28,19 +30,6 @@ class DraftConfig:
     native_fp8: bool
 
 
-# (ids, stages for a batch of one request tile, stages for more) per architecture: the widest tile of W2 (block_v x 512 bytes,
-# once per stage and, where the matrix unit reads shared memory itself, once more) that fits its shared memory without spilling
-# registers (bench/compile.py).
-_TILES = {
-    "sm_80": (64, 2, 2),
-    "sm_86": (64, 2, 2),
-    "sm_89": (64, 2, 2),
-    "sm_90": (64, 3, 2),
-    "sm_100": (64, 3, 1),
-    "sm_120": (64, 2, 2),
-    "gfx942": (64, 1, 1),
-    "gfx950": (64, 2, 2),
-}
 # A grid barrier costs about 7 us on MI300X (published), more than a launch of a captured graph: there every phase is a launch.
 _STEPPED = ("gfx942", "gfx950")
 _NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx950", "interpreter")
@@ -52,10 +41,10 @@ def request_tile(requests: int, settings: bool) -> int:
     return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
 
 
-def ranks_per_dot(phases: int, widened: bool, adjusted: bool) -> int:
-    """Of W2 in 16 bits: fewer where registers are needed for `phases` beside the vocabulary's at each position, to widen a
-    quantised W2, or for penalties, bias and mask (bench/compile.py: no spills)."""
-    return 64 if adjusted or phases > 1 else 128 if phases or widened else 256
+def ranks_per_dot(mixed: bool, widened: bool, adjusted: bool, filtered: bool = False) -> int:
+    """Of W2 in 16 bits: fewer where registers are needed for the latents of a gated or rnn head, to widen a quantised W2, for
+    penalties, bias and mask, or for filters (bench/compile.py: no spills)."""
+    return 64 if mixed or adjusted else 128 if widened or filtered else 256
 
 
 def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
@@ -65,7 +54,7 @@ def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
 
 
 def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, ranks: int = 256) -> DraftConfig:
-    """The configuration for W2 of [vocab, rank] whose products take `element_size` bytes an operand. Not measured on a GPU yet.
+    """The configuration for W2 of [vocab, rank] whose products take `element_size` bytes an operand.
 
     one_tile: the batch fits one tile of requests. ranks: from `ranks_per_dot`.
     """
@@ -77,20 +66,11 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
         block_v = min(4096, 2**20 // block_r, max(64, 1 << (vocab - 1).bit_length()))
         few = min(512, block_r)
         return DraftConfig(block_v, block_r, 1, 1, 1, None, True, few, 4 * few, few, native)
-    block_v, stages_one, stages_more = _TILES[arch.family]
-    stages = stages_one if one_tile else stages_more
-    # One program of 8 warps is resident per multiprocessor, so every thread may have the most registers there are.
-    registers = 255 if arch.vendor == "nvidia" else None
     return DraftConfig(
-        block_v=block_v,
+        # In no table: the bits of a projection depend on these two, and must not depend on the batch.
         block_r=block_r,
-        num_warps=8,
-        num_stages=stages,
-        programs_per_sm=1,
-        max_registers=registers,
+        block_s=32,
         one_launch=arch.cooperative and arch.family not in _STEPPED,
-        block_j=16,
-        block_n=64,
-        block_s=32 if ranks <= 64 else 64,
         native_fp8=native,
+        **find(arch, "draft", operands=f"{8 * element_size} bit", one_tile=one_tile).config,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .arch import Arch
+from .table import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class LayoutConfig:
 
 
 def pick(arch: Arch, requests: int) -> LayoutConfig:
-    """The configuration for `requests` requests. Not measured on a GPU yet."""
+    """The configuration for `requests` requests."""
     if arch.vendor == "interpreter":
         return LayoutConfig(4096, 1)
-    return LayoutConfig(128 if requests <= 512 else 256, 4 if requests <= 512 else 8)
+    return LayoutConfig(**find(arch, "layout", requests=requests).config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .arch import Arch
+from .table import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +20,12 @@ class ScheduleConfig:
 
 
 def pick(arch: Arch, candidates: int, rows: int) -> ScheduleConfig:
-    """The configuration for `candidates` drafts (requests x drafts, each padded to a power of two). Not measured on a GPU yet.
+    """The configuration for `candidates` drafts (requests x drafts, each padded to a power of two).
 
     Every program schedules the whole batch for itself, so few of them: what another one saves is writing rows. 2048 drafts are
     a batch of 256 with 7 or 8 each, in order at once: 8 a thread for 8 warps, 66 exchanges through 8 KB of shared memory.
     """
     if arch.vendor == "interpreter":
         return ScheduleConfig(1 << (rows - 1).bit_length(), 2048, 1, None)
-    # Left alone, ptxas spills to keep more programs resident than there are.
-    registers = 255 if arch.vendor == "nvidia" else None
-    return ScheduleConfig(512 if rows > 512 else 256, min(candidates, 2048), 8 if candidates > 512 else 4, registers)
+    config = ScheduleConfig(**find(arch, "schedule", candidates=candidates, rows=rows).config)
+    return dataclasses.replace(config, sort=min(candidates, config.sort))

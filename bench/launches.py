@@ -1,0 +1,263 @@
+"""Count the launches of a decoding round: the ops of this package, and the same steps in plain PyTorch.
+
+    python -m bench.launches                 count, print the table, write bench/results/launches.csv
+    python -m bench.launches --out FILE      write it somewhere else
+
+With a GPU: kernels that the CUDA profiler sees on the device (memory copies and fills among them), of one call after a first one
+has compiled everything. Without one: Triton kernels by the calls that reach Triton, and torch operators by a dispatch mode. Views
+and allocations launch nothing and are left out; every other operator counts once, though a sort, a cumulative sum or an index
+launches several kernels on a GPU: what is said of plain PyTorch is a lower bound. Torch operators inside an op of the package are
+not seen that way; on a GPU they would be.
+
+Counts do not depend on sizes but on K, the drafts of a block, over which plain PyTorch loops. PyTorch's steps: bench/baselines.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import kernels, timing
+from .kernels import BadArgument
+
+RESULT = kernels.RESULTS / "launches.csv"
+OURS, EAGER = "dspark_kernels", "pytorch"
+LAYERS = 36  # of Qwen3-4B
+NOTHING = (  # allocations, views whose schema does not say so, and a number in a `where`, which some versions keep on the host
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "scalar_tensor",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """launches = triton + torch without a GPU (see above), device events with one."""
+
+    setting: str  # sampled or greedy
+    op: str
+    per: str  # "round" or "layer"
+    contender: str
+    launches: int
+    triton_launches: int | str
+    torch_operators: int | str
+    method: str
+    drafts: int
+    gpu: str
+    torch: str
+    triton: str
+    commit: str
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Names of torch operators that a GPU would have to launch something for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "dspark" and launches_something(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def launches_something(func) -> bool:
+    """Not for an allocation, and not for a view: what it returns is an argument's memory, unwritten."""
+    if func._schema.name.split("::")[-1] in NOTHING:
+        return False
+    returned = [value.alias_info for value in func._schema.returns]
+    return not (returned and all(alias is not None and not alias.is_write for alias in returned))
+
+
+@contextlib.contextmanager
+def triton_launches():
+    """A list that names every Triton kernel launched within it, interpreted or compiled."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    seen: list[str] = []
+    before = {kind: kind.run for kind in (InterpretedFunction, JITFunction)}
+
+    def counted(run):
+        def count(self, *args, **kwargs):
+            seen.append(getattr(self, "__name__", None) or self.fn.__name__)
+            return run(self, *args, **kwargs)
+
+        return count
+
+    for kind, run in before.items():
+        kind.run = counted(run)
+    try:
+        yield seen
+    finally:
+        for kind, run in before.items():
+            kind.run = run
+
+
+def on_host(call: Callable) -> tuple[int, int, int]:
+    """(launches, of Triton, operators of torch) of a call."""
+    with triton_launches() as seen, Operators() as operators:
+        call()
+    return len(seen) + len(operators.names), len(seen), len(operators.names)
+
+
+def on_device(call: Callable) -> tuple[int, str, str]:
+    """(events on the device, "", "") of a call that was made before."""
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == device for event in profile.events()), "", ""
+
+
+# --- the steps of a round ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    op: str
+    per: str
+    spec: object
+
+
+def steps(sampled: bool, small: bool) -> list[Step]:
+    """The ops of a round at few requests; small: also few ids and keys."""
+    from . import attention_cases, kernel_cases
+
+    sizes = dict(vocab=1500) if small else {}
+    model = dict(rank=16, hidden=24) if small else {}
+    heads = dict(query_heads=4, kv_heads=2, head_dim=32) if small else {}
+    return [
+        Step("draft_block", "round", kernel_cases.Draft(4, sampled, **sizes, **model)),
+        Step("schedule_prefixes", "round", kernel_cases.Schedule(4, "causal")),
+        Step("accept_chain", "round", kernel_cases.Accept(4, "dense" if sampled else "one_hot", sampled, **sizes)),
+        Step("plan_attention", "round", attention_cases.Attention(3, 70, **heads)),
+        Step("tree_attention", "layer", attention_cases.Attention(3, 70, **heads)),
+    ]
+
+
+def calls_of(step: Step, device) -> dict[str, Callable]:
+    """contender -> a call of the step with outputs and scratch memory given, as a captured graph needs it."""
+    import dspark_kernels as dk
+
+    from .baselines import BASELINES
+
+    inputs = kernels.inputs_of(step.spec, 1, device)
+    if step.op == "plan_attention":
+        given = dict(query_heads=step.spec.query_heads)
+        return {OURS: lambda: dk.plan_attention(inputs["layout"], inputs["kv"], **given, out=inputs["plan"])}
+    op, workspace = getattr(dk, step.op), step.spec.workspace(device)
+    result = op(**inputs)
+    baseline = BASELINES[step.op]
+    arguments = baseline.arguments(inputs)
+    return {OURS: lambda: op(**inputs, out=result, workspace=workspace), EAGER: lambda: baseline.function(*arguments)}
+
+
+def count(device, small: bool) -> list[Row]:
+    gpu = device.type == "cuda"
+    counter = on_device if gpu else on_host
+    method = "CUDA profiler: events on the device" if gpu else "calls of Triton kernels, torch operators that are no views"
+    facts = dict(
+        gpu=torch.cuda.get_device_name(device) if gpu else "none", torch=torch.__version__, triton=timing.triton_version(),
+        commit=timing.commit(),
+    )  # fmt: skip
+    rows = []
+    for sampled in (True, False):
+        for step in steps(sampled, small):
+            setting = "sampled" if sampled else "greedy"
+            for contender, call in calls_of(step, device).items():
+                with torch.no_grad():
+                    numbers = counter(call)
+                drafts = getattr(step.spec, "drafts", None) or step.spec.rows - 1
+                rows.append(Row(setting, step.op, step.per, contender, *numbers, method, drafts, **facts))
+                print(f"{setting} {step.op} {contender}: {numbers[0]}", flush=True)
+    return rows
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def launches_of(rows: Sequence[Row], setting: str, contender: str, ops: Sequence[str]) -> int:
+    return sum(int(row.launches) for row in rows if (row.setting, row.contender) == (setting, contender) and row.op in ops)
+
+
+DECISIONS = ("draft_block", "schedule_prefixes", "accept_chain")  # a round's steps beside the models
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: launches per round, ours beside plain PyTorch."""
+    text = [f"| launches per round, K = {rows[0].drafts} | dspark_kernels | PyTorch |", "| --- | --- | --- |"]
+    for setting in ("sampled", "greedy"):
+        for op in DECISIONS:
+            pair = [launches_of(rows, setting, contender, [op]) for contender in (OURS, EAGER)]
+            text.append(f"| `{op}`, {setting} | {pair[0]} | {pair[1]} |")
+        pair = [launches_of(rows, setting, contender, DECISIONS) for contender in (OURS, EAGER)]
+        text.append(f"| **together, {setting}** | **{pair[0]}** | **{pair[1]}** |")
+    plan = launches_of(rows, "sampled", OURS, ["plan_attention"])
+    layer = [launches_of(rows, "sampled", contender, ["tree_attention"]) for contender in (OURS, EAGER)]
+    text.append(f"| attention, {LAYERS} layers | {plan} + {LAYERS} x {layer[0]} | {LAYERS} x {layer[1]} |")
+    bound = "" if rows[0].gpu != "none" else "; PyTorch's is a lower bound: one per operator, of which some launch several kernels"
+    return "\n".join([*text, "", f"Counted by {rows[0].method}{bound}."])
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in rows)
+
+
+def read(path: Path) -> list[Row]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return [Row(**{**row, "launches": int(row["launches"]), "drafts": int(row["drafts"])}) for row in csv.DictReader(file)]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadArgument(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    first, rest = __doc__.split("\n", 1)
+    p = _Parser(
+        prog="python -m bench.launches", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--out", metavar="FILE", default=str(RESULT), help="the CSV file (default: bench/results/launches.csv)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 2: a bad argument."""
+    try:
+        path = Path(parser().parse_args(argv).out)
+        if path.is_dir() or not path.resolve().parent.is_dir():
+            raise BadArgument(f"--out: expected a file in a folder that exists, got {path}")
+        interpreted = kernels.prepare_triton()
+    except BadArgument as error:
+        print(f"bench.launches: {error}", file=sys.stderr)
+        return 2
+    device = torch.device("cpu") if interpreted else torch.device("cuda", torch.cuda.current_device())
+    rows = count(device, interpreted)
+    write(path, rows)
+    print(f"\n{table(rows)}\n\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Tuned launch parameters: per GPU a table of shapes with the configuration that was best there, and why.
+
+    entry found = the one of the same kind with the least sum over sizes of |doublings(size) - doublings(size asked for)|
+
+doublings(n) = powers of two up to n, rounded up. Strings and booleans of a shape are its kind and must be equal; of two entries
+as near, the first. The tables (tables/<GPU>.json) are written by bench/tune.py and read once, when this module is imported:
+a lookup may be traced by torch.compile, which opens no files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from .arch import Arch
+
+FOLDER = Path(__file__).parent / "tables"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """shape: what it was chosen for. config: launch parameters by name. why: the measurement that justifies them."""
+
+    shape: dict
+    config: dict
+    why: dict
+
+
+Table = dict[str, tuple[Entry, ...]]  # kernel -> entries
+
+
+def read(path: Path) -> Table:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {kernel: tuple(Entry(**entry) for entry in entries) for kernel, entries in content["entries"].items()}
+
+
+_TABLES: dict[str, Table] = {path.stem: read(path) for path in sorted(FOLDER.glob("*.json"))}
+_found: dict[tuple, Entry] = {}
+_trials: dict[str, Entry] = {}  # kernel -> what it runs with, whatever the table says
+_said: set[str] = set()
+
+
+def find(arch: Arch, kernel: str, **shape: int | str | bool) -> Entry:
+    """The entry nearest to `shape`. A GPU without a table of its own takes its family's, and says so once."""
+    if kernel in _trials:
+        return _trials[kernel]
+    name = arch.name
+    if name not in _TABLES:
+        name = arch.family
+        if not torch.compiler.is_compiling():  # a warning cannot be traced, and the op itself, which looks here too, is not
+            _say_unknown(arch)
+    key = (name, kernel, *shape.values())
+    if key not in _found:
+        _found[key] = nearest(_TABLES[name].get(kernel, ()), shape, f"{name}.json: {kernel}")
+    return _found[key]
+
+
+def _say_unknown(arch: Arch) -> None:
+    if arch.name in _said:
+        return
+    _said.add(arch.name)
+    warnings.warn(
+        f"dspark_kernels: no launch table for {arch.name}: kernels run with that of {arch.family} "
+        "(python -m bench.tune in a checkout finds what is best)",
+        stacklevel=3,
+    )
+
+
+def nearest(entries: tuple[Entry, ...], shape: dict, where: str) -> Entry:
+    best, least = None, 0
+    for entry in entries:
+        distance = _distance(entry.shape, shape)
+        if distance is not None and (best is None or distance < least):
+            best, least = entry, distance
+    if best is None:
+        raise LookupError(f"{where}: no entry of the kind of {shape}")
+    return best
+
+
+def _distance(have: dict, want: dict) -> int | None:
+    """Doublings between two shapes, None where they are of different kinds."""
+    total = 0
+    for name, value in want.items():
+        other = have[name]
+        if isinstance(value, (str, bool)):
+            if value != other:
+                return None
+        else:
+            total += abs(_doublings(value) - _doublings(other))
+    return total
+
+
+def _doublings(size: int) -> int:
+    return max(0, size - 1).bit_length()
+
+
+@contextlib.contextmanager
+def trial(kernel: str, shape: dict, config: dict):
+    """Within it `kernel` runs with `config`, chosen for `shape`, on every GPU: to compile and to time it."""
+    _trials[kernel] = Entry(shape, config, {})
+    try:
+        yield
+    finally:
+        del _trials[kernel]
