@@ -41,10 +41,10 @@ def request_tile(requests: int, settings: bool) -> int:
     return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
 
 
-def ranks_per_dot(phases: int, widened: bool, adjusted: bool) -> int:
-    """Of W2 in 16 bits: fewer where registers are needed for `phases` beside the vocabulary's at each position, to widen a
-    quantised W2, or for penalties, bias and mask (bench/compile.py: no spills)."""
-    return 64 if adjusted or phases > 1 else 128 if phases or widened else 256
+def ranks_per_dot(mixed: bool, widened: bool, adjusted: bool, filtered: bool = False) -> int:
+    """Of W2 in 16 bits: fewer where registers are needed for the latents of a gated or rnn head, to widen a quantised W2, for
+    penalties, bias and mask, or for filters (bench/compile.py: no spills)."""
+    return 64 if mixed or adjusted else 128 if widened or filtered else 256
 
 
 def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
@@ -70,7 +70,9 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
     if ranks <= 64:
         tuned = tuned | dict(block_s=32)
     return DraftConfig(
-        block_r=block_r,  # in no table: the bits of a projection depend on it, and must not depend on the batch
+        # In no table: the bits of a projection depend on these two, and must not depend on the batch.
+        block_r=block_r,
+        block_s=32,
         one_launch=arch.cooperative and arch.family not in _STEPPED,
         native_fp8=native,
         **tuned,

@@ -396,7 +396,7 @@ def _draft_block(
             # As bytes: not every GPU's compiler takes pointers to e4m3.
             widening, w2 = "fp8", w2.view(torch.uint8)
         head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
-    ranks = draft_launch.ranks_per_dot((mix_weight is not None) + (filters is not None), w2_scale is not None, sampling.adjusts)
+    ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, sampling.adjusts, filters is not None)
     config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
