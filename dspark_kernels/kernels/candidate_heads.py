@@ -15,7 +15,7 @@ from triton.language.target_info import is_cuda
 from .primitives.activations import sigmoid, tanh
 from .primitives.widen import fp8_by_bits
 
-COLUMNS = tl.constexpr(16)  # of the second factor of every dot
+ROWS = tl.constexpr(16)  # of the first factor of every dot
 
 
 @triton.jit
@@ -31,30 +31,30 @@ def _values(stored):
 
 
 @triton.jit
-def _in_columns(x):
-    """fp32 x [N] as three columns of bf16 [N, COLUMNS], whose sum it is."""
+def _in_rows(x):
+    """fp32 x [N] as three rows of bf16 [ROWS, N], whose sum it is."""
     high = x.to(tl.bfloat16)
     x -= high.to(tl.float32)
     middle = x.to(tl.bfloat16)
     low = (x - middle.to(tl.float32)).to(tl.bfloat16)
-    column = tl.arange(0, COLUMNS)[None, :]
-    x = tl.where(column == 0, high[:, None], tl.where(column == 1, middle[:, None], low[:, None]))
-    return tl.where(column < 3, x, 0.0).to(tl.bfloat16)
+    row = tl.arange(0, ROWS)[:, None]
+    x = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
+    return tl.where(row < 3, x, 0.0).to(tl.bfloat16)
 
 
 @triton.jit
-def exact_dot(total, w, x):
-    """total + w @ x with the products of fp32, all by dots of bf16: a factor is the sum of as many bf16 as its type needs."""
-    w_parts: tl.constexpr = 3 if w.dtype == tl.float32 else 2 if w.dtype == tl.float16 else 1
-    x_parts: tl.constexpr = 3 if x.dtype == tl.float32 else 2 if x.dtype == tl.float16 else 1
-    for i in tl.static_range(w_parts):
-        part = w.to(tl.bfloat16)
-        if i + 1 < w_parts:
-            w = w.to(tl.float32) - part.to(tl.float32)
-        rest = x
-        for j in tl.static_range(x_parts):
+def exact_dot(total, a, b):
+    """total + a @ b with the products of fp32, all by dots of bf16: a factor is the sum of as many bf16 as its type needs."""
+    a_parts: tl.constexpr = 3 if a.dtype == tl.float32 else 2 if a.dtype == tl.float16 else 1
+    b_parts: tl.constexpr = 3 if b.dtype == tl.float32 else 2 if b.dtype == tl.float16 else 1
+    for i in tl.static_range(a_parts):
+        part = a.to(tl.bfloat16)
+        if i + 1 < a_parts:
+            a = a.to(tl.float32) - part.to(tl.float32)
+        rest = b
+        for j in tl.static_range(b_parts):
             other = rest.to(tl.bfloat16)
-            if j + 1 < x_parts:
+            if j + 1 < b_parts:
                 rest = rest.to(tl.float32) - other.to(tl.float32)
             total = tl.dot(part, other, total)
     return total
@@ -62,14 +62,14 @@ def exact_dot(total, w, x):
 
 @triton.jit
 def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, BLOCK: tl.constexpr):
-    """total [M, COLUMNS] + weight . x by columns. rows: offsets [M] of rows of weights that are `there`; x [size], of which
-    `known` elements are there. One form: dots of [M, BLOCK] by [BLOCK, COLUMNS]."""
+    """total [ROWS, M] + x . weight by rows. rows: offsets [M] of rows of weights that are `there`; x [size], of which `known`
+    elements are there. One form: dots of [ROWS, BLOCK] by [BLOCK, M], since Blackwell's compiler fails on one with few columns."""
     for first in range(0, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        inside = there[:, None] & (i < size)[None, :]
-        w = tl.load(weight_ptr + rows[:, None] + (first_column + i)[None, :], mask=inside, other=0)
+        inside = (i < size)[:, None] & there[None, :]
+        w = tl.load(weight_ptr + rows[None, :] + (first_column + i)[:, None], mask=inside, other=0)
         x = tl.load(x_ptr + i, mask=i < known, other=0.0).to(tl.float32)
-        total = exact_dot(total, _values(w), _in_columns(x))
+        total = exact_dot(total, _in_rows(x), _values(w))
     return total
 
 
@@ -77,9 +77,9 @@ def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, B
 def weighted(ids, latent_ptr, known, head, BLOCK_R: tl.constexpr):
     """fp32 [WIDTH]: W2[ids] . latent, 0 for id -1. known: ranks of the latent that there are."""
     w2_ptr, stride_2v, scale_ptr, rank = head[2], head[3], head[4], head[6]
-    total = tl.zeros([ids.shape[0], COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, ids.shape[0]], tl.float32)
     total = _product(total, w2_ptr, ids.to(tl.int64) * stride_2v, ids >= 0, 0, rank, latent_ptr, known, BLOCK_R)
-    bias = tl.sum(total, axis=1)
+    bias = tl.sum(total, axis=0)
     if scale_ptr is not None:
         bias = bias * tl.load(scale_ptr + ids, mask=ids >= 0, other=0.0)
     return bias
@@ -144,10 +144,10 @@ def advance_gated(
     tl.debug_barrier()  # the latent of k - 1 has been read
     for first in range(0, rank, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
-        total = tl.zeros([BLOCK_O, COLUMNS], tl.float32)
+        total = tl.zeros([ROWS, BLOCK_O], tl.float32)
         rows = o.to(tl.int64) * stride_w
         total = _product(total, weight_ptr, rows, o < rank, hidden[3], rank, embedded_ptr, known, BLOCK_J)
-        z = tl.sum(total, axis=1) + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
+        z = tl.sum(total, axis=0) + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
         e = tl.load(embedded_ptr + o, mask=o < known, other=0.0).to(tl.float32)
         tl.store(latent_ptr + o, (sigmoid(z) * e).to(latent_ptr.dtype.element_ty), mask=o < rank)
     tl.debug_barrier()
@@ -176,11 +176,11 @@ def advance_rnn(
         old = tl.load(old_ptr + o, mask=o < rank, other=0.0)
         gate = old
         for part in range(3):  # gate, candidate, output
-            total = tl.zeros([BLOCK_O, COLUMNS], tl.float32)
+            total = tl.zeros([ROWS, BLOCK_O], tl.float32)
             rows = (part * rank + o).to(tl.int64) * stride_w
             total = _product(total, weight_ptr, rows, o < rank, 0, rank, old_ptr, rank, BLOCK_J)
             total = _product(total, weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J)
-            z = tl.sum(total, axis=1) + tl.load(products_ptr + part * rank + o, mask=o < rank, other=0.0, volatile=True)
+            z = tl.sum(total, axis=0) + tl.load(products_ptr + part * rank + o, mask=o < rank, other=0.0, volatile=True)
             if part == 0:
                 gate = sigmoid(z)
             elif part == 1:

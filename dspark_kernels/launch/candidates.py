@@ -67,14 +67,14 @@ def pick(
     group = unit_ids(vocab, candidates)
     units = max(64, _padded(-(-vocab // group)))
     chosen = _padded(min(candidates, units))
-    # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
-    # one reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
-    warps = 8 if arch.vendor == "nvidia" else 4
-    plain = weights == "bfloat16"
-    roomy = arch.family in ("sm_90", "sm_100")
-    narrow = plain or weights == "int8" or (roomy and weights == "float8_e4m3fn")
+    # 8 warps of 32 lanes, 4 of 64: the same work per lane, except where settings need the registers of more. With at most 128
+    # registers two programs share a multiprocessor, so that one reads logits while the other selects or walks; what needs more
+    # gets it (bench/compile.py).
+    warps = 8 if arch.vendor == "nvidia" or settings else 4
+    plain, hopper = weights == "bfloat16", arch.family == "sm_90"
+    narrow = plain or weights == "int8" or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
     capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
-    most = 32 if capped and not (plain and roomy) else 64 if width < 32 else 128
+    most = 32 if capped and not (plain and hopper) else 64 if width < 32 else 128
     block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
     block_o, block_j = (64, 128) if plain else (32, 32)
     registers = 128 if capped else None
