@@ -67,8 +67,6 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
         few = min(512, block_r)
         return DraftConfig(block_v, block_r, 1, 1, 1, None, True, few, 4 * few, few, native)
     tuned = find(arch, "draft", operands=f"{8 * element_size} bit", one_tile=one_tile).config
-    if ranks <= 64:
-        tuned = tuned | dict(block_s=32)
     return DraftConfig(
         # In no table: the bits of a projection depend on these two, and must not depend on the batch.
         block_r=block_r,

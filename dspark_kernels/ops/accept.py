@@ -296,7 +296,7 @@ def _accept_chain(
             how = (base_rows, w1, w1.stride(0), w1.shape[0], w2, w2.stride(0), w2.shape[1])
             # As drafting did, which was plain: a law with settings of its own is not rebuilt.
             size = w2.element_size() if w1.dtype == w2.dtype else 4
-            ranks = draft_launch.ranks_per_dot(0, False, False)
+            ranks = draft_launch.ranks_per_dot(False, False, False)
             candidates = draft_launch.rank_block(arch.current(device), w2.shape[1], size, ranks)
         law = (draft_logits, draft_lse, *strides, draft_logits.shape[2], how)
     elif kind == "listed" and draft_ids is not None:

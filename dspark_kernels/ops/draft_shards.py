@@ -282,7 +282,7 @@ def _draft_block_partial(
             widening, w2 = "fp8", w2.view(torch.uint8)
         head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
     # As for the whole vocabulary: how many ranks a dot takes is part of what its sums are.
-    ranks = draft_launch.ranks_per_dot(0, w2 is not None and w2.dtype.itemsize == 1, False)
+    ranks = draft_launch.ranks_per_dot(False, w2 is not None and w2.dtype.itemsize == 1, False)
     config = draft_launch.pick(gpu, units * draft.UNIT, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
