@@ -67,10 +67,10 @@ def pick(
     group = unit_ids(vocab, candidates)
     units = max(64, _padded(-(-vocab // group)))
     chosen = _padded(min(candidates, units))
-    # 8 warps of 32 lanes, 4 of 64: the same work per lane, except where settings need the registers of more. With at most 128
-    # registers two programs share a multiprocessor, so that one reads logits while the other selects or walks; what needs more
-    # gets it (bench/compile.py).
-    warps = 8 if arch.vendor == "nvidia" or settings else 4
+    # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
+    # one reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
+    warps = 8 if arch.vendor == "nvidia" else 4
+    block = 4096 if arch.vendor == "amd" and settings else 8192
     plain, hopper = weights == "bfloat16", arch.family == "sm_90"
     narrow = plain or weights == "int8" or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
     capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
@@ -78,4 +78,4 @@ def pick(
     block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
     block_o, block_j = (64, 128) if plain else (32, 32)
     registers = 128 if capped else None
-    return CandidatesConfig(8192, group, units, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)
+    return CandidatesConfig(block, group, units, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)
