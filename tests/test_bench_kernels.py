@@ -106,11 +106,14 @@ def test_the_registry():
         for r in (1, 64)
     ]  # fmt: skip
     assert sizes == [(1, True, 256), (8, True, 256), (64, True, 256), (1, False, 256), (64, False, 256), (64, True, 0)]
-    sizes = {(c.spec.proposal, c.spec.sampled, c.spec.requests) for c in kc.registry() if c.op == "accept_chain"}
+    specs = [c.spec for c in kc.registry() if c.op == "accept_chain"]
+    sizes = {(s.proposal, s.sampled, s.requests) for s in specs if (s.rule, s.settings, s.logprobs) == ("token", None, None)}
     assert sizes == {
-        *(("dense", True, r) for r in (1, 8, 32, 64)), ("one_hot", True, 1), ("one_hot", True, 64),
-        ("one_hot", False, 1), ("one_hot", False, 8),
+        *(("dense", True, r) for r in (1, 8, 32, 64)), ("one_hot", True, 1), ("one_hot", True, 64), ("sparse", True, 1),
+        ("sparse", True, 64), ("one_hot", False, 1), ("one_hot", False, 8),
     }  # fmt: skip
+    assert {(s.proposal, s.rule) for s in specs} >= {("dense", "block"), ("sparse", "block"), ("one_hot", "coupled")}
+    assert {s.settings for s in specs} >= {"filters", "adjust"} and {s.logprobs for s in specs} >= {"raw"}
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

@@ -87,8 +87,8 @@ def test_draft_block_with_many_programs(monkeypatch):
 PHASES = [
     dict(),
     dict(kind="gated", w2_dtype=torch.int8),
-    dict(filters={"top_k", "top_p"}),
-    dict(kind="rnn", filters={"top_p", "min_p"}, adjust={"bias", "mask"}, target_vocab=1500),
+    dict(filters=("top_k", "top_p")),
+    dict(kind="rnn", filters=("top_p", "min_p"), adjust=("bias", "mask"), target_vocab=1500),
 ]
 
 

@@ -24,7 +24,7 @@ class AcceptConfig:
 def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, rebuilt: bool = False, adjusted: bool = False) -> AcceptConfig:
     """The configuration for rows of `num_leaves` leaves.
 
-    heavy: whether lists, filters or swept draft rows take more registers. rebuilt: whether draft rows are products, which take as
+    heavy: whether fp32 logits, lists, filters or swept draft rows take more registers. rebuilt: whether draft rows are products, which take as
     many warps as the draft block has, and one tile of W2 at a time, to fit every shared memory. adjusted: whether logits get
     penalties, bias or masks, whose tiles are spread over as many.
 
