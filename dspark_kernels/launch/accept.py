@@ -24,9 +24,9 @@ class AcceptConfig:
 def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, rebuilt: bool = False, adjusted: bool = False) -> AcceptConfig:
     """The configuration for rows of `num_leaves` leaves.
 
-    heavy: whether fp32 logits, lists, filters or swept draft rows take more registers. rebuilt: whether draft rows are products, which take as
-    many warps as the draft block has, and one tile of W2 at a time, to fit every shared memory. adjusted: whether logits get
-    penalties, bias or masks, whose tiles are spread over as many.
+    heavy: whether fp32 logits, lists, filters or swept draft rows take more registers. rebuilt: whether draft rows are products,
+    which take as many warps as the draft block has, and one tile of W2 at a time, to fit every shared memory. adjusted: whether
+    logits get penalties, bias or masks, whose tiles are spread over as many.
 
     Four leaves an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
     multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
