@@ -67,7 +67,9 @@ def record_rebuilt(
         if (token >= 0) & (token < width):
             ids = token.to(tl.int32) // IDS * IDS + tl.arange(0, IDS)
             logits = _rebuilt(view, k, law, ids, CANDIDATES)
-            x = tl.where(i == k, tl.max(tl.where(ids == token, logits, NEG_INF), axis=0), x)
+            # Of a matrix: the compiler for sm_100 takes no reduction of a vector that comes from a product.
+            own = tl.max(tl.reshape(tl.where(ids == token, logits, NEG_INF), [1, IDS]), axis=1)
+            x = tl.where(i == k, own, x)
     record_stored(i, rows, draft, x, view, law, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature)
 
 
