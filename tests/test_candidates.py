@@ -115,7 +115,7 @@ def unfiltered(case, candidates, listed, block):
     return rows
 
 
-@settings(max_examples=22, deadline=None)
+@settings(max_examples=14, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw
@@ -143,7 +143,7 @@ def test_equals_reference(data):
     check(case, draw(st.sampled_from([1, 3, 16, 77, 256])), draw(st.sampled_from([0, 1, 6])))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_settings_equal_reference(data):
     draw = data.draw

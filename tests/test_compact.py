@@ -87,7 +87,7 @@ def check(case):
         assert torch.equal(bytes_of(have), bytes_of(wanted)), f"cache {number}"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw

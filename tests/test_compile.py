@@ -16,7 +16,7 @@ HERE = ("sm_80", "sm_90", "gfx942")
 ALL = (*HERE, "sm_86", "sm_89", "sm_100", "sm_120", "gfx950")
 # One case for each constant that selects other code; the report has the rest.
 CASES = {
-    "draft_block": ("sampled_r1", "sampled_r64", "greedy_r64", "gated_r1", "int8_r64", "filtered_r64"),
+    "draft_block": ("sampled_r1", "sampled_r64", "greedy_r64"),
     "fixed_layout": ("r64",),
     "tree_layout": ("r8",),
     "draft_layout": ("r64",),
@@ -24,10 +24,9 @@ CASES = {
     "plan_attention": ("r64_slots",),
     "tree_attention": ("chain", "tree_window", "fp8_cached"),
     "draft_candidates": ("c64_r1",),
-    "accept_chain": ("dense", "one_hot", "greedy", "dense_block"),
+    "accept_chain": ("dense", "one_hot", "greedy"),
     "compact_kv": ("r64",),
     "draft_block_finish": ("sampled_r64",),
-    "accept_tree": ("walk",),
 }
 
 

@@ -36,7 +36,7 @@ def run_adjust(rows, settings, slots, paths=None, tile=(2, 64)):
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_adjusted_logits_have_the_references_bits(data):
     draw = data.draw
@@ -120,7 +120,7 @@ def check_filter(rows, sampling, group=128, exempt=True):
     return kept
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_support_equals_reference(data):
     draw = data.draw
