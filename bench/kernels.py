@@ -1,4 +1,4 @@
-"""Time every op beside its floor and beside plain PyTorch, each only after it equals the reference.
+"""Time every op beside its floor, plain PyTorch and installed engines, each only after it equals the reference.
 
 Every case is first run once and compared with the reference; a case that differs gives no time, and the exit code is 1. Then
 CUDA-graph replays and eager calls are timed, on inputs that have left the cache (cold) and on the same ones again (warm). What a
@@ -6,7 +6,8 @@ captured graph writes is compared with the checked result, bit by bit, before it
 
 Without a GPU, or with TRITON_INTERPRET=1, small versions of the cases run in Triton's interpreter, and no times are taken.
 
-    python -m bench.kernels                          all cases, and plain PyTorch beside them
+    python -m bench.kernels                          all cases, and plain PyTorch beside them; functions of flashinfer, vllm and
+                                                     sgl_kernel too, where they import (bench/engines.py)
     python -m bench.kernels --op accept_chain        one op (repeatable); --case dense_r64 one case
     python -m bench.kernels --check                  compare with the reference, take no times
 
@@ -32,7 +33,7 @@ from . import timing
 
 RESULTS = timing.ROOT / "bench" / "results"
 SAMPLES, QUICK_SAMPLES = 200, 30
-CONTENDERS = ("kernel", "pytorch", "torch.compile")
+CONTENDERS = ("kernel", "pytorch", "torch.compile", "engines")  # engines: those of bench/engines.py that import
 CALLS = ("graph", "eager")
 CACHES = ("cold", "warm")
 
@@ -159,7 +160,7 @@ def _timed(case, spec, inputs, result, bench: Bench) -> list[Row]:
     calls = [kernel_call(*pair) for pair in zip(sets, outs, strict=True)]
     rows = []
     with torch.no_grad():
-        for name in ("kernel", *bench.baselines):
+        for name in ("kernel", *_names(case.op, inputs, bench.baselines)):
             for how in CALLS:
                 timed = None  # the graphs of a baseline hold gigabytes
                 try:
@@ -205,10 +206,18 @@ def _same_again(call, result, want) -> None:
     kernel_cases.require(kernel_cases.same(result, want), "a second run writes something else than the checked one")
 
 
+def _names(op: str, inputs, baselines) -> list[str]:
+    """With "engines" replaced by those that are installed."""
+    from . import engines
+
+    return [name for given in baselines for name in (engines.installed(op, inputs) if given == "engines" else [given])]
+
+
 def _baseline_calls(op: str, name: str, sets) -> list[Callable]:
+    from . import engines
     from .baselines import BASELINES
 
-    baseline = BASELINES[op]
+    baseline = engines.checked(op, name, sets[0]) if name in engines.ENGINES.get(op, {}) else BASELINES[op]
     function = baseline.function
     if name == "torch.compile":
         torch._dynamo.reset()
@@ -305,7 +314,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--case", action="append", metavar="NAME", help="only cases of this name (repeatable)")
     p.add_argument("--out", metavar="FILE", help="the CSV file (default: bench/results/kernels-<gpu>.csv)")
     p.add_argument("--quick", action="store_true", help=f"{QUICK_SAMPLES} samples instead of {SAMPLES}, no torch.compile")
-    p.add_argument("--no-baselines", action="store_true", help="time the ops alone")
+    p.add_argument("--no-baselines", action="store_true", help="time the ops alone, without PyTorch and installed engines")
     p.add_argument("--check", action="store_true", help="compare with the reference and take no times")
     p.add_argument("--small", action="store_true", help="small versions of the cases (always without a GPU)")
     p.add_argument("--list", action="store_true", help="print the cases with their bytes and operations, and stop")
@@ -390,7 +399,7 @@ def time_all(cases, arguments, device) -> int:
     clock = timing.DeviceClock()
     bandwidth = timing.copy_bandwidth(clock, device)
     machine = timing.machine(device)
-    baselines = () if arguments.no_baselines else CONTENDERS[1:2] if arguments.quick else CONTENDERS[1:]
+    baselines = () if arguments.no_baselines else ("pytorch", "engines") if arguments.quick else CONTENDERS[1:]
     bench = Bench(
         device=device,
         clock=clock,
