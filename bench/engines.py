@@ -297,10 +297,12 @@ def _flashinfer_attention(flashinfer) -> Baseline:
         requests, page_size = layout.draft_lens.shape[0], kv.k_cache.shape[1]
         rows, context = q.shape[0] // requests, int(kv.context_lens[0])
         pages = -(-(context + rows) // page_size)
+        at = torch.arange(context, context + rows, device=q.device)
+        slots = kv.block_tables[:, at // page_size].long() * page_size + at % page_size  # of this step's rows
         caches = []
         for cache, new in ((kv.k_cache, inputs["k_new"]), (kv.v_cache, inputs["v_new"])):
             cache = cache.nan_to_num()  # a copy: it holds NaN where no row may look
-            cache.flatten(0, 1)[layout.slot_mapping] = new
+            cache.view(-1, *cache.shape[2:])[slots.flatten()] = new
             caches.append(cache)
         each = torch.arange(requests + 1, device=q.device, dtype=torch.int32)
         seen = None

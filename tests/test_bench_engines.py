@@ -65,7 +65,8 @@ def of_probabilities(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_dra
         target_probs = one_hot(target_probs.argmax(-1), target_probs.shape[1])
     else:
         assert torch.allclose(target_probs.sum(-1), torch.ones(()))
-    return rejection(target_probs, draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, bonus_token_ids)
+    law = target_probs
+    return rejection(law, draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, bonus_token_ids)
 
 
 def of_logits(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits, bonus_token_ids,
@@ -76,6 +77,8 @@ def of_logits(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_toke
 
 def walk(predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token, retrive_next_sibling, target):
     """The way down a tree whose nodes have one child, each taken by chance; then a token of what is left."""
+    nodes = candidates.shape[1]
+    assert (retrive_next_token == torch.tensor([*range(1, nodes), -1])).all() and (retrive_next_sibling == -1).all()
     for r in range(candidates.shape[0]):
         node, count = 0, 0
         accept_index[r, 0] = retrive_index[r, 0]
@@ -184,13 +187,37 @@ def test_a_right_engine_passes_and_a_wrong_one_does_not(monkeypatch, name, spec,
     def wrong(*arguments, **given):
         result = right(*arguments, **given)
         tokens = given["predicts"] if result is None else result[0] if isinstance(result, tuple) else result
-        tokens[-1 if tokens.dim() == 1 else (0, 0)] += 1
+        tokens.view(-1)[0] += 1
         return result
 
     wrong.__signature__ = inspect.signature(right)
     monkeypatch.setattr(sys.modules[module], key, wrong)
     with pytest.raises(AssertionError, match="tokens of point masses differ"):
         engines.checked(spec.op, name, inputs)
+
+
+def test_wrong_counts_and_shapes_are_found(monkeypatch):
+    def wrong(change):
+        put(monkeypatch, "flashinfer.sampling", chain_speculative_sampling=lambda seed, offset, **given: change(
+            *chain_speculative_sampling(**given, seed=seed, offset=offset)))  # fmt: skip
+        engines.checked("accept_chain", FLASHINFER, DENSE.make(1))
+
+    with pytest.raises(AssertionError, match="accepted drafts of point masses differ"):
+        wrong(lambda tokens, each, emitted: (tokens, each, emitted + 1))
+    with pytest.raises(AssertionError, match=r"tokens of shape \(3, 2\), expected \(3, 3\)"):
+        wrong(lambda tokens, each, emitted: (tokens[:, :2], each, emitted))
+
+
+def test_an_engine_that_has_a_softmax_uses_its_own(monkeypatch):
+    used = []
+
+    def softmax(logits, temperature=None, enable_pdl=None):
+        used.append((tuple(logits.shape), temperature.tolist()))
+        return (logits.float() / temperature[:, None]).softmax(-1)
+
+    put(monkeypatch, "flashinfer.sampling", chain_speculative_sampling=chain_speculative_sampling, softmax=softmax)
+    engines.checked("accept_chain", FLASHINFER, DENSE.make(1))
+    assert used == 2 * [((9, 50), [1.0] * 9)]
 
 
 @pytest.mark.parametrize("mask", ["chain", "tree"])
@@ -225,21 +252,15 @@ def test_nothing_is_compared_where_nothing_is_installed_or_another_thing_is_done
 def test_rows_of_a_right_engine_one_of_another_signature_and_one_that_does_not_import(monkeypatch):
     put(monkeypatch, "flashinfer.sampling", chain_speculative_sampling=older_chain_speculative_sampling)
     put(monkeypatch, REJECTION, rejection_sample=of_logits)
-    class Clock:
-        def mark(self):
-            return 0.0
 
-        def microseconds(self, start, end):
-            return 7.0
+    def once(case, spec, name, how, cache, calls, flush, bench):
+        calls[0]()
+        return kernels.Row(case.op, case.name, name, how, cache, "ok")
 
-        def wait(self):
-            pass
-
-        busy = wait
-
-    machine = timing.Machine("Fake GPU", "1", "2", "3", "abc", multiprocessors=10, lanes=128, l2_bytes=1000, max_sm_clock="1000")
+    monkeypatch.setattr(kernels, "_measured", once)
+    machine = timing.Machine("Fake GPU", "1", "2", "3", "abc", multiprocessors=10, lanes=128, l2_bytes=1, max_sm_clock="1000")
     bench = kernels.Bench(
-        device=CPU, clock=Clock(), machine=machine, bandwidth=1e9, samples=2, baselines=("pytorch", "engines"), small=False,
+        device=CPU, clock=None, machine=machine, bandwidth=1e9, samples=2, baselines=("pytorch", "engines"), small=False,
         capture=lambda call: call, facts=dict,
     )  # fmt: skip
     case = kc.Case("accept_chain", "tiny", DENSE)
@@ -248,7 +269,7 @@ def test_rows_of_a_right_engine_one_of_another_signature_and_one_that_does_not_i
     for call in ("graph", "eager"):
         assert status["kernel", call] == status["pytorch", call] == status[VLLM, call] == "ok"
         text = status[FLASHINFER, call]
-        assert text.startswith("failed: TypeError: ") and "unexpected keyword argument" in text
+        assert text.startswith("failed: TypeError: ") and "uniform_samples" in text
 
     def broken(name):
         raise OSError("libcudart.so: cannot open shared object file")
