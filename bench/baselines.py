@@ -140,7 +140,7 @@ def draft_candidates(base_logits, candidates, anchors, w1, w2, hidden, weight, b
 
 
 def _candidate_arguments(inputs):
-    base_logits, *others = _draft_arguments(inputs)
+    base_logits, *others = _draft_arguments(inputs)[:9]  # a vanilla head, no filters
     return base_logits, inputs["candidates"], *others
 
 

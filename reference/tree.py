@@ -288,7 +288,7 @@ def _judge(rows, row_flags, shape, tree, slot, sampling, rule, request, position
     if by_chance and rule != "walk":
         for node, children in enumerate(shape.children):
             if children:
-                law = draft_law(proposal, slot, node, 0, scale, vocab, device)
+                law = draft_law(proposal, slot, node, 0, scale, vocab, device, -1)
                 tokens = [shape.tokens[child] for child in children]
                 draft_probs.update(zip(children, sibling_laws(law, tokens, tree.drawn), strict=True))
     chosen = RULES[rule if by_chance else "walk"]

@@ -87,7 +87,7 @@ RULES = ("token", "block", "coupled")
 PROPOSALS = ("dense", "sparse", "one_hot", "none")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw

@@ -53,7 +53,7 @@ def poisoned(acceptance):
     return dk.Acceptance(**fields)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw
