@@ -116,7 +116,7 @@ def test_equals_reference(data):
     compare_in_place(case)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_sampling_settings_act_inside(data):
     """Penalties along the request's own path, bias, masks and filters, under every rule and law."""

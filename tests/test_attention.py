@@ -205,7 +205,7 @@ def test_every_byte_of_fp8():
         torch.testing.assert_close(out.view(-1), values.float().view(-1), rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_shape(data):
     draw = data.draw

@@ -115,7 +115,7 @@ def unfiltered(case, candidates, listed, block):
     return rows
 
 
-@settings(max_examples=14, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw

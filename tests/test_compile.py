@@ -16,15 +16,15 @@ HERE = ("sm_80", "sm_90", "gfx942")
 ALL = (*HERE, "sm_86", "sm_89", "sm_100", "sm_120", "gfx950")
 # One case for each constant that selects other code; the report has the rest.
 CASES = {
-    "draft_block": ("sampled_r1", "sampled_r64", "greedy_r64"),
+    "draft_block": ("sampled_r1", "greedy_r64"),
     "fixed_layout": ("r64",),
     "tree_layout": ("r8",),
     "draft_layout": ("r64",),
-    "schedule_prefixes": ("causal_r16", "budget_r64"),
+    "schedule_prefixes": ("causal_r16",),
     "plan_attention": ("r64_slots",),
-    "tree_attention": ("chain", "tree_window", "fp8_cached"),
+    "tree_attention": ("chain", "fp8_cached"),
     "draft_candidates": ("c64_r1",),
-    "accept_chain": ("dense", "one_hot", "greedy"),
+    "accept_chain": ("dense", "greedy"),
     "compact_kv": ("r64",),
     "draft_block_finish": ("sampled_r64",),
 }

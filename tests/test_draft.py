@@ -15,7 +15,7 @@ from reference.equality import assert_equal_or_tied
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=14, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw

@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 W2_DTYPES = [*DTYPES, torch.int8, torch.float8_e4m3fn]
 
 
-@settings(max_examples=18, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw

@@ -13,7 +13,7 @@ from reference import cases
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw

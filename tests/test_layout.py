@@ -63,7 +63,7 @@ def _check(arguments):
     assert_same_layout(out, want)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     requests = data.draw(st.sampled_from([1, 2, 7, 13]))
@@ -167,7 +167,7 @@ def _random_tree(g, nodes):
     return [(int(torch.randint(0, 1000, (1,), generator=g)), parent) for parent in parents]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_tree_rows_equal_the_reference(data):
     requests, nodes = data.draw(st.sampled_from([1, 3, 7])), data.draw(st.sampled_from([1, 2, 13, 64]))
@@ -196,7 +196,7 @@ def test_tree_rows_equal_the_reference(data):
     assert_same_layout(out, want)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_rows_of_the_drafters_block_equal_the_reference(data):
     requests, size = data.draw(st.sampled_from([1, 3, 13])), data.draw(st.sampled_from([1, 2, 7, 16]))

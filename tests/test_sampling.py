@@ -36,7 +36,7 @@ def run_adjust(rows, settings, slots, paths=None, tile=(2, 64)):
     return out
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_adjusted_logits_have_the_references_bits(data):
     draw = data.draw

@@ -129,13 +129,13 @@ def batches(draw):
     return given
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(batches())
 def test_equals_reference(given):
     check(given)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=18, deadline=None)
 @given(batches())
 def test_equals_reference_in_pieces(given):
     with small_pieces():
