@@ -55,7 +55,7 @@ def latents(
 def _drafted(j, path):
     """PATH of adjusted: drafts of this round, the last of which is still in its word and not among the tokens."""
     tokens_ptr, stride_ts, slots, last, previous = path
-    token = tl.load(tokens_ptr + slots * stride_ts + j, mask=(slots >= 0) & (j < last), other=-1, volatile=True)
+    token = tl.load(tokens_ptr + slots * stride_ts + j, mask=(slots >= 0) & (slots * 0 + j < last), other=-1, volatile=True)
     return tl.where(j == last, previous, token)
 
 
