@@ -81,7 +81,7 @@ def draft_tree(
     drawn = method if method in SAMPLED else "one_hot"
     shape = (anchors.shape[0], base_logits.shape[0], num_nodes, base_logits if method in SAMPLED else None, drawn)
     if out is None:
-        out = tree_inputs.allocate(*shape, base_logits.device)
+        out = tree_inputs.allocate(*shape, base_logits.device, survival=method not in STATIC)
     else:
         tree_inputs.check_out(out, *shape, base_logits.device)
     if base_logits.shape[0] > 0:
