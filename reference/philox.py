@@ -19,10 +19,9 @@ ROUNDS = 10
 
 
 def _high_low(multiplier: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of multiplier * x, both in [0, 2^32), without leaving int64."""
-    low_part = (x & 0xFFFF) * multiplier  # < 2^48
-    middle = (x >> 16) * multiplier + (low_part >> 16)  # < 2^49
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low_part & 0xFFFF)
+    """High and low 32 bits of multiplier * x, both in [0, 2^32): int64 products wrap, so all 64 bits are there."""
+    product = multiplier * x
+    return (product >> 32) & _MASK, product & _MASK
 
 
 def philox(key0, key1, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
