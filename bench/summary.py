@@ -71,7 +71,7 @@ COLUMNS = (
     ("draft ms", "drafting per round of a request (a batch shares its time)"),
     ("verify ms", "scheduling, the target's pass and acceptance"),
     ("tokens/s", "of all requests together, prompts not counted"),
-    ("acceptance by position", "of the drafts at position 1, 2, ... (of a tree: any there) whose predecessors were accepted, in percent"),
+    ("acceptance by position", "of drafts at position 1, 2, ... (in a tree: any there) after accepted ones, in percent"),
 )
 
 
