@@ -63,7 +63,7 @@ def paged_ops(**changes):
     def compact_kv(layers, acceptance, layout):
         compact.compact_kv(layers.caches, acceptance, layout)
 
-    return _paged_ops(**dict(compact_kv=compact_kv, **changes))
+    return _paged_ops(**{"compact_kv": compact_kv, **changes})
 
 
 # --- the text ---
