@@ -6,8 +6,8 @@
 
     comb of width w: the w best (or drawn) first tokens and a chain after each, of (M - 1) / w drafts
 
-A tree of M nodes verifies as many rows as a chain of M - 1 drafts; a block drafter's chain ends with its K drafts. Widths were chosen
-on held-out texts that the table does not use (16 to 31): w = 3 for M = 16, of 2, 3 and 4, and of bushier trees.
+A tree of M nodes verifies as many rows as a chain of M - 1 drafts; a block drafter's chain ends with its K drafts. Widths were
+chosen on held-out texts that the table does not use (16 to 31): w = 3 for M = 16, of 2, 3 and 4, and of bushier trees.
 Source of the methods: reference/tree_draft.py.
 """
 
