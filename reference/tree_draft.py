@@ -57,6 +57,10 @@ class Growing:
     def full(self) -> bool:
         return len(self.tokens) >= self.room
 
+    def cut(self, count: int) -> None:
+        """Keep the first nodes, and the survival of all."""
+        self.tokens, self.parents, self.depths = (of_node[:count] for of_node in (self.tokens, self.parents, self.depths))
+
 
 def draft_tree(
     base_logits: Tensor,
@@ -158,7 +162,13 @@ def draft_tree(
         if static:
             _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, r)
         else:
-            _by_probability(tree, depth_limit, law_after, log_confidence, scale if scale > 0 else 1.0, decisions, r)
+            search, ruler = ([], [0.0]), scale if scale > 0 else 1.0
+            _by_probability(tree, search, depth_limit, law_after, log_confidence, ruler, decisions, r)
+            told, count, tree.room = int(flags[r]), len(tree.tokens), num_nodes
+            # The search goes on beyond a budget for the survival of all nodes that there could be, and for nothing else.
+            _by_probability(tree, search, depth_limit, law_after, log_confidence, ruler, decisions, r)
+            flags[r] = told
+            tree.cut(count)
     proposal = OneHotProposal() if stored is None else DenseProposal(stored)
     drawn = method if method in SAMPLED else "one_hot"
     return packed(grown, slots, num_nodes, device, proposal, drawn, flags, with_survival=not static)
@@ -189,10 +199,12 @@ def _children(tree, node, wanted, logits, method, scale, source, position, decis
             left[token] = -math.inf
 
 
-def _by_probability(tree, depth_limit, law_after, log_confidence, scale, decisions, request):
-    """The best child of all that the tree does not have yet, one after another."""
-    logs: list[Tensor] = []  # ln of the survival of every child a node might get, taken ones -inf
-    reached = [0.0]
+def _by_probability(tree, search, depth_limit, law_after, log_confidence, scale, decisions, request):
+    """The best child of all that the tree does not have yet, one after another.
+
+    search: by node, ln of the survival of every child it might get (taken ones -inf), and of its own.
+    """
+    logs, reached = search
     while not tree.full:
         for node in range(len(logs), len(tree.tokens)):
             if tree.depths[node] < depth_limit:
@@ -228,7 +240,7 @@ def packed(grown, slots, nodes, device, proposal, drawn, flags, with_survival=Fa
     survival = torch.zeros(slots, nodes)
     for slot, tree in grown.items():
         counts[slot] = len(tree.tokens)
-        survival[slot, : len(tree.tokens)] = torch.tensor(tree.survival, dtype=torch.float64)
+        survival[slot, : len(tree.survival)] = torch.tensor(tree.survival, dtype=torch.float64)
         youngest: dict[int, int] = {}
         for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
             tokens[slot, node] = token
