@@ -481,6 +481,10 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "candidates_256": lambda: _draft_paths(1, candidates=256, nodes=64),
         "candidates_gated": lambda: _draft_paths(1, candidates=64, kind="gated"),
         "candidates_rnn": lambda: _draft_paths(1, candidates=64, kind="rnn", confidence=True),
+        "dense": lambda: _draft_paths(1, confidence=True, budgets=True),
+        "dense_64_nodes": lambda: _draft_paths(1, nodes=64),
+        "dense_gated": lambda: _draft_paths(1, kind="gated"),
+        "dense_rnn": lambda: _draft_paths(1, kind="rnn", confidence=True),
     },
     "compact_kv": {
         "r64": lambda: _compact(64),

@@ -214,10 +214,22 @@ def _by_probability(tree, search, depth_limit, law_after, log_confidence, scale,
         keys = torch.cat(logs)
         if not bool((keys > -math.inf).any()):
             return
-        parent, token = divmod(decisions.pick(request, "path", keys), logs[0].shape[0])
+        parent, token = divmod(_best_path(keys, logs[0].shape[0], decisions, request), logs[0].shape[0])
         reached.append(float(logs[parent][token]))
         tree.add(parent, token, math.exp(reached[-1]))
         logs[parent][token] = -math.inf
+
+
+def _best_path(keys: Tensor, vocab: int, decisions: Decisions, request: int) -> int:
+    """The largest key. Children of two nodes may tie in fp64 and not in fp32, whose roundings differ: a near tie, and expected."""
+    best = int(torch.argmax((keys == keys.max()).int()))
+    others = keys.clone()
+    others[best] = -math.inf
+    second = int(torch.argmax((others == others.max()).int()))
+    gap = float(keys[best] - others[second])
+    if best // vocab == second // vocab or not gap <= 1e-12 * max(1.0, abs(float(keys[best]))):
+        return decisions.pick(request, "path", keys)
+    return second if decisions.flipped(request, "path", 0.0, 1.0, chance=1.0) else best
 
 
 def _log_law(scaled: Tensor) -> Tensor:
