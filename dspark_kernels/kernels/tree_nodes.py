@@ -30,6 +30,7 @@ NEW = tl.constexpr(6)  # children about to be merged: key, row, token
 FIELDS = tl.constexpr(9)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+STRIP = tl.constexpr(16)  # nodes that are compared with all others at a time
 SCORE_RANKS = tl.constexpr(64)  # ranks of the confidence head at a time
 
 
@@ -121,6 +122,11 @@ def merge_children(kept_ptr, count, room, depth, keys, ids, row_nodes, NODES: tl
 
 
 @triton.jit
+def _tie(parent, token):
+    return (parent.to(tl.int64) << 32) + tl.maximum(token, 0).to(tl.int64)
+
+
+@triton.jit
 def _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES: tl.constexpr):
     i = tl.arange(0, NODES)
     there = i < count
@@ -136,17 +142,27 @@ def _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES: tl.
     row = tl.load(new_ptr + NODES, mask=added, other=0, volatile=True)
     new_token = tl.load(new_ptr + 2 * NODES, mask=added, other=0, volatile=True)
     new_parent = tl.gather(row_nodes, row, axis=0)
+    # Where each goes: the number of those before it, counted a few at a time. Children come in the order of (parent, id), which
+    # decides ties among them.
+    place = i
+    new_place = tl.zeros([NODES], tl.int32)
+    tie = _tie(parent, token)
+    new_tie = _tie(new_parent, new_token)
+    for first in range(0, NODES, STRIP):
+        o = first + tl.arange(0, STRIP)
+        key_o = ordered_key(survivals(kept_ptr, o, count, NODES), 0)[:, None]
+        tie_o = _tie(field(kept_ptr, PARENT, o, count, NODES), field(kept_ptr, TOKEN, o, count, NODES))[:, None]
+        before = (o < count)[:, None] & ((key_o > key[None, :]) | ((key_o == key[None, :]) & (tie_o < new_tie[None, :])))
+        new_place += tl.sum(before.to(tl.int32), axis=0)
+        key_n = field(kept_ptr, NEW, o, wanted, NODES)[:, None]
+        parent_n = tl.gather(row_nodes, tl.maximum(field(kept_ptr, NEW + 1, o, wanted, NODES), 0), axis=0)
+        tie_n = _tie(parent_n, field(kept_ptr, NEW + 2, o, wanted, NODES))[:, None]
+        is_new = (o < wanted)[:, None]
+        before = is_new & ((key_n > key[None, :]) | ((key_n == key[None, :]) & (o[:, None] < i[None, :])))
+        new_place += tl.sum(before.to(tl.int32), axis=0)
+        before = is_new & ((key_n > old_key[None, :]) | ((key_n == old_key[None, :]) & (tie_n < tie[None, :])))
+        place += tl.sum(before.to(tl.int32), axis=0)
     tl.debug_barrier()
-
-    # Where each goes: the number of those before it. Children come in the order of (parent, id), which decides ties.
-    tie = (parent.to(tl.int64) << 32) + tl.maximum(token, 0).to(tl.int64)
-    new_tie = (new_parent.to(tl.int64) << 32) + new_token.to(tl.int64)
-    equal = (old_key[:, None] == key[None, :]) & (tie[:, None] < new_tie[None, :])
-    before = (old_key[:, None] > key[None, :]) | equal
-    place = i + tl.sum(tl.where(added[None, :] & (before == 0), 1, 0), axis=1)
-    new_place = tl.sum(tl.where(there[:, None] & before, 1, 0), axis=0)
-    among = (key[:, None] > key[None, :]) | ((key[:, None] == key[None, :]) & (i[:, None] < i[None, :]))
-    new_place += tl.sum(tl.where(added[:, None] & among, 1, 0), axis=0)
 
     stays = there & (place < room)
     to_ptr = kept_ptr + place

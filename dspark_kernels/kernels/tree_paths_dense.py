@@ -190,16 +190,15 @@ def _best_of_row(
     keys = tl.where(x > NEG_INF, ordered_key(x, 0), ABSENT)
     wanted = tl.minimum(children, tl.sum((keys != ABSENT).to(tl.int32)))
     tl.store(keys_ptr + c, tl.full([CHILDREN], NEG_INF, tl.float32), mask=(c >= wanted) & (c < children))
-    if wanted > 0:
-        _, selected, place = select(keys, wanted)
-        every = tl.zeros([CHILDREN], tl.int64)
-        # A +inf among them has the lowest id that any has, as it must.
-        first_id = tl.min(tl.min(tl.where(x == POS_INF, ids, 2147483647), axis=1), axis=0)
-        share = log_shares(x, ids, top + every.to(tl.float32), mass + every, scale)
-        share = tl.where((x == POS_INF) & (ids != first_id), NEG_INF, share)
-        reached = tl.load(entries_ptr + row, volatile=True)
-        tl.store(keys_ptr + place, reached + share, mask=selected)
-        tl.store(ids_ptr + place, ids, mask=selected)
+    _, taken, place_in_list = select(keys, wanted)
+    every = tl.zeros([CHILDREN], tl.int64)
+    # A +inf among them has the lowest id that any has, as it must.
+    first_id = tl.min(tl.min(tl.where(x == POS_INF, ids, 2147483647), axis=1), axis=0)
+    share = log_shares(x, ids, top + every.to(tl.float32), mass + every, scale)
+    share = tl.where((x == POS_INF) & (ids != first_id), NEG_INF, share)
+    reached = tl.load(entries_ptr + row, volatile=True)
+    tl.store(keys_ptr + place_in_list, reached + share, mask=taken)
+    tl.store(ids_ptr + place_in_list, ids, mask=taken)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "num_nodes", "latent_items", "parts"])
