@@ -84,7 +84,7 @@ def draft_tree(
     """Trees of at most num_nodes nodes, the anchor included, from a block's logits [R, K, V].
 
     num_nodes: 1 to 64. branching: children of a node by its depth, for "top_k" and the sampled methods, depth by depth, cut at
-    num_nodes. node_budgets: int32 [R], nodes of each request (clamped to [1, num_nodes]); for the sampled methods they must not
+    num_nodes; a depth that begins with a full tree is not looked at. node_budgets: int32 [R], nodes of each request (clamped to [1, num_nodes]); for the sampled methods they must not
     depend on this round's draws. candidates: children come from the C best base logits of their position alone. A greedy request
     of a sampled method gets its best tokens. Path probabilities are compared at the sampling temperature (greedy: 1).
     Ties: the lowest node, then the lowest id. confidence: rank by survival, the product of q and of confidences along the path.
@@ -178,6 +178,9 @@ def _by_shape(tree, branching, depth_limit, law_after, method, scale, source, po
     """Depth by depth, each node's children side by side."""
     node = 0
     while node < len(tree.tokens) and tree.depths[node] < depth_limit:
+        begins = node == 0 or tree.depths[node] > tree.depths[node - 1]
+        if begins and tree.full:
+            return
         logits, wanted = law_after(node), branching[tree.depths[node]]
         _children(tree, node, wanted, logits, method, scale, source, position, decisions, request)
         node += 1
@@ -190,8 +193,11 @@ def _children(tree, node, wanted, logits, method, scale, source, position, decis
         if tree.full or not bool((left > -math.inf).any()):
             return
         if method in SAMPLED and scale > 0:
-            noise_of = len(tree.tokens) if method == "iid" else node
-            token = source.draft(position + tree.depths[node] + 1, left * scale, node=noise_of)
+            decided = position + tree.depths[node] + 1
+            if method == "iid":
+                token = source.draft_by_leaf(decided, left * scale, node=len(tree.tokens))
+            else:
+                token = source.draft(decided, left * scale, node=node)
         else:
             token = decisions.pick(request, "top", left)
         tree.add(node, token)
@@ -322,7 +328,7 @@ def expand_tree(
         position = int(anchor_positions[slot])
         scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
         source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, position, decisions, r)
-        frontier = [node for node, at in enumerate(growing.depths) if at == depth]
+        frontier = [] if growing.full else [node for node, at in enumerate(growing.depths) if at == depth]
         for row, node in enumerate(frontier[: node_logits.shape[1]]):
             logits, seen = read_logits(node_logits[r, row])
             flags[r] |= seen

@@ -7,17 +7,21 @@ probability. Oracle: reference/tree_draft.py. Sources: EAGLE arXiv 2401.15077, S
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..checks import not_yet
-from ..types import ConfidenceHead, DraftTree, MarkovHead, SamplingTensors
+from .. import library, workspace as workspaces
+from ..checks import check_tensor, not_yet
+from ..launch import arch, draft as draft_launch, tree_draft as tree_launch
+from ..types import ConfidenceHead, DenseProposal, DraftTree, MarkovHead, SamplingTensors
 from ..workspace import Workspace
-from . import tree_inputs
+from . import draft, tree_inputs
 from .tree_inputs import SAMPLED, STATIC, TreeCall
 from .tree_paths import by_probability
 
 OP = "draft_tree"
 EXPAND = "expand_tree"
+FIELDS = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors", "num_nodes", "flags")
 
 
 def draft_tree(
@@ -127,9 +131,152 @@ def expand_tree(
         EXPAND, tree, node_logits, depth, branching, anchor_positions, method, sampling, node_budgets, draft_to_target,
         state_indices,
     )  # fmt: skip
-    not_yet(EXPAND, "method", f"{method!r} is")
+    out = _copied(tree, out, node_logits if method in SAMPLED else None, method)
+    if node_logits.shape[0] > 0:
+        width = min(node_logits.shape[1], tree.tokens.shape[1])
+        wanted = min(branching, max(1, tree.tokens.shape[1] - 1))
+        tensors = (node_logits, None, anchor_positions, None, None, None, None, None, None)
+        _launch(EXPAND, tensors, sampling, node_budgets, state_indices, out, workspace, method, [(width, wanted)], depth)
+    return out
+
+
+def _copied(tree: DraftTree, out: DraftTree | None, laws: Tensor | None, method: str) -> DraftTree:
+    """A tree with the content of `tree` and room for the laws of new children: `out`, checked, or a new one."""
+    slots, nodes = tree.tokens.shape
+    drawn = method if laws is not None else "one_hot"
+    shape = (slots, tree.flags.shape[0], nodes, laws, drawn, tree.tokens.device)
+    if out is None:
+        out = tree_inputs.allocate(*shape)
+    else:
+        tree_inputs.check_out(out, *shape)
+    sources = [(getattr(tree, name), getattr(out, name)) for name in FIELDS]
+    if laws is not None and isinstance(tree.proposal, DenseProposal):
+        law = tree.proposal.logits
+        check_tensor("tree.proposal.logits", law, dtype=laws.dtype, shape=(slots, nodes, laws.shape[-1]), device=laws.device)
+        sources.append((law, out.proposal.logits))
+    for source, target in sources:
+        if source is not target:
+            target.copy_(source)
+    return out
 
 
 def _by_shape(call: TreeCall, out: DraftTree, workspace: Workspace | None) -> None:
     """Write the trees of a checked call with R >= 1 and a static method to `out`."""
-    not_yet(OP, "method", f"{call.method!r} is")
+    for name in ("confidence", "candidates", "draft_to_target"):
+        if getattr(call, name) is not None:
+            not_yet(OP, name, f"with method {call.method!r} it is")
+    weight, bias = draft._mixing(call.head)
+    if weight is not None:
+        not_yet(OP, "head", f"{type(call.head).__name__} with method {call.method!r} is")
+    head = call.head
+    weights = (None, None, None) if head is None else (head.w1, head.w2, head.w2_scale)
+    hidden = None if weight is None else call.hidden
+    tensors = (call.base_logits, call.anchors, call.anchor_positions, *weights, weight, bias, hidden)
+    depths = tree_launch.depths_of(call.branching, call.base_logits.shape[1], call.num_nodes)
+    settings = call.sampling, call.node_budgets, call.state_indices
+    _launch(OP, tensors, *settings, out, workspace, call.method, depths, None)
+
+
+def _launch(op, tensors, sampling, node_budgets, state_indices, out, workspace, method, depths, level) -> None:
+    base_logits = tensors[0]
+    rows, vocab, device = base_logits.shape[0], base_logits.shape[2], base_logits.device
+    slots, nodes = out.tokens.shape
+    words = _words(rows, nodes, vocab, *_largest(depths), method == "iid")
+    message = f"{op}: expected room for {rows} requests x {nodes - 1} drafts over {vocab} ids"
+    counters, scratch = workspaces.lend_words(workspace, *words, device, message)
+    sampled = method in SAMPLED
+    _draft_tree(
+        *tensors, sampling.temperature if sampled else None, sampling.seed if sampled else None, node_budgets, state_indices,
+        *(getattr(out, name) for name in FIELDS), out.proposal.logits if sampled else None, counters, scratch, method,
+        [width for width, _ in depths], [wanted for _, wanted in depths], level,
+    )  # fmt: skip
+
+
+def _largest(depths) -> tuple[int, int]:
+    """Most nodes, and most children of all nodes, that a depth has."""
+    return max(width for width, _ in depths), max(width * wanted for width, wanted in depths)
+
+
+def _words(rows: int, nodes: int, vocab: int, width: int, children: int, by_mass: bool) -> tuple[int, int]:
+    """int64 words of counters and scratch."""
+    leaves, words = -(-vocab // tree_launch.LEAF), workspaces.words_of
+    counters = words(2, torch.int32) + words(rows * nodes, torch.int32)
+    scratch = words(rows * children * leaves, torch.int64) + words(rows * children, torch.int64)
+    scratch += words(rows * nodes, torch.int32) + words(3 * rows, torch.int32)
+    if by_mass:
+        scratch += words(rows * width * leaves, torch.float32) + words(rows * width * leaves, torch.int64)
+    return counters, scratch
+
+
+@workspaces.declare(OP)
+def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
+    nodes = min(drafts + 1, tree_inputs.MAX_NODES)
+    # Nodes of a depth and children of one of them are at most M together.
+    children = max(1, nodes // 2 * (nodes - nodes // 2))
+    return _words(requests, nodes, vocab, max(1, nodes - 1), children, True)
+
+
+@library.register(
+    "draft_tree(Tensor base_logits, Tensor? anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, Tensor? w2_scale, "
+    "Tensor? mix_weight, Tensor? mix_bias, Tensor? hidden, Tensor? temperature, Tensor? seed, Tensor? node_budgets, "
+    "Tensor? state_indices, Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) depths, Tensor(d!) first_child, "
+    "Tensor(e!) next_sibling, Tensor(f!) ancestors, Tensor(g!) num_nodes, Tensor(h!) flags, Tensor(i!)? law, "
+    "Tensor(j!) counters, Tensor(k!) scratch, str method, int[] widths, int[] branching, int? level) -> ()"
+)
+def _draft_tree(
+    base_logits, anchors, anchor_positions, w1, w2, w2_scale, mix_weight, mix_bias, hidden, temperature, seed, node_budgets,
+    state_indices, tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, flags, law, counters, scratch, method,
+    widths, branching, level,
+):  # fmt: skip
+    device = base_logits.device
+    kernels = library.kernels("tree_draft", device)
+    rows, _, vocab = base_logits.shape
+    slots, nodes = tokens.shape
+    gpu = arch.current(device)
+    leaves = -(-vocab // tree_launch.LEAF)
+    shape = list(zip(widths, branching, strict=True))
+    most, children = _largest(shape)
+
+    clean = workspaces.Carver(counters, workspaces.RESERVED)
+    progress, row_status = clean.take(2, torch.int32), clean.take(rows * nodes, torch.int32)
+    take = workspaces.Carver(scratch).take
+    memory = [take(rows * children * leaves, torch.int64), take(rows * children, torch.int64)]
+    memory += [take(rows * nodes, torch.int32), take(3 * rows, torch.int32)]
+    by_mass = method == "iid"
+    memory += [take(rows * most * leaves, dtype) if by_mass else None for dtype in (torch.float32, torch.int64)]
+
+    def stride(tensor, dim):
+        return 0 if tensor is None else tensor.stride(dim)
+
+    rank, dot_type, widening, head, mixer = 1, torch.float32, "by_cast", None, None
+    if w1 is not None:
+        rank, dot_type = w1.shape[1], draft._product_type(w1, w2)
+        if w2.dtype == torch.float8_e4m3fn:
+            widening, w2 = "fp8", w2.view(torch.uint8)
+        head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
+    ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, False)
+    if widening == "fp8":
+        widening = "fp8_by_cast" if gpu.family in draft_launch._NATIVE_FP8 else "fp8_by_bits"
+    kernels.launch_draft_tree(
+        tree_launch.items_of(shape, rows, leaves),
+        (
+            (base_logits, base_logits.stride(0), base_logits.stride(1)),
+            (
+                anchors, stride(anchors, 0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed,
+                node_budgets,
+            ),
+            head, mixer,
+            (tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, flags),
+            None if law is None else (law, law.stride(0), law.stride(1)),
+            tuple(memory), progress[:1], progress[1:], row_status, kernels.words_of_branching(branching), level,
+            rows, slots, nodes, vocab, widths[0], len(shape),
+        ),
+        method=method,
+        widen=widening,
+        leaves=max(4, 1 << (leaves - 1).bit_length()),
+        keep=max(2, 1 << (max(branching) - 1).bit_length()),
+        width=max(2, 1 << (nodes - 1).bit_length()),
+        block_r=draft_launch.rank_block(gpu, rank, dot_type.itemsize, ranks),
+        dot_type=draft._name(dot_type),
+        config=tree_launch.pick(gpu, vocab),
+    )  # fmt: skip
