@@ -342,6 +342,44 @@ def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule=
     )
 
 
+def _draft_tree(requests, method, branching, *, nodes=32, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
+                kind="vanilla", w2_dtype=None, slots=None):  # fmt: skip
+    size = requests if slots is None else slots
+    sampled = method in ("iid", "without_replacement")
+    law = dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype)) if sampled else dk.OneHotProposal()
+    out = _tree(size, nodes, law, method if sampled else "one_hot")
+    dk.draft_tree(
+        _empty(requests, drafts, vocab, dtype=dtype),
+        _ints(size),
+        _head(kind, vocab, vocab, rank, dtype, w2_dtype) if rank else None,
+        anchor_positions=_ints(size),
+        method=method,
+        num_nodes=nodes,
+        branching=branching,
+        sampling=_sampling(size) if sampled else None,
+        hidden=None if kind == "vanilla" else _empty(requests, drafts, HIDDEN, dtype=dtype),
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        out=dataclasses.replace(out, flags=_ints(requests, dtype=torch.int32)),
+        workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu", markov_rank=rank),
+    )
+
+
+def _expand_tree(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCAB, dtype=torch.bfloat16):
+    law = dk.OneHotProposal() if method == "top_k" else dk.DenseProposal(_empty(requests, nodes, vocab, dtype=dtype))
+    tree = _tree(requests, nodes, law, "one_hot" if method == "top_k" else method)
+    dk.expand_tree(
+        tree,
+        _empty(requests, width, vocab, dtype=dtype),
+        depth=1,
+        branching=branching,
+        anchor_positions=_ints(requests),
+        method=method,
+        sampling=None if method == "top_k" else _sampling(requests),
+        out=tree,
+        workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu"),
+    )
+
+
 def _compact(requests, *, nodes=32, layers=36, kv_heads=8, head_dim=128, dtype=torch.bfloat16, extra=0):
     """Keys and values of all layers; extra: odd bytes per slot, so that nothing wider than a byte moves."""
     pages = [_empty(64, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
@@ -481,6 +519,19 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "candidates_256": lambda: _draft_paths(1, candidates=256, nodes=64),
         "candidates_gated": lambda: _draft_paths(1, candidates=64, kind="gated"),
         "candidates_rnn": lambda: _draft_paths(1, candidates=64, kind="rnn", confidence=True),
+        "dense": lambda: _draft_paths(1, confidence=True, budgets=True),
+        "dense_64_nodes": lambda: _draft_paths(1, nodes=64),
+        "dense_gated": lambda: _draft_paths(1, kind="gated"),
+        "dense_rnn": lambda: _draft_paths(1, kind="rnn", confidence=True),
+        "top_k": lambda: _draft_tree(64, "top_k", (4, 2, 2, 1), slots=80),
+        "top_k_fp32": lambda: _draft_tree(1, "top_k", (4, 2, 2, 1), dtype=torch.float32),
+        "top_k_no_head": lambda: _draft_tree(1, "top_k", (63,), rank=0, nodes=64),
+        "without_replacement": lambda: _draft_tree(64, "without_replacement", (4, 2, 2, 1)),
+        "iid": lambda: _draft_tree(64, "iid", (4, 2, 2, 1)),
+    },
+    "expand_tree": {
+        "top_k": lambda: _expand_tree(64, "top_k"),
+        "without_replacement": lambda: _expand_tree(64, "without_replacement"),
     },
     "compact_kv": {
         "r64": lambda: _compact(64),

@@ -325,7 +325,7 @@ class DraftTree(Checked):
     tokens int64, parents, depths, first_child, next_sibling int32, ancestors int64 (bit s = node s), all [S, M], M <= 64;
     num_nodes int32 [S]; proposal: row m = the law of node m's children; drawn: how ("one_hot", "iid",
     "without_replacement"); flags int32 [R]; survival fp32 [S, M] or None: the chance that a node is reached and kept, 1 for the
-    anchor, 0 where there is no node.
+    anchor, also of the nodes that a budget cut off, 0 where there is none.
     """
 
     tokens: Tensor

@@ -57,6 +57,10 @@ class Growing:
     def full(self) -> bool:
         return len(self.tokens) >= self.room
 
+    def cut(self, count: int) -> None:
+        """Keep the first nodes, and the survival of all."""
+        self.tokens, self.parents, self.depths = (of_node[:count] for of_node in (self.tokens, self.parents, self.depths))
+
 
 def draft_tree(
     base_logits: Tensor,
@@ -158,7 +162,13 @@ def draft_tree(
         if static:
             _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, r)
         else:
-            _by_probability(tree, depth_limit, law_after, log_confidence, scale if scale > 0 else 1.0, decisions, r)
+            search, ruler = ([], [0.0]), scale if scale > 0 else 1.0
+            _by_probability(tree, search, depth_limit, law_after, log_confidence, ruler, decisions, r)
+            told, count, tree.room = int(flags[r]), len(tree.tokens), num_nodes
+            # The search goes on beyond a budget for the survival of all nodes that there could be, and for nothing else.
+            _by_probability(tree, search, depth_limit, law_after, log_confidence, ruler, decisions, r)
+            flags[r] = told
+            tree.cut(count)
     proposal = OneHotProposal() if stored is None else DenseProposal(stored)
     drawn = method if method in SAMPLED else "one_hot"
     return packed(grown, slots, num_nodes, device, proposal, drawn, flags, with_survival=not static)
@@ -195,10 +205,12 @@ def _children(tree, node, wanted, logits, method, scale, source, position, decis
             left[token] = -math.inf
 
 
-def _by_probability(tree, depth_limit, law_after, log_confidence, scale, decisions, request):
-    """The best child of all that the tree does not have yet, one after another."""
-    logs: list[Tensor] = []  # ln of the survival of every child a node might get, taken ones -inf
-    reached = [0.0]
+def _by_probability(tree, search, depth_limit, law_after, log_confidence, scale, decisions, request):
+    """The best child of all that the tree does not have yet, one after another.
+
+    search: by node, ln of the survival of every child it might get (taken ones -inf), and of its own.
+    """
+    logs, reached = search
     while not tree.full:
         for node in range(len(logs), len(tree.tokens)):
             if tree.depths[node] < depth_limit:
@@ -208,10 +220,22 @@ def _by_probability(tree, depth_limit, law_after, log_confidence, scale, decisio
         keys = torch.cat(logs)
         if not bool((keys > -math.inf).any()):
             return
-        parent, token = divmod(decisions.pick(request, "path", keys), logs[0].shape[0])
+        parent, token = divmod(_best_path(keys, logs[0].shape[0], decisions, request), logs[0].shape[0])
         reached.append(float(logs[parent][token]))
         tree.add(parent, token, math.exp(reached[-1]))
         logs[parent][token] = -math.inf
+
+
+def _best_path(keys: Tensor, vocab: int, decisions: Decisions, request: int) -> int:
+    """The largest key. Children of two nodes may tie in fp64 and not in fp32, whose roundings differ: a near tie, and expected."""
+    best = int(torch.argmax((keys == keys.max()).int()))
+    others = keys.clone()
+    others[best] = -math.inf
+    second = int(torch.argmax((others == others.max()).int()))
+    gap = float(keys[best] - others[second])
+    if best // vocab == second // vocab or not gap <= 1e-12 * max(1.0, abs(float(keys[best]))):
+        return decisions.pick(request, "path", keys)
+    return second if decisions.flipped(request, "path", 0.0, 1.0, chance=1.0) else best
 
 
 def _log_law(scaled: Tensor) -> Tensor:
@@ -234,7 +258,7 @@ def packed(grown, slots, nodes, device, proposal, drawn, flags, with_survival=Fa
     survival = torch.zeros(slots, nodes)
     for slot, tree in grown.items():
         counts[slot] = len(tree.tokens)
-        survival[slot, : len(tree.tokens)] = torch.tensor(tree.survival, dtype=torch.float64)
+        survival[slot, : len(tree.survival)] = torch.tensor(tree.survival, dtype=torch.float64)
         youngest: dict[int, int] = {}
         for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
             tokens[slot, node] = token

@@ -61,7 +61,7 @@ def frontier(requests, slots, depth, level, width, state, tree, scratch, num_nod
 @triton.jit
 def _merge_lists(request, count, width, wanted, scratch, num_nodes, chunks, LEAVES: tl.constexpr, ROWS: tl.constexpr):
     """The best words of each row, sorted, from the sorted lists of its leaves; and how many there are."""
-    lists_ptr, best_ptr, found_ptr, _, _, _ = scratch
+    lists_ptr, best_ptr, found_ptr = scratch[0], scratch[1], scratch[2]
     leaf = tl.arange(0, LEAVES)[None, :]
     for first in range(0, count, ROWS):
         f = first + tl.arange(0, ROWS)
@@ -102,9 +102,8 @@ def _draw_children(
 ):  # fmt: skip
     """Tokens of the i.i.d. children total .. total + new - 1, PAIRS at a time. f [WIDTH]: row of each node's parent."""
     law_ptr, stride_ls, stride_lm = law
-    _, _, positions_ptr, stride_p, _, _, seed_ptr, _ = state
-    seed = tl.load(seed_ptr + slot)
-    anchor = tl.load(positions_ptr + slot * stride_p).to(tl.int64)
+    seed = tl.load(state[6] + slot)
+    anchor = tl.load(state[2] + slot * state[3]).to(tl.int64)
     position = tl.full([1, 1], 1, tl.int64) + anchor + at_depth
     for first in range(0, new, PAIRS):
         rank = first + tl.arange(0, PAIRS)
@@ -113,7 +112,7 @@ def _draw_children(
         row = tl.gather(f, node, axis=0)
         row_ptrs = law_ptr + slot * stride_ls + tl.where(there, start + row, 0).to(tl.int64) * stride_lm
         rows = tl.where(there, request.to(tl.int64) * width + row, -1)
-        top, _, words, tops = merge_leaves(scratch[4], scratch[5], rows, chunks, scale, LEAVES)
+        top, mass, words, tops = merge_leaves(scratch[4], scratch[5], rows, chunks, scale, LEAVES)
         weight = tl.log2(tl.maximum(words, 1).to(tl.float32)) + below_max(tops, top[:, None]) * scale
         weight = tl.where(words > 0, weight, NEG_INF)
         leaf = race_leaves(weight, seed, position, anchor, node[:, None], PAIRS, LEAVES, DRAFT_LEAF)

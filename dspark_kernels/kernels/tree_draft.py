@@ -74,7 +74,7 @@ def _weigh_leaf(
         columns = group * DOT_ROWS + first + tl.arange(0, PAIRS)
         requests = columns // width
         slots = state_slots(state[4], requests, num_requests, num_slots)
-        start, count, _, _ = frontier(requests, slots, depth, level, width, state, tree, scratch, num_nodes, WIDTH)
+        start, count, at_depth, total = frontier(requests, slots, depth, level, width, state, tree, scratch, num_nodes, WIDTH)
         live = columns % width < count
         row_ptrs = law_ptr + slots * stride_ls + (start + columns % width).to(tl.int64) * stride_lm
         inside = live[:, None] & (ids < vocab)[None, :]
@@ -95,12 +95,12 @@ def _rows_item(
 ):  # fmt: skip
     """One leaf of ids of 16 rows. tile: of W2, for the first ids."""
     base_ptr, stride_br, stride_bk = base
-    anchors_ptr, stride_a, positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr, _ = state
+    anchors_ptr, stride_a, positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr, budgets_ptr = state
     columns = group * DOT_ROWS + tl.arange(0, DOT_ROWS)
     requests = columns // width
     f = columns % width
     slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-    start, count, at_depth, _ = frontier(requests, slots, depth, level, width, state, tree, scratch, num_nodes, WIDTH)
+    start, count, at_depth, total = frontier(requests, slots, depth, level, width, state, tree, scratch, num_nodes, WIDTH)
     live = f < count
     node = tl.where(live, start + f, 0).to(tl.int64)
     if tl.max(tl.where(live, 1, 0), axis=0) > 0:
@@ -111,17 +111,16 @@ def _rows_item(
             offsets += f.to(tl.int64) * stride_bk
         known = live
         if head is not None:
-            w1_ptr, _, _, stride_1v, _, vocab_w1, rank = head
             if mixer is None:
                 anchor_token = tl.load(anchors_ptr + slots * stride_a, mask=live & (node == 0), other=-1).to(tl.int64)
                 token = tl.load(tree[0] + slots * num_nodes + node, mask=live & (node > 0), other=-1, volatile=True)
                 token = tl.where(node == 0, anchor_token, token)
-                known = live & (token >= 0) & (token < vocab_w1)
-                latent_ptr = w1_ptr
-                latents = token * stride_1v
+                known = live & (token >= 0) & (token < head[5])
+                latent_ptr = head[0]
+                latents = token * head[3]
             else:
                 latent_ptr = mixer[6]
-                latents = columns.to(tl.int64) * rank
+                latents = columns.to(tl.int64) * head[6]
         scale = tl.full([DOT_ROWS], 1.4426950408889634, tl.float32)
         sampled = live & (slots < 0)
         if METHOD != TOP_K:
@@ -176,12 +175,12 @@ def _rows_item(
 @triton.jit(do_not_specialize=["branching", "level", "num_requests", "num_slots", "num_nodes", "depths", "items"])
 def draft_tree_kernel(
     base,  # (logits [R, K, V] or [R, F, V], strides of R and K or F)
-    state,  # (anchors [S] or None, stride, positions [S], stride, slots [R] or None, temperature, seed [S] or None, budgets [R] or None)
+    state,  # (anchors [S] or None, stride, positions [S], stride, slots [R], temperature, seed [S], budgets [R]; each may be None)
     head, mixer,  # kernels/heads.py, or None
     tree,  # (tokens, parents, depths, first_child, next_sibling, ancestors [S, M], num_nodes [S], flags [R])
     law,  # (logits [S, M, V], strides of S and M) or None
-    scratch,  # (lists int64 [R F, leaves, B], best int64 [R F, B], found int32 [R, M], record int32 [R, 3], and for iid top fp32 and
-    # mass int64 [R F, leaves])
+    scratch,  # (lists int64 [R F, leaves, B], best int64 [R F, B], found int32 [R, M], record int32 [R, 3], and for iid of leaves
+    # maxima fp32 and masses int64 [R F, leaves])
     ticket_ptr, finished_ptr, row_status_ptr,  # int32 [1], [1], [R M], zero before and after
     branching,  # children by depth, five to an int32
     level,  # depth of the nodes to be given children; None: all depths from the anchor on

@@ -11,7 +11,7 @@ nodes, padded; row = a node that gets children; log2 throughout. Oracle: referen
 import triton
 import triton.language as tl
 
-from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, numbers
+from .primitives.mass import NEG_INF, ONE, POS_INF, below_max
 from .primitives.select import ABSENT, ordered_key, select
 
 # Bits of `flags`; the public names are dspark_kernels.types.Flag (a test keeps both equal).
@@ -30,6 +30,7 @@ NEW = tl.constexpr(6)  # children about to be merged: key, row, token
 FIELDS = tl.constexpr(9)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+STRIP = tl.constexpr(16)  # nodes that are compared with all others at a time
 SCORE_RANKS = tl.constexpr(64)  # ranks of the confidence head at a time
 
 
@@ -95,10 +96,10 @@ def log_shares(x, ids, top, mass, scale):
 
 @triton.jit
 def merge_children(kept_ptr, count, room, depth, keys, ids, row_nodes, NODES: tl.constexpr):
-    """Merge children of `depth` into the best nodes; returns how many there are then, at most `room`.
+    """Merge children of `depth` into the best nodes: (how many there are then, at most `room`; row_nodes as they are then).
 
     keys fp32 [ROWS, N]: log2 survival, -inf = no child; ids int32 [ROWS, N], ascending in a row; row_nodes [NODES]: the node of a
-    row, ascending.
+    row, ascending, -1 = none any more.
     """
     i = tl.arange(0, NODES)
     old_key = ordered_key(survivals(kept_ptr, i, count, NODES), 0)
@@ -115,9 +116,14 @@ def merge_children(kept_ptr, count, room, depth, keys, ids, row_nodes, NODES: tl
         tl.store(new_ptr + NODES + place, row, mask=selected)
         tl.store(new_ptr + 2 * NODES + place, ids, mask=selected)
         tl.debug_barrier()
-        count = _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES)
+        count, row_nodes = _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES)
         tl.debug_barrier()
-    return count
+    return count, row_nodes
+
+
+@triton.jit
+def _tie(parent, token):
+    return (parent.to(tl.int64) << 32) + tl.maximum(token, 0).to(tl.int64)
 
 
 @triton.jit
@@ -136,17 +142,27 @@ def _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES: tl.
     row = tl.load(new_ptr + NODES, mask=added, other=0, volatile=True)
     new_token = tl.load(new_ptr + 2 * NODES, mask=added, other=0, volatile=True)
     new_parent = tl.gather(row_nodes, row, axis=0)
+    # Where each goes: the number of those before it, counted a few at a time. Children come in the order of (parent, id), which
+    # decides ties among them.
+    place = i
+    new_place = tl.zeros([NODES], tl.int32)
+    tie = _tie(parent, token)
+    new_tie = _tie(new_parent, new_token)
+    for first in range(0, NODES, STRIP):
+        o = first + tl.arange(0, STRIP)
+        key_o = ordered_key(survivals(kept_ptr, o, count, NODES), 0)[:, None]
+        tie_o = _tie(field(kept_ptr, PARENT, o, count, NODES), field(kept_ptr, TOKEN, o, count, NODES))[:, None]
+        before = (o < count)[:, None] & ((key_o > key[None, :]) | ((key_o == key[None, :]) & (tie_o < new_tie[None, :])))
+        new_place += tl.sum(before.to(tl.int32), axis=0)
+        key_n = field(kept_ptr, NEW, o, wanted, NODES)[:, None]
+        parent_n = tl.gather(row_nodes, tl.maximum(field(kept_ptr, NEW + 1, o, wanted, NODES), 0), axis=0)
+        tie_n = _tie(parent_n, field(kept_ptr, NEW + 2, o, wanted, NODES))[:, None]
+        is_new = (o < wanted)[:, None]
+        before = is_new & ((key_n > key[None, :]) | ((key_n == key[None, :]) & (o[:, None] < i[None, :])))
+        new_place += tl.sum(before.to(tl.int32), axis=0)
+        before = is_new & ((key_n > old_key[None, :]) | ((key_n == old_key[None, :]) & (tie_n < tie[None, :])))
+        place += tl.sum(before.to(tl.int32), axis=0)
     tl.debug_barrier()
-
-    # Where each goes: the number of those before it. Children come in the order of (parent, id), which decides ties.
-    tie = (parent.to(tl.int64) << 32) + tl.maximum(token, 0).to(tl.int64)
-    new_tie = (new_parent.to(tl.int64) << 32) + new_token.to(tl.int64)
-    equal = (old_key[:, None] == key[None, :]) & (tie[:, None] < new_tie[None, :])
-    before = (old_key[:, None] > key[None, :]) | equal
-    place = i + tl.sum(tl.where(added[None, :] & (before == 0), 1, 0), axis=1)
-    new_place = tl.sum(tl.where(there[:, None] & before, 1, 0), axis=0)
-    among = (key[:, None] > key[None, :]) | ((key[:, None] == key[None, :]) & (i[:, None] < i[None, :]))
-    new_place += tl.sum(tl.where(added[:, None] & among, 1, 0), axis=0)
 
     stays = there & (place < room)
     to_ptr = kept_ptr + place
@@ -165,20 +181,28 @@ def _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES: tl.
     tl.store(to_ptr + SURVIVAL * NODES, tl.where(key < 0, key ^ 0x7FFFFFFF, key), mask=comes)
     tl.store(to_ptr + SEEN * NODES, i * 0, mask=comes)
     tl.store(to_ptr + ORIGIN * NODES, row, mask=comes)
-    return tl.minimum(count + wanted, room)
+    rest = tl.gather(tl.where(stays, place, -1), tl.maximum(row_nodes, 0), axis=0)
+    return tl.minimum(count + wanted, room), tl.where(row_nodes < 0, -1, rest)
 
 
 @triton.jit
-def emit_tree(kept_ptr, count, room, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES: tl.constexpr):
-    """Every element of a slot's tree. flags: what is known beside the laws of the nodes that were expanded."""
+def emit_tree(kept_ptr, found, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES: tl.constexpr):
+    """Every element of a slot's tree: the first nodes found, as many as its budget lets it have, and the survival of all of them.
+
+    flags: what is known beside the laws of the nodes that a search for so many expands.
+    """
     tokens_ptr, parents_ptr, depths_ptr, child_ptr, sibling_ptr, ancestors_ptr, counts_ptr, survival_ptr, flags_ptr = out
+    room = num_nodes
+    if budgets_ptr is not None:
+        room = tl.minimum(tl.maximum(tl.load(budgets_ptr + request), 1), num_nodes)
+    count = tl.minimum(found, room)
     i = tl.arange(0, NODES)
     there = i < count
     token = field(kept_ptr, TOKEN, i, count, NODES)
     parent = field(kept_ptr, PARENT, i, count, NODES)
     depth = field(kept_ptr, DEPTH, i, count, NODES)
     seen = field(kept_ptr, SEEN, i, count, NODES)
-    survival = survivals(kept_ptr, i, count, NODES)
+    survival = survivals(kept_ptr, i, found, NODES)
     above = parent
     ancestors = tl.full([NODES], 1, tl.int64) << i
     for _ in range(num_drafts):
@@ -198,39 +222,10 @@ def emit_tree(kept_ptr, count, room, slot, anchor, request, flags, out, num_node
     tl.store(sibling_ptr + place, tl.where(there & (sibling < NODES), sibling, -1), mask=inside)
     tl.store(ancestors_ptr + place, tl.where(there, ancestors, 0), mask=inside)
     if survival_ptr is not None:
-        tl.store(survival_ptr + place, tl.where(there, tl.exp2(survival), 0.0), mask=inside)
+        tl.store(survival_ptr + place, tl.where(i < found, tl.exp2(survival), 0.0), mask=inside)
     tl.store(counts_ptr + slot, count)
     # The search ends when the tree is full, before its last node would be expanded.
     expanded = i < tl.where(count == room, count - 1, count)
     flags |= tl.max(tl.where(expanded & ((seen & NAN) != 0), NAN, 0), axis=0)
     flags |= tl.max(tl.where(expanded & ((seen & NONFINITE_ROW) != 0), NONFINITE_ROW, 0), axis=0)
     tl.store(flags_ptr + request, flags)
-
-
-@triton.jit
-def tree_room(budgets_ptr, request, num_nodes):
-    """Nodes that a request may have, the anchor included."""
-    room = num_nodes
-    if budgets_ptr is not None:
-        room = tl.minimum(tl.maximum(tl.load(budgets_ptr + request), 1), num_nodes)
-    return room
-
-
-@triton.jit
-def row_flags(x, inside):
-    """Flags int32 [ROWS] of laws x [ROWS, N] before NaN is read as -inf."""
-    found = tl.where(tl.max(tl.where(inside & (x != x), 1, 0), axis=1) > 0, NAN, 0)
-    finite = tl.max(tl.where(inside & (tl.abs(x) < POS_INF), 1, 0), axis=1)
-    return found | tl.where(finite > 0, 0, NONFINITE_ROW)
-
-
-@triton.jit
-def law_of_row(x, scale):
-    """(maximum fp32 [ROWS], mass int64 [ROWS]) of laws x [ROWS, N], NaN read as -inf before."""
-    top = tl.max(x, axis=1)
-    return top, tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * ONE).to(tl.int64), axis=1)
-
-
-@triton.jit
-def without_nan(x):
-    return numbers(x)

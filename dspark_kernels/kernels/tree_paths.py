@@ -17,7 +17,7 @@ import triton.language as tl
 from .candidate_heads import hidden_products
 from .candidates import PAIRS, _best_ids, _chunk, _hidden_score, _keep_best, _slot, latent_programs, padded_units
 from .primitives.leaves import SAW_FINITE, leaf_masses, merge_leaves
-from .primitives.mass import LEAF, NEG_INF, POS_INF, log2_scale, numbers
+from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
 from .primitives.select import ordered_key
 from .primitives.slots import state_slots
 from .primitives.ticket import arrive
@@ -33,14 +33,11 @@ from .tree_nodes import (
     TOKEN,
     emit_tree,
     field,
-    law_of_row,
     log_confidence,
     log_shares,
     merge_children,
     plant,
-    row_flags,
     survivals,
-    tree_room,
 )
 
 
@@ -76,94 +73,140 @@ def _store_keys(
 
 
 @triton.jit
-def _children(
-    d, row, row_ptr, ids, used, token, origin, live, nan, head, latent, hidden, leaves, latents, scale, vocab,
-    ADVANCE: tl.constexpr, LEAVES: tl.constexpr, NODES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+def _node_logits(
+    ids_ptr, row, num_rows, row_ptr, x_ptr, num_candidates, vocab, head, row_ptrs, known, live,
+    NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """(log2 q fp32 [NODES, C], flags int32 [NODES]) of the children `ids` of the nodes that are `live`."""
-    x = tl.load(row_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)[None, :] + tl.zeros([NODES, 1], tl.float32)
-    if head is not None:
-        known = live & (token >= 0) & (token < head[5])
-        row_ptrs = head[0] + token.to(tl.int64) * head[1]
-        if latent is None:
+    """Logits of the candidates after each live node, to x [NODES, WIDTH]; (maxima, whether NaN, whether finite) int32 [NODES]."""
+    i = tl.arange(0, NODES)
+    top = tl.full([NODES], NEG_INF, tl.float32)
+    nan = tl.zeros([NODES], tl.int32)
+    finite = tl.zeros([NODES], tl.int32)
+    for first in range(0, WIDTH, PIECE):
+        c = first + tl.arange(0, PIECE)
+        ids = _best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab)
+        used = ids >= 0
+        x = tl.load(row_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)[None, :] + tl.zeros([NODES, 1], tl.float32)
+        if head is not None:
             x += node_bias(ids, used, row_ptrs, known, head, BLOCK_R)
-        else:
-            products_ptr, latent_ptr, states_ptr = latents
-            ADVANCE(
-                d, live, row_ptrs, known, origin, latent, hidden[3], products_ptr + row * latent[3], latent_ptr, states_ptr, head[6],
-                BLOCK_O, BLOCK_J,
-            )  # fmt: skip
-            tl.debug_barrier()
-            row_ptrs = latent_ptr + tl.arange(0, NODES).to(tl.int64) * head[6]
-            x += node_bias(ids, used, row_ptrs, live, head, BLOCK_R)
-    seen = row_flags(x, used[None, :] & live[:, None]) | nan
-    x = tl.where(used[None, :], numbers(x), NEG_INF)
-    if leaves is None:
-        top, mass = law_of_row(x, scale)
+        inside = used[None, :] & live[:, None]
+        nan = tl.maximum(nan, tl.max(tl.where(inside & (x != x), 1, 0), axis=1))
+        finite = tl.maximum(finite, tl.max(tl.where(inside & (tl.abs(x) < POS_INF), 1, 0), axis=1))
+        x = tl.where(used[None, :], numbers(x), NEG_INF)
+        top = tl.maximum(top, tl.max(x, axis=1))
+        tl.store(x_ptr + i[:, None] * WIDTH + c[None, :], x, mask=live[:, None])
+    tl.debug_barrier()
+    return top, nan, finite
+
+
+@triton.jit
+def _node_masses(x_ptr, top, live, scale, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    mass = tl.zeros([NODES], tl.int64)
+    for first in range(0, WIDTH, PIECE):
+        where = x_ptr + tl.arange(0, NODES)[:, None] * WIDTH + (first + tl.arange(0, PIECE))[None, :]
+        x = tl.load(where, mask=live[:, None], other=NEG_INF, volatile=True)
+        mass += tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * ONE).to(tl.int64), axis=1)
+    return mass
+
+
+@triton.jit
+def _expand(
+    d, count, room, nan, request, row, row_ptr, num_rows, head, latent, hidden, confidence, leaves, own, scale, num_candidates,
+    vocab, ADVANCE: tl.constexpr, LEAVES: tl.constexpr, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Children for all nodes of depth d; returns how many nodes there are then."""
+    ids_ptr, score_ptr, kept_ptr, x_ptr, products_ptr, latent_ptr, states_ptr = own
+    i = tl.arange(0, NODES)
+    live = (i < count) & (field(kept_ptr, DEPTH, i, count, NODES) == d)
+    token = field(kept_ptr, TOKEN, i, count, NODES)
+    row_ptrs = x_ptr + i
+    known = live
+    if head is not None:
+        row_ptrs = head[0] + token.to(tl.int64) * head[1]
+        known = live & (token >= 0) & (token < head[5])
+    if latent is not None:
+        origin = field(kept_ptr, ORIGIN, i, count, NODES)
+        ADVANCE(
+            d, live, row_ptrs, known, origin, latent, hidden[3], products_ptr + d * latent[3], latent_ptr, states_ptr, head[6],
+            BLOCK_O, BLOCK_J,
+        )  # fmt: skip
+        tl.debug_barrier()
+        top, some_nan, finite = _node_logits(
+            ids_ptr, row, num_rows, row_ptr, x_ptr, num_candidates, vocab, head, latent_ptr + i.to(tl.int64) * head[6], live, live,
+            NODES, WIDTH, PIECE, BLOCK_R,
+        )  # fmt: skip
     else:
-        num_leaves = tl.cdiv(vocab, LEAF)
-        top, mass, words, _ = merge_leaves(leaves[0], leaves[1], row + tl.zeros([1], tl.int64), num_leaves, scale, LEAVES)
-        finite = tl.max(words & SAW_FINITE, axis=1) > 0
-        top, mass = top + tl.zeros([NODES], tl.float32), mass + tl.zeros([NODES], tl.int64)
-        seen = nan + tl.where(finite, 0, NONFINITE_ROW) + tl.zeros([NODES], tl.int32)
-    return log_shares(x, ids[None, :], top, mass, scale), seen
+        top, some_nan, finite = _node_logits(
+            ids_ptr, row, num_rows, row_ptr, x_ptr, num_candidates, vocab, head, row_ptrs, known, live,
+            NODES, WIDTH, PIECE, BLOCK_R,
+        )  # fmt: skip
+    if leaves is None:
+        mass = _node_masses(x_ptr, top, live, scale, NODES, WIDTH, PIECE)
+    else:
+        one = tl.zeros([1], tl.int64)
+        whole_top, whole, words, _ = merge_leaves(leaves[0], leaves[1], row + one, tl.cdiv(vocab, LEAF), scale, LEAVES)
+        finite += tl.max((words & SAW_FINITE) >> 60, axis=1).to(tl.int32)
+        top = whole_top + tl.zeros([NODES], tl.float32)
+        mass = whole + tl.zeros([NODES], tl.int64)
+    seen = nan | tl.where(some_nan > 0, NAN, 0) | tl.where(finite > 0, 0, NONFINITE_ROW)
+    tl.store(kept_ptr + SEEN * NODES + i, seen, mask=live)
+    reached = survivals(kept_ptr, i, count, NODES)
+    if confidence is not None:
+        score = tl.load(score_ptr + d, volatile=True)
+        reached += log_confidence(token, live, score, d, confidence, hidden[3], NODES)
+    tl.debug_barrier()
+    row_nodes = i
+    for first in range(0, WIDTH, PIECE):
+        c = first + tl.arange(0, PIECE)
+        x = tl.load(x_ptr + i[:, None] * WIDTH + c[None, :], mask=live[:, None], other=NEG_INF, volatile=True)
+        ids = tl.maximum(_best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab), 0)
+        share = log_shares(x, ids[None, :], top, mass, scale)
+        keys = tl.where((live & (row_nodes >= 0))[:, None], reached[:, None] + share, NEG_INF)
+        every = ids[None, :] + tl.zeros([NODES, 1], tl.int32)
+        count, row_nodes = merge_children(kept_ptr, count, room, d + 1, keys, every, row_nodes, NODES)
+    return count
 
 
 @triton.jit
 def _grow(
     request, slot, base, state, head, latent, hidden, confidence, out, leaves, scratch, status_ptr, num_rows, num_drafts,
     num_nodes, vocab, num_candidates,
-    ADVANCE: tl.constexpr, LEAVES: tl.constexpr, NODES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    ADVANCE: tl.constexpr, LEAVES: tl.constexpr, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The tree of one request, whose candidates are there."""
     base_ptr, stride_br, stride_bk = base
     anchors_ptr, stride_a, _, temperature_ptr, budgets_ptr = state
-    ids_ptr, _, score_ptr, kept_ptr, products_ptr, latent_ptr, states_ptr = scratch
+    ids_ptr, _, score_ptr, kept_ptr, x_ptr, products_ptr, latent_ptr, states_ptr = scratch
     wide = request.to(tl.int64)
     kept_ptr += wide * (FIELDS * NODES)
-    latents = None
     if latent is not None:
-        own_states_ptr = states_ptr
-        if states_ptr is not None:
-            own_states_ptr += wide * (2 * NODES * head[6])
-        latents = (products_ptr, latent_ptr + wide * (NODES * head[6]), own_states_ptr)
+        products_ptr += wide * num_drafts * latent[3]
+        latent_ptr += wide * (NODES * head[6])
+        states_ptr += wide * (2 * NODES * head[6])
+    own = (
+        ids_ptr, score_ptr + wide * num_drafts, kept_ptr, x_ptr + wide * (NODES * WIDTH), products_ptr, latent_ptr, states_ptr
+    )  # fmt: skip
     anchor = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
     scale = _row_scale(temperature_ptr, slot)
-    room = tree_room(budgets_ptr, request, num_nodes)
     plant(kept_ptr, anchor, NODES)
     count = tl.full((), 1, tl.int32)
     i = tl.arange(0, NODES)
-    c = tl.arange(0, WIDTH)
     for d in range(num_drafts):
         row = wide * num_drafts + d
         nan = tl.atomic_xchg(status_ptr + row, 0, sem="relaxed")
-        depth = field(kept_ptr, DEPTH, i, count, NODES)
-        live = depth == d
-        if (tl.max(live.to(tl.int32), axis=0) > 0) & (room > 1):
-            ids = _best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab)
-            used = ids >= 0
-            token = field(kept_ptr, TOKEN, i, count, NODES)
-            origin = field(kept_ptr, ORIGIN, i, count, NODES)
+        open_nodes = (i < count) & (field(kept_ptr, DEPTH, i, count, NODES) == d)
+        if (tl.max(open_nodes.to(tl.int32), axis=0) > 0) & (num_nodes > 1):
             row_ptr = base_ptr + wide * stride_br + tl.cast(d, tl.int64) * stride_bk
-            share, seen = _children(
-                d, row, row_ptr, ids, used, token, origin, live, nan, head, latent, hidden, leaves, latents, scale, vocab,
-                ADVANCE, LEAVES, NODES, BLOCK_R, BLOCK_O, BLOCK_J,
+            count = _expand(
+                d, count, num_nodes, nan, request, row, row_ptr, num_rows, head, latent, hidden, confidence, leaves, own, scale,
+                num_candidates, vocab, ADVANCE, LEAVES, NODES, WIDTH, PIECE, BLOCK_R, BLOCK_O, BLOCK_J,
             )  # fmt: skip
-            tl.store(kept_ptr + SEEN * NODES + i, seen, mask=live)
-            reached = survivals(kept_ptr, i, count, NODES)
-            if confidence is not None:
-                score = tl.load(score_ptr + row, volatile=True)
-                reached += log_confidence(token, live, score, d, confidence, hidden[3], NODES)
-            tl.debug_barrier()
-            keys = tl.where(live[:, None], reached[:, None] + share, NEG_INF)
-            wide_ids = tl.maximum(ids, 0)[None, :] + tl.zeros([NODES, 1], tl.int32)
-            count = merge_children(kept_ptr, count, room, d + 1, keys, wide_ids, i, NODES)
     flags = tl.zeros((), tl.int32)
     if head is not None:
         flags = tl.where((anchor < 0) | (anchor >= head[5]), BAD_TOKEN_ID, 0)
-    emit_tree(kept_ptr, count, room, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
+    emit_tree(kept_ptr, count, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
 
 
 @triton.jit
@@ -186,13 +229,13 @@ def draft_paths_kernel(
     leaves,  # (maxima fp32, masses int64 [R, K, leaves]) where laws are those of the whole vocabulary, or None
     keys_ptr,  # int32 [R, K, U]
     units_ptr,  # int32 [R, K, C]
-    scratch,  # (ids int32 [R, K, C], bounds int32 [R, K, 2], score fp32 [R, K], kept int32 [R, FIELDS, NODES], and with a latent
-    # products fp32 [R, K, O], latents fp32 [R, NODES, r], states fp32 [R, 2, NODES, r])
+    scratch,  # (ids int32 [R, K, C], bounds int32 [R, K, 2], score fp32 [R, K], kept int32 [R, FIELDS, NODES], logits
+    # fp32 [R, NODES, C], and with a latent products fp32 [R, K, O], latents fp32 [R, NODES, r], states fp32 [R, 2, NODES, r])
     row_count_ptr, request_count_ptr, status_ptr,  # int32 [R, K], [R], [R, K], zero before and after
     num_requests, num_slots, num_drafts, num_nodes, vocab, num_candidates, latent_items, parts,
     ADVANCE: tl.constexpr, LEAVES: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr,
-    CHOSEN: tl.constexpr, WIDTH: tl.constexpr, NODES: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    CHOSEN: tl.constexpr, WIDTH: tl.constexpr, NODES: tl.constexpr, PIECE: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     base_ptr, stride_br, stride_bk = base
     slots_ptr = state[2]
@@ -207,7 +250,7 @@ def draft_paths_kernel(
             pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
             requests = pairs // num_drafts
             slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-            hidden_products(pairs, requests, slots, program % outputs, latent, hidden, scratch[4], num_drafts, BLOCK_J)
+            hidden_products(pairs, requests, slots, program % outputs, latent, hidden, scratch[5], num_drafts, BLOCK_J)
             first = program // outputs * PAIRS // num_drafts
             count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
     else:
@@ -257,7 +300,7 @@ def draft_paths_kernel(
             if arrive(request_count_ptr + request, awaited):
                 _grow(
                     request, slot, base, state, head, latent, hidden, confidence, out, leaves, scratch, status_ptr, num_rows,
-                    num_drafts, num_nodes, vocab, num_candidates, ADVANCE, LEAVES, NODES, WIDTH, BLOCK_R, BLOCK_O, BLOCK_J,
+                    num_drafts, num_nodes, vocab, num_candidates, ADVANCE, LEAVES, NODES, WIDTH, PIECE, BLOCK_R, BLOCK_O, BLOCK_J,
                 )  # fmt: skip
 
 
@@ -276,6 +319,7 @@ def launch_draft_paths(programs, args, *, kind, leaves, shift, config):
         CHOSEN=config.chosen,
         WIDTH=config.width,
         NODES=config.nodes,
+        PIECE=min(config.width, config.piece),
         SHIFT=shift,
         BLOCK_R=config.block_r,
         BLOCK_O=config.block_o,

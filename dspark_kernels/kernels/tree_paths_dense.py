@@ -40,7 +40,6 @@ from .tree_nodes import (
     merge_children,
     plant,
     survivals,
-    tree_room,
 )
 
 __all__ = ["GROUP", "UNIT", "latent_programs", "launch_draft_paths_dense"]
@@ -77,7 +76,7 @@ def _publish(published_ptr, wave):
 
 @triton.jit
 def _open(
-    d, count, request, slot, anchor, room, head, latent, hidden, confidence, own, out, published_ptr, num_nodes, num_drafts,
+    d, count, request, slot, anchor, budgets_ptr, head, latent, hidden, confidence, own, out, published_ptr, num_nodes, num_drafts,
     ADVANCE: tl.constexpr, NODES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Everything that the sweep of depth d needs, or the finished tree."""
@@ -86,9 +85,9 @@ def _open(
     depth = field(kept_ptr, DEPTH, i, count, NODES)
     live = (i < count) & (depth == d)
     size = tl.sum(live.to(tl.int32), axis=0)
-    if (d == num_drafts) | (size == 0) | (room == 1):
+    if (d == num_drafts) | (size == 0) | (num_nodes == 1):
         flags = tl.where((anchor < 0) | (anchor >= head[5]), BAD_TOKEN_ID, 0)
-        emit_tree(kept_ptr, count, room, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
+        emit_tree(kept_ptr, count, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
         _publish(published_ptr, DONE)
     else:
         tl.store(sizes_ptr + d, size)
@@ -191,16 +190,15 @@ def _best_of_row(
     keys = tl.where(x > NEG_INF, ordered_key(x, 0), ABSENT)
     wanted = tl.minimum(children, tl.sum((keys != ABSENT).to(tl.int32)))
     tl.store(keys_ptr + c, tl.full([CHILDREN], NEG_INF, tl.float32), mask=(c >= wanted) & (c < children))
-    if wanted > 0:
-        _, selected, place = select(keys, wanted)
-        every = tl.zeros([CHILDREN], tl.int64)
-        # A +inf among them has the lowest id that any has, as it must.
-        first_id = tl.min(tl.min(tl.where(x == POS_INF, ids, 2147483647), axis=1), axis=0)
-        share = log_shares(x, ids, top + every.to(tl.float32), mass + every, scale)
-        share = tl.where((x == POS_INF) & (ids != first_id), NEG_INF, share)
-        reached = tl.load(entries_ptr + row, volatile=True)
-        tl.store(keys_ptr + place, reached + share, mask=selected)
-        tl.store(ids_ptr + place, ids, mask=selected)
+    _, taken, place_in_list = select(keys, wanted)
+    every = tl.zeros([CHILDREN], tl.int64)
+    # A +inf among them has the lowest id that any has, as it must.
+    first_id = tl.min(tl.min(tl.where(x == POS_INF, ids, 2147483647), axis=1), axis=0)
+    share = log_shares(x, ids, top + every.to(tl.float32), mass + every, scale)
+    share = tl.where((x == POS_INF) & (ids != first_id), NEG_INF, share)
+    reached = tl.load(entries_ptr + row, volatile=True)
+    tl.store(keys_ptr + place_in_list, reached + share, mask=taken)
+    tl.store(ids_ptr + place_in_list, ids, mask=taken)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "num_nodes", "latent_items", "parts"])
@@ -217,7 +215,7 @@ def draft_paths_dense_kernel(
     kept_ptr,  # int32 [R, FIELDS, NODES]
     depths,  # (frontier int32 [R, NODES], its size by depth and the nodes so far int32 [R, K+1], log2 survival with the confidence
     # fp32 [R, NODES], score fp32 [R, K], and with a latent products fp32 [R, K, O]), latents [R, NODES, r], states fp32
-    # [R, 2, NODES, r] or None
+    # [R, 2, NODES, r]
     law,  # (maxima fp32, masses int64 [R, ROWS, units], group maxima and then logits fp32 [R, ROWS, G], groups int32 [R, ROWS, C],
     # survivals of children fp32, their ids int32 [R, ROWS, C]), ROWS = C = max(1, M - 1)
     num_requests, num_slots, num_drafts, num_nodes, vocab, stride_g, latent_items, parts,
@@ -268,12 +266,11 @@ def draft_paths_dense_kernel(
             item = inside % per_request
         slot = _slot(slots_ptr, request, num_requests, num_slots)
         wide = request.to(tl.int64)
-        states_ptr = depths[6]
-        if states_ptr is not None:
-            states_ptr += wide * (2 * NODES * head[6])
         products_ptr = depths[4]
+        states_ptr = depths[6]
         if latent is not None:
             products_ptr += wide * num_drafts * latent[3]
+            states_ptr += wide * (2 * NODES * head[6])
         own = (
             kept_ptr + wide * (FIELDS * NODES), depths[0] + wide * NODES, depths[1] + wide * (num_drafts + 1),
             depths[2] + wide * NODES, depths[3] + wide * num_drafts, products_ptr, depths[5] + wide * (NODES * head[6]), states_ptr,
@@ -281,10 +278,8 @@ def draft_paths_dense_kernel(
         opens = tl.full((), -1, tl.int32)  # the depth that this program opens
         count = tl.full((), 1, tl.int32)
         anchor = tl.zeros((), tl.int64)
-        room = num_nodes
         if slot >= 0:
             anchor = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
-            room = tree_room(budgets_ptr, request, num_nodes)
         if wave < 0:
             if slot >= 0:
                 plant(own[0], anchor, NODES)
@@ -334,11 +329,11 @@ def draft_paths_dense_kernel(
                         ids = tl.load(law[5] + where, mask=there & (keys > NEG_INF), other=0, volatile=True)
                         nodes = tl.load(own[1] + i, mask=i < size, other=0, volatile=True)
                         count = tl.load(own[2] + num_drafts, volatile=True)
-                        count = merge_children(own[0], count, room, d + 1, keys, ids, nodes, NODES)
+                        count, _ = merge_children(own[0], count, num_nodes, d + 1, keys, ids, nodes, NODES)
                         opens = d + 1
         if opens >= 0:
             _open(
-                opens, count, request, slot, anchor, room, head, latent, hidden, confidence, own, out, published_ptr + request,
+                opens, count, request, slot, anchor, budgets_ptr, head, latent, hidden, confidence, own, out, published_ptr + request,
                 num_nodes, num_drafts, ADVANCE, NODES, BLOCK_R, BLOCK_O, BLOCK_J,
             )  # fmt: skip
         if (wave >= 0) & (slot >= 0):

@@ -21,7 +21,7 @@ def padded(n: int) -> int:
 @dataclasses.dataclass(frozen=True)
 class PathsConfig:
     """block: ids of a chunk; group: ids of a unit; units: units of a row, and chosen: units read again, both padded; width:
-    candidates, padded; nodes: of a tree, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_j:
+    candidates, padded, of which `piece` at a time are judged; nodes: of a tree, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_j:
     what such a dot sums; max_registers: per thread, None = the compiler's choice."""
 
     block: int
@@ -29,6 +29,7 @@ class PathsConfig:
     units: int
     chosen: int
     width: int
+    piece: int
     nodes: int
     block_r: int
     block_o: int
@@ -49,14 +50,14 @@ def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, wei
         group = 16 if vocab <= 16 * MOST_UNITS else unit_ids(vocab, candidates)
         units = max(64, padded(-(-vocab // group)))
         block = min(65536, max(LEAF, padded(vocab)))
-        return PathsConfig(block, group, units, padded(min(candidates, units)), width, nodes, rank, rank, 4096, 1, 1, None)
+        return PathsConfig(block, group, units, padded(min(candidates, units)), width, 256, nodes, rank, rank, 4096, 1, 1, None)
     group = unit_ids(vocab, candidates)
     units = max(64, padded(-(-vocab // group)))
     warps = 8 if arch.vendor == "nvidia" else 4
     plain = weights == "bfloat16"
     block_r = min(rank, 64 if plain else 32, max(16, 8192 // width))
     block_o, block_j = (32, 64) if plain else (32, 32)
-    return PathsConfig(8192, group, units, padded(min(candidates, units)), width, nodes, block_r, block_o, block_j, warps, 2, None)
+    return PathsConfig(8192, group, units, padded(min(candidates, units)), width, 64, nodes, block_r, block_o, block_j, warps, 2, None)
 
 
 @dataclasses.dataclass(frozen=True)

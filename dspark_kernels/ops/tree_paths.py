@@ -29,6 +29,7 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     counters = words(requests, int32) + 2 * words(rows, int32)
     scratch = words(rows * _units(vocab, LEAST_GROUP), int32) + 2 * words(rows * launch.MAX_CANDIDATES, int32)
     scratch += words(2 * rows, int32) + words(rows, int32) + words(requests * FIELDS * workspaces.padded_nodes(drafts), int32)
+    scratch += words(requests * workspaces.padded_nodes(drafts) * launch.MAX_CANDIDATES, int32)
     return counters, scratch + words(rows * -(-vocab // LEAF), int32) + words(rows * -(-vocab // LEAF), torch.int64)
 
 
@@ -167,12 +168,12 @@ def _draft_paths(
     kept = take(rows * FIELDS * config.nodes, torch.int32)
     num_leaves = -(-vocab // LEAF)
     leaves = (take(positions * num_leaves, torch.float32), take(positions * num_leaves, torch.int64)) if whole else None
-    products = latents = states = None
+    logits = take(rows * config.nodes * config.width, torch.float32)
+    products = latents = states = scores  # without a latent nobody reads them
     if latent is not None:
         products = take(positions * outputs, torch.float32)
         latents = take(rows * config.nodes * rank, torch.float32)
-        if kind == "rnn":
-            states = take(2 * rows * config.nodes * rank, torch.float32)
+        states = take(2 * rows * config.nodes * rank, torch.float32) if kind == "rnn" else latents
     latent_items = kernels.latent_programs(positions, outputs)
     parts = launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_paths(
@@ -182,7 +183,7 @@ def _draft_paths(
             (anchors, anchors.stride(0), state_indices, temperature, node_budgets),
             head, latent, _heard(hidden), _confident(weight, bias, sts_temperatures, embeds),
             (tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags),
-            leaves, keys, units, (best, bounds, scores, kept, products, latents, states), row_count, request_count, status,
+            leaves, keys, units, (best, bounds, scores, kept, logits, products, latents, states), row_count, request_count, status,
             rows, anchors.shape[0], drafts, nodes, vocab, candidates, latent_items, parts,
         ),
         kind=kind,
@@ -218,10 +219,10 @@ def _draft_paths_dense(
         take(positions * units, fp32), take(positions * units, torch.int64), take(positions * stride, fp32),
         take(positions * children, int32), take(positions * children, fp32), take(positions * children, int32),
     )  # fmt: skip
-    products = None if latent is None else take(rows * drafts * outputs, fp32)
+    products = scores if latent is None else take(rows * drafts * outputs, fp32)  # without a latent nobody reads them
     # Rows of W1 as they are; what is computed from them in fp32.
     latents = take(rows * config.nodes * rank, w1.dtype if latent is None else fp32)
-    states = take(2 * rows * config.nodes * rank, fp32) if kind == "rnn" else None
+    states = take(2 * rows * config.nodes * rank, fp32) if kind == "rnn" else latents
     latent_items = kernels.latent_programs(rows * drafts, outputs)
     parts = launch.dense_parts(gpu, rows, units)
     kernels.launch_draft_paths_dense(
