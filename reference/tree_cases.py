@@ -55,10 +55,12 @@ def accept_tree_case(
     temperatures: tuple[float, ...] = cases.TEMPERATURES,
     counts: list[int] | None = None,
     reach: int | None = None,
+    parents: list[int] | None = None,
     max_rows: int | None = None,
     emits: Tensor | None = None,
 ) -> AcceptTreeCase:
-    """Trees of random shape and 1 to `nodes` nodes (or `counts`), children drawn from the stored law of their parent.
+    """Trees of random shape and 1 to `nodes` nodes (or `counts`), or all of the shape `parents`, children drawn from the stored law
+    of their parent.
 
     drawn "one_hot": the best tokens of that law. closeness: share of the draft's logits in the target's, 1 = equal laws.
     draft_temperature: the drafter has temperatures of its own, 0 among them.
@@ -77,7 +79,7 @@ def accept_tree_case(
         tree = grown[slot] = Growing(int(torch.randint(0, vocab, (1,), generator=g)), nodes)
         temperature = float((sampling.temperature if own is None else own)[slot])
         left = {}
-        for parent in random_parents(g, count, reach)[1:]:
+        for parent in (random_parents(g, count, reach) if parents is None else parents)[1:]:
             weights = left.setdefault(parent, law[slot, parent, :vocab].double())
             if drawn == "one_hot" or temperature == 0:
                 token = int(weights.argmax())
