@@ -317,7 +317,10 @@ def _tree_systems(arguments, name: str, source: str, drafter: Drafter, ops) -> l
         chain = trees.chain(drafter, num_nodes)
         if chain is not None:
             systems.append(System(name, source, chain[0], drafts=chain[1]))
-        rows = [System(name + trees.SUFFIX, source, drafter, tree=shape) for shape in trees.shapes(drafter, num_nodes)]
+        shapes = trees.shapes(drafter, num_nodes)
+        if arguments.tree_nodes is None:
+            shapes = [shape for shape in shapes if not trees.sampled(shape) or num_nodes <= trees.SAMPLED_NODES]
+        rows = [System(name + trees.SUFFIX, source, drafter, tree=shape) for shape in shapes]
         systems += rows
         if ops is not None:
             systems += [dataclasses.replace(row, ops=ops) for row in rows]

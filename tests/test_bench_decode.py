@@ -109,9 +109,8 @@ def test_without_being_asked_trees_are_rows_of_the_embedded_models():
     job.check(arguments)
     labels = [system.label for system in job.systems_of(arguments, models)]
     assert [label for label in labels if "tree" in label] == [
-        f"{name}-tree, {nodes} nodes{drawn}"
-        for name, nodes in (("mtp", 16), ("block", 16), ("dspark", 16), ("dspark", 32))
-        for drawn in ("", ", sampled")
+        *(f"{name}-tree, 16 nodes{drawn}" for name in ("mtp", "block", "dspark") for drawn in ("", ", sampled")),
+        "dspark-tree, 32 nodes",
     ]
     arguments.model = "a directory"
     assert not any("tree" in system.label for system in job.systems_of(arguments, models))
