@@ -299,7 +299,7 @@ def systems_of(arguments, models: Models) -> list[System]:
             if drafter.has_confidence and models.cost is not None:
                 rows.append(System(name, source, drafter, cost=models.cost))
             systems += rows
-            if name == "dspark" and ops is not None:
+            if ops is not None and (name == "dspark" or name + trees.SUFFIX in wanted):
                 systems += [dataclasses.replace(row, ops=ops) for row in rows]
         if name + trees.SUFFIX in wanted:
             systems += _tree_systems(arguments, name, source, drafter, ops)
@@ -311,20 +311,16 @@ def systems_of(arguments, models: Models) -> list[System]:
 
 
 def _tree_systems(arguments, name: str, source: str, drafter: Drafter, ops) -> list[System]:
-    """Rows of a drafter's trees, each below the chain that verifies as many rows."""
+    """Rows of a drafter's trees, each below the chain that verifies as many rows; through the kernels, too."""
     systems = []
     for num_nodes in dict.fromkeys(arguments.tree_nodes or trees.NODES[name + trees.SUFFIX]):
         chain = trees.chain(drafter, num_nodes)
         if chain is not None:
             systems.append(System(name, source, chain[0], drafts=chain[1]))
-        shapes = trees.shapes(drafter, num_nodes)
-        if arguments.tree_nodes is None:
-            shapes = [shape for shape in shapes if not trees.sampled(shape) or num_nodes <= trees.SAMPLED_NODES]
-        rows = [System(name + trees.SUFFIX, source, drafter, tree=shape) for shape in shapes]
-        systems += rows
-        if ops is not None:
-            systems += [dataclasses.replace(row, ops=ops) for row in rows]
-    return systems
+        for shape in trees.shapes(drafter, num_nodes):
+            if arguments.tree_nodes is not None or not trees.sampled(shape) or num_nodes <= trees.SAMPLED_NODES:
+                systems.append(System(name + trees.SUFFIX, source, drafter, tree=shape))
+    return systems + ([dataclasses.replace(row, ops=ops) for row in systems] if ops is not None else [])
 
 
 class Progress:

@@ -256,6 +256,30 @@ def test_a_wrong_kernel_is_seen(monkeypatch, capsys):
     assert re.search(r"NOT +dspark, kernels, T = 0 +2? ?", text)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_trees_of_kernels_stand_beside_the_references(monkeypatch, capsys, wrong):
+    ops = SimpleNamespace(**vars(loop.REFERENCE_OPS))
+
+    def accept_tree(*arguments, **options):
+        acceptance = loop.REFERENCE_OPS.accept_tree(*arguments, **options)
+        if wrong:
+            row = acceptance.num_accepted[0]
+            acceptance.tokens[0, row] = (acceptance.tokens[0, row] + 1) % 1024
+            options["anchors"][options["state_indices"][0]] = acceptance.tokens[0, row]
+        return acceptance
+
+    ops.accept_tree = accept_tree
+    monkeypatch.setattr(job, "kernel_ops", lambda device: ops)
+    arguments = ["--num-prompts", "2", "--max-new-tokens", "8", "--systems", "mtp,mtp-tree", "--temperature", "1"]
+    assert job.main(["--kernels", "--tree-nodes", "4", *arguments]) == wrong
+    text = capsys.readouterr().out
+    rows = ["mtp", "mtp, 3 drafts", "mtp-tree, 4 nodes", "mtp-tree, 4 nodes, sampled"]
+    for row in rows:
+        found = re.search(rf"^  (ok |NOT)  {row}, kernels, T = 1 against the reference .*$", text, re.M)
+        expected = "NOT" if wrong and "tree" in row else "ok "
+        assert found and found[1] == expected and (expected == "ok ") == ("all tokens and lengths identical" in found[0])
+
+
 @pytest.mark.parametrize("fault", ["none", "a scale", "a key", "a padded row"])
 def test_wrong_attention_is_seen(fault):
     """Every call of the attention op is held to the error of dense attention."""
