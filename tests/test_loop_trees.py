@@ -139,6 +139,27 @@ def test_rows_that_do_not_move_change_the_text():
     assert any(result.output_ids != plain_greedy(TARGET, request) for result, request in zip(results, requests, strict=True))
 
 
+@pytest.mark.parametrize("name", ["DSpark", "block", "MTP"])
+def test_a_drafter_proposes_the_same_whatever_was_rejected_before(name):
+    """What it knows of accepted paths equals what a fresh start on the same text gives it."""
+    make, shape = TREES[name]
+    drafter, rounds = make(TARGET), []
+
+    def draft_tree(base_logits, *arguments, anchor_positions, **options):
+        rounds.append((int(anchor_positions[0]), base_logits.clone()))
+        return REFERENCE_OPS.draft_tree(base_logits, *arguments, anchor_positions=anchor_positions, **options)
+
+    ops, request = watching([], draft_tree=draft_tree), requests_of()[2]
+    (result,) = decode(TARGET, drafter, [request], tree=shape, ops=ops)
+    assert max(result.acceptance_lengths) > 1
+    text, seen = plain_greedy(TARGET, dataclasses.replace(request, max_new_tokens=40)), rounds[:]
+    for position, base_logits in seen[1:]:
+        rounds.clear()
+        decode(TARGET, drafter, [Request(text[:position], 1)], tree=shape, ops=ops)
+        assert rounds[0][0] == position
+        torch.testing.assert_close(base_logits, rounds[0][1], rtol=0, atol=2e-5)
+
+
 def test_every_mtp_node_stands_on_its_own_path():
     """Logits of each node: the module over the whole text and the node's path alone, without a cache."""
     drafter, seen = make_mtp(TARGET), []
