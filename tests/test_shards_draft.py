@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import shards
 import torch
-from draft_checks import check
+from draft_checks import arguments_of, check
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
@@ -17,17 +17,20 @@ INF = float("inf")
 
 def equal_on_all_ranks(case, count, width, exact=True, **options):
     """exact: the joined block is draft_block's, to the bit; otherwise the reference's, up to near ties."""
-    blocks = shards.draft(case, count, width, **options)
+    blocks, states = shards.draft(case, count, width, **options)
     joined = shards.joined(blocks, case.base_logits.shape[2])
     for block in blocks:
         assert shards.same(dataclasses.replace(block, proposal=blocks[0].proposal), blocks[0]), "ranks disagree"
         if case.sampling is not None and block.proposal.lse is not None:
             assert torch.equal(block.proposal.lse, blocks[0].proposal.lse)
+    assert all(state is None or torch.equal(state, states[0]) for state in states), "ranks disagree on a state"
     if exact:
-        want = dk.draft_block(**case.arguments(), keep_logits=True)
+        arguments = arguments_of(case)
+        want = dk.draft_block(**arguments, keep_logits=True)
         assert shards.same(joined, want if options.get("lse", True) else without_lse(want))
+        assert case.head_state is None or torch.equal(states[0], arguments["head_state"])
     else:
-        check(case, joined)
+        check(case, joined, states[0])
     return joined
 
 
@@ -62,6 +65,37 @@ def test_whole_units_give_the_bits_of_the_whole_op(data):
         noise=draw(st.sampled_from(["draft", "coupled"])),
     )
     equal_on_all_ranks(case, count, width, spoil=draw(st.booleans()))
+
+
+@pytest.mark.parametrize("kind", ["gated", "rnn"])
+@pytest.mark.parametrize("w2_dtype, requests, first_draft", [(None, 2, 0), (torch.int8, 1, 2), (torch.float8_e4m3fn, 19, 0)])
+def test_heads_with_latents(kind, w2_dtype, requests, first_draft):
+    case = cases.draft_case(
+        seed=5, requests=requests, drafts=2, vocab=2500, rank=16, kind=kind, w2_dtype=w2_dtype, dtype=torch.bfloat16,
+        first_draft=first_draft, scattered=requests > 1, padding=requests // 2,
+    )  # fmt: skip
+    equal_on_all_ranks(case, 3, 1024)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.data())
+def test_settings_and_maps(data):
+    draw = data.draw
+    case = cases.draft_case(
+        seed=draw(st.integers(0, 10**6)),
+        requests=draw(st.sampled_from([1, 3, 9])),
+        drafts=draw(st.sampled_from([1, 3])),
+        vocab=1400,
+        kind=draw(st.sampled_from(["vanilla", "vanilla", "gated"])),
+        rank=draw(st.sampled_from([0, 16])),
+        adjust=draw(st.sets(st.sampled_from(cases.ADJUSTMENTS))),
+        target_vocab=draw(st.sampled_from([None, 3000])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        scattered=draw(st.booleans()),
+        grid=0.25,
+        confidence=None,
+    )
+    equal_on_all_ranks(case, 2, 1024, spoil=draw(st.booleans()))
 
 
 @pytest.mark.parametrize("vocab, count, width, sampled", [(700, 3, 250, True), (33, 8, 5, True), (300, 4, 77, False)])
@@ -107,7 +141,7 @@ def test_anchor_out_of_range(anchor):
 def test_columns_without_an_id_get_no_mass_and_the_workspace_stays_clean():
     case = cases.draft_case(seed=10, requests=2, drafts=2, vocab=300)
     workspace = dk.Workspace(2, 2, 300, "cpu")
-    blocks = shards.draft(case, 4, 128, workspace=workspace)
+    blocks, _ = shards.draft(case, 4, 128, workspace=workspace)
     assert not workspace.counters.any()
     assert (blocks[2].proposal.logits[..., 44:] == -INF).all() and (blocks[3].proposal.logits == -INF).all()
 
