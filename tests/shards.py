@@ -86,9 +86,27 @@ def draft(case, shards, width, workspace=None, lse=True, spoil=False):
 
 def rewritten(again, part):
     """A part made over poisoned memory, equal to `part` but for what only rounds a region up to 16 bytes, which is nobody's."""
-    half, poison = again.view(torch.int32), poisoned(part).view(torch.int32)
-    assert ((half == part.view(torch.int32)) | (half == poison)).all()
+    own, poison = again.view(torch.uint8), poisoned(part).view(torch.uint8)
+    assert ((own == part.view(torch.uint8)) | (own == poison)).all()
     return again
+
+
+def draft_candidates(case, shards, width, candidates, whole=False, spoil=False, workspace=None):
+    """`draft` on candidates, with one gather. whole: every rank has all of W2. Returns the ranks' states, too, and the parts."""
+    ranks, parts, blocks = draft_ranks(case, shards, width), [], []
+    for base, head, own in ranks:
+        call = of(own, "hidden", "head_state") | dict(keep_logits=True, candidates=candidates, workspace=workspace)
+        head = case.head if whole else head
+        part, block = dk.draft_block_partial(base, case.anchors, head, **call)
+        if spoil:
+            part = rewritten(dk.draft_block_partial(base, case.anchors, head, out=poisoned(part), **call)[0], part)
+        parts.append(part)
+        blocks.append(block)
+    gathered = torch.stack(parts)
+    for block, (base, head, own) in zip(blocks, ranks, strict=True):
+        call = own | dict(base_logits=base, candidates=candidates, workspace=workspace)
+        assert dk.draft_block_finish(gathered, block, case.anchors, case.head if whole else head, **call) is block
+    return blocks, [own["head_state"] for _, _, own in ranks], parts
 
 
 def joined(blocks, vocab):

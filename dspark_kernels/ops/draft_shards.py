@@ -26,7 +26,7 @@ from .. import library, workspace as workspaces
 from ..checks import check_choice, check_int, check_optional, check_tensor, check_type, not_yet
 from ..launch import arch, draft as draft_launch
 from ..types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, RnnMarkovHead, SamplingTensors
-from . import draft
+from . import candidate_shards, draft
 from .sampling import SCHEMA, Flat, adjust_settings, flatten, needs_no
 from .shards import Fields, Shard, check_shard
 
@@ -111,6 +111,13 @@ def draft_block_partial(
     targets = draft._check_sampling(sampling, head, draft_to_target, slots, drafts, shard.vocab, device)
     if bigrams is not None:
         not_yet(PARTIAL, "bigrams", "successors of a draft, which no rank knows when it makes its part, are")
+    if candidates is not None:
+        _check_no_position(position)
+        return candidate_shards.partial(
+            base_logits, slots, head, shard=shard, block=block, sampling=sampling, confidence=confidence, candidates=candidates,
+            draft_to_target=draft_to_target, targets=targets, first_draft=first_draft, state_indices=state_indices,
+            keep_logits=keep_logits, out=out, workspace=workspace,
+        )  # fmt: skip
     _check_position(position, drafts)
     _check_filters(sampling)
     hidden_size = draft._check_hidden(hidden, head, None, rows, drafts, device)
@@ -170,16 +177,23 @@ def draft_block_finish(
     anchors: Tensor,
     head: MarkovHead | None = None,
     *,
-    position: int,
+    position: int | None = None,
     vocab_start: int,
     vocab_shards: int,
     vocab_size: int | None = None,
     sampling: SamplingTensors | None = None,
     hidden: Tensor | None = None,
     confidence: ConfidenceHead | None = None,
+    candidates: int | None = None,
+    base_logits: Tensor | None = None,
+    anchor_positions: Tensor | None = None,
+    draft_to_target: Tensor | None = None,
+    head_state: Tensor | None = None,
+    noise: str = "draft",
     first_draft: int = 0,
     state_indices: Tensor | None = None,
     num_drafts: int | None = None,
+    workspace: workspaces.Workspace | None = None,
 ) -> DraftBlock:
     """Draft `position` from the parts of all ranks, in one launch, the same bits on every rank.
 
@@ -194,6 +208,14 @@ def draft_block_finish(
         block.
     """
     check_type("block", block, DraftBlock)
+    if candidates is not None:
+        _check_no_position(position)
+        return _finish_candidates(
+            gathered, block, base_logits, anchors, head, anchor_positions=anchor_positions, vocab_start=vocab_start,
+            vocab_shards=vocab_shards, vocab_size=vocab_size, sampling=sampling, hidden=hidden, confidence=confidence,
+            candidates=candidates, draft_to_target=draft_to_target, head_state=head_state, noise=noise, first_draft=first_draft,
+            state_indices=state_indices, workspace=workspace,
+        )  # fmt: skip
     device = anchors.device
     slots, columns = block.tokens.shape
     rows = block.flags.shape[0]
@@ -243,6 +265,34 @@ def draft_block_finish(
         column,
     )
     return block
+
+
+def _finish_candidates(
+    gathered, block, base_logits, anchors, head, *, anchor_positions, vocab_start, vocab_shards, vocab_size, sampling, hidden,
+    confidence, candidates, draft_to_target, head_state, noise, first_draft, state_indices, workspace,
+):  # fmt: skip
+    rows, drafts, width = draft._check_inputs(base_logits, anchors, anchor_positions, state_indices)
+    device, slots = base_logits.device, anchors.shape[0]
+    shard = check_shard(width, vocab_start, vocab_shards, vocab_size)
+    check_choice("noise", noise, ("draft", "coupled"))
+    check_int("first_draft", first_draft, low=0)
+    check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(width,), device=device, contiguous=True)
+    targets = draft._check_sampling(sampling, head, draft_to_target, slots, drafts, shard.vocab, device)
+    hidden_size = draft._check_hidden(hidden, head, confidence, rows, drafts, device)
+    w2_rows = candidate_shards.check_candidates(head, candidates, shard, device)
+    draft._check_head(head, head_state, w2_rows, hidden_size, first_draft, slots, device)
+    draft._check_confidence(confidence, hidden_size, head, drafts, first_draft, device)
+    return candidate_shards.finish(
+        gathered, block, base_logits, anchors, head, draft._mixing(head), anchor_positions=anchor_positions, shard=shard,
+        sampling=sampling, hidden=hidden, confidence=confidence, candidates=candidates, draft_to_target=draft_to_target,
+        targets=targets, first_draft=first_draft, head_state=head_state, noise=noise, state_indices=state_indices,
+        workspace=workspace,
+    )  # fmt: skip
+
+
+def _check_no_position(position):
+    if position is not None:
+        raise ValueError(f"position: expected None with `candidates`, whose one gather is for all positions, got {position}")
 
 
 def _check_position(position, drafts):
