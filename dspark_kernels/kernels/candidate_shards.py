@@ -141,6 +141,7 @@ def candidates_finish_kernel(
     lists,  # (ids, keys int32 [N, R, K, C]) of the parts of all ranks
     logits_ptr,  # [N, R, K, C]
     targets_ptr,  # int32 [N, R, K, C] or None
+    rows_ptr,  # [N, R, K, C, r] where W2's rows are gathered: the W2 of `head`; or None
     status_ptr,  # int32 [N, R, K]
     state,  # (anchors [S], stride, positions [S], stride, slots [R] or None, temperature [S] or None, seed [S])
     adjust, filters, head, latent, hidden, confidence, out,  # as in kernels/candidates.py; W2 whole, or its rows of the parts
@@ -149,7 +150,7 @@ def candidates_finish_kernel(
     request_count_ptr,  # int32 [R], zero before and after
     num_requests, num_slots, num_drafts, vocab, num_targets, num_candidates, first_draft, column, latent_items, shards,
     stride_part,  # int64 words
-    GATHERED: tl.constexpr, ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr,
+    ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr,
     LOG_WIDTH: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, SHARDS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr, DRAFTS: tl.constexpr,
 ):  # fmt: skip
@@ -186,15 +187,10 @@ def candidates_finish_kernel(
         slot = _slot(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             if arrive(request_count_ptr + request, awaited(request, latent, num_drafts)):
-                ranks = tl.arange(0, SHARDS)[:, None]
-                k = tl.arange(0, DRAFTS)[None, :]
-                at = ranks.to(tl.int64) * (stride_part * 2) + request.to(tl.int64) * num_drafts + k
-                seen = tl.load(status_ptr + at, mask=(ranks < shards) & (k < num_drafts), other=0)
-                flags = tl.max(tl.max(seen & NAN, axis=1), axis=0)
                 base = (logits_ptr, num_drafts.to(tl.int64) * num_candidates, num_candidates)
-                shared = (places_ptr, stride_part, targets_ptr, GATHERED)
+                shared = (places_ptr, stride_part, targets_ptr, rows_ptr, shards)
                 walk(
-                    request, slot, flags, base, state, None, None, shared, adjust, filters, head, latent, hidden, confidence,
+                    request, slot, status_ptr, base, state, None, None, shared, adjust, filters, head, latent, hidden, confidence,
                     out, scratch, num_rows, num_drafts, num_candidates, num_targets, num_candidates, first_draft, column,
                     ADVANCE, STREAM, WITH_MARKOV, JOINT, LOG_WIDTH, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
                 )  # fmt: skip
@@ -217,11 +213,10 @@ def launch_candidates_partial(programs, args, *, shift, config):
     )
 
 
-def launch_candidates_finish(programs, args, *, gathered, kind, coupled, with_markov, joint, shift, shards, config):
+def launch_candidates_finish(programs, args, *, kind, coupled, with_markov, joint, shift, shards, config):
     """Launch a program per row, those of latents before them."""
     candidates_finish_kernel[(programs,)](
         *args,
-        GATHERED=gathered,
         ADVANCE=ADVANCES[kind],
         STREAM=COUPLED if coupled else DRAFT,
         WITH_MARKOV=with_markov,

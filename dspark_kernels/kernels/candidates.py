@@ -195,7 +195,7 @@ def _filters_of(filters, slot):
 
 
 # --- on vocabulary shards: shared = (places int32 [R, K, C]: rank * C + entry in that rank's list of a position, int64 words of a
-# rank's part, target ids int32 [N, R, K, C] or None where an id is one, whether the rows of W2 are gathered, too) ---------
+# rank's part, target ids int32 [N, R, K, C] or None where an id is one, W2 of `head` where it is gathered [N, R, K, C, r], N) --
 
 
 @triton.jit
@@ -212,9 +212,33 @@ def _of_rank(ranks, region_ptr, shared):
 
 
 @triton.jit
+def _gathered_flags(status_ptr, request, shared, num_drafts, DRAFTS: tl.constexpr):
+    k = tl.arange(0, DRAFTS)
+    flags = tl.zeros([DRAFTS], tl.int32)
+    for rank in range(shared[4]):
+        at = tl.cast(rank, tl.int64) * (shared[1] * 2) + request.to(tl.int64) * num_drafts + k
+        flags = flags | tl.load(status_ptr + at, mask=k < num_drafts, other=0)
+    return tl.max(flags & NAN, axis=0)
+
+
+@triton.jit
+def _weight_rows(ids, ranks, entries, row, shared, head, num_candidates):
+    """int64 offsets of the candidates' rows of W2, and of their scales."""
+    rows = ids.to(tl.int64) * head[3]
+    scales = ids
+    if shared is not None:
+        if shared[3] is not None:
+            at = row * num_candidates + entries
+            rows = _of_rank(ranks, shared[3], shared) + at * head[6]
+            if head[4] is not None:
+                scales = _of_rank(ranks, head[4], shared) + at
+    return rows, scales
+
+
+@triton.jit
 def walk(
-    request, slot, flags, base, state, bigrams, map_ptr, shared, adjust, filters, head, latent, hidden, confidence, out, scratch,
-    num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
+    request, slot, status_ptr, base, state, bigrams, map_ptr, shared, adjust, filters, head, latent, hidden, confidence, out,
+    scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr, LOG_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
     DRAFTS: tl.constexpr,
@@ -239,6 +263,10 @@ def walk(
     noise_anchor = anchor
     if STREAM == COUPLED:
         noise_anchor = anchor * 0
+    if shared is None:
+        flags = tl.atomic_xchg(status_ptr + request, 0, sem="relaxed")
+    else:
+        flags = _gathered_flags(status_ptr, request, shared, num_drafts, DRAFTS)
     if head is not None:
         flags = flags | tl.where((previous < 0) | (previous >= head[5]), BAD_TOKEN_ID, 0)
 
@@ -255,27 +283,22 @@ def walk(
         k_ptr = row_ptr + tl.cast(k, tl.int64) * stride_bk
         next_ids = best_ids(ids_ptr, row + 1, num_rows, c, num_candidates, vocab)
         choice = (map_ptr, num_targets, 0, adjust, slot, slot * num_drafts + k)
-        there = ids >= 0
         if bigrams is not None:
             ids = _listed_ids(ids, c, bigrams, previous, k_ptr, choice, bounds_ptr, row, num_candidates, vocab, SHIFT)
-            there = ids >= 0
 
+        there = ids >= 0
         columns = ids
+        ranks = ids
+        entries = ids
         if shared is not None:
             ranks, entries = _gathered_at(c, there, row, shared, num_candidates)
             columns = _of_rank(ranks, base_ptr, shared) + entries
         x = tl.load(k_ptr + columns, mask=there, other=NEG_INF).to(tl.float32)
         if head is not None:
-            rows = ids.to(tl.int64) * head[3]
-            scales = ids
-            if shared is not None:
-                if shared[3]:
-                    rows = _of_rank(ranks, head[2], shared) + (row * num_candidates + entries) * head[6]
-                    if head[4] is not None:
-                        scales = _of_rank(ranks, head[4], shared) + row * num_candidates + entries
             known = tl.where((previous >= 0) & (previous < head[5]), head[6], 0)
             embedded_ptr = head[0] + previous * head[1]
             if latent is None:
+                rows, scales = _weight_rows(ids, ranks, entries, row, shared, head, num_candidates)
                 x += weighted(rows, scales, there, embedded_ptr, known, head, BLOCK_R)
             else:
                 own_ptr = latent_ptr + request.to(tl.int64) * head[6]
@@ -286,6 +309,7 @@ def walk(
                     (k, num_drafts, first_draft, slot), embedded_ptr, known, latent, hidden, products_ptr + row * latent[3],
                     own_ptr, own_states_ptr, head[6], BLOCK_O, BLOCK_J,
                 )  # fmt: skip
+                rows, scales = _weight_rows(ids, ranks, entries, row, shared, head, num_candidates)
                 x += weighted(rows, scales, there, own_ptr, head[6], head, BLOCK_R)
 
         if shared is None:
@@ -469,9 +493,8 @@ def draft_candidates_kernel(
         slot = _slot(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             if arrive(request_count_ptr + request, awaited(request, latent, num_drafts)):
-                flags = tl.atomic_xchg(status_ptr + request, 0, sem="relaxed")
                 walk(
-                    request, slot, flags, base, state, bigrams, map_ptr, None, adjust, filters, head, latent, hidden, confidence,
+                    request, slot, status_ptr, base, state, bigrams, map_ptr, None, adjust, filters, head, latent, hidden, confidence,
                     out, scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
                     ADVANCE, STREAM, WITH_MARKOV, JOINT, LOG_WIDTH, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
                 )  # fmt: skip

@@ -79,3 +79,13 @@ def pick(
     block_o, block_j = (64, 128) if plain else (32, 32)
     registers = 128 if capped else None
     return CandidatesConfig(block, group, units, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)
+
+
+def list_config(arch: Arch, config: CandidatesConfig, adjusted: bool, mapped: bool) -> CandidatesConfig:
+    """For a rank's lists on vocabulary shards: smaller chunks where both penalties and an id map take registers."""
+    return dataclasses.replace(config, block=4096) if adjusted and mapped and arch.vendor != "interpreter" else config
+
+
+def merge_config(config: CandidatesConfig) -> CandidatesConfig:
+    """For the walk on shards: no cap on registers, since no other program reads logits meanwhile."""
+    return dataclasses.replace(config, max_registers=None)

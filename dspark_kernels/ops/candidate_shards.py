@@ -209,6 +209,7 @@ def _draft_candidates_partial(
     adjust = adjust_settings(sampling) if sampling.adjusts else None
     gpu = arch.current(device)
     config = _config(gpu, base_logits, candidates, w2, 0, sampling, draft_to_target is not None)
+    config = launch.list_config(gpu, config, sampling.adjusts, draft_to_target is not None)
     positions = rows * drafts
     clean, carver = workspaces.Carver(counters, workspaces.RESERVED), workspaces.Carver(scratch)
     row_count, seen = (clean.take(positions, torch.int32) for _ in range(2))
@@ -257,7 +258,7 @@ def _draft_candidates_finish(
     adjust, filters = adjust_settings(sampling) if sampling.adjusts else None, sampling.filters
     outputs = 0 if latent_weight is None else latent_weight.shape[0]
     gpu = arch.current(device)
-    config = _config(gpu, base_logits, candidates, w2, outputs, sampling, mapped)
+    config = launch.merge_config(_config(gpu, base_logits, candidates, w2, outputs, sampling, mapped))
     travels = w2 is not None and w2.shape[0] == width
     fields = _fields(
         rows, drafts, candidates, base_logits.dtype, w2 if travels else None, travels and w2_scale is not None, mapped
@@ -278,14 +279,13 @@ def _draft_candidates_finish(
     kernels.launch_candidates_finish(
         latent_items + positions,
         (
-            (parts["ids"], parts["keys"]), parts["logits"], parts["targets"], parts["status"],
+            (parts["ids"], parts["keys"]), parts["logits"], parts["targets"], parts["rows"], parts["status"],
             (anchors, anchors.stride(0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed),
             adjust, filters, head, latent, heard, confident, whole.written(tokens, ids, logits, lse, flags),
             (best, None, scores, *memory), places, request_count,
             rows, anchors.shape[0], drafts, vocab_size, targets, candidates, first_draft, column, latent_items,
             gathered.shape[0], gathered.shape[1],
         ),
-        gathered=travels,
         kind=kind,
         coupled=coupled,
         with_markov=weight is not None and weight.shape[0] > hidden.shape[2],
