@@ -67,8 +67,10 @@ def test_whole_units_give_the_bits_of_the_whole_op(data):
     equal_on_all_ranks(case, count, width, spoil=draw(st.booleans()))
 
 
-@pytest.mark.parametrize("kind", ["gated", "rnn"])
-@pytest.mark.parametrize("w2_dtype, requests, first_draft", [(None, 2, 0), (torch.int8, 1, 2), (torch.float8_e4m3fn, 19, 0)])
+@pytest.mark.parametrize(
+    "kind, w2_dtype, requests, first_draft",
+    [("gated", torch.int8, 17, 2), ("rnn", torch.float8_e4m3fn, 1, 2), ("rnn", None, 2, 0)],
+)
 def test_heads_with_latents(kind, w2_dtype, requests, first_draft):
     case = cases.draft_case(
         seed=5, requests=requests, drafts=2, vocab=2500, rank=16, kind=kind, w2_dtype=w2_dtype, dtype=torch.bfloat16,
@@ -77,7 +79,13 @@ def test_heads_with_latents(kind, w2_dtype, requests, first_draft):
     equal_on_all_ranks(case, 3, 1024)
 
 
-@settings(max_examples=5, deadline=None)
+@pytest.mark.parametrize("kind", ["gated", "rnn"])
+def test_any_cut_draws_what_the_reference_draws_with_latents(kind):
+    case = cases.draft_case(seed=3, requests=2, drafts=2, vocab=700, rank=16, kind=kind, adjust=("bias", "frequency"))
+    equal_on_all_ranks(case, 3, 250, exact=False)
+
+
+@settings(max_examples=4, deadline=None)
 @given(st.data())
 def test_settings_and_maps(data):
     draw = data.draw
@@ -147,6 +155,7 @@ def test_columns_without_an_id_get_no_mass_and_the_workspace_stays_clean():
 
 
 GATED = dk.GatedMarkovHead(torch.zeros(300, 4), torch.zeros(150, 4), None, torch.zeros(4, 9), torch.zeros(4))
+RNN = dk.RnnMarkovHead(torch.zeros(300, 4), torch.zeros(150, 4), None, torch.zeros(12, 13), torch.zeros(12))
 
 
 def settings_of(**fields):
@@ -161,9 +170,12 @@ def settings_of(**fields):
         (dict(vocab_start=100), ValueError, "vocab_start: expected a multiple of the 150 columns"),
         (dict(vocab_size=301), ValueError, "vocab_size: expected at most 2 shards x 150 columns"),
         (dict(head=dk.MarkovHead(torch.zeros(300, 4), torch.zeros(300, 4))), ValueError, "head.w2: expected shape [150, 4]"),
-        (dict(head=GATED), NotImplementedError, "draft_block_partial: head: GatedMarkovHead on vocabulary shards is not supported"),
-        (dict(candidates=4), NotImplementedError, "draft_block_partial: candidates: "),
-        (dict(draft_to_target=torch.zeros(150).long()), NotImplementedError, "draft_block_partial: draft_to_target: "),
+        (dict(head=GATED), ValueError, "hidden: expected [R, K, H] because a GatedMarkovHead is given"),
+        (dict(head=RNN, hidden=torch.zeros(3, 4, 5)), ValueError, "head_state: expected fp32 [S, r], where"),
+        (dict(draft_to_target=torch.zeros(300).long()), ValueError, "draft_to_target: expected shape [150], got [300]"),
+        (dict(position=None), TypeError, "position: expected an int, got NoneType"),
+        (dict(bigrams=torch.zeros(300, 2).long()), NotImplementedError, "draft_block_partial: bigrams: successors of a draft"),
+        (dict(sampling=settings_of(logit_bias=torch.zeros(3, 150))), ValueError, "sampling: expected logit_bias and token_bitmask for 300 ids"),
         (dict(sampling=settings_of(top_k=torch.ones(3).int())), NotImplementedError, "draft_block_partial: sampling.top_k"),
         (dict(sampling=settings_of(min_p=torch.ones(3))), NotImplementedError, "draft_block_partial: sampling.min_p"),
         (dict(out=torch.zeros(3)), TypeError, "out: expected dtype int64"),

@@ -1,11 +1,11 @@
 """Sparse draft block on vocabulary shards: the candidates of a rank's ids, and a block from the candidates of all ranks.
 
 The C best of a row are among the C best of each rank, so one part has all that a block needs: of every (request, position) the
-rank's C best ids in ascending order, their logits, their keys after penalties, bias and mask, and, where no rank has it whole, their
-rows of W2 and their target ids. The finish keeps the C largest keys (ties: lowest ids, which are the lowest ranks' entries) and walks
-the positions as kernels/candidates.py does, on the same numbers in the same order: the bits do not depend on the cut. Symbols: N
-ranks, R requests, K positions, W ids of a shard, C candidates, r rank of the head, S state slots, U units. Oracle: the op on the
-whole vocabulary (reference/candidates.py). Source: DSpark, arXiv 2607.05147.
+rank's C best ids in ascending order, their logits, their keys after penalties, bias and mask, their target ids where those are
+others, and their rows of W2 where no rank has all. The finish keeps the C largest keys (ties: lowest ids, which are the lowest
+ranks' entries) and walks the positions as kernels/candidates.py does, on the same numbers in the same order: the bits do not depend
+on the cut. Symbols: N ranks, R requests, K positions, W ids of a shard, C candidates, r rank of the head, S state slots, U units.
+Oracle: the op on the whole vocabulary (reference/candidates.py). Source: DSpark, arXiv 2607.05147.
 """
 
 import triton

@@ -1,20 +1,26 @@
-"""draft_block_partial, draft_block_finish: the dense draft block where every rank has a shard of the vocabulary.
+"""draft_block_partial, draft_block_finish: the draft block where every rank has a shard of the vocabulary.
 
-Per position: a part per rank (its best word, and what the log-sum-exp needs), one gather, a finish that is the same on every rank.
-Oracle: the op on the whole vocabulary, to the bit where shards start at multiples of 64 ids. Source: DSpark, arXiv 2607.05147.
+Dense form, per position: a part per rank (its best word, and what the log-sum-exp needs), one gather, a finish that is the same on
+every rank. With `candidates`: the same once for the whole block (ops/candidate_shards.py). Oracle: the op on the whole vocabulary, to
+the bit where shards start at multiples of 64 ids, with candidates whatever the cut. Source: DSpark, arXiv 2607.05147.
 
     block = None
     for k in range(K):
         part, block = draft_block_partial(base_logits, anchors, head, position=k, block=block, **common)
         block = draft_block_finish(all_gather(part), block, anchors, head, position=k, **common)
 
-| gathered per position | int64 words per rank and request |
+    part, block = draft_block_partial(base_logits, anchors, head, candidates=C, **common)
+    block = draft_block_finish(all_gather(part), block, anchors, head, candidates=C, base_logits=base_logits, **common)
+
+| gathered per position, dense | int64 words per rank and request |
 | --- | --- |
 | greedy, or a proposal without lse | 2: best word (ordered key, inverted id), what the row showed |
 | sampled, with lse | 2, and 1.5 per unit of 64 ids: mass and maximum |
 
-Without lse acceptance sums the proposal itself (`accept_partial`), at 1.5 words per leaf of 1024 ids. W1 is whole on every rank,
-and so are hidden states and the confidence head; W2 is the rank's rows.
+Without lse acceptance sums the proposal itself (`accept_partial`), at 1.5 words per leaf of 1024 ids.
+
+A rank has its own rows of what is by id of the head's vocabulary: columns of base logits, W2 and its scales, `draft_to_target`. The
+rest is whole on every rank: W1, what mixes latents, hidden states, the confidence head, and by target id bias, mask and penalties.
 """
 
 from __future__ import annotations
@@ -80,18 +86,26 @@ def draft_block_partial(
     out: Tensor | None = None,
     workspace: workspaces.Workspace | None = None,
 ) -> tuple[Tensor, DraftBlock]:
-    """This rank's part of draft `position`, in one launch; the drafts before it are read from `block`.
+    """This rank's part of draft `position`, or with `candidates` of all drafts, in one launch.
 
     Args:
         base_logits: [R, K, W] bf16, fp16 or fp32: this rank's columns, the same W on every rank. Columns of ids from
             vocab_size on are ignored.
-        anchors, anchor_positions, sampling, first_draft, noise, state_indices, keep_logits: as in `draft_block`.
-        head: MarkovHead with the whole w1 [V1, r] and this rank's rows w2 [W, r] (and w2_scale [W]).
-        position: 0 .. K - 1.
+        anchors, anchor_positions, hidden, first_draft, noise, state_indices, keep_logits: as in `draft_block`.
+        head: a head of `draft_block` with the whole w1 [V1, r] and this rank's rows w2 [W, r] (and w2_scale [W]). With `candidates`
+            w2 may also be whole [vocab_size, r], on every rank: then no rows of it are gathered.
+        position: 0 .. K - 1, whose drafts before it are read from `block`; None with `candidates`.
         vocab_start, vocab_shards, vocab_size: first id of this rank, number of ranks, ids in all (default W * vocab_shards).
         block: what the call at position 0 returned, or a DraftBlock to write, whose proposal has this rank's columns
-            [S, K, W]; None at position 0 allocates.
+            [S, K, W] (with `candidates` all of [S, K, C]); None at position 0 allocates.
+        sampling: as in `draft_block`, whole on every rank. Filters with `candidates` only: in the dense form their threshold would
+            be searched for over rows that no rank has.
         confidence: given where the block is to have confidences.
+        candidates: restrict each position to its C best base logits, as in `draft_block`.
+        bigrams: not on shards: the successors of a draft are known only when it is, a gather per position.
+        draft_to_target: int64 [W], this rank's entries. The dense proposal has them, too.
+        head_state: fp32 [S, r], the state of an rnn head. In the dense form it is needed, because the state is kept there between
+            positions, and each call moves it on; with `candidates` the finish does.
         out: int64 part to write.
 
     Returns:
@@ -99,7 +113,7 @@ def draft_block_partial(
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument of the wrong type, dtype, shape, device or stride, or of a kind that
-        shards do not have (filters, penalties, masks, candidates, reduced draft vocabularies).
+        shards do not have (filters in the dense form, bigrams).
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
     rows, drafts, width = draft._check_inputs(base_logits, anchors, anchor_positions, state_indices)
@@ -195,14 +209,18 @@ def draft_block_finish(
     num_drafts: int | None = None,
     workspace: workspaces.Workspace | None = None,
 ) -> DraftBlock:
-    """Draft `position` from the parts of all ranks, in one launch, the same bits on every rank.
+    """Draft `position`, or with `candidates` all drafts, from the parts of all ranks, in one launch, the same bits on every rank.
 
     Args:
         gathered: int64 [vocab_shards, words], the ranks' parts of this position in the order of their ids.
-        block: the block of `draft_block_partial`; its token, lse, confidence and flags of this position are written.
-        anchors, head, sampling, hidden, confidence, first_draft, state_indices: as in `draft_block`.
+        block: the block of `draft_block_partial`; its token, lse, confidence and flags of this position are written, with
+            `candidates` all of it.
+        anchors, head, sampling, hidden, confidence, first_draft, state_indices: as in `draft_block_partial`.
         vocab_start, vocab_shards, vocab_size: as in `draft_block_partial`.
-        num_drafts: K, where the block has more columns than that (default: the columns of block.tokens).
+        candidates, and with it base_logits (for its type and sizes), anchor_positions, draft_to_target, head_state, noise: as in
+            `draft_block_partial`.
+        num_drafts: K of the dense form, where the block has more columns than that (default: the columns of block.tokens).
+        workspace: scratch memory, for `candidates`.
 
     Returns:
         block.
