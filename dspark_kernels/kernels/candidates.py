@@ -494,8 +494,8 @@ def draft_candidates_kernel(
         if slot >= 0:
             if arrive(request_count_ptr + request, awaited(request, latent, num_drafts)):
                 walk(
-                    request, slot, status_ptr, base, state, bigrams, map_ptr, None, adjust, filters, head, latent, hidden, confidence,
-                    out, scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
+                    request, slot, status_ptr, base, state, bigrams, map_ptr, None, adjust, filters, head, latent, hidden,
+                    confidence, out, scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
                     ADVANCE, STREAM, WITH_MARKOV, JOINT, LOG_WIDTH, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
                 )  # fmt: skip
 

@@ -86,6 +86,6 @@ def list_config(arch: Arch, config: CandidatesConfig, adjusted: bool, mapped: bo
     return dataclasses.replace(config, block=4096) if adjusted and mapped and arch.vendor != "interpreter" else config
 
 
-def merge_config(config: CandidatesConfig) -> CandidatesConfig:
-    """For the walk on shards: no cap on registers, since no other program reads logits meanwhile."""
-    return dataclasses.replace(config, max_registers=None)
+def merge_config(arch: Arch, config: CandidatesConfig) -> CandidatesConfig:
+    """For the walk on shards: all registers there are. Left to itself the compiler for sm_120 takes 128 and spills."""
+    return dataclasses.replace(config, max_registers=255 if arch.vendor == "nvidia" else None)

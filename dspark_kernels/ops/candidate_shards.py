@@ -1,4 +1,4 @@
-"""draft_block_partial, draft_block_finish with `candidates`: a whole block where every rank has a shard of the vocabulary, one gather.
+"""draft_block_partial, draft_block_finish with `candidates`: a whole block on vocabulary shards with one gather.
 
 The part lists the rank's C best of every position, the finish merges the lists and walks the positions, the same on every rank.
 Oracle: the op on the whole vocabulary, to the bit whatever the cut. Source: DSpark, arXiv 2607.05147.
@@ -258,7 +258,7 @@ def _draft_candidates_finish(
     adjust, filters = adjust_settings(sampling) if sampling.adjusts else None, sampling.filters
     outputs = 0 if latent_weight is None else latent_weight.shape[0]
     gpu = arch.current(device)
-    config = launch.merge_config(_config(gpu, base_logits, candidates, w2, outputs, sampling, mapped))
+    config = launch.merge_config(gpu, _config(gpu, base_logits, candidates, w2, outputs, sampling, mapped))
     travels = w2 is not None and w2.shape[0] == width
     fields = _fields(
         rows, drafts, candidates, base_logits.dtype, w2 if travels else None, travels and w2_scale is not None, mapped
