@@ -69,6 +69,12 @@ def test_settings_maps_and_heads(kind, whole, w2_dtype):
     equal_on_all_ranks(case, 2, 1024, 30, whole=whole, spoil=True)
 
 
+def test_padding():
+    """Its rows of a part are written, and no slot is."""
+    case = cases.draft_case(seed=4, requests=3, drafts=2, vocab=300, rank=3, scattered=True, padding=2, confidence=None)
+    equal_on_all_ranks(case, 2, 160, 9, spoil=True)
+
+
 def test_ties_go_to_the_lowest_ids():
     """The C-th best logit is shared by ids of all ranks: those of the first ranks are kept."""
     case = cases.draft_case(seed=3, requests=2, drafts=2, vocab=400, rank=8, grid=0.5, dtype=torch.bfloat16, sampled=False)

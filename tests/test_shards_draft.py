@@ -139,6 +139,16 @@ def test_odd_logits(value):
     assert all(bool(f & dk.Flag.NAN) == (value == "nan") for f in block.flags.tolist())
 
 
+def test_a_row_is_finite_or_not_after_bias_and_mask():
+    """Allowed is one id alone, which a bias makes infinite: nothing finite is left, whatever the base logits are."""
+    case = cases.draft_case(seed=9, requests=1, drafts=1, vocab=300, rank=0, confidence=None, adjust=("bias", "mask"))
+    case.sampling.logit_bias[0, 200] = INF
+    case.sampling.token_bitmask[:] = 0
+    case.sampling.token_bitmask[0, 0, 200 // 32] = 1 << (200 % 32)
+    block = equal_on_all_ranks(case, 3, 128)
+    assert block.tokens.tolist() == [[200]] and block.flags.tolist() == [int(dk.Flag.NONFINITE_ROW)]
+
+
 @pytest.mark.parametrize("anchor", [-1, 300, 2**40])
 def test_anchor_out_of_range(anchor):
     case = cases.draft_case(seed=9, requests=2, drafts=2, vocab=300, grid=0.25)
