@@ -13,31 +13,26 @@ import triton.language as tl
 
 from .candidates import (
     ADVANCES,
-    awaited,
-    best_ids,
-    hidden_score,
-    judged,
-    keep_best,
-    latent_item,
+    _awaited as awaited,
+    _best_ids as best_ids,
+    _hidden_score as hidden_score,
+    _judged as judged,
+    _keep_best as keep_best,
+    _latent_item as latent_item,
+    _slot as slot_of,
+    _store_unit_keys as store_unit_keys,
+    _walk as walk,
     latent_programs as latent_programs,
     padded_units,
-    store_unit_keys,
-    walk,
 )
 from .draft_rows import NAN
 from .primitives.adjust import no_path
 from .primitives.mass import numbers
 from .primitives.philox import COUPLED, DRAFT
 from .primitives.select import ABSENT, ordered_key, select
-from .primitives.slots import state_slots
 from .primitives.ticket import arrive
 
 COPIED = tl.constexpr(32)  # ranks of W2 copied at a time
-
-
-@triton.jit
-def _slot(slots_ptr, request, num_requests, num_slots):
-    return tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
 
 
 @triton.jit
@@ -50,7 +45,7 @@ def _write_list(row, row_ptr, ids, start, choice, weights, part, num_candidates,
     kept = c < num_candidates
     x = tl.load(row_ptr + ids, mask=there, other=0.0)
     tl.store(logits_ptr + entry, x, mask=kept)
-    x, targets, used = judged(x.to(tl.float32), ids, there, choice, tl.zeros([1], tl.int64), 0, no_path)
+    x, targets, used = judged(x.to(tl.float32), ids, there, choice, tl.zeros([1], tl.int64), 0, no_path, start)
     tl.store(ids_ptr + entry, tl.where(there, ids + start, -1), mask=kept)
     tl.store(keys_ptr + entry, tl.where(there, ordered_key(numbers(x), SHIFT), ABSENT), mask=kept)
     if targets_ptr is not None:
@@ -89,22 +84,22 @@ def candidates_partial_kernel(
     request = item // parts // num_drafts
     k = item // parts % num_drafts
     num_rows = num_requests * num_drafts
-    slot = _slot(slots_ptr, request, num_requests, num_slots)
+    slot = slot_of(slots_ptr, request, num_requests, num_slots)
     row_ptr = base_ptr + request.to(tl.int64) * stride_br + k.to(tl.int64) * stride_bk
-    choice = (map_ptr, num_targets, start, adjust, slot, slot * num_drafts + k)
+    choice = (map_ptr, num_targets, adjust, slot, slot * num_drafts + k)
     c = tl.arange(0, WIDTH)
     if slot >= 0:
         chunks = tl.cdiv(held, BLOCK)
         nan = store_unit_keys(
             row_ptr, keys_ptr + row * padded_units(tl.cdiv(held, GROUP)), choice, piece * chunks // parts,
-            (piece + 1) * chunks // parts, held, BLOCK, GROUP, SHIFT,
+            (piece + 1) * chunks // parts, held, BLOCK, GROUP, SHIFT, start,
         )  # fmt: skip
         if nan > 0:
             tl.atomic_or(seen_ptr + row, NAN, sem="relaxed")
         if arrive(row_count_ptr + row, parts):
             keep_best(
                 row, row_ptr, choice, None, keys_ptr, units_ptr, best_ptr, bounds_ptr, num_rows, held, num_candidates,
-                GROUP, UNITS, CHOSEN, WIDTH, SHIFT,
+                GROUP, UNITS, CHOSEN, WIDTH, SHIFT, start,
             )  # fmt: skip
             tl.debug_barrier()
             ids = best_ids(best_ptr, row, num_rows, c, num_candidates, held)
@@ -169,7 +164,7 @@ def candidates_finish_kernel(
         row = program - latent_items
         request = row // num_drafts
         k = row % num_drafts
-        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        slot = slot_of(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             of_parts = (lists[0], lists[1], stride_part * 2)
             _merge(row.to(tl.int64), of_parts, scratch[0], places_ptr, shards, num_candidates, vocab, SHARDS, WIDTH)
@@ -184,7 +179,7 @@ def candidates_finish_kernel(
                 tl.store(out[10] + request, 0)
 
     for request in range(first, first + count):
-        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        slot = slot_of(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             if arrive(request_count_ptr + request, awaited(request, latent, num_drafts)):
                 base = (logits_ptr, num_drafts.to(tl.int64) * num_candidates, num_candidates)

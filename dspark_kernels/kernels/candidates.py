@@ -15,7 +15,7 @@ for all positions, before the walk.
 import triton
 import triton.language as tl
 
-from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted
+from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted, weighted_rows
 from .draft_rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, log_sum_exp
 from .primitives.adjust import adjusted, no_path
 from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
@@ -50,8 +50,8 @@ def _chunk(row_ptr, chunk, end, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _with_settings(x, targets, inside, choice, path, path_max, PATH: tl.constexpr):
-    """x fp32 of target ids after penalties, bias and mask; choice as in `judged`."""
-    _, _, _, adjust, slot, mask_row = choice
+    """x fp32 of target ids after penalties, bias and mask; choice as in `_judged`."""
+    _, _, adjust, slot, mask_row = choice
     if adjust is not None:
         SIZE: tl.constexpr = x.numel
         one = tl.zeros([1], tl.int64)
@@ -65,13 +65,13 @@ def _with_settings(x, targets, inside, choice, path, path_max, PATH: tl.constexp
 
 
 @triton.jit
-def judged(x, ids, inside, choice, path, path_max, PATH: tl.constexpr):
+def _judged(x, ids, inside, choice, path, path_max, PATH: tl.constexpr, first_target=0):
     """(x fp32 after penalties, bias and mask, -inf where there is no token; target ids int32; where there is a token).
 
-    choice = (map [V] or None, number of target ids, target id of id 0 where there is no map, settings of primitives/adjust.py or
-    None, slot, row of the bit mask).
+    choice = (map [V] or None, number of target ids, settings of primitives/adjust.py or None, slot, row of the bit mask);
+    first_target: of id 0, where there is no map.
     """
-    map_ptr, num_targets, first_target, _, _, _ = choice
+    map_ptr, num_targets, _, _, _ = choice
     targets = ids + first_target
     if map_ptr is not None:
         mapped = tl.load(map_ptr + ids, mask=inside, other=-1)
@@ -84,9 +84,10 @@ def judged(x, ids, inside, choice, path, path_max, PATH: tl.constexpr):
 
 
 @triton.jit
-def store_unit_keys(
-    row_ptr, keys_ptr, choice, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr
-):
+def _store_unit_keys(
+    row_ptr, keys_ptr, choice, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
+    first_target=0,
+):  # fmt: skip
     """Key of the largest logit of each unit of chunks first .. end - 1 of a row; returns whether a logit is NaN."""
     unit = tl.arange(0, BLOCK // GROUP)
     nan = tl.zeros([BLOCK], tl.int1)
@@ -95,7 +96,7 @@ def store_unit_keys(
         x = loaded.to(tl.float32)
         loaded = _chunk(row_ptr, chunk + 1, end, vocab, BLOCK)  # on its way while this one is reduced
         ids = chunk * BLOCK + tl.arange(0, BLOCK)
-        x, _, _ = judged(x, ids, ids < vocab, choice, tl.zeros([1], tl.int64), 0, no_path)
+        x, _, _ = _judged(x, ids, ids < vocab, choice, tl.zeros([1], tl.int64), 0, no_path, first_target)
         nan = nan | (x != x)
         keys = ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
         here = chunk * (BLOCK // GROUP) + unit
@@ -104,7 +105,7 @@ def store_unit_keys(
 
 
 @triton.jit
-def hidden_score(hidden_ptr, weight_ptr, hidden_size, BLOCK: tl.constexpr):
+def _hidden_score(hidden_ptr, weight_ptr, hidden_size, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, hidden_size, BLOCK):
         i = first + tl.arange(0, BLOCK)
@@ -114,9 +115,9 @@ def hidden_score(hidden_ptr, weight_ptr, hidden_size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def keep_best(
+def _keep_best(
     row, row_ptr, choice, head, keys_ptr, units_ptr, ids_ptr, bounds_ptr, num_rows, vocab, num_candidates,
-    GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr,
+    GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, first_target=0,
 ):  # fmt: skip
     """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
     num_units = tl.cdiv(vocab, GROUP)
@@ -131,7 +132,7 @@ def keep_best(
     ids = tl.multiple_of(units * GROUP, GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (c < wanted)[:, None] & (ids < vocab)
     x = tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32)
-    x, _, _ = judged(x, ids, inside, choice, tl.zeros([1], tl.int64), 0, no_path)
+    x, _, _ = _judged(x, ids, inside, choice, tl.zeros([1], tl.int64), 0, no_path, first_target)
     keys = tl.where(inside, ordered_key(numbers(x), SHIFT), ABSENT)
     bound, selected, place = select(keys, tl.minimum(num_candidates, vocab))
     tl.store(ids_ptr + row * num_candidates + place, ids, mask=selected)
@@ -140,13 +141,13 @@ def keep_best(
     if head is not None:
         # The walk needs these rows of W2, and one of the same rows of W1: where memory has nothing else to do, it gets them all.
         tl.debug_barrier()
-        best = best_ids(ids_ptr, row, num_rows, tl.arange(0, WIDTH), num_candidates, vocab)
+        best = _best_ids(ids_ptr, row, num_rows, tl.arange(0, WIDTH), num_candidates, vocab)
         line: tl.constexpr = 1024 // head[2].dtype.element_ty.primitive_bitwidth
         prefetch_rows(head[2], head[3], best, head[6], 4, line)
 
 
 @triton.jit
-def best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab):
+def _best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab):
     """Entry c of the C best of a row: an id, or -1 where there is none."""
     there = c < tl.where(row < num_rows, tl.minimum(num_candidates, vocab), 0)
     return tl.load(ids_ptr + row * num_candidates + c, mask=there, other=-1, volatile=True)
@@ -162,7 +163,7 @@ def _listed_ids(ids, c, bigrams, previous, row_ptr, choice, bounds_ptr, row, num
     more = tl.load(list_ptr + i, mask=(i >= 0) & (i < count), other=-1)
     more = tl.where((more >= 0) & (more < vocab), more, -1).to(tl.int32)
     x = tl.load(row_ptr + more, mask=more >= 0, other=NEG_INF).to(tl.float32)
-    x, _, _ = judged(x, more, more >= 0, choice, tl.zeros([1], tl.int64), 0, no_path)
+    x, _, _ = _judged(x, more, more >= 0, choice, tl.zeros([1], tl.int64), 0, no_path)
     key = ordered_key(numbers(x), SHIFT)
     bound = tl.load(bounds_ptr + row * 2, volatile=True)
     cut = tl.load(bounds_ptr + row * 2 + 1, volatile=True)
@@ -222,21 +223,24 @@ def _gathered_flags(status_ptr, request, shared, num_drafts, DRAFTS: tl.constexp
 
 
 @triton.jit
-def _weight_rows(ids, ranks, entries, row, shared, head, num_candidates):
-    """int64 offsets of the candidates' rows of W2, and of their scales."""
-    rows = ids.to(tl.int64) * head[3]
-    scales = ids
-    if shared is not None:
-        if shared[3] is not None:
-            at = row * num_candidates + entries
-            rows = _of_rank(ranks, shared[3], shared) + at * head[6]
-            if head[4] is not None:
-                scales = _of_rank(ranks, head[4], shared) + at
-    return rows, scales
+def _weighted(ids, ranks, entries, row, shared, head, latent_ptr, known, num_candidates, BLOCK_R: tl.constexpr):
+    """W2 . latent of the candidates, whose rows are those of their ids or of their entries."""
+    if shared is None:
+        bias = weighted(ids, latent_ptr, known, head, BLOCK_R)
+    elif shared[3] is None:
+        bias = weighted(ids, latent_ptr, known, head, BLOCK_R)
+    else:
+        at = row * num_candidates + entries
+        scales = at
+        if head[4] is not None:
+            scales += _of_rank(ranks, head[4], shared)
+        rows = _of_rank(ranks, shared[3], shared) + at * head[6]
+        bias = weighted_rows(rows, scales, ids >= 0, latent_ptr, known, head, BLOCK_R)
+    return bias
 
 
 @triton.jit
-def walk(
+def _walk(
     request, slot, status_ptr, base, state, bigrams, map_ptr, shared, adjust, filters, head, latent, hidden, confidence, out,
     scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr, LOG_WIDTH: tl.constexpr,
@@ -276,13 +280,13 @@ def walk(
         width += bigrams[3]
     first = request.to(tl.int64) * num_drafts
     row_ptr = base_ptr + request.to(tl.int64) * stride_br
-    ids = best_ids(ids_ptr, first, num_rows, c, num_candidates, vocab)
+    ids = _best_ids(ids_ptr, first, num_rows, c, num_candidates, vocab)
     for k in range(num_drafts):
         # Candidates do not depend on drafts: those of k + 1 are on the way while k is decided.
         row = first + k
         k_ptr = row_ptr + tl.cast(k, tl.int64) * stride_bk
-        next_ids = best_ids(ids_ptr, row + 1, num_rows, c, num_candidates, vocab)
-        choice = (map_ptr, num_targets, 0, adjust, slot, slot * num_drafts + k)
+        next_ids = _best_ids(ids_ptr, row + 1, num_rows, c, num_candidates, vocab)
+        choice = (map_ptr, num_targets, adjust, slot, slot * num_drafts + k)
         if bigrams is not None:
             ids = _listed_ids(ids, c, bigrams, previous, k_ptr, choice, bounds_ptr, row, num_candidates, vocab, SHIFT)
 
@@ -298,8 +302,7 @@ def walk(
             known = tl.where((previous >= 0) & (previous < head[5]), head[6], 0)
             embedded_ptr = head[0] + previous * head[1]
             if latent is None:
-                rows, scales = _weight_rows(ids, ranks, entries, row, shared, head, num_candidates)
-                x += weighted(rows, scales, there, embedded_ptr, known, head, BLOCK_R)
+                x += _weighted(ids, ranks, entries, row, shared, head, embedded_ptr, known, num_candidates, BLOCK_R)
             else:
                 own_ptr = latent_ptr + request.to(tl.int64) * head[6]
                 own_states_ptr = states_ptr
@@ -309,11 +312,10 @@ def walk(
                     (k, num_drafts, first_draft, slot), embedded_ptr, known, latent, hidden, products_ptr + row * latent[3],
                     own_ptr, own_states_ptr, head[6], BLOCK_O, BLOCK_J,
                 )  # fmt: skip
-                rows, scales = _weight_rows(ids, ranks, entries, row, shared, head, num_candidates)
-                x += weighted(rows, scales, there, own_ptr, head[6], head, BLOCK_R)
+                x += _weighted(ids, ranks, entries, row, shared, head, own_ptr, head[6], num_candidates, BLOCK_R)
 
         if shared is None:
-            x, targets, used = judged(x, ids, there, choice, tokens_ptr + slot * stride_ts, column + k, _drafted)
+            x, targets, used = _judged(x, ids, there, choice, tokens_ptr + slot * stride_ts, column + k, _drafted)
         else:
             targets = ids
             used = there
@@ -397,7 +399,7 @@ def _score(
 
 
 @triton.jit
-def latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests, num_slots, num_drafts, BLOCK_J: tl.constexpr):
+def _latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests, num_slots, num_drafts, BLOCK_J: tl.constexpr):
     """The products with hidden states that are this program's; returns the first request they are for, and how many requests."""
     outputs = tl.cdiv(latent[3], 16)
     pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
@@ -410,7 +412,7 @@ def latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests, 
 
 
 @triton.jit
-def awaited(request, latent, num_drafts):
+def _awaited(request, latent, num_drafts):
     """How many programs a request's walk waits for: its rows, and those that multiply its hidden states."""
     total = num_drafts
     if latent is not None:
@@ -452,7 +454,7 @@ def draft_candidates_kernel(
     count = tl.zeros((), tl.int32)
     if program < latent_items:
         if latent is not None:
-            first, count = latent_item(
+            first, count = _latent_item(
                 program, slots_ptr, latent, hidden, scratch[3], num_requests, num_slots, num_drafts, BLOCK_J
             )
     else:
@@ -466,8 +468,8 @@ def draft_candidates_kernel(
             row_ptr = base_ptr + request.to(tl.int64) * stride_br + k.to(tl.int64) * stride_bk
             wide_row = row.to(tl.int64)
             chunks = tl.cdiv(vocab, BLOCK)
-            choice = (map_ptr, num_targets, 0, adjust, slot, slot * num_drafts + k)
-            nan = store_unit_keys(
+            choice = (map_ptr, num_targets, adjust, slot, slot * num_drafts + k)
+            nan = _store_unit_keys(
                 row_ptr, keys_ptr + wide_row * padded_units(tl.cdiv(vocab, GROUP)), choice, part * chunks // parts,
                 (part + 1) * chunks // parts, vocab, BLOCK, GROUP, SHIFT,
             )  # fmt: skip
@@ -477,9 +479,9 @@ def draft_candidates_kernel(
                 if part == 0:
                     hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
                     own_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + k.to(tl.int64) * stride_hk
-                    tl.store(scratch[2] + row, hidden_score(own_ptr, confidence[0], hidden_size, 1024))
+                    tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size, 1024))
             if arrive(row_count_ptr + row, parts):
-                keep_best(
+                _keep_best(
                     wide_row, row_ptr, choice, head, keys_ptr, units_ptr, scratch[0], scratch[1], num_rows, vocab, num_candidates,
                     GROUP, UNITS, CHOSEN, WIDTH, SHIFT,
                 )  # fmt: skip
@@ -492,8 +494,8 @@ def draft_candidates_kernel(
     for request in range(first, first + count):
         slot = _slot(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            if arrive(request_count_ptr + request, awaited(request, latent, num_drafts)):
-                walk(
+            if arrive(request_count_ptr + request, _awaited(request, latent, num_drafts)):
+                _walk(
                     request, slot, status_ptr, base, state, bigrams, map_ptr, None, adjust, filters, head, latent, hidden,
                     confidence, out, scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
                     ADVANCE, STREAM, WITH_MARKOV, JOINT, LOG_WIDTH, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,

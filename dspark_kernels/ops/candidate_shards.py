@@ -9,8 +9,8 @@ Oracle: the op on the whole vocabulary, to the bit whatever the cut. Source: DSp
 | with a reduced draft vocabulary: target id | 4 C |
 | where head.w2 is the rank's rows [W, r]: those of its candidates | C r bytes of a weight, and 4 C of scales |
 
-Where head.w2 is whole [V, r] on every rank no rows travel: at r = 256 in bf16 a row is 512 bytes against 10 of the rest, so the whole
-W2 (78 MB at 151936 ids) is worth its memory from a few requests on; the rows are for few requests or little memory.
+Where head.w2 is whole [V, r] on every rank no rows travel: at r = 256 in bf16 a row is 512 bytes against 10 of the rest, so the
+whole W2 (78 MB at 151936 ids) is worth its memory from a few requests on; the rows are for few requests or little memory.
 """
 
 from __future__ import annotations
@@ -124,11 +124,13 @@ def partial(base_logits, slots, head, *, shard, block, sampling, confidence, can
     return part, block
 
 
-def finish(gathered, block, base_logits, anchors, head, mixing, *, anchor_positions, shard, sampling, hidden, confidence, candidates,
-           draft_to_target, targets, first_draft, head_state, noise, state_indices, workspace) -> DraftBlock:  # fmt: skip
+def finish(
+    gathered, block, base_logits, anchors, head, mixing, *, anchor_positions, shard, sampling, hidden, confidence, candidates,
+    draft_to_target, targets, first_draft, head_state, noise, state_indices, workspace,
+) -> DraftBlock:  # fmt: skip
     """ops.draft_shards.draft_block_finish where `candidates` is given, its other arguments checked. mixing: weight and bias of a
     gated or rnn head, or two None."""
-    device, (rows, drafts, width) = base_logits.device, base_logits.shape
+    device, (rows, drafts, _) = base_logits.device, base_logits.shape
     slots = anchors.shape[0]
     column = whole._check_out(block, base_logits, slots, rows, candidates, sampling, confidence, first_draft)
     part_fields(base_logits, head, candidates, draft_to_target).check_gathered("gathered", gathered, shard, device)

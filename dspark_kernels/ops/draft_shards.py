@@ -1,8 +1,8 @@
 """draft_block_partial, draft_block_finish: the draft block where every rank has a shard of the vocabulary.
 
 Dense form, per position: a part per rank (its best word, and what the log-sum-exp needs), one gather, a finish that is the same on
-every rank. With `candidates`: the same once for the whole block (ops/candidate_shards.py). Oracle: the op on the whole vocabulary, to
-the bit where shards start at multiples of 64 ids, with candidates whatever the cut. Source: DSpark, arXiv 2607.05147.
+every rank. With `candidates`: the same once for the whole block (ops/candidate_shards.py). Oracle: the op on the whole vocabulary,
+to the bit where shards start at multiples of 64 ids, with candidates whatever the cut. Source: DSpark, arXiv 2607.05147.
 
     block = None
     for k in range(K):
