@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 import dspark_kernels as dk
-from dspark_kernels.ops import accept_shards, attention, draft_shards
+from dspark_kernels.ops import accept_shards, attention, candidate_shards, draft_shards
 
 VOCAB, DRAFTS, RANK, HIDDEN = 151936, 7, 256, 2560  # Qwen3-4B with its published drafter
 
@@ -247,32 +247,45 @@ def _cut(shards):
     return dict(vocab_start=0, vocab_shards=shards, vocab_size=VOCAB)
 
 
-def _draft_shard(requests, *, shards=8, dtype=torch.bfloat16, rank=RANK, sampled=True, lse=True, confidence=True, finish=False,
-                 w2_dtype=None, **options):  # fmt: skip
-    """The second position of a block on a rank: its part, or the draft from the parts of all ranks."""
+def _draft_shard(requests, candidates=None, *, shards=8, dtype=torch.bfloat16, rank=RANK, sampled=True, lse=True, confidence=True,
+                 finish=False, w2_dtype=None, kind="vanilla", whole=True, mapped=False, adjusted=False, filtered=False,
+                 **options):  # fmt: skip
+    """A rank's part of the second position of a block, or with `candidates` of a whole block; or the finish from all parts.
+
+    whole: of candidates, every rank has all of W2."""
     width = -(-VOCAB // shards)
-    head = None
-    if rank:
-        scale = _empty(width, dtype=torch.float32) if w2_dtype else None
-        head = dk.MarkovHead(_empty(VOCAB, rank, dtype=dtype), _empty(width, rank, dtype=w2_dtype or dtype), scale)
+    head = _head(kind, VOCAB if candidates and whole else width, VOCAB, rank, dtype, w2_dtype) if rank else None
+    ids = _ints(width) if mapped else None
     proposal = dk.OneHotProposal()
     if sampled:
         scores = _empty(requests, DRAFTS, dtype=torch.float32) if lse else None
-        proposal = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=scores)
+        logits = _empty(requests, DRAFTS, candidates or width, dtype=dtype)
+        if candidates:
+            proposal = dk.SparseProposal(_ints(requests, DRAFTS, candidates), logits, lse=scores)
+        else:
+            proposal = dk.DenseProposal(logits, lse=scores, draft_to_target=ids)
     scores = [_empty(requests, DRAFTS, dtype=torch.float32) if confidence else None for _ in range(2)]
     block = dk.DraftBlock(_ints(requests, DRAFTS), proposal, _ints(requests, dtype=torch.int32), *scores)
     scorer = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(DRAFTS))
-    common = dict(position=1, sampling=_sampling(requests) if sampled else None, confidence=scorer if confidence else None)
-    common |= _cut(shards)
+    base = _empty(requests, DRAFTS, width, dtype=dtype)
+    common = dict(
+        sampling=_settings(requests, DRAFTS, VOCAB, adjusted, filtered) if sampled else None,
+        hidden=_empty(requests, DRAFTS, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
+        confidence=scorer if confidence else None,
+        **(dict(candidates=candidates, draft_to_target=ids) if candidates else dict(position=1)),
+        **_cut(shards),
+    )
+    of_all = dict(anchor_positions=_ints(requests), workspace=dk.Workspace(requests, DRAFTS, VOCAB, "cpu", markov_rank=rank))
+    if kind == "rnn":
+        of_all["head_state"] = _empty(requests, rank, dtype=torch.float32)
     if not finish:
-        base = _empty(requests, DRAFTS, width, dtype=dtype)
-        workspace = dk.Workspace(requests, DRAFTS, VOCAB, "cpu")
-        return dk.draft_block_partial(
-            base, _ints(requests), head, anchor_positions=_ints(requests), block=block, workspace=workspace, **common, **options
-        )
-    hidden = _empty(requests, DRAFTS, HIDDEN, dtype=dtype) if confidence else None
-    gathered = _ints(shards, draft_shards.part_words(requests, width, sampled and lse))
-    return dk.draft_block_finish(gathered, block, _ints(requests), head, hidden=hidden, **common)
+        of_all |= dict(draft_to_target=ids)
+        return dk.draft_block_partial(base, _ints(requests), head, block=block, **(common | of_all), **options)
+    if not candidates:
+        gathered = _ints(shards, draft_shards.part_words(requests, width, sampled and lse))
+        return dk.draft_block_finish(gathered, block, _ints(requests), head, **common)
+    gathered = _ints(shards, candidate_shards.part_words(base, head, candidates=candidates, draft_to_target=ids))
+    return dk.draft_block_finish(gathered, block, _ints(requests), head, base_logits=base, **common, **of_all, **options)
 
 
 def _accept_shard(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="lse", sampled=True, rule="token"):
@@ -481,10 +494,33 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "sampled_r64": lambda: _draft_shard(64),
         "plain_r64": lambda: _draft_shard(64, rank=0, confidence=False),
         "greedy_r64": lambda: _draft_shard(64, sampled=False),
+        "fp8_r64": lambda: _draft_shard(64, w2_dtype=torch.float8_e4m3fn),
+        "gated_r1": lambda: _draft_shard(1, kind="gated"),
+        "rnn_r64": lambda: _draft_shard(64, kind="rnn"),
+        "mapped_r64": lambda: _draft_shard(64, mapped=True),
+        "adjusted_r64": lambda: _draft_shard(64, adjusted=True),
+        "rnn_adjusted_r64": lambda: _draft_shard(64, kind="rnn", adjusted=True),
     },
     "draft_block_finish": {
         "sampled_r64": lambda: _draft_shard(64, finish=True),
         "greedy_r64": lambda: _draft_shard(64, sampled=False, confidence=False, finish=True),
+    },
+    "draft_candidates_partial": {
+        "c64_r1_rows": lambda: _draft_shard(1, 64, whole=False),
+        "c64_r64": lambda: _draft_shard(64, 64),
+        "c256": lambda: _draft_shard(64, 256),
+        "c64_fp8_rows": lambda: _draft_shard(64, 64, whole=False, w2_dtype=torch.float8_e4m3fn),
+        "c64_adjusted_map": lambda: _draft_shard(64, 64, adjusted=True, mapped=True),
+    },
+    "draft_candidates_finish": {
+        "c64_r1_rows": lambda: _draft_shard(1, 64, whole=False, finish=True),
+        "c64_r64": lambda: _draft_shard(64, 64, finish=True),
+        "c256": lambda: _draft_shard(64, 256, finish=True),
+        "c64_fp8_rows": lambda: _draft_shard(64, 64, whole=False, w2_dtype=torch.float8_e4m3fn, finish=True),
+        "c64_rnn": lambda: _draft_shard(64, 64, kind="rnn", finish=True),
+        "c64_greedy": lambda: _draft_shard(64, 64, sampled=False, finish=True),
+        "c64_adjusted_map": lambda: _draft_shard(64, 64, adjusted=True, mapped=True, finish=True),
+        "c64_filtered_coupled": lambda: _draft_shard(64, 64, filtered=True, noise="coupled", finish=True),
     },
     "accept_partial": {
         "normalise_dense": lambda: _accept_shard(64, "normalise"),

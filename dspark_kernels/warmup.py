@@ -21,8 +21,8 @@ _WRITTEN: dict[str, tuple[str, ...]] = {
     "accept_chain": ("anchors", "anchor_positions"),
     "accept_finish": ("anchors", "anchor_positions"),
     "draft_block": ("head_state",),
-    "draft_block_finish": ("block",),
-    "draft_block_partial": ("block",),
+    "draft_block_finish": ("block", "head_state"),
+    "draft_block_partial": ("block", "head_state"),
 }
 
 
