@@ -94,7 +94,7 @@ def _write_lists(
             tl.sum(tl.where(i == member, factor, 0.0), axis=0),
         )
         for begin in range(0, list_end(law, own_law), ENTRIES):
-            ids, _, _, first_octet, low, high = distinct(begin, law, slot, member, own_law, draft_scale, vocab, ENTRIES)
+            ids, prob, first_id, first_octet, low, high = distinct(begin, law, slot, member, own_law, draft_scale, vocab, ENTRIES)
             c = begin + tl.arange(0, ENTRIES)
             tl.store(listed_ptr + row * count + c, read_row(view, member, ids, is_here(ids, start, held)), mask=c < count)
             # An octet that is cut belongs to both ranks, whoever has the listed id.

@@ -376,7 +376,7 @@ def _accept_partial(
         temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
     )
     target = (target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
-    config = accept_launch.pick(arch.current(device), leaves, drafts)
+    config = accept_launch.pick(arch.current(device), leaves, drafts, flat.adjusts)
     num_slots = temperature.shape[0] if temperature is not None else 2**31 - 1
 
     def fields(phase):
