@@ -21,7 +21,7 @@ from .accept_rows import FIRST, IDS, NONFINITE_ROW, SOFTMAX, STATUS, soft_prob
 from .accept_rules import choose_block, judge_block, judge_match, judge_token
 from .accept_shards_judge import judge, merged_leaves, own_records
 from .accept_shards_rows import accept_normalise_kernel, is_here, request_of, temperatures_of, view_of
-from .accept_target import read_row, read_rows
+from .accept_target import read_row
 from .primitives.fence import stores_done
 from .primitives.mass import LEAF, NEG_INF, ONE, below_max, log2_scale, masses, numbers
 from .primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
@@ -71,7 +71,7 @@ def accept_residual_kernel(
         )  # fmt: skip
         view = view_of(target, layout, row0, slot, length, start, vocab)
         leaf = item * CHUNK + tl.arange(0, CHUNK)
-        ids = (first_leaf + leaf)[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+        ids = (first_leaf + item * CHUNK) * LEAF + tl.arange(0, CHUNK * LEAF)
         inside = is_here(ids, start, held)
         begin = accepted
         end = tl.where(wants, accepted + 1, accepted)
@@ -82,7 +82,7 @@ def accept_residual_kernel(
             row = (row0 + judged).to(tl.int64)
             record = read_record(row_values_ptr, row_ids_ptr, row)
             draft_row = draft_ptr + slot * stride_ds + tl.cast(judged, tl.int64) * stride_dk
-            x = read_rows(view, judged + leaf * 0, ids, inside)
+            x = read_row(view, judged, ids, inside)
             mass = masses(_residual(x, draft_row, ids, inside, start, record, scale, draft_scale), CHUNK, LEAF, RESIDUAL_ONE)
             at = request.to(tl.int64)
             if EVERY_ROW:
