@@ -199,8 +199,10 @@ def test_a_rank_without_listed_ids_draws_what_the_list_leaves():
     assert 1 < int(rejected.sum()) < 8 and (acceptance.next_token[rejected] == 1300).all()
 
 
-def test_the_block_rule_sums_what_is_kept():
-    case = cases.accept_case(seed=2, requests=14, drafts=3, vocab=40, closeness=0.5, rule="block", temperatures=(1.0,))
+@pytest.mark.parametrize("proposal", ["dense", "sparse"])
+def test_the_block_rule_sums_what_is_kept(proposal):
+    case = cases.accept_case(seed=2, requests=14, drafts=3, vocab=40, closeness=0.5, rule="block", temperatures=(1.0,),
+                             proposal=proposal, candidates=24)  # fmt: skip
     acceptance = equal_on_all_ranks(case, 2, 24, exact=False)
     assert len(set(acceptance.num_accepted.tolist())) > 2
 
