@@ -44,8 +44,8 @@ PHASES = ("normalise", "residual", "draw")
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     words, rows = workspaces.words_of, requests * (drafts + 1)
-    # A program judges with records of its own: at most one per request and four leaves.
-    records = requests * -(-(vocab // accept.LEAF + 2) // 4) * _width(drafts)
+    # A program judges with records of its own: at most one per request and two leaves.
+    records = requests * -(-(vocab // accept.LEAF + 2) // 2) * _width(drafts)
     scratch = words(accept.VALUES * records, torch.float32) + words(accept.IDS * records, torch.int32)
     # What listed ids add to their leaves, and one leaf, of every request.
     scratch += words(requests * _leaves(vocab), torch.int64) + words(requests * accept.LEAF, torch.float32)
