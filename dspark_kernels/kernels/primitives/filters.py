@@ -109,7 +109,9 @@ def _largest(wanted, low, high, count, elements, lists, width, top, scale, LOAD:
             tl.store(ids_ptr + place, ids, mask=fits)
             total += tl.sum(hit, axis=0)
             weights = _weights(keys, top, scale, BY_MASS)
-            sums += tl.sum(tl.where(keys[None, :] >= t[:, None], weights[None, :], 0), axis=1)
+            for j in tl.static_range(4):  # one by one: a tile of all four takes more registers than there are
+                reached = tl.sum(tl.where(keys >= tl.max(tl.where(quarter == j, t, 0), axis=0), weights, 0), axis=0)
+                sums += tl.where(quarter == j, reached, 0)
         tl.debug_barrier()
         if total <= BLOCK:
             count = total
