@@ -222,12 +222,7 @@ def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, p
         limits = dict(top_k=_ints(size, dtype=torch.int32), top_p=torch.ones(size), min_p=torch.ones(size))
         sampling = dataclasses.replace(sampling, **limits)
     if adjust:
-        sampling = dataclasses.replace(
-            sampling,
-            logit_bias=_empty(size, vocab, dtype=torch.float32),
-            token_bitmask=_ints(requests * (drafts + 1), -(-vocab // 32), dtype=torch.int32),
-            penalties=dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), *(torch.ones(size) for _ in range(3))),
-        )
+        sampling = _adjusted(sampling, size, requests * (drafts + 1), vocab)
     dk.accept_chain(
         _empty(requests * (drafts + 1), vocab, dtype=dtype),
         _rows(requests, drafts),
@@ -239,6 +234,16 @@ def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, p
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
         **options,
+    )
+
+
+def _adjusted(sampling, slots, rows, vocab):
+    """The settings with bias, bit mask and all penalties."""
+    return dataclasses.replace(
+        sampling,
+        logit_bias=_empty(slots, vocab, dtype=torch.float32),
+        token_bitmask=_ints(rows, -(-vocab // 32), dtype=torch.int32),
+        penalties=dk.Penalties(_ints(slots, 256), _ints(slots, 256, dtype=torch.int32), *(torch.ones(slots) for _ in range(3))),
     )
 
 
@@ -288,14 +293,19 @@ def _draft_shard(requests, candidates=None, *, shards=8, dtype=torch.bfloat16, r
     return dk.draft_block_finish(gathered, block, _ints(requests), head, base_logits=base, **common, **of_all, **options)
 
 
-def _accept_shard(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="lse", sampled=True, rule="token"):
+def _accept_shard(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="lse", sampled=True, rule="token", adjust=False):
     """A phase of acceptance on a rank, or its finish."""
     width = -(-VOCAB // shards)
     law = None
-    if proposal != "one_hot":
+    if proposal == "sparse":
+        law = dk.SparseProposal(_ints(requests, DRAFTS, 64), _empty(requests, DRAFTS, 64, dtype=dtype))
+    elif proposal != "one_hot":
         lse = _empty(requests, DRAFTS, dtype=torch.float32) if proposal == "lse" else None
         law = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=lse)
-    common = dict(sampling=_sampling(requests) if sampled else None, rule=rule) | _cut(shards)
+    sampling = _sampling(requests) if sampled else None
+    if adjust:
+        sampling = _adjusted(sampling, requests, requests * (DRAFTS + 1), VOCAB)
+    common = dict(sampling=sampling, rule=rule) | _cut(shards)
     logits, layout = _empty(requests * (DRAFTS + 1), width, dtype=dtype), _rows(requests, DRAFTS)
     phases = dk.accept_phases(law, sampling=common["sampling"], rule=rule)
     before = phases if phase == "finish" else phases[: phases.index(phase)]
@@ -525,11 +535,18 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
     "accept_partial": {
         "normalise_dense": lambda: _accept_shard(64, "normalise"),
         "normalise_one_hot": lambda: _accept_shard(64, "normalise", proposal="one_hot"),
+        "normalise_sparse": lambda: _accept_shard(64, "normalise", proposal="sparse"),
+        "normalise_adjust": lambda: _accept_shard(64, "normalise", proposal="sparse", adjust=True),
         "residual": lambda: _accept_shard(64, "residual"),
+        "residual_adjust": lambda: _accept_shard(64, "residual", adjust=True),
         "draw_dense": lambda: _accept_shard(64, "draw"),
+        "draw_sparse": lambda: _accept_shard(64, "draw", proposal="sparse"),
+        "draw_sparse_block": lambda: _accept_shard(64, "draw", proposal="sparse", rule="block"),
+        "draw_adjust": lambda: _accept_shard(64, "draw", proposal="sparse", adjust=True),
     },
     "accept_finish": {
         "drawn": lambda: _accept_shard(64, "finish"),
+        "drawn_sparse": lambda: _accept_shard(64, "finish", proposal="sparse"),
         "greedy": lambda: _accept_shard(64, "finish", sampled=False),
     },
 }
