@@ -190,8 +190,9 @@ def accept_chain_kernel(
                 draft_temperature = tl.load(draft_temperature_ptr + slot)
             draft_scale = log2_scale(draft_temperature)
     target_ptr, stride_t, settings = target
-    whole_view = (target_ptr, stride_t, vocab, settings, token_ids_ptr, logits_indices_ptr, row0, slot, length, None)
-    view = (target_ptr, stride_t, vocab, settings, token_ids_ptr, logits_indices_ptr, row0, slot, length, limits)
+    tokens = (token_ids_ptr, None)
+    whole_view = (target_ptr, stride_t, vocab, settings, tokens, logits_indices_ptr, row0, slot, length, None)
+    view = (target_ptr, stride_t, vocab, settings, tokens, logits_indices_ptr, row0, slot, length, limits)
 
     if wave == 0:
         if length < 0:

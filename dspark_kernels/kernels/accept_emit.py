@@ -16,7 +16,6 @@ from .accept_rows import (
     IDS,
     INVERSE,
     LOG2E,
-    MASS_BITS,
     MISSING_DRAFT,
     NAN,
     NONFINITE_ROW,
@@ -32,6 +31,7 @@ from .accept_rows import (
 )
 from .accept_rules import read_drafts
 from .accept_target import read_each, read_row
+from .primitives.leaves import MASS_BITS
 from .primitives.mass import LEAF, NEG_INF, POS_INF, below_max
 from .primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id

@@ -22,7 +22,6 @@ from .accept_rows import (
     INVERSE,
     KEPT,
     LOG2E,
-    MASS_BITS,
     NOBODY,
     REFERENCE,
     SOFTMAX,
@@ -30,15 +29,12 @@ from .accept_rows import (
     TOP,
     VALUES,
     finite_or_zero,
-    first_leaf,
-    first_of,
-    leaf_masses,
     load_leaf,
-    merge_leaves,
     soft_prob,
 )
 from .accept_target import read_row, read_tile
 from .primitives.fence import stores_done
+from .primitives.leaves import MASS_BITS, first_leaf, first_of, leaf_masses, merge_leaves
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, masses, numbers, octet_sums
 
 RESIDUAL_ONE = tl.constexpr(1152921504606846976.0)  # 2^60: residual masses of a row sum to at most 1

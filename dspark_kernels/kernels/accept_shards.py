@@ -36,11 +36,11 @@ from .accept_rows import (
     TOP,
     VALUES,
     finite_or_zero,
-    leaf_masses,
     soft_prob,
 )
 from .accept_rules import choose_block, judge_block, judge_match, judge_token, read_drafts
 from .primitives.fence import stores_done
+from .primitives.leaves import leaf_masses
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers, octet_sums
 from .primitives.philox import CORRECT, COUPLED, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id
