@@ -211,7 +211,7 @@ def test_compaction_compiles_into_one_graph():
 
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import (
-        accept as accept_kernels,
+        accept_laws,
         accept_rows,
         accept_target,
         attention as attention_kernels,
@@ -219,11 +219,11 @@ def test_constants_of_kernels_are_the_public_ones():
         draft_filters,
         draft_rows,
         schedule as schedule_kernels,
-        tree as tree_kernels,
+        tree_rules,
     )
     from dspark_kernels.kernels.primitives import filters, mass, philox, rows
 
-    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_kernels, rows):
+    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
@@ -231,10 +231,11 @@ def test_constants_of_kernels_are_the_public_ones():
     assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
     assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and accept.LISTED == 2 * filters.BLOCK.value
     assert mass.LEAF.value == accept.LEAF == tree.LEAF
-    assert [tree_kernels.WALK.value, tree_kernels.RECURSIVE.value, tree_kernels.TRAVERSAL.value] == [0, 1, 2]
+    assert [tree_rules.WALK.value, tree_rules.RECURSIVE.value, tree_rules.TRAVERSAL.value] == [0, 1, 2]
     assert tree.RULES == ("walk", "recursive", "traversal")
+    assert (tree_rules.NODE_VALUES.value, tree_rules.NODE_IDS.value) == (tree.NODE_VALUES, tree.NODE_IDS)
     assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
-    assert accept_kernels.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
+    assert accept_laws.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 

@@ -183,7 +183,7 @@ def merge_target(i, rows, status, view, temperature_ptr, memory, raw_memory, row
                  LEAVES: tl.constexpr):  # fmt: skip
     """All leaves of rows [GROUP] (-1 = none) are there: the target's part of their records.
 
-    Gives who has each row's mass, its maximum and factor, and maxima and masses of its leaves, [GROUP, LEAVES].
+    Gives FIRST, who has each row's mass, its maximum and factor, and maxima and masses of its leaves, [GROUP, LEAVES].
     """
     top_ptr, mass_ptr, best_ptr = memory
     _, _, vocab, _, _, _, _, slot, _, _ = view
@@ -220,7 +220,7 @@ def merge_target(i, rows, status, view, temperature_ptr, memory, raw_memory, row
         raw_top, raw_mass, _, _ = merge_leaves(raw_top_ptr, raw_mass_ptr, rows, num_leaves, LOG2E, LEAVES)
         tl.store(values + RAW_TOP, raw_top, mask=live)
         tl.store(values + RAW_LOG, tl.log2(tl.maximum(raw_mass, 1).to(tl.float32)) - 40.0, mask=live)
-    return mass_of, top, inverse, tops, words
+    return first, mass_of, top, inverse, tops, words
 
 
 @triton.jit
@@ -232,8 +232,8 @@ def merge_rows(i, rows, status, view, layout, temperature_ptr, memory, raw_memor
     """
     _, _, vocab, _, _, _, _, _, _, _ = view
     _starts, _logits, logits_indices_ptr, token_ids_ptr, _positions = layout
-    mass_of, top, inverse, _, _ = merge_target(i, rows, status, view, temperature_ptr, memory, raw_memory, row_values_ptr,
-                                               row_ids_ptr, scale, num_leaves, LEAVES)  # fmt: skip
+    _, mass_of, top, inverse, _, _ = merge_target(i, rows, status, view, temperature_ptr, memory, raw_memory, row_values_ptr,
+                                                  row_ids_ptr, scale, num_leaves, LEAVES)  # fmt: skip
     live = rows >= 0
     has_draft = live & (i < length)
     forward = tl.load(logits_indices_ptr + rows + 1, mask=has_draft, other=0)
