@@ -43,7 +43,6 @@ from .primitives.slots import state_slots
 from .primitives.ticket import arrive
 
 
-
 @triton.jit
 def _order(ticket, num_requests, first_wave, second_wave, LAG: tl.constexpr, TWO_WAVES: tl.constexpr):
     """(wave, request, item) of a ticket: a request's second wave comes LAG requests after its first, while its rows are still in
