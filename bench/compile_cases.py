@@ -201,6 +201,21 @@ def _rows(requests, drafts):
     )
 
 
+def _settings(size, vocab, rows, filters, adjust):
+    sampling = _sampling(size)
+    if filters:
+        limits = dict(top_k=_ints(size, dtype=torch.int32), top_p=torch.ones(size), min_p=torch.ones(size))
+        sampling = dataclasses.replace(sampling, **limits)
+    if adjust:
+        sampling = dataclasses.replace(
+            sampling,
+            logit_bias=_empty(size, vocab, dtype=torch.float32),
+            token_bitmask=_ints(rows, -(-vocab // 32), dtype=torch.int32),
+            penalties=dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), *(torch.ones(size) for _ in range(3))),
+        )
+    return sampling
+
+
 def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None,
                 candidates=64, forced=False, filters=False, adjust=False, **options):  # fmt: skip
     """proposal "lse" or "no lse" (dense), "mapped", "sparse", "rebuilt" or "one_hot"."""
@@ -217,17 +232,7 @@ def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, p
         law = dk.DenseProposal(
             _empty(size, drafts, width, dtype=dtype), lse, draft_to_target=_ints(width) if proposal == "mapped" else None
         )
-    sampling = _sampling(size) if sampled else None
-    if filters:
-        limits = dict(top_k=_ints(size, dtype=torch.int32), top_p=torch.ones(size), min_p=torch.ones(size))
-        sampling = dataclasses.replace(sampling, **limits)
-    if adjust:
-        sampling = dataclasses.replace(
-            sampling,
-            logit_bias=_empty(size, vocab, dtype=torch.float32),
-            token_bitmask=_ints(requests * (drafts + 1), -(-vocab // 32), dtype=torch.int32),
-            penalties=dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), *(torch.ones(size) for _ in range(3))),
-        )
+    sampling = _settings(size, vocab, requests * (drafts + 1), filters, adjust) if sampled else None
     dk.accept_chain(
         _empty(requests * (drafts + 1), vocab, dtype=dtype),
         _rows(requests, drafts),
@@ -326,15 +331,23 @@ def _tree(slots, nodes, proposal, drawn):
     return dk.DraftTree(_ints(slots, nodes), *links, _ints(slots, nodes), int32(slots), proposal, drawn, int32(slots))
 
 
-def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", sampled=True, slots=None):
+def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", proposal="dense",
+                 sampled=True, slots=None, filters=False, adjust=False, logprobs=None):  # fmt: skip
+    """proposal, where drawn by chance: "dense", "mapped" or "sparse" (64 candidates)."""
     size = requests if slots is None else slots
-    law = dk.OneHotProposal() if drawn == "one_hot" else dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype))
+    width = 32000 if proposal == "mapped" else vocab
+    law = dk.OneHotProposal()
+    if drawn != "one_hot" and proposal == "sparse":
+        law = dk.SparseProposal(_ints(size, nodes, 64), _empty(size, nodes, 64, dtype=dtype))
+    elif drawn != "one_hot":
+        law = dk.DenseProposal(_empty(size, nodes, width, dtype=dtype), draft_to_target=_ints(width) if width < vocab else None)
     dk.accept_tree(
         _empty(requests * nodes, vocab, dtype=dtype),
         _rows(requests, nodes - 1),
         _tree(size, nodes, law, drawn),
-        sampling=_sampling(size) if sampled else None,
+        sampling=_settings(size, vocab, requests * nodes, filters, adjust) if sampled else None,
         rule=rule,
+        logprobs=logprobs,
         anchors=_ints(size),
         anchor_positions=_ints(size),
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
@@ -456,6 +469,10 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
     },
     "accept_tree": {
         "walk": lambda: _accept_tree(64),
+        "walk_filters": lambda: _accept_tree(64, filters=True),
+        "recursive": lambda: _accept_tree(64, rule="recursive", drawn="iid"),
+        "traversal": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement"),
+        "traversal_sparse": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", proposal="sparse"),
     },
     "compact_kv": {
         "r64": lambda: _compact(64),

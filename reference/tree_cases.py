@@ -77,8 +77,9 @@ def accept_tree_case(
     wide = vocab if draft_vocab is None else draft_vocab
     state_indices = cases.slot_map(seed, requests, padding) if scattered else None
     sampling = cases.sampling_tensors(
-        seed, slots, temperatures, vocab=vocab, mask_rows=requests * nodes, adjust=adjust, filters=filters, filter_order=filter_order
-    )
+        seed, slots, temperatures, vocab=vocab, mask_rows=requests * nodes, adjust=adjust, filters=filters,
+        filter_order=filter_order,
+    )  # fmt: skip
     own = torch.tensor(temperatures)[torch.randint(0, len(temperatures), (slots,), generator=g)] if draft_temperature else None
     ids = torch.arange(wide).expand(slots, nodes, wide)
     if proposal == "mapped":

@@ -194,8 +194,8 @@ def test_a_child_that_takes_nearly_all_of_its_law(rule):
 def test_any_tile_gives_the_same_bits(monkeypatch, pairs, span, rule, drawn):
     case = accept_tree_case(31, 2, 6, 3000, drawn, rule, sharpness=1.0, reach=2)
     want = check(case)
-    tile = launch.TreeConfig(2 if pairs == 4 else 1, min(pairs, 3), span, 1, None)
-    monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(tile, chunk=pairs if pairs < 4 else 4))
+    tile = launch.TreeConfig(group=2 if pairs == 4 else 1, chunk=pairs, tile=4 // pairs, span=span, num_warps=1, max_registers=None)
+    monkeypatch.setattr(launch, "pick", lambda *a: tile)
     have = dk.accept_tree(**case.arguments())
     assert all(torch.equal(getattr(have, name), getattr(want, name)) for name in PER_REQUEST)
 

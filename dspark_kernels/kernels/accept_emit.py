@@ -159,7 +159,8 @@ def emit(
     of_token = request.to(tl.int64) * (num_drafts + 1) + i
     tl.store(tokens_ptr + of_token, tokens, mask=i <= num_drafts)
     if log_probs_ptr is not None:
-        log_probs = token_log_probs(i, rows, tokens, i <= accepted, sampled == 0, view, raw_memory, row_values_ptr, row_ids_ptr, scale)
+        log_probs = token_log_probs(i, rows, tokens, i <= accepted, sampled == 0, view, raw_memory, row_values_ptr, row_ids_ptr,
+                                    scale)  # fmt: skip
         tl.store(log_probs_ptr + of_token, log_probs, mask=i <= num_drafts)
     tl.store(accepted_ptr + request, accepted)
     tl.store(emitted_ptr + request, accepted + 1)

@@ -1,8 +1,8 @@
 """Target logits as acceptance sees them: after penalties, bias and mask, and -inf outside what top-k, top-p and min-p keep.
 
 A view is (logits [L, V], row stride, V, what is adjusted or None, token ids and the ancestors of tree nodes or None, their rows,
-first row of the request, its state slot, its drafts, limits per row or None). A row's path is the drafts before it; in a tree, where
-row i is node i, the nodes from the anchor to it, not their siblings. What is kept of a row is two scalars, found
+first row of the request, its state slot, its drafts, limits per row or None). A row's path is the drafts before it; in a tree,
+where row i is node i, the nodes from the anchor to it, not their siblings. What is kept of a row is two scalars, found
 by the row's last arriver from maxima of groups of 128 ids, so that nothing is written back. Oracle: reference/sampling.py.
 """
 

@@ -41,9 +41,9 @@ from .tree_rules import DONE, ENTRY, FACTOR, MULTIPLIER, NODE_IDS, NODE_VALUES, 
 def _sweep(
     request, item, row0, length, view, layout, law, parents_ptr, residuals, records, states, scale, draft_scale, num_nodes,
     num_leaves, WEIGHTS: tl.constexpr, REST: tl.constexpr, LEFT: tl.constexpr, COLUMN: tl.constexpr, WITHOUT: tl.constexpr,
-    PAIRS: tl.constexpr, SPAN: tl.constexpr, CANDIDATES: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, SPAN: tl.constexpr, CANDIDATES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """SPAN times PAIRS leaves of the residual at the node that a request's decision waits for."""
+    """SPAN times TILE leaves of the residual at the node that a request's decision waits for."""
     _starts, _logits, logits_indices_ptr, token_ids_ptr, _positions = layout
     _, _, _, _, _, _, _, slot, _, _ = view
     node_values_ptr, node_ids_ptr, _, record_ptr = states
@@ -61,16 +61,18 @@ def _sweep(
     multiplier = tl.load(values + MULTIPLIER * WIDTH + m, volatile=True)
     factor = tl.load(values + FACTOR * WIDTH + m, volatile=True)
     laws = node_laws(row0.to(tl.int64) + node, node >= 0, records)
+    _, draft_law = laws
+    draft_of, reference = draft_law
     for span in range(SPAN):
-        leaf = (item * SPAN + span) * PAIRS + tl.arange(0, PAIRS)
+        leaf = (item * SPAN + span) * TILE + tl.arange(0, TILE)
         at = request.to(tl.int64) * num_leaves + leaf
         left, weight = left_in_leaves(node, leaf, laws, entry, taken, tokens, multiplier, factor, view, law, scale, draft_scale, m,
                                       WEIGHTS, COLUMN, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
-        tl.store(residual_ptr + at, masses(left, PAIRS, LEAF, RESIDUAL_ONE), mask=leaf < num_leaves)
+        tl.store(residual_ptr + at, masses(left, TILE, LEAF, RESIDUAL_ONE), mask=leaf < num_leaves)
         if WITHOUT and LEFT is None:
             if REST is not None:
-                weight = REST(node, leaf, slot, law, laws[1][0], laws[1][1], taken, tokens, draft_scale, m, WIDTH)
-            tl.store(rest_ptr + at, masses(weight, PAIRS, LEAF, ONE), mask=leaf < num_leaves)
+                weight = REST(node, leaf, slot, law, draft_of, reference, taken, tokens, draft_scale, m, WIDTH)
+            tl.store(rest_ptr + at, masses(weight, TILE, LEAF, ONE), mask=leaf < num_leaves)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward"])
@@ -98,7 +100,7 @@ def accept_tree_kernel(
     num_requests, num_slots, num_rows, num_forward, num_nodes, vocab, num_leaves, map_parts,
     RULE: tl.constexpr, RECORD: tl.constexpr, WEIGHTS: tl.constexpr, AT: tl.constexpr, REST: tl.constexpr, LEFT: tl.constexpr,
     COLUMN: tl.constexpr, WITHOUT: tl.constexpr, JOINT: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    SPAN: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, SPAN: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = GROUP * CHUNK
     SWEEPS: tl.constexpr = RULE != WALK
@@ -109,7 +111,7 @@ def accept_tree_kernel(
     chunks = tl.cdiv(num_leaves, CHUNK)
     num_groups = tl.cdiv(num_nodes, GROUP)
     first_wave = num_groups * chunks
-    parts = tl.cdiv(num_leaves, PAIRS * SPAN)
+    parts = tl.cdiv(num_leaves, TILE * SPAN)
     sweeps = 0
     if SWEEPS:
         sweeps = num_nodes - 1
@@ -201,7 +203,7 @@ def accept_tree_kernel(
             tl.debug_barrier()
         if state < DONE:
             _sweep(request, item, row0, length, view, layout, law, parents_ptr, residuals, records, states, scale, draft_scale,
-                   num_nodes, num_leaves, WEIGHTS, REST, LEFT, COLUMN, WITHOUT, PAIRS, SPAN, CANDIDATES, WIDTH)  # fmt: skip
+                   num_nodes, num_leaves, WEIGHTS, REST, LEFT, COLUMN, WITHOUT, TILE, SPAN, CANDIDATES, WIDTH)  # fmt: skip
             if arrive(sweep_count_ptr + request, parts):
                 decides = 1
                 sweep = number + 1
@@ -244,6 +246,7 @@ def launch_accept_tree(items, args, *, rule, law, without_replacement, joint, ca
         JOINT=joint,
         GROUP=config.group,
         CHUNK=config.chunk,
+        TILE=config.tile,
         SPAN=config.span,
         CANDIDATES=candidates,
         LEAVES=leaves,

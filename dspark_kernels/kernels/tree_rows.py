@@ -1,8 +1,8 @@
 """What the decision about a tree needs to know of its rows, and draws from them.
 
-Wave 1 as in accept_rows.py, row i of a request being its node i; a row's record is the chain's, with the token that the walk draws
-there and the weight of the law of the node's children. The walk's draws are made for all rows at once: each has noise of its own, and
-nothing has to wait for the way down. Symbols: R requests, M nodes, L rows, NL leaves. Oracle: reference/tree.py.
+Wave 1 as in accept_rows.py, row i of a request being its node i; a row's record is the chain's, with the token that the walk
+draws there and the weight of the law of the node's children. The walk's draws are made for all rows at once: each has noise of its
+own, and nothing has to wait for the way down. Symbols: R requests, M nodes, L rows, NL leaves. Oracle: reference/tree.py.
 """
 
 import triton

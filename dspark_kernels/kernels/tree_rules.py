@@ -27,8 +27,8 @@ RECURSIVE = tl.constexpr(1)
 TRAVERSAL = tl.constexpr(2)
 DONE = tl.constexpr(1 << 20)  # published instead of the number of sweeps
 
-# A request's state between sweeps, fp32 [NODE_VALUES, WIDTH]: P as numerator and denominator, 1 - P, P on entry; of a rejected child
-# what its parent's law was multiplied by and what draft weights were.
+# A request's state between sweeps, fp32 [NODE_VALUES, WIDTH]: P as numerator and denominator, 1 - P, P on entry; of a rejected
+# child what its parent's law was multiplied by and what draft weights were.
 NODE_VALUES = tl.constexpr(6)
 NUMERATOR = tl.constexpr(0)
 DENOMINATOR = tl.constexpr(1)
@@ -73,7 +73,9 @@ def left_in_leaves(
     """What is left in leaves [PAIRS] of a node's law, entered with P = entry, and of its children's draft weights: fp32
     [PAIRS, LEAF]."""
     _, _, vocab, _, _, _, _, slot, _, _ = view
-    (mass_of, top, inverse), (draft_of, reference) = laws
+    target_law, draft_law = laws
+    mass_of, top, inverse = target_law
+    draft_of, reference = draft_law
     ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
     x = read_rows(view, node + leaf * 0, ids, ids < vocab)
     target_prob = entry * soft_prob(x, ids, mass_of, top, inverse, scale)
@@ -113,7 +115,7 @@ def _draw(
     top_ptr, mass_ptr, _ = memory
     residual_ptr, _ = residuals
     one = tl.zeros([1], tl.int32)
-    top, _, words, tops = merge_leaves(top_ptr, mass_ptr, row + one, num_leaves, scale, LEAVES)
+    top, _mass, words, tops = merge_leaves(top_ptr, mass_ptr, row + one, num_leaves, scale, LEAVES)
     weight = leaf_weights(tops, words, top, scale)
     if from_residual:
         leaf = tl.arange(0, LEAVES)[None, :]
@@ -125,8 +127,8 @@ def _draw(
     winner = race_leaves(weight, seed, position, anchor, at, 1, LEAVES)
     inner = id_weights(view, node + one, winner, top, scale)
     if from_residual:
-        left, _ = left_in_leaves(node, winner, laws, entry, taken, tokens, multiplier, factor, view, law, scale, draft_scale, i,
-                                 WEIGHTS, COLUMN, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
+        left, _weight = left_in_leaves(node, winner, laws, entry, taken, tokens, multiplier, factor, view, law, scale,
+                                       draft_scale, i, WEIGHTS, COLUMN, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
         inner = tl.where(left > 0.0, tl.log2(tl.where(left > 0.0, left, 1.0)), NEG_INF)
     return tl.sum(race_ids(inner, winner, seed, position, anchor, at, 1), axis=0).to(tl.int64)
 
@@ -179,7 +181,9 @@ def decide(
             # The parent's row is what judges a node.
             judged = is_child & inside
             ids = tl.where(inside, draft, 0)
-            (mass_of, top, inverse), (draft_of, reference) = node_laws(parent_rows, judged, records)
+            target_law, draft_law = node_laws(parent_rows, judged, records)
+            mass_of, top, inverse = target_law
+            draft_of, reference = draft_law
             x = read_each(view, parent_at, ids.to(tl.int32), judged)
             target_prob = soft_prob(x, ids, mass_of, top, inverse, scale)
             draft_weight = AT(parent_at, ids, judged, slot, vocab, law, draft_of, reference, draft_scale, COLUMN)
@@ -218,11 +222,12 @@ def decide(
                 )
                 if WITHOUT:
                     if LEFT is not None:
-                        _, own_law = node_laws(row0.to(tl.int64) + node, node >= 0, records)
+                        _own_target, own_law = node_laws(row0.to(tl.int64) + node, node >= 0, records)
                         taken = is_child & (parent == node) & (rejected > 0)
-                        whole = LEFT(node, slot, law, own_law[0], own_law[1], taken, draft, draft_scale, i, CANDIDATES, WIDTH)
+                        own_mass_of, own_reference = own_law
+                        whole = LEFT(node, slot, law, own_mass_of, own_reference, taken, draft, draft_scale, i, CANDIDATES, WIDTH)
                     else:
-                        _, rest_ptr = residuals
+                        _residuals, rest_ptr = residuals
                         leaf = tl.arange(0, LEAVES)
                         at = request.to(tl.int64) * num_leaves + leaf
                         whole = tl.sum(tl.load(rest_ptr + at, mask=leaf < num_leaves, other=0, volatile=True), axis=0)
@@ -285,15 +290,17 @@ def decide(
             else:
                 row = row0.to(tl.int64) + node
                 laws = node_laws(row, node >= 0, records)
+                last_target_law, _last_draft_law = laws
+                last_of, _last_top, _last_inverse = last_target_law
                 taken = is_child & (parent == node) & (rejected > 0)
                 taken_any = tl.max(tl.where(taken, 1, 0), axis=0)
                 empty = tl.where((taken_any > 0) & (some == 0), 1, 0)
                 from_residual = (taken_any > 0) & (some > 0)
                 token = first_token(row, records).to(tl.int64)
-                if from_residual | (laws[0][0] == SOFTMAX):
+                if from_residual | (last_of == SOFTMAX):
                     token = _draw(
-                        request, node, row, pick(depth, node, i) + 1, anchor, seed, from_residual, laws, pick(entry, node, i), taken,
-                        draft, multiplier, factor, view, law, memory, residuals, scale, draft_scale, num_leaves, i,
+                        request, node, row, pick(depth, node, i) + 1, anchor, seed, from_residual, laws, pick(entry, node, i),
+                        taken, draft, multiplier, factor, view, law, memory, residuals, scale, draft_scale, num_leaves, i,
                         WEIGHTS, COLUMN, CANDIDATES, WITHOUT, LEAVES, WIDTH,
                     )  # fmt: skip
     if final > 0:

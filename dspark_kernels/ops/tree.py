@@ -193,10 +193,11 @@ def _output(out, requests, nodes, forward_rows, device, logprobs) -> Acceptance:
     "-> ()"
 )
 def _accept_tree(
-    target_logits, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, parents, ancestors, draft_logits, draft_ids,
-    draft_temperature, draft_to_target, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts,
-    repetition, presence, frequency, joint, state_indices, tokens, num_accepted, num_emitted, num_rejected, next_token, last_row,
-    path, kv_source, commit_mask, flags, log_probs, anchors, anchor_positions, counters, scratch, rule, without_replacement, logprobs,
+    target_logits, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, parents, ancestors, draft_logits,
+    draft_ids, draft_temperature, draft_to_target, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed,
+    counts, repetition, presence, frequency, joint, state_indices, tokens, num_accepted, num_emitted, num_rejected, next_token,
+    last_row, path, kv_source, commit_mask, flags, log_probs, anchors, anchor_positions, counters, scratch, rule,
+    without_replacement, logprobs,
 ):  # fmt: skip
     device = target_logits.device
     kernels = library.kernels("tree", device)
@@ -214,7 +215,7 @@ def _accept_tree(
     map_parts = -(-wide // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-nodes // config.group) * -(-leaves // config.chunk)
     if rule > 0:
-        items += (nodes - 1) * -(-leaves // (config.group * config.chunk * config.span))
+        items += (nodes - 1) * -(-leaves // (config.tile * config.span))
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     ticket = counters[1:2].view(torch.int32)
