@@ -65,7 +65,7 @@ def accept_tree_case(
     filter_order: str = "top_k_first",
     logprobs: str | None = None,
 ) -> AcceptTreeCase:
-    """Trees of random shape and 1 to `nodes` nodes (or `counts`), children drawn from the stored law of their parent.
+    """Trees of random shape and 1 to `nodes` nodes (or `counts` by slot), children drawn from the stored law of their parent.
 
     drawn "one_hot": the best tokens of that law. closeness: share of the draft's logits in the target's, 1 = equal laws.
     draft_temperature: the drafter has temperatures of its own, 0 among them. proposal "dense"; "mapped", whose columns are ids in
@@ -92,6 +92,7 @@ def accept_tree_case(
     grown = {}
     for slot in range(slots):
         count = int(torch.randint(1, nodes + 1, (1,), generator=g))
+        count = count if counts is None else counts[slot]
         tree = grown[slot] = Growing(int(torch.randint(0, vocab, (1,), generator=g)), nodes)
         temperature = float((sampling.temperature if own is None else own)[slot])
         left = {}
@@ -113,8 +114,6 @@ def accept_tree_case(
         stored = DenseProposal(law, temperature=own, draft_to_target=ids[0, 0].contiguous() if proposal == "mapped" else None)
     flags = torch.zeros(requests, dtype=torch.int32)
     tree = packed(grown, slots, nodes, torch.device("cpu"), stored, drawn, flags)
-    if counts is not None:
-        tree.num_nodes.copy_(torch.tensor(counts))
     layout = layouts.tree_layout(
         tree, anchor_positions=positions, state_indices=state_indices, max_rows=max_rows, emits=emits
     )

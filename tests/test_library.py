@@ -61,10 +61,10 @@ def _plan():
     dk.plan_attention(made.layout, made.kv, query_heads=6)
 
 
-def _accept_tree(*rule):
+def _accept_tree(*rule, **options):
     from reference.tree_cases import accept_tree_case
 
-    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule).arguments())
+    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule, **options).arguments())
 
 
 def _compact():
@@ -91,7 +91,8 @@ def _compact():
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
         (tree, "_accept_tree", _accept_tree("one_hot", "walk")),
-        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal")),
+        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal", proposal="mapped", filters=cases.FILTERS)),
+        (tree, "_accept_tree", _accept_tree("iid", "recursive", proposal="sparse", adjust=cases.ADJUSTMENTS, logprobs="raw")),
         (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
@@ -189,6 +190,23 @@ def test_attention_compiles_into_one_graph(backend):
     arguments = (case.q, kv.k_cache, kv.v_cache, kv.block_tables, kv.context_lens, case.k_new, case.v_new, case.sinks)
     have = torch.compile(_layer, fullgraph=True, backend=backend)(*arguments, case.layout)
     assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_acceptance_of_trees_compiles_into_one_graph(backend):
+    from reference.tree_cases import accept_tree_case
+
+    case = accept_tree_case(2, 2, 5, 60, "without_replacement", "traversal", adjust=("presence",), filters=("top_p",))
+
+    def step(target_logits, tree, layout, sampling, anchors):
+        accepted = dk.accept_tree(target_logits, layout, tree, sampling=sampling, rule=case.rule, anchors=anchors)
+        return accepted.tokens, accepted.path, accepted.kv_source, accepted.commit_mask, anchors
+
+    def arguments():
+        return case.target_logits, case.tree, case.layout, case.sampling, torch.zeros(2, dtype=torch.int64)
+
+    have = torch.compile(step, fullgraph=True, backend=backend)(*arguments())
+    assert all(torch.equal(a, b) for a, b in zip(have, step(*arguments()), strict=True))
 
 
 def test_compaction_compiles_into_one_graph():

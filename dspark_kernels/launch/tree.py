@@ -32,6 +32,6 @@ def pick(arch: Arch, num_leaves: int, num_nodes: int, sweeps: bool) -> TreeConfi
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     grouped = chunk >= num_leaves and (interpreted or not sweeps)
     group = min(pairs // chunk, 1 << (num_nodes - 1).bit_length()) if grouped else 1
-    tile = pairs if interpreted else 2
+    tile = min(pairs if interpreted else 2, 1 << (num_leaves - 1).bit_length())
     span = min(16 // tile, -(-num_leaves // tile))
     return TreeConfig(group, chunk, tile, span, num_warps=4, max_registers=None)
