@@ -42,7 +42,8 @@ def test_accepting_leaves_anchors_and_results_alone(scattered):
 
 
 def test_accepting_trees_leaves_anchors_and_results_alone():
-    case = accept_tree_case(3, 3, 4, 50, "without_replacement", "traversal", scattered=True, filters=("top_p",), adjust=("presence",))
+    settings = dict(filters=("top_p",), adjust=("presence",))
+    case = accept_tree_case(3, 3, 4, 50, "without_replacement", "traversal", scattered=True, **settings)
     call = case.arguments() | dict(
         anchors=torch.arange(6), anchor_positions=torch.arange(6).int(), out=dk.accept_tree(**case.arguments())
     )

@@ -87,7 +87,7 @@ def accept_tree_kernel(
     slots_ptr,  # [R] or None
     outputs,  # (tokens [R, M], five of [R], commit [N_max], flags [R], log_probs [R, M] or None), (anchors and positions [S]),
     # (path, source [R, M])
-    counters,  # int32, zero before and after: ticket, arrivals of node groups, of requests, of a sweep, of all sweeps, published
+    counters,  # int32, zero before and after: ticket, arrivals of node groups, of requests, of sweeps, of all items; published
     mapping,  # int32, zero before and after: parts of the inverted map, requests that finished; or None
     memory,  # [L, NL]: maxima, masses; None
     raw_memory,  # [L, NL]: maxima and masses of what the target gave, or None
