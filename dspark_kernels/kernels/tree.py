@@ -100,7 +100,8 @@ def accept_tree_kernel(
     num_requests, num_slots, num_rows, num_forward, num_nodes, vocab, num_leaves, map_parts,
     RULE: tl.constexpr, RECORD: tl.constexpr, WEIGHTS: tl.constexpr, AT: tl.constexpr, REST: tl.constexpr, LEFT: tl.constexpr,
     COLUMN: tl.constexpr, WITHOUT: tl.constexpr, JOINT: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    TILE: tl.constexpr, SPAN: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, SPAN: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = GROUP * CHUNK
     SWEEPS: tl.constexpr = RULE != WALK
