@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import acceptance, load as job, roofline
+from bench import acceptance, load as job, load_report as report, load_simulation as simulation, roofline
 from dspark_kernels.types import CostTable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,12 +43,12 @@ def source():
         confidence = (level + 0.2 * torch.rand(50, 7, generator=random) - 0.1).float()
         accepted = (torch.rand(50, 7, generator=random) < confidence).int().cumprod(1).sum(1)
         domains.append((confidence, accepted))
-    return job.Source.of(domains)
+    return simulation.Source.of(domains)
 
 
 def simulated(name, source, table, steps=60, requests=4, bypass=None, mean_tokens=20.0, seed=3):
-    draws = job.Draws.of(seed, steps, requests, 0.5, mean_tokens)
-    return job.simulate(job.policy_of(name, bypass), source, draws, table, warm=0)
+    draws = simulation.Draws.of(seed, steps, requests, 0.5, mean_tokens)
+    return simulation.simulate(simulation.policy_of(name, bypass), source, draws, table, warm=0)
 
 
 # --- the simulation ---------------------------------------------------------------------------------------------------
@@ -59,9 +59,9 @@ def by_hand():
     confidence = torch.tensor([[0.9, 0.9, 0.2], [0.9, 0.1, 0.9], [0.3, 0.9, 0.9]])
     accepted = torch.tensor([3, 1, 0])
     other = torch.full((1, 3), 0.9), torch.tensor([2])
-    source = job.Source.of([(confidence, accepted), other])
+    source = simulation.Source.of([(confidence, accepted), other])
     pick = np.array([[0.0, 0.4], [0.4, 0.99], [0.7, 0.5]])  # rounds 0 1, 1 and the other domain's, 2 and the other domain's
-    draws = job.Draws(pick, np.array([[0, 0], [0, 1]]), np.array([[99, 99], [1, 99]]))
+    draws = simulation.Draws(pick, np.array([[0, 0], [0, 1]]), np.array([[99, 99], [1, 99]]))
     return source, draws
 
 
@@ -79,20 +79,20 @@ def test_a_simulation_by_hand(name, tokens, verified):
     """Emitted min(accepted, length) + 1; seconds by rows, and drafting unless nothing is ever drafted."""
     source, draws = by_hand()
     table = table_of([0.0, *(0.5 + n / 8 for n in range(1, 20))], draft=0.25)
-    run = job.simulate(job.policy_of(name, None), source, draws, table, warm=0)
+    run = simulation.simulate(simulation.policy_of(name, None), source, draws, table, warm=0)
     assert run.tokens.tolist() == tokens and run.verified.tolist() == verified
     drafting = 0.0 if name == "none" else 0.25
     assert np.allclose(run.seconds, [1e-3 * (0.5 + (2 + v) / 8 + drafting) for v in verified], rtol=0, atol=1e-9)
     speed = sum(tokens) / run.seconds.sum()
-    (row,) = job.records([run])
+    (row,) = report.records([run])
     assert math.isclose(row["tokens_per_second"], speed) and math.isclose(row["tokens_per_second_per_user"], speed / 2)
     assert math.isclose(row["tokens_per_round"], sum(tokens) / 6) and math.isclose(row["verified_per_round"], sum(verified) / 6)
     assert math.isclose(row["rows_per_step"], 2 + sum(verified) / 3) and math.isclose(row["ms_per_step"], 1e3 * run.seconds.mean())
 
 
 def test_warm_steps_are_run_and_not_counted(source):
-    draws = job.Draws.of(0, 30, 3, 0.5, 10.0)
-    whole, late = (job.simulate(job.policy_of("budget", None), source, draws, flat(), warm=warm) for warm in (0, 10))
+    draws = simulation.Draws.of(0, 30, 3, 0.5, 10.0)
+    whole, late = (simulation.simulate(simulation.policy_of("budget", None), source, draws, flat(), warm=warm) for warm in (0, 10))
     assert late.tokens.tolist() == whole.tokens[10:].tolist() and len(late.seconds) == 20
 
 
@@ -111,7 +111,7 @@ def test_every_policy_meets_the_same_chance(source):
 def test_requests_end_and_the_mix_is_kept():
     """Half of the requests are easy, but the hard ones stay longer: of the rounds, more than half are theirs."""
     sure, never = (torch.full((1, 7), 0.9), torch.tensor([3])), (torch.full((1, 7), 0.9), torch.tensor([0]))
-    source = job.Source.of([sure, never])
+    source = simulation.Source.of([sure, never])
     run = simulated("fixed-7", source, flat(), steps=4000, requests=8, mean_tokens=40.0)
     share = (run.tokens_per_round[0] - 1) / 3  # of rounds that are easy
     assert abs(share - 0.2) < 0.03  # an easy request takes 10 rounds, a hard one 40
@@ -129,7 +129,7 @@ def test_where_rows_are_dear_nothing_is_verified(source, name):
     """It costs what no speculation costs, and drafting."""
     # Drafting costs next to nothing here: where it is dear, a draft may well pay although rows cost in proportion.
     plain, have = (simulated(n, source, steep(draft=1e-3), mean_tokens=1e9) for n in ("none", name))
-    first = job.LAG if name == "budget" else 0  # new requests are verified as if they were sure
+    first = simulation.LAG if name == "budget" else 0  # new requests are verified as if they were sure
     assert have.verified[first:].sum() == 0 and have.tokens[first:].tolist() == plain.tokens[first:].tolist()
     assert np.allclose((have.seconds - plain.seconds)[first:], 1e-6, rtol=0, atol=1e-10)
 
@@ -147,9 +147,9 @@ def test_a_bypass_verifies_everything_where_that_is_cheap(source):
 
 def test_a_budget_reads_rounds_two_old_and_forgets_with_the_request(monkeypatch):
     """Step t plans with the confidences of step t - 2; where a request came since, with 1 for two steps."""
-    seen, plan = [], job.plan_budget
-    monkeypatch.setattr(job, "plan_budget", lambda stale, *a, **k: (seen.append(stale.clone()), plan(stale, *a, **k))[1])
-    policy = job.Budget()
+    seen, plan = [], simulation.plan_budget
+    monkeypatch.setattr(simulation, "plan_budget", lambda stale, *a, **k: (seen.append(stale.clone()), plan(stale, *a, **k))[1])
+    policy = simulation.Budget()
     policy.start(3, 7, flat())
     policy.reset([0, 1, 2])
     rounds = [torch.full((3, 7), 0.1 * (t + 1)) for t in range(7)]
@@ -167,19 +167,19 @@ def test_a_budget_reads_rounds_two_old_and_forgets_with_the_request(monkeypatch)
 def test_a_simulation_tells_the_policy_who_came():
     """The second slot's request ends in the first step; both slots are new before it."""
     source, draws = by_hand()
-    policy, told = job.Fixed(1), []
+    policy, told = simulation.Fixed(1), []
     policy.reset = told.append
-    job.simulate(policy, source, draws, flat(), warm=0)
+    simulation.simulate(policy, source, draws, flat(), warm=0)
     assert told == [[0, 1], [1]]
 
 
 def test_the_convex_curve_below_a_staircase():
     stairs = CostTable(torch.tensor([9.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 6.0, 6.0, 8.0]))
-    have = job.convex_below(stairs, 1).seconds.tolist()
+    have = simulation.convex_below(stairs, 1).seconds.tolist()
     assert have == [9.0, 1.0, 1.0, 1.25, 1.5, 1.75, 2.0, 4.0, 6.0, 8.0]
     # From the anchors on: what is cheaper for fewer requests is of no account.
-    assert job.convex_below(stairs, 5).seconds.tolist() == [*stairs.seconds[:5].tolist(), 2.0, 2.0, 4.0, 6.0, 8.0]
-    assert job.convex_below(stairs, 20) is stairs  # nothing measured there
+    assert simulation.convex_below(stairs, 5).seconds.tolist() == [*stairs.seconds[:5].tolist(), 2.0, 2.0, 4.0, 6.0, 8.0]
+    assert simulation.convex_below(stairs, 20) is stairs  # nothing measured there
 
 
 def test_a_convex_curve_is_not_stopped_by_the_edge_of_a_graph(source):
@@ -196,15 +196,15 @@ def test_a_convex_curve_is_not_stopped_by_the_edge_of_a_graph(source):
 def test_standard_errors():
     """Of a mean the jackknife is the textbook's; of a ratio to itself it is nothing."""
     values = np.random.default_rng(0).normal(5, 2, 30)
-    mean, error = job.jackknife(lambda total, count: total / count, values, np.ones(30))
+    mean, error = simulation.jackknife(lambda total, count: total / count, values, np.ones(30))
     assert math.isclose(mean, values.mean()) and math.isclose(error, values.std(ddof=1) / math.sqrt(30))
-    assert job.jackknife(lambda a, b: a / b, values, values)[1] == 0
-    assert math.isnan(job.jackknife(lambda a: a, np.ones(1))[1])
+    assert simulation.jackknife(lambda a, b: a / b, values, values)[1] == 0
+    assert math.isnan(simulation.jackknife(lambda a: a, np.ones(1))[1])
 
 
 def run_of(policy, requests, tokens, seconds):
     tokens, seconds = (np.array([x, x], dtype=np.float64) for x in (tokens, seconds))
-    return job.Run(policy, requests, tokens, seconds, np.zeros(2, dtype=np.int64))
+    return simulation.Run(policy, requests, tokens, seconds, np.zeros(2, dtype=np.int64))
 
 
 def test_sentences_by_hand():
@@ -214,14 +214,14 @@ def test_sentences_by_hand():
         run_of("none", 64, 90, 1), run_of("fixed-1", 64, 80, 1), run_of("fixed-2", 64, 50, 1), run_of("causal", 64, 100, 1),
         run_of("threshold-0.3", 64, 50, 1), run_of("threshold-0.5", 64, 75, 1),
     ]  # fmt: skip
-    assert job.sentences(runs) == [
+    assert report.sentences(runs) == [
         "At 64 requests causal: +25.0 ±0.0 % against the best fixed K (fixed-1), +100.0 ±0.0 % against 2 drafts always, "
         "+33.3 ±0.0 % against the best static threshold (threshold-0.5), +11.1 ±0.0 % against no speculation.",
         "At 64 requests budget: +0.0 ±0.0 % against the best fixed K (fixed-1), +60.0 ±0.0 % against 2 drafts always, "
         "+6.7 ±0.0 % against the best static threshold (threshold-0.5), -11.1 ±0.0 % against no speculation.",
         "At 1 request the largest loss of scheduling is causal at 1 against fixed-2, -4.00 ±0.00 %.",
     ]
-    assert [row["best"] for row in job.records(runs)] == [0, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    assert [row["best"] for row in report.records(runs)] == [0, 0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0]
 
 
 def test_the_model_of_a_gpu_by_hand():
@@ -313,14 +313,14 @@ def test_the_table_and_its_sentences(ran):
     blocks = text.split("\n1 request\n")[1].split("\n8 requests\n")
     for block in (blocks[0], blocks[1].split("\n\n")[0]):
         assert [line.split()[0] for line in block.strip().splitlines()] == list(ALL) and "*" in block
-    assert all(name in text for name, _ in job.COLUMNS)
+    assert all(name in text for name, _ in report.COLUMNS)
     assert re.search(r"At 8 requests budget: [+-][\d.]+ ±[\d.]+ % against the best fixed K \(fixed-\d\)", text)
     assert re.search(r"At 1 and 8 requests (the largest loss of )?scheduling", text)
 
 
 def test_files_are_written(ran):
     rows = list(csv.DictReader((ran[1] / "load.csv").open()))
-    assert [row["policy"] for row in rows] == [*ALL, *ALL] and tuple(rows[0]) == job.FIELDS
+    assert [row["policy"] for row in rows] == [*ALL, *ALL] and tuple(rows[0]) == report.FIELDS
     assert {row["concurrency"] for row in rows} == {"1", "8"} and {row["steps"] for row in rows} == {"40"}
     assert (ran[1] / "load.png").read_bytes().startswith(b"\x89PNG")
     picture = (ran[1] / "load.svg").read_text()
@@ -328,7 +328,7 @@ def test_files_are_written(ran):
 
 
 def test_curves_differ_without_colour():
-    styles = job._styles([*ALL, "threshold-0.5", "threshold-0.7"])
+    styles = report._styles([*ALL, "threshold-0.5", "threshold-0.7"])
     assert len({s["marker"] for s in styles.values()}) == len(styles) == len(ALL) + 2
     scheduled = [style for name, style in styles.items() if not name.startswith("fixed-")]
     assert len({str(style["linestyle"]) for style in scheduled}) == len(scheduled)
@@ -337,7 +337,7 @@ def test_curves_differ_without_colour():
 def test_the_same_runs_give_the_same_picture(tmp_path):
     runs = [run_of(name, n, 10 * n, 1) for n in (1, 2) for name in ("none", "fixed-1", "causal")]
     for name in ("a.svg", "b.svg"):
-        job.plot(runs, tmp_path / name, "title")
+        report.plot(runs, tmp_path / name, "title")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
@@ -377,7 +377,7 @@ def fixed(results, requests):
 
 def test_committed_results_are_those_of_a_run_now(results, tmp_path, capsys):
     assert {row["concurrency"] for row in results} == {str(n) for n in job.CONCURRENCY}
-    assert all(row["steps"] == str(job.steps_for(int(row["concurrency"]))) for row in results)
+    assert all(row["steps"] == str(simulation.steps_for(int(row["concurrency"]))) for row in results)
     file = tmp_path / "load.csv"
     assert job.main(["--concurrency", "256", "--csv", str(file)]) == 0
     assert list(csv.DictReader(file.open())) == [row for row in results if row["concurrency"] == "256"]
@@ -481,5 +481,5 @@ def test_help_names_every_option(capsys):
         "--save-cost --context --no-graphs --acceptance --measure-rounds --csv --plot"
     ).split():
         assert option in text
-    for name, _ in job.COLUMNS:
+    for name, _ in report.COLUMNS:
         assert name in text

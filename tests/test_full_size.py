@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from attention_checks import check as check_attention, run as run_attention
 from test_accept import check as check_accept
-from test_attention import check as check_attention
 from test_draft import check as check_draft
 from test_layout import assert_same_layout
 from test_schedule import POLICIES, arguments as schedule_arguments
@@ -145,15 +145,15 @@ def test_prompts_beside_drafts_on_a_gpu(device):
 
 @pytest.mark.gpu
 def test_a_chain_given_as_tree_has_the_same_bits_on_a_gpu(device):
-    from test_attention import _chain_as_tree, run
+    from test_attention import _chain_as_tree
 
     for options in (dict(), dict(window=100), dict(batch_invariant=True)):
         invariant = dict(batch_invariant=options.pop("batch_invariant", False))
         case = cases.attention_case(
             seed=73, rows=(64, 8, 1), contexts=(0, 3000, 900), query_heads=8, head_dim=128, dtype=torch.bfloat16, **options
         )
-        have = run(to_device(_chain_as_tree(case), device), **invariant)
-        assert all(torch.equal(a, b) for a, b in zip(have, run(to_device(case, device), **invariant), strict=True))
+        have = run_attention(to_device(_chain_as_tree(case), device), **invariant)
+        assert all(torch.equal(a, b) for a, b in zip(have, run_attention(to_device(case, device), **invariant), strict=True))
 
 
 @pytest.mark.gpu
