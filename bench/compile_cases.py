@@ -43,15 +43,15 @@ def _head(kind, vocab, targets, rank, dtype, w2_dtype):
     return dk.MarkovHead(*tables, scale)
 
 
-def _settings(slots, drafts, vocab, adjusted, filtered):
-    """Everything a request can ask for."""
+def _settings(slots, mask_rows, vocab, adjusted, filtered):
+    """Temperatures and seeds; bias, bit mask [*mask_rows, words] and all penalties; all filters."""
     number = functools.partial(torch.ones, slots)
     found = {}
     if adjusted:
-        lists = _ints(slots, 1000), _ints(slots, 1000, dtype=torch.int32)
+        lists = _ints(slots, 256), _ints(slots, 256, dtype=torch.int32)
         found |= dict(
             logit_bias=_empty(slots, vocab, dtype=torch.float32),
-            token_bitmask=_ints(slots, drafts, -(-vocab // 32), dtype=torch.int32),
+            token_bitmask=_ints(*mask_rows, -(-vocab // 32), dtype=torch.int32),
             penalties=dk.Penalties(*lists, number(), number(), number()),
         )
     if filtered:
@@ -76,7 +76,7 @@ def draft_call(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.b
         _ints(size),
         head,
         anchor_positions=_ints(size),
-        sampling=_settings(size, drafts, targets or vocab, adjusted, filtered) if sampled else None,
+        sampling=_settings(size, (size, drafts), targets or vocab, adjusted, filtered) if sampled else None,
         hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
         confidence=confidence_head,
         draft_to_target=ids,
@@ -109,7 +109,7 @@ def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab
         _ints(size),
         head,
         anchor_positions=_ints(size),
-        sampling=_settings(size, drafts, vocab, adjusted, filtered) if sampled else None,
+        sampling=_settings(size, (size, drafts), vocab, adjusted, filtered) if sampled else None,
         hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
         confidence=confidence_head,
         candidates=candidates,
@@ -217,12 +217,7 @@ def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, p
         law = dk.DenseProposal(
             _empty(size, drafts, width, dtype=dtype), lse, draft_to_target=_ints(width) if proposal == "mapped" else None
         )
-    sampling = _sampling(size) if sampled else None
-    if filters:
-        limits = dict(top_k=_ints(size, dtype=torch.int32), top_p=torch.ones(size), min_p=torch.ones(size))
-        sampling = dataclasses.replace(sampling, **limits)
-    if adjust:
-        sampling = _adjusted(sampling, size, requests * (drafts + 1), vocab)
+    sampling = _settings(size, (requests * (drafts + 1),), vocab, adjust, filters) if sampled else None
     dk.accept_chain(
         _empty(requests * (drafts + 1), vocab, dtype=dtype),
         _rows(requests, drafts),
@@ -234,16 +229,6 @@ def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, p
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         workspace=dk.Workspace(requests, drafts, vocab, "cpu"),
         **options,
-    )
-
-
-def _adjusted(sampling, slots, rows, vocab):
-    """The settings with bias, bit mask and all penalties."""
-    return dataclasses.replace(
-        sampling,
-        logit_bias=_empty(slots, vocab, dtype=torch.float32),
-        token_bitmask=_ints(rows, -(-vocab // 32), dtype=torch.int32),
-        penalties=dk.Penalties(_ints(slots, 256), _ints(slots, 256, dtype=torch.int32), *(torch.ones(slots) for _ in range(3))),
     )
 
 
@@ -274,7 +259,7 @@ def _draft_shard(requests, candidates=None, *, shards=8, dtype=torch.bfloat16, r
     scorer = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(DRAFTS))
     base = _empty(requests, DRAFTS, width, dtype=dtype)
     common = dict(
-        sampling=_settings(requests, DRAFTS, VOCAB, adjusted, filtered) if sampled else None,
+        sampling=_settings(requests, (requests, DRAFTS), VOCAB, adjusted, filtered) if sampled else None,
         hidden=_empty(requests, DRAFTS, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
         confidence=scorer if confidence else None,
         **(dict(candidates=candidates, draft_to_target=ids) if candidates else dict(position=1)),
@@ -302,9 +287,7 @@ def _accept_shard(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="
     elif proposal != "one_hot":
         lse = _empty(requests, DRAFTS, dtype=torch.float32) if proposal == "lse" else None
         law = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=lse)
-    sampling = _sampling(requests) if sampled else None
-    if adjust:
-        sampling = _adjusted(sampling, requests, requests * (DRAFTS + 1), VOCAB)
+    sampling = _settings(requests, (requests * (DRAFTS + 1),), VOCAB, adjust, False) if sampled else None
     common = dict(sampling=sampling, rule=rule) | _cut(shards)
     logits, layout = _empty(requests * (DRAFTS + 1), width, dtype=dtype), _rows(requests, DRAFTS)
     phases = dk.accept_phases(law, sampling=common["sampling"], rule=rule)
@@ -349,15 +332,23 @@ def _tree(slots, nodes, proposal, drawn):
     return dk.DraftTree(_ints(slots, nodes), *links, _ints(slots, nodes), int32(slots), proposal, drawn, int32(slots))
 
 
-def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", sampled=True, slots=None):
+def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", proposal="dense",
+                 sampled=True, slots=None, filters=False, adjust=False, logprobs=None):  # fmt: skip
+    """proposal, where drawn by chance: "dense", "mapped" or "sparse" (64 candidates)."""
     size = requests if slots is None else slots
-    law = dk.OneHotProposal() if drawn == "one_hot" else dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype))
+    width = 32000 if proposal == "mapped" else vocab
+    law = dk.OneHotProposal()
+    if drawn != "one_hot" and proposal == "sparse":
+        law = dk.SparseProposal(_ints(size, nodes, 64), _empty(size, nodes, 64, dtype=dtype))
+    elif drawn != "one_hot":
+        law = dk.DenseProposal(_empty(size, nodes, width, dtype=dtype), draft_to_target=_ints(width) if width < vocab else None)
     dk.accept_tree(
         _empty(requests * nodes, vocab, dtype=dtype),
         _rows(requests, nodes - 1),
         _tree(size, nodes, law, drawn),
-        sampling=_sampling(size) if sampled else None,
+        sampling=_settings(size, (requests * nodes,), vocab, adjust, filters) if sampled else None,
         rule=rule,
+        logprobs=logprobs,
         anchors=_ints(size),
         anchor_positions=_ints(size),
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
@@ -479,6 +470,10 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
     },
     "accept_tree": {
         "walk": lambda: _accept_tree(64),
+        "walk_filters": lambda: _accept_tree(64, filters=True),
+        "recursive": lambda: _accept_tree(64, rule="recursive", drawn="iid"),
+        "traversal": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement"),
+        "traversal_sparse": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", proposal="sparse"),
     },
     "compact_kv": {
         "r64": lambda: _compact(64),

@@ -10,6 +10,7 @@ from test_schedule import arguments as schedule_arguments
 import dspark_kernels as dk
 from dspark_kernels.launch import arch, attention as attention_launch, draft as draft_launch, schedule as schedule_launch
 from reference import cases, layout as layouts
+from reference.tree_cases import accept_tree_case
 
 
 def _take_draft(case, rows):
@@ -200,6 +201,41 @@ def _take_attention(case, requests, padding):
         case, q=take(case.q), kv=kv, layout=layout, ancestors=take(case.ancestors), k_new=take(case.k_new), v_new=take(case.v_new)
     )
     return part, index
+
+
+@pytest.mark.parametrize(
+    "rule, drawn, options",
+    [
+        ("walk", "one_hot", dict(filters=cases.FILTERS)),
+        ("traversal", "without_replacement", dict(proposal="mapped", adjust=cases.ADJUSTMENTS)),
+    ],
+)
+def test_accept_tree_in_any_batch(rule, drawn, options):
+    case = accept_tree_case(60, 4, 4, 1300, drawn, rule, dtype=torch.bfloat16, logprobs="raw", reach=2, **options)
+    whole = dk.accept_tree(**case.arguments())
+    starts = case.layout.cu_num_logits.tolist()
+    first = torch.tensor([int(case.layout.query_start_loc[r]) for r in range(4)])
+    for requests in ([3], [2, 0, 3]):
+        rows = torch.tensor(requests)
+        at = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in requests])
+
+        def pick(value, name=""):
+            if dataclasses.is_dataclass(value):
+                fields = {f.name: pick(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
+                return dataclasses.replace(value, **fields)
+            if not isinstance(value, torch.Tensor) or name == "draft_to_target":
+                return value
+            return value[at if name == "token_bitmask" else rows]  # noqa: B023
+
+        tree = pick(case.tree)
+        positions = case.layout.positions[first[rows]]
+        part = dataclasses.replace(
+            case, tree=tree, target_logits=case.target_logits[at], sampling=pick(case.sampling),
+            layout=layouts.tree_layout(tree, anchor_positions=positions),
+        )  # fmt: skip
+        have = dk.accept_tree(**part.arguments())
+        for name in ("tokens", "path", "num_accepted", "num_rejected", "next_token", "flags", "logprobs"):
+            assert torch.equal(getattr(have, name), getattr(whole, name)[rows]), (name, requests)
 
 
 @pytest.mark.parametrize("mask, window", [("chain", None), ("tree", None), ("full", 50)])

@@ -61,10 +61,10 @@ def _plan():
     dk.plan_attention(made.layout, made.kv, query_heads=6)
 
 
-def _accept_tree(*rule):
+def _accept_tree(*rule, **options):
     from reference.tree_cases import accept_tree_case
 
-    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule).arguments())
+    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule, **options).arguments())
 
 
 def _compact():
@@ -91,7 +91,8 @@ def _compact():
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
         (tree, "_accept_tree", _accept_tree("one_hot", "walk")),
-        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal")),
+        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal", proposal="mapped", filters=cases.FILTERS)),
+        (tree, "_accept_tree", _accept_tree("iid", "recursive", proposal="sparse", adjust=cases.ADJUSTMENTS, logprobs="raw")),
         (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
@@ -191,6 +192,23 @@ def test_attention_compiles_into_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_acceptance_of_trees_compiles_into_one_graph(backend):
+    from reference.tree_cases import accept_tree_case
+
+    case = accept_tree_case(2, 2, 5, 60, "without_replacement", "traversal", adjust=("presence",), filters=("top_p",))
+
+    def step(target_logits, tree, layout, sampling, anchors):
+        accepted = dk.accept_tree(target_logits, layout, tree, sampling=sampling, rule=case.rule, anchors=anchors)
+        return accepted.tokens, accepted.path, accepted.kv_source, accepted.commit_mask, anchors
+
+    def arguments():
+        return case.target_logits, case.tree, case.layout, case.sampling, torch.zeros(2, dtype=torch.int64)
+
+    have = torch.compile(step, fullgraph=True, backend=backend)(*arguments())
+    assert all(torch.equal(a, b) for a, b in zip(have, step(*arguments()), strict=True))
+
+
 def test_compaction_compiles_into_one_graph():
     """Caches written in place through their addresses, among other writes to them."""
     from test_compact import bytes_of, case_of
@@ -211,7 +229,7 @@ def test_compaction_compiles_into_one_graph():
 
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import (
-        accept as accept_kernels,
+        accept_laws,
         accept_rows,
         accept_target,
         attention as attention_kernels,
@@ -219,11 +237,11 @@ def test_constants_of_kernels_are_the_public_ones():
         draft_filters,
         draft_rows,
         schedule as schedule_kernels,
-        tree as tree_kernels,
+        tree_rules,
     )
     from dspark_kernels.kernels.primitives import filters, mass, philox, rows
 
-    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_kernels, rows):
+    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
@@ -231,10 +249,11 @@ def test_constants_of_kernels_are_the_public_ones():
     assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
     assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and accept.LISTED == 2 * filters.BLOCK.value
     assert mass.LEAF.value == accept.LEAF == tree.LEAF
-    assert [tree_kernels.WALK.value, tree_kernels.RECURSIVE.value, tree_kernels.TRAVERSAL.value] == [0, 1, 2]
+    assert [tree_rules.WALK.value, tree_rules.RECURSIVE.value, tree_rules.TRAVERSAL.value] == [0, 1, 2]
     assert tree.RULES == ("walk", "recursive", "traversal")
+    assert (tree_rules.NODE_VALUES.value, tree_rules.NODE_IDS.value) == (tree.NODE_VALUES, tree.NODE_IDS)
     assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
-    assert accept_kernels.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
+    assert accept_laws.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 

@@ -31,6 +31,14 @@ slots, anchors, positions = torch.arange(REQUESTS, dtype=torch.int32), ints(SLOT
 hidden = torch.zeros(REQUESTS, DRAFTS, 32, dtype=torch.bfloat16)
 confidence = dk.ConfidenceHead(torch.zeros(32 + RANK, dtype=torch.bfloat16))
 
+NODES = DRAFTS + 1
+links = [ints(SLOTS, NODES, dtype=torch.int32) for _ in range(4)]
+tree = dk.DraftTree(
+    ints(SLOTS, NODES), *links, ints(SLOTS, NODES), ints(SLOTS, dtype=torch.int32),
+    dk.DenseProposal(torch.zeros(SLOTS, NODES, VOCAB, dtype=torch.bfloat16)), "without_replacement", ints(SLOTS, dtype=torch.int32),
+)  # fmt: skip
+layers = dk.KVLayers.of([[torch.zeros(8, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2)] for _ in range(3)])
+
 
 def calls(r):
     """The ops of a step of r requests, with the buffers that serving uses."""
@@ -51,6 +59,18 @@ def calls(r):
         target_logits=target[:rows], layout=layout, proposal=block.proposal, sampling=sampling, anchors=anchors,
         anchor_positions=positions, state_indices=slots[:r],
     )  # fmt: skip
+
+
+    # Trees: target rows and layouts of as many nodes as a chain has rows.
+    accepted = dk.Acceptance(
+        ints(r, NODES), int32(r), int32(r), int32(r), ints(r), int32(r), torch.zeros(r * NODES, dtype=torch.bool), int32(r), None,
+        *(ints(r, NODES, dtype=torch.int32) for _ in range(2)),
+    )  # fmt: skip
+    yield dk.accept_tree, dict(
+        target_logits=target[:rows], layout=dataclasses.replace(layout, slot_mapping=ints(rows)), tree=tree, rule="traversal",
+        sampling=sampling, anchors=anchors, anchor_positions=positions, state_indices=slots[:r], out=accepted,
+    )  # fmt: skip
+    yield dk.compact_kv, dict(layers=layers, acceptance=accepted, layout=dataclasses.replace(layout, slot_mapping=ints(rows)))
 
 
 def main() -> int:

@@ -22,7 +22,6 @@ from .accept_rows import (
     INVERSE,
     KEPT,
     LOG2E,
-    MASS_BITS,
     NOBODY,
     REFERENCE,
     SOFTMAX,
@@ -30,17 +29,16 @@ from .accept_rows import (
     TOP,
     VALUES,
     finite_or_zero,
-    first_leaf,
-    first_of,
-    leaf_masses,
     load_leaf,
-    merge_leaves,
     soft_prob,
 )
 from .accept_target import read_row, read_tile
 from .primitives.fence import stores_done
+from .primitives.leaves import MASS_BITS, first_leaf, first_of, leaf_masses, merge_leaves
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, masses, numbers, octet_sums
+from .primitives.ticket import arrive
 
+MAP_COLUMNS = tl.constexpr(4096)  # of a draft vocabulary's map per item that inverts it
 RESIDUAL_ONE = tl.constexpr(1152921504606846976.0)  # 2^60: residual masses of a row sum to at most 1
 
 
@@ -108,7 +106,7 @@ def column_of_id(law, ids, vocab):
 
 
 @triton.jit
-def _id_of_column(law, columns, vocab):
+def id_of_column(law, columns, vocab):
     _, _, _, _, _, _, mapping = law
     ids = columns
     if mapping is not None:
@@ -119,11 +117,11 @@ def _id_of_column(law, columns, vocab):
 
 
 @triton.jit
-def invert_map(part, law, vocab, ready_ptr, COLUMNS: tl.constexpr):
+def invert_map(part, law, vocab, ready_ptr):
     """One part of a draft vocabulary's map into the inverse that everybody after it reads."""
     _, _, _, _, _, width, mapping = law
     map_ptr, inverse_ptr = mapping
-    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    column = part * MAP_COLUMNS + tl.arange(0, MAP_COLUMNS)
     ids = tl.load(map_ptr + column, mask=column < width, other=-1)
     tl.store(inverse_ptr + ids, column, mask=(ids >= 0) & (ids < vocab))
     stores_done()
@@ -137,6 +135,15 @@ def await_map(ready_ptr, parts):
     while done < parts:
         done = tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
+
+
+@triton.jit
+def map_used(mapping, num_requests, parts):
+    """Called once per request: the last one puts the map's counter back."""
+    ready_ptr, finished_ptr = mapping
+    if arrive(finished_ptr, num_requests):
+        await_map(ready_ptr, parts)
+        tl.store(ready_ptr, 0)
 
 
 @triton.jit
@@ -170,7 +177,7 @@ def record_dense(
         if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
             columns = first_leaf(tops, top, LEAVES)
             logits = load_leaf(row_ptrs[:, None], columns, columns < width)
-            hot = _id_of_column(law, first_of(logits, columns, top, width), vocab)
+            hot = id_of_column(law, first_of(logits, columns, top, width), vocab)
             mass_of = tl.where(top == POS_INF, hot, mass_of)
         mass_of = tl.where(top == NEG_INF, NOBODY, mass_of)
         factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from .accept_laws import distinct, list_end, list_laws
-from .accept_rows import NAN, coupled_keys, leaf_masses
+from .accept_rows import NAN, coupled_keys
 from .accept_target import read_each, read_raw, read_row, read_rows, read_tile
+from .primitives.leaves import leaf_masses
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers, octet_sums
 from .primitives.race import pack
 from .primitives.slots import state_slots
