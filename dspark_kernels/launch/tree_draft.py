@@ -41,8 +41,13 @@ def items_of(depths, requests: int, leaves: int) -> int:
     return sum(-(-requests * width // ROWS_PER_ITEM) * leaves + requests for width, _ in depths)
 
 
+# Of W2 per dot, in 16 bits: more would take the registers of a second program on a multiprocessor (bench/compile.py).
+RANKS = 64
+
+
 def pick(arch: Arch, vocab: int) -> TreeDraftConfig:
-    """Not measured on a GPU yet."""
+    """Not measured on a GPU yet. With 4 warps two programs share a multiprocessor, so that all items of a row of Qwen3's length run
+    at once on an H100 or H200."""
     if arch.vendor == "interpreter":
         return TreeDraftConfig(min(LEAF, max(64, 1 << (vocab - 1).bit_length())), 16, 16, 1, 1, None)
-    return TreeDraftConfig(block_v=64, pairs=4, rows=4, num_warps=4, num_stages=1, max_registers=None)
+    return TreeDraftConfig(block_v=64, pairs=2, rows=4, num_warps=4, num_stages=2, max_registers=None)

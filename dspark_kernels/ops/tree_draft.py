@@ -254,7 +254,6 @@ def _draft_tree(
         if w2.dtype == torch.float8_e4m3fn:
             widening, w2 = "fp8", w2.view(torch.uint8)
         head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
-    ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, False)
     if widening == "fp8":
         widening = "fp8_by_cast" if gpu.family in draft_launch._NATIVE_FP8 else "fp8_by_bits"
     kernels.launch_draft_tree(
@@ -276,7 +275,7 @@ def _draft_tree(
         leaves=max(4, 1 << (leaves - 1).bit_length()),
         keep=max(2, 1 << (max(branching) - 1).bit_length()),
         width=max(2, 1 << (nodes - 1).bit_length()),
-        block_r=draft_launch.rank_block(gpu, rank, dot_type.itemsize, ranks),
+        block_r=draft_launch.rank_block(gpu, rank, dot_type.itemsize, tree_launch.RANKS),
         dot_type=draft._name(dot_type),
         config=tree_launch.pick(gpu, vocab),
     )  # fmt: skip
