@@ -210,7 +210,8 @@ def law_case(requests, temperature=0.5):
 
 def assert_law(what, observed, law, sees):
     findings = compare(what, observed, law, LEVEL)
-    assert all(finding.chance > LEVEL and finding.sees < sees for finding in findings), findings
+    assert all(finding.chance > LEVEL for finding in findings), findings
+    assert any(finding.sees is not None and finding.sees < sees for finding in findings), findings
 
 
 def test_children_have_the_law_of_their_node():
@@ -223,9 +224,9 @@ def test_children_have_the_law_of_their_node():
 @pytest.mark.parametrize("method", SAMPLED)
 def test_families_have_the_law_of_their_method(method):
     """Siblings and cousins of the reference, which the kernel equals draw by draw: independent, or without replacement."""
-    given, support, law = law_case(400)
+    given, support, law = law_case(250)
     tokens = reference.draft_tree(**given, method=method, num_nodes=5, branching=(2, 1)).tokens
-    index = torch.searchsorted(support, tokens[:, 1:])
+    index = torch.searchsorted(support, tokens[:, 1:].contiguous())
     without = (torch.outer(law, law) / (1 - law)[:, None]).fill_diagonal_(0.0)
     siblings = without if method == "without_replacement" else torch.outer(law, law)
     for a, b, want in ((0, 1, siblings), (0, 2, None), (1, 3, None), (2, 3, None)):
@@ -357,9 +358,9 @@ def test_bad_arguments_are_named(change, error, name):
 def test_outputs_that_do_not_fit_are_named():
     case = cases.draft_case(requests=3, drafts=2, vocab=50, rank=4, confidence=None)
     tree = dk.draft_tree(**arguments(case, "iid", (2, 1), 6))
-    for given, name in [(("iid", (2,), 7), "out.tokens"), (("without_replacement", (2,), 6), "out.drawn")]:
+    for other, name in [(("iid", (2,), 7), "out.tokens"), (("without_replacement", (2,), 6), "out.drawn")]:
         with pytest.raises(ValueError, match=f"^{name}: expected"):
-            dk.draft_tree(**arguments(case, *given), out=tree)
+            dk.draft_tree(**arguments(case, *other), out=tree)
     call = dict(tree=tree, node_logits=torch.zeros(3, 2, 50), depth=1, branching=2, anchor_positions=case.anchor_positions)
     for change, name in [
         (dict(node_logits=torch.zeros(3, 0, 50)), "node_logits"),
