@@ -76,9 +76,11 @@ def _draft_tree(method, **case):
 
 
 def _expand_tree(method):
+    from reference.tree_draft import draft_tree
+
     made = cases.draft_case(requests=2, drafts=2, vocab=130, rank=0, confidence=None)
     given = dict(anchor_positions=made.anchor_positions, method=method, sampling=made.sampling)
-    tree = dk.draft_tree(made.base_logits, made.anchors, **given, num_nodes=5, branching=(2,))
+    tree = draft_tree(made.base_logits, made.anchors, **given, num_nodes=5, branching=(2,))
     return lambda: dk.expand_tree(tree, made.base_logits, depth=1, branching=1, **given, out=tree)
 
 
@@ -109,7 +111,7 @@ def _compact():
         (tree, "_accept_tree", _accept_tree("without_replacement", "traversal")),
         (tree_draft, "_draft_tree", _draft_tree("top_k")),
         (tree_draft, "_draft_tree", _draft_tree("iid", kind="rnn")),
-        (tree_draft, "_draft_tree", lambda: _expand_tree("without_replacement")()),
+        (tree_draft, "_draft_tree", _expand_tree("without_replacement")),
         (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
