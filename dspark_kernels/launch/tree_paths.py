@@ -39,10 +39,10 @@ class PathsConfig:
     max_registers: int | None
 
 
-def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str) -> PathsConfig:
+def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str, outputs: int) -> PathsConfig:
     """The configuration for the C best of `vocab` ids. Not measured on a GPU yet.
 
-    weights: dtype of W2. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
+    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
     """
     width, nodes = max(16, padded(candidates)), max(16, padded(num_nodes))
     rank = max(16, padded(rank))
@@ -54,10 +54,13 @@ def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, wei
     group = unit_ids(vocab, candidates)
     units = max(64, padded(-(-vocab // group)))
     warps = 8 if arch.vendor == "nvidia" else 4
-    plain = weights == "bfloat16"
-    block_r = min(rank, 64 if plain else 32, max(16, 8192 // width))
-    block_o, block_j = (32, 64) if plain else (32, 32)
-    return PathsConfig(8192, group, units, padded(min(candidates, units)), width, 64, nodes, block_r, block_o, block_j, warps, 2, None)
+    # Larger ones spill on sm_90 (bench/compile.py).
+    small = outputs > 0 or width > 128
+    block, piece = (4096, 32) if small else (8192, 64)
+    block_o, block_j = (32, 64) if weights == "bfloat16" else (32, 32)
+    return PathsConfig(
+        block, group, units, padded(min(candidates, units)), width, piece, nodes, min(rank, 32), block_o, block_j, warps, 1, None
+    )
 
 
 @dataclasses.dataclass(frozen=True)

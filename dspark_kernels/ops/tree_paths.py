@@ -156,7 +156,7 @@ def _draft_paths(
     outputs = 0 if latent is None else latent[3]
     gpu = arch.current(device)
     weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
-    config = launch.pick(gpu, vocab, candidates, nodes, rank, weights)
+    config = launch.pick(gpu, vocab, candidates, nodes, rank, weights, outputs)
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     row_count, request_count = clean.take(positions, torch.int32), clean.take(rows, torch.int32)
