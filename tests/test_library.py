@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree
+from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree, tree_paths
 from reference import cases
 
 
@@ -67,6 +67,15 @@ def _accept_tree(*rule):
     return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule).arguments())
 
 
+def _draft_paths(nodes=5, **options):
+    made = cases.draft_case(seed=2, requests=2, drafts=2, vocab=130, **options.pop("case", {}))
+    arguments = {name: value for name, value in made.arguments().items() if name in TREE}
+    return lambda: dk.draft_tree(**arguments, num_nodes=nodes, **options)
+
+
+TREE = ("base_logits", "anchors", "anchor_positions", "head", "hidden", "confidence", "sampling", "state_indices")
+
+
 def _compact():
     from test_compact import case_of
 
@@ -92,6 +101,9 @@ def _compact():
         (layout, "_draft_layout", _draft_layout),
         (tree, "_accept_tree", _accept_tree("one_hot", "walk")),
         (tree, "_accept_tree", _accept_tree("without_replacement", "traversal")),
+        (tree_paths, "_draft_paths", _draft_paths(candidates=9, case=dict(kind="rnn"))),
+        (tree_paths, "_draft_paths", _draft_paths(method="best_first", case=dict(sampled=False, confidence=None))),
+        (tree_paths, "_draft_paths_dense", _draft_paths(node_budgets=ints(3, 1), case=dict(kind="gated", w2_dtype=torch.int8))),
         (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
