@@ -46,8 +46,7 @@ def declare_heads(op: str):
 class Workspace:
     """Scratch for batches of at most max_requests x max_drafts over vocab_size.
 
-    markov_rank: of a gated or rnn head of `draft_block`, which keeps latents, and of any head of `draft_tree` without candidates;
-    else none is needed.
+    markov_rank: of a gated or rnn head of `draft_block` or `draft_tree`, which keeps latents; other heads need none.
 
     One per stream, never shared by launches (or CUDA graphs) that may run at the same time. Clean after every launch that
     finished; call `reset()` after one that was aborted. With `out=` and `workspace=` an op allocates nothing.
@@ -115,6 +114,12 @@ def node_latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> 
     rows = requests * padded_nodes(drafts) * rank
     hoisted, latents = words_of(requests * drafts * parts * rank, torch.float32), words_of(rows, torch.float32)
     return hoisted + latents + (words_of(2 * rows, torch.float32) if parts == 3 else 0)
+
+
+def node_words(requests: int, depths: int, width: int, nodes: int, rank: int, parts: int = 3) -> int:
+    """`latent_words` for trees of so many depths: a latent for each of the `width` nodes of one, and the state of every node."""
+    hoisted, latents = words_of(requests * depths * parts * rank, torch.float32), words_of(requests * width * rank, torch.float32)
+    return hoisted + latents + (words_of(requests * nodes * rank, torch.float32) if parts == 3 else 0)
 
 
 def lend(op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device) -> tuple[Tensor, Tensor]:

@@ -79,15 +79,18 @@ def draft_tree(
     state_indices: Tensor | None = None,
     out=None,
     workspace=None,
+    stored_logits: Tensor | None = None,
     decisions: Decisions | None = None,
 ) -> DraftTree:
     """Trees of at most num_nodes nodes, the anchor included, from a block's logits [R, K, V].
 
     num_nodes: 1 to 64. branching: children of a node by its depth, for "top_k" and the sampled methods, depth by depth, cut at
-    num_nodes; a depth that begins with a full tree is not looked at. node_budgets: int32 [R], nodes of each request (clamped to [1, num_nodes]); for the sampled methods they must not
-    depend on this round's draws. candidates: children come from the C best base logits of their position alone. A greedy request
-    of a sampled method gets its best tokens. Path probabilities are compared at the sampling temperature (greedy: 1).
+    num_nodes; a depth that begins with a full tree is not looked at. node_budgets: int32 [R], nodes of each request (clamped to
+    [1, num_nodes]); for the sampled methods they must not depend on this round's draws. candidates: children come from the C best
+    base logits of their position alone. A greedy request of a sampled method gets its best tokens. Path probabilities are compared
+    at the sampling temperature (greedy: 1).
     Ties: the lowest node, then the lowest id. confidence: rank by survival, the product of q and of confidences along the path.
+    stored_logits: [S, M, V] a kernel's laws; the children are then chosen from these bits. decisions: records margins.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:
@@ -144,7 +147,7 @@ def draft_tree(
                 total = torch.where(total.isnan(), -math.inf, total)
                 if stored is not None:
                     stored[slot, node] = total.to(stored.dtype)
-                    total = stored[slot, node].double()
+                    total = (stored if stored_logits is None else stored_logits)[slot, node].double()
                 rows[node] = total
             return rows[node]
 

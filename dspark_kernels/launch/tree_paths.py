@@ -21,8 +21,8 @@ def padded(n: int) -> int:
 @dataclasses.dataclass(frozen=True)
 class PathsConfig:
     """block: ids of a chunk; group: ids of a unit; units: units of a row, and chosen: units read again, both padded; width:
-    candidates, padded, of which `piece` at a time are judged; nodes: of a tree, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_j:
-    what such a dot sums; max_registers: per thread, None = the compiler's choice."""
+    candidates, padded, of which `piece` at a time are judged; nodes: of a tree, padded; block_r: ranks of W2 at a time; block_o:
+    outputs of a latent at a time; block_j: what such a dot sums; max_registers: per thread, None = the compiler's choice."""
 
     block: int
     group: int
@@ -42,7 +42,8 @@ class PathsConfig:
 def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str, outputs: int) -> PathsConfig:
     """The configuration for the C best of `vocab` ids. Not measured on a GPU yet.
 
-    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
+    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. Nothing here may depend on the batch: sums over
+    ranks take the order that these blocks give them.
     """
     width, nodes = max(16, padded(candidates)), max(16, padded(num_nodes))
     rank = max(16, padded(rank))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import library, workspace as workspaces
-from ..checks import check_tensor, not_yet
+from ..checks import check_tensor, check_type, not_yet
 from ..launch import arch, draft as draft_launch, tree_draft as tree_launch
 from ..types import ConfidenceHead, DenseProposal, DraftTree, MarkovHead, SamplingTensors
 from ..workspace import Workspace
@@ -166,8 +166,6 @@ def _by_shape(call: TreeCall, out: DraftTree, workspace: Workspace | None) -> No
         if getattr(call, name) is not None:
             not_yet(OP, name, f"with method {call.method!r} it is")
     weight, bias = draft._mixing(call.head)
-    if weight is not None:
-        not_yet(OP, "head", f"{type(call.head).__name__} with method {call.method!r} is")
     head = call.head
     weights = (None, None, None) if head is None else (head.w1, head.w2, head.w2_scale)
     hidden = None if weight is None else call.hidden
@@ -181,9 +179,17 @@ def _launch(op, tensors, sampling, node_budgets, state_indices, out, workspace, 
     base_logits = tensors[0]
     rows, vocab, device = base_logits.shape[0], base_logits.shape[2], base_logits.device
     slots, nodes = out.tokens.shape
-    words = _words(rows, nodes, vocab, *_largest(depths), method == "iid")
-    message = f"{op}: expected room for {rows} requests x {nodes - 1} drafts over {vocab} ids"
-    counters, scratch = workspaces.lend_words(workspace, *words, device, message)
+    most, children = _largest(depths)
+    needed, scratch = _words(rows, nodes, vocab, most, children, method == "iid")
+    message = f"expected room for {rows} requests x {nodes - 1} drafts over {vocab} ids"
+    if tensors[6] is not None:
+        rank = tensors[3].shape[1]
+        scratch += workspaces.node_words(rows, len(depths), most, nodes, rank, tensors[6].shape[0] // rank)
+        message += f" and markov_rank={rank}"
+    if workspace is not None:
+        check_type("workspace", workspace, Workspace)
+        message += f", got one made for {workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size}"
+    counters, scratch = workspaces.lend_words(workspace, needed, scratch, device, message)
     sampled = method in SAMPLED
     _draft_tree(
         *tensors, sampling.temperature if sampled else None, sampling.seed if sampled else None, node_budgets, state_indices,
@@ -254,29 +260,42 @@ def _draft_tree(
         if w2.dtype == torch.float8_e4m3fn:
             widening, w2 = "fp8", w2.view(torch.uint8)
         head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
-    ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, False)
+    kind, parts, mix_type, heard = None, 0, torch.float32, None
+    if mix_weight is not None:
+        parts = mix_weight.shape[0] // rank
+        kind = "gated" if parts == 1 else "rnn"
+        mix_type = mix_weight.dtype if mix_weight.dtype == w1.dtype == hidden.dtype else torch.float32
+        heard = (hidden, hidden.stride(0), hidden.stride(1), hidden.shape[2])
+        hoisted, latents = take(rows * len(shape) * parts * rank, torch.float32), take(rows * most * rank, dot_type)
+        states = take(rows * nodes * rank, torch.float32) if kind == "rnn" else None
+        # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
+        columns = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
+        mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, None, 0)
     if widening == "fp8":
         widening = "fp8_by_cast" if gpu.family in draft_launch._NATIVE_FP8 else "fp8_by_bits"
+    config = tree_launch.pick(gpu, vocab, rank)
     kernels.launch_draft_tree(
-        tree_launch.items_of(shape, rows, leaves),
+        tree_launch.items_of(config, shape, rows, leaves, rank, parts),
         (
             (base_logits, base_logits.stride(0), base_logits.stride(1)),
             (
                 anchors, stride(anchors, 0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed,
                 node_budgets,
             ),
-            head, mixer,
+            head, mixer, heard,
             (tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, flags),
             None if law is None else (law, law.stride(0), law.stride(1)),
             tuple(memory), progress[:1], progress[1:], row_status, kernels.words_of_branching(branching), level,
             rows, slots, nodes, vocab, widths[0], len(shape),
         ),
         method=method,
+        mixer=kind,
         widen=widening,
         leaves=max(4, 1 << (leaves - 1).bit_length()),
         keep=max(2, 1 << (max(branching) - 1).bit_length()),
         width=max(2, 1 << (nodes - 1).bit_length()),
-        block_r=draft_launch.rank_block(gpu, rank, dot_type.itemsize, ranks),
+        block_r=draft_launch.rank_block(gpu, rank, dot_type.itemsize, tree_launch.RANKS),
         dot_type=draft._name(dot_type),
-        config=tree_launch.pick(gpu, vocab),
+        mix_type=draft._name(mix_type),
+        config=config,
     )  # fmt: skip
