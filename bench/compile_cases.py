@@ -396,6 +396,24 @@ def _compact(requests, *, nodes=32, layers=36, kv_heads=8, head_dim=128, dtype=t
 
 
 # op -> case -> call.
+def _draft_paths(requests, *, method="conditioned", candidates=None, kind="vanilla", nodes=32, drafts=DRAFTS, vocab=VOCAB,
+                 rank=RANK, dtype=torch.bfloat16, confidence=False, budgets=False):  # fmt: skip
+    scored = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(drafts))
+    dk.draft_tree(
+        _empty(requests, drafts, vocab, dtype=dtype),
+        _ints(requests),
+        _head(kind, vocab, vocab, rank, dtype, None),
+        anchor_positions=_ints(requests),
+        method=method,
+        num_nodes=nodes,
+        node_budgets=_ints(requests, dtype=torch.int32) if budgets else None,
+        sampling=_sampling(requests),
+        hidden=_empty(requests, drafts, HIDDEN, dtype=dtype),
+        confidence=scored if confidence else None,
+        candidates=candidates,
+    )
+
+
 CASES: dict[str, dict[str, Callable[[], object]]] = {
     "draft_block": {
         "sampled_r1": lambda: draft_call(1),
@@ -496,6 +514,15 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "walk": lambda: _accept_tree(64),
     },
     "draft_tree": {
+        "best_first": lambda: _draft_paths(1, method="best_first"),
+        "candidates": lambda: _draft_paths(1, candidates=64, confidence=True, budgets=True),
+        "candidates_256": lambda: _draft_paths(1, candidates=256, nodes=64),
+        "candidates_gated": lambda: _draft_paths(1, candidates=64, kind="gated"),
+        "candidates_rnn": lambda: _draft_paths(1, candidates=64, kind="rnn", confidence=True),
+        "dense": lambda: _draft_paths(1, confidence=True, budgets=True),
+        "dense_64_nodes": lambda: _draft_paths(1, nodes=64),
+        "dense_gated": lambda: _draft_paths(1, kind="gated"),
+        "dense_rnn": lambda: _draft_paths(1, kind="rnn", confidence=True),
         "top_k": lambda: _draft_tree(64, "top_k", (4, 2, 2, 1), slots=80),
         "top_k_fp32": lambda: _draft_tree(1, "top_k", (4, 2, 2, 1), dtype=torch.float32),
         "top_k_no_head": lambda: _draft_tree(1, "top_k", (63,), rank=0, nodes=64),

@@ -85,9 +85,7 @@ class Workspace:
             ]
         counters = RESERVED + max(words for words, _ in needs)
         self.counters = torch.zeros(counters, dtype=torch.int64, device=device)
-        latents = latent_words(max_requests, max_drafts, markov_rank)
-        of_nodes = node_words(max_requests, max_drafts, max_drafts, max_drafts + 1, markov_rank)
-        scratch = max(words for _, words in needs) + max(latents, of_nodes)
+        scratch = max(words for _, words in needs) + node_latent_words(max_requests, max_drafts, markov_rank)
         self.scratch = torch.empty(scratch, dtype=torch.int64, device=device)
 
     def reset(self) -> None:
@@ -106,10 +104,16 @@ def latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> int:
     return hoisted + latents + (words_of(2 * requests * rank, torch.float32) if parts == 3 else 0)
 
 
-def node_words(requests: int, depths: int, width: int, nodes: int, rank: int, parts: int = 3) -> int:
-    """`latent_words` for trees of so many depths: a latent for each of the `width` nodes of one, and the state of every node."""
-    hoisted, latents = words_of(requests * depths * parts * rank, torch.float32), words_of(requests * width * rank, torch.float32)
-    return hoisted + latents + (words_of(requests * nodes * rank, torch.float32) if parts == 3 else 0)
+def padded_nodes(drafts: int) -> int:
+    """Nodes of a tree of so many drafts, padded."""
+    return max(16, 1 << drafts.bit_length())
+
+
+def node_latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> int:
+    """`latent_words` where every node of a tree has a latent and a state of its own."""
+    rows = requests * padded_nodes(drafts) * rank
+    hoisted, latents = words_of(requests * drafts * parts * rank, torch.float32), words_of(rows, torch.float32)
+    return hoisted + latents + (words_of(2 * rows, torch.float32) if parts == 3 else 0)
 
 
 def lend(op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from blocks import anchored, block_of, ints, tree_of
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
 from dspark_kernels.launch import tree_draft as tree_launch
-from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree, tree_draft
+from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree, tree_draft, tree_paths
 from reference import cases
 
 
@@ -84,6 +84,15 @@ def _expand_tree(method):
     return lambda: dk.expand_tree(tree, made.base_logits, depth=1, branching=1, **given, out=tree)
 
 
+def _draft_paths(nodes=5, **options):
+    made = cases.draft_case(seed=2, requests=2, drafts=2, vocab=130, **options.pop("case", {}))
+    arguments = {name: value for name, value in made.arguments().items() if name in TREE}
+    return lambda: dk.draft_tree(**arguments, num_nodes=nodes, **options)
+
+
+TREE = ("base_logits", "anchors", "anchor_positions", "head", "hidden", "confidence", "sampling", "state_indices")
+
+
 def _compact():
     from test_compact import case_of
 
@@ -112,6 +121,9 @@ def _compact():
         (tree_draft, "_draft_tree", _draft_tree("top_k")),
         (tree_draft, "_draft_tree", _draft_tree("iid", kind="rnn")),
         (tree_draft, "_draft_tree", _expand_tree("without_replacement")),
+        (tree_paths, "_draft_paths", _draft_paths(candidates=9, case=dict(kind="rnn"))),
+        (tree_paths, "_draft_paths", _draft_paths(method="best_first", case=dict(sampled=False, confidence=None))),
+        (tree_paths, "_draft_paths_dense", _draft_paths(node_budgets=ints(3, 1), case=dict(kind="gated", w2_dtype=torch.int8))),
         (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),

@@ -85,7 +85,7 @@ def draft_tree(
     drawn = method if method in SAMPLED else "one_hot"
     shape = (anchors.shape[0], base_logits.shape[0], num_nodes, base_logits if method in SAMPLED else None, drawn)
     if out is None:
-        out = tree_inputs.allocate(*shape, base_logits.device)
+        out = tree_inputs.allocate(*shape, base_logits.device, survival=method not in STATIC)
     else:
         tree_inputs.check_out(out, *shape, base_logits.device)
     if base_logits.shape[0] > 0:
@@ -184,7 +184,7 @@ def _launch(op, tensors, sampling, node_budgets, state_indices, out, workspace, 
     message = f"expected room for {rows} requests x {nodes - 1} drafts over {vocab} ids"
     if tensors[6] is not None:
         rank = tensors[3].shape[1]
-        scratch += workspaces.node_words(rows, len(depths), most, nodes, rank, tensors[6].shape[0] // rank)
+        scratch += workspaces.node_latent_words(rows, max(1, nodes - 1), rank, tensors[6].shape[0] // rank)
         message += f" and markov_rank={rank}"
     if workspace is not None:
         check_type("workspace", workspace, Workspace)

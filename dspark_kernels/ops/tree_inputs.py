@@ -82,7 +82,9 @@ def check_settings(op: str, sampling: SamplingTensors | None, method: str, slots
             not_yet(op, f"sampling.{name}", "filters, masks and penalties along a tree are")
 
 
-def allocate(slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str, device) -> DraftTree:
+def allocate(
+    slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str, device, survival: bool = False
+) -> DraftTree:
     """A tree in which no slot has a node yet. laws: logits [..., V] like the laws of the nodes, None where none are kept."""
 
     def filled(*shape, fill=-1, dtype=torch.int32):
@@ -103,6 +105,7 @@ def allocate(slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str,
         proposal=proposal,
         drawn=drawn,
         flags=filled(rows, fill=0),
+        survival=filled(slots, nodes, fill=0.0, dtype=torch.float32) if survival else None,
     )
 
 
