@@ -102,7 +102,7 @@ def assert_same(out, tree, rows):
         assert out.proposal.logits[others].isnan().all()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw
