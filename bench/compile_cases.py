@@ -356,6 +356,49 @@ def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule=
     )
 
 
+def _draft_tree(requests, method, branching, *, nodes=32, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
+                kind="vanilla", w2_dtype=None, slots=None, biased=False):  # fmt: skip
+    size = requests if slots is None else slots
+    sampled = method in ("iid", "without_replacement")
+    sampling = _sampling(size) if sampled or biased else None
+    if biased:
+        sampling = dataclasses.replace(sampling, logit_bias=_empty(size, vocab, dtype=torch.float32))
+    law = dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype)) if sampled else dk.OneHotProposal()
+    out = _tree(size, nodes, law, method if sampled else "one_hot")
+    dk.draft_tree(
+        _empty(requests, drafts, vocab, dtype=dtype),
+        _ints(size),
+        _head(kind, vocab, vocab, rank, dtype, w2_dtype) if rank else None,
+        anchor_positions=_ints(size),
+        method=method,
+        num_nodes=nodes,
+        branching=branching,
+        sampling=sampling,
+        hidden=None if kind == "vanilla" else _empty(requests, drafts, HIDDEN, dtype=dtype),
+        state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
+        out=dataclasses.replace(out, flags=_ints(requests, dtype=torch.int32)),
+        workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu", markov_rank=rank),
+    )
+
+
+def _expand_tree(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCAB, dtype=torch.bfloat16, mapped=False):
+    ids, laws = _ints(vocab) if mapped else None, _empty(requests, nodes, vocab, dtype=dtype)
+    law = dk.OneHotProposal() if method == "top_k" else dk.DenseProposal(laws, draft_to_target=ids)
+    tree = _tree(requests, nodes, law, "one_hot" if method == "top_k" else method)
+    dk.expand_tree(
+        tree,
+        _empty(requests, width, vocab, dtype=dtype),
+        depth=1,
+        branching=branching,
+        anchor_positions=_ints(requests),
+        method=method,
+        sampling=None if method == "top_k" else _sampling(requests),
+        draft_to_target=ids,
+        out=tree,
+        workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu"),
+    )
+
+
 def _compact(requests, *, nodes=32, layers=36, kv_heads=8, head_dim=128, dtype=torch.bfloat16, extra=0):
     """Keys and values of all layers; extra: odd bytes per slot, so that nothing wider than a byte moves."""
     pages = [_empty(64, 16, kv_heads, head_dim, dtype=dtype) for _ in range(2)]
@@ -372,6 +415,24 @@ def _compact(requests, *, nodes=32, layers=36, kv_heads=8, head_dim=128, dtype=t
 
 
 # op -> case -> call.
+def _draft_paths(requests, *, method="conditioned", candidates=None, kind="vanilla", nodes=32, drafts=DRAFTS, vocab=VOCAB,
+                 rank=RANK, dtype=torch.bfloat16, confidence=False, budgets=False):  # fmt: skip
+    scored = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(drafts))
+    dk.draft_tree(
+        _empty(requests, drafts, vocab, dtype=dtype),
+        _ints(requests),
+        _head(kind, vocab, vocab, rank, dtype, None),
+        anchor_positions=_ints(requests),
+        method=method,
+        num_nodes=nodes,
+        node_budgets=_ints(requests, dtype=torch.int32) if budgets else None,
+        sampling=_sampling(requests),
+        hidden=_empty(requests, drafts, HIDDEN, dtype=dtype),
+        confidence=scored if confidence else None,
+        candidates=candidates,
+    )
+
+
 CASES: dict[str, dict[str, Callable[[], object]]] = {
     "draft_block": {
         "sampled_r1": lambda: draft_call(1),
@@ -474,6 +535,29 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "recursive": lambda: _accept_tree(64, rule="recursive", drawn="iid"),
         "traversal": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement"),
         "traversal_sparse": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", proposal="sparse"),
+    },
+    "draft_tree": {
+        "best_first": lambda: _draft_paths(1, method="best_first"),
+        "candidates": lambda: _draft_paths(1, candidates=64, confidence=True, budgets=True),
+        "candidates_256": lambda: _draft_paths(1, candidates=256, nodes=64),
+        "candidates_gated": lambda: _draft_paths(1, candidates=64, kind="gated"),
+        "candidates_rnn": lambda: _draft_paths(1, candidates=64, kind="rnn", confidence=True),
+        "dense": lambda: _draft_paths(1, confidence=True, budgets=True),
+        "dense_64_nodes": lambda: _draft_paths(1, nodes=64),
+        "dense_gated": lambda: _draft_paths(1, kind="gated"),
+        "dense_rnn": lambda: _draft_paths(1, kind="rnn", confidence=True),
+        "top_k": lambda: _draft_tree(64, "top_k", (4, 2, 2, 1), slots=80),
+        "top_k_fp32": lambda: _draft_tree(1, "top_k", (4, 2, 2, 1), dtype=torch.float32),
+        "top_k_no_head": lambda: _draft_tree(1, "top_k", (63,), rank=0, nodes=64),
+        "without_replacement": lambda: _draft_tree(64, "without_replacement", (4, 2, 2, 1)),
+        "iid": lambda: _draft_tree(64, "iid", (4, 2, 2, 1)),
+        "iid_biased": lambda: _draft_tree(64, "iid", (4, 2), biased=True),
+        "gated_int8": lambda: _draft_tree(64, "top_k", (4, 2, 2, 1), kind="gated", w2_dtype=torch.int8),
+        "rnn": lambda: _draft_tree(64, "without_replacement", (4, 2, 2, 1), kind="rnn"),
+    },
+    "expand_tree": {
+        "top_k": lambda: _expand_tree(64, "top_k"),
+        "mapped": lambda: _expand_tree(64, "without_replacement", vocab=32000, mapped=True),
     },
     "compact_kv": {
         "r64": lambda: _compact(64),

@@ -13,6 +13,7 @@ from .ops.draft_shards import draft_block_finish, draft_block_partial
 from .ops.layout import draft_layout, fixed_layout, tree_layout
 from .ops.schedule import schedule_prefixes
 from .ops.tree import accept_tree
+from .ops.tree_draft import draft_tree, expand_tree
 from .quantise import quantise_head
 from .types import (
     Acceptance,

@@ -1,6 +1,7 @@
 """Scheduling on the host: the same budget as on the device, for choosing a graph bucket, and the confidences it comes from.
 
     budget = the smallest n that maximises tau_n / cost(B + n), tau_n = emitting requests + the n largest survivals
+    node_budgets: the n nodes of greatest older survival, for trees
     survival a_{r,k} = product of c_{r,i} for i <= k
 
 Symbols: S state slots, R requests, K drafts, B anchor and prompt rows. The integers are those of `schedule_prefixes`: survival
@@ -60,6 +61,47 @@ def plan_budget(
         survival_floor, bypass, state_indices,
     )  # fmt: skip
     return number
+
+
+def node_budgets(
+    stale_survival: Tensor, budget: int | Tensor, *, max_nodes: int | None = None, state_indices: Tensor | None = None
+) -> Tensor:
+    """Nodes of every request's next tree, int32 [R]: what `draft_tree` takes as `node_budgets`.
+
+    Args:
+        stale_survival: fp32 [S, M], `DraftTree.survival` of older rounds, 1.0 in every node for a new request. NaN = 0.
+        budget: nodes of the whole batch, the anchors included: an int, or int32 [1] on the device.
+        max_nodes: of one request, M where None.
+        state_indices: int32 or int64 [R], state slot of each row, -1 = a padding row (0 nodes).
+
+    The `budget` best nodes of all requests, ties by request, then node; at least the anchor of each. A node's survival counts as
+    no more than those of the nodes before it, and one of 0 is never taken. No synchronisation, no shape that depends on data.
+    Nothing of the round whose trees the budgets cut may be in `stale_survival`: a cut that looks at the tokens it cuts is biased.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, value, dtype, shape or device.
+    """
+    slots, nodes = check_tensor("stale_survival", stale_survival, dtype=torch.float32, shape=("S", "M")).shape
+    device = stale_survival.device
+    check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=("R",), device=device)
+    if isinstance(budget, Tensor):
+        check_tensor("budget", budget, dtype=INT_DTYPES, shape=(1,), device=device)
+    else:
+        check_int("budget", budget, low=0)
+    room = check_int("max_nodes", nodes if max_nodes is None else max_nodes, low=1)
+    slot_of = torch.arange(slots, device=device) if state_indices is None else state_indices.long()
+    live = (slot_of >= 0) & (slot_of < slots)
+    if nodes == 0 or slots == 0:
+        return live.to(torch.int32)
+    reached = stale_survival.nan_to_num(0.0)[slot_of.clamp(0, slots - 1)].cummin(1).values
+    reached[:, 0] = torch.inf  # every anchor has a row
+    reached[:, room:] = 0.0
+    reached = torch.where(live[:, None], reached, 0.0).flatten()
+    order = torch.argsort(reached, descending=True, stable=True)
+    taken = torch.zeros_like(order, dtype=torch.bool)
+    taken[order] = torch.arange(len(order), device=device) < budget
+    counts = (taken & (reached > 0)).view(-1, nodes).sum(1)
+    return torch.where(live, counts.clamp(min=1), 0).to(torch.int32)
 
 
 def plan_lengths(

@@ -324,7 +324,8 @@ class DraftTree(Checked):
 
     tokens int64, parents, depths, first_child, next_sibling int32, ancestors int64 (bit s = node s), all [S, M], M <= 64;
     num_nodes int32 [S]; proposal: row m = the law of node m's children; drawn: how ("one_hot", "iid",
-    "without_replacement"); flags int32 [R].
+    "without_replacement"); flags int32 [R]; survival fp32 [S, M] or None: the chance that a node is reached and kept, 1 for the
+    anchor, also of the nodes that a budget cut off, 0 where there is none.
     """
 
     tokens: Tensor
@@ -337,6 +338,7 @@ class DraftTree(Checked):
     proposal: Proposal
     drawn: str
     flags: Tensor
+    survival: Tensor | None = None
 
     def _check(self):
         tokens = self._tensor("tokens", dtype=torch.int64, shape=("S", "M"), contiguous=True)
@@ -350,6 +352,7 @@ class DraftTree(Checked):
         check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal, RebuiltProposal))
         check_choice(self._name("drawn"), self.drawn, ("one_hot", "iid", "without_replacement"))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device)
+        self._optional("survival", dtype=_FLOAT, **same)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -46,7 +46,7 @@ def declare_heads(op: str):
 class Workspace:
     """Scratch for batches of at most max_requests x max_drafts over vocab_size.
 
-    markov_rank: of a gated or rnn head of `draft_block`, which keeps latents; other heads need none.
+    markov_rank: of a gated or rnn head of `draft_block` or `draft_tree`, which keeps latents; other heads need none.
 
     One per stream, never shared by launches (or CUDA graphs) that may run at the same time. Clean after every launch that
     finished; call `reset()` after one that was aborted. With `out=` and `workspace=` an op allocates nothing.
@@ -85,7 +85,7 @@ class Workspace:
             ]
         counters = RESERVED + max(words for words, _ in needs)
         self.counters = torch.zeros(counters, dtype=torch.int64, device=device)
-        scratch = max(words for _, words in needs) + latent_words(max_requests, max_drafts, markov_rank)
+        scratch = max(words for _, words in needs) + node_latent_words(max_requests, max_drafts, markov_rank)
         self.scratch = torch.empty(scratch, dtype=torch.int64, device=device)
 
     def reset(self) -> None:
@@ -102,6 +102,18 @@ def latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> int:
     head, 3 for an rnn), a latent, and the two states of an rnn."""
     hoisted, latents = words_of(requests * drafts * parts * rank, torch.float32), words_of(requests * rank, torch.float32)
     return hoisted + latents + (words_of(2 * requests * rank, torch.float32) if parts == 3 else 0)
+
+
+def padded_nodes(drafts: int) -> int:
+    """Nodes of a tree of so many drafts, padded."""
+    return max(16, 1 << drafts.bit_length())
+
+
+def node_latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> int:
+    """`latent_words` where every node of a tree has a latent and a state of its own."""
+    rows = requests * padded_nodes(drafts) * rank
+    hoisted, latents = words_of(requests * drafts * parts * rank, torch.float32), words_of(rows, torch.float32)
+    return hoisted + latents + (words_of(2 * rows, torch.float32) if parts == 3 else 0)
 
 
 def lend(op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -49,15 +50,22 @@ class PhiloxSource:
         return self.decisions.below(self.request, "coin", coin, float(denominator), float(numerator))
 
     def draw(self, position: int, weights: Tensor, node: int = 0) -> int:
+        return self._two_races(position, weights.log(), Stream.LEAF, Stream.CORRECT, node)
+
+    def draft_by_leaf(self, position: int, log_weights: Tensor, node: int) -> int:
+        """`draft` by the same two races."""
+        return self._two_races(position, log_weights, Stream.DRAFT_LEAF, Stream.DRAFT, node)
+
+    def _two_races(self, position: int, log_weights: Tensor, between: Stream, within: Stream, node: int) -> int:
         """Two races of exponential clocks: between leaves of 1024 ids by their sums, then inside the winning leaf."""
-        leaves = -(-weights.numel() // LEAF)
-        padded = torch.zeros(leaves * LEAF, dtype=torch.float64, device=weights.device)
-        padded[: weights.numel()] = weights
-        sums = padded.view(leaves, LEAF).sum(1)
-        leaf = self._race(position, "leaf", sums.log(), torch.arange(leaves, device=weights.device), Stream.LEAF, node)
-        inside = weights[leaf * LEAF : (leaf + 1) * LEAF]
-        ids = torch.arange(leaf * LEAF, leaf * LEAF + inside.numel(), device=weights.device)
-        return leaf * LEAF + self._race(position, "token", inside.log(), ids, Stream.CORRECT, node)
+        leaves, device = -(-log_weights.numel() // LEAF), log_weights.device
+        padded = torch.full((leaves * LEAF,), -math.inf, dtype=torch.float64, device=device)
+        padded[: log_weights.numel()] = log_weights
+        sums = torch.logsumexp(padded.view(leaves, LEAF), 1)
+        leaf = self._race(position, "leaf", sums, torch.arange(leaves, device=device), between, node)
+        inside = log_weights[leaf * LEAF : (leaf + 1) * LEAF]
+        ids = torch.arange(leaf * LEAF, leaf * LEAF + inside.numel(), device=device)
+        return leaf * LEAF + self._race(position, "token", inside, ids, within, node)
 
     def _race(self, position: int, kind: str, log_weights: Tensor, lanes: Tensor, stream: Stream, node: int) -> int:
         noise = philox.gumbel(self.seed, lanes, position, self.anchor_position, stream, node)

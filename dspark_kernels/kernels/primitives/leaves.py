@@ -55,17 +55,18 @@ def first_of(x, ids, top, width):
 
 
 @triton.jit
-def race_leaves(log_weight, seed, position, anchor, node, ROWS: tl.constexpr, LEAVES: tl.constexpr):
+def race_leaves(log_weight, seed, position, anchor, node, ROWS: tl.constexpr, LEAVES: tl.constexpr,
+                STREAM: tl.constexpr = LEAF_STREAM):  # fmt: skip
     """Leaf that wins by log2 weight [ROWS, LEAVES] (-inf = empty): int32 [ROWS]. position, node: [ROWS, 1]."""
-    words = lane_words(seed, 0, position, anchor, LEAF_STREAM, ROWS, LEAVES, node)
+    words = lane_words(seed, 0, position, anchor, STREAM, ROWS, LEAVES, node)
     key = tl.where(log_weight > NEG_INF, log_weight - log2_exponential(words), NEG_INF)
     return unpack_id(tl.max(pack(key, tl.arange(0, LEAVES)[None, :]), axis=1)).to(tl.int32)
 
 
 @triton.jit
-def race_ids(log_weight, leaf, seed, position, anchor, node, ROWS: tl.constexpr):
+def race_ids(log_weight, leaf, seed, position, anchor, node, ROWS: tl.constexpr, STREAM: tl.constexpr = CORRECT):
     """Id that wins inside a leaf [ROWS] by log2 weight [ROWS, LEAF] (-inf = excluded): int32 [ROWS]."""
-    words = lane_words(seed, leaf[:, None] * LEAF, position, anchor, CORRECT, ROWS, LEAF, node)
+    words = lane_words(seed, leaf[:, None] * LEAF, position, anchor, STREAM, ROWS, LEAF, node)
     key = tl.where(log_weight > NEG_INF, log_weight - log2_exponential(words), NEG_INF)
     ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
     return unpack_id(tl.max(pack(key, ids), axis=1)).to(tl.int32)
