@@ -528,6 +528,8 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "top_k_no_head": lambda: _draft_tree(1, "top_k", (63,), rank=0, nodes=64),
         "without_replacement": lambda: _draft_tree(64, "without_replacement", (4, 2, 2, 1)),
         "iid": lambda: _draft_tree(64, "iid", (4, 2, 2, 1)),
+        "gated_int8": lambda: _draft_tree(64, "top_k", (4, 2, 2, 1), kind="gated", w2_dtype=torch.int8),
+        "rnn": lambda: _draft_tree(64, "without_replacement", (4, 2, 2, 1), kind="rnn"),
     },
     "expand_tree": {
         "top_k": lambda: _expand_tree(64, "top_k"),

@@ -116,12 +116,6 @@ def node_latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> 
     return hoisted + latents + (words_of(2 * rows, torch.float32) if parts == 3 else 0)
 
 
-def node_words(requests: int, depths: int, width: int, nodes: int, rank: int, parts: int = 3) -> int:
-    """`latent_words` for trees of so many depths: a latent for each of the `width` nodes of one, and the state of every node."""
-    hoisted, latents = words_of(requests * depths * parts * rank, torch.float32), words_of(requests * width * rank, torch.float32)
-    return hoisted + latents + (words_of(requests * nodes * rank, torch.float32) if parts == 3 else 0)
-
-
 def lend(op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device) -> tuple[Tensor, Tensor]:
     """(counters, scratch) for one launch: the caller's, checked to be large enough, or fresh ones."""
     counters, scratch = _NEEDS[op](requests, drafts, vocab)

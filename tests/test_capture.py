@@ -110,6 +110,35 @@ def test_candidates_in_a_graph(device, kind):
         assert (workspace.counters == 0).all()
 
 
+@pytest.mark.parametrize("method, kind", [("top_k", "gated"), ("iid", "vanilla"), ("without_replacement", "rnn")])
+def test_trees_in_a_graph(device, method, kind):
+    """draft_tree, then expand_tree in place."""
+    options = dict(requests=9, drafts=4, vocab=5000, kind=kind, confidence=None)
+    make = lambda seed: to_device(cases.draft_case(seed=seed, **options), device)  # noqa: E731
+    static = make(0)
+    workspace = dk.Workspace(9, 19, 5000, device, markov_rank=16)
+
+    def call(case, out=None, workspace=None):
+        given = dict(anchor_positions=case.anchor_positions, method=method, sampling=case.sampling, workspace=workspace)
+        shape = dict(num_nodes=20, branching=(3, 2), hidden=case.hidden)
+        tree = dk.draft_tree(case.base_logits, case.anchors, case.head, **given, **shape, out=out)
+        return dk.expand_tree(tree, case.base_logits, **given, depth=2, branching=2, out=tree)
+
+    out = call(static, workspace=workspace)
+    graph = _capture(lambda: call(static, out, workspace))
+    for seed in (6, 12):
+        fresh = make(seed)
+        want = call(fresh)
+        _copy(static, fresh)
+        before = torch.cuda.memory_allocated()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        for name in ("tokens", "parents", "first_child", "next_sibling", "ancestors", "num_nodes", "flags"):
+            assert torch.equal(getattr(out, name), getattr(want, name)), name
+        assert (workspace.counters == 0).all()
+
+
 @pytest.mark.parametrize(
     "options",
     [

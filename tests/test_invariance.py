@@ -187,6 +187,44 @@ def test_accept_chain_in_any_batch(proposal, rule):
         assert torch.equal(part.tokens, whole.tokens[index]) and torch.equal(part.flags, whole.flags[index])
 
 
+TREE = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors", "num_nodes", "flags")
+
+
+def _tree(case, method, branching=(3, 2), num_nodes=9, workspace=None):
+    given = dict(head=case.head, anchor_positions=case.anchor_positions, sampling=case.sampling, hidden=case.hidden)
+    shape = dict(method=method, num_nodes=num_nodes, branching=branching)
+    tree = dk.draft_tree(case.base_logits, case.anchors, **given, **shape, workspace=workspace)
+    parts = [getattr(tree, name) for name in TREE]
+    return parts + [tree.proposal.logits] if method != "top_k" else parts
+
+
+@pytest.mark.parametrize("method, kind", [("top_k", "gated"), ("iid", "vanilla"), ("without_replacement", "rnn")])
+def test_draft_tree_in_any_batch(method, kind):
+    case = cases.draft_case(seed=55, requests=9, drafts=2, vocab=1100, rank=24, dtype=torch.bfloat16, kind=kind, confidence=None)
+    whole = _tree(case, method)
+    for rows in ([4], [8, 4], list(range(8, -1, -1))):
+        part = _tree(_take_draft(case, rows), method)
+        for row, request in enumerate(rows):
+            assert _same([bits[row] for bits in part], [bits[request] for bits in whole]), (rows, request)
+
+
+@pytest.mark.parametrize("method, kind", [("top_k", "vanilla"), ("iid", "gated")])
+def test_draft_tree_with_all_programs_at_once(method, kind):
+    """The waves: programs that wait for the ones before them."""
+    from dspark_kernels.testing import interpreter
+
+    if not interpreter.interpreting():
+        pytest.skip("programs run together on a GPU anyway")
+    case = cases.draft_case(seed=56, requests=2, drafts=2, vocab=1500, rank=8, kind=kind, confidence=None)
+    workspace = dk.Workspace(2, 8, 1500, "cpu", markov_rank=8)
+    want = _tree(case, method, (2, 1), 5)
+    with interpreter.threads(32):
+        for _ in range(2):
+            workspace.scratch.fill_(-1)
+            assert _same(_tree(case, method, (2, 1), 5, workspace), want)
+            assert (workspace.counters == 0).all(), "counters were not left clean"
+
+
 def _take_attention(case, requests, padding):
     """Some requests of a case as a batch of their own, in this order, with padding rows behind."""
     starts = case.layout.query_start_loc.tolist()

@@ -33,6 +33,7 @@ def arguments(case, method, branching, num_nodes, budgets=None):
         node_budgets=budgets,
         sampling=case.sampling,
         hidden=case.hidden,
+        draft_to_target=case.draft_to_target,
         state_indices=case.state_indices,
     )
 
@@ -146,8 +147,17 @@ def test_heads_whose_latents_follow_the_path(method, dtype, kind):
     dk.draft_tree(**arguments(case, method, (3, 2, 2), 12), out=out, workspace=workspace)
     assert_same(out, tree, rows_of(case))
     assert (workspace.counters == 0).all()
-    with pytest.raises(ValueError, match="markov_rank=24"):
-        dk.draft_tree(**arguments(case, method, (3, 2, 2), 12), workspace=dk.Workspace(3, 1, 20, "cpu"))
+
+
+@pytest.mark.parametrize("method, target_vocab", [("top_k", 1500), ("without_replacement", 1500), ("iid", None)])
+def test_bias_and_reduced_vocabularies(method, target_vocab):
+    """Tokens, W1, bias, noise and ties are by the target's ids; one id in nine stands for no token."""
+    options = dict(scattered=True, padding=1, grid=0.25 if method == "top_k" else None, confidence=None, adjust=("bias",))
+    case = cases.draft_case(seed=12, requests=3, drafts=3, vocab=600, rank=6, target_vocab=target_vocab, **options)
+    tree = check(case, method, (3, 2, 2), 12)
+    assert target_vocab is None or tree.tokens.max() >= 600
+    for step, tree in expansion(dataclasses.replace(case, head=None), method, (2, 2), 7):
+        assert all(outcome(tree, r, slot) == outcome(reference.expand_tree(**step), r, slot) for r, slot in rows_of(case))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -273,6 +283,7 @@ def expansion(case, method, branching, num_nodes, budgets=None):
             method=method,
             sampling=case.sampling,
             node_budgets=budgets,
+            draft_to_target=case.draft_to_target,
             state_indices=case.state_indices,
         )
         tree = dk.expand_tree(**call)
@@ -361,6 +372,8 @@ def test_no_requests():
         (dict(state_indices=torch.zeros(2, dtype=torch.int32)), ValueError, "state_indices"),
         (dict(head=3), TypeError, "head"),
         (dict(candidates=0), ValueError, "candidates"),
+        (dict(draft_to_target=torch.zeros(3, dtype=torch.int64)), ValueError, "draft_to_target"),
+        (dict(hidden=torch.zeros(3, 2, 5), confidence=dk.ConfidenceHead(torch.zeros(5))), ValueError, "confidence"),
         (dict(out=3), TypeError, "out"),
         (dict(workspace=3), TypeError, "workspace"),
         (dict(workspace=dk.Workspace(1, 1, 1, "cpu")), ValueError, "workspace"),

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from .heads import DOT_ROWS, gated_rows, hoist_rows, low_rank_bias, rnn_rows, w2_tile
+from .primitives.adjust import adjusted, no_path
 from .primitives.leaves import leaf_masses
 from .primitives.mass import LEAF, NEG_INF, POS_INF, log2_scale, numbers
-from .primitives.philox import DRAFT, lane_words, log2_exponential
+from .primitives.philox import DRAFT, lane_words, log2_exponential, words_at
 from .primitives.race import pack
 from .primitives.slots import state_slots
 from .primitives.waves import finish_item, take_item, wait_for
@@ -125,7 +126,7 @@ def _weigh_leaf(
 
 @triton.jit
 def _rows_item(
-    group, chunk, depth, width, wanted, tile, base, state, head, mixer, tree, law, scratch, row_status_ptr, level,
+    group, chunk, depth, width, wanted, tile, base, state, head, mixer, choice, tree, law, scratch, row_status_ptr, level,
     num_requests, num_slots, num_nodes, vocab, chunks,
     METHOD: tl.constexpr, WIDEN: tl.constexpr, KEEP: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, DOT_TYPE: tl.constexpr,
@@ -133,6 +134,7 @@ def _rows_item(
     """One leaf of ids of 16 rows. tile: of W2, for the first ids."""
     base_ptr, stride_br, stride_bk = base
     positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr = state[2], state[3], state[4], state[5], state[6]
+    map_ptr, num_targets, adjust = choice
     columns = group * DOT_ROWS + tl.arange(0, DOT_ROWS)
     requests = columns // width
     f = columns % width
@@ -179,6 +181,15 @@ def _rows_item(
             if head is not None:
                 x += tl.trans(low_rank_bias(tile, head, latent_ptr, latents, known, ids, vocab, WIDEN, BLOCK_R, DOT_TYPE))
                 tile = w2_tile(head, ids + BLOCK_V, last_id, BLOCK_R)  # on its way while this one is looked at
+            targets = ids  # in the target's vocabulary
+            if map_ptr is not None:
+                mapped = tl.load(map_ptr + ids, mask=ids < last_id, other=-1)
+                used = (mapped >= 0) & (mapped < num_targets)
+                targets = tl.where(used, mapped, 0).to(tl.int32)
+            if adjust is not None:
+                x = adjusted(x, targets[None, :], inside, slots, slots, adjust, targets, 0, no_path)
+            if map_ptr is not None:
+                x = tl.where(used[None, :], x, NEG_INF)
             nan = inside & (x != x)
             finite = inside & (tl.abs(x) < POS_INF)
             x = numbers(x)
@@ -190,12 +201,17 @@ def _rows_item(
             seen |= tl.max(tl.where(nan, NAN, 0), axis=1) | tl.max(tl.where(finite, SAW_FINITE, 0), axis=1)
             key = x
             if METHOD == WITHOUT_REPLACEMENT:
-                noise = lane_words(seed[:, None], first, position[:, None], anchor[:, None], DRAFT, DOT_ROWS, BLOCK_V,
-                                   node.to(tl.int32)[:, None])  # fmt: skip
+                slot_of_node = node.to(tl.int32)[:, None]
+                if map_ptr is None:
+                    noise = lane_words(
+                        seed[:, None], first, position[:, None], anchor[:, None], DRAFT, DOT_ROWS, BLOCK_V, slot_of_node
+                    )
+                else:
+                    noise = words_at(seed[:, None], targets[None, :], position[:, None], anchor[:, None], DRAFT, slot_of_node)
                 key = tl.where(sampled[:, None], x * scale[:, None] - log2_exponential(noise), x)
             if METHOD == IID:
                 inside = inside & (sampled == 0)[:, None]
-            words = tl.where(inside & (x > NEG_INF), pack(key, ids[None, :]), 0)
+            words = tl.where(inside & (x > NEG_INF), pack(key, targets[None, :]), 0)
             running = _best_so_far(running, words)
         rows = columns.to(tl.int64) * chunks + chunk
         _store_best(scratch[0], rows, live, running, wanted, KEEP)
@@ -213,6 +229,7 @@ def draft_tree_kernel(
     state,  # (anchors [S] or None, stride, positions [S], stride, slots [R], temperature, seed [S], budgets [R]; each may be None)
     head, mixer,  # kernels/heads.py, or None; of mixer, latents [R F, r] and states [R M, r]
     hidden,  # ([R, K, H], strides of R and K, H) or None
+    choice,  # (int64 [V] ids in the target's vocabulary or None, number of target ids, settings of primitives/adjust.py or None)
     tree,  # (tokens, parents, depths, first_child, next_sibling, ancestors [S, M], num_nodes [S], flags [R])
     law,  # (logits [S, M, V], strides of S and M) or None
     scratch,  # (lists int64 [R F, leaves, B], best int64 [R F, B], found int32 [R, M], record int32 [R, 3], and for iid of leaves
@@ -266,8 +283,8 @@ def draft_tree_kernel(
             tile = w2_tile(head, chunk * LEAF + tl.arange(0, BLOCK_V), vocab, BLOCK_R)
         wait_for(finished_ptr, before)
         _rows_item(
-            item % groups, chunk, depth, width, wanted, tile, base, state, head, mixer, tree, law, scratch, row_status_ptr, level,
-            num_requests, num_slots, num_nodes, vocab, chunks,
+            item % groups, chunk, depth, width, wanted, tile, base, state, head, mixer, choice, tree, law, scratch, row_status_ptr,
+            level, num_requests, num_slots, num_nodes, vocab, chunks,
             METHOD, WIDEN, KEEP, PAIRS, WIDTH, BLOCK_V, BLOCK_R, DOT_TYPE,
         )  # fmt: skip
     else:
