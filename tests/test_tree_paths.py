@@ -10,7 +10,7 @@ from far import far_apart
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.launch import tree_paths as launch
+from dspark_kernels.launch import candidates as candidates_launch, tree_paths as launch
 from dspark_kernels.scheduling import node_budgets
 from reference import cases, tree_draft as reference
 from reference.equality import assert_equal_or_tied
@@ -98,6 +98,19 @@ def test_whole_laws_equal_reference(call):
 def test_best_first_equals_reference(call):
     case, options = call
     check(case, method="best_first", **options)
+
+
+@pytest.mark.parametrize("candidates", [None, 20])
+def test_every_node_has_a_state_of_its_own(candidates, monkeypatch):
+    """And is still the parent of its children when those of lower ids have moved it: a piece of 16 candidates, then 4."""
+    pick = launch.pick
+    monkeypatch.setattr(launch, "pick", lambda *args: dataclasses.replace(pick(*args), piece=16))
+    case = cases.draft_case(seed=23, requests=1, drafts=4, vocab=20, rank=6, kind="rnn", confidence=None, temperatures=(0.7,))
+    case.head.joint_weight[:] *= 4
+    case.head.w2[:] *= 2
+    tree = check(case, method="conditioned", num_nodes=13, candidates=candidates)
+    deep = [tree.parents[0, node] for node in range(13) if tree.depths[0, node] == 4]
+    assert len(set(deep)) == 4, "no two states at a depth"
 
 
 def test_without_a_head_conditioned_is_best_first():
@@ -281,7 +294,7 @@ def test_the_same_bits_however_the_work_is_cut(options, monkeypatch):
     options = dict(method="conditioned", num_nodes=9) | options
     want = dk.draft_tree(**arguments_of(case, **options))
     pick, pick_dense = launch.pick, launch.pick_dense
-    monkeypatch.setattr(launch, "parts", lambda arch, rows, chunks: chunks)
+    monkeypatch.setattr(candidates_launch, "parts", lambda arch, rows, chunks: chunks)
     monkeypatch.setattr(launch, "pick", lambda *args: dataclasses.replace(pick(*args), block=1024, piece=16))
     monkeypatch.setattr(launch, "dense_parts", lambda arch, requests, units: units)
     monkeypatch.setattr(launch, "pick_dense", lambda *args: dataclasses.replace(pick_dense(*args), piece=64))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from .arch import Arch
-from .candidates import MOST_UNITS, parts, unit_ids
 
-__all__ = ["MAX_CANDIDATES", "DensePathsConfig", "PathsConfig", "dense_parts", "parts", "pick", "pick_dense"]
 MAX_CANDIDATES = 256
+MOST_UNITS = 8192  # units of a row, all of which one program holds at once
 LEAF = 1024  # ids per leaf, as in kernels/primitives/mass.py
 UNIT, GROUP = 256, 32  # ids, as in kernels/tree_paths_dense.py
 MOST_GROUPS = 16384  # groups of a row, all of which one program holds at once
@@ -39,20 +38,21 @@ class PathsConfig:
     max_registers: int | None
 
 
-def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str, outputs: int) -> PathsConfig:
+def pick(
+    arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str, outputs: int, group: int
+) -> PathsConfig:
     """The configuration for the C best of `vocab` ids. Not measured on a GPU yet.
 
-    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. Nothing here may depend on the batch: sums over
-    ranks take the order that these blocks give them.
+    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. group: ids of a unit. Nothing here may
+    depend on the batch: sums over ranks take the order that these blocks give them.
     """
     width, nodes = max(16, padded(candidates)), max(16, padded(num_nodes))
     rank = max(16, padded(rank))
     if arch.vendor == "interpreter":
-        group = 16 if vocab <= 16 * MOST_UNITS else unit_ids(vocab, candidates)
+        group = 16 if vocab <= 16 * MOST_UNITS else group
         units = max(64, padded(-(-vocab // group)))
         block = min(65536, max(LEAF, padded(vocab)))
         return PathsConfig(block, group, units, padded(min(candidates, units)), width, 256, nodes, rank, rank, 4096, 1, 1, None)
-    group = unit_ids(vocab, candidates)
     units = max(64, padded(-(-vocab // group)))
     warps = 8 if arch.vendor == "nvidia" else 4
     # Larger ones spill on sm_90 (bench/compile.py).

@@ -9,7 +9,7 @@ import torch
 
 from .. import library, workspace as workspaces
 from ..checks import check_int, check_tensor, not_yet
-from ..launch import arch, tree_paths as launch
+from ..launch import arch, candidates as candidates_launch, tree_paths as launch
 from ..types import DraftTree, GatedMarkovHead, RnnMarkovHead
 from ..workspace import Workspace
 from .candidates import LEAST_GROUP, _units
@@ -155,7 +155,8 @@ def _draft_paths(
     outputs = 0 if latent is None else latent[3]
     gpu = arch.current(device)
     weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
-    config = launch.pick(gpu, vocab, candidates, nodes, rank, weights, outputs)
+    group = candidates_launch.unit_ids(vocab, candidates)
+    config = launch.pick(gpu, vocab, candidates, nodes, rank, weights, outputs, group)
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     row_count, request_count = clean.take(positions, torch.int32), clean.take(rows, torch.int32)
@@ -174,7 +175,7 @@ def _draft_paths(
         latents = take(rows * config.nodes * rank, torch.float32)
         states = take(2 * rows * config.nodes * rank, torch.float32) if kind == "rnn" else latents
     latent_items = kernels.latent_programs(positions, outputs)
-    parts = launch.parts(gpu, positions, -(-vocab // config.block))
+    parts = candidates_launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_paths(
         latent_items + positions * parts,
         (
