@@ -288,8 +288,10 @@ def _judge(rows, row_flags, shape, tree, slot, sampling, rule, request, position
     if by_chance and rule != "walk":
         for node, children in enumerate(shape.children):
             if children:
-                law = draft_law(proposal, slot, node, 0, scale, vocab, device, -1)
+                # A drafter with more ids than the target: what its elder siblings leave of a law is a share of all of it.
+                law = draft_law(proposal, slot, node, 0, scale, max(vocab, proposal.logits.shape[-1]), device, -1)
                 tokens = [shape.tokens[child] for child in children]
-                draft_probs.update(zip(children, sibling_laws(law, tokens, tree.drawn), strict=True))
+                laws = sibling_laws(law, tokens, tree.drawn)
+                draft_probs.update(zip(children, (told[:vocab] for told in laws), strict=True))
     chosen = RULES[rule if by_chance else "walk"]
     return chosen(_Lazy(target_law), draft_probs, shape, source, position)
