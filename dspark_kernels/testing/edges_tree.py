@@ -95,7 +95,8 @@ def greedy(run):
     parents = _random_parents(generator, requests, nodes)
     target = torch.randint(-4, 5, (requests, nodes, vocab), generator=generator).float()  # many ties
     law = target + 0.1 * torch.randn(target.shape, generator=generator)
-    tokens = _best_children(torch.where(torch.rand(requests, nodes, 1, generator=generator) < 0.6, target, law), parents, parents[:, 1])
+    followed = torch.rand(requests, nodes, 1, generator=generator) < 0.6
+    tokens = _best_children(torch.where(followed, target, -law), parents, parents[:, 1])
     counts = torch.randint(1, nodes + 1, (requests,), generator=generator)
     seeds = run.seeds("greedy", requests).cpu()
     cold = torch.zeros(requests)

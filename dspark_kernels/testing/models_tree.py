@@ -45,7 +45,7 @@ def _without(keys: Tensor, tokens: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class TreePlay(models.Play):
-    """How a function's requests decode with trees. kind: how children are made. shapes [n, M]: parents, -1 behind a shape's nodes."""
+    """How a function's requests decode with trees. kind: how children are made. shapes [n, M]: parents, -1 behind the nodes."""
 
     shapes: Tensor | None = None
 
@@ -203,7 +203,7 @@ def _traversal_ends(trees) -> Tensor:
 
 
 def block_law(model: Model, num_drafts: int) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """Chances of what a round of block verification emits after the prompt, and the outcomes: tokens, as many as it keeps and one."""
+    """Chances of what a round of block verification emits after the prompt, and what that is: the drafts it keeps, and a token."""
     target_law, draft_law = model.law(), model.draft_law()
     grids = torch.meshgrid(*[torch.arange(model.vocab)] * num_drafts, indexing="ij")
     drafts = torch.stack(grids, -1).view(-1, num_drafts)

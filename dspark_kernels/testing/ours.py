@@ -4,8 +4,8 @@
     python -m dspark_kernels.testing dspark_kernels.testing.ours:traversal
 
 `token`, `block`, `coupled` and `greedy` are acceptance functions on chains, `walk`, `recursive`, `traversal` and `greedy_tree` on
-trees; `draft`, `draft_coupled` are samplers and `causal` is a schedule. On CPU tensors they run in Triton's interpreter (TRITON_INTERPRET=1), where a request takes about 50 ms, so the suite
-takes fewer of them.
+trees; `draft`, `draft_coupled` are samplers and `causal` is a schedule. On CPU tensors they run in Triton's interpreter
+(TRITON_INTERPRET=1), where a request takes about 50 ms (a tree: 100), so the suite takes fewer of them.
 """
 
 from __future__ import annotations

@@ -61,8 +61,10 @@ def depths_of(parents: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Trees:
-    """What a rule sees: laws target [R, M, V] and draft [R, M, Vd] (row m: of the first child of m), tokens, parents [R, M] (-1: the
-    root, and nodes that cannot be reached)."""  # fmt: skip
+    """What a rule sees, by node: laws target [R, M, V] and draft [R, M, Vd] (row m: of the first child of m), the rest [R, M].
+
+    parents: -1 for the root, and for nodes that cannot be reached.
+    """
 
     target: Tensor
     draft: Tensor
@@ -219,9 +221,10 @@ def traversal_rule(trees: Trees) -> tuple[Tensor, Tensor]:
 
 
 def accept(
-    rule, node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions, noise=Noise, trees=Trees
-) -> Tensor:
-    """Tokens [R, M] of rule(trees) for sampled rows of sampled trees, of the walk for other sampled rows, else of the greedy walk."""
+    rule, node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions,
+    noise=Noise, trees=Trees,
+) -> Tensor:  # fmt: skip
+    """Tokens [R, M] of rule(trees) for sampled rows of sampled trees, of the walk for the other sampled rows, else greedy."""
     rows, index = readable(node_logits), torch.arange(tokens.shape[1], device=tokens.device)
     # Nothing behind a row without a finite logit is looked at; its lowest id is emitted.
     dead = ~rows.isfinite().any(-1)

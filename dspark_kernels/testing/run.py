@@ -11,7 +11,6 @@ from torch import Tensor
 from . import models, models_tree
 from .edges import Convicted
 
-
 FALSE_ALARM = 1e-4
 FINDINGS = 100
 LEVEL = FALSE_ALARM / FINDINGS
