@@ -51,13 +51,20 @@ def _on(rule: str, name: str, text: str, **options):
 
 
 class _DraftNoiseInDraws(Noise):
+    """Behind the root: node 1 is its first child."""
+
     def blocks(self, stream, positions, groups):
-        return super().blocks(Stream.DRAFT if stream == Stream.CORRECT else stream, positions, groups)
+        if stream == Stream.CORRECT:
+            return Noise(self.seeds, self.anchor_positions, self.nodes + 1).blocks(Stream.DRAFT, positions, groups)
+        return super().blocks(stream, positions, groups)
 
 
 class _PositionOnly(Noise):
+    """Neither node nor anchor position."""
+
     def blocks(self, stream, positions, groups):
-        return Noise(self.seeds, torch.zeros_like(self.anchor_positions), self.nodes).blocks(stream, positions, groups)
+        start = torch.zeros_like(self.anchor_positions)
+        return Noise(self.seeds, start).blocks(stream, positions, groups)
 
 
 class _OneCoinPerDepth(Noise):
@@ -97,8 +104,8 @@ class _GumbelFloor(Noise):
         return self.race(Stream.CORRECT, positions, weights.log())
 
 
-_on("recursive", "draw_with_draft_noise", "Tokens drawn with the noise that drew the node's children.", noise=_DraftNoiseInDraws)
-_on("traversal", "position_only_noise", "Noise without the anchor position: met again when drafted again.", noise=_PositionOnly)
+_on("recursive", "draw_with_draft_noise", "Tokens drawn with the noise that drew the first child.", noise=_DraftNoiseInDraws)
+_on("traversal", "position_only_noise", "Noise addressed by position alone: met again when drafted again.", noise=_PositionOnly)
 _on("recursive", "one_coin_for_siblings", "Coins addressed by position alone: siblings share theirs.", noise=_OneCoinPerDepth)
 _on("traversal", "one_coin_per_depth", "Coins addressed by position alone: siblings and cousins share.", noise=_OneCoinPerDepth)
 _on("traversal", "one_coin_per_tree", "One coin for all leaves.", noise=_OneCoinPerTree)
@@ -460,10 +467,10 @@ def drawn_again(draft_logits, elders, drawn, *rest) -> Tensor:
     return models_tree.draft(draft_logits, elders, "iid", *rest)
 
 
-def draft_position_only(draft_logits, elders, drawn, temperature, seeds, positions, anchor_positions, *rest) -> Tensor:
-    """A position that is drafted again meets its old noise."""
-    start = torch.zeros_like(anchor_positions)
-    return models_tree.draft(draft_logits, elders, drawn, temperature, seeds, positions, start, *rest)
+def draft_position_only(draft_logits, elders, drawn, temperature, seeds, positions, anchor_positions, parents, nodes) -> Tensor:
+    """A position that is drafted again, at whatever node, meets its old noise."""
+    start, node = torch.zeros_like(anchor_positions), torch.zeros_like(nodes)
+    return models_tree.draft(draft_logits, elders, drawn, temperature, seeds, positions, start, node, node)
 
 
 def best_of_what_is_left(draft_logits, elders, drawn, *rest) -> Tensor:

@@ -18,18 +18,20 @@ from .statistics import Finding, at_least, compare, rare
 PAIR, STAR, CHAIN = (-1, 0, 0), (-1, 0, 0, 0), (-1, 0, 1)
 ELDER, SECOND, ODD = (-1, 0, 0, 1, 1), (-1, 0, 0, 2, 2), (-1, 0, 0, 1, 3, 3)
 MIXED = (ODD, (-1,), SECOND, STAR, (-1, 0, 1, 2, 2))
-# Found by search. Node 1 at position 1, anchor position 0: the coin's word is below 2^8; or above 2^32 - 65.
-LOW_COINS: tuple[int, ...] = ()
-HIGH_COINS: tuple[int, ...] = ()
+# Found by search. Node 1 at position 1, anchor position 0: the coin is below 2^-24; or within 2^-25 of 1.
+LOW_COINS = (
+    34497534, 56870691, 91489961, 106471135, 116840421, 145210445, 149258720, 173433382, 174150232, 188839004, 209889237, 211985651,
+)  # fmt: skip
+HIGH_COINS = (66376731, 101300306, 151669353, 188727120)
 
 
 def _depth(shapes) -> int:
     return max(int(rules_tree.depths_of(torch.tensor([shape])).max()) for shape in shapes)
 
 
-def _round(run, what, model, shapes, **options):
-    """One round after the prompt, completed by the target: the law of the first tokens."""
-    tokens = _depth(shapes) + 1
+def _round(run, what, model, shapes, tokens=None, **options):
+    """One round after the prompt, completed by the target: the law of the first tokens (None: as many as a round can emit)."""
+    tokens = tokens or _depth(shapes) + 1
     temperature = options.get("temperature", 1.0)
     model, history, _ = run.decode(what, model, shapes, tokens, rounds=1, **options)
     while tokens > 1 and model.vocab**tokens * 20 > run.requests:  # fewer cells than samples
@@ -71,7 +73,7 @@ def unequal(run):
 def rounds(run):
     """three consecutive rounds and more under one seed: noise that is met again"""
     for drawn in run.drawn:
-        yield from _windows(run, f"rounds, {drawn}", ROUNDS[drawn], (PAIR,) if drawn == "one_hot" else (PAIR, CHAIN), kind=drawn)
+        yield from _windows(run, f"rounds, {drawn}", ROUNDS[drawn], (PAIR if drawn == "one_hot" else ELDER,), kind=drawn)
 
 
 def prefix(run):
@@ -83,7 +85,7 @@ def prefix(run):
 def noise(run):
     """draft noise in the draw; neighbouring seeds, high words of seeds, neighbouring positions"""
     for drawn in _sampled(run):
-        yield from _round(run, f"frequent draws, {drawn}", DRAWS, (PAIR,), kind=drawn)
+        yield from _round(run, f"frequent draws, {drawn}", DRAWS, (PAIR,), tokens=1, kind=drawn)
     seeds = run.seeds("pairs")
     model = run.model(laws.PAIRS)
     law = models.sequence_law(model.law(), 1)
@@ -98,10 +100,9 @@ def noise(run):
 
 
 def siblings(run):
-    """siblings each have a coin of their own: one for all of them is off by a total variation of 0.01 on common models"""
+    """siblings each have a coin of their own: one for all is off by a total variation of 0.003 to 0.02 on common models"""
     for drawn in _sampled(run):
-        model, shape = SIBLINGS[drawn]
-        yield from _round(run, f"siblings, {drawn}", model, (shape,), kind=drawn)
+        yield from _round(run, f"siblings, {drawn}", SIBLINGS[drawn], (STAR,), tokens=1, kind=drawn)
 
 
 def temperature(run):
@@ -232,15 +233,15 @@ ROUND = {
 UNEQUAL = models.random_model(14, 3, sharpness=1.5)
 ROUNDS = {
     "one_hot": models.random_model(35, 3, sharpness=2.5),
-    "iid": models.random_model(36, 3, sharpness=2.5),
+    "iid": models.random_model(35, 3, sharpness=2.5),
     "without_replacement": models.random_model(26, 3, sharpness=2.5),
 }
 PREFIX = dataclasses.replace(models.random_model(37, 3, sharpness=2.5), confidence=torch.tensor([0.9, 0.95, 0.1]))
-DRAWS = models.random_model(67, 4, sharpness=2.5)
+DRAWS = models.random_model(113, 4, sharpness=2.5)
 SIBLINGS = {
-    "one_hot": (models.random_model(40, 4), STAR),
-    "iid": (models.random_model(41, 4), STAR),
-    "without_replacement": (models.random_model(42, 4), STAR),
+    "one_hot": models.random_model(289, 3, sharpness=1.5),
+    "iid": models.random_model(289, 3, sharpness=1.5),  # one coin: off by 0.048
+    "without_replacement": models.random_model(234, 4, sharpness=1.5),  # by 0.19
 }
 BLOCK = models.random_model(25, 3, sharpness=1.5)
 OFFSET = models.random_model(9, 3, sharpness=1.0)
