@@ -1,8 +1,9 @@
 """Compare ways of decoding on real text: plain, speculative with a draft model, MTP, blockwise parallel, DSpark.
 
-All systems run the same loop, target, prompts and sampling; only the drafter differs. Without arguments the embedded demo models
-continue held-out Python source. A table per temperature, then whether each system's output is the target's own. What a checkpoint
-holds: python -m bench.inspect DIR.
+All systems run the same loop, target, prompts and sampling; only the drafter differs, or that it drafts a tree, of nodes that are
+chosen and walked or of nodes that are drawn ("sampled"), beside the chain that verifies as many rows. Without arguments the
+embedded demo models continue held-out Python source. A table per temperature, then whether each system's output is the target's
+own. What a checkpoint holds: python -m bench.inspect DIR.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typing import Sequence
 import torch
 
 from dspark_kernels.types import CostTable
-from reference.drafters import Autoregressive, Drafter
+from reference.drafters import Autoregressive, Drafter, TreeShape
 from reference.loop import RULES, Generation, Request, decode
 from reference.schedule import POLICIES
 
-from . import assets, lossless, summary
+from . import assets, lossless, summary, trees
 from .models import DTYPES, BadArgument, Models, first_line, load, naming
 from .parity import CheckedOps
 
-SYSTEMS = ("autoregressive", "draft-model", "mtp", "block", "dspark")
+SYSTEMS = ("autoregressive", "draft-model", "mtp", "mtp-tree", "block", "block-tree", "dspark", "dspark-tree")
 DEFAULTS = dict(max_new_tokens=96, num_prompts=16, batch_size=8, temperature=[1.0, 0.0], confidence_threshold=[0.0, 0.3])
 INTERPRETED = dict(max_new_tokens=32, num_prompts=4)  # with --kernels on a CPU
 
@@ -42,11 +43,16 @@ class System:
     drafter: Drafter
     threshold: float = 0.0
     cost: CostTable | None = None  # schedule by measured times, instead of a threshold
+    drafts: int | None = None  # per round, where not all that the drafter makes
+    tree: TreeShape | None = None
     ops: object = None  # None: the reference's
 
     @property
     def label(self) -> str:
         label = self.name + (f", {self.source}" if self.source else "")
+        label += f", {self.drafts} drafts" if self.drafts is not None else ""
+        label += f", {self.tree.num_nodes} nodes" if self.tree is not None else ""
+        label += ", sampled" if trees.sampled(self.tree) else ""
         label += f", threshold {self.threshold:g}" if self.threshold else ""
         return label + (", scheduled" if self.cost is not None else "") + (", kernels" if self.ops else "")
 
@@ -114,8 +120,15 @@ def parser() -> argparse.ArgumentParser:
     )
     work.add_argument("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
     how = p.add_argument_group("how")
-    how.add_argument("--systems", metavar="NAME[,NAME]", help=f"any of {', '.join(SYSTEMS)} (default: all there are)")
-    how.add_argument("--rule", choices=RULES, default="token", help="acceptance rule (default: %(default)s)")
+    how.add_argument(
+        "--systems", metavar="NAME[,NAME]",
+        help=f"any of {', '.join(SYSTEMS)} (default: all there are; of --model, trees only where named)",
+    )  # fmt: skip
+    how.add_argument("--rule", choices=RULES, default="token", help="acceptance rule of chains (default: %(default)s)")
+    how.add_argument(
+        "--tree-nodes", type=int, action="append", metavar="M",
+        help="nodes of trees, the anchor included (repeatable; default: 16, of dspark-tree 16 and 32)",
+    )  # fmt: skip
     how.add_argument(
         "--confidence-threshold", type=float, action="append", metavar="T",
         help="of dspark: 0 verifies the whole block, T up to the first draft whose confidence is below T"
@@ -134,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--kernels", action="store_true",
-        help="run dspark through the Triton ops too, and compare with the reference (on a CPU: in Triton's interpreter)",
+        help="run dspark and trees through the Triton ops too, and compare with the reference (on a CPU: in Triton's interpreter)",
     )  # fmt: skip
     out = p.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="write output_ids, acceptance_lengths and proposal_lengths of every run")
@@ -166,6 +179,9 @@ def check(arguments) -> None:
     for value in a.confidence_threshold:
         if not 0 <= value <= 1:
             raise BadArgument(f"--confidence-threshold: expected a number from 0 to 1, got {value:g}")
+    for value in a.tree_nodes or ():
+        if not 2 <= value <= trees.MAX_NODES:
+            raise BadArgument(f"--tree-nodes: expected 2 to {trees.MAX_NODES}, got {value}")
     if not -(1 << 31) <= a.seed < 1 << 31:
         raise BadArgument(f"--seed: expected a 32-bit integer, got {a.seed}")
     if a.systems is not None:
@@ -173,6 +189,8 @@ def check(arguments) -> None:
         for name in a.systems:
             if name not in SYSTEMS:
                 raise BadArgument(f"--systems: expected names among {', '.join(SYSTEMS)}, got {name!r}")
+            if a.transformers and name.endswith(trees.SUFFIX):
+                raise BadArgument(f"--systems: expected no {name} with --transformers, whose classes have no tree mask")
     if a.drafter and a.model is None:
         raise BadArgument("--drafter: expected together with --model, the embedded target has drafters of its own")
     for name, given in (("transformers", a.transformers), ("chat", a.chat)):
@@ -245,6 +263,11 @@ def kernel_ops(device: str):
         fixed_layout=dk.fixed_layout,
         accept_chain=dk.accept_chain,
         schedule_prefixes=dk.schedule_prefixes,
+        draft_tree=dk.draft_tree,
+        expand_tree=dk.expand_tree,
+        tree_layout=dk.tree_layout,
+        accept_tree=dk.accept_tree,
+        compact_kv=dk.compact_kv,
         plan_attention=dk.plan_attention,
         tree_attention=dk.tree_attention,
     )
@@ -252,8 +275,12 @@ def kernel_ops(device: str):
 
 def systems_of(arguments, models: Models) -> list[System]:
     """Rows of the table. Raises BadArgument."""
-    there = ["autoregressive", *(name for name, _, _ in models.drafters)]
-    wanted = there if arguments.systems is None else arguments.systems
+    there = ["autoregressive"]
+    for name, _, _ in models.drafters:
+        there += [name, name + trees.SUFFIX] if name + trees.SUFFIX in trees.NODES else [name]
+    wanted = arguments.systems
+    if wanted is None:
+        wanted = [name for name in there if arguments.model is None or not name.endswith(trees.SUFFIX)]
     for name in wanted:
         if name not in there:
             known = ", ".join(dict.fromkeys(there))
@@ -261,23 +288,39 @@ def systems_of(arguments, models: Models) -> list[System]:
     systems = [System("autoregressive", "", Autoregressive())] if "autoregressive" in wanted else []
     ops = kernel_ops(arguments.device) if arguments.kernels else None
     for name, source, make in models.drafters:
-        if name not in wanted:
+        if name not in wanted and name + trees.SUFFIX not in wanted:
             continue
         drafter = make()
-        thresholds = arguments.confidence_threshold if name == "dspark" else [0.0]
-        if any(thresholds) and not drafter.has_confidence:
-            thresholds = [0.0]
-        rows = [System(name, source, drafter, threshold) for threshold in thresholds]
-        if drafter.has_confidence and models.cost is not None:
-            rows.append(System(name, source, drafter, cost=models.cost))
-        systems += rows
-        if name == "dspark" and ops is not None:
-            systems += [dataclasses.replace(row, ops=ops) for row in rows]
+        if name in wanted:
+            thresholds = arguments.confidence_threshold if name == "dspark" else [0.0]
+            if any(thresholds) and not drafter.has_confidence:
+                thresholds = [0.0]
+            rows = [System(name, source, drafter, threshold) for threshold in thresholds]
+            if drafter.has_confidence and models.cost is not None:
+                rows.append(System(name, source, drafter, cost=models.cost))
+            systems += rows
+            if ops is not None and (name == "dspark" or name + trees.SUFFIX in wanted):
+                systems += [dataclasses.replace(row, ops=ops) for row in rows]
+        if name + trees.SUFFIX in wanted:
+            systems += _tree_systems(arguments, name, source, drafter, ops)
     if arguments.cost is not None and not any(system.cost is not None for system in systems):
         raise BadArgument("--cost: expected a drafter with a confidence head among the systems, there is none")
     if arguments.kernels and not any(system.ops for system in systems):
-        raise BadArgument("--kernels: expected dspark among the systems, there is none")
+        raise BadArgument("--kernels: expected dspark among the systems, or a tree, there is none")
     return systems
+
+
+def _tree_systems(arguments, name: str, source: str, drafter: Drafter, ops) -> list[System]:
+    """Rows of a drafter's trees, each below the chain that verifies as many rows; through the kernels, too."""
+    systems = []
+    for num_nodes in dict.fromkeys(arguments.tree_nodes or trees.NODES[name + trees.SUFFIX]):
+        chain = trees.chain(drafter, num_nodes)
+        if chain is not None:
+            systems.append(System(name, source, chain[0], drafts=chain[1]))
+        for shape in trees.shapes(drafter, num_nodes):
+            if arguments.tree_nodes is not None or not trees.sampled(shape) or num_nodes <= trees.SAMPLED_NODES:
+                systems.append(System(name + trees.SUFFIX, source, drafter, tree=shape))
+    return systems + ([dataclasses.replace(row, ops=ops) for row in systems] if ops is not None else [])
 
 
 class Progress:
@@ -306,15 +349,16 @@ class Progress:
 
 def run_all(arguments, models: Models, systems: Sequence[System], prompts: Sequence[list[int]]) -> list[Run]:
     """Every system at every temperature."""
-    progress = Progress(len(systems) * len(arguments.temperature) * len(prompts) * arguments.max_new_tokens)
+    # Greedy, what is drawn is chosen: such a tree would be another row of the same.
+    rows = [(s, t) for t in arguments.temperature for s in systems if t > 0 or not trees.sampled(s.tree)]
+    progress = Progress(len(rows) * len(prompts) * arguments.max_new_tokens)
     runs = []
-    for temperature in arguments.temperature:
-        for system in systems:
-            progress.start(f"{system.label}, T = {temperature:g}")
-            run = _prepared(arguments, models, system, temperature)
-            if system.ops is None or not arguments.device.startswith("cpu"):  # nobody reads the interpreter's times
-                run(prompts[:1], 2 * system.drafter.max_drafts + 2)  # first calls set threads and memory up; not timed
-            runs.append(Run(system, temperature, run(prompts, arguments.max_new_tokens, progress)))
+    for system, temperature in rows:
+        progress.start(f"{system.label}, T = {temperature:g}")
+        run = _prepared(arguments, models, system, temperature)
+        if system.ops is None or not arguments.device.startswith("cpu"):  # nobody reads the interpreter's times
+            run(prompts[:1], 2 * system.drafter.max_drafts + 2)  # first calls set threads and memory up; not timed
+        runs.append(Run(system, temperature, run(prompts, arguments.max_new_tokens, progress)))
     progress.close()
     return runs
 
@@ -332,9 +376,11 @@ def _prepared(arguments, models: Models, system: System, temperature: float):
             system.drafter,
             requests,
             rule=arguments.rule,
+            max_drafts=system.drafts,
             confidence_threshold=system.threshold,
             cost=system.cost,
             policy=arguments.policy,
+            tree=system.tree,
             ops=system.ops,
             batch_size=arguments.batch_size,
             progress=progress,
@@ -401,6 +447,8 @@ def as_json(arguments, runs: Sequence[Run], prompts) -> dict:
                 "temperature": run.temperature,
                 "confidence_threshold": run.system.threshold,
                 "policy": None if run.system.cost is None else arguments.policy,
+                "max_drafts": run.system.drafts,
+                "tree": None if run.system.tree is None else dataclasses.asdict(run.system.tree),
                 "kernels": run.system.ops is not None,
                 **{
                     key: (None if isinstance(value, float) and math.isnan(value) else value)

@@ -126,6 +126,7 @@ def steps(out: Path) -> list[Step]:
 
     if hasattr(dspark_kernels, "tree_attention"):
         found.append(_kernels("tree_attention", 120, ["tree_attention"], out))
+    found.append(_kernels("trees", 120, ["draft_tree", "accept_tree", "compact_kv"], out))
     found.append(_kernels("layouts", 40, ["fixed_layout", "tree_layout", "draft_layout"], out))
     few = ("--num-prompts", "4", "--max-new-tokens", "48", "--systems", "autoregressive,dspark")
     decode = (PYTHON, "-m", "bench.decode", "--kernels", "--device", "cuda", *few)

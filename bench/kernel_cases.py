@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import dspark_kernels as dk
-from reference import accept, cases, draft, layout as layouts, schedule
+from reference import accept, cases, draft
 from reference.equality import assert_equal_or_tied
 
 from .draft_laws import latents_of, unfiltered
@@ -27,7 +27,7 @@ from .draft_laws import latents_of, unfiltered
 VOCAB, DRAFTS, RANK, HIDDEN = 151936, 7, 256, 2560
 BF16 = 2  # bytes
 SUM_EXP, NOISE = 10, 93  # instructions per logit: counted in the compiled code
-PAGE = 16
+PAGE = 16  # of a paged cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Case:
 
     bytes, flops, instructions; small() -> the same at sizes for the interpreter; make(seed) -> the op's arguments on the host;
     workspace(device); run(arguments) -> (result of a call, what else the comparison needs); compare(arguments, *run(arguments)),
-    which raises AssertionError where the result is not the reference's.
+    which raises AssertionError where the result is not the reference's; where the op has no out and workspace,
+    call(arguments) -> what is timed.
     """
 
     op: str
@@ -117,15 +118,6 @@ def close(actual, exact, bound: float, what: str) -> None:
 
 def largest(x: Tensor) -> float:
     return max(1.0, x.abs().max().item())
-
-
-def same_layout(op: str, have: dk.VerifyLayout, want: dk.VerifyLayout) -> None:
-    for field in dataclasses.fields(want):
-        expected, actual = getattr(want, field.name), getattr(have, field.name)
-        if isinstance(expected, Tensor):
-            require(actual.dtype == expected.dtype and torch.equal(actual, expected), f"{op}: {field.name} differs")
-        else:
-            require(actual == expected, f"{op}: {field.name} differs")
 
 
 def by_request(*columns) -> dict[int, tuple]:
@@ -471,192 +463,13 @@ class Accept:
         assert_equal_or_tied(reference, outcome(result, anchors, positions))
 
 
-# --- schedule_prefixes and the layouts --------------------------------------------------------------------------------
-
-
-def _row_bytes(requests: int, rows: int) -> int:
-    """A layout with paged slots: per row id, position, owner, slot and logit row written; per request length, starts, flags
-    written, anchor and position read; the first page of each."""
-    return rows * (8 + 8 + 4 + 8 + 4) + 4 + requests * (4 + 4 + 8 + 8 + 4) + 2 * 4 * (requests + 1)
-
-
-def _pages(g: torch.Generator, requests: int, longest: int = 4096) -> dict:
-    """Positions below `longest`, and a table of pages for them and the rows behind."""
-    pages = -(-(longest + 128) // PAGE)
-    tables = torch.randint(0, 10**6, (requests, pages), generator=g).int()
-    positions = torch.randint(0, longest, (requests,), generator=g)
-    return dict(anchor_positions=positions, block_tables=tables, page_size=PAGE)
-
-
-def _block(g: torch.Generator, requests: int, drafts: int, confidence: bool) -> dk.DraftBlock:
-    tokens = torch.randint(0, VOCAB, (requests, drafts), generator=g)
-    survives = torch.rand(requests, drafts, generator=g) ** 0.4 if confidence else None
-    return dk.DraftBlock(tokens, dk.OneHotProposal(), torch.zeros(requests, dtype=torch.int32), survives)
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """policy "causal", "budget" (a given one) or "stale" (the best under older confidences)."""
-
-    requests: int
-    policy: str
-    drafts: int = DRAFTS
-
-    op = "schedule_prefixes"
-
-    @property
-    def rows(self) -> int:
-        return self.requests * (self.drafts + 1)
-
-    @property
-    def bytes(self) -> int:
-        count = _row_bytes(self.requests, self.rows) + self.requests * self.drafts * (8 + 4)
-        if self.policy == "stale":
-            count += 4 * self.requests * self.drafts
-        return count + (4 if self.policy == "budget" else 4 * (self.rows + 1) + 4)  # a budget, or the costs of every size
-
-    @property
-    def flops(self) -> int:
-        return self.requests * self.drafts * (2 if self.policy == "stale" else 1)  # survivals
-
-    @property
-    def instructions(self) -> int:
-        return 0
-
-    def small(self) -> Schedule:
-        return dataclasses.replace(self, requests=min(self.requests, 13), drafts=min(self.drafts, 5))
-
-    def make(self, seed: int) -> dict:
-        g = torch.Generator().manual_seed(seed)
-        # Costs rise slowly enough that most drafts pay and steeply enough that the unlikely ones do not.
-        steps = 2e-3 + 2e-3 / self.rows * torch.arange(self.rows + 1.0)
-        given = dict(
-            block=_block(g, self.requests, self.drafts, True),
-            cost=None if self.policy == "budget" else dk.CostTable(steps, torch.full((self.requests + 1,), 5e-4)),
-            anchors=torch.randint(0, VOCAB, (self.requests,), generator=g),
-            policy="causal" if self.policy == "causal" else "budget",
-        )
-        if self.policy == "budget":
-            given["budget"] = torch.tensor([self.requests * self.drafts // 2], dtype=torch.int32)
-        elif self.policy == "stale":
-            given["stale_confidence"] = torch.rand(self.requests, self.drafts, generator=g) ** 0.4
-        return given | _pages(g, self.requests)
-
-    def workspace(self, device) -> dk.Workspace:
-        return dk.Workspace(self.requests, self.drafts, 1, device)
-
-    def run(self, inputs: dict) -> tuple[dk.VerifyLayout, None]:
-        return dk.schedule_prefixes(**inputs), None
-
-    def compare(self, inputs: dict, result: dk.VerifyLayout, _) -> None:
-        same_layout(self.op, result, schedule.schedule_prefixes(**inputs))
-
-
-class _Layout:
-    """What the three layouts share. Frozen dataclasses below."""
-
-    flops = instructions = 0
-
-    def workspace(self, device) -> None:
-        return None  # they need none
-
-    def run(self, inputs: dict) -> tuple[dk.VerifyLayout, None]:
-        return getattr(dk, self.op)(**inputs), None
-
-    def compare(self, inputs: dict, result: dk.VerifyLayout, _) -> None:
-        same_layout(self.op, result, getattr(layouts, self.op)(**inputs))
-
-
-@dataclasses.dataclass(frozen=True)
-class Fixed(_Layout):
-    """Given lengths."""
-
-    requests: int
-    drafts: int = DRAFTS
-
-    op = "fixed_layout"
-
-    @property
-    def bytes(self) -> int:
-        return _row_bytes(self.requests, self.requests * (self.drafts + 1)) + self.requests * (8 * self.drafts + 4)
-
-    def small(self) -> Fixed:
-        return dataclasses.replace(self, requests=min(self.requests, 13))
-
-    def make(self, seed: int) -> dict:
-        g = torch.Generator().manual_seed(seed)
-        return dict(
-            block=_block(g, self.requests, self.drafts, False),
-            draft_lens=torch.randint(0, self.drafts + 1, (self.requests,), generator=g).int(),
-            anchors=torch.randint(0, VOCAB, (self.requests,), generator=g),
-        ) | _pages(g, self.requests)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tree(_Layout):
-    """Random trees of M nodes."""
-
-    requests: int
-    nodes: int = 32
-
-    op = "tree_layout"
-
-    @property
-    def bytes(self) -> int:
-        """The anchors are among the nodes here; each node has a depth."""
-        rows = self.requests * self.nodes
-        return _row_bytes(self.requests, rows) + 8 * (rows - self.requests) + 4 * rows + 4 * self.requests
-
-    def small(self) -> Tree:
-        return dataclasses.replace(self, requests=min(self.requests, 5), nodes=9)
-
-    def make(self, seed: int) -> dict:
-        g = torch.Generator().manual_seed(seed)
-        shape = (self.requests, self.nodes)
-        parents = torch.full(shape, -1)
-        depths = torch.zeros(shape, dtype=torch.long)
-        words = torch.ones(shape, dtype=torch.long)
-        each = torch.arange(self.requests)
-        for node in range(1, self.nodes):
-            parents[:, node] = torch.randint(max(0, node - 5), node, (self.requests,), generator=g)
-            depths[:, node] = depths[each, parents[:, node]] + 1
-            words[:, node] = words[each, parents[:, node]] | 1 << node
-        links = torch.full(shape, -1, dtype=torch.int32)  # children are not read by a layout
-        tree = dk.DraftTree(
-            torch.randint(0, VOCAB, shape, generator=g), parents.int(), depths.int(), links, links.clone(), words,
-            torch.randint(1, self.nodes + 1, (self.requests,), generator=g).int(), dk.OneHotProposal(), "one_hot",
-            torch.zeros(self.requests, dtype=torch.int32),
-        )  # fmt: skip
-        return dict(tree=tree) | _pages(g, self.requests)
-
-
-@dataclasses.dataclass(frozen=True)
-class DraftRows(_Layout):
-    """The drafter's own block, anchor first."""
-
-    requests: int
-    drafts: int = DRAFTS
-
-    op = "draft_layout"
-
-    @property
-    def bytes(self) -> int:
-        return _row_bytes(self.requests, self.requests * self.drafts)
-
-    def small(self) -> DraftRows:
-        return dataclasses.replace(self, requests=min(self.requests, 13))
-
-    def make(self, seed: int) -> dict:
-        g = torch.Generator().manual_seed(seed)
-        anchors = torch.randint(0, VOCAB, (self.requests,), generator=g)
-        return dict(anchors=anchors, block_size=self.drafts, mask_token_id=VOCAB - 1) | _pages(g, self.requests)
-
-
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 
 def registry() -> list[Case]:
     """Every case, those that matter most first."""
+    from . import attention_cases, layout_cases, tree_cases  # they build on what is above
+
     found = [
         Case("draft_block", "sampled_r1", Draft(1), Target(floors=1.25)),
         Case("draft_block", "sampled_r8", Draft(8)),
@@ -691,25 +504,9 @@ def registry() -> list[Case]:
         Case("accept_chain", "greedy_r1", Accept(1, "one_hot", sampled=False), Target(microseconds=10)),
         Case("accept_chain", "greedy_r8", Accept(8, "one_hot", sampled=False), Target(microseconds=10)),
     ]
-    for policy in ("causal", "budget", "stale"):
-        for requests, drafts in ((1, DRAFTS), (64, DRAFTS), (256, DRAFTS), (1024, 16)):
-            name = f"{policy}_r{requests}" + ("" if drafts == DRAFTS else f"_k{drafts}")
-            target = Target(microseconds=10) if (requests, drafts) == (256, DRAFTS) else None
-            found.append(Case("schedule_prefixes", name, Schedule(requests, policy, drafts), target))
+    found += layout_cases.scheduling()
     found += [
         Case("draft_candidates", "c64_r1", Candidates(1), Target(microseconds=15)),
         Case("draft_candidates", "c64_r64", Candidates(64), Target(floors=1.3)),
     ]
-    # tree_attention: its cases live in a module of their own, and are here as soon as the op is.
-    if hasattr(dk, "tree_attention"):
-        from . import attention_cases
-
-        found += attention_cases.registry()
-    found += [
-        Case("fixed_layout", "r64", Fixed(64)),
-        Case("fixed_layout", "r256", Fixed(256)),
-        Case("tree_layout", "r64", Tree(64)),
-        Case("draft_layout", "r64", DraftRows(64)),
-        Case("draft_layout", "r256", DraftRows(256)),
-    ]
-    return found
+    return found + attention_cases.registry() + tree_cases.registry() + layout_cases.registry()

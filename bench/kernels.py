@@ -152,6 +152,8 @@ def _timed(case, spec, inputs, result, bench: Bench) -> list[Row]:
     op = getattr(dk, spec.op)
 
     def kernel_call(given, out):
+        if hasattr(spec, "call"):
+            return lambda: spec.call(given)
         return lambda: op(**given, out=out, workspace=workspace)
 
     # Every set writes memory of its own, so that a result that is still in the cache saves no write.
@@ -189,10 +191,11 @@ def _measured(case, spec, name, how, cache, calls, flush, bench: Bench) -> Row:
 
 
 def _another(spec, inputs, seed: int, device) -> dict:
-    """Further inputs: of another seed where there are few requests, whose course is chance; else the same in other memory."""
+    """Further inputs: of another seed where there are few requests, whose course is chance, and where addresses are among the
+    inputs; else the same in other memory."""
     from . import kernel_cases
 
-    if spec.requests < 8:
+    if spec.requests < 8 or hasattr(spec, "call"):
         return inputs_of(spec, seed, device)
     return kernel_cases.mapped(inputs, torch.clone)
 
@@ -207,10 +210,14 @@ def _same_again(call, result, want) -> None:
 
 
 def _names(op: str, inputs, baselines) -> list[str]:
-    """With "engines" replaced by those that are installed."""
+    """With "engines" replaced by those that are installed; PyTorch only where there is a function for the op."""
     from . import engines
+    from .baselines import BASELINES
 
-    return [name for given in baselines for name in (engines.installed(op, inputs) if given == "engines" else [given])]
+    found = []
+    for name in baselines:
+        found += engines.installed(op, inputs) if name == "engines" else [name] * (op in BASELINES)
+    return found
 
 
 def _baseline_calls(op: str, name: str, sets) -> list[Callable]:

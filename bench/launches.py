@@ -138,14 +138,14 @@ class Step:
 
 def steps(sampled: bool, small: bool) -> list[Step]:
     """The ops of a round at few requests; small: also few ids and keys."""
-    from . import attention_cases, kernel_cases
+    from . import attention_cases, kernel_cases, layout_cases
 
     sizes = dict(vocab=1500) if small else {}
     model = dict(rank=16, hidden=24) if small else {}
     heads = dict(query_heads=4, kv_heads=2, head_dim=32) if small else {}
     return [
         Step("draft_block", "round", kernel_cases.Draft(4, sampled, **sizes, **model)),
-        Step("schedule_prefixes", "round", kernel_cases.Schedule(4, "causal")),
+        Step("schedule_prefixes", "round", layout_cases.Schedule(4, "causal")),
         Step("accept_chain", "round", kernel_cases.Accept(4, "dense" if sampled else "one_hot", sampled, **sizes)),
         Step("plan_attention", "round", attention_cases.Attention(3, 70, **heads)),
         Step("tree_attention", "layer", attention_cases.Attention(3, 70, **heads)),

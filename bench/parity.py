@@ -6,10 +6,14 @@ compared draw by draw (reference/equality.py), and decoding goes on from the ker
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from reference import accept, attention, draft, layout as layouts, schedule
+from reference import accept, attention, compact, draft, layout as layouts, schedule, tree as trees, tree_draft
 from reference.equality import assert_equal_or_tied
+
+LINKS = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors")
 
 
 class CheckedOps:
@@ -68,6 +72,59 @@ class CheckedOps:
     def schedule_prefixes(self, block, cost, **options):
         layout = self._ops.schedule_prefixes(block, cost, **options)
         return self._same_rows("schedule_prefixes", layout, schedule.schedule_prefixes(block, cost, **options))
+
+    def draft_tree(self, base_logits, anchors, head=None, **options):
+        tree = self._ops.draft_tree(base_logits, anchors, head, **options)
+        slots = options["state_indices"].long()
+        return self._same_tree(
+            tree, slots, lambda decisions: tree_draft.draft_tree(base_logits, anchors, head, decisions=decisions, **options)
+        )
+
+    def expand_tree(self, tree, node_logits, **options):
+        # The op extends the tree in place.
+        before = dataclasses.replace(tree, **{name: getattr(tree, name).clone() for name in (*LINKS, "num_nodes", "flags")})
+        tree = self._ops.expand_tree(tree, node_logits, **options)
+        slots = options["state_indices"].long()
+        return self._same_tree(
+            tree, slots, lambda decisions: tree_draft.expand_tree(before, node_logits, decisions=decisions, **options)
+        )
+
+    def _same_tree(self, tree, slots, reference):
+        def by_request(tree):
+            return _by_request(*(getattr(tree, name)[slots] for name in (*LINKS, "num_nodes")), tree.flags)
+
+        self.calls += 1
+        assert_equal_or_tied(lambda decisions: by_request(reference(decisions)), by_request(tree))
+        return tree
+
+    def tree_layout(self, tree, **options):
+        return self._same_rows("tree_layout", self._ops.tree_layout(tree, **options), layouts.tree_layout(tree, **options))
+
+    def accept_tree(self, target_logits, layout, tree, *, anchors, anchor_positions, **options):
+        given = anchors.clone(), anchor_positions.clone()
+
+        def run(decisions):
+            ids, positions = (tensor.clone() for tensor in given)
+            want = trees.accept_tree(
+                target_logits, layout, tree, anchors=ids, anchor_positions=positions, decisions=decisions, **options
+            )
+            return _by_request(want.tokens, want.num_accepted, want.path, want.kv_source, want.flags)
+
+        result = self._ops.accept_tree(target_logits, layout, tree, anchors=anchors, anchor_positions=anchor_positions, **options)
+        self.calls += 1
+        assert_equal_or_tied(
+            run, _by_request(result.tokens, result.num_accepted, result.path, result.kv_source, result.flags)
+        )
+        return result
+
+    def compact_kv(self, layers, acceptance, layout):
+        want = [cache.clone() for cache in layers.caches]
+        compact.compact_kv(want, acceptance, layout)
+        self._ops.compact_kv(layers, acceptance, layout)
+        self.calls += 1
+        for index, (have, moved) in enumerate(zip(layers.caches, want, strict=True)):
+            if not torch.equal(have.view(torch.uint8), moved.view(torch.uint8)):  # bits: what was never written is NaN
+                raise AssertionError(f"compact_kv: cache {index} differs")
 
     def __getattr__(self, name):
         # Only ops with attention make the loop use paged caches.

@@ -69,7 +69,8 @@ class Sizes:
     def bytes(self) -> dict[str, int]:
         """op -> what must move once, all layers together; counted by the cases of bench.kernels, with all drafts verified."""
         from .attention_cases import Attention
-        from .kernel_cases import Accept, Draft, Schedule
+        from .kernel_cases import Accept, Draft
+        from .layout_cases import Schedule
 
         model = dict(drafts=self.drafts, vocab=self.vocab)
         heads = dict(query_heads=self.query_heads, kv_heads=self.kv_heads, head_dim=self.head_dim)

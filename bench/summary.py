@@ -1,7 +1,7 @@
 """What a system's generations amount to: the numbers of a table row, and the table.
 
     tokens per round = mean of (accepted drafts + 1) over the rounds of all requests, with its standard error
-    conditional acceptance at position k = rounds that accepted >= k drafts / rounds that accepted >= k - 1 and verified >= k
+    conditional acceptance at position k = rounds that accepted >= k drafts / rounds that accepted >= k - 1 and verified one there
 
 A round belongs to one request; a prompt's pass and the token that comes from it belong to none.
 """
@@ -36,9 +36,10 @@ class Summary:
         rounds, tokens = len(lengths), sum(lengths)
         mean = _ratio(tokens, rounds)
         variance = _ratio(sum((length - mean) ** 2 for length in lengths), rounds - 1)
+        depths = [depth for g in generations for depth in g.proposal_depths or g.proposal_lengths]
         acceptance = []
-        for k in range(1, max(verified, default=0) + 1):
-            reached = sum(length >= k and proposed >= k for length, proposed in zip(lengths, verified, strict=True))
+        for k in range(1, max(depths, default=0) + 1):
+            reached = sum(length >= k and depth >= k for length, depth in zip(lengths, depths, strict=True))
             acceptance.append(_ratio(sum(length > k for length in lengths), reached))
         draft, verify = sum(g.draft_seconds for g in generations), sum(g.verify_seconds for g in generations)
         return cls(
@@ -70,7 +71,7 @@ COLUMNS = (
     ("draft ms", "drafting per round of a request (a batch shares its time)"),
     ("verify ms", "scheduling, the target's pass and acceptance"),
     ("tokens/s", "of all requests together, prompts not counted"),
-    ("acceptance by position", "of the drafts at position 1, 2, ... whose predecessors were accepted, in percent"),
+    ("acceptance by position", "of drafts at position 1, 2, ... (in a tree: any there) after accepted ones, in percent"),
 )
 
 

@@ -100,6 +100,12 @@ def _draft_call(calls, shape):
     calls.draft_call(requests, dtype=dtype)
 
 
+def _layout_cases():
+    from . import layout_cases
+
+    return layout_cases
+
+
 _OPERANDS = {"16 bit": "bfloat16", "32 bit": "float32"}
 _PROPOSALS = {"light": "lse", "heavy": "no lse", "wide": "rebuilt"}
 
@@ -135,7 +141,7 @@ KERNELS = {
     "schedule": Tuned(
         op="schedule_prefixes",
         call=lambda calls, shape: calls.schedule_call(_schedule_requests(shape), max_rows=shape["rows"]),
-        spec=lambda cases, attention_cases, shape: cases.Schedule(_schedule_requests(shape), "causal"),
+        spec=lambda cases, attention_cases, shape: _layout_cases().Schedule(_schedule_requests(shape), "causal"),
         space=dict(block=(128, 256, 512, 1024), sort=(512, 1024, 2048), num_warps=(2, 4, 8, 16)),
         flight=lambda shape, config: 36 * config["block"],
         importance=lambda shape: 2.0 + 0.5 * (shape["candidates"] == shape["rows"]),
@@ -143,7 +149,7 @@ KERNELS = {
     "layout": Tuned(
         op="fixed_layout",
         call=_layout_call,
-        spec=lambda cases, attention_cases, shape: cases.Fixed(shape["requests"]),
+        spec=lambda cases, attention_cases, shape: _layout_cases().Fixed(shape["requests"]),
         space=dict(block=(64, 128, 256, 512), num_warps=(1, 2, 4, 8)),
         flight=lambda shape, config: 32 * config["block"],
         importance=lambda shape: 1.0,

@@ -45,20 +45,24 @@ class Decisions:
 
     def pick(self, request: int, kind: str, keys: Tensor) -> int:
         """Index of the largest key; ties, -0.0 and 0.0 among them, go to the lowest index."""
-        keys = keys + 0.0
-        best = int(torch.argmax((keys == keys.max()).int()))
+        keys = keys + 0.0  # a copy, which loses its best below
+
+        def first(value):
+            return int(torch.argmax((keys == value).int()))
+
+        largest = keys.max()
+        best = first(largest)
         if keys.numel() == 1:
             return best
-        others = keys.clone()
-        others[best] = -math.inf
-        second = int(torch.argmax((others == others.max()).int()))
-        top, runner_up = float(keys[best]), float(others[second])
+        keys[best] = -math.inf
+        second = keys.max()
+        top, runner_up = float(largest), float(second)
         if top == runner_up or math.isinf(top):
             margin = math.inf  # equal keys are equal in every precision, and an infinite key has no rival
         else:
             margin = top - runner_up
         scale = max(1.0, abs(top)) if math.isfinite(top) else 1.0
-        return second if self.flipped(request, kind, margin, scale) else best
+        return first(second) if self.flipped(request, kind, margin, scale) else best
 
     def below(self, request: int, kind: str, coin: float, denominator: float, numerator: float) -> bool:
         """coin * denominator < numerator, strictly."""

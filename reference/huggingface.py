@@ -87,6 +87,8 @@ class HuggingFaceTarget:
     @torch.no_grad()
     def forward(self, token_ids: Tensor, rows: Rows, cache: SlotCaches, feature_layers: Sequence[int] = ()) -> Output:
         """One pass, as reference.model.Target.forward."""
+        if rows.ancestors is not None:
+            raise ValueError("rows: expected chains, got the rows of draft trees, for which transformers has no mask")
         hidden, pre_norm, features = [], [], []
         for slot, start, begin, end in rows.segments:
             cache.crop(slot, start)

@@ -6,7 +6,8 @@
 Norms are RMSNorm; those of queries and keys work per head. Query heads share key-value heads in groups (GQA). Row i of
 a pass is token token_ids[i] at positions[i] of batch row batch_indices[i]; the rows of one batch row stand together at
 consecutive positions, so a single pass serves prompts, one-token steps and drafts to verify, of requests of different
-lengths.
+lengths. The rows of a draft tree take consecutive places of the cache, stand at the positions of their depths and see
+their ancestors alone.
 
 Symbols: N rows, S slots, d hidden size, Hq/Hkv query and key-value heads, D head size, V vocabulary, m chosen layers.
 Source: Hugging Face `Qwen3ForCausalLM` (names of config keys and tensors).
@@ -20,6 +21,10 @@ from typing import Callable, Mapping, NamedTuple, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dspark_kernels.types import Acceptance
+
+MAX_NODES = 64  # of a tree: bits of an ancestor word
 
 
 class Weights:
@@ -125,7 +130,7 @@ class Rotation(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Rows begin..end-1 of a pass: consecutive positions of one slot, from `start` on."""
+    """Rows begin..end-1 of a pass: consecutive places of one slot's cache, from `start` on."""
 
     slot: int
     start: int
@@ -140,9 +145,12 @@ class Rows:
     positions: Tensor  # int64 [N]
     slots: Tensor  # int64 [N]
     segments: list[Segment]
+    ancestors: Tensor | None = None  # int64 [N], trees: bit s = sees row s of its segment; longer segments are chains
 
     @classmethod
-    def pack(cls, positions: Tensor, batch_indices: Tensor, state_indices: Sequence[int]) -> "Rows":
+    def pack(
+        cls, positions: Tensor, batch_indices: Tensor, state_indices: Sequence[int], ancestors: Tensor | None = None
+    ) -> "Rows":
         """positions, batch_indices: [N]; state_indices: the slot of each batch row. Raises ValueError for other
         orders."""
         at, of = positions.tolist(), batch_indices.tolist()
@@ -151,7 +159,7 @@ class Rows:
             if not 0 <= batch_row < len(state_indices):
                 raise ValueError(f"batch_indices: expected 0 to {len(state_indices) - 1} in every row, got {batch_row}")
             if row and batch_row == of[row - 1]:
-                if position != at[row - 1] + 1:
+                if ancestors is None and position != at[row - 1] + 1:
                     raise ValueError(f"positions: expected {at[row - 1] + 1} in row {row}, got {position}")
                 segments[-1] = segments[-1]._replace(end=row + 1)
             else:
@@ -161,7 +169,7 @@ class Rows:
         slots = torch.empty(len(at), dtype=torch.int64)
         for segment in segments:
             slots[segment.begin : segment.end] = segment.slot
-        return cls(positions.long(), slots.to(positions.device), segments)
+        return cls(positions.long(), slots.to(positions.device), segments, ancestors)
 
     @classmethod
     def of(cls, segments: Sequence[tuple[int, int, int]], device) -> "Rows":
@@ -174,16 +182,24 @@ class Rows:
             begin += count
         return cls(torch.tensor(positions, device=device), torch.tensor(slots, device=device), packed)
 
+    @property
+    def places(self) -> Tensor:
+        """Where in its slot's cache every row goes, int64 [N]: siblings share a position, never a place."""
+        if self.ancestors is None:
+            return self.positions
+        places = [place for _, start, begin, end in self.segments for place in range(start, start + end - begin)]
+        return torch.tensor(places, device=self.positions.device)
+
     def last(self) -> Tensor:
         """The last row of each segment, int64 [segments]."""
         return torch.tensor([segment.end - 1 for segment in self.segments], device=self.positions.device)
 
 
 class KVCache:
-    """Keys and values of S slots, written by position; `lengths[slot]` entries are valid.
+    """Keys and values of S slots, written by place; `lengths[slot]` entries are valid.
 
-    A pass writes its rows and attends to everything before them in their slot; `crop` gives up the rows of rejected
-    drafts, which later rows overwrite.
+    A pass writes its rows and attends to everything before them in their slot; `compact` brings the accepted rows of a
+    tree together, `crop` gives up the rows of rejected drafts, which later rows overwrite.
     """
 
     def __init__(self, shape: Shape, slots: int, device, dtype):
@@ -198,6 +214,16 @@ class KVCache:
             raise ValueError(f"length: expected 0 to {self.lengths[slot]} (cached), got {length}")
         self.lengths[slot] = length
 
+    def compact(self, rows: Rows, acceptance: Acceptance) -> None:
+        """Move the accepted path of every tree of a pass to the places from its anchor's on."""
+        for segment, accepted, path in zip(
+            rows.segments, acceptance.num_accepted.tolist(), acceptance.path.tolist(), strict=True
+        ):
+            sources = [segment.start + node for node in path[1 : accepted + 1]]
+            kept = slice(segment.start + 1, segment.start + 1 + accepted)
+            for planes in (self._keys, self._values):
+                planes[:, segment.slot, :, kept] = planes[:, segment.slot][:, :, sources]
+
     def claim(self, rows: Rows) -> None:
         """Make room for the rows of a pass. Raises ValueError where a slot would be left with a gap."""
         for slot, start, begin, end in rows.segments:
@@ -211,26 +237,30 @@ class KVCache:
 
     def write(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
         """keys, values: [N, Hkv, D], of rows that were claimed."""
-        self._keys[layer][rows.slots, :, rows.positions] = keys
-        self._values[layer][rows.slots, :, rows.positions] = values
+        places = rows.places
+        self._keys[layer][rows.slots, :, places] = keys
+        self._values[layer][rows.slots, :, places] = values
 
     def attend(self, layer: int, rows: Rows, queries: Tensor, *, causal: bool) -> Tensor:
         """Attention of the rows over their slots, [N, Hq, D] -> [N, Hq * D].
 
-        causal: a row sees the positions up to its own; otherwise all rows of its request too (the drafter's block).
+        causal: a row sees the places up to its own, in a tree its ancestors and what was cached before; otherwise all rows
+        of its request (the drafter's block).
         """
         out = torch.empty_like(queries)
         for slot, start, begin, end in rows.segments:
             count, length = end - begin, start + end - begin
-            mask = None
-            if causal and count > 1 and start > 0:
+            tree, mask = rows.ancestors is not None and count <= MAX_NODES, None
+            if causal and count > 1 and (start > 0 or tree):
                 mask = torch.ones(count, length, dtype=torch.bool, device=queries.device).tril(start)
+            if tree and mask is not None:
+                mask[:, start:] = (rows.ancestors[begin:end, None] >> torch.arange(count, device=queries.device)) & 1
             out[begin:end] = F.scaled_dot_product_attention(
                 queries[begin:end].transpose(0, 1)[None],
                 self._keys[layer, slot, :, :length][None],
                 self._values[layer, slot, :, :length][None],
                 attn_mask=mask,
-                is_causal=causal and count > 1 and start == 0,
+                is_causal=causal and count > 1 and mask is None,
                 scale=self._scale,
                 enable_gqa=True,
             )[0].transpose(0, 1)

@@ -12,7 +12,7 @@ import random
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import PagedKV, VerifyLayout
+from dspark_kernels.types import Acceptance, KVLayers, PagedKV, VerifyLayout
 
 from .model import Rows, Shape
 
@@ -20,7 +20,7 @@ from .model import Rows, Shape
 class PagedCache:
     """Keys and values of S slots in pages of `page_size` positions.
 
-    ops: namespace with plan_attention and tree_attention.
+    ops: namespace with plan_attention and tree_attention, and for trees compact_kv.
     """
 
     def __init__(self, shape: Shape, slots: int, device, dtype, *, ops, page_size: int = 16):
@@ -41,6 +41,11 @@ class PagedCache:
         table, needed = self._tables[slot], -(-length // self._page_size)
         self._free += table[needed:]
         del table[needed:]
+
+    def compact(self, rows: Rows, acceptance: Acceptance) -> None:
+        """Move the accepted path of every tree of a pass to the places from its anchor's on."""
+        layers = KVLayers.of(zip(self._keys, self._values, strict=True))
+        self._ops.compact_kv(layers, acceptance, self._layout(rows)[0])
 
     def claim(self, rows: Rows) -> None:
         """Make room for the rows of a pass. Raises ValueError where a slot would be left with a gap."""
@@ -93,7 +98,8 @@ class PagedCache:
             queries,
             self._paged(layer),
             layout,
-            mask="chain" if causal else "full",
+            mask=("chain" if rows.ancestors is None else "tree") if causal else "full",
+            ancestors=rows.ancestors if causal else None,
             scale=self._scale,
             plan=self._plan,
             state_indices=state_indices,

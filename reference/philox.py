@@ -18,26 +18,21 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
-def _high_low(multiplier: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of multiplier * x, both in [0, 2^32), without leaving int64."""
-    low_part = (x & 0xFFFF) * multiplier  # < 2^48
-    middle = (x >> 16) * multiplier + (low_part >> 16)  # < 2^49
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low_part & 0xFFFF)
-
-
 def philox(key0, key1, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four output words, int64 tensors holding uint32, for broadcastable counters and keys (ints or int64 tensors)."""
     device = next((t.device for t in (c0, c1, c2, c3, key0, key1) if isinstance(t, Tensor)), None)
     words = [torch.as_tensor(c, dtype=torch.int64, device=device) & _MASK for c in (c0, c1, c2, c3, key0, key1)]
     c0, c1, c2, c3, key0, key1 = torch.broadcast_tensors(*words)
-    multiplied, mixed, keys = torch.stack((c0, c2)), torch.stack((c1, c3)), torch.stack((key0, key1))
     per_word = (2,) + (1,) * c0.dim()
-    multipliers = torch.tensor(_MULTIPLIERS, device=keys.device).view(per_word)
-    weyl = torch.tensor(_WEYL, device=keys.device).view(per_word)
-    for _ in range(ROUNDS):
-        high, low = _high_low(multipliers, multiplied)
-        multiplied, mixed = high.flip(0) ^ mixed ^ keys, low.flip(0)
-        keys = (keys + weyl) & _MASK
+    multipliers, weyl = (torch.tensor(pair, device=c0.device).view(per_word) for pair in (_MULTIPLIERS, _WEYL))
+    multiplied, mixed, key = torch.stack((c0, c2)), torch.stack((c1, c3)), torch.stack((key0, key1))
+    keys = key + weyl * torch.arange(ROUNDS, device=c0.device).view(-1, 1, *per_word[1:])
+    for key in keys:
+        # int64 products wrap: bits 32 to 63 are the high word, whatever the sign; what lies above a word is masked off later.
+        product = (multipliers * multiplied).flip(0)
+        multiplied = ((product >> 32) ^ mixed ^ key) & _MASK
+        mixed = product
+    mixed = mixed & _MASK
     return multiplied[0], mixed[0], multiplied[1], mixed[1]
 
 

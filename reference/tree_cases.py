@@ -56,6 +56,7 @@ def accept_tree_case(
     temperatures: tuple[float, ...] = cases.TEMPERATURES,
     counts: list[int] | None = None,
     reach: int | None = None,
+    parents: list[int] | None = None,
     max_rows: int | None = None,
     emits: Tensor | None = None,
     proposal: str = "dense",
@@ -65,7 +66,8 @@ def accept_tree_case(
     filter_order: str = "top_k_first",
     logprobs: str | None = None,
 ) -> AcceptTreeCase:
-    """Trees of random shape and 1 to `nodes` nodes (or `counts` by slot), children drawn from the stored law of their parent.
+    """Trees of random shape and 1 to `nodes` nodes (or `counts`), or all of the shape `parents`, children drawn from the stored law
+    of their parent.
 
     drawn "one_hot": the best tokens of that law. closeness: share of the draft's logits in the target's, 1 = equal laws.
     draft_temperature: the drafter has temperatures of its own, 0 among them. proposal "dense"; "mapped", whose columns are ids in
@@ -96,7 +98,7 @@ def accept_tree_case(
         tree = grown[slot] = Growing(int(torch.randint(0, vocab, (1,), generator=g)), nodes)
         temperature = float((sampling.temperature if own is None else own)[slot])
         left = {}
-        for parent in random_parents(g, count, reach)[1:]:
+        for parent in (random_parents(g, count, reach) if parents is None else parents)[1:]:
             weights = left.setdefault(parent, law[slot, parent].double())
             if drawn == "one_hot" or temperature == 0 or float(weights.max()) == -torch.inf:
                 column = int(weights.argmax())

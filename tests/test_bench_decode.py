@@ -13,17 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import assets, decode as job, lossless, summary
+from bench import assets, decode as job, lossless, summary, trees
 from bench.parity import CheckedOps
 from dspark_kernels.types import CostTable
-from reference import attention, loop
-from reference.drafters import Autoregressive, DSpark
+from reference import attention, compact, loop
+from reference.drafters import Autoregressive, DSpark, TreeShape
 from reference.model import Rows, Target
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden" / "qwen3_tiny"
 KEYS = ("output_ids", "acceptance_lengths", "proposal_lengths")
 SYSTEMS = ("autoregressive", "draft-model", "mtp", "block", "dspark")
+TREES = ("mtp-tree", "block-tree", "dspark-tree")
 SMALL = ["--num-prompts", "5", "--max-new-tokens", "32", "--batch-size", "3"]
 
 
@@ -31,7 +32,7 @@ SMALL = ["--num-prompts", "5", "--max-new-tokens", "32", "--batch-size", "3"]
 def ran(tmp_path_factory):
     """A whole run of the command, in its own process, with five prompts."""
     path = tmp_path_factory.mktemp("decode") / "out.json"
-    command = [sys.executable, "-m", "bench.decode", *SMALL, "--show", "--json", str(path)]
+    command = [sys.executable, "-m", "bench.decode", *SMALL, "--systems", ",".join(SYSTEMS), "--show", "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return SimpleNamespace(text=done.stdout, json=json.loads(path.read_text()), errors=done.stderr)
@@ -72,6 +73,103 @@ def test_counts_hang_together(ran):
         assert run["draft_passes_per_round"] == passes
         if threshold > 0:
             assert run["verified_per_round"] < 7
+
+
+def test_trees_stand_below_the_chain_of_the_same_budget(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    arguments = ["--num-prompts", "2", "--max-new-tokens", "10", "--systems", ",".join(["autoregressive", *TREES])]
+    assert job.main([*arguments, "--tree-nodes", "6", "--json", str(path)]) == 0
+    text, runs = capsys.readouterr().out, json.loads(path.read_text())["runs"]
+    for temperature in ("1", "0"):
+        table = text.split(f"\nT = {temperature} ")[1].split("\n\n")[0]
+        names = [line.split("  ")[0] for line in table.splitlines()[2:]]
+        want = ["autoregressive"]
+        for tree in TREES:
+            name = tree.removesuffix("-tree")
+            want += [f"{name}, 5 drafts", f"{tree}, 6 nodes"] + ([f"{tree}, 6 nodes, sampled"] if temperature == "1" else [])
+        assert names == want
+    assert len(re.findall(r"^  ok ", text, re.M)) == 9 + 6 and "NOT" not in text
+    for run in runs[1:]:
+        verified = {length for result in run["prompts"] for length in result["proposal_lengths"]}
+        if run["tree"] is None:
+            assert verified == {run["max_drafts"]} or run["system"] == "autoregressive"
+        else:
+            shape = run["tree"]
+            methods = {"mtp-tree": "top_k", "block-tree": "best_first", "dspark-tree": "conditioned"}
+            assert shape["method"] == (methods[run["system"]] if shape["rule"] == "walk" else "without_replacement")
+            assert verified == {5 if shape["branching"] is None else 4}  # a comb of two teeth has an even number
+        passes = {"autoregressive": 0, "mtp": 5, "mtp-tree": 2}
+        assert run["draft_passes_per_round"] == passes.get(run["system"], 1)
+
+
+def test_without_being_asked_trees_are_rows_of_the_embedded_models():
+    drafter = SimpleNamespace(max_drafts=7, has_confidence=False)
+    models = SimpleNamespace(drafters=[(name, "", lambda: drafter) for name in SYSTEMS[1:]], cost=None)
+    arguments = job.parser().parse_args([])
+    job.check(arguments)
+    labels = [system.label for system in job.systems_of(arguments, models)]
+    assert [label for label in labels if "tree" in label] == [
+        *(f"{name}-tree, 16 nodes{drawn}" for name in ("mtp", "block", "dspark") for drawn in ("", ", sampled")),
+        "dspark-tree, 32 nodes",
+    ]
+    arguments.model = "a directory"
+    assert not any("tree" in system.label for system in job.systems_of(arguments, models))
+
+
+@pytest.mark.parametrize(
+    "nodes, depth, branching",
+    [(2, 7, (1,)), (3, 7, (1, 1)), (6, 7, (2, 1)), (9, 7, (2, 1, 1, 1)), (16, 7, (3, 1, 1, 1, 1)), (32, 7, (4, *[1] * 6)),
+     (64, 7, (9, *[1] * 6)), (64, 64, (6, *[1] * 9)), (16, 1, (15,))],
+)  # fmt: skip
+def test_combs_by_hand(nodes, depth, branching):
+    assert trees.comb(nodes, depth) == branching
+    assert 1 + branching[0] * len(branching) <= nodes
+
+
+@pytest.mark.parametrize("fault", ["none", "a child", "a row", "a path", "a cache"])
+def test_wrong_trees_are_seen(models, fault):
+    """Every call of the tree ops is held to the reference."""
+    ops = SimpleNamespace(**vars(loop.REFERENCE_OPS))
+
+    def draft_tree(*arguments, **options):
+        tree = loop.REFERENCE_OPS.draft_tree(*arguments, **options)
+        if fault == "a child":
+            tree.tokens[options["state_indices"][0], 2] += 1
+        return tree
+
+    def tree_layout(*arguments, **options):
+        layout = loop.REFERENCE_OPS.tree_layout(*arguments, **options)
+        if fault == "a row":
+            layout.positions[int(layout.num_rows) - 1] += 1
+        return layout
+
+    def accept_tree(*arguments, **options):
+        acceptance = loop.REFERENCE_OPS.accept_tree(*arguments, **options)
+        if fault == "a path" and int(acceptance.num_accepted[0]):
+            acceptance.path[0, 1] += 1
+        return acceptance
+
+    def compact_kv(layers, acceptance, layout):
+        compact.compact_kv(layers.caches, acceptance, layout)
+        if fault == "a cache":
+            layers.caches[1][0, 0] += 1.0
+
+    def tree_attention(q, *arguments, plan, **options):
+        return attention.tree_attention(q, *arguments, **options).to(q.dtype)
+
+    ops.draft_tree, ops.tree_layout, ops.accept_tree, ops.compact_kv = draft_tree, tree_layout, accept_tree, compact_kv
+    ops.plan_attention, ops.tree_attention = lambda *arguments, **options: None, tree_attention
+    checked, requests = CheckedOps(ops), [loop.Request(p, 6, 0.0) for p in models.prompts[:2]]
+
+    def run():
+        loop.decode(models.target, models.drafter, requests, tree=TreeShape(5), ops=checked)
+        assert checked.calls > 20
+
+    if fault == "none":
+        run()
+    else:
+        with pytest.raises(AssertionError):
+            run()
 
 
 def test_show_marks_the_targets_own_tokens(ran):
@@ -156,6 +254,30 @@ def test_a_wrong_kernel_is_seen(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "requests differ, and a call does" in text
     assert re.search(r"NOT +dspark, kernels, T = 0 +2? ?", text)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_trees_of_kernels_stand_beside_the_references(monkeypatch, capsys, wrong):
+    ops = SimpleNamespace(**vars(loop.REFERENCE_OPS))
+
+    def accept_tree(*arguments, **options):
+        acceptance = loop.REFERENCE_OPS.accept_tree(*arguments, **options)
+        if wrong:
+            row = acceptance.num_accepted[0]
+            acceptance.tokens[0, row] = (acceptance.tokens[0, row] + 1) % 1024
+            options["anchors"][options["state_indices"][0]] = acceptance.tokens[0, row]
+        return acceptance
+
+    ops.accept_tree = accept_tree
+    monkeypatch.setattr(job, "kernel_ops", lambda device: ops)
+    arguments = ["--num-prompts", "2", "--max-new-tokens", "8", "--systems", "mtp,mtp-tree", "--temperature", "1"]
+    assert job.main(["--kernels", "--tree-nodes", "4", *arguments]) == wrong
+    text = capsys.readouterr().out
+    rows = ["mtp", "mtp, 3 drafts", "mtp-tree, 4 nodes", "mtp-tree, 4 nodes, sampled"]
+    for row in rows:
+        found = re.search(rf"^  (ok |NOT)  {row}, kernels, T = 1 against the reference .*$", text, re.M)
+        expected = "NOT" if wrong and "tree" in row else "ok "
+        assert found and found[1] == expected and (expected == "ok ") == ("all tokens and lengths identical" in found[0])
 
 
 @pytest.mark.parametrize("fault", ["none", "a scale", "a key", "a padded row"])
@@ -284,6 +406,8 @@ def test_summary_by_hand():
     have = summary.Summary.of([generation])
     assert have.tokens_per_round == 2.5 and math.isclose(have.standard_error, math.sqrt((0.25 + 2.25 + 0.25 + 2.25) / 3 / 4))
     assert have.acceptance == [3 / 4, 2 / 2, 1 / 2]  # the third round verified one draft: it says nothing of the second
+    generation.proposal_lengths, generation.proposal_depths = [6, 6, 6, 6], [3, 3, 1, 3]  # trees of six drafts
+    assert summary.Summary.of([generation]).acceptance == have.acceptance
     assert have.target_passes_per_token == 0.4 and have.draft_passes_per_round == 1 and have.verified_per_round == 2.5
     assert math.isclose(have.draft_ms, 100) and math.isclose(have.verify_ms, 150) and math.isclose(have.tokens_per_second, 10)
 
@@ -395,6 +519,9 @@ def test_a_language_model_from_disk_drafts(directories, tmp_path, capsys):
         (["--seed", str(1 << 40)], "--seed: expected a 32-bit integer"),
         (["--systems", "eagle"], "--systems: expected names among autoregressive"),
         (["--systems", "block", "--kernels"], "--kernels: expected dspark among the systems"),
+        (["--tree-nodes", "1"], "--tree-nodes: expected 2 to 64, got 1"),
+        (["--tree-nodes", "65"], "--tree-nodes: expected 2 to 64, got 65"),
+        (["--model", "x", "--transformers", "--systems", "dspark-tree"], "--systems: expected no dspark-tree with --transformers"),
         (["--kernels", "--rule", "block"], "--kernels: expected --rule token"),
         (["--drafter", "x"], "--drafter: expected together with --model"),
         (["--model", "/nowhere"], "--model: /nowhere: no such directory"),
@@ -458,7 +585,7 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for option in (
         "--kernels --model --drafter --prompts --max-new-tokens --temperature --confidence-threshold --systems --rule "
-        "--batch-size --num-prompts --cost --policy --device --dtype --seed --show --json"
+        "--tree-nodes --batch-size --num-prompts --cost --policy --device --dtype --seed --show --json"
     ).split():
         assert option in text
     for name, _ in summary.COLUMNS:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import engines, kernel_cases as kc, kernels, timing  # noqa: E402
+from bench import engines, kernel_cases as kc, kernels, layout_cases as lc, timing  # noqa: E402
 from bench.attention_cases import Attention  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -237,7 +237,7 @@ def test_attention(monkeypatch, mask):
 def test_nothing_is_compared_where_nothing_is_installed_or_another_thing_is_done(monkeypatch):
     for name in ("flashinfer", "vllm", "sgl_kernel"):
         monkeypatch.setitem(sys.modules, name, None)  # what import finds where there is no such module
-    for spec in (DENSE, ONE_HOT, GREEDY, kc.Draft(2, rank=0, drafts=2, vocab=50), kc.Fixed(3)):
+    for spec in (DENSE, ONE_HOT, GREEDY, kc.Draft(2, rank=0, drafts=2, vocab=50), lc.Fixed(3)):
         assert engines.installed(spec.op, spec.make(1)) == []
     monkeypatch.undo()
     for module in ("flashinfer.sampling", REJECTION, "sgl_kernel"):

@@ -31,8 +31,8 @@ def test_the_steps_and_their_order(tmp_path):
     names = [step.name for step in gpu.steps(tmp_path)]
     important = [n for n in names if n != "kernels: tree_attention"]
     assert important == [
-        "environment", "tests", "kernels: draft_block", "kernels: accept_chain", "kernels: schedule_prefixes", "kernels: layouts",
-        "round", "decode", "memcheck", "racecheck", "launches", "tune", "baselines",
+        "environment", "tests", "kernels: draft_block", "kernels: accept_chain", "kernels: schedule_prefixes", "kernels: trees",
+        "kernels: layouts", "round", "decode", "memcheck", "racecheck", "launches", "tune", "baselines",
     ]  # fmt: skip
     steps = {step.name: step for step in gpu.steps(tmp_path)}
     assert {"pytest", "gpu"} <= set(steps["tests"].command)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dspark_kernels as dk
-from bench import baselines, kernel_cases as kc, kernels, timing
+from bench import baselines, kernel_cases as kc, kernels, layout_cases as lc, timing
 from reference import accept, cases, draft, layout as layouts, schedule
 
 CPU = torch.device("cpu")
@@ -53,13 +53,13 @@ def test_costs_of_acceptance_by_hand():
 
 def test_costs_of_scheduling_and_layouts_by_hand():
     packed = 6 * 32 + 4 + 2 * 28 + 2 * 12  # R = 2, six rows
-    assert kc.Fixed(2, drafts=2).bytes == packed + 2 * 4 + 2 * 2 * 8
-    assert kc.DraftRows(2, drafts=3).bytes == packed
-    assert kc.Tree(2, nodes=3).bytes == packed + 4 * 8 + 6 * 4 + 2 * 4
-    assert kc.Schedule(2, "causal", drafts=2).bytes == packed + 4 * 12 + 4 * 7 + 4
-    assert kc.Schedule(2, "budget", drafts=2).bytes == packed + 4 * 12 + 4
-    assert kc.Schedule(2, "stale", drafts=2).bytes == packed + 4 * 12 + 4 * 7 + 4 + 4 * 4
-    assert [kc.Schedule(2, policy, drafts=2).flops for policy in ("causal", "stale")] == [4, 8]
+    assert lc.Fixed(2, drafts=2).bytes == packed + 2 * 4 + 2 * 2 * 8
+    assert lc.DraftRows(2, drafts=3).bytes == packed
+    assert lc.Tree(2, nodes=3).bytes == packed + 4 * 8 + 6 * 4 + 2 * 4
+    assert lc.Schedule(2, "causal", drafts=2).bytes == packed + 4 * 12 + 4 * 7 + 4
+    assert lc.Schedule(2, "budget", drafts=2).bytes == packed + 4 * 12 + 4
+    assert lc.Schedule(2, "stale", drafts=2).bytes == packed + 4 * 12 + 4 * 7 + 4 + 4 * 4
+    assert [lc.Schedule(2, policy, drafts=2).flops for policy in ("causal", "stale")] == [4, 8]
 
 
 def test_the_tensors_of_a_case_have_the_counted_bytes():
@@ -126,7 +126,7 @@ def test_every_case_is_right_at_a_small_size(name):
 
 @pytest.mark.parametrize("policy", ["causal", "budget", "stale"])
 def test_scheduling_cases_admit_some_and_not_all(policy):
-    spec = kc.Schedule(64, policy)
+    spec = lc.Schedule(64, policy)
     for seed in (1, 2):
         lens = schedule.schedule_prefixes(**spec.make(seed)).draft_lens
         assert 0.2 * 64 * 7 < int(lens.sum()) < 0.95 * 64 * 7
@@ -628,7 +628,7 @@ def assert_rows(have, want):
 @pytest.mark.parametrize("requests, drafts", [(1, 7), (13, 5), (64, 7)])
 def test_scheduling_by_sort_is_the_reference(policy, requests, drafts):
     for seed in range(3):
-        inputs = kc.Schedule(requests, policy, drafts).make(seed)
+        inputs = lc.Schedule(requests, policy, drafts).make(seed)
         coarse = (inputs["block"].confidence * 4).round() / 4  # survivals tie
         if seed == 2:
             inputs["block"] = dataclasses.replace(inputs["block"], confidence=coarse)
@@ -637,7 +637,7 @@ def test_scheduling_by_sort_is_the_reference(policy, requests, drafts):
 
 def test_scheduling_by_sort_admits_no_impossible_draft():
     """Also where larger steps cost less."""
-    inputs = kc.Schedule(3, "causal", 4).make(0)
+    inputs = lc.Schedule(3, "causal", 4).make(0)
     confidence = inputs["block"].confidence
     confidence[:, 2] = 0.0
     inputs["cost"] = dk.CostTable(inputs["cost"].seconds.flip(0).contiguous(), inputs["cost"].draft_seconds)
@@ -646,7 +646,7 @@ def test_scheduling_by_sort_admits_no_impossible_draft():
     assert_rows(call("schedule_prefixes", inputs), want)
 
 
-@pytest.mark.parametrize("spec", [kc.Fixed(1), kc.Fixed(13, 4), kc.Tree(5, 9), kc.DraftRows(1), kc.DraftRows(13, 3)], ids=repr)
+@pytest.mark.parametrize("spec", [lc.Fixed(1), lc.Fixed(13, 4), lc.Tree(5, 9), lc.DraftRows(1), lc.DraftRows(13, 3)], ids=repr)
 def test_layouts_by_cumulative_sums_are_the_reference(spec):
     for seed in range(2):
         inputs = spec.make(seed)
@@ -657,8 +657,8 @@ def test_layouts_by_cumulative_sums_are_the_reference(spec):
     "spec",
     [kc.Draft(2), kc.Draft(2, sampled=False), kc.Draft(2, rank=0), kc.Draft(2, kind="gated", w2="int8"), kc.Draft(2, kind="rnn"),
      kc.Draft(2, filtered=True), kc.Accept(2), kc.Accept(2, "one_hot"),
-     kc.Accept(2, "one_hot", sampled=False), kc.Schedule(5, "causal"), kc.Schedule(5, "budget"), kc.Schedule(5, "stale"),
-     kc.Fixed(3), kc.Tree(3), kc.DraftRows(3)],
+     kc.Accept(2, "one_hot", sampled=False), lc.Schedule(5, "causal"), lc.Schedule(5, "budget"), lc.Schedule(5, "stale"),
+     lc.Fixed(3), lc.Tree(3), lc.DraftRows(3)],
     ids=repr,
 )  # fmt: skip
 def test_baselines_wait_for_nothing(spec):

@@ -12,6 +12,7 @@ The protocol (class `Drafter`). A drafter is made from (config, tensors, target)
 
     start(slots, new_cache)   once: state for that many requests at a time, caches made by new_cache
     propose(...)              every round, for the slots that decode: a DraftBlock, tokens chosen by `ops.draft_block`
+    propose_tree(...)         in its place where trees are verified: a DraftTree, nodes chosen by `ops.draft_tree`
     commit(committed)         after every pass of the target, with the rows whose keys and values stay in the target's cache
     release(slot)             when a request leaves its slot
 
@@ -27,7 +28,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import DenseProposal, DraftBlock, SamplingTensors
+from dspark_kernels.types import DenseProposal, DraftBlock, DraftTree, SamplingTensors
 
 from ..model import KVCache, Rows
 
@@ -72,6 +73,22 @@ class Anchors:
         return self.token_ids[self.state_indices.long()]
 
 
+@dataclasses.dataclass(frozen=True)
+class TreeShape:
+    """What trees are drafted, and by which rule they are accepted.
+
+    num_nodes: 1 to 64, the anchor included. method: of ops.draft_tree. branching: children of a node by its depth, for the methods
+    that have a shape; a drafter with a pass per depth needs one. candidates: best base logits per position to choose from. rule: of
+    ops.accept_tree.
+    """
+
+    num_nodes: int
+    method: str = "conditioned"
+    branching: tuple[int, ...] | None = None
+    candidates: int | None = None
+    rule: str = "walk"
+
+
 class Drafter:
     """Base of all drafters.
 
@@ -97,6 +114,12 @@ class Drafter:
         drafts: 1..max_drafts, how many to make. sampling: [S], None = all greedy. noise: "draft" or "coupled".
         ops.draft_block chooses the tokens. Returns a block [S, drafts].
         """
+        raise NotImplementedError
+
+    def propose_tree(
+        self, anchors: Anchors, *, shape: TreeShape, sampling: SamplingTensors | None, ops
+    ) -> DraftTree:
+        """Draft a tree [S, num_nodes] for the given slots. ops.draft_tree and ops.expand_tree choose the nodes."""
         raise NotImplementedError
 
     def commit(self, committed: Committed) -> None:
@@ -148,4 +171,6 @@ from .draft_model import DraftModel  # noqa: E402
 from .dspark import DSpark  # noqa: E402
 from .mtp import MTP  # noqa: E402
 
-__all__ = ["Anchors", "Autoregressive", "Block", "Committed", "DSpark", "DraftModel", "Drafter", "MTP", "join", "step"]
+__all__ = [
+    "Anchors", "Autoregressive", "Block", "Committed", "DSpark", "DraftModel", "Drafter", "MTP", "TreeShape", "join", "step",
+]  # fmt: skip

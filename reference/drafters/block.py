@@ -91,6 +91,23 @@ class Block(Drafter):
             state_indices=anchors.state_indices,
         )
 
+    def propose_tree(self, anchors, *, shape, sampling, ops):
+        hidden = self.block_hidden(anchors)
+        self.passes += 1
+        return ops.draft_tree(
+            self.base_logits(hidden),
+            anchors.token_ids,
+            self.head,
+            anchor_positions=anchors.positions,
+            method=shape.method,
+            num_nodes=shape.num_nodes,
+            branching=shape.branching,
+            sampling=sampling,
+            hidden=hidden,
+            candidates=shape.candidates,
+            state_indices=anchors.state_indices,
+        )
+
     def block_hidden(self, anchors) -> Tensor:
         """Hidden states of the K predicting rows after the final norm, [R, K, d]."""
         length = self.max_drafts if self.anchor_first else self.max_drafts + 1

@@ -3,17 +3,20 @@
     x_i = P [norm(E(t_{i+1})); norm(h_i)];  g_i = layer(x_i);  t_{i+2} ~ softmax(head(norm(g_i)) / T)
 
 h_i is the target's last hidden state at position i (before its final norm), E and head are the target's. For the next
-draft g_i takes the place of h_{i+1}, which the target has not computed yet. Source: DeepSeek-V3, arXiv 2412.19437,
-section 2.2.
+draft g_i takes the place of h_{i+1}, which the target has not computed yet; in a tree that of the node's parent, and a node sees
+its own ancestors alone. Source: DeepSeek-V3, arXiv 2412.19437, section 2.2.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dspark_kernels.types import DraftTree
 
 from ..model import DecoderLayer, KVCache, Rows, Shape, Target, Weights, rms_norm, run_layers
 from . import Committed, Drafter, join, max_drafts_of, step
@@ -41,12 +44,7 @@ class MTP(Drafter):
         self._unread: list[tuple[int, Tensor, Tensor] | None] = [None] * slots  # first position, next ids, hidden
 
     def propose(self, anchors, *, drafts, sampling, noise, ops):
-        # The rows kept in the last round run first; the last of each slot sees the anchor and gives draft 1.
-        unread = [self._unread[slot] for slot in anchors.slots]
-        segments = [(slot, first, len(ids)) for slot, (first, ids, _) in zip(anchors.slots, unread, strict=True)]
-        rows = Rows.of(segments, self.target.device)
-        state = self._run(torch.cat([ids for _, ids, _ in unread]), torch.cat([h for _, _, h in unread]), rows)
-        state = state[rows.last()]
+        state = self._read(anchors)
         steps = [step(ops, self._logits(state), 0, anchors, sampling, noise)]
         while len(steps) < drafts:
             ahead = Rows.of(anchors.segments(len(steps) - 1, 1), self.target.device)
@@ -54,6 +52,26 @@ class MTP(Drafter):
             steps.append(step(ops, self._logits(state), len(steps), anchors, sampling, noise))
         self.passes += drafts
         return join(steps)
+
+    def propose_tree(self, anchors, *, shape, sampling, ops):
+        states = [state[None] for state in self._read(anchors)]  # by batch row, [nodes so far, d]
+        shared = dict(
+            anchor_positions=anchors.positions, method=shape.method, sampling=sampling, state_indices=anchors.state_indices
+        )
+        tree = ops.draft_tree(
+            self._logits(torch.stack([state[0] for state in states]))[:, None],
+            anchors.token_ids,
+            num_nodes=shape.num_nodes,
+            branching=shape.branching[:1],
+            **shared,
+        )
+        for depth, branching in enumerate(shape.branching[1:], 1):
+            states = self._run_nodes(tree, anchors, states)
+            tree = ops.expand_tree(
+                tree, self._frontier_logits(tree, anchors, states, depth), depth=depth, branching=branching, **shared
+            )
+        self.passes += len(shape.branching)
+        return tree
 
     def commit(self, committed: Committed):
         prompts, kept = [], []
@@ -72,6 +90,39 @@ class MTP(Drafter):
     def release(self, slot):
         self._cache.crop(slot, 0)
         self._unread[slot] = None
+
+    def _read(self, anchors) -> Tensor:
+        """Run the rows kept in the last round; the last of each slot sees the anchor and gives draft 1: its state, [R, d]."""
+        unread = [self._unread[slot] for slot in anchors.slots]
+        segments = [(slot, first, len(ids)) for slot, (first, ids, _) in zip(anchors.slots, unread, strict=True)]
+        rows = Rows.of(segments, self.target.device)
+        return self._run(torch.cat([ids for _, ids, _ in unread]), torch.cat([h for _, _, h in unread]), rows)[rows.last()]
+
+    def _run_nodes(self, tree: DraftTree, anchors, states: list[Tensor]) -> list[Tensor]:
+        """States of all nodes so far. Every pass runs them all again, since a node sees its ancestors as rows of its own pass.
+
+        The anchor's row is context: node m of depth d has row m - 1, at the position of the token before its own.
+        """
+        segments, next_ids, hidden, depths, words = [], [], [], [], []
+        counts = tree.num_nodes.tolist()
+        for slot, start, known in zip(anchors.slots, anchors.starts, states, strict=True):
+            nodes = slice(1, counts[slot])
+            segments.append((slot, start, counts[slot] - 1))
+            next_ids.append(tree.tokens[slot, nodes])
+            hidden.append(known[tree.parents[slot, nodes].long()])
+            depths.append(start + tree.depths[slot, nodes].long() - 1)
+            words.append(tree.ancestors[slot, nodes] >> 1)
+        rows = Rows.of(segments, self.target.device)
+        rows = dataclasses.replace(rows, positions=torch.cat(depths), ancestors=torch.cat(words))
+        run = self._run(torch.cat(next_ids), torch.cat(hidden), rows)
+        return [torch.cat([known[:1], run[s.begin : s.end]]) for known, s in zip(states, rows.segments, strict=True)]
+
+    def _frontier_logits(self, tree: DraftTree, anchors, states: list[Tensor], depth: int) -> Tensor:
+        """Logits [R, F, V] after the nodes of one depth; a request that has fewer than F of them fills up with zeros."""
+        frontiers = [
+            state[tree.depths[slot, : len(state)] == depth] for slot, state in zip(anchors.slots, states, strict=True)
+        ]
+        return torch.nn.utils.rnn.pad_sequence([self._logits(frontier) for frontier in frontiers], batch_first=True)
 
     def _run(self, next_ids: Tensor, hidden: Tensor, rows: Rows) -> Tensor:
         """g [n, d] of rows with the tokens that follow them [n] and the hidden states [n, d]."""
