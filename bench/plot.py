@@ -210,7 +210,7 @@ def acceptance_curves(figure, rounds: dict) -> None:
 
 
 def _panels(figure, names: Sequence[str]) -> list:
-    figure.set_size_inches(1 + 4 * len(names), 4)
+    figure.set_size_inches(max(5.5, 1 + 4 * len(names)), 4.2)
     return list(figure.subplots(1, len(names), squeeze=False, sharey=True)[0])
 
 
@@ -231,7 +231,7 @@ def systems_position(figure, found: dict) -> None:
         if domain == domains[0]:
             panel.set_ylabel("accepted, of those whose predecessors were")
             panel.legend(fontsize=7, loc="lower left")
-    figure.suptitle("Acceptance by draft position of the embedded systems, T = 1, after the target's own text", fontsize=9)
+    figure.suptitle("Acceptance by draft position of the embedded systems\nT = 1, after the target's own text", fontsize=9)
 
 
 def systems_time(figure, found: dict) -> None:
@@ -243,12 +243,12 @@ def systems_time(figure, found: dict) -> None:
             taus = [1 + sum(row["reached"][: k + 1]) for k in range(len(row["reached"]))]
             times = found["draft_ms"][row["system"]]
             panel.plot(times, taus[: len(times)], label=row["system"], **_system_style(number))
-        panel.set(xlabel="ms to draft, one request, one CPU thread", title=domain, xlim=(0, None))
+        panel.set(xlabel="CPU ms to draft, one request, one thread", title=domain, xlim=(0, None))
         panel.grid(color="0.85", linewidth=0.5)
         if domain == domains[0]:
             panel.set_ylabel("tokens per round with 1 to 7 drafts")
             panel.legend(fontsize=7, loc="lower right")
-    figure.suptitle("Tokens per round against draft time, T = 1 (teacher-forced; up and to the left is better)", fontsize=9)
+    figure.suptitle("Tokens per round against draft time\nT = 1, teacher-forced; up and to the left is better", fontsize=9)
 
 
 def systems_reliability(figure, found: dict) -> None:
@@ -270,7 +270,7 @@ def systems_reliability(figure, found: dict) -> None:
         panel.set_visible(False)
     figure.supxlabel("predicted survival of a draft", fontsize=9)
     figure.supylabel("observed", fontsize=9)
-    figure.suptitle("Confidence of the embedded DSpark drafter; ECE is the mean over positions, the curves take all together", fontsize=9)
+    figure.suptitle("Confidence of the embedded DSpark drafter (ECE: mean over positions; curves: all together)", fontsize=9)
 
 
 SYSTEMS = {"systems-position": systems_position, "systems-time": systems_time, "systems-ece": systems_reliability}

@@ -1,4 +1,4 @@
-"""Measure the embedded systems side by side: tokens per round, acceptance by draft position, draft times, calibration across domains.
+"""Measure the embedded systems side by side: tokens per round, acceptance by position, draft times, calibration across domains.
 
     python -m bench.systems                  measure what bench/assets holds, write bench/results/systems.json, print the tables
     python -m bench.systems --plot           draw the pictures from that file (python -m bench.plot does, too)
@@ -8,7 +8,8 @@
     teacher-forced  tau = 1 + mean over cuts of sum_k prod_{j <= k} a_j,  a_j = 1 - |q_j - p_j|_1 / 2, the chance that draft j is
                     accepted where all tokens before it are the text's: what plain decoding wrote at temperature 1
     by position     mean of prod_{j <= k} a_j over mean of prod_{j < k} a_j: acceptance of draft k given those before it
-    draft time      median over cuts of taking in what the target emitted and making k drafts, one request, plain PyTorch, one thread
+    draft time      median over cuts of taking in what the target emitted and making k drafts, one request, plain PyTorch, one
+                    thread, in CPU milliseconds
     calibration     expected calibration error of the survival of DSpark's drafts without temperatures, and with temperatures that
                     were fitted on another domain (rounds of bench/acceptance.py)
 
@@ -69,10 +70,13 @@ def drafters(target: Target, folder: Path = assets.FOLDER) -> dict[str, Drafter]
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def decoded(target: Target, drafter: Drafter, prompts: Sequence[list[int]], new_tokens: int, temperature: float, domain: int) -> list:
+def decoded(
+    target: Target, drafter: Drafter, prompts: Sequence[list[int]], new_tokens: int, temperature: float, domain: int
+) -> list[loop.Generation]:
     """Generations of the prompts; a prompt's noise depends on its domain and number alone."""
     requests = [
-        loop.Request(prompt, new_tokens, temperature, seed=(SEED << 8 | domain) << 16 | index) for index, prompt in enumerate(prompts)
+        loop.Request(prompt, new_tokens, temperature, seed=(SEED << 8 | domain) << 16 | index)
+        for index, prompt in enumerate(prompts)
     ]
     return loop.decode(target, drafter, requests, batch_size=BATCH)
 
@@ -101,7 +105,9 @@ def rollout(generations: list) -> dict:
 # --- the text's own tokens as drafts ----------------------------------------------------------------------------------
 
 
-def biases(head: MarkovHead | None, tokens: Tensor, hidden: Tensor | None, state: Tensor | None) -> tuple[Tensor | float, Tensor | None]:
+def biases(
+    head: MarkovHead | None, tokens: Tensor, hidden: Tensor | None, state: Tensor | None
+) -> tuple[Tensor | float, Tensor | None]:
     """(bias [R, V], state) of the next position after `tokens` [R]. hidden: [R, d]."""
     if head is None:
         return 0.0, None
@@ -141,7 +147,8 @@ class PlainOps:
 def cuts(target: Target, drafter: Drafter, texts: Tensor, first: int, *, drafts: int = DRAFTS, stride: int = STRIDE) -> Iterator:
     """(laws [R, K, V], the target's logits [R, K, V], seconds of drafting) where the anchor stands at first, first + stride, ...
 
-    texts: int64 [R, T]. drafts: at most the drafter's own number. Rows before the anchor are committed as in the loop; the drafts are the texts' own tokens.
+    texts: int64 [R, T]. drafts: at most the drafter's own number. Rows before the anchor are committed as in the loop; the drafts
+    are the texts' own tokens.
     """
     count, length = texts.shape
     drafts = min(drafts, drafter.max_drafts)
@@ -164,10 +171,10 @@ def cuts(target: Target, drafter: Drafter, texts: Tensor, first: int, *, drafts:
         )
         anchors = Anchors.of(texts[:, anchor], torch.full((count,), anchor), slots)
         ops.forced, ops.laws = texts[:, anchor + 1 : anchor + 1 + drafts], []
-        begun = time.perf_counter()
+        begun = time.process_time()
         drafter.commit(committed)
         drafter.propose(anchors, drafts=drafts, sampling=None, noise="draft", ops=ops)
-        seconds = time.perf_counter() - begun
+        seconds = time.process_time() - begun
         yield torch.stack(ops.laws, 1), judged[:, anchor : anchor + drafts], seconds
         done = anchor
 
@@ -201,7 +208,7 @@ def teacher_forced(chances: Tensor) -> dict:
 
 @torch.inference_mode()
 def draft_times(target: Target, found: dict[str, Drafter], text: Tensor, first: int) -> dict[str, list[float]]:
-    """Milliseconds by system and number of drafts. text: [1, T]. Systems take turns, so that a busy machine is unfair to none."""
+    """CPU milliseconds by system and number of drafts. text: [1, T]. Systems take turns: a busy machine is unfair to none."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     taken: dict[tuple[str, int], list[float]] = {}
@@ -241,7 +248,7 @@ def calibration(rounds: dict[str, acceptance.Rounds]) -> list[dict]:
                 row[name] = round(acceptance.mean_ece(predicted, judged.survived), 5)
                 row[f"{name}_bins"] = [
                     [round(p, 4), round(o, 4), int(n)]
-                    for p, o, n in zip(bins.predicted.tolist(), bins.observed.tolist(), bins.counts.tolist(), strict=True)
+                    for p, o, n in zip(bins.predicted.tolist(), bins.survived.tolist(), bins.counts.tolist(), strict=True)
                     if n
                 ]
             found.append(row)
@@ -316,7 +323,8 @@ def load(path: Path = RESULTS) -> dict:
 def table(found: dict) -> str:
     """Markdown: systems by domain, then the calibration."""
     lines = [
-        "| domain (nats per token) | system | tau, T = 1 | tau, T = 0 | teacher-forced tau | acceptance of draft 1, 2, ... given those before it, % | ms to draft 7 |",
+        "| domain (nats per token) | system | tau, T = 1 | tau, T = 0 | teacher-forced tau"
+        " | acceptance of draft 1, 2, ... given those before it, % | CPU ms for all drafts |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found["teacher_forced"]:

@@ -5,10 +5,11 @@
     python -m bench.assets.build --out DIR --only STAGE  one stage (those before it must be done)
     python -m bench.assets.build --out DIR --install     then copy the finished files over those in bench/assets
 
-Every stage writes into DIR/STAGE and ends with done.json: a hash of all it read (settings, and the outputs of the stages before it), of all it
-wrote, and what it spent. A stage whose hash still fits is skipped, one that was stopped goes on from its checkpoint. Budgets are
-CPU-seconds, equal for every drafter; the first steps are timed, the number of steps follows and is recorded, and --recorded FILE
-(a build.json) repeats a build with the same numbers of steps. Needs torch and numpy; a C++ compiler makes it several times faster.
+Every stage writes into DIR/STAGE and ends with done.json: a hash of all it read (settings, outputs of the stages before it), hashes
+of all it wrote, and what it spent. A stage whose hash still fits is skipped, one that was stopped goes on from its checkpoint.
+Budgets are CPU-seconds, equal for every drafter; the first steps are timed, the number of steps follows and is recorded, and
+--recorded FILE (a build.json) repeats a build with the same numbers of steps. Needs torch and numpy; a C++ compiler makes it several
+times faster.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def run_stage(name: str, stage: Stage, context: Context) -> None:
         **facts,
     }
     (folder / "done.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{name}: done, {json.dumps({key: value for key, value in record.items() if key not in ('inputs', 'outputs', 'held_out')})}", flush=True)
+    told = {key: value for key, value in record.items() if key not in ("inputs", "outputs", "held_out")}
+    print(f"{name}: done, {json.dumps(told)}", flush=True)
 
 
 def run_all(context: Context, arguments: Sequence[str]) -> int:
@@ -154,7 +156,7 @@ def run_all(context: Context, arguments: Sequence[str]) -> int:
                 print(f"{name}: done before", flush=True)
                 del todo[name]
                 break
-            free = context.threads - sum(context.threads if stages_wide else 1 for _, stages_wide in running.values())
+            free = context.threads - sum(context.threads if wide else 1 for _, wide in running.values())
             if free >= (context.threads if stage.wide else 1):
                 command = [sys.executable, "-m", "bench.assets.build", *arguments, "--only", name]
                 threads = str(context.threads if stage.wide else 1)
@@ -194,7 +196,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="where everything is written")
     p.add_argument("--quick", action="store_true", help="tiny sizes and budgets")
-    p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="cores to use (default: %(default)s)")
+    cores = min(2, os.cpu_count() or 1)
+    p.add_argument("--threads", type=int, default=cores, metavar="N", help="cores to use (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of all noise (default: %(default)s)")
     p.add_argument("--recorded", metavar="FILE", type=Path, help="a build.json: take the numbers of steps from it")
     p.add_argument("--no-compile", action="store_true", help="do without torch.compile")

@@ -4,10 +4,10 @@
     docs     docstrings of those files and the topics of `pydoc_data`: English prose, high entropy
     tables   dates and characters, a line each, from `datetime` and `unicodedata`: low entropy
 
-Held out: whole packages (a top-level module or directory with its docstrings; a topic, a year, a block of 256 characters), in the order
-of a hash of their names, up to a share of each domain. Files that say the same twice are dropped; held-out text is cut at every longer line that the
-training text has too, so that modules which share text (posixpath, ntpath) do not leak. Another Python gives another corpus: the
-hash tells. Source text: PSF License Version 2; character names: Unicode License.
+Held out: whole packages (a top-level module or directory with its docstrings; a topic, a year, a block of 256 characters), in the
+order of a hash of their names, up to a share of each domain. Files that say the same twice are dropped; held-out text is cut at
+every longer line that the training text has too, so that modules which share text (posixpath, ntpath) do not leak. Another Python
+gives another corpus: the hash tells. Source text: PSF License Version 2; character names: Unicode License.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import unicodedata
 from pathlib import Path
+from typing import Iterable
 
 DOMAINS = ("code", "docs", "tables")
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "ensurepip", "__pycache__", "lib-dynload"}
@@ -45,11 +46,11 @@ class Corpus:
 
 def read(seed: int = 0, packages: int | None = None) -> Corpus:
     """The corpus of this Python; of the first so many packages of each domain where the number is given."""
-    sources = _sources()
+    sources = _sources(packages)
     found = {"code": sources, "docs": _docs(sources), "tables": _tables(random.Random(seed))}
     training, held_out, names = {}, {}, {}
     for domain, by_package in found.items():
-        order = sorted(by_package, key=lambda name: hashlib.sha256(name.encode()).digest())[:packages]
+        order = _shuffled(by_package)[:packages]
         whole = sum(_size(by_package[name]) for name in order)
         # Docstrings go with their sources: the training code has them too.
         apart = [name for name in names["code"] if name in order] if domain == "docs" else []
@@ -85,6 +86,10 @@ def digest(*splits: dict[str, list[str]]) -> str:
     return found.hexdigest()
 
 
+def _shuffled(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
 def _size(texts: list[str]) -> int:
     return sum(map(len, texts))
 
@@ -105,20 +110,23 @@ def _unknown(text: str, known: set[str]) -> list[str]:
     return [piece for piece in pieces if len(piece) >= SHORTEST]
 
 
-def _sources() -> dict[str, list[str]]:
+def _sources(packages: int | None) -> dict[str, list[str]]:
     """Source files by package."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, list[str]] = {}
+    files: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         parts = path.relative_to(root).parts
-        if LEFT_OUT.intersection(parts) or parts[0].startswith(GENERATED):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text.strip():
-            found.setdefault(parts[0].removesuffix(".py"), []).append(text)
+        if not LEFT_OUT.intersection(parts) and not parts[0].startswith(GENERATED):
+            files.setdefault(parts[0].removesuffix(".py"), []).append(path)
+    found: dict[str, list[str]] = {}
+    for package in _shuffled(files)[:packages]:
+        for path in files[package]:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if text.strip():
+                found.setdefault(package, []).append(text)
     return found
 
 
@@ -152,7 +160,8 @@ def _tables(numbers: random.Random) -> dict[str, list[str]]:
         day += datetime.timedelta(numbers.randrange(300))
         lines = []
         while day.year == year and len(lines) < 40:
-            lines.append(f"{day.isoformat()} {WEEKDAYS[day.weekday()]} day {day.timetuple().tm_yday:03d} week {day.isocalendar()[1]:02d}")
+            name, of_year, week = WEEKDAYS[day.weekday()], day.timetuple().tm_yday, day.isocalendar()[1]
+            lines.append(f"{day.isoformat()} {name} day {of_year:03d} week {week:02d}")
             day += datetime.timedelta(step)
         found[f"year {year}"] = ["\n".join(lines) + "\n"]
     for span in CHARACTERS:

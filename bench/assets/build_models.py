@@ -5,8 +5,8 @@
     block, DSpark    rows (anchor, mask, mask, ...) of every anchor attend to each other and to the context before the anchor,
                      ctx = norm(fc [h_l1; ...; h_lm]);  logits_k = norm(row k) E^T + bias(token k - 1)
 
-Symbols: B sequences of T tokens, A anchors in each, K drafts, d hidden size, E the target's embedding (shared, not trained). The oracle
-is `reference.model` with `reference.drafters`, which serve what is trained here: a test compares them.
+Symbols: B sequences of T tokens, A anchors in each, K drafts, d hidden size, E the target's embedding (shared, not trained). The
+oracle is `reference.model` with `reference.drafters`, which serve what is trained here: a test compares them.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def logits(hidden: Tensor, embedding: Tensor) -> Tensor:
 def mtp_hidden(tensors: Tensors, sizes: Sizes, embedding: Tensor, next_ids: Tensor, pre_norm: Tensor) -> Tensor:
     """norm(g) [B, n, d] of rows with hidden states [B, n, d] and the tokens after them [B, n]."""
     embedded = rms_norm(F.embedding(next_ids, embedding), tensors["enorm.weight"])
-    x = F.linear(torch.cat([embedded, rms_norm(pre_norm, tensors["hnorm.weight"]).to(embedded.dtype)], -1), tensors["eh_proj.weight"])
+    hidden = rms_norm(pre_norm, tensors["hnorm.weight"]).to(embedded.dtype)
+    x = F.linear(torch.cat([embedded, hidden], -1), tensors["eh_proj.weight"])
     rotation = Rotation.at(torch.arange(next_ids.shape[1]), sizes.head_dim)
     return rms_norm(decoder_layer(below(tensors, "layer."), sizes, x, rotation), tensors["norm.weight"])
 
@@ -245,7 +246,10 @@ def new_layer(sizes: Sizes, depth: int, generator) -> dict[str, Tensor]:
 
 
 def new_language_model(sizes: Sizes, generator) -> dict[str, Tensor]:
-    tensors = {"model.embed_tokens.weight": _matrix(sizes.vocab, sizes.hidden, generator), "model.norm.weight": torch.ones(sizes.hidden)}
+    tensors = {
+        "model.embed_tokens.weight": _matrix(sizes.vocab, sizes.hidden, generator),
+        "model.norm.weight": torch.ones(sizes.hidden),
+    }
     for index in range(sizes.layers):
         layer = new_layer(sizes, sizes.layers, generator)
         tensors |= {f"model.layers.{index}.{name}": tensor for name, tensor in layer.items()}
@@ -299,6 +303,6 @@ def new_head(kind: str, vanilla: Tensors, sizes: Sizes, generator) -> dict[str, 
         tensors["markov_head.gate_proj.bias"] = torch.full((rank,), 3.0)
     elif kind == "rnn":
         joint = _matrix(3 * rank, 2 * rank + d, generator)
-        joint[2 * rank :, rank : 2 * rank] += torch.eye(rank)
+        joint[2 * rank :] = torch.eye(rank, 2 * rank + d).roll(rank, 1)
         tensors["markov_head.joint_proj.weight"], tensors["markov_head.joint_proj.bias"] = joint, torch.zeros(3 * rank)
     return tensors

@@ -45,7 +45,11 @@ def tokenizer(context) -> dict:
     merges = build_tokenizer.learn((t for domain in DOMAINS for t in texts["training"][domain]), context.plan.merges, progress)
     write_json(folder / "merges.json", merges)
     made = Tokenizer(merges)
-    rows = {f"{split}/{domain}": build_tokenizer.encode(made, texts[split][domain]) for split in ("training", "held_out") for domain in DOMAINS}
+    rows = {
+        f"{split}/{domain}": build_tokenizer.encode(made, texts[split][domain])
+        for split in ("training", "held_out")
+        for domain in DOMAINS
+    }
     write(folder / "tokens.npz", lambda part: _savez(part, rows))
     return {"tokens": {name: len(row) for name, row in rows.items()}}
 
@@ -104,7 +108,8 @@ def target(context) -> dict:
             return compute(_pieces(rows, plan.mixture, plan.target_batch, plan.length + 1, generator))
 
     trainer = Trainer("target", tensors, loss, context.folder("target"))
-    spent = trainer.run(Budget(plan.target_seconds, context.recorded.get("target")), lambda nats: f"{nats.mean():.3f} nats per token")
+    budget = Budget(plan.target_seconds, context.recorded.get("target"))
+    spent = trainer.run(budget, lambda nats: f"{nats.mean():.3f} nats per token")
     nats = {}
     with torch.no_grad():
         for number, (domain, row) in enumerate(zip(DOMAINS, held_out)):
@@ -275,7 +280,8 @@ def pack(context) -> dict:
         "block": (of_block, _weights(context, "block")),
         "dspark": (of_head("vanilla"), _bare(_weights(context, "dspark")) | _weights(context, "head_vanilla")),
         **{
-            f"dspark_{kind}": (of_head(kind) | {"backbone": "dspark"}, _weights(context, f"head_{kind}")) for kind in ("gated", "rnn")
+            f"dspark_{kind}": (of_head(kind) | {"backbone": "dspark"}, _weights(context, f"head_{kind}"))
+            for kind in ("gated", "rnn")
         },
     }  # fmt: skip
     sizes_of_files = {name: save(name, config, tensors, folder) for name, (config, tensors) in found.items()}
@@ -292,7 +298,7 @@ def pack(context) -> dict:
     write_json(folder / "prompts.json", prompts.pop("code"))
     write_json(folder / "domains.json", prompts)
     record = {"seed": context.seed, "bytes": sizes_of_files, "stages": {}}
-    for stage in ("corpus", "tokenizer", "target", "text", *(name for name in SHIPPED[1:5]), "head_vanilla", "head_gated", "head_rnn"):
+    for stage in ("corpus", "tokenizer", "target", "text", *SHIPPED[1:5], "head_vanilla", "head_gated", "head_rnn"):
         done = read_json(context, stage, "done.json")
         record["stages"][stage] = {key: value for key, value in done.items() if key not in ("inputs", "outputs")}
     path = folder / "build.json"
@@ -343,9 +349,11 @@ def report(context) -> dict:
     from .. import acceptance, systems
 
     plan = context.plan
-    progress = Progress("report", 0)
     found = systems.measure(
-        context.folder("pack"), prompts=plan.report_prompts, new_tokens=plan.report_tokens, progress=lambda text: progress(0, lambda: text)
+        context.folder("pack"),
+        prompts=plan.report_prompts,
+        new_tokens=plan.report_tokens,
+        progress=lambda text: print(f"report: {text}", flush=True),
     )
     found["calibration"] = systems.calibration(acceptance.load(context.folder("rounds") / "rounds.json")[0])
     write(context.folder("report") / "systems.json", lambda part: systems.save(part, found))

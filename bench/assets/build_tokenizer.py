@@ -1,7 +1,7 @@
 """Merges of the byte-pair encoding: again and again the pair of neighbours that is most frequent inside words becomes one token.
 
-The words are those of `tokenizer.Tokenizer`; among equally frequent pairs the one of the lowest ids goes first. Source of the method:
-Sennrich et al., arXiv 1508.07909.
+The words are those of `tokenizer.Tokenizer`; among equally frequent pairs the one of the lowest ids goes first. Source of the
+method: Sennrich et al., arXiv 1508.07909.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
     matrices        Muon (momentum, then the nearest orthogonal matrix by Newton-Schulz); everything else AdamW
     learning rate   a short warm-up, constant, a linear cool-down over the second half
 
-What a step reads depends on the seed, the stage and the step's number alone, so a resumed run goes on as if it had never stopped. Teacher-
-forced acceptance of draft k: 1 - |q - p|_1 / 2 where all tokens before it are the text's own; tau = 1 + sum over k of the product up to
-k. Sources: DSpark, arXiv 2607.05147; Muon: Jordan et al., kellerjordan.github.io/posts/muon, 2024.
+What a step reads depends on the seed, the stage and the step's number alone, so a resumed run goes on as if it had never stopped.
+Teacher-forced acceptance of draft k: 1 - |q - p|_1 / 2 where all tokens before it are the text's own; tau = 1 + sum over k of the
+product up to k. Sources: DSpark, arXiv 2607.05147; Muon: Jordan et al., kellerjordan.github.io/posts/muon, 2024.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def mtp_loss(tensors, sizes: Sizes, teacher: Teacher, sequences: Tensor, passed:
 
 
 def block_loss(
-    tensors, sizes: Sizes, teacher: Teacher, sequences: Tensor, passed: models.Passed, anchors: Tensor, *, drafts: int, kind: str | None,
-    backbone: dict[str, Tensor] | None = None,
+    tensors, sizes: Sizes, teacher: Teacher, sequences: Tensor, passed: models.Passed, anchors: Tensor, *, drafts: int,
+    kind: str | None, backbone: dict[str, Tensor] | None = None,
 ):  # fmt: skip
     """kind: of the sequential head, None without one. backbone: where it is not trained, and `tensors` are a head alone."""
     blocks = Blocks(anchors, drafts)
