@@ -3,6 +3,7 @@
     python -m bench.systems                  measure what bench/assets holds, write bench/results/systems.json, print the tables
     python -m bench.systems --plot           draw the pictures from that file (python -m bench.plot does, too)
     python -m bench.systems --table          print the tables of that file
+    python -m bench.systems --readme         write them into bench/assets/README.md
 
     decoded         tau = tokens / rounds of `reference.loop` at temperatures 1 and 0, up to 7 drafts, error: jackknife over prompts
     teacher-forced  tau = 1 + mean over cuts of sum_k prod_{j <= k} a_j,  a_j = 1 - |q_j - p_j|_1 / 2, the chance that draft j is
@@ -40,6 +41,7 @@ from reference.model import Rows, Target
 from . import acceptance, assets, summary
 
 RESULTS = Path(__file__).resolve().parent / "results" / "systems.json"
+README = assets.FOLDER / "README.md"
 FORMAT = "dspark_kernels systems"
 SYSTEMS = {
     "draft-model": ("draft_model", DraftModel),
@@ -342,6 +344,24 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
+BEGIN, END = "<!-- python -m bench.systems --readme -->\n", "\n<!-- end -->"
+
+
+def in_readme(text: str) -> str:
+    """The tables that a README has. Raises ValueError where their marks are not in it."""
+    before, begin, rest = text.partition(BEGIN)
+    tables, end, _ = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README: expected {BEGIN.strip()!r} and {END.strip()!r} around the tables")
+    return tables
+
+
+def write_readme(found: dict, path: Path = README) -> None:
+    """Raises OSError and ValueError."""
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(BEGIN + in_readme(text) + END, BEGIN + table(found) + END), encoding="utf-8")
+
+
 def _row(rows: list[dict], **wanted) -> dict:
     return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
 
@@ -358,6 +378,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--new-tokens", type=int, metavar="N", default=96, help="per prompt (default: %(default)s)")
     p.add_argument("--plot", action="store_true", help="draw what the file holds, beside it, and measure nothing")
     p.add_argument("--table", action="store_true", help="print the tables of the file, and measure nothing")
+    p.add_argument("--readme", action="store_true", help="write them into the README of the models, and measure nothing")
     return p
 
 
@@ -369,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value < least:
             p.error(f"--{name}: expected at least {least}, got {value}")
     try:
-        if not (a.plot or a.table):
+        if not (a.plot or a.table or a.readme):
             rounds, _ = acceptance.load(a.rounds or a.assets / "rounds.json")
 
             def told(text):
@@ -379,6 +400,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found["calibration"] = calibration(rounds)
             save(a.results, found)
         found = load(a.results)
+        if a.readme:
+            write_readme(found)
     except (OSError, ValueError) as error:
         p.error(str(error))
     if a.plot:
@@ -386,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         for name, draw in plot.SYSTEMS.items():
             print(", ".join(path.name for path in plot.save(draw, found, a.results.parent / name)))
-    else:
+    elif not a.readme:
         print(table(found))
     return 0
 

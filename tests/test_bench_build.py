@@ -3,7 +3,6 @@ small that is resumed, a drafter that learns, and figures that the shipped weigh
 
 import dataclasses
 import json
-import re
 import types
 
 import numpy as np
@@ -105,7 +104,8 @@ def small():
     config = SIZES.config() | {"tie_word_embeddings": True}
     texts = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(1))
     teacher = build_train.Teacher(tensors, SIZES, FEATURES)
-    return types.SimpleNamespace(target=Target(config, tensors), tensors=tensors, texts=texts, teacher=teacher, passed=teacher(texts))
+    target, passed = Target(config, tensors), teacher(texts)
+    return types.SimpleNamespace(target=target, tensors=tensors, texts=texts, teacher=teacher, passed=passed)
 
 
 def laws(small, drafter, **options):
@@ -308,7 +308,9 @@ def test_a_drafter_learns(tmp_path):
     assert layers > 1 and after["tau"] > before["tau"] + 4 * max(before["error"], after["error"]), (before, after)
 
 
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+)  # fmt: skip  # as Sizes has them
 
 
 # --- the whole build, in small ----------------------------------------------------------------------------------------
@@ -434,9 +436,17 @@ def test_calibration_crosses_domains():
 
 
 def test_the_readme_has_the_figures_that_were_measured():
-    text = (assets.FOLDER / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"<!-- python -m bench.systems --table -->\n(.*?)\n<!-- end -->", text, re.S)
-    assert block == systems.table(systems.load())
+    assert systems.in_readme(systems.README.read_text(encoding="utf-8")) == systems.table(systems.load())
+
+
+def test_figures_are_written_into_the_readme(tmp_path):
+    found, path = systems.load(), tmp_path / "README.md"
+    path.write_text(f"before\n{systems.BEGIN}old{systems.END}\nafter\n")
+    systems.write_readme(found, path)
+    assert path.read_text() == f"before\n{systems.BEGIN}{systems.table(found)}{systems.END}\nafter\n"
+    path.write_text("nothing\n")
+    with pytest.raises(ValueError, match="README: expected"):
+        systems.write_readme(found, path)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@
 Every stage writes into DIR/STAGE and ends with done.json: a hash of all it read (settings, outputs of the stages before it), hashes
 of all it wrote, and what it spent. A stage whose hash still fits is skipped, one that was stopped goes on from its checkpoint.
 Budgets are CPU-seconds, equal for every drafter; the first steps are timed, the number of steps follows and is recorded, and
---recorded FILE (a build.json) repeats a build with the same numbers of steps. Needs torch and numpy; a C++ compiler makes it several
-times faster.
+--recorded FILE (a build.json) repeats a build with the same numbers of steps. Needs torch and numpy; a C++ compiler makes it
+several times faster.
 """
 
 from __future__ import annotations
@@ -181,12 +181,16 @@ def run_all(context: Context, arguments: Sequence[str]) -> int:
 
 
 def install(out: Path) -> None:
-    """Finished files over those in bench/assets, measurements over those in bench/results."""
-    results = FOLDER.parent / "results"
+    """Finished files over those in bench/assets, record and measurements over those in bench/results, tables into README.md."""
+    from .. import systems
+
+    results = systems.RESULTS.parent
     for stage, to in (("pack", FOLDER), ("rounds", FOLDER), ("report", results)):
         done = json.loads((out / stage / "done.json").read_text())
         for file in done["outputs"]:
             shutil.copyfile(out / stage / file, (results if file == "build.json" else to) / file)
+    systems.write_readme(systems.load())
+    print("installed; left to do: python -m bench.load --measure-cost --save-cost bench/assets/cost.json; python -m bench.plot")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -110,13 +110,14 @@ def target(context) -> dict:
     trainer = Trainer("target", tensors, loss, context.folder("target"))
     budget = Budget(plan.target_seconds, context.recorded.get("target"))
     spent = trainer.run(budget, lambda nats: f"{nats.mean():.3f} nats per token")
-    nats = {}
+    nats = {f"held_out_nats_of_{length}_tokens": {} for length in (plan.prompt, plan.length)}
     with torch.no_grad():
-        for number, (domain, row) in enumerate(zip(DOMAINS, held_out)):
-            pieces = _pieces([row], (1.0,), 64, plan.length + 1, seeded(context.seed, "judged", number))
-            nats[domain] = round(float(train.target_loss(tensors, sizes, pieces)[0]), 3)
+        for length, found in zip((plan.prompt, plan.length), nats.values()):
+            for domain, row in zip(DOMAINS, held_out):
+                pieces = _pieces([row], (1.0,), 128, length, seeded(context.seed, "judged", domain, length))
+                found[domain] = round(float(train.target_loss(tensors, sizes, pieces)[0]), 3)
     _finish(context, "target", tensors)
-    return {**spent, "held_out_nats": nats, "parameters": sum(tensor.numel() for tensor in tensors.values())}
+    return {**spent, **nats, "parameters": sum(tensor.numel() for tensor in tensors.values())}
 
 
 def text(context) -> dict:
