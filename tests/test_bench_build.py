@@ -3,6 +3,7 @@ small that is resumed, a drafter that learns, and figures that the shipped weigh
 
 import dataclasses
 import json
+import math
 import types
 
 import numpy as np
@@ -130,10 +131,23 @@ def test_the_target_is_trained_as_it_is_served(small):
 def test_mtp_is_trained_as_it_is_served(small):
     sizes = dataclasses.replace(SIZES, layers=1)
     tensors = loud(build_models.new_mtp(small.tensors, SIZES), 2)
-    drafted, _ = laws(small, MTP({"max_drafts": 1}, tensors, small.target), drafts=1, stride=1)
+    drafted, judged = laws(small, MTP({"max_drafts": 1}, tensors, small.target), drafts=1, stride=1)
     hidden = build_models.mtp_hidden(tensors, sizes, small.teacher.embedding, small.texts[:, 1:-1], small.passed.pre_norm[:, :-2])
     want = build_models.logits(hidden, small.teacher.embedding).softmax(-1)  # of tokens 2, 3, ...
     assert torch.allclose(drafted[:, :, 0], want[:, 4 : 4 + drafted.shape[1]], atol=1e-5) and want.max() > 0.3
+    _, found = build_train.mtp_loss(tensors, sizes, small.teacher, small.texts, small.passed, None)
+    overlap = torch.minimum(drafted, judged).sum(-1)[:, :, 0]
+    assert torch.allclose(found.view(2, -1)[:, 4 : 4 + overlap.shape[1]], overlap, atol=1e-5)
+
+
+def test_the_draft_model_is_trained_as_it_is_served(small):
+    sizes = build_models.Sizes(16, 24, 1, 2, 1, 8, vocab=300)
+    tensors = loud(build_models.new_language_model(sizes, torch.Generator()), 6)
+    drafter = DraftModel(sizes.config() | {"tie_word_embeddings": True, "max_drafts": 1}, tensors, small.target)
+    drafted, judged = laws(small, drafter, drafts=1, stride=1)
+    _, found = build_train.draft_model_loss(tensors, sizes, small.teacher, small.texts, small.passed, None)
+    overlap = torch.minimum(drafted, judged).sum(-1)[:, :, 0]
+    assert torch.allclose(found.view(2, -1)[:, 5 : 5 + overlap.shape[1]], overlap, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [None, *build_models.HEADS])
@@ -184,7 +198,18 @@ def test_block_drafters_are_trained_as_they_are_served(small, kind):
         tensors, sizes, small.teacher, small.texts, small.passed, anchors, drafts=DRAFTS, kind=kind
     )
     overlap = torch.minimum(drafted, judged).sum(-1)
-    assert torch.allclose(found, overlap.flatten(0, 1), atol=1e-5) and bool(loss > 0)
+    assert torch.allclose(found, overlap.flatten(0, 1), atol=1e-5)
+    want, whole = 0.0, 0.0
+    for sequence, places in enumerate(anchors.tolist()):
+        for number, anchor in enumerate(places):
+            for k in range(DRAFTS):
+                cell = sequence, number, k
+                part = -0.1 * drafted[cell][small.texts[sequence, anchor + k + 1]].log() + 0.9 * 2 * (1 - overlap[cell])
+                if kind is not None:
+                    chance = have[cell].sigmoid()
+                    part -= overlap[cell] * chance.log() + (1 - overlap[cell]) * (1 - chance).log()
+                want, whole = want + math.exp(-k / 4) * part, whole + math.exp(-k / 4)
+    assert loss.item() == pytest.approx(float(want / whole), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", build_models.HEADS)
