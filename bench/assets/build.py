@@ -23,6 +23,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Callable, Sequence
@@ -146,14 +147,39 @@ def run_stage(name: str, stage: Stage, context: Context) -> None:
 
 
 def run_all(context: Context, arguments: Sequence[str]) -> int:
-    """Every stage in a process of its own, as many at once as there are threads to give; the first failure ends it."""
-    todo, running = dict(stages()), {}
+    """Every stage in a process of its own, as many at once as there are threads to give; the first failure ends it.
+
+    What they print is appended to build.log.
+    """
+    running: dict[str, tuple[subprocess.Popen, bool]] = {}
+    try:
+        with open(context.out / "build.log", "a", encoding="utf-8") as log:
+            return _run_all(context, arguments, running, log)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.wait()
+
+
+def _say(text: str, log) -> None:
+    print(text, flush=True)
+    log.write(text + "\n")
+    log.flush()
+
+
+def _copy(process: subprocess.Popen, log) -> None:
+    for line in process.stdout:
+        _say(line.rstrip("\n"), log)
+
+
+def _run_all(context: Context, arguments: Sequence[str], running: dict, log) -> int:
+    todo = dict(stages())
     while todo or running:
         for name, stage in list(todo.items()):
             if any(need in todo or need in running for need in stage.needs):
                 continue
             if is_done(name, stage, context):
-                print(f"{name}: done before", flush=True)
+                _say(f"{name}: done before", log)
                 del todo[name]
                 break
             free = context.threads - sum(context.threads if wide else 1 for _, wide in running.values())
@@ -162,7 +188,9 @@ def run_all(context: Context, arguments: Sequence[str]) -> int:
                 threads = str(context.threads if stage.wide else 1)
                 # Waiting threads that spin would be counted as work.
                 environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-                running[name] = subprocess.Popen(command, env=environment), stage.wide
+                process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+                threading.Thread(target=_copy, args=(process, log)).start()
+                running[name] = process, stage.wide
                 del todo[name]
                 break
         else:
@@ -172,9 +200,6 @@ def run_all(context: Context, arguments: Sequence[str]) -> int:
                     continue
                 del running[name]
                 if process.returncode:
-                    for other, _ in running.values():
-                        other.terminate()
-                        other.wait()
                     print(f"bench.assets.build: stage {name} failed; the same command goes on from here", file=sys.stderr)
                     return 1
     return 0
@@ -189,6 +214,7 @@ def install(out: Path) -> None:
         done = json.loads((out / stage / "done.json").read_text())
         for file in done["outputs"]:
             shutil.copyfile(out / stage / file, (results if file == "build.json" else to) / file)
+    shutil.copyfile(out / "build.log", results / "build.log")
     systems.write_readme(systems.load())
     print("installed; left to do: python -m bench.load --measure-cost --save-cost bench/assets/cost.json; python -m bench.plot")
 

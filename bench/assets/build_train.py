@@ -36,7 +36,7 @@ DECAY = 4.0  # of the weights of a block's positions
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 WARM_UP, COOL_DOWN, LAST = 0.02, 0.5, 0.02
 CLIP = 1.0
-CHECKPOINT_SECONDS, REPORT_SECONDS = 60.0, 10.0
+CHECKPOINT_SECONDS, REPORT_SECONDS = 60.0, 30.0
 CALIBRATION = 8  # steps that are timed, after two that are not
 
 
