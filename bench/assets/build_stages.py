@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import platform
 from pathlib import Path
 from typing import Callable
 
@@ -298,7 +299,8 @@ def pack(context) -> dict:
     }
     write_json(folder / "prompts.json", prompts.pop("code"))
     write_json(folder / "domains.json", prompts)
-    record = {"seed": context.seed, "bytes": sizes_of_files, "stages": {}}
+    made_with = {"torch": torch.__version__, "machine": platform.machine(), "threads": context.threads}
+    record = {"seed": context.seed, **made_with, "bytes": sizes_of_files, "stages": {}}
     for stage in ("corpus", "tokenizer", "target", "text", *SHIPPED[1:5], "head_vanilla", "head_gated", "head_rnn"):
         done = read_json(context, stage, "done.json")
         record["stages"][stage] = {key: value for key, value in done.items() if key not in ("inputs", "outputs")}
