@@ -4,6 +4,7 @@ small that is resumed, a drafter that learns, and figures that the shipped weigh
 import dataclasses
 import json
 import math
+import time
 import types
 
 import numpy as np
@@ -292,6 +293,18 @@ def test_steps_follow_from_the_budget_and_calibration_leaves_no_trace(tmp_path):
     assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in tensors.values())
     assert trainer._steps(build_train.Budget(1e9)) == steps  # once made, it stays
     assert trainer._steps(build_train.Budget(1e9, 3)) == 3
+
+
+def test_compiling_is_not_counted(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(build_train, "time", types.SimpleNamespace(process_time=lambda: clock[0], monotonic=time.monotonic))
+    tensors = {"a.weight": torch.ones(6, 4), "norm.weight": torch.ones(4)}
+
+    def loss(step):
+        clock[0] += 100.0 if not step else 2.0
+        return (tensors["a.weight"] * tensors["norm.weight"]).square().mean(), torch.zeros(())
+
+    assert build_train.Trainer("trial", tensors, loss, tmp_path).run(build_train.Budget(0.0, 5), str)["cpu_seconds"] == 10.0
 
 
 def test_learning_rate():
