@@ -33,7 +33,7 @@ def poisoned(value):
 
 
 def draft_ranks(case, shards, width):
-    """What each rank has: (its logits, its head, other arguments). What is by id of the head's vocabulary is cut, the rest whole."""
+    """What each rank has: (its logits, its head, other arguments). What is by id of the head's vocabulary is cut."""
     vocab = case.base_logits.shape[2]
     tables = [None] * shards
     if case.draft_to_target is not None:
