@@ -73,12 +73,12 @@ class Rounds:
         return Rounds(self.logits[chosen], self.accepted[chosen], self.prompt[chosen])
 
 
-def texts(domain: str) -> list[str]:
-    """The texts of a domain, which no model was trained on."""
-    return assets.prompts() if domain == "code" else json.loads(TEXTS.read_text(encoding="utf-8"))[domain]
+def texts(domain: str, folder: Path = assets.FOLDER) -> list[str]:
+    """The texts of a domain, which no model was trained on; folder: of the embedded models."""
+    return assets.prompts(folder=folder) if domain == "code" else json.loads(TEXTS.read_text(encoding="utf-8"))[domain]
 
 
-def settings() -> dict:
+def settings(folder: Path = assets.FOLDER) -> dict:
     """What a measurement depends on, as the file records it."""
     return {
         "drafter": "dspark",
@@ -86,7 +86,7 @@ def settings() -> dict:
         "temperature": TEMPERATURE,
         "stride": STRIDE,
         "seed": SEED,
-        "texts": {domain: len(texts(domain)) for domain in DOMAINS},
+        "texts": {domain: len(texts(domain, folder)) for domain in DOMAINS},
     }
 
 
@@ -96,18 +96,19 @@ def measure(
     progress: Callable[[int], None] | None = None,
     stride: int = STRIDE,
     change_head: Callable[[MarkovHead], MarkovHead] | None = None,
+    folder: Path = assets.FOLDER,
 ) -> Rounds:
     """Decode one round at every cut of the domain's texts (only those of these numbers).
 
     Reference ops in fp32, one request at a time, so that a round depends on nothing but its own text and cut. Every cut has a
     seed of its own. progress: called with the number of rounds done since the last call. change_head: gives the sequential head to
-    draft with from the drafter's own.
+    draft with from the drafter's own. folder: where the models are.
     """
-    target = Target(*assets.weights("target"))
-    drafter = DSpark(*assets.weights("dspark"), target)
+    target = Target(*assets.weights("target", folder))
+    drafter = DSpark(*assets.weights("dspark", folder), target)
     if change_head is not None:
         drafter.head = change_head(drafter.head)
-    tokenizer, number = assets.tokenizer(), list(DOMAINS).index(domain)
+    tokenizer, number = assets.tokenizer(folder), list(DOMAINS).index(domain)
     logits, accepted, prompt = [], [], []
 
     def draft_block(*arguments, **options):
@@ -116,7 +117,7 @@ def measure(
         return block
 
     ops = SimpleNamespace(**{**vars(loop.REFERENCE_OPS), "draft_block": draft_block})
-    for index, text in enumerate(texts(domain)):
+    for index, text in enumerate(texts(domain, folder)):
         if prompts is not None and index not in prompts:
             continue
         ids = tokenizer.encode(text)
@@ -131,6 +132,11 @@ def measure(
         if progress is not None:
             progress(len(requests))
     return Rounds(torch.stack(logits), torch.tensor(accepted), torch.tensor(prompt))
+
+
+def joined(parts: Sequence[Rounds]) -> Rounds:
+    """Rounds of several measurements, in their order."""
+    return Rounds(*(torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "accepted", "prompt")))
 
 
 def save(path, rounds: Mapping[str, Rounds], recorded: Mapping) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 import dspark_kernels as dk
-from dspark_kernels.ops import accept_shards, attention, draft_shards
+from dspark_kernels.ops import accept_shards, attention, candidate_shards, draft_shards
 
 VOCAB, DRAFTS, RANK, HIDDEN = 151936, 7, 256, 2560  # Qwen3-4B with its published drafter
 
@@ -43,15 +43,15 @@ def _head(kind, vocab, targets, rank, dtype, w2_dtype):
     return dk.MarkovHead(*tables, scale)
 
 
-def _settings(slots, drafts, vocab, adjusted, filtered):
-    """Everything a request can ask for."""
+def _settings(slots, mask_rows, vocab, adjusted, filtered):
+    """Temperatures and seeds; bias, bit mask [*mask_rows, words] and all penalties; all filters."""
     number = functools.partial(torch.ones, slots)
     found = {}
     if adjusted:
-        lists = _ints(slots, 1000), _ints(slots, 1000, dtype=torch.int32)
+        lists = _ints(slots, 256), _ints(slots, 256, dtype=torch.int32)
         found |= dict(
             logit_bias=_empty(slots, vocab, dtype=torch.float32),
-            token_bitmask=_ints(slots, drafts, -(-vocab // 32), dtype=torch.int32),
+            token_bitmask=_ints(*mask_rows, -(-vocab // 32), dtype=torch.int32),
             penalties=dk.Penalties(*lists, number(), number(), number()),
         )
     if filtered:
@@ -76,7 +76,7 @@ def draft_call(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.b
         _ints(size),
         head,
         anchor_positions=_ints(size),
-        sampling=_settings(size, drafts, targets or vocab, adjusted, filtered) if sampled else None,
+        sampling=_settings(size, (size, drafts), targets or vocab, adjusted, filtered) if sampled else None,
         hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
         confidence=confidence_head,
         draft_to_target=ids,
@@ -109,7 +109,7 @@ def _candidates(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab
         _ints(size),
         head,
         anchor_positions=_ints(size),
-        sampling=_settings(size, drafts, vocab, adjusted, filtered) if sampled else None,
+        sampling=_settings(size, (size, drafts), vocab, adjusted, filtered) if sampled else None,
         hidden=_empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
         confidence=confidence_head,
         candidates=candidates,
@@ -217,17 +217,7 @@ def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, p
         law = dk.DenseProposal(
             _empty(size, drafts, width, dtype=dtype), lse, draft_to_target=_ints(width) if proposal == "mapped" else None
         )
-    sampling = _sampling(size) if sampled else None
-    if filters:
-        limits = dict(top_k=_ints(size, dtype=torch.int32), top_p=torch.ones(size), min_p=torch.ones(size))
-        sampling = dataclasses.replace(sampling, **limits)
-    if adjust:
-        sampling = dataclasses.replace(
-            sampling,
-            logit_bias=_empty(size, vocab, dtype=torch.float32),
-            token_bitmask=_ints(requests * (drafts + 1), -(-vocab // 32), dtype=torch.int32),
-            penalties=dk.Penalties(_ints(size, 256), _ints(size, 256, dtype=torch.int32), *(torch.ones(size) for _ in range(3))),
-        )
+    sampling = _settings(size, (requests * (drafts + 1),), vocab, adjust, filters) if sampled else None
     dk.accept_chain(
         _empty(requests * (drafts + 1), vocab, dtype=dtype),
         _rows(requests, drafts),
@@ -247,42 +237,58 @@ def _cut(shards):
     return dict(vocab_start=0, vocab_shards=shards, vocab_size=VOCAB)
 
 
-def _draft_shard(requests, *, shards=8, dtype=torch.bfloat16, rank=RANK, sampled=True, lse=True, confidence=True, finish=False,
-                 w2_dtype=None, **options):  # fmt: skip
-    """The second position of a block on a rank: its part, or the draft from the parts of all ranks."""
+def _draft_shard(requests, candidates=None, *, shards=8, dtype=torch.bfloat16, rank=RANK, sampled=True, lse=True, confidence=True,
+                 finish=False, w2_dtype=None, kind="vanilla", whole=True, mapped=False, adjusted=False, filtered=False,
+                 **options):  # fmt: skip
+    """A rank's part of the second position of a block, or with `candidates` of a whole block; or the finish from all parts.
+
+    whole: of candidates, every rank has all of W2."""
     width = -(-VOCAB // shards)
-    head = None
-    if rank:
-        scale = _empty(width, dtype=torch.float32) if w2_dtype else None
-        head = dk.MarkovHead(_empty(VOCAB, rank, dtype=dtype), _empty(width, rank, dtype=w2_dtype or dtype), scale)
+    head = _head(kind, VOCAB if candidates and whole else width, VOCAB, rank, dtype, w2_dtype) if rank else None
+    ids = _ints(width) if mapped else None
     proposal = dk.OneHotProposal()
     if sampled:
         scores = _empty(requests, DRAFTS, dtype=torch.float32) if lse else None
-        proposal = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=scores)
+        logits = _empty(requests, DRAFTS, candidates or width, dtype=dtype)
+        if candidates:
+            proposal = dk.SparseProposal(_ints(requests, DRAFTS, candidates), logits, lse=scores)
+        else:
+            proposal = dk.DenseProposal(logits, lse=scores, draft_to_target=ids)
     scores = [_empty(requests, DRAFTS, dtype=torch.float32) if confidence else None for _ in range(2)]
     block = dk.DraftBlock(_ints(requests, DRAFTS), proposal, _ints(requests, dtype=torch.int32), *scores)
     scorer = dk.ConfidenceHead(_empty(HIDDEN + rank, dtype=dtype), _empty(1, dtype=dtype), torch.ones(DRAFTS))
-    common = dict(position=1, sampling=_sampling(requests) if sampled else None, confidence=scorer if confidence else None)
-    common |= _cut(shards)
+    base = _empty(requests, DRAFTS, width, dtype=dtype)
+    common = dict(
+        sampling=_settings(requests, (requests, DRAFTS), VOCAB, adjusted, filtered) if sampled else None,
+        hidden=_empty(requests, DRAFTS, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
+        confidence=scorer if confidence else None,
+        **(dict(candidates=candidates, draft_to_target=ids) if candidates else dict(position=1)),
+        **_cut(shards),
+    )
+    of_all = dict(anchor_positions=_ints(requests), workspace=dk.Workspace(requests, DRAFTS, VOCAB, "cpu", markov_rank=rank))
+    if kind == "rnn":
+        of_all["head_state"] = _empty(requests, rank, dtype=torch.float32)
     if not finish:
-        base = _empty(requests, DRAFTS, width, dtype=dtype)
-        workspace = dk.Workspace(requests, DRAFTS, VOCAB, "cpu")
-        return dk.draft_block_partial(
-            base, _ints(requests), head, anchor_positions=_ints(requests), block=block, workspace=workspace, **common, **options
-        )
-    hidden = _empty(requests, DRAFTS, HIDDEN, dtype=dtype) if confidence else None
-    gathered = _ints(shards, draft_shards.part_words(requests, width, sampled and lse))
-    return dk.draft_block_finish(gathered, block, _ints(requests), head, hidden=hidden, **common)
+        of_all |= dict(draft_to_target=ids)
+        return dk.draft_block_partial(base, _ints(requests), head, block=block, **(common | of_all), **options)
+    if not candidates:
+        gathered = _ints(shards, draft_shards.part_words(requests, width, sampled and lse))
+        return dk.draft_block_finish(gathered, block, _ints(requests), head, **common)
+    gathered = _ints(shards, candidate_shards.part_words(base, head, candidates=candidates, draft_to_target=ids))
+    return dk.draft_block_finish(gathered, block, _ints(requests), head, base_logits=base, **common, **of_all, **options)
 
 
-def _accept_shard(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="lse", sampled=True, rule="token"):
+def _accept_shard(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="lse", sampled=True, rule="token", adjust=False):
     """A phase of acceptance on a rank, or its finish."""
     width = -(-VOCAB // shards)
     law = None
-    if proposal != "one_hot":
+    if proposal == "sparse":
+        law = dk.SparseProposal(_ints(requests, DRAFTS, 64), _empty(requests, DRAFTS, 64, dtype=dtype))
+    elif proposal != "one_hot":
         lse = _empty(requests, DRAFTS, dtype=torch.float32) if proposal == "lse" else None
         law = dk.DenseProposal(_empty(requests, DRAFTS, width, dtype=dtype), lse=lse)
-    common = dict(sampling=_sampling(requests) if sampled else None, rule=rule) | _cut(shards)
+    sampling = _settings(requests, (requests * (DRAFTS + 1),), VOCAB, adjust, False) if sampled else None
+    common = dict(sampling=sampling, rule=rule) | _cut(shards)
     logits, layout = _empty(requests * (DRAFTS + 1), width, dtype=dtype), _rows(requests, DRAFTS)
     phases = dk.accept_phases(law, sampling=common["sampling"], rule=rule)
     before = phases if phase == "finish" else phases[: phases.index(phase)]
@@ -326,15 +332,23 @@ def _tree(slots, nodes, proposal, drawn):
     return dk.DraftTree(_ints(slots, nodes), *links, _ints(slots, nodes), int32(slots), proposal, drawn, int32(slots))
 
 
-def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", sampled=True, slots=None):
+def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule="walk", drawn="one_hot", proposal="dense",
+                 sampled=True, slots=None, filters=False, adjust=False, logprobs=None):  # fmt: skip
+    """proposal, where drawn by chance: "dense", "mapped" or "sparse" (64 candidates)."""
     size = requests if slots is None else slots
-    law = dk.OneHotProposal() if drawn == "one_hot" else dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype))
+    width = 32000 if proposal == "mapped" else vocab
+    law = dk.OneHotProposal()
+    if drawn != "one_hot" and proposal == "sparse":
+        law = dk.SparseProposal(_ints(size, nodes, 64), _empty(size, nodes, 64, dtype=dtype))
+    elif drawn != "one_hot":
+        law = dk.DenseProposal(_empty(size, nodes, width, dtype=dtype), draft_to_target=_ints(width) if width < vocab else None)
     dk.accept_tree(
         _empty(requests * nodes, vocab, dtype=dtype),
         _rows(requests, nodes - 1),
         _tree(size, nodes, law, drawn),
-        sampling=_sampling(size) if sampled else None,
+        sampling=_settings(size, (requests * nodes,), vocab, adjust, filters) if sampled else None,
         rule=rule,
+        logprobs=logprobs,
         anchors=_ints(size),
         anchor_positions=_ints(size),
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
@@ -343,9 +357,12 @@ def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule=
 
 
 def _draft_tree(requests, method, branching, *, nodes=32, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
-                kind="vanilla", w2_dtype=None, slots=None):  # fmt: skip
+                kind="vanilla", w2_dtype=None, slots=None, biased=False):  # fmt: skip
     size = requests if slots is None else slots
     sampled = method in ("iid", "without_replacement")
+    sampling = _sampling(size) if sampled or biased else None
+    if biased:
+        sampling = dataclasses.replace(sampling, logit_bias=_empty(size, vocab, dtype=torch.float32))
     law = dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype)) if sampled else dk.OneHotProposal()
     out = _tree(size, nodes, law, method if sampled else "one_hot")
     dk.draft_tree(
@@ -356,7 +373,7 @@ def _draft_tree(requests, method, branching, *, nodes=32, drafts=DRAFTS, vocab=V
         method=method,
         num_nodes=nodes,
         branching=branching,
-        sampling=_sampling(size) if sampled else None,
+        sampling=sampling,
         hidden=None if kind == "vanilla" else _empty(requests, drafts, HIDDEN, dtype=dtype),
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         out=dataclasses.replace(out, flags=_ints(requests, dtype=torch.int32)),
@@ -364,8 +381,9 @@ def _draft_tree(requests, method, branching, *, nodes=32, drafts=DRAFTS, vocab=V
     )
 
 
-def _expand_tree(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCAB, dtype=torch.bfloat16):
-    law = dk.OneHotProposal() if method == "top_k" else dk.DenseProposal(_empty(requests, nodes, vocab, dtype=dtype))
+def _expand_tree(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCAB, dtype=torch.bfloat16, mapped=False):
+    ids, laws = _ints(vocab) if mapped else None, _empty(requests, nodes, vocab, dtype=dtype)
+    law = dk.OneHotProposal() if method == "top_k" else dk.DenseProposal(laws, draft_to_target=ids)
     tree = _tree(requests, nodes, law, "one_hot" if method == "top_k" else method)
     dk.expand_tree(
         tree,
@@ -375,6 +393,7 @@ def _expand_tree(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCA
         anchor_positions=_ints(requests),
         method=method,
         sampling=None if method == "top_k" else _sampling(requests),
+        draft_to_target=ids,
         out=tree,
         workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu"),
     )
@@ -512,6 +531,10 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
     },
     "accept_tree": {
         "walk": lambda: _accept_tree(64),
+        "walk_filters": lambda: _accept_tree(64, filters=True),
+        "recursive": lambda: _accept_tree(64, rule="recursive", drawn="iid"),
+        "traversal": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement"),
+        "traversal_sparse": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", proposal="sparse"),
     },
     "draft_tree": {
         "best_first": lambda: _draft_paths(1, method="best_first"),
@@ -528,10 +551,13 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "top_k_no_head": lambda: _draft_tree(1, "top_k", (63,), rank=0, nodes=64),
         "without_replacement": lambda: _draft_tree(64, "without_replacement", (4, 2, 2, 1)),
         "iid": lambda: _draft_tree(64, "iid", (4, 2, 2, 1)),
+        "iid_biased": lambda: _draft_tree(64, "iid", (4, 2), biased=True),
+        "gated_int8": lambda: _draft_tree(64, "top_k", (4, 2, 2, 1), kind="gated", w2_dtype=torch.int8),
+        "rnn": lambda: _draft_tree(64, "without_replacement", (4, 2, 2, 1), kind="rnn"),
     },
     "expand_tree": {
         "top_k": lambda: _expand_tree(64, "top_k"),
-        "without_replacement": lambda: _expand_tree(64, "without_replacement"),
+        "mapped": lambda: _expand_tree(64, "without_replacement", vocab=32000, mapped=True),
     },
     "compact_kv": {
         "r64": lambda: _compact(64),
@@ -557,19 +583,49 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "sampled_r64": lambda: _draft_shard(64),
         "plain_r64": lambda: _draft_shard(64, rank=0, confidence=False),
         "greedy_r64": lambda: _draft_shard(64, sampled=False),
+        "fp8_r64": lambda: _draft_shard(64, w2_dtype=torch.float8_e4m3fn),
+        "gated_r1": lambda: _draft_shard(1, kind="gated"),
+        "rnn_r64": lambda: _draft_shard(64, kind="rnn"),
+        "mapped_r64": lambda: _draft_shard(64, mapped=True),
+        "adjusted_r64": lambda: _draft_shard(64, adjusted=True),
+        "rnn_adjusted_r64": lambda: _draft_shard(64, kind="rnn", adjusted=True),
     },
     "draft_block_finish": {
         "sampled_r64": lambda: _draft_shard(64, finish=True),
         "greedy_r64": lambda: _draft_shard(64, sampled=False, confidence=False, finish=True),
     },
+    "draft_candidates_partial": {
+        "c64_r1_rows": lambda: _draft_shard(1, 64, whole=False),
+        "c64_r64": lambda: _draft_shard(64, 64),
+        "c256": lambda: _draft_shard(64, 256),
+        "c64_fp8_rows": lambda: _draft_shard(64, 64, whole=False, w2_dtype=torch.float8_e4m3fn),
+        "c64_adjusted_map": lambda: _draft_shard(64, 64, adjusted=True, mapped=True),
+    },
+    "draft_candidates_finish": {
+        "c64_r1_rows": lambda: _draft_shard(1, 64, whole=False, finish=True),
+        "c64_r64": lambda: _draft_shard(64, 64, finish=True),
+        "c256": lambda: _draft_shard(64, 256, finish=True),
+        "c64_fp8_rows": lambda: _draft_shard(64, 64, whole=False, w2_dtype=torch.float8_e4m3fn, finish=True),
+        "c64_rnn": lambda: _draft_shard(64, 64, kind="rnn", finish=True),
+        "c64_greedy": lambda: _draft_shard(64, 64, sampled=False, finish=True),
+        "c64_adjusted_map": lambda: _draft_shard(64, 64, adjusted=True, mapped=True, finish=True),
+        "c64_filtered_coupled": lambda: _draft_shard(64, 64, filtered=True, noise="coupled", finish=True),
+    },
     "accept_partial": {
         "normalise_dense": lambda: _accept_shard(64, "normalise"),
         "normalise_one_hot": lambda: _accept_shard(64, "normalise", proposal="one_hot"),
+        "normalise_sparse": lambda: _accept_shard(64, "normalise", proposal="sparse"),
+        "normalise_adjust": lambda: _accept_shard(64, "normalise", proposal="sparse", adjust=True),
         "residual": lambda: _accept_shard(64, "residual"),
+        "residual_adjust": lambda: _accept_shard(64, "residual", adjust=True),
         "draw_dense": lambda: _accept_shard(64, "draw"),
+        "draw_sparse": lambda: _accept_shard(64, "draw", proposal="sparse"),
+        "draw_sparse_block": lambda: _accept_shard(64, "draw", proposal="sparse", rule="block"),
+        "draw_adjust": lambda: _accept_shard(64, "draw", proposal="sparse", adjust=True),
     },
     "accept_finish": {
         "drawn": lambda: _accept_shard(64, "finish"),
+        "drawn_sparse": lambda: _accept_shard(64, "finish", proposal="sparse"),
         "greedy": lambda: _accept_shard(64, "finish", sampled=False),
     },
 }

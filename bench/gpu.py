@@ -366,7 +366,8 @@ def _beside(path: Path) -> list[str]:
     rows = [row for row in rows if (row["op"], row["case"]) in both]
     if not rows:
         return []
-    text = ["", "Beside PyTorch and the engines that import, median us, graph replays on cold inputs.", "", "| op | case | contender | median |"]
+    text = ["", "Beside PyTorch and the engines that import, median us, graph replays on cold inputs.", ""]
+    text.append("| op | case | contender | median |")
     text.append("| --- | --- | --- | --- |")
     for row in rows:
         text.append(f"| {row['op']} | {row['case']} | {row['contender']} | {row['p50_us'] or _cell(row['status'])} |")

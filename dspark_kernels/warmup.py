@@ -20,9 +20,10 @@ _ALIGNMENT = 16  # bytes: what a variant depends on
 _WRITTEN: dict[str, tuple[str, ...]] = {
     "accept_chain": ("anchors", "anchor_positions"),
     "accept_finish": ("anchors", "anchor_positions"),
+    "accept_tree": ("anchors", "anchor_positions"),
     "draft_block": ("head_state",),
-    "draft_block_finish": ("block",),
-    "draft_block_partial": ("block",),
+    "draft_block_finish": ("block", "head_state"),
+    "draft_block_partial": ("block", "head_state"),
 }
 
 

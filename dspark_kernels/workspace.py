@@ -46,8 +46,7 @@ def declare_heads(op: str):
 class Workspace:
     """Scratch for batches of at most max_requests x max_drafts over vocab_size.
 
-    markov_rank: of a gated or rnn head of `draft_block`, which keeps latents, and of any head of `draft_tree` without candidates;
-    else none is needed.
+    markov_rank: of a gated or rnn head of `draft_block` or `draft_tree`, which keeps latents; other heads need none.
 
     One per stream, never shared by launches (or CUDA graphs) that may run at the same time. Clean after every launch that
     finished; call `reset()` after one that was aborted. With `out=` and `workspace=` an op allocates nothing.

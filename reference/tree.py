@@ -21,11 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import Acceptance, DraftTree, Flag, OneHotProposal, SamplingTensors, VerifyLayout
+from dspark_kernels.types import Acceptance, DraftTree, Flag, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 
-from .accept import _draft_law as draft_law, law_of
+from .accept import _draft_law as draft_law, _log_prob as log_prob, law_of
 from .decisions import Decisions
 from .draft import inverse_temperature, read_logits
+from .sampling import adjust, filtered
 from .sources import PhiloxSource, Source
 
 
@@ -34,6 +35,15 @@ class Nodes(NamedTuple):
 
     tokens: Sequence[int]
     children: Sequence[Sequence[int]]
+
+
+def way(parents: Sequence[int], node: int) -> list[int]:
+    """The nodes from the root's child to `node`; none for the root."""
+    found = []
+    while 0 < node:
+        found.insert(0, node)
+        node = parents[node] if parents[node] < node else 0
+    return found
 
 
 def nodes_of(tokens: Sequence[int], parents: Sequence[int]) -> Nodes:
@@ -146,20 +156,42 @@ def greedy_rule(target_probs, draft_probs, tree: Nodes, source: Source, anchor_p
 RULES = {"walk": walk_rule, "recursive": recursive_rule, "traversal": traversal_rule, "greedy": greedy_rule}
 
 
-def sibling_laws(law: Tensor, tokens: Sequence[int], drawn: str) -> list[Tensor]:
-    """The law each of a node's children was drawn from, given its elder siblings; law [V]: that of the first."""
-    found = []
+def sibling_laws(law: Tensor, tokens: Sequence[int], drawn: str, beyond: dict[int, float] | None = None) -> list[Tensor]:
+    """The law each of a node's children was drawn from, given its elder siblings; law [V]: that of the first.
+
+    beyond: chances of ids that are none of the vocabulary, which the drafter drew from like the others.
+    """
+    found, beyond = [], dict(beyond or {})
     for token in tokens:
         if drawn == "one_hot":
             law = torch.zeros_like(law)
             if 0 <= token < law.shape[0]:
                 law[token] = 1.0
         found.append(law)
-        if drawn == "without_replacement" and 0 <= token < law.shape[0]:
+        if drawn == "without_replacement":
             law = law.clone()
-            law[token] = 0.0
-            rest = float(law.sum())
-            law = law / rest if rest > 0 else law
+            if 0 <= token < law.shape[0]:
+                law[token] = 0.0
+            beyond.pop(token, None)
+            rest = float(law.sum()) + sum(beyond.values())
+            if rest > 0:
+                law, beyond = law / rest, {id: chance / rest for id, chance in beyond.items()}
+    return found
+
+
+def _beyond(proposal, slot: int, node: int, scale: float, vocab: int) -> dict[int, float]:
+    """Chances of the ids that a node's law has outside the vocabulary."""
+    chances = law_of(read_logits(proposal.logits[slot, node])[0], scale)
+    if isinstance(proposal, SparseProposal):
+        ids = proposal.ids[slot, node].tolist()
+    elif proposal.draft_to_target is not None:
+        ids = proposal.draft_to_target.tolist()
+    else:
+        ids = range(chances.shape[0])
+    found: dict[int, float] = {}
+    for id, chance in zip(ids, chances.tolist(), strict=True):
+        if not 0 <= id < vocab:
+            found[id] = found.get(id, 0.0) + chance
     return found
 
 
@@ -192,6 +224,7 @@ def accept_tree(
     *,
     sampling: SamplingTensors | None = None,
     rule: str = "walk",
+    logprobs: str | None = None,
     anchors: Tensor | None = None,
     anchor_positions: Tensor | None = None,
     state_indices: Tensor | None = None,
@@ -203,13 +236,17 @@ def accept_tree(
 
     Node m of a request is its m-th logit row, with the token of the layout's row; nodes without a row do not exist. A greedy
     row, and every row of a tree made without chance, is judged by the walk under each rule: there the three emit one law. Children
-    of a node without a finite logit are not looked at.
+    of a node without a finite logit are not looked at. Sampling settings see as emitted what is on a node's own path: the nodes
+    from the anchor's child to the node itself, not their siblings; the anchor is counted where earlier tokens are. The laws of
+    drafts are as stored.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:
             raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
     if rule not in ("walk", "recursive", "traversal"):
         raise ValueError(f"rule: expected one of 'walk', 'recursive', 'traversal', got {rule!r}")
+    if logprobs not in (None, "raw", "processed"):
+        raise ValueError(f"logprobs: expected one of None, 'raw', 'processed', got {logprobs!r}")
     decisions = Decisions() if decisions is None else decisions
     device, batch, nodes = target_logits.device, layout.draft_lens.shape[0], tree.tokens.shape[1]
     result = Acceptance(
@@ -222,6 +259,7 @@ def accept_tree(
         commit_mask=torch.zeros(layout.token_ids.shape[0], dtype=torch.bool, device=device),
         path=torch.full((batch, nodes), -1, dtype=torch.int32, device=device),
         kv_source=torch.full((batch, nodes), -1, dtype=torch.int32, device=device),
+        logprobs=None if logprobs is None else torch.zeros(batch, nodes, device=device),
     )
     offsets, starts = layout.cu_num_logits.tolist(), layout.query_start_loc.tolist()
     row_of, ids = layout.logits_indices.tolist(), layout.token_ids.tolist()
@@ -234,12 +272,17 @@ def accept_tree(
             result.commit_mask[starts[r] : starts[r + 1]] = True  # a prefill chunk that does not emit keeps its rows
             continue
         forward = row_of[first : first + count]
-        rows, row_flags = zip(*(read_logits(target_logits[first + m]) for m in range(count)), strict=True)
-        parents = [
-            -1 if 0 <= parent < count and row_flags[parent] & Flag.NONFINITE_ROW else parent
-            for parent in tree.parents[slot, :count].tolist()
+        links, tokens = tree.parents[slot, :count].tolist(), [ids[row] for row in forward]
+        raw = [target_logits[first + m] for m in range(count)]
+        # fp32 as the kernels have it, because what is adjusted is an input of the rules.
+        adjusted = [
+            adjust(row.float(), sampling, slot, first + m, [tokens[node] for node in way(links, m)]) for m, row in enumerate(raw)
         ]
-        shape = nodes_of([ids[row] for row in forward], parents)
+        rows, row_flags = zip(*map(read_logits, adjusted), strict=True)
+        scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
+        rows = [filtered(row, scale, sampling, slot, decisions, r) for row in rows]
+        parents = [-1 if 0 <= p < count and row_flags[p] & Flag.NONFINITE_ROW else p for p in links]
+        shape = nodes_of(tokens, parents)
         position = int(layout.positions[forward[0]])
         verdict = _judge(rows, row_flags, shape, tree, slot, sampling, rule, r, position, decisions)
         n = len(verdict.path) - 1
@@ -249,6 +292,10 @@ def accept_tree(
         result.next_token[r] = verdict.token
         result.num_accepted[r], result.num_emitted[r], result.num_rejected[r] = n, n + 1, count - 1 - n
         result.last_row[r] = forward[verdict.path[-1]]
+        if logprobs is not None:
+            for j, node in enumerate(verdict.path):
+                row = read_logits(raw[node])[0] if logprobs == "raw" else rows[node]
+                result.logprobs[r, j] = log_prob(row, int(result.tokens[r, j]), 1.0 if logprobs == "raw" else scale)
         result.commit_mask[starts[r] : forward[0]] = True
         result.commit_mask[[forward[node] for node in verdict.path]] = True
         result.flags[r] = (
@@ -290,6 +337,7 @@ def _judge(rows, row_flags, shape, tree, slot, sampling, rule, request, position
             if children:
                 law = draft_law(proposal, slot, node, 0, scale, vocab, device, -1)
                 tokens = [shape.tokens[child] for child in children]
-                draft_probs.update(zip(children, sibling_laws(law, tokens, tree.drawn), strict=True))
+                beyond = _beyond(proposal, slot, node, draft_scale, vocab)
+                draft_probs.update(zip(children, sibling_laws(law, tokens, tree.drawn, beyond), strict=True))
     chosen = RULES[rule if by_chance else "walk"]
     return chosen(_Lazy(target_law), draft_probs, shape, source, position)

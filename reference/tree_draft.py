@@ -31,7 +31,7 @@ from dspark_kernels.types import (
 
 from . import heads
 from .decisions import Decisions
-from .draft import inverse_temperature, read_logits
+from .draft import adjusted, inverse_temperature, read_logits, target_ids
 from .sources import PhiloxSource
 
 METHODS = ("conditioned", "best_first", "top_k", "iid", "without_replacement")
@@ -76,18 +76,22 @@ def draft_tree(
     hidden: Tensor | None = None,
     confidence: ConfidenceHead | None = None,
     candidates: int | None = None,
+    draft_to_target: Tensor | None = None,
     state_indices: Tensor | None = None,
     out=None,
     workspace=None,
+    stored_logits: Tensor | None = None,
     decisions: Decisions | None = None,
 ) -> DraftTree:
     """Trees of at most num_nodes nodes, the anchor included, from a block's logits [R, K, V].
 
     num_nodes: 1 to 64. branching: children of a node by its depth, for "top_k" and the sampled methods, depth by depth, cut at
-    num_nodes; a depth that begins with a full tree is not looked at. node_budgets: int32 [R], nodes of each request (clamped to [1, num_nodes]); for the sampled methods they must not
-    depend on this round's draws. candidates: children come from the C best base logits of their position alone. A greedy request
-    of a sampled method gets its best tokens. Path probabilities are compared at the sampling temperature (greedy: 1).
+    num_nodes; a depth that begins with a full tree is not looked at. node_budgets: int32 [R], nodes of each request (clamped to
+    [1, num_nodes]); for the sampled methods they must not depend on this round's draws. candidates: children come from the C best
+    base logits of their position alone. A greedy request of a sampled method gets its best tokens. Path probabilities are compared
+    at the sampling temperature (greedy: 1).
     Ties: the lowest node, then the lowest id. confidence: rank by survival, the product of q and of confidences along the path.
+    stored_logits: [S, M, V] a kernel's laws; the children are then chosen from these bits. decisions: records margins.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:
@@ -99,11 +103,14 @@ def draft_tree(
     static = method not in ("conditioned", "best_first")
     if static != (branching is not None):
         raise ValueError(f"branching: expected {'a tuple' if static else 'None'} with method {method!r}, got {branching}")
+    if method == "iid" and draft_to_target is not None:
+        raise ValueError("draft_to_target: expected None with method 'iid', got a map")
     if method in SAMPLED and sampling is None:
         raise ValueError(f"sampling: expected SamplingTensors with method {method!r}, got None")
     if static and confidence is not None:
         raise ValueError(f"confidence: expected None with method {method!r}, got a head")
     decisions = Decisions() if decisions is None else decisions
+    unused = unused_ids(draft_to_target, head, sampling)
     batch, drafts, vocab = base_logits.shape
     embedding = head  # what the confidence knows a node's token by
     slots, device = anchors.shape[0], base_logits.device
@@ -134,6 +141,7 @@ def draft_tree(
                 base = base_logits[r, depth].double()
                 states[node] = copy.copy(states[tree.parents[node]] if node else states[0])
                 total = base + states[node].bias(tree.tokens[node], None if hidden is None else hidden[r, depth])
+                total = _settled(total, sampling, slot, draft_to_target, unused)
                 if candidates is not None:
                     flags[r] |= int(Flag.NAN) if bool(base.isnan().any()) else 0
                     outside = torch.ones(vocab, dtype=torch.bool, device=device)
@@ -144,7 +152,7 @@ def draft_tree(
                 total = torch.where(total.isnan(), -math.inf, total)
                 if stored is not None:
                     stored[slot, node] = total.to(stored.dtype)
-                    total = stored[slot, node].double()
+                    total = (stored if stored_logits is None else stored_logits)[slot, node].double()
                 rows[node] = total
             return rows[node]
 
@@ -160,7 +168,8 @@ def draft_tree(
             return -math.inf if math.isnan(found) else found
 
         if static:
-            _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, r)
+            lanes = lanes_of(draft_to_target, unused)
+            _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, r, lanes)
         else:
             search, ruler = ([], [0.0]), scale if scale > 0 else 1.0
             _by_probability(tree, search, depth_limit, law_after, log_confidence, ruler, decisions, r)
@@ -169,12 +178,35 @@ def draft_tree(
             _by_probability(tree, search, depth_limit, law_after, log_confidence, ruler, decisions, r)
             flags[r] = told
             tree.cut(count)
-    proposal = OneHotProposal() if stored is None else DenseProposal(stored)
+    proposal = OneHotProposal() if stored is None else DenseProposal(stored, draft_to_target=draft_to_target)
     drawn = method if method in SAMPLED else "one_hot"
     return packed(grown, slots, num_nodes, device, proposal, drawn, flags, with_survival=not static)
 
 
-def _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, request):
+def unused_ids(draft_to_target: Tensor | None, head, sampling) -> Tensor | None:
+    """bool [V]: entries of a map that stand for no token."""
+    if draft_to_target is None:
+        return None
+    return (draft_to_target < 0) | (draft_to_target >= target_ids(head, sampling))
+
+
+def lanes_of(draft_to_target: Tensor | None, unused: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Entries of a map in the order of the target's ids, which decides ties, and those ids, which address the noise."""
+    if draft_to_target is None:
+        return None
+    order = torch.argsort(draft_to_target, stable=True)
+    order = order[~unused[order]]
+    return order, draft_to_target[order]
+
+
+def _settled(row: Tensor, sampling, slot: int, draft_to_target, unused) -> Tensor:
+    """A row with its bias, -inf where there is no token."""
+    if sampling is not None and sampling.logit_bias is not None:
+        row = adjusted(row, sampling, slot, 0, [], draft_to_target, unused)
+    return row if unused is None else row.masked_fill(unused, -math.inf)
+
+
+def _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, request, lanes):
     """Depth by depth, each node's children side by side."""
     node = 0
     while node < len(tree.tokens) and tree.depths[node] < depth_limit:
@@ -182,13 +214,14 @@ def _by_shape(tree, branching, depth_limit, law_after, method, scale, source, po
         if begins and tree.full:
             return
         logits, wanted = law_after(node), branching[tree.depths[node]]
-        _children(tree, node, wanted, logits, method, scale, source, position, decisions, request)
+        _children(tree, node, wanted, logits, method, scale, source, position, decisions, request, lanes)
         node += 1
 
 
-def _children(tree, node, wanted, logits, method, scale, source, position, decisions, request):
+def _children(tree, node, wanted, logits, method, scale, source, position, decisions, request, lanes=None):
     """Up to `wanted` children of a node, drawn or chosen one after another; fewer where no token is left or the tree is full."""
-    left = logits.clone()
+    order, ids = (None, None) if lanes is None else lanes
+    left = logits.clone() if order is None else logits[order]
     for _ in range(wanted):
         if tree.full or not bool((left > -math.inf).any()):
             return
@@ -197,10 +230,10 @@ def _children(tree, node, wanted, logits, method, scale, source, position, decis
             if method == "iid":
                 token = source.draft_by_leaf(decided, left * scale, node=len(tree.tokens))
             else:
-                token = source.draft(decided, left * scale, node=node)
+                token = source.draft(decided, left * scale, node=node, lanes=ids)
         else:
             token = decisions.pick(request, "top", left)
-        tree.add(node, token)
+        tree.add(node, token if ids is None else int(ids[token]))
         if method != "iid" or scale == 0:
             left[token] = -math.inf
 
@@ -287,6 +320,7 @@ def expand_tree(
     method: str = "top_k",
     sampling: SamplingTensors | None = None,
     node_budgets: Tensor | None = None,
+    draft_to_target: Tensor | None = None,
     state_indices: Tensor | None = None,
     out=None,
     workspace=None,
@@ -305,6 +339,7 @@ def expand_tree(
         raise ValueError(f"method: expected one of 'top_k', 'iid', 'without_replacement', got {method!r}")
     decisions = Decisions() if decisions is None else decisions
     slots, nodes = tree.tokens.shape
+    unused = unused_ids(draft_to_target, None, sampling)
     stored = None
     if method in SAMPLED:
         if isinstance(tree.proposal, DenseProposal):
@@ -330,11 +365,12 @@ def expand_tree(
         source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, position, decisions, r)
         frontier = [] if growing.full else [node for node, at in enumerate(growing.depths) if at == depth]
         for row, node in enumerate(frontier[: node_logits.shape[1]]):
-            logits, seen = read_logits(node_logits[r, row])
+            logits, seen = read_logits(_settled(node_logits[r, row].double(), sampling, slot, draft_to_target, unused))
             flags[r] |= seen
             if stored is not None:
                 stored[slot, node] = logits.to(stored.dtype)
                 logits = stored[slot, node].double()
-            _children(growing, node, branching, logits, method, scale, source, position, decisions, r)
-    proposal = tree.proposal if stored is None else DenseProposal(stored)
+            lanes = lanes_of(draft_to_target, unused)
+            _children(growing, node, branching, logits, method, scale, source, position, decisions, r, lanes)
+    proposal = tree.proposal if stored is None else DenseProposal(stored, draft_to_target=draft_to_target)
     return packed(grown, slots, nodes, node_logits.device, proposal, method if method in SAMPLED else "one_hot", flags)

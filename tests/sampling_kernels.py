@@ -33,13 +33,16 @@ def adjust_kernel(x_ptr, out_ptr, slots_ptr, settings, path, vocab, ROWS: tl.con
 
 @triton.jit
 def load_row(ids, inside, source):
-    row_ptr, width = source
+    row_ptr, width, reads_ptr = source
+    if reads_ptr is not None:
+        tl.atomic_add(reads_ptr, 1)
     return numbers(tl.load(row_ptr + ids, mask=inside & (ids < width), other=NEG_INF).to(tl.float32))
 
 
 @triton.jit
 def filter_kernel(
     x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, kept_ptr, mass_ptr, top_ptr, maxima_ptr, groups_ptr, list_ptr,
+    reads_ptr,  # int32 [ROWS, 2]: blocks that the filter reads, groups that reach the bound
     vocab, num_leaves,
     JOINT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +57,7 @@ def filter_kernel(
     list_ptr += row * 2 * BLOCK
     for leaf in range(num_leaves):
         ids = leaf * LEAF + tl.arange(0, LEAF)
-        x = load_row(ids, ids < vocab, (row_ptr, vocab))
+        x = load_row(ids, ids < vocab, (row_ptr, vocab, None))
         top = tl.max(x, axis=0)
         maxima = tl.max(tl.reshape(x, [LEAF // GROUP, GROUP]), axis=1)
         group = leaf * (LEAF // GROUP) + tl.arange(0, LEAF // GROUP)
@@ -71,14 +74,16 @@ def filter_kernel(
     top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     threshold = tl.zeros((), tl.int64)
     cut = tl.full((), -1, tl.int32)
+    source = (row_ptr, vocab, reads_ptr + row * 2)
     if filter_is_on(top_k, top_p, min_p, vocab):
         threshold, cut, reached = filter_row(
-            load_row, (row_ptr, vocab), vocab, maxima_ptr, num_groups, groups_ptr, list_ptr, list_ptr + BLOCK, top, total, scale,
+            load_row, source, vocab, maxima_ptr, num_groups, groups_ptr, list_ptr, list_ptr + BLOCK, top, total, scale,
             top_k, top_p, min_p, JOINT, GROUP, GROUPS,
         )  # fmt: skip
-        keep_masses(load_row, (row_ptr, vocab), vocab, groups_ptr, reached, threshold, cut, top_ptr, mass_ptr, num_leaves, scale,
+        keep_masses(load_row, source, vocab, groups_ptr, reached, threshold, cut, top_ptr, mass_ptr, num_leaves, scale,
                     GROUP, LEAVES)  # fmt: skip
+        tl.store(reads_ptr + row * 2 + 1, reached)
     for leaf in range(num_leaves):
         ids = leaf * LEAF + tl.arange(0, LEAF)
-        x = load_row(ids, ids < vocab, (row_ptr, vocab))
+        x = load_row(ids, ids < vocab, (row_ptr, vocab, None))
         tl.store(kept_ptr + row * vocab + ids, kept(x, ids, threshold, cut), mask=ids < vocab)

@@ -32,46 +32,91 @@ def poisoned(value):
     return value
 
 
-def draft(case, shards, width, workspace=None, lse=True, spoil=False):
-    """The blocks of all ranks. spoil: parts and results of position 0 are made a second time over poisoned memory."""
-    vocab, drafts = case.base_logits.shape[2], case.base_logits.shape[1]
-    names = ("sampling", "confidence", "first_draft", "state_indices")
-    common = {name: getattr(case, name) for name in names}
+def draft_ranks(case, shards, width):
+    """What each rank has: (its logits, its head, other arguments). What is by id of the head's vocabulary is cut."""
+    vocab = case.base_logits.shape[2]
+    tables = [None] * shards
+    if case.draft_to_target is not None:
+        tables = cut(case.draft_to_target, shards, width)
     ranks = []
     for i, where in enumerate(cuts(vocab, shards, width)):
         head = case.head
         if head is not None:
             scale = head.w2_scale if head.w2_scale is None else cut(head.w2_scale, shards, width)[i]
             head = dataclasses.replace(head, w2=cut(head.w2, shards, width, dim=0)[i], w2_scale=scale)
-        ranks.append((cut(case.base_logits, shards, width)[i], head, where))
+        state = None if case.head_state is None else case.head_state.clone()
+        names = ("sampling", "hidden", "confidence", "first_draft", "state_indices")
+        own = {name: getattr(case, name) for name in names} | where
+        own |= dict(draft_to_target=tables[i], noise=case.noise, head_state=state, anchor_positions=case.anchor_positions)
+        ranks.append((cut(case.base_logits, shards, width)[i], head, own))
+    return ranks
+
+
+def of(arguments, *dropped):
+    return {name: value for name, value in arguments.items() if name not in dropped}
+
+
+def draft(case, shards, width, workspace=None, lse=True, spoil=False):
+    """The blocks of all ranks. spoil: parts of a position are made a second time over poisoned memory.
+
+    Returns the ranks' states of an rnn head, too."""
+    drafts = case.base_logits.shape[1]
+    ranks = draft_ranks(case, shards, width)
     blocks = [None] * shards
     for k in range(drafts):
         parts = []
-        for i, (base, head, where) in enumerate(ranks):
-            call = dict(anchor_positions=case.anchor_positions, position=k, noise=case.noise, workspace=workspace)
-            call |= common | where
-            part, blocks[i] = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], keep_logits=True, **call)
+        for i, (base, head, own) in enumerate(ranks):
+            before = None if own["head_state"] is None else own["head_state"].clone()
+            call = dict(position=k, keep_logits=True, workspace=workspace) | own
+            part, blocks[i] = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], **call)
             if not lse and k == 0:
                 blocks[i] = dataclasses.replace(blocks[i], proposal=dataclasses.replace(blocks[i].proposal, lse=None))
-                part, _ = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], keep_logits=True, **call)
+                part, _ = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], **call | dict(head_state=before))
             if spoil:
+                call |= dict(head_state=before)
                 again, _ = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], out=poisoned(part), **call)
-                # What only rounds a region up to 16 bytes is nobody's.
-                half, poison = again.view(torch.int32), poisoned(part).view(torch.int32)
-                assert ((half == part.view(torch.int32)) | (half == poison)).all()
-                part = again
+                part = rewritten(again, part)
             parts.append(part)
         gathered = torch.stack(parts)
-        for block, (_, head, where) in zip(blocks, ranks, strict=True):
-            arguments = dict(position=k, hidden=case.hidden) | common | where
+        for block, (_, head, own) in zip(blocks, ranks, strict=True):
+            arguments = of(own, "draft_to_target", "noise", "head_state", "anchor_positions") | dict(position=k)
             assert dk.draft_block_finish(gathered, block, case.anchors, head, **arguments) is block
-    return blocks
+    return blocks, [own["head_state"] for _, _, own in ranks]
+
+
+def rewritten(again, part):
+    """A part made over poisoned memory, equal to `part` but for what only rounds a region up to 16 bytes, which is nobody's."""
+    own, poison = again.view(torch.uint8), poisoned(part).view(torch.uint8)
+    assert ((own == part.view(torch.uint8)) | (own == poison)).all()
+    return again
+
+
+def draft_candidates(case, shards, width, candidates, whole=False, spoil=False, workspace=None):
+    """`draft` on candidates, with one gather. whole: every rank has all of W2. Returns the ranks' states, too, and the parts."""
+    ranks, parts, blocks = draft_ranks(case, shards, width), [], []
+    for base, head, own in ranks:
+        call = of(own, "hidden", "head_state") | dict(keep_logits=True, candidates=candidates, workspace=workspace)
+        head = case.head if whole else head
+        part, block = dk.draft_block_partial(base, case.anchors, head, **call)
+        if spoil:
+            part = rewritten(dk.draft_block_partial(base, case.anchors, head, out=poisoned(part), **call)[0], part)
+        parts.append(part)
+        blocks.append(block)
+    gathered = torch.stack(parts)
+    for block, (base, head, own) in zip(blocks, ranks, strict=True):
+        call = own | dict(base_logits=base, candidates=candidates, workspace=workspace)
+        assert dk.draft_block_finish(gathered, block, case.anchors, case.head if whole else head, **call) is block
+    return blocks, [own["head_state"] for _, _, own in ranks], parts
 
 
 def joined(blocks, vocab):
     """The block of the whole vocabulary: the first rank's, with the columns of all."""
-    logits = torch.cat([block.proposal.logits for block in blocks], -1)[..., :vocab]
-    return dataclasses.replace(blocks[0], proposal=dataclasses.replace(blocks[0].proposal, logits=logits))
+    law = blocks[0].proposal
+    logits = torch.cat([block.proposal.logits for block in blocks], -1)[..., :vocab].contiguous()
+    ids = law.draft_to_target
+    if ids is not None:
+        ids = torch.cat([block.proposal.draft_to_target for block in blocks])[:vocab].contiguous()
+    return dataclasses.replace(blocks[0], proposal=dataclasses.replace(law, logits=logits, draft_to_target=ids))
 
 
 def accept(case, shards, width, workspace=None, spoil=False, **advanced):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench import assets, decode as job, lossless, summary, trees
+from bench.assets.build import LIMIT
 from bench.parity import CheckedOps
 from dspark_kernels.types import CostTable
 from reference import attention, compact, loop
@@ -417,8 +418,9 @@ def test_summary_by_hand():
 
 def test_weights_are_small_and_int8():
     files = list(assets.FOLDER.glob("*.npz"))
-    assert {file.stem for file in files} == {"target", "draft_model", "mtp", "block", "dspark"}
-    assert sum(file.stat().st_size for file in files) <= 5_000_000
+    one_backbone = {"dspark_gated", "dspark_rnn"}  # heads on the backbone of dspark
+    assert {file.stem for file in files} - one_backbone == {"target", "draft_model", "mtp", "block", "dspark"}
+    assert sum(file.stat().st_size for file in files) <= LIMIT
 
 
 def test_quantised_rows_are_within_half_a_step():
@@ -433,7 +435,11 @@ def test_quantised_rows_are_within_half_a_step():
 
 
 def test_the_target_was_trained_on_such_text(models):
-    """2.78 nats per token were measured on held-out text before quantisation; a uniform guess is 6.93."""
+    """The nats per token that were measured on held-out text before quantisation; a uniform guess is 6.93."""
+    record = assets.FOLDER.parent / "results" / "build.json"
+    measured = 2.78  # of the models that were trained before there was a record
+    if record.is_file():
+        measured = json.loads(record.read_text())["stages"]["target"]["held_out_nats_of_64_tokens"]["code"]
     losses = []
     for text in assets.prompts():
         token_ids = torch.tensor(assets.tokenizer().encode(text))
@@ -442,7 +448,7 @@ def test_the_target_was_trained_on_such_text(models):
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], token_ids[1:]).item())
     mean = sum(losses) / len(losses)
     error = torch.tensor(losses).std().item() / math.sqrt(len(losses))
-    assert mean - 2.78 <= 4 * error, f"{mean:.2f} ±{error:.2f} nats"
+    assert mean - measured <= 4 * error, f"{mean:.2f} ±{error:.2f} nats"
 
 
 def test_tokenizer_gives_the_text_back():

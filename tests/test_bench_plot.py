@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure  # noqa: E402
 
-from bench import kernels, launches, plot, round as rounds, timing  # noqa: E402
+from bench import kernels, launches, plot, round as rounds, systems, timing  # noqa: E402
 
 GPU = dict(gpu="Stand-in", driver="1", torch="2", triton="3", commit="abc")
 
@@ -91,6 +91,51 @@ def test_what_was_not_measured_is_not_drawn_and_said(tmp_path, capsys, monkeypat
     assert plot.main(["--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "[1/1] acceptance" in out and out.count("not measured, no picture") == 2
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return systems.load()
+
+
+def test_systems_have_a_panel_per_domain_and_lines_told_apart_without_colour(embedded):
+    rows = embedded["teacher_forced"]
+    for draw in (plot.systems_position, plot.systems_time):
+        figure = Figure()
+        draw(figure, embedded)
+        domains = list(dict.fromkeys(row["domain"] for row in rows))
+        assert [axes.get_title().split(",")[0] for axes in figure.axes] == domains
+        for axes, domain in zip(figure.axes, domains, strict=True):
+            own = [row for row in rows if row["domain"] == domain]
+            assert [line.get_label() for line in axes.lines] == [row["system"] for row in own]
+            assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == len(own)
+    figure = Figure()
+    plot.systems_position(figure, embedded)
+    assert list(figure.axes[0].lines[0].get_ydata()) == rows[0]["acceptance"]
+    figure = Figure()
+    plot.systems_time(figure, embedded)
+    line = figure.axes[0].lines[0]
+    assert list(line.get_xdata()) == embedded["draft_ms"][rows[0]["system"]]
+    # With all drafts: the teacher-forced tau.
+    assert line.get_ydata()[-1] == pytest.approx(rows[0]["tau"], abs=1e-3)
+
+
+def test_reliability_shows_before_and_after(embedded):
+    figure = Figure()
+    plot.systems_reliability(figure, embedded)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(panels) == len(embedded["calibration"])
+    for axes, row in zip(panels, embedded["calibration"], strict=True):
+        assert row["fitted"] in axes.get_title() and row["domain"] in axes.get_title()
+        _, before, after = axes.lines
+        assert before.get_marker() != after.get_marker() and before.get_linestyle() != after.get_linestyle()
+        assert f"{100 * row['after']:.2f} %" in after.get_label()
+
+
+def test_systems_are_drawn_where_they_were_measured(tmp_path):
+    assert plot.pictures(tmp_path) == []
+    (tmp_path / "systems.json").write_bytes(systems.RESULTS.read_bytes())
+    assert [name for name, _, _ in plot.pictures(tmp_path)] == list(plot.SYSTEMS)
 
 
 def test_a_file_without_times_hides_no_other(results, capsys, monkeypatch):

@@ -11,6 +11,7 @@ from test_schedule import POLICIES, arguments as schedule_arguments
 import dspark_kernels as dk
 from reference import cases
 from reference.schedule import schedule_prefixes
+from reference.tree_cases import accept_tree_case
 
 pytestmark = pytest.mark.gpu
 
@@ -107,6 +108,35 @@ def test_candidates_in_a_graph(device, kind):
         assert torch.cuda.memory_allocated() == before
         assert torch.equal(out.tokens, want.tokens) and torch.equal(out.flags, want.flags)
         assert torch.equal(out.proposal.ids, want.proposal.ids) and torch.equal(out.proposal.logits, want.proposal.logits)
+        assert (workspace.counters == 0).all()
+
+
+@pytest.mark.parametrize("method, kind", [("top_k", "gated"), ("iid", "vanilla"), ("without_replacement", "rnn")])
+def test_trees_in_a_graph(device, method, kind):
+    """draft_tree, then expand_tree in place."""
+    options = dict(requests=9, drafts=4, vocab=5000, kind=kind, confidence=None)
+    make = lambda seed: to_device(cases.draft_case(seed=seed, **options), device)  # noqa: E731
+    static = make(0)
+    workspace = dk.Workspace(9, 19, 5000, device, markov_rank=16)
+
+    def call(case, out=None, workspace=None):
+        given = dict(anchor_positions=case.anchor_positions, method=method, sampling=case.sampling, workspace=workspace)
+        shape = dict(num_nodes=20, branching=(3, 2), hidden=case.hidden)
+        tree = dk.draft_tree(case.base_logits, case.anchors, case.head, **given, **shape, out=out)
+        return dk.expand_tree(tree, case.base_logits, **given, depth=2, branching=2, out=tree)
+
+    out = call(static, workspace=workspace)
+    graph = _capture(lambda: call(static, out, workspace))
+    for seed in (6, 12):
+        fresh = make(seed)
+        want = call(fresh)
+        _copy(static, fresh)
+        before = torch.cuda.memory_allocated()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        for name in ("tokens", "parents", "first_child", "next_sibling", "ancestors", "num_nodes", "flags"):
+            assert torch.equal(getattr(out, name), getattr(want, name)), name
         assert (workspace.counters == 0).all()
 
 
@@ -207,3 +237,44 @@ def test_tree_attention_in_a_graph(device, mask, invariant):
         assert torch.cuda.memory_allocated() == before
         assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
         assert (workspace.counters == 0).all()
+
+
+@pytest.mark.parametrize(
+    "rule, drawn, options",
+    [
+        ("walk", "one_hot", dict(filters=cases.FILTERS, adjust=cases.ADJUSTMENTS)),
+        ("recursive", "iid", dict(proposal="sparse", candidates=20)),
+        ("traversal", "without_replacement", dict(proposal="mapped", draft_vocab=2000, logprobs="raw")),
+    ],
+    ids=str,
+)
+def test_accept_tree_in_a_graph(device, rule, drawn, options):
+    """Trees, counts, laws and settings change between replays."""
+    make = lambda seed: to_device(_full_rows(accept_tree_case(seed, 7, 9, 5000, drawn, rule, **options)), device)  # noqa: E731
+    static = make(0)
+    workspace = dk.Workspace(7, 8, 5000, device)
+    out = dk.accept_tree(**static.arguments(), workspace=workspace)
+    graph = _capture(lambda: dk.accept_tree(**static.arguments(), out=out, workspace=workspace))
+    for seed in (1, 2, 3):
+        fresh = make(seed)
+        want = dk.accept_tree(**fresh.arguments())
+        _copy(static, fresh)
+        before = torch.cuda.memory_allocated()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        for field in dataclasses.fields(want):
+            if getattr(want, field.name) is not None:
+                assert torch.equal(getattr(out, field.name), getattr(want, field.name)), field.name
+        assert (workspace.counters == 0).all()
+
+
+def _full_rows(case):
+    """The same with a row of target logits for every node that there may be."""
+    requests, nodes = case.tree.tokens.shape
+    missing = requests * nodes - len(case.target_logits)
+    rows = lambda t: torch.cat([t, torch.zeros(missing, *t.shape[1:], dtype=t.dtype)])  # noqa: E731
+    sampling = case.sampling
+    if sampling.token_bitmask is not None:
+        sampling = dataclasses.replace(sampling, token_bitmask=rows(sampling.token_bitmask))
+    return dataclasses.replace(case, target_logits=rows(case.target_logits), sampling=sampling)

@@ -10,6 +10,7 @@ from test_schedule import arguments as schedule_arguments
 import dspark_kernels as dk
 from dspark_kernels.launch import arch, attention as attention_launch, draft as draft_launch, schedule as schedule_launch
 from reference import cases, layout as layouts
+from reference.tree_cases import accept_tree_case
 
 
 def _take_draft(case, rows):
@@ -187,6 +188,44 @@ def test_accept_chain_in_any_batch(proposal, rule):
         assert torch.equal(part.tokens, whole.tokens[index]) and torch.equal(part.flags, whole.flags[index])
 
 
+TREE = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors", "num_nodes", "flags")
+
+
+def _tree(case, method, branching=(3, 2), num_nodes=9, workspace=None):
+    given = dict(head=case.head, anchor_positions=case.anchor_positions, sampling=case.sampling, hidden=case.hidden)
+    shape = dict(method=method, num_nodes=num_nodes, branching=branching)
+    tree = dk.draft_tree(case.base_logits, case.anchors, **given, **shape, workspace=workspace)
+    parts = [getattr(tree, name) for name in TREE]
+    return parts + [tree.proposal.logits] if method != "top_k" else parts
+
+
+@pytest.mark.parametrize("method, kind", [("top_k", "gated"), ("iid", "vanilla"), ("without_replacement", "rnn")])
+def test_draft_tree_in_any_batch(method, kind):
+    case = cases.draft_case(seed=55, requests=9, drafts=2, vocab=1100, rank=24, dtype=torch.bfloat16, kind=kind, confidence=None)
+    whole = _tree(case, method)
+    for rows in ([4], [8, 4], list(range(8, -1, -1))):
+        part = _tree(_take_draft(case, rows), method)
+        for row, request in enumerate(rows):
+            assert _same([bits[row] for bits in part], [bits[request] for bits in whole]), (rows, request)
+
+
+@pytest.mark.parametrize("method, kind", [("top_k", "vanilla"), ("iid", "gated")])
+def test_draft_tree_with_all_programs_at_once(method, kind):
+    """The waves: programs that wait for the ones before them."""
+    from dspark_kernels.testing import interpreter
+
+    if not interpreter.interpreting():
+        pytest.skip("programs run together on a GPU anyway")
+    case = cases.draft_case(seed=56, requests=2, drafts=2, vocab=1500, rank=8, kind=kind, confidence=None)
+    workspace = dk.Workspace(2, 8, 1500, "cpu", markov_rank=8)
+    want = _tree(case, method, (2, 1), 5)
+    with interpreter.threads(32):
+        for _ in range(2):
+            workspace.scratch.fill_(-1)
+            assert _same(_tree(case, method, (2, 1), 5, workspace), want)
+            assert (workspace.counters == 0).all(), "counters were not left clean"
+
+
 def _take_attention(case, requests, padding):
     """Some requests of a case as a batch of their own, in this order, with padding rows behind."""
     starts = case.layout.query_start_loc.tolist()
@@ -200,6 +239,41 @@ def _take_attention(case, requests, padding):
         case, q=take(case.q), kv=kv, layout=layout, ancestors=take(case.ancestors), k_new=take(case.k_new), v_new=take(case.v_new)
     )
     return part, index
+
+
+@pytest.mark.parametrize(
+    "rule, drawn, options",
+    [
+        ("walk", "one_hot", dict(filters=cases.FILTERS)),
+        ("traversal", "without_replacement", dict(proposal="mapped", adjust=cases.ADJUSTMENTS)),
+    ],
+)
+def test_accept_tree_in_any_batch(rule, drawn, options):
+    case = accept_tree_case(60, 4, 4, 1300, drawn, rule, dtype=torch.bfloat16, logprobs="raw", reach=2, **options)
+    whole = dk.accept_tree(**case.arguments())
+    starts = case.layout.cu_num_logits.tolist()
+    first = torch.tensor([int(case.layout.query_start_loc[r]) for r in range(4)])
+    for requests in ([3], [2, 0, 3]):
+        rows = torch.tensor(requests)
+        at = torch.cat([torch.arange(starts[r], starts[r + 1]) for r in requests])
+
+        def pick(value, name=""):
+            if dataclasses.is_dataclass(value):
+                fields = {f.name: pick(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
+                return dataclasses.replace(value, **fields)
+            if not isinstance(value, torch.Tensor) or name == "draft_to_target":
+                return value
+            return value[at if name == "token_bitmask" else rows]  # noqa: B023
+
+        tree = pick(case.tree)
+        positions = case.layout.positions[first[rows]]
+        part = dataclasses.replace(
+            case, tree=tree, target_logits=case.target_logits[at], sampling=pick(case.sampling),
+            layout=layouts.tree_layout(tree, anchor_positions=positions),
+        )  # fmt: skip
+        have = dk.accept_tree(**part.arguments())
+        for name in ("tokens", "path", "num_accepted", "num_rejected", "next_token", "flags", "logprobs"):
+            assert torch.equal(getattr(have, name), getattr(whole, name)[rows]), (name, requests)
 
 
 @pytest.mark.parametrize("mask, window", [("chain", None), ("tree", None), ("full", 50)])

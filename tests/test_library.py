@@ -6,7 +6,8 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree
+from dspark_kernels.launch import tree_draft as tree_launch
+from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree, tree_draft, tree_paths
 from reference import cases
 
 
@@ -61,10 +62,35 @@ def _plan():
     dk.plan_attention(made.layout, made.kv, query_heads=6)
 
 
-def _accept_tree(*rule):
+def _accept_tree(*rule, **options):
     from reference.tree_cases import accept_tree_case
 
-    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule).arguments())
+    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule, **options).arguments())
+
+
+def _draft_tree(method, **case):
+    made = cases.draft_case(requests=2, drafts=2, vocab=130, confidence=None, **case)
+    given = dict(anchors=made.anchors, head=made.head, anchor_positions=made.anchor_positions, hidden=made.hidden)
+    shape = dict(method=method, num_nodes=5, branching=(2, 1), sampling=made.sampling)
+    return lambda: dk.draft_tree(made.base_logits, **given, **shape)
+
+
+def _expand_tree(method):
+    from reference.tree_draft import draft_tree
+
+    made = cases.draft_case(requests=2, drafts=2, vocab=130, rank=0, confidence=None)
+    given = dict(anchor_positions=made.anchor_positions, method=method, sampling=made.sampling)
+    tree = draft_tree(made.base_logits, made.anchors, **given, num_nodes=5, branching=(2,))
+    return lambda: dk.expand_tree(tree, made.base_logits, depth=1, branching=1, **given, out=tree)
+
+
+def _draft_paths(nodes=5, **options):
+    made = cases.draft_case(seed=2, requests=2, drafts=2, vocab=130, **options.pop("case", {}))
+    arguments = {name: value for name, value in made.arguments().items() if name in TREE}
+    return lambda: dk.draft_tree(**arguments, num_nodes=nodes, **options)
+
+
+TREE = ("base_logits", "anchors", "anchor_positions", "head", "hidden", "confidence", "sampling", "state_indices")
 
 
 def _compact():
@@ -91,7 +117,14 @@ def _compact():
         (layout, "_fixed_layout", _tree_layout),
         (layout, "_draft_layout", _draft_layout),
         (tree, "_accept_tree", _accept_tree("one_hot", "walk")),
-        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal")),
+        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal", proposal="mapped", filters=cases.FILTERS)),
+        (tree, "_accept_tree", _accept_tree("iid", "recursive", proposal="sparse", adjust=cases.ADJUSTMENTS, logprobs="raw")),
+        (tree_draft, "_draft_tree", _draft_tree("top_k")),
+        (tree_draft, "_draft_tree", _draft_tree("iid", kind="rnn")),
+        (tree_draft, "_draft_tree", _expand_tree("without_replacement")),
+        (tree_paths, "_draft_paths", _draft_paths(candidates=9, case=dict(kind="rnn"))),
+        (tree_paths, "_draft_paths", _draft_paths(method="best_first", case=dict(sampled=False, confidence=None))),
+        (tree_paths, "_draft_paths_dense", _draft_paths(node_budgets=ints(3, 1), case=dict(kind="gated", w2_dtype=torch.int8))),
         (compact, "_compact_kv", _compact),
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
@@ -191,6 +224,48 @@ def test_attention_compiles_into_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_acceptance_of_trees_compiles_into_one_graph(backend):
+    from reference.tree_cases import accept_tree_case
+
+    case = accept_tree_case(2, 2, 5, 60, "without_replacement", "traversal", adjust=("presence",), filters=("top_p",))
+
+    def step(target_logits, tree, layout, sampling, anchors):
+        accepted = dk.accept_tree(target_logits, layout, tree, sampling=sampling, rule=case.rule, anchors=anchors)
+        return accepted.tokens, accepted.path, accepted.kv_source, accepted.commit_mask, anchors
+
+    def arguments():
+        return case.target_logits, case.tree, case.layout, case.sampling, torch.zeros(2, dtype=torch.int64)
+
+    have = torch.compile(step, fullgraph=True, backend=backend)(*arguments())
+    assert all(torch.equal(a, b) for a, b in zip(have, step(*arguments()), strict=True))
+
+
+def _grown(base_logits, node_logits, target_logits, anchors, positions, temperature, seed, w1, w2):
+    """A round with a tree: two depths by the head, one by a forward pass of its own."""
+    sampling = dk.SamplingTensors(temperature, seed)
+    given = dict(anchor_positions=positions, method="without_replacement", sampling=sampling)
+    tree = dk.draft_tree(base_logits, anchors, dk.MarkovHead(w1, w2), **given, num_nodes=7, branching=(2, 1))
+    tree = dk.expand_tree(tree, node_logits, **given, depth=2, branching=1)
+    layout = dk.tree_layout(tree, anchor_positions=positions)
+    acceptance = dk.accept_tree(target_logits, layout, tree, sampling=sampling, rule="recursive")
+    return tree.tokens, tree.ancestors, tree.proposal.logits, acceptance.tokens
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_trees_compile_into_one_graph(backend):
+    case = cases.draft_case(seed=8, requests=2, drafts=2, vocab=130, confidence=None)
+    g = torch.Generator().manual_seed(0)
+    arguments = (
+        case.base_logits, torch.randn(2, 2, 130, generator=g), torch.randn(14, 130, generator=g), case.anchors,
+        case.anchor_positions, case.sampling.temperature, case.sampling.seed, case.head.w1, case.head.w2,
+    )  # fmt: skip
+    want = _grown(*arguments)
+    assert int((want[0] >= 0).sum(1).min()) == 7
+    have = torch.compile(_grown, fullgraph=True, backend=backend)(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
 def test_compaction_compiles_into_one_graph():
     """Caches written in place through their addresses, among other writes to them."""
     from test_compact import bytes_of, case_of
@@ -211,7 +286,7 @@ def test_compaction_compiles_into_one_graph():
 
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import (
-        accept as accept_kernels,
+        accept_laws,
         accept_rows,
         accept_target,
         attention as attention_kernels,
@@ -219,11 +294,13 @@ def test_constants_of_kernels_are_the_public_ones():
         draft_filters,
         draft_rows,
         schedule as schedule_kernels,
-        tree as tree_kernels,
+        tree_append,
+        tree_draft as tree_draft_kernels,
+        tree_rules,
     )
     from dspark_kernels.kernels.primitives import filters, mass, philox, rows
 
-    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_kernels, rows):
+    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_append, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
@@ -231,10 +308,12 @@ def test_constants_of_kernels_are_the_public_ones():
     assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
     assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and accept.LISTED == 2 * filters.BLOCK.value
     assert mass.LEAF.value == accept.LEAF == tree.LEAF
-    assert [tree_kernels.WALK.value, tree_kernels.RECURSIVE.value, tree_kernels.TRAVERSAL.value] == [0, 1, 2]
+    assert [tree_rules.WALK.value, tree_rules.RECURSIVE.value, tree_rules.TRAVERSAL.value] == [0, 1, 2]
+    assert mass.LEAF.value == tree_launch.LEAF and tree_draft_kernels.DOT_ROWS.value == tree_launch.ROWS_PER_ITEM
     assert tree.RULES == ("walk", "recursive", "traversal")
+    assert (tree_rules.NODE_VALUES.value, tree_rules.NODE_IDS.value) == (tree.NODE_VALUES, tree.NODE_IDS)
     assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
-    assert accept_kernels.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
+    assert accept_laws.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 

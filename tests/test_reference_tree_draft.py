@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from dspark_kernels.types import Flag, MarkovHead, SamplingTensors, Stream
+from dspark_kernels.types import ConfidenceHead, Flag, MarkovHead, SamplingTensors, Stream
 from reference import heads, philox
 from reference.tree_draft import draft_tree, expand_tree
 
@@ -114,6 +114,29 @@ def test_sampled_children(method):
                     left[tree.tokens[slot, child]] = -torch.inf
     best = tree.proposal.logits[3, 0].argsort(descending=True)[:2]
     assert torch.equal(tree.tokens[3, 1:3], best)
+
+
+def test_survival_ranks_by_confidence():
+    """All paths by hand: the confidence of a step is computed from the token before it."""
+    g = torch.Generator().manual_seed(3)
+    given = arguments(2)
+    hidden, head = torch.randn(1, DRAFTS, 6, generator=g), given["head"]
+    confidence = ConfidenceHead(torch.randn(10, generator=g), torch.tensor([0.2]), torch.tensor([0.7, 1.0, 1.4]))
+    w2 = heads.output_weights(head)
+    found = {(): 1.0}
+    for path in itertools.chain.from_iterable(itertools.product(range(VOCAB), repeat=n) for n in range(1, DRAFTS + 1)):
+        k, before = len(path) - 1, (int(given["anchors"][0]), *path)[-2]
+        law = ((given["base_logits"][0, k].double() + w2 @ head.w1[before].double()) / 0.7).softmax(0)
+        raw = torch.cat([hidden[0, k], head.w1[before]]).double() @ confidence.weight.double() + 0.2
+        found[path] = found[path[:-1]] * float(torch.sigmoid(raw / confidence.sts_temperatures[k])) * float(law[path[-1]])
+    tree = draft_tree(**given, num_nodes=14, hidden=hidden, confidence=confidence)
+    best = sorted(found, key=lambda path: -found[path])[:14]
+    assert [paths(tree).get(node, ()) for node in range(14)] == best
+    assert torch.allclose(tree.survival[0].double(), torch.tensor([found[path] for path in best]).double(), rtol=1e-5)
+    plain = draft_tree(**given, num_nodes=14)
+    assert list(paths(plain).values()) != list(paths(tree).values())
+    cut = draft_tree(**given, num_nodes=14, hidden=hidden, confidence=confidence, node_budgets=torch.tensor([4]).int())
+    assert int(cut.num_nodes[0]) == 4 and torch.equal(cut.survival, tree.survival), "the budget leaves the survival"
 
 
 def test_expansion_depth_by_depth_gives_the_static_tree():

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
+from bench import filters
 from dspark_kernels.ops.sampling import adjust_settings
 from reference import cases, sampling as reference
 from reference.decisions import Decisions
@@ -68,7 +69,7 @@ def test_rows_of_nobody_and_nan_go_through():
     assert torch.equal(have[1].nan_to_num(7.0), want.nan_to_num(7.0)) and have[1].isnan()[1]
 
 
-def run_filter(rows, sampling, group=128):
+def run_filter(rows, sampling, group=128, reads=None):
     count, vocab = rows.shape
     leaves, groups = -(-vocab // LEAF), -(-vocab // group)
     kept = torch.zeros(count, vocab, dtype=torch.bool)
@@ -88,6 +89,7 @@ def run_filter(rows, sampling, group=128):
         torch.full((count, groups), float("nan")),
         torch.full((count, groups), 2**31 - 1, dtype=torch.int32),
         lists,
+        torch.zeros(count, 2, dtype=torch.int32) if reads is None else reads,
         vocab,
         leaves,
         JOINT=sampling.filter_order == "joint",
@@ -155,6 +157,32 @@ def test_more_elements_than_the_list_holds(filters, order):
         filter_order=order,
     )
     check_filter(rows, sampling)
+
+
+@pytest.mark.parametrize(
+    "vocab, spread, setting",
+    [
+        (5000, 1.0, dict(top_p=0.95)),
+        (5000, 1.0, dict(top_k=1700, top_p=0.9)),
+        (5000, 4.0, dict(top_p=0.9)),
+        (3000, 1.0, dict(top_k=20, min_p=0.05)),
+        (3000, 0.3, dict(min_p=0.2)),
+    ],
+)
+def test_passes_over_a_row_are_few_and_those_that_are_reported(vocab, spread, setting):
+    """Flat rows take a pass for each factor of four of what is left, not one per bit of a key; bench/filters.py reports them."""
+    g = torch.Generator().manual_seed(3)
+    row = (torch.randn(1, vocab, generator=g) * spread).bfloat16()
+    dtypes = dict(top_k=torch.int32)
+    tensors = {name: torch.tensor([value], dtype=dtypes.get(name, torch.float32)) for name, value in setting.items()}
+    sampling = dk.SamplingTensors(torch.ones(1), torch.zeros(1, dtype=torch.int64), **tensors)
+    reads = torch.zeros(1, 2, dtype=torch.int32)
+    run_filter(row, sampling, reads=reads)
+    blocks, reached = reads[0].tolist()
+    passes, rest = divmod(blocks, -(-reached * 128 // BLOCK))
+    assert rest == 0 and passes <= 5 * len(setting)
+    again = filters.read_again(row[0], **setting)
+    assert (again.passes, again.share) == (passes, pytest.approx(reached / -(-vocab // 128)))
 
 
 def test_top_p_counts_all_that_top_k_leaves():

@@ -7,6 +7,7 @@ import shards
 import torch
 from hypothesis import given, settings, strategies as st
 from test_accept import check, with_lse
+from triton.runtime.interpreter import GridExecutor
 
 import dspark_kernels as dk
 from dspark_kernels.ops import accept_shards
@@ -29,7 +30,7 @@ def equal_on_all_ranks(case, count, width, exact=True, **options):
     return results[0]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_whole_leaves_give_the_bits_of_the_whole_op(data):
     draw = data.draw
@@ -45,7 +46,10 @@ def test_whole_leaves_give_the_bits_of_the_whole_op(data):
         vocab=vocab,
         rule=draw(st.sampled_from(["token", "block"])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        proposal=draw(st.sampled_from(["dense", "dense", "one_hot", "none"])),
+        proposal=draw(st.sampled_from(["dense", "dense", "sparse", "sparse", "one_hot", "none"])),
+        candidates=draw(st.sampled_from([1, 5, 37, 70])),
+        odd_lists=draw(st.booleans()),
+        adjust=draw(st.sampled_from([(), (), ("bias",), ("mask",), cases.ADJUSTMENTS])),
         sampled=draw(st.sampled_from([True, True, True, False])),
         scattered=scattered,
         padding=draw(st.integers(0, requests - 1)) if scattered else 0,
@@ -59,23 +63,29 @@ def test_whole_leaves_give_the_bits_of_the_whole_op(data):
 
 
 @pytest.mark.parametrize(
-    "vocab, count, width, proposal, lse, rule",
+    "vocab, count, width, proposal, lse, rule, adjust",
     [
-        (1500, 2, 750, "one_hot", False, "token"),
-        (1100, 3, 401, "dense", False, "token"),
-        (33, 4, 9, "one_hot", False, "block"),
-        (2500, 2, 1300, "dense", True, "block"),
+        (1500, 2, 750, "one_hot", False, "token", ()),
+        (1100, 3, 401, "dense", False, "token", cases.ADJUSTMENTS),
+        (33, 4, 9, "one_hot", False, "block", ("mask",)),
+        (2500, 2, 1300, "dense", True, "block", ()),
+        (1100, 3, 401, "sparse", False, "block", ("bias",)),
+        (33, 5, 7, "sparse", False, "token", cases.ADJUSTMENTS),
     ],
 )
-def test_any_cut_draws_what_the_reference_draws(vocab, count, width, proposal, lse, rule):
-    case = cases.accept_case(seed=width, requests=2, drafts=2, vocab=vocab, proposal=proposal, closeness=0.8, rule=rule)
+def test_any_cut_draws_what_the_reference_draws(vocab, count, width, proposal, lse, rule, adjust):
+    case = cases.accept_case(
+        seed=width, requests=2, drafts=2, vocab=vocab, proposal=proposal, closeness=0.8, rule=rule, adjust=adjust, candidates=9
+    )  # fmt: skip
     equal_on_all_ranks(dataclasses.replace(case, proposal=with_lse(case)) if lse else case, count, width, exact=False)
 
 
 @pytest.mark.parametrize("vocab, count, width", [(1100, 3, 401)])
 def test_coupled_and_greedy_rows_need_one_gather(vocab, count, width):
     """The drafts of a greedy proposal agree with the target's noise now and then: accepted and rejected ones."""
-    case = cases.accept_case(seed=1, requests=6, drafts=3, vocab=vocab, sharpness=3.0, closeness=0.3, rule="coupled")
+    case = cases.accept_case(
+        seed=1, requests=6, drafts=3, vocab=vocab, sharpness=3.0, closeness=0.3, rule="coupled", adjust=("repetition", "presence")
+    )  # fmt: skip
     assert dk.accept_phases(case.proposal, sampling=case.sampling, rule="coupled") == ("normalise",)
     acceptance = equal_on_all_ranks(case, count, width)
     assert 0 < int(acceptance.num_accepted.sum()) and int(acceptance.num_rejected.sum()) > 0
@@ -90,6 +100,8 @@ def test_coupled_and_greedy_rows_need_one_gather(vocab, count, width):
         ("only_inf", "dense", 1024),
         ("shard", "dense", 700),
         ("draft_inf", "dense", 1024),
+        ("draft_inf", "sparse", 700),
+        ("two_inf", "sparse", 1024),
     ],
 )
 def test_odd_logits(value, proposal, width):
@@ -99,7 +111,7 @@ def test_odd_logits(value, proposal, width):
     )  # fmt: skip
     for r, i in ((0, 0), (1, 1)):
         row = case.target_logits[int(case.layout.cu_num_logits[r]) + i]
-        draft = case.proposal.logits[r, min(i, 1)] if proposal == "dense" else torch.zeros(2100)
+        draft = case.proposal.logits[r, min(i, 1)] if proposal != "one_hot" else torch.zeros(2100)
         if value == "nan":
             row[::5] = float("nan")
         elif value in ("all_minus_inf", "only_inf"):
@@ -109,7 +121,7 @@ def test_odd_logits(value, proposal, width):
         elif value == "shard":
             row[width : 2 * width] = -INF  # a rank without any finite logit
         elif value == "draft_inf":
-            draft[[900, 2000]] = INF
+            draft[[900, 2000] if proposal == "dense" else [1, 3]] = INF
         if value in ("two_inf", "only_inf"):
             row[[1500, 1900]] = INF
     acceptance = equal_on_all_ranks(case, 3, width)
@@ -118,7 +130,7 @@ def test_odd_logits(value, proposal, width):
         assert acceptance.next_token[0] == (1500 if value == "only_inf" else 0)
 
 
-@pytest.mark.parametrize("proposal", ["dense", "one_hot"])
+@pytest.mark.parametrize("proposal", ["dense", "one_hot", "sparse"])
 def test_draft_ids_out_of_range(proposal):
     """1600 is a column of the last rank, but no id of the vocabulary."""
     bad = (-1, -2, 1500, 1600, 2**40)
@@ -157,8 +169,40 @@ def test_a_rejected_draft_leaves_its_leaf(width=700):
     assert 1 < int(rejected.sum()) < 8 and (acceptance.next_token[rejected] == 1300).all()
 
 
-def test_the_block_rule_sums_what_is_kept():
-    case = cases.accept_case(seed=2, requests=14, drafts=3, vocab=40, closeness=0.5, rule="block", temperatures=(1.0,))
+@pytest.mark.parametrize("width, exact", [(1024, True), (1029, False)])
+def test_listed_ids_share_octets_with_each_other_and_with_another_rank(width, exact):
+    """All listed ids are in one octet, which a cut at 1029 divides; two entries make an id. What the list leaves is elsewhere."""
+    case = cases.accept_case(seed=7, requests=12, drafts=1, vocab=1100, proposal="sparse", candidates=16,
+                             lengths=torch.ones(12), temperatures=(1.0,), dtype=torch.float32, sharpness=1.0)  # fmt: skip
+    case.target_logits[:, 1024:1032] += 5
+    for r in range(12):
+        row, order = int(case.layout.cu_num_logits[r]), torch.randperm(8, generator=torch.Generator().manual_seed(r))
+        case.proposal.ids[r] = (1024 + order).repeat(2)
+        case.proposal.logits[r] = case.target_logits[row][case.proposal.ids[r]]
+        case.layout.token_ids[int(case.layout.query_start_loc[r]) + 1] = 1024 + order[0]
+    acceptance = equal_on_all_ranks(case, 2, width, exact=exact)
+    rejected = acceptance.num_rejected > 0
+    assert 3 < int(rejected.sum()) < 10 and (acceptance.next_token[rejected] < 1024).sum() > 2
+
+
+def test_a_rank_without_listed_ids_draws_what_the_list_leaves():
+    """Half the mass is on the list, all on the first rank; a rejection must give the one id of the second that has the rest."""
+    case = cases.accept_case(seed=24, requests=8, drafts=1, vocab=1400, proposal="sparse", candidates=3,
+                             lengths=torch.ones(8), temperatures=(1.0,))  # fmt: skip
+    case.target_logits[:] = -INF
+    case.target_logits[:, [10, 1300]] = 0.0
+    case.proposal.ids[:] = torch.tensor([10, 12, 700])
+    case.proposal.logits[:] = torch.tensor([4.0, 0.0, -1.0])
+    case.layout.token_ids[case.layout.logits_indices[case.layout.cu_num_logits[:-1] + 1]] = 10
+    acceptance = equal_on_all_ranks(case, 2, 704, exact=False)
+    rejected = acceptance.num_accepted == 0
+    assert 1 < int(rejected.sum()) < 8 and (acceptance.next_token[rejected] == 1300).all()
+
+
+@pytest.mark.parametrize("proposal", ["dense", "sparse"])
+def test_the_block_rule_sums_what_is_kept(proposal):
+    case = cases.accept_case(seed=2, requests=14, drafts=3, vocab=40, closeness=0.5, rule="block", temperatures=(1.0,),
+                             proposal=proposal, candidates=24)  # fmt: skip
     acceptance = equal_on_all_ranks(case, 2, 24, exact=False)
     assert len(set(acceptance.num_accepted.tolist())) > 2
 
@@ -175,7 +219,7 @@ def test_anchors_advance_on_every_rank():
 
 def test_one_workspace_for_all_phases_stays_clean():
     workspace = dk.Workspace(3, 2, 1500, "cpu")
-    for proposal in ("dense", "one_hot"):
+    for proposal in ("dense", "one_hot", "sparse"):
         case = cases.accept_case(seed=2, requests=2, drafts=2, proposal=proposal, rule="block")
         equal_on_all_ranks(case, 2, 1024, workspace=workspace)
         assert not workspace.counters.any()
@@ -238,9 +282,13 @@ def settings_of(**fields):
         (dict(phase="residual", gathered=(torch.zeros(2, 7).long(),)), ValueError, "gathered[0]: expected shape [2, "),
         (dict(out=torch.zeros(5).long()), ValueError, "out: expected shape"),
         (dict(sampling=settings_of(top_p=torch.ones(3))), NotImplementedError, "accept_partial: sampling.top_p: filters"),
-        (dict(sampling=settings_of(logit_bias=torch.zeros(3, 1500))), NotImplementedError, "accept_partial: sampling.logit_bias"),
-        (dict(proposal=dk.SparseProposal(torch.zeros(3, 2, 4).long(), torch.zeros(3, 2, 4))), NotImplementedError,
-         "accept_partial: proposal: a sparse proposal"),
+        (dict(sampling=settings_of(logit_bias=torch.zeros(3, 750))), ValueError, "sampling.logit_bias: expected shape [3, 1500]"),
+        (dict(proposal=dk.SparseProposal(torch.zeros(3, 2, 999).long(), torch.zeros(3, 2, 999))), ValueError,
+         "proposal.logits: expected 1 to 512 candidates"),
+        (dict(proposal=dk.SparseProposal(torch.zeros(3, 1, 4).long(), torch.zeros(3, 1, 4))), ValueError,
+         "proposal.logits: expected K >= layout.max_drafts"),
+        (dict(proposal=dk.DenseProposal(torch.zeros(3, 2, 750), draft_to_target=torch.zeros(750).long())), NotImplementedError,
+         "accept_partial: proposal.draft_to_target: a reduced"),
         (dict(proposal=dk.DenseProposal(torch.zeros(3, 2, 1500))), ValueError, "proposal.logits: expected shape [3, K, 750]"),
         (dict(target_logits=torch.zeros(9, 0)), ValueError, "target_logits: expected L >= 1 and W >= 1"),
     ],
@@ -255,22 +303,29 @@ def test_bad_arguments_are_named(change, error, message):
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("proposal", ["one_hot", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("proposal", ["one_hot", "sparse", pytest.param("dense", marks=pytest.mark.slow)])
 def test_opcheck(monkeypatch, proposal):
-    calls = {}
+    calls, launches = {}, []
+    launch = GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: (launches.append(1), launch(self, *args, **kwargs)))
     for name in ("_accept_partial", "_accept_finish"):
         registered = getattr(accept_shards, name)
         seen = calls.setdefault(registered, [])
         keep = lambda *args, registered=registered, seen=seen: (seen.append(args), registered(*args))[1]  # noqa: E731
         monkeypatch.setattr(accept_shards, name, keep)
-    shards.accept(cases.accept_case(requests=1, drafts=1, vocab=130, proposal=proposal), 1, 130)
+    shards.accept(cases.accept_case(requests=1, drafts=1, vocab=130, proposal=proposal, adjust=cases.ADJUSTMENTS), 1, 130)
+    assert len(launches) == sum(len(seen) for seen in calls.values()), "one launch per phase"
     assert sorted(len(seen) for seen in calls.values()) == [1, len(dk.accept_phases(PROPOSALS[proposal], sampling=settings_of()))]
     for registered, seen in calls.items():
         for arguments in seen:
             torch.library.opcheck(registered, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-PROPOSALS = {"dense": dk.DenseProposal(torch.zeros(1, 1, 1)), "one_hot": dk.OneHotProposal()}
+PROPOSALS = {
+    "dense": dk.DenseProposal(torch.zeros(1, 1, 1)),
+    "one_hot": dk.OneHotProposal(),
+    "sparse": dk.SparseProposal(torch.zeros(1, 1, 1).long(), torch.zeros(1, 1, 1)),
+}
 
 
 def _all_phases(logits, layout, proposal, sampling):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import shards
 import torch
-from draft_checks import check
+from draft_checks import arguments_of, check
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
@@ -17,17 +17,20 @@ INF = float("inf")
 
 def equal_on_all_ranks(case, count, width, exact=True, **options):
     """exact: the joined block is draft_block's, to the bit; otherwise the reference's, up to near ties."""
-    blocks = shards.draft(case, count, width, **options)
+    blocks, states = shards.draft(case, count, width, **options)
     joined = shards.joined(blocks, case.base_logits.shape[2])
     for block in blocks:
         assert shards.same(dataclasses.replace(block, proposal=blocks[0].proposal), blocks[0]), "ranks disagree"
         if case.sampling is not None and block.proposal.lse is not None:
             assert torch.equal(block.proposal.lse, blocks[0].proposal.lse)
+    assert all(state is None or torch.equal(state, states[0]) for state in states), "ranks disagree on a state"
     if exact:
-        want = dk.draft_block(**case.arguments(), keep_logits=True)
+        arguments = arguments_of(case)
+        want = dk.draft_block(**arguments, keep_logits=True)
         assert shards.same(joined, want if options.get("lse", True) else without_lse(want))
+        assert case.head_state is None or torch.equal(states[0], arguments["head_state"])
     else:
-        check(case, joined)
+        check(case, joined, states[0])
     return joined
 
 
@@ -64,6 +67,45 @@ def test_whole_units_give_the_bits_of_the_whole_op(data):
     equal_on_all_ranks(case, count, width, spoil=draw(st.booleans()))
 
 
+@pytest.mark.parametrize(
+    "kind, w2_dtype, requests, first_draft",
+    [("gated", torch.int8, 17, 2), ("rnn", torch.float8_e4m3fn, 1, 2), ("rnn", None, 2, 0)],
+)
+def test_heads_with_latents(kind, w2_dtype, requests, first_draft):
+    case = cases.draft_case(
+        seed=5, requests=requests, drafts=2, vocab=2500, rank=16, kind=kind, w2_dtype=w2_dtype, dtype=torch.bfloat16,
+        first_draft=first_draft, scattered=requests > 1, padding=requests // 2,
+    )  # fmt: skip
+    equal_on_all_ranks(case, 3, 1024)
+
+
+@pytest.mark.parametrize("kind", ["gated", "rnn"])
+def test_any_cut_draws_what_the_reference_draws_with_latents(kind):
+    case = cases.draft_case(seed=3, requests=2, drafts=2, vocab=700, rank=16, kind=kind, adjust=("bias", "frequency"))
+    equal_on_all_ranks(case, 3, 250, exact=False)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.data())
+def test_settings_and_maps(data):
+    draw = data.draw
+    case = cases.draft_case(
+        seed=draw(st.integers(0, 10**6)),
+        requests=draw(st.sampled_from([1, 3, 9])),
+        drafts=draw(st.sampled_from([1, 3])),
+        vocab=1400,
+        kind=draw(st.sampled_from(["vanilla", "vanilla", "gated"])),
+        rank=draw(st.sampled_from([0, 16])),
+        adjust=draw(st.sets(st.sampled_from(cases.ADJUSTMENTS))),
+        target_vocab=draw(st.sampled_from([None, 3000])),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        scattered=draw(st.booleans()),
+        grid=0.25,
+        confidence=None,
+    )
+    equal_on_all_ranks(case, 2, 1024, spoil=draw(st.booleans()))
+
+
 @pytest.mark.parametrize("vocab, count, width, sampled", [(700, 3, 250, True), (33, 8, 5, True), (300, 4, 77, False)])
 def test_any_cut_draws_what_the_reference_draws(vocab, count, width, sampled):
     case = cases.draft_case(seed=width, requests=2, drafts=2, vocab=vocab, sampled=sampled)
@@ -97,6 +139,16 @@ def test_odd_logits(value):
     assert all(bool(f & dk.Flag.NAN) == (value == "nan") for f in block.flags.tolist())
 
 
+def test_a_row_is_finite_or_not_after_bias_and_mask():
+    """Allowed is one id alone, which a bias makes infinite: nothing finite is left, whatever the base logits are."""
+    case = cases.draft_case(seed=9, requests=1, drafts=1, vocab=300, rank=0, confidence=None, adjust=("bias", "mask"))
+    case.sampling.logit_bias[0, 200] = INF
+    case.sampling.token_bitmask[:] = 0
+    case.sampling.token_bitmask[0, 0, 200 // 32] = 1 << (200 % 32)
+    block = equal_on_all_ranks(case, 3, 128)
+    assert block.tokens.tolist() == [[200]] and block.flags.tolist() == [int(dk.Flag.NONFINITE_ROW)]
+
+
 @pytest.mark.parametrize("anchor", [-1, 300, 2**40])
 def test_anchor_out_of_range(anchor):
     case = cases.draft_case(seed=9, requests=2, drafts=2, vocab=300, grid=0.25)
@@ -107,12 +159,13 @@ def test_anchor_out_of_range(anchor):
 def test_columns_without_an_id_get_no_mass_and_the_workspace_stays_clean():
     case = cases.draft_case(seed=10, requests=2, drafts=2, vocab=300)
     workspace = dk.Workspace(2, 2, 300, "cpu")
-    blocks = shards.draft(case, 4, 128, workspace=workspace)
+    blocks, _ = shards.draft(case, 4, 128, workspace=workspace)
     assert not workspace.counters.any()
     assert (blocks[2].proposal.logits[..., 44:] == -INF).all() and (blocks[3].proposal.logits == -INF).all()
 
 
 GATED = dk.GatedMarkovHead(torch.zeros(300, 4), torch.zeros(150, 4), None, torch.zeros(4, 9), torch.zeros(4))
+RNN = dk.RnnMarkovHead(torch.zeros(300, 4), torch.zeros(150, 4), None, torch.zeros(12, 13), torch.zeros(12))
 
 
 def settings_of(**fields):
@@ -127,9 +180,12 @@ def settings_of(**fields):
         (dict(vocab_start=100), ValueError, "vocab_start: expected a multiple of the 150 columns"),
         (dict(vocab_size=301), ValueError, "vocab_size: expected at most 2 shards x 150 columns"),
         (dict(head=dk.MarkovHead(torch.zeros(300, 4), torch.zeros(300, 4))), ValueError, "head.w2: expected shape [150, 4]"),
-        (dict(head=GATED), NotImplementedError, "draft_block_partial: head: GatedMarkovHead on vocabulary shards is not supported"),
-        (dict(candidates=4), NotImplementedError, "draft_block_partial: candidates: "),
-        (dict(draft_to_target=torch.zeros(150).long()), NotImplementedError, "draft_block_partial: draft_to_target: "),
+        (dict(head=GATED), ValueError, "hidden: expected [R, K, H] because a GatedMarkovHead is given"),
+        (dict(head=RNN, hidden=torch.zeros(3, 4, 5)), ValueError, "head_state: expected fp32 [S, r], where"),
+        (dict(draft_to_target=torch.zeros(300).long()), ValueError, "draft_to_target: expected shape [150], got [300]"),
+        (dict(position=None), TypeError, "position: expected an int, got NoneType"),
+        (dict(bigrams=torch.zeros(300, 2).long()), NotImplementedError, "draft_block_partial: bigrams: successors of a draft"),
+        (dict(sampling=settings_of(logit_bias=torch.zeros(3, 150))), ValueError, "sampling: expected .* token_bitmask for 300 ids"),
         (dict(sampling=settings_of(top_k=torch.ones(3).int())), NotImplementedError, "draft_block_partial: sampling.top_k"),
         (dict(sampling=settings_of(min_p=torch.ones(3))), NotImplementedError, "draft_block_partial: sampling.min_p"),
         (dict(out=torch.zeros(3)), TypeError, "out: expected dtype int64"),

@@ -4,12 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from blocks import tree_of
+from errors import ULP
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
 from dspark_kernels.launch import tree as launch
-from reference import accept, layout as layouts, tree as reference
+from reference import accept, cases, layout as layouts, tree as reference
+from reference.decisions import Decisions
+from reference.draft import inverse_temperature, read_logits
 from reference.equality import assert_equal_or_tied
+from reference.sampling import adjust, filtered
 from reference.tree_cases import accept_tree_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,9 +36,12 @@ def outcome(acceptance, layout):
     return by_request
 
 
-def check(case, exempt=True):
+def check(case, exempt=True, **advanced):
+    """advanced: anchors and positions, which the kernel alone is to advance."""
     arguments = case.arguments()
-    acceptance = dk.accept_tree(**arguments)
+    acceptance = dk.accept_tree(**arguments, **advanced)
+    if case.logprobs is not None:
+        check_logprobs(case, acceptance)
 
     def run(decisions):
         return outcome(reference.accept_tree(**arguments, decisions=decisions), case.layout)
@@ -41,6 +49,28 @@ def check(case, exempt=True):
     assert_equal_or_tied(run, outcome(acceptance, case.layout), exempt=exempt)
     assert not acceptance.commit_mask[case.layout.batch_indices < 0].any(), "a padding row was committed"
     return acceptance
+
+
+def check_logprobs(case, acceptance):
+    """Log-probabilities of the tokens that the kernel emitted, each by the reference's formula for its node's row."""
+    for r, count in enumerate(acceptance.num_emitted.tolist()):
+        assert (acceptance.logprobs[r, count:] == 0).all()
+        slot = r if case.state_indices is None else int(case.state_indices[r])
+        scale = inverse_temperature(float(case.sampling.temperature[slot])) if case.sampling is not None else 0.0
+        for j in range(count):
+            at = int(case.layout.cu_num_logits[r]) + int(acceptance.path[r, j])
+            token, row = int(acceptance.tokens[r, j]), case.target_logits[at].float()
+            if case.logprobs == "processed":
+                row = adjust(row, case.sampling, slot, at, acceptance.tokens[r, :j].tolist())
+            row, _ = read_logits(row)
+            if case.logprobs == "processed":
+                row = filtered(row, scale, case.sampling, slot, Decisions(), 0)
+            want = accept._log_prob(row, token, 1.0 if case.logprobs == "raw" else scale)
+            exact, have = torch.tensor([want], dtype=torch.float64), acceptance.logprobs[r, j : j + 1]
+            # Three roundings of the scaled distance to the maximum and a few of ln of the mass.
+            bound = ULP * (3 * max(1.0, abs(want)) + 12)
+            same = torch.equal(have.double(), exact) if not exact.isfinite() else abs(float(have) - want) <= bound
+            assert same, f"request {r}, token {j}: {float(have)} for {want}"
 
 
 def poisoned(acceptance):
@@ -76,6 +106,9 @@ def test_equals_reference(data):
         draft_vocab=draw(st.sampled_from([None, vocab + 5, max(1, vocab - 3)])),
         reach=draw(st.sampled_from([None, 1, 2])),
         max_rows=draw(st.sampled_from([None, requests * nodes + 3, requests + 2])),
+        proposal=draw(st.sampled_from(["dense", "mapped", "sparse"])),
+        candidates=draw(st.sampled_from([1, 3, 16, 37])),
+        logprobs=draw(st.sampled_from([None, "raw", "processed"])),
     )
     acceptance = check(case)
     out = poisoned(acceptance)
@@ -86,6 +119,49 @@ def test_equals_reference(data):
         if getattr(out, field.name) is not None:
             assert torch.equal(getattr(out, field.name), getattr(acceptance, field.name)), field.name
     assert (workspace.counters == 0).all(), "counters were not left clean"
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.data())
+def test_sampling_settings_act_inside(data):
+    """Penalties and masks along each node's own path, filters in one launch with the rest."""
+    draw = data.draw
+    some = lambda names: draw(st.lists(st.sampled_from(names), unique=True, min_size=1))  # noqa: E731
+    scattered = draw(st.booleans())
+    check(accept_tree_case(
+        seed=draw(st.integers(0, 10**6)),
+        requests=draw(st.sampled_from([1, 2])),
+        nodes=draw(st.sampled_from([4, 7])),
+        vocab=draw(st.sampled_from([5, 40, 1100])),
+        drawn=draw(st.sampled_from(["one_hot", *SAMPLED])),
+        rule=draw(st.sampled_from(RULES)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        scattered=scattered,
+        padding=int(scattered),
+        closeness=0.9,
+        sharpness=1.0,
+        reach=draw(st.sampled_from([1, 2, None])),
+        proposal=draw(st.sampled_from(["dense", "mapped", "sparse"])),
+        adjust=some(cases.ADJUSTMENTS),
+        filters=draw(st.lists(st.sampled_from(cases.FILTERS), unique=True)),
+        filter_order=draw(st.sampled_from(["top_k_first", "joint"])),
+        logprobs=draw(st.sampled_from([None, "raw", "processed"])),
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_penalties_count_the_path_and_no_sibling(temperature):
+    """Children 5 and 6 of the anchor 9, and a child 6 of the 5: what is on a row's own way is out, all else is not."""
+    tree = tree_of([[(9, -1), (5, 0), (6, 0), (6, 1)]])
+    layout = layouts.tree_layout(tree, anchor_positions=torch.tensor([11]))
+    logits = torch.zeros(4, 12)
+    logits[0, 5] = 4.0
+    logits[1, 5], logits[1, 6] = 3.0, 2.0
+    logits[3, 5], logits[3, 6], logits[3, 9] = 4.0, 4.0, 2.0
+    penalties = dk.Penalties(torch.tensor([[-1]]), torch.tensor([[0]], dtype=torch.int32), presence=torch.tensor([10.0]))
+    sampling = dk.SamplingTensors(torch.tensor([temperature]), torch.tensor([3]), penalties=penalties)
+    have = dk.accept_tree(logits, layout, tree, sampling=sampling)
+    assert have.path[0].tolist() == [0, 1, 3, -1] and have.tokens[0].tolist() == [5, 6, 9, -1]
 
 
 @pytest.mark.parametrize("rule, drawn", [("recursive", "iid"), ("traversal", "without_replacement")])
@@ -119,8 +195,8 @@ def test_a_child_that_takes_nearly_all_of_its_law(rule):
 def test_any_tile_gives_the_same_bits(monkeypatch, pairs, span, rule, drawn):
     case = accept_tree_case(31, 2, 6, 3000, drawn, rule, sharpness=1.0, reach=2)
     want = check(case)
-    tile = launch.TreeConfig(2 if pairs == 4 else 1, min(pairs, 3), span, 1, None)
-    monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(tile, chunk=pairs if pairs < 4 else 4))
+    tile = launch.TreeConfig(group=2 if pairs == 4 else 1, chunk=pairs, tile=4 // pairs, span=span, num_warps=1, max_registers=None)
+    monkeypatch.setattr(launch, "pick", lambda *a: tile)
     have = dk.accept_tree(**case.arguments())
     assert all(torch.equal(getattr(have, name), getattr(want, name)) for name in PER_REQUEST)
 

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from draft_checks import rows_of
+from far import far_apart
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
+from dspark_kernels.launch import candidates as candidates_launch, tree_paths as launch
 from dspark_kernels.scheduling import node_budgets
 from reference import cases, tree_draft as reference
 from reference.equality import assert_equal_or_tied
@@ -98,6 +100,19 @@ def test_best_first_equals_reference(call):
     check(case, method="best_first", **options)
 
 
+@pytest.mark.parametrize("candidates", [None, 20])
+def test_every_node_has_a_state_of_its_own(candidates, monkeypatch):
+    """And is still the parent of its children when those of lower ids have moved it: a piece of 16 candidates, then 4."""
+    pick = launch.pick
+    monkeypatch.setattr(launch, "pick", lambda *args: dataclasses.replace(pick(*args), piece=16))
+    case = cases.draft_case(seed=23, requests=1, drafts=4, vocab=20, rank=6, kind="rnn", confidence=None, temperatures=(0.7,))
+    case.head.joint_weight[:] *= 4
+    case.head.w2[:] *= 2
+    tree = check(case, method="conditioned", num_nodes=13, candidates=candidates)
+    deep = [tree.parents[0, node] for node in range(13) if tree.depths[0, node] == 4]
+    assert len(set(deep)) == 4, "no two states at a depth"
+
+
 def test_without_a_head_conditioned_is_best_first():
     case = cases.draft_case(seed=3, requests=2, rank=0, confidence=None)
     trees = [check(case, method=method, num_nodes=20) for method in ("conditioned", "best_first")]
@@ -131,6 +146,21 @@ def test_certain_tokens_tie_with_their_parents(candidates):
     tree = check(case, exempt=False, method="conditioned", num_nodes=16, candidates=candidates)
     assert tree.parents[0].tolist() == [-1, *[0] * 4, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 10]
     assert tree.survival[0].tolist() == [1.0, *[0.25] * 12, *[0.125] * 3]
+
+
+@pytest.mark.parametrize("candidates", [None, 8])
+def test_a_tie_goes_to_the_child_of_the_earlier_node(candidates):
+    """A full tree gives up nodes for others that are deeper and as probable: their parent came first."""
+    case = cases.draft_case(seed=2, requests=1, drafts=4, vocab=8, rank=8, confidence=None, grid=1.0, temperatures=(1.0,))
+    followers = {0: (1, 2), 1: (3,), 2: (5, 7), 3: (4,), 4: (5, 6), 5: (0,), 7: (0,)}
+    case.anchors[0] = 0
+    case.base_logits[:] = 0.0
+    case.head.w1[:] = torch.eye(8)
+    case.head.w2[:] = -64.0
+    for token, after in followers.items():
+        case.head.w2[list(after), token] = 0.0
+    tree = check(case, exempt=False, method="conditioned", num_nodes=9, candidates=candidates)
+    assert tree.parents[0].tolist() == [-1, 0, 0, 1, 3, 2, 2, 4, 4] and tree.tokens[0].tolist() == [0, 1, 2, 3, 4, 5, 7, 5, 6]
 
 
 @pytest.mark.parametrize("candidates", [None, 64])
@@ -256,6 +286,27 @@ def test_the_same_bits_alone_and_in_a_batch(options):
     single = dk.draft_tree(**arguments_of(alone, **options))
     for name in (*FIELDS, "survival"):
         assert torch.equal(getattr(single, name)[0], getattr(both, name)[2]), name
+
+
+@pytest.mark.parametrize("options", [dict(candidates=60), dict(), dict(method="best_first")], ids=["candidates", "whole", "best"])
+def test_the_same_bits_however_the_work_is_cut(options, monkeypatch):
+    case = cases.draft_case(seed=15, requests=1, drafts=3, vocab=2300, rank=6, confidence=None, dtype=torch.bfloat16)
+    options = dict(method="conditioned", num_nodes=9) | options
+    want = dk.draft_tree(**arguments_of(case, **options))
+    pick, pick_dense = launch.pick, launch.pick_dense
+    monkeypatch.setattr(candidates_launch, "parts", lambda arch, rows, chunks: chunks)
+    monkeypatch.setattr(launch, "pick", lambda *args: dataclasses.replace(pick(*args), block=1024, piece=16))
+    monkeypatch.setattr(launch, "dense_parts", lambda arch, requests, units: units)
+    monkeypatch.setattr(launch, "pick_dense", lambda *args: dataclasses.replace(pick_dense(*args), piece=64))
+    have = dk.draft_tree(**arguments_of(case, **options))
+    assert all(torch.equal(getattr(have, name), getattr(want, name)) for name in (*FIELDS, "survival", "flags"))
+
+
+@pytest.mark.parametrize("options", [dict(candidates=9), dict(), dict(method="best_first")], ids=["candidates", "whole", "best"])
+def test_logits_far_apart(options):
+    case = cases.draft_case(seed=11, requests=1, drafts=3, vocab=40, rank=3, confidence=None, dtype=torch.bfloat16)
+    case.base_logits = far_apart(case.base_logits)
+    check(case, **(dict(method="conditioned", num_nodes=6) | options))
 
 
 def test_refusals():

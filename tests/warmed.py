@@ -25,11 +25,24 @@ block = dk.DraftBlock(
     torch.ones(SLOTS, DRAFTS),
     torch.ones(SLOTS, DRAFTS),
 )
+links = (ints(SLOTS, 12, dtype=torch.int32) for _ in range(4))
+tree = dk.DraftTree(
+    ints(SLOTS, 12), *links, ints(SLOTS, 12), ints(SLOTS, dtype=torch.int32),
+    dk.DenseProposal(torch.zeros(SLOTS, 12, VOCAB, dtype=torch.bfloat16)), "iid", ints(REQUESTS, dtype=torch.int32),
+)  # fmt: skip
 target = torch.zeros(REQUESTS * (DRAFTS + 1), VOCAB, dtype=torch.bfloat16)
 cost = dk.CostTable(torch.ones(REQUESTS * (DRAFTS + 1) + 1))
 slots, anchors, positions = torch.arange(REQUESTS, dtype=torch.int32), ints(SLOTS), ints(SLOTS)
 hidden = torch.zeros(REQUESTS, DRAFTS, 32, dtype=torch.bfloat16)
 confidence = dk.ConfidenceHead(torch.zeros(32 + RANK, dtype=torch.bfloat16))
+
+NODES = DRAFTS + 1
+links = [ints(SLOTS, NODES, dtype=torch.int32) for _ in range(4)]
+tree = dk.DraftTree(
+    ints(SLOTS, NODES), *links, ints(SLOTS, NODES), ints(SLOTS, dtype=torch.int32),
+    dk.DenseProposal(torch.zeros(SLOTS, NODES, VOCAB, dtype=torch.bfloat16)), "without_replacement", ints(SLOTS, dtype=torch.int32),
+)  # fmt: skip
+layers = dk.KVLayers.of([[torch.zeros(8, 16, 2, 64, dtype=torch.bfloat16) for _ in range(2)] for _ in range(3)])
 
 
 def calls(r):
@@ -43,6 +56,12 @@ def calls(r):
     yield dk.schedule_prefixes, dict(
         block=draft, cost=cost, anchors=anchors, anchor_positions=positions, state_indices=slots[:r]
     )  # fmt: skip
+    grown = dict(anchor_positions=positions, method="iid", sampling=sampling, state_indices=slots[:r])
+    trees = dataclasses.replace(tree, flags=tree.flags[:r])
+    yield dk.draft_tree, dict(
+        base_logits=logits[:r], anchors=anchors, head=head, num_nodes=12, branching=(3, 2), out=trees, **grown
+    )  # fmt: skip
+    yield dk.expand_tree, dict(tree=trees, node_logits=logits[:r], depth=2, branching=2, out=trees, **grown)
     int32 = lambda n: ints(n, dtype=torch.int32)  # noqa: E731
     layout = dk.VerifyLayout(
         int32(r), int32(r + 1), int32(r + 1), ints(rows), ints(rows), int32(rows), int32(rows), int32(1), int32(r), None, DRAFTS
@@ -51,6 +70,18 @@ def calls(r):
         target_logits=target[:rows], layout=layout, proposal=block.proposal, sampling=sampling, anchors=anchors,
         anchor_positions=positions, state_indices=slots[:r],
     )  # fmt: skip
+
+
+    # Trees: target rows and layouts of as many nodes as a chain has rows.
+    accepted = dk.Acceptance(
+        ints(r, NODES), int32(r), int32(r), int32(r), ints(r), int32(r), torch.zeros(r * NODES, dtype=torch.bool), int32(r), None,
+        *(ints(r, NODES, dtype=torch.int32) for _ in range(2)),
+    )  # fmt: skip
+    yield dk.accept_tree, dict(
+        target_logits=target[:rows], layout=dataclasses.replace(layout, slot_mapping=ints(rows)), tree=tree, rule="traversal",
+        sampling=sampling, anchors=anchors, anchor_positions=positions, state_indices=slots[:r], out=accepted,
+    )  # fmt: skip
+    yield dk.compact_kv, dict(layers=layers, acceptance=accepted, layout=dataclasses.replace(layout, slot_mapping=ints(rows)))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The embedded demo: a target and four drafters trained on real text, their tokenizer, and held-out prompts (README.md here).
+"""The embedded demo: a target and its drafters trained on real text, their tokenizer, and held-out prompts (README.md here).
 
 Weights are int8 with one scale per row: tensor = int8 * scale; vectors are kept as they are.
 """
@@ -27,9 +27,12 @@ class Weights(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def weights(name: str) -> Weights:
-    """One of "target", "draft_model", "mtp", "block", "dspark", in fp32."""
-    with np.load(FOLDER / f"{name}.npz") as file:
+def weights(name: str, folder: Path = FOLDER) -> Weights:
+    """One of "target", "draft_model", "mtp", "block", "dspark" and, where there are some, "dspark_gated" and "dspark_rnn", in fp32.
+
+    A config with `backbone` names the model that has the tensors which are not in the file.
+    """
+    with np.load(folder / f"{name}.npz") as file:
         config = json.loads(bytes(file["config"]).decode())
         tensors = {}
         for key in file.files:
@@ -39,13 +42,28 @@ def weights(name: str) -> Weights:
             if key + SCALE in file.files:
                 values *= torch.from_numpy(file[key + SCALE])[:, None]
             tensors[key] = values
+    if "backbone" in config:
+        tensors = weights(config.pop("backbone"), folder).tensors | tensors
     return Weights(config, tensors)
 
 
-def tokenizer() -> Tokenizer:
-    return Tokenizer(json.loads((FOLDER / "merges.json").read_text()))
+def there(name: str, folder: Path = FOLDER) -> bool:
+    """Whether a model of this name is shipped."""
+    return (folder / f"{name}.npz").is_file()
 
 
-def prompts() -> list[str]:
-    """Pieces of text that no model was trained on."""
-    return json.loads((FOLDER / "prompts.json").read_text())
+def tokenizer(folder: Path = FOLDER) -> Tokenizer:
+    return Tokenizer(json.loads((folder / "merges.json").read_text()))
+
+
+def prompts(domain: str = "code", folder: Path = FOLDER) -> list[str]:
+    """Pieces of text that no model was trained on; of domains(folder)."""
+    if domain == "code":
+        return json.loads((folder / "prompts.json").read_text())
+    return json.loads((folder / "domains.json").read_text(encoding="utf-8"))[domain]
+
+
+def domains(folder: Path = FOLDER) -> list[str]:
+    """Kinds of text that there are prompts of, code first."""
+    more = folder / "domains.json"
+    return ["code", *(json.loads(more.read_text(encoding="utf-8")) if more.is_file() else ())]

@@ -10,9 +10,9 @@ import functools
 import re
 from typing import Iterable, Sequence
 
-_WORDS = re.compile(rb" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\r?\n[ \t]*|[ \t]+|\s")
+WORDS = re.compile(rb" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\r?\n[ \t]*|[ \t]+|\s")
 END_OF_TEXT, MASK = 256, 257
-_FIRST_MERGE = 258
+FIRST_MERGE = 258
 
 
 class Tokenizer:
@@ -32,7 +32,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
-        return [token for word in _WORDS.findall(text.encode()) for token in self._word(word)]
+        return [token for word in WORDS.findall(text.encode()) for token in self._word(word)]
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 become replacement characters."""

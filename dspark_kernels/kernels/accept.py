@@ -18,6 +18,7 @@ from .accept_laws import (
     inner_dense,
     inner_listed,
     invert_map,
+    map_used,
     record_dense,
     record_listed,
     residual_dense,
@@ -40,8 +41,6 @@ from .primitives.fence import stores_done
 from .primitives.mass import log2_scale
 from .primitives.slots import state_slots
 from .primitives.ticket import arrive
-
-MAP_COLUMNS = tl.constexpr(4096)  # of a draft vocabulary's map per item that inverts it
 
 
 @triton.jit
@@ -106,15 +105,6 @@ def _conclude(
          row_ids_ptr, scale, num_requests, num_drafts, num_forward, RESIDUAL is not None, WIDTH)  # fmt: skip
 
 
-@triton.jit
-def _finished(mapping, num_requests, parts):
-    """Called once per request: the last one puts the map's counter back."""
-    ready_ptr, finished_ptr = mapping
-    if arrive(finished_ptr, num_requests):
-        await_map(ready_ptr, parts)
-        tl.store(ready_ptr, 0)
-
-
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward"])
 def accept_chain_kernel(
     target,  # ([L, V], its row stride, settings of primitives/adjust.py or None)
@@ -172,7 +162,7 @@ def accept_chain_kernel(
         ready_ptr, _finished_ptr = mapping
         if ticket < before:
             wave = 2
-            invert_map(ticket, law, vocab, ready_ptr, MAP_COLUMNS)
+            invert_map(ticket, law, vocab, ready_ptr)
 
     slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
     row0 = tl.load(cu_logits_ptr + request)
@@ -190,15 +180,16 @@ def accept_chain_kernel(
                 draft_temperature = tl.load(draft_temperature_ptr + slot)
             draft_scale = log2_scale(draft_temperature)
     target_ptr, stride_t, settings = target
-    whole_view = (target_ptr, stride_t, vocab, settings, token_ids_ptr, logits_indices_ptr, row0, slot, length, None)
-    view = (target_ptr, stride_t, vocab, settings, token_ids_ptr, logits_indices_ptr, row0, slot, length, limits)
+    tokens = (token_ids_ptr, None)
+    whole_view = (target_ptr, stride_t, vocab, settings, tokens, logits_indices_ptr, row0, slot, length, None)
+    view = (target_ptr, stride_t, vocab, settings, tokens, logits_indices_ptr, row0, slot, length, limits)
 
     if wave == 0:
         if length < 0:
             if item == 0:
                 emit_nothing(request, slot, layout, outputs, num_requests, num_drafts, num_forward, WIDTH)
                 if mapping is not None:
-                    _finished(mapping, num_requests, map_parts)
+                    map_used(mapping, num_requests, map_parts)
         else:
             group = item // chunks
             if group * GROUP <= length:
@@ -284,7 +275,7 @@ def accept_chain_kernel(
                         RESIDUAL, INNER, COLUMN, DRAWS, TWO_WAVES, PAIRS, CANDIDATES, LEAVES, WIDTH,
                     )  # fmt: skip
                     if mapping is not None:
-                        _finished(mapping, num_requests, map_parts)
+                        map_used(mapping, num_requests, map_parts)
 
 
 _JUDGES = {"token": judge_token, "block": judge_block, "match": judge_match, "forced": judge_forced}

@@ -16,7 +16,6 @@ from .accept_rows import (
     IDS,
     INVERSE,
     LOG2E,
-    MASS_BITS,
     MISSING_DRAFT,
     NAN,
     NONFINITE_ROW,
@@ -32,6 +31,7 @@ from .accept_rows import (
 )
 from .accept_rules import read_drafts
 from .accept_target import read_each, read_row
+from .primitives.leaves import MASS_BITS
 from .primitives.mass import LEAF, NEG_INF, POS_INF, below_max
 from .primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id
@@ -108,7 +108,7 @@ def _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_f
 
 
 @triton.jit
-def _log_probs(i, rows, tokens, emitted, greedy, view, raw_memory, row_values_ptr, row_ids_ptr, scale):
+def token_log_probs(i, rows, tokens, emitted, greedy, view, raw_memory, row_values_ptr, row_ids_ptr, scale):
     """ln of the probability of each emitted token under its row's law: processed, or raw where wave 1 summed that, too."""
     values, ids_of = row_values_ptr + rows * VALUES, row_ids_ptr + rows * IDS
     if raw_memory is not None:
@@ -159,7 +159,8 @@ def emit(
     of_token = request.to(tl.int64) * (num_drafts + 1) + i
     tl.store(tokens_ptr + of_token, tokens, mask=i <= num_drafts)
     if log_probs_ptr is not None:
-        log_probs = _log_probs(i, rows, tokens, i <= accepted, sampled == 0, view, raw_memory, row_values_ptr, row_ids_ptr, scale)
+        log_probs = token_log_probs(i, rows, tokens, i <= accepted, sampled == 0, view, raw_memory, row_values_ptr, row_ids_ptr,
+                                    scale)  # fmt: skip
         tl.store(log_probs_ptr + of_token, log_probs, mask=i <= num_drafts)
     tl.store(accepted_ptr + request, accepted)
     tl.store(emitted_ptr + request, accepted + 1)

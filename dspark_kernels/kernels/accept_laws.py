@@ -22,7 +22,6 @@ from .accept_rows import (
     INVERSE,
     KEPT,
     LOG2E,
-    MASS_BITS,
     NOBODY,
     REFERENCE,
     SOFTMAX,
@@ -30,17 +29,16 @@ from .accept_rows import (
     TOP,
     VALUES,
     finite_or_zero,
-    first_leaf,
-    first_of,
-    leaf_masses,
     load_leaf,
-    merge_leaves,
     soft_prob,
 )
 from .accept_target import read_row, read_tile
 from .primitives.fence import stores_done
+from .primitives.leaves import MASS_BITS, first_leaf, first_of, leaf_masses, merge_leaves
 from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, masses, numbers, octet_sums
+from .primitives.ticket import arrive
 
+MAP_COLUMNS = tl.constexpr(4096)  # of a draft vocabulary's map per item that inverts it
 RESIDUAL_ONE = tl.constexpr(1152921504606846976.0)  # 2^60: residual masses of a row sum to at most 1
 
 
@@ -108,7 +106,7 @@ def column_of_id(law, ids, vocab):
 
 
 @triton.jit
-def _id_of_column(law, columns, vocab):
+def id_of_column(law, columns, vocab):
     _, _, _, _, _, _, mapping = law
     ids = columns
     if mapping is not None:
@@ -119,11 +117,11 @@ def _id_of_column(law, columns, vocab):
 
 
 @triton.jit
-def invert_map(part, law, vocab, ready_ptr, COLUMNS: tl.constexpr):
+def invert_map(part, law, vocab, ready_ptr):
     """One part of a draft vocabulary's map into the inverse that everybody after it reads."""
     _, _, _, _, _, width, mapping = law
     map_ptr, inverse_ptr = mapping
-    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    column = part * MAP_COLUMNS + tl.arange(0, MAP_COLUMNS)
     ids = tl.load(map_ptr + column, mask=column < width, other=-1)
     tl.store(inverse_ptr + ids, column, mask=(ids >= 0) & (ids < vocab))
     stores_done()
@@ -137,6 +135,15 @@ def await_map(ready_ptr, parts):
     while done < parts:
         done = tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
+
+
+@triton.jit
+def map_used(mapping, num_requests, parts):
+    """Called once per request: the last one puts the map's counter back."""
+    ready_ptr, finished_ptr = mapping
+    if arrive(finished_ptr, num_requests):
+        await_map(ready_ptr, parts)
+        tl.store(ready_ptr, 0)
 
 
 @triton.jit
@@ -170,7 +177,7 @@ def record_dense(
         if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
             columns = first_leaf(tops, top, LEAVES)
             logits = load_leaf(row_ptrs[:, None], columns, columns < width)
-            hot = _id_of_column(law, first_of(logits, columns, top, width), vocab)
+            hot = id_of_column(law, first_of(logits, columns, top, width), vocab)
             mass_of = tl.where(top == POS_INF, hot, mass_of)
         mass_of = tl.where(top == NEG_INF, NOBODY, mass_of)
         factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
@@ -242,7 +249,7 @@ def inner_dense(
 
 
 @triton.jit
-def _entries(law, slot, i, c, draft_law, draft_scale, vocab):
+def entries(law, slot, i, c, draft_law, draft_scale, vocab):
     """(ids, probabilities) of list entries c; id -1 for what lies outside the vocabulary."""
     mass_of, reference, factor = draft_law
     ids = tl.where(c == 0, mass_of, -1)
@@ -260,14 +267,14 @@ def _entries(law, slot, i, c, draft_law, draft_scale, vocab):
 
 
 @triton.jit
-def _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES: tl.constexpr):
+def distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES: tl.constexpr):
     """Entries start, start + 1, ... of a list, those of one id made one.
 
     Gives ids [ENTRIES], the probability of each id, whether the entry is the first of its id, the first of its octet, and which of
     the octet's eight ids are listed: counts of 16 bits, four in each of two words.
     """
     c = start + tl.arange(0, ENTRIES)
-    ids, prob = _entries(law, slot, i, c, draft_law, draft_scale, vocab)
+    ids, prob = entries(law, slot, i, c, draft_law, draft_scale, vocab)
     valid = ids >= 0
     first_id, first_octet = valid, valid
     one = tl.full([ENTRIES], 1, tl.int64)
@@ -282,7 +289,7 @@ def _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES: tl.co
             before_id, before_octet = low.to(tl.int32), low.to(tl.int32)
             for begin in range(0, count, BLOCK):
                 other = begin + tl.arange(0, BLOCK)
-                there, amount = _entries(law, slot, i, other, draft_law, draft_scale, vocab)
+                there, amount = entries(law, slot, i, other, draft_law, draft_scale, vocab)
                 same_id = ids[:, None] == there[None, :]
                 same_octet = (ids >> 3)[:, None] == (there >> 3)[None, :]
                 earlier = other[None, :] < c[:, None]
@@ -298,12 +305,11 @@ def _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES: tl.co
 
 
 @triton.jit
-def record_listed(
-    i, rows, draft, view, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, num_leaves,
-    COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
-):  # fmt: skip
-    """rows, draft: [GROUP], rows -1 where no draft is judged. The lists' own sums replace a stored lse."""
-    _, _, vocab, _, _, _, _, slot, _, _ = view
+def list_laws(i, rows, draft, slot, law, draft_scale, draft_temperature, vocab, CANDIDATES: tl.constexpr):
+    """(who has the mass, reference, factor, the draft's probability) of rows [GROUP], -1 where no draft is judged.
+
+    The lists' own sums replace a stored lse, in integers: a row gets the same bits in any group, and on any shard.
+    """
     own = _as_id(draft)
     reference = tl.zeros(rows.shape, tl.float32)
     factor = tl.full(rows.shape, 1.0, tl.float32)
@@ -319,21 +325,37 @@ def record_listed(
             ids = tl.load(ids_ptr + slot * stride_is + at * stride_ik + c, mask=inside, other=-1).to(tl.int64)
             top = tl.max(x, axis=1)
             reference = finite_or_zero(top)
-            e = tl.exp2(below_max(x, top[:, None]) * draft_scale)
-            factor = 1.0 / tl.maximum(tl.sum(e, axis=1), 1e-30)
-            soft = tl.sum(tl.where(ids == draft[:, None], e, 0.0), axis=1) * factor
+            mass = tl.sum((tl.exp2(below_max(x, top[:, None]) * draft_scale) * ONE).to(tl.int64), axis=1)
+            factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+            # The draft's entries, relative to the best of them: an improbable draft keeps its bits.
+            own_x = tl.where(ids == draft[:, None], x, NEG_INF)
+            own_top = tl.max(own_x, axis=1)
+            own_mass = tl.sum((tl.exp2(below_max(own_x, own_top[:, None]) * draft_scale) * ONE).to(tl.int64), axis=1)
+            soft = own_mass.to(tl.float32) * (1.0 / ONE) * tl.exp2(below_max(own_top, top) * draft_scale) * factor
             place = tl.min(tl.where(x == POS_INF, c, CANDIDATES), axis=1)
             hot = tl.sum(tl.where(c == place[:, None], ids, 0), axis=1)
             hot = tl.where((hot >= 0) & (hot < vocab), hot, NOBODY).to(tl.int32)
             mass_of = tl.where(top == POS_INF, hot, tl.where(top == NEG_INF, NOBODY, SOFTMAX))
     mass_of = tl.where(draft == -1, NOBODY, mass_of)
     point = tl.where(draft == mass_of, 1.0, 0.0)
-    draft_prob = tl.where(mass_of == SOFTMAX, soft, point)
+    return mass_of, reference, factor, tl.where(mass_of == SOFTMAX, soft, point)
+
+
+@triton.jit
+def record_listed(
+    i, rows, draft, view, law, draft_memory, row_values_ptr, row_ids_ptr, draft_scale, draft_temperature, num_leaves,
+    COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """rows, draft: [GROUP], rows -1 where no draft is judged."""
+    _, _, vocab, _, _, _, _, slot, _, _ = view
+    mass_of, reference, factor, draft_prob = list_laws(
+        i, rows, draft, slot, law, draft_scale, draft_temperature, vocab, CANDIDATES
+    )
     _write_record(row_values_ptr, row_ids_ptr, rows, mass_of, reference, factor, draft_prob)
 
 
 @triton.jit
-def _list_end(law, draft_law):
+def list_end(law, draft_law):
     """Entries that there are: all of the list, or one where the law is a point."""
     end = 1
     if law is not None:
@@ -354,7 +376,7 @@ def _entry_masses(
     """
     _, _, vocab, _, _, _, _, slot, _, _ = view
     target_of, reference, inverse = target_law
-    ids, prob, first_id, first_octet, low, high = _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES)
+    ids, prob, first_id, first_octet, low, high = distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES)
     own_leaf = ids // LEAF
     slots = tl.arange(0, 8)[None, :]
     octet = (ids >> 3)[:, None] * 8 + slots
@@ -397,7 +419,7 @@ def residual_listed(
         tl.store(residual_ptr + of_leaf, tl.zeros([LEAVES], tl.int64), mask=there)
         stores_done()
         listed = tl.zeros((), tl.int32)
-        for start in range(0, _list_end(law, draft_law), ENTRIES):
+        for start in range(0, list_end(law, draft_law), ENTRIES):
             ids, own_leaf, removed, added, first_octet, first_id = _entry_masses(
                 start, i, row, view, law, top_ptr, target_law, draft_law, kept, scale, draft_scale, num_leaves, ENTRIES
             )
@@ -428,7 +450,7 @@ def inner_listed(
     target_law, draft_law, kept = read_record(row_values_ptr, row_ids_ptr, row)
     at = tl.arange(0, LEAF)
     if CANDIDATES == 1:
-        ids, _ = _entries(law, slot, i, tl.arange(0, 1), draft_law, draft_scale, vocab)
+        ids, _ = entries(law, slot, i, tl.arange(0, 1), draft_law, draft_scale, vocab)
         unlisted = kept * target_probs(view, i, leaf * LEAF + at, target_law, scale)
         # kept * target <= 1 = the draft's: nothing of it is left.
         residual = tl.where(leaf * LEAF + at == tl.max(ids, axis=0), 0.0, unlisted)
@@ -437,8 +459,8 @@ def inner_listed(
         patch = patch_ptr + request.to(tl.int64) * LEAF
         tl.store(patch + at, at * 0.0 - 1.0)
         stores_done()
-        for start in range(0, _list_end(law, draft_law), ENTRIES):
-            ids, prob, first_id, _o, _l, _h = _distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES)
+        for start in range(0, list_end(law, draft_law), ENTRIES):
+            ids, prob, first_id, _o, _l, _h = distinct(start, law, slot, i, draft_law, draft_scale, vocab, ENTRIES)
             listed = target_probs(view, i, tl.maximum(ids, 0), target_law, scale)
             tl.store(patch + ids % LEAF, tl.maximum(kept * listed - prob, 0.0), mask=first_id & (ids // LEAF == leaf))
         stores_done()

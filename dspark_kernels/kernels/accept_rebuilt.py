@@ -34,7 +34,8 @@ def _product(w1_ptr, stride_1, w2_ptr, stride_2, ids, previous, vocab, rank, fir
 @triton.jit
 def _rebuilt(view, i, law, ids, BLOCK_R: tl.constexpr):
     """fp32 logits of ids [IDS] (neighbours) of the law of the draft that row i (one number) judges."""
-    _, _, _, _, token_ids_ptr, logits_indices_ptr, row0, slot, _, _ = view
+    _, _, _, _, tokens, logits_indices_ptr, row0, slot, _, _ = view
+    token_ids_ptr, _lineage = tokens
     base_ptr, _, stride_b, stride_k, _, width, head = law
     rows_ptr, w1_ptr, stride_1, vocab_1, w2_ptr, stride_2, rank = head
     base_row = slot

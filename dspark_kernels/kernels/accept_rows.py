@@ -10,7 +10,8 @@ import triton.language as tl
 
 from .accept_target import GROUP_IDS, limit_row, read_each, read_raw, read_row, read_rows
 from .primitives.fence import stores_done
-from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, masses, numbers
+from .primitives.leaves import SAW_FINITE, SAW_NAN, first_leaf, first_of, leaf_masses, merge_leaves
+from .primitives.mass import LEAF, NEG_INF, ONE, POS_INF, numbers
 from .primitives.philox import COUPLED, lane_words, log2_exponential
 from .primitives.race import pack, unpack_id
 
@@ -20,11 +21,6 @@ NAN = tl.constexpr(2)
 BAD_TOKEN_ID = tl.constexpr(4)
 MISSING_DRAFT = tl.constexpr(8)
 EMPTY_RESIDUAL = tl.constexpr(16)
-
-# A leaf's mass is below 2^51; the bits above it carry what the leaf showed.
-SAW_FINITE = tl.constexpr(1 << 61)
-SAW_NAN = tl.constexpr(1 << 62)
-MASS_BITS = tl.constexpr((1 << 61) - 1)
 
 # Who has the probability mass of a row: nobody, everybody by softmax, or (any id >= 0) that id alone.
 NOBODY = tl.constexpr(-2)
@@ -54,40 +50,6 @@ DRAFT_OF = tl.constexpr(3)  # and the draft's
 @triton.jit
 def load_leaf(row_ptr, ids, inside):
     return numbers(tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32))
-
-
-@triton.jit
-def leaf_masses(x, scale, PAIRS: tl.constexpr):
-    """Maximum fp32 [PAIRS] and mass int64 [PAIRS] of leaves x [PAIRS, LEAF]."""
-    top = tl.max(x, axis=1)
-    return top, masses(tl.exp2(below_max(x, top[:, None]) * scale), PAIRS, LEAF, ONE)
-
-
-@triton.jit
-def merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, LEAVES: tl.constexpr):
-    """Leaf partials of rows [GROUP] -> row maximum, row mass (integer, relative to it), what the leaves showed, their maxima."""
-    leaf = tl.arange(0, LEAVES)[None, :]
-    where = rows[:, None] * num_leaves + leaf
-    inside = (rows >= 0)[:, None] & (leaf < num_leaves)
-    tops = tl.load(top_ptr + where, mask=inside, other=NEG_INF, volatile=True)
-    words = tl.load(mass_ptr + where, mask=inside, other=0, volatile=True)
-    top = tl.max(tops, axis=1)
-    relative = (words & MASS_BITS).to(tl.float32) * tl.exp2(below_max(tops, top[:, None]) * scale)
-    return top, tl.sum(relative.to(tl.int64), axis=1), words, tops
-
-
-@triton.jit
-def first_leaf(tops, top, LEAVES: tl.constexpr):
-    """Ids [GROUP, LEAF] of the first leaf that has each row's maximum."""
-    leaf = tl.arange(0, LEAVES)[None, :]
-    winner = tl.min(tl.where(tops == top[:, None], leaf, LEAVES - 1), axis=1)
-    return winner[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-
-
-@triton.jit
-def first_of(x, ids, top, width):
-    """Lowest id whose logit x is the row's maximum, int32 [GROUP]."""
-    return tl.min(tl.where((x == top[:, None]) & (ids < width), ids, 2147483647), axis=1)
 
 
 @triton.jit
@@ -217,15 +179,14 @@ def rows_status(rows, mass_ptr, num_leaves, LEAVES: tl.constexpr):
 
 
 @triton.jit
-def merge_rows(i, rows, status, view, layout, temperature_ptr, memory, raw_memory, row_values_ptr, row_ids_ptr, scale, num_leaves,
-               length, LEAVES: tl.constexpr):  # fmt: skip
+def merge_target(i, rows, status, view, temperature_ptr, memory, raw_memory, row_values_ptr, row_ids_ptr, scale, num_leaves,
+                 LEAVES: tl.constexpr):  # fmt: skip
     """All leaves of rows [GROUP] (-1 = none) are there: the target's part of their records.
 
-    Gives the drafts that the rows judge, int64 [GROUP], -1 where there is none.
+    Gives FIRST, who has each row's mass, its maximum and factor, and maxima and masses of its leaves, [GROUP, LEAVES].
     """
     top_ptr, mass_ptr, best_ptr = memory
     _, _, vocab, _, _, _, _, slot, _, _ = view
-    _starts, _logits, logits_indices_ptr, token_ids_ptr, _positions = layout
     live = rows >= 0
     row_of = tl.where(live, i, 0)
     top, mass, words, tops = merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, LEAVES)
@@ -256,15 +217,29 @@ def merge_rows(i, rows, status, view, layout, temperature_ptr, memory, raw_memor
     tl.store(ids_of + TARGET_OF, mass_of, mask=live)
     if raw_memory is not None:
         raw_top_ptr, raw_mass_ptr = raw_memory
-        raw_top, raw_mass, words, tops = merge_leaves(raw_top_ptr, raw_mass_ptr, rows, num_leaves, LOG2E, LEAVES)
+        raw_top, raw_mass, _, _ = merge_leaves(raw_top_ptr, raw_mass_ptr, rows, num_leaves, LOG2E, LEAVES)
         tl.store(values + RAW_TOP, raw_top, mask=live)
         tl.store(values + RAW_LOG, tl.log2(tl.maximum(raw_mass, 1).to(tl.float32)) - 40.0, mask=live)
+    return first, mass_of, top, inverse, tops, words
 
+
+@triton.jit
+def merge_rows(i, rows, status, view, layout, temperature_ptr, memory, raw_memory, row_values_ptr, row_ids_ptr, scale, num_leaves,
+               length, LEAVES: tl.constexpr):  # fmt: skip
+    """The target's part of the records, with the probability of the drafts that rows [GROUP] (-1 = none) judge.
+
+    Gives those drafts, int64 [GROUP], -1 where there is none.
+    """
+    _, _, vocab, _, _, _, _, _, _, _ = view
+    _starts, _logits, logits_indices_ptr, token_ids_ptr, _positions = layout
+    _, mass_of, top, inverse, _, _ = merge_target(i, rows, status, view, temperature_ptr, memory, raw_memory, row_values_ptr,
+                                                  row_ids_ptr, scale, num_leaves, LEAVES)  # fmt: skip
+    live = rows >= 0
     has_draft = live & (i < length)
     forward = tl.load(logits_indices_ptr + rows + 1, mask=has_draft, other=0)
     draft = tl.load(token_ids_ptr + forward, mask=has_draft, other=-1)
     inside = has_draft & (draft >= 0) & (draft < vocab)
-    x = read_each(view, row_of, tl.where(inside, draft, 0).to(tl.int32), inside)
+    x = read_each(view, tl.where(live, i, 0), tl.where(inside, draft, 0).to(tl.int32), inside)
     target_prob = soft_prob(x, draft, mass_of, finite_or_zero(top), inverse, scale)
-    tl.store(values + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
+    tl.store(row_values_ptr + rows * VALUES + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
     return draft

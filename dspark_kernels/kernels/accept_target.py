@@ -1,7 +1,8 @@
 """Target logits as acceptance sees them: after penalties, bias and mask, and -inf outside what top-k, top-p and min-p keep.
 
-A view is (logits [L, V], row stride, V, what is adjusted or None, the path's token ids and rows, first row of the request, its
-state slot, its drafts, limits per row or None). A row's path is the drafts before it. What is kept of a row is two scalars, found
+A view is (logits [L, V], row stride, V, what is adjusted or None, token ids and the ancestors of tree nodes or None, their rows,
+first row of the request, its state slot, its drafts, limits per row or None). A row's path is the drafts before it; in a tree,
+where row i is node i, the nodes from the anchor to it, not their siblings. What is kept of a row is two scalars, found
 by the row's last arriver from maxima of groups of 128 ids, so that nothing is written back. Oracle: reference/sampling.py.
 """
 
@@ -25,15 +26,31 @@ def draft_before(j, path):
 
 
 @triton.jit
+def token_above(j, path):
+    """Node j + 1 of a request as the path of the nodes whose ancestors are given as bits, -1 where it is none of them."""
+    token_ids_ptr, logits_indices_ptr, row0, ancestors = path
+    above = ((ancestors >> (j + 1)) & 1) > 0
+    row = tl.load(logits_indices_ptr + row0 + 1 + j + ancestors * 0, mask=above, other=0)
+    return tl.load(token_ids_ptr + row, mask=above, other=-1)
+
+
+@triton.jit
 def read_raw(view, i, ids, inside):
     """fp32 logits of ids [ROWS, WIDTH] in rows i [ROWS] of the request, adjusted; NaN stays NaN, no filter."""
-    target_ptr, stride_t, vocab, settings, token_ids_ptr, logits_indices_ptr, row0, slot, length, _ = view
+    target_ptr, stride_t, vocab, settings, tokens, logits_indices_ptr, row0, slot, length, _ = view
     rows = (row0 + i).to(tl.int64)
     x = tl.load(target_ptr + rows[:, None] * stride_t + ids, mask=inside, other=NEG_INF).to(tl.float32)
     if settings is not None:
         slots = slot + tl.zeros_like(rows)
-        path = (token_ids_ptr, logits_indices_ptr, row0, i)
-        x = adjusted(x, ids, inside, slots, rows, settings, path, length, draft_before)
+        token_ids_ptr, lineage = tokens
+        if lineage is None:
+            path = (token_ids_ptr, logits_indices_ptr, row0, i)
+            x = adjusted(x, ids, inside, slots, rows, settings, path, length, draft_before)
+        else:
+            ancestors_ptr, num_nodes = lineage
+            ancestors = tl.load(ancestors_ptr + slots * num_nodes + i, mask=(i >= 0) & (i <= length), other=0)
+            path = (token_ids_ptr, logits_indices_ptr, row0, ancestors)
+            x = adjusted(x, ids, inside, slots, rows, settings, path, length, token_above)
     return x
 
 

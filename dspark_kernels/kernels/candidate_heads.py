@@ -74,15 +74,21 @@ def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, B
 
 
 @triton.jit
-def weighted(ids, latent_ptr, known, head, BLOCK_R: tl.constexpr):
-    """fp32 [WIDTH]: W2[ids] . latent, 0 for id -1. known: ranks of the latent that there are."""
-    w2_ptr, stride_2v, scale_ptr, rank = head[2], head[3], head[4], head[6]
-    total = tl.zeros([ROWS, ids.shape[0]], tl.float32)
-    total = _product(total, w2_ptr, ids.to(tl.int64) * stride_2v, ids >= 0, 0, rank, latent_ptr, known, BLOCK_R)
+def weighted_rows(rows, scales, there, latent_ptr, known, head, BLOCK_R: tl.constexpr):
+    """fp32 [WIDTH]: rows of W2 . latent, 0 where nothing is `there`. rows, scales: offsets of each row and of its scale."""
+    w2_ptr, scale_ptr, rank = head[2], head[4], head[6]
+    total = tl.zeros([ROWS, rows.shape[0]], tl.float32)
+    total = _product(total, w2_ptr, rows, there, 0, rank, latent_ptr, known, BLOCK_R)
     bias = tl.sum(total, axis=0)
     if scale_ptr is not None:
-        bias = bias * tl.load(scale_ptr + ids, mask=ids >= 0, other=0.0)
+        bias = bias * tl.load(scale_ptr + scales, mask=there, other=0.0)
     return bias
+
+
+@triton.jit
+def weighted(ids, latent_ptr, known, head, BLOCK_R: tl.constexpr):
+    """fp32 [WIDTH]: W2[ids] . latent, 0 for id -1. known: ranks of the latent that there are."""
+    return weighted_rows(ids.to(tl.int64) * head[3], ids, ids >= 0, latent_ptr, known, head, BLOCK_R)
 
 
 @triton.jit

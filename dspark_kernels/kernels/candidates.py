@@ -15,7 +15,7 @@ for all positions, before the walk.
 import triton
 import triton.language as tl
 
-from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted
+from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted, weighted_rows
 from .draft_rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, log_sum_exp
 from .primitives.adjust import adjusted, no_path
 from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
@@ -49,17 +49,9 @@ def _chunk(row_ptr, chunk, end, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _judged(x, ids, inside, choice, path, path_max, PATH: tl.constexpr):
-    """(x fp32 after penalties, bias and mask, -inf where there is no token; target ids int32; where there is a token).
-
-    choice = (map [V] or None, number of target ids, settings of primitives/adjust.py or None, slot, row of the bit mask).
-    """
-    map_ptr, num_targets, adjust, slot, mask_row = choice
-    targets = ids
-    if map_ptr is not None:
-        mapped = tl.load(map_ptr + ids, mask=inside, other=-1)
-        inside = inside & (mapped >= 0) & (mapped < num_targets)
-        targets = tl.where(inside, mapped, 0).to(tl.int32)
+def _with_settings(x, targets, inside, choice, path, path_max, PATH: tl.constexpr):
+    """x fp32 of target ids after penalties, bias and mask; choice as in `_judged`."""
+    _, _, adjust, slot, mask_row = choice
     if adjust is not None:
         SIZE: tl.constexpr = x.numel
         one = tl.zeros([1], tl.int64)
@@ -69,6 +61,23 @@ def _judged(x, ids, inside, choice, path, path_max, PATH: tl.constexpr):
             path_max, PATH,
         )  # fmt: skip
         x = tl.reshape(wide, x.shape)
+    return x
+
+
+@triton.jit
+def _judged(x, ids, inside, choice, path, path_max, PATH: tl.constexpr, first_target=0):
+    """(x fp32 after penalties, bias and mask, -inf where there is no token; target ids int32; where there is a token).
+
+    choice = (map [V] or None, number of target ids, settings of primitives/adjust.py or None, slot, row of the bit mask);
+    first_target: of id 0, where there is no map.
+    """
+    map_ptr, num_targets, _, _, _ = choice
+    targets = ids + first_target
+    if map_ptr is not None:
+        mapped = tl.load(map_ptr + ids, mask=inside, other=-1)
+        inside = inside & (mapped >= 0) & (mapped < num_targets)
+        targets = tl.where(inside, mapped, 0).to(tl.int32)
+    x = _with_settings(x, targets, inside, choice, path, path_max, PATH)
     if map_ptr is not None:
         x = tl.where(inside, x, NEG_INF)
     return x, targets, inside
@@ -76,8 +85,9 @@ def _judged(x, ids, inside, choice, path, path_max, PATH: tl.constexpr):
 
 @triton.jit
 def _store_unit_keys(
-    row_ptr, keys_ptr, choice, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr
-):
+    row_ptr, keys_ptr, choice, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
+    first_target=0,
+):  # fmt: skip
     """Key of the largest logit of each unit of chunks first .. end - 1 of a row; returns whether a logit is NaN."""
     unit = tl.arange(0, BLOCK // GROUP)
     nan = tl.zeros([BLOCK], tl.int1)
@@ -86,7 +96,7 @@ def _store_unit_keys(
         x = loaded.to(tl.float32)
         loaded = _chunk(row_ptr, chunk + 1, end, vocab, BLOCK)  # on its way while this one is reduced
         ids = chunk * BLOCK + tl.arange(0, BLOCK)
-        x, _, _ = _judged(x, ids, ids < vocab, choice, tl.zeros([1], tl.int64), 0, no_path)
+        x, _, _ = _judged(x, ids, ids < vocab, choice, tl.zeros([1], tl.int64), 0, no_path, first_target)
         nan = nan | (x != x)
         keys = ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
         here = chunk * (BLOCK // GROUP) + unit
@@ -107,7 +117,7 @@ def _hidden_score(hidden_ptr, weight_ptr, hidden_size, BLOCK: tl.constexpr):
 @triton.jit
 def _keep_best(
     row, row_ptr, choice, head, keys_ptr, units_ptr, ids_ptr, bounds_ptr, num_rows, vocab, num_candidates,
-    GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr,
+    GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, first_target=0,
 ):  # fmt: skip
     """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
     num_units = tl.cdiv(vocab, GROUP)
@@ -122,7 +132,7 @@ def _keep_best(
     ids = tl.multiple_of(units * GROUP, GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (c < wanted)[:, None] & (ids < vocab)
     x = tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32)
-    x, _, _ = _judged(x, ids, inside, choice, tl.zeros([1], tl.int64), 0, no_path)
+    x, _, _ = _judged(x, ids, inside, choice, tl.zeros([1], tl.int64), 0, no_path, first_target)
     keys = tl.where(inside, ordered_key(numbers(x), SHIFT), ABSENT)
     bound, selected, place = select(keys, tl.minimum(num_candidates, vocab))
     tl.store(ids_ptr + row * num_candidates + place, ids, mask=selected)
@@ -185,15 +195,63 @@ def _filters_of(filters, slot):
     return top_k, top_p, min_p
 
 
+# --- on vocabulary shards: shared = (places int32 [R, K, C]: rank * C + entry in that rank's list of a position, int64 words of a
+# rank's part, target ids int32 [N, R, K, C] or None where an id is one, W2 of `head` where it is gathered [N, R, K, C, r], N) --
+
+
+@triton.jit
+def _gathered_at(c, there, row, shared, num_candidates):
+    """Whose list candidate c of a row is from, int64, and which entry of it."""
+    places = tl.load(shared[0] + row * num_candidates + c, mask=there, other=0, volatile=True)
+    return (places // num_candidates).to(tl.int64), places % num_candidates
+
+
+@triton.jit
+def _of_rank(ranks, region_ptr, shared):
+    """Where a region of these ranks' parts starts, in elements of its own type."""
+    return ranks * (shared[1] * (64 // region_ptr.dtype.element_ty.primitive_bitwidth))
+
+
+@triton.jit
+def _gathered_flags(status_ptr, request, shared, num_drafts, DRAFTS: tl.constexpr):
+    k = tl.arange(0, DRAFTS)
+    flags = tl.zeros([DRAFTS], tl.int32)
+    for rank in range(shared[4]):
+        at = tl.cast(rank, tl.int64) * (shared[1] * 2) + request.to(tl.int64) * num_drafts + k
+        flags = flags | tl.load(status_ptr + at, mask=k < num_drafts, other=0)
+    return tl.max(flags & NAN, axis=0)
+
+
+@triton.jit
+def _weighted(ids, ranks, entries, row, shared, head, latent_ptr, known, num_candidates, BLOCK_R: tl.constexpr):
+    """W2 . latent of the candidates, whose rows are those of their ids or of their entries."""
+    if shared is None:
+        bias = weighted(ids, latent_ptr, known, head, BLOCK_R)
+    elif shared[3] is None:
+        bias = weighted(ids, latent_ptr, known, head, BLOCK_R)
+    else:
+        at = row * num_candidates + entries
+        scales = at
+        if head[4] is not None:
+            scales += _of_rank(ranks, head[4], shared)
+        rows = _of_rank(ranks, shared[3], shared) + at * head[6]
+        bias = weighted_rows(rows, scales, ids >= 0, latent_ptr, known, head, BLOCK_R)
+    return bias
+
+
 @triton.jit
 def _walk(
-    request, slot, base, state, bigrams, map_ptr, adjust, filters, head, latent, hidden, confidence, out, scratch, status_ptr,
-    num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
+    request, slot, status_ptr, base, state, bigrams, map_ptr, shared, adjust, filters, head, latent, hidden, confidence, out,
+    scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr, LOG_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
     DRAFTS: tl.constexpr,
 ):  # fmt: skip
-    """All positions of one request, whose candidates are there."""
+    """All positions of one request, whose candidates are there.
+
+    shared: None, or where their logits, target ids and rows of W2 lie among the parts of all ranks; `base` is then the logits of
+    the first [R, K, C], and so are W2 and its scales of `head` where rows are gathered.
+    """
     base_ptr, stride_br, stride_bk = base
     anchors_ptr, stride_a, positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr = state
     tokens_ptr, stride_ts, out_ids_ptr, stride_is, stride_ik, logits_ptr, stride_ls, stride_lk, lse_ptr, stride_es, flags_ptr = out
@@ -209,7 +267,10 @@ def _walk(
     noise_anchor = anchor
     if STREAM == COUPLED:
         noise_anchor = anchor * 0
-    flags = tl.atomic_xchg(status_ptr + request, 0, sem="relaxed")
+    if shared is None:
+        flags = tl.atomic_xchg(status_ptr + request, 0, sem="relaxed")
+    else:
+        flags = _gathered_flags(status_ptr, request, shared, num_drafts, DRAFTS)
     if head is not None:
         flags = flags | tl.where((previous < 0) | (previous >= head[5]), BAD_TOKEN_ID, 0)
 
@@ -229,12 +290,19 @@ def _walk(
         if bigrams is not None:
             ids = _listed_ids(ids, c, bigrams, previous, k_ptr, choice, bounds_ptr, row, num_candidates, vocab, SHIFT)
 
-        x = tl.load(k_ptr + ids, mask=ids >= 0, other=NEG_INF).to(tl.float32)
+        there = ids >= 0
+        columns = ids
+        ranks = ids
+        entries = ids
+        if shared is not None:
+            ranks, entries = _gathered_at(c, there, row, shared, num_candidates)
+            columns = _of_rank(ranks, base_ptr, shared) + entries
+        x = tl.load(k_ptr + columns, mask=there, other=NEG_INF).to(tl.float32)
         if head is not None:
             known = tl.where((previous >= 0) & (previous < head[5]), head[6], 0)
             embedded_ptr = head[0] + previous * head[1]
             if latent is None:
-                x += weighted(ids, embedded_ptr, known, head, BLOCK_R)
+                x += _weighted(ids, ranks, entries, row, shared, head, embedded_ptr, known, num_candidates, BLOCK_R)
             else:
                 own_ptr = latent_ptr + request.to(tl.int64) * head[6]
                 own_states_ptr = states_ptr
@@ -244,9 +312,20 @@ def _walk(
                     (k, num_drafts, first_draft, slot), embedded_ptr, known, latent, hidden, products_ptr + row * latent[3],
                     own_ptr, own_states_ptr, head[6], BLOCK_O, BLOCK_J,
                 )  # fmt: skip
-                x += weighted(ids, own_ptr, head[6], head, BLOCK_R)
+                x += _weighted(ids, ranks, entries, row, shared, head, own_ptr, head[6], num_candidates, BLOCK_R)
 
-        x, targets, used = _judged(x, ids, ids >= 0, choice, tokens_ptr + slot * stride_ts, column + k, _drafted)
+        if shared is None:
+            x, targets, used = _judged(x, ids, there, choice, tokens_ptr + slot * stride_ts, column + k, _drafted)
+        else:
+            targets = ids
+            used = there
+            if shared[2] is not None:
+                at = _of_rank(ranks, shared[2], shared) + row * num_candidates + entries
+                targets = tl.load(shared[2] + at, mask=there, other=-1)
+                used = (targets >= 0) & (targets < num_targets)
+                targets = tl.where(used, targets, 0)
+            x = _with_settings(x, targets, used, choice, tokens_ptr + slot * stride_ts, column + k, _drafted)
+            x = tl.where(used, x, NEG_INF)
 
         flags = flags | tl.max(tl.where(used & (x != x), NAN, 0), axis=0)
         finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
@@ -319,6 +398,29 @@ def _score(
     tl.store(scores_ptr + slot * stride_cs + column + k, 1.0 / (1.0 + tl.exp(-raw)), mask=inside)
 
 
+@triton.jit
+def _latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests, num_slots, num_drafts, BLOCK_J: tl.constexpr):
+    """The products with hidden states that are this program's; returns the first request they are for, and how many requests."""
+    outputs = tl.cdiv(latent[3], 16)
+    pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
+    requests = pairs // num_drafts
+    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+    hidden_products(pairs, requests, slots, program % outputs, latent, hidden, products_ptr, num_drafts, BLOCK_J)
+    first = program // outputs * PAIRS // num_drafts
+    count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
+    return first, count
+
+
+@triton.jit
+def _awaited(request, latent, num_drafts):
+    """How many programs a request's walk waits for: its rows, and those that multiply its hidden states."""
+    total = num_drafts
+    if latent is not None:
+        tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
+        total += tiles * tl.cdiv(latent[3], 16)
+    return total
+
+
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column", "latent_items", "parts"])
 def draft_candidates_kernel(
     base,  # (logits [R, K, V], strides of R and K)
@@ -352,15 +454,9 @@ def draft_candidates_kernel(
     count = tl.zeros((), tl.int32)
     if program < latent_items:
         if latent is not None:
-            outputs = tl.cdiv(latent[3], 16)
-            pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
-            requests = pairs // num_drafts
-            slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-            hidden_products(
-                pairs, requests, slots, program % outputs, latent, hidden, scratch[3], num_drafts, BLOCK_J
+            first, count = _latent_item(
+                program, slots_ptr, latent, hidden, scratch[3], num_requests, num_slots, num_drafts, BLOCK_J
             )
-            first = program // outputs * PAIRS // num_drafts
-            count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
     else:
         item = program - latent_items
         row = item // parts
@@ -398,19 +494,15 @@ def draft_candidates_kernel(
     for request in range(first, first + count):
         slot = _slot(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            awaited = num_drafts
-            if latent is not None:
-                tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
-                awaited += tiles * tl.cdiv(latent[3], 16)
-            if arrive(request_count_ptr + request, awaited):
+            if arrive(request_count_ptr + request, _awaited(request, latent, num_drafts)):
                 _walk(
-                    request, slot, base, state, bigrams, map_ptr, adjust, filters, head, latent, hidden, confidence, out, scratch,
-                    status_ptr, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
+                    request, slot, status_ptr, base, state, bigrams, map_ptr, None, adjust, filters, head, latent, hidden,
+                    confidence, out, scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
                     ADVANCE, STREAM, WITH_MARKOV, JOINT, LOG_WIDTH, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
                 )  # fmt: skip
 
 
-_ADVANCE = {None: no_latent, "vanilla": no_latent, "gated": advance_gated, "rnn": advance_rnn}
+ADVANCES = {None: no_latent, "vanilla": no_latent, "gated": advance_gated, "rnn": advance_rnn}
 
 
 def latent_programs(rows, outputs):
@@ -422,7 +514,7 @@ def launch_draft_candidates(programs, args, *, kind, coupled, with_markov, joint
     """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
     draft_candidates_kernel[(programs,)](
         *args,
-        ADVANCE=_ADVANCE[kind],
+        ADVANCE=ADVANCES[kind],
         STREAM=COUPLED if coupled else DRAFT,
         WITH_MARKOV=with_markov,
         JOINT=joint,

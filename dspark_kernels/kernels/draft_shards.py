@@ -4,29 +4,74 @@ x_k = argmax over ranks of argmax_{v of the rank} key_k(v), key and logits as in
 pairs of all ranks' units of 64 ids. Symbols: R requests, K positions, W ids of a shard, r rank of the head, S state slots, N ranks,
 U units that a shard can touch. Ids, units and noise lanes are global, so that the word of an id does not depend on which rank has
 it. Oracle: the op on the whole vocabulary (reference/draft.py). Source: DSpark, arXiv 2607.05147.
+
+Latents of gated and rnn heads are the same on every rank, each makes them for itself: the products with hidden states, a grid
+barrier, the latents, a barrier, the vocabulary, all in the launch of the part. An rnn's state goes from position to position in
+the caller's [S, r].
 """
 
 import triton
 import triton.language as tl
 
 from .draft_rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, UNIT, _confidence_logit as confidence_logit, log_sum_exp
-from .heads import DOT_ROWS, low_rank_bias, w2_tile
+from .heads import DOT_ROWS, gated_latent, hoist, keep_state, low_rank_bias, rnn_latent, w2_tile
+from .primitives.adjust import adjusted
+from .primitives.barrier import grid_barrier
 from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers
-from .primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential
-from .primitives.race import pack, unpack_id, unpack_key
+from .primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, words_at
+from .primitives.race import NOBODY, pack, unpack_id, unpack_key
 from .primitives.slots import state_slots
 from .primitives.ticket import arrive
 from .primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
 
-FINITE = tl.constexpr(256)  # a finite base logit was seen; beside the bits of `flags`
+FINITE = tl.constexpr(256)  # a finite logit was seen; beside the bits of `flags`
+PHASES = tl.constexpr(3)  # of a part: hoisted products, latents, vocabulary
+
+
+@triton.jit
+def _previous(anchors_ptr, tokens_ptr, slots, k, column, stride_a, stride_ts):
+    """Token that position k follows: the anchor, or the draft before it."""
+    if k == 0:
+        tokens = tl.load(anchors_ptr + slots * stride_a, mask=slots >= 0, other=-1).to(tl.int64)
+    else:
+        tokens = tl.load(tokens_ptr + slots * stride_ts + column + k - 1, mask=slots >= 0, other=-1)
+    return tokens
+
+
+@triton.jit
+def _drafted(j, path):
+    """PATH of adjusted: drafts of this round, all of which are stored."""
+    tokens_ptr, stride_ts, slots = path
+    return tl.load(tokens_ptr + slots * stride_ts + j, mask=slots >= 0, other=-1)
+
+
+@triton.jit
+def _latents(
+    k, anchors_ptr, tokens_ptr, slots_ptr, head, mixer, num_requests, num_slots, column, stride_a, stride_ts,
+    MIX: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
+):  # fmt: skip
+    """kernels/draft.py's phase of latents where a block has this one position."""
+    vocab_w1, rank = head[5], head[6]
+    latent_ptr = mixer[6]
+    tiles = tl.cdiv(rank, BLOCK_J)
+    for item in range(tl.program_id(0), tiles * tl.cdiv(num_requests, DOT_ROWS), tl.num_programs(0)):
+        j = item % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
+        requests = item // tiles * DOT_ROWS + tl.arange(0, DOT_ROWS)
+        slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+        live = slots >= 0
+        previous = _previous(anchors_ptr, tokens_ptr, slots, k, column, stride_a, stride_ts)
+        known = live & (previous >= 0) & (previous < vocab_w1)
+        latent = MIX(mixer, head, j, requests, live, previous, known, k * 0, num_requests, 1, BLOCK_S, MIX_TYPE)
+        at = latent_ptr + requests.to(tl.int64)[None, :] * rank + j[:, None]
+        tl.store(at, latent.to(latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
 
 
 @triton.jit
 def _shard_tile(
     tile, ids, local, first_request, k,
-    base_ptr, anchors_ptr, positions_ptr, head, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
+    base_ptr, anchors_ptr, positions_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
     logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
-    num_requests, num_slots, first_unit, num_units, held, width, first_draft, column,
+    num_requests, num_slots, num_drafts, num_targets, first_unit, num_units, held, width, first_draft, column,
     stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
     WIDEN: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     DOT_TYPE: tl.constexpr,
@@ -41,16 +86,18 @@ def _shard_tile(
     inside = live[:, None] & (local < held)[None, :]
     x = tl.zeros([ROWS, BLOCK_V], tl.float32)
     if head is not None:
-        # The dot always has DOT_ROWS columns; ROWS of them are requests of this batch.
+        # The dot always has DOT_ROWS columns; ROWS of them are this tile's requests, the others stay zero.
         columns = first_request + tl.arange(0, DOT_ROWS)
-        column_slots = state_slots(slots_ptr, columns, num_requests, num_slots)
-        if k == 0:
-            previous = tl.load(anchors_ptr + column_slots * stride_a, mask=column_slots >= 0, other=-1).to(tl.int64)
+        column_slots = state_slots(slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), num_slots)
+        if mixer is None:
+            w1_ptr, _, _, stride_1v, _, vocab_w1, _ = head
+            previous = _previous(anchors_ptr, tokens_ptr, column_slots, k, column, stride_a, stride_ts)
+            known = (column_slots >= 0) & (previous >= 0) & (previous < vocab_w1)
+            bias = low_rank_bias(tile, head, w1_ptr, previous * stride_1v, known, local, held, WIDEN, BLOCK_R, DOT_TYPE)
         else:
-            previous = tl.load(tokens_ptr + column_slots * stride_ts + column + k - 1, mask=column_slots >= 0, other=-1)
-        w1_ptr, _, _, stride_1v, _, vocab_w1, _ = head
-        known = (column_slots >= 0) & (previous >= 0) & (previous < vocab_w1)
-        bias = low_rank_bias(tile, head, w1_ptr, previous * stride_1v, known, local, held, WIDEN, BLOCK_R, DOT_TYPE)
+            known = column_slots >= 0
+            at = columns.to(tl.int64) * head[6]
+            bias = low_rank_bias(tile, head, mixer[6], at, known, local, held, WIDEN, BLOCK_R, DOT_TYPE)
         bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
         if ROWS < DOT_ROWS:
             # Keep the first ROWS columns; the others are zero and adding zeros is exact.
@@ -59,11 +106,24 @@ def _shard_tile(
     rows = requests.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
     base = tl.load(base_ptr + rows[:, None] + local[None, :], mask=inside, other=0.0).to(tl.float32)
     x += base
+    tokens = ids  # in the target's vocabulary
+    if map_ptr is not None:
+        mapped = tl.load(map_ptr + local, mask=local < held, other=-1)
+        used = (mapped >= 0) & (mapped < num_targets)
+        tokens = tl.where(used, mapped, 0).to(tl.int32)
+    if adjust is not None:
+        path = (tokens_ptr, stride_ts, slots)
+        x = adjusted(x, tokens[None, :], inside, slots, slots * num_drafts + k, adjust, path, column + k, _drafted)
+    if map_ptr is not None:
+        x = tl.where(used[None, :], x, NEG_INF)  # else an id that stands for no token
+        base = tl.where(used[None, :], base, NEG_INF)
     nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
-    finite = tl.max(tl.where(inside & (tl.abs(base) < POS_INF), 1, 0), axis=1)
-    tl.atomic_or(seen_ptr + requests, tl.where(nan > 0, NAN, 0) | tl.where(finite > 0, FINITE, 0), mask=live, sem="relaxed")
     stored = numbers(x).to(base_ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
     x = tl.where(inside, stored.to(tl.float32), NEG_INF)
+    if adjust is not None:
+        base = x
+    finite = tl.max(tl.where(inside & (tl.abs(base) < POS_INF), 1, 0), axis=1)
+    tl.atomic_or(seen_ptr + requests, tl.where(nan > 0, NAN, 0) | tl.where(finite > 0, FINITE, 0), mask=live, sem="relaxed")
     if logits_ptr is not None:
         out = logits_ptr + slots[:, None] * stride_ls + tl.cast(column + k, tl.int64) * stride_lk + local[None, :]
         tl.store(out, tl.where(inside, stored, NEG_INF), mask=live[:, None] & (local < width)[None, :])
@@ -77,7 +137,10 @@ def _shard_tile(
         position = anchor + (first_draft + k + 1)
         if STREAM == COUPLED:
             anchor = anchor * 0
-        words = lane_words(seed[:, None], tl.min(ids, axis=0), position[:, None], anchor[:, None], STREAM, ROWS, BLOCK_V)
+        if map_ptr is None:
+            words = lane_words(seed[:, None], tl.min(ids, axis=0), position[:, None], anchor[:, None], STREAM, ROWS, BLOCK_V)
+        else:
+            words = words_at(seed[:, None], tokens[None, :], position[:, None], anchor[:, None], STREAM)
         noisy = x * scale[:, None] - log2_exponential(words)
         key = tl.where((temperature > 0.0)[:, None], noisy, x)
         if unit_max_ptr is not None:
@@ -91,15 +154,26 @@ def _shard_tile(
             tl.store(unit_max_ptr + where, top, mask=keep)
             tl.store(unit_mass_ptr + where, mass, mask=keep)
 
-    best = tl.max(tl.where(inside, pack(key, ids[None, :]), 0), axis=1)
+    words = pack(key, tokens[None, :])
+    if map_ptr is not None:
+        words = tl.where(used[None, :], words, NOBODY)
+    best = tl.max(tl.where(inside, words, 0), axis=1)
     tl.atomic_max(best_ptr + requests, best, mask=live, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["k", "num_requests", "num_slots", "start", "held", "first_unit", "first_draft", "column"])
+@triton.jit(
+    do_not_specialize=[
+        "first_phase", "end_phase", "k", "num_requests", "num_slots", "num_drafts", "start", "held", "first_unit", "first_draft",
+        "column",
+    ]
+)  # fmt: skip
 def draft_partial_kernel(
     base_ptr,  # [R, K, W]
     anchors_ptr, positions_ptr,  # [S]
-    head,  # kernels/heads.py, with W2 and its scales of the shard; or None
+    map_ptr,  # [W] ids in the target's vocabulary, or None
+    head, mixer,  # kernels/heads.py, with W2 and its scales of the shard; head None = none, mixer None = vanilla or none
+    adjust,  # settings of primitives/adjust.py, by target id; or None
+    hidden_ptr,  # [R, K, H] or None
     temperature_ptr, seed_ptr,  # [S]; temperature None = every row greedy
     slots_ptr,  # [R] or None
     tokens_ptr,  # [S, K], drafts before position k
@@ -109,47 +183,72 @@ def draft_partial_kernel(
     best_ptr,  # int64 [R], zero before and after
     seen_ptr,  # int32 [R], zero before and after
     arrivals_ptr,  # int32 [1], zero before and after
-    k, num_requests, num_slots, start, held, width, first_unit, num_units, first_draft, column,
-    stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
-    WIDEN: tl.constexpr, STREAM: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, DOT_TYPE: tl.constexpr,
+    barrier_ptr,  # int32 [1]
+    first_phase, end_phase, k, num_requests, num_slots, num_drafts, num_targets, start, held, width, first_unit, num_units,
+    hidden_size, first_draft, column,
+    stride_br, stride_bk, stride_a, stride_p, stride_hr, stride_hk, stride_ts, stride_ls, stride_lk,
+    MIX: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, STREAM: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    DOT_TYPE: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Position k on this rank's ids start .. start + held - 1; ids from first_unit * UNIT on are walked, others are masked."""
+    """Position k on this rank's ids start .. start + held - 1; ids from first_unit * UNIT on are walked, others are masked.
+
+    A launch runs the phases [first_phase, end_phase) of PHASES; the first two are those of latents.
+    """
     programs = tl.num_programs(0)
-    for first_id in range(tl.program_id(0) * BLOCK_V, num_units * UNIT, programs * BLOCK_V):
-        ids = first_unit * UNIT + first_id + tl.arange(0, BLOCK_V)
-        local = tl.where((ids >= start) & (ids - start < width), ids - start, width)
-        tile = ids
-        if head is not None:
-            tile = w2_tile(head, local, held, BLOCK_R)
-        if ONE_TILE:
-            _shard_tile(
-                tile, ids, local, 0, k,
-                base_ptr, anchors_ptr, positions_ptr, head, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
-                logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
-                num_requests, num_slots, first_unit, num_units, held, width, first_draft, column,
-                stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
-                WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
+    if MIX is not None:
+        if first_phase == 0:
+            own_ptr = hidden_ptr + tl.cast(k, tl.int64) * stride_hk
+            hoist(
+                mixer, head, own_ptr, slots_ptr, num_requests, num_slots, 1, hidden_size, first_draft + k, stride_hr, stride_hk,
+                PARTS, BLOCK_N, BLOCK_S, MIX_TYPE,
             )  # fmt: skip
-        else:
-            for first_request in range(0, num_requests, ROWS):
+        if (first_phase < 1) & (end_phase > 1):
+            grid_barrier(barrier_ptr)
+        if (first_phase <= 1) & (end_phase > 1):
+            _latents(
+                k, anchors_ptr, tokens_ptr, slots_ptr, head, mixer, num_requests, num_slots, column, stride_a, stride_ts,
+                MIX, BLOCK_J, BLOCK_S, MIX_TYPE,
+            )  # fmt: skip
+        if (first_phase <= 1) & (end_phase > 2):
+            grid_barrier(barrier_ptr)
+    if end_phase > 2:
+        if PARTS == 3:
+            keep_state(mixer, head, slots_ptr, num_requests, num_slots, k * 0 + 1, BLOCK_N)
+        for first_id in range(tl.program_id(0) * BLOCK_V, num_units * UNIT, programs * BLOCK_V):
+            ids = first_unit * UNIT + first_id + tl.arange(0, BLOCK_V)
+            local = tl.where((ids >= start) & (ids - start < width), ids - start, width)
+            tile = ids
+            if head is not None:
+                tile = w2_tile(head, local, held, BLOCK_R)
+            if ONE_TILE:
                 _shard_tile(
-                    tile, ids, local, first_request, k,
-                    base_ptr, anchors_ptr, positions_ptr, head, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
-                    logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
-                    num_requests, num_slots, first_unit, num_units, held, width, first_draft, column,
+                    tile, ids, local, 0, k,
+                    base_ptr, anchors_ptr, positions_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr, slots_ptr,
+                    tokens_ptr, logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
+                    num_requests, num_slots, num_drafts, num_targets, first_unit, num_units, held, width, first_draft, column,
                     stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
                     WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
                 )  # fmt: skip
-    if arrive(arrivals_ptr, programs):
-        for first_request in range(0, num_requests, 128):
-            requests = first_request + tl.arange(0, 128)
-            inside = requests < num_requests
-            tl.store(words_ptr + requests, tl.load(best_ptr + requests, mask=inside, other=0, volatile=True), mask=inside)
-            seen = tl.load(seen_ptr + requests, mask=inside, other=0, volatile=True)
-            tl.store(status_ptr + requests, seen.to(tl.int64), mask=inside)
-            tl.store(best_ptr + requests, tl.zeros([128], tl.int64), mask=inside)
-            tl.store(seen_ptr + requests, tl.zeros([128], tl.int32), mask=inside)
+            else:
+                for first_request in range(0, num_requests, ROWS):
+                    _shard_tile(
+                        tile, ids, local, first_request, k,
+                        base_ptr, anchors_ptr, positions_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr, slots_ptr,
+                        tokens_ptr, logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
+                        num_requests, num_slots, num_drafts, num_targets, first_unit, num_units, held, width, first_draft, column,
+                        stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
+                        WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
+                    )  # fmt: skip
+        if arrive(arrivals_ptr, programs):
+            for first_request in range(0, num_requests, 128):
+                requests = first_request + tl.arange(0, 128)
+                inside = requests < num_requests
+                tl.store(words_ptr + requests, tl.load(best_ptr + requests, mask=inside, other=0, volatile=True), mask=inside)
+                seen = tl.load(seen_ptr + requests, mask=inside, other=0, volatile=True)
+                tl.store(status_ptr + requests, seen.to(tl.int64), mask=inside)
+                tl.store(best_ptr + requests, tl.zeros([128], tl.int64), mask=inside)
+                tl.store(seen_ptr + requests, tl.zeros([128], tl.int32), mask=inside)
 
 
 @triton.jit
@@ -204,7 +303,7 @@ def draft_finish_kernel(
         seen = tl.load(status_ptr + part, mask=shard < shards, other=0).to(tl.int32)
         finite = tl.max(seen & FINITE, axis=0) > 0
         key = unpack_key(word)
-        status = tl.max(seen & NAN, axis=0) | tl.where(key == NEG_INF, NONFINITE_ROW, 0)
+        status = tl.max(seen & NAN, axis=0) | tl.where((key == NEG_INF) | (key != key), NONFINITE_ROW, 0)
         status |= tl.where((key == POS_INF) & (finite == 0), NONFINITE_ROW, 0)
         previous = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
         if head is not None:
@@ -229,24 +328,39 @@ def draft_finish_kernel(
 
 
 _WIDENINGS = {"by_cast": by_cast, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
+_MIXERS = {None: (None, 0), "gated": (gated_latent, 1), "rnn": (rnn_latent, 3)}  # and parts of r outputs
 
 
-def launch_draft_partial(programs, args, *, widening, dot_type, coupled, one_tile, rows, config):
-    """Launch on any number of programs: nobody waits for another."""
-    draft_partial_kernel[(programs,)](
-        *args,
-        WIDEN=_WIDENINGS[widening],
-        STREAM=COUPLED if coupled else DRAFT,
-        ONE_TILE=one_tile,
-        ROWS=rows,
-        BLOCK_V=config.block_v,
-        BLOCK_R=config.block_r,
-        DOT_TYPE=getattr(tl, dot_type),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
-    )
+def launch_draft_partial(programs, args, tail, *, mixer, widening, dot_type, mix_type, coupled, one_tile, rows, config):
+    """Without a mixer nobody waits for another. With one, a cooperative launch, or one for each phase. args, tail: before and after
+    the range of phases."""
+    end = PHASES.value
+    apart = mixer is not None and programs > 1 and not config.one_launch
+    mix, parts = _MIXERS[mixer]
+    for span in [(phase, phase + 1) for phase in range(end)] if apart else [(0, end)]:
+        draft_partial_kernel[(programs,)](
+            *args,
+            *span,
+            *tail,
+            MIX=mix,
+            PARTS=parts,
+            WIDEN=_WIDENINGS[widening],
+            STREAM=COUPLED if coupled else DRAFT,
+            ONE_TILE=one_tile,
+            ROWS=rows,
+            BLOCK_V=config.block_v,
+            BLOCK_R=config.block_r,
+            BLOCK_J=config.block_j,
+            BLOCK_N=config.block_n,
+            BLOCK_S=config.block_s,
+            DOT_TYPE=getattr(tl, dot_type),
+            MIX_TYPE=getattr(tl, mix_type),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            launch_cooperative_grid=mixer is not None and programs > 1 and config.one_launch,
+            enable_fp_fusion=False,
+            **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        )
 
 
 def launch_draft_finish(requests, args, *, with_markov, shards):

@@ -77,16 +77,13 @@ def low_rank_bias(tile, head, latent_ptr, offsets, known, ids, vocab, WIDEN: tl.
 
 
 @triton.jit
-def hoist(
-    mixer, head, hidden_ptr, slots_ptr, num_requests, num_slots, num_drafts, hidden_size, first_draft, stride_hr, stride_hk,
+def hoist_rows(
+    program, programs, mixer, head, hidden_ptr, rows, num_drafts, hidden_size, stride_hr, stride_hk,
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """The products with h for all positions, and the state before the first: carried from earlier drafts, else 0."""
-    weight_ptr, bias_ptr, stride_w, hidden_column, _, hoisted_ptr, _, state_ptr, carried_ptr, stride_c = mixer
-    _, _, _, _, _, _, rank = head
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    outputs = PARTS * rank
-    rows = num_requests * num_drafts
+    """The products with h for rows (request, position), shared out over `programs`."""
+    weight_ptr, bias_ptr, stride_w, hidden_column, _, hoisted_ptr, _, _, _, _ = mixer
+    outputs = PARTS * head[6]
     tiles = tl.cdiv(outputs, BLOCK_N)
     for item in range(program, tiles * tl.cdiv(rows, DOT_ROWS), programs):
         n = item % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -103,6 +100,21 @@ def hoist(
         total += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
         at = hoisted_ptr + row.to(tl.int64)[None, :] * outputs + n[:, None]
         tl.store(at, total, mask=(n < outputs)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit
+def hoist(
+    mixer, head, hidden_ptr, slots_ptr, num_requests, num_slots, num_drafts, hidden_size, first_draft, stride_hr, stride_hk,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, MIX_TYPE: tl.constexpr,
+):  # fmt: skip
+    """The products with h for all positions, and the state before the first: carried from earlier drafts, else 0."""
+    _, _, _, _, _, _, _, state_ptr, carried_ptr, stride_c = mixer
+    _, _, _, _, _, _, rank = head
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    hoist_rows(
+        program, programs, mixer, head, hidden_ptr, num_requests * num_drafts, num_drafts, hidden_size, stride_hr, stride_hk,
+        PARTS, BLOCK_N, BLOCK_H, MIX_TYPE,
+    )  # fmt: skip
     if state_ptr is not None:
         for request in range(program, num_requests, programs):
             slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
@@ -133,13 +145,13 @@ def keep_state(mixer, head, slots_ptr, num_requests, num_slots, num_drafts, BLOC
 
 @triton.jit
 def _mixed(
-    part: tl.constexpr, mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts,
+    part: tl.constexpr, mixer, head, j, live, previous, known, row, state_row,
     PARTS: tl.constexpr, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Outputs j of one part, the product with h included: fp32 [BLOCK_J, DOT_ROWS]."""
+    """Outputs j of one part, the product with h included: fp32 [BLOCK_J, DOT_ROWS]. row, state_row int64 [DOT_ROWS]: of the
+    hoisted products, and of the state before (-1: it is 0)."""
     weight_ptr, _, stride_w, _, w1_column, hoisted_ptr, _, state_ptr, _, _ = mixer
     w1_ptr, _, _, stride_1v, _, _, rank = head
-    row = requests.to(tl.int64) * num_drafts + k
     at = hoisted_ptr + row[None, :] * (PARTS * rank) + (part * rank + j)[:, None]
     total = tl.load(at, mask=(j < rank)[:, None] & live[None, :], other=0.0, volatile=True)
     weight_rows = weight_ptr + (part * rank + j).to(tl.int64)[:, None] * stride_w
@@ -150,14 +162,44 @@ def _mixed(
         total = tl.dot(weight.to(MIX_TYPE), latent.to(MIX_TYPE), total, input_precision="ieee")
     if state_ptr is not None:
         # The state is fp32 and stays so: a rounded one would drift along the block.
-        state_rows = state_ptr + ((k % 2).to(tl.int64) * num_requests + requests) * rank
         for first in range(0, rank, BLOCK_S):
             i = first + tl.arange(0, BLOCK_S)
             weight = tl.load(weight_rows + i[None, :], mask=(j < rank)[:, None] & (i < rank)[None, :], other=0.0)
-            inside = (i < rank)[:, None] & live[None, :]
-            state = tl.load(state_rows[None, :] + i[:, None], mask=inside, other=0.0, volatile=True)
+            inside = (i < rank)[:, None] & (live & (state_row >= 0))[None, :]
+            state = tl.load(state_ptr + state_row[None, :] * rank + i[:, None], mask=inside, other=0.0, volatile=True)
             total = tl.dot(weight.to(tl.float32), state, total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def gated_rows(
+    mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr
+):
+    """Latents j of DOT_ROWS rows, fp32 [BLOCK_J, DOT_ROWS]."""
+    w1_ptr, _, _, stride_1v, _, _, rank = head
+    z = _mixed(0, mixer, head, j, live, previous, known, row, state_row, 1, BLOCK_S, MIX_TYPE)
+    inside = (j < rank)[:, None] & known[None, :]
+    embedding = tl.load(w1_ptr + j[:, None] + (previous * stride_1v)[None, :], mask=inside, other=0.0)
+    return sigmoid(z) * embedding.to(tl.float32)
+
+
+@triton.jit
+def rnn_rows(
+    mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr
+):
+    """The same, and the next state to next_row: other programs are reading state_row."""
+    state_ptr = mixer[7]
+    rank = head[6]
+    z = _mixed(0, mixer, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
+    gate = sigmoid(z)
+    z = _mixed(1, mixer, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
+    inside = (j < rank)[:, None] & live[None, :]
+    before = state_ptr + state_row[None, :] * rank + j[:, None]
+    state = tl.load(before, mask=inside & (state_row >= 0)[None, :], other=0.0, volatile=True)
+    state = gate * state + (1.0 - gate) * tanh(z)
+    tl.store(state_ptr + next_row[None, :] * rank + j[:, None], state, mask=inside)
+    z = _mixed(2, mixer, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
+    return tanh(z)
 
 
 @triton.jit
@@ -165,11 +207,9 @@ def gated_latent(
     mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts,
     BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
-    w1_ptr, _, _, stride_1v, _, _, rank = head
-    z = _mixed(0, mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts, 1, BLOCK_S, MIX_TYPE)
-    inside = (j < rank)[:, None] & known[None, :]
-    embedding = tl.load(w1_ptr + j[:, None] + (previous * stride_1v)[None, :], mask=inside, other=0.0)
-    return sigmoid(z) * embedding.to(tl.float32)
+    """Latents of position k of a block."""
+    row = requests.to(tl.int64) * num_drafts + k
+    return gated_rows(mixer, head, j, live, previous, known, row, row, row, BLOCK_S, MIX_TYPE)
 
 
 @triton.jit
@@ -177,17 +217,8 @@ def rnn_latent(
     mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts,
     BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Also stores the next state, into the other of two buffers: this one is being read by other programs."""
-    _, _, _, _, _, _, _, state_ptr, _, _ = mixer
-    _, _, _, _, _, _, rank = head
-    z = _mixed(0, mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts, 3, BLOCK_S, MIX_TYPE)
-    gate = sigmoid(z)
-    z = _mixed(1, mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts, 3, BLOCK_S, MIX_TYPE)
-    at = (k % 2).to(tl.int64) * num_requests + requests
-    inside = (j < rank)[:, None] & live[None, :]
-    state = tl.load(state_ptr + at[None, :] * rank + j[:, None], mask=inside, other=0.0, volatile=True)
-    state = gate * state + (1.0 - gate) * tanh(z)
-    at = ((k + 1) % 2).to(tl.int64) * num_requests + requests
-    tl.store(state_ptr + at[None, :] * rank + j[:, None], state, mask=inside)
-    z = _mixed(2, mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts, 3, BLOCK_S, MIX_TYPE)
-    return tanh(z)
+    """The same; the states of k and k + 1 are in two buffers that take turns."""
+    row = requests.to(tl.int64) * num_drafts + k
+    state_row = (k % 2).to(tl.int64) * num_requests + requests
+    next_row = ((k + 1) % 2).to(tl.int64) * num_requests + requests
+    return rnn_rows(mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S, MIX_TYPE)

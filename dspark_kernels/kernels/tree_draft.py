@@ -15,10 +15,11 @@ a request. An item of rows leaves the B best words of its leaf for each row, sor
 import triton
 import triton.language as tl
 
-from .heads import DOT_ROWS, low_rank_bias, w2_tile
+from .heads import DOT_ROWS, gated_rows, hoist_rows, low_rank_bias, rnn_rows, w2_tile
+from .primitives.adjust import adjusted, no_path
 from .primitives.leaves import leaf_masses
 from .primitives.mass import LEAF, NEG_INF, POS_INF, log2_scale, numbers
-from .primitives.philox import DRAFT, lane_words, log2_exponential
+from .primitives.philox import DRAFT, lane_words, log2_exponential, words_at
 from .primitives.race import pack
 from .primitives.slots import state_slots
 from .primitives.waves import finish_item, take_item, wait_for
@@ -63,6 +64,43 @@ def _store_best(lists_ptr, rows, inside, running, wanted, KEEP: tl.constexpr):
 
 
 @triton.jit
+def _tokens_of(slots, node, live, state, tree, num_nodes):
+    """Token of each node, the anchor from where the engine keeps it."""
+    anchors_ptr, stride_a = state[0], state[1]
+    anchor = tl.load(anchors_ptr + slots * stride_a, mask=live & (node == 0), other=-1).to(tl.int64)
+    token = tl.load(tree[0] + slots * num_nodes + node, mask=live & (node > 0), other=-1, volatile=True)
+    return tl.where(node == 0, anchor, token)
+
+
+@triton.jit
+def _latents_item(
+    item, depth, width, state, head, mixer, tree, scratch, num_requests, num_slots, num_nodes, depths,
+    MIX: tl.constexpr, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_J latents of 16 rows; a node's state goes on from its parent's."""
+    rank = head[6]
+    tiles = tl.cdiv(rank, BLOCK_J)
+    j = item % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
+    columns = item // tiles * DOT_ROWS + tl.arange(0, DOT_ROWS)
+    requests = columns // width
+    slots = state_slots(state[4], requests, num_requests, num_slots)
+    start, count, at_depth, total = frontier(requests, slots, depth, None, width, state, tree, scratch, num_nodes, WIDTH)
+    live = columns % width < count
+    if tl.max(tl.where(live, 1, 0), axis=0) > 0:
+        node = tl.where(live, start + columns % width, 0).to(tl.int64)
+        previous = _tokens_of(slots, node, live, state, tree, num_nodes)
+        known = live & (previous >= 0) & (previous < head[5])
+        parent = tl.load(tree[1] + slots * num_nodes + node, mask=live & (node > 0), other=-1, volatile=True)
+        own = requests.to(tl.int64) * num_nodes
+        state_row = tl.where(parent >= 0, own + parent, -1)
+        row = requests.to(tl.int64) * depths + depth
+        latent = MIX(mixer, head, j, live, previous, known, row, state_row, own + node, BLOCK_S, MIX_TYPE)
+        latent_ptr = mixer[6]
+        at = latent_ptr + columns.to(tl.int64)[None, :] * rank + j[:, None]
+        tl.store(at, latent.to(latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
+
+
+@triton.jit
 def _weigh_leaf(
     group, chunk, depth, width, state, tree, law, scratch, level, num_requests, num_slots, num_nodes, vocab, chunks,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,
@@ -88,14 +126,15 @@ def _weigh_leaf(
 
 @triton.jit
 def _rows_item(
-    group, chunk, depth, width, wanted, tile, base, state, head, mixer, tree, law, scratch, row_status_ptr, level,
+    group, chunk, depth, width, wanted, tile, base, state, head, mixer, choice, tree, law, scratch, row_status_ptr, level,
     num_requests, num_slots, num_nodes, vocab, chunks,
     METHOD: tl.constexpr, WIDEN: tl.constexpr, KEEP: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
     """One leaf of ids of 16 rows. tile: of W2, for the first ids."""
     base_ptr, stride_br, stride_bk = base
-    anchors_ptr, stride_a, positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr, budgets_ptr = state
+    positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr = state[2], state[3], state[4], state[5], state[6]
+    map_ptr, num_targets, adjust = choice
     columns = group * DOT_ROWS + tl.arange(0, DOT_ROWS)
     requests = columns // width
     f = columns % width
@@ -112,9 +151,7 @@ def _rows_item(
         known = live
         if head is not None:
             if mixer is None:
-                anchor_token = tl.load(anchors_ptr + slots * stride_a, mask=live & (node == 0), other=-1).to(tl.int64)
-                token = tl.load(tree[0] + slots * num_nodes + node, mask=live & (node > 0), other=-1, volatile=True)
-                token = tl.where(node == 0, anchor_token, token)
+                token = _tokens_of(slots, node, live, state, tree, num_nodes)
                 known = live & (token >= 0) & (token < head[5])
                 latent_ptr = head[0]
                 latents = token * head[3]
@@ -144,6 +181,15 @@ def _rows_item(
             if head is not None:
                 x += tl.trans(low_rank_bias(tile, head, latent_ptr, latents, known, ids, vocab, WIDEN, BLOCK_R, DOT_TYPE))
                 tile = w2_tile(head, ids + BLOCK_V, last_id, BLOCK_R)  # on its way while this one is looked at
+            targets = ids  # in the target's vocabulary
+            if map_ptr is not None:
+                mapped = tl.load(map_ptr + ids, mask=ids < last_id, other=-1)
+                used = (mapped >= 0) & (mapped < num_targets)
+                targets = tl.where(used, mapped, 0).to(tl.int32)
+            if adjust is not None:
+                x = adjusted(x, targets[None, :], inside, slots, slots, adjust, targets, 0, no_path)
+            if map_ptr is not None:
+                x = tl.where(used[None, :], x, NEG_INF)
             nan = inside & (x != x)
             finite = inside & (tl.abs(x) < POS_INF)
             x = numbers(x)
@@ -155,12 +201,17 @@ def _rows_item(
             seen |= tl.max(tl.where(nan, NAN, 0), axis=1) | tl.max(tl.where(finite, SAW_FINITE, 0), axis=1)
             key = x
             if METHOD == WITHOUT_REPLACEMENT:
-                noise = lane_words(seed[:, None], first, position[:, None], anchor[:, None], DRAFT, DOT_ROWS, BLOCK_V,
-                                   node.to(tl.int32)[:, None])  # fmt: skip
+                slot_of_node = node.to(tl.int32)[:, None]
+                if map_ptr is None:
+                    noise = lane_words(
+                        seed[:, None], first, position[:, None], anchor[:, None], DRAFT, DOT_ROWS, BLOCK_V, slot_of_node
+                    )
+                else:
+                    noise = words_at(seed[:, None], targets[None, :], position[:, None], anchor[:, None], DRAFT, slot_of_node)
                 key = tl.where(sampled[:, None], x * scale[:, None] - log2_exponential(noise), x)
             if METHOD == IID:
                 inside = inside & (sampled == 0)[:, None]
-            words = tl.where(inside & (x > NEG_INF), pack(key, ids[None, :]), 0)
+            words = tl.where(inside & (x > NEG_INF), pack(key, targets[None, :]), 0)
             running = _best_so_far(running, words)
         rows = columns.to(tl.int64) * chunks + chunk
         _store_best(scratch[0], rows, live, running, wanted, KEEP)
@@ -176,7 +227,9 @@ def _rows_item(
 def draft_tree_kernel(
     base,  # (logits [R, K, V] or [R, F, V], strides of R and K or F)
     state,  # (anchors [S] or None, stride, positions [S], stride, slots [R], temperature, seed [S], budgets [R]; each may be None)
-    head, mixer,  # kernels/heads.py, or None
+    head, mixer,  # kernels/heads.py, or None; of mixer, latents [R F, r] and states [R M, r]
+    hidden,  # ([R, K, H], strides of R and K, H) or None
+    choice,  # (int64 [V] ids in the target's vocabulary or None, number of target ids, settings of primitives/adjust.py or None)
     tree,  # (tokens, parents, depths, first_child, next_sibling, ancestors [S, M], num_nodes [S], flags [R])
     law,  # (logits [S, M, V], strides of S and M) or None
     scratch,  # (lists int64 [R F, leaves, B], best int64 [R F, B], found int32 [R, M], record int32 [R, 3], and for iid of leaves
@@ -185,26 +238,44 @@ def draft_tree_kernel(
     branching,  # children by depth, five to an int32
     level,  # depth of the nodes to be given children; None: all depths from the anchor on
     num_requests, num_slots, num_nodes, vocab, first_width, depths, items,
-    METHOD: tl.constexpr, WIDEN: tl.constexpr, LEAVES: tl.constexpr, KEEP: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, DOT_TYPE: tl.constexpr,
+    METHOD: tl.constexpr, MIX: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, LEAVES: tl.constexpr, KEEP: tl.constexpr,
+    PAIRS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, DOT_TYPE: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
     item = take_item(ticket_ptr)
     chunks = tl.cdiv(vocab, LEAF)
     # The depth whose waves the item is in: its first item, nodes per request, and all nodes up to it, at most.
     depth = tl.zeros((), tl.int32)
     before = depth
+    tiles = depth
+    if MIX is not None:
+        tiles += tl.cdiv(head[6], BLOCK_J)
+        before += tl.cdiv(PARTS * head[6], BLOCK_N) * tl.cdiv(num_requests * depths, DOT_ROWS)  # products with hidden states
+    hoisting = item < before
     width = depth + first_width
     total = width
     groups = tl.cdiv(num_requests * width, DOT_ROWS)
-    while item >= before + groups * chunks + num_requests:
-        before += groups * chunks + num_requests
+    while item >= before + groups * (tiles + chunks) + num_requests:
+        before += groups * (tiles + chunks) + num_requests
         width = tl.minimum(width * _children_of(branching, depth), num_nodes - total)
         total += width
         depth += 1
         groups = tl.cdiv(num_requests * width, DOT_ROWS)
     wanted = _children_of(branching, depth)
+    if MIX is not None:
+        if hoisting:
+            hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
+            hoist_rows(item, before, mixer, head, hidden_ptr, num_requests * depths, depths, hidden_size, stride_hr, stride_hk,
+                       PARTS, BLOCK_N, BLOCK_S, MIX_TYPE)  # fmt: skip
+        elif item < before + groups * tiles:
+            wait_for(finished_ptr, before)
+            _latents_item(item - before, depth, width, state, head, mixer, tree, scratch, num_requests, num_slots, num_nodes,
+                          depths, MIX, WIDTH, BLOCK_J, BLOCK_S, MIX_TYPE)  # fmt: skip
+    before += groups * tiles
     item -= before
-    if item < groups * chunks:
+    if item < 0:
+        pass
+    elif item < groups * chunks:
         chunk = item // groups
         tile = chunk
         if head is not None:
@@ -212,8 +283,8 @@ def draft_tree_kernel(
             tile = w2_tile(head, chunk * LEAF + tl.arange(0, BLOCK_V), vocab, BLOCK_R)
         wait_for(finished_ptr, before)
         _rows_item(
-            item % groups, chunk, depth, width, wanted, tile, base, state, head, mixer, tree, law, scratch, row_status_ptr, level,
-            num_requests, num_slots, num_nodes, vocab, chunks,
+            item % groups, chunk, depth, width, wanted, tile, base, state, head, mixer, choice, tree, law, scratch, row_status_ptr,
+            level, num_requests, num_slots, num_nodes, vocab, chunks,
             METHOD, WIDEN, KEEP, PAIRS, WIDTH, BLOCK_V, BLOCK_R, DOT_TYPE,
         )  # fmt: skip
     else:
@@ -225,6 +296,7 @@ def draft_tree_kernel(
     finish_item(ticket_ptr, finished_ptr, items)
 
 
+_MIXERS = {None: (None, 0), "gated": (gated_rows, 1), "rnn": (rnn_rows, 3)}  # and parts of r outputs
 _METHODS = {"top_k": TOP_K, "iid": IID, "without_replacement": WITHOUT_REPLACEMENT}
 _WIDENINGS = {"by_cast": by_cast, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
 
@@ -236,12 +308,15 @@ def words_of_branching(branching):
     return tuple(sum(wanted << 6 * i for i, wanted in enumerate(part)) for part in parts)
 
 
-def launch_draft_tree(items, args, *, method, widen, leaves, keep, width, block_r, dot_type, config):
-    """Launch one program per item of all waves."""
+def launch_draft_tree(items, args, *, method, mixer, widen, leaves, keep, width, block_r, dot_type, mix_type, config):
+    """Launch one program per item of all waves. mixer: None, "gated" or "rnn"."""
+    mix, parts = _MIXERS[mixer]
     draft_tree_kernel[(items,)](
         *args,
         items,
         METHOD=_METHODS[method],
+        MIX=mix,
+        PARTS=parts,
         WIDEN=_WIDENINGS[widen],
         LEAVES=leaves,
         KEEP=keep,
@@ -250,7 +325,11 @@ def launch_draft_tree(items, args, *, method, widen, leaves, keep, width, block_
         WIDTH=width,
         BLOCK_V=config.block_v,
         BLOCK_R=block_r,
+        BLOCK_J=config.block_j,
+        BLOCK_N=config.block_n,
+        BLOCK_S=config.block_s,
         DOT_TYPE=getattr(tl, dot_type),
+        MIX_TYPE=getattr(tl, mix_type),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

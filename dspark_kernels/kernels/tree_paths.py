@@ -40,7 +40,6 @@ from .tree_nodes import (
     survivals,
 )
 
-
 __all__ = ["latent_programs", "launch_draft_paths"]
 
 

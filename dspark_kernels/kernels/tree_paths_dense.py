@@ -80,7 +80,7 @@ def _open(
     ADVANCE: tl.constexpr, NODES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Everything that the sweep of depth d needs, or the finished tree."""
-    kept_ptr, frontier_ptr, sizes_ptr, entries_ptr, score_ptr, products_ptr, latent_ptr, states_ptr = own
+    kept_ptr, frontier_ptr, sizes_ptr, entries_ptr, tokens_ptr, score_ptr, products_ptr, latent_ptr, states_ptr = own
     i = tl.arange(0, NODES)
     depth = field(kept_ptr, DEPTH, i, count, NODES)
     live = (i < count) & (depth == d)
@@ -103,15 +103,10 @@ def _open(
             score = tl.load(score_ptr + d, volatile=True)
             reached += log_confidence(token, there, score, d, confidence, hidden[3], NODES)
         tl.store(entries_ptr + i, reached, mask=there)
-        known = there & (token >= 0) & (token < head[5])
-        row_ptrs = head[0] + token.to(tl.int64) * head[1]
-        if latent is None:
-            for first in range(0, head[6], BLOCK_J):
-                j = first + tl.arange(0, BLOCK_J)
-                inside = (j < head[6])[None, :]
-                e = tl.load(row_ptrs[:, None] + j[None, :], mask=known[:, None] & inside, other=0.0)
-                tl.store(latent_ptr + i[:, None] * head[6] + j[None, :], e, mask=there[:, None] & inside)
-        else:
+        tl.store(tokens_ptr + i, token, mask=there)
+        if latent is not None:
+            known = there & (token >= 0) & (token < head[5])
+            row_ptrs = head[0] + token.to(tl.int64) * head[1]
             ADVANCE(
                 d, there, row_ptrs, known, origin, latent, hidden[3], products_ptr + d * latent[3], latent_ptr, states_ptr, head[6],
                 BLOCK_O, BLOCK_J,
@@ -120,8 +115,21 @@ def _open(
 
 
 @triton.jit
+def _latents_of(rows, there, head, latent, own):
+    """(where the latents of rows begin, whether they have one, else 0)."""
+    if latent is None:
+        token = tl.load(own[4] + rows, mask=there, other=-1, volatile=True)
+        known = there & (token >= 0) & (token < head[5])
+        row_ptrs = head[0] + token.to(tl.int64) * head[1]
+    else:
+        known = there
+        row_ptrs = own[7] + rows.to(tl.int64) * head[6]
+    return row_ptrs, known
+
+
+@triton.jit
 def _sweep(
-    d, size, part, parts, row_ptr, head, latent_ptr, tops_ptr, masses_ptr, groups_ptr, stride_g, scale, vocab,
+    d, size, part, parts, row_ptr, head, latent, own, tops_ptr, masses_ptr, groups_ptr, stride_g, scale, vocab,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Units and groups of one part of the vocabulary, for all rows of the depth."""
@@ -133,7 +141,8 @@ def _sweep(
         for first in range(0, size, ROWS):
             rows = (first + tl.arange(0, ROWS)).to(tl.int64)
             there = rows < size
-            x = base[None, :] + node_bias(ids, used, latent_ptr + rows * head[6], there, head, BLOCK_R)
+            row_ptrs, known = _latents_of(rows, there, head, latent, own)
+            x = base[None, :] + node_bias(ids, used, row_ptrs, known, head, BLOCK_R)
             inside = there[:, None] & used[None, :]
             nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
             x = tl.where(inside, numbers(x), NEG_INF)
@@ -151,12 +160,12 @@ def _sweep(
 
 @triton.jit
 def _best_of_row(
-    row, node, row_ptr, head, own, tops_ptr, masses_ptr, groups_ptr, chosen_ptr, keys_ptr, ids_ptr, scale, vocab, children,
+    row, node, row_ptr, head, latent, own, tops_ptr, masses_ptr, groups_ptr, chosen_ptr, keys_ptr, ids_ptr, scale, vocab, children,
     UNITS: tl.constexpr, GROUPS: tl.constexpr, CHILDREN: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr,
     NODES: tl.constexpr,
 ):  # fmt: skip
     """The best children of a row, ascending ids, with their survival; what its law showed."""
-    kept_ptr, _, _, entries_ptr, _, _, latent_ptr, _ = own
+    kept_ptr, entries_ptr = own[0], own[3]
     units, num_groups = tl.cdiv(vocab, UNIT), tl.cdiv(vocab, GROUP)
     one = tl.zeros([1], tl.int64)
     top, mass, words, _ = merge_leaves(tops_ptr, masses_ptr, one, units, scale, UNITS)
@@ -172,13 +181,15 @@ def _best_of_row(
     tl.store(chosen_ptr + place, group, mask=selected)
     tl.debug_barrier()
     # The maxima have been read: their place takes the logits of the chosen groups.
+    row_ptr_of_latent, known = _latents_of(row, row >= 0, head, latent, own)
+    known_ranks = tl.where(known, head[6], 0)
     for first in range(0, wanted * GROUP, PIECE):
         at = first + tl.arange(0, PIECE)
         there = at < wanted * GROUP
         ids = tl.load(chosen_ptr + at // GROUP, mask=there, other=0, volatile=True) * GROUP + at % GROUP
         there = there & (ids < vocab)
         x = tl.load(row_ptr + ids, mask=there, other=NEG_INF).to(tl.float32)
-        x += weighted(tl.where(there, ids, -1), latent_ptr + row.to(tl.int64) * head[6], head[6], head, BLOCK_R)
+        x += weighted(tl.where(there, ids, -1), row_ptr_of_latent, known_ranks, head, BLOCK_R)
         tl.store(groups_ptr + at, numbers(x), mask=there)
     tl.debug_barrier()
     c = tl.arange(0, CHILDREN)
@@ -214,8 +225,8 @@ def draft_paths_dense_kernel(
     counts,
     kept_ptr,  # int32 [R, FIELDS, NODES]
     depths,  # (frontier int32 [R, NODES], its size by depth and the nodes so far int32 [R, K+1], log2 survival with the confidence
-    # fp32 [R, NODES], score fp32 [R, K], and with a latent products fp32 [R, K, O]), latents [R, NODES, r], states fp32
-    # [R, 2, NODES, r]
+    # fp32 [R, NODES], tokens int32 [R, NODES], score fp32 [R, K], and with a latent products fp32 [R, K, O], latents fp32
+    # [R, NODES, r], states fp32 [R, 2, NODES, r])
     law,  # (maxima fp32, masses int64 [R, ROWS, units], group maxima and then logits fp32 [R, ROWS, G], groups int32 [R, ROWS, C],
     # survivals of children fp32, their ids int32 [R, ROWS, C]), ROWS = C = max(1, M - 1)
     num_requests, num_slots, num_drafts, num_nodes, vocab, stride_g, latent_items, parts,
@@ -236,7 +247,7 @@ def draft_paths_dense_kernel(
             pairs = ticket // outputs * PAIRS + tl.arange(0, PAIRS)
             requests = pairs // num_drafts
             slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-            hidden_products(pairs, requests, slots, ticket % outputs, latent, hidden, depths[4], num_drafts, BLOCK_J)
+            hidden_products(pairs, requests, slots, ticket % outputs, latent, hidden, depths[5], num_drafts, BLOCK_J)
             stores_done()
             first = ticket // outputs * PAIRS // num_drafts
             end = tl.minimum((ticket // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) + 1
@@ -266,14 +277,14 @@ def draft_paths_dense_kernel(
             item = inside % per_request
         slot = _slot(slots_ptr, request, num_requests, num_slots)
         wide = request.to(tl.int64)
-        products_ptr = depths[4]
-        states_ptr = depths[6]
+        products_ptr, latent_ptr, states_ptr = depths[5], depths[6], depths[7]
         if latent is not None:
             products_ptr += wide * num_drafts * latent[3]
+            latent_ptr += wide * (NODES * head[6])
             states_ptr += wide * (2 * NODES * head[6])
         own = (
             kept_ptr + wide * (FIELDS * NODES), depths[0] + wide * NODES, depths[1] + wide * (num_drafts + 1),
-            depths[2] + wide * NODES, depths[3] + wide * num_drafts, products_ptr, depths[5] + wide * (NODES * head[6]), states_ptr,
+            depths[2] + wide * NODES, depths[3] + wide * NODES, depths[4] + wide * num_drafts, products_ptr, latent_ptr, states_ptr,
         )  # fmt: skip
         opens = tl.full((), -1, tl.int32)  # the depth that this program opens
         count = tl.full((), 1, tl.int32)
@@ -287,7 +298,7 @@ def draft_paths_dense_kernel(
                     hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
                     for k in range(num_drafts):
                         row_ptr = hidden_ptr + wide * stride_hr + tl.cast(k, tl.int64) * stride_hk
-                        tl.store(own[4] + k, _hidden_score(row_ptr, confidence[0], hidden_size, 1024))
+                        tl.store(own[5] + k, _hidden_score(row_ptr, confidence[0], hidden_size, 1024))
                     tl.debug_barrier()
                 opens = opens * 0
             else:
@@ -307,7 +318,7 @@ def draft_paths_dense_kernel(
                 first_row = wide * children
                 if wave % 2 == 0:
                     _sweep(
-                        d, size, item, parts, row_ptr, head, own[6], law[0] + first_row * units, law[1] + first_row * units,
+                        d, size, item, parts, row_ptr, head, latent, own, law[0] + first_row * units, law[1] + first_row * units,
                         law[2] + first_row * stride_g, stride_g, scale, vocab, BLOCK_R,
                     )  # fmt: skip
                     if arrive(chunk_count_ptr + request, parts):
@@ -316,7 +327,7 @@ def draft_paths_dense_kernel(
                     row = first_row + item
                     node = tl.load(own[1] + item, volatile=True)
                     _best_of_row(
-                        item, node, row_ptr, head, own, law[0] + row * units, law[1] + row * units, law[2] + row * stride_g,
+                        item, node, row_ptr, head, latent, own, law[0] + row * units, law[1] + row * units, law[2] + row * stride_g,
                         law[3] + row * children, law[4] + row * children, law[5] + row * children, scale, vocab, children,
                         UNITS, GROUPS, CHILDREN, PIECE, BLOCK_R, NODES,
                     )  # fmt: skip
@@ -333,8 +344,8 @@ def draft_paths_dense_kernel(
                         opens = d + 1
         if opens >= 0:
             _open(
-                opens, count, request, slot, anchor, budgets_ptr, head, latent, hidden, confidence, own, out, published_ptr + request,
-                num_nodes, num_drafts, ADVANCE, NODES, BLOCK_R, BLOCK_O, BLOCK_J,
+                opens, count, request, slot, anchor, budgets_ptr, head, latent, hidden, confidence, own, out,
+                published_ptr + request, num_nodes, num_drafts, ADVANCE, NODES, BLOCK_R, BLOCK_O, BLOCK_J,
             )  # fmt: skip
         if (wave >= 0) & (slot >= 0):
             if arrive(item_count_ptr + request, items):

@@ -31,7 +31,7 @@ class CandidatesConfig:
     max_registers: int | None
 
 
-def _padded(n: int) -> int:
+def padded(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -56,17 +56,17 @@ def pick(
     weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. settings: penalties, bias, mask, filters or an
     id map are in play. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
     """
-    width = max(16, _padded(candidates + listed))
-    padded_rank, padded_drafts = max(16, _padded(rank)), _padded(drafts)
+    width = max(16, padded(candidates + listed))
+    padded_rank, padded_drafts = max(16, padded(rank)), padded(drafts)
     if arch.vendor == "interpreter":
         group = 16 if vocab <= 16 * MOST_UNITS else unit_ids(vocab, candidates)
-        units = max(64, _padded(-(-vocab // group)))
-        chosen = _padded(min(candidates, units))
-        block = min(65536, max(group, _padded(vocab)))
+        units = max(64, padded(-(-vocab // group)))
+        chosen = padded(min(candidates, units))
+        block = min(65536, max(group, padded(vocab)))
         return CandidatesConfig(block, group, units, chosen, width, padded_rank, padded_rank, 4096, padded_drafts, 1, 1, None)
     group = unit_ids(vocab, candidates)
-    units = max(64, _padded(-(-vocab // group)))
-    chosen = _padded(min(candidates, units))
+    units = max(64, padded(-(-vocab // group)))
+    chosen = padded(min(candidates, units))
     # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
     # one reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
     warps = 8 if arch.vendor == "nvidia" else 4
@@ -79,3 +79,13 @@ def pick(
     block_o, block_j = (64, 128) if plain else (32, 32)
     registers = 128 if capped else None
     return CandidatesConfig(block, group, units, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)
+
+
+def list_config(arch: Arch, config: CandidatesConfig, adjusted: bool, mapped: bool) -> CandidatesConfig:
+    """For a rank's lists on vocabulary shards: smaller chunks where both penalties and an id map take registers."""
+    return dataclasses.replace(config, block=4096) if adjusted and mapped and arch.vendor != "interpreter" else config
+
+
+def merge_config(arch: Arch, config: CandidatesConfig) -> CandidatesConfig:
+    """For the walk on shards: all registers there are. Left to itself the compiler for sm_120 takes 128 and spills."""
+    return dataclasses.replace(config, max_registers=255 if arch.vendor == "nvidia" else None)

@@ -13,11 +13,15 @@ ROWS_PER_ITEM = 16  # (request, node) pairs per item, as in kernels/heads.py
 @dataclasses.dataclass(frozen=True)
 class TreeDraftConfig:
     """block_v: ids at a time; pairs: rows whose leaves a program weighs, and children it draws, at once; rows: lists merged at
-    once; max_registers: per thread, None = the compiler's choice."""
+    once; max_registers: per thread, None = the compiler's choice. Of gated and rnn heads: block_j: latents per program, block_n:
+    hoisted products per program, block_s: inputs per dot of these."""
 
     block_v: int
     pairs: int
     rows: int
+    block_j: int
+    block_n: int
+    block_s: int
     num_warps: int
     num_stages: int
     max_registers: int | None
@@ -36,13 +40,26 @@ def depths_of(branching, drafts: int, nodes: int) -> list[tuple[int, int]]:
     return depths or [(1, 1)]
 
 
-def items_of(depths, requests: int, leaves: int) -> int:
-    """Programs of a launch: rows by leaves of every depth, and a request's children."""
-    return sum(-(-requests * width // ROWS_PER_ITEM) * leaves + requests for width, _ in depths)
+def items_of(config: TreeDraftConfig, depths, requests: int, leaves: int, rank: int, parts: int) -> int:
+    """Programs of a launch: the products of a head with `parts` of r outputs and hidden states (0: it has none), then for every
+    depth the latents of its rows, rows by leaves, and a request's children."""
+    hoisted = -(-parts * rank // config.block_n) * -(-requests * len(depths) // ROWS_PER_ITEM)
+    per_group = leaves + (-(-rank // config.block_j) if parts else 0)
+    return hoisted + sum(-(-requests * width // ROWS_PER_ITEM) * per_group + requests for width, _ in depths)
 
 
-def pick(arch: Arch, vocab: int) -> TreeDraftConfig:
-    """Not measured on a GPU yet."""
+# Of W2 per dot, in 16 bits: more would take the registers of a second program on a multiprocessor (bench/compile.py).
+RANKS = 64
+
+
+def pick(arch: Arch, vocab: int, rank: int) -> TreeDraftConfig:
+    """Not measured on a GPU yet.
+
+    With 4 warps of 255 registers two programs share a multiprocessor, so that all items of a row of Qwen3's length run at once on
+    an H100 or H200. Left to itself the compiler spills to have a third one on some GPUs.
+    """
     if arch.vendor == "interpreter":
-        return TreeDraftConfig(min(LEAF, max(64, 1 << (vocab - 1).bit_length())), 16, 16, 1, 1, None)
-    return TreeDraftConfig(block_v=64, pairs=4, rows=4, num_warps=4, num_stages=1, max_registers=None)
+        few = min(512, max(16, 1 << (rank - 1).bit_length()))
+        return TreeDraftConfig(min(LEAF, max(64, 1 << (vocab - 1).bit_length())), 16, 16, few, 4 * few, few, 1, 1, None)
+    registers = 255 if arch.vendor == "nvidia" else None
+    return TreeDraftConfig(64, 2, rows=4, block_j=16, block_n=64, block_s=32, num_warps=4, num_stages=2, max_registers=registers)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from .arch import Arch
-from .candidates import MOST_UNITS, parts, unit_ids
 
-__all__ = ["MAX_CANDIDATES", "DensePathsConfig", "PathsConfig", "dense_parts", "parts", "pick", "pick_dense"]
 MAX_CANDIDATES = 256
+MOST_UNITS = 8192  # units of a row, all of which one program holds at once
 LEAF = 1024  # ids per leaf, as in kernels/primitives/mass.py
 UNIT, GROUP = 256, 32  # ids, as in kernels/tree_paths_dense.py
 MOST_GROUPS = 16384  # groups of a row, all of which one program holds at once
@@ -21,8 +20,8 @@ def padded(n: int) -> int:
 @dataclasses.dataclass(frozen=True)
 class PathsConfig:
     """block: ids of a chunk; group: ids of a unit; units: units of a row, and chosen: units read again, both padded; width:
-    candidates, padded, of which `piece` at a time are judged; nodes: of a tree, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_j:
-    what such a dot sums; max_registers: per thread, None = the compiler's choice."""
+    candidates, padded, of which `piece` at a time are judged; nodes: of a tree, padded; block_r: ranks of W2 at a time; block_o:
+    outputs of a latent at a time; block_j: what such a dot sums; max_registers: per thread, None = the compiler's choice."""
 
     block: int
     group: int
@@ -39,25 +38,30 @@ class PathsConfig:
     max_registers: int | None
 
 
-def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str) -> PathsConfig:
+def pick(
+    arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str, outputs: int, group: int
+) -> PathsConfig:
     """The configuration for the C best of `vocab` ids. Not measured on a GPU yet.
 
-    weights: dtype of W2. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
+    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. group: ids of a unit. Nothing here may
+    depend on the batch: sums over ranks take the order that these blocks give them.
     """
     width, nodes = max(16, padded(candidates)), max(16, padded(num_nodes))
     rank = max(16, padded(rank))
     if arch.vendor == "interpreter":
-        group = 16 if vocab <= 16 * MOST_UNITS else unit_ids(vocab, candidates)
+        group = 16 if vocab <= 16 * MOST_UNITS else group
         units = max(64, padded(-(-vocab // group)))
         block = min(65536, max(LEAF, padded(vocab)))
         return PathsConfig(block, group, units, padded(min(candidates, units)), width, 256, nodes, rank, rank, 4096, 1, 1, None)
-    group = unit_ids(vocab, candidates)
     units = max(64, padded(-(-vocab // group)))
     warps = 8 if arch.vendor == "nvidia" else 4
-    plain = weights == "bfloat16"
-    block_r = min(rank, 64 if plain else 32, max(16, 8192 // width))
-    block_o, block_j = (32, 64) if plain else (32, 32)
-    return PathsConfig(8192, group, units, padded(min(candidates, units)), width, 64, nodes, block_r, block_o, block_j, warps, 2, None)
+    # Larger ones spill on sm_90 (bench/compile.py).
+    small = outputs > 0 or width > 128
+    block, piece = (4096, 32) if small else (8192, 64)
+    block_o, block_j = (32, 64) if weights == "bfloat16" else (32, 32)
+    return PathsConfig(
+        block, group, units, padded(min(candidates, units)), width, piece, nodes, min(rank, 32), block_o, block_j, warps, 1, None
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,16 @@ the whole vocabulary, to the bit where shards start at multiples of 1024 ids. So
 | --- | --- | --- |
 | greedy (sampling=None), coupled | 1 | n: 5 per row |
 | token, block; one-hot proposal or none | 2 | n: 5 per row and 1.5 per leaf of each; d: 3 per request |
+| token, block; sparse proposal, the same on every rank | 2 | n: 7 and 0.5 per candidate of each row, 2.5 per leaf; d: the same |
 | token, block; dense proposal | 3 | the same (without lse 3 per leaf); r: 1 per leaf of one row a request (block: of every row) |
 
-Rows are logit rows, leaves those of 1024 ids that a shard can touch: a row of 151936 ids on 8 ranks has 20, 280 bytes a rank.
+Rows are logit rows, leaves those of 1024 ids that a shard can touch: a row of 151936 ids on 8 ranks has 20, 280 bytes a rank, and
+with 64 candidates 712. Bias, bit mask and penalties take no gather: each rank applies them to its ids.
+
+Filters are refused. The threshold of a row is global: it takes the maxima of groups of 128 ids (0.5 word a group, so 75 a row on 8
+ranks) in the first part, a phase that searches the elements above the bound they give (each rank its counts and masses per
+interval of keys, two or three gathers to fix 32 bits), and one more for the masses of what is kept, before `draw`. A draft
+vocabulary with a map is refused: the columns of its ids lie on other ranks than the ids.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ from .. import library, workspace as workspaces
 from ..checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type, not_yet
 from ..launch import accept_shards as accept_launch, arch
 from ..types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
-from . import accept
+from . import accept, sampling as sampling_args
 from .shards import Fields, Shard, check_shard
 
 OP = "accept_partial"
@@ -37,9 +44,11 @@ PHASES = ("normalise", "residual", "draw")
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     words, rows = workspaces.words_of, requests * (drafts + 1)
-    # A program judges with records of its own: at most one per request and four leaves.
-    records = requests * -(-(vocab // accept.LEAF + 2) // 4) * _width(drafts)
+    # A program judges with records of its own: at most one per request and two leaves.
+    records = requests * -(-(vocab // accept.LEAF + 2) // 2) * _width(drafts)
     scratch = words(accept.VALUES * records, torch.float32) + words(accept.IDS * records, torch.int32)
+    # What listed ids add to their leaves, and one leaf, of every request.
+    scratch += words(requests * _leaves(vocab), torch.int64) + words(requests * accept.LEAF, torch.float32)
     return 2 * words(rows, torch.int64) + 2 * words(rows, torch.int32), scratch + words(requests * _width(drafts), torch.int64)
 
 
@@ -47,8 +56,18 @@ def _width(drafts: int) -> int:
     return max(2, 1 << drafts.bit_length())
 
 
-def _fields(phase: str, requests: int, rows: int, shard: Shard, masses: bool, draft_masses: bool, every_row: bool) -> Fields:
-    """What a part of `phase` holds: masses where the rule draws, draft_masses where the proposal is summed here."""
+def _leaves(vocab: int) -> int:
+    return max(4, _power(-(-vocab // accept.LEAF)))
+
+
+def _power(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _fields(phase: str, requests: int, rows: int, shard: Shard, masses: bool, draft_masses: bool, every_row: bool,
+            candidates: int) -> Fields:  # fmt: skip
+    """What a part of `phase` holds: masses where the rule draws, draft_masses where the proposal is summed here; candidates of a
+    list, 0 = no list."""
     leaves = shard.blocks(accept.LEAF)
     if phase == "normalise":
         fields = dict(row_words=(torch.int64, (rows, 4)), row_logits=(torch.float32, (rows, 2)))
@@ -56,6 +75,9 @@ def _fields(phase: str, requests: int, rows: int, shard: Shard, masses: bool, dr
             fields |= dict(mass=(torch.int64, (rows, leaves)), top=(torch.float32, (rows, leaves)))
         if draft_masses:
             fields |= dict(draft_mass=(torch.int64, (rows, leaves)), draft_top=(torch.float32, (rows, leaves)))
+        if candidates:
+            fields |= dict(rest=(torch.int64, (rows, leaves)), listed=(torch.float32, (rows, candidates)))
+            fields |= dict(laws=(torch.float32, (rows, 3)), owners=(torch.int32, (rows,)))
     elif phase == "residual":
         fields = dict(residual=(torch.int64, (rows if every_row else requests, leaves)))
     else:
@@ -97,23 +119,25 @@ def accept_partial(
     Args:
         target_logits: [L, W] bf16, fp16 or fp32: this rank's columns, the same W on every rank. Columns of ids from vocab_size on
             are ignored.
-        layout, sampling, rule, state_indices: as in `accept_chain`, the same on every rank.
-        proposal: as in `accept_chain`; dense: this rank's columns of the logits [S, K, W], lse of whole rows.
+        layout, sampling, rule, state_indices: as in `accept_chain`, the same on every rank, for all of the vocabulary.
+        proposal: as in `accept_chain`; dense: this rank's columns of the logits [S, K, W], lse of whole rows; sparse: the same on
+            every rank.
         phase: one of `accept_phases(proposal, sampling=sampling, rule=rule)`.
         gathered: the parts of the phases before, of all ranks: int64 [vocab_shards, words] each.
         vocab_start, vocab_shards, vocab_size: first id of this rank, number of ranks, ids in all (default W * vocab_shards).
         out: int64 part to write. What no rank reads (rows of no request, residuals that nobody needs) is left alone.
+        workspace: for a sparse proposal one made for all of the vocabulary, else for a shard is enough.
 
     Returns:
         The part, to be gathered over ranks into [vocab_shards, words], in the order of their ids.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument of the wrong type, dtype, shape, device or stride, or of a kind that
-        shards do not have (filters, penalties, masks, sparse proposals, reduced draft vocabularies).
+        shards do not have (filters, reduced draft vocabularies).
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
     call = _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_size, sampling, rule, state_indices)
-    device, dense = target_logits.device, call.dense
+    device = target_logits.device
     check_choice("phase", phase, call.phases)
     call.check_gathered(gathered, call.phases.index(phase))
     part = call.fields(phase).check_part(out, device)
@@ -126,11 +150,8 @@ def accept_partial(
         layout.logits_indices,
         layout.token_ids,
         layout.positions,
-        None if dense is None else dense.logits,
-        None if dense is None else dense.lse,
-        None if dense is None else dense.temperature,
-        None if sampling is None else sampling.temperature,
-        None if sampling is None else sampling.seed,
+        *call.draft_arguments(),
+        *sampling_args.flatten(sampling),
         state_indices,
         list(gathered),
         part,
@@ -189,7 +210,6 @@ def accept_finish(
         return out
     by_slot = [t for t in (None if sampling is None else sampling.temperature, anchors, anchor_positions) if t is not None]
     _, scratch = call.lend(workspace)
-    dense = call.dense
     _accept_finish(
         list(gathered),
         layout.query_start_loc,
@@ -197,9 +217,7 @@ def accept_finish(
         layout.logits_indices,
         layout.token_ids,
         layout.positions,
-        None if dense is None else dense.logits,
-        None if dense is None else dense.lse,
-        None if dense is None else dense.temperature,
+        *call.draft_arguments(),
         None if sampling is None else sampling.temperature,
         state_indices,
         out.tokens,
@@ -233,18 +251,27 @@ def part_words(target_logits, layout, proposal=None, *, phase, vocab_start, voca
 class _Call:
     """What the arguments of a call say about sizes."""
 
-    def __init__(self, requests, rows, drafts, slots, shard, dense, phases, rule, device):
+    def __init__(self, requests, rows, drafts, slots, shard, law, phases, rule, device):
         self.requests, self.rows, self.drafts, self.slots = requests, rows, drafts, slots
-        self.shard, self.dense, self.phases, self.draws = shard, dense, phases, len(phases) > 1
-        self._rule, self._device = rule, device
+        self.shard, self.phases, self.draws = shard, phases, len(phases) > 1
+        self._law, self._rule, self._device = law, rule, device
+        self._candidates = law.ids.shape[2] if isinstance(law, SparseProposal) else 0
 
     def fields(self, phase: str) -> Fields:
-        sums = self.draws and self.dense is not None and self.dense.lse is None
-        return _fields(phase, self.requests, self.rows, self.shard, self.draws, sums, self._rule == "block")
+        sums = isinstance(self._law, DenseProposal) and self._law.lse is None
+        return _fields(phase, self.requests, self.rows, self.shard, self.draws, sums, self._rule == "block", self._candidates)
+
+    def draft_arguments(self) -> tuple:
+        """(logits, ids, lse, temperature) of the law of the drafts, each a tensor or None."""
+        law = self._law
+        if law is None:
+            return None, None, None, None
+        return law.logits, *((law.ids, None) if self._candidates else (None, law.lse)), law.temperature
 
     def lend(self, workspace):
         requests = max(self.requests, -(-self.rows // (self.drafts + 1)))
-        return workspaces.lend(OP, workspace, requests, self.drafts, self.shard.width, self._device)
+        vocab = max(self.shard.width, self.shard.vocab) if self._candidates else self.shard.width
+        return workspaces.lend(OP, workspace, requests, self.drafts, vocab, self._device)
 
     def check_gathered(self, gathered, count):
         check_type("gathered", gathered, (tuple, list))
@@ -273,27 +300,26 @@ def _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_siz
     check_optional("state_indices", state_indices, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
     slots = requests if state_indices is None else None
     if sampling is not None:
-        check_type("sampling", sampling, SamplingTensors)
-        check_tensor("sampling.temperature", sampling.temperature, shape=("S" if slots is None else slots,), device=device)
-        for name in ("top_k", "top_p", "min_p", "logit_bias", "token_bitmask", "penalties"):
+        sampling_args.check_sampling(sampling, slots=slots, vocab=shard.vocab, mask_shape=(rows,), device=device)
+        for name in ("top_k", "top_p", "min_p"):
             if getattr(sampling, name) is not None:
-                not_yet(OP, f"sampling.{name}", "filters, biases, masks and penalties on vocabulary shards are")
+                not_yet(OP, f"sampling.{name}", "filters on vocabulary shards are")
         slots = sampling.temperature.shape[0]
-    dense = _check_proposal(proposal, slots, width, device)
-    drafts = accept._width(layout, None if dense is None else dense.logits, rows)
-    if dense is not None and dense.logits.shape[1] < drafts:
-        raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {dense.logits.shape[1]}")
+    law = _check_proposal(proposal, slots, width, device)
+    drafts = accept._width(layout, None if law is None else law.logits, rows)
+    if law is not None and law.logits.shape[1] < drafts:
+        raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {law.logits.shape[1]}")
     if len(phases) == 1:
-        dense = None  # greedy and coupled rows do not ask how a draft was drawn
-    return _Call(requests, rows, drafts, slots, shard, dense, phases, rule, device)
+        law = None  # greedy and coupled rows do not ask how a draft was drawn
+    return _Call(requests, rows, drafts, slots, shard, law, phases, rule, device)
 
 
-def _check_proposal(proposal, slots, width, device) -> DenseProposal | None:
+def _check_proposal(proposal, slots, width, device) -> DenseProposal | SparseProposal | None:
     if proposal is None or isinstance(proposal, OneHotProposal):
         return None
     check_type("proposal", proposal, (DenseProposal, SparseProposal))
     if isinstance(proposal, SparseProposal):
-        not_yet(OP, "proposal", "a sparse proposal on vocabulary shards is")
+        return accept._check_proposal(proposal, slots, device)
     if proposal.draft_to_target is not None:
         not_yet(OP, "proposal.draft_to_target", "a reduced draft vocabulary on shards is")
     shape = ("S" if slots is None else slots, "K", width)
@@ -305,20 +331,22 @@ def _stride(tensor, dim):
     return 0 if tensor is None else tensor.stride(dim)
 
 
-def _power(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+_MEMORY = (("top", "mass"), ("draft_top", "draft_mass"), ("rest", "listed", "laws", "owners"))
 
 
-_ROWS = ("row_words", "row_logits", "top", "mass", "draft_top", "draft_mass")
+def _regions(fields: Fields, part: Tensor) -> tuple:
+    """Regions of parts of the first phase, as the kernels take them: those of every row, then tuples of those that not all have."""
+    grouped = (tuple(fields.view(part, name) for name in names) for names in _MEMORY)
+    return fields.view(part, "row_words"), fields.view(part, "row_logits"), *grouped
 
 
-def _gathered(fields: Fields, part: Tensor) -> tuple:
-    """Regions of the gathered parts of the first phase, as the kernels take them, and the ranks' distance in int64 words."""
-    return (*(fields.view(part, name) for name in _ROWS), part.stride(0))
-
-
-def _law(draft_logits, draft_lse) -> tuple:
-    return (draft_logits, draft_lse, _stride(draft_logits, 0), _stride(draft_logits, 1), _stride(draft_lse, 0))
+def _law(draft_logits, draft_ids, draft_lse) -> tuple:
+    """(dense law or None, listed law or None)"""
+    if draft_logits is None:
+        return None, None
+    if draft_ids is None:
+        return (draft_logits, draft_lse, *draft_logits.stride()[:2], _stride(draft_lse, 0)), None
+    return None, (draft_ids, draft_logits, *draft_ids.stride()[:2], *draft_logits.stride()[:2], draft_logits.shape[2])
 
 
 def _records(carver: workspaces.Carver, programs: int, drafts: int) -> tuple[Tensor, Tensor]:
@@ -328,27 +356,34 @@ def _records(carver: workspaces.Carver, programs: int, drafts: int) -> tuple[Ten
 
 @library.register(
     "accept_partial(Tensor target_logits, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, Tensor positions, "
-    "Tensor? draft_logits, Tensor? draft_lse, Tensor? draft_temperature, Tensor? temperature, Tensor? seed, "
+    "Tensor? draft_logits, Tensor? draft_ids, Tensor? draft_lse, Tensor? draft_temperature, " + sampling_args.SCHEMA + ", "
     "Tensor? state_indices, Tensor[] gathered, Tensor(a!) part, Tensor(b!) counters, Tensor(c!) scratch, int requests, int drafts, "
     "str phase, str rule, int vocab_start, int vocab_shards, int vocab_size) -> ()"
 )
 def _accept_partial(
-    target_logits, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_lse, draft_temperature, temperature,
-    seed, state_indices, gathered, part, counters, scratch, requests, drafts, phase, rule, vocab_start, vocab_shards, vocab_size,
+    target_logits, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_ids, draft_lse, draft_temperature,
+    temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint,
+    state_indices, gathered, part, counters, scratch, requests, drafts, phase, rule, vocab_start, vocab_shards, vocab_size,
 ):  # fmt: skip
     device = target_logits.device
     kernels = library.kernels("accept_shards", device)
     rows, width = target_logits.shape
     shard = Shard(vocab_start, width, vocab_shards, vocab_size)
     leaves, draws = shard.blocks(accept.LEAF), rule != "match"
-    sweeps_draft = draws and draft_logits is not None and draft_lse is None
-    config = accept_launch.pick(arch.current(device), leaves, drafts)
+    law = _law(draft_logits, draft_ids, draft_lse)
+    sums, candidates = law[0] is not None and draft_lse is None, 0 if law[1] is None else draft_ids.shape[2]
+    flat = sampling_args.Flat(
+        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
+    )
+    target = (target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
+    config = accept_launch.pick(arch.current(device), leaves, drafts, flat.adjusts)
     num_slots = temperature.shape[0] if temperature is not None else 2**31 - 1
 
     def fields(phase):
-        return _fields(phase, requests, rows, shard, draws, sweeps_draft, rule == "block")
+        return _fields(phase, requests, rows, shard, draws, sums, rule == "block", candidates)
 
     view = fields(phase).view
+    layout = (None, cu_num_logits, logits_indices, token_ids, positions)
     sizes = (requests, num_slots, rows, drafts)
     if phase == "normalise":
         clean = workspaces.Carver(counters, workspaces.RESERVED)
@@ -357,17 +392,16 @@ def _accept_partial(
         kernels.launch_accept_normalise(
             requests * -(-(drafts + 1) // config.group) * -(-leaves // config.chunk),
             (
-                target_logits, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_temperature, temperature,
-                seed, state_indices, *(view(part, name) for name in _ROWS), best, draft_best, seen, arrivals,
-                *sizes, shard.start, shard.held, shard.start // accept.LEAF, leaves,
-                target_logits.stride(0), _stride(draft_logits, 0), _stride(draft_logits, 1),
+                target, layout, law, draft_temperature, temperature, seed, state_indices, *_regions(fields(phase), part),
+                best, draft_best, seen, arrivals,
+                *sizes, shard.start, shard.held, shard.start // accept.LEAF, leaves, vocab_size,
             ),
             noisy=not draws and temperature is not None,
+            candidates=_power(max(candidates, 1)),
             config=config,
         )  # fmt: skip
         return
-    layout = (None, cu_num_logits, logits_indices, token_ids, positions)
-    first = _gathered(fields("normalise"), gathered[0])
+    first = (*_regions(fields("normalise"), gathered[0]), gathered[0].stride(0))
     settings = (draft_temperature, temperature, seed, state_indices)
     constants = dict(rule=rule, WIDTH=_width(drafts), SHARDS=_power(vocab_shards), config=config)
     carver = workspaces.Carver(scratch)
@@ -376,49 +410,55 @@ def _accept_partial(
         kernels.launch_accept_residual(
             programs,
             (
-                target_logits, layout, first, _law(draft_logits, draft_lse), *settings, view(part, "residual"),
-                *_records(carver, programs, drafts),
+                target, layout, first, law[0], *settings, view(part, "residual"), *_records(carver, programs, drafts),
                 *sizes, vocab_shards, shard.start, shard.held, shard.start // accept.LEAF, leaves, vocab_size,
-                target_logits.stride(0),
             ),
             **constants,
         )  # fmt: skip
         return
     residual = fields("residual").view(gathered[1], "residual") if len(gathered) > 1 else None
+    records, total = _records(carver, requests, drafts), carver.take(requests * _width(drafts), torch.int64)
+    extra = patch = None
+    if candidates:
+        extra = carver.take(requests * _leaves(vocab_size), torch.int64)
+        patch = carver.take(requests * accept.LEAF, torch.float32)
     kernels.launch_accept_draw(
         requests,
         (
-            target_logits, layout, first, _law(draft_logits, draft_lse), residual, *settings, view(part, "word"),
-            view(part, "verdict"), *_records(carver, requests, drafts), carver.take(requests * _width(drafts), torch.int64),
-            (width, leaves, shard.pieces(accept.LEAF)),
-            *sizes, vocab_shards, shard.start, shard.held, vocab_size, target_logits.stride(0), _stride(residual, 0),
+            target, layout, first, law, residual, *settings, view(part, "word"), view(part, "verdict"), *records, total,
+            extra, patch, (width, leaves, shard.pieces(accept.LEAF)),
+            *sizes, vocab_shards, shard.start, shard.held, vocab_size, _stride(residual, 0),
         ),
-        LEAVES=max(4, _power(-(-vocab_size // accept.LEAF))),
+        LEAVES=_leaves(vocab_size),
+        CANDIDATES=_power(max(candidates, 1)),
         **constants,
     )  # fmt: skip
 
 
 @library.register(
     "accept_finish(Tensor[] gathered, Tensor query_start_loc, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, "
-    "Tensor positions, Tensor? draft_logits, Tensor? draft_lse, Tensor? draft_temperature, Tensor? temperature, "
+    "Tensor positions, Tensor? draft_logits, Tensor? draft_ids, Tensor? draft_lse, Tensor? draft_temperature, Tensor? temperature, "
     "Tensor? state_indices, Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) num_emitted, "
     "Tensor(d!) num_rejected, Tensor(e!) next_token, Tensor(f!) last_row, Tensor(g!) commit_mask, Tensor(h!) flags, "
     "Tensor(i!)? anchors, Tensor(j!)? anchor_positions, Tensor(k!) scratch, int slots, int rows, int width, int vocab_shards, "
     "int vocab_size, str rule) -> ()"
 )
 def _accept_finish(
-    gathered, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_lse, draft_temperature,
-    temperature, state_indices, tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, anchors,
-    anchor_positions, scratch, slots, rows, width, vocab_shards, vocab_size, rule,
+    gathered, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_ids, draft_lse,
+    draft_temperature, temperature, state_indices, tokens, num_accepted, num_emitted, num_rejected, next_token, last_row,
+    commit_mask, flags, anchors, anchor_positions, scratch, slots, rows, width, vocab_shards, vocab_size, rule,
 ):  # fmt: skip
     device = tokens.device
     kernels = library.kernels("accept_shards", device)
     requests, drafts = tokens.shape[0], tokens.shape[1] - 1
     shard, draws = Shard(0, width, vocab_shards, vocab_size), rule != "match"
-    leaves, sums = shard.blocks(accept.LEAF), draws and draft_logits is not None and draft_lse is None
+    law = _law(draft_logits, draft_ids, draft_lse)
+    leaves, sums, candidates = shard.blocks(accept.LEAF), law[0] is not None and draft_lse is None, 0
+    if law[1] is not None:
+        candidates = draft_ids.shape[2]
 
     def fields(phase):
-        return _fields(phase, requests, rows, shard, draws, sums, rule == "block")
+        return _fields(phase, requests, rows, shard, draws, sums, rule == "block", candidates)
 
     drawn = (None, None)
     if draws:
@@ -428,7 +468,7 @@ def _accept_finish(
         requests,
         (
             (query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
-            _gathered(fields("normalise"), gathered[0]), _law(draft_logits, draft_lse), *drawn, draft_temperature, temperature,
+            (*_regions(fields("normalise"), gathered[0]), gathered[0].stride(0)), law[0], *drawn, draft_temperature, temperature,
             state_indices, (written, (anchors, _stride(anchors, 0), anchor_positions, _stride(anchor_positions, 0))),
             *_records(workspaces.Carver(scratch), requests, drafts),
             requests, slots, rows, commit_mask.shape[0], drafts, vocab_shards, leaves, vocab_size, gathered[-1].stride(0),

@@ -7,6 +7,7 @@ The proposal is sparse by construction. Oracle: reference/candidates.py. Source:
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .. import library, workspace as workspaces
 from ..checks import INT_DTYPES, check_int, check_tensor, check_type
@@ -205,17 +206,64 @@ def _draft_candidates(
     keys = carver.take(positions * _units(vocab, config.group), torch.int32)
     units, best = (carver.take(positions * candidates, torch.int32) for _ in range(2))
     bounds, scores = carver.take(2 * positions, torch.int32), carver.take(positions, torch.float32)
-    products = latents = states = None
-    head = latent = heard = confident = follow = kind = None
+    kind, head, latent, heard, confident, memory = walk_bundles(
+        w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias, sts_temperatures, confidence, confidence_logits,
+        head_state, rows, drafts, carver,
+    )  # fmt: skip
+    follow = None if bigrams is None else (bigrams, bigrams.stride(0), bigrams.shape[0], successors)
+    latent_items = kernels.latent_programs(positions, outputs)
+    parts = launch.parts(gpu, positions, -(-vocab // config.block))
+    kernels.launch_draft_candidates(
+        latent_items + positions * parts,
+        (
+            (base_logits, base_logits.stride(0), base_logits.stride(1)),
+            (anchors, anchors.stride(0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed),
+            follow, draft_to_target, adjust, filters, head, latent, heard, confident,
+            written(tokens, ids, logits, lse, flags),
+            keys, units, (best, bounds, scores, *memory), row_count, request_count, status,
+            rows, anchors.shape[0], drafts, vocab, targets, candidates, first_draft, column, latent_items, parts,
+        ),
+        kind=kind,
+        coupled=coupled,
+        with_markov=weight is not None and weight.shape[0] > hidden.shape[2],
+        joint=joint and filters is not None,
+        shift=unused_bits(base_logits, adjust),
+        config=config,
+    )  # fmt: skip
+
+
+def unused_bits(base_logits: Tensor, adjust) -> int:
+    """Low bits that no key of a candidate sets; adjusted logits are fp32."""
+    return 0 if adjust is not None else _UNUSED_BITS[base_logits.dtype]
+
+
+def stride_of(tensor: Tensor | None, dim: int) -> int:
+    return 0 if tensor is None else tensor.stride(dim)
+
+
+def written(tokens, ids, logits, lse, flags) -> tuple:
+    """`out` of kernels/candidates.py."""
+    laws = (ids, stride_of(ids, 0), stride_of(ids, 1), logits, stride_of(logits, 0), stride_of(logits, 1), lse, stride_of(lse, 0))
+    return (tokens, tokens.stride(0), *laws, flags)
+
+
+def walk_bundles(
+    w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias, sts_temperatures, confidence, confidence_logits, head_state,
+    rows, drafts, carver,
+) -> tuple:  # fmt: skip
+    """(kind of head, then `head`, `latent`, `hidden`, `confidence` of kernels/candidates.py, (products, latents, states) of its
+    scratch)."""
+    head = latent = heard = confident = kind = products = latents = states = None
     if w1 is not None:
         # Bytes of e4m3 are decoded by the kernel: not every architecture has the type.
         stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
-        head, kind = (w1, w1.stride(0), stored, w2.stride(0), w2_scale, w1.shape[0], rank), "vanilla"
+        head, kind = (w1, w1.stride(0), stored, w2.stride(0), w2_scale, w1.shape[0], w1.shape[1]), "vanilla"
     if latent_weight is not None:
+        rank, outputs = w1.shape[1], latent_weight.shape[0]
         kind, columns = ("gated", 0) if outputs == rank else ("rnn", 2 * rank)
-        carried = (head_state, 0 if head_state is None else head_state.stride(0))
+        carried = (head_state, stride_of(head_state, 0))
         latent = (latent_weight, latent_weight.stride(0), latent_bias, outputs, columns, *carried)
-        products, states = carver.take(positions * outputs, torch.float32), None
+        products = carver.take(rows * drafts * outputs, torch.float32)
         # Rounded to W1's type where W2 has the same or is exact in it, as in the dense form.
         exact = w2.dtype in (w1.dtype, torch.int8, torch.float8_e4m3fn)
         latents = carver.take(rows * rank, w1.dtype if exact else torch.float32)
@@ -226,31 +274,4 @@ def _draft_candidates(
     if weight is not None:
         results = (confidence, confidence.stride(0), confidence_logits, confidence_logits.stride(0))
         confident = (weight, bias, sts_temperatures, *results)
-    if bigrams is not None:
-        follow = (bigrams, bigrams.stride(0), bigrams.shape[0], successors)
-
-    def stride(tensor, dim):
-        return 0 if tensor is None else tensor.stride(dim)
-
-    latent_items = kernels.latent_programs(positions, outputs)
-    parts = launch.parts(gpu, positions, -(-vocab // config.block))
-    kernels.launch_draft_candidates(
-        latent_items + positions * parts,
-        (
-            (base_logits, base_logits.stride(0), base_logits.stride(1)),
-            (anchors, anchors.stride(0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed),
-            follow, draft_to_target, adjust, filters, head, latent, heard, confident,
-            (
-                tokens, tokens.stride(0), ids, stride(ids, 0), stride(ids, 1), logits, stride(logits, 0), stride(logits, 1), lse,
-                stride(lse, 0), flags,
-            ),
-            keys, units, (best, bounds, scores, products, latents, states), row_count, request_count, status,
-            rows, anchors.shape[0], drafts, vocab, targets, candidates, first_draft, column, latent_items, parts,
-        ),
-        kind=kind,
-        coupled=coupled,
-        with_markov=weight is not None and weight.shape[0] > hidden.shape[2],
-        joint=joint and filters is not None,
-        shift=0 if adjust is not None else _UNUSED_BITS[base_logits.dtype],
-        config=config,
-    )  # fmt: skip
+    return kind, head, latent, heard, confident, (products, latents, states)

@@ -400,17 +400,7 @@ def _draft_block(
     config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
-    kind, mixer, mix_type = None, None, torch.float32
-    if mix_weight is not None:
-        parts = mix_weight.shape[0] // rank
-        kind = "gated" if parts == 1 else "rnn"
-        mix_type = mix_weight.dtype if mix_weight.dtype == w1.dtype == hidden.dtype else torch.float32
-        hoisted = carver.take(rows * drafts * parts * rank, torch.float32)
-        latents = carver.take(rows * rank, dot_type)
-        states = carver.take(2 * rows * rank, torch.float32) if kind == "rnn" else None
-        # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
-        columns = (0, hidden_size) if kind == "gated" else (2 * rank, rank)
-        mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, head_state, stride(head_state, 0))
+    kind, mixer, mix_type = _mixer(w1, mix_weight, mix_bias, hidden, head_state, rows, drafts, dot_type, carver)
     if filters is not None:
         support = carver.take(rows, torch.int64), carver.take(rows, torch.int32)  # threshold and cut
         maxima = carver.take(rows * groups, torch.float32)
@@ -447,6 +437,23 @@ def _draft_block(
         ),
         config=config,
     )  # fmt: skip
+
+
+def _mixer(w1, mix_weight, mix_bias, hidden, head_state, rows, drafts, dot_type, carver):
+    """(kind, `mixer` of kernels/heads.py, type of its products) of a head with latents, its scratch from `carver`."""
+    if mix_weight is None:
+        return None, None, torch.float32
+    rank = w1.shape[1]
+    parts = mix_weight.shape[0] // rank
+    kind = "gated" if parts == 1 else "rnn"
+    hoisted = carver.take(rows * drafts * parts * rank, torch.float32)
+    latents = carver.take(rows * rank, dot_type)
+    states = carver.take(2 * rows * rank, torch.float32) if kind == "rnn" else None
+    # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
+    columns = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
+    carried = (head_state, 0 if head_state is None else head_state.stride(0))
+    mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, *carried)
+    return kind, mixer, mix_weight.dtype if mix_weight.dtype == w1.dtype == hidden.dtype else torch.float32
 
 
 def _product_type(w1: Tensor, w2: Tensor) -> torch.dtype:

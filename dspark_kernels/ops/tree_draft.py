@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import library, workspace as workspaces
-from ..checks import check_tensor, not_yet
+from ..checks import check_tensor, check_type, not_yet
 from ..launch import arch, draft as draft_launch, tree_draft as tree_launch
 from ..types import ConfidenceHead, DenseProposal, DraftTree, MarkovHead, SamplingTensors
 from ..workspace import Workspace
@@ -58,12 +58,13 @@ def draft_tree(
             begins with a full tree is not looked at.
         node_budgets: int32 [R], nodes of each request (clamped to [1, num_nodes]). For the sampled methods they must not depend on
             this round's draws.
-        sampling: temperature and seed per slot. A greedy request of a sampled method gets its best tokens. Paths are compared at
-            the sampling temperature (greedy: 1).
+        sampling: temperature and seed per slot, and logit_bias for the first three methods. A greedy request of a sampled method
+            gets its best tokens. Paths are compared at the sampling temperature (greedy: 1).
         hidden: [R, K, H], needed by `confidence`, gated and rnn heads.
         confidence: ConfidenceHead, for "best_first" and "conditioned".
         candidates: children come from the C best base logits of their position alone.
-        draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; a negative entry stands for no token.
+        draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; a negative entry stands for no token. For
+            "top_k" and "without_replacement".
         state_indices: int32 [R], state slot of each row, -1 = padding row.
         out: a DraftTree to write. Rows of its proposal that belong to nodes without children keep what they held.
         workspace: scratch memory of max_drafts >= num_nodes - 1 (and markov_rank for a gated or rnn head); with `out` and
@@ -83,7 +84,8 @@ def draft_tree(
     )  # fmt: skip
     tree_inputs.check_call(OP, call)
     drawn = method if method in SAMPLED else "one_hot"
-    shape = (anchors.shape[0], base_logits.shape[0], num_nodes, base_logits if method in SAMPLED else None, drawn)
+    laws = base_logits if method in SAMPLED else None
+    shape = (anchors.shape[0], base_logits.shape[0], num_nodes, laws, drawn, draft_to_target)
     if out is None:
         out = tree_inputs.allocate(*shape, base_logits.device, survival=method not in STATIC)
     else:
@@ -131,20 +133,24 @@ def expand_tree(
         EXPAND, tree, node_logits, depth, branching, anchor_positions, method, sampling, node_budgets, draft_to_target,
         state_indices,
     )  # fmt: skip
-    out = _copied(tree, out, node_logits if method in SAMPLED else None, method)
+    out = _copied(tree, out, node_logits if method in SAMPLED else None, method, draft_to_target)
     if node_logits.shape[0] > 0:
         width = min(node_logits.shape[1], tree.tokens.shape[1])
         wanted = min(branching, max(1, tree.tokens.shape[1] - 1))
         tensors = (node_logits, None, anchor_positions, None, None, None, None, None, None)
-        _launch(EXPAND, tensors, sampling, node_budgets, state_indices, out, workspace, method, [(width, wanted)], depth)
+        known = draft._check_sampling(
+            sampling, None, draft_to_target, tree.tokens.shape[0], 1, node_logits.shape[2], node_logits.device
+        )
+        settings = sampling, node_budgets, draft_to_target, state_indices
+        _launch(EXPAND, tensors, known, *settings, out, workspace, method, [(width, wanted)], depth)
     return out
 
 
-def _copied(tree: DraftTree, out: DraftTree | None, laws: Tensor | None, method: str) -> DraftTree:
+def _copied(tree: DraftTree, out: DraftTree | None, laws: Tensor | None, method: str, ids: Tensor | None) -> DraftTree:
     """A tree with the content of `tree` and room for the laws of new children: `out`, checked, or a new one."""
     slots, nodes = tree.tokens.shape
     drawn = method if laws is not None else "one_hot"
-    shape = (slots, tree.flags.shape[0], nodes, laws, drawn, tree.tokens.device)
+    shape = (slots, tree.flags.shape[0], nodes, laws, drawn, ids, tree.tokens.device)
     if out is None:
         out = tree_inputs.allocate(*shape)
     else:
@@ -162,33 +168,46 @@ def _copied(tree: DraftTree, out: DraftTree | None, laws: Tensor | None, method:
 
 def _by_shape(call: TreeCall, out: DraftTree, workspace: Workspace | None) -> None:
     """Write the trees of a checked call with R >= 1 and a static method to `out`."""
-    for name in ("confidence", "candidates", "draft_to_target"):
-        if getattr(call, name) is not None:
-            not_yet(OP, name, f"with method {call.method!r} it is")
+    if call.confidence is not None:
+        raise ValueError(f"confidence: expected None with method {call.method!r}, got a ConfidenceHead")
+    if call.candidates is not None:
+        not_yet(OP, "candidates", f"with method {call.method!r} they are")
     weight, bias = draft._mixing(call.head)
-    if weight is not None:
-        not_yet(OP, "head", f"{type(call.head).__name__} with method {call.method!r} is")
     head = call.head
     weights = (None, None, None) if head is None else (head.w1, head.w2, head.w2_scale)
     hidden = None if weight is None else call.hidden
     tensors = (call.base_logits, call.anchors, call.anchor_positions, *weights, weight, bias, hidden)
     depths = tree_launch.depths_of(call.branching, call.base_logits.shape[1], call.num_nodes)
-    settings = call.sampling, call.node_budgets, call.state_indices
-    _launch(OP, tensors, *settings, out, workspace, call.method, depths, None)
+    settings = call.sampling, call.node_budgets, call.draft_to_target, call.state_indices
+    _launch(OP, tensors, tree_inputs.target_ids(call), *settings, out, workspace, call.method, depths, None)
 
 
-def _launch(op, tensors, sampling, node_budgets, state_indices, out, workspace, method, depths, level) -> None:
+def _launch(
+    op, tensors, targets, sampling, node_budgets, draft_to_target, state_indices, out, workspace, method, depths, level
+) -> None:
+    """tensors: logits, anchors, their positions, of a head W1, W2 and scale, weight and bias that mix, and hidden states."""
+    if draft_to_target is not None and method == "iid":
+        not_yet(op, "draft_to_target", "with method 'iid' it is")
     base_logits = tensors[0]
     rows, vocab, device = base_logits.shape[0], base_logits.shape[2], base_logits.device
     slots, nodes = out.tokens.shape
-    words = _words(rows, nodes, vocab, *_largest(depths), method == "iid")
-    message = f"{op}: expected room for {rows} requests x {nodes - 1} drafts over {vocab} ids"
-    counters, scratch = workspaces.lend_words(workspace, *words, device, message)
+    most, children = _largest(depths)
+    needed, scratch = _words(rows, nodes, vocab, most, children, method == "iid")
+    message = f"expected room for {rows} requests x {nodes - 1} drafts over {vocab} ids"
+    if tensors[6] is not None:
+        rank = tensors[3].shape[1]
+        scratch += workspaces.node_latent_words(rows, max(1, nodes - 1), rank, tensors[6].shape[0] // rank)
+        message += f" and markov_rank={rank}"
+    if workspace is not None:
+        check_type("workspace", workspace, Workspace)
+        message += f", got one made for {workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size}"
+    counters, scratch = workspaces.lend_words(workspace, needed, scratch, device, message)
     sampled = method in SAMPLED
     _draft_tree(
-        *tensors, sampling.temperature if sampled else None, sampling.seed if sampled else None, node_budgets, state_indices,
+        *tensors, sampling.temperature if sampled else None, sampling.seed if sampled else None,
+        None if sampling is None else sampling.logit_bias, node_budgets, draft_to_target, state_indices,
         *(getattr(out, name) for name in FIELDS), out.proposal.logits if sampled else None, counters, scratch, method,
-        [width for width, _ in depths], [wanted for _, wanted in depths], level,
+        [width for width, _ in depths], [wanted for _, wanted in depths], level, targets,
     )  # fmt: skip
 
 
@@ -218,15 +237,16 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
 
 @library.register(
     "draft_tree(Tensor base_logits, Tensor? anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, Tensor? w2_scale, "
-    "Tensor? mix_weight, Tensor? mix_bias, Tensor? hidden, Tensor? temperature, Tensor? seed, Tensor? node_budgets, "
-    "Tensor? state_indices, Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) depths, Tensor(d!) first_child, "
-    "Tensor(e!) next_sibling, Tensor(f!) ancestors, Tensor(g!) num_nodes, Tensor(h!) flags, Tensor(i!)? law, "
-    "Tensor(j!) counters, Tensor(k!) scratch, str method, int[] widths, int[] branching, int? level) -> ()"
+    "Tensor? mix_weight, Tensor? mix_bias, Tensor? hidden, Tensor? temperature, Tensor? seed, Tensor? logit_bias, "
+    "Tensor? node_budgets, Tensor? draft_to_target, Tensor? state_indices, Tensor(a!) tokens, Tensor(b!) parents, "
+    "Tensor(c!) depths, Tensor(d!) first_child, Tensor(e!) next_sibling, Tensor(f!) ancestors, Tensor(g!) num_nodes, "
+    "Tensor(h!) flags, Tensor(i!)? law, Tensor(j!) counters, Tensor(k!) scratch, str method, int[] widths, int[] branching, "
+    "int? level, int targets) -> ()"
 )
 def _draft_tree(
-    base_logits, anchors, anchor_positions, w1, w2, w2_scale, mix_weight, mix_bias, hidden, temperature, seed, node_budgets,
-    state_indices, tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, flags, law, counters, scratch, method,
-    widths, branching, level,
+    base_logits, anchors, anchor_positions, w1, w2, w2_scale, mix_weight, mix_bias, hidden, temperature, seed, logit_bias,
+    node_budgets, draft_to_target, state_indices, tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, flags,
+    law, counters, scratch, method, widths, branching, level, targets,
 ):  # fmt: skip
     device = base_logits.device
     kernels = library.kernels("tree_draft", device)
@@ -254,29 +274,43 @@ def _draft_tree(
         if w2.dtype == torch.float8_e4m3fn:
             widening, w2 = "fp8", w2.view(torch.uint8)
         head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
-    ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, False)
+    kind, parts, mix_type, heard = None, 0, torch.float32, None
+    if mix_weight is not None:
+        parts = mix_weight.shape[0] // rank
+        kind = "gated" if parts == 1 else "rnn"
+        mix_type = mix_weight.dtype if mix_weight.dtype == w1.dtype == hidden.dtype else torch.float32
+        heard = (hidden, hidden.stride(0), hidden.stride(1), hidden.shape[2])
+        hoisted, latents = take(rows * len(shape) * parts * rank, torch.float32), take(rows * most * rank, dot_type)
+        states = take(rows * nodes * rank, torch.float32) if kind == "rnn" else None
+        # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
+        columns = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
+        mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, None, 0)
     if widening == "fp8":
         widening = "fp8_by_cast" if gpu.family in draft_launch._NATIVE_FP8 else "fp8_by_bits"
+    config = tree_launch.pick(gpu, vocab, rank)
     kernels.launch_draft_tree(
-        tree_launch.items_of(shape, rows, leaves),
+        tree_launch.items_of(config, shape, rows, leaves, rank, parts),
         (
             (base_logits, base_logits.stride(0), base_logits.stride(1)),
             (
                 anchors, stride(anchors, 0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed,
                 node_budgets,
             ),
-            head, mixer,
+            head, mixer, heard,
+            (draft_to_target, targets, None if logit_bias is None else ((logit_bias, logit_bias.stride(0)), None, None)),
             (tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, flags),
             None if law is None else (law, law.stride(0), law.stride(1)),
             tuple(memory), progress[:1], progress[1:], row_status, kernels.words_of_branching(branching), level,
             rows, slots, nodes, vocab, widths[0], len(shape),
         ),
         method=method,
+        mixer=kind,
         widen=widening,
         leaves=max(4, 1 << (leaves - 1).bit_length()),
         keep=max(2, 1 << (max(branching) - 1).bit_length()),
         width=max(2, 1 << (nodes - 1).bit_length()),
-        block_r=draft_launch.rank_block(gpu, rank, dot_type.itemsize, ranks),
+        block_r=draft_launch.rank_block(gpu, rank, dot_type.itemsize, tree_launch.RANKS),
         dot_type=draft._name(dot_type),
-        config=tree_launch.pick(gpu, vocab),
+        mix_type=draft._name(mix_type),
+        config=config,
     )  # fmt: skip

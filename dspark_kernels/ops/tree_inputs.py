@@ -77,15 +77,25 @@ def check_settings(op: str, sampling: SamplingTensors | None, method: str, slots
         return
     check_type("sampling", sampling, SamplingTensors)
     check_tensor("sampling.temperature", sampling.temperature, shape=(slots,), device=device)
-    for name in ("top_k", "top_p", "min_p", "logit_bias", "token_bitmask", "penalties"):
+    for name in ("top_k", "top_p", "min_p", "token_bitmask", "penalties"):
         if getattr(sampling, name) is not None:
             not_yet(op, f"sampling.{name}", "filters, masks and penalties along a tree are")
+    if sampling.logit_bias is not None and method not in STATIC:
+        not_yet(op, "sampling.logit_bias", f"with method {method!r} it is")
+
+
+def target_ids(call) -> int:
+    """How many target ids head, bias and map know, of a call with `sampling`, `head`, `draft_to_target`."""
+    logits = call.base_logits
+    slots, drafts, vocab = call.anchors.shape[0], *logits.shape[1:]
+    return draft._check_sampling(call.sampling, call.head, call.draft_to_target, slots, drafts, vocab, logits.device)
 
 
 def allocate(
-    slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str, device, survival: bool = False
+    slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str, ids: Tensor | None, device, survival: bool = False
 ) -> DraftTree:
-    """A tree in which no slot has a node yet. laws: logits [..., V] like the laws of the nodes, None where none are kept."""
+    """A tree in which no slot has a node yet. laws: logits [..., V] like the laws of the nodes, None where none are kept; ids:
+    `draft_to_target` of these."""
 
     def filled(*shape, fill=-1, dtype=torch.int32):
         return torch.full(shape, fill, dtype=dtype, device=device)
@@ -93,7 +103,9 @@ def allocate(
     proposal = OneHotProposal()
     if laws is not None:
         # A node without children has no law: its row is zero.
-        proposal = DenseProposal(torch.zeros(slots, nodes, laws.shape[-1], dtype=laws.dtype, device=device))
+        proposal = DenseProposal(
+            torch.zeros(slots, nodes, laws.shape[-1], dtype=laws.dtype, device=device), draft_to_target=ids
+        )
     return DraftTree(
         tokens=filled(slots, nodes, dtype=torch.int64),
         parents=filled(slots, nodes),
@@ -109,7 +121,7 @@ def allocate(
     )
 
 
-def check_out(out, slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str, device) -> DraftTree:
+def check_out(out, slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str, ids: Tensor | None, device) -> DraftTree:
     """A caller's tree, fit to be written by a call whose `allocate` would be given the same arguments."""
     check_type("out", out, DraftTree)
     check_tensor("out.tokens", out.tokens, shape=(slots, nodes), device=device)
@@ -122,6 +134,8 @@ def check_out(out, slots: int, rows: int, nodes: int, laws: Tensor | None, drawn
         check_type("out.proposal", out.proposal, DenseProposal)
         shape = (slots, nodes, laws.shape[-1])
         check_tensor("out.proposal.logits", out.proposal.logits, dtype=laws.dtype, shape=shape, device=device)
+        if (out.proposal.draft_to_target is None) != (ids is None):
+            raise ValueError(f"out.proposal.draft_to_target: expected {'None' if ids is None else 'the map'}, as in this call")
     return out
 
 

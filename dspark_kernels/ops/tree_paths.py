@@ -9,7 +9,7 @@ import torch
 
 from .. import library, workspace as workspaces
 from ..checks import check_int, check_tensor, not_yet
-from ..launch import arch, tree_paths as launch
+from ..launch import arch, candidates as candidates_launch, tree_paths as launch
 from ..types import DraftTree, GatedMarkovHead, RnnMarkovHead
 from ..workspace import Workspace
 from .candidates import LEAST_GROUP, _units
@@ -38,7 +38,7 @@ def _dense_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     words, int32 = workspaces.words_of, torch.int32
     children = max(1, drafts)
     nodes, rows = workspaces.padded_nodes(drafts), requests * children
-    per_request = 2 * words(requests * nodes, int32) + words(requests * (drafts + 1), int32) + words(requests * drafts, int32)
+    per_request = 3 * words(requests * nodes, int32) + words(requests * (drafts + 1), int32) + words(requests * drafts, int32)
     per_row = words(rows * -(-vocab // launch.UNIT), int32) + words(rows * -(-vocab // launch.UNIT), torch.int64)
     per_row += words(rows * _row_words(vocab, children), int32) + 3 * words(rows * children, int32)
     return 5 * words(requests, int32), per_request + per_row + words(requests * FIELDS * nodes, int32)
@@ -105,11 +105,10 @@ TREE = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors
 
 def _lend(workspace, dense, rows, drafts, vocab, head, weight, device):
     needs = NEEDS_DENSE if dense else NEEDS
-    if head is None or (weight is None and not dense):
+    if weight is None:
         return workspaces.lend(needs, workspace, rows, drafts, vocab, device)
     counters, scratch = (_dense_needs if dense else _needs)(rows, drafts, vocab)
-    parts = 0 if weight is None else weight.shape[0] // head.rank
-    scratch += workspaces.node_latent_words(rows, drafts, head.rank, parts)
+    scratch += workspaces.node_latent_words(rows, drafts, head.rank, weight.shape[0] // head.rank)
     message = f"expected room for {rows} requests x {drafts} drafts over {vocab} ids and markov_rank={head.rank}"
     return workspaces.lend_words(workspace, counters, scratch, device, message)
 
@@ -156,7 +155,8 @@ def _draft_paths(
     outputs = 0 if latent is None else latent[3]
     gpu = arch.current(device)
     weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
-    config = launch.pick(gpu, vocab, candidates, nodes, rank, weights)
+    group = candidates_launch.unit_ids(vocab, candidates)
+    config = launch.pick(gpu, vocab, candidates, nodes, rank, weights, outputs, group)
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     row_count, request_count = clean.take(positions, torch.int32), clean.take(rows, torch.int32)
@@ -175,7 +175,7 @@ def _draft_paths(
         latents = take(rows * config.nodes * rank, torch.float32)
         states = take(2 * rows * config.nodes * rank, torch.float32) if kind == "rnn" else latents
     latent_items = kernels.latent_programs(positions, outputs)
-    parts = launch.parts(gpu, positions, -(-vocab // config.block))
+    parts = candidates_launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_paths(
         latent_items + positions * parts,
         (
@@ -212,17 +212,18 @@ def _draft_paths_dense(
     take, int32, fp32 = workspaces.Carver(scratch).take, torch.int32, torch.float32
     kept = take(rows * FIELDS * config.nodes, int32)
     frontier, sizes = take(rows * config.nodes, int32), take(rows * (drafts + 1), int32)
-    entries, scores = take(rows * config.nodes, fp32), take(rows * drafts, fp32)
+    entries, known = take(rows * config.nodes, fp32), take(rows * config.nodes, int32)
+    scores = take(rows * drafts, fp32)
     children = max(1, nodes - 1)
     positions, units, stride = rows * children, -(-vocab // launch.UNIT), _row_words(vocab, children)
     law = (
         take(positions * units, fp32), take(positions * units, torch.int64), take(positions * stride, fp32),
         take(positions * children, int32), take(positions * children, fp32), take(positions * children, int32),
     )  # fmt: skip
-    products = scores if latent is None else take(rows * drafts * outputs, fp32)  # without a latent nobody reads them
-    # Rows of W1 as they are; what is computed from them in fp32.
-    latents = take(rows * config.nodes * rank, w1.dtype if latent is None else fp32)
-    states = take(2 * rows * config.nodes * rank, fp32) if kind == "rnn" else latents
+    products = latents = states = scores  # without a latent nobody reads them
+    if latent is not None:
+        products, latents = take(rows * drafts * outputs, fp32), take(rows * config.nodes * rank, fp32)
+        states = take(2 * rows * config.nodes * rank, fp32) if kind == "rnn" else latents
     latent_items = kernels.latent_programs(rows * drafts, outputs)
     parts = launch.dense_parts(gpu, rows, units)
     kernels.launch_draft_paths_dense(
@@ -232,7 +233,8 @@ def _draft_paths_dense(
             (anchors, anchors.stride(0), state_indices, temperature, node_budgets),
             head, latent, _heard(hidden), _confident(weight, bias, sts_temperatures, embeds),
             (tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags),
-            counters[1:2].view(torch.int32), counts, kept, (frontier, sizes, entries, scores, products, latents, states), law,
+            counters[1:2].view(torch.int32), counts, kept,
+            (frontier, sizes, entries, known, scores, products, latents, states), law,
             rows, anchors.shape[0], drafts, nodes, vocab, stride, latent_items, parts,
         ),
         kind=kind,

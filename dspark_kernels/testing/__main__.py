@@ -3,7 +3,10 @@
     python -m dspark_kernels.testing dspark_kernels.testing.ours:token                       the kernel
     python -m dspark_kernels.testing dspark_kernels.testing.rules:block                      plain torch
     python -m dspark_kernels.testing dspark_kernels.testing.known_wrong:block_first_reject   a planted mistake
+    python -m dspark_kernels.testing dspark_kernels.testing.ours:traversal                   the kernel on draft trees
+    python -m dspark_kernels.testing my_module:my_tree_acceptance --rule recursive --drawn iid
 
+The rule says what the function takes: a chain (token, block, coupled, greedy) or a tree (walk, recursive, traversal, greedy_tree).
 What a function takes and returns: dspark_kernels/testing/suite.py. The exit status is 0 if every test passed, 1 if the function was
 convicted, 2 for a bad argument.
 """
@@ -16,18 +19,22 @@ import sys
 
 import torch
 
-from . import interpreter, suite
+from . import interpreter, rules_tree, suite
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parser() -> argparse.ArgumentParser:
-    width = max(map(len, suite.TESTS))
-    tests = "\n".join(f"  {name.ljust(width)}  {test.__doc__.splitlines()[0]}" for name, (test, *_) in suite.TESTS.items())
+    width = max(map(len, [*suite.TESTS, *suite.TREE_TESTS]))
+    lists = (("tests of chains", suite.TESTS), ("tests of trees", suite.TREE_TESTS))
+    tests = "\n\n".join(
+        "\n".join([f"{title}:", *(f"  {name.ljust(width)}  {test.__doc__.splitlines()[0]}" for name, (test, *_) in table.items())])
+        for title, table in lists
+    )
     p = argparse.ArgumentParser(
         prog="python -m dspark_kernels.testing",
         description="A verdict per test on an acceptance function.",
-        epilog="\n".join(__doc__.splitlines()[2:]) + "\n\ntests:\n" + tests,
+        epilog="\n".join(__doc__.splitlines()[2:]) + "\n\n" + tests,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("function", metavar="module:function", help="the acceptance function; found from the current directory, too")
@@ -40,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="default: cuda where there is one and Triton's interpreter is off, else cpu")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the logits (default: %(default)s)")
     p.add_argument("--draft", metavar="module:function", help="sampler of drafts to test together with it")
+    p.add_argument("--drawn", metavar="WAY[,WAY]", help=f"how children of trees are made (default: {', '.join(rules_tree.DRAWN)})")
     p.add_argument("--schedule", metavar="module:function", help="confidences [R, K] to lengths [R], to test together with it")
     p.add_argument("--unseeded", action="store_true", help="the function's noise does not come from the seeds it is given")
     return p
@@ -67,11 +75,18 @@ def main(argv: list[str] | None = None) -> int:
     function = _resolve(p, "function", args.function)
     draft, schedule = _resolve(p, "--draft", args.draft), _resolve(p, "--schedule", args.schedule)
     skipped = [name for name in args.skip.split(",") if name]
-    for name in (*args.tests, *skipped):
-        if name not in suite.TESTS:
-            p.error(f"tests: expected some of {', '.join(suite.TESTS)}, got {name!r}")
     rule = args.rule or getattr(function, "rule", "token")
-    tests = args.tests or [name for name, (_, rules, _) in suite.TESTS.items() if rule in rules]
+    of_form = suite.tests_of(rule)
+    for name in (*args.tests, *skipped):
+        if name not in of_form:
+            p.error(f"tests: expected some of {', '.join(of_form)}, got {name!r}")
+    if schedule is not None and rule in suite.TREE_RULES:
+        p.error(f"--schedule: not for the {rule} rule")
+    drawn = None if args.drawn is None else tuple(args.drawn.split(","))
+    for way in drawn or ():
+        if way not in rules_tree.DRAWN:
+            p.error(f"--drawn: expected some of {', '.join(rules_tree.DRAWN)}, got {way!r}")
+    tests = args.tests or [name for name, (_, rules, _) in of_form.items() if rule in rules]
     compiled = torch.cuda.is_available() and not interpreter.interpreting()
     device = args.device or ("cuda" if compiled else "cpu")
     requests = args.requests
@@ -91,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         draft=draft,
         schedule=schedule,
         unseeded=args.unseeded,
+        drawn=drawn,
         progress=lambda result: print(result, flush=True),
     )
     print(report.summary())

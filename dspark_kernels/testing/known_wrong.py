@@ -4,6 +4,8 @@ Each is one of rules.py with one mistake. `MISTAKES` holds them by name; `DRAFTS
 acceptance. Which test convicts which: tests/test_testing.py. Try
 
     python -m dspark_kernels.testing dspark_kernels.testing.known_wrong:block_first_reject
+
+Those of draft trees: known_wrong_tree.py.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from .rules import Batch, Noise, at
 MISTAKES: dict[str, object] = {}
 
 
-def mistake(rule: str):
+def mistake(rule: str, table: dict[str, object] = MISTAKES):
     """Register an acceptance function under its name."""
 
     def register(function):
         function.rule = rule
-        MISTAKES[function.__name__] = function
+        table[function.__name__] = function
         return function
 
     return register

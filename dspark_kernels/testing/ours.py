@@ -1,10 +1,11 @@
-"""dk.accept_chain, dk.draft_block and dk.schedule_prefixes in the form that the suite takes.
+"""dk.accept_chain, dk.accept_tree, dk.draft_block and dk.schedule_prefixes in the form that the suite takes.
 
     python -m dspark_kernels.testing dspark_kernels.testing.ours:token
+    python -m dspark_kernels.testing dspark_kernels.testing.ours:traversal
 
-`token`, `block`, `coupled` and `greedy` are acceptance functions; `draft`, `draft_coupled` are samplers and `causal` is a
-schedule. On CPU tensors they run in Triton's interpreter (TRITON_INTERPRET=1), where a request takes about 50 ms, so the suite
-takes fewer of them.
+`token`, `block`, `coupled` and `greedy` are acceptance functions on chains, `walk`, `recursive`, `traversal` and `greedy_tree` on
+trees; `draft`, `draft_coupled` are samplers and `causal` is a schedule. On CPU tensors they run in Triton's interpreter
+(TRITON_INTERPRET=1), where a request takes about 50 ms (a tree: 100), so the suite takes fewer of them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from ..ops.accept import accept_chain
 from ..ops.draft import draft_block
-from ..ops.layout import fixed_layout
+from ..ops.layout import fixed_layout, tree_layout
 from ..ops.schedule import schedule_prefixes
-from ..types import CostTable, DenseProposal, DraftBlock, OneHotProposal, SamplingTensors
-from . import interpreter
+from ..ops.tree import accept_tree
+from ..types import CostTable, DenseProposal, DraftBlock, DraftTree, OneHotProposal, SamplingTensors
+from . import interpreter, rules_tree
 
 INTERPRETED_REQUESTS = 256
 
@@ -48,6 +50,45 @@ def _packed(target_logits: Tensor, rows: Tensor) -> Tensor:
     return target_logits.as_strided((requests, count, stride), target_logits.stride())[rows][:, :vocab]
 
 
+def _accept_tree(
+    rule: str, node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions
+) -> Tensor:
+    tree = _tree(tokens, parents, draft_logits, drawn, num_nodes)
+    layout = tree_layout(tree, anchor_positions=anchor_positions)
+    rows = torch.arange(tokens.shape[1], device=seeds.device) < num_nodes[:, None]
+    return accept_tree(
+        _packed(node_logits, rows), layout, tree, sampling=SamplingTensors(temperature, seeds), rule=rule
+    ).tokens  # fmt: skip
+
+
+def _tree(tokens, parents, draft_logits, drawn, num_nodes) -> DraftTree:
+    """The tree with its links; nodes that do not exist have none."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    parents = torch.where(index < num_nodes[:, None], parents, -1).to(torch.int32)
+    links = {name: torch.full_like(parents, -1) for name in ("first_child", "next_sibling")}
+    ancestors = torch.ones_like(tokens) << index
+    rows = torch.arange(len(tokens), device=tokens.device)
+    for node in reversed(range(1, tokens.shape[1])):
+        there = parents[:, node] >= 0
+        parent = parents[:, node].clamp(min=0)
+        links["next_sibling"][:, node] = torch.where(there, links["first_child"][rows, parent], -1)
+        links["first_child"][rows, parent] = torch.where(there, node, links["first_child"][rows, parent])
+    for node in range(1, tokens.shape[1]):
+        there = parents[:, node] >= 0
+        ancestors[:, node] |= torch.where(there, ancestors[rows, parents[:, node].clamp(min=0)], 0)
+    return DraftTree(
+        tokens=tokens.contiguous(),
+        parents=parents,
+        depths=rules_tree.depths_of(parents),
+        ancestors=ancestors,
+        num_nodes=num_nodes,
+        proposal=OneHotProposal() if draft_logits is None else DenseProposal(draft_logits),
+        drawn=drawn,
+        flags=torch.zeros_like(num_nodes),
+        **links,
+    )
+
+
 def _named(function, rule: str):
     function.rule = rule
     if interpreter.interpreting():
@@ -61,6 +102,8 @@ block = _named(functools.partial(_accept, "block"), "block")
 coupled = _named(functools.partial(_accept, "coupled"), "coupled")
 # Temperature 0 is greedy under every rule.
 greedy = _named(functools.partial(_accept, "token"), "greedy")
+walk, recursive, traversal = (_named(functools.partial(_accept_tree, rule), rule) for rule in ("walk", "recursive", "traversal"))
+greedy_tree = _named(functools.partial(_accept_tree, "walk"), "greedy_tree")
 
 
 def _draft(noise: str, draft_logits, temperature, seeds, positions, anchor_positions) -> Tensor:

@@ -28,9 +28,31 @@ so a verifier that wants probabilities and packed rows is wrapped in a few lines
         index = torch.arange(out.tokens.shape[1], device=seeds.device)
         return torch.where(index < out.count[:, None], out.tokens, -1)
 
+A function under one of the tree rules takes draft trees, -1 as the root's parent, parents before children, elder siblings first,
+
+    function(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions) -> tokens
+
+    node_logits   [R, M, V]    row m judges the children of node m, or gives the token behind it; node 0 is the last emitted token
+    tokens, parents [R, M]     int64, int32; nodes num_nodes .. M - 1 do not exist: everything of theirs is garbage
+    draft_logits  [R, M, Vd]   row m: the law that the children of node m were drawn from; None where drawn = "one_hot"
+    drawn         "one_hot" (chosen without chance, no two siblings alike), "iid" (independent draws: siblings may be alike) or
+                  "without_replacement" (from what the elder siblings leave of the law)
+    num_nodes     [R] int32    nodes of each tree, the root included; the rest as above
+    tokens        [R, M]       of the accepted path from the root's child on, then one token, then -1
+
+and is asked for all three ways, or those of its attribute `drawn`:
+
+    def mine(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
+        target_probs = (node_logits / temperature.clamp(min=1e-6)[:, None, None]).softmax(-1)
+        out = verify_tree(target_probs, tokens, parents, num_nodes)              # token of every node's draw, path, its length
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        emitted = out.draws.gather(1, out.path.clamp(min=0))                     # a node's draw leads to the next, or is the last
+        return torch.where(index <= out.length[:, None], emitted, -1)
+    mine.rule = "walk"
+
 The suite drafts with this package's noise (rules.Noise, streams DRAFT or COUPLED). draft(draft_logits [R, V], temperature, seeds,
 positions, anchor_positions) -> tokens [R] replaces that and is tested together with the function, and so is
-schedule(confidence [R, K]) -> lengths [R].
+schedule(confidence [R, K]) -> lengths [R]. For trees: models_tree.draft, child by child; there is no schedule.
 
 False alarms: every finding is judged at LEVEL, and a run makes at most FINDINGS of them, so a right function is convicted with a
 chance of about LEVEL * FINDINGS = 1e-4 a run at most. Seeds are fixed: a function whose noise comes from them gets the same verdict
@@ -47,27 +69,27 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_int
-from . import edges, laws, models
+from . import edges, edges_tree, laws, laws_tree
 from .edges import Convicted
+from .rules_tree import DRAWN
+from .run import FALSE_ALARM, FINDINGS as FINDINGS, LEVEL as LEVEL, Run, TreeRun
 from .statistics import Finding
 
-FALSE_ALARM = 1e-4
-FINDINGS = 100
-LEVEL = FALSE_ALARM / FINDINGS
 REQUESTS, QUICK, FEWEST_REQUESTS = 1 << 17, 1 << 13, 64
-RULES = ("token", "block", "coupled", "greedy")
-_MIX = -7046029254386353131  # 2^64 / golden ratio
+CHAIN_RULES = ("token", "block", "coupled", "greedy")
+TREE_RULES = ("walk", "recursive", "traversal", "greedy_tree")
+RULES = CHAIN_RULES + TREE_RULES
 
 SAMPLED = ("token", "block", "coupled")
 # Name -> (test, rules that it is for, whether it needs noise that comes from the seeds).
 TESTS = {
-    "rows": (edges.rows, RULES, False),
-    "greedy": (edges.greedy, RULES, False),
-    "padding": (edges.padding, RULES, False),
-    "empty": (edges.empty, RULES, False),
-    "bad_rows": (edges.bad_rows, RULES, False),
-    "extreme": (edges.extreme, RULES, False),
-    "batch": (edges.batch, RULES, True),
+    "rows": (edges.rows, CHAIN_RULES, False),
+    "greedy": (edges.greedy, CHAIN_RULES, False),
+    "padding": (edges.padding, CHAIN_RULES, False),
+    "empty": (edges.empty, CHAIN_RULES, False),
+    "bad_rows": (edges.bad_rows, CHAIN_RULES, False),
+    "extreme": (edges.extreme, CHAIN_RULES, False),
+    "batch": (edges.batch, CHAIN_RULES, True),
     "shared": (edges.shared, ("coupled",), True),
     "one_round": (laws.one_round, SAMPLED, False),
     "rounds": (laws.rounds, SAMPLED, False),
@@ -81,6 +103,35 @@ TESTS = {
     "tails": (laws.tails, SAMPLED, False),
     "accepts": (laws.accepts, SAMPLED, False),
 }
+
+TREES_SAMPLED, TREES_TRIED = TREE_RULES[:3], ("recursive", "traversal")
+TREE_TESTS = {
+    "rows": (edges_tree.rows, TREE_RULES, False),
+    "greedy": (edges_tree.greedy, TREE_RULES, False),
+    "padding": (edges_tree.padding, TREE_RULES, False),
+    "empty": (edges_tree.empty, TREE_RULES, False),
+    "bad_rows": (edges_tree.bad_rows, TREE_RULES, False),
+    "extreme": (edges_tree.extreme, TREE_RULES, False),
+    "batch": (edges_tree.batch, TREE_RULES, True),
+    "one_round": (laws_tree.one_round, TREES_SAMPLED, False),
+    "unequal": (laws_tree.unequal, TREES_SAMPLED, False),
+    "rounds": (laws_tree.rounds, TREES_SAMPLED, False),
+    "prefix": (laws_tree.prefix, TREES_SAMPLED, False),
+    "noise": (laws_tree.noise, TREES_SAMPLED, False),
+    "siblings": (laws_tree.siblings, TREES_TRIED, False),
+    "temperature": (laws_tree.temperature, TREES_SAMPLED, False),
+    "filters": (laws_tree.filters, TREES_SAMPLED, False),
+    "residual": (laws_tree.residual, TREES_SAMPLED, False),
+    "widths": (laws_tree.widths, TREES_SAMPLED, False),
+    "tails": (laws_tree.tails, TREES_SAMPLED, False),
+    "accepts": (laws_tree.accepts, TREES_SAMPLED, False),
+    "chain": (laws_tree.chain, ("traversal",), False),
+}
+
+
+def tests_of(rule: str) -> dict:
+    return TREE_TESTS if rule in TREE_RULES else TESTS
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,88 +178,6 @@ class Report:
         return f"{text}; a right function fails with a chance of at most {FALSE_ALARM:.0e}"
 
 
-class Run:
-    """What tests use: the function behind checks of its output, seeds, sizes."""
-
-    def __init__(self, function, rule, requests, seed, device, draft, schedule, dtype):
-        self.function, self.rule, self.requests, self.seed = function, rule, requests, seed
-        self.device, self.dtype, self.level = torch.device(device), dtype, LEVEL
-        self.draft = draft or (models.draft_coupled if rule == "coupled" else models.draft)
-        self.schedule = schedule or models.schedule
-        self._plays: dict = {}
-
-    def seeds(self, purpose: str, count: int | None = None) -> Tensor:
-        """Seeds [count], others for every purpose; neighbours are far apart."""
-        first = sum(ord(letter) * 131**i for i, letter in enumerate(purpose)) % (1 << 40) + self.seed * 1000003
-        index = torch.arange(self.requests if count is None else count, device=self.device)
-        return (index + first) * _MIX
-
-    def model(self, model: models.Model) -> models.Model:
-        tables = (table.to(self.device, self.dtype).float() for table in (model.target, model.draft))
-        return models.Model(*tables, model.confidence.to(self.device))
-
-    def play(self, model: models.Model, num_drafts: int, **options) -> models.Play:
-        return models.Play(
-            self.call, model, num_drafts, draft=self.draft, schedule=self.schedule, dtype=self.dtype, **options
-        )  # fmt: skip
-
-    def decode(self, purpose: str, model: models.Model, num_drafts: int, tokens: int, rounds: int | None, **options):
-        """(model, history [R, tokens], drafts accepted in the first round [R])."""
-        if purpose not in self._plays:
-            model = self.model(model)
-            seeds = self.seeds(purpose)
-            self._plays[purpose] = (
-                model, *self.play(model, num_drafts, **options).decode(seeds, tokens, rounds, 3, salt=len(purpose))
-            )  # fmt: skip
-        return self._plays[purpose]
-
-    def call_rows(self, target, drafts, law, seeds=None, *, lens=None, temperature=1.0, anchor_position=7) -> Tensor:
-        """Tokens [R, K+1], on the CPU, of one call with these rows (moved to the device)."""
-        requests, num_drafts = drafts.shape
-        move = lambda x: None if x is None else x if x.device == self.device else x.to(self.device)  # noqa: E731
-        whole = lambda x, dtype: torch.as_tensor(x, dtype=dtype).expand(requests).contiguous()  # noqa: E731
-        if self.rule == "greedy":
-            temperature = 0.0
-        seeds = self.seeds("rows", requests) if seeds is None else seeds
-        out = self.call(
-            move(target),
-            move(drafts),
-            move(law),
-            move(whole(temperature, torch.float32)),
-            move(seeds),
-            move(whole(num_drafts if lens is None else lens, torch.int32)),
-            move(whole(anchor_position, torch.int64)),
-        )
-        return out.cpu()
-
-    def call(self, target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions) -> Tensor:
-        """The function's tokens, int64, once their form is right."""
-        drafts, lens = draft_tokens.clone(), draft_lens.to(torch.int64)
-        out = self.function(target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions)
-        if not isinstance(out, Tensor) or out.dtype not in (torch.int64, torch.int32):
-            kind = out.dtype if isinstance(out, Tensor) else type(out).__name__
-            raise Convicted(f"expected tokens in int64 or int32, got {kind}")
-        requests, num_drafts = drafts.shape
-        if tuple(out.shape) != (requests, num_drafts + 1):
-            raise Convicted(f"expected tokens [{requests}, {num_drafts + 1}], got {list(out.shape)}")
-        out = out.to(device=self.device, dtype=torch.int64)
-        count = (out >= 0).sum(1)
-        index = torch.arange(num_drafts + 1, device=out.device)
-        padded = torch.nn.functional.pad(drafts, (0, 1), value=-1)
-        # In order of what a request can be told first.
-        self._form("an id beyond the vocabulary", (out >= target_logits.shape[2]).any(1), out)
-        self._form("no token", count < 1, out)
-        self._form("something else than -1 behind the tokens", (torch.where(index < count[:, None], -1, out) != -1).any(1), out)
-        self._form("more than the admitted drafts and one token", count > lens + 1, out)
-        self._form("a token that is not the draft before the last", ((index < count[:, None] - 1) & (out != padded)).any(1), out)
-        return out
-
-    def _form(self, what: str, wrong: Tensor, out: Tensor):
-        if bool(wrong.any()):
-            r = int(wrong.long().argmax())
-            raise Convicted(f"{what}: {int(wrong.sum())} of {len(wrong)} requests, request {r} got {out[r].tolist()}")
-
-
 def default_requests(function, quick: bool = False) -> int:
     return min(QUICK if quick else REQUESTS, getattr(function, "max_requests", REQUESTS))
 
@@ -226,35 +195,46 @@ def check(
     draft: Callable[..., Tensor] | None = None,
     schedule: Callable[[Tensor], Tensor] | None = None,
     unseeded: bool = False,
+    drawn: Iterable[str] | None = None,
     progress: Callable[[Result], None] | None = None,
 ) -> Report:
     """Test an acceptance function.
 
     Args:
         function: see the head of this module.
-        rule: "token", "block", "coupled" (draft and target share their noise) or "greedy"; default: function.rule, else "token".
-        tests: names from TESTS; default: all that the rule has.
+        rule: "token", "block", "coupled" (draft and target share their noise) or "greedy"; of functions on trees "walk",
+            "recursive", "traversal" or "greedy_tree"; default: function.rule, else "token".
+        tests: names from TESTS (trees: TREE_TESTS); default: all that the rule has.
         requests: samples of each law; default: function.max_requests where that is less, else REQUESTS (quick: QUICK).
         quick: fewer samples, so only larger biases are seen.
         seed: another choice of all seeds.
         dtype: of the logits: the model tables are exact in it.
         draft, schedule: the drafter's sampler and the scheduler, where they are to be tested too.
         unseeded: the function's noise does not come from `seeds`: tests that call twice with the same seeds are left out.
+        drawn: how the children of trees may come about; default: function.drawn, else all of rules_tree.DRAWN.
         progress: called with each result.
 
     Raises:
         ValueError, TypeError: an argument that is none of these. Errors of the function fail the test they happen in.
     """
     rule = check_choice("rule", getattr(function, "rule", "token") if rule is None else rule, RULES)
+    of_form = tests_of(rule)
     if tests is None:
-        tests = [name for name, (_, rules, _) in TESTS.items() if rule in rules]
-    tests = [check_choice("tests", name, tuple(TESTS)) for name in tests]
+        tests = [name for name, (_, rules, _) in of_form.items() if rule in rules]
+    tests = [check_choice("tests", name, tuple(of_form)) for name in tests]
     requests = default_requests(function, quick) if requests is None else requests
     check_int("requests", requests, low=FEWEST_REQUESTS)
-    run = Run(function, rule, requests, seed, device, draft, schedule, dtype)
+    if rule in TREE_RULES:
+        if schedule is not None:
+            raise ValueError(f"schedule: expected None with the {rule} rule, got {schedule!r}")
+        drawn = getattr(function, "drawn", DRAWN) if drawn is None else tuple(drawn)
+        drawn = tuple(check_choice("drawn", way, DRAWN) for way in drawn)
+        run = TreeRun(function, rule, requests, seed, device, draft, schedule, dtype, drawn=drawn)
+    else:
+        run = Run(function, rule, requests, seed, device, draft, schedule, dtype)
     results = []
     for name in tests:
-        test, rules, seeded = TESTS[name]
+        test, rules, seeded = of_form[name]
         if rule not in rules:
             result = Result(name, "skip", f"not for the {rule} rule")
         elif unseeded and seeded:
@@ -267,7 +247,7 @@ def check(
     return Report(tuple(results), rule, requests)
 
 
-def _judge(name: str, test, run: Run) -> Result:
+def _judge(name: str, test, run: Run | TreeRun) -> Result:
     start = time.perf_counter()
 
     def result(verdict, text, *rest):

@@ -1,10 +1,10 @@
 """top-k, top-p and min-p of a row of logits as two scalars: kept <=> key > threshold, or key = threshold and id <= cut.
 
 key = ordered bits of the fp32 logit. Every filter keeps a prefix of the order (key descending, id ascending), so the strictest
-wins. The maxima of groups of ids bound the threshold from below (top-k: the k-th largest maximum; top-p: the
-largest t whose maxima alone carry p of the mass), so only groups that reach the bound are read again; a bitwise search
-over their elements finds it exactly. Masses are integers, 2^40 for the row's maximum, so that the result does not depend on tiles.
-Oracle: reference/sampling.py. Nothing of the size of a row is written.
+wins. The maxima of groups of ids bound the threshold from below (top-k: the k-th largest maximum; top-p: the largest t whose maxima
+alone carry p of the mass), so only groups that reach the bound are read again, in passes that look at four keys each, until what
+is left between two of them fits in a list. Masses are integers, 2^40 for the row's maximum, so that the result does not depend on
+tiles. Oracle: reference/sampling.py. Nothing of the size of a row is written.
 """
 
 import triton
@@ -14,6 +14,7 @@ from .mass import LEAF, NEG_INF, ONE, below_max, masses
 
 EVERYTHING = tl.constexpr(0)  # a threshold below every key
 BLOCK = tl.constexpr(1024)  # elements that one step looks at; as many are kept in a list
+LOWEST = tl.constexpr(8388608)  # key of the least finite logit
 
 
 @triton.jit
@@ -48,49 +49,133 @@ def _mass(x, top, scale):
 
 
 @triton.jit
-def _block(b, listed, keys_ptr, ids_ptr, groups_ptr, count, width, LOAD: tl.constexpr, source, GROUP: tl.constexpr):
-    """Keys (0 = none) and ids of BLOCK elements: from the list where all fitted in it, else from the groups again."""
+def _block(b, groups_ptr, count, width, LOAD: tl.constexpr, source, GROUP: tl.constexpr):
+    """Keys (0 = none) and ids of BLOCK elements of the groups."""
     TILE: tl.constexpr = BLOCK // GROUP
-    offsets = b * BLOCK + tl.arange(0, BLOCK)
-    if listed:
-        inside = offsets < count
-        keys = tl.load(keys_ptr + offsets, mask=inside, other=0).to(tl.int64) + 2147483648
-        keys = tl.where(inside, keys, 0)
-        ids = tl.load(ids_ptr + offsets, mask=inside, other=0)
-    else:
-        which = b * TILE + tl.arange(0, TILE)
-        groups = tl.load(groups_ptr + which, mask=which < count, other=0)
-        ids = tl.reshape(groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [BLOCK])
-        inside = tl.reshape((which < count)[:, None] & (tl.arange(0, GROUP) >= 0)[None, :], [BLOCK]) & (ids < width)
-        x = LOAD(ids, inside, source)
-        keys = tl.where(inside & (x > NEG_INF), ordered(x), 0)
-    return keys, ids
+    which = b * TILE + tl.arange(0, TILE)
+    groups = tl.load(groups_ptr + which, mask=which < count, other=0)
+    ids = tl.reshape(groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [BLOCK])
+    inside = tl.reshape((which < count)[:, None] & (tl.arange(0, GROUP) >= 0)[None, :], [BLOCK]) & (ids < width)
+    x = LOAD(ids, inside, source)
+    return tl.where(inside & (x > NEG_INF), ordered(x), 0), ids
 
 
 @triton.jit
-def _at_least(t, blocks, listed, keys_ptr, ids_ptr, groups_ptr, count, width, top, scale, LOAD: tl.constexpr, source,
-              GROUP: tl.constexpr):  # fmt: skip
-    """Number and mass of the elements whose key is t or more (t >= 1)."""
-    number = tl.zeros((), tl.int32)
+def _list(keys_ptr, ids_ptr, count):
+    """The same of the list, ids ascending."""
+    entry = tl.arange(0, BLOCK)
+    keys = tl.load(keys_ptr + entry, mask=entry < count, other=0).to(tl.int64) + 2147483648
+    return tl.where(entry < count, keys, 0), tl.load(ids_ptr + entry, mask=entry < count, other=0)
+
+
+@triton.jit
+def _weights(keys, top, scale, BY_MASS: tl.constexpr):
+    """int64 weight of elements: mass, or 1."""
+    weights = tl.full(keys.shape, 1, tl.int64)
+    if BY_MASS:
+        weights = tl.where(keys > 0, _mass(_unordered(tl.maximum(keys, 1)), top, scale), 0)
+    return weights
+
+
+@triton.jit
+def _largest(wanted, low, high, count, elements, lists, width, top, scale, LOAD: tl.constexpr, source, BY_MASS: tl.constexpr,
+             GROUP: tl.constexpr):  # fmt: skip
+    """The largest key t in [low, high) whose F(t) = weight of all elements with keys >= t reaches `wanted`; F(high) must not.
+
+    Gives t (low, if none does), F(t + 1), and what the list holds now: (first key, end, number). count: how many elements of
+    [low, high) it holds already, -1 if not; high must then be above all keys. A pass over the elements looks at four keys
+    between, three at equal distances in logits and, lest tails take long, the middle one in keys; what is left between two of
+    them goes into the list as soon as it fits.
+    """
+    groups_ptr, num_groups = elements
+    keys_ptr, ids_ptr = lists
+    TILE: tl.constexpr = BLOCK // GROUP
+    quarter = tl.arange(0, 4)
+    above = tl.zeros((), tl.int64)
+    least = top - 40.0 / scale  # below it elements have no mass
+    while (count < 0) & (high - low > 1):
+        left = tl.maximum(tl.where(low > 0, _unordered(tl.maximum(low, LOWEST)), least), least)
+        x = left + (_unordered(high - 1) - left) * ((quarter + 1).to(tl.float32) * 0.25)
+        t = tl.where(quarter == 3, low + (high - low) // 2, ordered(x))
+        t = tl.minimum(tl.maximum(t, low + 1), high - 1)
+        total = tl.zeros((), tl.int32)
+        sums = tl.zeros([4], tl.int64)
+        for b in range(tl.cdiv(num_groups, TILE)):
+            keys, ids = _block(b, groups_ptr, num_groups, width, LOAD, source, GROUP)
+            hit = ((keys >= tl.maximum(low, 1)) & (keys < high)).to(tl.int32)
+            place = total + tl.cumsum(hit, axis=0) - 1
+            fits = (hit == 1) & (place < BLOCK)
+            tl.store(keys_ptr + place, (keys - 2147483648).to(tl.int32), mask=fits)
+            tl.store(ids_ptr + place, ids, mask=fits)
+            total += tl.sum(hit, axis=0)
+            weights = _weights(keys, top, scale, BY_MASS)
+            for j in tl.static_range(4):  # one by one: a tile of all four takes more registers than there are
+                reached = tl.sum(tl.where(keys >= tl.max(tl.where(quarter == j, t, 0), axis=0), weights, 0), axis=0)
+                sums += tl.where(quarter == j, reached, 0)
+        tl.debug_barrier()
+        if total <= BLOCK:
+            count = total
+        else:
+            low = tl.max(tl.where(sums >= wanted, t, low), axis=0)
+            end = tl.min(tl.where(sums >= wanted, high, t), axis=0)
+            above = tl.where(end < high, tl.max(tl.where((t == end) & (sums < wanted), sums, 0), axis=0), above)
+            high = end
+    found = low
+    if count >= 0:
+        keys, ids = _list(keys_ptr, ids_ptr, count)
+        weights = _weights(keys, top, scale, BY_MASS)
+        end = high
+        while end - found > 1:
+            middle = found + (end - found) // 2
+            reaches = above + tl.sum(tl.where(keys >= middle, weights, 0), axis=0) >= wanted
+            found = tl.where(reaches, middle, found)
+            end = tl.where(reaches, end, middle)
+        above += tl.sum(tl.where(keys > found, weights, 0), axis=0)
+    return found, above, (low, high, count)
+
+
+@triton.jit
+def _mass_above(t, whole, elements, lists, width, top, scale, LOAD: tl.constexpr, source, GROUP: tl.constexpr):
+    """Mass of the elements with keys above t, from the list if it holds all of them (`whole`, their number, else -1)."""
+    groups_ptr, num_groups = elements
+    keys_ptr, ids_ptr = lists
     mass = tl.zeros((), tl.int64)
-    for b in range(blocks):
-        keys, ids = _block(b, listed, keys_ptr, ids_ptr, groups_ptr, count, width, LOAD, source, GROUP)
-        number += tl.sum(tl.where(keys >= t, 1, 0), axis=0)
-        mass += tl.sum(tl.where(keys >= t, _mass(_unordered(keys), top, scale), 0), axis=0)
-    return number, mass
+    if whole >= 0:
+        keys, ids = _list(keys_ptr, ids_ptr, whole)
+        mass += tl.sum(tl.where(keys > t, _weights(keys, top, scale, True), 0), axis=0)
+    else:
+        for b in range(tl.cdiv(num_groups, BLOCK // GROUP)):
+            keys, ids = _block(b, groups_ptr, num_groups, width, LOAD, source, GROUP)
+            mass += tl.sum(tl.where(keys > t, _weights(keys, top, scale, True), 0), axis=0)
+    return mass
 
 
 @triton.jit
-def _cut(t, ties, blocks, listed, keys_ptr, ids_ptr, groups_ptr, count, width, LOAD: tl.constexpr, source, GROUP: tl.constexpr):
+def _place(keys, ids, t, seen, ties):
+    """Id of the (ties - seen)-th element whose key is t among those here, -1 for none, and how many have it."""
+    same = tl.where(keys == t, 1, 0)
+    rank = seen + tl.cumsum(same, axis=0)
+    return tl.max(tl.where((same == 1) & (rank <= ties), ids, -1), axis=0), tl.sum(same, axis=0)
+
+
+@triton.jit
+def _cut(t, ties, held, elements, lists, width, LOAD: tl.constexpr, source, GROUP: tl.constexpr):
     """Id of the ties-th element, by id, whose key is t; -1 for none."""
-    seen = tl.zeros((), tl.int32)
+    groups_ptr, num_groups = elements
+    keys_ptr, ids_ptr = lists
+    low, high, count = held
     cut = tl.full((), -1, tl.int32)
-    for b in range(blocks):
-        keys, ids = _block(b, listed, keys_ptr, ids_ptr, groups_ptr, count, width, LOAD, source, GROUP)
-        same = tl.where(keys == t, 1, 0)
-        rank = seen + tl.cumsum(same, axis=0)
-        cut = tl.maximum(cut, tl.max(tl.where((same == 1) & (rank <= ties), ids, -1), axis=0))
-        seen += tl.sum(same, axis=0)
+    if ties > 0:
+        if (count >= 0) & (t >= low) & (t < high):
+            keys, ids = _list(keys_ptr, ids_ptr, count)
+            cut, _ = _place(keys, ids, t, 0, ties)
+        else:
+            seen = tl.zeros((), tl.int32)
+            for b in range(tl.cdiv(num_groups, BLOCK // GROUP)):
+                keys, ids = _block(b, groups_ptr, num_groups, width, LOAD, source, GROUP)
+                last, here = _place(keys, ids, t, seen, ties)
+                cut = tl.maximum(cut, last)
+                seen += here
     return cut
 
 
@@ -141,59 +226,33 @@ def filter_row(LOAD: tl.constexpr, source, width, group_max_ptr, num_groups, gro
     tl.store(groups_ptr + tl.cumsum(reach.to(tl.int32), axis=0) - 1, group, mask=reach)
     tl.debug_barrier()
 
-    # Elements that reach the bound, in a list if they fit.
-    TILE: tl.constexpr = BLOCK // GROUP
-    total = tl.zeros((), tl.int32)
-    for b in range(tl.cdiv(num_reached, TILE)):
-        keys, ids = _block(b, False, keys_ptr, ids_ptr, groups_ptr, num_reached, width, LOAD, source, GROUP)
-        hit = (keys >= bound).to(tl.int32)
-        place = total + tl.cumsum(hit, axis=0) - 1
-        fits = (hit == 1) & (place < BLOCK)
-        tl.store(keys_ptr + place, (keys - 2147483648).to(tl.int32), mask=fits)
-        tl.store(ids_ptr + place, ids, mask=fits)
-        total += tl.sum(hit, axis=0)
-    tl.debug_barrier()
-    listed = total <= BLOCK
-    count = tl.where(listed, total, num_reached)
-    blocks = tl.where(listed, 1, tl.cdiv(num_reached, TILE))
-
-    # Threshold and number of ties kept there, the strictest of the filters. It lies between the bound and the row's maximum,
-    # whose common leading bits need no search.
-    differ = tl.maximum(ordered(top) ^ bound, 0)
-    bits = tl.where(differ > 0, tl.floor(tl.log2(tl.maximum(differ, 1).to(tl.float32))).to(tl.int32) + 1, 0)
-    common = (bound >> bits) << bits
+    # Threshold and number of ties kept there, the strictest of the filters.
+    elements, lists = (groups_ptr, num_reached), (keys_ptr, ids_ptr)
+    low, high = tl.where(bound > 1, bound, 0), ordered(top) + 1
+    whole = tl.full((), -1, tl.int32)
+    held = (low, high, whole)
     threshold = fails
     ties = tl.zeros((), tl.int32)
     if use_k:
-        t = common
-        for bit in range(bits):
-            one = tl.full((), 1, tl.int64) << (bits - 1 - bit)
-            number, reached = _at_least(t | one, blocks, listed, keys_ptr, ids_ptr, groups_ptr, count, width, top, scale,
-                                        LOAD, source, GROUP)  # fmt: skip
-            t = tl.where(number >= top_k, t | one, t)
-        above, mass_above = _at_least(t + 1, blocks, listed, keys_ptr, ids_ptr, groups_ptr, count, width, top, scale,
-                                      LOAD, source, GROUP)  # fmt: skip
-        kept_ties = top_k - above
+        t, above, held = _largest(
+            top_k.to(tl.int64), low, high, whole, elements, lists, width, top, scale, LOAD, source, False, GROUP
+        )
+        whole = tl.where((held[0] == low) & (held[1] == high), held[2], -1)
+        kept_ties = top_k - above.to(tl.int32)
         if after_k:
-            least_mass = tl.where(t > 0, _mass(_unordered(t), top, scale), 0)
+            mass_above = _mass_above(t, whole, elements, lists, width, top, scale, LOAD, source, GROUP)
+            least_mass = tl.where(t > 0, _mass(_unordered(tl.maximum(t, LOWEST)), top, scale), 0)
             wanted = tl.maximum(((mass_above + kept_ties * least_mass).to(tl.float32) * top_p).to(tl.int64), 1)
         ties = tl.where(t > threshold, kept_ties, ties)
         threshold = tl.maximum(t, threshold)
     if use_p:
-        t = common
-        for bit in range(bits):
-            one = tl.full((), 1, tl.int64) << (bits - 1 - bit)
-            number, reached = _at_least(t | one, blocks, listed, keys_ptr, ids_ptr, groups_ptr, count, width, top, scale,
-                                        LOAD, source, GROUP)  # fmt: skip
-            t = tl.where(reached >= wanted, t | one, t)
-        above, mass_above = _at_least(t + 1, blocks, listed, keys_ptr, ids_ptr, groups_ptr, count, width, top, scale,
-                                      LOAD, source, GROUP)  # fmt: skip
-        least_mass = tl.maximum(_mass(_unordered(t), top, scale), 1)
+        t, above, held = _largest(wanted, low, high, whole, elements, lists, width, top, scale, LOAD, source, True, GROUP)
+        least_mass = tl.maximum(_mass(_unordered(tl.maximum(t, LOWEST)), top, scale), 1)
         # The token that crosses is kept, and at least one always is.
-        kept_ties = tl.minimum((tl.maximum(wanted - mass_above, 1) + least_mass - 1) // least_mass, 2147483647).to(tl.int32)
+        kept_ties = tl.minimum((tl.maximum(wanted - above, 1) + least_mass - 1) // least_mass, 2147483647).to(tl.int32)
         ties = tl.where(t > threshold, kept_ties, tl.where(t == threshold, tl.minimum(ties, kept_ties), ties))
         threshold = tl.maximum(t, threshold)
-    cut = _cut(threshold, ties, blocks, listed, keys_ptr, ids_ptr, groups_ptr, count, width, LOAD, source, GROUP)
+    cut = _cut(threshold, ties, held, elements, lists, width, LOAD, source, GROUP)
     return threshold, cut, num_reached
 
 

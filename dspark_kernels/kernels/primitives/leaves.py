@@ -1,4 +1,4 @@
-"""Rows of logits by leaves of 1024 ids: their maxima and masses, the arg-max, and draws in two races, for many rows at once.
+"""Rows of logits by leaves of 1024 ids: their maxima and masses, the arg-max, and the two races of a draw, many rows at once.
 
     draw: leaf = arg-max log2(mass of leaf) - log2(Exp), then id = arg-max log2(weight) - log2(Exp) inside it
 
@@ -9,7 +9,7 @@ weights. Oracle: `draw` in reference/sources.py.
 import triton
 import triton.language as tl
 
-from .mass import LEAF, NEG_INF, ONE, below_max, masses, numbers
+from .mass import LEAF, NEG_INF, ONE, below_max, masses
 from .philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from .race import pack, unpack_id
 
@@ -28,7 +28,8 @@ def leaf_masses(x, scale, PAIRS: tl.constexpr):
 
 @triton.jit
 def merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, LEAVES: tl.constexpr):
-    """Partials of rows [ROWS] (-1 = none) -> row maximum, row mass (integer, relative to it), words and maxima of the leaves."""
+    """Leaf partials of rows [ROWS] (-1 = none) -> row maximum, row mass (integer, relative to it), what the leaves showed, their
+    maxima."""
     leaf = tl.arange(0, LEAVES)[None, :]
     where = rows[:, None] * num_leaves + leaf
     inside = (rows >= 0)[:, None] & (leaf < num_leaves)
@@ -40,12 +41,16 @@ def merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, LEAVES: tl.constexp
 
 
 @triton.jit
-def first_of(row_ptrs, tops, top, width, LEAVES: tl.constexpr):
-    """Lowest id whose logit is the row's maximum: the first leaf that has it is read again. int32 [ROWS]."""
+def first_leaf(tops, top, LEAVES: tl.constexpr):
+    """Ids [ROWS, LEAF] of the first leaf that has each row's maximum."""
     leaf = tl.arange(0, LEAVES)[None, :]
     winner = tl.min(tl.where(tops == top[:, None], leaf, LEAVES - 1), axis=1)
-    ids = winner[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-    x = numbers(tl.load(row_ptrs[:, None] + ids, mask=ids < width, other=NEG_INF).to(tl.float32))
+    return winner[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+
+
+@triton.jit
+def first_of(x, ids, top, width):
+    """Lowest id whose logit x is the row's maximum, int32 [ROWS]."""
     return tl.min(tl.where((x == top[:, None]) & (ids < width), ids, 2147483647), axis=1)
 
 
@@ -65,15 +70,3 @@ def race_ids(log_weight, leaf, seed, position, anchor, node, ROWS: tl.constexpr,
     key = tl.where(log_weight > NEG_INF, log_weight - log2_exponential(words), NEG_INF)
     ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
     return unpack_id(tl.max(pack(key, ids), axis=1)).to(tl.int32)
-
-
-@triton.jit
-def draw_rows(row_ptrs, tops, words, top, width, scale, seed, position, anchor, node, ROWS: tl.constexpr, LEAVES: tl.constexpr):
-    """A draw from each row's softmax, from what `merge_leaves` gave: int32 [ROWS]."""
-    mass = words & MASS_BITS
-    weight = tl.log2(tl.maximum(mass, 1).to(tl.float32)) + below_max(tops, top[:, None]) * scale
-    leaf = race_leaves(tl.where(mass > 0, weight, NEG_INF), seed, position, anchor, node, ROWS, LEAVES)
-    ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-    x = numbers(tl.load(row_ptrs[:, None] + ids, mask=ids < width, other=NEG_INF).to(tl.float32))
-    inner = tl.where(x == NEG_INF, NEG_INF, below_max(x, top[:, None]) * scale)
-    return race_ids(inner, leaf, seed, position, anchor, node, ROWS)

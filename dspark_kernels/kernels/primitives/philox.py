@@ -45,9 +45,9 @@ def lane_words(seed, first_lane, position, anchor, stream: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def words_at(seed, lanes, position, anchor, stream: tl.constexpr):
+def words_at(seed, lanes, position, anchor, stream: tl.constexpr, node=0):
     """Words of any lanes, one Philox call each: uint32 of the common shape of lanes and seed, position, anchor."""
-    w0, w1, w2, w3 = _four_words(seed, (lanes >> 2) + tl.zeros_like(seed).to(lanes.dtype), position, anchor, stream, 0)
+    w0, w1, w2, w3 = _four_words(seed, (lanes >> 2) + tl.zeros_like(seed).to(lanes.dtype), position, anchor, stream, node)
     which = lanes & 3
     return tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
 
