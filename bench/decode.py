@@ -31,7 +31,7 @@ from .parity import CheckedOps
 
 SYSTEMS = ("autoregressive", "draft-model", "mtp", "mtp-tree", "block", "block-tree", "dspark", "dspark-tree")
 DEFAULTS = dict(max_new_tokens=96, num_prompts=16, batch_size=8, temperature=[1.0, 0.0], confidence_threshold=[0.0, 0.3])
-INTERPRETED = dict(max_new_tokens=32, num_prompts=4)  # with --kernels on a CPU
+INTERPRETED = dict(max_new_tokens=32, num_prompts=4, tree_nodes=[16])  # with --kernels on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--rule", choices=RULES, default="token", help="acceptance rule of chains (default: %(default)s)")
     how.add_argument(
         "--tree-nodes", type=int, action="append", metavar="M",
-        help="nodes of trees, the anchor included (repeatable; default: 16, of dspark-tree 16 and 32)",
+        help="nodes of trees, the anchor included (repeatable; default: 16, of dspark-tree 16 and 32, with --kernels on a CPU 16)",
     )  # fmt: skip
     how.add_argument(
         "--confidence-threshold", type=float, action="append", metavar="T",
@@ -170,6 +170,8 @@ def check(arguments) -> None:
         a.num_prompts = defaults["num_prompts"]
     if a.max_new_tokens is None:
         a.max_new_tokens = defaults["max_new_tokens"]
+    if a.tree_nodes is None:
+        a.tree_nodes = defaults.get("tree_nodes")
     for name, value in (("num-prompts", a.num_prompts), ("max-new-tokens", a.max_new_tokens), ("batch-size", a.batch_size)):
         if value is not None and value < 1:
             raise BadArgument(f"--{name}: expected at least 1, got {value}")
