@@ -163,11 +163,16 @@ def test_a_tie_goes_to_the_child_of_the_earlier_node(candidates):
     assert tree.parents[0].tolist() == [-1, 0, 0, 1, 3, 2, 2, 4, 4] and tree.tokens[0].tolist() == [0, 1, 2, 3, 4, 5, 7, 5, 6]
 
 
-@pytest.mark.parametrize("candidates", [None, 64])
-def test_64_nodes(candidates):
-    """The last node's ancestors set the sign bit."""
-    case = cases.draft_case(seed=5, requests=1, drafts=2, vocab=70, rank=3, confidence=None, temperatures=(1.7,))
-    tree = check(case, method="best_first" if candidates is None else "conditioned", num_nodes=64, candidates=candidates)
+@pytest.mark.parametrize(
+    "options", [dict(vocab=70, candidates=64), dict(vocab=2300, drafts=1), dict(vocab=70, method="best_first")],
+    ids=["candidates", "whole", "best"],
+)  # fmt: skip
+def test_64_nodes(options):
+    """The last node's ancestors set the sign bit. A node may have 63 children, from as many groups of ids."""
+    options = dict(drafts=2, method="conditioned", num_nodes=64) | options
+    sizes = {name: options.pop(name) for name in ("vocab", "drafts")}
+    case = cases.draft_case(seed=5, requests=1, **sizes, rank=3, confidence=None, temperatures=(1.7,))
+    tree = check(case, **options)
     assert int(tree.num_nodes[0]) == 64 and int(tree.ancestors[0, 63]) < 0
 
 
