@@ -79,7 +79,7 @@ def calls(draw, heads=("vanilla", "gated", "rnn"), most_nodes=40, most_drafts=4)
     return case, dict(num_nodes=nodes, node_budgets=None if budgets is None else budgets.to(torch.int32))
 
 
-@settings(max_examples=7, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(calls(), st.sampled_from(["best_first", "conditioned"]), st.sampled_from([1, 3, 16, 77, 256]))
 def test_candidates_equal_reference(call, method, candidates):
     case, options = call
@@ -93,7 +93,7 @@ def test_whole_laws_equal_reference(call):
     check(case, method="conditioned", **options)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(calls(heads=("vanilla",)))
 def test_best_first_equals_reference(call):
     case, options = call
@@ -163,17 +163,22 @@ def test_a_tie_goes_to_the_child_of_the_earlier_node(candidates):
     assert tree.parents[0].tolist() == [-1, 0, 0, 1, 3, 2, 2, 4, 4] and tree.tokens[0].tolist() == [0, 1, 2, 3, 4, 5, 7, 5, 6]
 
 
-@pytest.mark.parametrize("candidates", [None, 64])
-def test_64_nodes(candidates):
-    """The last node's ancestors set the sign bit."""
-    case = cases.draft_case(seed=5, requests=1, drafts=2, vocab=70, rank=3, confidence=None, temperatures=(1.7,))
-    tree = check(case, method="best_first" if candidates is None else "conditioned", num_nodes=64, candidates=candidates)
+@pytest.mark.parametrize(
+    "options", [dict(vocab=70, candidates=64), dict(vocab=2300, drafts=1), dict(vocab=70, method="best_first")],
+    ids=["candidates", "whole", "best"],
+)  # fmt: skip
+def test_64_nodes(options):
+    """The last node's ancestors set the sign bit. A node may have 63 children, from as many groups of ids."""
+    options = dict(drafts=2, method="conditioned", num_nodes=64) | options
+    sizes = {name: options.pop(name) for name in ("vocab", "drafts")}
+    case = cases.draft_case(seed=5, requests=1, **sizes, rank=3, confidence=None, temperatures=(1.7,))
+    tree = check(case, **options)
     assert int(tree.num_nodes[0]) == 64 and int(tree.ancestors[0, 63]) < 0
 
 
 def test_bad_values():
     """NaN and rows without a number, seen only where a node gets children; infinities; an anchor that no table has."""
-    case = cases.draft_case(seed=6, requests=5, drafts=3, vocab=90, rank=4, confidence=None, temperatures=(0.3, 1.0))
+    case = cases.draft_case(seed=6, requests=5, drafts=2, vocab=90, rank=4, confidence=None, temperatures=(0.3, 1.0))
     case.base_logits[0, 1, 3] = torch.nan
     case.base_logits[1, 1] = -INF
     case.base_logits[2, 0, 7] = case.base_logits[2, 0, 50] = INF
@@ -277,7 +282,7 @@ def test_writes_every_element_of_its_slots(options):
 @pytest.mark.parametrize("options", [dict(candidates=20), dict(), dict(method="best_first")], ids=["candidates", "whole", "best"])
 def test_the_same_bits_alone_and_in_a_batch(options):
     case = cases.draft_case(seed=10, requests=3, drafts=2, vocab=700, rank=9, kind="rnn", dtype=torch.bfloat16)
-    options = dict(method="conditioned", num_nodes=9) | options
+    options = dict(method="conditioned", num_nodes=6) | options
     both = dk.draft_tree(**arguments_of(case, **options))
     alone = dataclasses.replace(
         case, base_logits=case.base_logits[2:], anchors=case.anchors[2:], anchor_positions=case.anchor_positions[2:],
@@ -290,8 +295,8 @@ def test_the_same_bits_alone_and_in_a_batch(options):
 
 @pytest.mark.parametrize("options", [dict(candidates=60), dict(), dict(method="best_first")], ids=["candidates", "whole", "best"])
 def test_the_same_bits_however_the_work_is_cut(options, monkeypatch):
-    case = cases.draft_case(seed=15, requests=1, drafts=3, vocab=2300, rank=6, confidence=None, dtype=torch.bfloat16)
-    options = dict(method="conditioned", num_nodes=9) | options
+    case = cases.draft_case(seed=15, requests=1, drafts=2, vocab=2300, rank=6, confidence=None, dtype=torch.bfloat16)
+    options = dict(method="conditioned", num_nodes=7) | options
     want = dk.draft_tree(**arguments_of(case, **options))
     pick, pick_dense = launch.pick, launch.pick_dense
     monkeypatch.setattr(candidates_launch, "parts", lambda arch, rows, chunks: chunks)
@@ -341,7 +346,8 @@ def test_node_budgets(data):
     requests, nodes = draw(st.sampled_from([1, 2, 5])), draw(st.sampled_from([1, 2, 6]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     survival = torch.randint(0, 5, (requests + 2, nodes), generator=g) / 4
-    survival = torch.where(torch.rand(requests + 2, 1, generator=g) < 0.3, 1.0, survival.cummin(1).values)
+    kind = torch.rand(requests + 2, 1, generator=g)  # new, sorted as they come, or in any order
+    survival = torch.where(kind < 0.3, 1.0, torch.where(kind < 0.6, survival.cummin(1).values, survival))
     slots = torch.randperm(requests + 2, generator=g)[:requests]
     slots[torch.rand(requests, generator=g) < 0.2] = -1
     budget, most = draw(st.integers(0, requests * nodes + 2)), draw(st.sampled_from([None, 1, 3]))

@@ -55,12 +55,12 @@ def pick(
         return PathsConfig(block, group, units, padded(min(candidates, units)), width, 256, nodes, rank, rank, 4096, 1, 1, None)
     units = max(64, padded(-(-vocab // group)))
     warps = 8 if arch.vendor == "nvidia" else 4
-    # Larger ones spill on sm_90 (bench/compile.py).
+    # Larger ones spill on sm_90 (bench/compile.py), with an rnn on sm_120.
     small = outputs > 0 or width > 128
     block, piece = (4096, 32) if small else (8192, 64)
-    block_o, block_j = (32, 64) if weights == "bfloat16" else (32, 32)
+    block_j = 64 if weights == "bfloat16" and outputs <= rank else 32
     return PathsConfig(
-        block, group, units, padded(min(candidates, units)), width, piece, nodes, min(rank, 32), block_o, block_j, warps, 1, None
+        block, group, units, padded(min(candidates, units)), width, piece, nodes, min(rank, 32), 32, block_j, warps, 1, None
     )
 
 
