@@ -21,8 +21,8 @@ from dspark_kernels.testing import (
     statistics,
     suite,
 )
-from dspark_kernels.types import Stream
-from reference import accept, philox, tree as reference
+from dspark_kernels.types import SamplingTensors, Stream
+from reference import accept, layout as layouts, philox, tree as reference
 from reference.enumeration import EnumeratingSource, emitted_law
 from reference.tree_cases import accept_tree_case
 from reference.tree_enumeration import TreeDecoder
@@ -76,19 +76,43 @@ def test_rules_are_the_reference_s(rule, drawn):
     lengths = set()
     for seed, vocab, closeness, wide in ((1, 5, 0.9, 9), (2, 40, 0.4, None), (3, 1500, 0.8, None)):
         case = accept_tree_case(
-            seed, 16, 7, vocab, drawn, rule, closeness=closeness, draft_vocab=wide, sharpness=1.5, reach=3,
+            seed, 24, 7, vocab, drawn, rule, closeness=closeness, draft_vocab=wide, sharpness=1.5, reach=3,
             temperatures=(1.0, 1.0, 0.0, 0.5, 1.5),
         )  # fmt: skip
-        if wide:  # tokens that the drafter alone has
-            starts = case.layout.query_start_loc.tolist()
-            for r in range(3, 16, 2):
+        starts = case.layout.query_start_loc.tolist()
+        if wide:
+            for r in range(3, 24, 2):  # tokens that the drafter alone has
                 case.layout.token_ids[starts[r] + 1 : starts[r + 1] : 2] = vocab + 1
+            for r in range(14, 24, 2):  # nothing is known of the root's law, and a child is what is emitted then
+                case.target_logits[int(case.layout.cu_num_logits[r])] = math.nan
+                case.layout.token_ids[starts[r] + 1 : starts[r + 1]] = 0
         for r, ids, value in ((9, slice(None), math.nan), (11, slice(0, None, 2), -math.inf), (13, 3, math.inf)):
             case.target_logits[int(case.layout.cu_num_logits[r]), ids] = value
         want = reference.accept_tree(**case.arguments()).tokens
         assert torch.equal(plain(rule)(*padded(case)), want)
         lengths |= set((want >= 0).sum(1).tolist())
-    assert len(lengths) > 2
+    assert len(lengths) > (1 if rule == "walk" else 2)
+
+
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+def test_siblings_of_a_wider_draft_law(rule):
+    """What the elder ones leave is a share of all of the drafter's ids, those that the target does not have among them."""
+    both = []
+
+    def play(node_logits, tokens, parents, law, drawn, heat, seeds, counts, positions):
+        plain_tokens = plain(rule)(node_logits, tokens, parents, law, drawn, heat, seeds, counts, positions)
+        tree = ours._tree(tokens, parents, law, drawn, counts)
+        layout = layouts.tree_layout(tree, anchor_positions=positions)
+        packed = node_logits[torch.arange(tokens.shape[1]) < counts[:, None]]
+        want = reference.accept_tree(packed, layout, tree, sampling=SamplingTensors(heat, seeds), rule=rule).tokens
+        both.append((plain_tokens, want))
+        return want
+
+    seeds, shape = torch.arange(120) * 7919, (-1, 0, 0, 0, 1)
+    for kind in ("iid", "without_replacement"):
+        toy = models_tree.TreePlay.of(play, laws.WIDTHS["wider"], (shape,), kind=kind)
+        toy.round(torch.zeros_like(seeds), seeds, torch.full_like(seeds, 7))
+    assert all(torch.equal(have, want) for have, want in both)
 
 
 @pytest.mark.parametrize("drawn", rules_tree.DRAWN)
@@ -132,13 +156,16 @@ def test_trees_are_drawn_from_the_laws_that_are_handed_over():
         counts = torch.bincount(tokens[:, 1] * 3 + tokens[:, 2], minlength=9)
         assert there.all() and all(f.chance > 1e-4 for f in statistics.compare("", counts, law, suite.LEVEL))
     seen = []
-    cut = models_tree.TreePlay.of(lambda *a: seen.append(a) or a[1] * 0, laws_tree.PREFIX, (laws_tree.ODD,), cut=True)
+    cut = models_tree.TreePlay.of(lambda *a: seen.append(a) or a[1] * 0, laws_tree.PREFIX, (laws_tree.DEEP,), cut=True)
     cut.round(zero, seeds, zero + 3)
     _, tokens, parents, _, _, _, _, counts, _ = seen[0]
-    assert set(counts.tolist()) == {3, 4, 6}
-    for r in torch.arange(200).tolist():
-        inner = {int(p) for p in parents[r, 1 : counts[r]]} - {0}
-        assert all(laws_tree.PREFIX.confidence[tokens[r, node]] >= 0.5 for node in inner)
+    keeps = (laws_tree.PREFIX.confidence >= 0.5)[tokens]
+    for r in range(300):
+        want = [-1, 0, 0, *(node for node in (1, 2) if keeps[r, node])]
+        if keeps[r, 2] and keeps[r, len(want) - 1]:
+            want.append(len(want) - 1)
+        assert parents[r, : counts[r]].tolist() == want
+    assert set(counts[:300].tolist()) == {3, 4, 5, 6}
 
 
 # ---- what it clears

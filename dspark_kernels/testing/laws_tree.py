@@ -16,7 +16,7 @@ from .rules import NEG_INF
 from .statistics import Finding, at_least, compare, rare
 
 PAIR, STAR, CHAIN = (-1, 0, 0), (-1, 0, 0, 0), (-1, 0, 1)
-ELDER, SECOND, ODD = (-1, 0, 0, 1, 1), (-1, 0, 0, 2, 2), (-1, 0, 0, 1, 3, 3)
+ELDER, SECOND, ODD, DEEP = (-1, 0, 0, 1, 1), (-1, 0, 0, 2, 2), (-1, 0, 0, 1, 3, 3), (-1, 0, 0, 1, 2, 4)
 MIXED = (ODD, (-1,), SECOND, STAR, (-1, 0, 1, 2, 2))
 # Found by search. Node 1 at position 1, anchor position 0: the coin is below 2^-24; or within 2^-25 of 1.
 LOW_COINS = (
@@ -79,7 +79,7 @@ def rounds(run):
 def prefix(run):
     """which nodes have children depends on their own tokens; rows behind a tree's nodes hold something else"""
     for drawn in _sampled(run):
-        yield from _round(run, f"one round, {drawn}", PREFIX, (ODD,), cut=True, kind=drawn)
+        yield from _round(run, f"one round, {drawn}", PREFIX, (DEEP,), cut=True, kind=drawn)
 
 
 def noise(run):

@@ -8,7 +8,7 @@
     greedy:    the walk with y = argmax p_v
 
 Rows of temperature 0 are greedy, and trees made without chance are walked, under each rule. `walk`, `recursive`, `traversal` and
-`greedy` are tree acceptance functions as the suite takes them (see `suite_tree`). Symbols: R requests, M nodes, V vocabulary, p
+`greedy` are tree acceptance functions as the suite takes them (see `suite.check`). Symbols: R requests, M nodes, V vocabulary, p
 target law, q_c the law that child c was drawn from given its elder siblings, x its token, u coins. Everything is fp64, every random
 word addressed by the request's seed, position, anchor position and node. Oracle: reference/tree.py. Sources: SpecInfer arXiv
 2305.09781, Sequoia arXiv 2402.12374, traversal verification arXiv 2505.12398.
