@@ -4,6 +4,7 @@ small that is resumed, a drafter that learns, and figures that the shipped weigh
 import dataclasses
 import json
 import math
+import sys
 import time
 import types
 
@@ -384,6 +385,38 @@ def test_a_finished_stage_is_skipped_until_what_it_reads_changes(built):
         assert done(built) == everything - {"pack"}
     finally:
         (built.folder("block") / "done.json").write_text(kept)
+
+
+def test_stages_run_side_by_side_and_the_first_failure_ends_all(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "python"  # stands in for the process of a stage, which its last argument names
+    script.write_text(
+        f"""#!/bin/sh
+for stage; do :; done
+echo "$stage: begins, $OMP_NUM_THREADS threads"
+case $stage in
+first) mkdir -p {tmp_path}/first && echo '{{"inputs": 0, "outputs": {{}}}}' > {tmp_path}/first/done.json ;;
+slow) exec sleep 60 ;;
+broken) sleep 1; exit 3 ;;
+esac
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(build, "sys", types.SimpleNamespace(executable=str(script), stderr=sys.stderr))
+    made = {
+        "first": build.Stage((), (), (), None, wide=True),
+        "slow": build.Stage(("first",), (), (), None),
+        "broken": build.Stage(("first",), (), (), None),
+        "waiting": build.Stage(("first",), (), (), None),
+        "after": build.Stage(("broken",), (), (), None),
+    }
+    monkeypatch.setattr(build, "stages", lambda: made)
+    begun = time.monotonic()
+    assert build.run_all(build.Context(tmp_path, SMALL, 0, 2, False, {}), []) == 1
+    assert time.monotonic() - begun < 30  # the slow one was ended
+    lines = (tmp_path / "build.log").read_text().splitlines()
+    assert lines[0] == "first: begins, 2 threads"
+    assert set(lines[1:]) == {f"{name}: begins, 1 threads" for name in ("slow", "broken")}
+    assert "stage broken failed; the same command goes on" in capsys.readouterr().err
 
 
 def test_a_build_has_all_models_in_the_shipped_format(built):
