@@ -392,30 +392,35 @@ def test_stages_run_side_by_side_and_the_first_failure_ends_all(tmp_path, monkey
     script.write_text(
         f"""#!/bin/sh
 for stage; do :; done
-echo "$stage: begins, $OMP_NUM_THREADS threads"
+echo "$stage: $OMP_NUM_THREADS threads, after $(ls {tmp_path}/done)"
 case $stage in
-first) mkdir -p {tmp_path}/first && echo '{{"inputs": 0, "outputs": {{}}}}' > {tmp_path}/first/done.json ;;
+first | wide)
+    sleep 0.3; touch {tmp_path}/done/$stage
+    mkdir {tmp_path}/$stage; echo '{{"outputs": 0}}' > {tmp_path}/$stage/done.json ;;
 slow) exec sleep 60 ;;
 broken) sleep 1; exit 3 ;;
 esac
 """
     )
     script.chmod(0o755)
+    (tmp_path / "done").mkdir()
     monkeypatch.setattr(build, "sys", types.SimpleNamespace(executable=str(script), stderr=sys.stderr))
     made = {
-        "first": build.Stage((), (), (), None, wide=True),
-        "slow": build.Stage(("first",), (), (), None),
-        "broken": build.Stage(("first",), (), (), None),
-        "waiting": build.Stage(("first",), (), (), None),
+        "first": build.Stage((), (), (), None),
+        "wide": build.Stage(("first",), (), (), None, wide=True),
+        "slow": build.Stage(("wide",), (), (), None),
+        "broken": build.Stage(("wide",), (), (), None),
+        "waiting": build.Stage(("wide",), (), (), None),
         "after": build.Stage(("broken",), (), (), None),
     }
     monkeypatch.setattr(build, "stages", lambda: made)
-    begun = time.monotonic()
+    then = time.monotonic()
     assert build.run_all(build.Context(tmp_path, SMALL, 0, 2, False, {}), []) == 1
-    assert time.monotonic() - begun < 30  # the slow one was ended
+    assert time.monotonic() - then < 30  # the slow one was ended
     lines = (tmp_path / "build.log").read_text().splitlines()
-    assert lines[0] == "first: begins, 2 threads"
-    assert set(lines[1:]) == {f"{name}: begins, 1 threads" for name in ("slow", "broken")}
+    assert lines[:2] == ["first: 1 threads, after ", "wide: 2 threads, after first"]
+    begun = sorted(line for line in lines[2:] if "threads" in line)
+    assert begun == [f"{name}: 1 threads, after first" for name in ("broken", "slow")]
     assert "stage broken failed; the same command goes on" in capsys.readouterr().err
 
 
