@@ -4,6 +4,7 @@ small that is resumed, a drafter that learns, and figures that the shipped weigh
 import dataclasses
 import json
 import math
+import sys
 import time
 import types
 
@@ -384,6 +385,43 @@ def test_a_finished_stage_is_skipped_until_what_it_reads_changes(built):
         assert done(built) == everything - {"pack"}
     finally:
         (built.folder("block") / "done.json").write_text(kept)
+
+
+def test_stages_run_side_by_side_and_the_first_failure_ends_all(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "python"  # stands in for the process of a stage, which its last argument names
+    script.write_text(
+        f"""#!/bin/sh
+for stage; do :; done
+echo "$stage: $OMP_NUM_THREADS threads, after $(ls {tmp_path}/done)"
+case $stage in
+first | wide)
+    sleep 0.3; touch {tmp_path}/done/$stage
+    mkdir {tmp_path}/$stage; echo '{{"outputs": 0}}' > {tmp_path}/$stage/done.json ;;
+slow) exec sleep 60 ;;
+broken) sleep 1; exit 3 ;;
+esac
+"""
+    )
+    script.chmod(0o755)
+    (tmp_path / "done").mkdir()
+    monkeypatch.setattr(build, "sys", types.SimpleNamespace(executable=str(script), stderr=sys.stderr))
+    made = {
+        "first": build.Stage((), (), (), None),
+        "wide": build.Stage(("first",), (), (), None, wide=True),
+        "slow": build.Stage(("wide",), (), (), None),
+        "broken": build.Stage(("wide",), (), (), None),
+        "waiting": build.Stage(("wide",), (), (), None),
+        "after": build.Stage(("broken",), (), (), None),
+    }
+    monkeypatch.setattr(build, "stages", lambda: made)
+    then = time.monotonic()
+    assert build.run_all(build.Context(tmp_path, SMALL, 0, 2, False, {}), []) == 1
+    assert time.monotonic() - then < 30  # the slow one was ended
+    lines = (tmp_path / "build.log").read_text().splitlines()
+    assert lines[:2] == ["first: 1 threads, after ", "wide: 2 threads, after first"]
+    begun = sorted(line for line in lines[2:] if "threads" in line)
+    assert begun == [f"{name}: 1 threads, after first" for name in ("broken", "slow")]
+    assert "stage broken failed; the same command goes on" in capsys.readouterr().err
 
 
 def test_a_build_has_all_models_in_the_shipped_format(built):

@@ -151,14 +151,28 @@ def run_all(context: Context, arguments: Sequence[str]) -> int:
 
     What they print is appended to build.log.
     """
-    running: dict[str, tuple[subprocess.Popen, bool]] = {}
-    try:
-        with open(context.out / "build.log", "a", encoding="utf-8") as log:
+    running: dict[str, _Running] = {}
+    with open(context.out / "build.log", "a", encoding="utf-8") as log:
+        try:
             return _run_all(context, arguments, running, log)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-            process.wait()
+        finally:
+            for stage in running.values():
+                stage.process.terminate()
+                stage.ended()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """A stage's process, the thread that copies what it prints, and how many threads it was given."""
+
+    process: subprocess.Popen
+    copying: threading.Thread
+    threads: int
+
+    def ended(self) -> int:
+        status = self.process.wait()
+        self.copying.join(10)  # a process of its own that it left behind may hold the pipe
+        return status
 
 
 def _say(text: str, log) -> None:
@@ -182,24 +196,24 @@ def _run_all(context: Context, arguments: Sequence[str], running: dict, log) -> 
                 _say(f"{name}: done before", log)
                 del todo[name]
                 break
-            free = context.threads - sum(context.threads if wide else 1 for _, wide in running.values())
-            if free >= (context.threads if stage.wide else 1):
+            threads = context.threads if stage.wide else 1
+            if threads + sum(other.threads for other in running.values()) <= context.threads:
                 command = [sys.executable, "-m", "bench.assets.build", *arguments, "--only", name]
-                threads = str(context.threads if stage.wide else 1)
                 # Waiting threads that spin would be counted as work.
-                environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
                 process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-                threading.Thread(target=_copy, args=(process, log)).start()
-                running[name] = process, stage.wide
+                copying = threading.Thread(target=_copy, args=(process, log), daemon=True)
+                copying.start()
+                running[name] = _Running(process, copying, threads)
                 del todo[name]
                 break
         else:
             time.sleep(0.2)
-            for name, (process, _) in list(running.items()):
-                if process.poll() is None:
+            for name, stage in list(running.items()):
+                if stage.process.poll() is None:
                     continue
                 del running[name]
-                if process.returncode:
+                if stage.ended():
                     print(f"bench.assets.build: stage {name} failed; the same command goes on from here", file=sys.stderr)
                     return 1
     return 0

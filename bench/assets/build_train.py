@@ -269,7 +269,7 @@ class Trainer:
                 self.checkpoint()
                 saved = time.monotonic()
         self.checkpoint()
-        return {"steps": steps, "cpu_seconds": round(self.cpu_seconds, 1)}
+        return {"steps": steps, "cpu_seconds": round(self.cpu_seconds, 3)}
 
     def _steps(self, budget: Budget) -> int:
         file = self.folder / "steps.json"
