@@ -178,15 +178,22 @@ def test_full_trees():
     check(accept_tree_case(5, 3, 64, 8, "one_hot", "walk", temperatures=(1.0, 0.0), reach=4))
 
 
-@pytest.mark.parametrize("rule", ["recursive", "traversal"])
-def test_a_child_that_takes_nearly_all_of_its_law(rule):
+@pytest.mark.parametrize(
+    "rule, proposal", [("recursive", "dense"), ("traversal", "dense"), ("traversal", "sparse"), ("recursive", "mapped")]
+)
+def test_a_child_that_takes_nearly_all_of_its_law(rule, proposal):
     """What is left for its siblings, 1 - q, is lost in fp32: it has to be summed anew. Younger siblings' chances hang on it."""
-    case = accept_tree_case(7, 16, 4, 12, "without_replacement", rule, closeness=0.5, sharpness=1.0, temperatures=(1.0,))
-    tree = case.tree
+    case = accept_tree_case(
+        7, 16, 4, 12, "without_replacement", rule, closeness=0.5, sharpness=1.0, temperatures=(1.0,), proposal=proposal, candidates=12
+    )
+    tree, law = case.tree, case.tree.proposal
     for slot, count in enumerate(tree.num_nodes.tolist()):
         for parent in tree.parents[slot, 1:count].unique().tolist():
-            eldest = int(tree.first_child[slot, parent])
-            tree.proposal.logits[slot, parent, tree.tokens[slot, eldest]] = 12.0
+            token = tree.tokens[slot, int(tree.first_child[slot, parent])]
+            columns = law.ids[slot, parent] == token if proposal == "sparse" else token
+            if proposal == "mapped":
+                columns = law.draft_to_target == token
+            law.logits[slot, parent, columns] = 12.0
     check(case)
 
 
