@@ -152,16 +152,17 @@ def test_sampling_settings_act_inside(data):
 @pytest.mark.parametrize("temperature", [0.0, 0.01])
 def test_penalties_count_the_path_and_no_sibling(temperature):
     """Children 5 and 6 of the anchor 9, and a child 6 of the 5: what is on a row's own way is out, all else is not."""
-    tree = tree_of([[(9, -1), (5, 0), (6, 0), (6, 1)]])
-    layout = layouts.tree_layout(tree, anchor_positions=torch.tensor([11]))
-    logits = torch.zeros(4, 12)
-    logits[0, 5] = 4.0
-    logits[1, 5], logits[1, 6] = 3.0, 2.0
-    logits[3, 5], logits[3, 6], logits[3, 9] = 4.0, 4.0, 2.0
-    penalties = dk.Penalties(torch.tensor([[-1]]), torch.tensor([[0]], dtype=torch.int32), presence=torch.tensor([10.0]))
-    sampling = dk.SamplingTensors(torch.tensor([temperature]), torch.tensor([3]), penalties=penalties)
+    tree = tree_of([[(9, -1), (1, 0)], [(9, -1), (5, 0), (6, 0), (6, 1)]])
+    layout = layouts.tree_layout(tree, anchor_positions=torch.tensor([11, 30]))
+    logits = torch.zeros(6, 12)
+    logits[2, 5] = 4.0
+    logits[3, 5], logits[3, 6] = 3.0, 2.0
+    logits[5, 5], logits[5, 6], logits[5, 9] = 4.0, 4.0, 2.0
+    unused = torch.full((2, 1), -1)
+    penalties = dk.Penalties(unused, unused.int(), presence=torch.tensor([10.0, 10.0]))
+    sampling = dk.SamplingTensors(torch.full((2,), temperature), torch.tensor([3, 4]), penalties=penalties)
     have = dk.accept_tree(logits, layout, tree, sampling=sampling)
-    assert have.path[0].tolist() == [0, 1, 3, -1] and have.tokens[0].tolist() == [5, 6, 9, -1]
+    assert have.path[1].tolist() == [0, 1, 3, -1] and have.tokens[1].tolist() == [5, 6, 9, -1]
 
 
 @pytest.mark.parametrize("rule, drawn", [("recursive", "iid"), ("traversal", "without_replacement")])
@@ -178,15 +179,23 @@ def test_full_trees():
     check(accept_tree_case(5, 3, 64, 8, "one_hot", "walk", temperatures=(1.0, 0.0), reach=4))
 
 
-@pytest.mark.parametrize("rule", ["recursive", "traversal"])
-def test_a_child_that_takes_nearly_all_of_its_law(rule):
+@pytest.mark.parametrize(
+    "rule, proposal", [("recursive", "dense"), ("traversal", "dense"), ("traversal", "sparse"), ("recursive", "mapped")]
+)
+def test_a_child_that_takes_nearly_all_of_its_law(rule, proposal):
     """What is left for its siblings, 1 - q, is lost in fp32: it has to be summed anew. Younger siblings' chances hang on it."""
-    case = accept_tree_case(7, 16, 4, 12, "without_replacement", rule, closeness=0.5, sharpness=1.0, temperatures=(1.0,))
-    tree = case.tree
+    case = accept_tree_case(
+        7, 16, 4, 12, "without_replacement", rule, closeness=0.5, sharpness=1.0, temperatures=(1.0,), proposal=proposal,
+        candidates=12, draft_vocab=24 if proposal == "mapped" else None,
+    )  # fmt: skip
+    tree, law = case.tree, case.tree.proposal
     for slot, count in enumerate(tree.num_nodes.tolist()):
         for parent in tree.parents[slot, 1:count].unique().tolist():
-            eldest = int(tree.first_child[slot, parent])
-            tree.proposal.logits[slot, parent, tree.tokens[slot, eldest]] = 12.0
+            token = tree.tokens[slot, int(tree.first_child[slot, parent])]
+            columns = law.ids[slot, parent] == token if proposal == "sparse" else token
+            if proposal == "mapped":
+                columns = law.draft_to_target == token
+            law.logits[slot, parent, columns] = 12.0
     check(case)
 
 
