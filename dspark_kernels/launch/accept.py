@@ -40,7 +40,7 @@ def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, rebuilt: boo
     else:
         tuned = dict(find(arch, "accept", law="wide" if rebuilt or adjusted else "heavy" if heavy else "light").config)
         if filtered and tuned["max_registers"] is not None and tuned["num_warps"] == 4:
-            tuned["max_registers"] = max(tuned["max_registers"], 224)
+            tuned["max_registers"] = 255
     pairs = tuned.pop("pairs")
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
