@@ -30,5 +30,5 @@ def pick(arch: Arch, num_leaves: int, num_drafts: int, adjusted: bool = False) -
     pairs = 16 if arch.vendor == "interpreter" else 2 if adjusted else 4
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
-    registers = 224 if arch.vendor == "nvidia" and not adjusted else None
+    registers = None if arch.vendor != "nvidia" else 255 if adjusted else 224
     return AcceptShardsConfig(group, chunk, 64, num_warps=8 if adjusted else 4, max_registers=registers)

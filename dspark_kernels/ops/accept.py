@@ -260,7 +260,8 @@ def _accept_chain(
     leaves = _leaves(vocab, draft_logits if dense else None)
     swept = dense and draft_lse is None
     heavy = swept or draft_ids is not None or flat.filters is not None or target_logits.dtype == torch.float32
-    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, kind == "rebuilt", flat.adjusts)
+    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, kind == "rebuilt", flat.adjusts,
+                                flat.filters is not None)  # fmt: skip
     parts = -(-leaves // (config.group * config.chunk)) if dense else 1
     map_parts = -(-draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-(drafts + 1) // config.group) * -(-leaves // config.chunk)

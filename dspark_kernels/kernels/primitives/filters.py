@@ -78,51 +78,76 @@ def _weights(keys, top, scale, BY_MASS: tl.constexpr):
 
 
 @triton.jit
-def _largest(wanted, low, high, count, elements, lists, width, top, scale, LOAD: tl.constexpr, source, BY_MASS: tl.constexpr,
-             GROUP: tl.constexpr):  # fmt: skip
-    """The largest key t in [low, high) whose F(t) = weight of all elements with keys >= t reaches `wanted`; F(high) must not.
-
-    Gives t (low, if none does), F(t + 1), and what the list holds now: (first key, end, number). count: how many elements of
-    [low, high) it holds already, -1 if not; high must then be above all keys. A pass over the elements looks at four keys
-    between, three at equal distances in logits and, lest tails take long, the middle one in keys; what is left between two of
-    them goes into the list as soon as it fits.
-    """
+def _collect(low, high, elements, lists, width, LOAD: tl.constexpr, source, GROUP: tl.constexpr):
+    """Elements with keys in [low, high) into the list as far as they fit, and how many there are: one pass."""
     groups_ptr, num_groups = elements
     keys_ptr, ids_ptr = lists
-    TILE: tl.constexpr = BLOCK // GROUP
+    total = tl.zeros((), tl.int32)
+    for b in range(tl.cdiv(num_groups, BLOCK // GROUP)):
+        keys, ids = _block(b, groups_ptr, num_groups, width, LOAD, source, GROUP)
+        hit = ((keys >= tl.maximum(low, 1)) & (keys < high)).to(tl.int32)
+        place = total + tl.cumsum(hit, axis=0) - 1
+        fits = (hit == 1) & (place < BLOCK)
+        tl.store(keys_ptr + place, (keys - 2147483648).to(tl.int32), mask=fits)
+        tl.store(ids_ptr + place, ids, mask=fits)
+        total += tl.sum(hit, axis=0)
+    tl.debug_barrier()
+    return total
+
+
+@triton.jit
+def _reaching(t, elements, width, top, scale, LOAD: tl.constexpr, source, BY_MASS: tl.constexpr, GROUP: tl.constexpr):
+    """Number and weight of the elements with keys >= t, for four t: one pass."""
+    groups_ptr, num_groups = elements
     quarter = tl.arange(0, 4)
+    numbers = tl.zeros([4], tl.int32)
+    sums = tl.zeros([4], tl.int64)
+    for b in range(tl.cdiv(num_groups, BLOCK // GROUP)):
+        keys, ids = _block(b, groups_ptr, num_groups, width, LOAD, source, GROUP)
+        for j in tl.static_range(4):  # one by one: a tile of all four takes more registers than there are
+            hit = keys >= tl.max(tl.where(quarter == j, t, 0), axis=0)
+            numbers += tl.where(quarter == j, tl.sum(hit.to(tl.int32), axis=0), 0)
+            if BY_MASS:
+                mass = tl.sum(tl.where(hit, _mass(_unordered(keys), top, scale), 0), axis=0)
+                sums += tl.where(quarter == j, mass, 0)
+    if not BY_MASS:
+        sums = numbers.to(tl.int64)
+    return numbers, sums
+
+
+@triton.jit
+def _largest(wanted, low, high, total, elements, lists, width, top, scale, LOAD: tl.constexpr, source, BY_MASS: tl.constexpr,
+             GROUP: tl.constexpr):  # fmt: skip
+    """The largest key t in [low, high) whose F(t) = weight of all elements with keys >= t reaches `wanted`; all are below high.
+
+    Gives t (low, if none does), F(t + 1), how many elements [low, high) has, and what the list holds now: (first key, end, number).
+    total: how many they are, -1 if not known; the list has them if they fit. If they do not, a pass looks at four keys between,
+    three at equal distances in logits and, lest tails take long, the middle one in keys, until what is left between two fits.
+    """
+    if total < 0:
+        total = _collect(low, high, elements, lists, width, LOAD, source, GROUP)
+    count = tl.where(total <= BLOCK, total, -1)
+    number, beyond = total, total * 0  # elements with keys >= low, >= high
     above = tl.zeros((), tl.int64)
+    quarter = tl.arange(0, 4)
     least = top - 40.0 / scale  # below it elements have no mass
     while (count < 0) & (high - low > 1):
         left = tl.maximum(tl.where(low > 0, _unordered(tl.maximum(low, LOWEST)), least), least)
         x = left + (_unordered(high - 1) - left) * ((quarter + 1).to(tl.float32) * 0.25)
         t = tl.where(quarter == 3, low + (high - low) // 2, ordered(x))
         t = tl.minimum(tl.maximum(t, low + 1), high - 1)
-        total = tl.zeros((), tl.int32)
-        sums = tl.zeros([4], tl.int64)
-        for b in range(tl.cdiv(num_groups, TILE)):
-            keys, ids = _block(b, groups_ptr, num_groups, width, LOAD, source, GROUP)
-            hit = ((keys >= tl.maximum(low, 1)) & (keys < high)).to(tl.int32)
-            place = total + tl.cumsum(hit, axis=0) - 1
-            fits = (hit == 1) & (place < BLOCK)
-            tl.store(keys_ptr + place, (keys - 2147483648).to(tl.int32), mask=fits)
-            tl.store(ids_ptr + place, ids, mask=fits)
-            total += tl.sum(hit, axis=0)
-            weights = _weights(keys, top, scale, BY_MASS)
-            for j in tl.static_range(4):  # one by one: a tile of all four takes more registers than there are
-                reached = tl.sum(tl.where(keys >= tl.max(tl.where(quarter == j, t, 0), axis=0), weights, 0), axis=0)
-                sums += tl.where(quarter == j, reached, 0)
-        tl.debug_barrier()
-        if total <= BLOCK:
-            count = total
-        else:
-            low = tl.max(tl.where(sums >= wanted, t, low), axis=0)
-            end = tl.min(tl.where(sums >= wanted, high, t), axis=0)
-            above = tl.where(end < high, tl.max(tl.where((t == end) & (sums < wanted), sums, 0), axis=0), above)
-            high = end
+        numbers, sums = _reaching(t, elements, width, top, scale, LOAD, source, BY_MASS, GROUP)
+        enough = sums >= wanted
+        low = tl.max(tl.where(enough, t, low), axis=0)
+        high = tl.min(tl.where(enough, high, t), axis=0)
+        number = tl.min(tl.where(enough, numbers, number), axis=0)
+        beyond = tl.max(tl.where(enough, beyond, numbers), axis=0)
+        above = tl.max(tl.where(enough, above, sums), axis=0)
+        if number - beyond <= BLOCK:
+            count = _collect(low, high, elements, lists, width, LOAD, source, GROUP)
     found = low
     if count >= 0:
-        keys, ids = _list(keys_ptr, ids_ptr, count)
+        keys, ids = _list(lists[0], lists[1], count)
         weights = _weights(keys, top, scale, BY_MASS)
         end = high
         while end - found > 1:
@@ -131,17 +156,17 @@ def _largest(wanted, low, high, count, elements, lists, width, top, scale, LOAD:
             found = tl.where(reaches, middle, found)
             end = tl.where(reaches, end, middle)
         above += tl.sum(tl.where(keys > found, weights, 0), axis=0)
-    return found, above, (low, high, count)
+    return found, above, total, (low, high, count)
 
 
 @triton.jit
-def _mass_above(t, whole, elements, lists, width, top, scale, LOAD: tl.constexpr, source, GROUP: tl.constexpr):
-    """Mass of the elements with keys above t, from the list if it holds all of them (`whole`, their number, else -1)."""
+def _mass_above(t, total, elements, lists, width, top, scale, LOAD: tl.constexpr, source, GROUP: tl.constexpr):
+    """Mass of the elements with keys above t, from the list if it holds them all."""
     groups_ptr, num_groups = elements
     keys_ptr, ids_ptr = lists
     mass = tl.zeros((), tl.int64)
-    if whole >= 0:
-        keys, ids = _list(keys_ptr, ids_ptr, whole)
+    if total <= BLOCK:
+        keys, ids = _list(keys_ptr, ids_ptr, total)
         mass += tl.sum(tl.where(keys > t, _weights(keys, top, scale, True), 0), axis=0)
     else:
         for b in range(tl.cdiv(num_groups, BLOCK // GROUP)):
@@ -229,24 +254,25 @@ def filter_row(LOAD: tl.constexpr, source, width, group_max_ptr, num_groups, gro
     # Threshold and number of ties kept there, the strictest of the filters.
     elements, lists = (groups_ptr, num_reached), (keys_ptr, ids_ptr)
     low, high = tl.where(bound > 1, bound, 0), ordered(top) + 1
-    whole = tl.full((), -1, tl.int32)
-    held = (low, high, whole)
+    total = tl.full((), -1, tl.int32)
+    held = (low, high, total)
     threshold = fails
     ties = tl.zeros((), tl.int32)
     if use_k:
-        t, above, held = _largest(
-            top_k.to(tl.int64), low, high, whole, elements, lists, width, top, scale, LOAD, source, False, GROUP
+        t, above, total, held = _largest(
+            top_k.to(tl.int64), low, high, total, elements, lists, width, top, scale, LOAD, source, False, GROUP
         )
-        whole = tl.where((held[0] == low) & (held[1] == high), held[2], -1)
         kept_ties = top_k - above.to(tl.int32)
         if after_k:
-            mass_above = _mass_above(t, whole, elements, lists, width, top, scale, LOAD, source, GROUP)
+            mass_above = _mass_above(t, total, elements, lists, width, top, scale, LOAD, source, GROUP)
             least_mass = tl.where(t > 0, _mass(_unordered(tl.maximum(t, LOWEST)), top, scale), 0)
             wanted = tl.maximum(((mass_above + kept_ties * least_mass).to(tl.float32) * top_p).to(tl.int64), 1)
         ties = tl.where(t > threshold, kept_ties, ties)
         threshold = tl.maximum(t, threshold)
     if use_p:
-        t, above, held = _largest(wanted, low, high, whole, elements, lists, width, top, scale, LOAD, source, True, GROUP)
+        t, above, total, held = _largest(
+            wanted, low, high, total, elements, lists, width, top, scale, LOAD, source, True, GROUP
+        )
         least_mass = tl.maximum(_mass(_unordered(tl.maximum(t, LOWEST)), top, scale), 1)
         # The token that crosses is kept, and at least one always is.
         kept_ties = tl.minimum((tl.maximum(wanted - above, 1) + least_mass - 1) // least_mass, 2147483647).to(tl.int32)
