@@ -69,6 +69,14 @@ def test_settings_maps_and_heads(kind, whole, w2_dtype):
     equal_on_all_ranks(case, 2, 1024, 30, whole=whole, spoil=True)
 
 
+def test_bias_and_mask_are_by_target_id_without_a_map():
+    """Base logits that all tie: bias and mask alone choose, on every rank those of its own ids."""
+    case = cases.draft_case(seed=4, requests=1, drafts=2, vocab=300, rank=3, confidence=None, adjust=("bias", "mask", "presence"))
+    case.base_logits[:] = 1.0
+    block = equal_on_all_ranks(case, 3, 128, 20)
+    assert (block.proposal.ids > 128).any() and (block.proposal.ids > 256).any()
+
+
 def test_padding():
     """Its rows of a part are written, and no slot is."""
     case = cases.draft_case(seed=4, requests=3, drafts=2, vocab=300, rank=3, scattered=True, padding=2, confidence=None)

@@ -185,7 +185,7 @@ def settings_of(**fields):
         (dict(draft_to_target=torch.zeros(300).long()), ValueError, "draft_to_target: expected shape [150], got [300]"),
         (dict(position=None), TypeError, "position: expected an int, got NoneType"),
         (dict(bigrams=torch.zeros(300, 2).long()), NotImplementedError, "draft_block_partial: bigrams: successors of a draft"),
-        (dict(sampling=settings_of(logit_bias=torch.zeros(3, 150))), ValueError, "sampling: expected .* token_bitmask for 300 ids"),
+        (dict(sampling=settings_of(logit_bias=torch.zeros(3, 150))), ValueError, "sampling: expected logit_bias and "),
         (dict(sampling=settings_of(top_k=torch.ones(3).int())), NotImplementedError, "draft_block_partial: sampling.top_k"),
         (dict(sampling=settings_of(min_p=torch.ones(3))), NotImplementedError, "draft_block_partial: sampling.min_p"),
         (dict(out=torch.zeros(3)), TypeError, "out: expected dtype int64"),

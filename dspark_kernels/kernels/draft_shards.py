@@ -273,7 +273,7 @@ def _row_mass(unit_max_ptr, unit_mass_ptr, stride_max, stride_mass, row, num_uni
     return top, total
 
 
-@triton.jit(do_not_specialize=["k", "num_requests", "num_slots", "first_draft", "column"])
+@triton.jit(do_not_specialize=["k", "num_requests", "num_slots", "first_draft", "column", "stride_part", "stride_max"])
 def draft_finish_kernel(
     words_ptr, status_ptr,  # int64 [N, R]: the parts of all ranks
     unit_max_ptr, unit_mass_ptr,  # [N, R, U] or None

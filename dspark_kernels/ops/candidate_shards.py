@@ -22,6 +22,7 @@ from ..checks import check_int, check_tensor, check_type
 from ..launch import arch, candidates as launch
 from ..types import DraftBlock, MarkovHead, SparseProposal
 from . import candidates as whole
+from .draft_out import allocate, check_out
 from .sampling import SCHEMA, Flat, adjust_settings, flatten
 from .shards import Fields
 
@@ -94,11 +95,11 @@ def partial(base_logits, slots, head, *, shard, block, sampling, confidence, can
     """ops.draft_shards.draft_block_partial where `candidates` is given, its other arguments checked."""
     device, (rows, drafts, width) = base_logits.device, base_logits.shape
     check_candidates(head, candidates, shard, device)
-    common = (base_logits, slots, rows, candidates, sampling, confidence)
+    common = (base_logits, slots, rows, sampling, confidence)
     if block is None:
-        block = whole._allocate(*common, keep_logits, state_indices is not None)
+        block = allocate(*common, keep_logits=keep_logits, scattered=state_indices is not None, candidates=candidates)
     else:
-        whole._check_out(block, *common, first_draft)
+        check_out(block, *common, first_draft, candidates=candidates)
     fields = part_fields(base_logits, head, candidates, draft_to_target)
     part = fields.check_part(out, device)
     if rows == 0:
@@ -132,7 +133,7 @@ def finish(
     gated or rnn head, or two None."""
     device, (rows, drafts, _) = base_logits.device, base_logits.shape
     slots = anchors.shape[0]
-    column = whole._check_out(block, base_logits, slots, rows, candidates, sampling, confidence, first_draft)
+    column = check_out(block, base_logits, slots, rows, sampling, confidence, first_draft, candidates=candidates)
     part_fields(base_logits, head, candidates, draft_to_target).check_gathered("gathered", gathered, shard, device)
     if rows == 0:
         return block

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import library, workspace as workspaces
-from ..checks import INT_DTYPES, check_int, check_tensor, check_type
+from ..checks import INT_DTYPES, check_int, check_tensor
 from ..launch import arch, candidates as launch
-from ..types import DraftBlock, OneHotProposal, SparseProposal
+from ..types import DraftBlock, SparseProposal
+from .draft_out import allocate, check_out
 from .sampling import SCHEMA, Flat, adjust_settings, flatten
 
 OP = "draft_block"
@@ -44,11 +45,12 @@ def draft_candidates(
     rows, drafts, vocab = base_logits.shape
     device, slots = base_logits.device, anchors.shape[0]
     width = candidates + _check_bigrams(bigrams, device)
+    common = (base_logits, slots, rows, sampling, confidence)
     if out is None:
         column = 0
-        out = _allocate(base_logits, slots, rows, width, sampling, confidence, keep_logits, state_indices is not None)
+        out = allocate(*common, keep_logits=keep_logits, scattered=state_indices is not None, candidates=width)
     else:
-        column = _check_out(out, base_logits, slots, rows, width, sampling, confidence, first_draft)
+        column = check_out(out, *common, first_draft, candidates=width)
     if rows == 0:
         return out
     sparse = out.proposal if isinstance(out.proposal, SparseProposal) else None
@@ -105,65 +107,6 @@ def _lend(workspace, rows, drafts, vocab, head, weight, device):
     scratch += workspaces.latent_words(rows, drafts, head.rank, weight.shape[0] // head.rank)
     message = f"expected room for {rows} requests x {drafts} drafts over {vocab} ids and markov_rank={head.rank}"
     return workspaces.lend_words(workspace, counters, scratch, device, message)
-
-
-def _allocate(base_logits, slots, rows, width, sampling, confidence, keep_logits, scattered) -> DraftBlock:
-    device, drafts = base_logits.device, base_logits.shape[1]
-    # Slots that are not in the batch must hold something defined; without slots every element is written anyway.
-    new = torch.zeros if scattered else torch.empty
-
-    def floats():
-        return new(slots, drafts, dtype=torch.float32, device=device)
-
-    proposal = OneHotProposal()
-    if sampling is not None or keep_logits:
-        ids = new(slots, drafts, width, dtype=torch.int64, device=device)
-        logits = new(slots, drafts, width, dtype=base_logits.dtype, device=device)
-        if sampling is not None:
-            proposal = SparseProposal(ids, logits, lse=floats())
-        else:
-            proposal = SparseProposal(ids, logits, temperature=torch.zeros(slots, dtype=torch.float32, device=device))
-    return DraftBlock(
-        tokens=torch.full((slots, drafts), -1, dtype=torch.int64, device=device),
-        proposal=proposal,
-        flags=torch.empty(rows, dtype=torch.int32, device=device),
-        confidence=None if confidence is None else floats(),
-        confidence_logits=None if confidence is None else floats(),
-    )
-
-
-def _check_out(out, base_logits, slots, rows, width, sampling, confidence, first_draft) -> int:
-    """Check a caller's DraftBlock; returns the column of its first draft."""
-    check_type("out", out, DraftBlock)
-    device, drafts = base_logits.device, base_logits.shape[1]
-    columns = check_tensor("out.tokens", out.tokens, shape=(slots, "K"), device=device).shape[1]
-    column = 0 if columns == drafts else first_draft
-    if columns < column + drafts:
-        raise ValueError(f"out.tokens: expected {drafts} or at least {first_draft + drafts} columns, got {columns}")
-    check_tensor("out.flags", out.flags, shape=(rows,), device=device)
-    if confidence is not None:
-        for name in ("confidence", "confidence_logits"):
-            check_tensor(f"out.{name}", getattr(out, name), shape=(slots, columns), device=device)
-    elif out.confidence is not None or out.confidence_logits is not None:
-        raise ValueError("out.confidence: expected None because no `confidence` head is given, got a tensor")
-    proposal = out.proposal
-    sparse = isinstance(proposal, SparseProposal)
-    if sampling is not None and not sparse:
-        raise TypeError(f"out.proposal: expected SparseProposal with `sampling` and `candidates`, got {type(proposal).__name__}")
-    if not sparse:
-        check_type("out.proposal", proposal, OneHotProposal)
-        return column
-    shape = (slots, columns, width)
-    check_tensor("out.proposal.ids", proposal.ids, shape=shape, device=device)
-    check_tensor("out.proposal.logits", proposal.logits, dtype=base_logits.dtype, shape=shape, device=device)
-    if sampling is None:
-        if proposal.lse is not None:
-            raise ValueError("out.proposal.lse: expected None for a greedy block, got a tensor")
-        if proposal.temperature is None:
-            raise ValueError("out.proposal.temperature: expected zeros [S] for a greedy block (its law is one-hot), got None")
-    elif proposal.lse is not None:
-        check_tensor("out.proposal.lse", proposal.lse, shape=(slots, columns), device=device)
-    return column
 
 
 # Low bits that no value of a dtype sets in fp32: keys of such logits are told apart without them.

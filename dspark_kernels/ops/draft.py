@@ -20,11 +20,11 @@ from ..types import (
     DraftBlock,
     GatedMarkovHead,
     MarkovHead,
-    OneHotProposal,
     RnnMarkovHead,
     SamplingTensors,
 )
 from .candidates import draft_candidates
+from .draft_out import allocate, check_out
 from .sampling import SCHEMA, Flat, adjust_settings, check_sampling, flatten
 
 OP = "draft_block"
@@ -126,11 +126,12 @@ def draft_block(
     if bigrams is not None:
         raise ValueError("bigrams: expected None without `candidates`, got a tensor")
 
+    common = (base_logits, slots, rows, sampling, confidence)
     if out is None:
         column = 0
-        out = _allocate(base_logits, slots, rows, sampling, confidence, draft_to_target, keep_logits, state_indices is not None)
+        out = allocate(*common, keep_logits=keep_logits, scattered=state_indices is not None, draft_to_target=draft_to_target)
     else:
-        column = _check_out(out, base_logits, slots, rows, sampling, confidence, draft_to_target, first_draft)
+        column = check_out(out, *common, first_draft, draft_to_target=draft_to_target)
     if rows == 0:
         return out
     dense = out.proposal if isinstance(out.proposal, DenseProposal) else None
@@ -287,68 +288,6 @@ def _check_confidence(confidence, hidden_size, head, drafts, first_draft, device
         raise ValueError(
             f"confidence.sts_temperatures: expected at least {first_draft + drafts} entries, got {temperatures.shape[0]}"
         )
-
-
-def _allocate(base_logits, slots, rows, sampling, confidence, draft_to_target, keep_logits, scattered) -> DraftBlock:
-    device = base_logits.device
-    drafts, vocab = base_logits.shape[1:]
-    # Slots that are not in the batch must hold something defined; without slots every element is written anyway.
-    new = torch.zeros if scattered else torch.empty
-
-    def floats():
-        return new(slots, drafts, dtype=torch.float32, device=device)
-
-    if sampling is not None:
-        logits = new(slots, drafts, vocab, dtype=base_logits.dtype, device=device)
-        proposal = DenseProposal(logits, lse=floats(), draft_to_target=draft_to_target)
-    elif keep_logits:
-        logits = new(slots, drafts, vocab, dtype=base_logits.dtype, device=device)
-        zeros = torch.zeros(slots, dtype=torch.float32, device=device)
-        proposal = DenseProposal(logits, temperature=zeros, draft_to_target=draft_to_target)
-    else:
-        proposal = OneHotProposal()
-    return DraftBlock(
-        tokens=torch.full((slots, drafts), -1, dtype=torch.int64, device=device),
-        proposal=proposal,
-        flags=torch.empty(rows, dtype=torch.int32, device=device),
-        confidence=None if confidence is None else floats(),
-        confidence_logits=None if confidence is None else floats(),
-    )
-
-
-def _check_out(out, base_logits, slots, rows, sampling, confidence, draft_to_target, first_draft) -> int:
-    """Check a caller's DraftBlock; returns the column of its first draft."""
-    check_type("out", out, DraftBlock)
-    drafts, vocab = base_logits.shape[1:]
-    device = base_logits.device
-    width = check_tensor("out.tokens", out.tokens, shape=(slots, "K"), device=device).shape[1]
-    column = 0 if width == drafts else first_draft
-    if width < column + drafts:
-        raise ValueError(f"out.tokens: expected {drafts} or at least {first_draft + drafts} columns, got {width}")
-    check_tensor("out.flags", out.flags, shape=(rows,), device=device)
-    if confidence is not None:
-        for name in ("confidence", "confidence_logits"):
-            check_tensor(f"out.{name}", getattr(out, name), shape=(slots, width), device=device)
-    elif out.confidence is not None or out.confidence_logits is not None:
-        raise ValueError("out.confidence: expected None because no `confidence` head is given, got a tensor")
-    dense = isinstance(out.proposal, DenseProposal)
-    if sampling is not None and not dense:
-        raise TypeError(f"out.proposal: expected DenseProposal with `sampling`, got {type(out.proposal).__name__}")
-    if not dense:
-        check_type("out.proposal", out.proposal, OneHotProposal)
-        return column
-    check_tensor("out.proposal.logits", out.proposal.logits, dtype=base_logits.dtype, shape=(slots, width, vocab), device=device)
-    if (out.proposal.draft_to_target is None) != (draft_to_target is None):
-        wanted = "None, as in this call" if draft_to_target is None else "the map of this call"
-        raise ValueError(f"out.proposal.draft_to_target: expected {wanted}")
-    if sampling is None:
-        if out.proposal.lse is not None:
-            raise ValueError("out.proposal.lse: expected None for a greedy block, got a tensor")
-        if out.proposal.temperature is None:
-            raise ValueError("out.proposal.temperature: expected zeros [S] for a greedy block (its law is one-hot), got None")
-    elif out.proposal.lse is not None:
-        check_tensor("out.proposal.lse", out.proposal.lse, shape=(slots, width), device=device)
-    return column
 
 
 @library.register(

@@ -33,6 +33,7 @@ from ..checks import check_choice, check_int, check_optional, check_tensor, chec
 from ..launch import arch, draft as draft_launch
 from ..types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, RnnMarkovHead, SamplingTensors
 from . import candidate_shards, draft
+from .draft_out import allocate, check_out
 from .sampling import SCHEMA, Flat, adjust_settings, flatten, needs_no
 from .shards import Fields, Shard, check_shard
 
@@ -138,14 +139,14 @@ def draft_block_partial(
     if isinstance(head, RnnMarkovHead) and head_state is None:
         raise ValueError("head_state: expected fp32 [S, r], where an RnnMarkovHead keeps its state between positions, got None")
     draft._check_head(head, head_state, width, hidden_size, first_draft, slots, device)
-    common = (base_logits, slots, rows, sampling, confidence, draft_to_target)
+    common = (base_logits, slots, rows, sampling, confidence)
     if block is None:
         if position:
             raise ValueError(f"block: expected the block of position 0 at position {position}, got None")
         column = 0
-        block = draft._allocate(*common, keep_logits, state_indices is not None)
+        block = allocate(*common, keep_logits=keep_logits, scattered=state_indices is not None, draft_to_target=draft_to_target)
     else:
-        column = draft._check_out(block, *common, first_draft)
+        column = check_out(block, *common, first_draft, draft_to_target=draft_to_target)
     dense = block.proposal if isinstance(block.proposal, DenseProposal) else None
     fields = _fields(rows, shard, _lse(block) is not None)
     part = fields.check_part(out, device)
