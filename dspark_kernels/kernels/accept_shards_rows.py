@@ -50,7 +50,7 @@ def view_of(target, layout, row0, slot, length, start, vocab):
     """The view of accept_target.py on this rank's columns: ids are global, and the rank's alone may be read."""
     target_ptr, stride_t, settings = target
     _, _, logits_indices_ptr, token_ids_ptr, _ = layout
-    return (target_ptr - start, stride_t, vocab, settings, token_ids_ptr, logits_indices_ptr, row0, slot, length, None)
+    return (target_ptr - start, stride_t, vocab, settings, (token_ids_ptr, None), logits_indices_ptr, row0, slot, length, None)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ order, a node's children in order, until the request has no room. Symbols as in 
 import triton
 import triton.language as tl
 
-from .primitives.leaves import first_of, merge_leaves, race_ids, race_leaves
+from .primitives.leaves import first_leaf, first_of, merge_leaves, race_ids, race_leaves
 from .primitives.mass import LEAF, NEG_INF, POS_INF, below_max, log2_scale, numbers
 from .primitives.philox import DRAFT, DRAFT_LEAF
 from .primitives.race import unpack_id
@@ -123,7 +123,9 @@ def _draw_children(
         token = race_ids(weight, leaf, seed, position, anchor, node[:, None], PAIRS, DRAFT)
         infinite = there & (top == POS_INF)
         if tl.max(tl.where(infinite, 1, 0), axis=0) > 0:
-            token = tl.where(infinite, first_of(row_ptrs, tops, top, vocab, LEAVES), token)
+            ids = first_leaf(tops, top, LEAVES)
+            x = numbers(tl.load(row_ptrs[:, None] + ids, mask=ids < vocab, other=NEG_INF).to(tl.float32))
+            token = tl.where(infinite, first_of(x, ids, top, vocab), token)
         tl.store(tokens_ptr + slot * num_nodes + node, token.to(tl.int64), mask=there)
 
 
