@@ -79,7 +79,9 @@ def test_bias_and_mask_are_by_target_id_without_a_map():
 
 def test_padding():
     """Its rows of a part are written, and no slot is."""
-    case = cases.draft_case(seed=4, requests=3, drafts=2, vocab=300, rank=3, scattered=True, padding=2, confidence=None)
+    case = cases.draft_case(
+        seed=4, requests=3, drafts=2, vocab=300, rank=3, scattered=True, padding=2, confidence=None, w2_dtype=torch.int8
+    )
     equal_on_all_ranks(case, 2, 160, 9, spoil=True)
 
 
