@@ -5,6 +5,8 @@ import dataclasses
 import torch
 
 import dspark_kernels as dk
+from dspark_kernels.ops import candidate_shards, draft_shards
+from dspark_kernels.ops.shards import check_shard
 
 SENTINEL = -77777
 
@@ -33,7 +35,7 @@ def poisoned(value):
 
 
 def draft_ranks(case, shards, width):
-    """What each rank has: (its logits, its head, other arguments). What is by id of the head's vocabulary is cut."""
+    """What each rank has: (its logits, its head, other arguments). What is by id of the head's vocabulary is cut, the rest not."""
     vocab = case.base_logits.shape[2]
     tables = [None] * shards
     if case.draft_to_target is not None:
@@ -75,7 +77,8 @@ def draft(case, shards, width, workspace=None, lse=True, spoil=False):
             if spoil:
                 call |= dict(head_state=before)
                 again, _ = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], out=poisoned(part), **call)
-                part = rewritten(again, part)
+                shard = check_shard(width, own["vocab_start"], shards, own["vocab_size"])
+                part = rewritten(again, part, draft_shards._fields(base.shape[0], shard, lse and case.sampling is not None))
             parts.append(part)
         gathered = torch.stack(parts)
         for block, (_, head, own) in zip(blocks, ranks, strict=True):
@@ -84,10 +87,11 @@ def draft(case, shards, width, workspace=None, lse=True, spoil=False):
     return blocks, [own["head_state"] for _, _, own in ranks]
 
 
-def rewritten(again, part):
-    """A part made over poisoned memory, equal to `part` but for what only rounds a region up to 16 bytes, which is nobody's."""
-    own, poison = again.view(torch.uint8), poisoned(part).view(torch.uint8)
-    assert ((own == part.view(torch.uint8)) | (own == poison)).all()
+def rewritten(again, part, fields):
+    """A part made over poisoned memory: every region is that of `part` (what rounds one up to 16 bytes is nobody's)."""
+    for name in fields.names:
+        have, want = (fields.view(tensor, name)[: fields.count(name)].view(torch.uint8) for tensor in (again, part))
+        assert torch.equal(have, want), name
     return again
 
 
@@ -99,7 +103,8 @@ def draft_candidates(case, shards, width, candidates, whole=False, spoil=False, 
         head = case.head if whole else head
         part, block = dk.draft_block_partial(base, case.anchors, head, **call)
         if spoil:
-            part = rewritten(dk.draft_block_partial(base, case.anchors, head, out=poisoned(part), **call)[0], part)
+            fields = candidate_shards.part_fields(base, head, candidates, own["draft_to_target"])
+            part = rewritten(dk.draft_block_partial(base, case.anchors, head, out=poisoned(part), **call)[0], part, fields)
         parts.append(part)
         blocks.append(block)
     gathered = torch.stack(parts)

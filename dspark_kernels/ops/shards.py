@@ -55,7 +55,7 @@ class Fields:
     """Named regions of a part, each at a multiple of 16 bytes: name -> (dtype, shape)."""
 
     def __init__(self, **fields: tuple[torch.dtype, tuple[int, ...]]):
-        self._fields, self.words = {}, 0
+        self._fields, self.names, self.words = {}, tuple(fields), 0
         for name, (dtype, shape) in fields.items():
             count = 1
             for size in shape:
@@ -70,6 +70,10 @@ class Fields:
         start, dtype, count = self._fields[name]
         region = part[..., start : start + words_of(count, dtype)]
         return region if dtype == torch.int64 else region.view(dtype)
+
+    def count(self, name: str) -> int:
+        """Elements of region `name`."""
+        return self._fields[name][2]
 
     def check_part(self, part: Tensor | None, device) -> Tensor:
         """The caller's part, checked, or a new one."""
