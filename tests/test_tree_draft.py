@@ -155,6 +155,8 @@ def test_bias_and_reduced_vocabularies(method, target_vocab):
     """Tokens, W1, bias, noise and ties are by the target's ids; one id in nine stands for no token."""
     options = dict(scattered=True, padding=1, grid=0.25 if method == "top_k" else None, confidence=None, adjust=("bias",))
     case = cases.draft_case(seed=12, requests=3, drafts=3, vocab=600, rank=6, target_vocab=target_vocab, **options)
+    if target_vocab is not None:
+        case.base_logits[..., case.draft_to_target < 0] = 50.0
     tree = check(case, method, (3, 2, 2), 12)
     assert target_vocab is None or tree.tokens.max() >= 600
     for step, tree in expansion(dataclasses.replace(case, head=None), method, (2, 2), 7):
