@@ -337,8 +337,9 @@ def test_rows_of_nodes_differ_and_bad_ones_are_flagged():
     have, want = (op(**call, depth=1) for op in (dk.expand_tree, reference.expand_tree))
     assert all(outcome(have, r, r) == outcome(want, r, r) for r in range(2))
     assert have.flags.tolist() == [dk.Flag.NONFINITE_ROW, dk.Flag.NAN, 0] and int(have.num_nodes[2]) == 0
-    same = dk.expand_tree(**call, depth=2)
-    assert all(torch.equal(getattr(same, name), getattr(tree, name)) for name in (*FIELDS, "flags"))
+    # No node of the depth; no room, so that the rows are not looked at.
+    for same in (dk.expand_tree(**call, depth=2), dk.expand_tree(**call, depth=1, node_budgets=torch.full((3,), 4).int())):
+        assert all(torch.equal(getattr(same, name), getattr(tree, name)) for name in (*FIELDS, "flags"))
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
