@@ -141,6 +141,7 @@ def test_heads_whose_latents_follow_the_path(method, dtype, kind):
     case = cases.draft_case(
         seed=9, requests=3, drafts=3, vocab=300, rank=24, dtype=dtype, confidence=None, kind=kind, scattered=True, padding=1
     )
+    case.base_logits *= 1 if method == "top_k" else 30  # so large that rounding decides
     tree = check(case, method, (3, 2, 2), 12)
     out, workspace = poisoned(tree), dk.Workspace(3, 11, 300, "cpu", markov_rank=24)
     workspace.scratch.fill_(-1)
@@ -154,6 +155,8 @@ def test_bias_and_reduced_vocabularies(method, target_vocab):
     """Tokens, W1, bias, noise and ties are by the target's ids; one id in nine stands for no token."""
     options = dict(scattered=True, padding=1, grid=0.25 if method == "top_k" else None, confidence=None, adjust=("bias",))
     case = cases.draft_case(seed=12, requests=3, drafts=3, vocab=600, rank=6, target_vocab=target_vocab, **options)
+    if target_vocab is not None:
+        case.base_logits[..., case.draft_to_target < 0] = 50.0
     tree = check(case, method, (3, 2, 2), 12)
     assert target_vocab is None or tree.tokens.max() >= 600
     for step, tree in expansion(dataclasses.replace(case, head=None), method, (2, 2), 7):
@@ -163,7 +166,7 @@ def test_bias_and_reduced_vocabularies(method, target_vocab):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_full_tree_of_64_nodes(method):
     """Wide and deep, cut in the middle of a depth; 63 children of one node."""
-    case = cases.draft_case(seed=2, requests=1, drafts=4, vocab=1100, rank=4, confidence=None, temperatures=(0.8,))
+    case = cases.draft_case(seed=2, requests=1, drafts=4, vocab=2500, rank=4, confidence=None, temperatures=(0.8,))
     assert int(check(case, method, (3, 3, 4, 5), 64).num_nodes[0]) == 64
     assert check(case, method, (80,), 64).depths.tolist() == [[0] + [1] * 63]
 
@@ -334,8 +337,9 @@ def test_rows_of_nodes_differ_and_bad_ones_are_flagged():
     have, want = (op(**call, depth=1) for op in (dk.expand_tree, reference.expand_tree))
     assert all(outcome(have, r, r) == outcome(want, r, r) for r in range(2))
     assert have.flags.tolist() == [dk.Flag.NONFINITE_ROW, dk.Flag.NAN, 0] and int(have.num_nodes[2]) == 0
-    same = dk.expand_tree(**call, depth=2)
-    assert all(torch.equal(getattr(same, name), getattr(tree, name)) for name in (*FIELDS, "flags"))
+    # No node of the depth; no room, so that the rows are not looked at.
+    for same in (dk.expand_tree(**call, depth=2), dk.expand_tree(**call, depth=1, node_budgets=torch.full((3,), 4).int())):
+        assert all(torch.equal(getattr(same, name), getattr(tree, name)) for name in (*FIELDS, "flags"))
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
