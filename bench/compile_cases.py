@@ -343,9 +343,12 @@ def _accept_tree(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, rule=
 
 
 def _draft_tree(requests, method, branching, *, nodes=32, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
-                kind="vanilla", w2_dtype=None, slots=None):  # fmt: skip
+                kind="vanilla", w2_dtype=None, slots=None, biased=False):  # fmt: skip
     size = requests if slots is None else slots
     sampled = method in ("iid", "without_replacement")
+    sampling = _sampling(size) if sampled or biased else None
+    if biased:
+        sampling = dataclasses.replace(sampling, logit_bias=_empty(size, vocab, dtype=torch.float32))
     law = dk.DenseProposal(_empty(size, nodes, vocab, dtype=dtype)) if sampled else dk.OneHotProposal()
     out = _tree(size, nodes, law, method if sampled else "one_hot")
     dk.draft_tree(
@@ -356,7 +359,7 @@ def _draft_tree(requests, method, branching, *, nodes=32, drafts=DRAFTS, vocab=V
         method=method,
         num_nodes=nodes,
         branching=branching,
-        sampling=_sampling(size) if sampled else None,
+        sampling=sampling,
         hidden=None if kind == "vanilla" else _empty(requests, drafts, HIDDEN, dtype=dtype),
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         out=dataclasses.replace(out, flags=_ints(requests, dtype=torch.int32)),
@@ -364,8 +367,9 @@ def _draft_tree(requests, method, branching, *, nodes=32, drafts=DRAFTS, vocab=V
     )
 
 
-def _expand_tree(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCAB, dtype=torch.bfloat16):
-    law = dk.OneHotProposal() if method == "top_k" else dk.DenseProposal(_empty(requests, nodes, vocab, dtype=dtype))
+def _expand_tree(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCAB, dtype=torch.bfloat16, mapped=False):
+    ids, laws = _ints(vocab) if mapped else None, _empty(requests, nodes, vocab, dtype=dtype)
+    law = dk.OneHotProposal() if method == "top_k" else dk.DenseProposal(laws, draft_to_target=ids)
     tree = _tree(requests, nodes, law, "one_hot" if method == "top_k" else method)
     dk.expand_tree(
         tree,
@@ -375,6 +379,7 @@ def _expand_tree(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCA
         anchor_positions=_ints(requests),
         method=method,
         sampling=None if method == "top_k" else _sampling(requests),
+        draft_to_target=ids,
         out=tree,
         workspace=dk.Workspace(requests, nodes - 1, vocab, "cpu"),
     )
@@ -528,12 +533,13 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "top_k_no_head": lambda: _draft_tree(1, "top_k", (63,), rank=0, nodes=64),
         "without_replacement": lambda: _draft_tree(64, "without_replacement", (4, 2, 2, 1)),
         "iid": lambda: _draft_tree(64, "iid", (4, 2, 2, 1)),
+        "iid_biased": lambda: _draft_tree(64, "iid", (4, 2), biased=True),
         "gated_int8": lambda: _draft_tree(64, "top_k", (4, 2, 2, 1), kind="gated", w2_dtype=torch.int8),
         "rnn": lambda: _draft_tree(64, "without_replacement", (4, 2, 2, 1), kind="rnn"),
     },
     "expand_tree": {
         "top_k": lambda: _expand_tree(64, "top_k"),
-        "without_replacement": lambda: _expand_tree(64, "without_replacement"),
+        "mapped": lambda: _expand_tree(64, "without_replacement", vocab=32000, mapped=True),
     },
     "compact_kv": {
         "r64": lambda: _compact(64),

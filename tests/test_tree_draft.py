@@ -102,7 +102,7 @@ def assert_same(out, tree, rows):
         assert out.proposal.logits[others].isnan().all()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_equals_reference(data):
     draw = data.draw
@@ -141,6 +141,7 @@ def test_heads_whose_latents_follow_the_path(method, dtype, kind):
     case = cases.draft_case(
         seed=9, requests=3, drafts=3, vocab=300, rank=24, dtype=dtype, confidence=None, kind=kind, scattered=True, padding=1
     )
+    case.base_logits *= 1 if method == "top_k" else 30  # so large that rounding decides
     tree = check(case, method, (3, 2, 2), 12)
     out, workspace = poisoned(tree), dk.Workspace(3, 11, 300, "cpu", markov_rank=24)
     workspace.scratch.fill_(-1)
@@ -163,7 +164,7 @@ def test_bias_and_reduced_vocabularies(method, target_vocab):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_full_tree_of_64_nodes(method):
     """Wide and deep, cut in the middle of a depth; 63 children of one node."""
-    case = cases.draft_case(seed=2, requests=1, drafts=4, vocab=1100, rank=4, confidence=None, temperatures=(0.8,))
+    case = cases.draft_case(seed=2, requests=1, drafts=4, vocab=2500, rank=4, confidence=None, temperatures=(0.8,))
     assert int(check(case, method, (3, 3, 4, 5), 64).num_nodes[0]) == 64
     assert check(case, method, (80,), 64).depths.tolist() == [[0] + [1] * 63]
 

@@ -52,14 +52,14 @@ def items_of(config: TreeDraftConfig, depths, requests: int, leaves: int, rank: 
 RANKS = 64
 
 
-def pick(arch: Arch, vocab: int, rank: int, children: int) -> TreeDraftConfig:
-    """For nodes with so many children each at most. Not measured on a GPU yet.
+def pick(arch: Arch, vocab: int, rank: int) -> TreeDraftConfig:
+    """Not measured on a GPU yet.
 
-    With 4 warps two programs share a multiprocessor, so that all items of a row of Qwen3's length run at once on an H100 or H200;
-    long lists need the registers of 8.
+    With 4 warps of 255 registers two programs share a multiprocessor, so that all items of a row of Qwen3's length run at once on
+    an H100 or H200. Left to itself the compiler spills to have a third one on some GPUs.
     """
     if arch.vendor == "interpreter":
         few = min(512, max(16, 1 << (rank - 1).bit_length()))
         return TreeDraftConfig(min(LEAF, max(64, 1 << (vocab - 1).bit_length())), 16, 16, few, 4 * few, few, 1, 1, None)
-    warps = 8 if children > 16 and arch.vendor == "nvidia" else 4
-    return TreeDraftConfig(64, 2, rows=4, block_j=16, block_n=64, block_s=32, num_warps=warps, num_stages=2, max_registers=None)
+    registers = 255 if arch.vendor == "nvidia" else None
+    return TreeDraftConfig(64, 2, rows=4, block_j=16, block_n=64, block_s=32, num_warps=4, num_stages=2, max_registers=registers)

@@ -287,7 +287,7 @@ def _draft_tree(
         mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, None, 0)
     if widening == "fp8":
         widening = "fp8_by_cast" if gpu.family in draft_launch._NATIVE_FP8 else "fp8_by_bits"
-    config = tree_launch.pick(gpu, vocab, rank, max(branching))
+    config = tree_launch.pick(gpu, vocab, rank)
     kernels.launch_draft_tree(
         tree_launch.items_of(config, shape, rows, leaves, rank, parts),
         (
