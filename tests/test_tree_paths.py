@@ -109,7 +109,7 @@ def test_every_node_has_a_state_of_its_own(candidates, monkeypatch):
     case.head.joint_weight[:] *= 4
     case.head.w2[:] *= 2
     tree = check(case, method="conditioned", num_nodes=13, candidates=candidates)
-    deep = [tree.parents[0, node] for node in range(13) if tree.depths[0, node] == 4]
+    deep = [int(parent) for parent, depth in zip(tree.parents[0], tree.depths[0], strict=True) if depth == 4]
     assert len(set(deep)) == 3, "no two states at a depth"
 
 
