@@ -192,7 +192,7 @@ def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
     case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
 
-    def pick(arch, num_leaves, num_drafts, heavy, rebuilt, adjusted):
+    def pick(arch, num_leaves, num_drafts, heavy, rebuilt, adjusted, filtered):
         chunk = min(pairs, 16)
         group = 2 if chunk >= num_leaves else 1
         return launch.AcceptConfig(group, chunk, lag=1, num_warps=1, max_registers=None)

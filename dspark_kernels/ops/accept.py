@@ -259,7 +259,7 @@ def _accept_chain(
     two_waves = dense or (kind == "listed" and judge == "block")
     leaves = _leaves(vocab, draft_logits if dense else None)
     swept = dense and draft_lse is None
-    heavy = swept or draft_ids is not None or flat.filters is not None or target_logits.dtype == torch.float32
+    heavy = swept or draft_ids is not None or target_logits.dtype == torch.float32
     config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, kind == "rebuilt", flat.adjusts,
                                 flat.filters is not None)  # fmt: skip
     parts = -(-leaves // (config.group * config.chunk)) if dense else 1
