@@ -532,6 +532,7 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
     "accept_tree": {
         "walk": lambda: _accept_tree(64),
         "walk_filters": lambda: _accept_tree(64, filters=True),
+        "traversal_adjusted": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", adjust=True),
         "recursive": lambda: _accept_tree(64, rule="recursive", drawn="iid"),
         "traversal": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement"),
         "traversal_sparse": lambda: _accept_tree(64, rule="traversal", drawn="without_replacement", proposal="sparse"),

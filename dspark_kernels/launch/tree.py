@@ -20,12 +20,12 @@ class TreeConfig:
     max_registers: int | None
 
 
-def pick(arch: Arch, num_leaves: int, num_nodes: int, sweeps: bool) -> TreeConfig:
+def pick(arch: Arch, num_leaves: int, num_nodes: int, sweeps: bool, settings: bool = False) -> TreeConfig:
     """The configuration for rows of `num_leaves` leaves. Not measured on a GPU yet.
 
     Items of wave 1 as in launch/accept.py. A sweep has fewer, larger items: all of M - 1 possible sweeps are launched, most of
     which end at once; its tile is smaller, because target and draft are in registers at a time. With sweeps, items of several nodes
-    spill on sm_80 (bench/compile.py).
+    spill on sm_80 (bench/compile.py). With settings that change logits, half as many elements per thread, and every register.
     """
     interpreted = arch.vendor == "interpreter"
     pairs = 16 if interpreted else 4
@@ -34,4 +34,6 @@ def pick(arch: Arch, num_leaves: int, num_nodes: int, sweeps: bool) -> TreeConfi
     group = min(pairs // chunk, 1 << (num_nodes - 1).bit_length()) if grouped else 1
     tile = min(pairs if interpreted else 2, 1 << (num_leaves - 1).bit_length())
     span = min(16 // tile, -(-num_leaves // tile))
-    return TreeConfig(group, chunk, tile, span, num_warps=4, max_registers=None)
+    wide = settings and sweeps
+    limit = 255 if wide and arch.vendor == "nvidia" else None
+    return TreeConfig(group, chunk, tile, span, num_warps=8 if wide else 4, max_registers=limit)

@@ -211,7 +211,8 @@ def _accept_tree(
         kind = "listed" if draft_ids is not None else "stored" if draft_to_target is None else "mapped"
         wide = draft_logits.shape[2]
     leaves = -(-max(vocab, wide if kind in ("stored", "mapped") else 0) // LEAF)
-    config = tree_launch.pick(arch.current(device), leaves, nodes, rule > 0)
+    changed = any(setting is not None for setting in (top_k, top_p, min_p, logit_bias, token_bitmask, listed))
+    config = tree_launch.pick(arch.current(device), leaves, nodes, rule > 0, changed)
     map_parts = -(-wide // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-nodes // config.group) * -(-leaves // config.chunk)
     if rule > 0:
