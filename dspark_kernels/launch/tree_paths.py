@@ -87,13 +87,16 @@ def dense_parts(arch: Arch, requests: int, units: int) -> int:
     return max(1, min(units, -(-arch.multiprocessors * 2 // requests)))
 
 
-def pick_dense(arch: Arch, vocab: int, num_nodes: int, rank: int, weights: str) -> DensePathsConfig:
-    """The configuration for laws of the whole vocabulary. Not measured on a GPU yet. As in `pick`, the batch plays no part."""
+def pick_dense(arch: Arch, vocab: int, num_nodes: int, rank: int, weights: str, mixes: bool) -> DensePathsConfig:
+    """The configuration for laws of the whole vocabulary. Not measured on a GPU yet. As in `pick`, the batch plays no part.
+
+    mixes: the head is gated or rnn, whose latents spill with larger blocks on sm_100 and sm_120 (bench/compile.py).
+    """
     units, groups = max(16, padded(-(-vocab // UNIT))), max(64, padded(-(-vocab // GROUP)))
     nodes, children, rank = max(16, padded(num_nodes)), max(16, padded(num_nodes - 1)), max(16, padded(rank))
     if arch.vendor == "interpreter":
         return DensePathsConfig(units, groups, nodes, children, 2048, rank, rank, rank, 1, 1, None)
-    plain = weights == "bfloat16"
+    plain = weights == "bfloat16" and not mixes
     block_r, block_o, block_j = (min(rank, 64), 32, 64) if plain else (min(rank, 32), 32, 32)
     warps = 8 if arch.vendor == "nvidia" else 4
     return DensePathsConfig(units, groups, nodes, children, 128, block_r, block_o, block_j, warps, 2, None)

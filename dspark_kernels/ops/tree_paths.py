@@ -206,7 +206,7 @@ def _draft_paths_dense(
     head, latent, kind = head_arguments(w1, w2, w2_scale, latent_weight, latent_bias)
     outputs = 0 if latent is None else latent[3]
     gpu = arch.current(device)
-    config = launch.pick_dense(gpu, vocab, nodes, rank, str(w2.dtype).removeprefix("torch."))
+    config = launch.pick_dense(gpu, vocab, nodes, rank, str(w2.dtype).removeprefix("torch."), outputs > 0)
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     counts = tuple(clean.take(rows, torch.int32) for _ in range(5))
     take, int32, fp32 = workspaces.Carver(scratch).take, torch.int32, torch.float32
