@@ -171,7 +171,7 @@ def draft_tree(
             lanes = lanes_of(draft_to_target, unused)
             _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, r, lanes)
         else:
-            search, ruler = ([], [0.0]), scale if scale > 0 else 1.0
+            search, ruler = ([], [], [0.0]), scale if scale > 0 else 1.0
             _by_probability(tree, search, depth_limit, law_after, log_confidence, ruler, decisions, r)
             told, count, tree.room = int(flags[r]), len(tree.tokens), num_nodes
             # The search goes on beyond a budget for the survival of all nodes that there could be, and for nothing else.
@@ -241,32 +241,40 @@ def _children(tree, node, wanted, logits, method, scale, source, position, decis
 def _by_probability(tree, search, depth_limit, law_after, log_confidence, scale, decisions, request):
     """The best child of all that the tree does not have yet, one after another.
 
-    search: by node, ln of the survival of every child it might get (taken ones -inf), and of its own.
+    search: by node, ln of the survival of every child it might get (taken ones -inf), their ids, and ln of its own. A tree has
+    fewer nodes than a node's MAX_NODES best children, so that the others never matter.
     """
-    logs, reached = search
+    logs, ids, reached = search
     while not tree.full:
         for node in range(len(logs), len(tree.tokens)):
             if tree.depths[node] < depth_limit:
-                logs.append(reached[node] + log_confidence(node) + _log_law(law_after(node) * scale))
+                keys = reached[node] + log_confidence(node) + _log_law(law_after(node) * scale)
+                best = keys.argsort(descending=True, stable=True)[:MAX_NODES].sort().values
+                logs.append(keys[best])
+                ids.append(best)
             else:
                 logs.append(torch.full_like(logs[0], -math.inf))
+                ids.append(ids[0])
         keys = torch.cat(logs)
         if not bool((keys > -math.inf).any()):
             return
-        parent, token = divmod(_best_path(keys, logs[0].shape[0], decisions, request), logs[0].shape[0])
-        reached.append(float(logs[parent][token]))
-        tree.add(parent, token, math.exp(reached[-1]))
-        logs[parent][token] = -math.inf
+        parent, place = divmod(_best_path(keys, logs[0].shape[0], decisions, request), logs[0].shape[0])
+        reached.append(float(logs[parent][place]))
+        tree.add(parent, int(ids[parent][place]), math.exp(reached[-1]))
+        logs[parent][place] = -math.inf
 
 
-def _best_path(keys: Tensor, vocab: int, decisions: Decisions, request: int) -> int:
-    """The largest key. Children of two nodes may tie in fp64 and not in fp32, whose roundings differ: a near tie, and expected."""
+def _best_path(keys: Tensor, width: int, decisions: Decisions, request: int) -> int:
+    """The largest key, of `width` for each node.
+
+    Children of two nodes may tie in fp64 and not in fp32, whose roundings differ: a near tie, and expected.
+    """
     best = int(torch.argmax((keys == keys.max()).int()))
     others = keys.clone()
     others[best] = -math.inf
     second = int(torch.argmax((others == others.max()).int()))
     gap = float(keys[best] - others[second])
-    if best // vocab == second // vocab or not gap <= 1e-12 * max(1.0, abs(float(keys[best]))):
+    if best // width == second // width or not gap <= 1e-12 * max(1.0, abs(float(keys[best]))):
         return decisions.pick(request, "path", keys)
     return second if decisions.flipped(request, "path", 0.0, 1.0, chance=1.0) else best
 
