@@ -320,7 +320,7 @@ def _tree_systems(arguments, name: str, source: str, drafter: Drafter, ops) -> l
         if chain is not None:
             systems.append(System(name, source, chain[0], drafts=chain[1]))
         for shape in trees.shapes(drafter, num_nodes):
-            if arguments.tree_nodes is not None or not trees.sampled(shape) or num_nodes <= trees.SAMPLED_NODES:
+            if arguments.tree_nodes is not None or not trees.sampled(shape) or num_nodes <= trees.SAMPLED_NODES.get(name, 0):
                 systems.append(System(name + trees.SUFFIX, source, drafter, tree=shape))
     return systems + ([dataclasses.replace(row, ops=ops) for row in systems] if ops is not None else [])
 

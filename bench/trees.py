@@ -20,7 +20,7 @@ from reference.drafters import MTP, Drafter, DSpark, TreeShape
 
 SUFFIX = "-tree"  # of a system that decodes with trees
 NODES = {"mtp-tree": (16,), "block-tree": (16,), "dspark-tree": (16, 32)}
-SAMPLED_NODES = 16  # at most, where --tree-nodes does not say: the reference draws slowly
+SAMPLED_NODES = {"mtp": 16, "dspark": 16}  # at most, where --tree-nodes does not say: the reference draws slowly
 MAX_NODES = 64
 
 
