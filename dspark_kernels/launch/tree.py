@@ -34,6 +34,5 @@ def pick(arch: Arch, num_leaves: int, num_nodes: int, sweeps: bool, settings: bo
     group = min(pairs // chunk, 1 << (num_nodes - 1).bit_length()) if grouped else 1
     tile = min(pairs if interpreted else 2, 1 << (num_leaves - 1).bit_length())
     span = min(16 // tile, -(-num_leaves // tile))
-    wide = settings and sweeps
-    limit = 255 if wide and arch.vendor == "nvidia" else None
-    return TreeConfig(group, chunk, tile, span, num_warps=8 if wide else 4, max_registers=limit)
+    limit = 255 if settings and arch.vendor == "nvidia" else None
+    return TreeConfig(group, chunk, tile, span, num_warps=8 if settings else 4, max_registers=limit)
