@@ -25,6 +25,8 @@ rest is whole on every rank: W1, what mixes latents, hidden states, the confiden
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -373,6 +375,8 @@ def _draft_block_partial(
     # As for the whole vocabulary: how many ranks a dot takes is part of what its sums are.
     ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, sampling.adjusts)
     config = draft_launch.pick(gpu, units * draft.UNIT, rank, dot_type.itemsize, one_tile, ranks)
+    if mix_weight is not None and gpu.vendor == "amd":
+        config = dataclasses.replace(config, num_stages=1)  # with more, an rnn head with settings spills on gfx950
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
     carver = workspaces.Carver(scratch)
