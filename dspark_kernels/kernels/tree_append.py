@@ -42,8 +42,9 @@ def frontier(requests, slots, depth, level, width, state, tree, scratch, num_nod
     there = slots >= 0
     if level is None:
         record_ptr = scratch[3] + requests * 3
-        start = tl.load(record_ptr, mask=there & (depth > 0), other=0, volatile=True)
-        count = tl.load(record_ptr + 1, mask=there & (depth > 0), other=0, volatile=True)
+        grown = there & (requests * 0 + depth > 0)
+        start = tl.load(record_ptr, mask=grown, other=0, volatile=True)
+        count = tl.load(record_ptr + 1, mask=grown, other=0, volatile=True)
         count = tl.where((depth == 0) & (rooms > 1), 1, count)
         total = tl.where(depth == 0, 1, start + count)
         at_depth = depth

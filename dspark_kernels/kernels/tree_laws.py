@@ -74,7 +74,7 @@ def _entries(node, c, slot, law):
     """Ids int64 (-1 = none) and logits of entries c of the lists of nodes, broadcast against each other."""
     ids_ptr, logits_ptr, stride_is, stride_im, stride_ls, stride_lm, count = law
     at = node.to(tl.int64)
-    inside = (c < count) & (at >= 0)
+    inside = (c < count) & (at + c * 0 >= 0)
     ids = tl.load(ids_ptr + slot * stride_is + at * stride_im + c, mask=inside, other=-1).to(tl.int64)
     x = tl.load(logits_ptr + slot * stride_ls + at * stride_lm + c, mask=inside, other=NEG_INF).to(tl.float32)
     return ids, numbers(x)
