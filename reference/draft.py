@@ -38,7 +38,9 @@ def inverse_temperature(temperature: float) -> float:
 
 def read_logits(row: Tensor) -> tuple[Tensor, int]:
     """fp64 logits with NaN read as -inf, and the flags the row shows."""
-    row = row.double()
+    row = row.to(torch.float64, copy=True)
+    if math.isfinite(float(row.sum())):  # the usual row, told in one pass
+        return row, 0
     nan = row.isnan()
     flags = int(Flag.NAN) if bool(nan.any()) else 0
     row = torch.where(nan, -math.inf, row)

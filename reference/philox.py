@@ -36,11 +36,25 @@ def philox(key0, key1, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return multiplied[0], mixed[0], multiplied[1], mixed[1]
 
 
+def _one(key0: int, key1: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
+    """`philox` of one counter, in Python's integers: a coin costs no tensor."""
+    c0, c1, c2, c3 = c0 & _MASK, c1 & _MASK, c2 & _MASK, c3 & _MASK
+    for _ in range(ROUNDS):
+        first, second = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = second >> 32 ^ c1 ^ key0, second & _MASK, first >> 32 ^ c3 ^ key1, first & _MASK
+        key0, key1 = key0 + _WEYL[0] & _MASK, key1 + _WEYL[1] & _MASK
+    return c0, c1, c2, c3
+
+
 def words(seed: int, lanes: Tensor, position: int, anchor_position: int, stream: int, node: int = 0) -> Tensor:
     """The random word of each lane (int64 holding uint32, shape of `lanes`)."""
+    address = (position, anchor_position, int(stream) | node << 8)
+    if lanes.numel() == 1:
+        output = _one(seed & _MASK, (seed >> 32) & _MASK, int(lanes) >> 2, *address)
+        return torch.full_like(lanes, output[int(lanes) & 3])
     # Neighbouring lanes share a counter: each is computed once.
     counters, which = torch.unique_consecutive(lanes >> 2, return_inverse=True)
-    output = philox(seed & _MASK, (seed >> 32) & _MASK, counters, position, anchor_position, int(stream) | node << 8)
+    output = philox(seed & _MASK, (seed >> 32) & _MASK, counters, *address)
     return torch.stack(output, -1)[which, lanes & 3]
 
 

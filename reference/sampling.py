@@ -69,6 +69,8 @@ def filtered(row: Tensor, scale: float, sampling: SamplingTensors | None, slot: 
     top_k = 0 if sampling.top_k is None else int(sampling.top_k[slot])
     top_p = 1.0 if sampling.top_p is None else float(sampling.top_p[slot])
     min_p = 0.0 if sampling.min_p is None else float(sampling.min_p[slot])
+    if not (0 < top_k < row.shape[0] or top_p < 1 or min_p > 0):
+        return row
     logits, order = torch.sort(row + 0.0, descending=True, stable=True)  # equal logits stay in order of their ids
     support = int((logits > -math.inf).sum())
     keep = support

@@ -308,6 +308,24 @@ def test_compiling_is_not_counted(tmp_path, monkeypatch):
     assert build_train.Trainer("trial", tensors, loss, tmp_path).run(build_train.Budget(0.0, 5), str)["cpu_seconds"] == 10.0
 
 
+@pytest.mark.parametrize("pays", [False, True])
+def test_half_precision_only_where_it_pays(pays, monkeypatch, tmp_path):
+    """Without bf16 instructions a step in bf16 takes some ten times as long as in fp32."""
+    monkeypatch.setattr(build_train, "bf16_pays", lambda: pays)
+    weight = torch.ones(4, 3, requires_grad=True)
+    with build_train.autocast():
+        assert (weight @ torch.ones(3, 2)).dtype == (torch.bfloat16 if pays else torch.float32)
+    tensors = {"weight": weight, "embedding": torch.ones(4, 3)}
+
+    def loss(_):
+        return sum((tensor**2).sum() for tensor in tensors.values()), weight.detach()
+
+    trainer = build_train.Trainer("half", tensors, loss, tmp_path)
+    record = trainer.run(build_train.Budget(0.0, 2), str)
+    assert record["precision"] == ("bf16" if pays else "fp32")
+    assert weight.isfinite().all() and bool((weight < 1).all())
+
+
 def test_learning_rate():
     assert build_train.rate(0.0) < 0.1 and build_train.rate(0.3) == 1.0
     assert build_train.rate(1.0) == pytest.approx(build_train.LAST)

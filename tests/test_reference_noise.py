@@ -76,6 +76,8 @@ def test_address(seed):
             rest = position & MASK, anchor & MASK, int(stream), node
             want = [plain_word(seed, lane, *rest) for lane in lanes.tolist()]
             assert noise.words(seed, lanes, position, anchor, stream, node).tolist() == want
+            alone = [noise.words(seed, lane, position, anchor, stream, node) for lane in lanes[:, None]]
+            assert [word.shape for word in alone] == [(1,)] * len(want) and torch.cat(alone).tolist() == want
 
 
 def test_gumbel_is_minus_log_of_the_exponential():

@@ -17,7 +17,7 @@ class Plan:
     # target
     target: tuple[int, ...] = (192, 512, 6, 6, 2, 32)
     target_batch: int = 8
-    target_seconds: float = 3000.0  # CPU-seconds, as all budgets
+    target_seconds: float = 2400.0  # CPU-seconds, as all budgets
     # text of the target's own
     prompt: int = 64
     sequences: int = 8192
@@ -30,8 +30,8 @@ class Plan:
     rank: int = 32
     batch: int = 6
     anchors: int = 32  # blocks in each sequence
-    drafter_seconds: float = 900.0  # of every drafter; DSpark's last head_seconds of them go to its heads
-    head_seconds: float = 150.0
+    drafter_seconds: float = 600.0  # of every drafter; DSpark's last head_seconds of them go to its heads
+    head_seconds: float = 100.0
     # what is shipped and measured
     prompts: tuple[int, ...] = (32, 16, 16)  # code, docs, tables
     rounds_stride: int = 1
