@@ -11,7 +11,7 @@ import importlib
 
 import torch
 
-from .launch import arch
+from .launch import arch, tuples
 
 _LIBRARY = torch.library.Library("dspark", "DEF")
 
@@ -38,6 +38,7 @@ def _load(stem: str):
             "dspark_kernels: the kernels need Triton, which is not installed (CUDA builds of torch bring it; "
             "elsewhere: pip install triton, Linux only)"
         ) from error
+    tuples.mend()
     return importlib.import_module(f".kernels.{stem}", __package__), triton
 
 

@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.launch import tree_draft as tree_launch
+from dspark_kernels.launch import tree_draft as tree_launch, tuples
 from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree, tree_draft, tree_paths
 from reference import cases
 
@@ -346,3 +346,32 @@ def test_types_check_themselves(make, error, message):
     with pytest.raises(error) as caught:
         make()
     assert str(caught.value).startswith(message)
+
+
+class _Old:
+    """What Triton before 3.7 does with an operand of a comparison."""
+
+    def __call__(self, value):
+        from triton.language import core
+
+        if isinstance(value, core.tuple):
+            return core.tuple([self(element) for element in value.values])  # no type given: that of the elements, a None has none
+        return value.value if isinstance(value, core.constexpr) else value
+
+
+def test_tuples_with_a_none_can_be_compared_on_old_tritons(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.compiler import code_generator
+    from triton.language import core
+
+    values = core.tuple([core.constexpr(None), core.tuple([core.constexpr(3), core.constexpr(None)])])
+    monkeypatch.setattr(code_generator, "_unwrap_if_constexpr", _Old())
+    with pytest.raises(AttributeError):
+        code_generator._unwrap_if_constexpr(values)
+    tuples.mend()
+    found = code_generator._unwrap_if_constexpr(values)
+    assert found.values[0] is None and found.values[1].values == [3, None] and found.type == values.type
+    assert code_generator._unwrap_if_constexpr(core.constexpr(7)) == 7 and code_generator._unwrap_if_constexpr(5) == 5
+    mended = code_generator._unwrap_if_constexpr
+    tuples.mend()
+    assert code_generator._unwrap_if_constexpr is mended, "mended twice"
