@@ -20,7 +20,7 @@ from .accept_laws import RESIDUAL_ONE, distinct, list_end, read_record
 from .accept_rows import FIRST, IDS, NONFINITE_ROW, SOFTMAX, STATUS, soft_prob
 from .accept_rules import choose_block, judge_block, judge_match, judge_token
 from .accept_shards_judge import judge, merged_leaves, own_records
-from .accept_shards_rows import accept_normalise_kernel, is_here, request_of, temperatures_of, view_of
+from .accept_shards_rows import accept_normalise_kernel, is_here, request_of, temperatures_of
 from .accept_target import read_row
 from .primitives.fence import stores_done
 from .primitives.mass import LEAF, NEG_INF, ONE, below_max, log2_scale, masses, numbers
@@ -69,7 +69,8 @@ def accept_residual_kernel(
             slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, row_values_ptr, row_ids_ptr,
             shards, num_leaves, vocab, JUDGE, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip
-        view = view_of(target, layout, row0, slot, length, start, vocab)
+        # The view of accept_target.py on this rank's columns: ids are global, and the rank's alone may be read.
+        view = (target[0] - start, target[1], vocab, target[2], (layout[3], None), layout[2], row0, slot, length, None)
         leaf = item * CHUNK + tl.arange(0, CHUNK)
         ids = (first_leaf + item * CHUNK) * LEAF + tl.arange(0, CHUNK * LEAF)
         inside = is_here(ids, start, held)
@@ -257,7 +258,8 @@ def accept_draw_kernel(
             patch_ptr += request.to(tl.int64) * LEAF
         temperature, draft_temperature = temperatures_of(temperature_ptr, draft_temperature_ptr, slot, length)
         scale, draft_scale = log2_scale(temperature), log2_scale(draft_temperature)
-        view = view_of(target, layout, row0, slot, length, start, vocab)
+        # The view of accept_target.py on this rank's columns: ids are global, and the rank's alone may be read.
+        view = (target[0] - start, target[1], vocab, target[2], (layout[3], None), layout[2], row0, slot, length, None)
         accepted, wants, anchor = judge(
             slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, row_values_ptr, row_ids_ptr,
             shards, cut[1], vocab, JUDGE, WIDTH, SHARDS, BLOCK,

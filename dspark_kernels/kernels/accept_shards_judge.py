@@ -42,15 +42,17 @@ def _row_masses(memory, stride_part, rows, has_row, shards, num_leaves, scale, W
     """Maximum and integer mass (relative to it) of rows from the pieces of all ranks."""
     top_ptr, mass_ptr = memory
     pieces = shards * num_leaves
-    top = tl.full([WIDTH], float("-inf"), tl.float32)
+    # Reduced after the loops, not in them: Triton 3.6's pass for such loops fails where the result is used twice.
+    tall = tl.full([WIDTH, BLOCK], float("-inf"), tl.float32)
     for first in range(0, pieces, BLOCK):
         piece = first + tl.arange(0, BLOCK)
         where = rows[:, None] * num_leaves + (piece % num_leaves)[None, :]
         inside = has_row[:, None] & (piece < pieces)[None, :]
         shard = (piece // num_leaves).to(tl.int64)[None, :]
         tops = tl.load(top_ptr + shard * (2 * stride_part) + where, mask=inside, other=NEG_INF)
-        top = tl.maximum(top, tl.max(tops, axis=1))
-    mass = tl.zeros([WIDTH], tl.int64)
+        tall = tl.maximum(tall, tops)
+    top = tl.max(tall, axis=1)
+    mass = tl.zeros([WIDTH, BLOCK], tl.int64)
     for first in range(0, pieces, BLOCK):
         piece = first + tl.arange(0, BLOCK)
         where = rows[:, None] * num_leaves + (piece % num_leaves)[None, :]
@@ -58,8 +60,8 @@ def _row_masses(memory, stride_part, rows, has_row, shards, num_leaves, scale, W
         shard = (piece // num_leaves).to(tl.int64)[None, :]
         tops = tl.load(top_ptr + shard * (2 * stride_part) + where, mask=inside, other=NEG_INF)
         own = tl.load(mass_ptr + shard * stride_part + where, mask=inside, other=0)
-        mass += tl.sum((own.to(tl.float32) * tl.exp2(below_max(tops, top[:, None]) * scale)).to(tl.int64), axis=1)
-    return top, mass
+        mass += (own.to(tl.float32) * tl.exp2(below_max(tops, top[:, None]) * scale)).to(tl.int64)
+    return top, tl.sum(mass, axis=1)
 
 
 @triton.jit

@@ -46,14 +46,6 @@ def temperatures_of(temperature_ptr, draft_temperature_ptr, slot, length):
 
 
 @triton.jit
-def view_of(target, layout, row0, slot, length, start, vocab):
-    """The view of accept_target.py on this rank's columns: ids are global, and the rank's alone may be read."""
-    target_ptr, stride_t, settings = target
-    _, _, logits_indices_ptr, token_ids_ptr, _ = layout
-    return (target_ptr - start, stride_t, vocab, settings, (token_ids_ptr, None), logits_indices_ptr, row0, slot, length, None)
-
-
-@triton.jit
 def is_here(ids, start, held):
     """Whether ids are this rank's."""
     return (ids >= start) & (ids - start < held)
@@ -186,7 +178,8 @@ def accept_normalise_kernel(
     if group * GROUP <= length:
         temperature, draft_temperature = temperatures_of(temperature_ptr, draft_temperature_ptr, slot, length)
         scale, draft_scale = log2_scale(temperature), log2_scale(draft_temperature)
-        view = view_of(target, layout, row0, slot, length, start, vocab)
+        # The view of accept_target.py on this rank's columns: ids are global, and the rank's alone may be read.
+        view = (target[0] - start, target[1], vocab, target[2], (layout[3], None), layout[2], row0, slot, length, None)
         pair = tl.arange(0, PAIRS)
         i = group * GROUP + pair // CHUNK
         leaf = (item % chunks) * CHUNK + pair % CHUNK
