@@ -30,7 +30,7 @@ from .models import DTYPES, BadArgument, Models, first_line, load, naming
 from .parity import CheckedOps
 
 SYSTEMS = ("autoregressive", "draft-model", "mtp", "mtp-tree", "block", "block-tree", "dspark", "dspark-tree")
-DEFAULTS = dict(max_new_tokens=96, num_prompts=16, batch_size=8, temperature=[1.0, 0.0], confidence_threshold=[0.0, 0.3])
+DEFAULTS = dict(max_new_tokens=64, num_prompts=16, batch_size=8, temperature=[1.0, 0.0], confidence_threshold=[0.0, 0.3])
 INTERPRETED = dict(max_new_tokens=32, num_prompts=4, tree_nodes=[16])  # with --kernels on a CPU
 
 

@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_done(arguments.only, stage, context):
             run_stage(arguments.only, stage, context)
         return 0
-    print(f"Python {platform.python_version()}, {arguments.threads} threads, into {arguments.out}", flush=True)
+    print(f"Python {platform.python_version()}, {arguments.threads} threads", flush=True)
     begun = time.monotonic()
     status = run_all(context, [argument for argument in argv if argument != "--install"])
     if status == 0:
