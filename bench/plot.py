@@ -230,6 +230,7 @@ def systems_position(figure, found: dict) -> None:
         panel.grid(color="0.85", linewidth=0.5)
         if domain == domains[0]:
             panel.set_ylabel("accepted, of those whose predecessors were")
+        if domain == domains[-1]:  # of lowest entropy: nothing is drawn below
             panel.legend(fontsize=7, loc="lower left")
     figure.suptitle("Acceptance by draft position of the embedded systems\nT = 1, after the target's own text", fontsize=9)
 
@@ -247,7 +248,7 @@ def systems_time(figure, found: dict) -> None:
         panel.grid(color="0.85", linewidth=0.5)
         if domain == domains[0]:
             panel.set_ylabel("tokens per round with 1 to 7 drafts")
-            panel.legend(fontsize=7, loc="lower right")
+            panel.legend(fontsize=7, loc="upper left")
     figure.suptitle("Tokens per round against draft time\nT = 1, teacher-forced; up and to the left is better", fontsize=9)
 
 

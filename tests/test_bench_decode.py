@@ -76,6 +76,22 @@ def test_counts_hang_together(ran):
             assert run["verified_per_round"] < 7
 
 
+def test_the_readme_has_the_figures_of_the_shipped_weights(tmp_path, capsys):
+    """Two systems again, at both temperatures. Counts do not depend on the machine, but for ties of rounding."""
+    path, systems = tmp_path / "out.json", ("dspark", "mtp")
+    arguments = ["--systems", ",".join(systems), "--confidence-threshold", "0", "--json", str(path)]
+    assert job.main(arguments) == 0
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("`python -m bench.decode`: ")[1].split("```")[1]
+    found = 0
+    for run in json.loads(path.read_text())["runs"]:
+        table = shown.split(f"T = {run['temperature']:g} ")[1].split("\n\n")[0]
+        rows = {line.split("  ")[0]: line.split("  ", 1)[1].split() for line in table.splitlines()[2:]}
+        if run["system"] in systems and run["policy"] is None:
+            assert run["tokens_per_round"] == pytest.approx(float(rows[run["system"]][0]), abs=0.02), run["system"]
+            found += 1
+    assert found == 4
+
+
 def test_trees_stand_below_the_chain_of_the_same_budget(tmp_path, capsys):
     path = tmp_path / "out.json"
     arguments = ["--num-prompts", "2", "--max-new-tokens", "10", "--systems", ",".join(["autoregressive", *TREES])]
