@@ -11,7 +11,7 @@ import importlib
 
 import torch
 
-from .launch import arch, tuples
+from .launch import arch
 
 _LIBRARY = torch.library.Library("dspark", "DEF")
 
@@ -38,8 +38,30 @@ def _load(stem: str):
             "dspark_kernels: the kernels need Triton, which is not installed (CUDA builds of torch bring it; "
             "elsewhere: pip install triton, Linux only)"
         ) from error
-    tuples.mend()
+    mend_tuples()
     return importlib.import_module(f".kernels.{stem}", __package__), triton
+
+
+def mend_tuples() -> None:
+    """Let `x is None` compile for every tuple x; changes nothing where it does (Triton 3.7 and newer). Needs Triton.
+
+    A comparison unwraps its operands. Old versions make the tuple anew from its bare elements and derive its type from theirs, and
+    a bare None has none: compiling ends with "'NoneType' object has no attribute 'type'". Newer ones keep the type, as done here.
+    """
+    from triton.compiler import code_generator
+    from triton.language import core
+
+    stock = code_generator._unwrap_if_constexpr
+
+    def unwrap(value):
+        if isinstance(value, core.tuple):
+            return core.tuple([unwrap(element) for element in value.values], value.type)
+        return stock(value)
+
+    try:
+        stock(core.tuple([core.constexpr(None)]))
+    except AttributeError:
+        code_generator._unwrap_if_constexpr = unwrap
 
 
 def kernels(stem: str, device: torch.device):

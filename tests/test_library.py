@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.launch import tree_draft as tree_launch, tuples
+from dspark_kernels.launch import tree_draft as tree_launch
 from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree, tree_draft, tree_paths
 from reference import cases
 
@@ -368,10 +368,10 @@ def test_tuples_with_a_none_can_be_compared_on_old_tritons(monkeypatch):
     monkeypatch.setattr(code_generator, "_unwrap_if_constexpr", _Old())
     with pytest.raises(AttributeError):
         code_generator._unwrap_if_constexpr(values)
-    tuples.mend()
+    library.mend_tuples()
     found = code_generator._unwrap_if_constexpr(values)
     assert found.values[0] is None and found.values[1].values == [3, None] and found.type == values.type
     assert code_generator._unwrap_if_constexpr(core.constexpr(7)) == 7 and code_generator._unwrap_if_constexpr(5) == 5
     mended = code_generator._unwrap_if_constexpr
-    tuples.mend()
+    library.mend_tuples()
     assert code_generator._unwrap_if_constexpr is mended, "mended twice"
