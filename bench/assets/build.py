@@ -1,6 +1,6 @@
 """Build the embedded models from the standard library of the Python that runs this: corpus, tokenizer, target, drafters, report.
 
-    python -m bench.assets.build --out DIR               everything, resumed where it stopped; about an hour on two cores
+    python -m bench.assets.build --out DIR               everything, resumed where it stopped; about 80 minutes on two cores
     python -m bench.assets.build --out DIR --quick       the same in tiny sizes, some seconds a stage: shows that it works
     python -m bench.assets.build --out DIR --only STAGE  one stage (those before it must be done)
     python -m bench.assets.build --out DIR --install     then copy the finished files over those in bench/assets
