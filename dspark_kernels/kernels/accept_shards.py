@@ -61,11 +61,11 @@ def accept_residual_kernel(
     item = tl.program_id(0) % chunks
     slot, row0, length = request_of(request, slots_ptr, layout[1], num_requests, num_slots, num_rows, num_drafts)
     if length >= 0:
-        draft_ptr, _, stride_ds, stride_dk, _ = dense
+        draft_ptr, _lse, stride_ds, stride_dk, _columns = dense
         row_values_ptr, row_ids_ptr = own_records(row_values_ptr, row_ids_ptr, row0, WIDTH)
         temperature, draft_temperature = temperatures_of(temperature_ptr, draft_temperature_ptr, slot, length)
         scale, draft_scale = log2_scale(temperature), log2_scale(draft_temperature)
-        accepted, wants, _ = judge(
+        accepted, wants, _anchor = judge(
             slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, row_values_ptr, row_ids_ptr,
             shards, num_leaves, vocab, JUDGE, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip

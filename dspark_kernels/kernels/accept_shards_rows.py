@@ -216,7 +216,7 @@ def accept_normalise_kernel(
             if need > 0:
                 tl.atomic_max(best_ptr + own_rows, _best_words(x, ids, inside, GROUP, CHUNK), mask=own, sem="relaxed")
         if draft_top_ptr is not None:
-            draft_ptr, _, stride_ds, stride_dk, _ = law[0]
+            draft_ptr, _lse, stride_ds, stride_dk, _columns = law[0]
             keep = keep & (i < length)
             inside = inside & keep[:, None]
             draft_rows = draft_ptr + slot * stride_ds + i.to(tl.int64)[:, None] * stride_dk

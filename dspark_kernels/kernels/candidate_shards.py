@@ -151,7 +151,6 @@ def candidates_finish_kernel(
 ):  # fmt: skip
     """A program per row merges its lists, and as many as latents need; the last of a request walks it."""
     slots_ptr = state[4]
-    num_rows = num_requests * num_drafts
     program = tl.program_id(0)
     first = tl.zeros((), tl.int32)
     count = tl.zeros((), tl.int32)
@@ -186,7 +185,7 @@ def candidates_finish_kernel(
                 shared = (places_ptr, stride_part, targets_ptr, rows_ptr, shards)
                 walk(
                     request, slot, status_ptr, base, state, None, None, shared, adjust, filters, head, latent, hidden, confidence,
-                    out, scratch, num_rows, num_drafts, num_candidates, num_targets, num_candidates, first_draft, column,
+                    out, scratch, num_drafts, num_candidates, num_targets, num_candidates, first_draft, column,
                     ADVANCE, STREAM, WITH_MARKOV, JOINT, LOG_WIDTH, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
                 )  # fmt: skip
 

@@ -147,9 +147,9 @@ def _keep_best(
 
 
 @triton.jit
-def _best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab):
-    """Entry c of the C best of a row: an id, or -1 where there is none."""
-    there = c < tl.where(row < num_rows, tl.minimum(num_candidates, vocab), 0)
+def _best_ids(ids_ptr, row, end, c, num_candidates, vocab):
+    """Entry c of the C best of a row below `end`: an id, or -1 where there is none."""
+    there = c < tl.where(row < end, tl.minimum(num_candidates, vocab), 0)
     return tl.load(ids_ptr + row * num_candidates + c, mask=there, other=-1, volatile=True)
 
 
@@ -242,7 +242,7 @@ def _weighted(ids, ranks, entries, row, shared, head, latent_ptr, known, num_can
 @triton.jit
 def _walk(
     request, slot, status_ptr, base, state, bigrams, map_ptr, shared, adjust, filters, head, latent, hidden, confidence, out,
-    scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
+    scratch, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
     ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr, LOG_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
     DRAFTS: tl.constexpr,
@@ -280,12 +280,13 @@ def _walk(
         width += bigrams[3]
     first = request.to(tl.int64) * num_drafts
     row_ptr = base_ptr + request.to(tl.int64) * stride_br
-    ids = _best_ids(ids_ptr, first, num_rows, c, num_candidates, vocab)
+    end = first + num_drafts  # the rows beyond are another request's, which may not be there yet
+    ids = _best_ids(ids_ptr, first, end, c, num_candidates, vocab)
     for k in range(num_drafts):
         # Candidates do not depend on drafts: those of k + 1 are on the way while k is decided.
         row = first + k
         k_ptr = row_ptr + tl.cast(k, tl.int64) * stride_bk
-        next_ids = _best_ids(ids_ptr, row + 1, num_rows, c, num_candidates, vocab)
+        next_ids = _best_ids(ids_ptr, row + 1, end, c, num_candidates, vocab)
         choice = (map_ptr, num_targets, adjust, slot, slot * num_drafts + k)
         if bigrams is not None:
             ids = _listed_ids(ids, c, bigrams, previous, k_ptr, choice, bounds_ptr, row, num_candidates, vocab, SHIFT)
@@ -497,7 +498,7 @@ def draft_candidates_kernel(
             if arrive(request_count_ptr + request, _awaited(request, latent, num_drafts)):
                 _walk(
                     request, slot, status_ptr, base, state, bigrams, map_ptr, None, adjust, filters, head, latent, hidden,
-                    confidence, out, scratch, num_rows, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
+                    confidence, out, scratch, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
                     ADVANCE, STREAM, WITH_MARKOV, JOINT, LOG_WIDTH, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
                 )  # fmt: skip
 

@@ -219,12 +219,13 @@ def _number_of_drafts(
     """
     forced = tl.minimum(_count(values, stored_ptr, tiles, FORCED, SORT, CANDIDATES), total)
     tau += forced_tau
-    best_tau, best_number = tau, forced
+    # Values of their own: the loop would not carry a name that holds another one's value before it (Triton up to 3.9).
+    best_tau, best_number = tau + 0, forced + 0
     best_cost = _step_cost(seconds_ptr, last_cost, drafting_cost, rows + forced)
     number = total
     first = total * 0
     last = first + ABOVE
-    value = last
+    value = first + ABOVE
     while first < number:
         ranked, last = _in_order(
             values, stored_ptr, gathered_ptr, tiles, first, tl.minimum(first + SORT, total), last, SORT, LOG_SORT,

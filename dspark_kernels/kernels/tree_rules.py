@@ -15,6 +15,7 @@ import triton.language as tl
 from .accept_laws import await_map, map_used
 from .accept_rows import NONFINITE_ROW, SOFTMAX, soft_prob
 from .accept_target import read_each, read_rows
+from .primitives.fence import stores_done
 from .primitives.leaves import merge_leaves, race_ids, race_leaves
 from .primitives.mass import LEAF, NEG_INF, ONE
 from .primitives.philox import ACCEPT, coin_words, uniform
@@ -45,8 +46,9 @@ FOUL = tl.constexpr(1)  # could not be accepted
 @triton.jit
 def _walk(parent, draft, token, open_nodes, i, WIDTH: tl.constexpr):
     """Follow each node's own token from the root: the last node."""
+    # Two values of their own: a loop does not carry a name that holds another one's value before it (Triton up to 3.9).
     node = tl.zeros((), tl.int32)
-    child = node
+    child = tl.zeros((), tl.int32)
     while child < WIDTH:
         node = child
         child = next_of(open_nodes & (parent == node) & (draft == pick(token, node, i)), node, i, WIDTH)
@@ -203,7 +205,7 @@ def decide(
             foul = tl.zeros([WIDTH], tl.int32)
             rest = tl.zeros([WIDTH], tl.int64)  # draft mass that the younger siblings of a rejected child share
             node = tl.zeros((), tl.int32)
-            child = node
+            child = tl.zeros((), tl.int32)
             some = tl.full((), 1, tl.int32)
             if sweep > 0:
                 numerator = tl.load(values + NUMERATOR * WIDTH, volatile=True)
@@ -276,6 +278,7 @@ def decide(
             bad = is_child & (foul > 0)
             if final == 0:
                 # `child` is rejected: the residual at its parent decides what follows.
+                tl.debug_barrier()  # every warp has read the state that one of them now writes
                 tl.store(values + NUMERATOR * WIDTH, numerator)
                 tl.store(values + DENOMINATOR * WIDTH, denominator)
                 tl.store(values + LACK * WIDTH, lack)
@@ -310,5 +313,5 @@ def decide(
         if mapping is not None:
             map_used(mapping, num_requests, map_parts)
     if RULE != WALK:
-        tl.debug_barrier()
+        stores_done()
         tl.atomic_xchg(published_ptr + request, tl.where(final > 0, DONE, sweep + 1), sem="release", scope="gpu")

@@ -1,8 +1,8 @@
 """A barrier over all programs of a cooperative launch, on one int32 word that needs no reset between launches.
 
 Every program adds 1 and the leader adds 2^31 - (n - 1), so a round always adds exactly 2^31: the sign bit flips when the
-last one arrives and the low bits return to zero. All programs must be resident (`launch_cooperative_grid=True`); a grid of one
-program passes through, which is how the interpreter runs.
+last one arrives and the low bits return to zero. All programs must be resident (`launch_cooperative_grid=True`). A grid of one
+program, which is how the interpreter runs, has nobody to wait for, but its warps still wait for each other.
 """
 
 import triton
@@ -14,8 +14,8 @@ from .fence import stores_done
 @triton.jit
 def grid_barrier(barrier_ptr):
     programs = tl.num_programs(0)
+    stores_done()
     if programs > 1:
-        stores_done()
         step = tl.where(tl.program_id(0) == 0, 2147483647 - programs + 2, 1).to(tl.int32)
         before = tl.atomic_add(barrier_ptr, step, sem="release", scope="gpu")
         now = before
