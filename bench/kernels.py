@@ -10,6 +10,8 @@ Without a GPU, or with TRITON_INTERPRET=1, small versions of the cases run in Tr
                                                      sgl_kernel too, where they import (bench/engines.py)
     python -m bench.kernels --op accept_chain        one op (repeatable); --case dense_r64 one case
     python -m bench.kernels --check                  compare with the reference, take no times
+    python -m bench.kernels --counters               without a GPU: instructions and bytes per logit of the compiled kernels,
+                                                     counted while they run on a CPU (bench/counters.py); 1, 8 and 64 requests
 
 Rows of other cases stay in the output file. Times are microseconds; share = floor / median, the floor being the bytes that must
 move once over the bandwidth of a device copy measured in the same run. Targets were set for one NVIDIA H200.
@@ -324,6 +326,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-baselines", action="store_true", help="time the ops alone, without PyTorch and installed engines")
     p.add_argument("--check", action="store_true", help="compare with the reference and take no times")
     p.add_argument("--small", action="store_true", help="small versions of the cases (always without a GPU)")
+    p.add_argument("--counters", action="store_true", help="count instructions and bytes of the compiled kernels, without a GPU")
+    p.add_argument("--requests", type=int, action="append", metavar="R", help="with --counters: this many requests (repeatable)")
     p.add_argument("--list", action="store_true", help="print the cases with their bytes and operations, and stop")
     return p
 
@@ -363,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: all cases are right; 1: one is not; 2: a bad argument."""
     try:
         arguments = parser().parse_args(argv)
+        if arguments.counters:
+            return count_all(arguments)
         interpreted = prepare_triton()
         from . import kernel_cases
 
@@ -377,6 +383,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interpreted or arguments.check:
         return check_all(cases, torch.device("cpu" if interpreted else "cuda"), interpreted or arguments.small, interpreted)
     return time_all(cases, arguments, torch.device("cuda", torch.cuda.current_device()))
+
+
+def count_all(arguments) -> int:
+    """--counters: the machine must be installed before the first kernel is defined, so it comes before the cases."""
+    if torch.cuda.is_available():
+        raise BadArgument("--counters: counts on a machine without a GPU")
+    os.environ.pop("TRITON_INTERPRET", None)
+    from . import counters, kernel_cases
+
+    cases = kernel_cases.registry()
+    cases = choose(cases if arguments.op or arguments.case else counters.chosen(cases), arguments.op, arguments.case)
+    out = Path(arguments.out) if arguments.out else counters.RESULTS
+    return counters.main(cases, out, arguments.requests or counters.REQUESTS)
 
 
 def check_all(cases, device, small: bool, interpreted: bool) -> int:

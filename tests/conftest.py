@@ -1,15 +1,21 @@
-"""Where tests run: Triton's interpreter, repaired, unless TRITON_INTERPRET=0 is set on a machine with a GPU.
+"""Where the kernels of this process run: in Triton's interpreter (the default), on a GPU, or compiled on the machine.
 
-Kernels are compiled or interpreted for a whole process. Where there is a GPU, the tests marked `gpu` therefore run in a
-second pytest process with TRITON_INTERPRET=0, started when the first one has finished; its result counts.
+- Interpreter, repaired: unless one of the other two is asked for.
+- GPU: TRITON_INTERPRET=0 where there is one. Kernels are compiled or interpreted for a whole process, so the tests marked `gpu` run in
+  a second pytest process, started when the first one has finished; its result counts.
+- Machine (`--compiled`): the tests of ops on the kernels' PTX, executed on the CPU by tests/machine. The default suite runs a selection
+  of them in processes of their own (test_compiled.py).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,40 +23,118 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-COMPILED = HAS_GPU and os.environ.get("TRITON_INTERPRET") == "0"
-
-if not COMPILED:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which no test module has done yet
-    from dspark_kernels.testing import interpreter
-
-    interpreter.repair()
+ON_GPU = HAS_GPU and os.environ.get("TRITON_INTERPRET") == "0"
 
 # The same number everywhere, so that sums of floats come out the same everywhere.
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, print_blob=True)
-hypothesis.settings.load_profile("repeatable")
 
 NO_GPU = "needs a GPU"
 NO_TRITON = "needs Triton, which is not installed"
+NO_MACHINE = "needs the machine that runs compiled kernels"
 OTHER_PROCESS = "runs compiled, in a second process"
+
+# Test files whose tests launch kernels: what `--compiled` runs.
+OPS = """
+accept attention attention_plan candidates capture compact draft draft_edges draft_heads draft_sampling example full_size golden_units
+invariance layout library loop loop_trees machine sampling schedule shards_accept shards_candidates shards_draft testing testing_tree tree
+tree_draft tree_paths tree_rounds warmup
+""".split()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("compiled kernels")
+    group.addoption(
+        "--compiled", nargs="?", const="plain", metavar="MODES",
+        help="run the tests of ops on compiled kernels, executed on the CPU by tests/machine. MODES, separated by commas: plain, or "
+        "schedules, race, weak, all: then every launch is run again from the same memory in these modes and must leave the same bits",
+    )  # fmt: skip
+    group.addoption("--compiled-arch", default="sm_80", help="compile for and launch as on sm_80 (default), sm_89 or sm_90")
+    group.addoption("--compiled-record", metavar="FILE", help="what the machine counted and reported, as JSON")
+    group.addoption("--compiled-examples", type=int, default=5, metavar="N", help="at most N examples of a hypothesis test (default 5)")
+
+
+def pytest_configure(config):
+    examples = 0
+    if config.option.compiled is not None:
+        config.stash[MACHINE] = _start_machine(config.option)
+        examples = config.option.compiled_examples
+    elif not ON_GPU:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which no test module has done yet
+        from dspark_kernels.testing import interpreter
+
+        interpreter.repair()
+    hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, print_blob=True)
+    hypothesis.settings.load_profile("repeatable")
+    if examples:
+        _bound_examples(examples)
+
+
+MACHINE = pytest.StashKey()
+
+
+def _start_machine(option):
+    """The machine, ready; or the reason why there is none."""
+    import machine
+
+    replays = []
+    for name in filter(None, option.compiled.split(",")):
+        if name not in machine.GROUPS and name not in machine.MODES:
+            known = ", ".join([*machine.GROUPS, *machine.MODES])
+            raise pytest.UsageError(f"--compiled: expected some of {known}; got {name!r} (before a path write --compiled=plain)")
+        replays += machine.GROUPS.get(name, (name,))
+    reason = machine.available() if HAS_TRITON else NO_TRITON
+    if reason is None:
+        machine.install(option.compiled_arch)
+        machine.replay_modes[:] = [mode for mode in dict.fromkeys(replays) if mode != "plain"]
+        return machine
+    return reason
+
+
+def _bound_examples(most: int) -> None:
+    """A test's own @settings(max_examples=...) is bounded too."""
+    stock = hypothesis.settings.__call__
+
+    def bounded(self, test):
+        return stock(hypothesis.settings(self, max_examples=most) if self.max_examples > most else self, test)
+
+    hypothesis.settings.__call__ = bounded
+    hypothesis.settings.register_profile("bounded", hypothesis.settings.get_profile("repeatable"), max_examples=most)
+    hypothesis.settings.load_profile("bounded")
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where kernels run in this process."""
-    return torch.device("cuda", torch.cuda.current_device()) if COMPILED else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _schedule_of_this_test(request):
+    """The machine's schedules depend on the test alone, not on those before it."""
+    machine = request.config.stash.get(MACHINE, None)
+    if machine is not None and not isinstance(machine, str):
+        machine.settings.seed = 1 + zlib.crc32(request.node.nodeid.encode())
 
 
 def pytest_collection_modifyitems(config, items):
-    if COMPILED:
-        # Everything else works on CPU tensors, which only the interpreter takes.
-        config.hook.pytest_deselected(items=[item for item in items if "gpu" not in item.keywords])
-        items[:] = [item for item in items if "gpu" in item.keywords]
+    machine = config.stash.get(MACHINE, None)
+
+    def here(item):
+        if ON_GPU:  # everything else works on CPU tensors, which only the interpreter and the machine take
+            return "gpu" in item.keywords
+        if machine is not None:
+            return item.path.stem.removeprefix("test_") in OPS
+        return "compiled_only" not in item.keywords
+
+    config.hook.pytest_deselected(items=[item for item in items if not here(item)])
+    items[:] = [item for item in items if here(item)]
+    if ON_GPU:
         return
-    reason = OTHER_PROCESS if HAS_GPU else NO_GPU
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(pytest.mark.skip(reason=OTHER_PROCESS if HAS_GPU else NO_GPU))
+        if isinstance(machine, str):
+            item.add_marker(pytest.mark.skip(reason=f"{NO_MACHINE}: {machine}"))
 
 
 def _missing_triton(error: BaseException | None) -> bool:
@@ -77,7 +161,8 @@ def pytest_sessionfinish(session, exitstatus):
     # With pytest-xdist (-n) its workers hold the tests, and the process that directs them does not see which there are.
     directing, worker = bool(getattr(config.option, "numprocesses", None)), hasattr(config, "workerinput")
     waiting = directing or any("gpu" in item.keywords for item in session.items)
-    if COMPILED or worker or not HAS_GPU or not waiting or config.option.collectonly or exitstatus > pytest.ExitCode.TESTS_FAILED:
+    here = ON_GPU or config.option.compiled is not None
+    if here or worker or not HAS_GPU or not waiting or config.option.collectonly or exitstatus > pytest.ExitCode.TESTS_FAILED:
         return
     print("\n\ntests marked gpu, in a process of their own:", flush=True)
     command = [sys.executable, "-m", "pytest", *config.invocation_params.args, *(["-n", "0"] if directing else [])]
@@ -86,8 +171,13 @@ def pytest_sessionfinish(session, exitstatus):
         session.exitstatus = done.returncode
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
     reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
-    for reason in (NO_GPU, NO_TRITON):
-        if reason in reasons:
-            terminalreporter.write_line(f"skipped {reasons.count(reason)} tests: {reason}")
+    for reason in (NO_GPU, NO_TRITON, NO_MACHINE):
+        if count := sum(text.startswith(reason) for text in reasons):
+            terminalreporter.write_line(f"skipped {count} tests: {reason}")
+    machine = config.stash.get(MACHINE, None)
+    if machine is not None and not isinstance(machine, str):
+        terminalreporter.write_line(machine.summary())
+        if config.option.compiled_record:
+            Path(config.option.compiled_record).write_text(json.dumps(machine.record(), indent=1))

@@ -1,0 +1,165 @@
+"""Does the machine see what orders memory? Every fence of the kernels is taken out, one at a time, and tests run on what is left.
+
+    python tests/machine/mutants.py --list                 the mutants
+    python tests/machine/mutants.py accept                 those of files whose path holds "accept"
+
+Mutants: a block barrier, a fence before a release or a grid barrier left out; a release, an acquire or both made relaxed; the volatile
+loads of a file made plain. Each is made in a copy of the tree and runs the tests that TESTS names for its file, every launch in all
+modes. Seen: a test fails. A mutant that no mode sees is named in UNSEEN with the reason why the order holds without it, or it is a gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "dspark_kernels" / "kernels"
+TABLE = ROOT / "bench" / "results" / "machine" / "mutants.csv"
+COLUMNS = ("file", "function", "occurrence", "change", "seen", "by", "seconds")
+
+LEFT_OUT = re.compile(r"^\s*(tl\.debug_barrier|stores_done|grid_barrier)\(.*\)")
+RELAXED = re.compile(r'sem="(release|acquire|acq_rel)"')
+
+
+class Mutant(NamedTuple):
+    """A change of one line, or (line 0) of a whole file. `function` and `occurrence` name it whatever the line numbers."""
+
+    file: str
+    line: int
+    function: str
+    occurrence: int
+    change: str
+
+
+def mutants() -> list[Mutant]:
+    found = []
+    for path in sorted(KERNELS.rglob("*.py")):
+        file, text = str(path.relative_to(KERNELS)), path.read_text()
+        function, seen = "", {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if match := re.match(r"def (\w+)", line):
+                function = match[1]
+            for pattern, change in ((LEFT_OUT, "without {}"), (RELAXED, "{} made relaxed")):
+                if match := pattern.search(line):
+                    change = change.format(match[1])
+                    seen[function, change] = seen.get((function, change), 0) + 1
+                    found.append(Mutant(file, number, function, seen[function, change], change))
+        if "volatile=True" in text:
+            found.append(Mutant(file, 0, "", text.count("volatile=True"), "volatile loads made plain"))
+    return found
+
+
+def changed(text: str, mutant: Mutant) -> str:
+    if not mutant.line:
+        return text.replace("volatile=True", "volatile=False")
+    lines = text.splitlines(keepends=True)
+    line = lines[mutant.line - 1]
+    if mutant.change.startswith("without"):
+        lines[mutant.line - 1] = LEFT_OUT.sub(re.match(r"\s*", line)[0] + "pass", line)
+    else:
+        lines[mutant.line - 1] = RELAXED.sub('sem="relaxed"', line)
+    return "".join(lines)
+
+
+# What tests a mutant of a file runs, by the longest prefix of its path: few binaries, all phases of the kernel.
+TESTS = {
+    "": (),
+}
+
+# Mutants that no mode sees, (file, function, change) -> why the order holds without it.
+UNSEEN: dict[tuple[str, str, str], str] = {}
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    return TESTS[max((prefix for prefix in TESTS if file.startswith(prefix)), key=len)]
+
+
+def run(mutant: Mutant, folder: Path) -> dict:
+    """Its row of the table."""
+    path = folder / "dspark_kernels" / "kernels" / mutant.file
+    text = path.read_text()
+    path.write_text(changed(text, mutant))
+    tests = [f"tests/{name}" for name in tests_of(mutant.file)]
+    command = [
+        sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--compiled=all", "--compiled-examples=2", "--tb=short", *tests
+    ]  # fmt: skip
+    started = time.perf_counter()
+    try:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=900)
+        seen, by = done.returncode == 1, _first_word(done.stdout)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"{mutant}: {done.stdout[-3000:]}{done.stderr[-2000:]}")
+    except subprocess.TimeoutExpired:
+        seen, by = True, "did not end"
+    finally:
+        path.write_text(text)
+    row = dict(file=mutant.file, function=mutant.function, occurrence=mutant.occurrence, change=mutant.change)
+    return row | dict(seen="yes" if seen else "no", by=by if seen else "", seconds=round(time.perf_counter() - started))
+
+
+def _first_word(output: str) -> str:
+    """What saw it: a kind of race, other bits in a mode, a comparison with the reference."""
+    if match := re.search(r"race\.\w+", output):
+        mode = re.search(r"mode (\w+), seed", output)
+        return f"{match[0]} in mode {mode[1]}" if mode else match[0]
+    if match := re.search(r"bytes of .* differ in mode (\w+)", output):
+        return f"other bits in mode {match[1]}"
+    if match := re.search(r"(deadlock|livelock|bounds|uninitialised)", output):
+        return match[1]
+    return "a comparison of the test"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="*", help="only mutants of files whose path holds one of these")
+    parser.add_argument("--list", action="store_true", help="print the mutants, and stop")
+    parser.add_argument("--again", action="store_true", help="also those that the table has")
+    parser.add_argument("--out", type=Path, default=TABLE, help="the table (default: %(default)s)")
+    options = parser.parse_args()
+    chosen = [m for m in mutants() if not options.files or any(name in m.file for name in options.files)]
+    if options.list:
+        for m in chosen:
+            print(f"{m.file}:{m.line} {m.function} {m.occurrence}: {m.change}  [{' '.join(tests_of(m.file))}]")
+        return 0
+    rows = {}
+    if options.out.exists():
+        with options.out.open(newline="") as file:
+            rows = {_key(row): row for row in csv.DictReader(file)}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "tree"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "assets", "results"))
+        for number, mutant in enumerate(chosen, 1):
+            key = _key(mutant._asdict())
+            if key in rows and not options.again:
+                continue
+            row = {name: str(value) for name, value in run(mutant, folder).items()}
+            rows[key] = row
+            print(f"[{number}/{len(chosen)}]", " ".join(row.values()), flush=True)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with options.out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(sorted(rows.values(), key=lambda r: tuple(str(r[name]) for name in COLUMNS[:4])))
+    gaps = [row for row in rows.values() if row["seen"] == "no" and (row["file"], row["function"], row["change"]) not in UNSEEN]
+    for row in gaps:
+        print("not seen, and no reason named:", row["file"], row["function"], row["change"])
+    return 1 if gaps else 0
+
+
+def _key(row: dict) -> tuple:
+    return tuple(str(row[name]) for name in COLUMNS[:4])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Races between the warps of one program that are known and harmless, each with the reason why.
+
+Triton executes a scalar load in every warp and a scalar store in one. Where a warp that needs no value of a load runs late, its load may
+meet the store of a later phase: a race by the letter, without effect. Everything else is a fault and not listed here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Named(NamedTuple):
+    kernel: str
+    place: str  # a part of the report's text: the file of the access, or of the one it races with
+    reason: str
+
+
+NAMED: tuple[Named, ...] = ()
+
+
+def is_named(report) -> bool:
+    return report.kind == "race.within" and any(n.kernel in report.text and n.place in report.text for n in NAMED)
