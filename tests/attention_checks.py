@@ -7,9 +7,15 @@ import torch
 from errors import excess_error
 
 import dspark_kernels as dk
+from dspark_kernels.launch import arch, attention as attention_launch
 from reference import attention
 
 FP8 = torch.float8_e4m3fn
+
+
+def casts_fp8() -> bool:
+    """Whether the architecture that kernels run on here has fp8 casts of its own."""
+    return attention_launch.pick(arch.current(torch.device("cpu")), None, 64, 2, 1, 1).native_fp8
 
 
 def small_parts(pick, **changes):

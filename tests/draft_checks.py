@@ -60,6 +60,19 @@ def eager_latents(head, embedded, hidden, state):
     return torch.stack(latents).to(product_type(head)).float(), state
 
 
+def summed_for_state(case, r, previous):
+    """The largest sum of |weight x input| + |bias| behind a value of the rnn's state: sigmoid and tanh do not raise its error.
+
+    A state that tanh made is at most 1, one that was handed over at most its largest value.
+    """
+    rank = case.head.rank
+    carried = max(1.0, case.head_state.abs().max().item())
+    embedded = torch.stack([heads.embed(case.head, x) for x in previous]).abs()
+    inputs = torch.cat([torch.full((len(previous), rank), carried), embedded, case.hidden[r].float().abs()], -1)
+    weights, bias = case.head.joint_weight[: 2 * rank].float().abs(), case.head.joint_bias[: 2 * rank].float().abs()
+    return (inputs.float() @ weights.T + bias).max().item()
+
+
 def laws(case, r, slot, previous):
     """(exact, eager) logits [K, V] of request r after these tokens, and its (exact, eager) state after the block."""
     vocab = case.base_logits.shape[2] if case.vocab_size is None else case.vocab_size
@@ -177,7 +190,7 @@ def check(case, block=None, state=None, exempt=True):
         exact, eager, states = laws(case, r, slot, previous)
         excess_error(stored[r], eager.to(stored.dtype), exact, f"logits of request {r}")
         if state is not None:
-            excess_error(state[slot], states[1], states[0], f"state of request {r}")
+            excess_error(state[slot], states[1], states[0], f"state of request {r}", summed_for_state(case, r, previous))
         if case.sampling is not None:
             temperature = float(case.sampling.temperature[slot])
             scale = 1.0 / temperature if temperature > 0 else 1.0

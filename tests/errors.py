@@ -6,10 +6,11 @@ import torch
 ULP = 2.0**-23
 
 
-def excess_error(actual, eager, exact, what):
+def excess_error(actual, eager, exact, what, summed=0.0):
     """Fail unless max |actual - exact| <= 2 max |eager - exact| + one fp32 ulp of the largest value.
 
     actual and eager in the op's dtype, exact in fp64. Twice, because the largest of a few rounding errors is itself random.
+    summed: the largest sum of |terms| that a value was made from, where terms cancel: its ulp counts, not that of what is left.
     Values that are not finite must be the same.
     """
     actual, eager, exact = (x.double() for x in (actual, eager, exact))
@@ -18,5 +19,5 @@ def excess_error(actual, eager, exact, what):
     if not finite.any():
         return
     error = (actual - exact)[finite].abs().max().item()
-    bound = 2 * (eager - exact)[finite].abs().max().item() + ULP * max(1.0, exact[finite].abs().max().item())
+    bound = 2 * (eager - exact)[finite].abs().max().item() + ULP * max(1.0, exact[finite].abs().max().item(), summed)
     assert error <= bound, f"{what}: error {error:.3g} exceeds {bound:.3g}"

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from attention_checks import check, plan_of, run, small_parts
+from attention_checks import casts_fp8, check, plan_of, run, small_parts
 from far import far_apart
 from hypothesis import HealthCheck, given, settings, strategies as st
 
@@ -66,6 +66,8 @@ def test_number_types(monkeypatch, types, native):
     """fp8 by the GPU's cast and by bits; errors no worse than eager PyTorch's in the same dtype."""
     if not native and "cache_dtype" not in types:
         pytest.skip("only an fp8 cache is widened")
+    if native and "cache_dtype" in types and not casts_fp8():
+        pytest.skip("this architecture has no fp8 casts")
     monkeypatch.setattr(attention_launch, "pick", small_parts(attention_launch.pick, native_fp8=native))
     for mask in ("chain", "tree"):
         check(cases.attention_case(seed=4, rows=(5, 2), contexts=(70, 90), head_dim=64, mask=mask, **types))
@@ -103,9 +105,7 @@ def _spread(words):
 
 def test_every_byte_of_fp8():
     """A context of 16 keys whose values are all 256 bytes: what a single visible key shows is what the byte means."""
-    from dspark_kernels.launch import arch
-
-    for native in (True, False):
+    for native in (True, False) if casts_fp8() else (False,):
         values = torch.arange(256, dtype=torch.uint8).view(FP8).view(16, 1, 1, 16)
         keys = torch.zeros(16, 1, 1, 16).to(FP8)
         one = torch.ones(1)
@@ -119,7 +119,6 @@ def test_every_byte_of_fp8():
             pick = attention_launch.pick
             patch.setattr(attention_launch, "pick", lambda *a: dataclasses.replace(pick(*a), native_fp8=native))  # noqa: B023
             out = dk.tree_attention(torch.zeros(16, 1, 16), kv, layout, **arguments)
-        assert arch.current(out.device).name == "interpreter"
         torch.testing.assert_close(out.view(-1), values.float().view(-1), rtol=0, atol=0, equal_nan=True)
 
 
@@ -360,7 +359,8 @@ def test_starts_that_do_not_ascend_leave_the_counters_clean(monkeypatch):
         plan = plan_of(case)
         run(case, plan=plan, workspace=workspace)
         assert (workspace.counters == 0).all()
-        assert plan.counts[0] == min(20 + -(-last * 3 // plan.block_m), plan.items.shape[0])
+        tiles = [-(-rows * 3 // plan.block_m) for rows in (48, 48, 48, 48, last)]  # of 3 query heads, requests with rows
+        assert plan.counts[0] == min(sum(tiles), plan.items.shape[0])
 
 
 @pytest.mark.parametrize("word, message", [(0b111, "not to name later slots"), (0b001, "the node itself"), (0, "the node itself")])

@@ -126,6 +126,7 @@ void Parser::allocate() {
   };
   for (auto& in : kernel->code) {
     for (auto& o : in.operand) mv(o);
+    for (auto& o : in.accumulators) mv(o);
     mv(in.base);
     if (in.guard >= 0) mv(in.guard);
   }

@@ -73,8 +73,9 @@ struct Reg1 {
   OP3(U, U, U, W3 B, CLASS_INTEGER, (U)((u64)a * (u64)b + c), "mad.lo." UN, "mad.lo." SN)                      \
   OP2(U, U, W3, CLASS_INTEGER, a& b, "and." BN)                                                                \
   OP2(U, U, W3, CLASS_INTEGER, a | b, "or." BN)                                                                \
-  OP2(U, U, W3, CLASS_INTEGER, a ^ b, "xor." BN) OP1(U, U, W2, CLASS_INTEGER, ~a, "not." BN)                   \
-      OP1(U, U, W2, CLASS_INTEGER, a == 0, "cnot." BN) OP1(U, U, W2, CLASS_INTEGER, (U)0 - a, "neg." SN)       \
+  OP2(U, U, W3, CLASS_INTEGER, a ^ b, "xor." BN)                                                               \
+  OP1(U, U, W2, CLASS_INTEGER, ~a, "not." BN) OP1(U, U, W2, CLASS_INTEGER, a == 0, "cnot." BN)                 \
+      OP1(U, U, W2, CLASS_INTEGER, (U)0 - a, "neg." SN)                                                        \
           OP1(U, Sg, W2, CLASS_INTEGER, a < 0 ? (U)0 - (U)a : (U)a, "abs." SN)                                 \
               OP2(Sg, Sg, W3, CLASS_INTEGER, a < b ? a : b, "min." SN)                                         \
                   OP2(U, U, W3, CLASS_INTEGER, a < b ? a : b, "min." UN)                                       \
@@ -100,31 +101,32 @@ struct Reg1 {
                                                                        "rem." SN)
 INTS(u16, s16, "22", "222", "2", "u16", "s16", "b16")
 INTS(u32, s32, "44", "444", "4", "u32", "s32", "b32")
+OP2(s32, s32, "444", CLASS_INTEGER, std::max(std::min(a, b), 0), "min.relu.s32")
+OP2(s32, s32, "444", CLASS_INTEGER, std::max(std::max(a, b), 0), "max.relu.s32")
 INTS(u64, s64, "88", "888", "8", "u64", "s64", "b64")
 OP2(u32, u32, "444", CLASS_INTEGER, ((u64)a * b) >> 32, "mul.hi.u32")
 OP2(s32, s32, "444", CLASS_INTEGER, ((s64)a * b) >> 32, "mul.hi.s32")
 OP2(u64, u64, "888", CLASS_INTEGER, ((u128)a * b) >> 64, "mul.hi.u64")
-OP2(s64, s64, "888", CLASS_INTEGER, ((s128)a * b) >> 64,
-    "mul.hi.s64") OP2(u16, u16, "222", CLASS_INTEGER, ((u32)a * b) >> 16,
-                      "mul.hi.u16") OP2(s16, s16, "222", CLASS_INTEGER, ((s32)a * b) >> 16, "mul.hi.s16")
-    OP2(u64, u32, "844", CLASS_INTEGER, (u64)a* b,
-        "mul.wide.u32") OP2(s64, s32, "844", CLASS_INTEGER, (s64)a* b,
-                            "mul.wide.s32") OP2(u32, u16, "422", CLASS_INTEGER, (u32)a* b, "mul.wide.u16")
-        OP2(s32, s16, "422", CLASS_INTEGER, (s32)a* b, "mul.wide.s16") OP3(u64, u32, u64, "8448", CLASS_INTEGER,
-                                                                           (u64)a* b + c, "mad.wide.u32")
-            OP3(u64, s32, u64, "8448", CLASS_INTEGER, (u64)((s64)a * b) + c,
-                "mad.wide.s32") OP3(u32, u16, u32, "4224", CLASS_INTEGER, (u32)a* b + c, "mad.wide.u16")
-                OP3(u32, s16, u32, "4224", CLASS_INTEGER, (u32)((s32)a * b) + c, "mad.wide.s16")
-                    OP3(u32, u32, u32, "4444", CLASS_INTEGER, (u32)(((u64)a * b) >> 32) + c, "mad.hi.u32")
-                        OP3(u32, s32, u32, "4444", CLASS_INTEGER, (u32)(((s64)a * b) >> 32) + c, "mad.hi.s32")
-                            OP3(u32, u32, u32, "4444", CLASS_INTEGER, (a > b ? a - b : b - a) + c, "sad.u32")
-                                OP3(u32, s32, u32, "4444", CLASS_INTEGER, (u32)(a > b ? a - b : b - a) + c,
-                                    "sad.s32") OP1(u32, u32, "44", CLASS_INTEGER, __builtin_popcount(a),
-                                                   "popc.b32")
-                                    OP1(u32, u64, "48", CLASS_INTEGER, __builtin_popcountll(a), "popc.b64")
-                                        OP1(u32, u32, "44", CLASS_INTEGER, a ? __builtin_clz(a) : 32, "clz.b32")
-                                            OP1(u32, u64, "48", CLASS_INTEGER, a ? __builtin_clzll(a) : 64,
-                                                "clz.b64") static ALWAYS_INLINE u32 brev32(u32 v) {
+OP2(s64, s64, "888", CLASS_INTEGER, ((s128)a * b) >> 64, "mul.hi.s64")
+OP2(u16, u16, "222", CLASS_INTEGER, ((u32)a * b) >> 16,
+    "mul.hi.u16") OP2(s16, s16, "222", CLASS_INTEGER, ((s32)a * b) >> 16,
+                      "mul.hi.s16") OP2(u64, u32, "844", CLASS_INTEGER, (u64)a* b, "mul.wide.u32")
+    OP2(s64, s32, "844", CLASS_INTEGER, (s64)a* b,
+        "mul.wide.s32") OP2(u32, u16, "422", CLASS_INTEGER, (u32)a* b,
+                            "mul.wide.u16") OP2(s32, s16, "422", CLASS_INTEGER, (s32)a* b, "mul.wide.s16")
+        OP3(u64, u32, u64, "8448", CLASS_INTEGER, (u64)a* b + c,
+            "mad.wide.u32") OP3(u64, s32, u64, "8448", CLASS_INTEGER, (u64)((s64)a * b) + c, "mad.wide.s32")
+            OP3(u32, u16, u32, "4224", CLASS_INTEGER, (u32)a* b + c,
+                "mad.wide.u16") OP3(u32, s16, u32, "4224", CLASS_INTEGER, (u32)((s32)a * b) + c, "mad.wide.s16")
+                OP3(u32, u32, u32, "4444", CLASS_INTEGER, (u32)(((u64)a * b) >> 32) + c, "mad.hi.u32")
+                    OP3(u32, s32, u32, "4444", CLASS_INTEGER, (u32)(((s64)a * b) >> 32) + c, "mad.hi.s32")
+                        OP3(u32, u32, u32, "4444", CLASS_INTEGER, (a > b ? a - b : b - a) + c, "sad.u32")
+                            OP3(u32, s32, u32, "4444", CLASS_INTEGER, (u32)(a > b ? a - b : b - a) + c,
+                                "sad.s32") OP1(u32, u32, "44", CLASS_INTEGER, __builtin_popcount(a), "popc.b32")
+                                OP1(u32, u64, "48", CLASS_INTEGER, __builtin_popcountll(a), "popc.b64")
+                                    OP1(u32, u32, "44", CLASS_INTEGER, a ? __builtin_clz(a) : 32, "clz.b32")
+                                        OP1(u32, u64, "48", CLASS_INTEGER, a ? __builtin_clzll(a) : 64,
+                                            "clz.b64") static ALWAYS_INLINE u32 brev32(u32 v) {
   v = ((v >> 1) & 0x55555555) | ((v & 0x55555555) << 1);
   v = ((v >> 2) & 0x33333333) | ((v & 0x33333333) << 2);
   v = ((v >> 4) & 0x0f0f0f0f) | ((v & 0x0f0f0f0f) << 4);
@@ -136,8 +138,8 @@ OP1(u32, u32, "44", CLASS_INTEGER, a ? 31 - __builtin_clz(a) : ~0u, "bfind.u32",
 OP1(u32, s32, "44", CLASS_INTEGER, (a < 0 ? ~a : a) ? 31 - __builtin_clz((u32)(a < 0 ? ~a : a)) : ~0u,
     "bfind.s32")
 OP1(u32, u32, "44", CLASS_INTEGER, a ? __builtin_clz(a) : ~0u, "bfind.shiftamt.u32")
-    OP1(u32, u64, "48", CLASS_INTEGER, a ? 63 - __builtin_clzll(a) : ~0u, "bfind.u64") static ALWAYS_INLINE u64
-    bfe(u64 a, u32 b, u32 c, int W, bool sg) {
+OP1(u32, u64, "48", CLASS_INTEGER, a ? 63 - __builtin_clzll(a) : ~0u, "bfind.u64")
+static ALWAYS_INLINE u64 bfe(u64 a, u32 b, u32 c, int W, bool sg) {
   u32 pos = b & 255, len = c & 255;
   if (!len) return 0;
   u64 sign_extend = 0;
@@ -247,7 +249,8 @@ static Reg1 r_selp2({"selp.b16", "selp.u16", "selp.s16", "selp.f16"}, select_by_
 PRED(a& b, "ppp", "and.pred")
 PRED(a | b, "ppp", "or.pred")
 PRED(a ^ b, "ppp", "xor.pred")
-PRED(~a, "pp", "not.pred") PRED(a, "pp", "mov.pred")
+PRED(~a, "pp", "not.pred")
+PRED(a, "pp", "mov.pred")
     // comparisons
     template <class X, class F>
     static ALWAYS_INLINE void cmp(Warp& w, const Instruction& in, u32 m, F f) {
@@ -283,17 +286,19 @@ PRED(~a, "pp", "not.pred") PRED(a, "pp", "mov.pred")
 CMPI(s16, "p22", "s16")
 CMPU(u16, "p22", "u16")
 CMPI(u16, "p22", "b16")
-CMPI(s32, "p44", "s32") CMPU(u32, "p44", "u32") CMPI(u32, "p44", "b32") CMPI(s64, "p88", "s64")
-    CMPU(u64, "p88", "u64") CMPI(u64, "p88", "b64")
-#define CMPF(X, W, T)                                                                               \
-  CMP1(X, W, "setp.eq." T, a == b)                                                                  \
-  CMP1(X, W, "setp.ne." T, (a < b) | (a > b))                                                       \
-  CMP1(X, W, "setp.lt." T, a < b)                                                                   \
-  CMP1(X, W, "setp.le." T, a <= b) CMP1(X, W, "setp.gt." T, a > b) CMP1(X, W, "setp.ge." T, a >= b) \
-      CMP1(X, W, "setp.equ." T, !((a < b) | (a > b))) CMP1(X, W, "setp.neu." T, a != b)             \
-          CMP1(X, W, "setp.ltu." T, !(a >= b)) CMP1(X, W, "setp.leu." T, !(a > b))                  \
-              CMP1(X, W, "setp.gtu." T, !(a <= b)) CMP1(X, W, "setp.geu." T, !(a < b))              \
-                  CMP1(X, W, "setp.num." T, (a == a) & (b == b))                                    \
+CMPI(s32, "p44", "s32")
+CMPU(u32, "p44", "u32") CMPI(u32, "p44", "b32") CMPI(s64, "p88", "s64") CMPU(u64, "p88", "u64")
+    CMPI(u64, "p88", "b64")
+#define CMPF(X, W, T)                                                                   \
+  CMP1(X, W, "setp.eq." T, a == b)                                                      \
+  CMP1(X, W, "setp.ne." T, (a < b) | (a > b))                                           \
+  CMP1(X, W, "setp.lt." T, a < b)                                                       \
+  CMP1(X, W, "setp.le." T, a <= b)                                                      \
+  CMP1(X, W, "setp.gt." T, a > b) CMP1(X, W, "setp.ge." T, a >= b)                      \
+      CMP1(X, W, "setp.equ." T, !((a < b) | (a > b))) CMP1(X, W, "setp.neu." T, a != b) \
+          CMP1(X, W, "setp.ltu." T, !(a >= b)) CMP1(X, W, "setp.leu." T, !(a > b))      \
+              CMP1(X, W, "setp.gtu." T, !(a <= b)) CMP1(X, W, "setp.geu." T, !(a < b))  \
+                  CMP1(X, W, "setp.num." T, (a == a) & (b == b))                        \
                       CMP1(X, W, "setp.nan." T, (a != a) | (b != b))
         CMPF(float, "p44", "f32") CMPF(double, "p88", "f64")
 #define CMPH(T, CV)                                                                                            \
@@ -301,13 +306,13 @@ CMPI(s32, "p44", "s32") CMPU(u32, "p44", "u32") CMPI(u32, "p44", "b32") CMPI(s64
   CMP1(u16, "p22", "setp.ne." T, (CV(a) < CV(b)) | (CV(a) > CV(b)))                                            \
   CMP1(u16, "p22", "setp.lt." T, CV(a) < CV(b))                                                                \
   CMP1(u16, "p22", "setp.le." T, CV(a) <= CV(b))                                                               \
-  CMP1(u16, "p22", "setp.gt." T, CV(a) > CV(b)) CMP1(u16, "p22", "setp.ge." T, CV(a) >= CV(b))                 \
-      CMP1(u16, "p22", "setp.neu." T, CV(a) != CV(b)) CMP1(u16, "p22", "setp.ltu." T, !(CV(a) >= CV(b)))       \
-          CMP1(u16, "p22", "setp.leu." T, !(CV(a) > CV(b))) CMP1(u16, "p22", "setp.gtu." T, !(CV(a) <= CV(b))) \
-              CMP1(u16, "p22", "setp.geu." T, !(CV(a) < CV(b)))                                                \
-                  CMP1(u16, "p22", "setp.equ." T, !((CV(a) < CV(b)) | (CV(a) > CV(b))))                        \
-                      CMP1(u16, "p22", "setp.nan." T, (CV(a) != CV(a)) | (CV(b) != CV(b)))                     \
-                          CMP1(u16, "p22", "setp.num." T, (CV(a) == CV(a)) & (CV(b) == CV(b)))
+  CMP1(u16, "p22", "setp.gt." T, CV(a) > CV(b))                                                                \
+  CMP1(u16, "p22", "setp.ge." T, CV(a) >= CV(b)) CMP1(u16, "p22", "setp.neu." T, CV(a) != CV(b))               \
+      CMP1(u16, "p22", "setp.ltu." T, !(CV(a) >= CV(b))) CMP1(u16, "p22", "setp.leu." T, !(CV(a) > CV(b)))     \
+          CMP1(u16, "p22", "setp.gtu." T, !(CV(a) <= CV(b))) CMP1(u16, "p22", "setp.geu." T, !(CV(a) < CV(b))) \
+              CMP1(u16, "p22", "setp.equ." T, !((CV(a) < CV(b)) | (CV(a) > CV(b))))                            \
+                  CMP1(u16, "p22", "setp.nan." T, (CV(a) != CV(a)) | (CV(b) != CV(b)))                         \
+                      CMP1(u16, "p22", "setp.num." T, (CV(a) == CV(a)) & (CV(b) == CV(b)))
             CMPH("f16", float_of_fp16) CMPH("bf16", float_of_bf16)
     // floats
     OP2(float, float, "444", CLASS_FLOAT, a + b, "add.f32", "add.rn.f32") OP2(
@@ -319,11 +324,11 @@ CMPI(s32, "p44", "s32") CMPU(u32, "p44", "u32") CMPI(u32, "p44", "b32") CMPI(s64
                                                                             "add.ftz.f32", "add.rn.ftz.f32")
         OP2(float, float, "444", CLASS_FLOAT, flushed(flushed(a) - flushed(b)), "sub.ftz.f32",
             "sub.rn.ftz.f32") OP2(float, float, "444", CLASS_FLOAT, flushed(flushed(a) * flushed(b)),
-                                  "mul.ftz.f32", "mul.rn.ftz.f32") OP3(float, float, float, "4444", CLASS_FLOAT,
-                                                                       flushed(__builtin_fmaf(flushed(a),
-                                                                                              flushed(b),
-                                                                                              flushed(c))),
-                                                                       "fma.rn.ftz.f32")
+                                  "mul.ftz.f32",
+                                  "mul.rn.ftz.f32") OP3(float, float, float, "4444", CLASS_FLOAT,
+                                                        flushed(__builtin_fmaf(flushed(a), flushed(b),
+                                                                               flushed(c))),
+                                                        "fma.rn.ftz.f32")
             OP1(u32, u32, "44", CLASS_FLOAT, a ^ 0x80000000u, "neg.f32") OP1(
                 u32, u32, "44",
                 CLASS_FLOAT, a & 0x7fffffffu,
@@ -413,10 +418,10 @@ CMPI(s32, "p44", "s32") CMPU(u32, "p44", "u32") CMPI(u32, "p44", "b32") CMPI(s64
   OP2(u16, u16, "222", CLASS_FLOAT, FROM(TO(a) + TO(b)), "add." T, "add.rn." T)                                \
   OP2(u16, u16, "222", CLASS_FLOAT, FROM(TO(a) - TO(b)), "sub." T, "sub.rn." T)                                \
   OP2(u16, u16, "222", CLASS_FLOAT, FROM(TO(a) * TO(b)), "mul." T, "mul.rn." T)                                \
-  OP3(u16, u16, u16, "2222", CLASS_FLOAT, FROMD((double)TO(a) * TO(b) + TO(c)), "fma.rn." T) OP1(              \
-      u16, u16, "22", CLASS_FLOAT, a ^ 0x8000,                                                                 \
-      "neg." T) OP1(u16, u16, "22", CLASS_FLOAT, a & 0x7fff,                                                   \
-                    "abs." T) OP2(u16, u16, "222", CLASS_FLOAT, FROM(max_number(TO(a), TO(b))), "max." T)      \
+  OP3(u16, u16, u16, "2222", CLASS_FLOAT, FROMD((double)TO(a) * TO(b) + TO(c)), "fma.rn." T)                   \
+  OP1(u16, u16, "22", CLASS_FLOAT, a ^ 0x8000, "neg." T) OP1(                                                  \
+      u16, u16, "22", CLASS_FLOAT, a & 0x7fff, "abs." T) OP2(u16, u16, "222", CLASS_FLOAT,                     \
+                                                             FROM(max_number(TO(a), TO(b))), "max." T)         \
       OP2(u16, u16, "222", CLASS_FLOAT, FROM(min_number(TO(a), TO(b))), "min." T) OP2(                         \
           u16, u16, "222", CLASS_FLOAT, FROM(max_or_nan(TO(a), TO(b))), "max.NaN." T)                          \
           OP2(u16, u16, "222", CLASS_FLOAT, FROM(min_or_nan(TO(a), TO(b))), "min.NaN." T) OP2(                 \

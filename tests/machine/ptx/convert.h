@@ -164,3 +164,37 @@ static std::unordered_map<std::string, Handler> COMMON_CONVERSIONS = {
     CV(s32, s16, "cvt.s32.s16:42", a),
     CV(float, s64, "cvt.rn.f32.s64:48", a),
     CV(float, u64, "cvt.rn.f32.u64:48", a)};
+
+// Pairs of 8-bit numbers (sm_89 and newer). e4m3 has no infinity: 0x7f is its NaN, and conversions stop at 448.
+static float float_of_fp8(u8 x, bool e5m2) {
+  if (e5m2) return float_of_fp16((u16)(x << 8));
+  int exponent = (x >> 3) & 15, mantissa = x & 7;
+  if ((x & 0x7f) == 0x7f) return float_of_bits(0x7fffffff);
+  float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp((float)mantissa, -9);
+  return x & 0x80 ? -size : size;
+}
+static u8 fp8_of_float(float value, bool e5m2) {
+  if (value != value) return 0x7f;
+  u8 sign = std::signbit(value) ? 0x80 : 0, best = 0;
+  float size = std::fabs(value);
+  u8 largest = e5m2 ? 0x7b : 0x7e;
+  if (size >= float_of_fp8(largest, e5m2)) return sign | largest;
+  while (float_of_fp8(best + 1, e5m2) <= size) best++;  // codes ascend with what they mean
+  float below = size - float_of_fp8(best, e5m2), above = float_of_fp8(best + 1, e5m2) - size;
+  return sign | (above < below || (above == below && (best & 1)) ? best + 1 : best);
+}
+H(widen_fp8_pair) {  // flag: e5m2
+  LANES {
+    u16 x = source<u16>(w, in.operand[1])[i];
+    u32 low = fp16_of_float(float_of_fp8((u8)x, in.flag)),
+        high = fp16_of_float(float_of_fp8((u8)(x >> 8), in.flag));
+    destination<u32>(w, in.operand[0])[i] = low | high << 16;
+  }
+}
+H(narrow_to_fp8_pair) {  // the first source in the upper half
+  LANES {
+    u16 high = fp8_of_float(source<float>(w, in.operand[1])[i], in.flag);
+    u16 low = fp8_of_float(source<float>(w, in.operand[2])[i], in.flag);
+    destination<u16>(w, in.operand[0])[i] = low | high << 8;
+  }
+}

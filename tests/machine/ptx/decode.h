@@ -27,6 +27,8 @@ static const std::map<std::string, Decoder> DECODERS = {{"ret", &Parser::decode_
                                                         {"cp", &Parser::decode_async_copy},
                                                         {"ldmatrix", &Parser::decode_load_matrix},
                                                         {"mma", &Parser::decode_matrix_product},
+                                                        {"stmatrix", &Parser::decode_store_matrix},
+                                                        {"wgmma", &Parser::decode_group_product},
                                                         {"shfl", &Parser::decode_shuffle},
                                                         {"vote", &Parser::decode_vote},
                                                         {"activemask", &Parser::decode_active_mask},
@@ -310,6 +312,59 @@ void Parser::decode_load_matrix() {
   return emit();
 }
 
+void Parser::decode_store_matrix() {
+  in.vector = has("x4") ? 4 : has("x2") ? 2 : 1;
+  in.flag = has("trans");
+  if (!has("m8n8") || !has("b16")) die(op);
+  auto values = vec(ops[1]);
+  for (int i = 0; i < in.vector; i++) in.operand[i] = operand(values[i], 4);
+  address(ops[0], in.base, in.immediate, in.source_bytes);
+  in.kind = KIND_WARP_SYNC;
+  in.op_class = CLASS_STORE_SHARED;
+  in.handler = store_matrix;
+  in.target = -1;
+  return emit();
+}
+
+// wgmma.mma_async.sync.aligned.m64nNk16.f32.T.T {d}, {a} or descriptor, descriptor, counts, 1, 1 (, A across),
+// B across; and wgmma.fence, .commit_group, .wait_group, which have nothing to do where products are made when
+// they are issued.
+void Parser::decode_group_product() {
+  in.op_class = CLASS_MATRIX;
+  in.handler = do_nothing;
+  if (!has("mma_async")) return emit();
+  std::string shape;
+  for (auto& x : parts)
+    if (x.rfind("m64n", 0) == 0) shape = x;
+  size_t k = shape.find('k');
+  bool sixteen = last == TYPE_BF16 || last == TYPE_F16;
+  if (k == std::string::npos || shape.substr(k) != "k16" || !sixteen || !has("f32")) die("unsupported " + op);
+  in.vector = (u8)atoi(shape.c_str() + 4);
+  in.type = last;
+  for (auto& x : vec(ops[0])) {
+    in.accumulators.push_back(operand(x, 4, true));
+    touched.push_back({in.accumulators.back(), false});
+  }
+  auto left = vec(ops[1]);
+  bool described = ops[1][0] != '{';
+  need(described ? 8 : 7);
+  if (described)
+    in.operand[0] = operand(ops[1], 8);
+  else
+    for (int i = 0; i < 4; i++) in.operand[i] = operand(left[i], 4);
+  in.operand[4] = operand(ops[2], 8);
+  in.operand[5] = operand(ops[3], 0);
+  u64 scale_a, scale_b, across[2] = {0, 0};
+  bool numbers = number(ops[4], scale_a) && number(ops[5], scale_b);
+  for (int i = described ? 0 : 1; i < 2; i++) numbers &= number(ops[described ? 6 + i : 6], across[i]);
+  if (!numbers || scale_a != 1 || scale_b != 1) die("operands of " + statement);
+  in.flag = described | (across[0] ? 2 : 0) | (across[1] ? 4 : 0);
+  in.kind = KIND_WARP_SYNC;
+  in.target = -1;
+  in.handler = multiply_in_group;
+  return emit();
+}
+
 void Parser::decode_matrix_product() {
   auto d = vec(ops[0]), a = vec(ops[1]), bb = vec(ops[2]), c = vec(ops[3]);
   int w = 4;
@@ -425,6 +480,24 @@ void Parser::decode_reduction() {
 void Parser::decode_conversion() {
   need(2);
   in.op_class = CLASS_CONVERT;
+  if (parts.back() == "e4m3x2" || parts.back() == "e5m2x2") {
+    if (!has("f16x2") || has("relu")) die("unsupported " + op);
+    in.flag = has("e5m2x2");
+    in.operand[0] = operand(ops[0], 4, true);
+    in.operand[1] = operand(ops[1], 2);
+    in.handler = widen_fp8_pair;
+    return emit();
+  }
+  if (has("e4m3x2") || has("e5m2x2")) {
+    if (parts.back() != "f32" || has("relu")) die("unsupported " + op);
+    need(3);
+    in.flag = has("e5m2x2");
+    in.operand[0] = operand(ops[0], 2, true);
+    in.operand[1] = operand(ops[1], 4);
+    in.operand[2] = operand(ops[2], 4);
+    in.handler = narrow_to_fp8_pair;
+    return emit();
+  }
   u8 td = TYPES.count(parts[parts.size() - 2]) ? TYPES[parts[parts.size() - 2]] : TYPE_NONE;
   u8 ts = last;
   for (auto& x : parts) {
@@ -448,7 +521,7 @@ void Parser::decode_conversion() {
       in.flag |= 2;
     else if (x == "relu")
       in.flag |= 4;
-    else if (x == "rm" || x == "rp" || x == "satfinite" || x == "e4m3x2" || x == "e5m2x2")
+    else if (x == "rm" || x == "rp")
       die("unsupported " + op);
   }
   in.type = td;
@@ -529,9 +602,22 @@ void Parser::decode_compare() {
   }
   std::string key;
   for (auto& x : k) key += (key.empty() ? "" : ".") + x;
+  size_t bar = ops[0].find('|');
+  if (bar != std::string::npos && key.size() > 2 && key.substr(key.size() - 2) == "x2" && bo.empty()) {
+    auto scalar = OPERATIONS.find(key.substr(0, key.size() - 2));
+    if (scalar == OPERATIONS.end()) die("unsupported " + op);
+    in.operand[0] = operand(ops[0].substr(0, bar), 0, true);
+    in.operand[3] = operand(ops[0].substr(bar + 1), 0, true);
+    in.operand[1] = operand(ops[1], 4);
+    in.operand[2] = operand(ops[2], 4);
+    in.immediate = (s64)(void*)scalar->second.handler;
+    in.op_class = CLASS_PREDICATE;
+    in.handler = compare_pair;
+    return emit();
+  }
   auto it = OPERATIONS.find(key);
   if (it == OPERATIONS.end()) die("unsupported " + op);
-  if (ops[0].find('|') != std::string::npos) die("two predicates " + statement);
+  if (bar != std::string::npos) die("two predicates " + statement);
   int w = it->second.w[1] - '0';
   in.operand[0] = operand(ops[0], 0, true);
   in.operand[1] = operand(ops[1], w);

@@ -104,6 +104,7 @@ struct Instruction {
   u8 order = 0, scope = 0, variant = 0, flag = 0;
   s32 base = 0;  // address register (or none: 0x7fffffff)
   s32 line = 0, source_line = -1;
+  std::vector<s32> accumulators;  // of a product of a group of warps, read and written
 };
 constexpr s32 NO_REGISTER = 0x7fffffff;
 

@@ -115,3 +115,81 @@ H(multiply_matrices) {
     }
   }
 }
+
+// ---------------------------------------------------------------- products of a group of four warps (wgmma,
+// sm_90)
+//
+// D [64, N] += A [64, 16] B [16, N] in 16-bit numbers. A warp makes the 16 rows of D that are its own; B, and A
+// unless it is in registers, lie in shared memory as a descriptor says. The product is made when it is issued:
+// a wait that is missing before shared memory is written again is not seen.
+
+struct Operand {  // a matrix of 16-bit numbers in shared memory, by its descriptor
+  u64 start, leading, stride;
+  int width;    // bytes of a swizzled row; 16 without a swizzle
+  bool across;  // rows (of A; columns of B) lie next to each other, not the 16 numbers that are summed over
+
+  Operand(u64 descriptor, bool is_across) : across(is_across) {
+    start = (descriptor & 0x3fff) << 4;
+    leading = ((descriptor >> 16) & 0x3fff) << 4;
+    stride = ((descriptor >> 32) & 0x3fff) << 4;
+    static const int WIDTHS[4] = {16, 128, 64, 32};
+    width = WIDTHS[descriptor >> 62];
+  }
+  u64 address(int row, int k) const {
+    u64 at = start;
+    if (width == 16) {  // tiles of 8 rows of 16 bytes
+      u64 tile = across ? (row / 8) * stride + (k / 8) * leading : (row / 8) * stride + (k / 8) * leading;
+      return at + tile + (across ? (k % 8) * 16 + (row % 8) * 2 : (row % 8) * 16 + (k % 8) * 2);
+    }
+    int per_row = width / 2;
+    if (across)
+      at += (row / per_row) * leading + (k / 8) * stride + (k % 8) * width + (row % per_row) * 2;
+    else
+      at += (row / 8) * stride + (row % 8) * width + k * 2;
+    return at ^ (((at >> 7) & (width / 16 - 1)) << 4);
+  }
+};
+
+static u16 read_operand(Warp& w, const Instruction& in, const Operand& operand, int row, int k, int lane) {
+  u64 at = operand.address(row, k);
+  if (at + 2 > w.program->shared_bytes) {
+    w.launch->fail(2, "wgmma beyond shared memory" + w.launch->where(w, in));
+    return 0;
+  }
+  if (w.launch->race_mode | w.launch->config->uninitialised)
+    note_shared_access(w, in, lane, at, 2, false, nullptr);
+  return *(u16*)(w.program->shared + at);
+}
+
+// operand[0..3] A in registers, or operand[0] its descriptor (flag & 1); operand[4] B's descriptor; operand[5]
+// whether D counts; flag & 2: A, flag & 4: B lie across. vector: N.
+H(multiply_in_group) {
+  int columns = in.vector, first = 16 * (w.id & 3);
+  auto number = [&](u16 x) { return in.type == TYPE_BF16 ? float_of_bf16(x) : float_of_fp16(x); };
+  std::vector<float> a(16 * 16), b(16 * columns);
+  if (in.flag & 1) {
+    Operand left(source<u64>(w, in.operand[0])[0], in.flag & 2);
+    for (int r = 0; r < 16; r++)
+      for (int k = 0; k < 16; k++) a[r * 16 + k] = number(read_operand(w, in, left, first + r, k, r));
+  } else {
+    for (int v = 0; v < 4; v++)
+      for (int i = 0; i < 32; i++)
+        for (int half = 0; half < 2; half++) {
+          int r = (i >> 2) + 8 * (v & 1), k = 2 * (i & 3) + half + 8 * (v >> 1);
+          a[r * 16 + k] = number((u16)(source<u32>(w, in.operand[v])[i] >> (16 * half)));
+        }
+  }
+  Operand right(source<u64>(w, in.operand[4])[0], in.flag & 4);
+  for (int n = 0; n < columns; n++)
+    for (int k = 0; k < 16; k++) b[k * columns + n] = number(read_operand(w, in, right, n, k, n & 31));
+  bool counts = *source<u32>(w, in.operand[5]) & 1;
+  for (size_t v = 0; v < in.accumulators.size(); v++) {
+    float* d = destination<float>(w, in.accumulators[v]);
+    for (int i = 0; i < 32; i++) {
+      int r = (i >> 2) + 8 * ((v >> 1) & 1), n = 8 * (int)(v >> 2) + 2 * (i & 3) + (int)(v & 1);
+      double sum = counts ? d[i] : 0.0;
+      for (int k = 0; k < 16; k++) sum += (double)a[r * 16 + k] * b[k * columns + n];
+      d[i] = (float)sum;
+    }
+  }
+}

@@ -102,11 +102,10 @@ struct Parser {
       size_t e = s.size();
       while (e > 0 && isdigit(s[e - 1])) e--;
       auto q = sc.decl.find(s);
-      bool plain = q != sc.decl.end() && q->second.count < 0;
-      if (!plain) {
+      if (q == sc.decl.end()) {
         if (e == s.size()) continue;
-        q = sc.decl.find(s.substr(0, e));
-        if (q == sc.decl.end() || q->second.count < 0 || atoi(s.c_str() + e) >= q->second.count) continue;
+        q = sc.decl.find(s.substr(0, e) + "<");  // of a numbered family, a0, a1, beside which an a may stand
+        if (q == sc.decl.end() || atoi(s.c_str() + e) >= q->second.count) continue;
       }
       width = bytes_of(q->second.type);
       if (width == 1) width = 2;
@@ -342,6 +341,8 @@ struct Parser {
   void decode_async_copy();
   void decode_load_matrix();
   void decode_matrix_product();
+  void decode_store_matrix();
+  void decode_group_product();
   void decode_shuffle();
   void decode_vote();
   void decode_active_mask();
@@ -411,7 +412,7 @@ struct Parser {
         scopes.back().registers.erase(nm);
       } else {
         std::string base = nm.substr(0, a);
-        scopes.back().decl[base] = {TYPES[ty], atoi(nm.c_str() + a + 1)};
+        scopes.back().decl[base + "<"] = {TYPES[ty], atoi(nm.c_str() + a + 1)};
         for (auto it = scopes.back().registers.begin(); it != scopes.back().registers.end();) {
           if (it->first.rfind(base, 0) == 0 && it->first.size() > base.size() &&
               isdigit(it->first[base.size()]))

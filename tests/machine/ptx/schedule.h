@@ -84,8 +84,8 @@ static Program* start_program(Launch& launch, u64 idx) {
   launch.programs.push_back(program);
   return program;
 }
-// The current group has been put into other_groups, or is gone: groups at one place meet, and the one with the lowest
-// program counter goes on, so that those behind catch up.
+// The current group has been put into other_groups, or is gone: groups at one place meet, and the one with the
+// lowest program counter goes on, so that those behind catch up.
 static void pick_group(Warp& w) {
   for (size_t i = 0; i < w.other_groups.size(); i++)
     if (w.other_groups[i].st != GROUP_AT_BARRIER)

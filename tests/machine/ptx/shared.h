@@ -151,3 +151,25 @@ static void load_matrix(Warp& w, const Instruction& in,
     }
   }
 }
+static void store_matrix(Warp& w, const Instruction& in, u32 m) {  // the way back
+  alignas(32) u64 a[32];
+  addresses(w, in, a);
+  Launch& launch = *w.launch;
+  u32 need = in.vector == 4 ? ~0u : in.vector == 2 ? 0xffffu : 0xffu;
+  if (!check_shared(w, in, need, a, 16)) return;
+  launch.counters[COUNT_SHARED_STORES] += in.vector;
+  for (int v = 0; v < in.vector; v++) {
+    const u32* value = source<u32>(w, in.operand[v]);
+    u16 rows[8][8];
+    for (int i = 0; i < 32; i++)
+      for (int half = 0; half < 2; half++) {
+        int along = 2 * (i & 3) + half, across = i >> 2;
+        rows[in.flag ? along : across][in.flag ? across : along] = (u16)(value[i] >> (16 * half));
+      }
+    for (int r = 0; r < 8; r++) {
+      if (launch.race_mode | launch.config->uninitialised)
+        note_shared_access(w, in, 8 * v + r, a[8 * v + r], 16, true, (const u8*)rows[r]);
+      memcpy(w.program->shared + a[8 * v + r], rows[r], 16);
+    }
+  }
+}

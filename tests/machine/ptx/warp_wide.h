@@ -156,3 +156,31 @@ H(compare_and_combine) {  // setp.cmp.bool: done as setp into o[0], then combine
   r = in.variant == 0 ? r & c : in.variant == 1 ? r | c : r ^ c;
   *d = (before & ~m) | (r & m);
 }
+// setp.cmp.f16x2 p|q, a, b: the scalar comparison of the halves, the lower one's result first. immediate: that
+// comparison.
+H(compare_pair) {
+  u32 results[2];
+  const u32 *a = source<u32>(w, in.operand[1]), *b = source<u32>(w, in.operand[2]);
+  struct {
+    u16 left[32], right[32];
+    u32 result[8];
+  } file = {};
+  Warp view;  // of these registers alone
+  view.registers = (char*)&file;
+  Instruction half;
+  half.operand[0] = sizeof file.left + sizeof file.right;
+  half.operand[1] = 0;
+  half.operand[2] = sizeof file.left;
+  u32 before = *destination<u32>(w, in.operand[0]);
+  for (int h = 0; h < 2; h++) {
+    for (int i = 0; i < 32; i++) {
+      file.left[i] = (u16)(a[i] >> (16 * h));
+      file.right[i] = (u16)(b[i] >> (16 * h));
+    }
+    ((Handler)(void*)in.immediate)(view, half, ~0u);
+    results[h] = file.result[0];
+  }
+  *destination<u32>(w, in.operand[0]) = (before & ~m) | (results[0] & m);
+  u32* second = destination<u32>(w, in.operand[3]);
+  *second = (*second & ~m) | (results[1] & m);
+}
