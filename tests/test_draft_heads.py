@@ -159,3 +159,14 @@ def test_a_workspace_for_the_rank_is_enough():
     block = dk.draft_block(**arguments_of(RNN), workspace=workspace)
     assert torch.equal(block.tokens, dk.draft_block(**arguments_of(RNN)).tokens)
     assert (workspace.counters[2:] == 0).all()  # of the first two, the grid barrier's, a sign bit may stay
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated"])
+def test_confidence_has_the_same_bits_whatever_the_launch(monkeypatch, kind):
+    """Warps share a sum out among themselves: its order must not follow their number, or batches of other sizes would differ."""
+    case = cases.draft_case(seed=8, requests=3, drafts=3, vocab=130, rank=40, hidden_size=300, kind=kind, confidence="markov")
+    pick, found = launch.pick, []
+    for warps in (2, 4, 8):
+        monkeypatch.setattr(launch, "pick", lambda *a, warps=warps: dataclasses.replace(pick(*a), num_warps=warps))
+        found.append(dk.draft_block(**arguments_of(case)).confidence_logits)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -6,7 +6,7 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.launch import tree_draft as tree_launch
+from dspark_kernels.launch import arch, tree_draft as tree_launch
 from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree, tree_draft, tree_paths
 from reference import cases
 
@@ -320,6 +320,7 @@ def test_constants_of_kernels_are_the_public_ones():
 
 def test_a_cpu_tensor_without_the_interpreter_says_what_to_do(monkeypatch):
     monkeypatch.setattr(library, "_interpreted", lambda *a: False)
+    monkeypatch.setattr(arch, "_override", None)  # which says where kernels run instead
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         _draft()()
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from test_accept import check, with_lse
 from triton.runtime.interpreter import GridExecutor
+from triton.runtime.jit import JITFunction
 
 import dspark_kernels as dk
 from dspark_kernels.ops import accept_shards
@@ -306,8 +307,10 @@ def test_bad_arguments_are_named(change, error, message):
 @pytest.mark.parametrize("proposal", ["one_hot", "sparse", pytest.param("dense", marks=pytest.mark.slow)])
 def test_opcheck(monkeypatch, proposal):
     calls, launches = {}, []
-    launch = GridExecutor.__call__
-    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: (launches.append(1), launch(self, *args, **kwargs)))
+    for owner, name in ((GridExecutor, "__call__"), (JITFunction, "run")):  # interpreted, compiled
+        launch = getattr(owner, name)
+        counted = lambda self, *args, launch=launch, **kwargs: (launches.append(1), launch(self, *args, **kwargs))[1]  # noqa: E731
+        monkeypatch.setattr(owner, name, counted)
     for name in ("_accept_partial", "_accept_finish"):
         registered = getattr(accept_shards, name)
         seen = calls.setdefault(registered, [])

@@ -115,6 +115,7 @@ def _write_rows(
     tl.store(words, tl.load(best_ptr + rows, mask=own, other=0, volatile=True), mask=own)
     tl.store(words + 1, tl.load(draft_best_ptr + rows, mask=own, other=0, volatile=True), mask=own)
     tl.store(words + 3, tl.load(seen_ptr + rows, mask=own, other=0, volatile=True).to(tl.int64), mask=own)
+    tl.debug_barrier()  # every warp has read what is put back to zero
     tl.store(best_ptr + rows, tl.zeros([GROUP], tl.int64), mask=own)
     tl.store(draft_best_ptr + rows, tl.zeros([GROUP], tl.int64), mask=own)
     tl.store(seen_ptr + rows, tl.zeros([GROUP], tl.int32), mask=own)

@@ -170,7 +170,7 @@ def candidates_finish_kernel(
             if confidence is not None:
                 hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
                 own_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + k.to(tl.int64) * stride_hk
-                tl.store(scratch[2] + row, hidden_score(own_ptr, confidence[0], hidden_size, 1024))
+                tl.store(scratch[2] + row, hidden_score(own_ptr, confidence[0], hidden_size))
             first = request
             count = tl.full((), 1, tl.int32)
         else:

@@ -19,6 +19,7 @@ from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_lat
 from .draft_rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, log_sum_exp
 from .primitives.adjust import adjusted, no_path
 from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
+from .primitives.ordered_sum import SUMMED, ordered_sum
 from .primitives.philox import COUPLED, DRAFT, log2_exponential, words_at
 from .primitives.race import pack, unpack_id
 from .primitives.select import ABSENT, ordered_key, select
@@ -105,13 +106,14 @@ def _store_unit_keys(
 
 
 @triton.jit
-def _hidden_score(hidden_ptr, weight_ptr, hidden_size, BLOCK: tl.constexpr):
+def _hidden_score(hidden_ptr, weight_ptr, hidden_size):
+    BLOCK: tl.constexpr = SUMMED
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, hidden_size, BLOCK):
         i = first + tl.arange(0, BLOCK)
         h = tl.load(hidden_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
         total += h * tl.load(weight_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
-    return tl.sum(total, axis=0)
+    return ordered_sum(total)
 
 
 @triton.jit
@@ -480,7 +482,7 @@ def draft_candidates_kernel(
                 if part == 0:
                     hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
                     own_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + k.to(tl.int64) * stride_hk
-                    tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size, 1024))
+                    tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size))
             if arrive(row_count_ptr + row, parts):
                 _keep_best(
                     wide_row, row_ptr, choice, head, keys_ptr, units_ptr, scratch[0], scratch[1], num_rows, vocab, num_candidates,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .primitives.mass import NEG_INF, POS_INF, below_max, log2_scale
+from .primitives.ordered_sum import SUMMED, ordered_sum
 from .primitives.race import unpack_id, unpack_key
 from .primitives.slots import state_slots
 
@@ -113,7 +114,8 @@ def log_sum_exp(top, total, scale):
 
 @triton.jit
 def _confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_size, stride_hr, stride_hk,
-                      WITH_MARKOV: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                      WITH_MARKOV: tl.constexpr):  # fmt: skip
+    BLOCK: tl.constexpr = SUMMED
     weight_ptr, bias_ptr, _, _, _, _, _ = scores
     total = tl.zeros([BLOCK], tl.float32)
     row_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + tl.cast(k, tl.int64) * stride_hk
@@ -128,7 +130,7 @@ def _confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_siz
             i = first + tl.arange(0, BLOCK)
             e = tl.load(w1_ptr + previous * stride_1v + i, mask=i < known, other=0.0)
             total += e.to(tl.float32) * tl.load(weight_ptr + hidden_size + i, mask=i < rank, other=0.0).to(tl.float32)
-    logit = tl.sum(total, axis=0)
+    logit = ordered_sum(total)
     if bias_ptr is not None:
         logit += tl.load(bias_ptr).to(tl.float32)
     return logit
@@ -157,7 +159,7 @@ def finish(
                 if k > 0:
                     previous = tl.load(tokens_ptr + slot * stride_ts + column + k - 1, volatile=True)
                 logit = _confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_size, stride_hr, stride_hk,
-                                          WITH_MARKOV, 1024)  # fmt: skip
+                                          WITH_MARKOV)  # fmt: skip
                 tl.store(raw_ptr + slot * stride_rs + column + k, logit)
                 if sts_ptr is not None:
                     logit = logit / tl.load(sts_ptr + first_draft + k)

@@ -247,6 +247,7 @@ def draft_partial_kernel(
                 tl.store(words_ptr + requests, tl.load(best_ptr + requests, mask=inside, other=0, volatile=True), mask=inside)
                 seen = tl.load(seen_ptr + requests, mask=inside, other=0, volatile=True)
                 tl.store(status_ptr + requests, seen.to(tl.int64), mask=inside)
+                tl.debug_barrier()  # every warp has read what is put back to zero
                 tl.store(best_ptr + requests, tl.zeros([128], tl.int64), mask=inside)
                 tl.store(seen_ptr + requests, tl.zeros([128], tl.int32), mask=inside)
 
@@ -294,6 +295,7 @@ def draft_finish_kernel(
     before = tl.zeros((), tl.int32)
     if k > 0:
         before = tl.load(flags_ptr + request)
+        tl.debug_barrier()  # every warp has read what one of them now writes
     if slot < 0:
         tl.store(flags_ptr + request, 0)
     else:
@@ -320,7 +322,7 @@ def draft_finish_kernel(
             if k > 0:
                 previous = tl.load(tokens_ptr + slot * stride_ts + column + k - 1)
             logit = confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_size, stride_hr, stride_hk,
-                                     WITH_MARKOV, 1024)  # fmt: skip
+                                     WITH_MARKOV)  # fmt: skip
             tl.store(raw_ptr + slot * stride_rs + column + k, logit)
             if sts_ptr is not None:
                 logit = logit / tl.load(sts_ptr + first_draft + k)

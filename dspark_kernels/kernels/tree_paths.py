@@ -276,7 +276,7 @@ def draft_paths_kernel(
                 if part == 0:
                     hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
                     own_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + k.to(tl.int64) * stride_hk
-                    tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size, 1024))
+                    tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size))
             if arrive(row_count_ptr + row, parts):
                 choice = (None, 0, None, slot, 0)
                 _keep_best(

@@ -298,7 +298,7 @@ def draft_paths_dense_kernel(
                     hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
                     for k in range(num_drafts):
                         row_ptr = hidden_ptr + wide * stride_hr + tl.cast(k, tl.int64) * stride_hk
-                        tl.store(own[5] + k, _hidden_score(row_ptr, confidence[0], hidden_size, 1024))
+                        tl.store(own[5] + k, _hidden_score(row_ptr, confidence[0], hidden_size))
                     tl.debug_barrier()
                 opens = opens * 0
             else:

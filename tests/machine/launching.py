@@ -118,7 +118,7 @@ def _run(kernel, grid, arguments, storages, mode, *, shared, cooperative) -> _Ra
 
 def _storages(tensors) -> list[tuple[int, int]]:
     spans = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
-    return _merged([(low, low + size) for low, size in spans if size])
+    return _merged([(low, low + size) for low, size in spans if low and size])  # a fake tensor has no memory
 
 
 def _merged(spans) -> list[tuple[int, int]]:
