@@ -200,6 +200,7 @@ def append(
     if grows:
         rows = request * width + i
         status = tl.load(row_status_ptr + rows, mask=i < count, other=SAW_FINITE, volatile=True)
+        tl.debug_barrier()  # every warp has read what is put back to zero
         tl.store(row_status_ptr + rows, tl.zeros([WIDTH], tl.int32), mask=i < count)
         flags |= tl.max(status & NAN, axis=0)
         flags |= tl.where(tl.min(status & SAW_FINITE, axis=0) == 0, NONFINITE_ROW, 0)

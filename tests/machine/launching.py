@@ -118,7 +118,7 @@ def _run(kernel, grid, arguments, storages, mode, *, shared, cooperative) -> _Ra
 
 def _storages(tensors) -> list[tuple[int, int]]:
     spans = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
-    return _merged([(low, low + size) for low, size in spans if low and size])  # a fake tensor has no memory
+    return _merged([(low, low + size) for low, size in spans if low and size])
 
 
 def _merged(spans) -> list[tuple[int, int]]:
@@ -138,12 +138,8 @@ def _living() -> list:
 
     found = []
     for value in gc.get_objects():
-        # The type, not isinstance: proxies run code of their own when they are asked.
-        if issubclass(type(value), torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided:
-            try:
-                value.untyped_storage().data_ptr()
-            except (RuntimeError, NotImplementedError):  # a fake tensor has no memory
-                continue
+        # The type, not isinstance: proxies run code of their own when they are asked. A fake tensor has no memory.
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "cpu" and value.layout == torch.strided:
             found.append(value)
     return found
 
