@@ -130,11 +130,23 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if here(item)]
     if ON_GPU:
         return
+    if machine is None:
+        _spread(items)
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=OTHER_PROCESS if HAS_GPU else NO_GPU))
         if isinstance(machine, str):
             item.add_marker(pytest.mark.skip(reason=f"{NO_MACHINE}: {machine}"))
+
+
+def _spread(items) -> None:
+    """The parts of test_compiled.py, which take long, evenly among the others: with pytest-xdist no process is left with many."""
+    parts = [item for item in items if item.path.stem == "test_compiled"]
+    others = [item for item in items if item.path.stem != "test_compiled"]
+    step = len(others) // (len(parts) + 1)
+    for number, part in enumerate(parts):
+        others.insert(number * (step + 1), part)
+    items[:] = others
 
 
 def _missing_triton(error: BaseException | None) -> bool:
@@ -176,6 +188,10 @@ def pytest_terminal_summary(terminalreporter, config):
     for reason in (NO_GPU, NO_TRITON, NO_MACHINE):
         if count := sum(text.startswith(reason) for text in reasons):
             terminalreporter.write_line(f"skipped {count} tests: {reason}")
+    parts = [dict(report.user_properties).get("compiled") for report in terminalreporter.stats.get("passed", [])]
+    if any(parts):
+        tests, launches = (sum(part[i] for part in parts if part) for i in range(2))
+        terminalreporter.write_line(f"compiled kernels: {tests} tests of ops passed in processes of their own, {launches} launches in all modes")
     machine = config.stash.get(MACHINE, None)
     if machine is not None and not isinstance(machine, str):
         terminalreporter.write_line(machine.summary())
