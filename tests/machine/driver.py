@@ -10,7 +10,7 @@ import dataclasses
 import os
 import struct
 
-from . import binding, launching
+from . import core, launching
 
 MULTIPROCESSORS = 4  # few, so that grids that follow them stay small
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
@@ -24,7 +24,7 @@ def install(arch: str = "sm_80", project: bool = True) -> None:
     if arch not in SHARED_MEMORY:
         raise ValueError(f"arch: expected one of {', '.join(SHARED_MEMORY)}, got {arch}")
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_CACHE_DIR"] = str(binding.cache_folder() / "triton")
+    os.environ["TRITON_CACHE_DIR"] = str(core.cache_folder() / "triton")
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
@@ -93,7 +93,7 @@ class _Utils:
         self.shared_memory = SHARED_MEMORY[arch]
 
     def load_binary(self, name, binary, shared, device):
-        kernel = binding.Kernel(name, binary.decode())
+        kernel = core.Kernel(name, binary.decode())
         registers, spills, threads = 0, 0, 1024  # only ptxas knows the first two
         return kernel, kernel, registers, spills, threads
 
@@ -159,4 +159,4 @@ def _packed(kind: str, value) -> bytes:
         return struct.pack(_FLOAT_FORMATS[kind], value)
     if kind == "bf16":
         return struct.pack("<f", value)[2:]
-    raise binding.MachineError(f"an argument of type {kind}")
+    raise core.MachineError(f"an argument of type {kind}")

@@ -8,7 +8,7 @@ import ctypes
 import dataclasses
 import gc
 
-from . import binding, named
+from . import core, named
 from .settings import MODES, settings, using
 
 
@@ -16,12 +16,12 @@ from .settings import MODES, settings, using
 class Launch:
     """One launch and what it did. `run` holds its counters."""
 
-    kernel: binding.Kernel
+    kernel: core.Kernel
     grid: tuple[int, int, int]
     mode: str
     shared: int
     cooperative: bool
-    run: binding.Run
+    run: core.Run
 
     @property
     def counters(self) -> dict[str, int]:
@@ -54,7 +54,7 @@ def launch(kernel, grid, arguments, tensors, *, shared, cooperative) -> None:
     """Run a launch; then again, from the memory as it was, in every mode of `replay_modes`, and compare what it left bit by bit.
 
     Raises:
-        binding.MachineError: the launch went wrong (bounds, alignment, deadlock, trap), it races, or a replay left other bits.
+        core.MachineError: the launch went wrong (bounds, alignment, deadlock, trap), it races, or a replay left other bits.
     """
     if kernel.name in _indirect and replay_modes:
         tensors = [*tensors, *_living()]  # held until the end: what is freed in between may be written by others
@@ -79,12 +79,12 @@ def launch(kernel, grid, arguments, tensors, *, shared, cooperative) -> None:
         for (low, high), content in zip(storages, after, strict=True):
             now = ctypes.string_at(low, high - low)
             if now != content:
-                raise binding.MachineError(_difference(kernel, mode, low, content, now, tensors))
+                raise core.MachineError(_difference(kernel, mode, low, content, now, tensors))
 
 
 @dataclasses.dataclass
 class _Ran:
-    run: binding.Run
+    run: core.Run
     found: bool  # whether it reached storages that no argument has
 
 
@@ -101,7 +101,7 @@ def _run(kernel, grid, arguments, storages, mode, *, shared, cooperative) -> _Ra
             _indirect.add(kernel.name)
         return span
 
-    run = binding.run(
+    run = core.run(
         kernel, grid, arguments, storages, settings, shared=shared, cooperative=cooperative, find_storage=find_storage
     )
     seed = settings.seed
@@ -112,7 +112,7 @@ def _run(kernel, grid, arguments, storages, mode, *, shared, cooperative) -> _Ra
     wrong = [report for report in run.reports if report.kind not in HARMLESS and not named.is_named(report)]
     if run.code or wrong:
         words = "\n".join(f"{report.kind}: {report.text}" for report in wrong)
-        raise binding.MachineError(f"{kernel.name}, grid {tuple(grid)}, mode {mode}, seed {seed}: {run.error}\n{words}")
+        raise core.MachineError(f"{kernel.name}, grid {tuple(grid)}, mode {mode}, seed {seed}: {run.error}\n{words}")
     return _Ran(run, bool(found))
 
 
