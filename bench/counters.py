@@ -72,10 +72,11 @@ def elements_of(spec) -> tuple[str, int]:
     """(what, how many): what the op reads most of."""
     if spec.op == "tree_attention":
         return "key", spec.requests * spec.context
-    if spec.op in ("compact_kv",):
+    if spec.op == "compact_kv":
         return "byte", spec.bytes
     if not hasattr(spec, "vocab"):
-        return "row", spec.rows
+        rows = [getattr(spec, name) for name in ("rows", "nodes", "drafts") if hasattr(spec, name)]
+        return "row", rows[0] if hasattr(spec, "rows") else spec.requests * rows[0]
     rows = spec.rows if spec.op.startswith("accept") else spec.requests * spec.drafts
     return "logit", rows * spec.vocab
 

@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # name -> (pytest's expression of test names, or "" for all of the files; files)
 PARTS = {
-    "machine": ("", ["machine"]),
-    "layouts, schedules": ("", ["layout", "compact", "attention_plan", "schedule", "example"]),
+    "the machine, layouts, schedules": ("", ["machine", "layout", "compact", "attention_plan", "schedule", "example"]),
     "attention": (
         "reference_in_parts or number_types or byte_of_fp8 or last_row_of_its_path or arrive_in_any_order or a_prompt_shares",
         ["attention"],
