@@ -50,7 +50,9 @@ def pytest_addoption(parser):
     )  # fmt: skip
     group.addoption("--compiled-arch", default="sm_80", help="compile for and launch as on sm_80 (default), sm_89 or sm_90")
     group.addoption("--compiled-record", metavar="FILE", help="what the machine counted and reported, as JSON")
-    group.addoption("--compiled-examples", type=int, default=5, metavar="N", help="at most N examples of a hypothesis test (default 5)")
+    group.addoption(
+        "--compiled-examples", type=int, default=5, metavar="N", help="at most N examples of a hypothesis test (default 5)"
+    )
 
 
 def pytest_configure(config):
@@ -191,7 +193,9 @@ def pytest_terminal_summary(terminalreporter, config):
     parts = [dict(report.user_properties).get("compiled") for report in terminalreporter.stats.get("passed", [])]
     if any(parts):
         tests, launches = (sum(part[i] for part in parts if part) for i in range(2))
-        terminalreporter.write_line(f"compiled kernels: {tests} tests of ops passed in processes of their own, {launches} launches in all modes")
+        terminalreporter.write_line(
+            f"compiled kernels: {tests} tests of ops passed in processes of their own, {launches} launches in all modes"
+        )
     machine = config.stash.get(MACHINE, None)
     if machine is not None and not isinstance(machine, str):
         terminalreporter.write_line(machine.summary())

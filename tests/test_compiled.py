@@ -47,7 +47,10 @@ PARTS = {
         "any_cut or block_rule or one_gather or out_of_range or bits_of_the_whole_op and draft or latents or merge",
         ["shards_accept", "shards_draft", "shards_candidates"],
     ),
-    "batches": ("accept_chain_in_any_batch or draft_block_in_any_batch or leaves_it_clean or draft_tree_in_any_batch", ["invariance"]),
+    "batches": (
+        "accept_chain_in_any_batch or draft_block_in_any_batch or leaves_it_clean or draft_tree_in_any_batch",
+        ["invariance"],
+    ),
 }
 
 
@@ -79,3 +82,16 @@ def test_compiled(name, tmp_path, record_property):
 def test_a_mode_that_is_none_is_named(arguments):
     done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 4 and "--compiled: expected some of plain, schedules, race, weak, all" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tests/test_compiled.py", "-k", "heads or batches"], ["--compiled=race", "tests/test_compact.py"]]
+)
+def test_without_a_compiler_compiled_tests_are_skipped_and_counted(tmp_path, arguments):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "TRITON_INTERPRET"}
+    environment |= {"PATH": str(tmp_path), "DSPARK_MACHINE_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = re.search(rf"skipped (\d+) tests: {NO_MACHINE}", done.stdout)
+    assert counted and int(counted[1]) >= 2 and "passed" not in done.stdout

@@ -60,6 +60,8 @@ def test_large_ranks(rank, kind):
 def test_many_requests_and_positions():
     check(cases.draft_case(seed=2, requests=35, drafts=2, vocab=70, rank=8, kind="gated", confidence=None))
     check(cases.draft_case(seed=2, requests=1, drafts=16, vocab=40, rank=8, kind="rnn", confidence=None))
+    # All phases in one program: nobody to wait for but its own warps, each of which has a part of what another one reads.
+    check(cases.draft_case(seed=2, requests=9, drafts=16, vocab=50, rank=8, kind="rnn", confidence=None))
 
 
 def _block(slots, drafts, vocab, rows):

@@ -101,9 +101,7 @@ def _run(kernel, grid, arguments, storages, mode, *, shared, cooperative) -> _Ra
             _indirect.add(kernel.name)
         return span
 
-    run = core.run(
-        kernel, grid, arguments, storages, settings, shared=shared, cooperative=cooperative, find_storage=find_storage
-    )
+    run = core.run(kernel, grid, arguments, storages, settings, shared=shared, cooperative=cooperative, find_storage=find_storage)
     seed = settings.seed
     settings.seed += 1
     launches.append(Launch(kernel, tuple(grid), mode, shared, cooperative, run))

@@ -13,7 +13,7 @@ class Settings:
     # The schedule: warps take turns in a seeded random order.
     seed: int = 1  # advances by one per launch
     quantum: int = 40  # mean instructions that a warp runs before another one may go on
-    run_ahead: int = 0  # above 0, warps have priorities, changed with this chance per turn, so that one runs far ahead of the others
+    run_ahead: int = 0  # above 0, warps have priorities that change with this chance per turn: one runs far ahead of the others
     resident: int = 6  # programs at a time; a cooperative launch has all of them
     shuffle: bool = False  # programs start in a random order
     # What is checked.

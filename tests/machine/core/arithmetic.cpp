@@ -1,5 +1,5 @@
 // Instructions that only compute. Each is a function of one lane's values; Applied<function> makes a handler of it that runs over the 32
-// lanes in loops the compiler vectorises, and knows the widths of the operands from the function's own types. A bool is a predicate.
+// lanes in loops the compiler vectorises, and knows the widths of the operands from the function's own types. A bool result is a predicate.
 #include <algorithm>
 #include <immintrin.h>
 #include <sstream>
@@ -12,17 +12,6 @@ namespace machine {
 namespace {
 
 // --- from functions to handlers -----------------------------------------------------------------------------------------
-
-template <class T> struct Source {
-  const T* values;
-  Source(const Warp& warp, Operand operand) : values(source<T>(warp, operand)) {}
-  T operator[](int lane) const { return values[lane]; }
-};
-template <> struct Source<bool> {
-  u32 bits;
-  Source(const Warp& warp, Operand operand) : bits(*source<u32>(warp, operand)) {}
-  bool operator[](int lane) const { return bits >> lane & 1; }
-};
 
 inline u32 sign_bits(const u32* words) {
   u32 bits = 0;
@@ -42,9 +31,9 @@ template <class... A> constexpr int widest = std::max({width_of<A>...});
 template <auto function> struct Applied;
 template <class R, class... A, R (*function)(A...)> struct Applied<function> {
   template <size_t... I> static void over_all(Warp& warp, const Instruction& in, u32 lanes, std::index_sequence<I...>) {
-    over_all(warp, in, lanes, Source<A>(warp, in.operands[1 + I])...);
+    over_all(warp, in, lanes, source<A>(warp, in.operands[1 + I])...);
   }
-  static void over_all(Warp& warp, const Instruction& in, u32 lanes, Source<A>... from) {
+  static void over_all(Warp& warp, const Instruction& in, u32 lanes, const A*... from) {
     if constexpr (std::is_same_v<R, bool>) {
       using Word = std::conditional_t<widest<A...> == 8, u64, u32>;
       alignas(32) Word words[LANES];
@@ -58,7 +47,7 @@ template <class R, class... A, R (*function)(A...)> struct Applied<function> {
   }
   template <size_t... I> static void over_active(Warp& warp, const Instruction& in, u32 lanes, std::index_sequence<I...>) {
     R* to = destination<R>(warp, in.operands[0]);
-    for (int i : each(lanes)) to[i] = function(Source<A>(warp, in.operands[1 + I])[i]...);
+    for (int i : each(lanes)) to[i] = function(source<A>(warp, in.operands[1 + I])[i]...);
   }
   static void all(Warp& warp, const Instruction& in, u32 lanes) { over_all(warp, in, lanes, std::index_sequence_for<A...>()); }
   static void active(Warp& warp, const Instruction& in, u32 lanes) { over_active(warp, in, lanes, std::index_sequence_for<A...>()); }
@@ -255,7 +244,14 @@ template <class T, T (*f)(T, T, T)> Pair<T> pairwise_3(Pair<T> a, Pair<T> b, Pai
 // --- moves, comparisons -------------------------------------------------------------------------------------------------
 
 template <class T> T same(T a) { return a; }
-template <class T> T select(T a, T b, bool first) { return first ? a : b; }
+
+template <class T> void select(Warp& warp, const Instruction& in, u32 lanes) {
+  auto *a = source<T>(warp, in.operands[1]), *b = source<T>(warp, in.operands[2]);
+  u32 first = *source<u32>(warp, in.operands[3]);
+  T results[LANES];
+  for (int i = 0; i < LANES; i++) results[i] = b[i] ^ ((a[i] ^ b[i]) & ((T)0 - (T)(first >> i & 1)));
+  write(destination<T>(warp, in.operands[0]), results, lanes);
+}
 
 template <class T> T value(T x) { return x; }
 inline float value(Half x) { return widen(x); }
@@ -327,7 +323,7 @@ template <class U, class S> void fill_integers(Table& t, const char* bits) {
   t.active<remainder<U>>(c, "rem.u#");
   t.active<remainder<S>>(c, "rem.s#");
   t.all<same<U>>(Class::move, "mov.b# mov.u# mov.s# mov.f#");
-  t.all<select<U>>(Class::move, "selp.b# selp.u# selp.s# selp.f#");
+  t.add("selp.b# selp.u# selp.s# selp.f#", {select<U>, Class::move, 4, {sizeof(U), sizeof(U), sizeof(U), 0}});
 }
 
 void fill_products(Table& t) {
@@ -593,6 +589,31 @@ void unpack(Warp& warp, const Instruction& in, u32 lanes) {
       memcpy(lane_of(warp, in.operands[1 + part], i, in.register_bytes), &value, in.register_bytes);
     }
   }
+}
+
+// The same where parts fill their registers, over all lanes.
+template <class Whole, class Part> static void pack_all(Warp& warp, const Instruction& in, u32 lanes) {
+  Whole results[LANES] = {};
+  for (int part = 0; part < in.elements; part++) {
+    const Part* from = source<Part>(warp, in.operands[1 + part]);
+    for (int i = 0; i < LANES; i++) results[i] |= (Whole)((Whole)from[i] << (bits_in<Part> * part));
+  }
+  write(destination<Whole>(warp, in.operands[0]), results, lanes);
+}
+template <class Whole, class Part> static void unpack_all(Warp& warp, const Instruction& in, u32 lanes) {
+  const Whole* from = source<Whole>(warp, in.operands[0]);
+  for (int part = 0; part < in.elements; part++) {
+    if (in.operands[1 + part] == ABSENT) continue;
+    Part results[LANES];
+    for (int i = 0; i < LANES; i++) results[i] = (Part)(from[i] >> (bits_in<Part> * part));
+    write(destination<Part>(warp, in.operands[1 + part]), results, lanes);
+  }
+}
+Handler find_vector_move(bool unpacks, int whole, int part, int register_bytes) {
+  if (part == register_bytes && whole == 4 && part == 2) return unpacks ? unpack_all<u32, u16> : pack_all<u32, u16>;
+  if (part == register_bytes && whole == 8 && part == 4) return unpacks ? unpack_all<u64, u32> : pack_all<u64, u32>;
+  if (part == register_bytes && whole == 8 && part == 2) return unpacks ? unpack_all<u64, u16> : pack_all<u64, u16>;
+  return unpacks ? unpack : pack;
 }
 
 void load_parameter(Warp& warp, const Instruction& in, u32 lanes) {

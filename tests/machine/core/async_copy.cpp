@@ -18,7 +18,9 @@ static void land(Warp& warp, const AsyncCopy& copy) {
 // [to], [from], size {, bytes to read}: base and offset address shared memory, operands[0] and immediate global memory.
 void copy_async(Warp& warp, const Instruction& in, u32 lanes) {
   Launch& launch = *warp.launch;
-  AsyncCopy copy{&in, lanes, {}, {}, {}};
+  AsyncCopy copy;
+  copy.in = &in;
+  copy.lanes = lanes;
   alignas(32) u64 to[LANES];
   addresses(warp, in, to);
   const u64* from = source<u64>(warp, in.operands[0]);

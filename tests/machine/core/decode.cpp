@@ -474,7 +474,7 @@ void Parser::vector_move(Instruction& in) {
   Operand where;
   for (const std::string& name : names) find_register(name, where, width);
   in.register_bytes = (u8)width;
-  in.execute = unpacks ? unpack : pack;
+  in.execute = find_vector_move(unpacks, whole, in.element_bytes, width);
   in.operands[0] = unpacks ? source(operands[1], whole) : destination(operands[0], whole);
   for (size_t i = 0; i < names.size(); i++) {
     in.operands[1 + i] = unpacks ? destination(names[i], width) : source(names[i], width);

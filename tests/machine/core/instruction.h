@@ -61,11 +61,12 @@ using Handler = void (*)(Warp&, const Instruction&, u32 lanes);
 
 struct Instruction {
   Handler execute = nullptr;
-  Operand operands[16];       // destinations first, then as in the text
   Operand guard = ABSENT;     // predicate, and whether it is negated
   bool guard_negated = false;
   Kind kind = Kind::plain;
   Class counted = Class::other;
+  s32 index = 0;              // its place in the kernel
+  Operand operands[16];       // destinations first, then as in the text
   // Memory: address = base register (if any) + offset; `elements` values of `element_bytes` in registers of `register_bytes`.
   Operand base = ABSENT;
   s64 offset = 0;
@@ -83,7 +84,7 @@ struct Instruction {
   s32 target = -1;            // branch: index of an instruction; otherwise an index or offset of the family
   s64 immediate = 0;
   Handler inner = nullptr;    // setp with a boolean operation: the comparison
-  s32 index = 0, line = 0, source = -1;  // its place in the kernel, in the PTX text, and in Kernel::sources
+  s32 line = 0, source = -1;  // its place in the PTX text, and in Kernel::sources
 
   Instruction() { for (Operand& operand : operands) operand = ABSENT; }
   bool has(Modifier modifier) const { return modifiers & modifier; }

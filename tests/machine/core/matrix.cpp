@@ -61,23 +61,42 @@ template <Type type> static void a_from_registers(const Warp& warp, const Operan
 inline int row_of(int r, int lane) { return (lane >> 2) + 8 * (r >> 1); }
 inline int column_of(int r, int lane) { return 2 * (lane & 3) + (r & 1); }
 
-// A result with its addend, from register `r` of c.
-static u32 with_addend(Warp& warp, const Instruction& in, int r, int lane, double sum) {
-  if (in.type == Type::s32) return source<u32>(warp, in.operands[12 + r])[lane] + (u32)(s32)sum;
-  if (in.type == Type::f32) return bits_as<u32>((float)(sum + source<float>(warp, in.operands[12 + r])[lane]));
-  u16 addend = (u16)(source<u32>(warp, in.operands[12 + r / 2])[lane] >> (16 * (r & 1)));
-  return narrow<Half>((float)(sum + widen(Half{addend}))).bits;
+using Sums = double[16][8];
+
+// Results with their addends, from registers 12.. of the instruction.
+template <class T> static void add_and_write(Warp& warp, const Instruction& in, const Sums& sums) {
+  T results[4][LANES];
+  for (int r = 0; r < 4; r++) {
+    const T* addends = source<T>(warp, in.operands[12 + r]);
+    for (int lane = 0; lane < LANES; lane++) {
+      double sum = sums[row_of(r, lane)][column_of(r, lane)];
+      if constexpr (std::is_same_v<T, float>) results[r][lane] = (float)(sum + addends[lane]);
+      else results[r][lane] = addends[lane] + (u32)(s32)sum;
+    }
+  }
+  for (int r = 0; r < 4; r++) memcpy(destination<T>(warp, in.operands[r]), results[r], sizeof results[r]);
+}
+static void add_and_write_halves(Warp& warp, const Instruction& in, const Sums& sums) {  // two neighbours in a register
+  for (int r = 0; r < 2; r++) {
+    HalfPair results[LANES];
+    const HalfPair* addends = source<HalfPair>(warp, in.operands[12 + r]);
+    for (int lane = 0; lane < LANES; lane++) {
+      const double* pair = &sums[row_of(2 * r, lane)][column_of(0, lane)];
+      results[lane] = {narrow<Half>((float)(pair[0] + widen(addends[lane].low))), narrow<Half>((float)(pair[1] + widen(addends[lane].high)))};
+    }
+    memcpy(destination<HalfPair>(warp, in.operands[r]), results, sizeof results);
+  }
 }
 
 template <Type type> static void multiply(Warp& warp, const Instruction& in) {
   int k_size = (int)in.immediate;
   ProductA a;
-  float b[32][8];
+  double b[32][8];
   a_from_registers<type>(warp, in.operands + 4, in.elements, a);
   each_element<type>(warp, in.operands + 8, in.elements / 2, [&](int r, int lane, int k, float value) {
     b[k + 16 / BYTES<type> * r][lane >> 2] = value;
   });
-  double sums[16][8];
+  Sums sums;
   for (int row = 0; row < 16; row++) {
     double sum[8] = {};
     for (int k = 0; k < k_size; k++) {
@@ -86,16 +105,9 @@ template <Type type> static void multiply(Warp& warp, const Instruction& in) {
     }
     memcpy(sums[row], sum, sizeof sum);
   }
-  u32 results[4][LANES];
-  for (int r = 0; r < 4; r++) {
-    for (int lane = 0; lane < LANES; lane++) results[r][lane] = with_addend(warp, in, r, lane, sums[row_of(r, lane)][column_of(r, lane)]);
-  }
-  if (in.type == Type::f16) {  // two in a register
-    for (int r = 0; r < 2; r++) {
-      for (int lane = 0; lane < LANES; lane++) results[r][lane] = results[2 * r][lane] | results[2 * r + 1][lane] << 16;
-    }
-  }
-  for (int r = 0; r < 4 && in.operands[r] != ABSENT; r++) memcpy(destination<u32>(warp, in.operands[r]), results[r], sizeof results[r]);
+  if (in.type == Type::f32) add_and_write<float>(warp, in, sums);
+  else if (in.type == Type::s32) add_and_write<u32>(warp, in, sums);
+  else add_and_write_halves(warp, in, sums);
 }
 
 void multiply_matrices(Warp& warp, const Instruction& in, u32) {
@@ -104,53 +116,46 @@ void multiply_matrices(Warp& warp, const Instruction& in, u32) {
 
 // --- ldmatrix, stmatrix -------------------------------------------------------------------------------------------------
 
-// Lane 8v + r gives the address of row r (16 bytes) of matrix v. Lane 4g + t has elements 2t and 2t + 1 of row g, or of column g.
-struct Rows {
-  u64 at[LANES];
-  const Instruction& in;
-  char* shared;
-  u16* element(int matrix, int lane, int h) const {
-    int row = lane >> 2, column = 2 * (lane & 3) + h;
-    if (in.has(TRANSPOSED)) std::swap(row, column);
-    return (u16*)(shared + at[8 * matrix + row]) + column;
+// Lane 8v + r gives the address of row r (16 bytes) of matrix v. Lane 4g + t has elements 2t and 2t + 1 of row g; transposed, of column g.
+static bool row_addresses(Warp& warp, const Instruction& in, u64* at) {
+  addresses(warp, in, at);
+  u32 lanes = in.elements == 4 ? ALL_LANES : in.elements == 2 ? 0xffff : 0xff;
+  return check_shared(warp, in, lanes, at, 16);
+}
+
+using Matrix = u16[8][8];  // as memory has it, and (row by row) as the lanes have it
+static void transpose(Matrix& matrix) {
+  for (int row = 0; row < 8; row++) {
+    for (int column = 0; column < row; column++) std::swap(matrix[row][column], matrix[column][row]);
   }
-};
-static bool rows_of(Warp& warp, Rows& rows) {
-  addresses(warp, rows.in, rows.at);
-  u32 lanes = rows.in.elements == 4 ? ALL_LANES : rows.in.elements == 2 ? 0xffff : 0xff;
-  return check_shared(warp, rows.in, lanes, rows.at, 16);
 }
 
 void load_matrix(Warp& warp, const Instruction& in, u32 lanes) {
-  Rows rows{{}, in, warp.program->shared};
-  if (!rows_of(warp, rows)) return;
+  u64 at[LANES];
+  if (!row_addresses(warp, in, at)) return;
   warp.launch->count(Counter::shared_loads, in.elements);
-  for (int i = 0; watches_shared(warp) && i < 8 * in.elements; i++) watch_shared(warp, in, i, rows.at[i], 16, nullptr);
-  for (int matrix = 0; matrix < in.elements; matrix++) {
-    u32* to = destination<u32>(warp, in.operands[matrix]);
-    for (int i : each(lanes)) to[i] = *rows.element(matrix, i, 0) | (u32)*rows.element(matrix, i, 1) << 16;
+  for (int i = 0; watches_shared(warp) && i < 8 * in.elements; i++) watch_shared(warp, in, i, at[i], 16, nullptr);
+  for (int m = 0; m < in.elements; m++) {
+    Matrix matrix;
+    for (int row = 0; row < 8; row++) memcpy(matrix[row], warp.program->shared + at[8 * m + row], 16);
+    if (in.has(TRANSPOSED)) transpose(matrix);
+    write(destination<u32>(warp, in.operands[m]), (const u32*)matrix, lanes);
   }
 }
 
 void store_matrix(Warp& warp, const Instruction& in, u32) {
-  Rows rows{{}, in, warp.program->shared};
-  if (!rows_of(warp, rows)) return;
+  u64 at[LANES];
+  if (!row_addresses(warp, in, at)) return;
   warp.launch->count(Counter::shared_stores, in.elements);
-  alignas(16) u16 data[8 * LANES];  // rows of 8, in the order of the lanes that have their addresses
-  for (int matrix = 0; matrix < in.elements; matrix++) {
-    const u32* from = source<u32>(warp, in.operands[matrix]);
-    for (int i = 0; i < LANES; i++) {
-      for (int h = 0; h < 2; h++) {
-        int row = i >> 2, column = 2 * (i & 3) + h;
-        if (in.has(TRANSPOSED)) std::swap(row, column);
-        data[8 * (8 * matrix + row) + column] = (u16)(from[i] >> (16 * h));
-      }
+  for (int m = 0; m < in.elements; m++) {
+    Matrix matrix;
+    memcpy(matrix, source<u32>(warp, in.operands[m]), sizeof matrix);
+    if (in.has(TRANSPOSED)) transpose(matrix);
+    for (int row = 0; row < 8; row++) {
+      int lane = 8 * m + row;
+      if (watches_shared(warp)) watch_shared(warp, in, lane, at[lane], 16, (const u8*)matrix[row]);
+      memcpy(warp.program->shared + at[lane], matrix[row], 16);
     }
-  }
-  for (int i = 0; i < 8 * in.elements; i++) {
-    auto* row = (const u8*)(data + 8 * i);
-    if (watches_shared(warp)) watch_shared(warp, in, i, rows.at[i], 16, row);
-    memcpy(warp.program->shared + rows.at[i], row, 16);
   }
 }
 

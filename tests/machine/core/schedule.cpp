@@ -194,8 +194,8 @@ static void run_warp(Warp& warp, int instructions) {
         warp.pc++;
         break;
     }
-    bool meets = warp.pc >= warp.limit, tires = warp.since_switch > PATIENCE && !warp.others.empty();
-    if (warp.running && (meets || tires)) {
+    bool steps_aside = warp.pc >= warp.limit || (warp.since_switch > PATIENCE && !warp.others.empty());
+    if (steps_aside && warp.running) {
       put_aside(warp);
       pick_group(warp);
     }

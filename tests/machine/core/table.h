@@ -20,11 +20,12 @@ constexpr const char* COMPARISONS[] = {"eq", "ne", "lt", "le", "gt", "ge", "equ"
 // cvt in its common forms, by opcode and register widths ("cvt.s64.s32:84"); null: the general handler is needed.
 Handler find_conversion(const std::string& key);
 
+// mov.b64 d, {a, b} and mov.b64 {a, b}, s: bytes of the whole, of a part, and of the registers of parts.
+Handler find_vector_move(bool unpacks, int whole, int part, int register_bytes);
+
 // Handlers that decode.cpp names.
 void nothing(Warp&, const Instruction&, u32);
 void combined_comparison(Warp&, const Instruction&, u32);   // setp.lt.and ...
-void pack(Warp&, const Instruction&, u32);                  // mov.b64 d, {a, b}
-void unpack(Warp&, const Instruction&, u32);
 void load_parameter(Warp&, const Instruction&, u32);
 void read_clock(Warp&, const Instruction&, u32);
 void convert(Warp&, const Instruction&, u32);
