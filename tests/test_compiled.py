@@ -19,38 +19,27 @@ ROOT = Path(__file__).resolve().parents[1]
 # name -> (pytest's expression of test names, or "" for all of the files; files)
 PARTS = {
     "the machine, layouts, schedules": ("", ["machine", "layout", "compact", "attention_plan", "schedule", "example"]),
-    "attention": (
-        "reference_in_parts or number_types or byte_of_fp8 or last_row_of_its_path or arrive_in_any_order or a_prompt_shares",
-        ["attention"],
-    ),
+    "attention": ("reference_in_parts or number_types or byte_of_fp8 or last_row_of_its_path or a_prompt_shares", ["attention"]),
     "dense drafts": ("", ["draft", "golden_units"]),
     "heads": ("whatever_the_launch or many_requests or goes_on or ranks_beyond or large_ranks", ["draft_heads"]),
-    "settings": ("", ["draft_sampling", "sampling"]),
+    "sampling": ("", ["sampling"]),
     "candidates": (
         "equals_reference or equal_reference or filters_judge or acceptance_reads or any_batch or listed_successors or step_by_step",
         ["candidates"],
     ),
     "acceptance": (
         "equals_reference or is_the_reference or many_coins or settings_act or stored_lse or share_ids or forced_rates or "
-        "live_request or empty_residual or outside_the_support or do_not_emit",
+        "live_request or empty_residual or outside_the_support",
         ["accept"],
     ),
-    "acceptance of trees": (
-        "many_decisions or full_trees or takes_nearly_all or not_finite or bad_token_ids or three_rounds",
-        ["tree", "tree_rounds"],
-    ),
+    "acceptance of trees": ("many_decisions or full_trees or not_finite or bad_token_ids or three_rounds", ["tree", "tree_rounds"]),
     "draft trees": (
-        "test_equals_reference or best_first_equals or candidates_equal or latents_follow or law_of_their or depth_by_depth",
+        "test_equals_reference or best_first_equals or candidates_equal or latents_follow or law_of_their",
         ["tree_draft", "tree_paths"],
     ),
-    "shards": (
-        "any_cut or block_rule or one_gather or out_of_range or bits_of_the_whole_op and draft or latents or merge",
-        ["shards_accept", "shards_draft", "shards_candidates"],
-    ),
-    "batches": (
-        "accept_chain_in_any_batch or draft_block_in_any_batch or leaves_it_clean or draft_tree_in_any_batch",
-        ["invariance"],
-    ),
+    "shards of acceptance": ("any_cut or block_rule or one_gather", ["shards_accept"]),
+    "shards of drafts": ("latents or any_cut or whole_units", ["shards_draft", "shards_candidates"]),
+    "batches": ("draft_block_in_any_batch or draft_tree_in_any_batch", ["invariance"]),
 }
 
 
