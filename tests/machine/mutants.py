@@ -73,7 +73,25 @@ def changed(text: str, mutant: Mutant) -> str:
 
 # What tests a mutant of a file runs, by the longest prefix of its path: few binaries, all phases of the kernel.
 TESTS = {
-    "": (),
+    "": ("test_accept.py::test_many_coins_of_the_block_rule",),
+    "accept_shards": ("test_shards_accept.py::test_any_cut_draws_what_the_reference_draws",),
+    "attention": ("test_attention.py::test_a_tree_node_is_the_last_row_of_its_path",),
+    "candidate": ("test_candidates.py::test_any_batch", "test_candidates.py::test_penalties_follow_the_path"),
+    "candidate_shards": ("test_shards_candidates.py::test_the_bits_of_the_whole_op",),
+    "compact": ("test_compact.py",),
+    "draft": ("test_draft_heads.py::test_many_requests_and_positions", "test_draft_sampling.py"),
+    "draft_shards": ("test_shards_draft.py::test_any_cut_draws_what_the_reference_draws_with_latents",),
+    "heads": ("test_draft_heads.py::test_many_requests_and_positions",),
+    "primitives/barrier": ("test_draft_heads.py::test_many_requests_and_positions",),
+    "primitives/filters": ("test_accept.py::test_sampling_settings_act_inside",),
+    "primitives/waves": ("test_tree_draft.py::test_long_branchings_and_many_programs",),
+    "schedule": ("test_schedule.py::test_large_batches",),
+    "tree": ("test_tree.py::test_many_decisions", "test_tree.py::test_full_trees"),
+    "tree_append": ("test_tree_draft.py::test_equals_reference",),
+    "tree_draft": ("test_tree_draft.py::test_long_branchings_and_many_programs",),
+    "tree_nodes": ("test_tree_paths.py::test_candidates_equal_reference",),
+    "tree_paths": ("test_tree_paths.py::test_candidates_equal_reference",),
+    "tree_paths_dense": ("test_tree_paths.py::test_best_first_equals_reference",),
 }
 
 # Mutants that no mode sees, (file, function, change) -> why the order holds without it.
