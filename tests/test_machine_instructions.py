@@ -77,7 +77,27 @@ def integers(dtype, seed=0):
     """Edge values in front, then random ones of all sizes."""
     info = np.iinfo(dtype)
     bits = info.bits
-    edges = [0, 1, -1, 2, info.max, info.min, info.max - 1, info.min + 1, 5, -5, 0x55, 0xAA, 1 << (bits - 2), 31, 32, 33, 63, 64, 65]
+    edges = [
+        0,
+        1,
+        -1,
+        2,
+        info.max,
+        info.min,
+        info.max - 1,
+        info.min + 1,
+        5,
+        -5,
+        0x55,
+        0xAA,
+        1 << (bits - 2),
+        31,
+        32,
+        33,
+        63,
+        64,
+        65,
+    ]
     rng = np.random.default_rng(seed)
     values = [rng.integers(0, 1 << 63) >> int(rng.integers(0, 64)) for _ in range(THREADS)]
     return np.array([int(v) & ((1 << bits) - 1) for v in edges + values][:THREADS], np.uint64).astype(f"u{bits // 8}").view(dtype)
@@ -189,7 +209,10 @@ def test_shifts_by_the_width_and_more(bits):
     left = wrapped([int(x) << int(s) if s < bits else 0 for x, s in zip(a, by)], a.dtype)
     same(apply(f"shl.b{bits}", a.dtype, a, by), left)
     same(apply(f"shr.u{bits}", a.dtype, a, by), wrapped([int(x) >> int(s) if s < bits else 0 for x, s in zip(a, by)], a.dtype))
-    same(apply(f"shr.s{bits}", signed.dtype, signed, by), wrapped([int(x) >> min(int(s), bits - 1) for x, s in zip(signed, by)], signed.dtype))
+    same(
+        apply(f"shr.s{bits}", signed.dtype, signed, by),
+        wrapped([int(x) >> min(int(s), bits - 1) for x, s in zip(signed, by)], signed.dtype),
+    )
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -238,7 +261,10 @@ def test_inserting_bits(bits):
         chosen = sum(1 << i for i in range(pos, min(pos + size, bits)))
         return (int(into) & ~chosen) | (int(x) << pos & chosen)
 
-    same(apply(f"bfi.b{bits}", a.dtype, a, b, position, length), wrapped([insert(*row) for row in zip(a, b, position, length)], a.dtype))
+    same(
+        apply(f"bfi.b{bits}", a.dtype, a, b, position, length),
+        wrapped([insert(*row) for row in zip(a, b, position, length)], a.dtype),
+    )
 
 
 def test_permuting_bytes():
@@ -251,7 +277,10 @@ def test_permuting_bytes():
         chosen = [(data[s >> 4 * i & 7], s >> 4 * i & 8) for i in range(4)]
         return int.from_bytes(bytes((255 if byte & 128 else 0) if sign else byte for byte, sign in chosen), "little")
 
-    same(apply("prmt.b32", np.uint32, a, b, selectors), np.array([permute(int(x), int(y), int(s)) for x, y, s in zip(a, b, selectors)], np.uint32))
+    same(
+        apply("prmt.b32", np.uint32, a, b, selectors),
+        np.array([permute(int(x), int(y), int(s)) for x, y, s in zip(a, b, selectors)], np.uint32),
+    )
 
 
 @pytest.mark.parametrize("table", [0x00, 0xFF, 0x80, 0x1A, 0x96, 0xCA, 0xE8, 0x01])
@@ -540,7 +569,7 @@ def test_floats_to_floats():
         truncated = np.where(np.isnan(a), np.uint32(0x7FFF), bits(a) >> 16).astype(np.uint16)
         same(of_bf16(apply("cvt.rz.bf16.f32", np.uint16, a)), of_bf16(truncated))
         double = floats(4, np.float64)
-        double[16:20] = [1 + 2**-24, 1 + 2**-24 + 2**-50, 1e300, 1e-300]
+        double[16:22] = [1 + 2**-24, 1 + 2**-24 + 2**-50, 1 + 2**-11, 1 + 2**-11 + 2**-40, 1e300, 1e-300]  # ties, and a little more
         same(apply("cvt.rn.f32.f64", np.float32, double), double.astype(np.float32))
         same(apply("cvt.rn.f16.f64", np.float16, double), double.astype(np.float16))
         same(apply("cvt.f64.f32", np.float64, a), a.astype(np.float64))
@@ -688,7 +717,8 @@ def test_match():
 @pytest.mark.parametrize(
     ("name", "dtype", "f"),
     [
-        ("add.s32", np.uint32, np.add.reduce), ("min.s32", np.int32, np.min), ("max.s32", np.int32, np.max), ("min.u32", np.uint32, np.min),
+        ("add.s32", np.uint32, np.add.reduce), ("min.s32", np.int32, np.min), ("max.s32", np.int32, np.max),
+        ("min.u32", np.uint32, np.min),
         ("max.u32", np.uint32, np.max), ("and.b32", np.uint32, np.bitwise_and.reduce), ("or.b32", np.uint32, np.bitwise_or.reduce),
         ("xor.b32", np.uint32, np.bitwise_xor.reduce),
     ],
@@ -729,7 +759,10 @@ def test_lanes_diverge_and_meet_again():
 
 def test_a_loop_that_one_lane_leaves_last():
     """Lane k leaves after k rounds, having added the rounds' numbers."""
-    body = "mov.u32 r10, 0; mov.u32 r1, 0; and.b32 r2, tid, 31; L: setp.gt.u32 p0, r1, r2; @p0 bra E; add.u32 r10, r10, r1; add.u32 r1, r1, 1; bra L; E:"
+    body = (
+        "mov.u32 r10, 0; mov.u32 r1, 0; and.b32 r2, tid, 31; L: setp.gt.u32 p0, r1, r2; @p0 bra E; add.u32 r10, r10, "
+        "r1; add.u32 r1, r1, 1; bra L; E:"
+    )
     k = np.arange(THREADS) % 32
     same(lanes(body), (k * (k + 1) // 2).astype(np.uint32))
 
@@ -747,16 +780,32 @@ def test_lanes_wait_for_others_of_their_warp():
     same(out, np.full(32, 5, np.uint32))
 
 
+@pytest.mark.parametrize("members", ["-1", "r5"])
+def test_collectives_wait_for_their_members(members):
+    """The odd lanes come to the shuffle by a detour that lies behind it."""
+    body = f"""
+    and.b32 r1, tid, 1; setp.eq.u32 p0, r1, 1; mov.u32 r2, tid; mov.u32 r5, 0xffffffff; @p0 bra DETOUR;
+    MEET: shfl.sync.bfly.b32 r10, r2, 1, 31, {members}; bra END;
+    DETOUR: add.u32 r2, r2, 1000; bra MEET;
+    END:
+    """
+    tid = np.arange(THREADS) ^ 1
+    same(lanes(body), (tid + 1000 * (tid % 2)).astype(np.uint32))
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_block_barrier(early):
     """Every thread reads what another warp wrote; threads that have ended are not waited for."""
     module = ".extern .shared .align 16 .b8 memory[];"
     leave = "setp.ge.u32 p3, tid, 192; @p3 exit;" if early else ""
-    body = leave + """
+    body = (
+        leave
+        + """
     mov.u32 r0, memory; shl.b32 r1, tid, 2; add.u32 r0, r0, r1; mul.lo.u32 r2, tid, 3; st.shared.u32 [r0], r2;
     bar.sync 0;
     xor.b32 r3, tid, 32; shl.b32 r3, r3, 2; mov.u32 r4, memory; add.u32 r3, r3, r4; ld.shared.u32 r10, [r3];
     """
+    )
     n = 192 if early else THREADS
     settings = dataclasses.replace(PLAIN, quantum=2, races=True)
     out = np.zeros(THREADS, np.uint32)
@@ -783,13 +832,29 @@ def test_named_barriers():
 
 def test_a_missing_barrier_is_a_race():
     module = ".extern .shared .align 16 .b8 memory[];"
-    body = "mov.u32 r0, memory; shl.b32 r1, tid, 2; add.u32 r2, r0, r1; st.shared.u32 [r2], tid; xor.b32 r1, r1, 128; add.u32 r2, r0, r1; ld.shared.u32 r10, [r2];"
+    body = (
+        "mov.u32 r0, memory; shl.b32 r1, tid, 2; add.u32 r2, r0, r1; st.shared.u32 [r2], tid; xor.b32 r1, r1, 128; "
+        "add.u32 r2, r0, r1; ld.shared.u32 r10, [r2];"
+    )
     out = np.zeros(THREADS, np.uint32)
     how = dict(module=module, shared=4 * THREADS)
     done = run(body + _address(out, 0) + "st.global.b32 [at], r10;", out, settings=dataclasses.replace(PLAIN, races=True), **how)
     assert {report.kind for report in done.reports} == {"race.shared"}
-    done = run(body + _address(out, 0) + "st.global.b32 [at], r10;", out, settings=dataclasses.replace(PLAIN, uninitialised=True), **how)
+    done = run(
+        body + _address(out, 0) + "st.global.b32 [at], r10;", out, settings=dataclasses.replace(PLAIN, uninitialised=True), **how
+    )
     assert {report.kind for report in done.reports} == {"uninitialised"} and done.counters["uninitialised"]
+
+
+def test_a_barrier_orders_only_what_came_before():
+    module = ".extern .shared .align 16 .b8 memory[];"
+    body = """
+    bar.sync 0; mov.u32 r0, memory; setp.eq.u32 p0, tid, 0; setp.eq.u32 p1, tid, 32;
+    @p0 st.shared.u32 [r0], 9; @p1 ld.shared.u32 r1, [r0];
+    """
+    for seed in range(3):
+        settings = dataclasses.replace(PLAIN, races=True, seed=seed, quantum=1)
+        assert {report.kind for report in run(body, module=module, shared=16, settings=settings).reports} == {"race.shared"}
 
 
 def test_predicated_instructions():
@@ -811,7 +876,9 @@ def test_trap_deadlock_and_livelock():
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])
-@pytest.mark.parametrize(("kind", "elements"), [("b8", 1), ("b8", 4), ("b16", 2), ("b16", 4), ("b32", 1), ("b32", 2), ("b32", 4), ("b64", 2)])
+@pytest.mark.parametrize(
+    ("kind", "elements"), [("b8", 1), ("b8", 4), ("b16", 2), ("b16", 4), ("b32", 1), ("b32", 2), ("b32", 4), ("b64", 2)]
+)
 def test_vectors(space, kind, elements):
     width = int(kind[1:]) // 8
     data = np.random.default_rng(0).integers(0, 256, THREADS * width * elements).astype(np.uint8)
@@ -834,7 +901,10 @@ def test_vectors(space, kind, elements):
 def test_narrow_loads_extend():
     a = np.random.default_rng(0).integers(0, 256, THREADS).astype(np.uint8)
     out = np.zeros((THREADS, 2), np.int32)
-    body = _address(a, 0) + "ld.global.s8 r1, [at]; ld.global.u8 r2, [at]; mul.wide.u32 at, tid, 8; add.u64 at, at, d1; st.global.v2.b32 [at], {r1, r2};"
+    body = (
+        _address(a, 0) + "ld.global.s8 r1, [at]; ld.global.u8 r2, [at]; mul.wide.u32 at, tid, 8; add.u64 at, at, d1; "
+        "st.global.v2.b32 [at], {r1, r2};"
+    )
     run(body, a, out)
     assert (out == np.stack([a.view(np.int8), a], 1)).all()
 
@@ -873,7 +943,10 @@ def test_local_memory():
 
 def test_constants_of_the_module():
     module = ".global .align 4 .b32 table[4] = {10, 20, 30, 40};"
-    got = lanes("mov.u64 d20, table; and.b32 r1, tid, 3; mul.wide.u32 d21, r1, 4; add.u64 d20, d20, d21; ld.global.u32 r10, [d20];", module=module)
+    got = lanes(
+        "mov.u64 d20, table; and.b32 r1, tid, 3; mul.wide.u32 d21, r1, 4; add.u64 d20, d20, d21; ld.global.u32 r10, [d20];",
+        module=module,
+    )
     same(got, (np.arange(THREADS) % 4 * 10 + 10).astype(np.uint32))
 
 
@@ -881,7 +954,8 @@ def test_constants_of_the_module():
 
 ATOMICS = {
     "add.u32": np.uint32, "add.s32": np.int32, "add.u64": np.uint64, "min.s32": np.int32, "max.s32": np.int32, "min.u32": np.uint32,
-    "max.u32": np.uint32, "min.s64": np.int64, "max.s64": np.int64, "min.u64": np.uint64, "max.u64": np.uint64, "and.b32": np.uint32,
+    "max.u32": np.uint32, "min.s64": np.int64, "max.s64": np.int64, "min.u64": np.uint64, "max.u64": np.uint64,
+    "and.b32": np.uint32,
     "or.b32": np.uint32, "xor.b32": np.uint32, "and.b64": np.uint64, "or.b64": np.uint64, "xor.b64": np.uint64,
 }  # fmt: skip
 FOLD = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
@@ -899,7 +973,10 @@ def test_atomics(name, space):
     register, size = REGISTER[dtype.itemsize], 8 * dtype.itemsize
     body = _address(a, 0) + f"ld.global.b{size} {register}30, [at];\n"
     if space == "shared":
-        body += f"setp.eq.u32 p0, tid, 0; ld.global.b{size} {register}31, [d2]; mov.u32 r0, memory; @p0 st.shared.b{size} [r0], {register}31; bar.sync 0;\n"
+        body += (
+            f"setp.eq.u32 p0, tid, 0; ld.global.b{size} {register}31, [d2]; mov.u32 r0, memory; "
+            f"@p0 st.shared.b{size} [r0], {register}31; bar.sync 0;\n"
+        )
         body += f"atom.shared.{name} {register}32, [r0], {register}30; bar.sync 0; @p0 ld.shared.b{size} {register}33, [r0];"
         body += f"@p0 st.global.b{size} [d2], {register}33;\n"
     else:
@@ -950,7 +1027,8 @@ def test_atomic_sums_of_floats(kind):
     width = cell.nbytes
     register = REGISTER[width]
     noftz = ".noftz" if width <= 4 and kind != "f32" else ""
-    run(f"mul.wide.u32 at, tid, {width}; add.u64 at, at, d0; ld.global.b{8 * width} {register}30, [at]; atom.global.add{noftz}.{kind} {register}31, [d1], {register}30;",
+    run(f"mul.wide.u32 at, tid, {width}; add.u64 at, at, d0; ld.global.b{8 * width} {register}30, [at]; "
+        f"atom.global.add{noftz}.{kind} {register}31, [d1], {register}30;",
         a, cell, threads=64)  # fmt: skip
     got = of_bf16(cell) if dtype == np.uint16 else cell
     assert (got.astype(float) == values.sum()).all()
@@ -984,9 +1062,20 @@ def test_asynchronous_copies(copies):
 
 def test_a_copy_lands_no_sooner_than_its_wait():
     data, out = np.full(4, 7, np.uint32), np.zeros(1, np.uint32)
-    body = "mov.u32 r0, memory; mov.u32 r1, 1; st.shared.u32 [r0], r1; cp.async.ca.shared.global [r0], [d0], 4; ld.shared.u32 r2, [r0]; st.global.u32 [d1], r2; cp.async.wait_all;"
+    body = (
+        "mov.u32 r0, memory; mov.u32 r1, 1; st.shared.u32 [r0], r1; cp.async.ca.shared.global [r0], [d0], 4; "
+        "ld.shared.u32 r2, [r0]; st.global.u32 [d1], r2; cp.async.wait_all;"
+    )
     for copies, seen in (("at_once", 7), ("at_the_wait", 1)):
-        run(body, data, out, threads=1, module=".extern .shared .align 16 .b8 memory[];", shared=16, settings=dataclasses.replace(PLAIN, copies=copies))
+        run(
+            body,
+            data,
+            out,
+            threads=1,
+            module=".extern .shared .align 16 .b8 memory[];",
+            shared=16,
+            settings=dataclasses.replace(PLAIN, copies=copies),
+        )
         assert out[0] == seen
 
 
@@ -1022,10 +1111,15 @@ def test_matrix_products(shape, kind, total, dtype):
     body, names = "mul.wide.u32 at, tid, 4;", {}
     for i, (letter, words) in enumerate((("a", words_a), ("b", words_b), ("c", words_c))):
         names[letter] = [f"r{20 + 10 * i + j}" for j in range(len(words) // 32)]
-        body += f"add.u64 d1{i}, at, d{i};" + "".join(f"ld.global.b32 {name}, [d1{i} + {128 * j}];" for j, name in enumerate(names[letter]))
+        body += f"add.u64 d1{i}, at, d{i};" + "".join(
+            f"ld.global.b32 {name}, [d1{i} + {128 * j}];" for j, name in enumerate(names[letter])
+        )
     names["d"] = [f"r{60 + j}" for j in range(registers)]
     listed = {letter: "{" + ", ".join(of) + "}" for letter, of in names.items()}
-    body += f"mma.sync.aligned.{shape}.row.col.{total}.{kind}.{kind}.{total} {listed['d']}, {listed['a']}, {listed['b']}, {listed['c']};"
+    body += (
+        f"mma.sync.aligned.{shape}.row.col.{total}.{kind}.{kind}.{total} {listed['d']}, {listed['a']}, {listed['b']}, "
+        f"{listed['c']};"
+    )
     body += "add.u64 d13, at, d3;" + "".join(f"st.global.b32 [d13 + {128 * j}], {name};" for j, name in enumerate(names["d"]))
     run(body, words_a, words_b, words_c, out, threads=32)
     expected = (a @ b + c).astype(sums)
@@ -1041,7 +1135,8 @@ def test_loading_and_storing_matrices(count, transposed):
     registers = ", ".join(f"r{20 + i}" for i in range(count))
     body = f"""
     setp.lt.u32 p0, tid, {8 * count}; mul.wide.u32 d10, tid, 16; add.u64 d11, d10, d0; add.u64 d12, d10, d2; mov.u32 r0, memory;
-    mad.lo.u32 r1, tid, 16, r0; @p0 ld.global.v4.b32 {{r2, r3, r4, r5}}, [d11]; @p0 st.shared.v4.b32 [r1], {{r2, r3, r4, r5}}; bar.sync 0;
+    mad.lo.u32 r1, tid, 16, r0; @p0 ld.global.v4.b32 {{r2, r3, r4, r5}}, [d11];
+    @p0 st.shared.v4.b32 [r1], {{r2, r3, r4, r5}}; bar.sync 0;
     ldmatrix.sync.aligned.m8n8.x{count}{transposed}.shared.b16 {{{registers}}}, [r1];
     stmatrix.sync.aligned.m8n8.x{count}{transposed}.shared.b16 [r1 + 512], {{{registers}}}; bar.sync 0;
     @p0 ld.shared.v4.b32 {{r2, r3, r4, r5}}, [r1 + 512]; @p0 st.global.v4.b32 [d12], {{r2, r3, r4, r5}};
@@ -1050,6 +1145,49 @@ def test_loading_and_storing_matrices(count, transposed):
     run(body, data, out, back, threads=32, module=".extern .shared .align 16 .b8 memory[];", shared=1024 + 512)
     turned = data.transpose(0, 2, 1) if transposed else data
     assert (out == np.ascontiguousarray(turned).view(np.uint32).reshape(count, 32)).all() and (back == data).all()
+
+
+WGMMA = """
+    mov.u32 r0, memory; mad.lo.u32 r1, tid, 16, r0; mul.wide.u32 d10, tid, 16; add.u64 d11, d10, d0; add.u64 d12, d10, d1;
+    ld.global.v4.b32 {r2, r3, r4, r5}, [d11]; st.shared.v4.b32 [r1], {r2, r3, r4, r5};
+    setp.lt.u32 p0, tid, 16; @p0 ld.global.v4.b32 {r2, r3, r4, r5}, [d12]; @p0 st.shared.v4.b32 [r1 + 2048], {r2, r3, r4, r5};
+    FENCE bar.sync 0; mov.u32 r10, 0x3f800000; mov.u32 r11, r10; mov.u32 r12, r10; mov.u32 r13, r10;
+    shr.u32 r6, r0, 4; cvt.u64.u32 d20, r6; add.u64 d20, d20, 0x1000080000; add.u64 d21, d20, 128;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {r10, r11, r12, r13}, d20, d21, 1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned; EARLY wgmma.wait_group.sync.aligned 0;
+    mul.wide.u32 at, tid, 16; add.u64 at, at, d2; st.global.v4.b32 [at], {r10, r11, r12, r13};
+"""
+
+
+@pytest.mark.parametrize(
+    ("fence", "early", "reported"),
+    [
+        ("fence.proxy.async.shared::cta;", "", set()),
+        ("", "", {"race.proxy"}),  # what ordinary stores wrote, read through another proxy
+        (
+            "fence.proxy.async.shared::cta;",
+            "setp.eq.u32 p2, tid, 0; @p2 st.shared.u32 [r0], r10;",
+            {"race.shared"},
+        ),  # before its wait
+    ],
+)
+def test_products_of_four_warps(fence, early, reported):
+    """Both operands in shared memory, in blocks of 8 rows of 16 bytes: the next 8 of k 128 bytes on, the next 8 rows 256."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-8, 8, (64, 16)), rng.integers(-8, 8, (8, 16))
+
+    def blocks(x):
+        return bf16_of(np.ascontiguousarray(x.reshape(-1, 8, 2, 8).transpose(0, 2, 1, 3)).astype(np.float32)).reshape(-1)
+
+    out = np.zeros((4, 32, 2, 2), np.float32)  # warp, lane, row g or g + 8, neighbours
+    body = WGMMA.replace("FENCE", fence).replace("EARLY", early)
+    how = dict(threads=128, module=".extern .shared .align 1024 .b8 memory[];", shared=2048 + 256)
+    done = run(body, blocks(a), blocks(b), out, settings=dataclasses.replace(PLAIN, races=True), **how)
+    assert {report.kind for report in done.reports} == reported
+    if not early:
+        got = out.reshape(4, 8, 4, 2, 2).transpose(0, 3, 1, 2, 4).reshape(64, 8)
+        same(got, (a @ b.T + 1).astype(np.float32))
 
 
 # --- registers, text ----------------------------------------------------------------------------------------------------
@@ -1063,13 +1201,31 @@ def test_many_registers_alive_at_once():
     same(lanes(body), sum(tid * i + i * i for i in range(100)).astype(np.uint32))
 
 
+def test_a_guarded_write_keeps_the_register_alive():
+    """r1 is written in the first round alone, and read in every one; nothing else may have its place meanwhile."""
+    temporaries = "".join(f"add.u32 r{50 + i}, r3, {i + 7};" for i in range(8))
+    used = "".join(f"xor.b32 r11, r11, r{50 + i};" for i in range(8))
+    body = f"""
+    mov.u32 r10, 0; mov.u32 r11, 0; mov.u32 r3, 0;
+    L: setp.eq.u32 p0, r3, 0; @p0 add.u32 r1, tid, 5; add.u32 r10, r10, r1;
+    {temporaries} {used}
+    add.u32 r3, r3, 1; setp.lt.u32 p1, r3, 4; @p1 bra L;
+    """
+    same(lanes(body), (4 * (np.arange(THREADS) + 5)).astype(np.uint32))
+
+
 def test_names_in_scopes():
     """A scope's names hide those outside, and a name may be a single register and a numbered set at once."""
-    body = "mov.u32 r10, 1; { .reg .b32 r10; .reg .b32 a; .reg .b32 a<2>; mov.u32 a, 5; mov.u32 a0, 6; add.u32 r10, a, a0; mov.u32 r11, r10; } add.u32 r10, r10, r11;"
+    body = (
+        "mov.u32 r10, 1; { .reg .b32 r10; .reg .b32 a; .reg .b32 a<2>; mov.u32 a, 5; mov.u32 a0, 6; add.u32 r10, a, "
+        "a0; mov.u32 r11, r10; } add.u32 r10, r10, r11;"
+    )
     same(lanes(body), np.full(THREADS, 12, np.uint32))
 
 
-@pytest.mark.parametrize("statement", ["frobnicate.b32 r1, r2;", "add.u24 r1, r2, r3;", "ld.global.v3.b32 {r1, r2, r3}, [d0];", "call f;"])
+@pytest.mark.parametrize(
+    "statement", ["frobnicate.b32 r1, r2;", "add.u24 r1, r2, r3;", "ld.global.v3.b32 {r1, r2, r3}, [d0];", "call f;"]
+)
 def test_unknown_instructions_are_named(statement):
     with pytest.raises(core.MachineError, match=statement.split(" ")[0].split(".")[0]):
         run(statement)
@@ -1087,7 +1243,9 @@ def test_races_name_both_source_lines():
     for seed in range(5):
         done = run(body, cell, settings=dataclasses.replace(PLAIN, races=True, quantum=1, seed=seed), module=module)
         assert {report.kind for report in done.reports} == {"race.within"} and done.counters["races_within"]
-        assert all("kernel.py:10:4" in report.text and "kernel.py:20:4 @[ kernel.py:30:8 ]" in report.text for report in done.reports)
+        assert all(
+            "kernel.py:10:4" in report.text and "kernel.py:20:4 @[ kernel.py:30:8 ]" in report.text for report in done.reports
+        )
         cell[0] = 0
 
 
@@ -1101,7 +1259,9 @@ def test_races_of_many_programs(programs):
     assert not fine.reports and fine.counters["races_unchecked"] == 0 and cells.tolist() == list(range(programs))
     body += f"setp.eq.u32 p1, r0, {programs - 1}; @p1 ld.global.u32 r1, [d0];"
     racing = run(body, cells, grid=programs, settings=settings)
-    assert {report.kind for report in racing.reports} <= {"race.global", "benign"} and racing.counters["races"] + racing.counters["benign"]
+    assert {report.kind for report in racing.reports} <= {"race.global", "benign"} and racing.counters["races"] + racing.counters[
+        "benign"
+    ]
 
 
 def test_release_and_acquire_order():
@@ -1126,9 +1286,24 @@ def test_release_and_acquire_order():
     assert {report.kind for report in done.reports} == {"race.global"} and memory[48] == 0
 
 
+def test_a_release_orders_only_what_came_before():
+    """A store behind the release races with a load behind the acquire."""
+    body = """
+    mov.u32 r0, %ctaid.x; setp.eq.u32 p0, r0, 0; @!p0 bra READER;
+    atom.global.gpu.release.exch.b32 r2, [d0 + 64], 1; st.global.u32 [d0], 42; bra END;
+    READER: SPIN: ld.acquire.gpu.global.u32 r3, [d0 + 64]; setp.eq.u32 p1, r3, 0; @p1 bra SPIN;
+    ld.global.u32 r4, [d0];
+    END:
+    """
+    memory = np.zeros(64, np.uint32)
+    done = run(body, memory, threads=1, grid=2, settings=dataclasses.replace(PLAIN, races=True, quantum=1), cooperative=True)
+    assert {report.kind for report in done.reports} == {"race.global"}
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 def test_a_release_publishes_other_warps_stores_only_behind_a_barrier(ordered):
-    """Warp 1 stores, warp 0 releases: without bar.sync between, the store may still be in the buffer when the other program acquires."""
+    """Warp 1 stores, warp 0 releases: without bar.sync between, "
+    "the store may still be in the buffer when the other program acquires."""
     wait = "bar.sync 0;" if ordered else "L: ld.volatile.global.u32 r7, [d0 + 256]; setp.eq.u32 p3, r7, 0; @p3 bra L;"
     body = f"""
     mov.u32 r0, %ctaid.x; setp.eq.u32 p0, r0, 0; @!p0 bra READER;
@@ -1141,6 +1316,8 @@ def test_a_release_publishes_other_warps_stores_only_behind_a_barrier(ordered):
     """
     memory = np.zeros(96, np.uint32)
     settings = dataclasses.replace(PLAIN, weak=True, quantum=3, flush=0)
-    body = body.replace("st.global.u32 [d0], 42", "st.global.u32 [d0], r30").replace("mov.u32 r0, %ctaid.x;", "mov.u32 r0, %ctaid.x; mov.u32 r30, 42;")
+    body = body.replace("st.global.u32 [d0], 42", "st.global.u32 [d0], r30").replace(
+        "mov.u32 r0, %ctaid.x;", "mov.u32 r0, %ctaid.x; mov.u32 r30, 42;"
+    )
     run(body, memory, threads=64, grid=2, settings=settings, cooperative=True)
     assert memory[48] == (42 if ordered else 0)

@@ -1,6 +1,6 @@
-// Registers whose lives do not meet share a place, so that a warp's registers stay in the CPU's first cache: liveness over the flow graph,
-// then a linear scan over whole intervals. A lane's values are its own, so what is right for one thread is right for a warp; only
-// registers of one width share, so that lanes keep to their own bytes.
+// Registers whose lives do not meet share a place, so that a warp's registers stay in the CPU's first cache: liveness
+// over the flow graph, then a linear scan over whole intervals. A lane's values are its own, so what is right for one
+// thread is right for a warp; only registers of one width share, so that lanes keep to their own bytes.
 #include <algorithm>
 #include <climits>
 #include "parse.h"
@@ -29,7 +29,8 @@ struct Allocation {
   std::vector<Block> blocks;
   std::vector<Life> lives;
 
-  Allocation(Kernel& kernel, const std::vector<std::vector<Touch>>& touches, const Widths& all) : kernel(kernel), touches(touches) {
+  Allocation(Kernel& kernel, const std::vector<std::vector<Touch>>& touches, const Widths& all)
+      : kernel(kernel), touches(touches) {
     for (auto& [where, width] : all) {
       number[where] = (int)registers.size();
       registers.push_back(where);
@@ -92,8 +93,8 @@ struct Allocation {
     }
   }
 
-  // A definition lives from just after its instruction, so a source that ends there may give it its place. (Destinations of one
-  // instruction never share: both live from the same moment.)
+  // A definition lives from just after its instruction, so a source that ends there may give it its place.
+  // (Destinations of one instruction never share: both live from the same moment.)
   void find_lives() {
     lives.resize(registers.size());
     auto extend = [&](int r, int moment) {

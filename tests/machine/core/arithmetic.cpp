@@ -1,5 +1,6 @@
-// Instructions that only compute. Each is a function of one lane's values; Applied<function> makes a handler of it that runs over the 32
-// lanes in loops the compiler vectorises, and knows the widths of the operands from the function's own types. A bool result is a predicate.
+// Instructions that only compute. Each is a function of one lane's values; Applied<function> makes a handler of it that
+// runs over the 32 lanes in loops the compiler vectorises, and knows the widths of the operands from the function's own
+// types. A bool result is a predicate.
 #include <algorithm>
 #include <immintrin.h>
 #include <sstream>
@@ -11,7 +12,7 @@
 namespace machine {
 namespace {
 
-// --- from functions to handlers -----------------------------------------------------------------------------------------
+// --- from functions to handlers --------------------------------------------------------------------------------------
 
 inline u32 sign_bits(const u32* words) {
   u32 bits = 0;
@@ -45,12 +46,17 @@ template <class R, class... A, R (*function)(A...)> struct Applied<function> {
       write(destination<R>(warp, in.operands[0]), results, lanes);
     }
   }
-  template <size_t... I> static void over_active(Warp& warp, const Instruction& in, u32 lanes, std::index_sequence<I...>) {
+  template <size_t... I>
+  static void over_active(Warp& warp, const Instruction& in, u32 lanes, std::index_sequence<I...>) {
     R* to = destination<R>(warp, in.operands[0]);
     for (int i : each(lanes)) to[i] = function(source<A>(warp, in.operands[1 + I])[i]...);
   }
-  static void all(Warp& warp, const Instruction& in, u32 lanes) { over_all(warp, in, lanes, std::index_sequence_for<A...>()); }
-  static void active(Warp& warp, const Instruction& in, u32 lanes) { over_active(warp, in, lanes, std::index_sequence_for<A...>()); }
+  static void all(Warp& warp, const Instruction& in, u32 lanes) {
+    over_all(warp, in, lanes, std::index_sequence_for<A...>());
+  }
+  static void active(Warp& warp, const Instruction& in, u32 lanes) {
+    over_active(warp, in, lanes, std::index_sequence_for<A...>());
+  }
   static constexpr Plain plain(Handler handler, Class counted) {
     return {handler, counted, 1 + (int)sizeof...(A), {width_of<R>, width_of<A>...}};
   }
@@ -86,7 +92,7 @@ struct Table {
   }
 };
 
-// --- integers -----------------------------------------------------------------------------------------------------------
+// --- integers --------------------------------------------------------------------------------------------------------
 
 template <class T> T add(T a, T b) { return a + b; }
 template <class T> T subtract(T a, T b) { return a - b; }
@@ -119,9 +125,13 @@ template <class T> T remainder(T a, T b) {
 }
 template <class T, class Wide> T multiply_high(T a, T b) { return (T)((Wide)a * b >> bits_in<T>); }
 template <class T, class Wide> Wide multiply_wide(T a, T b) { return (Wide)a * b; }
-template <class T, class Wide> Wide multiply_add_wide(T a, T b, Wide c) { return (Wide)((std::make_unsigned_t<Wide>)((Wide)a * b) + c); }
+template <class T, class Wide> Wide multiply_add_wide(T a, T b, Wide c) {
+  return (Wide)((std::make_unsigned_t<Wide>)((Wide)a * b) + c);
+}
 template <class T, class Wide> u32 multiply_add_high(T a, T b, u32 c) { return (u32)((Wide)a * b >> 32) + c; }
-template <class T> u32 absolute_difference(T a, T b, u32 c) { return (u32)(a > b ? (u32)a - (u32)b : (u32)b - (u32)a) + c; }
+template <class T> u32 absolute_difference(T a, T b, u32 c) {
+  return (u32)(a > b ? (u32)a - (u32)b : (u32)b - (u32)a) + c;
+}
 
 u32 leading_zeros(u32 a) { return a ? __builtin_clz(a) : 32; }
 u32 leading_zeros_64(u64 a) { return a ? __builtin_clzll(a) : 64; }
@@ -187,7 +197,7 @@ u32 funnel_right_wrap(u32 a, u32 b, u32 by) { return (u32)(joined(a, b) >> (by &
 u32 funnel_left_clamp(u32 a, u32 b, u32 by) { return by >= 32 ? a : (u32)(joined(a, b) << (by & 31) >> 32); }
 u32 funnel_right_clamp(u32 a, u32 b, u32 by) { return by >= 32 ? b : (u32)(joined(a, b) >> (by & 31)); }
 
-// --- floats -------------------------------------------------------------------------------------------------------------
+// --- floats ----------------------------------------------------------------------------------------------------------
 
 template <class T> T multiply(T a, T b) { return a * b; }
 template <class T> T quotient(T a, T b) { return a / b; }
@@ -231,17 +241,21 @@ float power_of_2(float x) {
 
 template <float (*f)(float)> float flushed_1(float a) { return flush(f(flush(a))); }
 template <float (*f)(float, float)> float flushed_2(float a, float b) { return flush(f(flush(a), flush(b))); }
-template <float (*f)(float, float, float)> float flushed_3(float a, float b, float c) { return flush(f(flush(a), flush(b), flush(c))); }
+template <float (*f)(float, float, float)> float flushed_3(float a, float b, float c) {
+  return flush(f(flush(a), flush(b), flush(c)));
+}
 
 // Floats of 16 bits: in float, then rounded once (a product and its sum in double).
 template <class T, float (*f)(float, float)> T in_float(T a, T b) { return narrow<T>(f(widen(a), widen(b))); }
 template <class T> T fused_16(T a, T b, T c) { return narrow_once<T>((double)widen(a) * widen(b) + widen(c)); }
-template <class T, T (*f)(T, T)> Pair<T> pairwise_2(Pair<T> a, Pair<T> b) { return {f(a.low, b.low), f(a.high, b.high)}; }
+template <class T, T (*f)(T, T)> Pair<T> pairwise_2(Pair<T> a, Pair<T> b) {
+  return {f(a.low, b.low), f(a.high, b.high)};
+}
 template <class T, T (*f)(T, T, T)> Pair<T> pairwise_3(Pair<T> a, Pair<T> b, Pair<T> c) {
   return {f(a.low, b.low, c.low), f(a.high, b.high, c.high)};
 }
 
-// --- moves, comparisons -------------------------------------------------------------------------------------------------
+// --- moves, comparisons ----------------------------------------------------------------------------------------------
 
 template <class T> T same(T a) { return a; }
 
@@ -276,8 +290,8 @@ template <bool (*f)(float, float)> bool flushed_comparison(float a, float b) { r
 
 template <class T> void compare_pairs(Warp& warp, const Instruction& in, u32 lanes) {
   using Comparison = bool (*)(T, T);
-  static constexpr Comparison comparisons[] = {eq<T>, ne<T>, lt<T>, le<T>, gt<T>, ge<T>, equ<T>, neu<T>, ltu<T>, leu<T>, gtu<T>, geu<T>,
-                                               num<T>, nan<T>};
+  static constexpr Comparison comparisons[] = {eq<T>,  ne<T>,  lt<T>,  le<T>,  gt<T>,  ge<T>,  equ<T>,
+                                               neu<T>, ltu<T>, leu<T>, gtu<T>, geu<T>, num<T>, nan<T>};
   auto *a = source<Pair<T>>(warp, in.operands[2]), *b = source<Pair<T>>(warp, in.operands[3]);
   Comparison compare = comparisons[in.variant];
   u32 low = 0, high = 0;
@@ -295,7 +309,7 @@ u32 one_of(u32 a, u32 b) { return a ^ b; }
 u32 inverted(u32 a, u32) { return ~a; }
 u32 copied(u32 a, u32) { return a; }
 
-// --- the table ----------------------------------------------------------------------------------------------------------
+// --- the table -------------------------------------------------------------------------------------------------------
 
 template <class U, class S> void fill_integers(Table& t, const char* bits) {
   constexpr Class c = Class::integer;
@@ -553,7 +567,7 @@ Handler find_pair_comparison(Type type) {
   return type == Type::bf16x2 ? compare_pairs<Bfloat> : type == Type::f16x2 ? compare_pairs<Half> : nullptr;
 }
 
-// --- around the table ---------------------------------------------------------------------------------------------------
+// --- around the table ------------------------------------------------------------------------------------------------
 
 void nothing(Warp&, const Instruction&, u32) {}
 
@@ -572,7 +586,8 @@ void pack(Warp& warp, const Instruction& in, u32 lanes) {
   for (int i : each(lanes)) {
     u64 whole = 0;
     for (int part = 0; part < in.elements; part++) {
-      whole |= value_of(warp, in.operands[1 + part], i, in.register_bytes, in.element_bytes) << (8 * in.element_bytes * part);
+      whole |= value_of(warp, in.operands[1 + part], i, in.register_bytes, in.element_bytes)
+               << (8 * in.element_bytes * part);
     }
     memcpy(lane_of(warp, in.operands[0], i, in.source_bytes), &whole, in.source_bytes);
   }

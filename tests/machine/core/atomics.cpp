@@ -8,7 +8,9 @@
 
 namespace machine {
 
-template <class T> static u64 add_floats(u64 a, u64 b) { return bits_as<u32>(widen(bits_as<T>((u32)a)) + widen(bits_as<T>((u32)b))); }
+template <class T> static u64 add_floats(u64 a, u64 b) {
+  return bits_as<u32>(widen(bits_as<T>((u32)a)) + widen(bits_as<T>((u32)b)));
+}
 template <class T> static u16 add_16(u16 a, u16 b) { return narrow<T>(widen(T{a}) + widen(T{b})).bits; }
 template <class T> static u64 add_pairs(u64 a, u64 b) {
   return add_16<T>((u16)a, (u16)b) | (u32)add_16<T>((u16)(a >> 16), (u16)(b >> 16)) << 16;
@@ -53,7 +55,8 @@ static u64 updated(const Instruction& in, u64 old, u64 b, u64 c) {
 static u64 update(Warp& warp, const Instruction& in, int lane, void* at) {
   u32 bytes = in.element_bytes;
   u64 b = value_of(warp, in.operands[1], lane, in.register_bytes, bytes), c = 0, old = 0;
-  if ((Atomic)in.variant == Atomic::compare_and_swap) c = value_of(warp, in.operands[2], lane, in.register_bytes, bytes);
+  if ((Atomic)in.variant == Atomic::compare_and_swap)
+    c = value_of(warp, in.operands[2], lane, in.register_bytes, bytes);
   memcpy(&old, at, bytes);
   u64 now = updated(in, old, b, c);
   if (memcmp(at, &now, bytes)) warp.launch->last_change = warp.launch->moment;

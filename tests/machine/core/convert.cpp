@@ -8,7 +8,7 @@
 
 namespace machine {
 
-// --- floats of 8 bits ---------------------------------------------------------------------------------------------------
+// --- floats of 8 bits ------------------------------------------------------------------------------------------------
 
 float widen(u8 bits, Tiny format) {
   int mantissa_bits = format.mantissa_bits, bias = (1 << (format.exponent_bits - 1)) - 1;
@@ -70,7 +70,7 @@ void convert_tiny_to_halves(Warp& warp, const Instruction& in, u32 lanes) {
   for (int i : each(lanes)) to[i] = results[i];
 }
 
-// --- the general conversion, one lane -----------------------------------------------------------------------------------
+// --- the general conversion, one lane --------------------------------------------------------------------------------
 
 static double float_from(const Instruction& in, u64 bits) {
   switch (in.source_type) {
@@ -159,7 +159,8 @@ static u64 float_from_integer(const Instruction& in, u64 value) {
 void convert(Warp& warp, const Instruction& in, u32 lanes) {
   int bits = 8 * bytes_of(in.source_type);
   for (int i : each(lanes)) {
-    u64 value = fitted(value_of(warp, in.operands[1], i, in.source_bytes, in.source_bytes), bits, is_signed(in.source_type));
+    u64 value =
+        fitted(value_of(warp, in.operands[1], i, in.source_bytes, in.source_bytes), bits, is_signed(in.source_type));
     u64 result;
     if (is_float(in.source_type)) {
       double x = to_integral(in.rounding, float_from(in, value));
@@ -171,7 +172,7 @@ void convert(Warp& warp, const Instruction& in, u32 lanes) {
   }
 }
 
-// --- common conversions, over all lanes ---------------------------------------------------------------------------------
+// --- common conversions, over all lanes ------------------------------------------------------------------------------
 
 // d, high, low
 template <class T> static void pair_from_floats(Warp& warp, const Instruction& in, u32 lanes) {
@@ -188,7 +189,8 @@ void convert_pair(Warp& warp, const Instruction& in, u32 lanes) {
   if (in.type == Type::bf16x2) pair_from_floats<Bfloat>(warp, in, lanes); else pair_from_floats<Half>(warp, in, lanes);
 }
 
-template <class To, class From, To (*function)(From)> static void over_all(Warp& warp, const Instruction& in, u32 lanes) {
+template <class To, class From, To (*function)(From)>
+static void over_all(Warp& warp, const Instruction& in, u32 lanes) {
   const From* from = source<From>(warp, in.operands[1]);
   To results[LANES];
   for (int i = 0; i < LANES; i++) results[i] = function(from[i]);
@@ -199,12 +201,14 @@ template <class To, class From> constexpr Handler casting = over_all<To, From, c
 
 Handler find_conversion(const std::string& key) {
   static const std::unordered_map<std::string, Handler> known = {
-    {"cvt.s64.s32:84", casting<s64, s32>}, {"cvt.u64.u32:84", casting<u64, u32>}, {"cvt.u32.u64:48", casting<u32, u64>},
-    {"cvt.u16.u32:24", casting<u16, u32>}, {"cvt.u32.u16:42", casting<u32, u16>}, {"cvt.s32.s16:42", casting<s32, s16>},
+    {"cvt.s64.s32:84", casting<s64, s32>}, {"cvt.u64.u32:84", casting<u64, u32>},
+    {"cvt.u32.u64:48", casting<u32, u64>}, {"cvt.u16.u32:24", casting<u16, u32>},
+    {"cvt.u32.u16:42", casting<u32, u16>}, {"cvt.s32.s16:42", casting<s32, s16>},
     {"cvt.rn.f32.s32:44", casting<float, s32>}, {"cvt.rn.f32.u32:44", casting<float, u32>},
     {"cvt.rn.f32.s64:48", casting<float, s64>}, {"cvt.rn.f32.u64:48", casting<float, u64>},
     {"cvt.f32.bf16:42", over_all<float, Bfloat, widen>}, {"cvt.f32.f16:42", over_all<float, Half, widen>},
-    {"cvt.rn.bf16.f32:24", over_all<Bfloat, float, narrow<Bfloat>>}, {"cvt.rn.f16.f32:24", over_all<Half, float, narrow<Half>>},
+    {"cvt.rn.bf16.f32:24", over_all<Bfloat, float, narrow<Bfloat>>},
+    {"cvt.rn.f16.f32:24", over_all<Half, float, narrow<Half>>},
   };
   auto found = known.find(key);
   return found == known.end() ? nullptr : found->second;

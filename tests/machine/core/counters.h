@@ -13,7 +13,7 @@ namespace machine {
   X(shared_loads) X(shared_stores) \
   X(shared_load_conflicts) X(shared_store_conflicts)               /* further passes because of bank conflicts */ \
   X(block_barriers) X(divergences) \
-  X(races) X(races_within)                                         /* all; those in global memory within one program */ \
+  X(races) X(races_within)                                         /* all; through global memory in one program */ \
   X(races_unchecked)                                               /* accesses that were too many to keep track of */ \
   X(benign) X(intra_warp) X(uninitialised)
 
@@ -32,8 +32,8 @@ constexpr const char* COUNTER_NAMES[] = {
 
 // In the order of Class.
 constexpr const char* CLASS_NAMES[] = {
-  "int", "fp32", "sfu", "cvt", "mov", "pred", "ld.global", "st.global", "ld.shared", "st.shared", "atom", "mma", "ldmatrix", "shfl", "bar",
-  "branch", "cp.async", "param", "local", "other"
+  "int", "fp32", "sfu", "cvt", "mov", "pred", "ld.global", "st.global", "ld.shared", "st.shared", "atom", "mma",
+  "ldmatrix", "shfl", "bar", "branch", "cp.async", "param", "local", "other"
 };
 static_assert(sizeof(CLASS_NAMES) / sizeof(*CLASS_NAMES) == (size_t)Class::COUNT, "a name for every class");
 

@@ -7,14 +7,16 @@ namespace machine {
 
 const std::map<std::string, Parser::Decoder>& Parser::decoders() {
   static const std::map<std::string, Decoder> decoders = {
-    {"ret", &Parser::exit}, {"exit", &Parser::exit}, {"trap", &Parser::trap}, {"brkpt", &Parser::trap}, {"bra", &Parser::branch},
-    {"bar", &Parser::barrier}, {"barrier", &Parser::barrier}, {"membar", &Parser::fence}, {"fence", &Parser::fence},
-    {"nanosleep", &Parser::hint}, {"prefetch", &Parser::hint}, {"prefetchu", &Parser::hint}, {"discard", &Parser::hint},
-    {"applypriority", &Parser::hint}, {"createpolicy", &Parser::hint}, {"griddepcontrol", &Parser::hint},
-    {"ld", &Parser::load}, {"ldu", &Parser::load}, {"st", &Parser::store}, {"atom", &Parser::atomic}, {"red", &Parser::atomic},
-    {"cp", &Parser::async_copy}, {"ldmatrix", &Parser::load_matrix}, {"stmatrix", &Parser::store_matrix}, {"mma", &Parser::matrix},
-    {"wgmma", &Parser::group_matrix}, {"shfl", &Parser::shuffle}, {"vote", &Parser::vote}, {"activemask", &Parser::active_mask},
-    {"match", &Parser::match}, {"redux", &Parser::reduce}, {"cvt", &Parser::convert}, {"mov", &Parser::move}, {"setp", &Parser::compare},
+    {"ret", &Parser::exit}, {"exit", &Parser::exit}, {"trap", &Parser::trap}, {"brkpt", &Parser::trap},
+    {"bra", &Parser::branch}, {"bar", &Parser::barrier}, {"barrier", &Parser::barrier}, {"membar", &Parser::fence},
+    {"fence", &Parser::fence}, {"nanosleep", &Parser::hint}, {"prefetch", &Parser::hint},
+    {"prefetchu", &Parser::hint}, {"discard", &Parser::hint}, {"applypriority", &Parser::hint},
+    {"createpolicy", &Parser::hint}, {"griddepcontrol", &Parser::hint}, {"ld", &Parser::load}, {"ldu", &Parser::load},
+    {"st", &Parser::store}, {"atom", &Parser::atomic}, {"red", &Parser::atomic}, {"cp", &Parser::async_copy},
+    {"ldmatrix", &Parser::load_matrix}, {"stmatrix", &Parser::store_matrix}, {"mma", &Parser::matrix},
+    {"wgmma", &Parser::group_matrix}, {"shfl", &Parser::shuffle}, {"vote", &Parser::vote},
+    {"activemask", &Parser::active_mask}, {"match", &Parser::match}, {"redux", &Parser::reduce},
+    {"cvt", &Parser::convert}, {"mov", &Parser::move}, {"setp", &Parser::compare},
   };
   return decoders;
 }
@@ -73,7 +75,7 @@ void Parser::collective(Instruction& in, Class counted, size_t mask_operand) {
   else in.member_mask = source(operands[mask_operand], 4);
 }
 
-// --- control ------------------------------------------------------------------------------------------------------------
+// --- control ---------------------------------------------------------------------------------------------------------
 
 void Parser::exit(Instruction& in) { in.kind = Kind::exit; in.counted = Class::branch; }
 
@@ -108,21 +110,23 @@ void Parser::fence(Instruction& in) {
 
 void Parser::hint(Instruction& in) { in.execute = nothing; }
 
-// --- memory -------------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // Modifiers of a memory instruction but its operation; returns the state space.
 std::string Parser::memory_modifiers(Instruction& in, bool atomic) {
   static const std::map<std::string, int> orders = {
-    {"relaxed", RELAXED}, {"acquire", ACQUIRE}, {"release", RELEASE}, {"acq_rel", ACQUIRE | RELEASE}, {"volatile", VOLATILE},
-    {"cg", PAST_L1}, {"cv", PAST_L1},
+    {"relaxed", RELAXED}, {"acquire", ACQUIRE}, {"release", RELEASE}, {"acq_rel", ACQUIRE | RELEASE},
+    {"volatile", VOLATILE}, {"cg", PAST_L1}, {"cv", PAST_L1},
   };
-  static const std::map<std::string, Scope> scopes = {{"cta", Scope::block}, {"gpu", Scope::device}, {"sys", Scope::system}};
+  static const std::map<std::string, Scope> scopes = {
+      {"cta", Scope::block}, {"gpu", Scope::device}, {"sys", Scope::system}};
   static const std::map<std::string, Atomic> atomics = {
     {"add", Atomic::add}, {"min", Atomic::min}, {"max", Atomic::max}, {"and", Atomic::bit_and}, {"or", Atomic::bit_or},
     {"xor", Atomic::bit_xor}, {"exch", Atomic::exchange}, {"cas", Atomic::compare_and_swap}, {"inc", Atomic::increment},
     {"dec", Atomic::decrement},
   };
-  static const std::vector<std::string> ignored = {"sync", "weak", "nc", "ca", "wb", "cs", "wt", "lu", "noftz", "unified"};
+  static const std::vector<std::string> ignored = {"sync", "weak", "nc", "ca",    "wb",
+                                                   "cs",   "wt",   "lu", "noftz", "unified"};
   std::string space;
   bool operation = false;
   in.order = atomic ? RELAXED : 0;
@@ -136,7 +140,8 @@ std::string Parser::memory_modifiers(Instruction& in, bool atomic) {
     else if (scopes.count(part)) in.scope = scopes.at(part);
     else if (atomic && atomics.count(part)) { in.variant = (u8)atomics.at(part); operation = true; }
     else if (type_named(part) != Type::none) in.type = type_named(part);
-    else if (std::find(ignored.begin(), ignored.end(), part) == ignored.end() && part.rfind("L1::", 0) && part.rfind("L2::", 0)) {
+    else if (std::find(ignored.begin(), ignored.end(), part) == ignored.end() && part.rfind("L1::", 0) &&
+             part.rfind("L2::", 0)) {
       die("modifier " + part + " of " + opcode);
     }
   }
@@ -226,7 +231,7 @@ void Parser::async_copy(Instruction& in) {
   if (operands.size() > 3) in.operands[1] = source(operands[3], 4);  // bytes to read; the rest is zero
 }
 
-// --- matrices -----------------------------------------------------------------------------------------------------------
+// --- matrices --------------------------------------------------------------------------------------------------------
 
 void Parser::sources(Instruction& in, const std::string& list, int width, int first) {
   for (const std::string& name : vector_parts(list)) in.operands[first++] = source(name, width);
@@ -270,7 +275,8 @@ void Parser::matrix(Instruction& in) {
     if (type_named(part) != Type::none) types.push_back(type_named(part));
   }
   std::string shape = parts.size() > 3 ? parts[3] : "";
-  if (types.size() != 4 || !has("row") || !has("col") || shape.rfind("m16n8k", 0)) die("unsupported instruction " + opcode);
+  if (types.size() != 4 || !has("row") || !has("col") || shape.rfind("m16n8k", 0))
+    die("unsupported instruction " + opcode);
   if (types[1] != types[2]) die("unsupported instruction " + opcode);
   in.execute = multiply_matrices;
   in.immediate = atoi(shape.c_str() + 6);
@@ -286,8 +292,9 @@ void Parser::matrix(Instruction& in) {
   collective(in, Class::matrix, 4);
 }
 
-// wgmma.mma_async.sync.aligned.m64nNkK.D.A.B d, a, b, scale-d, 1, 1 [, trans-a] [, trans-b]: d in Kernel::lists[target]; operands 0.. a
-// (registers or a descriptor), 4 b's descriptor, 5 the predicate scale-d; variant: a is in registers.
+// wgmma.mma_async.sync.aligned.m64nNkK.D.A.B d, a, b, scale-d, 1, 1 [, trans-a] [, trans-b]: d in
+// Kernel::lists[target]; operands 0.. a (registers or a descriptor), 4 b's descriptor, 5 the predicate scale-d;
+// variant: a is in registers.
 void Parser::group_matrix(Instruction& in) {
   collective(in, Class::matrix, operands.size());
   if (has("fence")) { in.execute = nothing; return; }
@@ -319,7 +326,7 @@ void Parser::group_matrix(Instruction& in) {
   if (next < operands.size() && number(operands[next])) in.modifiers |= TRANSPOSED;
 }
 
-// --- collectives of a warp ----------------------------------------------------------------------------------------------
+// --- collectives of a warp -------------------------------------------------------------------------------------------
 
 static bool split_pair(const std::string& text, std::string& first, std::string& second) {
   size_t bar = text.find('|');
@@ -335,7 +342,10 @@ void Parser::shuffle(Instruction& in) {
   in.operands[0] = destination(value, 4);
   for (int i = 1; i < 4; i++) in.operands[i] = source(operands[i], 4);
   if (tells) in.operands[4] = destination(valid, 0);
-  in.variant = (u8)(has("up") ? Shuffle::up : has("down") ? Shuffle::down : has("bfly") ? Shuffle::butterfly : Shuffle::index);
+  in.variant = (u8)(has("up")   ? Shuffle::up :
+                    has("down") ? Shuffle::down :
+                    has("bfly") ? Shuffle::butterfly :
+                                  Shuffle::index);
   in.execute = machine::shuffle;
   collective(in, Class::shuffle, 4);
   u64 distance, clamp;
@@ -384,12 +394,13 @@ void Parser::reduce(Instruction& in) {
   collective(in, Class::shuffle, 2);
 }
 
-// --- computing ----------------------------------------------------------------------------------------------------------
+// --- computing -------------------------------------------------------------------------------------------------------
 
 void Parser::convert(Instruction& in) {
   static const std::map<std::string, Rounding> roundings = {
-    {"rn", Rounding::nearest}, {"rz", Rounding::zero}, {"rni", Rounding::integer_nearest}, {"rzi", Rounding::integer_zero},
-    {"rmi", Rounding::integer_down}, {"rpi", Rounding::integer_up}, {"rna", Rounding::nearest_away},
+    {"rn", Rounding::nearest}, {"rz", Rounding::zero}, {"rni", Rounding::integer_nearest},
+    {"rzi", Rounding::integer_zero}, {"rmi", Rounding::integer_down}, {"rpi", Rounding::integer_up},
+    {"rna", Rounding::nearest_away},
   };
   need(2);
   in.counted = Class::convert;
@@ -407,7 +418,8 @@ void Parser::convert(Instruction& in) {
   }
   auto is_tiny = [](Type type) { return type == Type::e4m3x2 || type == Type::e5m2x2; };
   if (is_tiny(in.type) || is_tiny(in.source_type)) return convert_tiny(in);
-  if (in.type == Type::none || in.source_type == Type::none || saturates_finite) die("unsupported instruction " + opcode);
+  if (in.type == Type::none || in.source_type == Type::none || saturates_finite)
+    die("unsupported instruction " + opcode);
   if (in.type == Type::f16x2 || in.type == Type::bf16x2) {
     need(3);
     if (in.source_type != Type::f32) die("unsupported instruction " + opcode);

@@ -10,7 +10,18 @@ using namespace machine;
 namespace {
 
 thread_local std::string error, reports;
-enum Number { PARAMETERS, PARAMETER_BYTES, OFFSET, SIZE, IS_POINTER, THREADS, INSTRUCTIONS, LINE, SOURCE, REGISTER_BYTES };  // as in core.py
+enum Number {
+  PARAMETERS,
+  PARAMETER_BYTES,
+  OFFSET,
+  SIZE,
+  IS_POINTER,
+  THREADS,
+  INSTRUCTIONS,
+  LINE,
+  SOURCE,
+  REGISTER_BYTES
+};  // as in core.py
 
 void total(Launch& launch) {
   for (const Storage& storage : launch.storages) {

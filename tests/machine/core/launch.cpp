@@ -26,7 +26,11 @@ static Storage make_storage(u64 low, u64 high) {
 static u64 product(const s32* axes) { return (u64)axes[0] * axes[1] * axes[2]; }
 
 Launch::Launch(const Kernel& kernel, const Request& request)
-    : kernel(kernel), request(request), random(request.seed), weak(request.weak), simple(!request.races && !request.weak) {
+    : kernel(kernel),
+      request(request),
+      random(request.seed),
+      weak(request.weak),
+      simple(!request.races && !request.weak) {
   auto* bytes = (const char*)request.parameters;
   parameters.assign(bytes, bytes + request.parameter_bytes);
   parameters.resize(request.parameter_bytes + 64);
@@ -47,7 +51,8 @@ Launch::~Launch() {}
 Storage* Launch::find(u64 address, u64 bytes) {
   auto holds = [&](const Storage& storage) { return address >= storage.low && address + bytes <= storage.high; };
   if (hot_storage < storages.size() && holds(storages[hot_storage])) return &storages[hot_storage];
-  auto after = std::upper_bound(storages.begin(), storages.end(), address, [](u64 a, const Storage& storage) { return a < storage.low; });
+  auto after = std::upper_bound(storages.begin(), storages.end(), address,
+                                [](u64 a, const Storage& storage) { return a < storage.low; });
   if (after == storages.begin() || !holds(*(after - 1))) return nullptr;
   hot_storage = after - 1 - storages.begin();
   return &storages[hot_storage];
@@ -58,12 +63,13 @@ bool Launch::find_elsewhere(u64 address, u64 bytes) {
   u64 low = 0, high = 0;
   if (!request.find_storage || !((Find)request.find_storage)(address, &low, &high)) return false;
   if (address < low || address + bytes > high) return false;
-  auto after = std::upper_bound(storages.begin(), storages.end(), low, [](u64 a, const Storage& storage) { return a < storage.low; });
+  auto after = std::upper_bound(storages.begin(), storages.end(), low,
+                                [](u64 a, const Storage& storage) { return a < storage.low; });
   hot_storage = storages.insert(after, make_storage(low, high)) - storages.begin();
   return true;
 }
 
-// --- what is said -------------------------------------------------------------------------------------------------------
+// --- what is said ----------------------------------------------------------------------------------------------------
 
 const std::string& Kernel::source(const Instruction& in) const {
   static const std::string unknown = "an unknown line";
@@ -75,8 +81,8 @@ std::string Launch::source(const Instruction& in) const { return kernel.source(i
 
 std::string Launch::place(const Warp& warp, const Instruction& in) const {
   const Program& program = *warp.program;
-  return text(" at %s [kernel %s, program (%d,%d,%d), warp %d, PTX line %d: %s]", source(in).c_str(), kernel.name.c_str(), program.x,
-              program.y, program.z, warp.index, in.line, kernel.text_of(in).c_str());
+  return text(" at %s [kernel %s, program (%d,%d,%d), warp %d, PTX line %d: %s]", source(in).c_str(),
+              kernel.name.c_str(), program.x, program.y, program.z, warp.index, in.line, kernel.text_of(in).c_str());
 }
 
 void Launch::stop(Fault why, const std::string& what) {
@@ -86,9 +92,14 @@ void Launch::stop(Fault why, const std::string& what) {
   error = what;
 }
 
+bool Launch::is_new(const char* kind, const Instruction& in, int other) const {
+  return (int)reports.size() < request.max_reports && !reported.count({kind, in.index, other});
+}
+
 void Launch::report(const char* kind, const Warp& warp, const Instruction& in, const std::string& what, int other) {
-  if (reported[text("%s:%d:%d", kind, in.index, other)]++) return;
-  if ((int)reports.size() < request.max_reports) reports.push_back({kind, what + place(warp, in)});
+  if (!is_new(kind, in, other)) return;
+  reported.insert({kind, in.index, other});
+  reports.push_back({kind, what + place(warp, in)});
 }
 
 }  // namespace machine

@@ -1,8 +1,11 @@
-// A launch while it runs: programs (blocks) of warps, memory, what is checked. Everything that the parts of the machine share.
+// A launch while it runs: programs (blocks) of warps, memory, what is checked. Everything that the parts of the machine
+// share.
 #pragma once
 #include <array>
 #include <deque>
 #include <memory>
+#include <set>
+#include <tuple>
 #include <unordered_map>
 #include "counters.h"
 #include "instruction.h"
@@ -73,7 +76,8 @@ struct Barrier { u32 arrived = 0, expected = 0; };
 // A word of a store buffer: whose store, between which barriers of the program.
 struct BufferedWord { u64 data; u8 mask; u8 lane; u16 warp; u32 epoch; };
 
-// What the race detector knows of one byte: the last write, and the reads since. Agents are stored plus one, so that zeroes mean nobody.
+// What the race detector knows of one byte: the last write, and the reads since. Agents are stored plus one, so that
+// zeroes mean nobody.
 struct ByteHistory {
   u32 writer, write_time, reader, read_time;  // reader MANY: more than one, in Races
   u32 many;
@@ -128,7 +132,7 @@ struct Launch {
   std::unique_ptr<Races> races;      // null unless asked for
   bool weak, simple;                 // simple: neither races nor weak memory
   std::vector<Report> reports;
-  std::map<std::string, u64> reported;
+  std::set<std::tuple<std::string, int, int>> reported;  // kind, instruction, other
   bool stopped = false;
   Fault fault = Fault::none;
   std::string error;
@@ -136,7 +140,8 @@ struct Launch {
   u64& counter(Counter which) { return counters[(int)which]; }
   void count(Counter which, u64 n = 1) { counters[(int)which] += n; }
   void stop(Fault why, const std::string& text);
-  // One report for every kind and instruction (and `other`, an instruction that it met).
+  // One report for every kind and instruction (and `other`, an instruction that it met); is_new: it would be told.
+  bool is_new(const char* kind, const Instruction& in, int other = -1) const;
   void report(const char* kind, const Warp& warp, const Instruction& in, const std::string& text, int other = -1);
   std::string place(const Warp& warp, const Instruction& in) const;
   std::string source(const Instruction& in) const;

@@ -1,5 +1,5 @@
-// Matrix instructions: mma of a warp, wgmma of four warps, ldmatrix and stmatrix. Products are summed exactly (in double, where products of
-// these types are exact) and rounded once.
+// Matrix instructions: mma of a warp, wgmma of four warps, ldmatrix and stmatrix. Products are summed exactly (in
+// double, where products of these types are exact) and rounded once.
 #include <algorithm>
 #include "memory.h"
 #include "numbers.h"
@@ -8,7 +8,7 @@
 
 namespace machine {
 
-// --- elements -----------------------------------------------------------------------------------------------------------
+// --- elements --------------------------------------------------------------------------------------------------------
 
 // Element `h` of a word of them.
 template <Type type> static float element(u32 word, int h) {
@@ -35,8 +35,8 @@ template <class F> static void with_type(Type type, F f) {
   }
 }
 
-// A warp's registers of one operand: lane 4g + t has, of every 8 rows (or columns), number g; and per word `per` neighbours along k.
-// f(register, lane, k, value), k being that of the first block of 4 * per.
+// A warp's registers of one operand: lane 4g + t has, of every 8 rows (or columns), number g; and per word `per`
+// neighbours along k. f(register, lane, k, value), k being that of the first block of 4 * per.
 template <Type type, class F> static void each_element(const Warp& warp, const Operand* operands, int registers, F f) {
   constexpr int per = 4 / BYTES<type>;
   for (int r = 0; r < registers; r++) {
@@ -49,13 +49,14 @@ template <Type type, class F> static void each_element(const Warp& warp, const O
 
 struct ProductA { float at[16][32]; };  // 16 rows of k
 
-template <Type type> static void a_from_registers(const Warp& warp, const Operand* operands, int registers, ProductA& a) {
+template <Type type>
+static void a_from_registers(const Warp& warp, const Operand* operands, int registers, ProductA& a) {
   each_element<type>(warp, operands, registers, [&](int r, int lane, int k, float value) {
     a.at[(lane >> 2) + 8 * (r & 1)][k + 16 / BYTES<type> * (r >> 1)] = value;
   });
 }
 
-// --- mma ----------------------------------------------------------------------------------------------------------------
+// --- mma -------------------------------------------------------------------------------------------------------------
 
 // Register r of lane 4g + t holds row g (of r >= 2: g + 8) and column 2t + (r & 1) of 8.
 inline int row_of(int r, int lane) { return (lane >> 2) + 8 * (r >> 1); }
@@ -82,7 +83,8 @@ static void add_and_write_halves(Warp& warp, const Instruction& in, const Sums& 
     const HalfPair* addends = source<HalfPair>(warp, in.operands[12 + r]);
     for (int lane = 0; lane < LANES; lane++) {
       const double* pair = &sums[row_of(2 * r, lane)][column_of(0, lane)];
-      results[lane] = {narrow<Half>((float)(pair[0] + widen(addends[lane].low))), narrow<Half>((float)(pair[1] + widen(addends[lane].high)))};
+      results[lane] = {narrow<Half>((float)(pair[0] + widen(addends[lane].low))),
+                       narrow<Half>((float)(pair[1] + widen(addends[lane].high)))};
     }
     memcpy(destination<HalfPair>(warp, in.operands[r]), results, sizeof results);
   }
@@ -114,9 +116,10 @@ void multiply_matrices(Warp& warp, const Instruction& in, u32) {
   with_type(in.source_type, [&](auto tag) { multiply<decltype(tag)::type>(warp, in); });
 }
 
-// --- ldmatrix, stmatrix -------------------------------------------------------------------------------------------------
+// --- ldmatrix, stmatrix ----------------------------------------------------------------------------------------------
 
-// Lane 8v + r gives the address of row r (16 bytes) of matrix v. Lane 4g + t has elements 2t and 2t + 1 of row g; transposed, of column g.
+// Lane 8v + r gives the address of row r (16 bytes) of matrix v. Lane 4g + t has elements 2t and 2t + 1 of row g;
+// transposed, of column g.
 static bool row_addresses(Warp& warp, const Instruction& in, u64* at) {
   addresses(warp, in, at);
   u32 lanes = in.elements == 4 ? ALL_LANES : in.elements == 2 ? 0xffff : 0xff;
@@ -159,10 +162,10 @@ void store_matrix(Warp& warp, const Instruction& in, u32) {
   }
 }
 
-// --- wgmma --------------------------------------------------------------------------------------------------------------
+// --- wgmma -----------------------------------------------------------------------------------------------------------
 
-// An operand in shared memory: `index` is its row (of a) or column (of b). Rows of `span` bytes, in groups of 8; 16-byte units of a row are
-// permuted by the number of the row ("swizzled"), which shows in the address.
+// An operand in shared memory: `index` is its row (of a) or column (of b). Rows of `span` bytes, in groups of 8;
+// 16-byte units of a row are permuted by the number of the row ("swizzled"), which shows in the address.
 struct SharedOperand {
   u32 start, leading, stride, span, swizzle;
   int bytes;

@@ -7,7 +7,7 @@
 
 namespace machine {
 
-// --- checks -------------------------------------------------------------------------------------------------------------
+// --- checks ----------------------------------------------------------------------------------------------------------
 
 static bool misaligned(Warp& warp, const Instruction& in, const char* memory, u32 bytes) {
   std::string what = text("%s access of %u bytes", memory, bytes);
@@ -29,7 +29,8 @@ static std::string nearest_storage(const Launch& launch, u64 address, u32 bytes)
     if (distance < least) least = distance, nearest = &storage;
   }
   if (!nearest) return "there is none";
-  return text("%llu bytes %s one of %llu bytes", (unsigned long long)least, address < nearest->low ? "before" : "past the end of",
+  return text("%llu bytes %s one of %llu bytes", (unsigned long long)least,
+              address < nearest->low ? "before" : "past the end of",
               (unsigned long long)(nearest->high - nearest->low));
 }
 
@@ -46,8 +47,10 @@ bool check_global(Warp& warp, const Instruction& in, u32 lanes, const u64* addre
   if (!launch.request.bounds || launch.find(lowest, highest - lowest + bytes)) return true;
   for (int i : each(lanes)) {
     if (launch.find(addresses[i], bytes) || launch.find_elsewhere(addresses[i], bytes)) continue;
-    return out_of_bounds(warp, in, text("%s of %u bytes at %#llx by lane %d, outside of every storage; ", writes ? "write" : "read", bytes,
-                                        (unsigned long long)addresses[i], i) + nearest_storage(launch, addresses[i], bytes));
+    return out_of_bounds(warp, in,
+                         text("%s of %u bytes at %#llx by lane %d, outside of every storage; ",
+                              writes ? "write" : "read", bytes, (unsigned long long)addresses[i], i) +
+                             nearest_storage(launch, addresses[i], bytes));
   }
   return true;
 }
@@ -61,11 +64,12 @@ bool check_shared(Warp& warp, const Instruction& in, u32 lanes, const u64* addre
   }
   if (all_bits & (bytes - 1)) return misaligned(warp, in, "shared", bytes);
   if (highest + bytes <= warp.program->shared_bytes) return true;
-  return out_of_bounds(warp, in, text("shared access of %u bytes at %llu, of %zu bytes", bytes, (unsigned long long)highest,
-                                      warp.program->shared_bytes));
+  return out_of_bounds(warp, in,
+                       text("shared access of %u bytes at %llu, of %zu bytes", bytes, (unsigned long long)highest,
+                            warp.program->shared_bytes));
 }
 
-// --- counting -----------------------------------------------------------------------------------------------------------
+// --- counting --------------------------------------------------------------------------------------------------------
 
 // A sector may straddle the start or the end of a storage: that of any of its bytes.
 static Storage* storage_of_sector(Launch& launch, u64 address) {
@@ -99,7 +103,8 @@ void count_sectors(Warp& warp, u32 lanes, const u64* addresses, u32 bytes, const
   Storage* storage = nullptr;
   for (int i = 0; i < count; i++) {
     u64 address = sectors[i] << 5;
-    if (!storage || address + 31 < storage->low || address >= storage->high) storage = storage_of_sector(launch, address);
+    if (!storage || address + 31 < storage->low || address >= storage->high)
+      storage = storage_of_sector(launch, address);
     if (!storage) continue;
     u64 bit = sectors[i] - (storage->low >> 5);
     if (bit / 64 >= storage->read.size()) continue;
@@ -108,7 +113,8 @@ void count_sectors(Warp& warp, u32 lanes, const u64* addresses, u32 bytes, const
   }
 }
 
-// Further passes that a shared access takes because lanes want different words of one bank. Wide accesses go in parts of 128 bytes.
+// Further passes that a shared access takes because lanes want different words of one bank. Wide accesses go in parts
+// of 128 bytes.
 static void count_conflicts(Warp& warp, u32 lanes, const u64* addresses, u32 bytes, Counter counter) {
   if (!warp.launch->request.bank_conflicts) return;
   u32 words = std::max(bytes / 4, 1u), lanes_at_once = LANES / words;
@@ -128,7 +134,7 @@ static void count_conflicts(Warp& warp, u32 lanes, const u64* addresses, u32 byt
   }
 }
 
-// --- global memory ------------------------------------------------------------------------------------------------------
+// --- global memory ---------------------------------------------------------------------------------------------------
 
 void read_global(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes, u8* to) {
   Launch& launch = *warp.launch;
@@ -193,7 +199,8 @@ static void registers_from(Warp& warp, const Instruction& in, int lane, const u8
 }
 static void registers_to(Warp& warp, const Instruction& in, int lane, u8* to) {
   for (int e = 0; e < in.elements; e++) {
-    memcpy(to + e * in.element_bytes, source<u8>(warp, in.operands[e]) + (size_t)lane * in.register_bytes, in.element_bytes);
+    memcpy(to + e * in.element_bytes, source<u8>(warp, in.operands[e]) + (size_t)lane * in.register_bytes,
+           in.element_bytes);
   }
 }
 
@@ -231,14 +238,15 @@ void store_global(Warp& warp, const Instruction& in, u32 lanes) {
   }
 }
 
-// --- shared memory ------------------------------------------------------------------------------------------------------
+// --- shared memory ---------------------------------------------------------------------------------------------------
 
 bool watches_shared(const Warp& warp) { return warp.launch->races || warp.launch->request.uninitialised; }
 
 void watch_shared(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes, const u8* from) {
   Launch& launch = *warp.launch;
   Program& program = *warp.program;
-  if (launch.races && from) launch.races->shared_write(warp, in, lane, address, bytes, (const u8*)program.shared + address, from);
+  if (launch.races && from)
+    launch.races->shared_write(warp, in, lane, address, bytes, (const u8*)program.shared + address, from);
   if (launch.races && !from) launch.races->shared_read(warp, in, lane, address, bytes);
   if (!launch.request.uninitialised) return;
   u8* initialised = &program.initialised[address];
@@ -288,7 +296,7 @@ void store_shared(Warp& warp, const Instruction& in, u32 lanes) {
   }
 }
 
-// --- local memory -------------------------------------------------------------------------------------------------------
+// --- local memory ----------------------------------------------------------------------------------------------------
 
 // Addresses in local memory are offsets in the thread's own part.
 static bool local_addresses(Warp& warp, const Instruction& in, u32 lanes, u64* at) {
@@ -297,7 +305,8 @@ static bool local_addresses(Warp& warp, const Instruction& in, u32 lanes, u64* a
   size_t size = warp.launch->kernel.local_bytes;
   for (int i : each(lanes)) {
     if (at[i] % bytes) return misaligned(warp, in, "local", bytes);
-    if (at[i] + bytes > size) return out_of_bounds(warp, in, text("local access at %llu, of %zu bytes", (unsigned long long)at[i], size));
+    if (at[i] + bytes > size)
+      return out_of_bounds(warp, in, text("local access at %llu, of %zu bytes", (unsigned long long)at[i], size));
     at[i] += (u64)warp.local + i * size;
   }
   return true;

@@ -43,7 +43,9 @@ template <> inline Bfloat narrow<Bfloat>(float x) {
 }
 template <class T> T narrow_to_zero(float x);
 template <> inline Half narrow_to_zero<Half>(float x) { return {is_nan(x) ? (u16)0x7fff : (u16)_cvtss_sh(x, 3)}; }
-template <> inline Bfloat narrow_to_zero<Bfloat>(float x) { return {is_nan(x) ? (u16)0x7fff : (u16)(bits_as<u32>(x) >> 16)}; }
+template <> inline Bfloat narrow_to_zero<Bfloat>(float x) {
+  return {is_nan(x) ? (u16)0x7fff : (u16)(bits_as<u32>(x) >> 16)};
+}
 
 // double to float, rounded to odd, so that a second rounding comes out as if it were the only one.
 inline float to_odd(double x) {

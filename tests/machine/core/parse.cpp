@@ -5,7 +5,7 @@
 
 namespace machine {
 
-// --- words --------------------------------------------------------------------------------------------------------------
+// --- words -----------------------------------------------------------------------------------------------------------
 
 std::string trimmed(const std::string& text) {
   size_t first = text.find_first_not_of(" \t\n\r"), last = text.find_last_not_of(" \t\n\r");
@@ -41,10 +41,11 @@ std::vector<std::string> vector_parts(const std::string& text) {
 
 struct TypeName { const char* name; Type type; int bytes; };
 constexpr TypeName TYPES[] = {
-  {"pred", Type::pred, 0}, {"b8", Type::b8, 1}, {"u8", Type::u8, 1}, {"s8", Type::s8, 1}, {"b16", Type::b16, 2}, {"u16", Type::u16, 2},
-  {"s16", Type::s16, 2}, {"f16", Type::f16, 2}, {"bf16", Type::bf16, 2}, {"b32", Type::b32, 4}, {"u32", Type::u32, 4}, {"s32", Type::s32, 4},
-  {"f32", Type::f32, 4}, {"tf32", Type::tf32, 4}, {"f16x2", Type::f16x2, 4}, {"bf16x2", Type::bf16x2, 4}, {"b64", Type::b64, 8},
-  {"u64", Type::u64, 8}, {"s64", Type::s64, 8}, {"f64", Type::f64, 8}, {"b128", Type::b128, 16}, {"e4m3", Type::e4m3, 1},
+  {"pred", Type::pred, 0}, {"b8", Type::b8, 1}, {"u8", Type::u8, 1}, {"s8", Type::s8, 1}, {"b16", Type::b16, 2},
+  {"u16", Type::u16, 2}, {"s16", Type::s16, 2}, {"f16", Type::f16, 2}, {"bf16", Type::bf16, 2}, {"b32", Type::b32, 4},
+  {"u32", Type::u32, 4}, {"s32", Type::s32, 4}, {"f32", Type::f32, 4}, {"tf32", Type::tf32, 4},
+  {"f16x2", Type::f16x2, 4}, {"bf16x2", Type::bf16x2, 4}, {"b64", Type::b64, 8}, {"u64", Type::u64, 8},
+  {"s64", Type::s64, 8}, {"f64", Type::f64, 8}, {"b128", Type::b128, 16}, {"e4m3", Type::e4m3, 1},
   {"e5m2", Type::e5m2, 1}, {"e4m3x2", Type::e4m3x2, 2}, {"e5m2x2", Type::e5m2x2, 2},
 };
 
@@ -86,7 +87,7 @@ bool parse_number(const std::string& text, u64& value) {
   return *end == 0;
 }
 
-// --- reading ------------------------------------------------------------------------------------------------------------
+// --- reading ---------------------------------------------------------------------------------------------------------
 
 void Parser::die(const std::string& why) { throw ParseError("line " + std::to_string(line) + ": " + why); }
 
@@ -330,7 +331,7 @@ Kernel::~Kernel() {
 
 std::unique_ptr<Kernel> parse(const char* ptx) { return Parser(ptx).run(); }
 
-// --- operands -----------------------------------------------------------------------------------------------------------
+// --- operands --------------------------------------------------------------------------------------------------------
 
 Operand Parser::new_register(int width) {
   auto where = (Operand)kernel->register_bytes;
@@ -392,11 +393,13 @@ bool Parser::symbol(const std::string& name, u64& value) {
 
 constexpr std::pair<const char*, Special> SPECIALS[] = {
   {"%tid.x", Special::tid_x}, {"%tid.y", Special::tid_y}, {"%tid.z", Special::tid_z}, {"%ntid.x", Special::ntid_x},
-  {"%ntid.y", Special::ntid_y}, {"%ntid.z", Special::ntid_z}, {"%ctaid.x", Special::ctaid_x}, {"%ctaid.y", Special::ctaid_y},
-  {"%ctaid.z", Special::ctaid_z}, {"%nctaid.x", Special::nctaid_x}, {"%nctaid.y", Special::nctaid_y}, {"%nctaid.z", Special::nctaid_z},
-  {"%laneid", Special::laneid}, {"%warpid", Special::warpid}, {"%nwarpid", Special::nwarpid}, {"%smid", Special::smid},
-  {"%nsmid", Special::nsmid}, {"%lanemask_lt", Special::lanemask_lt}, {"%lanemask_le", Special::lanemask_le},
-  {"%lanemask_gt", Special::lanemask_gt}, {"%lanemask_ge", Special::lanemask_ge}, {"%lanemask_eq", Special::lanemask_eq},
+  {"%ntid.y", Special::ntid_y}, {"%ntid.z", Special::ntid_z}, {"%ctaid.x", Special::ctaid_x},
+  {"%ctaid.y", Special::ctaid_y}, {"%ctaid.z", Special::ctaid_z}, {"%nctaid.x", Special::nctaid_x},
+  {"%nctaid.y", Special::nctaid_y}, {"%nctaid.z", Special::nctaid_z}, {"%laneid", Special::laneid},
+  {"%warpid", Special::warpid}, {"%nwarpid", Special::nwarpid}, {"%smid", Special::smid}, {"%nsmid", Special::nsmid},
+  {"%lanemask_lt", Special::lanemask_lt}, {"%lanemask_le", Special::lanemask_le},
+  {"%lanemask_gt", Special::lanemask_gt}, {"%lanemask_ge", Special::lanemask_ge},
+  {"%lanemask_eq", Special::lanemask_eq},
 };
 
 // Special registers are ordinary ones, filled when a program starts.
@@ -418,7 +421,8 @@ Operand Parser::source(const std::string& name, int width) {
   Operand where;
   int found;
   if (read_register(name, where, found)) {
-    if (found != width) die("operand " + name + " is " + std::to_string(found) + " bytes wide, expected " + std::to_string(width));
+    if (found != width)
+      die("operand " + name + " is " + std::to_string(found) + " bytes wide, expected " + std::to_string(width));
     return where;
   }
   if (name == "_") return ABSENT;
@@ -442,7 +446,8 @@ Operand Parser::any_destination(const std::string& name, int& width) {
 Operand Parser::destination(const std::string& name, int width) {
   int found = width;
   Operand where = any_destination(name, found);
-  if (found != width) die("destination " + name + " is " + std::to_string(found) + " bytes wide, expected " + std::to_string(width));
+  if (found != width)
+    die("destination " + name + " is " + std::to_string(found) + " bytes wide, expected " + std::to_string(width));
   return where;
 }
 
@@ -483,6 +488,8 @@ void Parser::address(const std::string& operand, Operand& base, s64& offset, u8&
   }
 }
 
-void Parser::address(const std::string& operand, Instruction& in) { address(operand, in.base, in.offset, in.address_bytes); }
+void Parser::address(const std::string& operand, Instruction& in) {
+  address(operand, in.base, in.offset, in.address_bytes);
+}
 
 }  // namespace machine

@@ -1,5 +1,5 @@
-// PTX text -> Kernel. parse.cpp reads directives, declarations and labels; decode.cpp makes instructions of statements; allocate.cpp
-// gives registers their places.
+// PTX text -> Kernel. parse.cpp reads directives, declarations and labels; decode.cpp makes instructions of statements;
+// allocate.cpp gives registers their places.
 #pragma once
 #include <memory>
 #include "instruction.h"
@@ -73,10 +73,25 @@ class Parser {
   void sources(Instruction& in, const std::string& list, int width, int first);
   void emit(Instruction& in);
   std::string memory_modifiers(Instruction& in, bool atomic);
-  void branch(Instruction&); void exit(Instruction&); void trap(Instruction&); void barrier(Instruction&); void fence(Instruction&);
-  void hint(Instruction&); void load(Instruction&); void store(Instruction&); void atomic(Instruction&); void async_copy(Instruction&);
-  void load_matrix(Instruction&); void store_matrix(Instruction&); void matrix(Instruction&); void group_matrix(Instruction&);
-  void shuffle(Instruction&); void vote(Instruction&); void active_mask(Instruction&); void match(Instruction&); void reduce(Instruction&);
+  void branch(Instruction&);
+  void exit(Instruction&);
+  void trap(Instruction&);
+  void barrier(Instruction&);
+  void fence(Instruction&);
+  void hint(Instruction&);
+  void load(Instruction&);
+  void store(Instruction&);
+  void atomic(Instruction&);
+  void async_copy(Instruction&);
+  void load_matrix(Instruction&);
+  void store_matrix(Instruction&);
+  void matrix(Instruction&);
+  void group_matrix(Instruction&);
+  void shuffle(Instruction&);
+  void vote(Instruction&);
+  void active_mask(Instruction&);
+  void match(Instruction&);
+  void reduce(Instruction&);
   void convert(Instruction&); void convert_tiny(Instruction&); void move(Instruction&); void vector_move(Instruction&);
   void compare(Instruction&); void plain(Instruction&);
 
@@ -94,7 +109,7 @@ class Parser {
   std::vector<Names> scopes;
   std::map<std::string, s32> labels;
   std::vector<std::pair<int, std::string>> jumps;                 // instruction, label
-  std::map<std::string, u64> symbols;                             // offsets in shared or local memory, addresses of globals
+  std::map<std::string, u64> symbols;  // offsets in shared or local memory, addresses of globals
   std::map<std::string, int> parameters;
   std::vector<std::string> dynamic_shared;                        // extern arrays: they begin after the others
   std::map<std::pair<u64, int>, Operand> constants;

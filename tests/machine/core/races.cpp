@@ -8,7 +8,7 @@ constexpr u8 SEVERAL_LANES = 255;
 constexpr u64 PAGE = 4096;
 constexpr size_t MOST_PAGES = ((size_t)1 << 30) / (PAGE * sizeof(ByteHistory));
 
-// --- clocks -------------------------------------------------------------------------------------------------------------
+// --- clocks ----------------------------------------------------------------------------------------------------------
 
 static Knowledge merged(const Knowledge& a, const Knowledge& b) {
   if (!b || a == b) return a;
@@ -28,12 +28,13 @@ static Knowledge merged(const Knowledge& a, const Knowledge& b) {
 }
 
 static std::vector<Known>::const_iterator first_from(const Knowledge& knowledge, u32 agent) {
-  return std::lower_bound(knowledge->begin(), knowledge->end(), agent, [](const Known& known, u32 a) { return known.agent < a; });
+  return std::lower_bound(knowledge->begin(), knowledge->end(), agent,
+                          [](const Known& known, u32 a) { return known.agent < a; });
 }
 
-u32 Races::known_time(const Warp& warp, u32 other) {
-  Agent& self = agent(warp);
-  u32 inside = other - (u32)warp.program->id * warps;
+u32 Races::known_time(const Access& access, u32 other) {
+  const Agent& self = access.self;
+  u32 inside = other - (access.warp.agent - access.warp.index);
   if (inside < warps) return self.inside[inside];
   if (!self.outside) return 0;
   auto found = first_from(self.outside, other);
@@ -101,7 +102,7 @@ void Races::barrier(Program& program, const std::vector<int>& arrived) {
   }
 }
 
-// --- programs and pages -------------------------------------------------------------------------------------------------
+// --- programs and pages ----------------------------------------------------------------------------------------------
 
 Races::Races(Launch& launch) : launch(launch), warps((u32)launch.warps_per_program), agents(launch.program_count) {}
 
@@ -133,57 +134,56 @@ ByteHistory* Races::global_history(u64 address) {
   return hot_histories + address % PAGE;
 }
 
-// --- what is said of a race ---------------------------------------------------------------------------------------------
+// --- what is said of a race ------------------------------------------------------------------------------------------
 
 std::string Races::other_place(u32 other, s32 index) {
   const Instruction& in = launch.kernel.code[index];
-  return text("program %u warp %u at %s (PTX line %d: %s)", other / warps, other % warps, launch.source(in).c_str(), in.line,
-              launch.kernel.text_of(in).c_str());
+  return text("program %u warp %u at %s (PTX line %d: %s)", other / warps, other % warps, launch.source(in).c_str(),
+              in.line, launch.kernel.text_of(in).c_str());
 }
 
 void Races::conflict(const Access& access, u64 address, const char* what, u32 other, s32 other_index, bool benign) {
   bool within = !access.shared && other / warps == (u32)access.warp.program->id;
   const char* memory = access.shared ? "shared" : "global";
-  std::string told = text("%s of %s byte %#llx by ", what, memory, (unsigned long long)address) + other_place(other, other_index);
-  if (benign) {
-    launch.count(Counter::benign);
-    if (launch.request.detail) launch.report("benign", access.warp, access.in, told + ", the value that is there,", other_index);
-    return;
-  }
-  launch.count(Counter::races);
-  if (within) launch.count(Counter::races_within);
-  launch.report(access.shared ? "race.shared" : within ? "race.within" : "race.global", access.warp, access.in, told, other_index);
+  const char* kind = benign ? "benign" : access.shared ? "race.shared" : within ? "race.within" : "race.global";
+  launch.count(benign ? Counter::benign : Counter::races);
+  if (!benign && within) launch.count(Counter::races_within);
+  if ((benign && !launch.request.detail) || !launch.is_new(kind, access.in, other_index)) return;
+  std::string told = text("%s of %s byte %#llx by ", what, memory, (unsigned long long)address);
+  told += other_place(other, other_index);
+  launch.report(kind, access.warp, access.in, told + (benign ? ", the value that is there," : ""), other_index);
 }
 
 void Races::within_warp(const Access& access, u64 address, const char* what, int other_lane, s32 other_index) {
   launch.count(Counter::intra_warp);
-  if (!launch.request.detail) return;
-  std::string told = text("lane %d, %s of %s byte %#llx by lane %d without bar.warp.sync between, at ", access.lane, what,
-                          access.shared ? "shared" : "global", (unsigned long long)address, other_lane);
+  if (!launch.request.detail || !launch.is_new("intra_warp", access.in, other_index)) return;
+  std::string told = text("lane %d, %s of %s byte %#llx by lane %d without bar.warp.sync between, at ", access.lane,
+                          what, access.shared ? "shared" : "global", (unsigned long long)address, other_lane);
   launch.report("intra_warp", access.warp, access.in, told + other_place(access.warp.agent, other_index), other_index);
 }
 
-// --- accesses -----------------------------------------------------------------------------------------------------------
+// --- accesses --------------------------------------------------------------------------------------------------------
 
-void Races::read(const Access& access, u64 address, ByteHistory& history) {
+inline void Races::read(const Access& access, u64 address, ByteHistory& history) {
   Warp& warp = access.warp;
-  u32 now = agent(warp).inside[warp.index];
+  u32 now = access.now;
   if (history.writer && !(history.write_strong && access.strong)) {
     u32 writer = history.writer - 1;
     if (writer != warp.agent) {
-      if (history.write_time > known_time(warp, writer)) {
+      if (history.write_time > known_time(access, writer)) {
         conflict(access, address, "read after an unordered write", writer, history.write_index, history.write_silent);
       }
-    } else if (history.write_lane != access.lane && history.write_time == now && history.write_warp_barriers == warp.warp_barriers) {
+    } else if (history.write_lane != access.lane && history.write_time == now &&
+               history.write_warp_barriers == warp.warp_barriers) {
       within_warp(access, address, "read after a write", history.write_lane, history.write_index);
     }
   }
   u32 reader = history.reader;
-  if (reader == MANY || (reader && reader - 1 != warp.agent && history.read_time > known_time(warp, reader - 1))) {
+  if (reader == MANY || (reader && reader - 1 != warp.agent && history.read_time > known_time(access, reader - 1))) {
     return add_reader(access, history);
   }
-  bool again = reader == warp.agent + 1 && history.read_time == now && history.read_warp_barriers == warp.warp_barriers &&
-               history.read_lane != access.lane;
+  bool again = reader == warp.agent + 1 && history.read_time == now &&
+               history.read_warp_barriers == warp.warp_barriers && history.read_lane != access.lane;
   history.reader = warp.agent + 1;
   history.read_time = now;
   history.read_strong = access.strong;
@@ -200,40 +200,48 @@ void Races::add_reader(const Access& access, ByteHistory& history) {
     }
     history.many = unused_readers.back();
     unused_readers.pop_back();
-    readers[history.many].push_back({history.reader - 1, history.read_time, history.read_index, (bool)history.read_strong});
+    readers[history.many].push_back(
+        {history.reader - 1, history.read_time, history.read_index, (bool)history.read_strong});
     history.reader = MANY;
   }
   std::vector<Reader>& all = readers[history.many];
-  u32 self = access.warp.agent, now = agent(access.warp).inside[access.warp.index];
-  auto known = std::find_if(all.rbegin(), all.rend(), [&](const Reader& reader) { return reader.agent == self; });
-  Reader reader{self, now, access.in.index, access.strong};
-  if (known != all.rend()) *known = reader; else all.push_back(reader);
+  Reader reader{access.warp.agent, access.now, access.in.index, access.strong};
+  for (Reader& known : all) {
+    if (known.agent != reader.agent) continue;
+    known = reader;
+    return;
+  }
+  all.push_back(reader);
 }
 
-void Races::check_written(const Access& access, u64 address, const ByteHistory& history, bool same) {
+inline void Races::check_written(const Access& access, u64 address, const ByteHistory& history, bool same) {
   if (!history.writer || (history.write_strong && access.strong)) return;
   Warp& warp = access.warp;
   u32 writer = history.writer - 1;
   if (writer != warp.agent) {
-    if (history.write_time > known_time(warp, writer)) {
+    if (history.write_time > known_time(access, writer)) {
       conflict(access, address, "write after an unordered write", writer, history.write_index, same);
     }
     return;
   }
-  bool ordered = history.write_time != agent(warp).inside[warp.index] || history.write_warp_barriers != warp.warp_barriers;
+  bool ordered =
+      history.write_time != access.now || history.write_warp_barriers != warp.warp_barriers;
   if (ordered || same || history.write_lane == access.lane) return;
   if (history.write_moment == (u32)launch.moment) {
-    conflict(access, address, "another value, written by another lane of the same instruction: write", writer, history.write_index, false);
+    conflict(access, address, "another value, written by another lane of the same instruction: write", writer,
+             history.write_index, false);
   } else {
     within_warp(access, address, "write after a write", history.write_lane, history.write_index);
   }
 }
 
-void Races::check_readers(const Access& access, u64 address, const ByteHistory& history, bool same) {
+inline void Races::check_readers(const Access& access, u64 address, const ByteHistory& history, bool same) {
   Warp& warp = access.warp;
   if (history.reader == MANY) {
     for (const Reader& reader : readers[history.many]) {
-      if (reader.agent == warp.agent || (reader.strong && access.strong) || reader.time <= known_time(warp, reader.agent)) continue;
+      if (reader.agent == warp.agent || (reader.strong && access.strong) ||
+          reader.time <= known_time(access, reader.agent))
+        continue;
       return conflict(access, address, "write after an unordered read", reader.agent, reader.index, same);
     }
     return;
@@ -241,16 +249,16 @@ void Races::check_readers(const Access& access, u64 address, const ByteHistory& 
   if (!history.reader || (history.read_strong && access.strong)) return;
   u32 reader = history.reader - 1;
   if (reader != warp.agent) {
-    if (history.read_time > known_time(warp, reader)) {
+    if (history.read_time > known_time(access, reader)) {
       conflict(access, address, "write after an unordered read", reader, history.read_index, same);
     }
-  } else if (history.read_lane != access.lane && history.read_time == agent(warp).inside[warp.index] &&
+  } else if (history.read_lane != access.lane && history.read_time == access.now &&
              history.read_warp_barriers == warp.warp_barriers && !same) {
     within_warp(access, address, "write after a read", history.read_lane, history.read_index);
   }
 }
 
-void Races::write(const Access& access, u64 address, ByteHistory& history, bool same) {
+inline void Races::write(const Access& access, u64 address, ByteHistory& history, bool same) {
   Warp& warp = access.warp;
   check_written(access, address, history, same);
   check_readers(access, address, history, same);
@@ -260,7 +268,7 @@ void Races::write(const Access& access, u64 address, ByteHistory& history, bool 
   }
   history.write_silent = same && history.writer;
   history.writer = warp.agent + 1;
-  history.write_time = agent(warp).inside[warp.index];
+  history.write_time = access.now;
   history.write_strong = access.strong;
   history.write_index = access.in.index;
   history.write_lane = (u8)access.lane;
@@ -272,7 +280,7 @@ void Races::write(const Access& access, u64 address, ByteHistory& history, bool 
 void Races::global_read(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes) {
   bool strong = in.order & (RELAXED | ACQUIRE | VOLATILE);
   if (strong) acquire(warp, address, in.order & ACQUIRE);
-  Access access{warp, in, lane, strong, false, false};
+  Access access = this->access(warp, in, lane, strong, false);
   for (u32 i = 0; i < bytes; i++) {
     ByteHistory* history = global_history(address + i);
     if (!history) return launch.count(Counter::races_unchecked);
@@ -280,19 +288,21 @@ void Races::global_read(Warp& warp, const Instruction& in, int lane, u64 address
   }
 }
 
-void Races::global_write(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes, const u8* old, const u8* now) {
+void Races::global_write(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes, const u8* old,
+                         const u8* now) {
   bool strong = in.order & (RELAXED | RELEASE | VOLATILE);
-  Access access{warp, in, lane, strong, false, false};
+  Access access = this->access(warp, in, lane, strong, false);
   for (u32 i = 0; i < bytes; i++) {
     ByteHistory* history = global_history(address + i);
-    if (history) write(access, address + i, *history, old[i] == now[i]); else launch.count(Counter::races_unchecked, i == 0);
+    if (history) write(access, address + i, *history, old[i] == now[i]);
+    else launch.count(Counter::races_unchecked, i == 0);
   }
   if (strong || !released.empty()) release(warp, address, in.order & RELEASE, false);
 }
 
 void Races::global_atomic(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes, bool changes) {
   acquire(warp, address, in.order & ACQUIRE);
-  Access access{warp, in, lane, true, false, true};
+  Access access = this->access(warp, in, lane, true, false);
   for (u32 i = 0; i < bytes; i++) {
     ByteHistory* history = global_history(address + i);
     if (!history) { launch.count(Counter::races_unchecked, i == 0); continue; }
@@ -303,24 +313,25 @@ void Races::global_atomic(Warp& warp, const Instruction& in, int lane, u64 addre
 }
 
 void Races::shared_read(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes) {
-  Access access{warp, in, lane, false, true, false};
+  Access access = this->access(warp, in, lane, false, true);
   for (u32 i = 0; i < bytes; i++) read(access, address + i, warp.program->history[address + i]);
 }
 
-void Races::shared_write(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes, const u8* old, const u8* now) {
-  Access access{warp, in, lane, false, true, false};
+void Races::shared_write(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes, const u8* old,
+                         const u8* now) {
+  Access access = this->access(warp, in, lane, false, true);
   for (u32 i = 0; i < bytes; i++) write(access, address + i, warp.program->history[address + i], old[i] == now[i]);
 }
 
 void Races::shared_atomic(Warp& warp, const Instruction& in, int lane, u64 address, u32 bytes) {
-  Access access{warp, in, lane, true, true, true};
+  Access access = this->access(warp, in, lane, true, true);
   for (u32 i = 0; i < bytes; i++) {
     read(access, address + i, warp.program->history[address + i]);
     write(access, address + i, warp.program->history[address + i], false);
   }
 }
 
-// --- wgmma --------------------------------------------------------------------------------------------------------------
+// --- wgmma -----------------------------------------------------------------------------------------------------------
 
 u64 Races::digest(const Program& program, const MatrixRead& read) {
   u64 digest = 0xcbf29ce484222325ull;
@@ -336,11 +347,13 @@ void Races::matrix_read(Warp& warp, MatrixRead read) {
   for (u32 address : read.addresses) {
     const ByteHistory& history = program.history[address];
     u32 written = history.write_moment;
-    bool fenced = !history.writer || warp.proxy_fence >= written || program.warps[(history.writer - 1) % warps].proxy_fence >= written;
+    bool fenced = !history.writer || warp.proxy_fence >= written ||
+                  program.warps[(history.writer - 1) % warps].proxy_fence >= written;
     if (!fenced) {
       launch.count(Counter::races);
-      launch.report("race.proxy", warp, *read.in, text("shared byte %u without fence.proxy.async since its write by ", address) +
-                    other_place(history.writer - 1, history.write_index), history.write_index);
+      std::string told = text("shared byte %u without fence.proxy.async since its write by ", address);
+      told += other_place(history.writer - 1, history.write_index);
+      launch.report("race.proxy", warp, *read.in, told, history.write_index);
     }
     shared_read(warp, *read.in, 0, address, read.bytes);
   }

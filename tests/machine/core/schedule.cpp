@@ -1,5 +1,5 @@
-// Who runs when. Programs start as others end; their warps take turns in a random order; within a warp, lanes that went different ways
-// form groups, of which the one with the lowest pc runs until it meets another.
+// Who runs when. Programs start as others end; their warps take turns in a random order; within a warp, lanes that went
+// different ways form groups, of which the one with the lowest pc runs until it meets another.
 #include <algorithm>
 #include "async_copy.h"
 #include "machine.h"
@@ -12,7 +12,7 @@ namespace machine {
 constexpr int NO_LIMIT = 0x7fffffff;
 constexpr u32 PATIENCE = 20000;  // instructions after which a group, or a warp of high priority, lets others go on
 
-// --- groups of a warp ---------------------------------------------------------------------------------------------------
+// --- groups of a warp ------------------------------------------------------------------------------------------------
 
 static void join_groups(Warp& warp) {
   std::vector<Group>& groups = warp.others;
@@ -27,7 +27,8 @@ static void join_groups(Warp& warp) {
   }
 }
 
-// The next group to run: the ready one with the lowest pc; now and then any, so that a group which waits for others cannot starve them.
+// The next group to run: the ready one with the lowest pc; now and then any, so that a group which waits for others
+// cannot starve them.
 static void pick_group(Warp& warp) {
   join_groups(warp);
   std::vector<Group>& groups = warp.others;
@@ -52,7 +53,9 @@ static void pick_group(Warp& warp) {
 }
 
 // The group that runs steps aside.
-static void put_aside(Warp& warp, Waiting state = Waiting::ready) { warp.others.push_back({warp.pc, warp.active, state, 0}); }
+static void put_aside(Warp& warp, Waiting state = Waiting::ready) {
+  warp.others.push_back({warp.pc, warp.active, state, 0});
+}
 
 static void enqueue(Warp& warp) {
   if (warp.queued) return;
@@ -60,7 +63,7 @@ static void enqueue(Warp& warp) {
   warp.launch->ready.push_back(&warp);
 }
 
-// --- barriers -----------------------------------------------------------------------------------------------------------
+// --- barriers --------------------------------------------------------------------------------------------------------
 
 static void release_barrier(Program& program, int number) {
   Launch& launch = *program.warps[0].launch;
@@ -96,7 +99,7 @@ static void release_complete_barriers(Program& program) {
   }
 }
 
-// --- instructions that the scheduler executes ---------------------------------------------------------------------------
+// --- instructions that the scheduler executes ------------------------------------------------------------------------
 
 static void branch(Warp& warp, const Instruction& in, u32 taken) {
   if (taken && taken != warp.active) {
@@ -159,7 +162,7 @@ static bool collect(Warp& warp, const Instruction& in, u32 lanes) {
   return false;
 }
 
-// --- a turn of a warp ---------------------------------------------------------------------------------------------------
+// --- a turn of a warp ------------------------------------------------------------------------------------------------
 
 // Runs until it blocks or ends, or for so many instructions; and until a barrier that it completed has queued it again.
 static void run_warp(Warp& warp, int instructions) {
@@ -202,7 +205,7 @@ static void run_warp(Warp& warp, int instructions) {
   }
 }
 
-// --- programs -----------------------------------------------------------------------------------------------------------
+// --- programs --------------------------------------------------------------------------------------------------------
 
 static u32 special_value(const Program& program, const Warp& warp, const Request& request, Special which, int lane) {
   const s32 *threads = request.threads, *grid = request.grid;
@@ -276,7 +279,8 @@ static void start_program(Launch& launch, u64 id) {
   // Undefined registers hold something that shows.
   char* registers = aligned(program.register_memory, kernel.register_bytes * warps, 0);
   std::fill_n((u64*)registers, kernel.register_bytes * warps / 8, 0x7ff7dead7fe5beefull);
-  char* local = kernel.local_bytes ? aligned(program.local_memory, kernel.local_bytes * LANES * warps, (char)0xCD) : nullptr;
+  char* local =
+      kernel.local_bytes ? aligned(program.local_memory, kernel.local_bytes * LANES * warps, (char)0xCD) : nullptr;
   if (launch.races) {
     program.history.assign(program.shared_bytes + 16, ByteHistory{});
     launch.races->start(program);
@@ -299,7 +303,7 @@ static void end_program(Launch& launch, Program& program) {
   launch.programs.erase(std::find_if(launch.programs.begin(), launch.programs.end(), is_it));
 }
 
-// --- the launch ---------------------------------------------------------------------------------------------------------
+// --- the launch ------------------------------------------------------------------------------------------------------
 
 static std::string where_warps_wait(const Launch& launch) {
   std::string told;
@@ -339,7 +343,8 @@ struct Turns {
   }
   void start_next() { start_program(launch, order[launch.next_program++]); }
 
-  // Any warp that can go on; with priorities mostly that of the highest, and now and then any, as a GPU lets every warp go on.
+  // Any warp that can go on; with priorities mostly that of the highest, and now and then any, as a GPU lets every warp
+  // go on.
   Warp& choose() {
     std::vector<Warp*>& ready = launch.ready;
     u32 chosen = 0;

@@ -15,7 +15,8 @@ const Plain* find_plain(const std::string& opcode);  // null: no such instructio
 
 // setp on pairs of 16-bit floats, which has a destination for each of the two.
 Handler find_pair_comparison(Type type);  // null: no such type. variant: as in COMPARISONS
-constexpr const char* COMPARISONS[] = {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
+constexpr const char* COMPARISONS[] = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",  "equ",
+                                       "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
 
 // cvt in its common forms, by opcode and register widths ("cvt.s64.s32:84"); null: the general handler is needed.
 Handler find_conversion(const std::string& key);

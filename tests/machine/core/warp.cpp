@@ -1,4 +1,5 @@
-// What the lanes of a warp do together: shuffles, votes, match, redux, bar.warp.sync. The scheduler has waited for the members.
+// What the lanes of a warp do together: shuffles, votes, match, redux, bar.warp.sync. The scheduler has waited for the
+// members.
 #include <algorithm>
 #include "registers.h"
 #include "table.h"
@@ -19,7 +20,8 @@ static bool shuffle_source(Shuffle kind, int i, u32 b, u32 c, int& from) {
 
 // d[|p], a, b, c
 void shuffle(Warp& warp, const Instruction& in, u32 lanes) {
-  auto *values = source<u32>(warp, in.operands[1]), *b = source<u32>(warp, in.operands[2]), *c = source<u32>(warp, in.operands[3]);
+  auto *values = source<u32>(warp, in.operands[1]), *b = source<u32>(warp, in.operands[2]),
+       *c = source<u32>(warp, in.operands[3]);
   u32 results[LANES], valid = 0;
   for (int i = 0; i < LANES; i++) {
     int from;
@@ -27,7 +29,8 @@ void shuffle(Warp& warp, const Instruction& in, u32 lanes) {
     if (!inside) from = i;
     valid |= (u32)inside << i;
     if (inside && on(lanes, i) && !on(lanes, from)) {
-      warp.launch->report("inactive_lane", warp, in, text("lane %d reads from lane %d, which does not take part", i, from));
+      warp.launch->report("inactive_lane", warp, in,
+                          text("lane %d reads from lane %d, which does not take part", i, from));
     }
     results[i] = values[from];
   }

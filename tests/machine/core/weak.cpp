@@ -69,7 +69,8 @@ void weak_load(Warp& warp, u64 address, u32 bytes, u8* to, u8 order) {
     if (strong) program.l1.erase(sector);
   } else {
     auto [line, is_new] = program.l1.try_emplace(sector);
-    if (is_new || launch.random.chance(launch.request.evict)) memcpy(line->second.data(), (const void*)(sector << 5), 32);
+    if (is_new || launch.random.chance(launch.request.evict))
+      memcpy(line->second.data(), (const void*)(sector << 5), 32);
     memcpy(to, line->second.data() + (address & 31), bytes);
   }
   for (u64 key = address >> 3; key <= (address + bytes - 1) >> 3; key++) {

@@ -1,9 +1,10 @@
-// Weak memory: what one program's plain stores and loads may do to the others. Every program has a store buffer, whose words become
-// visible to the others at a release that orders them, or at random; and a first-level cache for plain loads that nobody keeps coherent:
-// an acquire or a fence empties it. Warps of one program share both, as they share an L1, and see each other's stores at once.
+// Weak memory: what one program's plain stores and loads may do to the others. Every program has a store buffer, whose
+// words become visible to the others at a release that orders them, or at random; and a first-level cache for plain
+// loads that nobody keeps coherent: an acquire or a fence empties it. Warps of one program share both, as they share an
+// L1, and see each other's stores at once.
 //
-// A release by one thread publishes its own stores, and those of other warps that a bar.sync has ordered before it (earlier epochs). Where
-// the barrier is missing they stay buffered: that is how it shows.
+// A release by one thread publishes its own stores, and those of other warps that a bar.sync has ordered before it
+// (earlier epochs). Where the barrier is missing they stay buffered: that is how it shows.
 #pragma once
 #include "machine.h"
 
