@@ -19,7 +19,7 @@ from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_lat
 from .draft_rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, log_sum_exp
 from .primitives.adjust import adjusted, no_path
 from .primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
-from .primitives.ordered_sum import SUMMED, ordered_sum
+from .primitives.ordered_sum import ordered_sum
 from .primitives.philox import COUPLED, DRAFT, log2_exponential, words_at
 from .primitives.race import pack, unpack_id
 from .primitives.select import ABSENT, ordered_key, select
@@ -107,7 +107,7 @@ def _store_unit_keys(
 
 @triton.jit
 def _hidden_score(hidden_ptr, weight_ptr, hidden_size):
-    BLOCK: tl.constexpr = SUMMED
+    BLOCK: tl.constexpr = 1024
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, hidden_size, BLOCK):
         i = first + tl.arange(0, BLOCK)

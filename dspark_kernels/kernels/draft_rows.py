@@ -7,8 +7,8 @@ rank, H hidden size, U units of 64 ids. Oracle: reference/draft.py. Source: DSpa
 import triton
 import triton.language as tl
 
-from .primitives.integer_sum import integer_sum
 from .primitives.mass import NEG_INF, POS_INF, below_max, log2_scale
+from .primitives.ordered_sum import ordered_sum
 from .primitives.race import unpack_id, unpack_key
 from .primitives.slots import state_slots
 
@@ -130,7 +130,7 @@ def _confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_siz
             i = first + tl.arange(0, BLOCK)
             e = tl.load(w1_ptr + previous * stride_1v + i, mask=i < known, other=0.0)
             total += e.to(tl.float32) * tl.load(weight_ptr + hidden_size + i, mask=i < rank, other=0.0).to(tl.float32)
-    logit = integer_sum(total)
+    logit = ordered_sum(total)
     if bias_ptr is not None:
         logit += tl.load(bias_ptr).to(tl.float32)
     return logit

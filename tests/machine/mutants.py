@@ -60,6 +60,8 @@ def mutants() -> list[Mutant]:
 
 
 def changed(text: str, mutant: Mutant) -> str:
+    if mutant.change == "nothing":
+        return text
     if not mutant.line:
         return text.replace("volatile=True", "volatile=False")
     lines = text.splitlines(keepends=True)
@@ -157,13 +159,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "tree"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "assets", "results"))
-        for number, mutant in enumerate(chosen, 1):
+        due = [mutant for mutant in chosen if options.again or _key(mutant._asdict()) not in rows]
+        for file in sorted({mutant.file for mutant in due}):
+            row = run(Mutant(file, 0, "", 0, "nothing"), folder)  # a test that fails by itself would see every mutant
+            if row["seen"] == "yes":
+                raise RuntimeError(f"{' '.join(tests_of(file))} fails without a mutant: {row['by']}")
+        for number, mutant in enumerate(due, 1):
             key = _key(mutant._asdict())
-            if key in rows and not options.again:
-                continue
             row = {name: str(value) for name, value in run(mutant, folder).items()}
             rows[key] = row
-            print(f"[{number}/{len(chosen)}]", " ".join(row.values()), flush=True)
+            print(f"[{number}/{len(due)}]", " ".join(row.values()), flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

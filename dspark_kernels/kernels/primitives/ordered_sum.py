@@ -1,18 +1,23 @@
 """A sum of floats whose bits depend on nothing but the floats: not on the tile's layout, the number of warps or the launch.
 
-`tl.sum` adds in the order in which the compiler spreads a tile over threads. Here every addition is of two numbers that are named: halves of
-octets, octets of octets, and at last a pair, whose order does not matter.
+`tl.sum` adds floats in the order in which the compiler spreads a tile over threads. Integers may be added in any order, so the terms become
+integers first: 2^40 for the power of two at or below the largest one.
 """
 
 import triton
 import triton.language as tl
 
-from .mass import octet_sums
-
-SUMMED = tl.constexpr(1024)
+from .mass import ONE
 
 
 @triton.jit
 def ordered_sum(x):
-    """Sum of fp32 [SUMMED]."""
-    return tl.sum(octet_sums(octet_sums(octet_sums(x, SUMMED // 8), SUMMED // 64), SUMMED // 512), axis=0)
+    """Sum of an fp32 vector, rounded once; of one that is not finite, or whose sum is not, what `tl.sum` says."""
+    plain = tl.sum(x, axis=0)
+    exponent = tl.max(tl.abs(x), axis=0).to(tl.int32, bitcast=True) >> 23  # 127 for 1.0
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)  # powers of two: products with them are exact
+    up = (exponent << 23).to(tl.float32, bitcast=True)
+    total = tl.sum((x * down * ONE).to(tl.int64), axis=0)
+    exact = total.to(tl.float32) * (1.0 / ONE) * up
+    return tl.where(tl.abs(plain) < float("inf"), exact, plain)
