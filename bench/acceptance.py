@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor

@@ -3,11 +3,14 @@
 The launches are the ops' own: every case calls a public op on CPU tensors under another architecture's launch
 configuration, and the launch is compiled instead of run. Each row is keyed by two digests: `source`, of the code of the
 kernel and all device functions it can call, and `launch`, of everything else that decides the binary (types and
-alignment of arguments, constants, options). `--check` computes both again, without compiling, and compares.
+alignment of arguments, constants, options). `--check` computes both again, without compiling, and compares. A third digest,
+`ir`, is of the Triton IR without names: rows whose IR is the same are of the same binary, however the source was rearranged.
 
     python -m bench.compile                    compile everything and write bench/results/compile.csv
     python -m bench.compile --arch sm_90       the same for one architecture; other rows stay
+    python -m bench.compile --changed          compile only what has another IR than its row
     python -m bench.compile --check            are the committed rows those of the code as it is?
+    python -m bench.compile --compare OLD.csv  which rows of two reports have another IR, other registers or spills?
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import hashlib
 import inspect
 import io
 import multiprocessing
+import operator
 import os
 import re
 import subprocess
@@ -34,10 +38,11 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # kernels imported below are to be compiled
 
-import torch  # noqa: E402
+import torch
 
-from bench.compile_cases import CASES  # noqa: E402
-from dspark_kernels.launch import arch as archs  # noqa: E402
+from bench import compile_ir
+from bench.compile_cases import CASES
+from dspark_kernels.launch import arch as archs
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "bench" / "results" / "compile.csv"
@@ -114,25 +119,26 @@ def _argument(value, parameter) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One captured launch: what it is compiled from, and, if it was compiled, the result and the time it took."""
+    """One captured launch: what it is compiled from, its IR, and, if it was compiled, the result and the time it took."""
 
     kernel: str
     source: str
     launch: str
+    ir: str = ""
     compiled: object = None
     seconds: float = 0.0
 
 
 @contextlib.contextmanager
-def capture(arch: str, compiled: bool):
-    """Within it launches are appended to the list it gives instead of being run; kernels compile only if asked to."""
+def capture(arch: str, compiled: bool, ir: bool = False):
+    """Within it launches are appended to the list it gives instead of being run; they get an IR or a binary only if asked to."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
     original, active = JITFunction.run, driver._active
-    done: dict[str, tuple] = _COMPILED.setdefault(arch, {})
+    done, made = _COMPILED.setdefault(arch, {}), _IR.setdefault(arch, {})
 
     def run(self, *args, grid, warmup, **kwargs):
         names = {p.name for p in self.params}
@@ -144,14 +150,21 @@ def capture(arch: str, compiled: bool):
         source = code_digest(file, KERNELS if file.is_relative_to(KERNELS) else file.parent)
         launch = _digest("\n".join(text))
         key = f"{self.fn.__qualname__} {source} {launch}"
-        if compiled and key not in done:
+
+        def compile_it():
             self.device_caches.clear()  # it is kept per device, and here one device stands for every target
+            return original(self, *args, grid=grid, warmup=True, **kwargs)
+
+        if ir and key not in made:
+            options = {k: _constant(v) for k, v in sorted(kwargs.items()) if k not in names}
+            made[key] = compile_ir.digest(compile_it, self.fn.__name__, str(options))
+        if compiled and key not in done:
             started = time.perf_counter()
-            done[key] = original(self, *args, grid=grid, warmup=True, **kwargs), time.perf_counter() - started
-        launches.append(Launch(self.fn.__name__, source, launch, *done.get(key, ())))
+            done[key] = compile_it(), time.perf_counter() - started
+        launches.append(Launch(self.fn.__name__, source, launch, made.get(key, ""), *done.get(key, ())))
 
     JITFunction.run = run
-    if compiled:
+    if compiled or ir:
         number = arch.removeprefix("sm_")
         target = GPUTarget("cuda", int(number), 32) if number.isdigit() else GPUTarget("hip", arch, 64)
         driver.set_active(_stub_driver(target))
@@ -164,6 +177,7 @@ def capture(arch: str, compiled: bool):
 
 
 _COMPILED: dict[str, dict[str, tuple]] = {}  # arch -> launch -> (kernel, seconds): cases may share a binary
+_IR: dict[str, dict[str, str]] = {}  # arch -> launch -> digest
 
 
 def _stub_driver(target):
@@ -249,23 +263,23 @@ KEY = ("op", "case", "kernel", "arch")
 DIGESTS = ("source", "launch")
 COLUMNS = (
     *KEY, "registers", "spill_stores", "spill_loads", "scalar_spills", "stack", "shared", "shared_limit",
-    "matrix_instructions", "binary_bytes", "num_warps", "num_stages", "compile_seconds", *DIGESTS, "triton",
+    "matrix_instructions", "binary_bytes", "num_warps", "num_stages", "compile_seconds", *DIGESTS, "ir", "triton",
 )  # fmt: skip
 
 
-def rows_of(arch: str, op: str, compiled: bool, cases: list[str] | None = None) -> list[dict]:
+def rows_of(arch: str, op: str, compiled: bool, cases: list[str] | None = None, ir: bool = False) -> list[dict]:
     """The report's rows of one op on one architecture, without the measured columns if nothing is compiled."""
     rows = []
     for case, call in CASES[op].items():
         if cases is not None and case not in cases:
             continue
-        with capture(arch, compiled) as launches:
+        with capture(arch, compiled, ir or compiled) as launches:
             call()
         # A form of several launches runs one binary again and again.
         if len({(launch.kernel, launch.launch) for launch in launches}) != 1:
             raise RuntimeError(f"{op} {case}: expected one binary, got {[launch.kernel for launch in launches]}")
         launch = launches[0]
-        row = dict(op=op, case=case, kernel=launch.kernel, arch=arch, source=launch.source, launch=launch.launch)
+        row = dict(op=op, case=case, kernel=launch.kernel, arch=arch, source=launch.source, launch=launch.launch, ir=launch.ir)
         if compiled:
             import triton
 
@@ -312,6 +326,40 @@ def stale(expected: list[dict], committed: list[dict]) -> list[str]:
     return sorted(found)
 
 
+def kept(rows: list[dict], committed: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Of rows with an IR and nothing measured: those whose IR is the committed one, with what was measured then; and the others."""
+    have = {tuple(row[name] for name in KEY): row for row in committed}
+    same, other = [], []
+    for row in rows:
+        old = have.get(tuple(row[name] for name in KEY), {})
+        if old.get("ir") == row["ir"]:
+            same.append(old | row)
+        else:
+            other.append(row)
+    return same, other
+
+
+COMPARED = ("registers", "spill_stores", "spill_loads", "scalar_spills", "stack", "shared", "binary_bytes")
+
+
+def compare(new: list[dict], old: list[dict]) -> list[str]:
+    """Rows of two reports that differ, and last a line of counts. A kernel may have another name."""
+    key_of = operator.itemgetter("op", "case", "arch")
+    have = {key_of(row): row for row in old}
+    found, equal = [], 0
+    for row in new:
+        before = have.pop(key_of(row), None)
+        if before is None:
+            found.append(f"{' '.join(key_of(row))}: not in the old report")
+        elif before["ir"] and before["ir"] == row["ir"]:
+            equal += 1
+        else:
+            changes = [f"{name} {before[name]} -> {row[name]}" for name in COMPARED if before[name] != row[name]]
+            found.append(f"{' '.join(key_of(row))}: another IR; {', '.join(changes) or 'the same registers, spills and sizes'}")
+    found += [f"{' '.join(key)}: in the old report alone" for key in have]
+    return [*found, f"{len(new)} rows: {equal} with the same IR, {len(found)} others"]
+
+
 def read(path: Path) -> list[dict]:
     if not path.is_file():
         return []
@@ -330,12 +378,16 @@ def write(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def _compile(arch: str, op: str, cached: bool, cases: list[str] | None) -> list[dict]:
+def _compile(arch: str, op: str, cached: bool, cases: list[str] | None, committed: list[dict]) -> list[dict]:
+    """Rows of one op on one architecture; those of `committed` that have the same IR are taken from there."""
     import triton
 
     torch.set_num_threads(1)
     triton.knobs.compilation.always_compile = not cached
-    return rows_of(arch, op, True, cases)
+    if not committed:
+        return rows_of(arch, op, True, cases)
+    same, other = kept(rows_of(arch, op, False, cases, ir=True), committed)
+    return same + (rows_of(arch, op, True, [row["case"] for row in other]) if other else [])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -345,6 +397,8 @@ def main(arguments: list[str] | None = None) -> int:
     every_case = sorted({case for op in CASES.values() for case in op})
     parser.add_argument("--case", action="append", choices=every_case, metavar="CASE", help="case (default: all)")
     parser.add_argument("--check", action="store_true", help="compare the report with the code; compile nothing")
+    parser.add_argument("--changed", action="store_true", help="compile only launches whose IR is not that of their row")
+    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="compare the report with another one; compile nothing")
     parser.add_argument("--output", type=Path, default=REPORT, metavar="FILE", help="the report (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time (default %(default)s)")
     parser.add_argument("--cached", action="store_true", help="take binaries from Triton's cache where it has them")
@@ -363,11 +417,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(found) or f"{len(chosen)} rows are fresh")
         return 1 if found else 0
 
+    if options.compare:
+        found = compare(*([row for row in rows if is_selected(row)] for rows in (committed, read(options.compare))))
+        print("\n".join(found))
+        return 1 if len(found) > 1 else 0
+
     rows, found = [], []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max(1, options.jobs), mp_context=context) as pool:
         pending = {
-            pool.submit(_compile, arch, op, options.cached, options.case): (op, arch) for arch in selected for op in ops
+            pool.submit(_compile, arch, op, options.cached, options.case, committed if options.changed else []): (op, arch)
+            for arch in selected
+            for op in ops
         }
         for future in concurrent.futures.as_completed(pending):
             try:
@@ -380,8 +441,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(" ".join(f"{row[name]:>{width}}" for name, width in _SHOWN.items()), flush=True)
                 found += problems(row)
     # Rows of cases that are gone go too.
-    kept = [row for row in committed if not is_selected(row) and row["case"] in CASES.get(row["op"], ())]
-    write(options.output, kept + rows)
+    others = [row for row in committed if not is_selected(row) and row["case"] in CASES.get(row["op"], ())]
+    write(options.output, others + rows)
     print("\n".join(found) or f"{len(rows)} launches: no spill, shared memory within limits", file=sys.stderr)
     return 1 if found else 0
 

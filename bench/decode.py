@@ -14,9 +14,9 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Sequence
 
 import torch
 
@@ -115,9 +115,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, metavar="N",
         help=f"default: {DEFAULTS['max_new_tokens']}, with --kernels on a CPU {INTERPRETED['max_new_tokens']}",
     )  # fmt: skip
-    work.add_argument(
-        "--temperature", type=float, action="append", metavar="T", help="0 is greedy (repeatable; default: 1 and 0)"
-    )
+    work.add_argument("--temperature", type=float, action="append", metavar="T", help="0 is greedy (repeatable; default: 1 and 0)")
     work.add_argument("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
     how = p.add_argument_group("how")
     how.add_argument(
@@ -139,9 +137,7 @@ def parser() -> argparse.ArgumentParser:
         help="a row of dspark scheduled by these times of a step (JSON of CostTable.save; default: measured ones of the embedded"
         " models on two CPU cores, none with --model)",
     )  # fmt: skip
-    how.add_argument(
-        "--policy", choices=POLICIES, default="causal", help="how that row is scheduled (default: %(default)s)"
-    )
+    how.add_argument("--policy", choices=POLICIES, default="causal", help="how that row is scheduled (default: %(default)s)")
     how.add_argument(
         "--batch-size", type=int, metavar="N", default=DEFAULTS["batch_size"], help="requests at once (default: %(default)s)"
     )
@@ -407,9 +403,7 @@ def verdicts(arguments, models: Models, runs: Sequence[Run], prompts) -> list[tu
             found.append((label, verdict))
         if run.system.ops is not None:
             reference = next(
-                r
-                for r in runs
-                if r.temperature == run.temperature and r.system == dataclasses.replace(run.system, ops=None)
+                r for r in runs if r.temperature == run.temperature and r.system == dataclasses.replace(run.system, ops=None)
             )
             found.append((f"{label} against the reference", _same(arguments, models, run, reference, prompts)))
     return found

@@ -10,8 +10,9 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 import dspark_kernels as dk
 from dspark_kernels import checkpoint, checkpoint_formats as formats
@@ -310,7 +311,10 @@ def _size(count: int) -> str:
 def _table(rows: Sequence[tuple], numbers: Sequence[int] = ()) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  " + "  ".join(cell.rjust(w) if i in numbers else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        "  "
+        + "  ".join(
+            cell.rjust(w) if i in numbers else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -231,7 +232,7 @@ def _baseline_calls(op: str, name: str, sets) -> list[Callable]:
     if name == "torch.compile":
         torch._dynamo.reset()
         function = torch.compile(function, dynamic=False)
-    return [lambda given=baseline.arguments(given): function(*given) for given in sets]
+    return [functools.partial(function, *baseline.arguments(given)) for given in sets]
 
 
 def _row(case, spec, contender, call, cache, measured: timing.Timing, sets: int, bench: Bench) -> Row:

@@ -12,7 +12,8 @@ Source of the definitions: README.md, "Equality".
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -42,7 +43,7 @@ def greedy(generations: Sequence[Generation], plain: Sequence[Generation], targe
     for index, (have, want) in enumerate(zip(generations, plain, strict=True)):
         if have.output_ids == want.output_ids:
             continue
-        at = next((i for i, (a, b) in enumerate(zip(have.output_ids, want.output_ids)) if a != b), None)
+        at = next((i for i, (a, b) in enumerate(zip(have.output_ids, want.output_ids, strict=False)) if a != b), None)
         if at is None:
             wrong.append(f"prompt {index} has another length")
             continue

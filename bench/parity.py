@@ -112,9 +112,7 @@ class CheckedOps:
 
         result = self._ops.accept_tree(target_logits, layout, tree, anchors=anchors, anchor_positions=anchor_positions, **options)
         self.calls += 1
-        assert_equal_or_tied(
-            run, _by_request(result.tokens, result.num_accepted, result.path, result.kv_source, result.flags)
-        )
+        assert_equal_or_tied(run, _by_request(result.tokens, result.num_accepted, result.path, result.kv_source, result.flags))
         return result
 
     def compact_kv(self, layers, acceptance, layout):

@@ -341,9 +341,7 @@ def timed(rows: Sequence[Row], taken: dict[str, timing.Timing], facts: dict) -> 
             values = dict(p50_us=total, share_of_round=total / whole)
         else:
             own = taken[row.op]
-            values = dict(
-                p20_us=own.p20, p50_us=own.p50, p80_us=own.p80, samples=own.samples, share_of_round=own.p50 / whole
-            )
+            values = dict(p20_us=own.p20, p50_us=own.p50, p80_us=own.p80, samples=own.samples, share_of_round=own.p50 / whole)
         found.append(dataclasses.replace(row, **values, **facts))
     return found
 
@@ -533,9 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadArgument as error:
         print(f"bench.round: {error}", file=sys.stderr)
         return 2
-    engine = Engine(
-        arguments.backbone_ms, arguments.target_ms, arguments.backbone_bytes / 2, arguments.target_bytes / 2
-    )
+    engine = Engine(arguments.backbone_ms, arguments.target_ms, arguments.backbone_bytes / 2, arguments.target_bytes / 2)
     if interpreted:
         return on_host(sizes, engine, 1e9 * arguments.bandwidth)
     return on_gpu(sizes, engine, arguments)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 from reference.loop import Generation
 
@@ -30,7 +30,7 @@ class Summary:
     tokens_per_second: float
 
     @classmethod
-    def of(cls, generations: Sequence[Generation]) -> "Summary":
+    def of(cls, generations: Sequence[Generation]) -> Summary:
         lengths = [length for g in generations for length in g.acceptance_lengths]
         verified = [length for g in generations for length in g.proposal_lengths]
         rounds, tokens = len(lengths), sum(lengths)
@@ -97,7 +97,7 @@ def table(title: str, rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = []
     for line in lines:
-        cells = [c.ljust(w) if i in (0, len(line) - 1) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))]
+        cells = [c.ljust(w) if i in (0, len(line) - 1) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
         text.append("  ".join(cells).rstrip())
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(text)

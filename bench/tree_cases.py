@@ -92,9 +92,7 @@ class DraftTrees:
         def outcome(tree):
             return by_request(*(getattr(tree, name) for name in LINKS))
 
-        assert_equal_or_tied(
-            lambda decisions: outcome(tree_draft.draft_tree(**inputs, decisions=decisions)), outcome(tree)
-        )
+        assert_equal_or_tied(lambda decisions: outcome(tree_draft.draft_tree(**inputs, decisions=decisions)), outcome(tree))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -322,9 +322,7 @@ def ranking(kernel: str, entry: Entry, binary: Binary, name: str, submit: Callab
     near = steps(entry.config, tuned.space)
     futures = [submit(kernel, entry.shape, config, name) for config in near]
     found = [(entry.config, binary)] + [(config, future.result()) for config, future in zip(near, futures, strict=True)]
-    rated = [
-        (predicted(size, tuned.flight(entry.shape, config), b, KNOWN[name]), b, config) for config, b in found if b.runs
-    ]
+    rated = [(predicted(size, tuned.flight(entry.shape, config), b, KNOWN[name]), b, config) for config, b in found if b.runs]
     lines = [
         f"    predicted {us:9.2f} us {b.registers:4} registers {b.resident(KNOWN[name]):3} resident  {changes(entry.config, c)}"
         for us, b, c in sorted(rated, key=lambda item: item[0])

@@ -358,9 +358,7 @@ class OnlineCalibration:
         check_tensor("num_accepted", num_accepted, dtype=INT_DTYPES, shape=(requests,), device=device)
         check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=(requests,), device=device)
         slots = requests if state_indices is None else "S"
-        check_tensor(
-            "confidence_logits", confidence_logits, dtype=torch.float32, shape=(slots, self.drafts), device=device
-        )
+        check_tensor("confidence_logits", confidence_logits, dtype=torch.float32, shape=(slots, self.drafts), device=device)
         if requests == 0:
             return
         slots = confidence_logits.shape[0]

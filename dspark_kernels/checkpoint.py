@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -207,8 +208,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise FileNotFoundError(
-            f"{directory}: expected model.safetensors or model.safetensors.index.json, the directory has "
-            f"{_listing(directory)}"
+            f"{directory}: expected model.safetensors or model.safetensors.index.json, the directory has {_listing(directory)}"
         )
     names = _json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):

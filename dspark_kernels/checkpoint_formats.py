@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Callable, Mapping
 
 HEAD_TYPES = ("vanilla", "gated", "rnn")
 _SIZES = ("4b", "8b", "14b")

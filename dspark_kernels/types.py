@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -254,7 +253,7 @@ class RebuiltProposal(Checked):
         self._optional("rows", dtype=torch.int32, shape=(lse.shape[0],), device=base.device, contiguous=True)
 
 
-Proposal = Union[OneHotProposal, DenseProposal, SparseProposal, RebuiltProposal]
+Proposal = OneHotProposal | DenseProposal | SparseProposal | RebuiltProposal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -80,9 +80,7 @@ class Workspace:
             for name, size in zip(("query_heads", "kv_heads", "head_dim"), heads, strict=True):
                 check_int(name, size, low=1)
             rows = check_int("max_rows", max_requests * (max_drafts + 1) if max_rows is None else max_rows, low=1)
-            needs += [
-                needed(max_requests, rows, *heads, batch_invariant, torch.device(device)) for needed in _HEAD_NEEDS.values()
-            ]
+            needs += [needed(max_requests, rows, *heads, batch_invariant, torch.device(device)) for needed in _HEAD_NEEDS.values()]
         counters = RESERVED + max(words for words, _ in needs)
         self.counters = torch.zeros(counters, dtype=torch.int64, device=device)
         scratch = max(words for _, words in needs) + node_latent_words(max_requests, max_drafts, markov_rank)

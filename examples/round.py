@@ -36,6 +36,8 @@ def decoding_round(backbone, target, head, confidence, cost, sampling, anchors, 
         target_logits, layout, block.proposal, sampling=sampling, anchors=anchors, anchor_positions=positions,
         workspace=workspace,
     )  # fmt: skip
+
+
 # README: end
 
 
@@ -71,7 +73,7 @@ def main(rounds: int = 4) -> list[list[int]]:
     emitted = [[] for _ in range(requests)]
     for _ in range(rounds):
         step = decoding_round(backbone, target, head, confidence, cost, sampling, anchors, positions, workspace)
-        for request, (tokens, count) in enumerate(zip(step.tokens.tolist(), step.num_emitted.tolist())):
+        for request, (tokens, count) in enumerate(zip(step.tokens.tolist(), step.num_emitted.tolist(), strict=True)):
             emitted[request] += tokens[:count]
     return emitted
 

@@ -69,8 +69,7 @@ def visible_keys(
     else:
         if ancestors.dtype != torch.int64 or tuple(ancestors.shape) != (n,) or n > MAX_NODES:
             raise ValueError(
-                f"ancestors: expected int64 [{n}] with at most {MAX_NODES} rows, "
-                f"got {ancestors.dtype} {list(ancestors.shape)}"
+                f"ancestors: expected int64 [{n}] with at most {MAX_NODES} rows, got {ancestors.dtype} {list(ancestors.shape)}"
             )
         bits = ancestor_bits(ancestors.to(rows.device))
         own, depth = bits[:, :n], bits.sum(1) - 1

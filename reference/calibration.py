@@ -86,9 +86,7 @@ def fit_sts(logits: Tensor, survived: Tensor, *, bins: int = 20, observed: Tenso
     survival of drafts that were not verified are never looked at; a position that no round verified gets 1.
     """
     if logits.dim() != 2 or logits.shape != survived.shape:
-        raise ValueError(
-            f"survived: expected logits and survived [N, K], got {list(logits.shape)} and {list(survived.shape)}"
-        )
+        raise ValueError(f"survived: expected logits and survived [N, K], got {list(logits.shape)} and {list(survived.shape)}")
     if logits.numel() == 0:
         raise ValueError(f"logits: expected at least one round and one draft, got {list(logits.shape)}")
     if observed is not None and (observed.shape != logits.shape or observed.dtype != torch.bool):
@@ -107,9 +105,7 @@ def fit_sts(logits: Tensor, survived: Tensor, *, bins: int = 20, observed: Tenso
             raise ValueError("logits: expected numbers, got NaN")
         seen = outcome[:length]
         if any(y not in (0.0, 1.0) for y in seen) or seen != sorted(seen, reverse=True):
-            raise ValueError(
-                "survived: expected 0/1 that never rises along a round (prefix survival), got other values"
-            )
+            raise ValueError("survived: expected 0/1 that never rises along a round (prefix survival), got other values")
     survival = torch.ones_like(scores[:, 0])
     temperatures = []
     for k in range(drafts):

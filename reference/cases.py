@@ -238,8 +238,15 @@ def draft_case(
         hidden=hidden,
         confidence=confidence_head,
         sampling=sampling_tensors(
-            seed + 1, slots, temperatures, vocab=targets, mask_rows=(slots, drafts), adjust=adjust, filters=filters,
-            filter_order=filter_order, grid=grid,
+            seed + 1,
+            slots,
+            temperatures,
+            vocab=targets,
+            mask_rows=(slots, drafts),
+            adjust=adjust,
+            filters=filters,
+            filter_order=filter_order,
+            grid=grid,
         )
         if sampled
         else None,

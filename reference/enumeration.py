@@ -80,7 +80,7 @@ def _cone_integral(rays: list[tuple], slope: Sequence[float]) -> float:
     return total
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def joint_chance(races: tuple[tuple[tuple[float, ...], int], ...]) -> float:
     """Chance that every race (weights, winner) on the same clocks has its winner. Up to three distinct winners."""
     winners = sorted({winner for _, winner in races})

@@ -13,7 +13,7 @@ Source: Gemma4DSparkModel of github.com/deepseek-ai/DeepSpec, on Hugging Face tr
 
 from __future__ import annotations
 
-from typing import Callable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F

@@ -10,8 +10,9 @@ transformers is imported on demand (the extra `transformers`); nothing is fetche
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

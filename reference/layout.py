@@ -290,7 +290,5 @@ def draft_layout(
             continue
         flag = int(Flag.BAD_TOKEN_ID) if ids[slot] < 0 else 0
         predicting = range(masks + 1 - block_size, masks + 1)
-        rows.append(
-            RequestRows(slot, positions[slot], [max(0, ids[slot])] + [mask_token_id] * masks, predicting, masks, flag)
-        )
+        rows.append(RequestRows(slot, positions[slot], [max(0, ids[slot])] + [mask_token_id] * masks, predicting, masks, flag))
     return assemble(rows, len(rows) * (masks + 1), masks, anchors.device, block_tables, page_size)

@@ -25,9 +25,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import time
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -355,7 +356,7 @@ class _Batch:
 
     def _with_prompts(self, layout: VerifyLayout) -> VerifyLayout:
         """Fill in the ids of prompts, which a layout leaves to the engine."""
-        for sequence, begin in zip(self.sequences, layout.query_start_loc.tolist()):
+        for sequence, begin in zip(self.sequences, layout.query_start_loc.tolist(), strict=False):
             if sequence.prefill:
                 ids = torch.tensor(sequence.ids, device=self.target.device)
                 layout.token_ids[begin : begin + len(ids)] = ids
@@ -452,7 +453,7 @@ class _Batch:
         its law p."""
         counts = acceptance.num_emitted.tolist()
         rows, chosen, temperatures = [], [], []
-        for row, (sequence, first) in enumerate(zip(self.sequences, layout.cu_num_logits.tolist())):
+        for row, (sequence, first) in enumerate(zip(self.sequences, layout.cu_num_logits.tolist(), strict=False)):
             rows += [first + own for own in self.path(acceptance, row)]
             chosen += acceptance.tokens[row, : counts[row]].tolist()
             temperatures += [sequence.request.temperature if sequence.request.temperature > 0 else 1.0] * counts[row]
@@ -513,7 +514,7 @@ class _TreeBatch(_Batch):
 
     def ancestors(self, layout: VerifyLayout) -> Tensor:
         words, starts = [], layout.query_start_loc.tolist()
-        for sequence, begin, end in zip(self.sequences, starts, starts[1:]):
+        for sequence, begin, end in zip(self.sequences, starts, starts[1:], strict=False):
             if sequence.prefill:  # a chain; that of more rows than a word has bits goes without words
                 rows = torch.arange(end - begin, device=self.target.device)
                 words.append(torch.where(rows < MAX_NODES, (2 << rows) - 1, 0))
@@ -542,6 +543,4 @@ class _TreeBatch(_Batch):
 
     def _depths(self, layout: VerifyLayout) -> list[int]:
         starts = layout.query_start_loc.tolist()
-        return [
-            int(layout.positions[begin:end].max() - layout.positions[begin]) for begin, end in zip(starts, starts[1:])
-        ]
+        return [int(layout.positions[begin:end].max() - layout.positions[begin]) for begin, end in itertools.pairwise(starts)]

@@ -16,7 +16,8 @@ Source: Hugging Face `Qwen3ForCausalLM` (names of config keys and tensors).
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class Weights:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
         return tensor.to(self._device, self._dtype).contiguous()
 
-    def below(self, prefix: str) -> "Weights":
+    def below(self, prefix: str) -> Weights:
         return Weights(self._tensors, self._device, self._dtype, self._prefix + prefix)
 
 
@@ -69,7 +70,7 @@ class Shape:
     attention_scale: float | None = None  # of queries times keys; None: 1 / sqrt(head_dim)
 
     @classmethod
-    def from_config(cls, config: Mapping) -> "Shape":
+    def from_config(cls, config: Mapping) -> Shape:
         """Raises ValueError for a missing key and for what this model does not compute."""
         try:
             shape = cls(
@@ -116,7 +117,7 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     @classmethod
-    def at(cls, positions: Tensor, shape: Shape, dtype) -> "Rotation":
+    def at(cls, positions: Tensor, shape: Shape, dtype) -> Rotation:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         exponents = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=wide) / shape.head_dim
         angles = positions.to(wide)[:, None] / shape.rope_theta**exponents
@@ -148,9 +149,7 @@ class Rows:
     ancestors: Tensor | None = None  # int64 [N], trees: bit s = sees row s of its segment; longer segments are chains
 
     @classmethod
-    def pack(
-        cls, positions: Tensor, batch_indices: Tensor, state_indices: Sequence[int], ancestors: Tensor | None = None
-    ) -> "Rows":
+    def pack(cls, positions: Tensor, batch_indices: Tensor, state_indices: Sequence[int], ancestors: Tensor | None = None) -> Rows:
         """positions, batch_indices: [N]; state_indices: the slot of each batch row. Raises ValueError for other
         orders."""
         at, of = positions.tolist(), batch_indices.tolist()
@@ -172,7 +171,7 @@ class Rows:
         return cls(positions.long(), slots.to(positions.device), segments, ancestors)
 
     @classmethod
-    def of(cls, segments: Sequence[tuple[int, int, int]], device) -> "Rows":
+    def of(cls, segments: Sequence[tuple[int, int, int]], device) -> Rows:
         """From (slot, first position, number of rows) per batch row."""
         packed, positions, slots, begin = [], [], [], 0
         for slot, start, count in segments:
@@ -216,9 +215,7 @@ class KVCache:
 
     def compact(self, rows: Rows, acceptance: Acceptance) -> None:
         """Move the accepted path of every tree of a pass to the places from its anchor's on."""
-        for segment, accepted, path in zip(
-            rows.segments, acceptance.num_accepted.tolist(), acceptance.path.tolist(), strict=True
-        ):
+        for segment, accepted, path in zip(rows.segments, acceptance.num_accepted.tolist(), acceptance.path.tolist(), strict=True):
             sources = [segment.start + node for node in path[1 : accepted + 1]]
             kept = slice(segment.start + 1, segment.start + 1 + accepted)
             for planes in (self._keys, self._values):
@@ -354,8 +351,8 @@ class Target:
         """One pass. token_ids: int64 [N]. feature_layers: -1 = the embedding, i = output of layer i."""
         x = F.embedding(token_ids, self.embedding)
         outputs = {-1: x}
-        for index, x in enumerate(run_layers(self.layers, x, rows, cache, causal=True)):
-            outputs[index] = x
+        for index, hidden in enumerate(run_layers(self.layers, x, rows, cache, causal=True)):
+            outputs[index] = x = hidden
         features = torch.cat([outputs[i] for i in feature_layers], -1) if feature_layers else None
         return Output(rms_norm(x, self.norm, self.shape.eps), x, features)
 

@@ -116,9 +116,7 @@ def accept_tree_case(
         stored = DenseProposal(law, temperature=own, draft_to_target=ids[0, 0].contiguous() if proposal == "mapped" else None)
     flags = torch.zeros(requests, dtype=torch.int32)
     tree = packed(grown, slots, nodes, torch.device("cpu"), stored, drawn, flags)
-    layout = layouts.tree_layout(
-        tree, anchor_positions=positions, state_indices=state_indices, max_rows=max_rows, emits=emits
-    )
+    layout = layouts.tree_layout(tree, anchor_positions=positions, state_indices=state_indices, max_rows=max_rows, emits=emits)
     rows = max(1, int(layout.cu_num_logits[-1]))
     logits = torch.randn(rows, vocab, generator=g) * sharpness
     for r, slot in enumerate(range(slots) if state_indices is None else state_indices.tolist()):

@@ -55,7 +55,9 @@ def _eager(case):
             own = [c[rows // page_size, rows % page_size] for c in caches]
         else:
             own = [t[begin:end] for t in own]
-        keys, values = (torch.cat([c[places].to(dtype), o.to(dtype)]).repeat_interleave(group, 1) for c, o in zip(caches, own))
+        keys, values = (
+            torch.cat([c[places].to(dtype), o.to(dtype)]).repeat_interleave(group, 1) for c, o in zip(caches, own, strict=True)
+        )
         rules = dict(mask=case.mask, window=case.window)
         if case.mask == "tree":
             words = case.ancestors[slot, :n] if case.ancestors.dim() == 2 else case.ancestors[begin:end]

@@ -146,7 +146,7 @@ def accept(case, shards, width, workspace=None, spoil=False, **advanced):
             parts.append(part)
         gathered += (torch.stack(parts),)
     results = []
-    for own, law, where in (ranks[:1] + ranks[-1:] if shards > 1 else ranks):  # all the same kernel on the same bytes
+    for own, law, where in ranks[:1] + ranks[-1:] if shards > 1 else ranks:  # all the same kernel on the same bytes
         moved = {name: tensor.clone() for name, tensor in advanced.items()}
         result = dk.accept_finish(own, layout, law, gathered=gathered, **arguments, **where, **moved)
         if spoil:

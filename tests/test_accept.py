@@ -27,7 +27,7 @@ def outcome(acceptance, layout):
     by_request = {}
     owners = layout.batch_indices.tolist()
     for r in range(acceptance.tokens.shape[0]):
-        committed = [bool(c) for c, owner in zip(acceptance.commit_mask, owners) if owner == r]
+        committed = [bool(c) for c, owner in zip(acceptance.commit_mask, owners, strict=False) if owner == r]
         by_request[r] = (*(getattr(acceptance, name)[r].tolist() for name in PER_REQUEST), committed)
     return by_request
 
@@ -40,7 +40,9 @@ def check(case, acceptance=None, exempt=True):
         return outcome(reference.accept_chain(**arguments, decisions=decisions), case.layout)
 
     assert_equal_or_tied(run, outcome(acceptance, case.layout), exempt=exempt)
-    padding = [not bool(c) for c, owner in zip(acceptance.commit_mask, case.layout.batch_indices.tolist()) if owner < 0]
+    padding = [
+        not bool(c) for c, owner in zip(acceptance.commit_mask, case.layout.batch_indices.tolist(), strict=False) if owner < 0
+    ]
     assert all(padding), "a padding row was committed"
     if case.logprobs is not None:
         check_logprobs(case, acceptance)
@@ -402,7 +404,7 @@ def test_draft_ids_out_of_range(bad, sampled, rule, proposal):
     stopped = acceptance.num_accepted[[0, 1, 3]] == torch.tensor([0, 1, 2])
     assert stopped.any(), "no request reached its bad draft, so the test shows nothing"
     flag = dk.Flag.MISSING_DRAFT if bad == -1 else dk.Flag.BAD_TOKEN_ID
-    for r, reached in zip((0, 1, 3), stopped):
+    for r, reached in zip((0, 1, 3), stopped, strict=True):
         assert bool(acceptance.flags[r] & flag) == bool(reached)
 
 

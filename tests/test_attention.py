@@ -242,9 +242,7 @@ def test_order_of_pages_does_not_matter(parts):
     mapping = torch.where(case.layout.slot_mapping < 0, -1, place[at // 4] * 4 + at % 4)
     moved = dataclasses.replace(
         case,
-        kv=dataclasses.replace(
-            case.kv, k_cache=case.kv.k_cache[order], v_cache=case.kv.v_cache[order], block_tables=tables
-        ),
+        kv=dataclasses.replace(case.kv, k_cache=case.kv.k_cache[order], v_cache=case.kv.v_cache[order], block_tables=tables),
         layout=dataclasses.replace(case.layout, slot_mapping=mapping),
     )
     for have, want in zip(run(moved), run(case), strict=True):

@@ -35,7 +35,7 @@ def test_the_table_covers_every_key_once(parts, invariant, window):
             partial += range(at, at + min(plan.block_m, count * group - tile * plan.block_m))
     assert len(set(partial)) == len(partial) and max(partial, default=-1) < plan.partial_rows
     assert len(tiles) == sum(-(-n * group // plan.block_m) for n in rows)
-    for (slot, tile), found in tiles.items():
+    for (slot, _), found in tiles.items():
         context = contexts[case.state_indices.tolist().index(slot)]
         assert [part for part, *_ in found] == list(range(found[0][1])), "parts in order, one after the other"
         keys = [key for _, _, begin, end in found for key in range(begin, end)]

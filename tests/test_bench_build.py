@@ -1,7 +1,9 @@
 """bench.assets.build and bench.systems: the corpus and its hold-out, training passes against the models that are served, a build in
 small that is resumed, a drafter that learns, and figures that the shipped weights give."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -77,7 +79,7 @@ def test_merges_are_the_most_frequent_pairs():
     for token in range(FIRST_MERGE, FIRST_MERGE + 12):  # in the words of the method, all counted anew every time
         counts = {}
         for word in words:
-            for pair in zip(word, word[1:]):
+            for pair in itertools.pairwise(word):
                 counts[pair] = counts.get(pair, 0) + 1
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         expected.append(best)
@@ -256,25 +258,25 @@ def test_written_text_follows_the_targets_law(small):
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path):
+    def run(folder, stop):
+        tensors = {"a.weight": torch.ones(6, 4), "norm.weight": torch.ones(4)}
+
+        def loss(step):
+            if step == stop:
+                trainer.checkpoint()
+                raise KeyboardInterrupt
+            x = torch.randn(5, 4, generator=build_train.seeded("x", step))
+            found = (x * tensors["norm.weight"] @ tensors["a.weight"].mT - x.sum(1, keepdim=True)).square().mean()
+            return found, found.detach()
+
+        trainer = build_train.Trainer("trial", tensors, loss, folder)
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.run(build_train.Budget(0.0, 9), str)
+        return tensors
+
     def trained(folder, stops):
         folder.mkdir()
-        for stop in stops:
-            tensors = {"a.weight": torch.ones(6, 4), "norm.weight": torch.ones(4)}
-
-            def loss(step):
-                if step == stop:
-                    trainer.checkpoint()
-                    raise KeyboardInterrupt
-                x = torch.randn(5, 4, generator=build_train.seeded("x", step))
-                found = (x * tensors["norm.weight"] @ tensors["a.weight"].mT - x.sum(1, keepdim=True)).square().mean()
-                return found, found.detach()
-
-            trainer = build_train.Trainer("trial", tensors, loss, folder)
-            try:
-                trainer.run(build_train.Budget(0.0, 9), str)
-            except KeyboardInterrupt:
-                continue
-        return tensors
+        return [run(folder, stop) for stop in stops][-1]
 
     whole, parted = trained(tmp_path / "whole", [None]), trained(tmp_path / "parted", [2, 7, None])
     assert all(torch.equal(whole[name], parted[name]) for name in whole)

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-import machine  # noqa: E402
+import machine
 
-from bench import counters, kernel_cases  # noqa: E402
+from bench import counters, kernel_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -333,9 +333,7 @@ def test_roundings_are_told_from_faults(monkeypatch, capsys):
         block = loop.REFERENCE_OPS.draft_block(*arguments, **options)
         logits = block.proposal.logits
         rounded = (4 * logits).round() / 4
-        again = loop.REFERENCE_OPS.draft_block(
-            *arguments, **options, stored_logits=rounded[options["state_indices"].long()]
-        )
+        again = loop.REFERENCE_OPS.draft_block(*arguments, **options, stored_logits=rounded[options["state_indices"].long()])
         logits.copy_(rounded)
         block.tokens.copy_(again.tokens)
         return block
@@ -567,9 +565,9 @@ def test_bad_arguments_take_one_line(arguments, message, capsys):
         ("{", "expected JSON"),
         ("{}", "expected a JSON list"),
         ("[]", "expected a JSON list with at least one prompt"),
-        ('[[1, 2], []]', "prompt 1: expected text or a list of ids"),
-        ('[[1, 1024]]', "prompt 0: expected text or a list of ids from 0 to 1023"),
-        ('[[true]]', "prompt 0: expected text or a list of ids"),
+        ("[[1, 2], []]", "prompt 1: expected text or a list of ids"),
+        ("[[1, 1024]]", "prompt 0: expected text or a list of ids from 0 to 1023"),
+        ("[[true]]", "prompt 0: expected text or a list of ids"),
         ('[""]', "prompt 0: expected text or a list of ids"),
         ("[3]", "prompt 0: expected text or a list of ids"),
     ],

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import engines, kernel_cases as kc, kernels, layout_cases as lc, timing  # noqa: E402
-from bench.attention_cases import Attention  # noqa: E402
+from bench import engines, kernel_cases as kc, kernels, layout_cases as lc, timing
+from bench.attention_cases import Attention
 
 CPU = torch.device("cpu")
 FLASHINFER, VLLM, SGLANG = (f"softmax + {name}" for name in ("flashinfer", "vllm", "sgl_kernel"))

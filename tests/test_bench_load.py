@@ -1,6 +1,7 @@
 """The load simulator, `python -m bench.load`: a simulation by hand, its chance, policies, rounds, files and refusals."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -105,7 +106,7 @@ def test_every_policy_meets_the_same_chance(source):
     assert simulated("fixed-7", source, steep(), seed=4).tokens.tolist() != one.tokens.tolist()
     # A longer block accepts at least as much of the same rounds. (Requests that never end: the slots stay in step.)
     series = [simulated(f"fixed-{k}", source, steep(), mean_tokens=1e9).tokens for k in range(1, 8)]
-    assert all((a <= b).all() for a, b in zip(series, series[1:])) and (series[0] < series[-1]).any()
+    assert all((a <= b).all() for a, b in itertools.pairwise(series)) and (series[0] < series[-1]).any()
 
 
 def test_requests_end_and_the_mix_is_kept():

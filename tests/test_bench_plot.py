@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.figure import Figure
 
-from bench import kernels, launches, plot, round as rounds, systems, timing  # noqa: E402
+from bench import kernels, launches, plot, round as rounds, systems, timing
 
 GPU = dict(gpu="Stand-in", driver="1", torch="2", triton="3", commit="abc")
 

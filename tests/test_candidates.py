@@ -255,9 +255,7 @@ def take(case, rows):
     sampling = dk.SamplingTensors(case.sampling.temperature[index], case.sampling.seed[index])
     fields = ("base_logits", "anchors", "anchor_positions", "hidden")
     state = None if case.head_state is None else case.head_state[index]
-    return dataclasses.replace(
-        case, **{name: getattr(case, name)[index] for name in fields}, sampling=sampling, head_state=state
-    )
+    return dataclasses.replace(case, **{name: getattr(case, name)[index] for name in fields}, sampling=sampling, head_state=state)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated"])
@@ -483,9 +481,7 @@ def test_acceptance_reads_the_proposal():
     options = options_of(case, 50, 3)
     block = dk.draft_block(**options)
     assert (block.proposal.logits[..., 40:] == -INF).all() and (block.proposal.ids[..., 40:50] == 0).all()
-    layout = layouts.fixed_layout(
-        block, torch.tensor([3, 3, 1, 2]), anchors=case.anchors, anchor_positions=case.anchor_positions
-    )
+    layout = layouts.fixed_layout(block, torch.tensor([3, 3, 1, 2]), anchors=case.anchors, anchor_positions=case.anchor_positions)
     target = torch.randn(16, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
 
     def run(decisions):

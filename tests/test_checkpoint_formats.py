@@ -98,9 +98,7 @@ def test_every_missing_and_every_misshapen_tensor_is_named(tmp_path, build):
         with pytest.raises(ValueError, match=f"expected {name} of shape"):
             checkpoint.load_drafter(made.write(tmp_path / "d", config, wrong))
     with pytest.raises(ValueError, match="expected no tensor layers.0.self_attn.q_proj.bias"):
-        checkpoint.load_drafter(
-            made.write(tmp_path / "d", config, tensors | {"layers.0.self_attn.q_proj.bias": torch.zeros(32)})
-        )
+        checkpoint.load_drafter(made.write(tmp_path / "d", config, tensors | {"layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_the_check_sees_what_is_wrong(tmp_path, change, message):
     assert done.returncode == 1 and message in done.stdout, done.stdout + done.stderr
 
 
-SPILLING = '''
+SPILLING = """
 import torch, triton, triton.language as tl
 from bench import compile
 
@@ -115,7 +115,7 @@ for arch, size in (("sm_90", 16384), ("gfx942", 65536)):
     compile.CASES = {"toy": {"large": call(size)}}
     (row,) = compile.rows_of(arch, "toy", True)
     print(arch, row["spill_stores"], row["spill_loads"], row["stack"], len(compile.problems(row)))
-'''
+"""
 
 
 def test_a_spill_is_seen(tmp_path):
@@ -152,7 +152,7 @@ def test_a_digest_follows_code_and_not_words(tmp_path):
     assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
-BUNDLED = '''
+BUNDLED = """
 import torch, triton, triton.language as tl
 from bench import compile
 
@@ -165,7 +165,7 @@ x = torch.empty(64)
 for pair in ((x, (5, None)), (x, (7, None)), (x, (16, None)), (x, (5, x)), (x[1:], (5, None)), (None, (5, None))):
     compile.CASES = {"toy": {"bundled": lambda: kernel[(1,)](pair, 16)}}
     print(compile.rows_of("sm_90", "toy", False)[0]["launch"])
-'''
+"""
 
 
 def test_a_digest_sees_into_tuples(tmp_path):

@@ -26,7 +26,7 @@ KERNELS = sorted((ROOT / "dspark_kernels" / "kernels").rglob("*.py"))
 
 # --- loops: every launch of bench/compile_cases.py, and a planted one, as far as the first IR -------------------------
 
-PLANTED = '''
+PLANTED = """
 import triton
 import triton.language as tl
 
@@ -52,7 +52,7 @@ def follow(next_ptr, out_ptr, ALIAS: tl.constexpr, PAIR: tl.constexpr, FOR: tl.c
                 node = child
             child = tl.load(next_ptr + child)
     tl.store(out_ptr, node + pair[0])
-'''
+"""
 
 
 def dropped_carries(run) -> list[str]:

@@ -404,9 +404,7 @@ def test_a_steady_drift_is_the_same_for_every_size(clock):
 
 
 def test_an_outlier_does_not_move_the_median(clock):
-    table = cost.measure(
-        clock.step(lambda n, call: 10_000 if call == 4 else n), [1, 2], device="cpu", warmup=1, repeats=5
-    )
+    table = cost.measure(clock.step(lambda n, call: 10_000 if call == 4 else n), [1, 2], device="cpu", warmup=1, repeats=5)
     assert table.seconds.tolist() == [0.0, TICK, 2 * TICK]
 
 
@@ -498,9 +496,7 @@ def test_a_step_that_takes_no_time_is_refused(clock):
     with pytest.raises(ValueError, match=r"^step: expected a step that takes time, got a median of 0.0 s at size 2"):
         cost.measure(clock.step(lambda n, _: 2 - n), [1, 2], device="cpu")
     with pytest.raises(ValueError, match=r"^draft_step: expected a step that takes time"):
-        cost.measure(
-            clock.step(lambda n, _: n), [1], draft_step=clock.step(lambda n, _: 0), draft_sizes=[1], device="cpu"
-        )
+        cost.measure(clock.step(lambda n, _: n), [1], draft_step=clock.step(lambda n, _: 0), draft_sizes=[1], device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -586,9 +582,7 @@ class FakeEvent:
 
 def test_events_time_a_cuda_device(monkeypatch):
     cuda = FakeCuda(monkeypatch)
-    table = cost.measure(
-        cuda.step(1), [1, 2], draft_step=cuda.step(5), draft_sizes=[1], device="cuda:1", warmup=1, repeats=2
-    )
+    table = cost.measure(cuda.step(1), [1, 2], draft_step=cuda.step(5), draft_sizes=[1], device="cuda:1", warmup=1, repeats=2)
     assert table.seconds.tolist() == pytest.approx([0.0, TICK, 2 * TICK], rel=1e-7)
     assert table.draft_seconds.tolist() == pytest.approx([0.0, 5 * TICK], rel=1e-7)
     assert table.seconds.device.type == "cpu"

@@ -54,13 +54,9 @@ def unit_of(source: str, name: str) -> dict[str, torch.Tensor]:
 def head_of(name: str, unit) -> MarkovHead:
     w1, w2 = unit["head.markov_w1.weight"], unit["head.markov_w2.weight"]
     if name.startswith("gated"):
-        return GatedMarkovHead(
-            w1, w2, gate_weight=unit["head.gate_proj.weight"], gate_bias=unit["head.gate_proj.bias"]
-        )
+        return GatedMarkovHead(w1, w2, gate_weight=unit["head.gate_proj.weight"], gate_bias=unit["head.gate_proj.bias"])
     if name.startswith("rnn"):
-        return RnnMarkovHead(
-            w1, w2, joint_weight=unit["head.joint_proj.weight"], joint_bias=unit["head.joint_proj.bias"]
-        )
+        return RnnMarkovHead(w1, w2, joint_weight=unit["head.joint_proj.weight"], joint_bias=unit["head.joint_proj.bias"])
     return MarkovHead(w1, w2)
 
 

@@ -183,9 +183,7 @@ def test_a_planted_violation_is_found(tmp_path, path, code):
 
 
 def _run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 BLOCKED = "import sys; sys.modules['triton'] = None\n"

@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton
+import triton.language as tl
 
-from dspark_kernels.testing import interpreter  # noqa: E402
+from dspark_kernels.testing import interpreter
 
 pytestmark = pytest.mark.skipif(not interpreter.interpreting(), reason="kernels are compiled in this process")
 

@@ -175,9 +175,7 @@ def test_accept_chain_in_any_batch(proposal, rule):
             positions.append(int(case.layout.positions[first]))
             logits.append(case.target_logits[first : first + 1 + int(lens[r])])
         block = dk.DraftBlock(tokens, dk.OneHotProposal(), torch.zeros(len(rows), dtype=torch.int32))
-        layout = layouts.fixed_layout(
-            block, lens[index], anchors=torch.tensor(anchors), anchor_positions=torch.tensor(positions)
-        )
+        layout = layouts.fixed_layout(block, lens[index], anchors=torch.tensor(anchors), anchor_positions=torch.tensor(positions))
         law = dk.OneHotProposal()
         if proposal == "dense":
             law = dk.DenseProposal(case.proposal.logits[index])

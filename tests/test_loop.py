@@ -20,9 +20,7 @@ VOCAB = 11
 LAYER = dict(hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
 SIZES = dict(LAYER, vocab_size=VOCAB, rms_norm_eps=1e-6, rope_theta=100.0)
 BLOCK = dict(SIZES, num_hidden_layers=1, block_size=4, mask_token_id=VOCAB - 1, target_layer_ids=[-1, 0, 1])
-DSPARK = dict(
-    BLOCK, markov_rank=3, markov_head_type="vanilla", enable_confidence_head=True, confidence_head_with_markov=True
-)
+DSPARK = dict(BLOCK, markov_rank=3, markov_head_type="vanilla", enable_confidence_head=True, confidence_head_with_markov=True)
 
 
 def random(generator, *shape, scale=1.0):
@@ -380,9 +378,7 @@ def test_stop_tokens(name):
     plain = [plain_greedy(TARGET, request) for request in requests]
     for stop in range(VOCAB):
         stopping = [dataclasses.replace(request, stop_tokens=(stop, 999)) for request in requests]
-        for result, request, text in zip(
-            decode(TARGET, drafter, stopping, batch_size=3, **options), requests, plain, strict=True
-        ):
+        for result, request, text in zip(decode(TARGET, drafter, stopping, batch_size=3, **options), requests, plain, strict=True):
             begin = len(request.prompt)
             found = [i for i in range(begin, len(text)) if text[i] == stop]
             assert result.output_ids == (text[: found[0] + 1] if found else text)

@@ -45,7 +45,7 @@ def _generator(*numbers):
 def random_law(vocab, salt, sharpness=1.5, zeros=False, steps=None):
     """context -> fp64 [V], another law after every context. zeros: some tokens impossible; steps: chances in 1/steps, with ties."""
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def law(context):
         generator = _generator(salt, vocab, *context)
         logits = torch.randn(vocab, generator=generator, dtype=torch.float64) * sharpness
@@ -58,7 +58,7 @@ def random_law(vocab, salt, sharpness=1.5, zeros=False, steps=None):
 
 
 def random_confidence(salt):
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def confidence(context):
         return float(torch.rand((), generator=_generator(salt, *context)))
 
@@ -79,7 +79,7 @@ def last_token_models(seed, vocab=3, sharpness=2.0):
 
 
 def by_threshold(threshold):
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def admitted(confidences):
         return int(schedule.threshold_lengths(torch.tensor([confidences]), threshold))
 
@@ -103,7 +103,7 @@ def _scheduled(confidences, drafts, seconds, **policy):
 def causally(seconds):
     """Policy "causal" for one request; seconds[n] is the step with n + 1 rows."""
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def admitted(drafts, confidences):
         return _scheduled([confidences], [drafts], seconds)[0]
 
@@ -113,7 +113,7 @@ def causally(seconds):
 def by_older_budget(seconds):
     """Policy "budget", the best number of drafts under the confidences of the round before (a new request: 1)."""
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def admitted(drafts, confidences, stale):
         older = torch.tensor([stale if stale is not None else (1.0,) * len(confidences)], dtype=torch.float32)
         return _scheduled([confidences], [drafts], seconds, policy="budget", stale_confidence=older)[0]

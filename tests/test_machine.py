@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-import machine  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+import machine
+import triton
+import triton.language as tl
 
 pytestmark = pytest.mark.compiled_only
 
@@ -293,7 +293,10 @@ def test_stale_reads_are_seen():
 
 
 def test_races_are_seen():
-    with machine.using(races=True), pytest.raises(machine.MachineError, match=r"race.global: .*test_machine.py:\d+.*test_machine.py:\d+"):
+    with (
+        machine.using(races=True),
+        pytest.raises(machine.MachineError, match=r"race.global: .*test_machine.py:\d+.*test_machine.py:\d+"),
+    ):
         _exchange(ordered=False)
 
 

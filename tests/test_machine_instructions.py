@@ -162,7 +162,7 @@ BINARY = {
 def test_integer_arithmetic(name, kind):
     """Division by zero gives all ones (and the dividend as remainder), as GPUs do; the ISA leaves it open."""
     a, b = pair(INTEGERS[kind])
-    expected = wrapped([BINARY[name](int(x), int(y)) for x, y in zip(a, b)], a.dtype)
+    expected = wrapped([BINARY[name](int(x), int(y)) for x, y in zip(a, b, strict=True)], a.dtype)
     same(apply(f"{name}.{kind}", a.dtype, a, b), expected)
 
 
@@ -170,20 +170,23 @@ def test_integer_arithmetic(name, kind):
 def test_products(kind):
     a, b = pair(INTEGERS[kind])
     bits = 8 * a.itemsize
-    exact = [int(x) * int(y) for x, y in zip(a, b)]
+    exact = [int(x) * int(y) for x, y in zip(a, b, strict=True)]
     same(apply(f"mul.hi.{kind}", a.dtype, a, b), wrapped([x >> bits for x in exact], a.dtype))
     c = integers(a.dtype, 5)
-    same(apply(f"mad.lo.{kind}", a.dtype, a, b, c), wrapped([x + int(y) for x, y in zip(exact, c)], a.dtype))
+    same(apply(f"mad.lo.{kind}", a.dtype, a, b, c), wrapped([x + int(y) for x, y in zip(exact, c, strict=True)], a.dtype))
     if bits == 64:
         return
     wide = np.dtype(f"{a.dtype.kind}{2 * a.itemsize}")
     c = integers(wide, 5)
     same(apply(f"mul.wide.{kind}", wide, a, b), wrapped(exact, wide))
-    same(apply(f"mad.wide.{kind}", wide, a, b, c), wrapped([x + int(y) for x, y in zip(exact, c)], wide))
+    same(apply(f"mad.wide.{kind}", wide, a, b, c), wrapped([x + int(y) for x, y in zip(exact, c, strict=True)], wide))
     if bits == 32:
         c = integers(a.dtype, 5)
-        same(apply(f"mad.hi.{kind}", a.dtype, a, b, c), wrapped([(x >> bits) + int(y) for x, y in zip(exact, c)], a.dtype))
-        sad = [abs(int(x) - int(y)) + int(z) for x, y, z in zip(a, b, c)]
+        same(
+            apply(f"mad.hi.{kind}", a.dtype, a, b, c),
+            wrapped([(x >> bits) + int(y) for x, y in zip(exact, c, strict=True)], a.dtype),
+        )
+        sad = [abs(int(x) - int(y)) + int(z) for x, y, z in zip(a, b, c, strict=True)]
         same(apply(f"sad.{kind}", np.uint32, a, b, c), wrapped(sad, np.uint32))
 
 
@@ -206,12 +209,15 @@ def test_shifts_by_the_width_and_more(bits):
     by = np.resize(np.array([0, 1, 7, bits - 1, bits, bits + 1, 255, 256, 1 << 31, 0xFFFFFFFF], np.uint32), THREADS)
     a = np.repeat(a, 10)[:THREADS]
     signed = a.view(f"i{bits // 8}")
-    left = wrapped([int(x) << int(s) if s < bits else 0 for x, s in zip(a, by)], a.dtype)
+    left = wrapped([int(x) << int(s) if s < bits else 0 for x, s in zip(a, by, strict=True)], a.dtype)
     same(apply(f"shl.b{bits}", a.dtype, a, by), left)
-    same(apply(f"shr.u{bits}", a.dtype, a, by), wrapped([int(x) >> int(s) if s < bits else 0 for x, s in zip(a, by)], a.dtype))
+    same(
+        apply(f"shr.u{bits}", a.dtype, a, by),
+        wrapped([int(x) >> int(s) if s < bits else 0 for x, s in zip(a, by, strict=True)], a.dtype),
+    )
     same(
         apply(f"shr.s{bits}", signed.dtype, signed, by),
-        wrapped([int(x) >> min(int(s), bits - 1) for x, s in zip(signed, by)], signed.dtype),
+        wrapped([int(x) >> min(int(s), bits - 1) for x, s in zip(signed, by, strict=True)], signed.dtype),
     )
 
 
@@ -247,7 +253,7 @@ def test_extracting_bits(bits, signed):
         sign = x >> min(pos + size - 1, bits - 1) & 1 if signed and size else 0
         return sum((x >> (pos + i) & 1 if i < size and pos + i < bits else sign) << i for i in range(bits))
 
-    expected = wrapped([extract(*row) for row in zip(a, position, length)], a.dtype)
+    expected = wrapped([extract(*row) for row in zip(a, position, length, strict=True)], a.dtype)
     same(apply(f"bfe.{'s' if signed else 'u'}{bits}", a.dtype, a, position, length), expected)
 
 
@@ -263,7 +269,7 @@ def test_inserting_bits(bits):
 
     same(
         apply(f"bfi.b{bits}", a.dtype, a, b, position, length),
-        wrapped([insert(*row) for row in zip(a, b, position, length)], a.dtype),
+        wrapped([insert(*row) for row in zip(a, b, position, length, strict=True)], a.dtype),
     )
 
 
@@ -279,7 +285,7 @@ def test_permuting_bytes():
 
     same(
         apply("prmt.b32", np.uint32, a, b, selectors),
-        np.array([permute(int(x), int(y), int(s)) for x, y, s in zip(a, b, selectors)], np.uint32),
+        np.array([permute(int(x), int(y), int(s)) for x, y, s in zip(a, b, selectors, strict=True)], np.uint32),
     )
 
 
@@ -305,7 +311,7 @@ def test_funnel_shifts(mode, direction):
         both = y << 32 | x
         return both << s >> 32 if direction == "l" else both >> s
 
-    expected = wrapped([funnel(int(x), int(y), int(s)) for x, y, s in zip(a, b, by)], np.uint32)
+    expected = wrapped([funnel(int(x), int(y), int(s)) for x, y, s in zip(a, b, by, strict=True)], np.uint32)
     same(apply(f"shf.{direction}.{mode}.b32", np.uint32, a, b, by), expected)
 
 
@@ -538,7 +544,7 @@ def test_integers_to_floats(kind):
     same(apply(f"cvt.rn.f32.{kind}", np.float32, a), a.astype(np.float32))
     same(apply(f"cvt.rn.f64.{kind}", np.float64, a), a.astype(np.float64))
     got = apply(f"cvt.rz.f32.{kind}", np.float32, a)
-    assert all(abs(int(g)) <= abs(int(x)) < abs(int(g)) + max(1, abs(int(x)) >> 23) for g, x in zip(got, a))
+    assert all(abs(int(g)) <= abs(int(x)) < abs(int(g)) + max(1, abs(int(x)) >> 23) for g, x in zip(got, a, strict=True))
 
 
 @pytest.mark.parametrize("to", INTEGERS)

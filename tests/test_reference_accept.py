@@ -315,9 +315,7 @@ def chain(*drafts, position=ANCHOR):
 
 
 def tensors(temperatures, seeds=None):
-    return SamplingTensors(
-        torch.tensor(temperatures, dtype=torch.float32), torch.tensor(seeds or list(range(len(temperatures))))
-    )
+    return SamplingTensors(torch.tensor(temperatures, dtype=torch.float32), torch.tensor(seeds or list(range(len(temperatures)))))
 
 
 def logits_of(law):

@@ -72,9 +72,7 @@ def naive(
             own = {s: depth for depth, s in enumerate(path_to(i, parents))}
         here = context + own[i]
         visible = [(k_context[j], v_context[j]) for j in range(context) if window is None or here - j < window]
-        visible += [
-            (k_new[s], v_new[s]) for s, depth in own.items() if window is None or here - (context + depth) < window
-        ]
+        visible += [(k_new[s], v_new[s]) for s, depth in own.items() if window is None or here - (context + depth) < window]
         for h in range(heads):
             scores = []
             for key, _ in visible:
@@ -232,9 +230,7 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    "rules", [dict(), dict(window=2), dict(mask="tree", ancestors=ancestor_words(PARENTS))], ids=str
-)
+@pytest.mark.parametrize("rules", [dict(), dict(window=2), dict(mask="tree", ancestors=ancestor_words(PARENTS))], ids=str)
 def test_unseen_keys_do_not_leak(rules, value):
     """A broken key or value spoils exactly the rows that see it; everyone else keeps the same result."""
     arguments = inputs(len(PARENTS), 4)
@@ -271,18 +267,14 @@ def test_packed_rows():
     for tensor in (q, k_new, v_new):
         tensor[8:] = math.nan
     pairs = [inputs(1, context, seed=9 + context)[1:3] for context in contexts]
-    words = torch.cat(
-        [ancestor_words(PARENTS[: counts[0]]), ancestor_words(PARENTS[: counts[2]]), torch.full((3,), -1)]
-    )
+    words = torch.cat([ancestor_words(PARENTS[: counts[0]]), ancestor_words(PARENTS[: counts[2]]), torch.full((3,), -1)])
     starts = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
     for rules in (dict(), dict(mask="full"), dict(mask="tree", ancestors=words), dict(window=2, softcap=3.0)):
         out, lse = packed_attention(q, pairs, k_new, v_new, starts, return_lse=True, **rules)
         assert torch.equal(out, packed_attention(q, pairs, k_new, v_new, starts, **rules))
         for rows, (k_context, v_context) in ((slice(0, 3), pairs[0]), (slice(3, 8), pairs[2])):
             single = dict(rules, ancestors=words[rows]) if "ancestors" in rules else rules
-            expected = dense_attention(
-                q[rows], k_context, v_context, k_new[rows], v_new[rows], return_lse=True, **single
-            )
+            expected = dense_attention(q[rows], k_context, v_context, k_new[rows], v_new[rows], return_lse=True, **single)
             assert torch.equal(out[rows], expected[0]) and torch.equal(lse[rows], expected[1])
         assert (out[8:] == 0).all() and (lse[8:] == -math.inf).all()
 

@@ -58,9 +58,7 @@ def test_auc_counts_pairs():
     probs = random.integers(0, 50, 311) / 50 + 0.001  # at most one distinct value per bin: ties are real ties
     outcomes = (random.uniform(size=311) < probs).astype(np.int64)
     pairs = [(a > b) + (a == b) / 2 for a in probs[outcomes == 1] for b in probs[outcomes == 0]]
-    assert auc(torch.from_numpy(probs.clip(max=1)), torch.from_numpy(outcomes)) == pytest.approx(
-        np.mean(pairs), abs=1e-12
-    )
+    assert auc(torch.from_numpy(probs.clip(max=1)), torch.from_numpy(outcomes)) == pytest.approx(np.mean(pairs), abs=1e-12)
     assert auc(torch.tensor([0.1, 0.9]), torch.tensor([0, 1])) == 1.0
     assert auc(torch.tensor([0.1, 0.9]), torch.tensor([1, 0])) == 0.0
     # One bin: everything tied.
@@ -93,9 +91,7 @@ def test_distorted_confidences_are_recalibrated_on_held_out_rounds():
     logits, survived = rounds(20000, seed=0)
     temperatures = fit_sts(logits, survived)
     assert temperatures.dtype == torch.float32 and temperatures.shape == (5,)
-    assert all(
-        0.85 < fitted / true < 1.18 for fitted, true in zip(temperatures.tolist(), TRUE_TEMPERATURES, strict=True)
-    )
+    assert all(0.85 < fitted / true < 1.18 for fitted, true in zip(temperatures.tolist(), TRUE_TEMPERATURES, strict=True))
 
     held_out = rounds(20000, seed=1)
     raw, fitted = errors(*held_out, torch.ones(5)), errors(*held_out, temperatures)
@@ -114,9 +110,7 @@ def test_positions_are_fitted_from_left_to_right_on_the_product():
     for k in range(5):
         earlier = torch.ones(500, dtype=torch.float64)
         for i in range(k):
-            earlier = earlier * torch.sigmoid(
-                logits[:, i] / min(STS_GRID, key=lambda g, i=i: abs(g - temperatures[i].item()))
-            )
+            earlier = earlier * torch.sigmoid(logits[:, i] / min(STS_GRID, key=lambda g, i=i: abs(g - temperatures[i].item())))
 
         def error(temperature, earlier=earlier, k=k):
             return expected_calibration_error(earlier * torch.sigmoid(logits[:, k] / temperature), survived[:, k])
@@ -156,10 +150,7 @@ def test_a_position_is_fitted_on_the_rounds_that_verified_it():
         kept = lens > k
         chosen = [min(STS_GRID, key=lambda g, i=i: abs(g - temperatures[i].item())) for i in range(k + 1)]
         earlier = (logits[kept, :k] / torch.tensor(chosen[:k], dtype=torch.float64)).sigmoid().prod(1)
-        errors = {
-            g: expected_calibration_error(earlier * torch.sigmoid(logits[kept, k] / g), survived[kept, k])
-            for g in STS_GRID
-        }
+        errors = {g: expected_calibration_error(earlier * torch.sigmoid(logits[kept, k] / g), survived[kept, k]) for g in STS_GRID}
         assert errors[chosen[k]] <= min(errors.values()) + 1e-12
     assert not torch.equal(temperatures, fit_sts(logits, survived))
     # What was not verified is not looked at, and a position never verified keeps 1.

@@ -87,9 +87,7 @@ def test_flags_and_tokens_of_odd_rows():
     assert have.tokens.flatten().tolist() == [1, 0, 0, 1, 1, 2]
     both = int(Flag.NAN | Flag.NONFINITE_ROW)
     assert have.flags.tolist() == [int(Flag.NAN), int(Flag.NONFINITE_ROW), both, 0, int(Flag.NONFINITE_ROW), 0]
-    drawn = block(
-        rows[:, None], anchors=(0,) * 6, positions=(1,) * 6, sampling=sampling([1.0] * 6, list(range(6)))
-    )
+    drawn = block(rows[:, None], anchors=(0,) * 6, positions=(1,) * 6, sampling=sampling([1.0] * 6, list(range(6))))
     assert drawn.flags.tolist() == have.flags.tolist() and drawn.tokens.flatten().tolist()[1:] == [0, 0, 1, 1, 2]
     assert (drawn.tokens[0] != 0).all(), "a NaN was drawn"
 

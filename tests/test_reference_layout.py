@@ -79,9 +79,7 @@ def test_draft_layout_anchor_first():
 
 
 def test_draft_layout_masks_only_predict():
-    layout = draft_layout(
-        torch.tensor([11, 12]), torch.tensor([4, 0]), block_size=2, mask_token_id=0, anchor_first=False
-    )
+    layout = draft_layout(torch.tensor([11, 12]), torch.tensor([4, 0]), block_size=2, mask_token_id=0, anchor_first=False)
     assert layout.token_ids.tolist() == [11, 0, 0, 12, 0, 0]
     assert layout.positions.tolist() == [4, 5, 6, 0, 1, 2]
     assert layout.query_start_loc.tolist() == [0, 3, 6] and layout.cu_num_logits.tolist() == [0, 2, 4]

@@ -244,17 +244,13 @@ if triton is not None:
                LANES: tl.constexpr):  # fmt: skip
         row = tl.arange(0, ROWS)[:, None]
         seed, first = tl.load(seed_ptr + row), tl.load(first_ptr + row)
-        word = primitive.lane_words(
-            seed, first, tl.load(position_ptr + row), tl.load(anchor_ptr + row), STREAM, ROWS, LANES
-        )
+        word = primitive.lane_words(seed, first, tl.load(position_ptr + row), tl.load(anchor_ptr + row), STREAM, ROWS, LANES)
         tl.store(out_ptr + row * LANES + tl.arange(0, LANES)[None, :], word.to(tl.int64))
 
     @triton.jit
     def _coins(out_ptr, seed_ptr, position_ptr, anchor_ptr, STREAM: tl.constexpr, ROWS: tl.constexpr):
         row = tl.arange(0, ROWS)
-        word = primitive.coin_words(
-            tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(anchor_ptr + row), STREAM
-        )
+        word = primitive.coin_words(tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(anchor_ptr + row), STREAM)
         tl.store(out_ptr + row, word.to(tl.int64))
 
     @triton.jit

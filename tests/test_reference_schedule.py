@@ -373,24 +373,18 @@ def test_prefill_rows_weigh_in_the_cost():
     assert lengths([[0.9, 0.9], [1, 1]], units, **rules) == [1, 0]
     assert lengths([[0.9, 0.9], [1, 1]], units, emits=torch.tensor([True, False]), **rules) == [2, 0]
     # A decode request that does not emit is one row and no logits.
-    layout = schedule_prefixes(
-        block_of([[0.9], [0.9]]), table_of([1, 1]), emits=torch.tensor([False, True]), **anchored(2)
-    )
+    layout = schedule_prefixes(block_of([[0.9], [0.9]]), table_of([1, 1]), emits=torch.tensor([False, True]), **anchored(2))
     assert layout.draft_lens.tolist() == [0, 1]
     assert layout.query_start_loc.tolist() == [0, 1, 3] and layout.cu_num_logits.tolist() == [0, 0, 2]
 
 
 def test_empty_batches():
     empty = torch.zeros(0, dtype=torch.int64)
-    layout = schedule_prefixes(
-        block_of(np.zeros((0, 3))), table_of([1, 1]), anchors=empty, anchor_positions=empty, bypass=0.1
-    )
+    layout = schedule_prefixes(block_of(np.zeros((0, 3))), table_of([1, 1]), anchors=empty, anchor_positions=empty, bypass=0.1)
     assert layout.query_start_loc.tolist() == layout.cu_num_logits.tolist() == layout.num_rows.tolist() == [0]
     assert layout.token_ids.numel() == layout.draft_lens.numel() == 0
     # Only padding rows of the batch.
-    layout = schedule_prefixes(
-        block_of([[0.9]], requests=2), table_of([1, 1]), state_indices=ints(-1, -1), **anchored(1)
-    )
+    layout = schedule_prefixes(block_of([[0.9]], requests=2), table_of([1, 1]), state_indices=ints(-1, -1), **anchored(1))
     assert layout.query_start_loc.tolist() == [0, 0, 0] and layout.batch_indices.tolist() == [-1] * 4
     assert layout.num_rows.tolist() == [0] and layout.flags.tolist() == [0, 0]
 
@@ -404,18 +398,14 @@ def test_one_draft():
 
 
 def test_threshold_lengths():
-    confidence = torch.tensor(
-        [[0.9, 0.5, 0.4, 0.9], [0.4, 0.9, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9], [0.6, float("nan"), 0.9, 0.9]]
-    )
+    confidence = torch.tensor([[0.9, 0.5, 0.4, 0.9], [0.4, 0.9, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9], [0.6, float("nan"), 0.9, 0.9]])
     assert threshold_lengths(confidence, 0.5).tolist() == [2, 0, 4, 1]
     assert threshold_lengths(confidence, 0.0).tolist() == [4, 4, 4, 4]
     assert threshold_lengths(confidence, 1.0).tolist() == [0, 0, 0, 0]
     assert threshold_lengths(confidence, 0.5).dtype == torch.int32
 
 
-@pytest.mark.skipif(
-    not (GOLDEN / "qwen3_tiny" / "greedy_cases.json").exists(), reason="golden data is not beside the checkout"
-)
+@pytest.mark.skipif(not (GOLDEN / "qwen3_tiny" / "greedy_cases.json").exists(), reason="golden data is not beside the checkout")
 def test_threshold_lengths_match_the_research_loop():
     """Cases come in pairs of one prompt, whole block and threshold: round 0 is theirs in common, and mostly round 1."""
     cases = json.loads((GOLDEN / "qwen3_tiny" / "greedy_cases.json").read_text())
@@ -686,9 +676,7 @@ def test_emitted_law_is_the_targets(policy):
             "causal": dict(),
             "bypass": dict(bypass=rng.choice([0.0, 0.5, 2.0])),
             "budget": dict(policy="budget", budget=ints(rng.randint(0, 4))),
-            "stale": dict(
-                policy="budget", stale_confidence=torch.rand(2, 2, generator=torch.Generator().manual_seed(7))
-            ),
+            "stale": dict(policy="budget", stale_confidence=torch.rand(2, 2, generator=torch.Generator().manual_seed(7))),
         }[policy]
 
         def length_of(x1, x2, first=first, second=second, other=other, units=units, rules=rules):

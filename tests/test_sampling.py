@@ -15,7 +15,7 @@ from reference.decisions import Decisions
 from reference.equality import assert_equal_or_tied
 
 pytest.importorskip("triton")
-import sampling_kernels as kernels  # noqa: E402
+import sampling_kernels as kernels
 
 LEAF, BLOCK = 1024, 1024
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -229,9 +229,7 @@ def test_ties_of_neighbouring_floats():
     after = torch.nextafter(one, torch.tensor(2.0))
     rows = torch.stack([one, after, after, one, after, one]).repeat(2, 1)
     rows[1] = torch.nextafter(rows[1], torch.tensor(2.0))
-    sampling = dk.SamplingTensors(
-        torch.ones(2), torch.zeros(2, dtype=torch.int64), top_k=torch.tensor([2, 4], dtype=torch.int32)
-    )
+    sampling = dk.SamplingTensors(torch.ones(2), torch.zeros(2, dtype=torch.int64), top_k=torch.tensor([2, 4], dtype=torch.int32))
     for k, want in ((2, [1, 2]), (4, [0, 1, 2, 4])):
         sampling.top_k.fill_(k)
         kept = check_filter(rows, sampling, exempt=False)

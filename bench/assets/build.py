@@ -25,8 +25,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 from . import FOLDER
 from .build_plan import FULL, QUICK, Plan

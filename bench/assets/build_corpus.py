@@ -21,8 +21,8 @@ import random
 import sys
 import sysconfig
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 DOMAINS = ("code", "docs", "tables")
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "ensurepip", "__pycache__", "lib-dynload"}

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +190,7 @@ def block_hidden(tensors: Tensors, sizes: Sizes, embedding: Tensor, sequences: T
         normed = rms_norm(x, layer["input_layernorm.weight"])
         known = keys_values(layer, sizes, context, of_context)
         own = keys_values(layer, sizes, normed, of_rows)
-        k, v = (torch.cat([a.to(b.dtype), b], 2) for a, b in zip(known, own))
+        k, v = (torch.cat([a.to(b.dtype), b], 2) for a, b in zip(known, own, strict=True))
         x = finish_layer(layer, x, attend(sizes, queries(layer, sizes, normed, of_rows), k, v, mask, False))
     return rms_norm(x, tensors["norm.weight"])
 

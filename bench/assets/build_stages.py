@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -113,8 +113,8 @@ def target(context) -> dict:
     spent = trainer.run(budget, lambda nats: f"{nats.mean():.3f} nats per token")
     nats = {f"held_out_nats_of_{length}_tokens": {} for length in (plan.prompt, plan.length)}
     with torch.no_grad():
-        for length, found in zip((plan.prompt, plan.length), nats.values()):
-            for domain, row in zip(DOMAINS, held_out):
+        for length, found in zip((plan.prompt, plan.length), nats.values(), strict=True):
+            for domain, row in zip(DOMAINS, held_out, strict=True):
                 pieces = _pieces([row], (1.0,), 128, length, seeded(context.seed, "judged", domain, length))
                 found[domain] = round(float(train.target_loss(tensors, sizes, pieces)[0]), 3)
     _finish(context, "target", tensors)
@@ -136,7 +136,7 @@ def text(context) -> dict:
         if not file.is_file():
             some = prompts[split][first : first + CHUNK]
             found = build_text.continued(tensors, sizes, some, plan.length, seeded(context.seed, "text", split, first))
-            write(file, lambda part: _save(part, found.numpy().astype(np.uint16)))
+            write(file, lambda part, found=found: _save(part, found.numpy().astype(np.uint16)))
         progress(number)
     arrays = {
         split: np.concatenate([np.load(folder / f"{split}-{first}.npy") for of, first in jobs if of == split]) for split in prompts
@@ -295,7 +295,7 @@ def pack(context) -> dict:
     made = Tokenizer(merges)
     prompts = {
         domain: _prompts(made, held_out[domain], count, plan.prompt, seeded(context.seed, "shipped", domain))
-        for domain, count in zip(DOMAINS, plan.prompts)
+        for domain, count in zip(DOMAINS, plan.prompts, strict=True)
     }
     write_json(folder / "prompts.json", prompts.pop("code"))
     write_json(folder / "domains.json", prompts)

@@ -7,7 +7,8 @@ method: Sennrich et al., arXiv 1508.07909.
 from __future__ import annotations
 
 import collections
-from typing import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def learn(texts: Iterable[str], merges: int, progress: Callable[[int], None] = l
     pairs: collections.Counter = collections.Counter()
     where: dict[tuple[int, int], set[int]] = collections.defaultdict(set)  # words that have, or had, the pair
     for index, (tokens, count) in enumerate(words):
-        for pair in zip(tokens, tokens[1:]):
+        for pair in itertools.pairwise(tokens):
             pairs[pair] += count
             where[pair].add(index)
     found: list[tuple[int, int]] = []
@@ -33,11 +34,11 @@ def learn(texts: Iterable[str], merges: int, progress: Callable[[int], None] = l
         found.append(best)
         for index in where.pop(best):
             tokens, count = words[index]
-            for pair in zip(tokens, tokens[1:]):
+            for pair in itertools.pairwise(tokens):
                 pairs[pair] -= count
             tokens = _merged(tokens, best, token)
             words[index] = tokens, count
-            for pair in zip(tokens, tokens[1:]):
+            for pair in itertools.pairwise(tokens):
                 pairs[pair] += count
                 where[pair].add(index)
         del pairs[best]

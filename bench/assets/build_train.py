@@ -22,8 +22,8 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
                     square = x @ x.mT
                     x = 3.4445 * x + (-4.7750 * square + 2.0315 * (square @ square)) @ x
                 x = x.mT if rows > columns else x
-                for (parameter, _), direction in zip(pairs, x):
+                for (parameter, _), direction in zip(pairs, x, strict=True):
                     parameter.add_(direction.float(), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
@@ -242,7 +242,7 @@ class Trainer:
     def step(self, done: float) -> Tensor:
         """One step, when the share `done` of all is; what the loss gave beside the loss."""
         groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
-        for group, whole in zip(groups, self.rates):
+        for group, whole in zip(groups, self.rates, strict=True):
             group["lr"] = whole * rate(done)
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
@@ -266,7 +266,7 @@ class Trainer:
             # The first step of a process may compile: it counts as the second one takes.
             weight = {1: 0, 2: 2}.get(self.step_number - resumed, 1)
             self.cpu_seconds += weight * (time.process_time() - before)
-            progress(self.step_number, lambda: f"{described(found)}, {self.cpu_seconds:.0f} CPU-s")
+            progress(self.step_number, lambda found=found: f"{described(found)}, {self.cpu_seconds:.0f} CPU-s")
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self.checkpoint()
                 saved = time.monotonic()
@@ -311,7 +311,7 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(state["tensors"][name])
-        for optimiser, kept in zip(self.optimisers, state["optimisers"]):
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
         self.step_number, self.cpu_seconds = state["step"], state["cpu_seconds"]
 
@@ -363,5 +363,3 @@ def anchors_of(batch: int, count: int, length: int, drafts: int, generator: torc
     """[B, count] distinct positions from 1, each with `drafts` tokens after it."""
     places = torch.rand(batch, length - drafts - 1, generator=generator).argsort(1)[:, :count]
     return 1 + places.sort(1).values
-
-

@@ -7,8 +7,9 @@ a word the earliest merge is applied first. Source of the method: Sennrich et al
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 WORDS = re.compile(rb" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\r?\n[ \t]*|[ \t]+|\s")
 END_OF_TEXT, MASK = 256, 257
@@ -41,7 +42,7 @@ class Tokenizer:
     def _encode_word(self, word: bytes) -> tuple[int, ...]:
         tokens = list(word)
         while len(tokens) > 1:
-            pairs = [self._merged.get(pair) for pair in zip(tokens, tokens[1:])]
+            pairs = [self._merged.get(pair) for pair in itertools.pairwise(tokens)]
             first = min((token for token in pairs if token is not None), default=None)
             if first is None:
                 break

@@ -348,9 +348,7 @@ def record_listed(
 ):  # fmt: skip
     """rows, draft: [GROUP], rows -1 where no draft is judged."""
     _, _, vocab, _, _, _, _, slot, _, _ = view
-    mass_of, reference, factor, draft_prob = list_laws(
-        i, rows, draft, slot, law, draft_scale, draft_temperature, vocab, CANDIDATES
-    )
+    mass_of, reference, factor, draft_prob = list_laws(i, rows, draft, slot, law, draft_scale, draft_temperature, vocab, CANDIDATES)
     _write_record(row_values_ptr, row_ids_ptr, rows, mass_of, reference, factor, draft_prob)
 
 

@@ -186,9 +186,9 @@ def merge_target(i, rows, status, view, temperature_ptr, memory, raw_memory, row
     Gives FIRST, who has each row's mass, its maximum and factor, and maxima and masses of its leaves, [GROUP, LEAVES].
     """
     top_ptr, mass_ptr, best_ptr = memory
-    _, _, vocab, _, _, _, _, slot, _, _ = view
+    _, _, vocab, _, _, _, _, slot, length, _ = view
     live = rows >= 0
-    row_of = tl.where(live, i, 0)
+    row_of = tl.minimum(i, length)  # a row of this group: another group's limits may still be on their way
     top, mass, words, tops = merge_leaves(top_ptr, mass_ptr, rows, num_leaves, scale, LEAVES)
     point = (top == POS_INF) | ((status & NONFINITE_ROW) > 0)
     if best_ptr is not None:
@@ -239,7 +239,7 @@ def merge_rows(i, rows, status, view, layout, temperature_ptr, memory, raw_memor
     forward = tl.load(logits_indices_ptr + rows + 1, mask=has_draft, other=0)
     draft = tl.load(token_ids_ptr + forward, mask=has_draft, other=-1)
     inside = has_draft & (draft >= 0) & (draft < vocab)
-    x = read_each(view, tl.where(live, i, 0), tl.where(inside, draft, 0).to(tl.int32), inside)
+    x = read_each(view, tl.minimum(i, length), tl.where(inside, draft, 0).to(tl.int32), inside)
     target_prob = soft_prob(x, draft, mass_of, finite_or_zero(top), inverse, scale)
     tl.store(row_values_ptr + rows * VALUES + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
     return draft

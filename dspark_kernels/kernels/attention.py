@@ -238,9 +238,7 @@ def tree_attention_kernel(
         own_row = packed // GROUP
         row = first_row + own_row
         head = kv_head * GROUP + packed % GROUP
-        q = tl.load(
-            q_ptr + (row * stride_qn + head * stride_qh)[:, None] + d[None, :], mask=valid[:, None] & in_head, other=0.0
-        )
+        q = tl.load(q_ptr + (row * stride_qn + head * stride_qh)[:, None] + d[None, :], mask=valid[:, None] & in_head, other=0.0)
 
         # Depth: where a row stands behind the context.
         depth = own_row

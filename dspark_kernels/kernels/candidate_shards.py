@@ -156,9 +156,7 @@ def candidates_finish_kernel(
     count = tl.zeros((), tl.int32)
     if program < latent_items:
         if latent is not None:
-            first, count = latent_item(
-                program, slots_ptr, latent, hidden, scratch[3], num_requests, num_slots, num_drafts, BLOCK_J
-            )
+            first, count = latent_item(program, slots_ptr, latent, hidden, scratch[3], num_requests, num_slots, num_drafts, BLOCK_J)
     else:
         row = program - latent_items
         request = row // num_drafts

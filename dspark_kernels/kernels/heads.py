@@ -172,9 +172,7 @@ def _mixed(
 
 
 @triton.jit
-def gated_rows(
-    mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr
-):
+def gated_rows(mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr):
     """Latents j of DOT_ROWS rows, fp32 [BLOCK_J, DOT_ROWS]."""
     w1_ptr, _, _, stride_1v, _, _, rank = head
     z = _mixed(0, mixer, head, j, live, previous, known, row, state_row, 1, BLOCK_S, MIX_TYPE)
@@ -184,9 +182,7 @@ def gated_rows(
 
 
 @triton.jit
-def rnn_rows(
-    mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr
-):
+def rnn_rows(mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr):
     """The same, and the next state to next_row: other programs are reading state_row."""
     state_ptr = mixer[7]
     rank = head[6]

@@ -66,9 +66,7 @@ def draft_layout_kernel(
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
-    slots, prompt, emits, flags = read_requests(
-        r, slots_ptr, anchors_ptr, None, None, num_requests, num_slots, num_rows, stride_a
-    )
+    slots, prompt, emits, flags = read_requests(r, slots_ptr, anchors_ptr, None, None, num_requests, num_slots, num_rows, stride_a)
     write_rows(
         r, slots, prompt, emits, tl.where(slots >= 0, num_masks, 0), flags, anchors_ptr, anchor_positions_ptr, None, None,
         block_tables_ptr, draft_lens_ptr, query_start_ptr, cu_logits_ptr, token_ids_ptr, positions_ptr, batch_indices_ptr,

@@ -87,9 +87,7 @@ def _read_values(
         k = tl.arange(0, DRAFTS)[:, None]
         tile = tl.zeros([DRAFTS, REQUESTS], tl.int32)
         for i in tl.static_range(DRAFTS):
-            product, value, survival, bad = _value(
-                confidence_ptr, slots, limits, i, num_drafts, min_len, least, stride_cs, product
-            )
+            product, value, survival, bad = _value(confidence_ptr, slots, limits, i, num_drafts, min_len, least, stride_cs, product)
             tile = tl.where(k == i, value[None, :], tile)
             count += (value >= 0).to(tl.int32)
             forced_tau += tl.where(value == FORCED, survival, 0).to(tl.int64)
@@ -98,9 +96,7 @@ def _read_values(
     else:
         # Rows of padding are stored, too. (tiles is not known to the compiler, which therefore keeps the loop.)
         for i in range(tiles * SORT // REQUESTS):
-            product, value, survival, bad = _value(
-                confidence_ptr, slots, limits, i, num_drafts, min_len, least, stride_cs, product
-            )
+            product, value, survival, bad = _value(confidence_ptr, slots, limits, i, num_drafts, min_len, least, stride_cs, product)
             tl.store(stored_ptr + i * REQUESTS + r, value)
             count += (value >= 0).to(tl.int32)
             forced_tau += tl.where(value == FORCED, survival, 0).to(tl.int64)
@@ -228,7 +224,15 @@ def _number_of_drafts(
     value = first + ABOVE
     while first < number:
         ranked, last = _in_order(
-            values, stored_ptr, gathered_ptr, tiles, first, tl.minimum(first + SORT, total), last, SORT, LOG_SORT,
+            values,
+            stored_ptr,
+            gathered_ptr,
+            tiles,
+            first,
+            tl.minimum(first + SORT, total),
+            last,
+            SORT,
+            LOG_SORT,
             CANDIDATES,
         )
         n = first + tl.arange(0, SORT)  # drafts before this one
@@ -239,9 +243,7 @@ def _number_of_drafts(
         if BEST:
             fraction = tl.where(tested, after, 0), tl.where(tested, cost_after, 1), tl.where(tested, n + 1, 2147483647)
             found_tau, found_cost, found_number = tl.reduce(fraction, 0, _better)
-            best_tau, best_cost, best_number = _better(
-                best_tau, best_cost, best_number, found_tau, found_cost, found_number
-            )
+            best_tau, best_cost, best_number = _better(best_tau, best_cost, best_number, found_tau, found_cost, found_number)
         else:
             cost_before = _step_cost(seconds_ptr, last_cost, drafting_cost, rows + n)
             fails = tested & (after * cost_before <= (after - gain) * cost_after)
@@ -328,8 +330,18 @@ def schedule_prefixes_kernel(
             last_cost, drafting_cost, True, SORT, LOG_SORT, CANDIDATES,
         )  # fmt: skip
     values, count, forced_tau, nan = _read_values(
-        confidence_ptr, slots, tl.minimum(caps, made), num_drafts, min_len, least, stride_cs, stored_ptr, tiles,
-        REQUESTS, DRAFTS, SORT,
+        confidence_ptr,
+        slots,
+        tl.minimum(caps, made),
+        num_drafts,
+        min_len,
+        least,
+        stride_cs,
+        stored_ptr,
+        tiles,
+        REQUESTS,
+        DRAFTS,
+        SORT,
     )
     flags |= tl.where(takes, nan, 0)
     total = tl.minimum(count, room)

@@ -44,9 +44,7 @@ __all__ = ["latent_programs", "launch_draft_paths"]
 
 
 @triton.jit
-def _store_keys(
-    row_ptr, keys_ptr, leaves, first, end, vocab, scale, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr
-):
+def _store_keys(row_ptr, keys_ptr, leaves, first, end, vocab, scale, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
     """Key of the largest logit of each unit of chunks first .. end - 1 of a row, and where they count the leaves' maxima and
     masses; returns whether a logit is NaN."""
     unit = tl.arange(0, BLOCK // GROUP)

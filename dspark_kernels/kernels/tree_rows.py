@@ -84,7 +84,7 @@ def merge_nodes(
             anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
             seed = tl.load(seed_ptr + slot)
             leaf = race_leaves(leaf_weights(tops, words, top, scale), seed, position, anchor, i[:, None], GROUP, LEAVES)
-            weight = id_weights(view, tl.where(live, i, 0), leaf, top, scale)
+            weight = id_weights(view, tl.minimum(i, length), leaf, top, scale)
             drawn = race_ids(weight, leaf, seed, position, anchor, i[:, None], GROUP)
             token = tl.where(mass_of == SOFTMAX, drawn, first)
     tl.store(row_token_ptr + rows, token, mask=live)

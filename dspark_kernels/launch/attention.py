@@ -47,9 +47,7 @@ def head_tile(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def pick(
-    arch: Arch, packed_rows: int | None, head_dim: int, element_size: int, cached_size: int, kv_heads: int
-) -> AttentionConfig:
+def pick(arch: Arch, packed_rows: int | None, head_dim: int, element_size: int, cached_size: int, kv_heads: int) -> AttentionConfig:
     """The configuration for requests of up to `packed_rows` packed rows; None = whatever comes, always the largest tile.
 
     Parts of at least 256 keys: below that a part's partial result is no smaller than its keys.

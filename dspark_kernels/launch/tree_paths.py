@@ -38,9 +38,7 @@ class PathsConfig:
     max_registers: int | None
 
 
-def pick(
-    arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str, outputs: int, group: int
-) -> PathsConfig:
+def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str, outputs: int, group: int) -> PathsConfig:
     """The configuration for the C best of `vocab` ids. Not measured on a GPU yet.
 
     weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. group: ids of a unit. Nothing here may

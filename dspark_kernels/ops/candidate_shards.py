@@ -46,9 +46,7 @@ def _finish_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
 def _fields(requests, drafts, candidates, dtype, w2, scaled, mapped) -> Fields:
     """w2: of the rank, where its rows travel, else None."""
     rows = (requests, drafts, candidates)
-    fields = dict(
-        ids=(torch.int32, rows), keys=(torch.int32, rows), logits=(dtype, rows), status=(torch.int32, (requests, drafts))
-    )
+    fields = dict(ids=(torch.int32, rows), keys=(torch.int32, rows), logits=(dtype, rows), status=(torch.int32, (requests, drafts)))
     if mapped:
         fields["targets"] = (torch.int32, rows)
     if w2 is not None:
@@ -263,9 +261,7 @@ def _draft_candidates_finish(
     gpu = arch.current(device)
     config = launch.merge_config(gpu, _config(gpu, base_logits, candidates, w2, outputs, sampling, mapped))
     travels = w2 is not None and w2.shape[0] == width
-    fields = _fields(
-        rows, drafts, candidates, base_logits.dtype, w2 if travels else None, travels and w2_scale is not None, mapped
-    )
+    fields = _fields(rows, drafts, candidates, base_logits.dtype, w2 if travels else None, travels and w2_scale is not None, mapped)
     parts = {name: fields.view(gathered, name) for name in ("ids", "keys", "logits", "targets", "rows", "scales", "status")}
     positions = rows * drafts
     request_count = workspaces.Carver(counters, workspaces.RESERVED).take(rows, torch.int32)

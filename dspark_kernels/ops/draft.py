@@ -266,9 +266,7 @@ def _check_head(head, head_state, vocab, hidden_size, first_draft, slots, device
         check_tensor("head.joint_bias", head.joint_bias, device=device, contiguous=True)
         if first_draft > 0 and head_state is None:
             raise ValueError("head_state: expected fp32 [S, r] because an RnnMarkovHead goes on at first_draft > 0, got None")
-        check_optional(
-            "head_state", head_state, dtype=torch.float32, shape=(slots, head.rank), device=device, last_contiguous=True
-        )
+        check_optional("head_state", head_state, dtype=torch.float32, shape=(slots, head.rank), device=device, last_contiguous=True)
     elif head_state is not None:
         raise ValueError(f"head_state: expected None because {type(head).__name__} has no state, got a tensor")
 

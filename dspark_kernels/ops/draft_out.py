@@ -42,9 +42,7 @@ def allocate(
     )
 
 
-def check_out(
-    out, base_logits, slots, rows, sampling, confidence, first_draft, *, candidates=None, draft_to_target=None
-) -> int:
+def check_out(out, base_logits, slots, rows, sampling, confidence, first_draft, *, candidates=None, draft_to_target=None) -> int:
     """Check a caller's DraftBlock; returns the column of its first draft."""
     check_type("out", out, DraftBlock)
     device, drafts = base_logits.device, base_logits.shape[1]

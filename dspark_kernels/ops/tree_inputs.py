@@ -48,9 +48,7 @@ def check_call(op: str, call: TreeCall) -> None:
     check_int("num_nodes", call.num_nodes, low=1, high=MAX_NODES)
     check_branching(call)
     check_optional("node_budgets", call.node_budgets, dtype=torch.int32, shape=(rows,), device=device, contiguous=True)
-    check_optional(
-        "draft_to_target", call.draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True
-    )
+    check_optional("draft_to_target", call.draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True)
     check_settings(op, call.sampling, call.method, slots, vocab, device)
     hidden_size = draft._check_hidden(call.hidden, call.head, call.confidence, rows, drafts, device)
     draft._check_head(call.head, None, vocab, hidden_size, 0, slots, device)
@@ -103,9 +101,7 @@ def allocate(
     proposal = OneHotProposal()
     if laws is not None:
         # A node without children has no law: its row is zero.
-        proposal = DenseProposal(
-            torch.zeros(slots, nodes, laws.shape[-1], dtype=laws.dtype, device=device), draft_to_target=ids
-        )
+        proposal = DenseProposal(torch.zeros(slots, nodes, laws.shape[-1], dtype=laws.dtype, device=device), draft_to_target=ids)
     return DraftTree(
         tokens=filled(slots, nodes, dtype=torch.int64),
         parents=filled(slots, nodes),

@@ -171,11 +171,11 @@ def _dot(original):
 
 def _combine(operation, left, right, dtypes):
     """The combine function on blocks of pairs: lists of arrays in, list of arrays out."""
-    wrapped = [operation.to_tensor(x, dtype) for side in (left, right) for x, dtype in zip(side, dtypes)]
+    wrapped = [operation.to_tensor(x, dtype) for side in (left, right) for x, dtype in zip(side, dtypes, strict=True)]
     out = operation.combine_fn(*wrapped)
     out = out if isinstance(out, (tuple, list, tl.tuple)) else (out,)
     arrays = [np.asarray(o.handle.data if isinstance(o, tl.tensor) else o) for o in out]
-    return [np.broadcast_to(a, x.shape).astype(x.dtype) for a, x in zip(arrays, left)]
+    return [np.broadcast_to(a, x.shape).astype(x.dtype) for a, x in zip(arrays, left, strict=True)]
 
 
 def _generic_reduce(self, input):
@@ -187,7 +187,7 @@ def _generic_reduce(self, input):
     while parts[0].shape[0] > 1:
         parts = _combine(self, [x[0::2] for x in parts], [x[1::2] for x in parts], dtypes)
     out = []
-    for part, dtype in zip(parts, dtypes):
+    for part, dtype in zip(parts, dtypes, strict=True):
         part = part[0]
         if self.keep_dims:
             part = part.reshape((1,) * rank) if whole else np.expand_dims(part, axis)
@@ -203,10 +203,10 @@ def _generic_scan(self, input):
     while width < parts[0].shape[0]:
         # Whole blocks, because a block's sizes are powers of two; the first elements are complete already.
         more = _combine(self, [np.roll(x, width, axis=0) for x in parts], parts, dtypes)
-        parts = [np.concatenate([x[:width], y[width:]]) for x, y in zip(parts, more)]
+        parts = [np.concatenate([x[:width], y[width:]]) for x, y in zip(parts, more, strict=True)]
         width *= 2
     parts = [np.ascontiguousarray(np.moveaxis(x, 0, self.axis)) for x in parts]
-    return [self.to_tensor(x, dtype) for x, dtype in zip(parts, dtypes)]
+    return [self.to_tensor(x, dtype) for x, dtype in zip(parts, dtypes, strict=True)]
 
 
 def _values_only(original, generic):

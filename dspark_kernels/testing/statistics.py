@@ -93,13 +93,13 @@ def power(degrees: int, shift: float, threshold: float) -> float:
     return float((weights * _upper(degrees / 2 + terms, threshold / 2)).sum())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def threshold(degrees: int, level: float) -> float:
     """Chi-square value with chance `level` above it."""
     return _bisect(lambda x: float(_upper(degrees / 2, x / 2)) < level, 10.0 * degrees + 400)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def smallest_bias(degrees: int, samples: float, level: float) -> float:
     """Total variation that is seen with chance CERTAIN, whatever the bias looks like."""
     limit = threshold(degrees, level)

@@ -133,7 +133,6 @@ def tests_of(rule: str) -> dict:
     return TREE_TESTS if rule in TREE_RULES else TESTS
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Result:
     """Verdict of a test: "pass", "FAIL" or "skip"; what it found; chance of its most extreme finding; bias it would have seen."""

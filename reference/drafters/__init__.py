@@ -23,7 +23,7 @@ token of the sequence but the anchor.
 from __future__ import annotations
 
 import dataclasses
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Anchors:
     starts: list[int]  # anchor position of each batch row, on the host
 
     @classmethod
-    def of(cls, token_ids: Tensor, positions: Tensor, slots: Sequence[int]) -> "Anchors":
+    def of(cls, token_ids: Tensor, positions: Tensor, slots: Sequence[int]) -> Anchors:
         state_indices = torch.tensor(slots, dtype=torch.int32, device=token_ids.device)
         return cls(token_ids, positions, state_indices, list(slots), positions[state_indices.long()].tolist())
 
@@ -106,9 +106,7 @@ class Drafter:
         """State for `slots` requests at a time; whatever was there is forgotten. new_cache(shape, slots, device, dtype)."""
         self.passes = 0
 
-    def propose(
-        self, anchors: Anchors, *, drafts: int, sampling: SamplingTensors | None, noise: str, ops
-    ) -> DraftBlock:
+    def propose(self, anchors: Anchors, *, drafts: int, sampling: SamplingTensors | None, noise: str, ops) -> DraftBlock:
         """Draft for the given slots.
 
         drafts: 1..max_drafts, how many to make. sampling: [S], None = all greedy. noise: "draft" or "coupled".
@@ -116,9 +114,7 @@ class Drafter:
         """
         raise NotImplementedError
 
-    def propose_tree(
-        self, anchors: Anchors, *, shape: TreeShape, sampling: SamplingTensors | None, ops
-    ) -> DraftTree:
+    def propose_tree(self, anchors: Anchors, *, shape: TreeShape, sampling: SamplingTensors | None, ops) -> DraftTree:
         """Draft a tree [S, num_nodes] for the given slots. ops.draft_tree and ops.expand_tree choose the nodes."""
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ Sources: blockwise parallel decoding (arXiv 1811.03115), DFlash (arXiv 2602.0603
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +117,8 @@ class Block(Drafter):
         x = F.embedding(token_ids.flatten(), self.embedding)
         if self._scale is not None:
             x = x * x.new_tensor(self._scale)
-        for x in run_layers(self.layers, x, rows, self._cache, causal=False):
-            pass
+        for final in run_layers(self.layers, x, rows, self._cache, causal=False):
+            x = final
         for slot, start in zip(anchors.slots, anchors.starts, strict=True):
             self._cache.crop(slot, start)
         return self._norm(x, self.norm, self.shape.eps).view(len(anchors.slots), length, -1)[:, -self.max_drafts :]

@@ -7,7 +7,7 @@ Sources: Leviathan et al. (arXiv 2211.17192), Chen et al. (arXiv 2302.01318).
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor

@@ -9,7 +9,7 @@ arXiv 2607.05147.
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor

@@ -10,7 +10,7 @@ its own ancestors alone. Source: DeepSeek-V3, arXiv 2412.19437, section 2.2.
 from __future__ import annotations
 
 import dataclasses
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -119,9 +119,7 @@ class MTP(Drafter):
 
     def _frontier_logits(self, tree: DraftTree, anchors, states: list[Tensor], depth: int) -> Tensor:
         """Logits [R, F, V] after the nodes of one depth; a request that has fewer than F of them fills up with zeros."""
-        frontiers = [
-            state[tree.depths[slot, : len(state)] == depth] for slot, state in zip(anchors.slots, states, strict=True)
-        ]
+        frontiers = [state[tree.depths[slot, : len(state)] == depth] for slot, state in zip(anchors.slots, states, strict=True)]
         return torch.nn.utils.rnn.pad_sequence([self._logits(frontier) for frontier in frontiers], batch_first=True)
 
     def _run(self, next_ids: Tensor, hidden: Tensor, rows: Rows) -> Tensor:

@@ -276,11 +276,10 @@ def run(kernel: Kernel, grid, arguments, storages, settings, *, shared: int, coo
     if failed:
         raise failed[0]
     numbers = list(counters)
-    by_class = numbers[len(names) :]
-    return Run(
-        code, _library().machine_error().decode(errors="replace"), _reports(), dict(zip(names, numbers)),
-        dict(zip(classes, by_class)), dict(zip(classes, by_class[len(classes) :])), counts, seconds,
-    )  # fmt: skip
+    totals = dict(zip(names, numbers[: len(names)], strict=True))
+    of_warps = dict(zip(classes, numbers[len(names) : -len(classes)], strict=True))
+    of_threads = dict(zip(classes, numbers[-len(classes) :], strict=True))
+    return Run(code, _library().machine_error().decode(errors="replace"), _reports(), totals, of_warps, of_threads, counts, seconds)
 
 
 def _parameter_block(kernel: Kernel, arguments):

@@ -15,7 +15,5 @@ def stores_done():
     if is_hip():
         # A value for every lane of every wave, so that each of them executes the wait.
         lanes = tl.arange(0, 64)
-        tl.inline_asm_elementwise(
-            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [lanes], dtype=tl.int32, is_pure=False, pack=1
-        )
+        tl.inline_asm_elementwise("s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [lanes], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()

@@ -270,9 +270,7 @@ def filter_row(LOAD: tl.constexpr, source, width, group_max_ptr, num_groups, gro
         ties = tl.where(t > threshold, kept_ties, ties)
         threshold = tl.maximum(t, threshold)
     if use_p:
-        t, above, total, held = _largest(
-            wanted, low, high, total, elements, lists, width, top, scale, LOAD, source, True, GROUP
-        )
+        t, above, total, held = _largest(wanted, low, high, total, elements, lists, width, top, scale, LOAD, source, True, GROUP)
         least_mass = tl.maximum(_mass(_unordered(tl.maximum(t, LOWEST)), top, scale), 1)
         # The token that crosses is kept, and at least one always is.
         kept_ties = tl.minimum((tl.maximum(wanted - above, 1) + least_mass - 1) // least_mass, 2147483647).to(tl.int32)
