@@ -203,14 +203,11 @@ def _rows(requests, drafts):
 
 def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, proposal="lse", sampled=True, slots=None,
                 candidates=64, forced=False, filters=False, adjust=False, **options):  # fmt: skip
-    """proposal "lse" or "no lse" (dense), "mapped", "sparse", "rebuilt" or "one_hot"."""
+    """proposal "lse" or "no lse" (dense), "mapped", "sparse" or "one_hot"."""
     size = requests if slots is None else slots
     law = None
     if proposal == "sparse":
         law = dk.SparseProposal(_ints(size, drafts, candidates), _empty(size, drafts, candidates, dtype=dtype))
-    elif proposal == "rebuilt":
-        head = dk.MarkovHead(_empty(vocab, RANK, dtype=dtype), _empty(vocab, RANK, dtype=dtype))
-        law = dk.RebuiltProposal(_empty(size, drafts, vocab, dtype=dtype), head, _empty(size, drafts, dtype=torch.float32))
     elif proposal != "one_hot":
         width = 32000 if proposal == "mapped" else vocab
         lse = None if proposal == "no lse" else _empty(size, drafts, dtype=torch.float32)
@@ -575,7 +572,6 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "dense_block": lambda: accept_call(64, rule="block"),
         "coupled": lambda: accept_call(64, rule="coupled", proposal="one_hot"),
         "mapped": lambda: accept_call(64, proposal="mapped"),
-        "rebuilt": lambda: accept_call(64, proposal="rebuilt"),
         "dense_block_filters": lambda: accept_call(64, rule="block", filters=True),
         "dense_adjust": lambda: accept_call(64, adjust=True),
     },

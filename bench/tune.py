@@ -107,7 +107,7 @@ def _layout_cases():
 
 
 _OPERANDS = {"16 bit": "bfloat16", "32 bit": "float32"}
-_PROPOSALS = {"light": "lse", "heavy": "no lse", "wide": "rebuilt"}
+_ACCEPT = {"light": dict(), "heavy": dict(proposal="no lse"), "wide": dict(adjust=True)}
 
 KERNELS = {
     "draft": Tuned(
@@ -123,7 +123,7 @@ KERNELS = {
     ),
     "accept": Tuned(
         op="accept_chain",
-        call=lambda calls, shape: calls.accept_call(64, proposal=_PROPOSALS[shape["law"]]),
+        call=lambda calls, shape: calls.accept_call(64, **_ACCEPT[shape["law"]]),
         # bench.kernels has no case without the proposal's lse.
         spec=lambda cases, attention_cases, shape: cases.Accept(64) if shape["law"] == "light" else None,
         space=dict(pairs=(2, 4, 8), num_warps=(4, 8), lag=(1, 2, 4), max_registers=(96, 128, 168)),

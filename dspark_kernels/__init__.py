@@ -30,7 +30,6 @@ from .types import (
     OneHotProposal,
     PagedKV,
     Penalties,
-    RebuiltProposal,
     RnnMarkovHead,
     SamplingTensors,
     SparseProposal,

@@ -225,35 +225,7 @@ class SparseProposal(Checked):
         self._optional("temperature", dtype=_FLOAT, shape=(ids.shape[0],), device=ids.device, contiguous=True)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RebuiltProposal(Checked):
-    """The law of a vanilla head's drafts, not stored: logits = round(base_logits + W1[previous] W2^T) where they are needed.
-
-    For drafts drawn without bias, mask, penalties, filters and maps: a law that has those must be stored.
-    base_logits: [B, K, V], what was drafted from; rows: int32 [S], which of its rows is a slot's (None: B = S, the slot's own).
-    head: MarkovHead with bf16, fp16 or fp32 weights. lse: fp32 [S, K], ln sum exp(logits / temperature), as `draft_block` gives it.
-    temperature: fp32 [S] (None = the sampling temperature; 0 = one-hot). Previous tokens come from the layout's rows.
-    """
-
-    base_logits: Tensor
-    head: MarkovHead
-    lse: Tensor
-    temperature: Tensor | None = None
-    rows: Tensor | None = None
-
-    def _check(self):
-        base = self._tensor("base_logits", dtype=LOGIT_DTYPES, shape=("B", "K", "V"), last_contiguous=True)
-        check_type(self._name("head"), self.head, MarkovHead)
-        if type(self.head) is not MarkovHead or self.head.w2_scale is not None:
-            raise ValueError(f"{self._name('head')}: expected a vanilla head that is not quantised, got {type(self.head).__name__}")
-        self.head._tensor("w2", shape=(base.shape[2], "r"), device=base.device)
-        slots = base.shape[0] if self.rows is None else "S"
-        lse = self._tensor("lse", dtype=_FLOAT, shape=(slots, base.shape[1]), device=base.device, last_contiguous=True)
-        self._optional("temperature", dtype=_FLOAT, shape=(lse.shape[0],), device=base.device, contiguous=True)
-        self._optional("rows", dtype=torch.int32, shape=(lse.shape[0],), device=base.device, contiguous=True)
-
-
-Proposal = OneHotProposal | DenseProposal | SparseProposal | RebuiltProposal
+Proposal = OneHotProposal | DenseProposal | SparseProposal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -272,7 +244,7 @@ class DraftBlock(Checked):
 
     def _check(self):
         tokens = self._tensor("tokens", dtype=torch.int64, shape=("S", "K"), last_contiguous=True)
-        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal, RebuiltProposal))
+        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device, contiguous=True)
         for field in ("confidence", "confidence_logits"):
             self._optional(field, dtype=_FLOAT, shape=tuple(tokens.shape), device=tokens.device, last_contiguous=True)
@@ -348,7 +320,7 @@ class DraftTree(Checked):
             self._tensor(field, dtype=torch.int32, **same)
         self._tensor("ancestors", dtype=torch.int64, **same)
         self._tensor("num_nodes", dtype=torch.int32, shape=(tokens.shape[0],), device=tokens.device, contiguous=True)
-        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal, RebuiltProposal))
+        check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
         check_choice(self._name("drawn"), self.drawn, ("one_hot", "iid", "without_replacement"))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device)
         self._optional("survival", dtype=_FLOAT, **same)

@@ -27,13 +27,11 @@ from dspark_kernels.types import (
     DenseProposal,
     Flag,
     OneHotProposal,
-    RebuiltProposal,
     SamplingTensors,
     SparseProposal,
     VerifyLayout,
 )
 
-from . import heads
 from .decisions import Decisions
 from .draft import inverse_temperature, read_logits
 from .sampling import adjust, filtered
@@ -169,15 +167,8 @@ def law_of(logits: Tensor, scale: float) -> Tensor:
     return torch.softmax((logits - top) * scale, 0)
 
 
-def rebuilt(proposal: RebuiltProposal, slot: int, i: int, previous: int) -> Tensor:
-    """The logits of draft i's law, rounded as drafting stores them."""
-    row = proposal.base_logits[slot if proposal.rows is None else int(proposal.rows[slot]), i]
-    total = row.double() + heads.output_weights(proposal.head) @ heads.embed(proposal.head, previous)
-    return torch.where(total.isnan(), -math.inf, total).to(row.dtype)
-
-
-def _draft_law(proposal, slot: int, i: int, draft: int, scale: float, vocab: int, device, previous: int) -> Tensor | None:
-    """The law draft i was drawn from over the target's ids; None where nothing was drawn (-1). previous: the token before."""
+def _draft_law(proposal, slot: int, i: int, draft: int, scale: float, vocab: int, device) -> Tensor | None:
+    """The law draft i was drawn from over the target's ids; None where nothing was drawn (-1)."""
     if draft == -1:
         return None
     law = torch.zeros(vocab, dtype=torch.float64, device=device)
@@ -188,11 +179,7 @@ def _draft_law(proposal, slot: int, i: int, draft: int, scale: float, vocab: int
         if 0 <= draft < vocab:
             law[draft] = 1.0
         return law
-    if isinstance(proposal, RebuiltProposal):
-        stored = rebuilt(proposal, slot, i, previous)
-    else:
-        stored = proposal.logits[slot, i]
-    logits, _ = read_logits(stored)
+    logits, _ = read_logits(proposal.logits[slot, i])
     drawn = law_of(logits, temperature_scale)
     if isinstance(proposal, SparseProposal):
         ids = proposal.ids[slot, i].long()
@@ -377,6 +364,5 @@ def _judge(rows, drafts, stop, proposal, sampling, rule, slot, request, position
     if scale == 0:
         return _greedy(list(rows), drafts, decisions, request)
     source = PhiloxSource(int(sampling.seed[slot]), position, decisions, request)
-    previous = [anchor, *drafts]
-    laws = _Laws(lambda i: _draft_law(proposal, slot, i, drafts[i], scale, vocab, rows[0].device, previous[i]))
+    laws = _Laws(lambda i: _draft_law(proposal, slot, i, drafts[i], scale, vocab, rows[0].device))
     return RULES[rule](_Rows(list(rows), scale), laws, drafts, source, position)

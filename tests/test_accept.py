@@ -194,7 +194,7 @@ def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
     case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
 
-    def pick(arch, num_leaves, num_drafts, heavy, rebuilt, adjusted, filtered):
+    def pick(arch, num_leaves, num_drafts, heavy, adjusted, filtered):
         chunk = min(pairs, 16)
         group = 2 if chunk >= num_leaves else 1
         return launch.AcceptConfig(group, chunk, lag=1, num_warps=1, max_registers=None)
@@ -252,43 +252,6 @@ def test_map_of_a_batch_without_a_live_request():
         have = dk.accept_chain(**case.arguments() | dict(state_indices=indices), workspace=workspace)
         assert (workspace.counters == 0).all()
     assert torch.equal(have.tokens, want.tokens)
-
-
-def rebuilt_case(seed, rule, dtype, grid=None):
-    """A block that `draft_block` drafted and a target near its law: with the stored proposal, and the one to rebuild."""
-    draft = cases.draft_case(seed=seed, requests=6, drafts=3, vocab=1100, rank=13, dtype=dtype, confidence=None, grid=grid)
-    block = dk.draft_block(**draft.arguments())
-    lengths = torch.tensor([3, 3, 3, 2, 1, 0])
-    layout = dk.fixed_layout(block, lengths, anchors=draft.anchors, anchor_positions=draft.anchor_positions)
-    g = torch.Generator().manual_seed(seed)
-    target = 2 * torch.randn(24, 1100, generator=g)
-    for r in range(6):
-        first, rows = int(layout.cu_num_logits[r]), int(lengths[r])
-        target[first : first + rows] = 0.8 * block.proposal.logits[r, :rows].float() + 0.2 * target[first : first + rows]
-    case = cases.AcceptCase(target.to(dtype), layout, block.proposal, draft.sampling, None, rule)
-    return case, dk.RebuiltProposal(draft.base_logits, draft.head, block.proposal.lse)
-
-
-@pytest.mark.parametrize("dtype, rule", [(torch.bfloat16, "token"), (torch.float16, "block"), (torch.float32, "token")])
-def test_rebuilt_law_has_the_bits_of_the_stored_one(dtype, rule):
-    case, rebuilt = rebuilt_case(1, rule, dtype)
-    want = check(case)
-    # Base logits that lie elsewhere.
-    order = torch.tensor([3, 5, 0, 1, 4, 2])
-    moved = torch.empty_like(rebuilt.base_logits)
-    moved[order] = rebuilt.base_logits
-    for proposal in (rebuilt, dataclasses.replace(rebuilt, base_logits=moved, rows=order.int())):
-        have = dk.accept_chain(**case.arguments() | dict(proposal=proposal))
-        assert torch.equal(have.tokens, want.tokens) and torch.equal(have.flags, want.flags)
-    assert want.num_accepted.any() and want.num_rejected.any()
-
-
-def test_rebuilt_law_is_the_reference():
-    """On a dyadic grid every sum is exact, so that the rounded logits are the reference's."""
-    for seed in (3, 4):
-        case, rebuilt = rebuilt_case(seed, "token", torch.float32, grid=0.25)
-        want = check(dataclasses.replace(case, proposal=rebuilt))
-        assert (want.num_accepted > 1).any(), "no law of a later draft was needed"
 
 
 @pytest.mark.parametrize("seed", range(3))

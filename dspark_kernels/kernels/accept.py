@@ -25,7 +25,6 @@ from .accept_laws import (
     residual_listed,
     sweep_draft,
 )
-from .accept_rebuilt import inner_rebuilt, record_rebuilt, residual_rebuilt
 from .accept_rows import FIRST, IDS, NONFINITE_ROW, STATUS, limit_rows, merge_rows, rows_status, sweep_rows
 from .accept_rules import (
     DONE,
@@ -285,7 +284,6 @@ _LAWS = {
     "listed": (record_listed, residual_listed, inner_listed, None),
     "stored": (record_dense, residual_dense, inner_dense, column_is_id),
     "mapped": (record_dense, residual_dense, inner_dense, column_of_id),
-    "rebuilt": (record_rebuilt, residual_rebuilt, inner_rebuilt, None),
 }
 
 

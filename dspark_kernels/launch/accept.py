@@ -21,13 +21,12 @@ class AcceptConfig:
     num_stages: int = 3
 
 
-def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, rebuilt: bool = False, adjusted: bool = False,
+def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, adjusted: bool = False,
          filtered: bool = False) -> AcceptConfig:  # fmt: skip
     """The configuration for rows of `num_leaves` leaves.
 
-    heavy: whether fp32 logits, lists or swept draft rows take more registers. rebuilt: whether draft rows are products,
-    which take as many warps as the draft block has, and one tile of W2 at a time, to fit every shared memory. adjusted: whether
-    logits get penalties, bias or masks, whose tiles are spread over as many, as are those of filtered rows.
+    heavy: whether fp32 logits, lists or swept draft rows take more registers. adjusted: whether logits get penalties, bias
+    or masks, whose tiles are spread over eight warps, as are those of filtered rows.
 
     Four leaves an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
     multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
@@ -37,7 +36,7 @@ def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, rebuilt: boo
         # It pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
         tuned = dict(pairs=16, lag=2, num_warps=4, max_registers=None)
     else:
-        tuned = dict(find(arch, "accept", law="wide" if rebuilt or adjusted or filtered else "heavy" if heavy else "light").config)
+        tuned = dict(find(arch, "accept", law="wide" if adjusted or filtered else "heavy" if heavy else "light").config)
     pairs = tuned.pop("pairs")
     chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import library, workspace as workspaces
 from ..checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type
-from ..launch import accept as accept_launch, arch, draft as draft_launch
-from ..types import Acceptance, DenseProposal, OneHotProposal, RebuiltProposal, SamplingTensors, SparseProposal, VerifyLayout
+from ..launch import accept as accept_launch, arch
+from ..types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from . import sampling as sampling_args
 
 OP = "accept_chain"
@@ -51,7 +51,7 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
 def accept_chain(
     target_logits: Tensor,
     layout: VerifyLayout,
-    proposal: OneHotProposal | DenseProposal | SparseProposal | RebuiltProposal | None = None,
+    proposal: OneHotProposal | DenseProposal | SparseProposal | None = None,
     *,
     sampling: SamplingTensors | None = None,
     rule: str = "token",
@@ -71,7 +71,7 @@ def accept_chain(
         proposal: the law the drafts were drawn from; None = one-hot. Dense: its logits [S, K, Vd] and, if given, its lse; columns
             beyond V, or that draft_to_target maps to no id, hold mass that no target has. Sparse: 1 to 512 candidates in any
             order; entries of one id count as one id with their sum, ids outside the vocabulary keep their mass to themselves.
-            Rebuilt: a vanilla head's, computed for the rows that need a residual. The coupled rule and forced acceptance read none.
+            The coupled rule and forced acceptance read none.
         sampling: settings per slot; None = every row greedy. All of them act inside: token_bitmask has a row per row of
             target_logits, penalties see the drafts before a row as emitted.
         rule: "token", "block" or "coupled"; greedy rows are greedy under each.
@@ -115,7 +115,7 @@ def accept_chain(
     law = _check_proposal(proposal, slots, device)
     for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
         check_optional(name, tensor, dtype=INT_DTYPES, shape=("S" if slots is None else slots,), device=device)
-    logits = None if law is None else law.base_logits if isinstance(law, RebuiltProposal) else law.logits
+    logits = None if law is None else law.logits
     drafts = _width(layout, logits, rows)
     if logits is not None and logits.shape[1] < drafts:
         raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {logits.shape[1]}")
@@ -131,7 +131,7 @@ def accept_chain(
         return out
     if sampling is None or rule == "coupled" or synthetic_rates is not None:
         law = logits = None  # these do not ask how a draft was drawn
-    sparse, dense, rebuilt = (isinstance(law, kind) for kind in (SparseProposal, DenseProposal, RebuiltProposal))
+    sparse, dense = isinstance(law, SparseProposal), isinstance(law, DenseProposal)
     leaves = _leaves(vocab, None if sparse else logits)
     counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, leaves * LEAF, device)
     _accept_chain(
@@ -146,7 +146,6 @@ def accept_chain(
         None if law is None or sparse else law.lse,
         None if law is None else law.temperature,
         law.draft_to_target if dense else None,
-        *((law.head.w1, law.head.w2, law.rows) if rebuilt else (None, None, None)),
         *sampling_args.flatten(sampling),
         synthetic_rates,
         state_indices,
@@ -169,14 +168,11 @@ def accept_chain(
     return out
 
 
-def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal | RebuiltProposal | None:
+def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal | None:
     """The proposal; None where the drafts stand for themselves."""
     if proposal is None or isinstance(proposal, OneHotProposal):
         return None
-    check_type("proposal", proposal, (DenseProposal, SparseProposal, RebuiltProposal))
-    if isinstance(proposal, RebuiltProposal):
-        check_tensor("proposal.lse", proposal.lse, shape=("S" if slots is None else slots, "K"), device=device)
-        return proposal
+    check_type("proposal", proposal, (DenseProposal, SparseProposal))
     shape = ["S" if slots is None else slots, "K", "Vd"]
     if isinstance(proposal, SparseProposal):
         shape[2] = "C"
@@ -225,7 +221,7 @@ def _check_out(out, requests, drafts, forward_rows, device, logprobs):
 @library.register(
     "accept_chain(Tensor target_logits, Tensor query_start_loc, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, "
     "Tensor positions, Tensor? draft_logits, Tensor? draft_ids, Tensor? draft_lse, Tensor? draft_temperature, "
-    "Tensor? draft_to_target, Tensor? w1, Tensor? w2, Tensor? base_rows, " + sampling_args.SCHEMA + ", Tensor? rates, "
+    "Tensor? draft_to_target, " + sampling_args.SCHEMA + ", Tensor? rates, "
     "Tensor? state_indices, str rule, str? logprobs, Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) num_emitted, "
     "Tensor(d!) num_rejected, Tensor(e!) next_token, Tensor(f!) last_row, Tensor(g!) commit_mask, "
     "Tensor(h!) flags, Tensor(m!)? log_probs, Tensor(i!)? anchors, Tensor(j!)? anchor_positions, Tensor(k!) counters, "
@@ -233,7 +229,7 @@ def _check_out(out, requests, drafts, forward_rows, device, logprobs):
 )
 def _accept_chain(
     target_logits, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_ids, draft_lse,
-    draft_temperature, draft_to_target, w1, w2, base_rows, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask,
+    draft_temperature, draft_to_target, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask,
     listed, counts, repetition, presence, frequency, joint, rates, state_indices, rule, logprobs, tokens, num_accepted,
     num_emitted, num_rejected, next_token, last_row, commit_mask, flags, log_probs, anchors, anchor_positions, counters, scratch,
 ):  # fmt: skip
@@ -254,14 +250,13 @@ def _accept_chain(
         judge, kind = "match", "none"  # plain sampling: there is nothing to judge
     draws = temperature is not None and rule != "coupled"
     if kind == "listed" and draft_logits is not None and draft_ids is None:
-        kind = "rebuilt" if w1 is not None else "stored" if draft_to_target is None else "mapped"
-    dense = kind in ("stored", "mapped", "rebuilt")
+        kind = "stored" if draft_to_target is None else "mapped"
+    dense = kind in ("stored", "mapped")
     two_waves = dense or (kind == "listed" and judge == "block")
     leaves = _leaves(vocab, draft_logits if dense else None)
     swept = dense and draft_lse is None
     heavy = swept or draft_ids is not None or target_logits.dtype == torch.float32
-    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, kind == "rebuilt", flat.adjusts,
-                                flat.filters is not None)  # fmt: skip
+    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, flat.adjusts, flat.filters is not None)  # fmt: skip
     parts = -(-leaves // (config.group * config.chunk)) if dense else 1
     map_parts = -(-draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-(drafts + 1) // config.group) * -(-leaves // config.chunk)
@@ -293,12 +288,6 @@ def _accept_chain(
     if dense:
         strides = (draft_logits.stride(0), draft_logits.stride(1), _stride(draft_lse, 0))
         how = (draft_to_target, inverse) if kind == "mapped" else None
-        if kind == "rebuilt":
-            how = (base_rows, w1, w1.stride(0), w1.shape[0], w2, w2.stride(0), w2.shape[1])
-            # As drafting did, which was plain: a law with settings of its own is not rebuilt.
-            size = w2.element_size() if w1.dtype == w2.dtype else 4
-            ranks = draft_launch.ranks_per_dot(False, False, False)
-            candidates = draft_launch.rank_block(arch.current(device), w2.shape[1], size, ranks)
         law = (draft_logits, draft_lse, *strides, draft_logits.shape[2], how)
     elif kind == "listed" and draft_ids is not None:
         strides = (*draft_ids.stride()[:2], *draft_logits.stride()[:2])
