@@ -282,7 +282,7 @@ def accept_chain(
         if length < 0:
             commit[starts[r] : starts[r + 1]] = True  # a prefill chunk that does not emit keeps its rows
             continue
-        anchor, *drafts = [ids[row_of[first + i]] for i in range(length + 1)]
+        drafts = [ids[row_of[first + i]] for i in range(1, length + 1)]
         position = int(layout.positions[row_of[first]])
         raw = [target_logits[first + i] for i in range(length + 1)]
         # A row's own path: the drafts before it. fp32 as the kernels have it, because what is adjusted is an input of the rules.
@@ -294,14 +294,14 @@ def accept_chain(
         temperature = float(sampling.temperature[slot]) if sampling is not None else 0.0
         rows = [filtered(row, inverse_temperature(temperature), sampling, slot, decisions, r) for row in rows]
         verdict = _judge(
-            rows, drafts[:judged], stop, proposal, sampling, rule, slot, r, position, vocab, decisions, synthetic_rates, anchor
+            rows, drafts[:judged], stop, proposal, sampling, rule, slot, r, position, vocab, decisions, synthetic_rates
         )
         if stop is not None and verdict.num_accepted == stop:
             bad = stop < length and not (drafts[stop] == -1 or 0 <= drafts[stop] < vocab)
             asks = sampling is not None and rule != "coupled" and synthetic_rates is None
             if stop < length and 0 <= drafts[stop] < vocab and asks:
                 scale = inverse_temperature(float(sampling.temperature[slot]))
-                law = _draft_law(proposal, slot, stop, drafts[stop], scale, vocab, device, [anchor, *drafts][stop])
+                law = _draft_law(proposal, slot, stop, drafts[stop], scale, vocab, device)
                 bad = scale > 0 and float(law[drafts[stop]]) <= 0
             lowest = int(torch.argmax((rows[stop] > -math.inf).int()))
             verdict = Verdict(stop, lowest, False, bad, stop < length and drafts[stop] == -1)
@@ -350,7 +350,7 @@ def _after(row, rule, request, position, decisions, source, scale) -> int:
     return source.coupled(position, law.log()) if rule == "coupled" else source.draw(position, law)
 
 
-def _judge(rows, drafts, stop, proposal, sampling, rule, slot, request, position, vocab, decisions, rates, anchor) -> Verdict:
+def _judge(rows, drafts, stop, proposal, sampling, rule, slot, request, position, vocab, decisions, rates) -> Verdict:
     """Apply the rule to the rows before `stop` (None = all); where all those drafts pass, the caller emits at `stop`."""
     scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
     if stop is not None:
