@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 
 import dspark_kernels as dk
-from dspark_kernels.ops import accept_shards, attention, candidate_shards, draft_shards
+from dspark_kernels.ops import attention
+from dspark_kernels.ops.accept import shards as accept_shards
+from dspark_kernels.ops.draft import candidate_shards, shards as draft_shards
 
 VOCAB, DRAFTS, RANK, HIDDEN = 151936, 7, 256, 2560  # Qwen3-4B with its published drafter
 

@@ -4,16 +4,16 @@ Importing needs neither Triton nor a GPU; calling an op needs Triton, and a GPU 
 """
 
 from . import calibration, cost, scheduling
-from .ops.accept import accept_chain
-from .ops.accept_shards import accept_finish, accept_partial, accept_phases
+from .ops.accept.chain import accept_chain
+from .ops.accept.shards import accept_finish, accept_partial, accept_phases
+from .ops.accept.tree import accept_tree
 from .ops.attention import plan_attention, tree_attention
 from .ops.compact import compact_kv
-from .ops.draft import draft_block
-from .ops.draft_shards import draft_block_finish, draft_block_partial
-from .ops.layout import draft_layout, fixed_layout, tree_layout
-from .ops.schedule import schedule_prefixes
-from .ops.tree import accept_tree
-from .ops.tree_draft import draft_tree, expand_tree
+from .ops.draft.dense import draft_block
+from .ops.draft.shards import draft_block_finish, draft_block_partial
+from .ops.draft_tree.static import draft_tree, expand_tree
+from .ops.layout.fixed import draft_layout, fixed_layout, tree_layout
+from .ops.layout.schedule import schedule_prefixes
 from .quantise import quantise_head
 from .types import (
     Acceptance,

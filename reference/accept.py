@@ -22,15 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import (
-    Acceptance,
-    DenseProposal,
-    Flag,
-    OneHotProposal,
-    SamplingTensors,
-    SparseProposal,
-    VerifyLayout,
-)
+from dspark_kernels.types import Acceptance, DenseProposal, Flag, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 
 from .decisions import Decisions
 from .draft import inverse_temperature, read_logits

@@ -33,16 +33,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import (
-    Acceptance,
-    CostTable,
-    DraftBlock,
-    DraftTree,
-    Flag,
-    OneHotProposal,
-    SamplingTensors,
-    VerifyLayout,
-)
+from dspark_kernels.types import Acceptance, CostTable, DraftBlock, DraftTree, Flag, OneHotProposal, SamplingTensors, VerifyLayout
 
 from .accept import accept_chain
 from .draft import draft_block

@@ -19,15 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import (
-    ConfidenceHead,
-    DenseProposal,
-    DraftTree,
-    Flag,
-    MarkovHead,
-    OneHotProposal,
-    SamplingTensors,
-)
+from dspark_kernels.types import ConfidenceHead, DenseProposal, DraftTree, Flag, MarkovHead, OneHotProposal, SamplingTensors
 
 from . import heads
 from .decisions import Decisions

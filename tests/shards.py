@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 import dspark_kernels as dk
-from dspark_kernels.ops import candidate_shards, draft_shards
+from dspark_kernels.ops.draft import candidate_shards, shards as draft_shards
 from dspark_kernels.ops.shards import check_shard
 
 SENTINEL = -77777

@@ -9,8 +9,8 @@ from far import far_apart
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.kernels import accept as kernels
-from dspark_kernels.launch import accept as launch
+from dspark_kernels.kernels.accept import chain as kernels
+from dspark_kernels.launch.accept import chain as launch
 from reference import accept as reference, cases
 from reference.decisions import Decisions
 from reference.draft import inverse_temperature, read_logits

@@ -9,7 +9,7 @@ from errors import excess_error
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.launch import candidates as launch
+from dspark_kernels.launch.draft import candidates as launch
 from reference import accept, cases, draft as reference, layout as layouts
 from reference.equality import assert_equal_or_tied
 

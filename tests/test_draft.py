@@ -43,7 +43,7 @@ def test_equals_reference(data):
 @pytest.mark.parametrize("sampled", [False, True])
 def test_rank_beyond_one_dot(monkeypatch, sampled):
     """Ranks that do not fit one dot are summed in pieces."""
-    import dspark_kernels.launch.draft as launch
+    import dspark_kernels.launch.draft.dense as launch
 
     pick = launch.pick
     monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), block_r=32))

@@ -8,7 +8,7 @@ from draft_checks import arguments_of, check
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.launch import draft as launch
+from dspark_kernels.launch.draft import dense as launch
 from reference import cases
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

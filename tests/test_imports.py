@@ -15,6 +15,11 @@ STANDARD = sys.stdlib_module_names
 # Layer -> modules of this repository it may import, as prefixes, besides its own layer. First match wins.
 LAYERS = {
     "dspark_kernels.kernels.primitives": (),
+    "dspark_kernels.kernels.accept": ("dspark_kernels.kernels.primitives", "dspark_kernels.kernels.layout.rows"),
+    "dspark_kernels.kernels.draft": ("dspark_kernels.kernels.primitives",),
+    "dspark_kernels.kernels.draft_tree": ("dspark_kernels.kernels.primitives", "dspark_kernels.kernels.draft"),
+    "dspark_kernels.kernels.layout.rows": ("dspark_kernels.kernels.primitives",),
+    "dspark_kernels.kernels.layout": ("dspark_kernels.kernels.primitives", "dspark_kernels.kernels.layout.rows"),
     "dspark_kernels.kernels": ("dspark_kernels.kernels.primitives",),
     "dspark_kernels.launch.arch": (),
     "dspark_kernels.launch.table": ("dspark_kernels.launch.arch",),
@@ -137,6 +142,11 @@ def test_arrows():
     "path, code",
     [
         ("dspark_kernels/kernels/primitives/x.py", "from ..draft import draft_dense_kernel"),
+        ("dspark_kernels/kernels/accept/x.py", "from ..draft.dense import draft_dense_kernel"),
+        ("dspark_kernels/kernels/draft/x.py", "from ..draft_tree import static"),
+        ("dspark_kernels/kernels/draft/x.py", "from ..accept.rows import soft_prob"),
+        ("dspark_kernels/kernels/layout/rows.py", "from .fixed import fixed_layout_kernel"),
+        ("dspark_kernels/kernels/attention.py", "from .draft import dense"),
         ("dspark_kernels/kernels/x.py", "from ..types import Flag"),
         ("dspark_kernels/kernels/x.py", "import dspark_kernels.ops.draft"),
         ("dspark_kernels/kernels/x.py", "import torch.library"),
@@ -171,10 +181,11 @@ def test_arrows():
     ],
 )
 def test_a_planted_violation_is_found(tmp_path, path, code):
-    for package in ("", "kernels", "kernels/primitives", "launch", "ops"):
+    folders = ("accept", "draft", "draft_tree", "layout", "primitives")
+    for package in ("", "kernels", *(f"kernels/{folder}" for folder in folders), "launch", "ops"):
         folder = tmp_path / PACKAGE / package
         folder.mkdir(exist_ok=True)
-        for module in ("__init__", "types", "checks", "draft", "table"):
+        for module in ("__init__", "types", "checks", "draft", "dense", "static", "fixed", "rows", "table"):
             (folder / f"{module}.py").write_text("")
     (tmp_path / "reference").mkdir()
     assert violations(tmp_path) == []

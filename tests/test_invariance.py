@@ -8,7 +8,9 @@ from test_layout import assert_same_layout
 from test_schedule import arguments as schedule_arguments
 
 import dspark_kernels as dk
-from dspark_kernels.launch import arch, attention as attention_launch, draft as draft_launch, schedule as schedule_launch
+from dspark_kernels.launch import arch, attention as attention_launch
+from dspark_kernels.launch.draft import dense as draft_launch
+from dspark_kernels.launch.layout import schedule as schedule_launch
 from reference import cases, layout as layouts
 from reference.tree_cases import accept_tree_case
 
@@ -109,7 +111,7 @@ def test_draft_block_with_heads_and_filters_in_any_batch(options):
 @pytest.mark.parametrize("options", PHASES, ids=str)
 def test_forms_of_a_draft_block_agree(monkeypatch, options):
     """One launch by one program, one launch by programs that meet at barriers, a launch for each phase: the same bits."""
-    from dspark_kernels.kernels import draft as kernels
+    from dspark_kernels.kernels.draft import dense as kernels
     from dspark_kernels.testing import interpreter
 
     if not interpreter.interpreting():

@@ -7,7 +7,10 @@ import warnings
 import pytest
 import torch
 
-from dspark_kernels.launch import accept, arch, attention, draft, layout, schedule, table
+from dspark_kernels.launch import arch, attention, table
+from dspark_kernels.launch.accept import chain as accept
+from dspark_kernels.launch.draft import dense as draft
+from dspark_kernels.launch.layout import fixed as layout, schedule
 from dspark_kernels.launch.table import Entry
 
 SM_90, SM_86, GFX942 = (arch.KNOWN[name] for name in ("sm_90", "sm_86", "gfx942"))

@@ -6,8 +6,13 @@ from blocks import anchored, block_of, ints, tree_of
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
-from dspark_kernels.launch import arch, tree_draft as tree_launch
-from dspark_kernels.ops import accept, attention, candidates, compact, draft, layout, schedule, tree, tree_draft, tree_paths
+from dspark_kernels.launch import arch
+from dspark_kernels.launch.draft_tree import static as tree_launch
+from dspark_kernels.ops import attention, compact
+from dspark_kernels.ops.accept import chain as accept, tree
+from dspark_kernels.ops.draft import candidates, dense as draft
+from dspark_kernels.ops.draft_tree import best_first as tree_paths, static as tree_draft
+from dspark_kernels.ops.layout import fixed as layout, schedule
 from reference import cases
 
 
@@ -285,20 +290,12 @@ def test_compaction_compiles_into_one_graph():
 
 
 def test_constants_of_kernels_are_the_public_ones():
-    from dspark_kernels.kernels import (
-        accept_laws,
-        accept_rows,
-        accept_target,
-        attention as attention_kernels,
-        draft as draft_kernels,
-        draft_filters,
-        draft_rows,
-        schedule as schedule_kernels,
-        tree_append,
-        tree_draft as tree_draft_kernels,
-        tree_rules,
-    )
-    from dspark_kernels.kernels.primitives import filters, mass, philox, rows
+    from dspark_kernels.kernels import attention as attention_kernels
+    from dspark_kernels.kernels.accept import proposals as accept_laws, rows as accept_rows, target as accept_target, tree_rules
+    from dspark_kernels.kernels.draft import dense as draft_kernels, filters as draft_filters, rows as draft_rows
+    from dspark_kernels.kernels.draft_tree import append as tree_append, static as tree_draft_kernels
+    from dspark_kernels.kernels.layout import rows, schedule as schedule_kernels
+    from dspark_kernels.kernels.primitives import filters, mass, philox
 
     for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_append, rows):
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]

@@ -11,15 +11,7 @@ import math
 import pytest
 import torch
 
-from dspark_kernels.types import (
-    DenseProposal,
-    Flag,
-    OneHotProposal,
-    SamplingTensors,
-    SparseProposal,
-    Stream,
-    VerifyLayout,
-)
+from dspark_kernels.types import DenseProposal, Flag, OneHotProposal, SamplingTensors, SparseProposal, Stream, VerifyLayout
 from reference import accept, philox
 from reference.accept import RULES, Verdict, accept_chain
 from reference.decisions import NEAR, Decisions

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from test_layout import assert_same_layout, poisoned
 
 import dspark_kernels as dk
-from dspark_kernels.launch import schedule as launch
+from dspark_kernels.launch.layout import schedule as launch
 from reference import cases, schedule
 
 POLICIES = ("causal", "budget", "stale")

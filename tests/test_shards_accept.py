@@ -11,7 +11,7 @@ from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
 import dspark_kernels as dk
-from dspark_kernels.ops import accept_shards
+from dspark_kernels.ops.accept import shards as accept_shards
 from reference import cases
 
 INF = float("inf")

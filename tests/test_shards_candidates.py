@@ -9,7 +9,7 @@ from draft_checks import arguments_of
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.ops import candidate_shards
+from dspark_kernels.ops.draft import candidate_shards
 from reference import cases
 
 INF = float("inf")

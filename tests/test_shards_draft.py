@@ -9,7 +9,7 @@ from draft_checks import arguments_of, check
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.ops import draft_shards
+from dspark_kernels.ops.draft import shards as draft_shards
 from reference import cases
 
 INF = float("inf")

@@ -9,7 +9,7 @@ from errors import ULP
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.launch import tree as launch
+from dspark_kernels.launch.accept import tree as launch
 from reference import accept, cases, layout as layouts, tree as reference
 from reference.decisions import Decisions
 from reference.draft import inverse_temperature, read_logits

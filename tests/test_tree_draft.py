@@ -9,7 +9,7 @@ from errors import excess_error
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.launch import tree_draft as launch
+from dspark_kernels.launch.draft_tree import static as launch
 from dspark_kernels.testing.statistics import compare
 from reference import cases, tree_draft as reference
 from reference.equality import assert_equal_or_tied

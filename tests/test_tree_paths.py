@@ -10,7 +10,8 @@ from far import far_apart
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.launch import candidates as candidates_launch, tree_paths as launch
+from dspark_kernels.launch.draft import candidates as candidates_launch
+from dspark_kernels.launch.draft_tree import best_first as launch
 from dspark_kernels.scheduling import node_budgets
 from reference import cases, tree_draft as reference
 from reference.equality import assert_equal_or_tied

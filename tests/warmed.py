@@ -11,7 +11,7 @@ import torch
 
 import dspark_kernels as dk
 from bench import compile as report  # decides that kernels are not interpreted, before an op loads them
-from dspark_kernels.ops import candidate_shards, draft_shards
+from dspark_kernels.ops.draft import candidate_shards, shards as draft_shards
 
 REQUESTS, SLOTS, DRAFTS, VOCAB, RANK = 40, 48, 5, 5000, 64
 ints = lambda *shape, dtype=torch.int64: torch.zeros(*shape, dtype=dtype)  # noqa: E731

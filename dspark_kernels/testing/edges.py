@@ -167,7 +167,7 @@ def empty(run):
 
 def shared(run):
     """the coupled rule emits what plain sampling with the same seed does, whatever was drafted"""
-    from . import laws  # the models
+    from . import laws
 
     model, seeds = run.model(laws.ROUNDS), run.seeds("shared", 64)
     drafted, _ = run.play(model, 3).decode(seeds, 6, None, 3)

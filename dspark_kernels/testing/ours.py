@@ -15,11 +15,11 @@ import functools
 import torch
 from torch import Tensor
 
-from ..ops.accept import accept_chain
-from ..ops.draft import draft_block
-from ..ops.layout import fixed_layout, tree_layout
-from ..ops.schedule import schedule_prefixes
-from ..ops.tree import accept_tree
+from ..ops.accept.chain import accept_chain
+from ..ops.accept.tree import accept_tree
+from ..ops.draft.dense import draft_block
+from ..ops.layout.fixed import fixed_layout, tree_layout
+from ..ops.layout.schedule import schedule_prefixes
 from ..types import CostTable, DenseProposal, DraftBlock, DraftTree, OneHotProposal, SamplingTensors
 from . import interpreter, rules_tree
 

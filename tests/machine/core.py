@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -167,10 +168,10 @@ class Kernel:
     """A kernel, parsed. Raises MachineError for PTX that the machine does not know, naming line and instruction."""
 
     def __init__(self, name: str, ptx: str):
-        self.name, self.ptx = name, ptx
+        self.name, self.ptx = name, _with_folders(ptx)
         self._handle = None
         error = ctypes.create_string_buffer(4096)
-        self._handle = _library().machine_parse(ptx.encode(), error, len(error))
+        self._handle = _library().machine_parse(self.ptx.encode(), error, len(error))
         if not self._handle:
             raise MachineError(f"{name}: {error.value.decode(errors='replace')}")
         kinds = (_OFFSET, _SIZE, _IS_POINTER)
@@ -218,6 +219,14 @@ class Kernel:
 class Report(NamedTuple):
     kind: str  # race.shared, race.global, race.within, race.proxy, misaligned, bounds, trap, uninitialised, benign, intra_warp, ...
     text: str
+
+
+def _with_folders(ptx: str) -> str:
+    """The text with the folder of a source file before its name in comments of .loc: names alone occur twice."""
+    folders = {number: path.split("/")[-2] for number, path in re.findall(r'^\t\.file\t(\d+) "([^"]*/[^"]*)"', ptx, re.M)}
+    return re.sub(
+        r"(\.loc\t(\d+) .*?// )(?=\w)", lambda found: f"{found[1]}{folders[found[2]]}/" if found[2] in folders else found[0], ptx
+    )
 
 
 class Run(NamedTuple):

@@ -18,7 +18,7 @@ class Named(NamedTuple):
 NAMED = (
     Named(
         "draft_dense_kernel",
-        "draft_filters.py",
+        "draft/filters.py",
         "mask_rows reads a logit and writes -inf over it. A small tile is held by several warps, of which one writes, by what it read "
         "itself; what another one reads afterwards goes nowhere.",
     ),

@@ -1,0 +1,196 @@
+"""What a request emits: the correction or bonus token, drawn or named, and every output of acceptance.
+
+Draws are races of exponential clocks in two levels, between leaves by their masses and inside the winning leaf by id, so that noise
+is drawn for NL + 1024 entries alone and only the winning leaf is read again. Symbols: R requests, K drafts, V vocabulary, NL
+leaves of 1024 ids. Oracle: reference/accept.py.
+"""
+
+import triton
+import triton.language as tl
+
+from ..primitives.leaves import MASS_BITS
+from ..primitives.mass import LEAF, NEG_INF, POS_INF, below_max
+from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
+from ..primitives.race import pack, unpack_id
+from .rows import (
+    BAD_TOKEN_ID,
+    DRAFT_PROB,
+    EMPTY_RESIDUAL,
+    FIRST,
+    IDS,
+    INVERSE,
+    LOG2E,
+    MISSING_DRAFT,
+    NAN,
+    NONFINITE_ROW,
+    RAW_LOG,
+    RAW_TOP,
+    SOFTMAX,
+    STATUS,
+    TARGET_OF,
+    TOP,
+    VALUES,
+    finite_or_zero,
+    load_leaf,
+)
+from .rules import read_drafts
+from .target import read_each, read_row
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _race(log_weight, ids, first_lane, seed, position, anchor, STREAM: tl.constexpr, LANES: tl.constexpr):
+    """Id that wins by log2 weight (-inf = excluded); ids are first_lane + 0, 1, ..."""
+    words = lane_words(seed, first_lane, position, anchor, STREAM, 1, LANES)
+    key = log_weight - tl.reshape(log2_exponential(words), [LANES])
+    return unpack_id(tl.max(pack(tl.where(log_weight > NEG_INF, key, NEG_INF), ids), axis=0))
+
+
+@triton.jit
+def _log2(weight):
+    return tl.where(weight > 0, tl.log2(tl.where(weight > 0, weight, 1).to(tl.float32)), NEG_INF)
+
+
+@triton.jit
+def draw(
+    i, row, request, wants_residual, seed, position, anchor, view, law, memory, residual_ptr, patch_ptr, row_values_ptr,
+    row_ids_ptr, scale, draft_scale, num_leaves,
+    INNER: tl.constexpr, COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Draw after row i of a request from its residual, or, where that is not wanted or has no mass, from the target's law.
+
+    Gives the token int64 and whether a wanted residual was empty.
+    """
+    _, _, vocab, _, _, _, _, _, _, _ = view
+    top_ptr, mass_ptr, _ = memory
+    leaf = tl.arange(0, LEAVES)
+    of_leaf = row * num_leaves + leaf
+    there = leaf < num_leaves
+    row_top = finite_or_zero(tl.load(row_values_ptr + row * VALUES + TOP, volatile=True))
+    target_of = tl.load(row_ids_ptr + row * IDS + TARGET_OF, volatile=True)
+    tops = tl.load(top_ptr + of_leaf, mask=there, other=NEG_INF, volatile=True)
+    mass = tl.load(mass_ptr + of_leaf, mask=there, other=0, volatile=True) & MASS_BITS
+    weight = _log2(mass) + below_max(tops, row_top) * scale
+    from_residual = wants_residual
+    if INNER is not None:
+        if wants_residual:
+            residual = tl.load(residual_ptr + of_leaf, mask=there, other=0, volatile=True)
+            from_residual = tl.max(residual, axis=0) > 0
+            weight = tl.where(from_residual, _log2(residual), weight)
+    weight = tl.where(there, weight, NEG_INF)
+    token = target_of.to(tl.int64)
+    if from_residual | (target_of == SOFTMAX):
+        winner = _race(weight, leaf, tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, LEAVES)
+        ids = winner * LEAF + tl.arange(0, LEAF)
+        x = read_row(view, i, ids.to(tl.int32), ids < vocab)
+        inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scale)
+        if INNER is not None:
+            if from_residual:
+                inner = _log2(INNER(winner.to(tl.int32), i, row, request, view, law, patch_ptr, row_values_ptr, row_ids_ptr,
+                                    scale, draft_scale, COLUMN, CANDIDATES))  # fmt: skip
+        token = _race(inner, ids, winner * LEAF, seed, position, anchor, CORRECT, LEAF)
+    return token, wants_residual & (from_residual == 0)
+
+
+@triton.jit
+def _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_forward, BLOCK: tl.constexpr):
+    """commit_mask of a request's forward rows: True up to row `committed`; the last request also clears the padding rows."""
+    start = tl.load(query_start_ptr + request)
+    end = tl.minimum(tl.load(query_start_ptr + request + 1), num_forward)
+    for first in range(start, end, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        tl.store(commit_ptr + row, row <= committed, mask=row < end)
+    if request == num_requests - 1:
+        for first in range(end, num_forward, BLOCK):
+            row = first + tl.arange(0, BLOCK)
+            tl.store(commit_ptr + row, row < 0, mask=row < num_forward)
+
+
+@triton.jit
+def token_log_probs(i, rows, tokens, emitted, greedy, view, raw_memory, row_values_ptr, row_ids_ptr, scale):
+    """ln of the probability of each emitted token under its row's law: processed, or raw where wave 1 summed that, too."""
+    values, ids_of = row_values_ptr + rows * VALUES, row_ids_ptr + rows * IDS
+    if raw_memory is not None:
+        target_ptr, stride_t, _, _, _, _, _, _, _, _ = view
+        x = load_leaf(target_ptr + rows * stride_t, tokens, emitted)
+        top = tl.load(values + RAW_TOP, mask=emitted, other=0.0, volatile=True)
+        mass = tl.load(values + RAW_LOG, mask=emitted, other=0.0, volatile=True)
+        soft = below_max(x, top) - mass * LN2
+        point = tl.where(x == POS_INF, 0.0, NEG_INF)
+        is_point = tl.abs(top) == POS_INF
+    else:
+        x = read_each(view, tl.where(emitted, i, 0), tl.where(emitted, tokens, 0).to(tl.int32), emitted)
+        top = tl.load(values + TOP, mask=emitted, other=0.0, volatile=True)
+        inverse = tl.load(values + INVERSE, mask=emitted, other=1.0, volatile=True)
+        soft = (below_max(x, top) * (scale / LOG2E)) + tl.log2(inverse) * LN2
+        first = tl.load(ids_of + FIRST, mask=emitted, other=0, volatile=True)
+        point = tl.where((tokens == first) & (x > NEG_INF), 0.0, NEG_INF)
+        is_point = tl.where(greedy, emitted, tl.abs(top) == POS_INF)
+    return tl.where(emitted, tl.where(is_point, point, soft), 0.0)
+
+
+@triton.jit
+def emit(
+    request, slot, row0, length, accepted, token, empty, anchor, sampled, view, layout, outputs, raw_memory, row_values_ptr,
+    row_ids_ptr, scale, num_requests, num_drafts, num_forward,
+    SUPPORT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Every output of a request with rows. SUPPORT: whether a draft that its law could not give is flagged."""
+    tokens_ptr, accepted_ptr, emitted_ptr, rejected_ptr, next_ptr, last_row_ptr, commit_ptr, flags_ptr, log_probs_ptr = outputs[0]
+    anchors_ptr, stride_a, anchor_positions_ptr, stride_p = outputs[1]
+    query_start_ptr, _, logits_indices_ptr, _tokens, _positions = layout
+    _, _, vocab, _, _, _, _, _, _, _ = view
+    i = tl.arange(0, WIDTH)
+    rows = (row0 + i).to(tl.int64)
+    draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
+    here = i == accepted
+    status = tl.load(row_ids_ptr + rows * IDS + STATUS, mask=i <= accepted, other=0, volatile=True)
+    bad = (i < length) & (inside == 0) & (missing == 0)
+    if SUPPORT:
+        draft_prob = tl.load(row_values_ptr + rows * VALUES + DRAFT_PROB, mask=here & (i < length), other=1.0, volatile=True)
+        bad = bad | tl.where(sampled, (i < length) & (missing == 0) & (draft_prob <= 0.0), i < 0)
+    flags = tl.where(tl.max(status & NAN, axis=0) > 0, NAN, 0)
+    flags |= tl.max(tl.where(here, status & NONFINITE_ROW, 0), axis=0)
+    flags |= tl.max(tl.where(here & bad, BAD_TOKEN_ID, 0), axis=0)
+    flags |= tl.max(tl.where(here & missing, MISSING_DRAFT, 0), axis=0)
+    flags |= tl.where(empty, EMPTY_RESIDUAL, 0)
+    tokens = tl.where(i < accepted, draft, tl.where(here, token, -1))
+    of_token = request.to(tl.int64) * (num_drafts + 1) + i
+    tl.store(tokens_ptr + of_token, tokens, mask=i <= num_drafts)
+    if log_probs_ptr is not None:
+        log_probs = token_log_probs(i, rows, tokens, i <= accepted, sampled == 0, view, raw_memory, row_values_ptr, row_ids_ptr,
+                                    scale)  # fmt: skip
+        tl.store(log_probs_ptr + of_token, log_probs, mask=i <= num_drafts)
+    tl.store(accepted_ptr + request, accepted)
+    tl.store(emitted_ptr + request, accepted + 1)
+    tl.store(rejected_ptr + request, length - accepted)
+    tl.store(flags_ptr + request, flags)
+    tl.store(next_ptr + request, token)
+    last_row = tl.load(logits_indices_ptr + row0 + accepted)
+    tl.store(last_row_ptr + request, last_row)
+    if anchors_ptr is not None:
+        tl.store(anchors_ptr + slot * stride_a, token)
+    if anchor_positions_ptr is not None:
+        tl.store(anchor_positions_ptr + slot * stride_p, anchor + accepted + 1)
+    _commit(commit_ptr, query_start_ptr, request, num_requests, last_row, num_forward, 128)
+
+
+@triton.jit
+def emit_nothing(request, slot, layout, outputs, num_requests, num_drafts, num_forward, WIDTH: tl.constexpr):
+    """A request without logit rows (a prefill chunk keeps all its rows) or a padding row."""
+    tokens_ptr, accepted_ptr, emitted_ptr, rejected_ptr, next_ptr, last_row_ptr, commit_ptr, flags_ptr, log_probs_ptr = outputs[0]
+    query_start_ptr, _, _, _, _ = layout
+    i = tl.arange(0, WIDTH)
+    of_token = request.to(tl.int64) * (num_drafts + 1) + i
+    tl.store(tokens_ptr + of_token, (i * 0 - 1).to(tl.int64), mask=i <= num_drafts)
+    if log_probs_ptr is not None:
+        tl.store(log_probs_ptr + of_token, i * 0.0, mask=i <= num_drafts)
+    tl.store(accepted_ptr + request, 0)
+    tl.store(emitted_ptr + request, 0)
+    tl.store(rejected_ptr + request, 0)
+    tl.store(next_ptr + request, tl.full((), -1, tl.int64))
+    tl.store(last_row_ptr + request, 0)
+    tl.store(flags_ptr + request, 0)
+    committed = tl.where(slot >= 0, num_forward, -1)
+    _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_forward, 128)

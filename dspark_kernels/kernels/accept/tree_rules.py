@@ -1,0 +1,317 @@
+"""How a tree is judged: the walk from the root, and rules that go from a rejected child to the residual at its parent.
+
+    walk       go to the first child whose token is the one drawn at its parent
+    recursive  child c: node <- c while u q_c(x) < p(x), else p <- norm [p - q_c]+ and the next child
+    traversal  down to a leaf; accept while u < P, else P M <- [P M - q_c]+ / (Z + 1 - P) at the parent and the next child
+
+Symbols: WIDTH nodes of a tree (padded), NL leaves of 1024 ids; p, q target and draft law, P chance that a node's prefix is kept, M
+its residual law, Z = sum [P M - q_c]+. What lies behind a residual is never stored: an id's remaining weight is computed again from
+p, q and a few numbers per rejected sibling. Siblings are in the order of their nodes. Oracle: reference/tree.py.
+"""
+
+import triton
+import triton.language as tl
+
+from ..primitives.fence import stores_done
+from ..primitives.leaves import merge_leaves, race_ids, race_leaves
+from ..primitives.mass import LEAF, NEG_INF, ONE
+from ..primitives.philox import ACCEPT, coin_words, uniform
+from .proposals import await_map, map_used
+from .rows import NONFINITE_ROW, SOFTMAX, soft_prob
+from .target import read_each, read_rows
+from .tree_outputs import emit
+from .tree_proposals import next_of, pick
+from .tree_rows import first_token, id_weights, leaf_weights, node_laws, node_status
+
+WALK = tl.constexpr(0)
+RECURSIVE = tl.constexpr(1)
+TRAVERSAL = tl.constexpr(2)
+DONE = tl.constexpr(1 << 20)  # published instead of the number of sweeps
+
+# A request's state between sweeps, fp32 [NODE_VALUES, WIDTH]: P as numerator and denominator, 1 - P, P on entry; of a rejected
+# child what its parent's law was multiplied by and what draft weights were.
+NODE_VALUES = tl.constexpr(6)
+NUMERATOR = tl.constexpr(0)
+DENOMINATOR = tl.constexpr(1)
+LACK = tl.constexpr(2)
+ENTRY = tl.constexpr(3)
+MULTIPLIER = tl.constexpr(4)
+FACTOR = tl.constexpr(5)
+# And int32 [NODE_IDS, WIDTH].
+NODE_IDS = tl.constexpr(2)
+REJECTED = tl.constexpr(0)
+FOUL = tl.constexpr(1)  # could not be accepted
+
+
+@triton.jit
+def _walk(parent, draft, token, open_nodes, i, WIDTH: tl.constexpr):
+    """Follow each node's own token from the root: the last node."""
+    # Two values of their own: a loop does not carry a name that holds another one's value before it (Triton up to 3.9).
+    node = tl.zeros((), tl.int32)
+    child = tl.zeros((), tl.int32)
+    while child < WIDTH:
+        node = child
+        child = next_of(open_nodes & (parent == node) & (draft == pick(token, node, i)), node, i, WIDTH)
+    return node
+
+
+@triton.jit
+def _remaining(target_prob, draft_weight, ids, taken, tokens, multiplier, factor, i, WITHOUT: tl.constexpr, WIDTH: tl.constexpr):
+    """What the rejected children `taken` leave of a node's law at `ids`, and the draft weights that the next child has there."""
+    k = next_of(taken, -1, i, WIDTH)
+    while k < WIDTH:
+        target_prob = tl.maximum(target_prob - draft_weight * pick(factor, k, i), 0.0) * pick(multiplier, k, i)
+        if WITHOUT:
+            draft_weight = tl.where(ids == pick(tokens, k, i), 0.0, draft_weight)
+        k = next_of(taken, k, i, WIDTH)
+    return target_prob, draft_weight
+
+
+@triton.jit
+def left_in_leaves(
+    node, leaf, laws, entry, taken, tokens, multiplier, factor, view, law, scale, draft_scale, i,
+    WEIGHTS: tl.constexpr, COLUMN: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What is left in leaves [PAIRS] of a node's law, entered with P = entry, and of its children's draft weights: fp32
+    [PAIRS, LEAF]."""
+    _, _, vocab, _, _, _, _, slot, _, _ = view
+    target_law, draft_law = laws
+    mass_of, top, inverse = target_law
+    draft_of, reference = draft_law
+    ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+    x = read_rows(view, node + leaf * 0, ids, ids < vocab)
+    target_prob = entry * soft_prob(x, ids, mass_of, top, inverse, scale)
+    weight = WEIGHTS(node, ids, slot, vocab, law, draft_of, reference, draft_scale, COLUMN, CANDIDATES)
+    return _remaining(target_prob, weight, ids, taken, tokens, multiplier, factor, i, WITHOUT, WIDTH)
+
+
+@triton.jit
+def _after_sweep(request, child, node, numerator, denominator, lack, multiplier, residuals, num_leaves, i,
+                 RULE: tl.constexpr, LEAVES: tl.constexpr):  # fmt: skip
+    """A sweep's sum Z in the state of `node`, whose child was rejected; and whether anything is left."""
+    residual_ptr, _ = residuals
+    leaf = tl.arange(0, LEAVES)
+    at = request.to(tl.int64) * num_leaves + leaf
+    total = tl.sum(tl.load(residual_ptr + at, mask=leaf < num_leaves, other=0, volatile=True), axis=0)
+    mass = total.to(tl.float32) * 8.673617379884035e-19  # 2^-60
+    if RULE == RECURSIVE:
+        multiplier = tl.where(i == child, 1.0 / tl.where(total > 0, mass, float("inf")), multiplier)
+    else:
+        below = mass + pick(lack, node, i)
+        scale_up = 1.0 / tl.where(below > 0.0, below, float("inf"))
+        multiplier = tl.where(i == child, scale_up, multiplier)
+        lack = tl.where(i == node, lack * scale_up, lack)
+        numerator = tl.where(i == node, mass, numerator)
+        denominator = tl.where(i == node, below, denominator)
+    return numerator, denominator, lack, multiplier, tl.where(total > 0, 1, 0)
+
+
+@triton.jit
+def _draw(
+    request, node, row, position, anchor, seed, from_residual, laws, entry, taken, tokens, multiplier, factor, view, law, memory,
+    residuals, scale, draft_scale, num_leaves, i,
+    WEIGHTS: tl.constexpr, COLUMN: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, LEAVES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A token from what is left of a node's law, or from all of it: int64."""
+    top_ptr, mass_ptr, _ = memory
+    residual_ptr, _ = residuals
+    one = tl.zeros([1], tl.int32)
+    top, _mass, words, tops = merge_leaves(top_ptr, mass_ptr, row + one, num_leaves, scale, LEAVES)
+    weight = leaf_weights(tops, words, top, scale)
+    if from_residual:
+        leaf = tl.arange(0, LEAVES)[None, :]
+        at = request.to(tl.int64) * num_leaves + leaf
+        mass = tl.load(residual_ptr + at, mask=leaf < num_leaves, other=0, volatile=True)
+        weight = tl.where(mass > 0, tl.log2(tl.maximum(mass, 1).to(tl.float32)), NEG_INF)
+    position = tl.full([1, 1], 0, tl.int64) + position
+    at = tl.zeros([1, 1], tl.int32) + node
+    winner = race_leaves(weight, seed, position, anchor, at, 1, LEAVES)
+    inner = id_weights(view, node + one, winner, top, scale)
+    if from_residual:
+        left, _weight = left_in_leaves(node, winner, laws, entry, taken, tokens, multiplier, factor, view, law, scale,
+                                       draft_scale, i, WEIGHTS, COLUMN, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
+        inner = tl.where(left > 0.0, tl.log2(tl.where(left > 0.0, left, 1.0)), NEG_INF)
+    return tl.sum(race_ids(inner, winner, seed, position, anchor, at, 1), axis=0).to(tl.int64)
+
+
+@triton.jit
+def decide(
+    request, row0, length, sweep, view, layout, law, parents_ptr, temperature_ptr, seed_ptr, outputs, memory, raw_memory,
+    residuals, records, states, published_ptr, mapping, map_parts, walks, scale, draft_scale, num_requests, num_forward, num_nodes,
+    num_leaves, RULE: tl.constexpr, AT: tl.constexpr, WEIGHTS: tl.constexpr, LEFT: tl.constexpr, COLUMN: tl.constexpr,
+    WITHOUT: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Decide from what is known after `sweep` sweeps: publish the next one, or emit."""
+    _starts, _logits, logits_indices_ptr, token_ids_ptr, positions_ptr = layout
+    _, _, vocab, _, _, _, _, slot, _, _ = view
+    _, _, row_rest_ptr, row_token_ptr = records
+    i = tl.arange(0, WIDTH)
+    has_row = i <= length
+    rows = (row0 + i).to(tl.int64)
+    parent = tl.load(parents_ptr + slot * num_nodes + i, mask=has_row & (i > 0), other=-1)
+    forward = tl.load(logits_indices_ptr + rows, mask=has_row, other=0)
+    draft = tl.load(token_ids_ptr + forward, mask=has_row, other=-1)
+    inside = has_row & (draft >= 0) & (draft < vocab)
+    linked = has_row & (parent >= 0) & (parent < i)
+    parent_at = tl.where(linked, parent, 0)
+    parent_rows = row0.to(tl.int64) + parent_at
+    # Children of a node without a finite logit are not looked at.
+    is_child = linked & ((node_status(parent_rows, linked, records) & NONFINITE_ROW) == 0)
+    sampled = slot < 0
+    if temperature_ptr is not None:
+        sampled = tl.load(temperature_ptr + slot) > 0.0
+
+    final = tl.full((), 1, tl.int32)
+    empty = tl.zeros((), tl.int32)
+    last = tl.zeros((), tl.int32)
+    token = tl.zeros((), tl.int64)
+    bad = is_child & (inside == 0)
+    if walks > 0:
+        drawn = tl.load(row_token_ptr + rows, mask=has_row, other=-1, volatile=True)
+        last = _walk(parent, draft, drawn, is_child, i, WIDTH)
+        token = pick(drawn, last, i).to(tl.int64)
+    if RULE != WALK:
+        if walks == 0:
+            if mapping is not None:
+                ready_ptr, _finished_ptr = mapping
+                await_map(ready_ptr, map_parts)
+            seed = tl.load(seed_ptr + slot)
+            depth = tl.load(positions_ptr + forward, mask=has_row, other=0)
+            anchor = pick(depth, 0, i)
+            coin = uniform(coin_words(seed, depth, anchor, ACCEPT, i))
+            # The parent's row is what judges a node.
+            judged = is_child & inside
+            ids = tl.where(inside, draft, 0)
+            target_law, draft_law = node_laws(parent_rows, judged, records)
+            mass_of, top, inverse = target_law
+            draft_of, reference = draft_law
+            x = read_each(view, parent_at, ids.to(tl.int32), judged)
+            target_prob = soft_prob(x, ids, mass_of, top, inverse, scale)
+            draft_weight = AT(parent_at, ids, judged, slot, vocab, law, draft_of, reference, draft_scale, COLUMN)
+            row_rest = tl.load(row_rest_ptr + rows, mask=has_row, other=0, volatile=True)
+
+            node_values_ptr, node_ids_ptr, node_rest_ptr, record_ptr = states
+            values = node_values_ptr + (request.to(tl.int64) * NODE_VALUES) * WIDTH + i
+            node_ids = node_ids_ptr + (request.to(tl.int64) * NODE_IDS) * WIDTH + i
+            rests = node_rest_ptr + request.to(tl.int64) * WIDTH + i
+            numerator = tl.full([WIDTH], 1.0, tl.float32)
+            denominator = tl.full([WIDTH], 1.0, tl.float32)
+            lack = tl.zeros([WIDTH], tl.float32)
+            entry = tl.full([WIDTH], 1.0, tl.float32)
+            multiplier = tl.full([WIDTH], 1.0, tl.float32)
+            factor = tl.zeros([WIDTH], tl.float32)
+            rejected = tl.zeros([WIDTH], tl.int32)
+            foul = tl.zeros([WIDTH], tl.int32)
+            rest = tl.zeros([WIDTH], tl.int64)  # draft mass that the younger siblings of a rejected child share
+            node = tl.zeros((), tl.int32)
+            child = tl.zeros((), tl.int32)
+            some = tl.full((), 1, tl.int32)
+            if sweep > 0:
+                numerator = tl.load(values + NUMERATOR * WIDTH, volatile=True)
+                denominator = tl.load(values + DENOMINATOR * WIDTH, volatile=True)
+                lack = tl.load(values + LACK * WIDTH, volatile=True)
+                entry = tl.load(values + ENTRY * WIDTH, volatile=True)
+                multiplier = tl.load(values + MULTIPLIER * WIDTH, volatile=True)
+                factor = tl.load(values + FACTOR * WIDTH, volatile=True)
+                rejected = tl.load(node_ids + REJECTED * WIDTH, volatile=True)
+                foul = tl.load(node_ids + FOUL * WIDTH, volatile=True)
+                rest = tl.load(rests, volatile=True)
+                node = tl.load(record_ptr + request * 2, volatile=True)
+                child = tl.load(record_ptr + request * 2 + 1, volatile=True)
+                numerator, denominator, lack, multiplier, some = _after_sweep(
+                    request, child, node, numerator, denominator, lack, multiplier, residuals, num_leaves, i, RULE, LEAVES
+                )
+                if WITHOUT:
+                    if LEFT is not None:
+                        _own_target, own_law = node_laws(row0.to(tl.int64) + node, node >= 0, records)
+                        taken = is_child & (parent == node) & (rejected > 0)
+                        own_mass_of, own_reference = own_law
+                        whole = LEFT(node, slot, law, own_mass_of, own_reference, taken, draft, draft_scale, i, CANDIDATES, WIDTH)
+                    else:
+                        _residuals, rest_ptr = residuals
+                        leaf = tl.arange(0, LEAVES)
+                        at = request.to(tl.int64) * num_leaves + leaf
+                        whole = tl.sum(tl.load(rest_ptr + at, mask=leaf < num_leaves, other=0, volatile=True), axis=0)
+                    rest = tl.where(i == child, whole, rest)
+            final = tl.zeros((), tl.int32)
+            swept = tl.zeros((), tl.int32)
+            while (final | swept) == 0:
+                siblings = is_child & (parent == node)
+                taken = siblings & (rejected > 0)
+                child = next_of(siblings & (rejected == 0), node, i, WIDTH)
+                if child < WIDTH:
+                    weight = pick(draft_weight, child, i)
+                    prob = pick(entry, node, i) * pick(target_prob, child, i)
+                    own = pick(draft, child, i)
+                    prob, weight = _remaining(prob, weight, own, taken, draft, multiplier, factor, i, WITHOUT, WIDTH)
+                    left = pick(row_rest, node, i)
+                    if WITHOUT:
+                        elder = tl.max(tl.where(taken, i, -1), axis=0)
+                        left = tl.where(elder >= 0, pick(rest, elder, i), left)
+                    own_factor = tl.where(left > 0, 1.0 / tl.maximum(left, 1).to(tl.float32) * ONE, 0.0)
+                    draft_prob = weight * own_factor
+                    possible = (pick(tl.where(inside, 1, 0), child, i) > 0) & (draft_prob > 0.0)
+                    factor = tl.where(i == child, own_factor, factor)
+                    foul = tl.where((i == child) & (possible == 0), 1, foul)
+                    if RULE == RECURSIVE:
+                        passes = possible & (pick(coin, child, i) * draft_prob < prob)
+                        node = tl.where(passes, child, node)
+                        swept = tl.where(passes, 0, 1)
+                    else:
+                        chance = tl.where(possible, tl.minimum(prob / tl.where(possible, draft_prob, 1.0), 1.0), 0.0)
+                        short = tl.where(possible, tl.maximum(draft_prob - prob, 0.0) / tl.where(possible, draft_prob, 1.0), 1.0)
+                        numerator = tl.where(i == child, chance, numerator)
+                        entry = tl.where(i == child, chance, entry)
+                        lack = tl.where(i == child, short, lack)
+                        node = child
+                else:
+                    below = pick(denominator, node, i)
+                    passes = (node == 0) | (below <= 0.0) | (pick(coin, node, i) * below < pick(numerator, node, i))
+                    if RULE == RECURSIVE:
+                        passes = passes | (node >= 0)
+                    final = tl.where(passes, 1, 0)
+                    swept = tl.where(passes, 0, 1)
+                    child = node
+                    node = tl.where(passes, node, pick(parent, node, i))
+            last = node
+            bad = is_child & (foul > 0)
+            if final == 0:
+                # `child` is rejected: the residual at its parent decides what follows.
+                tl.debug_barrier()  # every warp has read the state that one of them now writes
+                tl.store(values + NUMERATOR * WIDTH, numerator)
+                tl.store(values + DENOMINATOR * WIDTH, denominator)
+                tl.store(values + LACK * WIDTH, lack)
+                tl.store(values + ENTRY * WIDTH, entry)
+                tl.store(values + MULTIPLIER * WIDTH, multiplier)
+                tl.store(values + FACTOR * WIDTH, factor)
+                tl.store(node_ids + REJECTED * WIDTH, tl.where(i == child, 1, rejected))
+                tl.store(node_ids + FOUL * WIDTH, foul)
+                tl.store(rests, rest)
+                tl.store(record_ptr + request * 2, node)
+                tl.store(record_ptr + request * 2 + 1, child)
+            else:
+                row = row0.to(tl.int64) + node
+                laws = node_laws(row, node >= 0, records)
+                last_target_law, _last_draft_law = laws
+                last_of, _last_top, _last_inverse = last_target_law
+                taken = is_child & (parent == node) & (rejected > 0)
+                taken_any = tl.max(tl.where(taken, 1, 0), axis=0)
+                empty = tl.where((taken_any > 0) & (some == 0), 1, 0)
+                from_residual = (taken_any > 0) & (some > 0)
+                token = first_token(row, records).to(tl.int64)
+                if from_residual | (last_of == SOFTMAX):
+                    token = _draw(
+                        request, node, row, pick(depth, node, i) + 1, anchor, seed, from_residual, laws, pick(entry, node, i),
+                        taken, draft, multiplier, factor, view, law, memory, residuals, scale, draft_scale, num_leaves, i,
+                        WEIGHTS, COLUMN, CANDIDATES, WITHOUT, LEAVES, WIDTH,
+                    )  # fmt: skip
+    if final > 0:
+        status = node_status(rows, has_row, records)
+        emit(request, row0, length, last, parent, token, status, bad, empty, draft, forward, i, sampled, view, layout, outputs,
+             raw_memory, records, scale, num_requests, num_forward, num_nodes, WIDTH)  # fmt: skip
+        if mapping is not None:
+            map_used(mapping, num_requests, map_parts)
+    if RULE != WALK:
+        stores_done()
+        tl.atomic_xchg(published_ptr + request, tl.where(final > 0, DONE, sweep + 1), sem="release", scope="gpu")

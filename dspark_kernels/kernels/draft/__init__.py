@@ -1,0 +1,1 @@
+"""Drafting a block: whole vocabulary, candidates, and both in shards."""

@@ -1,0 +1,199 @@
+"""Sequential heads on the candidates of one request: the latent that position k multiplies with its rows of W2.
+
+    vanilla: W1[x];  gated: sigmoid(G [h; W1[x]] + b) * W1[x];
+    rnn: (gate, candidate, output) = chunks of J [s; W1[x]; h] + b, s' = sig(gate) s + (1 - sig(gate)) tanh(candidate), tanh(output)
+
+The products with h are made for all positions at once (`hidden_products`), the rest follows the drafts. Symbols: x = the previous
+token, r = rank, O = r (gated) or 3 r (rnn) outputs, s = state, zero at first. Oracle: reference/heads.py. Source: DSpark, arXiv
+2607.05147.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_cuda
+
+from ..primitives.activations import sigmoid, tanh
+from ..primitives.widen import fp8_by_bits
+
+ROWS = tl.constexpr(16)  # of the first factor of every dot
+
+
+@triton.jit
+def _values(stored):
+    """Weights in a type whose values they have; bytes are e4m3."""
+    if stored.dtype == tl.uint8:
+        value = fp8_by_bits(stored, tl.bfloat16)
+    elif stored.dtype == tl.int8:
+        value = stored.to(tl.bfloat16)
+    else:
+        value = stored
+    return value
+
+
+@triton.jit
+def _in_rows(x):
+    """fp32 x [N] as three rows of bf16 [ROWS, N], whose sum it is."""
+    high = x.to(tl.bfloat16)
+    x -= high.to(tl.float32)
+    middle = x.to(tl.bfloat16)
+    low = (x - middle.to(tl.float32)).to(tl.bfloat16)
+    row = tl.arange(0, ROWS)[:, None]
+    x = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
+    return tl.where(row < 3, x, 0.0).to(tl.bfloat16)
+
+
+@triton.jit
+def exact_dot(total, a, b):
+    """total + a @ b with the products of fp32, all by dots of bf16: a factor is the sum of as many bf16 as its type needs."""
+    a_parts: tl.constexpr = 3 if a.dtype == tl.float32 else 2 if a.dtype == tl.float16 else 1
+    b_parts: tl.constexpr = 3 if b.dtype == tl.float32 else 2 if b.dtype == tl.float16 else 1
+    for i in tl.static_range(a_parts):
+        part = a.to(tl.bfloat16)
+        if i + 1 < a_parts:
+            a = a.to(tl.float32) - part.to(tl.float32)
+        rest = b
+        for j in tl.static_range(b_parts):
+            other = rest.to(tl.bfloat16)
+            if j + 1 < b_parts:
+                rest = rest.to(tl.float32) - other.to(tl.float32)
+            total = tl.dot(part, other, total)
+    return total
+
+
+@triton.jit
+def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, BLOCK: tl.constexpr):
+    """total [ROWS, M] + x . weight by rows. rows: offsets [M] of rows of weights that are `there`; x [size], of which `known`
+    elements are there. One form: dots of [ROWS, BLOCK] by [BLOCK, M], since Blackwell's compiler fails on one with few columns."""
+    for first in range(0, size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside = (i < size)[:, None] & there[None, :]
+        w = tl.load(weight_ptr + rows[None, :] + (first_column + i)[:, None], mask=inside, other=0)
+        x = tl.load(x_ptr + i, mask=i < known, other=0.0).to(tl.float32)
+        total = exact_dot(total, _in_rows(x), _values(w))
+    return total
+
+
+@triton.jit
+def weighted_rows(rows, scales, there, latent_ptr, known, head, BLOCK_R: tl.constexpr):
+    """fp32 [WIDTH]: rows of W2 . latent, 0 where nothing is `there`. rows, scales: offsets of each row and of its scale."""
+    w2_ptr, scale_ptr, rank = head[2], head[4], head[6]
+    total = tl.zeros([ROWS, rows.shape[0]], tl.float32)
+    total = _product(total, w2_ptr, rows, there, 0, rank, latent_ptr, known, BLOCK_R)
+    bias = tl.sum(total, axis=0)
+    if scale_ptr is not None:
+        bias = bias * tl.load(scale_ptr + scales, mask=there, other=0.0)
+    return bias
+
+
+@triton.jit
+def weighted(ids, latent_ptr, known, head, BLOCK_R: tl.constexpr):
+    """fp32 [WIDTH]: W2[ids] . latent, 0 for id -1. known: ranks of the latent that there are."""
+    return weighted_rows(ids.to(tl.int64) * head[3], ids, ids >= 0, latent_ptr, known, head, BLOCK_R)
+
+
+@triton.jit
+def prefetch_rows(table_ptr, stride, ids, size, LINES: tl.constexpr, LINE: tl.constexpr):
+    """Have the first `size` elements of these rows (id -1 = none) brought to L2, where an instruction for that is known.
+
+    LINE: elements per 128 bytes; LINES: lines at a time.
+    """
+    if is_cuda():
+        for first in range(0, size, LINES * LINE):
+            i = first + tl.arange(0, LINES) * LINE
+            address = (table_ptr + ids.to(tl.int64)[:, None] * stride + i[None, :]).to(tl.int64)
+            there = ((ids >= 0)[:, None] & (i < size)[None, :]).to(tl.int32)
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2; }",
+                "=r,l,r", [address, there], dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
+def hidden_products(pairs, requests, slots, block, latent, hidden, products_ptr, num_drafts, BLOCK_H: tl.constexpr):
+    """16 outputs of (weight . h + bias) for 16 (request, position) pairs. One form whatever the batch: dots of [16, BLOCK_H] by
+    [BLOCK_H, 16]."""
+    weight_ptr, stride_w, bias_ptr, outputs, first_column, _, _ = latent
+    hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
+    o = block * 16 + tl.arange(0, 16)
+    i = tl.arange(0, BLOCK_H)
+    at = requests.to(tl.int64) * stride_hr + (pairs % num_drafts).to(tl.int64) * stride_hk
+    total = tl.zeros([16, pairs.shape[0]], tl.float32)
+    for first in range(0, hidden_size, BLOCK_H):
+        there = first + i < hidden_size
+        w = tl.load(
+            weight_ptr + o.to(tl.int64)[:, None] * stride_w + first_column + first + i[None, :],
+            mask=(o < outputs)[:, None] & there[None, :],
+            other=0.0,
+        )
+        h = tl.load(hidden_ptr + at[None, :] + first + i[:, None], mask=(slots >= 0)[None, :] & there[:, None], other=0.0)
+        total = exact_dot(total, w, h)
+    total += tl.load(bias_ptr + o, mask=o < outputs, other=0.0).to(tl.float32)[:, None]
+    where = products_ptr + pairs.to(tl.int64)[None, :] * outputs + o[:, None]
+    tl.store(where, total, mask=(slots >= 0)[None, :] & (o < outputs)[:, None])
+
+
+@triton.jit
+def no_latent(
+    turn, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, states_ptr, rank,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    pass
+
+
+@triton.jit
+def advance_gated(
+    turn, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, states_ptr, rank,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """latent [r] = sigmoid(G [h; W1[x]] + b) * W1[x]."""
+    weight_ptr, stride_w = latent[0], latent[1]
+    tl.debug_barrier()  # the latent of k - 1 has been read
+    for first in range(0, rank, BLOCK_O):
+        o = first + tl.arange(0, BLOCK_O)
+        total = tl.zeros([ROWS, BLOCK_O], tl.float32)
+        rows = o.to(tl.int64) * stride_w
+        total = _product(total, weight_ptr, rows, o < rank, hidden[3], rank, embedded_ptr, known, BLOCK_J)
+        z = tl.sum(total, axis=0) + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
+        e = tl.load(embedded_ptr + o, mask=o < known, other=0.0).to(tl.float32)
+        tl.store(latent_ptr + o, (sigmoid(z) * e).to(latent_ptr.dtype.element_ty), mask=o < rank)
+    tl.debug_barrier()
+
+
+@triton.jit
+def advance_rnn(
+    turn, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, states_ptr, rank,
+    BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """latent [r] = tanh(output). The states of k - 1 and k take turns in two rows of r; turn = (k, K, first_draft, slot)."""
+    k, num_drafts, first_draft, slot = turn
+    weight_ptr, stride_w, _, _, _, carried_ptr, stride_c = latent
+    old_ptr = states_ptr + (k % 2) * rank
+    tl.debug_barrier()
+    if k == 0:
+        for first in range(0, rank, BLOCK_O):
+            o = first + tl.arange(0, BLOCK_O)
+            state = tl.zeros([BLOCK_O], tl.float32)
+            if carried_ptr is not None:
+                state = tl.load(carried_ptr + slot * stride_c + o, mask=o < tl.where(first_draft > 0, rank, 0), other=0.0)
+            tl.store(old_ptr + o, state, mask=o < rank)
+        tl.debug_barrier()
+    for first in range(0, rank, BLOCK_O):
+        o = first + tl.arange(0, BLOCK_O)
+        old = tl.load(old_ptr + o, mask=o < rank, other=0.0)
+        gate = old
+        for part in range(3):  # gate, candidate, output
+            total = tl.zeros([ROWS, BLOCK_O], tl.float32)
+            rows = (part * rank + o).to(tl.int64) * stride_w
+            total = _product(total, weight_ptr, rows, o < rank, 0, rank, old_ptr, rank, BLOCK_J)
+            total = _product(total, weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J)
+            z = tl.sum(total, axis=0) + tl.load(products_ptr + part * rank + o, mask=o < rank, other=0.0, volatile=True)
+            if part == 0:
+                gate = sigmoid(z)
+            elif part == 1:
+                state = gate * old + (1.0 - gate) * tanh(z)
+                tl.store(states_ptr + (1 - k % 2) * rank + o, state, mask=o < rank)
+                if carried_ptr is not None:
+                    tl.store(carried_ptr + slot * stride_c + o, state, mask=o < tl.where(k == num_drafts - 1, rank, 0))
+            else:
+                tl.store(latent_ptr + o, tanh(z).to(latent_ptr.dtype.element_ty), mask=o < rank)
+    tl.debug_barrier()

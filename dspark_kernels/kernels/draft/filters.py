@@ -1,0 +1,152 @@
+"""Filters of a draft position: the support that top-k, top-p and min-p leave of the stored row, its law, its winner.
+
+kept <=> key > threshold, or key = threshold and id <= cut (primitives/filters.py), judged on the logits as stored; x_k = argmax
+over kept v of logits_k(v) / T - ln E_k(v), with the noise of the whole row; lse_k = ln sum over kept of exp(logit / T). After the
+vocabulary phase request r belongs to one program. The winner of the whole row is that of the support wherever it is kept, so
+noise is drawn again only where it is not. A phase later each program writes -inf over what is not kept of its own tiles. Symbols:
+R requests, K positions, V vocabulary of the head, U units of 64 ids. Oracle: reference/draft.py, reference/sampling.py.
+"""
+
+import triton
+import triton.language as tl
+
+from ..primitives.filters import BLOCK, EVERYTHING, filter_is_on, filter_row, kept
+from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, masses
+from ..primitives.philox import COUPLED, log2_exponential, words_at
+from ..primitives.race import NOBODY, pack, unpack_id
+from ..primitives.slots import state_slots
+from .rows import UNIT, log_sum_exp, row_mass
+
+# filters = (top_k int32, top_p fp32, min_p fp32 [S], each or None; threshold int64, cut int32 [R]; of scratch: group maxima fp32
+# and groups int32 [R, G], keys and ids int32 [R, BLOCK]); G groups of 128 ids.
+GROUP = tl.constexpr(128)  # ids per group: two units, since a program keeps all groups of a row in registers
+TILE = tl.constexpr(8)  # groups of a block of filter_row: BLOCK // GROUP
+
+
+@triton.jit
+def _stored(ids, inside, row_ptr):
+    """LOAD of filter_row."""
+    return tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32)
+
+
+@triton.jit
+def _setting(pointer, slot, off):
+    if pointer is None:
+        setting = off
+    else:
+        setting = tl.load(pointer + slot)
+    return setting
+
+
+@triton.jit
+def _group_maxima(unit_max_ptr, maxima_ptr, num_units):
+    for first in range(0, num_units, 2 * BLOCK):
+        unit = first + 2 * tl.arange(0, BLOCK)
+        left = tl.load(unit_max_ptr + unit, mask=unit < num_units, other=NEG_INF, volatile=True)
+        right = tl.load(unit_max_ptr + unit + 1, mask=unit + 1 < num_units, other=NEG_INF, volatile=True)
+        tl.store(maxima_ptr + unit // 2, tl.maximum(left, right), mask=unit < num_units)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _reached(b, row_ptr, groups_ptr, num_reached, map_ptr, num_targets, vocab, threshold, cut):
+    """Block b of the groups that can hold kept ids: which those are, and [BLOCK] logits, tokens, and which are kept."""
+    which = b * TILE + tl.arange(0, TILE)
+    groups = tl.load(groups_ptr + which, mask=which < num_reached, other=0)
+    ids = tl.reshape(groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [BLOCK])
+    valid = tl.reshape((which < num_reached)[:, None] & (tl.arange(0, GROUP) >= 0)[None, :], [BLOCK]) & (ids < vocab)
+    x = _stored(ids, valid, row_ptr)
+    tokens = ids
+    if map_ptr is not None:
+        mapped = tl.load(map_ptr + ids, mask=valid, other=-1)
+        tokens = tl.where((mapped >= 0) & (mapped < num_targets), mapped, 0).to(tl.int32)
+    return groups, which < num_reached, x, tokens, valid & kept(x, ids, threshold, cut)
+
+
+@triton.jit
+def filter_rows(
+    k, positions_ptr, slots_ptr, map_ptr, filters, temperature_ptr, seed_ptr, logits_ptr, lse_ptr, best_ptr,
+    unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
+    stride_p, stride_ls, stride_lk, stride_es, STREAM: tl.constexpr, JOINT: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Support, law and winner of position k."""
+    top_k_ptr, top_p_ptr, min_p_ptr, threshold_ptr, cut_ptr, maxima_ptr, groups_ptr, keys_ptr, list_ptr = filters
+    num_units, num_groups = tl.cdiv(vocab, UNIT), tl.cdiv(vocab, GROUP)
+    for request in range(tl.program_id(0), num_requests, tl.num_programs(0)):
+        slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
+        if slot >= 0:
+            temperature = tl.load(temperature_ptr + slot)
+            scale = log2_scale(temperature)
+            row = tl.cast(request, tl.int64) * num_drafts + k
+            top, total = row_mass(unit_max_ptr, unit_mass_ptr, row, num_units, scale, BLOCK)
+            off = tl.zeros((), tl.float32)
+            top_k, top_p = _setting(top_k_ptr, slot, off.to(tl.int32)), _setting(top_p_ptr, slot, off + 1.0)
+            min_p = _setting(min_p_ptr, slot, off)
+            threshold = tl.zeros((), tl.int64) + EVERYTHING
+            cut = tl.full((), -1, tl.int32)
+            finite = (top > NEG_INF) & (top < POS_INF)
+            if filter_is_on(top_k, top_p, min_p, vocab) & (temperature > 0.0) & finite:
+                row_ptr = logits_ptr + slot * stride_ls + tl.cast(column + k, tl.int64) * stride_lk
+                own_groups_ptr = groups_ptr + tl.cast(request, tl.int64) * num_groups
+                own_max_ptr = maxima_ptr + tl.cast(request, tl.int64) * num_groups
+                _group_maxima(unit_max_ptr + row * num_units, own_max_ptr, num_units)
+                threshold, cut, reached = filter_row(
+                    _stored, row_ptr, vocab, own_max_ptr, num_groups, own_groups_ptr, keys_ptr + request * BLOCK,
+                    list_ptr + request * BLOCK, top, total, scale, top_k, top_p, min_p, JOINT, GROUP, GROUPS,
+                )  # fmt: skip
+                word = tl.load(best_ptr + k * num_requests + request, volatile=True)
+                winner = unpack_id(word)
+                total = tl.zeros((), tl.int64)
+                there = tl.zeros((), tl.int32)
+                for b in range(tl.cdiv(reached, TILE)):
+                    groups, used, x, tokens, keep = _reached(
+                        b, row_ptr, own_groups_ptr, reached, map_ptr, num_targets, vocab, threshold, cut
+                    )
+                    group_top = tl.load(own_max_ptr + groups, mask=used, other=NEG_INF, volatile=True)
+                    e = tl.exp2(below_max(tl.reshape(x, [TILE, GROUP]), group_top[:, None]) * scale)
+                    e = tl.where(tl.reshape(keep, [TILE, GROUP]), e, 0.0)
+                    mass = masses(e, TILE, GROUP, ONE).to(tl.float32)
+                    total += tl.sum((mass * tl.exp2(below_max(group_top, top) * scale)).to(tl.int64), axis=0)
+                    there += tl.max(tl.where(keep & (tokens == winner), 1, 0), axis=0)
+                if there == 0:
+                    anchor = tl.load(positions_ptr + slot * stride_p).to(tl.int64)
+                    position = anchor + (first_draft + k + 1)
+                    if STREAM == COUPLED:
+                        anchor = anchor * 0
+                    seed = tl.load(seed_ptr + slot)
+                    zeros = tl.zeros([BLOCK], tl.int64)
+                    word = tl.full((), NOBODY, tl.int64)
+                    for b in range(tl.cdiv(reached, TILE)):
+                        groups, used, x, tokens, keep = _reached(
+                            b, row_ptr, own_groups_ptr, reached, map_ptr, num_targets, vocab, threshold, cut
+                        )
+                        words = words_at(zeros + seed, tokens, zeros + position, zeros + anchor, STREAM)
+                        key = x * scale - log2_exponential(words)
+                        word = tl.maximum(word, tl.max(tl.where(keep, pack(key, tokens), NOBODY), axis=0))
+                    tl.store(best_ptr + k * num_requests + request, word)
+            tl.store(threshold_ptr + request, threshold)
+            tl.store(cut_ptr + request, cut)
+            if lse_ptr is not None:
+                tl.store(lse_ptr + slot * stride_es + column + k, log_sum_exp(top, total, scale))
+
+
+@triton.jit
+def mask_rows(
+    k, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column, stride_ls, stride_lk,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """-inf over what position k's support leaves out, in this program's tiles."""
+    _, _, _, threshold_ptr, cut_ptr, _, _, _, _ = filters
+    for first_id in range(tl.program_id(0) * BLOCK_V, vocab, tl.num_programs(0) * BLOCK_V):
+        ids = first_id + tl.arange(0, BLOCK_V)
+        for first_request in range(0, num_requests, ROWS):
+            requests = first_request + tl.arange(0, ROWS)
+            slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+            threshold = tl.load(threshold_ptr + requests, mask=slots >= 0, other=EVERYTHING, volatile=True)
+            cut = tl.load(cut_ptr + requests, mask=slots >= 0, other=-1, volatile=True)
+            inside = ((slots >= 0) & (threshold != EVERYTHING))[:, None] & (ids < vocab)[None, :]
+            at = logits_ptr + slots[:, None] * stride_ls + tl.cast(column + k, tl.int64) * stride_lk + ids[None, :]
+            x = tl.load(at, mask=inside, other=NEG_INF).to(tl.float32)
+            keep = kept(x, ids[None, :], threshold[:, None], cut[:, None])
+            nothing = tl.full(x.shape, NEG_INF, tl.float32).to(logits_ptr.dtype.element_ty)
+            tl.store(at, nothing, mask=inside & (keep == 0))

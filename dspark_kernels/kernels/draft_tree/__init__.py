@@ -1,0 +1,1 @@
+"""Drafting a tree: fixed shapes, and best first."""

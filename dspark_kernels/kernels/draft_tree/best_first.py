@@ -1,0 +1,328 @@
+"""Draft trees of the most probable paths on the C best of each position's base logits, in one launch without a barrier.
+
+    survival(child) = survival(node) c(node) q(child | node),  q = softmax over the C best of (base + bias(node's token)) / T
+
+Without a head q is the same after every node of a depth, and may be that of the whole vocabulary: of its children M - 1 are enough
+then. Symbols: R requests, K positions, V vocabulary, C candidates, M nodes, r rank, H hidden size, S state slots, U units of GROUP
+ids, leaf = 1024 ids. Oracle: reference/tree_draft.py. Source: DSpark, arXiv 2607.05147.
+
+As in candidates.py: a part of a row keeps the key of the largest logit of each unit, the last part of a row keeps its C best, and
+the last row of a request grows the tree, a depth at a time: all its nodes of the depth get their children in one product, and the
+best nodes stay (nodes.py). That takes K steps, where a best-first search takes one per node.
+"""
+
+import triton
+import triton.language as tl
+
+from ..draft.candidate_heads import hidden_products
+from ..draft.candidates import PAIRS, _best_ids, _chunk, _hidden_score, _keep_best, _slot, latent_programs, padded_units
+from ..primitives.leaves import SAW_FINITE, leaf_masses, merge_leaves
+from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
+from ..primitives.select import ordered_key
+from ..primitives.slots import state_slots
+from ..primitives.ticket import arrive
+from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
+from .nodes import (
+    BAD_TOKEN_ID,
+    DEPTH,
+    FIELDS,
+    NAN,
+    NONFINITE_ROW,
+    ORIGIN,
+    SEEN,
+    TOKEN,
+    emit_tree,
+    field,
+    log_confidence,
+    log_shares,
+    merge_children,
+    plant,
+    survivals,
+)
+
+__all__ = ["latent_programs", "launch_draft_paths"]
+
+
+@triton.jit
+def _store_keys(row_ptr, keys_ptr, leaves, first, end, vocab, scale, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
+    """Key of the largest logit of each unit of chunks first .. end - 1 of a row, and where they count the leaves' maxima and
+    masses; returns whether a logit is NaN."""
+    unit = tl.arange(0, BLOCK // GROUP)
+    nan = tl.zeros([BLOCK], tl.int1)
+    loaded = _chunk(row_ptr, first, end, vocab, BLOCK)
+    for chunk in range(first, end):
+        x = loaded.to(tl.float32)
+        loaded = _chunk(row_ptr, chunk + 1, end, vocab, BLOCK)  # on its way while this one is reduced
+        nan = nan | (x != x)
+        x = numbers(x)
+        keys = ordered_key(tl.max(tl.reshape(x, [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
+        here = chunk * (BLOCK // GROUP) + unit
+        tl.store(keys_ptr + here, keys, mask=here < tl.cdiv(vocab, GROUP))
+        if leaves is not None:
+            tops_ptr, masses_ptr = leaves
+            x = tl.reshape(x, [BLOCK // LEAF, LEAF])
+            top, mass = leaf_masses(x, scale, BLOCK // LEAF)
+            mass |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
+            leaf = chunk * (BLOCK // LEAF) + tl.arange(0, BLOCK // LEAF)
+            tl.store(tops_ptr + leaf, top, mask=leaf < tl.cdiv(vocab, LEAF))
+            tl.store(masses_ptr + leaf, mass, mask=leaf < tl.cdiv(vocab, LEAF))
+    return tl.max(nan.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _node_logits(
+    ids_ptr, row, num_rows, row_ptr, x_ptr, num_candidates, vocab, head, row_ptrs, known, live,
+    NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Logits of the candidates after each live node, to x [NODES, WIDTH]; (maxima, whether NaN, whether finite) int32 [NODES]."""
+    i = tl.arange(0, NODES)
+    top = tl.full([NODES], NEG_INF, tl.float32)
+    nan = tl.zeros([NODES], tl.int32)
+    finite = tl.zeros([NODES], tl.int32)
+    for first in range(0, WIDTH, PIECE):
+        c = first + tl.arange(0, PIECE)
+        ids = _best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab)
+        used = ids >= 0
+        x = tl.load(row_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)[None, :] + tl.zeros([NODES, 1], tl.float32)
+        if head is not None:
+            x += node_bias(ids, used, row_ptrs, known, head, BLOCK_R)
+        inside = used[None, :] & live[:, None]
+        nan = tl.maximum(nan, tl.max(tl.where(inside & (x != x), 1, 0), axis=1))
+        finite = tl.maximum(finite, tl.max(tl.where(inside & (tl.abs(x) < POS_INF), 1, 0), axis=1))
+        x = tl.where(used[None, :], numbers(x), NEG_INF)
+        top = tl.maximum(top, tl.max(x, axis=1))
+        tl.store(x_ptr + i[:, None] * WIDTH + c[None, :], x, mask=live[:, None])
+    tl.debug_barrier()
+    return top, nan, finite
+
+
+@triton.jit
+def _node_masses(x_ptr, top, live, scale, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    mass = tl.zeros([NODES], tl.int64)
+    for first in range(0, WIDTH, PIECE):
+        where = x_ptr + tl.arange(0, NODES)[:, None] * WIDTH + (first + tl.arange(0, PIECE))[None, :]
+        x = tl.load(where, mask=live[:, None], other=NEG_INF, volatile=True)
+        mass += tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * ONE).to(tl.int64), axis=1)
+    return mass
+
+
+@triton.jit
+def _expand(
+    d, count, room, nan, request, row, row_ptr, num_rows, head, latent, hidden, confidence, leaves, own, scale, num_candidates,
+    vocab, ADVANCE: tl.constexpr, LEAVES: tl.constexpr, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Children for all nodes of depth d; returns how many nodes there are then."""
+    ids_ptr, score_ptr, kept_ptr, x_ptr, products_ptr, latent_ptr, states_ptr = own
+    i = tl.arange(0, NODES)
+    live = (i < count) & (field(kept_ptr, DEPTH, i, count, NODES) == d)
+    token = field(kept_ptr, TOKEN, i, count, NODES)
+    row_ptrs = x_ptr + i
+    known = live
+    if head is not None:
+        row_ptrs = head[0] + token.to(tl.int64) * head[1]
+        known = live & (token >= 0) & (token < head[5])
+    if latent is not None:
+        origin = field(kept_ptr, ORIGIN, i, count, NODES)
+        ADVANCE(
+            d, live, row_ptrs, known, origin, latent, hidden[3], products_ptr + d * latent[3], latent_ptr, states_ptr, head[6],
+            BLOCK_O, BLOCK_J,
+        )  # fmt: skip
+        tl.debug_barrier()
+        top, some_nan, finite = _node_logits(
+            ids_ptr, row, num_rows, row_ptr, x_ptr, num_candidates, vocab, head, latent_ptr + i.to(tl.int64) * head[6], live, live,
+            NODES, WIDTH, PIECE, BLOCK_R,
+        )  # fmt: skip
+    else:
+        top, some_nan, finite = _node_logits(
+            ids_ptr, row, num_rows, row_ptr, x_ptr, num_candidates, vocab, head, row_ptrs, known, live,
+            NODES, WIDTH, PIECE, BLOCK_R,
+        )  # fmt: skip
+    if leaves is None:
+        mass = _node_masses(x_ptr, top, live, scale, NODES, WIDTH, PIECE)
+    else:
+        one = tl.zeros([1], tl.int64)
+        whole_top, whole, words, _ = merge_leaves(leaves[0], leaves[1], row + one, tl.cdiv(vocab, LEAF), scale, LEAVES)
+        finite += tl.max((words & SAW_FINITE) >> 60, axis=1).to(tl.int32)
+        top = whole_top + tl.zeros([NODES], tl.float32)
+        mass = whole + tl.zeros([NODES], tl.int64)
+    seen = nan | tl.where(some_nan > 0, NAN, 0) | tl.where(finite > 0, 0, NONFINITE_ROW)
+    tl.store(kept_ptr + SEEN * NODES + i, seen, mask=live)
+    reached = survivals(kept_ptr, i, count, NODES)
+    if confidence is not None:
+        score = tl.load(score_ptr + d, volatile=True)
+        reached += log_confidence(token, live, score, d, confidence, hidden[3], NODES)
+    tl.debug_barrier()
+    row_nodes = i
+    for first in range(0, WIDTH, PIECE):
+        c = first + tl.arange(0, PIECE)
+        x = tl.load(x_ptr + i[:, None] * WIDTH + c[None, :], mask=live[:, None], other=NEG_INF, volatile=True)
+        ids = tl.maximum(_best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab), 0)
+        share = log_shares(x, ids[None, :], top, mass, scale)
+        keys = tl.where((live & (row_nodes >= 0))[:, None], reached[:, None] + share, NEG_INF)
+        every = ids[None, :] + tl.zeros([NODES, 1], tl.int32)
+        count, row_nodes = merge_children(kept_ptr, count, room, d + 1, keys, every, row_nodes, NODES)
+    return count
+
+
+@triton.jit
+def _grow(
+    request, slot, base, state, head, latent, hidden, confidence, out, leaves, scratch, status_ptr, num_rows, num_drafts,
+    num_nodes, vocab, num_candidates,
+    ADVANCE: tl.constexpr, LEAVES: tl.constexpr, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The tree of one request, whose candidates are there."""
+    base_ptr, stride_br, stride_bk = base
+    anchors_ptr, stride_a, _, temperature_ptr, budgets_ptr = state
+    ids_ptr, _, score_ptr, kept_ptr, x_ptr, products_ptr, latent_ptr, states_ptr = scratch
+    wide = request.to(tl.int64)
+    kept_ptr += wide * (FIELDS * NODES)
+    if latent is not None:
+        products_ptr += wide * num_drafts * latent[3]
+        latent_ptr += wide * (NODES * head[6])
+        states_ptr += wide * (2 * NODES * head[6])
+    own = (
+        ids_ptr, score_ptr + wide * num_drafts, kept_ptr, x_ptr + wide * (NODES * WIDTH), products_ptr, latent_ptr, states_ptr
+    )  # fmt: skip
+    anchor = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
+    scale = _row_scale(temperature_ptr, slot)
+    plant(kept_ptr, anchor, NODES)
+    count = tl.full((), 1, tl.int32)
+    i = tl.arange(0, NODES)
+    for d in range(num_drafts):
+        row = wide * num_drafts + d
+        nan = tl.atomic_xchg(status_ptr + row, 0, sem="relaxed")
+        open_nodes = (i < count) & (field(kept_ptr, DEPTH, i, count, NODES) == d)
+        if (tl.max(open_nodes.to(tl.int32), axis=0) > 0) & (num_nodes > 1):
+            row_ptr = base_ptr + wide * stride_br + tl.cast(d, tl.int64) * stride_bk
+            count = _expand(
+                d, count, num_nodes, nan, request, row, row_ptr, num_rows, head, latent, hidden, confidence, leaves, own, scale,
+                num_candidates, vocab, ADVANCE, LEAVES, NODES, WIDTH, PIECE, BLOCK_R, BLOCK_O, BLOCK_J,
+            )  # fmt: skip
+    flags = tl.zeros((), tl.int32)
+    if head is not None:
+        flags = tl.where((anchor < 0) | (anchor >= head[5]), BAD_TOKEN_ID, 0)
+    emit_tree(kept_ptr, count, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
+
+
+@triton.jit
+def _row_scale(temperature_ptr, slot):
+    temperature = tl.zeros((), tl.float32)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + slot)
+    return log2_scale(temperature)
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "num_nodes", "latent_items", "parts"])
+def draft_paths_kernel(
+    base,  # (logits [R, K, V], strides of R and K)
+    state,  # (anchors [S], stride, slots [R] or None, temperature [S] or None, node budgets [R] or None)
+    head,  # (W1 [V1, r], stride, W2 [V, r], stride, scale [V] or None, V1, r) or None
+    latent,  # of gated and rnn: (weight [O, ...], stride, bias [O], O, first column of hidden states, None, 0) or None
+    hidden,  # ([R, K, H], strides of R and K, H) or None
+    confidence,  # (weight [H] or [H+r], bias [1] or None, sts [K] or None, W1 or None, its stride, V1, r) or None
+    out,  # the tree: tokens, parents, depths, first child, next sibling, ancestors [S, M], counts [S], survival [S, M], flags [R]
+    leaves,  # (maxima fp32, masses int64 [R, K, leaves]) where laws are those of the whole vocabulary, or None
+    keys_ptr,  # int32 [R, K, U]
+    units_ptr,  # int32 [R, K, C]
+    scratch,  # (ids int32 [R, K, C], bounds int32 [R, K, 2], score fp32 [R, K], kept int32 [R, FIELDS, NODES], logits
+    # fp32 [R, NODES, C], and with a latent products fp32 [R, K, O], latents fp32 [R, NODES, r], states fp32 [R, 2, NODES, r])
+    row_count_ptr, request_count_ptr, status_ptr,  # int32 [R, K], [R], [R, K], zero before and after
+    num_requests, num_slots, num_drafts, num_nodes, vocab, num_candidates, latent_items, parts,
+    ADVANCE: tl.constexpr, LEAVES: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr,
+    CHOSEN: tl.constexpr, WIDTH: tl.constexpr, NODES: tl.constexpr, PIECE: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    base_ptr, stride_br, stride_bk = base
+    slots_ptr = state[2]
+    num_rows = num_requests * num_drafts
+    program = tl.program_id(0)
+    # Requests that this program arrives at when its part is done, and how many parts a request has.
+    first = tl.zeros((), tl.int32)
+    count = tl.zeros((), tl.int32)
+    if program < latent_items:
+        if latent is not None:
+            outputs = tl.cdiv(latent[3], 16)
+            pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
+            requests = pairs // num_drafts
+            slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+            hidden_products(pairs, requests, slots, program % outputs, latent, hidden, scratch[5], num_drafts, BLOCK_J)
+            first = program // outputs * PAIRS // num_drafts
+            count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
+    else:
+        item = program - latent_items
+        row = item // parts
+        part = item % parts
+        request = row // num_drafts
+        k = row % num_drafts
+        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        if slot >= 0:
+            row_ptr = base_ptr + request.to(tl.int64) * stride_br + k.to(tl.int64) * stride_bk
+            wide_row = row.to(tl.int64)
+            chunks = tl.cdiv(vocab, BLOCK)
+            own_leaves = None
+            if leaves is not None:
+                own_leaves = (leaves[0] + wide_row * tl.cdiv(vocab, LEAF), leaves[1] + wide_row * tl.cdiv(vocab, LEAF))
+            nan = _store_keys(
+                row_ptr, keys_ptr + wide_row * padded_units(tl.cdiv(vocab, GROUP)), own_leaves, part * chunks // parts,
+                (part + 1) * chunks // parts, vocab, _row_scale(state[3], slot), BLOCK, GROUP, SHIFT,
+            )  # fmt: skip
+            if nan > 0:
+                tl.atomic_or(status_ptr + row, NAN, sem="relaxed")
+            if confidence is not None:
+                if part == 0:
+                    hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
+                    own_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + k.to(tl.int64) * stride_hk
+                    tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size))
+            if arrive(row_count_ptr + row, parts):
+                choice = (None, 0, None, slot, 0)
+                _keep_best(
+                    wide_row, row_ptr, choice, head, keys_ptr, units_ptr, scratch[0], scratch[1], num_rows, vocab, num_candidates,
+                    GROUP, UNITS, CHOSEN, WIDTH, SHIFT,
+                )  # fmt: skip
+                first = request
+                count = tl.full((), 1, tl.int32)
+        else:
+            if (k == 0) & (part == 0):
+                tl.store(out[8] + request, 0)
+
+    for request in range(first, first + count):
+        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        if slot >= 0:
+            awaited = num_drafts
+            if latent is not None:
+                tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
+                awaited += tiles * tl.cdiv(latent[3], 16)
+            if arrive(request_count_ptr + request, awaited):
+                _grow(
+                    request, slot, base, state, head, latent, hidden, confidence, out, leaves, scratch, status_ptr, num_rows,
+                    num_drafts, num_nodes, vocab, num_candidates, ADVANCE, LEAVES, NODES, WIDTH, PIECE, BLOCK_R, BLOCK_O, BLOCK_J,
+                )  # fmt: skip
+
+
+_ADVANCE = {None: None, "vanilla": None, "gated": advance_gated_nodes, "rnn": advance_rnn_nodes}
+
+
+def launch_draft_paths(programs, args, *, kind, leaves, shift, config):
+    """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
+    draft_paths_kernel[(programs,)](
+        *args,
+        ADVANCE=_ADVANCE[kind],
+        LEAVES=leaves,
+        BLOCK=config.block,
+        GROUP=config.group,
+        UNITS=config.units,
+        CHOSEN=config.chosen,
+        WIDTH=config.width,
+        NODES=config.nodes,
+        PIECE=min(config.width, config.piece),
+        SHIFT=shift,
+        BLOCK_R=config.block_r,
+        BLOCK_O=config.block_o,
+        BLOCK_J=config.block_j,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=False,
+        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+    )

@@ -1,0 +1,149 @@
+"""The packed rows of a forward pass from a length per request: what every layout writes, and how requests are read.
+
+A request's rows are its anchor row, then its drafts (or the rows of a prompt, ids left to the engine). Every program scans the
+lengths of the whole batch, a few kilobytes, and writes its own tile of rows, so that no program waits for another. Symbols: R
+requests, K drafts, N rows allocated, S state slots.
+"""
+
+import triton
+import triton.language as tl
+
+from ..primitives.packing import owner_of
+from ..primitives.slots import state_slots
+
+BAD_TOKEN_ID = tl.constexpr(4)
+MISSING_DRAFT = tl.constexpr(8)
+
+
+@triton.jit
+def read_requests(r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, num_rows, stride_a):
+    """Per request [REQUESTS]: state slot (-1 = padding), prompt rows, whether it emits, and the flag of its anchor.
+
+    A prompt longer than all rows there are counts as one row longer, which is as much too long.
+    """
+    slots = state_slots(slots_ptr, r, num_requests, num_slots)
+    live = slots >= 0
+    prompt = tl.zeros(r.shape, tl.int32)
+    if prefill_ptr is not None:
+        prompt = tl.load(prefill_ptr + r, mask=live, other=0)
+        prompt = tl.minimum(tl.maximum(prompt, 0), num_rows + 1).to(tl.int32)
+    emits = live
+    if emits_ptr is not None:
+        emits = tl.load(emits_ptr + r, mask=live, other=0).to(tl.int32) != 0
+    anchor = tl.load(anchors_ptr + slots * stride_a, mask=live, other=0).to(tl.int64)
+    flags = tl.where((anchor < 0) & (prompt == 0), BAD_TOKEN_ID, 0)
+    return slots, prompt, emits, flags
+
+
+@triton.jit
+def _made(drafts_ptr, slots, k, num_drafts, stride_ds, made):
+    here = tl.where(k < num_drafts, slots, -1)
+    token = tl.load(drafts_ptr + here * stride_ds + k, mask=here >= 0, other=0)
+    return tl.where(token < 0, k, made)
+
+
+@triton.jit
+def made_drafts(drafts_ptr, slots, num_drafts, stride_ds, DRAFTS: tl.constexpr, UNROLL: tl.constexpr = True):
+    """How many drafts come before the first below 0, which was never made: nothing from there on can be verified.
+
+    UNROLL: all loads at once, which takes registers for each.
+    """
+    made = tl.where(slots >= 0, num_drafts, 0)
+    if UNROLL:
+        for back in tl.static_range(DRAFTS):
+            made = _made(drafts_ptr, slots, DRAFTS - 1 - back, num_drafts, stride_ds, made)
+    else:
+        for back in range(num_drafts):
+            made = _made(drafts_ptr, slots, num_drafts - 1 - back, num_drafts, stride_ds, made)
+    return made
+
+
+@triton.jit
+def fixed_rows(slots, prompt):
+    """Rows that a request brings whatever is drafted: its anchor's, or its prompt's."""
+    return tl.where(slots >= 0, tl.maximum(prompt, 1), 0)
+
+
+@triton.jit
+def write_rows(
+    r, slots, prompt, emits, lens, flags,  # [REQUESTS]
+    anchors_ptr, anchor_positions_ptr,  # [S]
+    drafts_ptr,  # [S, K], or None: every draft is `filler`
+    depths_ptr,  # [S, K+1] of tree nodes, or None: row j sits j after the anchor
+    block_tables_ptr,  # [S, max_pages] or None
+    draft_lens_ptr,  # [R]
+    query_start_ptr, cu_logits_ptr,  # [R+1]
+    token_ids_ptr, positions_ptr, batch_indices_ptr, slot_mapping_ptr,  # [N]; slot_mapping None without block tables
+    logits_indices_ptr,  # [N]
+    num_rows_ptr,  # [1]
+    flags_ptr,  # [R]
+    num_requests, num_rows, num_drafts, max_pages, page_size, filler, silent_rows,
+    stride_a, stride_p, stride_ds, stride_ts, stride_bs,
+    REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write this program's BLOCK rows, and program 0 what is per request. silent_rows: first rows of a decoding request that
+    give no logits (1 where the anchor's row predicts nothing)."""
+    batch = r < num_requests
+    live = slots >= 0
+    # Anchor and prompt rows come first; drafts share what is left, in the order of requests.
+    own = fixed_rows(slots, prompt)
+    left = tl.maximum(num_rows - tl.sum(own.to(tl.int64), axis=0), 0).to(tl.int32)
+    before = tl.cumsum(lens, axis=0) - lens
+    lens = tl.minimum(lens, tl.maximum(left - before, 0))
+    rows = own + lens
+    wanted = tl.cumsum(rows.to(tl.int64), axis=0)
+    end = tl.minimum(wanted, num_rows).to(tl.int32)
+    start = tl.minimum(wanted - rows, num_rows).to(tl.int32)
+    logits = tl.where(prompt > 0, 1, tl.maximum(lens + 1 - silent_rows, 0))
+    logits = tl.where(live & emits & (end - start == rows), logits, 0)
+    logits_end = tl.cumsum(logits, axis=0)
+    total = tl.max(end, axis=0)
+
+    if tl.program_id(0) == 0:
+        tl.store(draft_lens_ptr + r, lens, mask=batch)
+        tl.store(query_start_ptr + r + 1, end, mask=batch)
+        tl.store(cu_logits_ptr + r + 1, logits_end, mask=batch)
+        tl.store(flags_ptr + r, flags, mask=batch)
+        tl.store(query_start_ptr, 0)
+        tl.store(cu_logits_ptr, 0)
+        tl.store(num_rows_ptr, total)
+
+    # Row n belongs to the request whose [start, end) holds it.
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < num_rows
+    used = n < total
+    owner = owner_of(tl.where(batch, end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
+    owner = tl.where(used, owner, 0)
+    slot = tl.gather(slots, owner, axis=0)
+    offset = n - tl.gather(start, owner, axis=0)
+    is_prompt = tl.gather(prompt, owner, axis=0) > 0
+    token = tl.load(anchors_ptr + slot * stride_a, mask=used, other=0).to(tl.int64)
+    is_draft = used & (offset > 0) & (offset <= num_drafts)
+    if drafts_ptr is not None:
+        draft = tl.load(drafts_ptr + slot * stride_ds + offset - 1, mask=is_draft, other=0)
+        token = tl.where(offset == 0, token, draft)
+    else:
+        token = tl.where(offset == 0, token, filler)
+    token = tl.where(used & (is_prompt == 0), tl.maximum(token, 0), 0)
+    anchor_position = tl.load(anchor_positions_ptr + slot * stride_p, mask=used, other=0).to(tl.int64)
+    position = anchor_position + offset
+    if depths_ptr is not None:
+        depth = tl.load(depths_ptr + slot * stride_ts + offset, mask=used & (is_prompt == 0), other=0)
+        position = tl.where(is_prompt, position, anchor_position + depth)
+    tl.store(token_ids_ptr + n, token, mask=inside)
+    tl.store(positions_ptr + n, tl.where(used, position, 0), mask=inside)
+    tl.store(batch_indices_ptr + n, tl.where(used, owner, -1), mask=inside)
+    if slot_mapping_ptr is not None:
+        # By row, not by depth: siblings of a tree share a position, and each needs a slot of its own.
+        cached = anchor_position + offset
+        page = cached // page_size
+        mapped = used & (cached >= 0) & (page < max_pages)
+        base = tl.load(block_tables_ptr + slot * stride_bs + page, mask=mapped, other=0).to(tl.int64)
+        tl.store(slot_mapping_ptr + n, tl.where(mapped & (base >= 0), base * page_size + cached % page_size, -1), mask=inside)
+
+    # Logit row m: the last rows of its request.
+    logit_owner = owner_of(tl.where(batch, logits_end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
+    has_logits = n < tl.max(logits_end, axis=0)
+    behind = tl.gather(logits_end, logit_owner, axis=0) - n  # 1 for the request's last row
+    row = tl.gather(end, logit_owner, axis=0) - behind
+    tl.store(logits_indices_ptr + n, tl.where(has_logits, row, 0), mask=inside)

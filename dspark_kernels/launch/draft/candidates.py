@@ -1,0 +1,91 @@
+"""Launch configuration of the draft block on candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..arch import Arch
+
+MAX_CANDIDATES = 256
+MAX_LISTED = 128  # successors per token in a bigram table
+MOST_UNITS = 8192  # units of a row, all of which one program holds at once
+
+
+@dataclasses.dataclass(frozen=True)
+class CandidatesConfig:
+    """block: ids of a chunk; group: ids of a unit; units: units of a row, and chosen: units read again, both padded; width:
+    entries of a position, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_j:
+    what such a dot sums; drafts: positions, padded; max_registers: per thread, None = the compiler's choice."""
+
+    block: int
+    group: int
+    units: int
+    chosen: int
+    width: int
+    block_r: int
+    block_o: int
+    block_j: int
+    drafts: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+def padded(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def unit_ids(vocab: int, candidates: int) -> int:
+    """Ids of a unit: few units to search through against few logits to read again (candidates x this)."""
+    group = 128 if candidates <= 32 else 64 if candidates <= 128 else 32
+    while -(-vocab // group) > MOST_UNITS:
+        group *= 2
+    return group
+
+
+def parts(arch: Arch, rows: int, chunks: int) -> int:
+    """Programs per row of logits: some rounds of programs for every multiprocessor, and no less than a chunk each."""
+    return max(1, min(chunks, arch.multiprocessors * 8 // rows))
+
+
+def pick(
+    arch: Arch, drafts: int, vocab: int, candidates: int, listed: int, rank: int, weights: str, outputs: int, settings: bool
+) -> CandidatesConfig:
+    """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
+
+    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. settings: penalties, bias, mask, filters or an
+    id map are in play. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
+    """
+    width = max(16, padded(candidates + listed))
+    padded_rank, padded_drafts = max(16, padded(rank)), padded(drafts)
+    if arch.vendor == "interpreter":
+        group = 16 if vocab <= 16 * MOST_UNITS else unit_ids(vocab, candidates)
+        units = max(64, padded(-(-vocab // group)))
+        chosen = padded(min(candidates, units))
+        block = min(65536, max(group, padded(vocab)))
+        return CandidatesConfig(block, group, units, chosen, width, padded_rank, padded_rank, 4096, padded_drafts, 1, 1, None)
+    group = unit_ids(vocab, candidates)
+    units = max(64, padded(-(-vocab // group)))
+    chosen = padded(min(candidates, units))
+    # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
+    # one reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
+    warps = 8 if arch.vendor == "nvidia" else 4
+    block = 4096 if arch.vendor == "amd" and settings else 8192
+    plain, hopper = weights == "bfloat16", arch.family == "sm_90"
+    narrow = plain or weights == "int8" or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
+    capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
+    most = 32 if capped and not (plain and hopper) else 64 if width < 32 else 128
+    block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
+    block_o, block_j = (64, 128) if plain else (32, 32)
+    registers = 128 if capped else None
+    return CandidatesConfig(block, group, units, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)
+
+
+def list_config(arch: Arch, config: CandidatesConfig, adjusted: bool, mapped: bool) -> CandidatesConfig:
+    """For a rank's lists on vocabulary shards: smaller chunks where both penalties and an id map take registers."""
+    return dataclasses.replace(config, block=4096) if adjusted and mapped and arch.vendor != "interpreter" else config
+
+
+def merge_config(arch: Arch, config: CandidatesConfig) -> CandidatesConfig:
+    """For the walk on shards: all registers there are. Left to itself the compiler for sm_120 takes 128 and spills."""
+    return dataclasses.replace(config, max_registers=255 if arch.vendor == "nvidia" else None)

@@ -1,0 +1,77 @@
+"""Launch configuration of the dense draft block."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..arch import Arch
+from ..table import find
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """block_v: ids per tile (a multiple of 64); block_r: ranks per dot; programs_per_sm: resident programs; max_registers: per
+    thread, None = the compiler's choice; one_launch: all phases in one cooperative launch, else a launch for each.
+
+    Of gated and rnn heads: block_j: latents per program, block_n: hoisted products per program, block_s: inputs per dot of these
+    and of the state.
+    """
+
+    block_v: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    max_registers: int | None
+    one_launch: bool
+    block_j: int
+    block_n: int
+    block_s: int
+    native_fp8: bool
+
+
+# A grid barrier costs about 7 us on MI300X (published), more than a launch of a captured graph: there every phase is a launch.
+_STEPPED = ("gfx942", "gfx950")
+_NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx950", "interpreter")
+
+
+def request_tile(requests: int, settings: bool) -> int:
+    """Requests whose noise a program computes at once. 4 would do for 3 and 4, but there the compiler runs out of registers, as it
+    does at 16 with `settings` (penalties, bias, mask or filters)."""
+    return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
+
+
+def ranks_per_dot(mixed: bool, widened: bool, adjusted: bool, filtered: bool = False) -> int:
+    """Of W2 in 16 bits: fewer where registers are needed for the latents of a gated or rnn head, to widen a quantised W2, for
+    penalties, bias and mask, or for filters (bench/compile.py: no spills)."""
+    return 64 if mixed or adjusted else 128 if widened or filtered else 256
+
+
+def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
+    """Ranks per dot: what the bits of a projection depend on, so acceptance takes the same to rebuild them."""
+    padded_rank = max(16, 1 << max(0, rank - 1).bit_length())
+    return padded_rank if arch.vendor == "interpreter" else min(padded_rank, ranks if element_size <= 2 else 32)
+
+
+def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, ranks: int = 256) -> DraftConfig:
+    """The configuration for W2 of [vocab, rank] whose products take `element_size` bytes an operand.
+
+    one_tile: the batch fits one tile of requests. ranks: from `ranks_per_dot`.
+    """
+    block_r = rank_block(arch, rank, element_size, ranks)
+    native = arch.family in _NATIVE_FP8
+    if arch.vendor == "interpreter":
+        # One program walks everything: large tiles, because every operation costs the same whatever its size.
+        # No block may have more than 2^20 elements.
+        block_v = min(4096, 2**20 // block_r, max(64, 1 << (vocab - 1).bit_length()))
+        few = min(512, block_r)
+        return DraftConfig(block_v, block_r, 1, 1, 1, None, True, few, 4 * few, few, native)
+    tuned = find(arch, "draft", operands=f"{8 * element_size} bit", one_tile=one_tile).config
+    return DraftConfig(
+        # In no table: the bits of a projection depend on these two, and must not depend on the batch.
+        block_r=block_r,
+        block_s=32,
+        one_launch=arch.cooperative and arch.family not in _STEPPED,
+        native_fp8=native,
+        **tuned,
+    )

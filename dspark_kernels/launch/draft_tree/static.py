@@ -1,0 +1,66 @@
+"""Launch configuration of draft trees of a static shape."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..arch import Arch
+
+LEAF = 1024  # ids per item, as in kernels/primitives/mass.py
+ROWS_PER_ITEM = 16  # (request, node) pairs per item, as in kernels/draft/heads.py
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeDraftConfig:
+    """block_v: ids at a time; pairs: rows whose leaves a program weighs, and children it draws, at once; rows: lists merged at
+    once; max_registers: per thread, None = the compiler's choice. Of gated and rnn heads: block_j: latents per program, block_n:
+    hoisted products per program, block_s: inputs per dot of these."""
+
+    block_v: int
+    pairs: int
+    rows: int
+    block_j: int
+    block_n: int
+    block_s: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+def depths_of(branching, drafts: int, nodes: int) -> list[tuple[int, int]]:
+    """(nodes, children of each) of every depth whose nodes get children, at most; one depth at least."""
+    depths, width, total = [], 1, 1
+    for wanted in branching[:drafts]:
+        if total == nodes:
+            break
+        wanted = min(wanted, nodes - total)
+        depths.append((width, wanted))
+        width = min(width * wanted, nodes - total)
+        total += width
+    return depths or [(1, 1)]
+
+
+def items_of(config: TreeDraftConfig, depths, requests: int, leaves: int, rank: int, parts: int) -> int:
+    """Programs of a launch: the products of a head with `parts` of r outputs and hidden states (0: it has none), then for every
+    depth the latents of its rows, rows by leaves, and a request's children."""
+    hoisted = -(-parts * rank // config.block_n) * -(-requests * len(depths) // ROWS_PER_ITEM)
+    per_group = leaves + (-(-rank // config.block_j) if parts else 0)
+    return hoisted + sum(-(-requests * width // ROWS_PER_ITEM) * per_group + requests for width, _ in depths)
+
+
+# Of W2 per dot, in 16 bits: more would take the registers of a second program on a multiprocessor (bench/compile.py).
+RANKS = 64
+
+
+def pick(arch: Arch, vocab: int, rank: int, wide: bool) -> TreeDraftConfig:
+    """wide: a head whose products are of fp32. Not measured on a GPU yet.
+
+    With 4 warps of 255 registers two programs share a multiprocessor, so that all items of a row of Qwen3's length run at once on
+    an H100 or H200. Left to itself the compiler spills to have a third one on some GPUs, except
+    where products are wide.
+    """
+    if arch.vendor == "interpreter":
+        few = min(512, max(16, 1 << (rank - 1).bit_length()))
+        return TreeDraftConfig(min(LEAF, max(64, 1 << (vocab - 1).bit_length())), 16, 16, few, 4 * few, few, 1, 1, None)
+    registers = 255 if arch.vendor == "nvidia" and not wide else None
+    return TreeDraftConfig(64, 2, rows=4, block_j=16, block_n=64, block_s=32, num_warps=4, num_stages=2, max_registers=registers)

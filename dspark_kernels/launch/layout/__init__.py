@@ -1,0 +1,1 @@
+"""Launch configurations of scheduling and layouts."""

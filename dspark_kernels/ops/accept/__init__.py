@@ -1,0 +1,1 @@
+"""accept_chain, accept_tree, and acceptance in vocabulary shards."""

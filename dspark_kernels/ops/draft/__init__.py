@@ -1,0 +1,1 @@
+"""draft_block: whole vocabulary, candidates, and both in shards."""

@@ -1,0 +1,395 @@
+"""draft_block: a whole block of drafts under the sequential head in one launch.
+
+x_k ~ softmax((base_k + bias(x_{k-1})) / T), k = 1..K, x_0 = the anchor; confidence_k = sigmoid((w . [h_k; W1[x_{k-1}]] + b) /
+T_k). Oracle: reference/draft.py. Source: DSpark, arXiv 2607.05147, sections on the sequential and the confidence head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ... import library, workspace as workspaces
+from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
+from ...launch import arch
+from ...launch.draft import dense as draft_launch
+from ...types import ConfidenceHead, DenseProposal, DraftBlock, GatedMarkovHead, MarkovHead, RnnMarkovHead, SamplingTensors
+from ..sampling import SCHEMA, Flat, adjust_settings, check_sampling, flatten
+from .candidates import draft_candidates
+from .outputs import allocate, check_out
+
+OP = "draft_block"
+UNIT = 64  # ids per stored (maximum, mass) pair, as in kernels/draft/rows.py
+GROUP = 128  # ids per group of a filter, as in kernels/draft/filters.py
+LIST = 1024  # kept ids that a filter lists, as in kernels/primitives/filters.py
+
+
+@workspaces.declare(OP)
+def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
+    rows, units = requests * drafts, -(-vocab // UNIT)
+    counters = workspaces.words_of(rows, torch.int64) + workspaces.words_of(requests, torch.int32)
+    scratch = workspaces.words_of(rows * units, torch.float32) + workspaces.words_of(rows * units, torch.int64)
+    groups = -(-vocab // GROUP)
+    filters = [(1, torch.int64), (1, torch.int32), *[(groups, torch.float32)] * 2, *[(LIST, torch.int32)] * 2]
+    scratch += sum(workspaces.words_of(requests * size, dtype) for size, dtype in filters)
+    return counters, scratch
+
+
+def draft_block(
+    base_logits: Tensor,
+    anchors: Tensor,
+    head: MarkovHead | None = None,
+    *,
+    anchor_positions: Tensor,
+    sampling: SamplingTensors | None = None,
+    hidden: Tensor | None = None,
+    confidence: ConfidenceHead | None = None,
+    candidates: int | None = None,
+    bigrams: Tensor | None = None,
+    draft_to_target: Tensor | None = None,
+    vocab_size: int | None = None,
+    first_draft: int = 0,
+    head_state: Tensor | None = None,
+    noise: str = "draft",
+    state_indices: Tensor | None = None,
+    keep_logits: bool = False,
+    out: DraftBlock | None = None,
+    workspace: workspaces.Workspace | None = None,
+) -> DraftBlock:
+    """Draft positions first_draft + 1 .. first_draft + K of every request, left to right, in one launch.
+
+    Args:
+        base_logits: [R, K, V] bf16, fp16 or fp32, last dimension contiguous: the backbone's logits.
+        anchors: int64 or int32 [S] (R without `state_indices`), the last emitted token of each request. A call with first_draft
+            > 0 takes the token drafted last in its place.
+        head: MarkovHead, GatedMarkovHead, RnnMarkovHead (w1 [V1, r] by target id, w2 [V, r]) or None for independent positions.
+        anchor_positions: int64 or int32 [S], absolute position of the anchor; draft k is decided for position + k.
+        sampling: per slot; None = every row greedy. Temperature <= 0 makes a row greedy. Penalties, bias and mask act on base
+            logits + bias of the head before they are rounded; the penalties' path is the drafts of this call before a position,
+            and with an `out` that is wider the earlier columns, too. Bias and mask are by target id; token_bitmask is
+            [S, K, words] for the positions of this call. The proposal holds -inf outside what filters leave.
+        hidden: [R, K, H], needed by `confidence`, gated and rnn heads.
+        confidence: ConfidenceHead; its weight is [H], or [H + r] with the Markov input.
+        candidates: restrict each position to its C best base logits after penalties, bias and mask (1 to 256; ties: lowest ids);
+            the proposal is sparse, and its noise is that of the dense form.
+        bigrams: int32 or int64 [V, B] with `candidates`: for a token before a position, ids of the head's vocabulary (-1 = unused)
+            that join the candidates; a position then has C + B entries.
+        draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; a negative entry stands for no token.
+            Tokens come out, W1 and the noise are addressed, and ties go to the lowest, by target ids. For a table of offsets
+            (target = draft + offset, as in EAGLE-3's d2t) see `ids_from_offsets`.
+        vocab_size: the first so many columns of base_logits, and rows of w2, are the vocabulary; the rest is padding, never
+            read. None: all are.
+        first_draft: positions already drafted; K = 1 with first_draft = 0, 1, 2, ... serves step-wise drafters.
+        head_state: fp32 [S, r], the state of an rnn head: written by every call, read where first_draft > 0.
+        noise: "draft", or "coupled" where acceptance uses the coupled rule.
+        state_indices: int32 [R], state slot of each row, -1 = padding row.
+        keep_logits: keep the logits of a greedy block too (proposal is then dense with temperature 0).
+        out: a DraftBlock to write, [S, K] (or wider: then draft k goes to column first_draft + k - 1).
+        workspace: scratch memory; with `out` and `workspace` nothing is allocated. A gated or rnn head needs one with room for
+            its latents: Workspace(..., markov_rank=r).
+
+    Returns:
+        DraftBlock. Its proposal is dense (logits in base_logits' dtype, lse) with `sampling`, one-hot without. With `candidates` it
+        is sparse instead: ids in ascending order of the head's vocabulary, then listed successors; an entry without a candidate
+        (V < C, an unused or repeated successor, an id that stands for no token) is id 0 with -inf.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
+        RuntimeError: no Triton, or CPU tensors without its interpreter.
+    """
+    base_logits, head = _check_vocabulary(base_logits, head, vocab_size)
+    rows, drafts, vocab = _check_inputs(base_logits, anchors, anchor_positions, state_indices)
+    device, slots = base_logits.device, anchors.shape[0]
+    check_choice("noise", noise, ("draft", "coupled"))
+    check_int("first_draft", first_draft, low=0)
+    check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True)
+    targets = _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device)
+    hidden_size = _check_hidden(hidden, head, confidence, rows, drafts, device)
+    _check_head(head, head_state, vocab, hidden_size, first_draft, slots, device)
+    _check_confidence(confidence, hidden_size, head, drafts, first_draft, device)
+    if candidates is not None:
+        return draft_candidates(
+            base_logits, anchors, head, _mixing(head), anchor_positions=anchor_positions, sampling=sampling, hidden=hidden,
+            confidence=confidence, candidates=candidates, bigrams=bigrams, draft_to_target=draft_to_target, targets=targets,
+            first_draft=first_draft, head_state=head_state, noise=noise, state_indices=state_indices, keep_logits=keep_logits,
+            out=out, workspace=workspace,
+        )  # fmt: skip
+    if bigrams is not None:
+        raise ValueError("bigrams: expected None without `candidates`, got a tensor")
+
+    common = (base_logits, slots, rows, sampling, confidence)
+    if out is None:
+        column = 0
+        out = allocate(*common, keep_logits=keep_logits, scattered=state_indices is not None, draft_to_target=draft_to_target)
+    else:
+        column = check_out(out, *common, first_draft, draft_to_target=draft_to_target)
+    if rows == 0:
+        return out
+    dense = out.proposal if isinstance(out.proposal, DenseProposal) else None
+    weight, bias = _mixing(head)
+    counters, scratch = _lend(workspace, rows, drafts, vocab, 0 if weight is None else head.rank, weight, device)
+    _draft_block(
+        base_logits,
+        anchors,
+        anchor_positions,
+        None if head is None else head.w1,
+        None if head is None else head.w2,
+        None if head is None else head.w2_scale,
+        weight,
+        bias,
+        hidden if confidence is not None or weight is not None else None,
+        None if confidence is None else confidence.weight,
+        None if confidence is None else confidence.bias,
+        None if confidence is None else confidence.sts_temperatures,
+        *flatten(sampling),
+        draft_to_target,
+        state_indices,
+        out.tokens,
+        out.confidence,
+        out.confidence_logits,
+        None if dense is None else dense.logits,
+        None if dense is None else dense.lse,
+        out.flags,
+        head_state,
+        counters,
+        scratch,
+        targets,
+        first_draft,
+        column,
+        noise == "coupled",
+    )
+    return out
+
+
+def _mixing(head) -> tuple[Tensor | None, Tensor | None]:
+    """Weight [P r, inputs] and bias [P r] from which a head makes its latents; None for vanilla and no head."""
+    if isinstance(head, GatedMarkovHead):
+        return head.gate_weight, head.gate_bias
+    if isinstance(head, RnnMarkovHead):
+        return head.joint_weight, head.joint_bias
+    return None, None
+
+
+def _lend(workspace, rows, drafts, vocab, rank, weight, device):
+    if rank == 0:
+        return workspaces.lend(OP, workspace, rows, drafts, vocab, device)
+    counters, scratch = _needs(rows, drafts, vocab)
+    scratch += workspaces.latent_words(rows, drafts, rank, weight.shape[0] // rank)
+    message = f"expected room for {rows} requests x {drafts} drafts over {vocab} ids and markov_rank={rank}"
+    if isinstance(workspace, workspaces.Workspace):
+        message += (
+            f", got one made for {workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size} and "
+            f"markov_rank={workspace.markov_rank}"
+        )
+    return workspaces.lend_words(workspace, counters, scratch, device, message)
+
+
+def _check_vocabulary(base_logits, head, vocab_size):
+    """base_logits and head without their padding."""
+    if vocab_size is None:
+        return base_logits, head
+    check_tensor("base_logits", base_logits, dtype=LOGIT_DTYPES, shape=("R", "K", "V"), last_contiguous=True)
+    check_int("vocab_size", vocab_size, low=1, high=base_logits.shape[2])
+    if head is not None:
+        check_type("head", head, MarkovHead)
+        if head.w2.shape[0] < vocab_size:
+            raise ValueError(f"head.w2: expected at least vocab_size = {vocab_size} rows, got {head.w2.shape[0]}")
+        scale = None if head.w2_scale is None else head.w2_scale[:vocab_size]
+        head = dataclasses.replace(head, w2=head.w2[:vocab_size], w2_scale=scale)
+    return base_logits[:, :, :vocab_size], head
+
+
+def _check_inputs(base_logits, anchors, anchor_positions, state_indices):
+    check_tensor("base_logits", base_logits, dtype=LOGIT_DTYPES, shape=("R", "K", "V"), last_contiguous=True)
+    rows, drafts, vocab = base_logits.shape
+    device = base_logits.device
+    if drafts == 0 or vocab == 0:
+        raise ValueError(f"base_logits: expected K >= 1 and V >= 1, got shape {list(base_logits.shape)}")
+    slots = rows if state_indices is None else "S"
+    check_tensor("anchors", anchors, dtype=INT_DTYPES, shape=(slots,), device=device)
+    check_tensor("anchor_positions", anchor_positions, dtype=INT_DTYPES, shape=(anchors.shape[0],), device=device)
+    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(rows,), device=device, contiguous=True)
+    return rows, drafts, vocab
+
+
+def _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device) -> int:
+    """How many ids of the target all tables know; an entry of `draft_to_target` at or above stands for no token."""
+    known = [2**31 - 1 if draft_to_target is not None else vocab]
+    if sampling is not None:
+        check_type("sampling", sampling, SamplingTensors)
+        if sampling.token_bitmask is not None:
+            words = check_tensor("sampling.token_bitmask", sampling.token_bitmask, shape=(slots, drafts, "words")).shape[2]
+            known.append(32 * words)
+        if sampling.logit_bias is not None:
+            known.append(sampling.logit_bias.shape[1])
+        check_sampling(sampling, slots=slots, vocab=known[-1], mask_shape=(slots, drafts), device=device)
+    if draft_to_target is not None:
+        return min(known + ([] if head is None else [head.w1.shape[0]]))
+    if min(known) < vocab:
+        raise ValueError(f"sampling: expected logit_bias and token_bitmask for {vocab} ids, got room for {min(known)}")
+    return vocab
+
+
+def _check_hidden(hidden, head, confidence, rows, drafts, device) -> int:
+    """H, 0 where nothing reads `hidden`."""
+    reader = "`confidence`" if confidence is not None else None
+    if isinstance(head, (GatedMarkovHead, RnnMarkovHead)):
+        reader = f"a {type(head).__name__}"
+    if reader is None:
+        return 0
+    if hidden is None:
+        raise ValueError(f"hidden: expected [R, K, H] because {reader} is given, got None")
+    check_tensor("hidden", hidden, dtype=LOGIT_DTYPES, shape=(rows, drafts, "H"), device=device, last_contiguous=True)
+    return hidden.shape[2]
+
+
+def _check_head(head, head_state, vocab, hidden_size, first_draft, slots, device):
+    if head is not None:
+        check_type("head", head, MarkovHead)
+        check_tensor("head.w1", head.w1, device=device)
+        check_tensor("head.w2", head.w2, shape=(vocab, head.rank), device=device)
+        check_optional("head.w2_scale", head.w2_scale, device=device, contiguous=True)
+    if isinstance(head, GatedMarkovHead):
+        check_tensor("head.gate_weight", head.gate_weight, shape=(head.rank, hidden_size + head.rank), device=device)
+        check_tensor("head.gate_bias", head.gate_bias, device=device, contiguous=True)
+    if isinstance(head, RnnMarkovHead):
+        check_tensor("head.joint_weight", head.joint_weight, shape=(3 * head.rank, 2 * head.rank + hidden_size), device=device)
+        check_tensor("head.joint_bias", head.joint_bias, device=device, contiguous=True)
+        if first_draft > 0 and head_state is None:
+            raise ValueError("head_state: expected fp32 [S, r] because an RnnMarkovHead goes on at first_draft > 0, got None")
+        check_optional("head_state", head_state, dtype=torch.float32, shape=(slots, head.rank), device=device, last_contiguous=True)
+    elif head_state is not None:
+        raise ValueError(f"head_state: expected None because {type(head).__name__} has no state, got a tensor")
+
+
+def _check_confidence(confidence, hidden_size, head, drafts, first_draft, device):
+    if confidence is None:
+        return
+    check_type("confidence", confidence, ConfidenceHead)
+    width = confidence.weight.shape[0]
+    markov = width == hidden_size + head.rank if head is not None else False
+    if width != hidden_size and not markov:
+        wanted = f"[{hidden_size}]" + ("" if head is None else f" or [{hidden_size + head.rank}]")
+        raise ValueError(f"confidence.weight: expected shape {wanted}, got [{width}]")
+    check_tensor("confidence.weight", confidence.weight, device=device)
+    temperatures = confidence.sts_temperatures
+    if temperatures is not None and temperatures.shape[0] < first_draft + drafts:
+        raise ValueError(
+            f"confidence.sts_temperatures: expected at least {first_draft + drafts} entries, got {temperatures.shape[0]}"
+        )
+
+
+@library.register(
+    "draft_block(Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, Tensor? w2_scale, "
+    "Tensor? mix_weight, Tensor? mix_bias, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? sts_temperatures, "
+    f"{SCHEMA}, Tensor? draft_to_target, Tensor? state_indices, Tensor(a!) tokens, "
+    "Tensor(b!)? confidence, Tensor(c!)? confidence_logits, Tensor(d!)? logits, Tensor(e!)? lse, Tensor(f!) flags, "
+    "Tensor(g!)? head_state, Tensor(h!) counters, Tensor(i!) scratch, int targets, int first_draft, int column, "
+    "bool coupled) -> ()"
+)
+def _draft_block(
+    base_logits, anchors, anchor_positions, w1, w2, w2_scale, mix_weight, mix_bias, hidden, weight, bias, sts_temperatures,
+    temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint,
+    draft_to_target, state_indices, tokens, confidence, confidence_logits, logits, lse, flags, head_state, counters, scratch,
+    targets, first_draft, column, coupled,
+):  # fmt: skip
+    device = base_logits.device
+    kernels = library.kernels("draft.dense", device)
+    rows, drafts, vocab = base_logits.shape
+    hidden_size = 0 if hidden is None else hidden.shape[2]
+    gpu = arch.current(device)
+    sampling = Flat(
+        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
+    )
+    adjust = adjust_settings(sampling) if sampling.adjusts else None
+    filters = sampling.filters
+    request_tile = draft_launch.request_tile(rows, sampling.adjusts or filters is not None)
+    one_tile = rows <= request_tile
+
+    clean = workspaces.Carver(counters)
+    barrier = clean.take(2 * workspaces.RESERVED, torch.int32)
+    best = clean.take(rows * drafts, torch.int64)
+    status = clean.take(rows, torch.int32)
+    carver = workspaces.Carver(scratch)
+    units, groups = -(-vocab // UNIT), -(-vocab // GROUP)
+    unit_max, unit_mass = carver.take(rows * drafts * units, torch.float32), carver.take(rows * drafts * units, torch.int64)
+
+    def stride(tensor, dim):
+        return 0 if tensor is None else tensor.stride(dim)
+
+    rank, dot_type, widening, head = 1, torch.float32, "by_cast", None
+    if w1 is not None:
+        rank, dot_type = w1.shape[1], _product_type(w1, w2)
+        if w2.dtype == torch.float8_e4m3fn:
+            # As bytes: not every GPU's compiler takes pointers to e4m3.
+            widening, w2 = "fp8", w2.view(torch.uint8)
+        head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
+    ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, sampling.adjusts, filters is not None)
+    config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
+    if widening == "fp8":
+        widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
+    kind, mixer, mix_type = _mixer(w1, mix_weight, mix_bias, hidden, head_state, rows, drafts, dot_type, carver)
+    if filters is not None:
+        support = carver.take(rows, torch.int64), carver.take(rows, torch.int32)  # threshold and cut
+        maxima = carver.take(rows * groups, torch.float32)
+        lists = (carver.take(rows * size, torch.int32) for size in (groups, LIST, LIST))
+        filters = (*filters, *support, maxima, *lists)
+    scores = None
+    if weight is not None:
+        scores = (weight, bias, sts_temperatures, confidence, confidence_logits, confidence.stride(0), confidence_logits.stride(0))
+
+    kernels.launch_draft_dense(
+        min(-(-vocab // config.block_v), gpu.multiprocessors * config.programs_per_sm),
+        (
+            base_logits, anchors, anchor_positions, state_indices, draft_to_target, head, mixer, adjust, filters, hidden, scores,
+            temperature, seed, tokens, logits, lse, flags, best, status, barrier, unit_max, unit_mass,
+        ),
+        (
+            rows, anchors.shape[0], drafts, vocab, targets, hidden_size, first_draft, column,
+            base_logits.stride(0), base_logits.stride(1), anchors.stride(0), anchor_positions.stride(0), stride(hidden, 0),
+            stride(hidden, 1), tokens.stride(0), stride(logits, 0), stride(logits, 1), stride(lse, 0),
+        ),
+        drafts=drafts,
+        mixer=kind,
+        filtered=filters is not None,
+        constants=dict(
+            WIDEN=widening,
+            STREAM="coupled" if coupled else "draft",
+            WITH_MARKOV=weight is not None and weight.shape[0] > hidden_size,
+            ONE_TILE=one_tile,
+            JOINT=joint and filters is not None,
+            GROUPS=max(2, 1 << (groups - 1).bit_length()) if filters is not None else 2,
+            ROWS=request_tile,
+            DOT_TYPE=_name(dot_type),
+            MIX_TYPE=_name(mix_type),
+        ),
+        config=config,
+    )  # fmt: skip
+
+
+def _mixer(w1, mix_weight, mix_bias, hidden, head_state, rows, drafts, dot_type, carver):
+    """(kind, `mixer` of kernels/draft/heads.py, type of its products) of a head with latents, its scratch from `carver`."""
+    if mix_weight is None:
+        return None, None, torch.float32
+    rank = w1.shape[1]
+    parts = mix_weight.shape[0] // rank
+    kind = "gated" if parts == 1 else "rnn"
+    hoisted = carver.take(rows * drafts * parts * rank, torch.float32)
+    latents = carver.take(rows * rank, dot_type)
+    states = carver.take(2 * rows * rank, torch.float32) if kind == "rnn" else None
+    # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
+    columns = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
+    carried = (head_state, 0 if head_state is None else head_state.stride(0))
+    mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, *carried)
+    return kind, mixer, mix_weight.dtype if mix_weight.dtype == w1.dtype == hidden.dtype else torch.float32
+
+
+def _product_type(w1: Tensor, w2: Tensor) -> torch.dtype:
+    """Type of the operands of latent x W2: W1's, where W2 has the same or is exact in it, else fp32."""
+    return w1.dtype if w2.dtype in (w1.dtype, torch.int8, torch.float8_e4m3fn) else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

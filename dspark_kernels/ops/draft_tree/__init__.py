@@ -1,0 +1,1 @@
+"""draft_tree and expand_tree."""

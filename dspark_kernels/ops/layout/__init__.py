@@ -1,0 +1,1 @@
+"""schedule_prefixes, and the layouts of chains and trees."""

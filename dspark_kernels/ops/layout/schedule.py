@@ -1,0 +1,211 @@
+"""schedule_prefixes: from confidences to draft lengths and the packed rows of the target's pass, in one launch.
+
+    survival a_{r,k} = product of c_{r,i} for i <= k,  admit in descending order of a while tau_n cost_{n-1} > tau_{n-1} cost_n
+
+Oracle: reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import library
+from ...checks import INT_DTYPES, check_choice, check_int, check_number, check_optional, check_tensor, check_type
+from ...launch import arch
+from ...launch.layout import schedule as schedule_launch
+from ...types import CostTable, DraftBlock, VerifyLayout
+from ...workspace import Workspace, declare, lend, words_of
+from .fixed import OUTPUTS, batch_rows, check_batch, fields, output, padded, pages, row_count
+
+POLICIES = ("causal", "budget")
+MAX_CANDIDATES = 16384  # drafts of a batch, requests and drafts each padded to a power of two: what one program can hold
+UNIT = 1 << 24  # of survival
+_BYPASS_UNIT = 1 << 20
+
+
+def schedule_prefixes(
+    block: DraftBlock,
+    cost: CostTable | None,
+    *,
+    anchors: Tensor,
+    anchor_positions: Tensor,
+    policy: str = "causal",
+    budget: Tensor | None = None,
+    stale_confidence: Tensor | None = None,
+    min_len: int = 0,
+    max_len: int | Tensor | None = None,
+    max_rows: int | None = None,
+    num_prefill_tokens: Tensor | None = None,
+    emits: Tensor | None = None,
+    survival_floor: float = 0.0,
+    bypass: float | None = None,
+    block_tables: Tensor | None = None,
+    page_size: int | None = None,
+    state_indices: Tensor | None = None,
+    out: VerifyLayout | None = None,
+    workspace: Workspace | None = None,
+) -> VerifyLayout:
+    """Choose how many drafts of each request the target verifies, and pack the rows of its pass, in one launch.
+
+    Drafts of requests that decode and emit are taken by survival, descending, ties by position, then by request, so that a
+    request's share is always a prefix. A draft takes part up to max_len, before the first draft below 0 (flag MISSING_DRAFT), with
+    survival > 0 and not below survival_floor. The first min_len drafts of each request come before all others and are not
+    tested. Nothing is admitted beyond max_rows rows in all. Both policies are lossless, as long as what is passed for them was not
+    computed from this round's drafts: whether draft k is verified then depends on nothing that knows draft k or later ones.
+
+    Args:
+        block: tokens and calibrated confidence [S, K]. R * K, each padded to a power of two, at most 16384.
+        cost: measured times of a step by its rows, on the device of the block; None only with a given budget and no bypass.
+        anchors, anchor_positions: int64 or int32 [S].
+        policy: "causal": one draft after another until the first that does not raise expected tokens per second (algorithm 1).
+            "budget": the `budget` best; or, with stale_confidence, as many as maximise expected tokens per second under those
+            older confidences.
+        budget: int32 [1], drafts of the whole batch (anchors not counted), decided before this round's drafts were known.
+        stale_confidence: fp32 [S, K], confidences of older rounds (`scheduling.ConfidenceHistory`), 1.0 for new requests.
+        min_len: >= 0. max_len: int or int32/int64 [R], not computed from this round's drafts. survival_floor: in [0, 1].
+        bypass: low-load bypass, delta in [0, 1024]: verify every draft when all fit max_rows and cost(B + K per drafting request)
+            <= (1 + delta) cost(B), B the anchor and prompt rows. Decided from the rows and the table alone. None: off.
+        max_rows, num_prefill_tokens, emits, block_tables, page_size, state_indices, out: as in `fixed_layout`.
+        workspace: used where the padded R * K exceeds 2048; without one, scratch is allocated then.
+
+    Returns:
+        VerifyLayout. A NaN confidence counts as 0 and is flagged NAN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, value, dtype, shape, device or stride.
+        RuntimeError: no Triton, or CPU tensors without its interpreter.
+    """
+    check_type("block", block, DraftBlock)
+    slots, drafts = block.tokens.shape
+    device = block.tokens.device
+    requests = batch_rows(state_indices, slots)
+    if block.confidence is None:
+        raise ValueError("block.confidence: expected fp32 [S, K], got None")
+    _check_policy(policy, budget, stale_confidence, block.confidence, cost, bypass, (slots, drafts), device)
+    check_int("min_len", min_len, low=0)
+    check_number("survival_floor", survival_floor, low=0.0, high=1.0)
+    if bypass is not None:
+        check_number("bypass", bypass, low=0.0, high=1024.0)
+    check_tensor("anchors", anchors, dtype=INT_DTYPES, shape=(slots,), device=device)
+    check_batch(
+        slots, requests, device, anchor_positions, num_prefill_tokens, emits, block_tables, page_size, state_indices, workspace
+    )
+    max_lens = None
+    if isinstance(max_len, Tensor):
+        max_lens = check_tensor("max_len", max_len, dtype=INT_DTYPES, shape=(requests,), device=device, contiguous=True)
+        max_len = None
+    elif max_len is not None:
+        check_int("max_len", max_len, low=0)
+    rows = row_count(max_rows, requests, drafts, num_prefill_tokens, out)
+    candidates = _candidates(requests, drafts)
+    if candidates > MAX_CANDIDATES:
+        raise ValueError(
+            f"block: expected at most {MAX_CANDIDATES} drafts (requests x drafts, each padded to a power of two), got "
+            f"{requests} x {drafts}, padded {candidates}"
+        )
+    out = output(out, requests, rows, drafts, block_tables is not None, device)
+    if requests:
+        scratch = None
+        if candidates > _sort(device, candidates, rows):
+            if workspace is None:
+                scratch = torch.empty(3 * candidates, dtype=torch.int32, device=device)
+            else:
+                scratch = lend("schedule_prefixes", workspace, requests, drafts, 1, device)[1].view(torch.int32)
+        _schedule_prefixes(
+            block.tokens,
+            block.confidence,
+            stale_confidence,
+            None if cost is None else cost.seconds,
+            None if cost is None else cost.draft_seconds,
+            budget,
+            max_lens,
+            anchors,
+            anchor_positions,
+            num_prefill_tokens,
+            emits,
+            block_tables,
+            state_indices,
+            *fields(out),
+            scratch,
+            page_size or 1,
+            min(min_len, drafts),
+            drafts if max_len is None else min(max_len, drafts),
+            max(1, math.floor(survival_floor * UNIT)),
+            0 if bypass is None else _BYPASS_UNIT + math.ceil(bypass * _BYPASS_UNIT),
+        )
+    return out
+
+
+def _check_policy(policy, budget, stale_confidence, confidence, cost, bypass, shape, device):
+    check_choice("policy", policy, POLICIES)
+    if policy == "causal" and not (budget is None and stale_confidence is None):
+        raise ValueError("budget: expected None (and no stale_confidence) with policy 'causal', got a tensor")
+    if policy == "budget" and (budget is None) == (stale_confidence is None):
+        raise ValueError("budget: expected either budget or stale_confidence with policy 'budget', got both or neither")
+    check_optional("budget", budget, dtype=torch.int32, shape=(1,), device=device)
+    if stale_confidence is not None and stale_confidence is confidence:
+        raise ValueError("stale_confidence: expected confidences of older rounds, got this round's, which would bias the output")
+    check_optional("stale_confidence", stale_confidence, dtype=torch.float32, shape=shape, device=device, last_contiguous=True)
+    if cost is not None:
+        check_type("cost", cost, CostTable)
+        check_tensor("cost.seconds", cost.seconds, device=device)
+        check_optional("cost.draft_seconds", cost.draft_seconds, device=device)
+    elif not (budget is not None and bypass is None):
+        raise TypeError("cost: expected a CostTable (only a given budget without bypass needs none), got None")
+
+
+def _candidates(requests: int, drafts: int) -> int:
+    return padded(requests) * padded(drafts, least=2)
+
+
+def _sort(device, candidates, rows) -> int:
+    return min(candidates, schedule_launch.pick(arch.current(device), candidates, rows).sort)
+
+
+@declare("schedule_prefixes")
+def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
+    """Nothing is counted; the values of older and of these drafts and those in order, where they are not sorted at once."""
+    return 0, words_of(3 * min(_candidates(requests, drafts), MAX_CANDIDATES), torch.int32)
+
+
+@library.register(
+    "schedule_prefixes(Tensor drafts, Tensor confidence, Tensor? stale_confidence, Tensor? seconds, Tensor? draft_seconds, "
+    "Tensor? budget, Tensor? max_lens, Tensor anchors, Tensor anchor_positions, Tensor? num_prefill_tokens, Tensor? emits, "
+    "Tensor? block_tables, Tensor? state_indices, " + OUTPUTS + ", Tensor(k!)? scratch, int page_size, int min_len, int max_len, "
+    "int least, int bypass) -> ()"
+)
+def _schedule_prefixes(
+    drafts, confidence, stale_confidence, seconds, draft_seconds, budget, max_lens, anchors, anchor_positions,
+    num_prefill_tokens, emits, block_tables, state_indices, draft_lens, query_start_loc, cu_num_logits, token_ids, positions,
+    batch_indices, slot_mapping, logits_indices, num_rows, flags, scratch, page_size, min_len, max_len, least, bypass,
+):  # fmt: skip
+    device = drafts.device
+    kernels = library.kernels("layout.schedule", device)
+    requests, rows, (slots, width) = draft_lens.shape[0], token_ids.shape[0], drafts.shape
+    candidates = _candidates(requests, width)
+    config = schedule_launch.pick(arch.current(device), candidates, rows)
+    block, sort = min(config.block, padded(rows)), min(config.sort, candidates)
+    max_pages, stride_pages = pages(block_tables)
+    parts = (None, None, None) if scratch is None else scratch[: 3 * candidates].split(candidates)
+    kernels.launch_schedule_prefixes(
+        -(-rows // block),
+        (
+            drafts, confidence, stale_confidence, seconds, draft_seconds, budget, max_lens, anchors, anchor_positions,
+            num_prefill_tokens, emits, block_tables, state_indices, draft_lens, query_start_loc, cu_num_logits, token_ids,
+            positions, batch_indices, slot_mapping, logits_indices, num_rows, flags, *parts,
+            requests, slots, rows, width, max_pages, page_size,
+            0 if seconds is None else seconds.shape[0] - 1, 0 if draft_seconds is None else draft_seconds.shape[0] - 1,
+            min_len, max_len, least, bypass, candidates // sort,
+            drafts.stride(0), confidence.stride(0), 0 if stale_confidence is None else stale_confidence.stride(0),
+            anchors.stride(0), anchor_positions.stride(0), stride_pages,
+        ),
+        log_requests=(requests - 1).bit_length(),
+        drafts=padded(width, least=2),
+        sort=sort,
+        block=block,
+        num_warps=config.num_warps,
+        max_registers=config.max_registers,
+    )  # fmt: skip
