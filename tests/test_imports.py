@@ -12,15 +12,29 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dspark_kernels"
 STANDARD = sys.stdlib_module_names
 
+# What ops read of the kernels: records and sizes, which need no Triton.
+RECORDS = tuple(
+    f"dspark_kernels.kernels.{name}"
+    for name in ("args", "sizes", "accept.args", "attention.args", "draft.args", "draft_tree.args", "layout.args")
+)
+SHARED = (*RECORDS[:2], "dspark_kernels.kernels.primitives")
+
 # Layer -> modules of this repository it may import, as prefixes, besides its own layer. First match wins.
 LAYERS = {
-    "dspark_kernels.kernels.primitives": (),
-    "dspark_kernels.kernels.accept": ("dspark_kernels.kernels.primitives", "dspark_kernels.kernels.layout.rows"),
-    "dspark_kernels.kernels.draft": ("dspark_kernels.kernels.primitives",),
-    "dspark_kernels.kernels.draft_tree": ("dspark_kernels.kernels.primitives", "dspark_kernels.kernels.draft"),
-    "dspark_kernels.kernels.layout.rows": ("dspark_kernels.kernels.primitives",),
-    "dspark_kernels.kernels.layout": ("dspark_kernels.kernels.primitives", "dspark_kernels.kernels.layout.rows"),
-    "dspark_kernels.kernels": ("dspark_kernels.kernels.primitives",),
+    **dict.fromkeys(RECORDS, RECORDS[:2]),
+    "dspark_kernels.kernels.primitives": RECORDS[:2],
+    "dspark_kernels.kernels.accept": (*SHARED, "dspark_kernels.kernels.accept.args", "dspark_kernels.kernels.layout.rows"),
+    "dspark_kernels.kernels.attention": (*SHARED, "dspark_kernels.kernels.attention.args"),
+    "dspark_kernels.kernels.draft": (*SHARED, "dspark_kernels.kernels.draft.args"),
+    "dspark_kernels.kernels.draft_tree": (
+        *SHARED,
+        "dspark_kernels.kernels.draft_tree.args",
+        "dspark_kernels.kernels.draft",
+        "dspark_kernels.kernels.draft.args",
+    ),
+    "dspark_kernels.kernels.layout.rows": (*SHARED, "dspark_kernels.kernels.layout.args"),
+    "dspark_kernels.kernels.layout": (*SHARED, "dspark_kernels.kernels.layout.args", "dspark_kernels.kernels.layout.rows"),
+    "dspark_kernels.kernels": SHARED,
     "dspark_kernels.launch.arch": (),
     "dspark_kernels.launch.table": ("dspark_kernels.launch.arch",),
     "dspark_kernels.launch": ("dspark_kernels.launch.arch", "dspark_kernels.launch.table"),
@@ -30,6 +44,7 @@ LAYERS = {
         "dspark_kernels.library",
         "dspark_kernels.workspace",
         "dspark_kernels.launch",
+        *RECORDS,
     ),
     "dspark_kernels.library": ("dspark_kernels.launch.arch",),
     "dspark_kernels.checks": (),
@@ -42,6 +57,7 @@ LAYERS = {
 APART = ("dspark_kernels.launch",)  # layers whose modules do not import each other either
 # Layer -> outside modules it may import.
 OUTSIDE = {
+    **dict.fromkeys(RECORDS, ()),
     "dspark_kernels.kernels": ("triton",),  # no torch: kernels know no ops, no types, no torch.library
     "dspark_kernels.launch": ("torch",),
     "dspark_kernels.testing": ("torch", "numpy", "triton"),
@@ -146,7 +162,9 @@ def test_arrows():
         ("dspark_kernels/kernels/draft/x.py", "from ..draft_tree import static"),
         ("dspark_kernels/kernels/draft/x.py", "from ..accept.rows import soft_prob"),
         ("dspark_kernels/kernels/layout/rows.py", "from .fixed import fixed_layout_kernel"),
-        ("dspark_kernels/kernels/attention.py", "from .draft import dense"),
+        ("dspark_kernels/kernels/compact.py", "from .draft import dense"),
+        ("dspark_kernels/kernels/args.py", "import triton"),
+        ("dspark_kernels/ops/x.py", "from ..kernels.draft import dense"),
         ("dspark_kernels/kernels/x.py", "from ..types import Flag"),
         ("dspark_kernels/kernels/x.py", "import dspark_kernels.ops.draft"),
         ("dspark_kernels/kernels/x.py", "import torch.library"),

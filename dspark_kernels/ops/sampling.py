@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..checks import check_optional, check_tensor, check_type
+from ..kernels.args import Adjustments, Bias, FilterSettings, Mask, Penalties
 from ..types import SamplingTensors
 
 # The arguments of an op that takes sampling settings, in `Flat`'s order.
@@ -37,9 +38,9 @@ class Flat(NamedTuple):
     joint: bool = False
 
     @property
-    def filters(self) -> tuple | None:
-        """(top_k, top_p, min_p) where any of them is given."""
-        given = (self.top_k, self.top_p, self.min_p)
+    def filters(self) -> FilterSettings | None:
+        """The filters where any of them is given."""
+        given = FilterSettings(self.top_k, self.top_p, self.min_p)
         return None if all(tensor is None for tensor in given) else given
 
     @property
@@ -66,21 +67,21 @@ def flatten(sampling: SamplingTensors | None) -> Flat:
     )  # fmt: skip
 
 
-def adjust_settings(sampling: SamplingTensors | Flat | None) -> tuple:
-    """The `settings` of primitives/adjust.py."""
+def adjust_settings(sampling: SamplingTensors | Flat | None) -> Adjustments:
+    """What kernels do to logits before temperature."""
     flat = sampling if isinstance(sampling, Flat) else flatten(sampling)
-    bias = None if flat.logit_bias is None else (flat.logit_bias, flat.logit_bias.stride(0))
+    bias = None if flat.logit_bias is None else Bias(flat.logit_bias, flat.logit_bias.stride(0))
     mask = None
     if flat.token_bitmask is not None:
         words = flat.token_bitmask.flatten(0, -2)  # [S, K, words] of a drafter: row slot * K + k
-        mask = (words, words.stride(0))
+        mask = Mask(words, words.stride(0))
     penalties = None
     if flat.listed is not None:
-        penalties = (
+        penalties = Penalties(
             flat.listed, flat.listed.stride(0), flat.counts, flat.counts.stride(0), flat.listed.shape[1],
             flat.repetition, flat.presence, flat.frequency,
         )  # fmt: skip
-    return bias, mask, penalties
+    return Adjustments(bias, mask, penalties)
 
 
 def check_sampling(sampling: SamplingTensors | None, *, slots: int | None, vocab: int, mask_shape: tuple, device) -> None:

@@ -38,11 +38,13 @@ def _of_slot(pointer, slots, neutral):
 
 
 @triton.jit
-def _listed(listed_ptr, stride_l, slots, first, num_listed):
+def _penalised_tokens(penalties, slots, first):
     """int32 [ROWS, LISTED]: tokens first .. of each row's list, -1 where there is none."""
     entry = first + tl.arange(0, LISTED)
-    inside = (slots >= 0)[:, None] & (entry < num_listed)[None, :]
-    return tl.load(listed_ptr + slots[:, None] * stride_l + entry[None, :], mask=inside, other=-1).to(tl.int32)
+    inside = (slots >= 0)[:, None] & (entry < penalties.num_tokens)[None, :]
+    return tl.load(penalties.token_ids_ptr + slots[:, None] * penalties.stride_ids + entry[None, :], mask=inside, other=-1).to(
+        tl.int32
+    )
 
 
 @triton.jit
@@ -55,20 +57,19 @@ def _occurrences(token, path, path_max, PATH: tl.constexpr):
 
 @triton.jit
 def _with_penalties(x, ids, inside, slots, penalties, path, path_max, PATH: tl.constexpr):
-    listed_ptr, stride_l, counts_ptr, stride_c, num_listed, repetition_ptr, presence_ptr, frequency_ptr = penalties
-    repetition = _of_slot(repetition_ptr, slots, 1.0)
-    presence = _of_slot(presence_ptr, slots, 0.0)
-    frequency = _of_slot(frequency_ptr, slots, 0.0)
+    repetition = _of_slot(penalties.repetition_ptr, slots, 1.0)
+    presence = _of_slot(penalties.presence_ptr, slots, 0.0)
+    frequency = _of_slot(penalties.frequency_ptr, slots, 0.0)
     ids = ids.to(tl.int32)
     low = tl.min(tl.where(inside, ids, NOBODY), axis=1)
     high = tl.max(tl.where(inside, ids, -1), axis=1)
     # A token of the list is looked for in the tile only where it lies between the tile's ids: a few per tile.
-    for first in range(0, num_listed, LISTED):
-        token = _listed(listed_ptr, stride_l, slots, first, num_listed)
+    for first in range(0, penalties.num_tokens, LISTED):
+        token = _penalised_tokens(penalties, slots, first)
         hit = (token >= low[:, None]) & (token <= high[:, None]) & (token >= 0)
         if tl.max(tl.max(hit.to(tl.int32), axis=1), axis=0) > 0:
             entry = first + tl.arange(0, LISTED)
-            count = tl.load(counts_ptr + slots[:, None] * stride_c + entry[None, :], mask=hit, other=0)
+            count = tl.load(penalties.counts_ptr + slots[:, None] * penalties.stride_counts + entry[None, :], mask=hit, other=0)
             left = tl.where(hit, token, NOBODY)
             current = tl.min(left, axis=1)
             while tl.min(current, axis=0) < NOBODY:
@@ -85,8 +86,8 @@ def _with_penalties(x, ids, inside, slots, penalties, path, path_max, PATH: tl.c
             known = tl.where(near, 0, 1)
             for i in range(j):
                 known = known | tl.where(PATH(i, path).to(tl.int32) == token, 1, 0)
-            for first in range(0, num_listed, LISTED):
-                same = _listed(listed_ptr, stride_l, slots, first, num_listed) == token[:, None]
+            for first in range(0, penalties.num_tokens, LISTED):
+                same = _penalised_tokens(penalties, slots, first) == token[:, None]
                 known = known | tl.max(same.to(tl.int32), axis=1)
             n = _occurrences(token, path, path_max, PATH)
             changed = _penalised(x, repetition, presence, frequency, n[:, None])
@@ -99,20 +100,17 @@ def adjusted(x, ids, inside, slots, mask_rows, settings, path, path_max, PATH: t
     """fp32 logits x [ROWS, WIDTH] of token ids [ROWS, WIDTH] after everything that comes before temperature.
 
     inside: which of them exist. slots: int64 [ROWS], -1 = a row of nobody. mask_rows: int64 [ROWS], row of the bit mask.
-    settings = (bias, mask, penalties), each None or a tuple: bias (pointer [S, V], row stride); mask (pointer int32
-    [rows, words], row stride); penalties (token ids [S, T], row stride, counts int32 [S, T], row stride, T, then pointers fp32 [S]
-    or None of repetition, presence and frequency). PATH(j, path): int64 [ROWS], the path's token j, -1 where a row's path is
-    shorter, j < path_max. NaN stays NaN.
+    settings: Adjustments (kernels/args.py). PATH(j, path): int64 [ROWS], the path's token j, -1 where a row's path is shorter,
+    j < path_max. NaN stays NaN.
     """
-    bias, mask, penalties = settings
     ids = ids + tl.zeros_like(x).to(tl.int32)
-    if penalties is not None:
-        x = _with_penalties(x, ids, inside, slots, penalties, path, path_max, PATH)
-    if bias is not None:
-        bias_ptr, stride_b = bias
-        x += tl.load(bias_ptr + slots[:, None] * stride_b + ids, mask=inside & (slots >= 0)[:, None], other=0.0).to(tl.float32)
-    if mask is not None:
-        mask_ptr, stride_m = mask
-        words = tl.load(mask_ptr + mask_rows[:, None] * stride_m + (ids >> 5), mask=inside & (slots >= 0)[:, None], other=-1)
+    if settings.penalties is not None:
+        x = _with_penalties(x, ids, inside, slots, settings.penalties, path, path_max, PATH)
+    if settings.bias is not None:
+        bias_ptrs = settings.bias.ptr + slots[:, None] * settings.bias.stride + ids
+        x += tl.load(bias_ptrs, mask=inside & (slots >= 0)[:, None], other=0.0).to(tl.float32)
+    if settings.mask is not None:
+        word_ptrs = settings.mask.ptr + mask_rows[:, None] * settings.mask.stride + (ids >> 5)
+        words = tl.load(word_ptrs, mask=inside & (slots >= 0)[:, None], other=-1)
         x = tl.where(((words >> (ids & 31).to(tl.int32)) & 1) == 0, NEG_INF, x)
     return x
