@@ -6,7 +6,7 @@ against fp64. Sampled, two tests of the likelihood ln p(token) under the target,
                              of squares)
     against plain decoding:  d_i = mean ln p of prompt i minus that of plain decoding; mean d
 The first does not need plain decoding's noise and sees smaller differences. The second judges from FEWEST_PROMPTS prompts on.
-Source of the definitions: README.md, "Equality".
+Source of the definitions: docs/randomness.md, "Equality".
 """
 
 from __future__ import annotations

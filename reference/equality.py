@@ -1,4 +1,4 @@
-"""Draw-by-draw equality with the reference, as the README defines it.
+"""Draw-by-draw equality with the reference, as docs/randomness.md defines it.
 
 Where every margin exceeds fp32's resolution the results must be the same. Where a kernel differs, some near tie of that very
 request, taken the other way, must explain it; and near ties may not be more than chance gives.

@@ -4,7 +4,7 @@
     v = min((word + 1/2) 2^-32, 1 - 2^-24),  E = -log1p(-v)
 
 Symbols: lane = token id, leaf index or 0; node = tree slot (0 in chains). Source: Salmon, Moraes, Dror, Shaw, "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011; the addressing is this project's (README, "Randomness").
+numbers: as easy as 1, 2, 3", SC 2011; the addressing is this project's (docs/randomness.md).
 """
 
 from __future__ import annotations

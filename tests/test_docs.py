@@ -1,0 +1,246 @@
+"""README.md, CONTRIBUTING.md and docs/ agree with the repository: links, paths, commands, code, names of ops; and their words.
+
+Each check is a function of a folder or a text, so that the tests below it can also show that it finds what is wrong.
+"""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+import dspark_kernels as dk
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("dspark_kernels", "reference", "tests", "bench", "examples", "docs", ".ci")
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+COMMENT = re.compile(r"<!--.*?-->", re.S)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def documents(root):
+    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def prose(text):
+    """The text without fenced blocks and comments; lines keep their numbers."""
+    for pattern in (FENCE, COMMENT):
+        text = pattern.sub(lambda found: "\n" * found[0].count("\n"), text)
+    return text
+
+
+# --- links and paths --------------------------------------------------------------------------------------------------
+
+
+def anchors(text):
+    """Fragments of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(root):
+    found = []
+    for document in documents(root):
+        for link in LINK.findall(prose(document.read_text(encoding="utf-8"))):
+            if re.match(r"[a-z]+:", link):
+                continue
+            path, _, fragment = link.partition("#")
+            target = document.parent / path if path else document
+            if not target.exists():
+                found.append(f"{document.relative_to(root)}: {link}: no such file")
+            elif fragment and fragment not in anchors(target.read_text(encoding="utf-8")):
+                found.append(f"{document.relative_to(root)}: {link}: no such heading")
+    return found
+
+
+def paths_in(text):
+    """Repository paths of inline code and of commands in fenced blocks; a star stands for any name."""
+    code = re.findall(r"`([^`\n]+)`", prose(text)) + [block for _, block in FENCE.findall(text)]
+    words = [word.strip(",:;()") for piece in code for word in piece.split()]
+    inside = [word for word in words if word.split("/")[0] in FOLDERS and "/" in word and "<" not in word]
+    return inside + [word for word in words if re.fullmatch(r"[\w-]+\.(md|toml|txt)", word)]
+
+
+def modules_in(text):
+    """What `python -m` starts."""
+    return re.findall(r"python -m ((?:bench|dspark_kernels|reference)[\w.]*\w)", text)
+
+
+def missing_paths(root):
+    found = []
+    for document in documents(root):
+        text = document.read_text(encoding="utf-8")
+        files = [(path, [path]) for path in paths_in(text)]
+        for module in modules_in(text):
+            path = module.replace(".", "/")
+            files.append((f"python -m {module}", [f"{path}.py", f"{path}/__main__.py"]))
+        for shown, choices in files:
+            if not any(list(root.glob(choice)) for choice in choices):
+                found.append(f"{document.relative_to(root)}: {shown}: not in the repository")
+    return found
+
+
+def test_links():
+    assert broken_links(ROOT) == []
+
+
+def test_paths_and_commands():
+    assert missing_paths(ROOT) == []
+
+
+PLANTED = {
+    "see [trees](tree.md)": broken_links,
+    "see [trees](trees.md#no-such-heading)": broken_links,
+    "![picture](rounds.svg)": broken_links,
+    "decided in `dspark_kernels/kernels/nowhere.py`": missing_paths,
+    "all of `tests/nowhere_*.py`": missing_paths,
+    "see `NOWHERE.md`": missing_paths,
+    "run `python -m bench.nowhere`": missing_paths,
+    "```bash\npython -m pytest tests/test_nowhere.py\n```": missing_paths,
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_what_is_broken_is_found(tmp_path, planted):
+    for entry in ROOT.iterdir():
+        if entry.name != "docs":
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "docs").mkdir()
+    for entry in (ROOT / "docs").iterdir():
+        (tmp_path / "docs" / entry.name).write_bytes(entry.read_bytes())
+    assert broken_links(tmp_path) == missing_paths(tmp_path) == []
+    page = tmp_path / "docs" / "engines.md"
+    page.write_text(page.read_text(encoding="utf-8") + f"\n{planted}\n", encoding="utf-8")
+    for check in (broken_links, missing_paths):
+        assert len(check(tmp_path)) == (check is PLANTED[planted])
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def test_python_blocks_compile():
+    blocks = 0
+    for document in documents(ROOT):
+        for language, block in FENCE.findall(document.read_text(encoding="utf-8")):
+            if language == "python":
+                compile(block, str(document), "exec")
+                blocks += 1
+    assert blocks, "the round of the README at least"
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_every_page_begins_with_its_question_and_is_in_the_index():
+    index = LINK.findall((ROOT / "docs" / "README.md").read_text(encoding="utf-8"))
+    for page in (ROOT / "docs").glob("*.md"):
+        title, question = page.read_text(encoding="utf-8").split("\n\n")[:2]
+        assert title.startswith("# ") and question.endswith("?"), page.name
+        assert page.name in index or page.name == "README.md"
+
+
+def test_the_readme_has_every_op():
+    ops = {name for name, value in vars(dk).items() if getattr(value, "__module__", "").startswith("dspark_kernels.ops.")}
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| op |")[1].split("\n\n")[0]
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    # accept_phases names the phases of accept_partial and launches nothing.
+    assert sorted(sum(rows, [])) == sorted(ops - {"accept_phases"})
+
+
+QUESTIONS = """
+Where is the block rule decided?
+What runs when I call accept_chain?
+How do I add a head?
+How do I add a rule?
+How do I add an op?
+Where do the random numbers come from?
+""".strip().splitlines()
+
+
+def test_where_is():
+    section = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Where is ...?")[1].split("\n## ")[0]
+    answers = {row[1].strip(): row[2] for row in (line.split("|") for line in section.splitlines() if line.startswith("| "))}
+    assert set(QUESTIONS) <= set(answers)
+    for question in QUESTIONS:
+        assert 1 <= len(set(paths_in(answers[question]))) <= 3, question  # that they exist, test_paths_and_commands sees
+
+
+def _labels(picture):
+    return [node.text for node in ElementTree.parse(ROOT / "docs" / picture).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_pictures_name_what_there_is():
+    folders = [name for label in _labels("architecture.svg") for name in label.split(", ") if re.fullmatch(r"[\w/]+(/|\.py)", name)]
+    assert "kernels/primitives/" in folders
+    assert [name for name in folders if not any((base / name).exists() for base in (ROOT, ROOT / dk.__name__))] == []
+    ops = re.findall(r"[a-z]+_[a-z]+", " ".join(_labels("round.svg")))
+    assert "accept_chain" in ops and [name for name in ops if not hasattr(dk, name)] == []
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+# Words that this project used in senses of its own, and the field's. Whole words, any case.
+WORDS = {
+    r"laws?": "distribution",
+    r"coins?": "acceptance uniform",
+    r"leaf": "vocabulary block (1024 ids)",
+    r"leaves of 1024": "vocabulary blocks",
+    r"units? of (64|256) ids": "sub-block",
+    r"groups? of 128( ids)?": "max-group",
+    r"mass(es)?": "sum of exponentials, probability",
+    r"listed (proposals?|penalties|tokens|successors)": "sparse, penalised, successors",
+    r"judg(e|es|ed|ing)": "verify, decide, apply",
+    r"without chance": "deterministic",
+    r"chances?": "probability",
+    r"mixer": "gate or RNN projection",
+    r"hoist(s|ed|ing)?": "precompute",
+    r"plant(s|ed)?": "initialise; known-bad rule (mutant)",
+    r"waves?": "phase",
+    r"convict(s|ed|ing)?": "detect",
+    r"clear(s|ed)": "pass",
+    r"spoil(s|t|ed)?": "corrupt",
+    r"mend(s|ed|ing)?": "patch",
+    r"state slots?": "request slot",
+}
+# Where such a word is the field's own.
+FIELD = ("point mass", "probability mass")
+
+
+def old_words(text):
+    """(line, word, what to write instead) in any text: a document, or a docstring. Code and addresses of links do not count."""
+    text = re.sub(r"`[^`\n]*`", "", LINK.sub(lambda found: found[0].split("](")[0], prose(text)))
+    for phrase in FIELD:
+        text = re.sub(phrase, "", text, flags=re.I)
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        for pattern, instead in WORDS.items():
+            found += [(number, word[0], instead) for word in re.finditer(rf"\b{pattern}\b", line, re.I)]
+    return found
+
+
+def texts():
+    """Name -> text of everything whose words are held to the table. Public docstrings can join here."""
+    return {str(document.relative_to(ROOT)): document.read_text(encoding="utf-8") for document in documents(ROOT)}
+
+
+@pytest.mark.parametrize("name", texts())
+def test_words(name):
+    assert old_words(texts()[name]) == []
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("The target's law.", ["law"]),
+        ("Coins and laws\nspoilt by chance", ["Coins", "laws", "spoilt", "chance"]),
+        ("A planted mistake is convicted, a right rule cleared.", ["planted", "convicted", "cleared"]),
+        ("a leaf of 1024 ids, its mass", ["leaf", "mass"]),
+        ("a point mass on one id; `law` and `coin_words` in code; [paper](coins/law.md)", []),
+        ("```\n+0.043 from its law\n```\n<!-- coins -->\nThe block follows, each launch leaves its counters clean.", []),
+        ("groups of requests, a unit test, cache slots, a massive outlaw coincides, recommended", []),
+    ],
+)
+def test_old_words_are_found_and_others_are_not(text, words):
+    assert sorted(word for _, word, _ in old_words(text)) == sorted(words)
