@@ -3,6 +3,9 @@
 Each check is a function of a folder or a text, so that the tests below it can also show that it finds what is wrong.
 """
 
+import collections
+import csv
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -56,7 +59,7 @@ def broken_links(root):
 
 def paths_in(text):
     """Repository paths of inline code and of commands in fenced blocks; a star stands for any name."""
-    code = re.findall(r"`([^`\n]+)`", prose(text)) + [block for _, block in FENCE.findall(text)]
+    code = re.findall(r"`([^`]+)`", prose(text)) + [block for _, block in FENCE.findall(text)]
     words = [word.strip(",:;()") for piece in code for word in piece.split()]
     inside = [word for word in words if word.split("/")[0] in FOLDERS and "/" in word and "<" not in word]
     return inside + [word for word in words if re.fullmatch(r"[\w-]+\.(md|toml|txt)", word)]
@@ -179,6 +182,56 @@ def test_pictures_name_what_there_is():
     assert "accept_chain" in ops and [name for name in ops if not hasattr(dk, name)] == []
 
 
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _rows(name):
+    with (ROOT / "bench" / "results" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _flat(*parts):
+    return " ".join(ROOT.joinpath(*parts).read_text(encoding="utf-8").split())
+
+
+def test_figures_are_those_of_the_reports():
+    """What the README says in passing; the table of bench.decode is run again in test_bench_decode.py."""
+    readme, page = _flat("README.md"), _flat("docs", "benchmarks.md")
+    compiled = _rows("compile.csv")
+    assert not any(int(row[name]) for row in compiled for name in ("spill_stores", "spill_loads", "stack"))
+    assert f"| {len(compiled)} of {len(compiled)}, eight GPU architectures |" in readme
+    assert f"{len(compiled)} launches of the ops in their default configurations ({len(compiled) // 8} cases" in page
+
+    ops = ("draft_block", "schedule_prefixes", "accept_chain")
+    launches = collections.Counter()
+    for row in _rows("launches.csv"):
+        if row["op"] in ops:
+            launches[row["contender"], row["setting"]] += int(row["launches"])
+    ours, theirs = ([launches[who, how] for how in ("sampled", "greedy")] for who in ("dspark_kernels", "pytorch"))
+    assert ours == [3, 3] and f"3, against at least {theirs[0]} (sampled) or {theirs[1]} (greedy) in plain PyTorch" in readme
+
+    load = {row["policy"]: float(row["tokens_per_second"]) for row in _rows("load.csv") if row["concurrency"] == "512"}
+    gain, loss = (abs(load["budget"] / load[policy] - 1) for policy in ("fixed-7", "none"))
+    assert f"{gain:.0%} more tokens/s than verifying all 7 drafts, {loss:.0%} less".replace("%", " %") in readme
+
+    measured = json.loads((ROOT / "bench" / "results" / "systems.json").read_text())["teacher_forced"]
+    percent = {(run["domain"], run["system"]): [f"{100 * share:.0f}" for share in run["acceptance"]] for run in measured}
+    code, docs, dspark = percent["code", "block"], percent["docs", "block"], percent["code", "dspark"]
+    assert f"({code[0]} to {code[1]} % on code, {docs[0]} to {docs[1]} % on documentation)" in readme
+    assert f"{dspark[0]} to {dspark[1]} % on code, {dspark[6]} % at draft 7" in readme
+
+
+def test_the_readme_repeats_the_table_of_decoding_methods():
+    table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("```")[1]
+    tokens = [dict(re.findall(r"^(\S.*?)  +([\d.]+) ±", part, re.M)) for part in table.split("\nT = ")[1:]]
+    assert len(tokens) == 2
+    sampled, greedy = tokens
+    pairs = {name: f"{sampled[name]} / {greedy[name]}" for name in ("dspark", "block", "mtp", "draft-model")}
+    readme = _flat("README.md")
+    assert f"| {pairs['dspark']}; {pairs['block']} |" in readme and f"| {pairs['mtp']}; {pairs['draft-model']} |" in readme
+    assert f"| {sampled['dspark-tree, 16 nodes, sampled']} / {greedy['dspark-tree, 16 nodes']} |" in readme
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 # Words that this project used in senses of its own, and the field's. Whole words, any case.
@@ -210,7 +263,8 @@ FIELD = ("point mass", "probability mass")
 
 def old_words(text):
     """(line, word, what to write instead) in any text: a document, or a docstring. Code and addresses of links do not count."""
-    text = re.sub(r"`[^`\n]*`", "", LINK.sub(lambda found: found[0].split("](")[0], prose(text)))
+    text = LINK.sub(lambda found: found[0].split("](")[0], prose(text))
+    text = re.sub(r"`[^`]+`", lambda found: "\n" * found[0].count("\n"), text)
     for phrase in FIELD:
         text = re.sub(phrase, "", text, flags=re.I)
     found = []
@@ -239,6 +293,7 @@ def test_words(name):
         ("a leaf of 1024 ids, its mass", ["leaf", "mass"]),
         ("a point mass on one id; `law` and `coin_words` in code; [paper](coins/law.md)", []),
         ("```\n+0.043 from its law\n```\n<!-- coins -->\nThe block follows, each launch leaves its counters clean.", []),
+        ("law in `code that\ngoes on` and\na coin", ["law", "coin"]),
         ("groups of requests, a unit test, cache slots, a massive outlaw coincides, recommended", []),
     ],
 )
