@@ -72,7 +72,7 @@ from ..checks import check_choice, check_int
 from . import edges, edges_tree, laws, laws_tree
 from .edges import Convicted
 from .rules_tree import DRAWN
-from .run import FALSE_ALARM, Run, TreeRun
+from .run import FALSE_ALARM, FINDINGS as FINDINGS, LEVEL as LEVEL, Run, TreeRun
 from .statistics import Finding
 
 REQUESTS, QUICK, FEWEST_REQUESTS = 1 << 17, 1 << 13, 64

@@ -27,6 +27,7 @@ from .candidates import (
     _slot as slot_of,
     _store_unit_keys as store_unit_keys,
     _walk as walk,
+    latent_programs as latent_programs,
     padded_units,
 )
 from .rows import NAN
