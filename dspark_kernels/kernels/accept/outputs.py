@@ -54,28 +54,25 @@ def _log2(weight):
 
 @triton.jit
 def draw(
-    i, row, request, wants_residual, seed, position, anchor, view, law, memory, residual_ptr, patch_ptr, row_values_ptr,
-    row_ids_ptr, scale, draft_scale, num_leaves,
-    INNER: tl.constexpr, COLUMN: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+    i, row, request, wants_residual, seed, position, anchor, view, draft, scratch, scales, num_leaves,
+    PROPOSAL: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Draw after row i of a request from its residual, or, where that is not wanted or has no mass, from the target's law.
+    """Draw after row i of a request from its residual, or, where that is not wanted or empty, from the target distribution.
 
     Gives the token int64 and whether a wanted residual was empty.
     """
-    _, _, vocab, _, _, _, _, _, _, _ = view
-    top_ptr, mass_ptr, _ = memory
     leaf = tl.arange(0, LEAVES)
     of_leaf = row * num_leaves + leaf
     there = leaf < num_leaves
-    row_top = finite_or_zero(tl.load(row_values_ptr + row * VALUES + TOP, volatile=True))
-    target_of = tl.load(row_ids_ptr + row * IDS + TARGET_OF, volatile=True)
-    tops = tl.load(top_ptr + of_leaf, mask=there, other=NEG_INF, volatile=True)
-    mass = tl.load(mass_ptr + of_leaf, mask=there, other=0, volatile=True) & MASS_BITS
-    weight = _log2(mass) + below_max(tops, row_top) * scale
+    row_top = finite_or_zero(tl.load(scratch.stats.values_ptr + row * VALUES + TOP, volatile=True))
+    target_of = tl.load(scratch.stats.ids_ptr + row * IDS + TARGET_OF, volatile=True)
+    tops = tl.load(scratch.target.max_ptr + of_leaf, mask=there, other=NEG_INF, volatile=True)
+    mass = tl.load(scratch.target.sumexp_ptr + of_leaf, mask=there, other=0, volatile=True) & MASS_BITS
+    weight = _log2(mass) + below_max(tops, row_top) * scales.target
     from_residual = wants_residual
-    if INNER is not None:
+    if PROPOSAL is not None:
         if wants_residual:
-            residual = tl.load(residual_ptr + of_leaf, mask=there, other=0, volatile=True)
+            residual = tl.load(scratch.residual_ptr + of_leaf, mask=there, other=0, volatile=True)
             from_residual = tl.max(residual, axis=0) > 0
             weight = tl.where(from_residual, _log2(residual), weight)
     weight = tl.where(there, weight, NEG_INF)
@@ -83,12 +80,12 @@ def draw(
     if from_residual | (target_of == SOFTMAX):
         winner = _race(weight, leaf, tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, LEAVES)
         ids = winner * LEAF + tl.arange(0, LEAF)
-        x = read_row(view, i, ids.to(tl.int32), ids < vocab)
-        inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scale)
-        if INNER is not None:
+        x = read_row(view, i, ids.to(tl.int32), ids < view.vocab)
+        inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scales.target)
+        if PROPOSAL is not None:
             if from_residual:
-                inner = _log2(INNER(winner.to(tl.int32), i, row, request, view, law, patch_ptr, row_values_ptr, row_ids_ptr,
-                                    scale, draft_scale, COLUMN, CANDIDATES))  # fmt: skip
+                inner = _log2(PROPOSAL.residual_in_block(winner.to(tl.int32), i, row, request, view, draft, scratch, scales,
+                                                         PROPOSAL, CANDIDATES))  # fmt: skip
         token = _race(inner, ids, winner * LEAF, seed, position, anchor, CORRECT, LEAF)
     return token, wants_residual & (from_residual == 0)
 
@@ -108,12 +105,11 @@ def _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_f
 
 
 @triton.jit
-def token_log_probs(i, rows, tokens, emitted, greedy, view, raw_memory, row_values_ptr, row_ids_ptr, scale):
-    """ln of the probability of each emitted token under its row's law: processed, or raw where wave 1 summed that, too."""
-    values, ids_of = row_values_ptr + rows * VALUES, row_ids_ptr + rows * IDS
-    if raw_memory is not None:
-        target_ptr, stride_t, _, _, _, _, _, _, _, _ = view
-        x = load_leaf(target_ptr + rows * stride_t, tokens, emitted)
+def token_log_probs(i, rows, tokens, emitted, greedy, view, raw, stats, scale):
+    """ln of the probability of each emitted token in its row: processed, or raw where the first pass summed that, too."""
+    values, ids_of = stats.values_ptr + rows * VALUES, stats.ids_ptr + rows * IDS
+    if raw is not None:
+        x = load_leaf(view.logits_ptr + rows * view.stride, tokens, emitted)
         top = tl.load(values + RAW_TOP, mask=emitted, other=0.0, volatile=True)
         mass = tl.load(values + RAW_LOG, mask=emitted, other=0.0, volatile=True)
         soft = below_max(x, top) - mass * LN2
@@ -131,24 +127,20 @@ def token_log_probs(i, rows, tokens, emitted, greedy, view, raw_memory, row_valu
 
 
 @triton.jit
-def emit(
-    request, slot, row0, length, accepted, token, empty, anchor, sampled, view, layout, outputs, raw_memory, row_values_ptr,
-    row_ids_ptr, scale, num_requests, num_drafts, num_forward,
+def write_outputs(
+    request, accepted, token, empty, anchor, sampled, view, layout, outputs, raw, stats, scale, sizes,
     SUPPORT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Every output of a request with rows. SUPPORT: whether a draft that its law could not give is flagged."""
-    tokens_ptr, accepted_ptr, emitted_ptr, rejected_ptr, next_ptr, last_row_ptr, commit_ptr, flags_ptr, log_probs_ptr = outputs[0]
-    anchors_ptr, stride_a, anchor_positions_ptr, stride_p = outputs[1]
-    query_start_ptr, _, logits_indices_ptr, _tokens, _positions = layout
-    _, _, vocab, _, _, _, _, _, _, _ = view
+    """Every output of a request with rows. SUPPORT: whether a draft without probability is flagged."""
+    length = view.length
     i = tl.arange(0, WIDTH)
-    rows = (row0 + i).to(tl.int64)
-    draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
+    rows = (view.row0 + i).to(tl.int64)
+    draft, inside, missing = read_drafts(i, rows, length, layout, view.vocab)
     here = i == accepted
-    status = tl.load(row_ids_ptr + rows * IDS + STATUS, mask=i <= accepted, other=0, volatile=True)
+    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= accepted, other=0, volatile=True)
     bad = (i < length) & (inside == 0) & (missing == 0)
     if SUPPORT:
-        draft_prob = tl.load(row_values_ptr + rows * VALUES + DRAFT_PROB, mask=here & (i < length), other=1.0, volatile=True)
+        draft_prob = tl.load(stats.values_ptr + rows * VALUES + DRAFT_PROB, mask=here & (i < length), other=1.0, volatile=True)
         bad = bad | tl.where(sampled, (i < length) & (missing == 0) & (draft_prob <= 0.0), i < 0)
     flags = tl.where(tl.max(status & NAN, axis=0) > 0, NAN, 0)
     flags |= tl.max(tl.where(here, status & NONFINITE_ROW, 0), axis=0)
@@ -156,41 +148,39 @@ def emit(
     flags |= tl.max(tl.where(here & missing, MISSING_DRAFT, 0), axis=0)
     flags |= tl.where(empty, EMPTY_RESIDUAL, 0)
     tokens = tl.where(i < accepted, draft, tl.where(here, token, -1))
-    of_token = request.to(tl.int64) * (num_drafts + 1) + i
-    tl.store(tokens_ptr + of_token, tokens, mask=i <= num_drafts)
-    if log_probs_ptr is not None:
-        log_probs = token_log_probs(i, rows, tokens, i <= accepted, sampled == 0, view, raw_memory, row_values_ptr, row_ids_ptr,
-                                    scale)  # fmt: skip
-        tl.store(log_probs_ptr + of_token, log_probs, mask=i <= num_drafts)
-    tl.store(accepted_ptr + request, accepted)
-    tl.store(emitted_ptr + request, accepted + 1)
-    tl.store(rejected_ptr + request, length - accepted)
-    tl.store(flags_ptr + request, flags)
-    tl.store(next_ptr + request, token)
-    last_row = tl.load(logits_indices_ptr + row0 + accepted)
-    tl.store(last_row_ptr + request, last_row)
-    if anchors_ptr is not None:
-        tl.store(anchors_ptr + slot * stride_a, token)
-    if anchor_positions_ptr is not None:
-        tl.store(anchor_positions_ptr + slot * stride_p, anchor + accepted + 1)
-    _commit(commit_ptr, query_start_ptr, request, num_requests, last_row, num_forward, 128)
+    of_token = request.to(tl.int64) * (sizes.num_drafts + 1) + i
+    tl.store(outputs.tokens_ptr + of_token, tokens, mask=i <= sizes.num_drafts)
+    if outputs.log_probs_ptr is not None:
+        log_probs = token_log_probs(i, rows, tokens, i <= accepted, sampled == 0, view, raw, stats, scale)
+        tl.store(outputs.log_probs_ptr + of_token, log_probs, mask=i <= sizes.num_drafts)
+    tl.store(outputs.accepted_ptr + request, accepted)
+    tl.store(outputs.emitted_ptr + request, accepted + 1)
+    tl.store(outputs.rejected_ptr + request, length - accepted)
+    tl.store(outputs.flags_ptr + request, flags)
+    tl.store(outputs.next_token_ptr + request, token)
+    last_row = tl.load(layout.logits_indices_ptr + view.row0 + accepted)
+    tl.store(outputs.last_row_ptr + request, last_row)
+    anchors = outputs.anchors
+    if anchors.ids_ptr is not None:
+        tl.store(anchors.ids_ptr + view.slot * anchors.stride_ids, token)
+    if anchors.positions_ptr is not None:
+        tl.store(anchors.positions_ptr + view.slot * anchors.stride_positions, anchor + accepted + 1)
+    _commit(outputs.commit_ptr, layout.query_start_ptr, request, sizes.num_requests, last_row, sizes.num_forward, 128)
 
 
 @triton.jit
-def emit_nothing(request, slot, layout, outputs, num_requests, num_drafts, num_forward, WIDTH: tl.constexpr):
+def write_no_outputs(request, slot, layout, outputs, sizes, WIDTH: tl.constexpr):
     """A request without logit rows (a prefill chunk keeps all its rows) or a padding row."""
-    tokens_ptr, accepted_ptr, emitted_ptr, rejected_ptr, next_ptr, last_row_ptr, commit_ptr, flags_ptr, log_probs_ptr = outputs[0]
-    query_start_ptr, _, _, _, _ = layout
     i = tl.arange(0, WIDTH)
-    of_token = request.to(tl.int64) * (num_drafts + 1) + i
-    tl.store(tokens_ptr + of_token, (i * 0 - 1).to(tl.int64), mask=i <= num_drafts)
-    if log_probs_ptr is not None:
-        tl.store(log_probs_ptr + of_token, i * 0.0, mask=i <= num_drafts)
-    tl.store(accepted_ptr + request, 0)
-    tl.store(emitted_ptr + request, 0)
-    tl.store(rejected_ptr + request, 0)
-    tl.store(next_ptr + request, tl.full((), -1, tl.int64))
-    tl.store(last_row_ptr + request, 0)
-    tl.store(flags_ptr + request, 0)
-    committed = tl.where(slot >= 0, num_forward, -1)
-    _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_forward, 128)
+    of_token = request.to(tl.int64) * (sizes.num_drafts + 1) + i
+    tl.store(outputs.tokens_ptr + of_token, (i * 0 - 1).to(tl.int64), mask=i <= sizes.num_drafts)
+    if outputs.log_probs_ptr is not None:
+        tl.store(outputs.log_probs_ptr + of_token, i * 0.0, mask=i <= sizes.num_drafts)
+    tl.store(outputs.accepted_ptr + request, 0)
+    tl.store(outputs.emitted_ptr + request, 0)
+    tl.store(outputs.rejected_ptr + request, 0)
+    tl.store(outputs.next_token_ptr + request, tl.full((), -1, tl.int64))
+    tl.store(outputs.last_row_ptr + request, 0)
+    tl.store(outputs.flags_ptr + request, 0)
+    committed = tl.where(slot >= 0, sizes.num_forward, -1)
+    _commit(outputs.commit_ptr, layout.query_start_ptr, request, sizes.num_requests, committed, sizes.num_forward, 128)

@@ -1,4 +1,4 @@
-"""The rules of acceptance: how many drafts of a request stay, once all its rows are recorded.
+"""The rules of acceptance: how many drafts of a request stay, once the statistics of all its rows are there.
 
 token    accept while u * draft_prob < target_prob (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318)
 block    P_i = min(1, P_{i-1} target_prob / draft_prob); Z_i = sum [P_i * target - draft]+ of row i, h_i = Z_i / (Z_i + 1 - P_i),
@@ -6,7 +6,7 @@ block    P_i = min(1, P_{i-1} target_prob / draft_prob); Z_i = sum [P_i * target
 match    accept while the draft is the row's own token: its first maximum (greedy), or the one that the noise shared with the
          draft gives (coupled; Daliri et al., arXiv 2408.07978)
 forced   accept while u < rate: load tests
-Greedy requests match under each rule but `forced`. Symbols: L drafts of the request, u coins. Oracle: reference/accept.py.
+Greedy requests match under each rule but `forced`. Symbols: L drafts of the request, u acceptance uniforms. Oracle: reference/accept.py.
 """
 
 import triton
@@ -16,7 +16,7 @@ from ..primitives.philox import ACCEPT, coin_words, uniform
 from .proposals import RESIDUAL_ONE
 from .rows import DRAFT_PROB, FIRST, IDS, KEPT, NONFINITE_ROW, STATUS, TARGET_PROB, VALUES
 
-# State of a request between its waves.
+# State of a request between its phases.
 PENDING = tl.constexpr(0)
 NEEDS_RESIDUAL = tl.constexpr(1)
 DONE = tl.constexpr(2)
@@ -24,11 +24,10 @@ DONE = tl.constexpr(2)
 
 @triton.jit
 def read_drafts(i, rows, length, layout, vocab):
-    """Drafts int64 (0 where there is none) that rows i of a request judge; whether they are ids, and whether never made."""
-    _, _, logits_indices_ptr, token_ids_ptr, _ = layout
+    """Drafts int64 (0 where there is none) that rows i of a request verify; whether they are ids, and whether never made."""
     has_draft = i < length
-    forward = tl.load(logits_indices_ptr + rows + 1, mask=has_draft, other=0)
-    draft = tl.load(token_ids_ptr + forward, mask=has_draft, other=0)
+    forward = tl.load(layout.logits_indices_ptr + rows + 1, mask=has_draft, other=0)
+    draft = tl.load(layout.token_ids_ptr + forward, mask=has_draft, other=0)
     return draft, has_draft & (draft >= 0) & (draft < vocab), has_draft & (draft == -1)
 
 
@@ -45,22 +44,22 @@ def _while_true(i, length, accept):
 
 
 @triton.jit
-def _matches(i, rows, length, draft, inside, row_ids_ptr):
-    first = tl.load(row_ids_ptr + rows * IDS + FIRST, mask=i < length, other=-1, volatile=True)
+def _matches(i, rows, length, draft, inside, stats):
+    first = tl.load(stats.ids_ptr + rows * IDS + FIRST, mask=i < length, other=-1, volatile=True)
     return _while_true(i, length, inside & (draft == first))
 
 
 @triton.jit
-def judge_match(i, rows, length, layout, row_values_ptr, row_ids_ptr, rates_ptr, sampled, seed, anchor, vocab):
-    """Every judge gives (drafts that stay, whether a residual has to be summed before a token can be drawn)."""
-    status = tl.load(row_ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
+def verify_match(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
+    """Every rule gives the drafts that stay, and whether a residual has to be summed before a token can be drawn."""
+    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
-    return _matches(i, rows, _stop(i, length, status), draft, inside, row_ids_ptr), length < 0
+    return _matches(i, rows, _stop(i, length, status), draft, inside, stats), length < 0
 
 
 @triton.jit
-def judge_forced(i, rows, length, layout, row_values_ptr, row_ids_ptr, rates_ptr, sampled, seed, anchor, vocab):
-    status = tl.load(row_ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
+def verify_forced(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
+    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
     coin = uniform(coin_words(seed, anchor + 1 + i, anchor, ACCEPT))
     rate = tl.load(rates_ptr + i, mask=i < length, other=0.0)
@@ -68,30 +67,30 @@ def judge_forced(i, rows, length, layout, row_values_ptr, row_ids_ptr, rates_ptr
 
 
 @triton.jit
-def judge_token(i, rows, length, layout, row_values_ptr, row_ids_ptr, rates_ptr, sampled, seed, anchor, vocab):
-    status = tl.load(row_ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
+def verify_token(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
+    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
     stop = _stop(i, length, status)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
-    accepted = _matches(i, rows, stop, draft, inside, row_ids_ptr)
+    accepted = _matches(i, rows, stop, draft, inside, stats)
     if sampled:
-        draft_prob = tl.load(row_values_ptr + rows * VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
-        target_prob = tl.load(row_values_ptr + rows * VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
+        draft_prob = tl.load(stats.values_ptr + rows * VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
+        target_prob = tl.load(stats.values_ptr + rows * VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
         coin = uniform(coin_words(seed, anchor + 1 + i, anchor, ACCEPT))
         accepted = _while_true(i, stop, inside & (draft_prob > 0.0) & (coin * draft_prob < target_prob))
-    judged = tl.max(tl.where((i == accepted) & (i < stop) & (missing == 0), 1, 0), axis=0) > 0
-    return accepted, judged & sampled
+    verified = tl.max(tl.where((i == accepted) & (i < stop) & (missing == 0), 1, 0), axis=0) > 0
+    return accepted, verified & sampled
 
 
 @triton.jit
-def judge_block(i, rows, length, layout, row_values_ptr, row_ids_ptr, rates_ptr, sampled, seed, anchor, vocab):
-    """Sampled: the rows that count, their P_i into the records; `choose_block` decides after the residuals."""
-    status = tl.load(row_ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
+def verify_block(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
+    """Sampled: the rows that count, their P_i into the statistics; `select_block_length` decides after the residuals."""
+    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
     stop = _stop(i, length, status)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
-    accepted = _matches(i, rows, stop, draft, inside, row_ids_ptr)
+    accepted = _matches(i, rows, stop, draft, inside, stats)
     if sampled:
-        draft_prob = tl.load(row_values_ptr + rows * VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
-        target_prob = tl.load(row_values_ptr + rows * VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
+        draft_prob = tl.load(stats.values_ptr + rows * VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
+        target_prob = tl.load(stats.values_ptr + rows * VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
         possible = inside & (draft_prob > 0.0)
         ratio = tl.where(possible, target_prob / tl.where(possible, draft_prob, 1.0), 0.0)
         ratio = tl.minimum(ratio, 1e30)  # a product with 0 stays 0
@@ -100,13 +99,13 @@ def judge_block(i, rows, length, layout, row_values_ptr, row_ids_ptr, rates_ptr,
         for k in range(stop):
             so_far = tl.minimum(1.0, so_far * tl.sum(tl.where(i == k, ratio, 0.0), axis=0))
             kept = tl.where(i == k + 1, so_far, kept)
-        tl.store(row_values_ptr + rows * VALUES + KEPT, kept, mask=i <= stop)
+        tl.store(stats.values_ptr + rows * VALUES + KEPT, kept, mask=i <= stop)
         accepted = stop
     return accepted, sampled & (stop > 0)
 
 
 @triton.jit
-def choose_block(i, rows, stop, row_values_ptr, residual_ptr, num_leaves, seed, anchor, WIDTH: tl.constexpr, LEAVES: tl.constexpr):
+def select_block_length(i, rows, stop, stats, residual_ptr, num_leaves, seed, anchor, WIDTH: tl.constexpr, LEAVES: tl.constexpr):
     """The largest index that passes, from the residual masses of rows 0 .. stop - 1."""
     BLOCK: tl.constexpr = 64 if LEAVES > 64 else LEAVES
     total = tl.zeros([WIDTH], tl.int64)
@@ -115,7 +114,7 @@ def choose_block(i, rows, stop, row_values_ptr, residual_ptr, num_leaves, seed, 
         inside = (i < stop)[:, None] & (leaf < num_leaves)
         total += tl.sum(tl.load(residual_ptr + rows[:, None] * num_leaves + leaf, mask=inside, other=0, volatile=True), axis=1)
     mass = total.to(tl.float32) * (1.0 / RESIDUAL_ONE)
-    kept = tl.load(row_values_ptr + rows * VALUES + KEPT, mask=i <= stop, other=0.0, volatile=True)
+    kept = tl.load(stats.values_ptr + rows * VALUES + KEPT, mask=i <= stop, other=0.0, volatile=True)
     rest = mass + (1.0 - kept)
     coin = uniform(coin_words(seed, anchor + i, anchor, ACCEPT))
     passes = tl.where(i < stop, (coin * rest < mass) | (rest <= 0.0), coin < kept)

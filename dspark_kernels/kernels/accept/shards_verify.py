@@ -1,6 +1,6 @@
-"""What every rank knows once the parts of all rows are gathered: the records of a request's rows, and what the rule says.
+"""What every rank knows once the parts of all rows are gathered: the statistics of a request's rows, and what the rule says.
 
-Everything follows from gathered bytes and what is the same on all ranks, so all judge the same, and the same as kernels/accept/chain.py
+Everything follows from gathered bytes and what is the same on all ranks, so all decide the same, and the same as kernels/accept/chain.py
 on whole rows as long as no leaf is cut. A cut leaf is two pieces with maxima of their own, merged by one rounding of each mass.
 Symbols: N ranks, L logit rows, NL leaves of 1024 ids that a shard can touch. Rules: rules.py.
 """
@@ -11,6 +11,7 @@ import triton.language as tl
 from ..primitives.fence import stores_done
 from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale
 from ..primitives.race import unpack_id
+from .args import Distribution, RowStats
 from .rows import (
     DRAFT_OF,
     DRAFT_PROB,
@@ -38,9 +39,8 @@ from .shards_rows import FINITE
 
 
 @triton.jit
-def _row_masses(memory, stride_part, rows, has_row, shards, num_leaves, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _row_masses(sums, stride, rows, has_row, shards, num_leaves, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Maximum and integer mass (relative to it) of rows from the pieces of all ranks."""
-    top_ptr, mass_ptr = memory
     pieces = shards * num_leaves
     # Reduced after the loops, not in them: Triton 3.6's pass for such loops fails where the result is used twice.
     tall = tl.full([WIDTH, BLOCK], float("-inf"), tl.float32)
@@ -49,7 +49,7 @@ def _row_masses(memory, stride_part, rows, has_row, shards, num_leaves, scale, W
         where = rows[:, None] * num_leaves + (piece % num_leaves)[None, :]
         inside = has_row[:, None] & (piece < pieces)[None, :]
         shard = (piece // num_leaves).to(tl.int64)[None, :]
-        tops = tl.load(top_ptr + shard * (2 * stride_part) + where, mask=inside, other=NEG_INF)
+        tops = tl.load(sums.max_ptr + shard * (2 * stride) + where, mask=inside, other=NEG_INF)
         tall = tl.maximum(tall, tops)
     top = tl.max(tall, axis=1)
     mass = tl.zeros([WIDTH, BLOCK], tl.int64)
@@ -58,47 +58,47 @@ def _row_masses(memory, stride_part, rows, has_row, shards, num_leaves, scale, W
         where = rows[:, None] * num_leaves + (piece % num_leaves)[None, :]
         inside = has_row[:, None] & (piece < pieces)[None, :]
         shard = (piece // num_leaves).to(tl.int64)[None, :]
-        tops = tl.load(top_ptr + shard * (2 * stride_part) + where, mask=inside, other=NEG_INF)
-        own = tl.load(mass_ptr + shard * stride_part + where, mask=inside, other=0)
+        tops = tl.load(sums.max_ptr + shard * (2 * stride) + where, mask=inside, other=NEG_INF)
+        own = tl.load(sums.sumexp_ptr + shard * stride + where, mask=inside, other=0)
         mass += (own.to(tl.float32) * tl.exp2(below_max(tops, top[:, None]) * scale)).to(tl.int64)
     return top, tl.sum(mass, axis=1)
 
 
 @triton.jit
-def _record(
-    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, row_values_ptr, row_ids_ptr, shards, num_leaves,
-    vocab, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+def _row_stats(
+    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, stats, shards, num_leaves, vocab,
+    WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The records (rows.py) of all rows of a request, from the parts of all ranks."""
-    row_words_ptr, row_logits_ptr, memory, draft_memory, lists, stride_part = gathered
+    """The statistics (rows.py) of all rows of a request, from the parts of all ranks."""
+    part, stride = gathered.part, gathered.stride
     i = tl.arange(0, WIDTH)
     rows = (row0 + i).to(tl.int64)
     live = i <= length
-    values, ids_of = row_values_ptr + rows * VALUES, row_ids_ptr + rows * IDS
+    values, ids_of = stats.values_ptr + rows * VALUES, stats.ids_ptr + rows * IDS
     shard = tl.arange(0, SHARDS).to(tl.int64)[None, :]
     there = live[:, None] & (shard < shards)
-    words = row_words_ptr + shard * stride_part + rows[:, None] * 4
+    words = part.words_ptr + shard * stride + rows[:, None] * 4
     best = tl.max(tl.load(words, mask=there, other=0), axis=1)
     first = tl.where(best > 0, unpack_id(best), 0).to(tl.int32)
     seen = tl.load(words + 3, mask=there, other=0).to(tl.int32)
     status = tl.max(seen & NAN, axis=1) | tl.where(tl.max(seen & FINITE, axis=1) > 0, 0, NONFINITE_ROW)
     tl.store(ids_of + FIRST, first, mask=live)
     tl.store(ids_of + STATUS, status, mask=live)
-    if memory[0] is not None:
+    if part.target.max_ptr is not None:
         scale = log2_scale(temperature)
-        top, mass = _row_masses(memory, stride_part, rows, live, shards, num_leaves, scale, WIDTH, BLOCK)
+        top, mass = _row_masses(part.target, stride, rows, live, shards, num_leaves, scale, WIDTH, BLOCK)
         inverse = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
         mass_of = tl.where((top == POS_INF) | ((status & NONFINITE_ROW) > 0), first, SOFTMAX)
         draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
-        logits = row_logits_ptr + shard * (2 * stride_part) + rows[:, None] * 2
+        logits = part.logits_ptr + shard * (2 * stride) + rows[:, None] * 2
         logit = tl.max(tl.load(logits, mask=there, other=NEG_INF), axis=1)
-        target_prob = soft_prob(logit, draft, mass_of, finite_or_zero(top), inverse, scale)
+        target_prob = soft_prob(logit, draft, Distribution(mass_of, finite_or_zero(top), inverse), scale)
         tl.store(values + TOP, top, mask=live)
         tl.store(values + INVERSE, inverse, mask=live)
         tl.store(values + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
         tl.store(ids_of + TARGET_OF, mass_of, mask=live)
 
-        # The draft's law: one-hot, by its lse, by the sums of its own leaves, or, of a list, as each rank has written it.
+        # The draft's distribution: one-hot, by its lse, by the sums of its own leaves, or, of candidates, as each rank has written it.
         has_draft = i < length
         own = tl.where((draft >= 0) & (draft < 2147483647), draft, NOBODY).to(tl.int32)
         mass_of = own
@@ -107,17 +107,16 @@ def _record(
         x = tl.full([WIDTH], float("-inf"), tl.float32)
         draft_scale = log2_scale(draft_temperature)
         if dense is not None:
-            _, lse_ptr, _, _, stride_es = dense
             x = tl.max(tl.load(logits + 1, mask=there, other=NEG_INF), axis=1)
             soft = tl.full([WIDTH], SOFTMAX, tl.int32)
-            if lse_ptr is None:
-                draft_top, draft_mass = _row_masses(draft_memory, stride_part, rows, has_draft, shards, num_leaves, draft_scale,
+            if dense.lse_ptr is None:
+                draft_top, draft_mass = _row_masses(part.draft, stride, rows, has_draft, shards, num_leaves, draft_scale,
                                                     WIDTH, BLOCK)  # fmt: skip
                 reference = finite_or_zero(draft_top)
                 factor = 1.0 / tl.maximum(draft_mass, 1).to(tl.float32) * ONE
                 infinite = unpack_id(tl.max(tl.load(words + 1, mask=there, other=0), axis=1)).to(tl.int32)
             else:
-                draft_top = tl.load(lse_ptr + slot * stride_es + i, mask=has_draft, other=0.0)
+                draft_top = tl.load(dense.lse_ptr + slot * dense.stride_lse + i, mask=has_draft, other=0.0)
                 # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
                 reference = finite_or_zero(draft_top) * (LOG2E / draft_scale)
                 # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
@@ -125,13 +124,13 @@ def _record(
             soft = tl.where(draft_top == POS_INF, infinite, tl.where(draft_top == NEG_INF, NOBODY, soft))
             mass_of = tl.where(draft_temperature > 0.0, soft, own)
         mass_of = tl.where(missing, NOBODY, mass_of)
-        draft_prob = soft_prob(x, draft, mass_of, reference, factor, draft_scale)
-        if lists[0] is not None:
-            _, _, laws_ptr, owners_ptr = lists
-            reference = tl.load(laws_ptr + rows * 3, mask=has_draft, other=0.0)
-            factor = tl.load(laws_ptr + rows * 3 + 1, mask=has_draft, other=1.0)
-            draft_prob = tl.load(laws_ptr + rows * 3 + 2, mask=has_draft, other=0.0)
-            mass_of = tl.load(owners_ptr + rows, mask=has_draft, other=NOBODY)
+        draft_prob = soft_prob(x, draft, Distribution(mass_of, reference, factor), draft_scale)
+        if part.lists.rest_ptr is not None:
+            of_row = part.lists.distributions_ptr + rows * 3
+            reference = tl.load(of_row, mask=has_draft, other=0.0)
+            factor = tl.load(of_row + 1, mask=has_draft, other=1.0)
+            draft_prob = tl.load(of_row + 2, mask=has_draft, other=0.0)
+            mass_of = tl.load(part.lists.points_ptr + rows, mask=has_draft, other=NOBODY)
         tl.store(values + REFERENCE, reference, mask=live)
         tl.store(values + FACTOR, factor, mask=live)
         tl.store(values + DRAFT_PROB, draft_prob, mask=live)
@@ -140,55 +139,51 @@ def _record(
 
 
 @triton.jit
-def judge(
-    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, row_values_ptr, row_ids_ptr, shards,
-    num_leaves, vocab, JUDGE: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+def verify(
+    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, stats, shards, num_leaves, vocab,
+    VERIFY: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the rule says, see rules.py, beside the anchor's position."""
-    _record(slot, row0, length, temperature, draft_temperature, gathered, dense, layout, row_values_ptr, row_ids_ptr, shards,
-            num_leaves, vocab, WIDTH, SHARDS, BLOCK)  # fmt: skip
+    _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, layout, stats, shards, num_leaves, vocab,
+               WIDTH, SHARDS, BLOCK)  # fmt: skip
     stores_done()
-    _, _, logits_indices_ptr, _, positions_ptr = layout
-    anchor = tl.load(positions_ptr + tl.load(logits_indices_ptr + row0))
+    anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + row0))
     i = tl.arange(0, WIDTH)
     seed = tl.zeros((), tl.int64)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr + slot)
-    accepted, wants = JUDGE(i, (row0 + i).to(tl.int64), length, layout, row_values_ptr, row_ids_ptr, None, temperature > 0.0, seed,
-                            anchor, vocab)  # fmt: skip
+    accepted, wants = VERIFY(i, (row0 + i).to(tl.int64), length, layout, stats, None, temperature > 0.0, seed, anchor, vocab)
     stores_done()
     return accepted, wants, anchor
 
 
 @triton.jit
-def own_records(row_values_ptr, row_ids_ptr, row0, WIDTH: tl.constexpr):
-    """This program's records, addressed by row: programs of one request judge at the same time, each for itself."""
+def own_stats(stats, row0, WIDTH: tl.constexpr):
+    """This program's statistics, addressed by row: programs of one request verify at the same time, each for itself."""
     shift = tl.program_id(0).to(tl.int64) * WIDTH - row0
-    return row_values_ptr + shift * VALUES, row_ids_ptr + shift * IDS
+    return RowStats(stats.values_ptr + shift * VALUES, stats.ids_ptr + shift * IDS)
 
 
 @triton.jit
-def merged_leaves(memory, stride_part, row, cut, vocab, scale, excluded, removed, LEAVES: tl.constexpr):
+def merged_leaves(max_ptr, sumexp_ptr, stride, row, cut, vocab, scale, excluded, removed, LEAVES: tl.constexpr):
     """Maximum and mass of every leaf of a row from its pieces, without what `excluded` (-1 = nobody) adds to its own."""
-    top_ptr, mass_ptr = memory
-    shard_width, num_leaves, pieces = cut
     leaf = tl.arange(0, LEAVES)
-    first = leaf * LEAF // shard_width
+    first = leaf * LEAF // cut.width
     top = tl.full([LEAVES], float("-inf"), tl.float32)
-    for n in range(pieces):
+    for n in range(cut.pieces):
         shard = first + n
-        here = shard * shard_width < tl.minimum((leaf + 1) * LEAF, vocab)
-        where = row * num_leaves + (leaf - shard * shard_width // LEAF)
-        tops = tl.load(top_ptr + shard.to(tl.int64) * (2 * stride_part) + where, mask=here, other=NEG_INF)
+        here = shard * cut.width < tl.minimum((leaf + 1) * LEAF, vocab)
+        where = row * cut.blocks + (leaf - shard * cut.width // LEAF)
+        tops = tl.load(max_ptr + shard.to(tl.int64) * (2 * stride) + where, mask=here, other=NEG_INF)
         top = tl.maximum(top, tops)
     mass = tl.zeros([LEAVES], tl.int64)
-    for n in range(pieces):
+    for n in range(cut.pieces):
         shard = first + n
-        here = shard * shard_width < tl.minimum((leaf + 1) * LEAF, vocab)
-        where = row * num_leaves + (leaf - shard * shard_width // LEAF)
-        tops = tl.load(top_ptr + shard.to(tl.int64) * (2 * stride_part) + where, mask=here, other=NEG_INF)
-        own = tl.load(mass_ptr + shard.to(tl.int64) * stride_part + where, mask=here, other=0)
-        owner = (leaf == tl.where(excluded >= 0, excluded // LEAF, -1)) & (shard == excluded // shard_width)
+        here = shard * cut.width < tl.minimum((leaf + 1) * LEAF, vocab)
+        where = row * cut.blocks + (leaf - shard * cut.width // LEAF)
+        tops = tl.load(max_ptr + shard.to(tl.int64) * (2 * stride) + where, mask=here, other=NEG_INF)
+        own = tl.load(sumexp_ptr + shard.to(tl.int64) * stride + where, mask=here, other=0)
+        owner = (leaf == tl.where(excluded >= 0, excluded // LEAF, -1)) & (shard == excluded // cut.width)
         own -= tl.where(owner, removed, 0)
         # The piece that has the maximum keeps its integer, so that a leaf of one piece is that piece.
         scaled = (own.to(tl.float32) * tl.exp2(below_max(tops, top) * scale)).to(tl.int64)

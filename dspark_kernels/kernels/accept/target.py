@@ -1,10 +1,11 @@
 """Target logits as acceptance sees them: after penalties, bias and mask, and -inf outside what top-k, top-p and min-p keep.
 
-A view is (logits [L, V], row stride, V, what is adjusted or None, token ids and the ancestors of tree nodes or None, their rows,
-first row of the request, its state slot, its drafts, limits per row or None). A row's path is the drafts before it; in a tree,
-where row i is node i, the nodes from the anchor to it, not their siblings. What is kept of a row is two scalars, found
-by the row's last arriver from maxima of groups of 128 ids, so that nothing is written back. Oracle: reference/sampling.py.
+A row's path is the drafts before it; in a tree, where row i is node i, the nodes from the anchor to it, not their siblings. The
+support of a row is two scalars, found by the row's last arriver from maxima of groups of 128 ids, so that nothing is written back.
+Records: args.py (View, Limits). Oracle: reference/sampling.py.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,58 +13,65 @@ import triton.language as tl
 from ..primitives.adjust import adjusted
 from ..primitives.filters import BLOCK, EVERYTHING, filter_is_on, filter_row, keep_masses, kept
 from ..primitives.mass import NEG_INF, POS_INF, numbers
+from .args import View
 
 GROUP_IDS = tl.constexpr(128)  # ids per stored maximum
+
+
+class Path(NamedTuple):
+    """What came before rows of a request: `rows` [ROWS] are their drafts' numbers, of a tree their ancestors as bits."""
+
+    token_ids_ptr: Any
+    logits_indices_ptr: Any
+    row0: Any
+    rows: Any
 
 
 @triton.jit
 def draft_before(j, path):
     """Draft j of a request as the path of rows i, -1 where it does not come before the row."""
-    token_ids_ptr, logits_indices_ptr, row0, i = path
+    i = path.rows
     before = j < i
-    row = tl.load(logits_indices_ptr + row0 + 1 + j + i * 0, mask=before, other=0)
-    return tl.load(token_ids_ptr + row, mask=before, other=-1)
+    row = tl.load(path.logits_indices_ptr + path.row0 + 1 + j + i * 0, mask=before, other=0)
+    return tl.load(path.token_ids_ptr + row, mask=before, other=-1)
 
 
 @triton.jit
 def token_above(j, path):
     """Node j + 1 of a request as the path of the nodes whose ancestors are given as bits, -1 where it is none of them."""
-    token_ids_ptr, logits_indices_ptr, row0, ancestors = path
+    ancestors = path.rows
     above = ((ancestors >> (j + 1)) & 1) > 0
-    row = tl.load(logits_indices_ptr + row0 + 1 + j + ancestors * 0, mask=above, other=0)
-    return tl.load(token_ids_ptr + row, mask=above, other=-1)
+    row = tl.load(path.logits_indices_ptr + path.row0 + 1 + j + ancestors * 0, mask=above, other=0)
+    return tl.load(path.token_ids_ptr + row, mask=above, other=-1)
 
 
 @triton.jit
 def read_raw(view, i, ids, inside):
     """fp32 logits of ids [ROWS, WIDTH] in rows i [ROWS] of the request, adjusted; NaN stays NaN, no filter."""
-    target_ptr, stride_t, vocab, settings, tokens, logits_indices_ptr, row0, slot, length, _ = view
-    rows = (row0 + i).to(tl.int64)
-    x = tl.load(target_ptr + rows[:, None] * stride_t + ids, mask=inside, other=NEG_INF).to(tl.float32)
-    if settings is not None:
-        slots = slot + tl.zeros_like(rows)
-        token_ids_ptr, lineage = tokens
-        if lineage is None:
-            path = (token_ids_ptr, logits_indices_ptr, row0, i)
-            x = adjusted(x, ids, inside, slots, rows, settings, path, length, draft_before)
+    rows = (view.row0 + i).to(tl.int64)
+    x = tl.load(view.logits_ptr + rows[:, None] * view.stride + ids, mask=inside, other=NEG_INF).to(tl.float32)
+    if view.adjustments is not None:
+        slots = view.slot + tl.zeros_like(rows)
+        if view.lineage is None:
+            path = Path(view.token_ids_ptr, view.logits_indices_ptr, view.row0, i)
+            x = adjusted(x, ids, inside, slots, rows, view.adjustments, path, view.length, draft_before)
         else:
-            ancestors_ptr, num_nodes = lineage
-            ancestors = tl.load(ancestors_ptr + slots * num_nodes + i, mask=(i >= 0) & (i <= length), other=0)
-            path = (token_ids_ptr, logits_indices_ptr, row0, ancestors)
-            x = adjusted(x, ids, inside, slots, rows, settings, path, length, token_above)
+            tree = view.lineage
+            has_node = (i >= 0) & (i <= view.length)
+            ancestors = tl.load(tree.ancestors_ptr + slots * tree.num_nodes + i, mask=has_node, other=0)
+            path = Path(view.token_ids_ptr, view.logits_indices_ptr, view.row0, ancestors)
+            x = adjusted(x, ids, inside, slots, rows, view.adjustments, path, view.length, token_above)
     return x
 
 
 @triton.jit
 def read_rows(view, i, ids, inside):
-    """The same with NaN read as -inf, and -inf outside what the row keeps."""
-    _, _, _, _, _, _, row0, _, _, limits = view
+    """The same with NaN read as -inf, and -inf outside the row's support."""
     x = numbers(read_raw(view, i, ids, inside))
-    if limits is not None:
-        threshold_ptr, cut_ptr = limits
-        rows = row0 + i
-        threshold = tl.load(threshold_ptr + rows, volatile=True)
-        cut = tl.load(cut_ptr + rows, volatile=True)
+    if view.limits is not None:
+        rows = view.row0 + i
+        threshold = tl.load(view.limits.threshold_ptr + rows, volatile=True)
+        cut = tl.load(view.limits.cut_ptr + rows, volatile=True)
         x = tl.where(kept(x, ids, threshold[:, None], cut[:, None]), x, NEG_INF)
     return x
 
@@ -100,38 +108,41 @@ def _setting(pointer, slot, off):
     return setting
 
 
+class RowSource(NamedTuple):
+    """Row i of a view, for filters."""
+
+    view: View
+    i: Any
+
+
 @triton.jit
 def _load(ids, inside, source):
-    view, i = source
-    return read_row(view, i, ids, inside)
+    return read_row(source.view, source.i, ids, inside)
 
 
 @triton.jit
 def limit_row(
-    i, row, view, filters, top_ptr, mass_ptr, top, mass, limits, groups, scale, num_leaves,
+    i, row, view, filters, partials, top, mass, limits, scratch, scale, num_leaves,
     JOINT: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
-    """Find what a row keeps and sum its leaves again over that. view: without limits. Gives whether anything is left out."""
-    _, _, vocab, _, _, _, _, slot, _, _ = view
-    top_k_ptr, top_p_ptr, min_p_ptr = filters
-    threshold_ptr, cut_ptr = limits
-    maxima_ptr, groups_ptr, lists_ptr = groups
-    num_groups = tl.cdiv(vocab, GROUP_IDS)
-    top_k = _setting(top_k_ptr, slot, 0)
-    top_p = _setting(top_p_ptr, slot, 1.0)
-    min_p = _setting(min_p_ptr, slot, 0.0)
+    """Find the support of a row and sum its leaves again over that. view: without limits. Gives whether anything is left out."""
+    num_groups = tl.cdiv(view.vocab, GROUP_IDS)
+    top_k = _setting(filters.top_k_ptr, view.slot, 0)
+    top_p = _setting(filters.top_p_ptr, view.slot, 1.0)
+    min_p = _setting(filters.min_p_ptr, view.slot, 0.0)
     threshold = tl.full((), EVERYTHING, tl.int64)
     cut = tl.full((), -1, tl.int32)
-    limited = filter_is_on(top_k, top_p, min_p, vocab) & (tl.abs(top) < POS_INF)
+    limited = filter_is_on(top_k, top_p, min_p, view.vocab) & (tl.abs(top) < POS_INF)
     if limited:
-        listed_ptr = groups_ptr + row * num_groups
-        list_ptr = lists_ptr + row * 2 * BLOCK
+        source = RowSource(view, i)
+        groups_ptr = scratch.groups_ptr + row * num_groups
+        list_ptr = scratch.lists_ptr + row * 2 * BLOCK
         threshold, cut, reached = filter_row(
-            _load, (view, i), vocab, maxima_ptr + row * num_groups, num_groups, listed_ptr, list_ptr, list_ptr + BLOCK, top, mass,
-            scale, top_k, top_p, min_p, JOINT, GROUP_IDS, GROUPS,
+            _load, source, view.vocab, scratch.maxima_ptr + row * num_groups, num_groups, groups_ptr, list_ptr, list_ptr + BLOCK,
+            top, mass, scale, top_k, top_p, min_p, JOINT, GROUP_IDS, GROUPS,
         )  # fmt: skip
-        keep_masses(_load, (view, i), vocab, listed_ptr, reached, threshold, cut, top_ptr + row * num_leaves,
-                    mass_ptr + row * num_leaves, num_leaves, scale, GROUP_IDS, LEAVES)  # fmt: skip
-    tl.store(threshold_ptr + row, threshold)
-    tl.store(cut_ptr + row, cut)
+        keep_masses(_load, source, view.vocab, groups_ptr, reached, threshold, cut, partials.max_ptr + row * num_leaves,
+                    partials.sumexp_ptr + row * num_leaves, num_leaves, scale, GROUP_IDS, LEAVES)  # fmt: skip
+    tl.store(limits.threshold_ptr + row, threshold)
+    tl.store(limits.cut_ptr + row, cut)
     return limited

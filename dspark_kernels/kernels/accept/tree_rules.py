@@ -1,11 +1,11 @@
-"""How a tree is judged: the walk from the root, and rules that go from a rejected child to the residual at its parent.
+"""How a tree is verified: the walk from the root, and rules that go from a rejected child to the residual at its parent.
 
     walk       go to the first child whose token is the one drawn at its parent
     recursive  child c: node <- c while u q_c(x) < p(x), else p <- norm [p - q_c]+ and the next child
     traversal  down to a leaf; accept while u < P, else P M <- [P M - q_c]+ / (Z + 1 - P) at the parent and the next child
 
-Symbols: WIDTH nodes of a tree (padded), NL leaves of 1024 ids; p, q target and draft law, P chance that a node's prefix is kept, M
-its residual law, Z = sum [P M - q_c]+. What lies behind a residual is never stored: an id's remaining weight is computed again from
+Symbols: WIDTH nodes of a tree (padded), NL leaves of 1024 ids; p, q target and draft distribution, P probability that a node's prefix is
+kept, M its residual distribution, Z = sum [P M - q_c]+. What lies behind a residual is never stored: an id's remaining weight is computed again from
 p, q and a few numbers per rejected sibling. Siblings are in the order of their nodes. Oracle: reference/tree.py.
 """
 
@@ -16,12 +16,12 @@ from ..primitives.fence import stores_done
 from ..primitives.leaves import merge_leaves, race_ids, race_leaves
 from ..primitives.mass import LEAF, NEG_INF, ONE
 from ..primitives.philox import ACCEPT, coin_words, uniform
-from .proposals import await_map, map_used
+from .dense import await_map, map_used
 from .rows import NONFINITE_ROW, SOFTMAX, soft_prob
 from .target import read_each, read_rows
-from .tree_outputs import emit
+from .tree_outputs import write_outputs
 from .tree_proposals import next_of, pick
-from .tree_rows import first_token, id_weights, leaf_weights, node_laws, node_status
+from .tree_rows import first_token, id_weights, leaf_weights, node_distributions, node_status
 
 WALK = tl.constexpr(0)
 RECURSIVE = tl.constexpr(1)
@@ -69,27 +69,22 @@ def _remaining(target_prob, draft_weight, ids, taken, tokens, multiplier, factor
 
 @triton.jit
 def left_in_leaves(
-    node, leaf, laws, entry, taken, tokens, multiplier, factor, view, law, scale, draft_scale, i,
-    WEIGHTS: tl.constexpr, COLUMN: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, WIDTH: tl.constexpr,
+    node, leaf, target, drawn_from, entry, taken, tokens, multiplier, factor, view, draft, scales, i,
+    PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What is left in leaves [PAIRS] of a node's law, entered with P = entry, and of its children's draft weights: fp32
+    """What is left in leaves [PAIRS] of a node's distribution, entered with P = entry, and of its children's draft weights: fp32
     [PAIRS, LEAF]."""
-    _, _, vocab, _, _, _, _, slot, _, _ = view
-    target_law, draft_law = laws
-    mass_of, top, inverse = target_law
-    draft_of, reference = draft_law
     ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-    x = read_rows(view, node + leaf * 0, ids, ids < vocab)
-    target_prob = entry * soft_prob(x, ids, mass_of, top, inverse, scale)
-    weight = WEIGHTS(node, ids, slot, vocab, law, draft_of, reference, draft_scale, COLUMN, CANDIDATES)
+    x = read_rows(view, node + leaf * 0, ids, ids < view.vocab)
+    target_prob = entry * soft_prob(x, ids, target, scales.target)
+    weight = PROPOSAL.block_weights(node, ids, view.slot, view.vocab, draft, drawn_from, scales.draft, PROPOSAL, CANDIDATES)
     return _remaining(target_prob, weight, ids, taken, tokens, multiplier, factor, i, WITHOUT, WIDTH)
 
 
 @triton.jit
-def _after_sweep(request, child, node, numerator, denominator, lack, multiplier, residuals, num_leaves, i,
+def _after_sweep(request, child, node, numerator, denominator, lack, multiplier, residual_ptr, num_leaves, i,
                  RULE: tl.constexpr, LEAVES: tl.constexpr):  # fmt: skip
     """A sweep's sum Z in the state of `node`, whose child was rejected; and whether anything is left."""
-    residual_ptr, _ = residuals
     leaf = tl.arange(0, LEAVES)
     at = request.to(tl.int64) * num_leaves + leaf
     total = tl.sum(tl.load(residual_ptr + at, mask=leaf < num_leaves, other=0, volatile=True), axis=0)
@@ -108,59 +103,54 @@ def _after_sweep(request, child, node, numerator, denominator, lack, multiplier,
 
 @triton.jit
 def _draw(
-    request, node, row, position, anchor, seed, from_residual, laws, entry, taken, tokens, multiplier, factor, view, law, memory,
-    residuals, scale, draft_scale, num_leaves, i,
-    WEIGHTS: tl.constexpr, COLUMN: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, LEAVES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    request, node, row, position, anchor, seed, from_residual, target, drawn_from, entry, taken, tokens, multiplier, factor, view,
+    draft, scratch, scales, num_leaves, i,
+    PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, LEAVES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A token from what is left of a node's law, or from all of it: int64."""
-    top_ptr, mass_ptr, _ = memory
-    residual_ptr, _ = residuals
+    """A token from what is left of a node's distribution, or from all of it: int64."""
     one = tl.zeros([1], tl.int32)
-    top, _mass, words, tops = merge_leaves(top_ptr, mass_ptr, row + one, num_leaves, scale, LEAVES)
-    weight = leaf_weights(tops, words, top, scale)
+    partials = scratch.target
+    top, _mass, words, tops = merge_leaves(partials.max_ptr, partials.sumexp_ptr, row + one, num_leaves, scales.target, LEAVES)
+    weight = leaf_weights(tops, words, top, scales.target)
     if from_residual:
         leaf = tl.arange(0, LEAVES)[None, :]
         at = request.to(tl.int64) * num_leaves + leaf
-        mass = tl.load(residual_ptr + at, mask=leaf < num_leaves, other=0, volatile=True)
+        mass = tl.load(scratch.residual.target_ptr + at, mask=leaf < num_leaves, other=0, volatile=True)
         weight = tl.where(mass > 0, tl.log2(tl.maximum(mass, 1).to(tl.float32)), NEG_INF)
     position = tl.full([1, 1], 0, tl.int64) + position
     at = tl.zeros([1, 1], tl.int32) + node
     winner = race_leaves(weight, seed, position, anchor, at, 1, LEAVES)
-    inner = id_weights(view, node + one, winner, top, scale)
+    inner = id_weights(view, node + one, winner, top, scales.target)
     if from_residual:
-        left, _weight = left_in_leaves(node, winner, laws, entry, taken, tokens, multiplier, factor, view, law, scale,
-                                       draft_scale, i, WEIGHTS, COLUMN, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
+        left, _weight = left_in_leaves(node, winner, target, drawn_from, entry, taken, tokens, multiplier, factor, view, draft,
+                                       scales, i, PROPOSAL, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
         inner = tl.where(left > 0.0, tl.log2(tl.where(left > 0.0, left, 1.0)), NEG_INF)
     return tl.sum(race_ids(inner, winner, seed, position, anchor, at, 1), axis=0).to(tl.int64)
 
 
 @triton.jit
 def decide(
-    request, row0, length, sweep, view, layout, law, parents_ptr, temperature_ptr, seed_ptr, outputs, memory, raw_memory,
-    residuals, records, states, published_ptr, mapping, map_parts, walks, scale, draft_scale, num_requests, num_forward, num_nodes,
-    num_leaves, RULE: tl.constexpr, AT: tl.constexpr, WEIGHTS: tl.constexpr, LEFT: tl.constexpr, COLUMN: tl.constexpr,
-    WITHOUT: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr, WIDTH: tl.constexpr,
+    request, sweep, view, layout, draft, parents_ptr, sampling, outputs, scratch, published_ptr, map_progress, map_parts, walks,
+    scales, sizes, RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, CANDIDATES: tl.constexpr,
+    LEAVES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Decide from what is known after `sweep` sweeps: publish the next one, or emit."""
-    _starts, _logits, logits_indices_ptr, token_ids_ptr, positions_ptr = layout
-    _, _, vocab, _, _, _, _, slot, _, _ = view
-    _, _, row_rest_ptr, row_token_ptr = records
+    """Decide from what is known after `sweep` sweeps: publish the next one, or write the outputs."""
+    row0, length, slot, num_leaves, stats = view.row0, view.length, view.slot, sizes.num_blocks, scratch.stats
     i = tl.arange(0, WIDTH)
     has_row = i <= length
     rows = (row0 + i).to(tl.int64)
-    parent = tl.load(parents_ptr + slot * num_nodes + i, mask=has_row & (i > 0), other=-1)
-    forward = tl.load(logits_indices_ptr + rows, mask=has_row, other=0)
-    draft = tl.load(token_ids_ptr + forward, mask=has_row, other=-1)
-    inside = has_row & (draft >= 0) & (draft < vocab)
+    parent = tl.load(parents_ptr + slot * sizes.num_drafts + i, mask=has_row & (i > 0), other=-1)
+    forward = tl.load(layout.logits_indices_ptr + rows, mask=has_row, other=0)
+    tokens = tl.load(layout.token_ids_ptr + forward, mask=has_row, other=-1)
+    inside = has_row & (tokens >= 0) & (tokens < view.vocab)
     linked = has_row & (parent >= 0) & (parent < i)
     parent_at = tl.where(linked, parent, 0)
     parent_rows = row0.to(tl.int64) + parent_at
     # Children of a node without a finite logit are not looked at.
-    is_child = linked & ((node_status(parent_rows, linked, records) & NONFINITE_ROW) == 0)
+    is_child = linked & ((node_status(parent_rows, linked, stats) & NONFINITE_ROW) == 0)
     sampled = slot < 0
-    if temperature_ptr is not None:
-        sampled = tl.load(temperature_ptr + slot) > 0.0
+    if sampling.temperature_ptr is not None:
+        sampled = tl.load(sampling.temperature_ptr + slot) > 0.0
 
     final = tl.full((), 1, tl.int32)
     empty = tl.zeros((), tl.int32)
@@ -168,33 +158,30 @@ def decide(
     token = tl.zeros((), tl.int64)
     bad = is_child & (inside == 0)
     if walks > 0:
-        drawn = tl.load(row_token_ptr + rows, mask=has_row, other=-1, volatile=True)
-        last = _walk(parent, draft, drawn, is_child, i, WIDTH)
+        drawn = tl.load(stats.token_ptr + rows, mask=has_row, other=-1, volatile=True)
+        last = _walk(parent, tokens, drawn, is_child, i, WIDTH)
         token = pick(drawn, last, i).to(tl.int64)
     if RULE != WALK:
         if walks == 0:
-            if mapping is not None:
-                ready_ptr, _finished_ptr = mapping
-                await_map(ready_ptr, map_parts)
-            seed = tl.load(seed_ptr + slot)
-            depth = tl.load(positions_ptr + forward, mask=has_row, other=0)
+            if map_progress is not None:
+                await_map(map_progress.ready_ptr, map_parts)
+            seed = tl.load(sampling.seed_ptr + slot)
+            depth = tl.load(layout.positions_ptr + forward, mask=has_row, other=0)
             anchor = pick(depth, 0, i)
             coin = uniform(coin_words(seed, depth, anchor, ACCEPT, i))
-            # The parent's row is what judges a node.
-            judged = is_child & inside
-            ids = tl.where(inside, draft, 0)
-            target_law, draft_law = node_laws(parent_rows, judged, records)
-            mass_of, top, inverse = target_law
-            draft_of, reference = draft_law
-            x = read_each(view, parent_at, ids.to(tl.int32), judged)
-            target_prob = soft_prob(x, ids, mass_of, top, inverse, scale)
-            draft_weight = AT(parent_at, ids, judged, slot, vocab, law, draft_of, reference, draft_scale, COLUMN)
-            row_rest = tl.load(row_rest_ptr + rows, mask=has_row, other=0, volatile=True)
+            # The parent's row is what verifies a node.
+            verified = is_child & inside
+            ids = tl.where(inside, tokens, 0)
+            target, drawn_from = node_distributions(parent_rows, verified, stats)
+            x = read_each(view, parent_at, ids.to(tl.int32), verified)
+            target_prob = soft_prob(x, ids, target, scales.target)
+            draft_weight = PROPOSAL.weight_at(parent_at, ids, verified, slot, view.vocab, draft, drawn_from, scales.draft, PROPOSAL)
+            row_rest = tl.load(stats.draft_sum_ptr + rows, mask=has_row, other=0, volatile=True)
 
-            node_values_ptr, node_ids_ptr, node_rest_ptr, record_ptr = states
-            values = node_values_ptr + (request.to(tl.int64) * NODE_VALUES) * WIDTH + i
-            node_ids = node_ids_ptr + (request.to(tl.int64) * NODE_IDS) * WIDTH + i
-            rests = node_rest_ptr + request.to(tl.int64) * WIDTH + i
+            state = scratch.state
+            values = state.values_ptr + (request.to(tl.int64) * NODE_VALUES) * WIDTH + i
+            node_ids = state.ids_ptr + (request.to(tl.int64) * NODE_IDS) * WIDTH + i
+            rests = state.rest_ptr + request.to(tl.int64) * WIDTH + i
             numerator = tl.full([WIDTH], 1.0, tl.float32)
             denominator = tl.full([WIDTH], 1.0, tl.float32)
             lack = tl.zeros([WIDTH], tl.float32)
@@ -217,22 +204,33 @@ def decide(
                 rejected = tl.load(node_ids + REJECTED * WIDTH, volatile=True)
                 foul = tl.load(node_ids + FOUL * WIDTH, volatile=True)
                 rest = tl.load(rests, volatile=True)
-                node = tl.load(record_ptr + request * 2, volatile=True)
-                child = tl.load(record_ptr + request * 2 + 1, volatile=True)
+                node = tl.load(state.current_ptr + request * 2, volatile=True)
+                child = tl.load(state.current_ptr + request * 2 + 1, volatile=True)
                 numerator, denominator, lack, multiplier, some = _after_sweep(
-                    request, child, node, numerator, denominator, lack, multiplier, residuals, num_leaves, i, RULE, LEAVES
+                    request,
+                    child,
+                    node,
+                    numerator,
+                    denominator,
+                    lack,
+                    multiplier,
+                    scratch.residual.target_ptr,
+                    num_leaves,
+                    i,
+                    RULE,
+                    LEAVES,
                 )
                 if WITHOUT:
-                    if LEFT is not None:
-                        _own_target, own_law = node_laws(row0.to(tl.int64) + node, node >= 0, records)
+                    if PROPOSAL.sum_left is not None:
+                        _own_target, own_weights = node_distributions(row0.to(tl.int64) + node, node >= 0, stats)
                         taken = is_child & (parent == node) & (rejected > 0)
-                        own_mass_of, own_reference = own_law
-                        whole = LEFT(node, slot, law, own_mass_of, own_reference, taken, draft, draft_scale, i, CANDIDATES, WIDTH)
+                        whole = PROPOSAL.sum_left(node, slot, draft, own_weights, taken, tokens, scales.draft, i, CANDIDATES, WIDTH)
                     else:
-                        _residuals, rest_ptr = residuals
                         leaf = tl.arange(0, LEAVES)
                         at = request.to(tl.int64) * num_leaves + leaf
-                        whole = tl.sum(tl.load(rest_ptr + at, mask=leaf < num_leaves, other=0, volatile=True), axis=0)
+                        whole = tl.sum(
+                            tl.load(scratch.residual.draft_ptr + at, mask=leaf < num_leaves, other=0, volatile=True), axis=0
+                        )
                     rest = tl.where(i == child, whole, rest)
             final = tl.zeros((), tl.int32)
             swept = tl.zeros((), tl.int32)
@@ -243,8 +241,8 @@ def decide(
                 if child < WIDTH:
                     weight = pick(draft_weight, child, i)
                     prob = pick(entry, node, i) * pick(target_prob, child, i)
-                    own = pick(draft, child, i)
-                    prob, weight = _remaining(prob, weight, own, taken, draft, multiplier, factor, i, WITHOUT, WIDTH)
+                    own = pick(tokens, child, i)
+                    prob, weight = _remaining(prob, weight, own, taken, tokens, multiplier, factor, i, WITHOUT, WIDTH)
                     left = pick(row_rest, node, i)
                     if WITHOUT:
                         elder = tl.max(tl.where(taken, i, -1), axis=0)
@@ -288,30 +286,28 @@ def decide(
                 tl.store(node_ids + REJECTED * WIDTH, tl.where(i == child, 1, rejected))
                 tl.store(node_ids + FOUL * WIDTH, foul)
                 tl.store(rests, rest)
-                tl.store(record_ptr + request * 2, node)
-                tl.store(record_ptr + request * 2 + 1, child)
+                tl.store(state.current_ptr + request * 2, node)
+                tl.store(state.current_ptr + request * 2 + 1, child)
             else:
                 row = row0.to(tl.int64) + node
-                laws = node_laws(row, node >= 0, records)
-                last_target_law, _last_draft_law = laws
-                last_of, _last_top, _last_inverse = last_target_law
+                last_target, last_weights = node_distributions(row, node >= 0, stats)
                 taken = is_child & (parent == node) & (rejected > 0)
                 taken_any = tl.max(tl.where(taken, 1, 0), axis=0)
                 empty = tl.where((taken_any > 0) & (some == 0), 1, 0)
                 from_residual = (taken_any > 0) & (some > 0)
-                token = first_token(row, records).to(tl.int64)
-                if from_residual | (last_of == SOFTMAX):
+                token = first_token(row, stats).to(tl.int64)
+                if from_residual | (last_target.point == SOFTMAX):
                     token = _draw(
-                        request, node, row, pick(depth, node, i) + 1, anchor, seed, from_residual, laws, pick(entry, node, i),
-                        taken, draft, multiplier, factor, view, law, memory, residuals, scale, draft_scale, num_leaves, i,
-                        WEIGHTS, COLUMN, CANDIDATES, WITHOUT, LEAVES, WIDTH,
+                        request, node, row, pick(depth, node, i) + 1, anchor, seed, from_residual, last_target, last_weights,
+                        pick(entry, node, i), taken, tokens, multiplier, factor, view, draft, scratch, scales, num_leaves, i,
+                        PROPOSAL, CANDIDATES, WITHOUT, LEAVES, WIDTH,
                     )  # fmt: skip
     if final > 0:
-        status = node_status(rows, has_row, records)
-        emit(request, row0, length, last, parent, token, status, bad, empty, draft, forward, i, sampled, view, layout, outputs,
-             raw_memory, records, scale, num_requests, num_forward, num_nodes, WIDTH)  # fmt: skip
-        if mapping is not None:
-            map_used(mapping, num_requests, map_parts)
+        status = node_status(rows, has_row, stats)
+        write_outputs(request, last, parent, token, status, bad, empty, tokens, forward, i, sampled, view, layout, outputs,
+                      scratch.raw, stats, scales.target, sizes, WIDTH)  # fmt: skip
+        if map_progress is not None:
+            map_used(map_progress, sizes.num_requests, map_parts)
     if RULE != WALK:
         stores_done()
         tl.atomic_xchg(published_ptr + request, tl.where(final > 0, DONE, sweep + 1), sem="release", scope="gpu")

@@ -107,10 +107,10 @@ def adjusted(x, ids, inside, slots, mask_rows, settings, path, path_max, PATH: t
     if settings.penalties is not None:
         x = _with_penalties(x, ids, inside, slots, settings.penalties, path, path_max, PATH)
     if settings.bias is not None:
-        bias_ptrs = settings.bias.ptr + slots[:, None] * settings.bias.stride + ids
-        x += tl.load(bias_ptrs, mask=inside & (slots >= 0)[:, None], other=0.0).to(tl.float32)
+        live = inside & (slots >= 0)[:, None]
+        x += tl.load(settings.bias.ptr + slots[:, None] * settings.bias.stride + ids, mask=live, other=0.0).to(tl.float32)
     if settings.mask is not None:
-        word_ptrs = settings.mask.ptr + mask_rows[:, None] * settings.mask.stride + (ids >> 5)
-        words = tl.load(word_ptrs, mask=inside & (slots >= 0)[:, None], other=-1)
+        live = inside & (slots >= 0)[:, None]
+        words = tl.load(settings.mask.ptr + mask_rows[:, None] * settings.mask.stride + (ids >> 5), mask=live, other=-1)
         x = tl.where(((words >> (ids & 31).to(tl.int32)) & 1) == 0, NEG_INF, x)
     return x

@@ -12,6 +12,24 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type
+from ...kernels.accept.args import (
+    Anchors,
+    BlockPartials,
+    ChainCounters,
+    ChainScratch,
+    DenseDraft,
+    FilterScratch,
+    IdMap,
+    Layout,
+    Limits,
+    MapProgress,
+    Outputs,
+    RowStats,
+    Sampling,
+    SparseDraft,
+    SparseScratch,
+    Target,
+)
 from ...launch import arch
 from ...launch.accept import chain as accept_launch
 from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
@@ -242,84 +260,90 @@ def _accept_chain(
         temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
     )
 
-    judge, kind = rule, "listed"
+    verify, kind = rule, "sparse"
     if temperature is None or rule == "coupled":
-        judge, kind = "match", "none"
+        verify, kind = "match", "none"
     if rates is not None:
-        judge, kind = "forced", "none"
+        verify, kind = "forced", "none"
     if drafts == 0:
-        judge, kind = "match", "none"  # plain sampling: there is nothing to judge
+        verify, kind = "match", "none"  # plain sampling: there is nothing to verify
     draws = temperature is not None and rule != "coupled"
-    if kind == "listed" and draft_logits is not None and draft_ids is None:
+    if kind == "sparse" and draft_logits is not None and draft_ids is None:
         kind = "stored" if draft_to_target is None else "mapped"
     dense = kind in ("stored", "mapped")
-    two_waves = dense or (kind == "listed" and judge == "block")
+    two_phases = dense or (kind == "sparse" and verify == "block")
     leaves = _leaves(vocab, draft_logits if dense else None)
     swept = dense and draft_lse is None
     heavy = swept or draft_ids is not None or target_logits.dtype == torch.float32
-    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, flat.adjusts, flat.filters is not None)  # fmt: skip
+    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, flat.adjusts, flat.filters is not None)
     parts = -(-leaves // (config.group * config.chunk)) if dense else 1
     map_parts = -(-draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-(drafts + 1) // config.group) * -(-leaves // config.chunk)
-    if two_waves:
-        items += parts * (drafts if judge == "block" else 1)
+    if two_phases:
+        items += parts * (drafts if verify == "block" else 1)
 
-    clean = workspaces.Carver(counters, workspaces.RESERVED)
+    take = workspaces.Carver(counters, workspaces.RESERVED).take
     ticket = counters[1:2].view(torch.int32)
-    group_count = clean.take(requests * (drafts + 1), torch.int32)
-    by_request = [clean.take(requests, torch.int32) for _ in range(3)]  # arrivals of requests, of wave-2 items; states
-    map_count = clean.take(2, torch.int32)
-    carver = workspaces.Carver(scratch)
-    top, draft_top, raw_top = (carver.take(rows * leaves, torch.float32) for _ in range(3))
-    mass, draft_mass, residual, raw_mass = (carver.take(rows * leaves, torch.int64) for _ in range(4))
-    row_values, row_ids = carver.take(VALUES * rows, torch.float32), carver.take(IDS * rows, torch.int32)
-    patch = carver.take(requests * LEAF, torch.float32)
-    record = carver.take(requests, torch.int32)
-
-    inverse = carver.take(leaves * LEAF, torch.int32)
+    arrivals = ChainCounters(ticket, take(requests * (drafts + 1), torch.int32), *(take(requests, torch.int32) for _ in range(3)))
+    map_progress = take(2, torch.int32)
+    take = workspaces.Carver(scratch).take
+    top, draft_top, raw_top = (take(rows * leaves, torch.float32) for _ in range(3))
+    mass, draft_mass, residual, raw_mass = (take(rows * leaves, torch.int64) for _ in range(4))
+    stats = RowStats(take(VALUES * rows, torch.float32), take(IDS * rows, torch.int32))
+    patch = take(requests * LEAF, torch.float32)
+    accepted = take(requests, torch.int32)
+    inverse = take(leaves * LEAF, torch.int32)
     num_groups = leaves * (LEAF // GROUP_IDS)
-    groups = (
-        carver.take(rows * num_groups, torch.float32),
-        carver.take(rows * num_groups, torch.int32),
-        carver.take(rows * LISTED, torch.int32),
+    filters = FilterScratch(
+        take(rows * num_groups, torch.float32), take(rows * num_groups, torch.int32), take(rows * LISTED, torch.int32)
     )
-    limits = (carver.take(rows, torch.int64), carver.take(rows, torch.int32))
+    limits = Limits(take(rows, torch.int64), take(rows, torch.int32))
 
-    law, candidates = None, 1
+    draft, candidates = None, 1
     if dense:
-        strides = (draft_logits.stride(0), draft_logits.stride(1), _stride(draft_lse, 0))
-        how = (draft_to_target, inverse) if kind == "mapped" else None
-        law = (draft_logits, draft_lse, *strides, draft_logits.shape[2], how)
-    elif kind == "listed" and draft_ids is not None:
-        strides = (*draft_ids.stride()[:2], *draft_logits.stride()[:2])
-        law = (draft_ids, draft_logits, *strides, draft_logits.shape[2])
+        draft = DenseDraft(
+            draft_logits, draft_lse, draft_logits.stride(0), draft_logits.stride(1), _stride(draft_lse, 0), draft_logits.shape[2],
+            IdMap(draft_to_target, inverse) if kind == "mapped" else None,
+        )  # fmt: skip
+    elif kind == "sparse" and draft_ids is not None:
+        draft = SparseDraft(
+            draft_ids, draft_logits, *draft_ids.stride()[:2], *draft_logits.stride()[:2], draft_logits.shape[2]
+        )  # fmt: skip
         candidates = 1 << (draft_logits.shape[2] - 1).bit_length()
     by_slot = [t for t in (temperature, draft_logits, anchors, anchor_positions) if t is not None]
     num_slots = by_slot[0].shape[0] if by_slot else 2**31 - 1  # without any, a slot number is not used to reach memory
-    written = (tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, log_probs)
     kernels.launch_accept_chain(
         map_parts + requests * items,
         (
-            (target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
-            (query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
-            law, draft_temperature, temperature, seed, flat.filters, rates, state_indices,
-            (written, (anchors, _stride(anchors, 0), anchor_positions, _stride(anchor_positions, 0))),
-            (ticket, group_count, *by_request),
-            (map_count, map_count[1:]) if kind == "mapped" else None,
-            # Best keys are needed where no residual is.
-            (top, mass, residual if rule == "coupled" and temperature is not None else None),
-            (raw_top, raw_mass) if logprobs == "raw" else None,
-            (draft_top, draft_mass) if swept else (None, None),
-            residual,
-            (draft_mass, patch),
-            (None, None, None) if flat.filters is None else groups,
-            None if flat.filters is None else limits,
-            row_values, row_ids, record,
+            Target(target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
+            Layout(query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
+            draft,
+            Sampling(draft_temperature, temperature, seed, flat.filters),
+            rates,
+            state_indices,
+            Outputs(
+                tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, log_probs,
+                Anchors(anchors, _stride(anchors, 0), anchor_positions, _stride(anchor_positions, 0)),
+            ),
+            arrivals,
+            MapProgress(map_progress, map_progress[1:]) if kind == "mapped" else None,
+            ChainScratch(
+                # Best keys are needed where no residual is.
+                target=BlockPartials(top, mass, residual if rule == "coupled" and temperature is not None else None),
+                raw=BlockPartials(raw_top, raw_mass) if logprobs == "raw" else None,
+                draft=BlockPartials(draft_top, draft_mass) if swept else None,
+                residual_ptr=residual,
+                sparse=SparseScratch(draft_mass, patch),
+                filters=None if flat.filters is None else filters,
+                limits=None if flat.filters is None else limits,
+                stats=stats,
+                accepted_ptr=accepted,
+            ),
             requests, num_slots, rows, commit_mask.shape[0], drafts, vocab, leaves, parts, map_parts,
         ),
-        judge=judge,
-        law=kind,
-        two_waves=two_waves,
+        rule=verify,
+        proposal=kind,
+        two_phases=two_phases,
         draws=draws,
         joint=joint and flat.filters is not None,
         candidates=candidates,

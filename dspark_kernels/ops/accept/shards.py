@@ -32,6 +32,25 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type, not_yet
+from ...kernels.accept.args import (
+    Anchors,
+    ArrivingRows,
+    Cut,
+    DraftShard,
+    Drawn,
+    DrawScratch,
+    Gathered,
+    Layout,
+    Outputs,
+    Part,
+    RowStats,
+    Sampling,
+    ShardedDraft,
+    ShardLists,
+    ShardSums,
+    SparseDraft,
+    Target,
+)
 from ...launch import arch
 from ...launch.accept import shards as accept_launch
 from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
@@ -333,27 +352,32 @@ def _stride(tensor, dim):
     return 0 if tensor is None else tensor.stride(dim)
 
 
-_MEMORY = (("top", "mass"), ("draft_top", "draft_mass"), ("rest", "listed", "laws", "owners"))
+def _part(fields: Fields, part: Tensor) -> Part:
+    """The regions of a part of the first phase; None for those that it does not have."""
+
+    def view(*names):
+        return (fields.view(part, name) for name in names)
+
+    return Part(
+        *view("row_words", "row_logits"),
+        target=ShardSums(*view("top", "mass")),
+        draft=ShardSums(*view("draft_top", "draft_mass")),
+        lists=ShardLists(*view("rest", "listed", "laws", "owners")),
+    )
 
 
-def _regions(fields: Fields, part: Tensor) -> tuple:
-    """Regions of parts of the first phase, as the kernels take them: those of every row, then tuples of those that not all have."""
-    grouped = (tuple(fields.view(part, name) for name in names) for names in _MEMORY)
-    return fields.view(part, "row_words"), fields.view(part, "row_logits"), *grouped
-
-
-def _law(draft_logits, draft_ids, draft_lse) -> tuple:
-    """(dense law or None, listed law or None)"""
+def _draft(draft_logits, draft_ids, draft_lse) -> ShardedDraft:
     if draft_logits is None:
-        return None, None
+        return ShardedDraft(None, None)
     if draft_ids is None:
-        return (draft_logits, draft_lse, *draft_logits.stride()[:2], _stride(draft_lse, 0)), None
-    return None, (draft_ids, draft_logits, *draft_ids.stride()[:2], *draft_logits.stride()[:2], draft_logits.shape[2])
+        return ShardedDraft(DraftShard(draft_logits, draft_lse, *draft_logits.stride()[:2], _stride(draft_lse, 0)), None)
+    strides = (*draft_ids.stride()[:2], *draft_logits.stride()[:2])
+    return ShardedDraft(None, SparseDraft(draft_ids, draft_logits, *strides, draft_logits.shape[2]))
 
 
-def _records(carver: workspaces.Carver, programs: int, drafts: int) -> tuple[Tensor, Tensor]:
+def _stats(carver: workspaces.Carver, programs: int, drafts: int) -> RowStats:
     count = programs * _width(drafts)
-    return carver.take(accept.VALUES * count, torch.float32), carver.take(accept.IDS * count, torch.int32)
+    return RowStats(carver.take(accept.VALUES * count, torch.float32), carver.take(accept.IDS * count, torch.int32))
 
 
 @library.register(
@@ -372,12 +396,12 @@ def _accept_partial(
     rows, width = target_logits.shape
     shard = Shard(vocab_start, width, vocab_shards, vocab_size)
     leaves, draws = shard.blocks(accept.LEAF), rule != "match"
-    law = _law(draft_logits, draft_ids, draft_lse)
-    sums, candidates = law[0] is not None and draft_lse is None, 0 if law[1] is None else draft_ids.shape[2]
+    draft = _draft(draft_logits, draft_ids, draft_lse)
+    sums, candidates = draft.dense is not None and draft_lse is None, 0 if draft.sparse is None else draft_ids.shape[2]
     flat = sampling_args.Flat(
         temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
     )
-    target = (target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
+    target = Target(target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
     config = accept_launch.pick(arch.current(device), leaves, drafts, flat.adjusts)
     num_slots = temperature.shape[0] if temperature is not None else 2**31 - 1
 
@@ -385,17 +409,18 @@ def _accept_partial(
         return _fields(phase, requests, rows, shard, draws, sums, rule == "block", candidates)
 
     view = fields(phase).view
-    layout = (None, cu_num_logits, logits_indices, token_ids, positions)
+    layout = Layout(None, cu_num_logits, logits_indices, token_ids, positions)
+    settings = Sampling(draft_temperature, temperature, seed)
     sizes = (requests, num_slots, rows, drafts)
     if phase == "normalise":
-        clean = workspaces.Carver(counters, workspaces.RESERVED)
-        best, draft_best = clean.take(rows, torch.int64), clean.take(rows, torch.int64)
-        seen, arrivals = clean.take(rows, torch.int32), clean.take(requests * (drafts + 1), torch.int32)
+        take = workspaces.Carver(counters, workspaces.RESERVED).take
+        arriving = ArrivingRows(
+            take(rows, torch.int64), take(rows, torch.int64), take(rows, torch.int32), take(requests * (drafts + 1), torch.int32)
+        )
         kernels.launch_accept_normalise(
             requests * -(-(drafts + 1) // config.group) * -(-leaves // config.chunk),
             (
-                target, layout, law, draft_temperature, temperature, seed, state_indices, *_regions(fields(phase), part),
-                best, draft_best, seen, arrivals,
+                target, layout, draft, settings, state_indices, _part(fields(phase), part), arriving,
                 *sizes, shard.start, shard.held, shard.start // accept.LEAF, leaves, vocab_size,
             ),
             noisy=not draws and temperature is not None,
@@ -403,8 +428,7 @@ def _accept_partial(
             config=config,
         )  # fmt: skip
         return
-    first = (*_regions(fields("normalise"), gathered[0]), gathered[0].stride(0))
-    settings = (draft_temperature, temperature, seed, state_indices)
+    first = Gathered(_part(fields("normalise"), gathered[0]), gathered[0].stride(0))
     constants = dict(rule=rule, WIDTH=_width(drafts), SHARDS=_power(vocab_shards), config=config)
     carver = workspaces.Carver(scratch)
     if phase == "residual":
@@ -412,23 +436,26 @@ def _accept_partial(
         kernels.launch_accept_residual(
             programs,
             (
-                target, layout, first, law[0], *settings, view(part, "residual"), *_records(carver, programs, drafts),
+                target, layout, first, draft.dense, settings, state_indices, view(part, "residual"),
+                _stats(carver, programs, drafts),
                 *sizes, vocab_shards, shard.start, shard.held, shard.start // accept.LEAF, leaves, vocab_size,
             ),
             **constants,
         )  # fmt: skip
         return
     residual = fields("residual").view(gathered[1], "residual") if len(gathered) > 1 else None
-    records, total = _records(carver, requests, drafts), carver.take(requests * _width(drafts), torch.int64)
-    extra = patch = None
+    stats, total = _stats(carver, requests, drafts), carver.take(requests * _width(drafts), torch.int64)
+    added = patch = None
     if candidates:
-        extra = carver.take(requests * _leaves(vocab_size), torch.int64)
+        added = carver.take(requests * _leaves(vocab_size), torch.int64)
         patch = carver.take(requests * accept.LEAF, torch.float32)
     kernels.launch_accept_draw(
         requests,
         (
-            target, layout, first, law, residual, *settings, view(part, "word"), view(part, "verdict"), *records, total,
-            extra, patch, (width, leaves, shard.pieces(accept.LEAF)),
+            target, layout, first, draft, residual, settings, state_indices,
+            Drawn(view(part, "word"), view(part, "verdict")),
+            DrawScratch(stats, total, added, patch),
+            Cut(width, leaves, shard.pieces(accept.LEAF)),
             *sizes, vocab_shards, shard.start, shard.held, vocab_size, _stride(residual, 0),
         ),
         LEAVES=_leaves(vocab_size),
@@ -454,25 +481,31 @@ def _accept_finish(
     kernels = library.kernels("accept.shards", device)
     requests, drafts = tokens.shape[0], tokens.shape[1] - 1
     shard, draws = Shard(0, width, vocab_shards, vocab_size), rule != "match"
-    law = _law(draft_logits, draft_ids, draft_lse)
-    leaves, sums, candidates = shard.blocks(accept.LEAF), law[0] is not None and draft_lse is None, 0
-    if law[1] is not None:
+    draft = _draft(draft_logits, draft_ids, draft_lse)
+    leaves, sums, candidates = shard.blocks(accept.LEAF), draft.dense is not None and draft_lse is None, 0
+    if draft.sparse is not None:
         candidates = draft_ids.shape[2]
 
     def fields(phase):
         return _fields(phase, requests, rows, shard, draws, sums, rule == "block", candidates)
 
-    drawn = (None, None)
+    drawn = Drawn(None, None)
     if draws:
-        drawn = tuple(fields("draw").view(gathered[-1], name) for name in ("word", "verdict"))
-    written = (tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, None)
+        drawn = Drawn(*(fields("draw").view(gathered[-1], name) for name in ("word", "verdict")))
     kernels.launch_accept_finish(
         requests,
         (
-            (query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
-            (*_regions(fields("normalise"), gathered[0]), gathered[0].stride(0)), law[0], *drawn, draft_temperature, temperature,
-            state_indices, (written, (anchors, _stride(anchors, 0), anchor_positions, _stride(anchor_positions, 0))),
-            *_records(workspaces.Carver(scratch), requests, drafts),
+            Layout(query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
+            Gathered(_part(fields("normalise"), gathered[0]), gathered[0].stride(0)),
+            draft.dense,
+            drawn,
+            Sampling(draft_temperature, temperature, None),
+            state_indices,
+            Outputs(
+                tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, None,
+                Anchors(anchors, _stride(anchors, 0), anchor_positions, _stride(anchor_positions, 0)),
+            ),
+            _stats(workspaces.Carver(scratch), requests, drafts),
             requests, slots, rows, commit_mask.shape[0], drafts, vocab_shards, leaves, vocab_size, gathered[-1].stride(0),
         ),
         WIDTH=_width(drafts),

@@ -11,6 +11,27 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type
+from ...kernels.accept.args import (
+    Anchors,
+    BlockPartials,
+    DenseDraft,
+    FilterScratch,
+    IdMap,
+    Layout,
+    Limits,
+    MapProgress,
+    NodeState,
+    Outputs,
+    RowStats,
+    Sampling,
+    SparseDraft,
+    Target,
+    TreeCounters,
+    TreeOutputs,
+    TreeResidual,
+    TreeRowStats,
+    TreeScratch,
+)
 from ...launch import arch
 from ...launch.accept import tree as tree_launch
 from ...types import Acceptance, DenseProposal, DraftTree, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
@@ -207,9 +228,9 @@ def _accept_tree(
     flat = sampling_args.Flat(
         temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
     )
-    kind, law, candidates, wide = "none", None, 1, 0
+    kind, draft, candidates, wide = "none", None, 1, 0
     if rule > 0:
-        kind = "listed" if draft_ids is not None else "stored" if draft_to_target is None else "mapped"
+        kind = "sparse" if draft_ids is not None else "stored" if draft_to_target is None else "mapped"
         wide = draft_logits.shape[2]
     leaves = -(-max(vocab, wide if kind in ("stored", "mapped") else 0) // LEAF)
     changed = any(setting is not None for setting in (top_k, top_p, min_p, logit_bias, token_bitmask, listed))
@@ -219,57 +240,70 @@ def _accept_tree(
     if rule > 0:
         items += (nodes - 1) * -(-leaves // (config.tile * config.span))
 
-    clean = workspaces.Carver(counters, workspaces.RESERVED)
+    take = workspaces.Carver(counters, workspaces.RESERVED).take
     ticket = counters[1:2].view(torch.int32)
-    group_count = clean.take(requests * nodes, torch.int32)
-    per_request = [clean.take(requests, torch.int32) for _ in range(4)]
-    map_count = clean.take(2, torch.int32)
+    arrivals = TreeCounters(ticket, take(requests * nodes, torch.int32), *(take(requests, torch.int32) for _ in range(4)))
+    map_progress = take(2, torch.int32)
     take = workspaces.Carver(scratch).take
     top, draft_top, raw_top = (take(rows * leaves, torch.float32) for _ in range(3))
     mass, draft_mass, raw_mass = (take(rows * leaves, torch.int64) for _ in range(3))
-    residuals = take(requests * leaves, torch.int64), take(requests * leaves, torch.int64)
-    records = (
-        take(VALUES * rows, torch.float32), take(IDS * rows, torch.int32), take(rows, torch.int64), take(rows, torch.int32)
-    )  # fmt: skip
+    residual = TreeResidual(take(requests * leaves, torch.int64), take(requests * leaves, torch.int64))
+    stats = TreeRowStats(
+        RowStats(take(VALUES * rows, torch.float32), take(IDS * rows, torch.int32)),
+        take(rows, torch.int64),
+        take(rows, torch.int32),
+    )
     places = requests * _width(nodes)
-    states = (
+    state = NodeState(
         take(NODE_VALUES * places, torch.float32), take(NODE_IDS * places, torch.int32), take(places, torch.int64),
         take(2 * requests, torch.int32),
     )  # fmt: skip
     num_groups = leaves * (LEAF // GROUP_IDS)
-    groups = (
+    filters = FilterScratch(
         take(rows * num_groups, torch.float32), take(rows * num_groups, torch.int32), take(rows * LISTED, torch.int32)
-    )  # fmt: skip
-    limits = take(rows, torch.int64), take(rows, torch.int32)
+    )
+    limits = Limits(take(rows, torch.int64), take(rows, torch.int32))
     inverse = take(leaves * LEAF, torch.int32)
 
-    if kind == "listed":
-        law = (draft_ids, draft_logits, *draft_ids.stride()[:2], *draft_logits.stride()[:2], wide)
+    if kind == "sparse":
+        draft = SparseDraft(draft_ids, draft_logits, *draft_ids.stride()[:2], *draft_logits.stride()[:2], wide)
         candidates = 1 << (wide - 1).bit_length()
     elif kind != "none":
-        law = (draft_logits, None, *draft_logits.stride()[:2], 0, wide, (draft_to_target, inverse) if kind == "mapped" else None)
-    written = (tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, log_probs)
+        id_map = IdMap(draft_to_target, inverse) if kind == "mapped" else None
+        draft = DenseDraft(draft_logits, None, *draft_logits.stride()[:2], 0, wide, id_map)
     kernels.launch_accept_tree(
         map_parts + requests * items,
         (
-            (target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
-            (query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
-            parents, ancestors if listed is not None else None, law, draft_temperature, temperature, seed, flat.filters,
+            Target(target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
+            Layout(query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
+            parents,
+            ancestors if listed is not None else None,
+            draft,
+            Sampling(draft_temperature, temperature, seed, flat.filters),
             state_indices,
-            (written, (anchors, _stride(anchors), anchor_positions, _stride(anchor_positions)), (path, kv_source)),
-            (ticket, group_count, *per_request),
-            (map_count, map_count[1:]) if kind == "mapped" else None,
-            (top, mass, None),
-            (raw_top, raw_mass) if logprobs == "raw" else None,
-            (draft_top, draft_mass) if kind in ("stored", "mapped") else (None, None),
-            residuals,
-            (None, None, None) if flat.filters is None else groups,
-            None if flat.filters is None else limits,
-            records, states,
+            TreeOutputs(
+                Outputs(
+                    tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, log_probs,
+                    Anchors(anchors, _stride(anchors), anchor_positions, _stride(anchor_positions)),
+                ),
+                path, kv_source,
+            ),
+            arrivals,
+            MapProgress(map_progress, map_progress[1:]) if kind == "mapped" else None,
+            TreeScratch(
+                target=BlockPartials(top, mass),
+                raw=BlockPartials(raw_top, raw_mass) if logprobs == "raw" else None,
+                draft=BlockPartials(draft_top, draft_mass) if kind in ("stored", "mapped") else None,
+                residual=residual,
+                filters=None if flat.filters is None else filters,
+                limits=None if flat.filters is None else limits,
+                stats=stats,
+                state=state,
+            ),
             requests, parents.shape[0], rows, commit_mask.shape[0], nodes, vocab, leaves, map_parts,
         ),
         rule=rule,
-        law=kind,
+        proposal=kind,
         without_replacement=without_replacement and rule > 0,
         joint=joint and flat.filters is not None,
         candidates=candidates,

@@ -1,0 +1,400 @@
+"""What acceptance passes around, by name. Needs no Triton: ops build the records that are kernel arguments.
+
+Symbols: R requests, K drafts of a chain, M nodes of a tree, L logit rows, N_max forward rows, S state slots, V vocabulary, NL
+vocabulary blocks of 1024 ids, C candidates of a sparse proposal. Functions that have two-dimensional tiles say so.
+"""
+
+from typing import Any, NamedTuple
+
+from ..args import Adjustments, FilterSettings, Pointer
+
+Number = Any  # a scalar in a kernel
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """Target logits [L, V]."""
+
+    logits_ptr: Pointer
+    stride: int
+    adjustments: Adjustments | None
+
+
+class Layout(NamedTuple):
+    """Which rows the target computed: the arrays of VerifyLayout."""
+
+    query_start_ptr: Pointer | None  # int32 [R + 1], forward rows; None in the phases of a shard that write no output
+    cu_logits_ptr: Pointer  # int32 [R + 1]
+    logits_indices_ptr: Pointer  # int32 [L], forward row of a logit row
+    token_ids_ptr: Pointer  # int64 [N_max]
+    positions_ptr: Pointer  # int64 [N_max]
+
+
+class Sampling(NamedTuple):
+    """Settings per slot; temperature None = every row is greedy."""
+
+    draft_temperature_ptr: Pointer | None  # fp32 [S]; None = the temperature
+    temperature_ptr: Pointer | None  # fp32 [S]
+    seed_ptr: Pointer | None  # int64 [S]
+    filters: FilterSettings | None = None
+
+
+class IdMap(NamedTuple):
+    """A draft vocabulary's ids in the target's vocabulary, each at most once, and the inverse that the launch makes."""
+
+    to_target_ptr: Pointer  # int64 [Vd]
+    to_draft_ptr: Pointer  # int32 [V]: an entry counts where to_target leads back
+
+
+class DenseDraft(NamedTuple):
+    """Draft logits [S, rows, width]; rows are drafts of a chain or nodes of a tree."""
+
+    logits_ptr: Pointer
+    lse_ptr: Pointer | None  # fp32 [S, K]: ln of the sum of exponentials, where it is stored
+    stride_slot: int
+    stride_row: int
+    stride_lse: int
+    width: int
+    id_map: IdMap | None
+
+
+class DraftShard(NamedTuple):
+    """The rank's columns of draft logits [S, K, W]."""
+
+    logits_ptr: Pointer
+    lse_ptr: Pointer | None  # fp32 [S, K] of whole rows
+    stride_slot: int
+    stride_row: int
+    stride_lse: int
+
+
+class SparseDraft(NamedTuple):
+    """Candidates [S, rows, count] with their logits; entries of one id add up."""
+
+    ids_ptr: Pointer
+    logits_ptr: Pointer
+    stride_ids_slot: int
+    stride_ids_row: int
+    stride_slot: int
+    stride_row: int
+    count: int
+
+
+class ShardedDraft(NamedTuple):
+    """How a shard's drafts were drawn: one of both, or neither for drafts that stand for themselves."""
+
+    dense: DraftShard | None
+    sparse: SparseDraft | None
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+class Anchors(NamedTuple):
+    """The next round's anchors and their positions, int64 or int32 [S], advanced in place; or None."""
+
+    ids_ptr: Pointer | None
+    stride_ids: int
+    positions_ptr: Pointer | None
+    stride_positions: int
+
+
+class Outputs(NamedTuple):
+    """The fields of Acceptance: tokens int64 [R, K + 1] (of a tree [R, M]), the others [R], commit_mask [N_max]."""
+
+    tokens_ptr: Pointer
+    accepted_ptr: Pointer
+    emitted_ptr: Pointer
+    rejected_ptr: Pointer
+    next_token_ptr: Pointer
+    last_row_ptr: Pointer
+    commit_ptr: Pointer
+    flags_ptr: Pointer
+    log_probs_ptr: Pointer | None  # fp32, as tokens
+    anchors: Anchors
+
+
+class TreeOutputs(NamedTuple):
+    """Besides: the accepted nodes, and the forward rows whose keys stay, int32 [R, M]."""
+
+    request: Outputs
+    path_ptr: Pointer
+    source_ptr: Pointer
+
+
+# --- scratch ----------------------------------------------------------------------------------------------------------
+
+
+class ChainCounters(NamedTuple):
+    """int32, zero before and after a launch."""
+
+    ticket_ptr: Pointer  # [1]
+    groups_ptr: Pointer  # arrivals of row groups [R, groups]
+    requests_ptr: Pointer  # arrivals of a request's groups [R]
+    residuals_ptr: Pointer  # arrivals of second-phase items [R]
+    states_ptr: Pointer  # [R], see rules.py
+
+
+class TreeCounters(NamedTuple):
+    """int32, zero before and after a launch."""
+
+    ticket_ptr: Pointer  # [1]
+    groups_ptr: Pointer  # arrivals of node groups [R, groups]
+    requests_ptr: Pointer  # arrivals of a request's groups [R]
+    sweeps_ptr: Pointer  # arrivals of a sweep's items [R]
+    items_ptr: Pointer  # arrivals of all sweeps' items [R]
+    published_ptr: Pointer  # sweeps asked for [R]
+
+
+class MapProgress(NamedTuple):
+    """int32 [1] each, zero before and after: parts of the map that are inverted, requests that need it no more."""
+
+    ready_ptr: Pointer
+    finished_ptr: Pointer
+
+
+class BlockPartials(NamedTuple):
+    """Of each vocabulary block of a row, [L, NL]."""
+
+    max_ptr: Pointer  # fp32
+    sumexp_ptr: Pointer  # int64: sum of exponentials relative to the maximum, in units of 2^-40, and bits of what was seen
+    best_ptr: Pointer | None = None  # int64: packed best key, where keys decide
+
+
+class FilterScratch(NamedTuple):
+    """What a filter keeps of a row while it looks for its support."""
+
+    maxima_ptr: Pointer  # fp32 [L, G], of groups of 128 ids
+    groups_ptr: Pointer  # int32 [L, G]
+    lists_ptr: Pointer  # int32 [L, 2 * 1024]
+
+
+class Limits(NamedTuple):
+    """The support of a filtered row: logits above the threshold, and of those at it the ids up to a cut, [L]."""
+
+    threshold_ptr: Pointer  # int64
+    cut_ptr: Pointer  # int32
+
+
+class RowStats(NamedTuple):
+    """What decisions need of a row: fields of rows.py, fp32 [L, VALUES] and int32 [L, IDS]."""
+
+    values_ptr: Pointer
+    ids_ptr: Pointer
+
+
+class TreeRowStats(NamedTuple):
+    """Besides: sum of the draft weights of a node's children, int64 [L]; the token that the walk draws at a node, int32 [L]."""
+
+    row: RowStats
+    draft_sum_ptr: Pointer
+    token_ptr: Pointer
+
+
+class SparseScratch(NamedTuple):
+    """Where a sparse proposal's candidates find their vocabulary blocks."""
+
+    removed_ptr: Pointer  # int64 [L, NL]: what a block loses without its candidates
+    patch_ptr: Pointer  # fp32 [R, 1024]: residual of one block
+
+
+class ChainScratch(NamedTuple):
+    target: BlockPartials
+    raw: BlockPartials | None  # of the logits as they came, where raw log-probabilities are wanted
+    draft: BlockPartials | None  # of draft rows whose lse is not stored
+    residual_ptr: Pointer  # int64 [L, NL]: residual sums in units of 2^-60
+    sparse: SparseScratch
+    filters: FilterScratch | None
+    limits: Limits | None
+    stats: RowStats
+    accepted_ptr: Pointer  # int32 [R]: drafts accepted, between the phases
+
+
+class NodeState(NamedTuple):
+    """A request's nodes between sweeps: fields of tree_state.py."""
+
+    values_ptr: Pointer  # fp32 [R, NODE_VALUES, WIDTH]
+    ids_ptr: Pointer  # int32 [R, NODE_IDS, WIDTH]
+    rest_ptr: Pointer  # int64 [R, WIDTH]: draft weight that the younger siblings of a rejected child share
+    current_ptr: Pointer  # int32 [R, 2]: the node whose residual is summed, and its rejected child
+
+
+class TreeResidual(NamedTuple):
+    """Sums of the sweep at hand, int64 [R, NL]."""
+
+    target_ptr: Pointer  # of the residual, in units of 2^-60
+    draft_ptr: Pointer  # of the draft weights that are left, in units of 2^-40
+
+
+class TreeScratch(NamedTuple):
+    target: BlockPartials
+    raw: BlockPartials | None
+    draft: BlockPartials | None
+    residual: TreeResidual
+    filters: FilterScratch | None
+    limits: Limits | None
+    stats: TreeRowStats
+    state: NodeState
+
+
+class ShardSums(NamedTuple):
+    """Regions of a part with sums of a rank's vocabulary blocks [L, NL]; (None, None) where words decide."""
+
+    max_ptr: Pointer | None
+    sumexp_ptr: Pointer | None
+
+
+class ShardLists(NamedTuple):
+    """Regions of a part for candidates of a sparse proposal; None each without one."""
+
+    rest_ptr: Pointer | None  # sums of blocks without the candidates, int64 [L, NL]
+    logits_ptr: Pointer | None  # target logits of the candidates that the rank has, fp32 [L, C]
+    distributions_ptr: Pointer | None  # reference, factor, the draft's probability, fp32 [L, 3]
+    points_ptr: Pointer | None  # who has the draft's probability, int32 [L]
+
+
+class Part(NamedTuple):
+    """What a rank writes of each row in the first phase."""
+
+    words_ptr: Pointer  # int64 [L, 4]: best word, the draft row's best word, sum of the draft's octet, what the row showed
+    logits_ptr: Pointer  # fp32 [L, 2]: logit of the draft in the target's and in the draft's row, -inf on other ranks
+    target: ShardSums
+    draft: ShardSums
+    lists: ShardLists
+
+
+class Gathered(NamedTuple):
+    """The parts of all ranks, one behind the other. stride: int64 words from one to the next."""
+
+    part: Part
+    stride: int
+
+
+class ArrivingRows(NamedTuple):
+    """What the items of a row group make together; zero before and after a launch."""
+
+    best_ptr: Pointer  # int64 [L]: best word of a row
+    draft_best_ptr: Pointer  # int64 [L]
+    seen_ptr: Pointer  # int32 [L]: what the row showed
+    counts_ptr: Pointer  # int32 [R, groups]: arrivals
+
+
+class Drawn(NamedTuple):
+    """What a rank writes in the draw, gathered for the finish; None where the rows' own words decide."""
+
+    word_ptr: Pointer | None  # int64 [R]: the best word of the race inside the winning block
+    verdict_ptr: Pointer | None  # int64 [R, 2]: accepted drafts, whether the residual was empty
+
+
+class DrawScratch(NamedTuple):
+    """Of each program of the draw, a request."""
+
+    stats: RowStats  # [R, WIDTH, ...]
+    total_ptr: Pointer  # int64 [R, WIDTH]: residual sums of rows
+    added_ptr: Pointer | None  # int64 [R, LEAVES]: what candidates add to their blocks; None: no sparse proposal
+    patch_ptr: Pointer | None  # fp32 [R, 1024]
+
+
+class Cut(NamedTuple):
+    """How the vocabulary is cut: ids and vocabulary blocks of a shard, ranks that can share a block."""
+
+    width: int
+    blocks: int
+    pieces: int
+
+
+# --- inside kernels ---------------------------------------------------------------------------------------------------
+
+
+class Lineage(NamedTuple):
+    """Ancestors of a tree's nodes as bits, int64 [S, M]."""
+
+    ancestors_ptr: Pointer
+    num_nodes: Number
+
+
+class View(NamedTuple):
+    """A request's target logits as acceptance reads them (target.py)."""
+
+    logits_ptr: Pointer
+    stride: Number
+    vocab: Number
+    adjustments: Adjustments | None
+    token_ids_ptr: Pointer
+    lineage: Lineage | None  # None: a chain
+    logits_indices_ptr: Pointer
+    row0: Number  # first logit row of the request
+    slot: Number
+    length: Number  # its drafts; -1 for a request without rows
+    limits: Limits | None
+
+
+class Distribution(NamedTuple):
+    """prob(id) = exp2((logit - reference) * scale) * factor, or a point mass; see rows.soft_prob."""
+
+    point: Number  # the id that has all probability, or SOFTMAX, or NOBODY
+    reference: Number
+    factor: Number
+
+
+class Weights(NamedTuple):
+    """A draft distribution that is not normalised: exp2((logit - reference) * scale), or a point mass."""
+
+    point: Number
+    reference: Number
+
+
+class RowPair(NamedTuple):
+    """A row as the residual sees it: both distributions, and P_i of the block rule (1 under the token rule)."""
+
+    target: Distribution
+    draft: Distribution
+    prefix_prob: Number
+
+
+class Scales(NamedTuple):
+    """log2(e) / temperature."""
+
+    target: Number
+    draft: Number
+
+
+class Columns(NamedTuple):
+    """A rank's columns: first id, how many, first vocabulary block, blocks that it can touch."""
+
+    start: Number
+    held: Number
+    first_block: Number
+    blocks: Number
+
+
+class Sizes(NamedTuple):
+    num_requests: Number
+    num_forward: Number
+    num_drafts: Number  # of a tree: its nodes
+    num_blocks: Number
+
+
+# --- what depends on the kind of proposal -----------------------------------------------------------------------------
+
+
+class ChainProposal(NamedTuple):
+    """Functions of proposals.py, dense.py or sparse.py; one constexpr."""
+
+    draft_stats: Any  # the draft's part of a row's statistics
+    residual_sums: Any  # sums of [P_i * target - draft]+ of vocabulary blocks
+    residual_in_block: Any  # that residual inside one block, fp32 [1024]
+    column_of: Any  # column of an id in the draft's logits; None: sparse
+
+
+class TreeProposal(NamedTuple):
+    """Functions of tree_proposals.py; one constexpr."""
+
+    draft_stats: Any  # of rows of nodes: point, reference, sum of weights
+    block_weights: Any  # weights of every id of a tile, under one node's distribution
+    weight_at: Any  # the weight of one id per node, under its parent's distribution
+    weights_left: Any  # without replacement: weights of columns but for those of siblings, where ids are mapped
+    sum_left: Any  # the same of candidates, summed
+    column_of: Any

@@ -1,0 +1,168 @@
+"""Drafts of a dense proposal: one logit per column, and columns are ids or mapped to ids, each id at most once.
+
+A map is inverted at the start of the launch, by work items that all others wait for where they ask for a column. Symbols: S state
+slots, K drafts, Vd draft vocabulary. Hooks: proposals.py. Oracle: reference/accept.py.
+"""
+
+import triton
+import triton.language as tl
+
+from ..primitives.fence import stores_done
+from ..primitives.leaves import first_leaf, first_of, leaf_masses, merge_leaves
+from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, masses
+from ..primitives.ticket import arrive
+from .args import ChainProposal, Distribution
+from .proposals import RESIDUAL_ONE, as_point, read_row_pair, store_draft_stats, target_probs
+from .rows import LOG2E, NOBODY, SOFTMAX, finite_or_zero, load_leaf, soft_prob
+
+MAP_COLUMNS = tl.constexpr(4096)  # of a draft vocabulary's map per item that inverts it
+
+
+# --- columns and ids --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def column_is_id(draft, ids, vocab):
+    """Column of each id, and whether it has one."""
+    return ids, (ids >= 0) & (ids < draft.width)
+
+
+@triton.jit
+def column_of_id(draft, ids, vocab):
+    """The same through the inverted map: an entry counts where the map leads back, so what nobody wrote does not matter."""
+    inside = (ids >= 0) & (ids < vocab)
+    column = tl.load(draft.id_map.to_draft_ptr + ids, mask=inside, other=-1, volatile=True)
+    found = inside & (column >= 0) & (column < draft.width)
+    return column, found & (tl.load(draft.id_map.to_target_ptr + column, mask=found, other=-1) == ids)
+
+
+@triton.jit
+def id_of_column(draft, columns, vocab):
+    ids = columns
+    if draft.id_map is not None:
+        ids = tl.load(draft.id_map.to_target_ptr + columns)
+        ids = tl.where((ids >= 0) & (ids < vocab), ids, NOBODY)
+    return ids.to(tl.int32)
+
+
+@triton.jit
+def invert_map(part, draft, vocab, ready_ptr):
+    """One part of a draft vocabulary's map into the inverse that everybody after it reads."""
+    column = part * MAP_COLUMNS + tl.arange(0, MAP_COLUMNS)
+    ids = tl.load(draft.id_map.to_target_ptr + column, mask=column < draft.width, other=-1)
+    tl.store(draft.id_map.to_draft_ptr + ids, column, mask=(ids >= 0) & (ids < vocab))
+    stores_done()
+    tl.atomic_add(ready_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def await_map(ready_ptr, parts):
+    """All parts have earlier tickets."""
+    done = tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu")
+    while done < parts:
+        done = tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+
+
+@triton.jit
+def map_used(progress, num_requests, parts):
+    """Called once per request: the last one puts the map's counter back."""
+    if arrive(progress.finished_ptr, num_requests):
+        await_map(progress.ready_ptr, parts)
+        tl.store(progress.ready_ptr, 0)
+
+
+# --- the hooks --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sweep_draft(i, leaf, keep, view, draft, partials, draft_scale, num_leaves, PAIRS: tl.constexpr):
+    """First pass on leaves of draft rows whose log-sum-exp is not stored: maximum and mass over their columns."""
+    columns = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+    draft_rows = draft.logits_ptr + view.slot * draft.stride_slot + i.to(tl.int64)[:, None] * draft.stride_row
+    top, mass = leaf_masses(load_leaf(draft_rows, columns, keep[:, None] & (columns < draft.width)), draft_scale, PAIRS)
+    where = (view.row0 + i).to(tl.int64) * num_leaves + leaf
+    tl.store(partials.max_ptr + where, top, mask=keep)
+    tl.store(partials.sumexp_ptr + where, mass, mask=keep)
+
+
+@triton.jit
+def draft_stats(
+    i, rows, token, view, draft, partials, stats, draft_scale, draft_temperature, num_leaves,
+    PROPOSAL: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """rows, token (the draft): [GROUP], rows -1 where no draft is verified."""
+    row_ptrs = draft.logits_ptr + view.slot * draft.stride_slot + tl.where(rows >= 0, i, 0).to(tl.int64) * draft.stride_row
+    column, inside = PROPOSAL.column_of(draft, token, view.vocab)
+    x = load_leaf(row_ptrs, column, (rows >= 0) & inside)
+    if draft.lse_ptr is None:
+        top, mass, words, tops = merge_leaves(partials.max_ptr, partials.sumexp_ptr, rows, num_leaves, draft_scale, LEAVES)
+        point = tl.full(rows.shape, SOFTMAX, tl.int32)
+        if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
+            columns = first_leaf(tops, top, LEAVES)
+            logits = load_leaf(row_ptrs[:, None], columns, columns < draft.width)
+            hot = id_of_column(draft, first_of(logits, columns, top, draft.width), view.vocab)
+            point = tl.where(top == POS_INF, hot, point)
+        point = tl.where(top == NEG_INF, NOBODY, point)
+        factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+        _store(rows, token, x, Distribution(point, finite_or_zero(top), factor), stats, draft_scale, draft_temperature)
+    else:
+        _stats_from_lse(i, rows, token, x, view, draft, stats, draft_scale, draft_temperature)
+
+
+@triton.jit
+def _stats_from_lse(i, rows, token, x, view, draft, stats, draft_scale, draft_temperature):
+    """From a stored log-sum-exp and the logits x of the drafts."""
+    lse = tl.load(draft.lse_ptr + view.slot * draft.stride_lse + i, mask=rows >= 0, other=0.0)
+    # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
+    infinite = tl.where(x == POS_INF, as_point(token), NOBODY)
+    point = tl.where(lse == POS_INF, infinite, tl.where(lse == NEG_INF, NOBODY, SOFTMAX))
+    # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
+    reference = finite_or_zero(lse) * (LOG2E / draft_scale)
+    factor = tl.full(rows.shape, 1.0, tl.float32)
+    _store(rows, token, x, Distribution(point, reference, factor), stats, draft_scale, draft_temperature)
+
+
+@triton.jit
+def _store(rows, token, x, drawn_from, stats, draft_scale, draft_temperature):
+    """The statistics of drafts with logits x; drawn_from: the distributions where the draft temperature is above 0."""
+    point = drawn_from.point
+    if (draft_temperature > 0.0) == 0:
+        point = as_point(token)
+    point = tl.where(token == -1, NOBODY, point)
+    draft = Distribution(point, drawn_from.reference, drawn_from.factor)
+    store_draft_stats(stats, rows, draft, soft_prob(x, token, draft, draft_scale))
+
+
+@triton.jit
+def _residual(view, i, draft, ids, pair, scales, PROPOSAL: tl.constexpr):
+    """Of ids [WIDTH] of row i."""
+    column, inside = PROPOSAL.column_of(draft, ids, view.vocab)
+    draft_row = draft.logits_ptr + view.slot * draft.stride_slot + i.to(tl.int64) * draft.stride_row
+    draft_prob = soft_prob(load_leaf(draft_row, column, inside), ids, pair.draft, scales.draft)
+    return tl.maximum(pair.prefix_prob * target_probs(view, i, ids, pair.target, scales.target) - draft_prob, 0.0)
+
+
+@triton.jit
+def residual_sums(
+    item, i, row, view, draft, scratch, scales, num_leaves,
+    PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Item: PAIRS leaves of a row."""
+    leaf = item * PAIRS + tl.arange(0, PAIRS)
+    pair = read_row_pair(scratch.stats, row)
+    ids = item * PAIRS * LEAF + tl.arange(0, PAIRS * LEAF)
+    residual = _residual(view, i, draft, ids, pair, scales, PROPOSAL)
+    tl.store(scratch.residual_ptr + row * num_leaves + leaf, masses(residual, PAIRS, LEAF, RESIDUAL_ONE), mask=leaf < num_leaves)
+
+
+@triton.jit
+def residual_in_block(
+    leaf, i, row, request, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
+):  # fmt: skip
+    pair = read_row_pair(scratch.stats, row)
+    return _residual(view, i, draft, leaf * LEAF + tl.arange(0, LEAF), pair, scales, PROPOSAL)
+
+
+STORED = ChainProposal(draft_stats, residual_sums, residual_in_block, column_is_id)
+MAPPED = ChainProposal(draft_stats, residual_sums, residual_in_block, column_of_id)

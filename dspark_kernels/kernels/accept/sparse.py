@@ -1,0 +1,246 @@
+"""Drafts of a sparse proposal (C candidates with logits) or a one-hot one (the draft alone).
+
+The target's sums per vocabulary block stay, less the octets of the candidates, computed again with and without them: the same tree,
+hence the same bits. Symbols: S state slots, K drafts, C candidates. Hooks: proposals.py. Oracle: reference/accept.py.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..primitives.fence import stores_done
+from ..primitives.leaves import MASS_BITS
+from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, numbers, octet_sums
+from .args import ChainProposal, Distribution
+from .proposals import RESIDUAL_ONE, as_point, read_row_pair, store_draft_stats, target_probs
+from .rows import NOBODY, SOFTMAX, finite_or_zero, load_leaf, soft_prob
+from .target import read_row, read_tile
+
+
+class Distinct(NamedTuple):
+    """Candidates [ENTRIES]: each id's probability, which entries are the first of their id and of their octet of ids, and which
+    ids of the octet are candidates: counts of 16 bits, four in each of two words."""
+
+    ids: Any  # -1: none
+    prob: Any
+    first_id: Any
+    first_octet: Any
+    low: Any
+    high: Any
+
+
+class EntrySums(NamedTuple):
+    """Of candidates [ENTRIES]: int64 sums removed from their leaves (of an octet, where its first entry is) and added (where the
+    first entry of an id is)."""
+
+    ids: Any
+    leaf: Any
+    removed: Any
+    added: Any
+    first_octet: Any
+    first_id: Any
+
+
+@triton.jit
+def entries(draft, slot, i, c, drawn_from, draft_scale, vocab):
+    """Ids and probabilities of candidates c of draft i; id -1 for what lies outside the vocabulary."""
+    ids = tl.where(c == 0, drawn_from.point, -1)
+    prob = tl.where(c == 0, 1.0, 0.0)
+    if draft is not None:
+        if drawn_from.point == SOFTMAX:
+            at = i.to(tl.int64)
+            there = c < draft.count
+            candidate = tl.load(draft.ids_ptr + slot * draft.stride_ids_slot + at * draft.stride_ids_row + c, mask=there, other=-1)
+            candidate = candidate.to(tl.int64)
+            ids = tl.where((candidate >= 0) & (candidate < vocab), candidate, -1).to(tl.int32)
+            x = load_leaf(draft.logits_ptr + slot * draft.stride_slot + at * draft.stride_row, c, there)
+            prob = tl.exp2((x - drawn_from.reference) * draft_scale) * drawn_from.factor
+    inside = (ids >= 0) & (ids < vocab)
+    return tl.where(inside, ids, -1), tl.where(inside, prob, 0.0)
+
+
+@triton.jit
+def distinct(start, draft, slot, i, drawn_from, draft_scale, vocab, ENTRIES: tl.constexpr):
+    """Candidates start, start + 1, ... of draft i, those of one id made one."""
+    c = start + tl.arange(0, ENTRIES)
+    ids, prob = entries(draft, slot, i, c, drawn_from, draft_scale, vocab)
+    valid = ids >= 0
+    first_id, first_octet = valid, valid
+    one = tl.full([ENTRIES], 1, tl.int64)
+    low = tl.where((ids & 7) < 4, one << ((ids & 3) * 16), 0)
+    high = tl.where((ids & 7) < 4, 0, one << ((ids & 3) * 16))
+    if draft is not None:
+        if drawn_from.point == SOFTMAX:
+            BLOCK: tl.constexpr = 16 if ENTRIES > 16 else ENTRIES
+            prob, low, high = prob * 0.0, low * 0, high * 0
+            before_id, before_octet = low.to(tl.int32), low.to(tl.int32)
+            for begin in range(0, draft.count, BLOCK):
+                other = begin + tl.arange(0, BLOCK)
+                there, amount = entries(draft, slot, i, other, drawn_from, draft_scale, vocab)
+                same_id = ids[:, None] == there[None, :]
+                same_octet = (ids >> 3)[:, None] == (there >> 3)[None, :]
+                earlier = other[None, :] < c[:, None]
+                before_id += tl.sum(tl.where(same_id & earlier, 1, 0), axis=1)
+                before_octet += tl.sum(tl.where(same_octet & earlier, 1, 0), axis=1)
+                prob += tl.sum(tl.where(same_id, amount[None, :], 0.0), axis=1)
+                bit = tl.full([BLOCK], 1, tl.int64) << ((there & 3) * 16)
+                low += tl.sum(tl.where(same_octet & ((there & 7) < 4)[None, :], bit[None, :], 0), axis=1)
+                high += tl.sum(tl.where(same_octet & ((there & 7) >= 4)[None, :], bit[None, :], 0), axis=1)
+            first_id = valid & (before_id == 0)
+            first_octet = valid & (before_octet == 0)
+    return Distinct(ids, prob, first_id, first_octet, low, high)
+
+
+@triton.jit
+def distributions(i, rows, token, slot, draft, draft_scale, draft_temperature, vocab, CANDIDATES: tl.constexpr):
+    """Distributions of rows [GROUP] (-1 where no draft is verified), and the draft's probability under each.
+
+    The lists' own sums replace a stored lse, in integers: a row gets the same bits in any group, and on any shard.
+    """
+    own = as_point(token)
+    reference = tl.zeros(rows.shape, tl.float32)
+    factor = tl.full(rows.shape, 1.0, tl.float32)
+    point = own
+    soft = tl.zeros(rows.shape, tl.float32)
+    if draft is not None:
+        if draft_temperature > 0.0:
+            c = tl.arange(0, CANDIDATES)[None, :]
+            inside = (rows >= 0)[:, None] & (c < draft.count)
+            at = tl.where(rows >= 0, i, 0).to(tl.int64)[:, None]
+            logits_ptrs = draft.logits_ptr + slot * draft.stride_slot + at * draft.stride_row + c
+            x = numbers(tl.load(logits_ptrs, mask=inside, other=NEG_INF).to(tl.float32))
+            ids_ptrs = draft.ids_ptr + slot * draft.stride_ids_slot + at * draft.stride_ids_row + c
+            ids = tl.load(ids_ptrs, mask=inside, other=-1).to(tl.int64)
+            top = tl.max(x, axis=1)
+            reference = finite_or_zero(top)
+            mass = tl.sum((tl.exp2(below_max(x, top[:, None]) * draft_scale) * ONE).to(tl.int64), axis=1)
+            factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+            # The draft's entries, relative to the best of them: an improbable draft keeps its bits.
+            own_x = tl.where(ids == token[:, None], x, NEG_INF)
+            own_top = tl.max(own_x, axis=1)
+            own_mass = tl.sum((tl.exp2(below_max(own_x, own_top[:, None]) * draft_scale) * ONE).to(tl.int64), axis=1)
+            soft = own_mass.to(tl.float32) * (1.0 / ONE) * tl.exp2(below_max(own_top, top) * draft_scale) * factor
+            place = tl.min(tl.where(x == POS_INF, c, CANDIDATES), axis=1)
+            hot = tl.sum(tl.where(c == place[:, None], ids, 0), axis=1)
+            hot = tl.where((hot >= 0) & (hot < vocab), hot, NOBODY).to(tl.int32)
+            point = tl.where(top == POS_INF, hot, tl.where(top == NEG_INF, NOBODY, SOFTMAX))
+    point = tl.where(token == -1, NOBODY, point)
+    hit = tl.where(token == point, 1.0, 0.0)
+    return Distribution(point, reference, factor), tl.where(point == SOFTMAX, soft, hit)
+
+
+@triton.jit
+def draft_stats(
+    i, rows, token, view, draft, partials, stats, draft_scale, draft_temperature, num_leaves,
+    PROPOSAL: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """rows, token (the draft): [GROUP], rows -1 where no draft is verified."""
+    drawn_from, draft_prob = distributions(i, rows, token, view.slot, draft, draft_scale, draft_temperature, view.vocab, CANDIDATES)
+    store_draft_stats(stats, rows, drawn_from, draft_prob)
+
+
+@triton.jit
+def list_end(draft, drawn_from):
+    """Candidates that there are: all of them, or one where the distribution is a point."""
+    end = 1
+    if draft is not None:
+        end = tl.where(drawn_from.point == SOFTMAX, draft.count, 1)
+    return end
+
+
+@triton.jit
+def _entry_masses(start, i, row, view, draft, partials, pair, scales, num_leaves, ENTRIES: tl.constexpr):
+    """What candidates take from the masses of their leaves, and what they add as a residual of their own."""
+    found = distinct(start, draft, view.slot, i, pair.draft, scales.draft, view.vocab, ENTRIES)
+    ids = found.ids
+    own_leaf = ids // LEAF
+    slots = tl.arange(0, 8)[None, :]
+    octet = (ids >> 3)[:, None] * 8 + slots
+    inside = (ids >= 0)[:, None] & (octet < view.vocab)
+    own_top = tl.load(partials.max_ptr + row * num_leaves + own_leaf, mask=ids >= 0, other=0.0, volatile=True)
+    e = tl.exp2(below_max(read_tile(view, i, octet, inside), own_top[:, None]) * scales.target)
+    counts = tl.where(slots < 4, found.low[:, None], found.high[:, None]) >> ((slots & 3) * 16)
+    rest = octet_sums(tl.where((counts & 65535) > 0, 0.0, e), ENTRIES)
+    removed = (octet_sums(e, ENTRIES) * ONE).to(tl.int64) - (rest * ONE).to(tl.int64)
+    x = read_row(view, i, ids, ids >= 0)
+    target_prob = soft_prob(x, ids, pair.target, scales.target)
+    added = (tl.maximum(pair.prefix_prob * target_prob - found.prob, 0.0) * RESIDUAL_ONE).to(tl.int64)
+    return EntrySums(ids, own_leaf, removed, added, found.first_octet, found.first_id)
+
+
+@triton.jit
+def residual_sums(
+    item, i, row, view, draft, scratch, scales, num_leaves,
+    PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Item: all leaves of a row."""
+    ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
+    partials, residual_ptr, removed_ptr = scratch.target, scratch.residual_ptr, scratch.sparse.removed_ptr
+    leaf = tl.arange(0, LEAVES)
+    there = leaf < num_leaves
+    of_leaf = row * num_leaves + leaf
+    pair = read_row_pair(scratch.stats, row)
+    target = pair.target
+    if CANDIDATES == 1:
+        # A list of one needs no memory to find its leaf.
+        sums = _entry_masses(0, i, row, view, draft, partials, pair, scales, num_leaves, ENTRIES)
+        mine = (leaf == tl.max(sums.leaf, axis=0)) & (leaf < tl.where(tl.max(sums.ids, axis=0) >= 0, LEAVES, 0))
+        taken = tl.where(mine, tl.sum(sums.removed, axis=0), 0)
+        extra = tl.where(mine, tl.sum(sums.added, axis=0), 0)
+        listed = tl.max(tl.where(sums.ids == target.point, 1, 0), axis=0)
+    else:
+        tl.store(removed_ptr + of_leaf, tl.zeros([LEAVES], tl.int64), mask=there)
+        tl.store(residual_ptr + of_leaf, tl.zeros([LEAVES], tl.int64), mask=there)
+        stores_done()
+        listed = tl.zeros((), tl.int32)
+        for start in range(0, list_end(draft, pair.draft), ENTRIES):
+            sums = _entry_masses(start, i, row, view, draft, partials, pair, scales, num_leaves, ENTRIES)
+            tl.atomic_add(removed_ptr + row * num_leaves + sums.leaf, sums.removed, mask=sums.first_octet, sem="relaxed")
+            tl.atomic_add(residual_ptr + row * num_leaves + sums.leaf, sums.added, mask=sums.first_id, sem="relaxed")
+            listed = tl.maximum(listed, tl.max(tl.where(sums.ids == target.point, 1, 0), axis=0))
+        stores_done()
+        taken = tl.load(removed_ptr + of_leaf, mask=there, other=0, volatile=True)
+        extra = tl.load(residual_ptr + of_leaf, mask=there, other=0, volatile=True)
+        tl.debug_barrier()
+    tops = tl.load(partials.max_ptr + of_leaf, mask=there, other=NEG_INF, volatile=True)
+    mass = (tl.load(partials.sumexp_ptr + of_leaf, mask=there, other=0, volatile=True) & MASS_BITS) - taken
+    unlisted = mass.to(tl.float32) * tl.exp2(below_max(tops, target.reference) * scales.target) * (target.factor * (1.0 / ONE))
+    if target.point != SOFTMAX:
+        unlisted = tl.where(leaf == tl.where(listed == 0, target.point // LEAF, -1), 1.0, 0.0)
+    residual = (pair.prefix_prob * unlisted * RESIDUAL_ONE).to(tl.int64) + extra
+    tl.store(residual_ptr + of_leaf, residual, mask=there)
+    stores_done()
+
+
+@triton.jit
+def residual_in_block(
+    leaf, i, row, request, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
+):  # fmt: skip
+    ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
+    pair = read_row_pair(scratch.stats, row)
+    at = tl.arange(0, LEAF)
+    if CANDIDATES == 1:
+        ids, _prob = entries(draft, view.slot, i, tl.arange(0, 1), pair.draft, scales.draft, view.vocab)
+        unlisted = pair.prefix_prob * target_probs(view, i, leaf * LEAF + at, pair.target, scales.target)
+        # P_i * target <= 1 = the draft's: nothing of it is left.
+        residual = tl.where(leaf * LEAF + at == tl.max(ids, axis=0), 0.0, unlisted)
+    else:
+        # Listed ids find their places in the leaf through memory; -1 = not listed.
+        patch = scratch.sparse.patch_ptr + request.to(tl.int64) * LEAF
+        tl.store(patch + at, at * 0.0 - 1.0)
+        stores_done()
+        for start in range(0, list_end(draft, pair.draft), ENTRIES):
+            found = distinct(start, draft, view.slot, i, pair.draft, scales.draft, view.vocab, ENTRIES)
+            ids = found.ids
+            listed = target_probs(view, i, tl.maximum(ids, 0), pair.target, scales.target)
+            mine = found.first_id & (ids // LEAF == leaf)
+            tl.store(patch + ids % LEAF, tl.maximum(pair.prefix_prob * listed - found.prob, 0.0), mask=mine)
+        stores_done()
+        changed = tl.load(patch + at, volatile=True)
+        unlisted = pair.prefix_prob * target_probs(view, i, leaf * LEAF + at, pair.target, scales.target)
+        residual = tl.where(changed >= 0.0, changed, unlisted)
+    return residual
+
+
+SPARSE = ChainProposal(draft_stats, residual_sums, residual_in_block, None)
