@@ -25,7 +25,7 @@ from torch import Tensor
 from dspark_kernels.types import Acceptance, DenseProposal, Flag, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 
 from .decisions import Decisions
-from .draft import inverse_temperature, read_logits
+from .logits import inverse_temperature, read_logits
 from .sampling import adjust, filtered
 from .sources import PhiloxSource, Source
 

@@ -21,7 +21,7 @@ from dspark_kernels.types import DraftBlock, Flag, OneHotProposal, RnnMarkovHead
 
 from . import heads, philox
 from .decisions import Decisions
-from .draft import adjusted, inverse_temperature, read_logits, target_ids
+from .logits import adjusted, inverse_temperature, read_logits, target_ids
 from .sampling import filtered
 
 

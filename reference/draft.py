@@ -26,53 +26,11 @@ from dspark_kernels.types import (
 )
 
 from . import heads
+from .candidates import draft_candidates
 from .decisions import Decisions
-from .sampling import adjust, filtered
+from .logits import adjusted, inverse_temperature, read_logits, target_ids
+from .sampling import filtered
 from .sources import PhiloxSource
-
-
-def inverse_temperature(temperature: float) -> float:
-    """1 / T, at most 1e30; 0 for a greedy row (T not above 0)."""
-    return min(1.0 / temperature, 1e30) if temperature > 0 else 0.0
-
-
-def read_logits(row: Tensor) -> tuple[Tensor, int]:
-    """fp64 logits with NaN read as -inf, and the flags the row shows."""
-    row = row.to(torch.float64, copy=True)
-    if math.isfinite(float(row.sum())):  # the usual row, told in one pass
-        return row, 0
-    nan = row.isnan()
-    flags = int(Flag.NAN) if bool(nan.any()) else 0
-    row = torch.where(nan, -math.inf, row)
-    if not bool(row.isfinite().any()):
-        flags |= int(Flag.NONFINITE_ROW)
-    return row, flags
-
-
-def target_ids(head: MarkovHead | None, sampling: SamplingTensors | None) -> int:
-    """Ids that W1, bias and mask all know."""
-    known = [2**31 - 1] if head is None else [head.w1.shape[0]]
-    if sampling is not None and sampling.logit_bias is not None:
-        known.append(sampling.logit_bias.shape[1])
-    if sampling is not None and sampling.token_bitmask is not None:
-        known.append(32 * sampling.token_bitmask.shape[-1])
-    return min(known)
-
-
-def adjusted(
-    row: Tensor, sampling: SamplingTensors, slot: int, mask_row: int, path: list[int], ids: Tensor | None, unused: Tensor | None
-) -> Tensor:
-    """`adjust` for a row whose entries are the target's ids `ids`, 0, 1, 2, ... where None."""
-    whole = row
-    if ids is not None:
-        width = int(ids[~unused].max()) + 1 if bool((~unused).any()) else 1
-        whole = torch.zeros(width, dtype=row.dtype, device=row.device)
-        whole[ids[~unused]] = row[~unused]
-    if sampling.logit_bias is not None:
-        # A row may be narrower than the table.
-        sampling = dataclasses.replace(sampling, logit_bias=sampling.logit_bias[:, : whole.shape[0]])
-    whole = adjust(whole, sampling, slot, mask_row, path)
-    return whole if ids is None else row.masked_scatter(~unused, whole[ids[~unused]])
 
 
 def draft_block(
@@ -108,8 +66,6 @@ def draft_block(
         if value is not None:
             raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
     if candidates is not None:
-        from .candidates import draft_candidates  # which builds on this module
-
         return draft_candidates(
             base_logits[:, :, :vocab_size], anchors, head, anchor_positions=anchor_positions, sampling=sampling, hidden=hidden,
             confidence=confidence, candidates=candidates, bigrams=bigrams, draft_to_target=draft_to_target,

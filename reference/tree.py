@@ -25,7 +25,7 @@ from dspark_kernels.types import Acceptance, DraftTree, Flag, OneHotProposal, Sa
 
 from .accept import _draft_law as draft_law, _log_prob as log_prob, law_of
 from .decisions import Decisions
-from .draft import inverse_temperature, read_logits
+from .logits import inverse_temperature, read_logits
 from .sampling import adjust, filtered
 from .sources import PhiloxSource, Source
 

@@ -23,7 +23,7 @@ from dspark_kernels.types import ConfidenceHead, DenseProposal, DraftTree, Flag,
 
 from . import heads
 from .decisions import Decisions
-from .draft import adjusted, inverse_temperature, read_logits, target_ids
+from .logits import adjusted, inverse_temperature, read_logits, target_ids
 from .sources import PhiloxSource
 
 METHODS = ("conditioned", "best_first", "top_k", "iid", "without_replacement")

@@ -6,7 +6,7 @@ import torch
 from errors import ULP, excess_error
 
 import dspark_kernels as dk
-from reference import draft as reference, heads
+from reference import draft as reference, heads, logits as reference_logits
 from reference.equality import assert_equal_or_tied
 
 
@@ -92,7 +92,7 @@ def laws(case, r, slot, previous):
         states = transition.state, state
     unused = None
     if case.draft_to_target is not None:
-        unused = (case.draft_to_target < 0) | (case.draft_to_target >= reference.target_ids(head, case.sampling))
+        unused = (case.draft_to_target < 0) | (case.draft_to_target >= reference_logits.target_ids(head, case.sampling))
     if case.sampling is not None:
         exact, eager = (adjusted(case, law, slot, previous, unused) for law in (exact, eager))
     if unused is not None:
@@ -106,7 +106,8 @@ def adjusted(case, law, slot, previous, unused):
     if sampling.token_bitmask is not None:
         sampling = dataclasses.replace(sampling, token_bitmask=sampling.token_bitmask[slot])
     rows = [
-        reference.adjusted(row, sampling, slot, k, previous[1 : k + 1], case.draft_to_target, unused) for k, row in enumerate(law)
+        reference_logits.adjusted(row, sampling, slot, k, previous[1 : k + 1], case.draft_to_target, unused)
+        for k, row in enumerate(law)
     ]
     return torch.stack(rows)
 

@@ -13,8 +13,8 @@ from dspark_kernels.kernels.accept import chain as kernels
 from dspark_kernels.launch.accept import chain as launch
 from reference import accept as reference, cases
 from reference.decisions import Decisions
-from reference.draft import inverse_temperature, read_logits
 from reference.equality import assert_equal_or_tied
+from reference.logits import inverse_temperature, read_logits
 from reference.sampling import adjust, filtered
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

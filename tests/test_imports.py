@@ -150,8 +150,54 @@ def violations(root):
     return found
 
 
+def circles(root, folder):
+    """Groups of modules under root/folder that import each other, imports inside functions included."""
+    paths = {_name(path, root): path for path in (root / folder).rglob("*.py")}
+    imported = {module: {target for _, target, _ in _imports(path, root)} & paths.keys() for module, path in paths.items()}
+    while leaves := [module for module, targets in imported.items() if not targets - {module}]:
+        for module in leaves:
+            del imported[module]
+        for targets in imported.values():
+            targets.difference_update(leaves)
+    # What is left is on a circle or imports one.
+    reached = {module: set(targets) for module, targets in imported.items()}
+    for through in imported:
+        for targets in reached.values():
+            if through in targets:
+                targets |= reached[through]
+    return sorted(
+        {
+            tuple(sorted(other for other in reached if {module} <= reached[other] and other in reached[module]))
+            for module in reached
+            if module in reached[module]
+        }
+    )
+
+
 def test_arrows():
     assert violations(ROOT) == []
+
+
+def test_no_module_of_the_reference_imports_itself_by_way_of_others():
+    assert circles(ROOT, "reference") == []
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    (tmp_path / "reference" / "cases").mkdir(parents=True)
+    for name, code in {
+        "a": "from .b import B",
+        "b": "def f():\n    from . import c",
+        "c": "from reference import a",
+        "d": "from . import a, e",
+        "e": "",
+        "cases/__init__": "from .x import X",
+        "cases/x": "from . import X",
+    }.items():
+        (tmp_path / "reference" / f"{name}.py").write_text(code)
+    assert circles(tmp_path, "reference") == [
+        ("reference.a", "reference.b", "reference.c"),
+        ("reference.cases", "reference.cases.x"),
+    ]
 
 
 @pytest.mark.parametrize(

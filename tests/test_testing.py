@@ -15,8 +15,8 @@ from dspark_kernels import testing
 from dspark_kernels.testing import __main__ as command, interpreter, known_wrong, laws, models, ours, rules, statistics, suite
 from dspark_kernels.types import Stream
 from reference import accept as reference, cases, philox
-from reference.draft import read_logits
 from reference.enumeration import CrowdSource, Decoder, emitted_law, explore, target_law
+from reference.logits import read_logits
 
 QUICK = 4096  # requests per law
 RULES = ("token", "block", "coupled", "greedy")

@@ -12,8 +12,8 @@ import dspark_kernels as dk
 from dspark_kernels.launch.accept import tree as launch
 from reference import accept, cases, layout as layouts, tree as reference
 from reference.decisions import Decisions
-from reference.draft import inverse_temperature, read_logits
 from reference.equality import assert_equal_or_tied
+from reference.logits import inverse_temperature, read_logits
 from reference.sampling import adjust, filtered
 from reference.tree_cases import accept_tree_case
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import Drafter
+from .protocol import Drafter
 
 
 class Autoregressive(Drafter):

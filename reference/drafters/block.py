@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import gemma4
 from ..model import DecoderLayer, KVCache, Rotation, Rows, Shape, Target, Weights, rms_norm, run_layers
-from . import Committed, Drafter
+from .protocol import Committed, Drafter
 
 
 class Block(Drafter):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model import KVCache, Rows, Target
-from . import Committed, Drafter, join, max_drafts_of, step
+from .protocol import Committed, Drafter, join, max_drafts_of, step
 
 
 class DraftModel(Drafter):

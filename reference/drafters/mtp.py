@@ -19,7 +19,7 @@ from torch import Tensor
 from dspark_kernels.types import DraftTree
 
 from ..model import DecoderLayer, KVCache, Rows, Shape, Target, Weights, rms_norm, run_layers
-from . import Committed, Drafter, join, max_drafts_of, step
+from .protocol import Committed, Drafter, join, max_drafts_of, step
 
 
 class MTP(Drafter):
