@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dspark_kernels as dk
-from reference import cases, compact, tree as trees, tree_cases, tree_draft
+from reference import cases, compact, tree as trees, tree_draft
 from reference.equality import assert_equal_or_tied
 
 from .baselines import BASELINES, Baseline
@@ -141,7 +141,7 @@ class AcceptTrees:
         return dataclasses.replace(self, requests=min(self.requests, 3), nodes=6, vocab=1100)
 
     def make(self, seed: int) -> dict:
-        case = tree_cases.accept_tree_case(
+        case = cases.accept_tree_case(
             seed=seed,
             requests=self.requests,
             nodes=self.nodes,

@@ -10,8 +10,8 @@ from test_schedule import POLICIES, arguments as schedule_arguments
 
 import dspark_kernels as dk
 from reference import cases
+from reference.cases import accept_tree_case
 from reference.schedule import schedule_prefixes
-from reference.tree_cases import accept_tree_case
 
 pytestmark = pytest.mark.gpu
 

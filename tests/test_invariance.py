@@ -12,7 +12,7 @@ from dspark_kernels.launch import arch, attention as attention_launch
 from dspark_kernels.launch.draft import dense as draft_launch
 from dspark_kernels.launch.layout import schedule as schedule_launch
 from reference import cases, layout as layouts
-from reference.tree_cases import accept_tree_case
+from reference.cases import accept_tree_case
 
 
 def _take_draft(case, rows):

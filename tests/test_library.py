@@ -68,7 +68,7 @@ def _plan():
 
 
 def _accept_tree(*rule, **options):
-    from reference.tree_cases import accept_tree_case
+    from reference.cases import accept_tree_case
 
     return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule, **options).arguments())
 
@@ -231,7 +231,7 @@ def test_attention_compiles_into_one_graph(backend):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_acceptance_of_trees_compiles_into_one_graph(backend):
-    from reference.tree_cases import accept_tree_case
+    from reference.cases import accept_tree_case
 
     case = accept_tree_case(2, 2, 5, 60, "without_replacement", "traversal", adjust=("presence",), filters=("top_p",))
 

@@ -46,7 +46,7 @@ def test_adjusted_logits_have_the_references_bits(data):
     rows = (torch.randn(4, vocab, generator=g) * 4).to(draw(st.sampled_from(DTYPES)))
     settings = cases.sampling_tensors(
         seed, 6, vocab=vocab, mask_rows=4, adjust=draw(st.sets(st.sampled_from(cases.ADJUSTMENTS), min_size=1)),
-        listed=draw(st.sampled_from([0, 1, 5, 200])),
+        penalised=draw(st.sampled_from([0, 1, 5, 200])),
     )  # fmt: skip
     slots = torch.tensor([5, 0, 3, 3], dtype=torch.int32)
     paths = None
@@ -61,7 +61,7 @@ def test_adjusted_logits_have_the_references_bits(data):
 
 def test_rows_of_nobody_and_nan_go_through():
     rows = torch.tensor([[1.0, float("nan"), float("inf"), 2.0]] * 2)
-    settings = cases.sampling_tensors(3, 2, vocab=4, mask_rows=2, adjust=set(cases.ADJUSTMENTS), listed=3)
+    settings = cases.sampling_tensors(3, 2, vocab=4, mask_rows=2, adjust=set(cases.ADJUSTMENTS), penalised=3)
     settings = dataclasses.replace(settings, token_bitmask=torch.full((2, 1), -1, dtype=torch.int32))
     have = run_adjust(rows, settings, torch.tensor([-1, 1], dtype=torch.int32), tile=(2, 16))
     assert torch.equal(have[0].nan_to_num(7.0), rows[0].nan_to_num(7.0))

@@ -24,8 +24,8 @@ from dspark_kernels.testing import (
 )
 from dspark_kernels.types import SamplingTensors, Stream
 from reference import accept, layout as layouts, philox, tree as reference
+from reference.cases import accept_tree_case
 from reference.enumeration import EnumeratingSource, emitted_law
-from reference.tree_cases import accept_tree_case
 from reference.tree_enumeration import TreeDecoder
 
 QUICK = 4096  # requests per law

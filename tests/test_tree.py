@@ -11,11 +11,11 @@ from hypothesis import given, settings, strategies as st
 import dspark_kernels as dk
 from dspark_kernels.launch.accept import tree as launch
 from reference import accept, cases, layout as layouts, tree as reference
+from reference.cases import accept_tree_case
 from reference.decisions import Decisions
 from reference.equality import assert_equal_or_tied
 from reference.logits import inverse_temperature, read_logits
 from reference.sampling import adjust, filtered
-from reference.tree_cases import accept_tree_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SENTINEL = -77777

@@ -10,9 +10,9 @@ from test_tree import check
 import dspark_kernels as dk
 from dspark_kernels.testing.statistics import compare
 from reference import layout as layouts
+from reference.cases import AcceptTreeCase, accept_tree_case
 from reference.sources import PhiloxSource
 from reference.tree import nodes_of
-from reference.tree_cases import AcceptTreeCase, accept_tree_case
 from reference.tree_enumeration import TreeDecoder
 
 VOCAB = 2

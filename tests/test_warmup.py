@@ -12,7 +12,7 @@ from test_compact import bytes_of, case_of
 
 import dspark_kernels as dk
 from reference import cases
-from reference.tree_cases import accept_tree_case
+from reference.cases import accept_tree_case
 
 
 def snapshot(value):
