@@ -1,4 +1,4 @@
-"""Lossless acceptance of a chain, in the words of its papers, over a source of coins and draws.
+"""Lossless acceptance of a chain, rule by rule as in the papers, over a source of acceptance uniforms and draws.
 
     token   (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2):
             accept x_i while u_i q_i(x_i) < p_i(x_i); at the first failure draw from [p_i - q_i]+, else the bonus from p_{L+1}.
@@ -10,8 +10,9 @@
     greedy  accept while x_i = argmax p_i, then emit the arg-max.
     forced  (synthetic_rates, load tests) accept x_i while u_i < rate_i, then draw from p as after the last draft.
 
-Symbols: p_i target law at draft i (after all sampling settings, reference/sampling.py) and q_i draft law (after temperature), x_i
-drafts, L admitted drafts, u_i coins in (0, 1). Coins compare strictly, so that a coin of 0 accepts nothing impossible.
+Symbols: p_i target distribution at draft i (after all sampling settings, reference/sampling.py) and q_i draft distribution (after
+temperature), x_i drafts, L admitted drafts, P_i prefix probability, u_i acceptance uniforms in (0, 1). Comparisons are strict, so that
+u = 0 accepts nothing of probability 0.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import Acceptance, DenseProposal, Flag, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
+from dspark_kernels.types import Acceptance, Flag, SamplingTensors, VerifyLayout
 
 from .decisions import Decisions
+from .distributions import Lazy, distribution_of, draft_distribution, log_prob
 from .logits import inverse_temperature, read_logits
 from .sampling import adjust, filtered
 from .sources import PhiloxSource, Source
 
 
 class Verdict(NamedTuple):
-    """num_accepted drafts stay, then `token`. The rest says what the deciding draft and residual showed."""
+    """num_accepted drafts stay, then `token`. The flags describe the first rejected draft and its residual."""
 
     num_accepted: int
     token: int
@@ -40,185 +42,140 @@ class Verdict(NamedTuple):
     missing_draft: bool = False
 
 
-def _chances(target_probs, draft_probs, draft: int) -> tuple[float, float, bool, bool]:
-    """(target_prob, draft_prob, bad, missing) of a draft; both 0 where it cannot be accepted."""
+class DraftCheck(NamedTuple):
+    """Both probabilities of a draft (0 where it cannot be accepted), and why it cannot be."""
+
+    target_prob: float
+    draft_prob: float
+    bad: bool = False
+    missing: bool = False
+
+
+def _check(target_probs: Tensor, draft_probs: Tensor | None, draft: int) -> DraftCheck:
     if draft == -1 or draft_probs is None:
-        return 0.0, 0.0, False, True
+        return DraftCheck(0.0, 0.0, missing=True)
     if not 0 <= draft < target_probs.shape[0]:
-        return 0.0, 0.0, True, False
+        return DraftCheck(0.0, 0.0, bad=True)
     draft_prob = float(draft_probs[draft])
     if draft_prob <= 0:
-        return 0.0, 0.0, True, False
-    return float(target_probs[draft]), draft_prob, False, False
+        return DraftCheck(0.0, 0.0, bad=True)
+    return DraftCheck(float(target_probs[draft]), draft_prob)
 
 
-def _correct(source: Source, position: int, weights: Tensor, target_probs: Tensor) -> tuple[int, bool]:
-    """Draw from the residual, or from the target's law where the residual has no mass."""
-    if float(weights.sum()) > 0:
-        return source.draw(position, weights), False
-    return source.draw(position, target_probs), True
-
-
-def _residual(target_probs: Tensor, draft_probs: Tensor | None, kept: float = 1.0) -> Tensor:
-    """[kept * target - draft]+; a draft that was never made takes nothing away."""
+def _residual(target_probs: Tensor, draft_probs: Tensor | None, prefix_prob: float = 1.0) -> Tensor:
+    """[prefix_prob * target - draft]+; without a draft distribution nothing is subtracted."""
     if draft_probs is None:
-        return kept * target_probs
-    return (kept * target_probs - draft_probs).clamp(min=0)
+        return prefix_prob * target_probs
+    return (prefix_prob * target_probs - draft_probs).clamp(min=0)
+
+
+def _reject(source: Source, anchor_position: int, i: int, residual: Tensor, target_probs: Tensor, check: DraftCheck) -> Verdict:
+    """Draw the correction after i accepted drafts; from the target distribution where the residual is zero everywhere."""
+    empty = not float(residual.sum()) > 0
+    token = source.draw(anchor_position + i + 1, target_probs if empty else residual)
+    return Verdict(i, token, empty, check.bad, check.missing)
 
 
 def token_rule(target_probs, draft_probs, drafts: list[int], source: Source, anchor_position: int) -> Verdict:
-    """Accept or reject each draft on its own coin, stop at the first failure."""
+    """Accept each draft on its own uniform, and stop at the first rejection."""
     for i, draft in enumerate(drafts):
-        position = anchor_position + i + 1
-        target_prob, draft_prob, bad, missing = _chances(target_probs[i], draft_probs[i], draft)
-        possible = draft_prob > 0
-        if possible and source.coin(position, draft_prob, target_prob):
+        check = _check(target_probs[i], draft_probs[i], draft)
+        possible = check.draft_prob > 0
+        if possible and source.accepts(anchor_position + i + 1, check.draft_prob, check.target_prob):
             continue
-        law = None if missing else draft_probs[i]
-        token, empty = _correct(source, position, _residual(target_probs[i], law), target_probs[i])
-        return Verdict(i, token, empty, bad, missing)
+        residual = _residual(target_probs[i], None if check.missing else draft_probs[i])
+        return _reject(source, anchor_position, i, residual, target_probs[i], check)
     return Verdict(len(drafts), source.draw(anchor_position + len(drafts) + 1, target_probs[len(drafts)]))
 
 
 def block_rule(target_probs, draft_probs, drafts: list[int], source: Source, anchor_position: int) -> Verdict:
-    """Judge the block as a whole: keep the longest prefix whose coin passes.
+    """Verify the block as a whole: accept the longest prefix whose uniform passes.
 
-    A draft that cannot be accepted makes P zero from there on, so nothing behind it is ever kept.
+    A draft that cannot be accepted makes P zero from there on, so that no longer prefix is accepted.
     """
     length = len(drafts)
-    kept = [1.0]
-    shown = []
+    prefix_probs = [1.0]
+    checks = []
     for i, draft in enumerate(drafts):
-        target_prob, draft_prob, bad, missing = _chances(target_probs[i], draft_probs[i], draft)
-        shown.append((bad, missing))
-        kept.append(min(1.0, kept[-1] * target_prob / draft_prob) if draft_prob > 0 else 0.0)
+        check = _check(target_probs[i], draft_probs[i], draft)
+        checks.append(check)
+        grown = prefix_probs[-1] * check.target_prob / check.draft_prob if check.draft_prob > 0 else 0.0
+        prefix_probs.append(min(1.0, grown))
+
+    def residual(i: int) -> Tensor:
+        return _residual(target_probs[i], None if checks[i].missing else draft_probs[i], prefix_probs[i])
+
     accepted = 0
     for i in range(1, length + 1):
         if i < length:
-            law = None if shown[i][1] else draft_probs[i]
-            mass = float(_residual(target_probs[i], law, kept[i]).sum())
-            rest = mass + 1.0 - kept[i]
-            passes = source.coin(anchor_position + i, rest, mass) if rest > 0 else True
+            residual_sum = float(residual(i).sum())
+            denominator = residual_sum + 1.0 - prefix_probs[i]
+            passes = source.accepts(anchor_position + i, denominator, residual_sum) if denominator > 0 else True
         else:
-            passes = source.coin(anchor_position + i, 1.0, kept[i])
-        if passes and kept[i] > 0:
+            passes = source.accepts(anchor_position + i, 1.0, prefix_probs[i])
+        if passes and prefix_probs[i] > 0:
             accepted = i
-    position = anchor_position + accepted + 1
     if accepted == length:
-        return Verdict(length, source.draw(position, target_probs[length]))
-    bad, missing = shown[accepted]
-    law = None if missing else draft_probs[accepted]
-    residual = _residual(target_probs[accepted], law, kept[accepted])
-    token, empty = _correct(source, position, residual, target_probs[accepted])
-    return Verdict(accepted, token, empty, bad, missing)
+        return Verdict(length, source.draw(anchor_position + length + 1, target_probs[length]))
+    return _reject(source, anchor_position, accepted, residual(accepted), target_probs[accepted], checks[accepted])
+
+
+def _matched(drafts: list[int], vocab: int, emit) -> Verdict:
+    """Accept while the draft is the token that emit(i) gives for its place."""
+    for i in range(len(drafts) + 1):
+        token = emit(i)
+        if i == len(drafts):
+            return Verdict(i, token)
+        if drafts[i] != token:
+            missing = drafts[i] == -1
+            return Verdict(i, token, False, not missing and not 0 <= drafts[i] < vocab, missing)
+    raise AssertionError("the loop returns")
 
 
 def coupled_rule(target_probs, draft_probs, drafts: list[int], source: Source, anchor_position: int) -> Verdict:
-    """Sample the target with the noise the drafts were drawn with; a draft is right or it is not."""
-    for i in range(len(drafts) + 1):
-        token = source.coupled(anchor_position + i + 1, target_probs[i].log())
-        if i == len(drafts) or drafts[i] != token:
-            missing = i < len(drafts) and drafts[i] == -1
-            bad = i < len(drafts) and not missing and not 0 <= drafts[i] < target_probs[i].shape[0]
-            return Verdict(i, token, False, bad, missing)
-    raise AssertionError("the loop returns")
+    """Sample the target with the noise that the drafts were drawn with, and accept the drafts that match."""
+    vocab = target_probs[0].shape[0]
+    return _matched(drafts, vocab, lambda i: source.coupled(anchor_position + i + 1, target_probs[i].log()))
 
 
 def greedy_rule(target_probs, draft_probs, drafts: list[int], source: Source, anchor_position: int) -> Verdict:
     """Follow the target's most probable token."""
-    for i in range(len(drafts) + 1):
-        token = int(torch.argmax((target_probs[i] == target_probs[i].max()).int()))
-        if i == len(drafts) or drafts[i] != token:
-            missing = i < len(drafts) and drafts[i] == -1
-            bad = i < len(drafts) and not missing and not 0 <= drafts[i] < target_probs[i].shape[0]
-            return Verdict(i, token, False, bad, missing)
-    raise AssertionError("the loop returns")
-
-
-def forced(rates, drafts: list[int], vocab: int, source: Source, anchor_position: int) -> tuple[int, bool, bool]:
-    """(drafts accepted, bad, missing) by rate; only a token of the vocabulary can be accepted."""
-    for i, draft in enumerate(drafts):
-        inside = 0 <= draft < vocab
-        if not (inside and source.coin(anchor_position + i + 1, 1.0, float(rates[i]))):
-            return i, not inside and draft != -1, draft == -1
-    return len(drafts), False, False
+    vocab = target_probs[0].shape[0]
+    return _matched(drafts, vocab, lambda i: int(torch.argmax((target_probs[i] == target_probs[i].max()).int())))
 
 
 RULES = {"token": token_rule, "block": block_rule, "coupled": coupled_rule, "greedy": greedy_rule}
 
 
-def law_of(logits: Tensor, scale: float) -> Tensor:
-    """softmax(logits * scale) in fp64; a +inf takes all (its lowest id), a row of -inf has no mass."""
-    top = float(logits.max())
-    if top == math.inf:
-        law = torch.zeros_like(logits)
-        law[int(torch.argmax((logits == math.inf).int()))] = 1.0
-        return law
-    if top == -math.inf:
-        return torch.zeros_like(logits)
-    return torch.softmax((logits - top) * scale, 0)
+class Chain(NamedTuple):
+    """One request: its anchor, its drafts and the target rows that verify them."""
+
+    request: int  # batch row
+    slot: int
+    anchor: int
+    drafts: list[int]  # L admitted drafts
+    position: int  # of the anchor
+    rows: list[Tensor]  # L + 1 target rows, fp64 [V], after all sampling settings but temperature
+    scale: float  # 1 / temperature, 0: greedy
+    stop: int | None  # the first row without a finite logit; drafts behind it are not looked at
 
 
-def _draft_law(proposal, slot: int, i: int, draft: int, scale: float, vocab: int, device) -> Tensor | None:
-    """The law draft i was drawn from over the target's ids; None where nothing was drawn (-1)."""
-    if draft == -1:
-        return None
-    law = torch.zeros(vocab, dtype=torch.float64, device=device)
-    temperature_scale = scale
-    if proposal is not None and not isinstance(proposal, OneHotProposal) and proposal.temperature is not None:
-        temperature_scale = inverse_temperature(float(proposal.temperature[slot]))
-    if proposal is None or isinstance(proposal, OneHotProposal) or temperature_scale == 0:
-        if 0 <= draft < vocab:
-            law[draft] = 1.0
-        return law
-    logits, _ = read_logits(proposal.logits[slot, i])
-    drawn = law_of(logits, temperature_scale)
-    if isinstance(proposal, SparseProposal):
-        ids = proposal.ids[slot, i].long()
-        inside = (ids >= 0) & (ids < vocab)
-        law.index_add_(0, ids[inside], drawn[inside])
-    elif isinstance(proposal, DenseProposal) and proposal.draft_to_target is not None:
-        inside = (proposal.draft_to_target >= 0) & (proposal.draft_to_target < vocab)
-        law.index_add_(0, proposal.draft_to_target[inside], drawn[inside])
-    else:
-        width = min(vocab, drawn.shape[0])
-        law[:width] = drawn[:width]
-    return law
+class Call(NamedTuple):
+    """What all requests of a call share."""
 
+    proposal: object
+    sampling: SamplingTensors | None
+    rule: str
+    rates: Tensor | None  # synthetic_rates
+    decisions: Decisions
 
-class _Rows:
-    """Target laws of one request, computed when a rule asks for them."""
-
-    def __init__(self, rows: list[Tensor], scale: float):
-        self._rows, self._scale, self._laws = rows, scale, {}
-
-    def __getitem__(self, i: int) -> Tensor:
-        if i not in self._laws:
-            self._laws[i] = law_of(self._rows[i], self._scale)
-        return self._laws[i]
-
-
-class _Laws:
-    """Draft laws of one request, computed when a rule asks for them."""
-
-    def __init__(self, make):
-        self._make, self._laws = make, {}
-
-    def __getitem__(self, i: int):
-        if i not in self._laws:
-            self._laws[i] = self._make(i)
-        return self._laws[i]
-
-
-def _greedy(rows: list[Tensor], drafts: list[int], decisions: Decisions, request: int) -> Verdict:
-    """`greedy_rule` on logits, with the margin of every arg-max recorded."""
-    vocab = rows[0].shape[0]
-    for i, row in enumerate(rows):
-        token = decisions.pick(request, "greedy", row)
-        if i == len(drafts) or drafts[i] != token:
-            missing = i < len(drafts) and drafts[i] == -1
-            return Verdict(i, token, False, i < len(drafts) and not missing and not 0 <= drafts[i] < vocab, missing)
-    raise AssertionError("the last row ends the chain")
+    def draft_probs(self, chain: Chain, i: int) -> Tensor | None:
+        previous = chain.drafts[i - 1] if i else chain.anchor
+        row = chain.rows[0]
+        return draft_distribution(
+            self.proposal, chain.slot, i, chain.drafts[i], scale=chain.scale, vocab=row.shape[0], device=row.device,
+            previous=previous,
+        )  # fmt: skip
 
 
 def accept_chain(
@@ -246,69 +203,41 @@ def accept_chain(
     if logprobs not in (None, "raw", "processed"):
         raise ValueError(f"logprobs: expected one of None, 'raw', 'processed', got {logprobs!r}")
     if synthetic_rates is not None and sampling is None:
-        raise ValueError("sampling: expected SamplingTensors, whose seeds give the coins of synthetic_rates, got None")
-    decisions = Decisions() if decisions is None else decisions
-    device = target_logits.device
-    batch, vocab = layout.draft_lens.shape[0], target_logits.shape[1]
-    width = layout.max_drafts
-    if width is None:
-        logits = getattr(proposal, "base_logits", getattr(proposal, "logits", None))
-        width = logits.shape[1] if logits is not None else max(target_logits.shape[0] - 1, 0)
-
-    def ints():
-        return torch.zeros(batch, dtype=torch.int32, device=device)
-
-    accepted, emitted, rejected, last_row, flags = ints(), ints(), ints(), ints(), ints()
-    tokens = torch.full((batch, width + 1), -1, dtype=torch.int64, device=device)
-    next_token = torch.full((batch,), -1, dtype=torch.int64, device=device)
-    log_probs = torch.zeros(batch, width + 1, dtype=torch.float64, device=device)
-    commit = torch.zeros(layout.token_ids.shape[0], dtype=torch.bool, device=device)
+        raise ValueError("sampling: expected SamplingTensors, whose seeds give the uniforms of synthetic_rates, got None")
+    call = Call(proposal, sampling, rule, synthetic_rates, Decisions() if decisions is None else decisions)
+    result = _empty_result(target_logits, layout, proposal, logprobs)
     offsets, starts = layout.cu_num_logits.tolist(), layout.query_start_loc.tolist()
     row_of = layout.logits_indices.tolist()
     ids = layout.token_ids.tolist()
-    for r in range(batch):
+    for r in range(layout.draft_lens.shape[0]):
         slot = r if state_indices is None else int(state_indices[r])
         if slot < 0:
             continue
         first, length = offsets[r], offsets[r + 1] - offsets[r] - 1
         if length < 0:
-            commit[starts[r] : starts[r + 1]] = True  # a prefill chunk that does not emit keeps its rows
+            result.commit_mask[starts[r] : starts[r + 1]] = True  # a prefill chunk that does not emit keeps its rows
             continue
-        drafts = [ids[row_of[first + i]] for i in range(1, length + 1)]
-        position = int(layout.positions[row_of[first]])
+        anchor, *drafts = [ids[row_of[first + i]] for i in range(length + 1)]
         raw = [target_logits[first + i] for i in range(length + 1)]
         # A row's own path: the drafts before it. fp32 as the kernels have it, because what is adjusted is an input of the rules.
         adjusted = [adjust(row.float(), sampling, slot, first + i, drafts[:i]) for i, row in enumerate(raw)]
         rows, row_flags = zip(*map(read_logits, adjusted), strict=True)
-        # Acceptance stops at a row without finite logits: what is behind it is not looked at.
+        scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
+        rows = [filtered(row, scale, sampling, slot, call.decisions, r) for row in rows]
         stop = next((i for i in range(length + 1) if row_flags[i] & Flag.NONFINITE_ROW), None)
-        judged = length if stop is None else stop
-        temperature = float(sampling.temperature[slot]) if sampling is not None else 0.0
-        rows = [filtered(row, inverse_temperature(temperature), sampling, slot, decisions, r) for row in rows]
-        verdict = _judge(
-            rows, drafts[:judged], stop, proposal, sampling, rule, slot, r, position, vocab, decisions, synthetic_rates
-        )
-        if stop is not None and verdict.num_accepted == stop:
-            bad = stop < length and not (drafts[stop] == -1 or 0 <= drafts[stop] < vocab)
-            asks = sampling is not None and rule != "coupled" and synthetic_rates is None
-            if stop < length and 0 <= drafts[stop] < vocab and asks:
-                scale = inverse_temperature(float(sampling.temperature[slot]))
-                law = _draft_law(proposal, slot, stop, drafts[stop], scale, vocab, device)
-                bad = scale > 0 and float(law[drafts[stop]]) <= 0
-            lowest = int(torch.argmax((rows[stop] > -math.inf).int()))
-            verdict = Verdict(stop, lowest, False, bad, stop < length and drafts[stop] == -1)
+        chain = Chain(r, slot, anchor, drafts, int(layout.positions[row_of[first]]), rows, scale, stop)
+        verdict = _verify(chain, call)
         n = verdict.num_accepted
-        tokens[r, :n] = torch.tensor(drafts[:n], dtype=torch.int64, device=device)
-        tokens[r, n] = next_token[r] = verdict.token
-        accepted[r], emitted[r], rejected[r] = n, n + 1, length - n
+        result.tokens[r, : n + 1] = torch.tensor([*drafts[:n], verdict.token], dtype=torch.int64)
+        result.next_token[r] = verdict.token
+        result.num_accepted[r], result.num_emitted[r], result.num_rejected[r] = n, n + 1, length - n
         if logprobs is not None:
-            scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
             for i in range(n + 1):
                 row = read_logits(raw[i])[0] if logprobs == "raw" else rows[i]
-                log_probs[r, i] = _log_prob(row, int(tokens[r, i]), 1.0 if logprobs == "raw" else scale)
-        last_row[r] = row_of[first + n]
-        commit[starts[r] : starts[r + 1]] = torch.arange(starts[r], starts[r + 1], device=device) <= int(last_row[r])
-        flags[r] = (
+                result.logprobs[r, i] = log_prob(row, int(result.tokens[r, i]), 1.0 if logprobs == "raw" else scale)
+        result.last_row[r] = row_of[first + n]
+        result.commit_mask[starts[r] : min(starts[r + 1], row_of[first + n] + 1)] = True
+        result.flags[r] = (
             (Flag.NAN if any(f & Flag.NAN for f in row_flags[: n + 1]) else 0)
             | (row_flags[n] & Flag.NONFINITE_ROW)
             | (Flag.BAD_TOKEN_ID if verdict.bad_draft else 0)
@@ -318,43 +247,81 @@ def accept_chain(
         if anchors is not None:
             anchors[slot] = verdict.token
         if anchor_positions is not None:
-            anchor_positions[slot] = position + n + 1
-    log_probs = log_probs.float() if logprobs is not None else None
-    return Acceptance(tokens, accepted, emitted, rejected, next_token, last_row, commit, flags, log_probs)
+            anchor_positions[slot] = chain.position + n + 1
+    return result
 
 
-def _log_prob(row: Tensor, token: int, scale: float) -> float:
-    """ln of the token's probability, -inf where it has none; scale 0 = greedy, whose law is the first maximum alone."""
-    if scale == 0:
-        return 0.0 if row[token] > -math.inf and token == int(torch.argmax((row == row.max()).int())) else -math.inf
-    if float(row.max()) == math.inf:
-        return 0.0 if row[token] == math.inf else -math.inf
-    if float(row.max()) == -math.inf:
-        return -math.inf
-    return float(torch.log_softmax((row - row.max()) * scale, 0)[token])
+def _empty_result(target_logits: Tensor, layout: VerifyLayout, proposal, logprobs: str | None) -> Acceptance:
+    """What a batch of padding rows gives: no token, nothing accepted, no row committed."""
+    width = layout.max_drafts
+    if width is None:
+        logits = getattr(proposal, "base_logits", getattr(proposal, "logits", None))
+        width = logits.shape[1] if logits is not None else max(target_logits.shape[0] - 1, 0)
+    batch, device = layout.draft_lens.shape[0], target_logits.device
+    counts = ("num_accepted", "num_emitted", "num_rejected", "last_row", "flags")
+    return Acceptance(
+        tokens=torch.full((batch, width + 1), -1, dtype=torch.int64, device=device),
+        **{name: torch.zeros(batch, dtype=torch.int32, device=device) for name in counts},
+        next_token=torch.full((batch,), -1, dtype=torch.int64, device=device),
+        commit_mask=torch.zeros(layout.token_ids.shape[0], dtype=torch.bool, device=device),
+        logprobs=None if logprobs is None else torch.zeros(batch, width + 1, device=device),
+    )
 
 
-def _after(row, rule, request, position, decisions, source, scale) -> int:
-    """The token after the last accepted draft of a load test: what the rule would give as a bonus."""
-    if scale == 0:
-        return decisions.pick(request, "greedy", row)
-    law = law_of(row, scale)
-    return source.coupled(position, law.log()) if rule == "coupled" else source.draw(position, law)
+def _verify(chain: Chain, call: Call) -> Verdict:
+    """Apply the rule to one request, up to the first row without a finite logit."""
+    if chain.stop is None:
+        return _apply_rule(chain, chain.drafts, chain.rows, call)
+    # The row at `stop` verifies nothing: any row in its place lets the rule end there.
+    rows = [*chain.rows[: chain.stop], torch.zeros_like(chain.rows[0])]
+    verdict = _apply_rule(chain, chain.drafts[: chain.stop], rows, call)
+    return _emit_at_stop(chain, call) if verdict.num_accepted == chain.stop else verdict
 
 
-def _judge(rows, drafts, stop, proposal, sampling, rule, slot, request, position, vocab, decisions, rates) -> Verdict:
-    """Apply the rule to the rows before `stop` (None = all); where all those drafts pass, the caller emits at `stop`."""
-    scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
-    if stop is not None:
-        # The row at `stop` judges nothing: a stand-in law lets the rule end there.
-        rows = (*rows[:stop], torch.zeros_like(rows[0]))
-    if rates is not None:
-        source = PhiloxSource(int(sampling.seed[slot]), position, decisions, request)
-        accepted, bad, missing = forced(rates, drafts, vocab, source, position)
-        rest = _after(rows[accepted], rule, request, position + accepted + 1, decisions, source, scale)
-        return Verdict(accepted, rest, False, bad, missing)
-    if scale == 0:
-        return _greedy(list(rows), drafts, decisions, request)
-    source = PhiloxSource(int(sampling.seed[slot]), position, decisions, request)
-    laws = _Laws(lambda i: _draft_law(proposal, slot, i, drafts[i], scale, vocab, rows[0].device))
-    return RULES[rule](_Rows(list(rows), scale), laws, drafts, source, position)
+def _emit_at_stop(chain: Chain, call: Call) -> Verdict:
+    """All drafts before `stop` were accepted: emit the lowest +inf of that row, or token 0 where it has none."""
+    stop, vocab = chain.stop, chain.rows[0].shape[0]
+    bad = missing = False
+    if stop < len(chain.drafts):
+        draft = chain.drafts[stop]
+        missing = draft == -1
+        if not 0 <= draft < vocab:
+            bad = not missing
+        elif call.sampling is not None and call.rule != "coupled" and call.rates is None:
+            bad = chain.scale > 0 and float(call.draft_probs(chain, stop)[draft]) <= 0
+    lowest = int(torch.argmax((chain.rows[stop] > -math.inf).int()))
+    return Verdict(stop, lowest, False, bad, missing)
+
+
+def _apply_rule(chain: Chain, drafts: list[int], rows: list[Tensor], call: Call) -> Verdict:
+    """The verdict on `drafts` [l] by `rows` [l + 1]."""
+    vocab, scale, decisions = rows[0].shape[0], chain.scale, call.decisions
+    if scale == 0 and call.rates is None:
+        return _matched(drafts, vocab, lambda i: decisions.pick(chain.request, "greedy", rows[i]))
+    source = PhiloxSource(int(call.sampling.seed[chain.slot]), chain.position, decisions, chain.request)
+    if call.rates is not None:
+        return _forced(chain, drafts, rows, call, source)
+    target_probs = Lazy(lambda i: distribution_of(rows[i], scale))
+    draft_probs = Lazy(lambda i: call.draft_probs(chain, i))
+    return RULES[call.rule](target_probs, draft_probs, drafts, source, chain.position)
+
+
+def _forced(chain: Chain, drafts: list[int], rows: list[Tensor], call: Call, source: Source) -> Verdict:
+    """Accept by rate, then emit what the rule would give as a bonus. Only a token of the vocabulary can be accepted."""
+    accepted, vocab = 0, rows[0].shape[0]
+    for draft in drafts:
+        inside = 0 <= draft < vocab
+        if not (inside and source.accepts(chain.position + accepted + 1, 1.0, float(call.rates[accepted]))):
+            break
+        accepted += 1
+    row, position = rows[accepted], chain.position + accepted + 1
+    if chain.scale == 0:
+        token = call.decisions.pick(chain.request, "greedy", row)
+    elif call.rule == "coupled":
+        token = source.coupled(position, distribution_of(row, chain.scale).log())
+    else:
+        token = source.draw(position, distribution_of(row, chain.scale))
+    if accepted == len(drafts):
+        return Verdict(accepted, token)
+    missing = drafts[accepted] == -1
+    return Verdict(accepted, token, False, not missing and not 0 <= drafts[accepted] < vocab, missing)

@@ -1,21 +1,33 @@
 """Every decision the reference takes, with its margin, so that a comparison knows which ones fp32 may take otherwise.
 
-A near tie has margin <= 2^-17 * max(1, |key|): an arg-max by the gap of its two best keys, a coin by |ln(u q / p)|. Where a sum of
-probabilities decides (top_p), margins are shares of the whole mass and near below 2^-19, the error of a sum in fp32. `flips`
-names decisions (request, ordinal) to take the other way, so that the reference can go on from the alternative a kernel took.
+    near tie:  margin <= 2^-17 * max(1, |key|);   margin of an arg-max = gap of its two best keys, of an acceptance = |ln(u q / p)|
+
+Where a sum of probabilities decides (top_p), margins are shares of the whole sum, and a decision is near below 2^-19, the error of
+such a sum in fp32. `flips` names decisions (request, ordinal) to take the other way, so that the reference can go on from the
+alternative that a kernel took. Symbols: u acceptance uniform, p target probability, q draft probability. Source: the definition of
+equality in the README.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 NEAR = 2.0**-17
-# The chance that a margin is near: about twice its width (a log-uniform gap near 0 has density at most 1 on each side).
-CHANCE = 2 * NEAR
+# Probability that a margin is near: about twice its width (a log-uniform gap near 0 has density at most 1 on each side).
+NEAR_PROBABILITY = 2 * NEAR
 SUM_SCALE = 0.25  # of margins that are differences of sums
+
+
+class Decision(NamedTuple):
+    """How close a decision was: near a tie where margin <= NEAR * scale."""
+
+    kind: str
+    margin: float
+    scale: float
 
 
 class Decisions:
@@ -23,9 +35,9 @@ class Decisions:
 
     def __init__(self, flips: frozenset = frozenset()):
         self.flips = flips
-        self.margins: dict[tuple[int, int], tuple[str, float, float]] = {}
+        self.margins: dict[tuple[int, int], Decision] = {}  # by (request, ordinal)
         self._next: dict[int, int] = {}
-        self.expected = 0.0  # number of near ties that chance gives
+        self.expected = 0.0  # number of near ties to expect
 
     @property
     def total(self) -> int:
@@ -33,14 +45,14 @@ class Decisions:
 
     def near(self) -> list[tuple[int, int]]:
         """(request, ordinal) of the decisions whose margin is within the resolution of fp32."""
-        return [where for where, (_, margin, scale) in self.margins.items() if margin <= NEAR * scale]
+        return [where for where, decision in self.margins.items() if decision.margin <= NEAR * decision.scale]
 
-    def flipped(self, request: int, kind: str, margin: float, scale: float, chance: float = CHANCE) -> bool:
-        """Note a decision; True where it is to be taken the other way."""
+    def flipped(self, request: int, kind: str, margin: float, scale: float, probability: float = NEAR_PROBABILITY) -> bool:
+        """Record a decision; True where it is to be taken the other way. probability: that its margin is near."""
         ordinal = self._next.get(request, 0)
         self._next[request] = ordinal + 1
-        self.margins[request, ordinal] = (kind, margin, scale)
-        self.expected += chance
+        self.margins[request, ordinal] = Decision(kind, margin, scale)
+        self.expected += probability
         return (request, ordinal) in self.flips
 
     def pick(self, request: int, kind: str, keys: Tensor) -> int:
@@ -56,20 +68,20 @@ class Decisions:
             return best
         keys[best] = -math.inf
         second = keys.max()
-        top, runner_up = float(largest), float(second)
-        if top == runner_up or math.isinf(top):
+        best_key, runner_up = float(largest), float(second)
+        if best_key == runner_up or math.isinf(best_key):
             margin = math.inf  # equal keys are equal in every precision, and an infinite key has no rival
         else:
-            margin = top - runner_up
-        scale = max(1.0, abs(top)) if math.isfinite(top) else 1.0
+            margin = best_key - runner_up
+        scale = max(1.0, abs(best_key)) if math.isfinite(best_key) else 1.0
         return first(second) if self.flipped(request, kind, margin, scale) else best
 
-    def below(self, request: int, kind: str, coin: float, denominator: float, numerator: float) -> bool:
-        """coin * denominator < numerator, strictly."""
-        left = coin * denominator
-        verdict = left < numerator
+    def below(self, request: int, kind: str, uniform: float, denominator: float, numerator: float) -> bool:
+        """uniform * denominator < numerator, strictly."""
+        left = uniform * denominator
+        below = left < numerator
         margin = abs(math.log(left / numerator)) if left > 0 and numerator > 0 else math.inf
-        return verdict != self.flipped(request, kind, margin, 1.0)
+        return below != self.flipped(request, kind, margin, 1.0)
 
     def prefix(self, request: int, kind: str, sums: Tensor, need: float) -> int:
         """Length of the shortest prefix whose sum (`sums`, ascending) reaches `need`: at least 1, at most all."""
@@ -78,8 +90,8 @@ class Decisions:
         step = float(sums[length - 1]) - (float(sums[length - 2]) if length > 1 else 0.0)
         over = float(sums[length - 1]) - need if length < count else math.inf
         under = need - float(sums[length - 2]) if length > 1 else math.inf
-        chance = min(1.0, 2 * NEAR * SUM_SCALE * total / step) if step > 0 else 1.0
+        probability = min(1.0, 2 * NEAR * SUM_SCALE * total / step) if step > 0 else 1.0
         other = length + 1 if over < under else length - 1
-        if self.flipped(request, kind, abs(min(over, under)) / total, SUM_SCALE, chance) and 1 <= other <= count:
+        if self.flipped(request, kind, abs(min(over, under)) / total, SUM_SCALE, probability) and 1 <= other <= count:
             return other
         return length

@@ -1,14 +1,14 @@
-"""The exact law of what the rules emit, for vocabularies of a few tokens, and their simulation under many seeds at once.
+"""The exact distribution of what the rules emit, for vocabularies of a few tokens, and their simulation under many seeds at once.
 
-    law(tokens) = sum over the paths of choices that emit them of the product of their chances
+    P(tokens) = sum, over the paths of choices that emit them, of the product of the choices' probabilities
 
-Every path of choices is replayed through the very rule functions of `accept.py`: `EnumeratingSource` answers coins and draws from
-a prescribed path and knows the exact chance of each answer, `CrowdSource` answers them for a set of seeds from their Philox words
-and keeps the seeds that got that answer.
+Every path of choices is replayed through the very rule functions of `accept.py`: `EnumeratingSource` answers acceptance tests and
+draws from a prescribed path and knows the exact probability of each answer; `CrowdSource` answers them for a set of seeds from their
+Philox words and keeps the seeds that got that answer.
 
 Races. A draw with weights w is the winner of a race of exponential clocks, arg-min E_i / w_i. Several races may run on the same
-clocks (the coupled rule does so on purpose, faulty noise by accident), so the joint law of their winners is needed. Race m, with
-winner a_m, says E_i >= (w_i / w_{a_m}) E_{a_m} for every i. With A the set of distinct winners and r_ia = the largest w_i / w_a
+clocks (the coupled rule does so on purpose, faulty noise by accident), so the joint distribution of their winners is needed. Race m,
+with winner a_m, says E_i >= (w_i / w_{a_m}) E_{a_m} for every i. With A the set of distinct winners and r_ia = the largest w_i / w_a
 over the races that a won, the event is E_i >= max_{a in A} r_ia E_a for all i. The losers (i outside A) are integrated out one by
 one, each leaving exp(-max_a r_ia E_a), hence
 
@@ -16,10 +16,10 @@ one, each leaving exp(-max_a r_ia E_a), hence
 
 The domain is a polyhedral cone in |A| dimensions, and the exponent is linear on each of the cones into which the maxima split it.
 A cone spanned by rays v_1..v_n with exponent -S(E), S linear, contributes |det(v_1..v_n)| / prod_j S(v_j). One race gives
-P = w_a / sum w, two races with laws p and q on one winner P = 1 / sum_i max(p_i / p_a, q_i / q_a), Daliri et al., arXiv 2408.07978.
+P = w_a / sum w, two races with distributions p and q on one winner P = 1 / sum_i max(p_i / p_a, q_i / q_a), Daliri et al., arXiv 2408.07978.
 
 Symbols: E_i independent Exp(1) clocks, one per token; K drafts of a round; V vocabulary. A context is the tuple of the tokens so
-far, the anchor last; the anchor's position is its index. Everything is fp64.
+far, the anchor last; the anchor's position is its index. Everything is fp64. Source: this project; the rules as in accept.py.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from .decisions import Decisions
 
 Context = tuple[int, ...]
 Address = tuple[int, int, int]  # stream | tree node << 8, decided position, anchor position
-NEGLIGIBLE = 1e-18  # chances that are zero but for the rounding of a clipped cone
+NEGLIGIBLE = 1e-18  # probabilities that are zero but for the rounding of a clipped cone
 
 
-# ---- the joint law of races on the same clocks
+# ---- the joint distribution of races on the same clocks
 
 
 def _clip(rays: list[tuple], normal: Sequence[float]) -> list[tuple]:
     """The part of a cone (rays in cyclic order, at most 3 dimensions) where normal . x >= 0."""
     values = [math.fsum(n * x for n, x in zip(normal, ray, strict=True)) for ray in rays]
-    kept = []
+    clipped = []
     for i, ray in enumerate(rays):
         if values[i] >= 0:
-            kept.append(ray)
+            clipped.append(ray)
         if i + 1 == len(rays) and len(rays) < 3:
             break  # two rays bound a wedge: there is no edge back to the first
         j = (i + 1) % len(rays)
         if values[i] * values[j] < 0:
-            kept.append(tuple(abs(values[j]) * x + abs(values[i]) * y for x, y in zip(ray, rays[j], strict=True)))
-    return kept
+            clipped.append(tuple(abs(values[j]) * x + abs(values[i]) * y for x, y in zip(ray, rays[j], strict=True)))
+    return clipped
 
 
 def _volume(rays: Sequence[tuple]) -> float:
@@ -81,12 +81,12 @@ def _cone_integral(rays: list[tuple], slope: Sequence[float]) -> float:
 
 
 @functools.cache
-def joint_chance(races: tuple[tuple[tuple[float, ...], int], ...]) -> float:
-    """Chance that every race (weights, winner) on the same clocks has its winner. Up to three distinct winners."""
+def joint_probability(races: tuple[tuple[tuple[float, ...], int], ...]) -> float:
+    """Probability that every race (weights, winner) on the same clocks has its winner. Up to three distinct winners."""
     winners = sorted({winner for _, winner in races})
     size = len(winners)
     if size > 3:
-        raise NotImplementedError(f"joint_chance: up to 3 distinct winners on the same clocks, got {size}")
+        raise NotImplementedError(f"joint_probability: up to 3 distinct winners on the same clocks, got {size}")
     if any(weights[winner] <= 0 for weights, winner in races):
         return 0.0
     width = max(len(weights) for weights, _ in races)
@@ -125,7 +125,7 @@ def joint_chance(races: tuple[tuple[tuple[float, ...], int], ...]) -> float:
 class _Path:
     """Follows prescribed choices, then first choices; `untaken` lists the paths that branch off.
 
-    weight: what the path carries, the chance so far or the seeds so far. memo: options by path, shared by all paths.
+    weight: what the path has come to, its probability so far or the seeds that follow it. memo: options by path, shared by all paths.
     """
 
     def __init__(self, anchor_position: int, weight, path: tuple[int, ...] = (), memo: dict | None = None):
@@ -176,11 +176,11 @@ def explore(function: Callable, source: Callable) -> Iterator[tuple]:
 
 
 class EnumeratingSource(_Path):
-    """`sources.Source` with exact chances: `weight` is the probability of the path.
+    """`sources.Source` with exact probabilities: `weight` is the probability of the path.
 
-    known: what earlier rounds showed of the noise, by address: an interval that holds the coin, or the races so far on the clocks.
-    levels: None for coins uniform in (0, 1); else coins take the values 0, 1/levels .. (levels-1)/levels alike and are compared by
-    the code that Philox coins are compared with, so that a coin of 0 is among them.
+    known: what earlier rounds showed of the noise, by address: an interval that holds the uniform, or the races so far on the clocks.
+    levels: None for uniforms in (0, 1); otherwise u takes the values 0, 1/levels .. (levels-1)/levels with equal probability and is
+    compared by the code that compares Philox uniforms, so that u = 0 is among them.
     """
 
     def __init__(self, anchor_position: int, known: dict | None = None, path=(), memo=None, levels: int | None = None):
@@ -188,7 +188,7 @@ class EnumeratingSource(_Path):
         self.known = dict(known or {})
         self.levels = levels
 
-    def coin(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
+    def accepts(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
         address = self.address(Stream.ACCEPT, position, node)
         if self.levels is not None:
             return self._level(address, float(denominator), float(numerator))
@@ -198,8 +198,8 @@ class EnumeratingSource(_Path):
         else:
             threshold = high if numerator > 0 else low
         sides = ((True, low, threshold), (False, threshold, high))
-        chances = [((verdict, a, b), self.weight * ((b - a) / (high - low))) for verdict, a, b in sides if b > a]
-        verdict, *self.known[address] = self._choose(lambda: chances)
+        options = [((verdict, a, b), self.weight * ((b - a) / (high - low))) for verdict, a, b in sides if b > a]
+        verdict, *self.known[address] = self._choose(lambda: options)
         return verdict
 
     def _level(self, address: Address, denominator: float, numerator: float) -> bool:
@@ -208,17 +208,17 @@ class EnumeratingSource(_Path):
             self.known[address] = self._choose(lambda: [(u, self.weight / self.levels) for u in values])
         return self.below(self.known[address], denominator, numerator)
 
-    def below(self, coin: float, denominator: float, numerator: float) -> bool:
-        return Decisions().below(0, "coin", coin, denominator, numerator)
+    def below(self, uniform: float, denominator: float, numerator: float) -> bool:
+        return Decisions().below(0, "accept", uniform, denominator, numerator)
 
     def _race(self, address: Address, log_weights: Tensor) -> int:
         weights = tuple((log_weights.double() - log_weights.max()).exp().tolist())
         before = self.known.get(address, ())
 
         def options():
-            seen = joint_chance(before) if before else 1.0
-            chances = [(a, joint_chance((*before, (weights, a))) / seen) for a in range(len(weights)) if weights[a] > 0]
-            return [(a, self.weight * chance) for a, chance in chances if chance > NEGLIGIBLE]
+            seen = joint_probability(before) if before else 1.0
+            found = [(a, joint_probability((*before, (weights, a))) / seen) for a in range(len(weights)) if weights[a] > 0]
+            return [(a, self.weight * probability) for a, probability in found if probability > NEGLIGIBLE]
 
         winner = self._choose(options)
         if (weights, winner) not in before:
@@ -229,8 +229,8 @@ class EnumeratingSource(_Path):
 class CrowdSource(_Path):
     """What `sources.PhiloxSource` answers, for many seeds: `weight` holds the indices of those that follow the path.
 
-    seeds: int64 [N]. noise: cache of what was made for this anchor position. A vocabulary has one leaf (V <= 1024), whose race has
-    one competitor and needs no noise.
+    seeds: int64 [N]. noise: cache of what was made for this anchor position. The vocabulary is one block (V <= 1024), so that the race
+    between blocks has one competitor and needs no noise.
     """
 
     def __init__(self, anchor_position: int, seeds: Tensor, members: Tensor, noise: dict, path=(), memo=None):
@@ -244,7 +244,7 @@ class CrowdSource(_Path):
         blocks = [philox.philox(low, high, block, position, anchor, stream) for block in range(-(-lanes // 4))]
         return torch.stack([word for block in blocks for word in block][:lanes], 1)
 
-    def coin(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
+    def accepts(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
         address = self.address(Stream.ACCEPT, position, node)
         if address not in self.noise:
             self.noise[address] = philox.uniform(self._words(address, 1)[:, 0])
@@ -271,7 +271,7 @@ class CrowdSource(_Path):
 
 
 class Block(NamedTuple):
-    """Drafts of a round with the rows that can judge them: K draft laws (None: no draft), K + 1 target laws, K confidences."""
+    """Drafts of a round and the rows that verify them: K draft distributions (None: no draft), K + 1 of the target, K confidences."""
 
     drafts: Context
     draft_probs: list
@@ -280,20 +280,20 @@ class Block(NamedTuple):
 
 
 def _point(token: int, vocab: int) -> Tensor:
-    law = torch.zeros(vocab, dtype=torch.float64)
-    law[token] = 1.0
-    return law
+    probs = torch.zeros(vocab, dtype=torch.float64)
+    probs[token] = 1.0
+    return probs
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """Toy target and drafter and how a round uses them.
 
-    target, draft: context -> fp64 [V] law of the next token. The drafter's may be wider than the target's, or None: no draft there
-    (-1). rule: one of `accept.RULES`. one_hot: the draft is the drafter's most probable token and so is its law. confidence:
-    context up to the draft before -> chance that the next draft survives. length: (context, drafts, confidences of this block,
-    confidences of the round before or None) -> how many of the drafts are verified (None: all). judged: the law that the rule is
-    told, where that is not the one the drafts come from (which is an error).
+    target, draft: context -> fp64 [V], the distribution of the next token. The drafter's may be wider than the target's, or None: no
+    draft there (-1). rule: one of `accept.RULES`. one_hot: the draft is the drafter's most probable token, with probability 1.
+    confidence: context up to the draft before -> probability that the next draft survives. length: (context, drafts, confidences of
+    this block, confidences of the round before or None) -> how many of the drafts are verified (None: all). reported: the draft
+    distribution given to the rule, where it is not the one that the drafts come from (which is an error).
     """
 
     target: Callable[[Context], Tensor]
@@ -305,7 +305,7 @@ class Decoder:
     one_hot: bool = False
     coupled: bool = False
     greedy: bool = False
-    judged: Callable[[Context], Tensor | None] | None = None
+    reported: Callable[[Context], Tensor | None] | None = None
 
     def propose(self, source, context: Context) -> Block:
         """Draft a block. Target rows are there for all of it, as in a static buffer, whether they get verified or not."""
@@ -314,16 +314,16 @@ class Decoder:
         for _ in range(self.num_drafts):
             confidences.append(self.confidence(so_far) if self.confidence is not None else 1.0)
             drawn = self.draft(so_far)
-            told = drawn if self.judged is None else self.judged(so_far)
+            reported = drawn if self.reported is None else self.reported(so_far)
             if drawn is None:
                 token = -1
             elif self.one_hot:
                 token = int(drawn.argmax())
-                told = _point(token, len(drawn))
+                reported = _point(token, len(drawn))
             else:
                 token = (source.coupled if self.coupled else source.draft)(len(so_far), drawn.log())
             drafts.append(token)
-            draft_probs.append(None if told is None else told[: len(target_probs[0])])
+            draft_probs.append(None if reported is None else reported[: len(target_probs[0])])
             so_far = (*so_far, max(token, 0))
             target_probs.append(self.target(so_far))
         return Block(tuple(drafts), draft_probs, target_probs, tuple(confidences))
@@ -341,84 +341,92 @@ class Decoder:
         length = self.num_drafts if whole else self.length(context, block.drafts, block.confidences, stale)
         return self.verify(source, context, block, length), block.confidences
 
-    def law(self, context: Context) -> Tensor:
-        """What the next token's law has to be."""
+    def distribution(self, context: Context) -> Tensor:
+        """The distribution that the next token has to have."""
         probs = self.target(context)
         if not self.greedy:
             return probs
         return _point(int(torch.argmax((probs == probs.max()).int())), len(probs))
 
 
-Law = dict[Context, float]
+Distribution = dict[Context, float]  # probability by emitted tokens
 
 
-def target_law(decoder: Decoder, prompt: Context, tokens: int, start: Law | None = None) -> Law:
-    """Law of `tokens` tokens after the prompt when each is drawn from the target; start: chances of what is already emitted.
+def target_distribution(decoder: Decoder, prompt: Context, tokens: int, start: Distribution | None = None) -> Distribution:
+    """Distribution of `tokens` tokens after the prompt when each is drawn from the target.
 
-    The completion of an emitted prefix by the target's own law is what later rounds without drafts would emit: how far a round got
-    depends on noise of the positions that it decided, never on noise of those that it left open.
+    start: probabilities of what is already emitted. Completing an emitted prefix by the target's own distribution gives what later
+    rounds without drafts would emit: how far a round got depends on noise of the positions that it decided, never on noise of those
+    that it left open.
     """
-    open_ends: dict[int, Law] = {}
-    done: Law = {}
-    for emitted, chance in ({(): 1.0} if start is None else start).items():
+    open_ends: dict[int, Distribution] = {}
+    done: Distribution = {}
+    for emitted, prob in ({(): 1.0} if start is None else start).items():
         where = done if len(emitted) >= tokens else open_ends.setdefault(len(emitted), {})
-        where[emitted[:tokens]] = where.get(emitted[:tokens], 0.0) + chance
+        where[emitted[:tokens]] = where.get(emitted[:tokens], 0.0) + prob
     for size in range(tokens):
-        for emitted, chance in open_ends.get(size, {}).items():
+        for emitted, prob in open_ends.get(size, {}).items():
             where = done if size + 1 == tokens else open_ends.setdefault(size + 1, {})
-            for token, step in enumerate(decoder.law(prompt + emitted).tolist()):
+            for token, step in enumerate(decoder.distribution(prompt + emitted).tolist()):
                 if step > 0:
-                    where[(*emitted, token)] = where.get((*emitted, token), 0.0) + chance * step
+                    where[(*emitted, token)] = where.get((*emitted, token), 0.0) + prob * step
     return done
 
 
-def emitted_law(decoder: Decoder, prompt: Context, rounds: int = 1, source: Callable = EnumeratingSource) -> Law:
-    """Exact law of what `rounds` rounds emit after the prompt, before any completion.
+class Place(NamedTuple):
+    """Where decoding can stand after some rounds."""
 
-    source(anchor_position, known, path, memo). Rounds are chained over the places where one can stand: the tokens, the
-    confidences of the last block, and what is known of noise that the next rounds can still meet (clocks of the coupled rule at
-    open positions).
+    emitted: Context
+    confidences: tuple | None  # of the last block, where lengths depend on them
+    known: tuple  # (address, what is known) of noise that later rounds can still use: clocks of the coupled rule
+
+
+def emitted_distribution(decoder: Decoder, prompt: Context, rounds: int = 1, source: Callable = EnumeratingSource) -> Distribution:
+    """Exact distribution of what `rounds` rounds emit after the prompt, before any completion.
+
+    source(anchor_position, known, path, memo). Rounds are chained over the places where decoding can stand.
     """
-    places = {((), None, ()): 1.0}
+    places = {Place((), None, ()): 1.0}
     for _ in range(rounds):
-        after: dict = {}
-        for (emitted, stale, known), chance in places.items():
-            context = prompt + emitted
-            make = functools.partial(source, len(context) - 1, dict(known))
+        after: dict[Place, float] = {}
+        for place, prob in places.items():
+            context = prompt + place.emitted
+            make = functools.partial(source, len(context) - 1, dict(place.known))
 
-            def play(at, context=context, stale=stale):
-                new, confidences = decoder.play(at, context, stale)
+            def play(at, context=context, place=place):
+                new, confidences = decoder.play(at, context, place.confidences)
                 following = source(len(context) + len(new) - 1)
-                kept = [
+                known = [
                     (where, tuple(what) if isinstance(what, list) else what)
                     for where, what in at.known.items()
                     if where[1] > following.anchor_position and following.address(Stream(where[0] & 255), where[1]) == where
                 ]
-                return new, confidences if decoder.length is not None else None, tuple(sorted(kept))
+                return Place(place.emitted + new, confidences if decoder.length is not None else None, tuple(sorted(known)))
 
-            for weight, (new, confidences, kept) in explore(play, make):
-                place = (emitted + new, confidences, kept)
-                after[place] = after.get(place, 0.0) + chance * weight
+            for weight, reached in explore(play, make):
+                after[reached] = after.get(reached, 0.0) + prob * weight
         places = after
-    law: Law = {}
-    for (emitted, _, _), chance in places.items():
-        law[emitted] = law.get(emitted, 0.0) + chance
-    return law
+    found: Distribution = {}
+    for place, prob in places.items():
+        found[place.emitted] = found.get(place.emitted, 0.0) + prob
+    return found
 
 
-def round_law(decoder: Decoder, prompt: Context, tokens: int, rounds: int = 1, source: Callable = EnumeratingSource) -> Law:
-    """Exact law of the first `tokens` tokens: `rounds` rounds, then the target's own law."""
-    return target_law(decoder, prompt, tokens, emitted_law(decoder, prompt, rounds, source))
+def round_distribution(
+    decoder: Decoder, prompt: Context, tokens: int, rounds: int = 1, source: Callable = EnumeratingSource
+) -> Distribution:
+    """Exact distribution of the first `tokens` tokens: `rounds` rounds, then the target's own distribution."""
+    return target_distribution(decoder, prompt, tokens, emitted_distribution(decoder, prompt, rounds, source))
 
 
-def total_variation(one: Law, other: Law) -> float:
+def total_variation(one: Distribution, other: Distribution) -> float:
     return 0.5 * math.fsum(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in one.keys() | other.keys())
 
 
 def simulate(decoder: Decoder, anchor: int, seeds: Tensor, tokens: int, source: Callable = CrowdSource) -> Tensor:
     """The first `tokens` tokens that each seed's request decodes after `anchor`, int64 [N, tokens], by as many rounds as it takes.
 
-    The laws must depend on the last token alone, so that one run of the rule serves all seeds at the same place.
+    The distributions must depend on the last token alone, so that one run of the rule serves all seeds at the same place.
     """
     width = tokens + decoder.num_drafts + 1
     history = torch.full((len(seeds), width), -1, dtype=torch.int64)

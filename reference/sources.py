@@ -1,4 +1,10 @@
-"""Where coins and draws come from: the rules are written over a source, so that Philox and exact enumeration run the same code."""
+"""Where random decisions come from: the rules are written over a source, so that Philox and exact enumeration run the same code.
+
+    accept: u * denominator < numerator;   draw: arg-max over blocks of (ln of the block's sum + G), then inside it of (ln w + G)
+
+Symbols: u acceptance uniform, G Gumbel noise, w weights, V vocabulary. Vocabulary blocks have 1024 ids (the package's streams LEAF and
+DRAFT_LEAF address them). Source: the addressing is this project's (README, "Randomness").
+"""
 
 from __future__ import annotations
 
@@ -13,26 +19,26 @@ from dspark_kernels.types import Stream
 from . import philox
 from .decisions import Decisions
 
-LEAF = 1024
+VOCAB_BLOCK = 1024
 
 
 class Source(Protocol):
-    """Chance for one request. `position` is the sequence position being decided; weights and log weights are fp64 [V].
+    """The random decisions of one request. `position` is the sequence position being decided; weights and log weights are fp64 [V].
 
-    node: the slot of a draft tree that a coin or draw belongs to; 0 in chains.
+    node: the slot of a draft tree that a decision belongs to; 0 in chains.
     """
 
-    def coin(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
-        """u * denominator < numerator for the uniform u of this position's draft."""
+    def accepts(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
+        """u * denominator < numerator for the acceptance uniform u of this position's draft."""
 
     def draw(self, position: int, weights: Tensor, node: int = 0) -> int:
-        """A correction or bonus token, with chance proportional to its weight."""
+        """A correction or bonus token, with probability proportional to its weight."""
 
     def coupled(self, position: int, log_weights: Tensor) -> int:
         """arg-max of log weight plus the noise that draft and target share at this position."""
 
     def draft(self, position: int, log_weights: Tensor, node: int = 0) -> int:
-        """A draft token, with chance proportional to exp(log weight). Calls at one node meet the same noise."""
+        """A draft token, with probability proportional to exp(log weight). Calls at one node use the same noise."""
 
 
 class PhiloxSource:
@@ -43,29 +49,30 @@ class PhiloxSource:
         self.decisions = Decisions() if decisions is None else decisions
         self.request = request
 
-    def coin(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
+    def accepts(self, position: int, denominator: float, numerator: float, node: int = 0) -> bool:
         lane = torch.zeros(1, dtype=torch.int64)
         word = philox.words(self.seed, lane, position, self.anchor_position, Stream.ACCEPT, node)
-        coin = float(philox.uniform(word))
-        return self.decisions.below(self.request, "coin", coin, float(denominator), float(numerator))
+        uniform = float(philox.uniform(word))
+        return self.decisions.below(self.request, "accept", uniform, float(denominator), float(numerator))
 
     def draw(self, position: int, weights: Tensor, node: int = 0) -> int:
         return self._two_races(position, weights.log(), Stream.LEAF, Stream.CORRECT, node)
 
-    def draft_by_leaf(self, position: int, log_weights: Tensor, node: int) -> int:
+    def draft_by_block(self, position: int, log_weights: Tensor, node: int) -> int:
         """`draft` by the same two races."""
         return self._two_races(position, log_weights, Stream.DRAFT_LEAF, Stream.DRAFT, node)
 
     def _two_races(self, position: int, log_weights: Tensor, between: Stream, within: Stream, node: int) -> int:
-        """Two races of exponential clocks: between leaves of 1024 ids by their sums, then inside the winning leaf."""
-        leaves, device = -(-log_weights.numel() // LEAF), log_weights.device
-        padded = torch.full((leaves * LEAF,), -math.inf, dtype=torch.float64, device=device)
+        """Two races of exponential clocks: between vocabulary blocks by their sums, then inside the block that won."""
+        blocks, device = -(-log_weights.numel() // VOCAB_BLOCK), log_weights.device
+        padded = torch.full((blocks * VOCAB_BLOCK,), -math.inf, dtype=torch.float64, device=device)
         padded[: log_weights.numel()] = log_weights
-        sums = torch.logsumexp(padded.view(leaves, LEAF), 1)
-        leaf = self._race(position, "leaf", sums, torch.arange(leaves, device=device), between, node)
-        inside = log_weights[leaf * LEAF : (leaf + 1) * LEAF]
-        ids = torch.arange(leaf * LEAF, leaf * LEAF + inside.numel(), device=device)
-        return leaf * LEAF + self._race(position, "token", inside, ids, within, node)
+        sums = torch.logsumexp(padded.view(blocks, VOCAB_BLOCK), 1)
+        block = self._race(position, "block", sums, torch.arange(blocks, device=device), between, node)
+        first = block * VOCAB_BLOCK
+        inside = log_weights[first : first + VOCAB_BLOCK]
+        ids = torch.arange(first, first + inside.numel(), device=device)
+        return first + self._race(position, "token", inside, ids, within, node)
 
     def _race(self, position: int, kind: str, log_weights: Tensor, lanes: Tensor, stream: Stream, node: int) -> int:
         noise = philox.gumbel(self.seed, lanes, position, self.anchor_position, stream, node)

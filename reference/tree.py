@@ -1,15 +1,16 @@
-"""Lossless acceptance of draft trees, in the words of their papers, over a source of coins and draws.
+"""Lossless acceptance of draft trees, rule by rule as in the papers, over a source of acceptance uniforms and draws.
 
-    walk       y ~ p_v; go to the first child whose token is y, else emit y. For trees made without chance, or any other.
+    walk       y ~ p_v; go to the first child whose token is y, else emit y. For deterministic trees, or any other.
     recursive  (SpecInfer, arXiv 2305.09781; without replacement Sequoia, arXiv 2402.12374): child j is accepted while
                u q_j(x) < p(x); else p <- norm [p - q_j]+ and the next child is tried; after the last child y ~ p.
-    traversal  (arXiv 2505.12398): depth first, leaf to root, a node keeps (P_v, M_v), at first (P_root = 1, p_v);
+    traversal  (arXiv 2505.12398): depth first, from the leaves to the root; a node has (P_v, M_v), at first (P_root = 1, p_v);
                P_child = min(1, P_v M_v(x) / q_j(x)). A leaf is accepted while u < P, then y ~ M. A rejected child is deleted:
                Z = sum [P_v M_v - q_j]+, M_v <- [P_v M_v - q_j]+ / Z, P_v <- Z / (Z + 1 - P_v) (0/0 = 1).
     greedy     the walk with y = argmax p_v.
 
-Symbols: p_v target law after node v (after temperature), q_j the law that child j was drawn from given its elder siblings (without
-replacement: their tokens removed, renormalised), x a child's token, u coins in (0, 1), which compare strictly.
+Symbols: p_v target distribution after node v (after temperature), q_j the distribution that child j was drawn from given its elder
+siblings (without replacement: their tokens removed, renormalised), x a child's token, P_v prefix probability, u acceptance uniforms in
+(0, 1). Comparisons are strict.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import Acceptance, DraftTree, Flag, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
+from dspark_kernels.types import Acceptance, DraftTree, Flag, OneHotProposal, SamplingTensors, VerifyLayout
 
-from .accept import _draft_law as draft_law, _log_prob as log_prob, law_of
 from .decisions import Decisions
+from .distributions import Lazy, column_ids, distribution_of, draft_distribution, draft_scale, log_prob, point_mass
 from .logits import inverse_temperature, read_logits
 from .sampling import adjust, filtered
 from .sources import PhiloxSource, Source
@@ -37,13 +38,13 @@ class Nodes(NamedTuple):
     children: Sequence[Sequence[int]]
 
 
-def way(parents: Sequence[int], node: int) -> list[int]:
+def path_to(parents: Sequence[int], node: int) -> list[int]:
     """The nodes from the root's child to `node`; none for the root."""
-    found = []
+    path = []
     while 0 < node:
-        found.insert(0, node)
+        path.insert(0, node)
         node = parents[node] if parents[node] < node else 0
-    return found
+    return path
 
 
 def nodes_of(tokens: Sequence[int], parents: Sequence[int]) -> Nodes:
@@ -64,16 +65,17 @@ class TreeVerdict(NamedTuple):
     bad_draft: bool = False
 
 
-def _impossible(law: Tensor, draft_prob: Tensor, token: int) -> bool:
-    return not 0 <= token < law.shape[0] or float(draft_prob[token]) <= 0
+def _impossible(draft_probs: Tensor, token: int) -> bool:
+    """Whether a child's token could not have been drawn."""
+    return not 0 <= token < draft_probs.shape[0] or float(draft_probs[token]) <= 0
 
 
-def _any_impossible(node: int, target_probs, draft_probs, tree: Nodes) -> bool:
-    return any(_impossible(target_probs[node], draft_probs[child], tree.tokens[child]) for child in tree.children[node])
+def _any_impossible(node: int, draft_probs, tree: Nodes) -> bool:
+    return any(_impossible(draft_probs[child], tree.tokens[child]) for child in tree.children[node])
 
 
 def walk_rule(target_probs, draft_probs, tree: Nodes, source: Source, anchor_position: int) -> TreeVerdict:
-    """Sample the target along the tree; which law the tree came from plays no part."""
+    """Sample the target along the tree; the draft distributions are not read."""
     path = [0]
     while True:
         node = path[-1]
@@ -85,136 +87,133 @@ def walk_rule(target_probs, draft_probs, tree: Nodes, source: Source, anchor_pos
 
 
 def _outside(node: int, vocab: int, tree: Nodes) -> bool:
-    """Whether a child's token is none of the vocabulary: no draw can lead there."""
+    """Whether a child's token is outside the vocabulary, so that no draw can lead there."""
     return any(not 0 <= tree.tokens[child] < vocab for child in tree.children[node])
 
 
 def recursive_rule(target_probs, draft_probs, tree: Nodes, source: Source, anchor_position: int) -> TreeVerdict:
-    """Try the children of a node one after another against what the rejected ones leave of the target's law."""
+    """Try the children of a node one after another, each against the residual that the rejected ones leave."""
     path = [0]
     while True:
-        node, law = path[-1], target_probs[path[-1]]
+        node, residual = path[-1], target_probs[path[-1]]
         for child in tree.children[node]:
             token, proposed = tree.tokens[child], draft_probs[child]
-            if not _impossible(law, proposed, token) and source.coin(
-                anchor_position + len(path), float(proposed[token]), float(law[token]), node=child
+            if not _impossible(proposed, token) and source.accepts(
+                anchor_position + len(path), float(proposed[token]), float(residual[token]), node=child
             ):
                 path.append(child)
                 break
-            residual = (law - proposed).clamp(min=0)
-            mass = float(residual.sum())
-            law = residual / mass if mass > 0 else residual
+            residual = (residual - proposed).clamp(min=0)
+            residual_sum = float(residual.sum())
+            residual = residual / residual_sum if residual_sum > 0 else residual
         else:
-            empty = float(law.sum()) <= 0
-            token = source.draw(anchor_position + len(path), target_probs[node] if empty else law, node=node)
-            return TreeVerdict(tuple(path), token, empty, _any_impossible(node, target_probs, draft_probs, tree))
+            empty = float(residual.sum()) <= 0
+            token = source.draw(anchor_position + len(path), target_probs[node] if empty else residual, node=node)
+            return TreeVerdict(tuple(path), token, empty, _any_impossible(node, draft_probs, tree))
 
 
 def traversal_rule(target_probs, draft_probs, tree: Nodes, source: Source, anchor_position: int) -> TreeVerdict:
     """Test leaves, deepest first; a node becomes a leaf when all its children were rejected."""
-    return _visit(0, 1.0, (0,), target_probs, draft_probs, tree, source, anchor_position)
 
+    def visit(path: tuple[int, ...], prefix_prob: float) -> TreeVerdict | None:
+        """The verdict where the subtree of path[-1] has an accepted node; None where all of it is rejected."""
+        node, position = path[-1], anchor_position + len(path) - 1
+        residual = target_probs[node]
+        numerator, denominator = prefix_prob, 1.0
+        for child in tree.children[node]:
+            token, proposed = tree.tokens[child], draft_probs[child]
+            child_prob = 0.0
+            if not _impossible(proposed, token):
+                child_prob = min(1.0, prefix_prob * float(residual[token]) / float(proposed[token]))
+            verdict = visit((*path, child), child_prob)
+            if verdict is not None:
+                return verdict
+            residual = (prefix_prob * residual - proposed).clamp(min=0)
+            numerator = float(residual.sum())
+            denominator = numerator + 1.0 - prefix_prob
+            residual = residual / numerator if numerator > 0 else residual
+            prefix_prob = numerator / denominator if denominator > 0 else 1.0
+        certain = node == 0 or denominator <= 0  # there is nothing left to go back to
+        if not certain and not source.accepts(position, denominator, numerator, node=node):
+            return None
+        empty = float(residual.sum()) <= 0
+        token = source.draw(position + 1, target_probs[node] if empty else residual, node=node)
+        return TreeVerdict(path, token, empty, _any_impossible(node, draft_probs, tree))
 
-def _visit(node, kept, path, target_probs, draft_probs, tree, source, anchor_position) -> TreeVerdict | None:
-    """The verdict where the subtree of `node`, entered with P = kept, has an accepted node; None where it is rejected."""
-    law = target_probs[node]
-    numerator, denominator = kept, 1.0
-    for child in tree.children[node]:
-        token, proposed = tree.tokens[child], draft_probs[child]
-        chance = 0.0
-        if not _impossible(law, proposed, token):
-            chance = min(1.0, kept * float(law[token]) / float(proposed[token]))
-        verdict = _visit(child, chance, (*path, child), target_probs, draft_probs, tree, source, anchor_position)
-        if verdict is not None:
-            return verdict
-        residual = (kept * law - proposed).clamp(min=0)
-        numerator = float(residual.sum())
-        denominator = numerator + 1.0 - kept
-        law = residual / numerator if numerator > 0 else residual
-        kept = numerator / denominator if denominator > 0 else 1.0
-    depth = len(path) - 1
-    sure = node == 0 or denominator <= 0  # nothing is left to go back to
-    if not sure and not source.coin(anchor_position + depth, denominator, numerator, node=node):
-        return None
-    empty = float(law.sum()) <= 0
-    token = source.draw(anchor_position + depth + 1, target_probs[node] if empty else law, node=node)
-    return TreeVerdict(path, token, empty, _any_impossible(node, target_probs, draft_probs, tree))
+    return visit((0,), 1.0)
 
 
 def greedy_rule(target_probs, draft_probs, tree: Nodes, source: Source, anchor_position: int) -> TreeVerdict:
     """Follow the target's most probable tokens."""
     path = [0]
     while True:
-        law = target_probs[path[-1]]
-        token = int(torch.argmax((law == law.max()).int()))
+        probs = target_probs[path[-1]]
+        token = int(torch.argmax((probs == probs.max()).int()))
         following = next((child for child in tree.children[path[-1]] if tree.tokens[child] == token), None)
         if following is None:
-            return TreeVerdict(tuple(path), token, bad_draft=_outside(path[-1], law.shape[0], tree))
+            return TreeVerdict(tuple(path), token, bad_draft=_outside(path[-1], probs.shape[0], tree))
         path.append(following)
 
 
 RULES = {"walk": walk_rule, "recursive": recursive_rule, "traversal": traversal_rule, "greedy": greedy_rule}
 
 
-def sibling_laws(law: Tensor, tokens: Sequence[int], drawn: str, beyond: dict[int, float] | None = None) -> list[Tensor]:
-    """The law each of a node's children was drawn from, given its elder siblings; law [V]: that of the first.
+def sibling_distributions(
+    probs: Tensor, tokens: Sequence[int], drawn: str, outside: dict[int, float] | None = None
+) -> list[Tensor]:
+    """The distribution that each of a node's children was drawn from, given its elder siblings.
 
-    beyond: chances of ids that are none of the vocabulary, which the drafter drew from like the others.
+    probs [V]: that of the first child. outside: probabilities of ids outside the vocabulary, which the drafter drew from too.
     """
-    found, beyond = [], dict(beyond or {})
+    found, outside = [], dict(outside or {})
     for token in tokens:
         if drawn == "one_hot":
-            law = torch.zeros_like(law)
-            if 0 <= token < law.shape[0]:
-                law[token] = 1.0
-        found.append(law)
+            probs = torch.zeros_like(probs)
+            if 0 <= token < probs.shape[0]:
+                probs[token] = 1.0
+        found.append(probs)
         if drawn == "without_replacement":
-            law = law.clone()
-            if 0 <= token < law.shape[0]:
-                law[token] = 0.0
-            beyond.pop(token, None)
-            rest = float(law.sum()) + sum(beyond.values())
+            probs = probs.clone()
+            if 0 <= token < probs.shape[0]:
+                probs[token] = 0.0
+            outside.pop(token, None)
+            rest = float(probs.sum()) + sum(outside.values())
             if rest > 0:
-                law, beyond = law / rest, {id: chance / rest for id, chance in beyond.items()}
+                probs, outside = probs / rest, {id: prob / rest for id, prob in outside.items()}
     return found
 
 
-def _beyond(proposal, slot: int, node: int, scale: float, vocab: int) -> dict[int, float]:
-    """Chances of the ids that a node's law has outside the vocabulary."""
-    chances = law_of(read_logits(proposal.logits[slot, node])[0], scale)
-    if isinstance(proposal, SparseProposal):
-        ids = proposal.ids[slot, node].tolist()
-    elif proposal.draft_to_target is not None:
-        ids = proposal.draft_to_target.tolist()
-    else:
-        ids = range(chances.shape[0])
+def _outside_probs(proposal, slot: int, node: int, scale: float, vocab: int) -> dict[int, float]:
+    """Probabilities of the ids outside the vocabulary in a node's draft distribution."""
+    by_column = distribution_of(read_logits(proposal.logits[slot, node])[0], scale)
+    ids = column_ids(proposal, slot, node)
     found: dict[int, float] = {}
-    for id, chance in zip(ids, chances.tolist(), strict=True):
+    for id, prob in zip(range(by_column.shape[0]) if ids is None else ids.tolist(), by_column.tolist(), strict=True):
         if not 0 <= id < vocab:
-            found[id] = found.get(id, 0.0) + chance
+            found[id] = found.get(id, 0.0) + prob
     return found
-
-
-class _Lazy:
-    """Laws by node, computed when a rule asks for them."""
-
-    def __init__(self, make):
-        self._make, self._laws = make, {}
-
-    def __getitem__(self, node: int):
-        if node not in self._laws:
-            self._laws[node] = self._make(node)
-        return self._laws[node]
 
 
 class _GreedySource:
-    """Answers draws by the arg-max, from logits, with its margin."""
+    """Answers a draw by the arg-max of the node's logits, and records its margin."""
 
     def __init__(self, rows, decisions: Decisions, request: int):
         self._rows, self._decisions, self._request = rows, decisions, request
 
     def draw(self, position: int, weights: Tensor, node: int = 0) -> int:
         return self._decisions.pick(self._request, "greedy", self._rows[node])
+
+
+class TreeRequest(NamedTuple):
+    """One request: its tree and the target rows that verify it."""
+
+    request: int  # batch row
+    slot: int
+    nodes: Nodes
+    position: int  # of the anchor
+    rows: list[Tensor]  # by node, fp64 [V], after all sampling settings but temperature
+    row_flags: Sequence[int]
+    scale: float  # 1 / temperature, 0: greedy
 
 
 def accept_tree(
@@ -235,10 +234,10 @@ def accept_tree(
     """The op's arguments and result (dspark_kernels.ops.tree), plus `decisions` to record margins.
 
     Node m of a request is its m-th logit row, with the token of the layout's row; nodes without a row do not exist. A greedy
-    row, and every row of a tree made without chance, is judged by the walk under each rule: there the three emit one law. Children
-    of a node without a finite logit are not looked at. Sampling settings see as emitted what is on a node's own path: the nodes
-    from the anchor's child to the node itself, not their siblings; the anchor is counted where earlier tokens are. The laws of
-    drafts are as stored.
+    request, and every deterministic tree, is verified by the walk under each rule: there the three rules emit the same distribution.
+    Children of a node without a finite logit are not looked at. Sampling settings count as emitted the tokens on a node's own path:
+    the nodes from the anchor's child to the node itself, not their siblings; the anchor is counted with the earlier tokens. Draft
+    distributions are read as stored.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:
@@ -276,7 +275,8 @@ def accept_tree(
         raw = [target_logits[first + m] for m in range(count)]
         # fp32 as the kernels have it, because what is adjusted is an input of the rules.
         adjusted = [
-            adjust(row.float(), sampling, slot, first + m, [tokens[node] for node in way(links, m)]) for m, row in enumerate(raw)
+            adjust(row.float(), sampling, slot, first + m, [tokens[node] for node in path_to(links, m)])
+            for m, row in enumerate(raw)
         ]
         rows, row_flags = zip(*map(read_logits, adjusted), strict=True)
         scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
@@ -284,7 +284,8 @@ def accept_tree(
         parents = [-1 if 0 <= p < count and row_flags[p] & Flag.NONFINITE_ROW else p for p in links]
         shape = nodes_of(tokens, parents)
         position = int(layout.positions[forward[0]])
-        verdict = _judge(rows, row_flags, shape, tree, slot, sampling, rule, r, position, decisions)
+        request = TreeRequest(r, slot, shape, position, rows, row_flags, scale)
+        verdict = _verify(request, tree, sampling, rule, decisions)
         n = len(verdict.path) - 1
         result.path[r, : n + 1] = torch.tensor(verdict.path, dtype=torch.int32)
         result.kv_source[r, : n + 1] = torch.tensor([forward[node] for node in verdict.path], dtype=torch.int32)
@@ -311,33 +312,37 @@ def accept_tree(
     return result
 
 
-def _judge(rows, row_flags, shape, tree, slot, sampling, rule, request, position, decisions) -> TreeVerdict:
+def _verify(
+    request: TreeRequest, tree: DraftTree, sampling: SamplingTensors | None, rule: str, decisions: Decisions
+) -> TreeVerdict:
     """Apply the rule to one request."""
-    vocab, device = rows[0].shape[0], rows[0].device
-    scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
+    rows, nodes, scale = request.rows, request.nodes, request.scale
     if scale == 0:
-        return walk_rule(rows, None, shape, _GreedySource(rows, decisions, request), position)
+        return walk_rule(rows, None, nodes, _GreedySource(rows, decisions, request.request), request.position)
 
-    def target_law(node):
-        if row_flags[node] & Flag.NONFINITE_ROW:
-            law = torch.zeros(vocab, dtype=torch.float64, device=device)
-            law[int(torch.argmax((rows[node] > -math.inf).int()))] = 1.0
-            return law
-        return law_of(rows[node], scale)
+    def target_probs(node: int) -> Tensor:
+        if request.row_flags[node] & Flag.NONFINITE_ROW:
+            return point_mass(int(torch.argmax((rows[node] > -math.inf).int())), rows[node])
+        return distribution_of(rows[node], scale)
 
-    source = PhiloxSource(int(sampling.seed[slot]), position, decisions, request)
-    proposal = tree.proposal
-    draft_scale = scale
-    if not isinstance(proposal, OneHotProposal) and proposal.temperature is not None:
-        draft_scale = inverse_temperature(float(proposal.temperature[slot]))
-    by_chance = not isinstance(proposal, OneHotProposal) and tree.drawn != "one_hot" and draft_scale > 0
-    draft_probs = {}
-    if by_chance and rule != "walk":
-        for node, children in enumerate(shape.children):
-            if children:
-                law = draft_law(proposal, slot, node, 0, scale, vocab, device, -1)
-                tokens = [shape.tokens[child] for child in children]
-                beyond = _beyond(proposal, slot, node, draft_scale, vocab)
-                draft_probs.update(zip(children, sibling_laws(law, tokens, tree.drawn, beyond), strict=True))
-    chosen = RULES[rule if by_chance else "walk"]
-    return chosen(_Lazy(target_law), draft_probs, shape, source, position)
+    source = PhiloxSource(int(sampling.seed[request.slot]), request.position, decisions, request.request)
+    random = not isinstance(tree.proposal, OneHotProposal) and tree.drawn != "one_hot"
+    random = random and draft_scale(tree.proposal, request.slot, scale) > 0
+    if not random or rule == "walk":
+        return walk_rule(Lazy(target_probs), None, nodes, source, request.position)
+    draft_probs = _draft_probs(request, tree)
+    return RULES[rule](Lazy(target_probs), draft_probs, nodes, source, request.position)
+
+
+def _draft_probs(request: TreeRequest, tree: DraftTree) -> dict[int, Tensor]:
+    """By child, the distribution that it was drawn from."""
+    vocab, device = request.rows[0].shape[0], request.rows[0].device
+    own_scale = draft_scale(tree.proposal, request.slot, request.scale)
+    found: dict[int, Tensor] = {}
+    for node, children in enumerate(request.nodes.children):
+        if children:
+            probs = draft_distribution(tree.proposal, request.slot, node, 0, scale=request.scale, vocab=vocab, device=device)
+            tokens = [request.nodes.tokens[child] for child in children]
+            outside = _outside_probs(tree.proposal, request.slot, node, own_scale, vocab)
+            found.update(zip(children, sibling_distributions(probs, tokens, tree.drawn, outside), strict=True))
+    return found

@@ -2,19 +2,21 @@
 
     top_k                children of a node at depth d: its branching[d] best tokens (EAGLE's static trees, arXiv 2401.15077)
     best_first           the nodes of greatest product of q_k(x_k), positions independent (DDTree)
-    conditioned          the same with q_k(x | x_{k-1}) of the sequential head: siblings' children differ by their own parent
+    conditioned          the same with q_k(x | x_{k-1}) of the sequential head, so that a node's children depend on its own token;
                          with a confidence head both rank by survival: q_k(x) c_k, c_k computed at the parent, never from x
-    iid                  branching[d] independent draws from the node's law (SpecInfer, arXiv 2305.09781)
+    iid                  branching[d] independent draws from the node's distribution (SpecInfer, arXiv 2305.09781)
     without_replacement  the branching[d] best keys of one Gumbel race (Sequoia, arXiv 2402.12374)
 
-Symbols: R requests, S slots, K positions, V vocabulary, M nodes with the anchor; q the law after a node, softmax of (U + B) / T, U
-the base logits of the next depth, B the head's bias of the node's token; a node of depth d decides position anchor + d.
+Symbols: R requests, S slots, K positions, V vocabulary, M nodes with the anchor; q the distribution after a node, softmax of
+(U + B) / T, U the base logits of the next depth, B the head's bias of the node's token; a node of depth d decides position
+anchor + d.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ class Growing:
         return len(self.tokens) >= self.room
 
     def cut(self, count: int) -> None:
-        """Keep the first nodes, and the survival of all."""
+        """Keep the first `count` nodes, and the survival of all."""
         self.tokens, self.parents, self.depths = (of_node[:count] for of_node in (self.tokens, self.parents, self.depths))
 
 
@@ -78,12 +80,11 @@ def draft_tree(
     """Trees of at most num_nodes nodes, the anchor included, from a block's logits [R, K, V].
 
     num_nodes: 1 to 64. branching: children of a node by its depth, for "top_k" and the sampled methods, depth by depth, cut at
-    num_nodes; a depth that begins with a full tree is not looked at. node_budgets: int32 [R], nodes of each request (clamped to
+    num_nodes; a depth is skipped when the tree is full before it. node_budgets: int32 [R], nodes of each request (clamped to
     [1, num_nodes]); for the sampled methods they must not depend on this round's draws. candidates: children come from the C best
     base logits of their position alone. A greedy request of a sampled method gets its best tokens. Path probabilities are compared
-    at the sampling temperature (greedy: 1).
-    Ties: the lowest node, then the lowest id. confidence: rank by survival, the product of q and of confidences along the path.
-    stored_logits: [S, M, V] a kernel's laws; the children are then chosen from these bits. decisions: records margins.
+    at the sampling temperature (greedy: 1). Ties: the lowest node, then the lowest id. confidence: rank by survival, the product of q and of confidences along the path.
+    stored_logits: [S, M, V] the logits that a kernel stored; the children are then chosen from these bits. decisions: records margins.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:
@@ -102,77 +103,114 @@ def draft_tree(
     if static and confidence is not None:
         raise ValueError(f"confidence: expected None with method {method!r}, got a head")
     decisions = Decisions() if decisions is None else decisions
-    unused = unused_ids(draft_to_target, head, sampling)
     batch, drafts, vocab = base_logits.shape
-    embedding = head  # what the confidence knows a node's token by
     slots, device = anchors.shape[0], base_logits.device
-    head = None if method == "best_first" else head
-    depth_limit = drafts if branching is None else min(drafts, len(branching))
     stored = torch.zeros(slots, num_nodes, vocab, dtype=base_logits.dtype, device=device) if method in SAMPLED else None
-    grown: dict[int, Growing] = {}
     flags = torch.zeros(batch, dtype=torch.int32, device=device)
-    w2 = heads.output_weights(head)
+    call = Call(
+        base_logits, None if method == "best_first" else head, sampling, hidden, candidates, draft_to_target,
+        unused_ids(draft_to_target, head, sampling), stored, stored_logits, flags,
+    )  # fmt: skip
+    survival = Survival(confidence, head, hidden)
+    w2 = heads.output_weights(call.head)
+    depth_limit = drafts if branching is None else min(drafts, len(branching))
+    grown: dict[int, Growing] = {}
     for r in range(batch):
         slot = r if state_indices is None else int(state_indices[r])
         if not 0 <= slot < slots:
             continue
         anchor, position = int(anchors[slot]), int(anchor_positions[slot])
-        if head is not None and not 0 <= anchor < head.w1.shape[0]:
+        if call.head is not None and not 0 <= anchor < head.w1.shape[0]:
             flags[r] |= int(Flag.BAD_TOKEN_ID)
         room = num_nodes if node_budgets is None else max(1, min(int(node_budgets[r]), num_nodes))
         tree = grown[slot] = Growing(anchor, room)
         scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
-        source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, position, decisions, r)
-        states = {0: heads.Transition(head, w2)}
-        rows: dict[int, Tensor] = {}
-
-        def law_after(node, r=r, tree=tree, states=states, rows=rows, slot=slot):
-            """Logits of the children of a node, fp64 [V], rounded once to the logits' dtype where they are kept."""
-            if node not in rows:
-                depth = tree.depths[node]
-                base = base_logits[r, depth].double()
-                states[node] = copy.copy(states[tree.parents[node]] if node else states[0])
-                total = base + states[node].bias(tree.tokens[node], None if hidden is None else hidden[r, depth])
-                total = _settled(total, sampling, slot, draft_to_target, unused)
-                if candidates is not None:
-                    flags[r] |= int(Flag.NAN) if bool(base.isnan().any()) else 0
-                    outside = torch.ones(vocab, dtype=torch.bool, device=device)
-                    outside[torch.where(base.isnan(), -math.inf, base).argsort(descending=True, stable=True)[:candidates]] = False
-                    total = torch.where(outside, -math.inf, total)
-                _, seen = read_logits(total)
-                flags[r] |= seen
-                total = torch.where(total.isnan(), -math.inf, total)
-                if stored is not None:
-                    stored[slot, node] = total.to(stored.dtype)
-                    total = (stored if stored_logits is None else stored_logits)[slot, node].double()
-                rows[node] = total
-            return rows[node]
-
-        def log_confidence(node, r=r, tree=tree):
-            """ln of the chance that a child of the node survives, given that the node did; NaN counts as 0."""
-            if confidence is None:
-                return 0.0
-            depth = tree.depths[node]
-            logit = heads.confidence_logit(confidence, hidden[r, depth], heads.embed(embedding, tree.tokens[node]))
-            if confidence.sts_temperatures is not None:
-                logit /= float(confidence.sts_temperatures[depth])
-            found = float(torch.nn.functional.logsigmoid(torch.tensor(logit, dtype=torch.float64)))
-            return -math.inf if math.isnan(found) else found
-
+        logits = NodeLogits(call, r, slot, tree, heads.Transition(call.head, w2))
         if static:
-            lanes = lanes_of(draft_to_target, unused)
-            _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, r, lanes)
+            source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, position, decisions, r)
+            columns = columns_of(draft_to_target, call.unused)
+            chooser = Chooser(r, method, scale, position, source, decisions, columns)
+            _grow_by_shape(tree, branching, depth_limit, logits, chooser)
         else:
-            search, ruler = ([], [], [0.0]), scale if scale > 0 else 1.0
-            _by_probability(tree, search, depth_limit, law_after, log_confidence, ruler, decisions, r)
-            told, count, tree.room = int(flags[r]), len(tree.tokens), num_nodes
-            # The search goes on beyond a budget for the survival of all nodes that there could be, and for nothing else.
-            _by_probability(tree, search, depth_limit, law_after, log_confidence, ruler, decisions, r)
-            flags[r] = told
+            search = Search(tree, logits, survival, depth_limit, scale if scale > 0 else 1.0, decisions, r)
+            search.grow()
+            flags_within_budget, count, tree.room = int(flags[r]), len(tree.tokens), num_nodes
+            # The search goes on beyond the budget, because survival is reported for all nodes that there could be.
+            search.grow()
+            flags[r] = flags_within_budget
             tree.cut(count)
     proposal = OneHotProposal() if stored is None else DenseProposal(stored, draft_to_target=draft_to_target)
     drawn = method if method in SAMPLED else "one_hot"
     return packed(grown, slots, num_nodes, device, proposal, drawn, flags, with_survival=not static)
+
+
+class Call(NamedTuple):
+    """What the requests of a call share."""
+
+    base_logits: Tensor  # [R, K, V]
+    head: MarkovHead | None
+    sampling: SamplingTensors | None
+    hidden: Tensor | None  # [R, K, H]
+    candidates: int | None
+    draft_to_target: Tensor | None  # int64 [V]
+    unused: Tensor | None  # bool [V], entries of draft_to_target that stand for no token
+    stored: Tensor | None  # [S, M, V], of the sampled methods
+    stored_logits: Tensor | None  # [S, M, V], see draft_tree
+    flags: Tensor  # int32 [R]
+
+
+class NodeLogits:
+    """Logits of the children of each node of one request, computed when they are first asked for."""
+
+    def __init__(self, call: Call, request: int, slot: int, tree: Growing, transition: heads.Transition):
+        self._call, self._request, self._slot, self._tree = call, request, slot, tree
+        self._transitions = {0: transition}
+        self._made: dict[int, Tensor] = {}
+
+    def __getitem__(self, node: int) -> Tensor:
+        """fp64 [V], rounded once to the logits' dtype where they are stored."""
+        if node not in self._made:
+            self._made[node] = self._make(node)
+        return self._made[node]
+
+    def _make(self, node: int) -> Tensor:
+        call, r, tree = self._call, self._request, self._tree
+        depth = tree.depths[node]
+        base = call.base_logits[r, depth].double()
+        transition = copy.copy(self._transitions[tree.parents[node]] if node else self._transitions[0])
+        self._transitions[node] = transition
+        total = base + transition.bias(tree.tokens[node], None if call.hidden is None else call.hidden[r, depth])
+        total = _settled(total, call.sampling, self._slot, call.draft_to_target, call.unused)
+        if call.candidates is not None:
+            call.flags[r] |= int(Flag.NAN) if bool(base.isnan().any()) else 0
+            outside = torch.ones_like(base, dtype=torch.bool)
+            best = torch.where(base.isnan(), -math.inf, base).argsort(descending=True, stable=True)[: call.candidates]
+            outside[best] = False
+            total = torch.where(outside, -math.inf, total)
+        call.flags[r] |= read_logits(total)[1]
+        total = torch.where(total.isnan(), -math.inf, total)
+        if call.stored is None:
+            return total
+        call.stored[self._slot, node] = total.to(call.stored.dtype)
+        return (call.stored if call.stored_logits is None else call.stored_logits)[self._slot, node].double()
+
+
+class Survival(NamedTuple):
+    """The confidence head, and what it reads."""
+
+    confidence: ConfidenceHead | None
+    head: MarkovHead | None  # whose W1 embeds a node's token
+    hidden: Tensor | None
+
+    def log_confidence(self, request: int, depth: int, token: int) -> float:
+        """ln of the probability that a child of this node survives, given that the node did; NaN counts as 0."""
+        if self.confidence is None:
+            return 0.0
+        logit = heads.confidence_logit(self.confidence, self.hidden[request, depth], heads.embed(self.head, token))
+        if self.confidence.sts_temperatures is not None:
+            logit /= float(self.confidence.sts_temperatures[depth])
+        found = float(torch.nn.functional.logsigmoid(torch.tensor(logit, dtype=torch.float64)))
+        return -math.inf if math.isnan(found) else found
 
 
 def unused_ids(draft_to_target: Tensor | None, head, sampling) -> Tensor | None:
@@ -182,13 +220,19 @@ def unused_ids(draft_to_target: Tensor | None, head, sampling) -> Tensor | None:
     return (draft_to_target < 0) | (draft_to_target >= target_ids(head, sampling))
 
 
-def lanes_of(draft_to_target: Tensor | None, unused: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Entries of a map in the order of the target's ids, which decides ties, and those ids, which address the noise."""
+class Columns(NamedTuple):
+    """The columns of a map that stand for a token, in the order of the target's ids, which decides ties."""
+
+    order: Tensor  # int64 [n], columns
+    ids: Tensor  # int64 [n], their ids, which address the noise
+
+
+def columns_of(draft_to_target: Tensor | None, unused: Tensor | None) -> Columns | None:
     if draft_to_target is None:
         return None
     order = torch.argsort(draft_to_target, stable=True)
     order = order[~unused[order]]
-    return order, draft_to_target[order]
+    return Columns(order, draft_to_target[order])
 
 
 def _settled(row: Tensor, sampling, slot: int, draft_to_target, unused) -> Tensor:
@@ -198,68 +242,97 @@ def _settled(row: Tensor, sampling, slot: int, draft_to_target, unused) -> Tenso
     return row if unused is None else row.masked_fill(unused, -math.inf)
 
 
-def _by_shape(tree, branching, depth_limit, law_after, method, scale, source, position, decisions, request, lanes):
+class Chooser(NamedTuple):
+    """How one request chooses the children of a node."""
+
+    request: int
+    method: str
+    scale: float  # 1 / temperature, 0: greedy
+    position: int  # of the anchor
+    source: PhiloxSource
+    decisions: Decisions
+    columns: Columns | None
+
+    def add_children(self, tree: Growing, node: int, wanted: int, logits: Tensor) -> None:
+        """Up to `wanted` children, one after another; fewer where no token is left or the tree is full."""
+        ids = None if self.columns is None else self.columns.ids
+        left = logits.clone() if self.columns is None else logits[self.columns.order]
+        for _ in range(wanted):
+            if tree.full or not bool((left > -math.inf).any()):
+                return
+            column = self._choose(tree, node, left, ids)
+            tree.add(node, column if ids is None else int(ids[column]))
+            if self.method != "iid" or self.scale == 0:
+                left[column] = -math.inf
+
+    def _choose(self, tree: Growing, node: int, left: Tensor, ids: Tensor | None) -> int:
+        if self.method not in SAMPLED or self.scale == 0:
+            return self.decisions.pick(self.request, "top", left)
+        position = self.position + tree.depths[node] + 1
+        if self.method == "iid":
+            return self.source.draft_by_block(position, left * self.scale, node=len(tree.tokens))
+        return self.source.draft(position, left * self.scale, node=node, lanes=ids)
+
+
+def _grow_by_shape(tree: Growing, branching, depth_limit: int, logits: NodeLogits, chooser: Chooser) -> None:
     """Depth by depth, each node's children side by side."""
     node = 0
     while node < len(tree.tokens) and tree.depths[node] < depth_limit:
         begins = node == 0 or tree.depths[node] > tree.depths[node - 1]
         if begins and tree.full:
             return
-        logits, wanted = law_after(node), branching[tree.depths[node]]
-        _children(tree, node, wanted, logits, method, scale, source, position, decisions, request, lanes)
+        chooser.add_children(tree, node, branching[tree.depths[node]], logits[node])
         node += 1
 
 
-def _children(tree, node, wanted, logits, method, scale, source, position, decisions, request, lanes=None):
-    """Up to `wanted` children of a node, drawn or chosen one after another; fewer where no token is left or the tree is full."""
-    order, ids = (None, None) if lanes is None else lanes
-    left = logits.clone() if order is None else logits[order]
-    for _ in range(wanted):
-        if tree.full or not bool((left > -math.inf).any()):
-            return
-        if method in SAMPLED and scale > 0:
-            decided = position + tree.depths[node] + 1
-            if method == "iid":
-                token = source.draft_by_leaf(decided, left * scale, node=len(tree.tokens))
-            else:
-                token = source.draft(decided, left * scale, node=node, lanes=ids)
-        else:
-            token = decisions.pick(request, "top", left)
-        tree.add(node, token if ids is None else int(ids[token]))
-        if method != "iid" or scale == 0:
-            left[token] = -math.inf
+class Search:
+    """Adds the best child of all that a tree does not have yet, one after another.
 
-
-def _by_probability(tree, search, depth_limit, law_after, log_confidence, scale, decisions, request):
-    """The best child of all that the tree does not have yet, one after another.
-
-    search: by node, ln of the survival of every child it might get (taken ones -inf), their ids, and ln of its own. A tree has
-    fewer nodes than a node's MAX_NODES best children, so that the others never matter.
+    A tree has fewer nodes than a node's MAX_NODES best children, so that no other child can ever be added.
     """
-    logs, ids, reached = search
-    while not tree.full:
-        for node in range(len(logs), len(tree.tokens)):
-            if tree.depths[node] < depth_limit:
-                keys = reached[node] + log_confidence(node) + _log_law(law_after(node) * scale)
-                best = keys.argsort(descending=True, stable=True)[:MAX_NODES].sort().values
-                logs.append(keys[best])
-                ids.append(best)
-            else:
-                logs.append(torch.full_like(logs[0], -math.inf))
-                ids.append(ids[0])
-        keys = torch.cat(logs)
-        if not bool((keys > -math.inf).any()):
+
+    def __init__(
+        self, tree: Growing, logits: NodeLogits, survival: Survival, depth_limit: int, scale: float, decisions: Decisions,
+        request: int,
+    ):  # fmt: skip
+        self._tree, self._logits, self._survival, self._depth_limit = tree, logits, survival, depth_limit
+        self._scale, self._decisions, self._request = scale, decisions, request
+        self._child_logs: list[Tensor] = []  # by node: ln of the survival of each child it might get, -inf once it has it
+        self._child_ids: list[Tensor] = []
+        self._node_logs = [0.0]  # by node: ln of its own survival
+
+    def grow(self) -> None:
+        """Add nodes until the tree is full or no child is left."""
+        tree = self._tree
+        while not tree.full:
+            for node in range(len(self._child_logs), len(tree.tokens)):
+                self._read_children(node)
+            keys = torch.cat(self._child_logs)
+            if not bool((keys > -math.inf).any()):
+                return
+            width = self._child_logs[0].shape[0]
+            parent, place = divmod(_best_path(keys, width, self._decisions, self._request), width)
+            self._node_logs.append(float(self._child_logs[parent][place]))
+            tree.add(parent, int(self._child_ids[parent][place]), math.exp(self._node_logs[-1]))
+            self._child_logs[parent][place] = -math.inf
+
+    def _read_children(self, node: int) -> None:
+        depth = self._tree.depths[node]
+        if depth >= self._depth_limit:
+            self._child_logs.append(torch.full_like(self._child_logs[0], -math.inf))
+            self._child_ids.append(self._child_ids[0])
             return
-        parent, place = divmod(_best_path(keys, logs[0].shape[0], decisions, request), logs[0].shape[0])
-        reached.append(float(logs[parent][place]))
-        tree.add(parent, int(ids[parent][place]), math.exp(reached[-1]))
-        logs[parent][place] = -math.inf
+        reached = self._node_logs[node] + self._survival.log_confidence(self._request, depth, self._tree.tokens[node])
+        keys = reached + _log_softmax(self._logits[node] * self._scale)
+        best = keys.argsort(descending=True, stable=True)[:MAX_NODES].sort().values
+        self._child_logs.append(keys[best])
+        self._child_ids.append(best)
 
 
 def _best_path(keys: Tensor, width: int, decisions: Decisions, request: int) -> int:
     """The largest key, of `width` for each node.
 
-    Children of two nodes may tie in fp64 and not in fp32, whose roundings differ: a near tie, and expected.
+    Children of two nodes may tie in fp64 and not in fp32, whose roundings differ; that is recorded as an expected near tie.
     """
     best = int(torch.argmax((keys == keys.max()).int()))
     others = keys.clone()
@@ -268,18 +341,18 @@ def _best_path(keys: Tensor, width: int, decisions: Decisions, request: int) -> 
     gap = float(keys[best] - others[second])
     if best // width == second // width or not gap <= 1e-12 * max(1.0, abs(float(keys[best]))):
         return decisions.pick(request, "path", keys)
-    return second if decisions.flipped(request, "path", 0.0, 1.0, chance=1.0) else best
+    return second if decisions.flipped(request, "path", 0.0, 1.0, probability=1.0) else best
 
 
-def _log_law(scaled: Tensor) -> Tensor:
-    """ln softmax; all on the lowest of several +inf; -inf everywhere where there is no logit."""
-    top = float(scaled.max())
-    if math.isfinite(top):
+def _log_softmax(scaled: Tensor) -> Tensor:
+    """ln softmax; the first of several +inf takes everything; -inf everywhere where there is no logit."""
+    row_max = float(scaled.max())
+    if math.isfinite(row_max):
         return scaled - torch.logsumexp(scaled, 0)
-    law = torch.full_like(scaled, -math.inf)
-    if top > 0:
-        law[int(torch.argmax((scaled == top).int()))] = 0.0
-    return law
+    logs = torch.full_like(scaled, -math.inf)
+    if row_max > 0:
+        logs[int(torch.argmax((scaled == row_max).int()))] = 0.0
+    return logs
 
 
 def packed(grown, slots, nodes, device, proposal, drawn, flags, with_survival=False) -> DraftTree:
@@ -329,8 +402,8 @@ def expand_tree(
     """The tree with `branching` children for each node of this depth, for drafters with a forward pass per depth (MTP, EAGLE).
 
     node_logits: [R, F, V], row f belongs to the request's f-th node of `depth`. The tree must end with those nodes; it keeps M as
-    its room, node_budgets int32 [R] cuts it. Methods "top_k", "iid", "without_replacement", as in `draft_tree`; the laws of nodes
-    of other depths stay as they are.
+    its room, node_budgets int32 [R] cuts it. Methods "top_k", "iid", "without_replacement", as in `draft_tree`; the stored
+    logits of nodes of other depths stay as they are.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:
@@ -353,6 +426,7 @@ def expand_tree(
             old = grown[slot] = Growing(int(tree.tokens[slot, 0]), nodes)
             for node in range(1, count):
                 old.add(int(tree.parents[slot, node]), int(tree.tokens[slot, node]))
+    columns = columns_of(draft_to_target, unused)
     for r in range(node_logits.shape[0]):
         slot = r if state_indices is None else int(state_indices[r])
         if slot not in grown:
@@ -363,14 +437,14 @@ def expand_tree(
         position = int(anchor_positions[slot])
         scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
         source = PhiloxSource(int(sampling.seed[slot]) if sampling is not None else 0, position, decisions, r)
+        chooser = Chooser(r, method, scale, position, source, decisions, columns)
         frontier = [] if growing.full else [node for node, at in enumerate(growing.depths) if at == depth]
         for row, node in enumerate(frontier[: node_logits.shape[1]]):
-            logits, seen = read_logits(_settled(node_logits[r, row].double(), sampling, slot, draft_to_target, unused))
-            flags[r] |= seen
+            logits, row_flags = read_logits(_settled(node_logits[r, row].double(), sampling, slot, draft_to_target, unused))
+            flags[r] |= row_flags
             if stored is not None:
                 stored[slot, node] = logits.to(stored.dtype)
                 logits = stored[slot, node].double()
-            lanes = lanes_of(draft_to_target, unused)
-            _children(growing, node, branching, logits, method, scale, source, position, decisions, r, lanes)
+            chooser.add_children(growing, node, branching, logits)
     proposal = tree.proposal if stored is None else DenseProposal(stored, draft_to_target=draft_to_target)
     return packed(grown, slots, nodes, node_logits.device, proposal, method if method in SAMPLED else "one_hot", flags)

@@ -13,6 +13,7 @@ from dspark_kernels.kernels.accept import chain as kernels
 from dspark_kernels.launch.accept import chain as launch
 from reference import accept as reference, cases
 from reference.decisions import Decisions
+from reference.distributions import log_prob
 from reference.equality import assert_equal_or_tied
 from reference.logits import inverse_temperature, read_logits
 from reference.sampling import adjust, filtered
@@ -64,7 +65,7 @@ def check_logprobs(case, acceptance):
             row, _ = read_logits(row)
             if case.logprobs == "processed":
                 row = filtered(row, scale, case.sampling, slot, Decisions(), 0)
-            want = reference._log_prob(row, token, scale)
+            want = log_prob(row, token, scale)
             eager = want
             if torch.isfinite(torch.tensor(want)) and scale > 0:
                 eager = torch.log_softmax((row - row.max()).float() * scale, 0)[token]

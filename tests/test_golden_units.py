@@ -107,7 +107,7 @@ def check(block, unit):
 class Refusing:
     """Rejects every draft and keeps the weights of the correction."""
 
-    def coin(self, position, denominator, numerator):
+    def accepts(self, position, denominator, numerator):
         return False
 
     def draw(self, position, weights):

@@ -19,12 +19,12 @@ from reference.enumeration import (
     CrowdSource,
     Decoder,
     EnumeratingSource,
-    emitted_law,
+    emitted_distribution,
     explore,
-    joint_chance,
-    round_law,
+    joint_probability,
+    round_distribution,
     simulate,
-    target_law,
+    target_distribution,
     total_variation,
 )
 from reference.sources import PhiloxSource
@@ -154,7 +154,7 @@ def decoder(rule, vocab, drafts, kind="dense", cut="whole", salt=0):
 
 def bias(model, rounds=1, source=EnumeratingSource, tokens=None):
     tokens = rounds * (model.num_drafts + 1) if tokens is None else tokens
-    return total_variation(round_law(model, PROMPT, tokens, rounds, source), target_law(model, PROMPT, tokens))
+    return total_variation(round_distribution(model, PROMPT, tokens, rounds, source), target_distribution(model, PROMPT, tokens))
 
 
 def assert_lossless(model, rounds=1, source=EnumeratingSource):
@@ -180,7 +180,7 @@ def assert_simulation_agrees(model, source=CrowdSource):
     history = simulate(model, PROMPT[0], seeds, tokens, source)
     vocab = len(model.target(PROMPT))
     exact = torch.zeros((vocab,) * tokens, dtype=torch.float64)
-    for sequence, chance in target_law(model, PROMPT, tokens).items():
+    for sequence, chance in target_distribution(model, PROMPT, tokens).items():
         exact[sequence] = chance
     for start in range(tokens - WINDOW + 1):
         others = [i for i in range(tokens) if not start <= i < start + WINDOW]
@@ -227,8 +227,8 @@ def test_greedy(vocab, drafts, kind, cut):
     """Whatever was drafted, the arg-max path is emitted with certainty; ties go to the lowest id."""
     model = dataclasses.replace(decoder("greedy", vocab, drafts, kind, cut), target=random_law(vocab, 21, steps=6))
     assert_lossless(model)
-    law = round_law(model, PROMPT, drafts + 1)
-    assert law.keys() == target_law(model, PROMPT, drafts + 1).keys() and len(law) == 1
+    law = round_distribution(model, PROMPT, drafts + 1)
+    assert law.keys() == target_distribution(model, PROMPT, drafts + 1).keys() and len(law) == 1
 
 
 @pytest.mark.parametrize("cut", ["threshold", "causal"])
@@ -299,7 +299,7 @@ def _worked_example(length):
 def test_global_maximum_is_convicted():
     model = _worked_example(wrong.global_maximum((1.0, 0.5, 0.45)))
     convicted(assert_lossless, model)
-    chance_of_a = sum(p for tokens, p in round_law(model, PROMPT, 1).items() if tokens == (0,))
+    chance_of_a = sum(p for tokens, p in round_distribution(model, PROMPT, 1).items() if tokens == (0,))
     assert math.isclose(chance_of_a, 0.85)
 
 
@@ -315,7 +315,7 @@ def test_global_maximum_is_convicted_over_two_rounds():
 def test_causal_policy_is_lossless_on_the_same_example():
     model = _worked_example(causally((0.1, 0.2, 0.1 / 0.45)))
     assert_lossless(model)
-    law = emitted_law(model, PROMPT)
+    law = emitted_distribution(model, PROMPT)
     assert all(len(tokens) == 1 for tokens in law) and math.isclose(law[0,], 0.7)
 
 
@@ -333,7 +333,7 @@ def test_law_that_the_drafts_were_not_drawn_from_is_convicted(rule, name):
     model = decoder(rule, 3, 2)
     draft, judged = NOT_THE_SAMPLED_LAW[name](model.draft)
     assert_lossless(dataclasses.replace(model, draft=draft))
-    convicted(assert_lossless, dataclasses.replace(model, draft=draft, judged=judged))
+    convicted(assert_lossless, dataclasses.replace(model, draft=draft, reported=judged))
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
@@ -357,7 +357,7 @@ def test_wrong_rows_are_convicted(rule):
 def assert_possible(model, source):
     """Nothing is emitted that the target never says."""
     law = model.target
-    for tokens in emitted_law(model, PROMPT, source=functools.partial(source, levels=4)):
+    for tokens in emitted_distribution(model, PROMPT, source=functools.partial(source, levels=4)):
         for n, token in enumerate(tokens):
             assert float(law(PROMPT + tokens[:n])[token]) > 0, f"total variation: {tokens} is impossible"
 
@@ -440,12 +440,14 @@ def test_joint_chance_of_races(winners):
     won = torch.ones(len(clocks), dtype=torch.bool)
     for law, winner in zip(weights, winners, strict=True):
         won &= (clocks / law).argmin(1) == winner
-    chance = joint_chance(tuple((tuple(law.tolist()), winner) for law, winner in zip(weights, winners, strict=True)))
+    chance = joint_probability(tuple((tuple(law.tolist()), winner) for law, winner in zip(weights, winners, strict=True)))
     share = float(won.double().mean())
     assert abs(share - chance) <= 5 * math.sqrt(chance * (1 - chance) / len(clocks)) + 1e-9
 
 
 def test_joint_chances_sum_to_one():
     laws = [tuple(torch.rand(4, generator=_generator(n), dtype=torch.float64).tolist()) for n in (1, 2, 3)]
-    total = math.fsum(joint_chance(tuple(zip(laws, winners, strict=True))) for winners in itertools.product(range(4), repeat=3))
+    total = math.fsum(
+        joint_probability(tuple(zip(laws, winners, strict=True))) for winners in itertools.product(range(4), repeat=3)
+    )
     assert abs(total - 1.0) <= EXACT

@@ -35,7 +35,7 @@ class Script:
     def __init__(self, coins=None, noise=None):
         self.coins, self.noise, self.asked, self.drawn = coins or {}, noise or {}, [], None
 
-    def coin(self, position, denominator, numerator):
+    def accepts(self, position, denominator, numerator):
         self.asked.append(position)
         return self.coins[position] * denominator < numerator
 
@@ -653,7 +653,7 @@ def test_margins_are_recorded_and_flips_obeyed():
     have = accept_chain(logits_of(TARGET), pack(chain(1, 0)), **sampled, decisions=decisions)
     coin = chances(5, ANCHOR + 1, ANCHOR)[0]
     kind, margin, scale = decisions.margins[0, 0]
-    assert (kind, scale) == ("coin", 1.0) and margin == pytest.approx(abs(math.log(coin / 0.75)), rel=1e-6)
+    assert (kind, scale) == ("accept", 1.0) and margin == pytest.approx(abs(math.log(coin / 0.75)), rel=1e-6)
     other = accept_chain(logits_of(TARGET), pack(chain(1, 0)), **sampled, decisions=Decisions(frozenset([(0, 0)])))
     assert (int(have.num_accepted) > 0) != (int(other.num_accepted) > 0)
 

@@ -203,10 +203,10 @@ def test_source_addresses():
     """Which stream, lane, position and anchor each use of chance reads."""
     recorder = Recorder()
     source = PhiloxSource(-77, 100, recorder, request=3)
-    assert source.coin(104, 2.0, 1.5) and not source.coin(104, 2.0, 1.25)  # the coin is 0.698
+    assert source.accepts(104, 2.0, 1.5) and not source.accepts(104, 2.0, 1.25)  # the coin is 0.698
     want = (plain_word(-77, 0, 104, 100, 2) + 0.5) * 2.0**-32
     coin = pytest.approx(want, rel=1e-15)
-    assert recorder.coins == [(3, "coin", coin, 2.0, 1.5), (3, "coin", coin, 2.0, 1.25)]
+    assert recorder.coins == [(3, "accept", coin, 2.0, 1.5), (3, "accept", coin, 2.0, 1.25)]
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.5], dtype=torch.float64)
     source.draft(105, logits)
     source.coupled(106, logits)
@@ -223,7 +223,7 @@ def test_source_draws_in_two_levels():
         recorder = Recorder()
         token = PhiloxSource(seed, 8, recorder).draw(11, weights)
         (_, leaf_kind, leaf_keys), (_, token_kind, token_keys) = recorder.picks
-        assert (leaf_kind, token_kind) == ("leaf", "token")
+        assert (leaf_kind, token_kind) == ("block", "token")
         sums = (3.0, 5.5, 3.25)
         assert close(leaf_keys, [math.log(x) + plain_gumbel(seed, i, 11, 8, 3) for i, x in enumerate(sums)])
         leaf = int(leaf_keys.argmax())

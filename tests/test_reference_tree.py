@@ -6,7 +6,15 @@ import wrong_rules as wrong
 from test_lossless import random_law
 
 from reference import accept, tree
-from reference.enumeration import CrowdSource, EnumeratingSource, emitted_law, round_law, simulate, target_law, total_variation
+from reference.enumeration import (
+    CrowdSource,
+    EnumeratingSource,
+    emitted_distribution,
+    round_distribution,
+    simulate,
+    target_distribution,
+    total_variation,
+)
 from reference.sources import PhiloxSource
 from reference.tree import RULES
 from reference.tree_enumeration import TreeDecoder
@@ -47,7 +55,7 @@ def decoder(rule, shape, vocab, drawn, salt=0, sharpness=1.5, equal=False):
 
 
 def bias(toy, tokens=4, rounds=1, source=EnumeratingSource):
-    return total_variation(round_law(toy, PROMPT, tokens, rounds, source), target_law(toy, PROMPT, tokens))
+    return total_variation(round_distribution(toy, PROMPT, tokens, rounds, source), target_distribution(toy, PROMPT, tokens))
 
 
 @pytest.mark.parametrize("rule", SAMPLED)
@@ -89,8 +97,8 @@ def test_wrong_rules_are_convicted():
 class WithoutNodes(PhiloxSource):
     """A chain's addresses: what a tree says of nodes is dropped."""
 
-    def coin(self, position, denominator, numerator, node=0):
-        return super().coin(position, denominator, numerator)
+    def accepts(self, position, denominator, numerator, node=0):
+        return super().accepts(position, denominator, numerator)
 
     def draw(self, position, weights, node=0):
         return super().draw(position, weights)
@@ -121,7 +129,7 @@ def test_traversal_is_the_block_rule_on_a_chain():
 @pytest.mark.parametrize("shape", ["siblings", "odd", "full"])
 def test_rules_agree_on_trees_made_without_chance(shape):
     """Walk, recursive, traversal: one law of what a round emits, and so of how much."""
-    want, *others = (emitted_law(decoder(rule, shape, 3, "one_hot"), PROMPT) for rule in SAMPLED)
+    want, *others = (emitted_distribution(decoder(rule, shape, 3, "one_hot"), PROMPT) for rule in SAMPLED)
     assert all(total_variation(other, want) <= EXACT for other in others)
 
 
@@ -146,7 +154,7 @@ def test_many_seeds_decode_the_targets_law():
     object.__setattr__(toy, "num_drafts", 1)  # what a round can keep, for the room that `simulate` makes
     seeds = torch.arange(20000) * 2654435761
     history = simulate(toy, 0, seeds, 3, CrowdSource)
-    want = target_law(toy, PROMPT, 3)
+    want = target_distribution(toy, PROMPT, 3)
     counts = {key: 0 for key in want}
     for key, count in zip(*(part.tolist() for part in torch.unique(history, dim=0, return_counts=True)), strict=True):
         counts[tuple(key)] = count

@@ -15,7 +15,8 @@ from dspark_kernels import testing
 from dspark_kernels.testing import __main__ as command, interpreter, known_wrong, laws, models, ours, rules, statistics, suite
 from dspark_kernels.types import Stream
 from reference import accept as reference, cases, philox
-from reference.enumeration import CrowdSource, Decoder, emitted_law, explore, target_law
+from reference.distributions import distribution_of
+from reference.enumeration import CrowdSource, Decoder, emitted_distribution, explore, target_distribution
 from reference.logits import read_logits
 
 QUICK = 4096  # requests per law
@@ -91,13 +92,13 @@ def test_laws_and_what_is_accepted_are_the_reference_s():
         return Decoder(lambda c: law[c[-1]], lambda c: draft_law[c[-1]], reference.RULES[rule], 2, coupled=rule == "coupled")
 
     exact = models.sequence_law(law, 4)
-    want = target_law(decoder("token"), (models.PROMPT,), 4)
+    want = target_distribution(decoder("token"), (models.PROMPT,), 4)
     assert all(float(exact[tokens]) == pytest.approx(chance, rel=1e-12) for tokens, chance in want.items())
     for first in (0, 1, 2):
         window = models.window_law(law, first, 4 - first)
         assert torch.allclose(window, exact.sum(tuple(range(first))) if first else exact, rtol=1e-12)
     for rule, compare in (("token", math.isclose), ("coupled", math.isclose), ("block", lambda have, exact: have <= exact)):
-        emitted = emitted_law(decoder(rule), (models.PROMPT,))
+        emitted = emitted_distribution(decoder(rule), (models.PROMPT,))
         mean = sum(chance * (len(tokens) - 1) for tokens, chance in emitted.items())
         square = sum(chance * (len(tokens) - 1) ** 2 for tokens, chance in emitted.items())
         have, deviation = models.mean_accepted(rule, model, 2)
@@ -126,10 +127,10 @@ def by_reference(rule, target_logits, draft_tokens, draft_logits, temperature, s
     for members in (torch.nonzero(group == g)[:, 0] for g in range(int(group.max()) + 1 if len(group) else 0)):
         r, length = members[0], int(draft_lens[members[0]])
         drafts, heat = draft_tokens[r, :length].tolist(), float(temperature[r])
-        target = [reference.law_of(read_logits(row)[0], 1 / heat if heat > 0 else 1.0) for row in target_logits[r, : length + 1]]
+        target = [distribution_of(read_logits(row)[0], 1 / heat if heat > 0 else 1.0) for row in target_logits[r, : length + 1]]
         told = []
         for i, token in enumerate(drafts):
-            drawn = None if draft_logits is None else reference.law_of(read_logits(draft_logits[r, i])[0], 1 / (heat or 1.0))
+            drawn = None if draft_logits is None else distribution_of(read_logits(draft_logits[r, i])[0], 1 / (heat or 1.0))
             point = torch.nn.functional.one_hot(torch.tensor(max(token, 0)), target_logits.shape[2]).double()
             padding = (0, target_logits.shape[2] - (0 if drawn is None else len(drawn)))
             told.append(None if token == -1 else point if drawn is None else torch.nn.functional.pad(drawn, padding))

@@ -25,7 +25,7 @@ from dspark_kernels.testing import (
 from dspark_kernels.types import SamplingTensors, Stream
 from reference import accept, layout as layouts, philox, tree as reference
 from reference.cases import accept_tree_case
-from reference.enumeration import EnumeratingSource, emitted_law
+from reference.enumeration import EnumeratingSource, emitted_distribution
 from reference.tree_enumeration import TreeDecoder
 
 QUICK = 4096  # requests per law
@@ -123,7 +123,7 @@ def test_what_is_accepted_is_the_reference_s(shape, drawn):
     law, draft_law = model.law(), model.draft_law()
     for rule in SAMPLED:
         toy = TreeDecoder(lambda c: law[c[-1]], lambda c: draft_law[c[-1]], reference.RULES[rule], shape, (drawn,) * len(shape))
-        emitted = emitted_law(toy, (models.PROMPT,))
+        emitted = emitted_distribution(toy, (models.PROMPT,))
         mean = sum(chance * (len(tokens) - 1) for tokens, chance in emitted.items())
         square = sum(chance * (len(tokens) - 1) ** 2 for tokens, chance in emitted.items())
         want = (mean, math.sqrt(square - mean**2))
@@ -139,7 +139,7 @@ def test_the_law_of_block_verification_is_the_reference_s():
         return reference.TreeVerdict(tuple(range(verdict.num_accepted + 1)), verdict.token)
 
     toy = TreeDecoder(lambda c: law[c[-1]], lambda c: draft_law[c[-1]], block, laws_tree.CHAIN, ("iid",) * 3)
-    want = emitted_law(toy, (models.PROMPT,))
+    want = emitted_distribution(toy, (models.PROMPT,))
     chances, outcomes = models_tree.block_law(laws_tree.BLOCK, 2)
     have = {outcome: chance for outcome, chance in zip(outcomes, chances.tolist(), strict=True) if chance > 0}
     assert have == pytest.approx({outcome: chance for outcome, chance in want.items() if chance > 0}, abs=1e-12)

@@ -13,6 +13,7 @@ from dspark_kernels.launch.accept import tree as launch
 from reference import accept, cases, layout as layouts, tree as reference
 from reference.cases import accept_tree_case
 from reference.decisions import Decisions
+from reference.distributions import log_prob
 from reference.equality import assert_equal_or_tied
 from reference.logits import inverse_temperature, read_logits
 from reference.sampling import adjust, filtered
@@ -65,7 +66,7 @@ def check_logprobs(case, acceptance):
             row, _ = read_logits(row)
             if case.logprobs == "processed":
                 row = filtered(row, scale, case.sampling, slot, Decisions(), 0)
-            want = accept._log_prob(row, token, 1.0 if case.logprobs == "raw" else scale)
+            want = log_prob(row, token, 1.0 if case.logprobs == "raw" else scale)
             exact, have = torch.tensor([want], dtype=torch.float64), acceptance.logprobs[r, j : j + 1]
             # Three roundings of the scaled distance to the maximum and a few of ln of the mass.
             bound = ULP * (3 * max(1.0, abs(want)) + 12)

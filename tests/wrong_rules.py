@@ -25,7 +25,7 @@ def block_until_first_reject(target_probs, draft_probs, drafts, source, anchor_p
         if i < length:
             numerator = float((following * target_probs[i] - draft_probs[i]).clamp(min=0).sum())
             denominator = numerator + 1.0 - following
-        if denominator > 0 and not source.coin(anchor_position + i, denominator, numerator):
+        if denominator > 0 and not source.accepts(anchor_position + i, denominator, numerator):
             break
         kept, accepted = following, i
     position = anchor_position + accepted + 1
@@ -75,7 +75,7 @@ class _Discard:
     """A source whose draws are thrown away, so none is made."""
 
     def __init__(self, source):
-        self.coin = source.coin
+        self.accepts = source.accepts
 
     def draw(self, position, weights):
         return 0
@@ -212,7 +212,7 @@ def traversal_divided_by_the_child(target_probs, draft_probs, tree, source, anch
             denominator = numerator + 1.0 - chance
             law, kept = residual / max(numerator, 1e-300), min(1.0, numerator / denominator)
         position = anchor_position + len(path)
-        if node > 0 and not source.coin(position - 1, denominator, numerator, node=node):
+        if node > 0 and not source.accepts(position - 1, denominator, numerator, node=node):
             return None
         return TreeVerdict(path, source.draw(position, law if float(law.sum()) > 0 else target_probs[node], node=node))
 
@@ -226,7 +226,7 @@ def recursive_without_residual(target_probs, draft_probs, tree, source, anchor_p
         law = target_probs[path[-1]]
         for child in tree.children[path[-1]]:
             token = tree.tokens[child]
-            if source.coin(anchor_position + len(path), float(draft_probs[child][token]), float(law[token]), node=child):
+            if source.accepts(anchor_position + len(path), float(draft_probs[child][token]), float(law[token]), node=child):
                 path.append(child)
                 break
         else:
