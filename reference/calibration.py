@@ -1,4 +1,4 @@
-"""Fits the temperatures that make confidences honest, and measures how honest they are.
+"""Fits the temperatures that calibrate confidences, and measures how well they are calibrated.
 
     survival of draft k = product over i <= k of sigmoid(logit_i / T_i);   T_k = argmin over a grid of ECE(survival_k)
     ECE = sum over bins of (share of samples in the bin) * |mean predicted - mean observed|
@@ -18,10 +18,10 @@ import math
 import torch
 from torch import Tensor
 
-# 2^(i/24), i = -96..96: from 1/16 to 16 in steps of 2.9 %, listed from 1 (change nothing) outwards.
+# 2^(i/24), i = -96..96: from 1/16 to 16 in steps of 2.9 %, ordered from 1 (change nothing) outwards.
 STS_GRID = tuple(2.0 ** (i / 24) for i in sorted(range(-96, 97), key=lambda i: (abs(i), i)))
-# Errors this close count as equal: rounding leaves 1e-14 for a million rounds, and must not choose between temperatures
-# that are equally good (mirrored logits in one bin: every temperature).
+# Errors this close count as equal. Rounding leaves 1e-14 for a million rounds, and it must not choose between temperatures
+# that are equally good (every temperature is, where mirrored logits share a bin).
 EQUAL = 1e-12
 
 
@@ -63,7 +63,7 @@ def brier(probs: Tensor, outcomes: Tensor) -> float:
 
 
 def auc(probs: Tensor, outcomes: Tensor, bins: int = 1000) -> float:
-    """Chance that a survivor got a higher probability than a non-survivor, ties counted half; NaN where one kind is
+    """Probability that a survivor got a higher probability than a non-survivor, ties counted half; NaN where one kind is
     missing.
 
     From histograms: probabilities in the same of `bins` equal-width bins count as tied.

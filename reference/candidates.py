@@ -53,7 +53,7 @@ class CandidateRows:
     def at(self, place: Place, bias: Tensor | float) -> Row:
         call, slot, k = self._call, place.slot, place.k
         base = call.base_logits[place.request, k].float()
-        # In fp32, whose order decides who is a candidate.
+        # In fp32: the order of these values decides which ids are candidates.
         ranking = call.settled(base, slot, k, [])
         total = call.settled(base.double() + bias, slot, k, place.path)
         known = self._bigrams is not None and 0 <= place.token < self._bigrams.shape[0]

@@ -57,7 +57,7 @@ class Decisions:
 
     def pick(self, request: int, kind: str, keys: Tensor) -> int:
         """Index of the largest key; ties, -0.0 and 0.0 among them, go to the lowest index."""
-        keys = keys + 0.0  # a copy, which loses its best below
+        keys = keys + 0.0  # a copy: its largest key is removed below
 
         def first(value):
             return int(torch.argmax((keys == value).int()))
@@ -70,7 +70,7 @@ class Decisions:
         second = keys.max()
         best_key, runner_up = float(largest), float(second)
         if best_key == runner_up or math.isinf(best_key):
-            margin = math.inf  # equal keys are equal in every precision, and an infinite key has no rival
+            margin = math.inf  # equal keys are equal in every precision, and an infinite key is not near any other
         else:
             margin = best_key - runner_up
         scale = max(1.0, abs(best_key)) if math.isfinite(best_key) else 1.0

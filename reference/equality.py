@@ -1,7 +1,9 @@
 """Draw-by-draw equality with the reference, as docs/randomness.md defines it.
 
-Where every margin exceeds fp32's resolution the results must be the same. Where a kernel differs, some near tie of that very
-request, taken the other way, must explain it; and near ties may not be more than chance gives.
+    equal, or equal to the reference with one or two near ties of the same request taken the other way
+
+Where every margin exceeds the resolution of fp32, the results must be the same. Where a kernel differs, a near tie of the same request,
+taken the other way, must explain it. Near ties may not be much more frequent than their expected number. Source: the README.
 """
 
 import itertools

@@ -36,7 +36,7 @@ def output_weights(head: MarkovHead | None) -> Tensor | None:
 class Transition:
     """The transition bias along one request's block. w2: `output_weights(head)`, which the requests of a batch share.
 
-    state: of an rnn, fp64 [r], after the last bias; given to go on from an earlier call.
+    state: of an rnn, fp64 [r], after the last bias; pass it to continue an earlier call.
     """
 
     def __init__(self, head: MarkovHead | None, w2: Tensor | None, state: Tensor | None = None):
@@ -63,7 +63,7 @@ class Transition:
 
 
 def confidence_logit(head: ConfidenceHead, hidden: Tensor, latent: Tensor | None) -> float:
-    """w . [h; W1[x]] + b, fp64, before calibration; a weight of [H] leaves the token out."""
+    """w . [h; W1[x]] + b, fp64, before calibration; a weight of [H] does not read the token."""
     features = hidden.double()
     if head.weight.shape[0] > features.shape[0]:
         features = torch.cat([features, latent])

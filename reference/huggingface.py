@@ -1,11 +1,15 @@
 """A target run by its own class of Hugging Face transformers, in the shape that the decoding loop takes.
 
-The interface of reference/model.Target, for any causal language model whose cache can give rows back: full or sliding-window
-attention. Every slot has a cache of its own, and every request of a pass is a call of its own: nothing depends on the batch.
-A layer's output is what the layer returns, the last one's too (transformers' own `hidden_states` end with the final norm instead).
-What the head does is checked once against the whole model, when it is loaded.
+    logits = cap * tanh(head(hidden) / cap), or head(hidden) where the config has no cap
 
-transformers is imported on demand (the extra `transformers`); nothing is fetched, no code of a directory is run.
+The interface is that of reference/model.Target, for any causal language model whose cache can give up rows: full or sliding-window
+attention. Every slot has its own cache and every request of a pass is a call of its own, so that nothing depends on the batch. A
+layer's output is what the layer returns, also for the last layer (transformers' own `hidden_states` end with the final norm instead).
+When a model is loaded, the logits of its head are compared once with those of the whole model.
+
+transformers is imported on demand (the extra `transformers`). Nothing is downloaded, and no code from a directory is run.
+
+Symbols: S slots, n rows, d hidden size, V vocabulary. Source: Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -145,7 +149,7 @@ def load(directory, device="cpu", dtype=torch.float32) -> HuggingFaceTarget:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # what transformers raises for directories it cannot read
         raise ValueError(f"{directory}: transformers {transformers.__version__} cannot read it: {error}") from None
-    # transformers makes up what a directory lacks.
+    # transformers initialises at random what a directory lacks.
     missing = sorted(found["missing_keys"])
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -163,7 +167,7 @@ class Text(NamedTuple):
 
 
 def load_text(directory, thinking: bool = False) -> Text | None:
-    """The tokenizer of a directory, None where it has none. thinking: what templates that know `enable_thinking` are told.
+    """The tokenizer of a directory, None where it has none. thinking: the value of `enable_thinking` for templates that use it.
 
     Raises ImportError where transformers is not installed, ValueError for a tokenizer that it cannot read.
     """

@@ -3,7 +3,7 @@
     row i of a request: its anchor (i = 0) or its draft i, at position anchor_position + i (in a tree: + depth of node i)
 
 Symbols: R requests, S state slots, K drafts per request, M tree nodes, N rows allocated. Keys and values of row i go to
-the cache slot of anchor_position + i, in a tree too: siblings share a position, never a slot.
+the cache slot of anchor_position + i, in a tree too: siblings share a position but not a cache slot.
 
 Source of the ragged verification batch: "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive
 Generation", arXiv 2607.05147; tree rows: SpecInfer, arXiv 2305.09781.
@@ -65,7 +65,7 @@ def read_requests(tokens, anchors, anchor_positions, slots, num_prefill_tokens, 
 
 
 def present(request: Request, length: int) -> tuple[int, int]:
-    """(`length` cut before the first missing draft, flag)."""
+    """`length` cut before the first missing draft, and the flag of a cut."""
     for k, token in enumerate(request.drafts[:length]):
         if token < 0:
             return k, int(Flag.MISSING_DRAFT)

@@ -24,9 +24,9 @@ def inverse_temperature(temperature: float) -> float:
 
 
 def read_logits(row: Tensor) -> tuple[Tensor, int]:
-    """fp64 logits with NaN read as -inf, and the flags the row shows."""
+    """fp64 logits with NaN read as -inf, and the flags of what the row contains."""
     row = row.to(torch.float64, copy=True)
-    if math.isfinite(float(row.sum())):  # the usual row, told in one pass
+    if math.isfinite(float(row.sum())):  # the usual row needs one pass
         return row, 0
     nan = row.isnan()
     flags = int(Flag.NAN) if bool(nan.any()) else 0
@@ -37,7 +37,7 @@ def read_logits(row: Tensor) -> tuple[Tensor, int]:
 
 
 def target_ids(head: MarkovHead | None, sampling: SamplingTensors | None) -> int:
-    """Ids that W1, bias and mask all know."""
+    """How many of the target's ids W1, bias and mask all cover."""
     known = [2**31 - 1] if head is None else [head.w1.shape[0]]
     if sampling is not None and sampling.logit_bias is not None:
         known.append(sampling.logit_bias.shape[1])
@@ -49,7 +49,7 @@ def target_ids(head: MarkovHead | None, sampling: SamplingTensors | None) -> int
 def adjusted(
     row: Tensor, sampling: SamplingTensors, slot: int, mask_row: int, path: list[int], ids: Tensor | None, unused: Tensor | None
 ) -> Tensor:
-    """`adjust` for a row whose entries are the target's ids `ids`, 0, 1, 2, ... where None."""
+    """`adjust` for a row whose columns have the target's ids `ids` (None: 0, 1, 2, ...); `unused` columns stand for no token."""
     whole = row
     if ids is not None:
         width = int(ids[~unused].max()) + 1 if bool((~unused).any()) else 1

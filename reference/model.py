@@ -183,10 +183,10 @@ class Rows:
 
     @property
     def places(self) -> Tensor:
-        """Where in its slot's cache every row goes, int64 [N]: siblings share a position, never a place."""
+        """Where in its slot's cache every row goes, int64 [N]: siblings share a position but not a place."""
         if self.ancestors is None:
             return self.positions
-        places = [place for _, start, begin, end in self.segments for place in range(start, start + end - begin)]
+        places = [place for part in self.segments for place in range(part.start, part.start + part.end - part.begin)]
         return torch.tensor(places, device=self.positions.device)
 
     def last(self) -> Tensor:
@@ -217,9 +217,9 @@ class KVCache:
         """Move the accepted path of every tree of a pass to the places from its anchor's on."""
         for segment, accepted, path in zip(rows.segments, acceptance.num_accepted.tolist(), acceptance.path.tolist(), strict=True):
             sources = [segment.start + node for node in path[1 : accepted + 1]]
-            kept = slice(segment.start + 1, segment.start + 1 + accepted)
+            destinations = slice(segment.start + 1, segment.start + 1 + accepted)
             for planes in (self._keys, self._values):
-                planes[:, segment.slot, :, kept] = planes[:, segment.slot][:, :, sources]
+                planes[:, segment.slot, :, destinations] = planes[:, segment.slot][:, :, sources]
 
     def claim(self, rows: Rows) -> None:
         """Make room for the rows of a pass. Raises ValueError where a slot would be left with a gap."""

@@ -1,8 +1,12 @@
 """Keys and values in pages of a pool, read by the attention op instead of dense attention.
 
-The interface of reference/model.KVCache. Every slot has a block table; pages come from one pool in shuffled order and go back to it
-when a slot gives rows up, so that a request's pages lie anywhere. What was never written is NaN: a read outside a request's
-rows shows. The work table is made once per pass and shared by the layers.
+    row of position p of a slot = block_table[slot][p // page_size] * page_size + p % page_size
+
+The interface is that of reference/model.KVCache. Every slot has a block table. Pages come from one pool in random order and return to
+it when a slot gives up rows, so that the pages of a request lie anywhere. What was never written is NaN, which makes a read outside a
+request's rows visible. The plan of the attention op is made once per pass and shared by the layers.
+
+Symbols: N rows, S slots, Hq/Hkv query and key-value heads, D head size. Source: PagedAttention, arXiv 2309.06180.
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ class PagedCache:
         pages = self._keys.shape[1]
         more = max(8, pages)
         self._free += range(pages, pages + more)
-        layers, _, *page = self._keys.shape
+        layers, page = self._keys.shape[0], self._keys.shape[2:]
         new = self._keys.new_full((layers, more, *page), torch.nan)
         self._keys, self._values = torch.cat([self._keys, new], 1), torch.cat([self._values, new], 1)
 

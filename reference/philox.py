@@ -3,8 +3,8 @@
     counter = (lane >> 2, decided position, anchor position, stream | node << 8), key = the 64-bit seed, word = output[lane & 3]
     v = min((word + 1/2) 2^-32, 1 - 2^-24),  E = -log1p(-v)
 
-Symbols: lane = token id, leaf index or 0; node = tree slot (0 in chains). Source: Salmon, Moraes, Dror, Shaw, "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011; the addressing is this project's (docs/randomness.md).
+Symbols: lane = token id, index of a vocabulary block, or 0; node = tree slot (0 in chains). Source: Salmon, Moraes, Dror, Shaw,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011; the addressing is this project's (docs/randomness.md).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def philox(key0, key1, c0, c1, c2, c3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _one(key0: int, key1: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
-    """`philox` of one counter, in Python's integers: a coin costs no tensor."""
+    """`philox` of one counter, in Python's integers, for single words."""
     c0, c1, c2, c3 = c0 & _MASK, c1 & _MASK, c2 & _MASK, c3 & _MASK
     for _ in range(ROUNDS):
         first, second = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2

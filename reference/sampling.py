@@ -1,12 +1,12 @@
 """What a request's sampling settings do to a row of logits, in this order:
 
-    penalties   x / repetition (x > 0) or x * repetition for a token listed or on the path; x - frequency n; x - presence if n > 0
+    penalties   x / repetition (x > 0) or x * repetition for a penalised token (listed or on the path); x - frequency n; x - presence if n > 0
     bias, mask  x + logit_bias; -inf where the bit mask has a 0
     top_k       the k largest logits, ties to the lowest ids
-    top_p       the fewest most probable tokens that carry p of what top_k left ("joint": of the whole law)
+    top_p       the fewest most probable tokens that sum to p of what top_k left ("joint": of the whole distribution)
     min_p       tokens of at least min_p times the largest probability
 
-n = listed count + occurrences on the path (the drafts of this round before the row). Filters judge logits / temperature. Sources:
+n = stored count + occurrences on the path (the drafts of this round before the row). Filters read logits / temperature. Sources:
 top-k Fan et al. arXiv 1805.04833; top-p Holtzman et al. arXiv 1904.09751; min-p Nguyen et al. arXiv 2407.01082; repetition
 penalty Keskar et al. arXiv 1909.05858.
 """
@@ -72,29 +72,29 @@ def filtered(row: Tensor, scale: float, sampling: SamplingTensors | None, slot: 
     if not (0 < top_k < row.shape[0] or top_p < 1 or min_p > 0):
         return row
     logits, order = torch.sort(row + 0.0, descending=True, stable=True)  # equal logits stay in order of their ids
-    support = int((logits > -math.inf).sum())
-    keep = support
+    possible = int((logits > -math.inf).sum())
+    in_support = possible
     if 0 < top_k < row.shape[0]:
-        keep = min(keep, top_k)
+        in_support = min(in_support, top_k)
     if top_p < 1:
-        chances = torch.softmax(logits * scale, 0)[: support if sampling.filter_order == "joint" else keep]
-        keep = min(keep, decisions.prefix(request, "top_p", chances.cumsum(0), top_p * float(chances.sum())))
+        probs = torch.softmax(logits * scale, 0)[: possible if sampling.filter_order == "joint" else in_support]
+        in_support = min(in_support, decisions.prefix(request, "top_p", probs.cumsum(0), top_p * float(probs.sum())))
     if min_p > 0:
-        keep = min(keep, _at_least(logits * scale, math.log(min(min_p, 1.0)), decisions, request))
+        in_support = min(in_support, _at_least(logits * scale, math.log(min(min_p, 1.0)), decisions, request))
     row = torch.full_like(row, -math.inf)
-    row[order[:keep]] = logits[:keep]
+    row[order[:in_support]] = logits[:in_support]
     return row
 
 
 def _at_least(logits: Tensor, least: float, decisions: Decisions, request: int) -> int:
     """How many of the sorted logits are within `least` of the first, with the margin of the nearest recorded."""
     gaps = logits - logits[0] - least
-    keep = int((gaps >= 0).sum())
-    inside, outside = gaps[keep - 1], gaps[keep] if keep < gaps.shape[0] else torch.tensor(-math.inf)
-    if keep > 1 and float(inside) < -float(outside):
+    in_support = int((gaps >= 0).sum())
+    inside, outside = gaps[in_support - 1], gaps[in_support] if in_support < gaps.shape[0] else torch.tensor(-math.inf)
+    if in_support > 1 and float(inside) < -float(outside):
         other = int((gaps > inside).sum())  # equal logits go together
         margin = float(inside)
     else:
-        other = int((gaps >= outside).sum()) if math.isfinite(float(outside)) else keep
+        other = int((gaps >= outside).sum()) if math.isfinite(float(outside)) else in_support
         margin = -float(outside)
-    return other if decisions.flipped(request, "min_p", margin, max(1.0, abs(least))) else keep
+    return other if decisions.flipped(request, "min_p", margin, max(1.0, abs(least))) else in_support

@@ -13,7 +13,7 @@ is exact.
 
 Source: "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation", arXiv 2607.05147,
 algorithm 1. Whether draft k is verified depends on nothing that was computed from draft k or later ones, which keeps
-both policies lossless. (A missing draft, id below 0, is no draft: nothing was proposed that could be judged.)
+both policies lossless. (A missing draft, id below 0, does not count: nothing was proposed there that could be verified.)
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Draft:
 def threshold_lengths(confidence: Tensor, threshold: float) -> Tensor:
     """Number of leading drafts before the first whose confidence is below `threshold`: int32 [R] from [R, K].
 
-    Each confidence is judged on its own, not the product. 0 verifies the whole block; NaN is below every positive
+    Each confidence is compared on its own, not the product. 0 verifies the whole block; NaN is below every positive
     threshold.
     """
     if not threshold > 0:
@@ -202,7 +202,7 @@ def schedule_prefixes(
         number = max(int(budget.item()), sum(draft.forced for draft in candidates))
     else:
         older = _candidates(requests, survival_units(stale_confidence), caps, min_len, least)[:room]
-        # The min_len drafts of this round may be fewer (missing ones) or as many as those of the plan, never more.
+        # Of the first min_len drafts, this round may have fewer than the plan counted (missing ones), never more.
         number = _best_number(older, step_cost, tau, rows)
     lengths = [0] * len(requests)
     for draft in candidates[:number]:

@@ -80,7 +80,7 @@ class PhiloxSource:
 
     def coupled(self, position: int, log_weights: Tensor, lanes: Tensor | None = None) -> int:
         """lanes: the noise of each entry, where it is not its index."""
-        # No anchor in this address: draft and target meet the same noise on purpose.
+        # This address holds no anchor, so that draft and target use the same noise.
         lanes = torch.arange(log_weights.numel(), device=log_weights.device) if lanes is None else lanes
         noise = philox.gumbel(self.seed, lanes, position, 0, Stream.COUPLED)
         return self.decisions.pick(self.request, "coupled", log_weights + noise)

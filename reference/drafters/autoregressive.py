@@ -1,4 +1,4 @@
-"""Plain decoding: no drafts, every round is one pass of the target and one token drawn from its law."""
+"""Plain decoding: no drafts, every round is one pass of the target and one token drawn from its distribution."""
 
 from __future__ import annotations
 

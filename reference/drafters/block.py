@@ -1,7 +1,7 @@
 """Blockwise parallel drafting: one pass over the anchor and masks predicts K positions independently of each other.
 
     ctx = norm(fc [h_l1; ...; h_lm]);  keys and values of every layer: projections of [ctx of the context; block]
-    draft law of position k = softmax(head(norm(hidden_k)) / T)
+    draft distribution of position k = softmax(head(norm(hidden_k)) / T)
 
 The block's rows see each other in both directions and the whole context; queries come from the block alone. The cache
 keeps the injected context, one entry per token before the anchor; the block's own keys and values are dropped after

@@ -2,7 +2,7 @@
 
     x_k ~ softmax(LM(x_<k) / T),  k = 1..K
 
-Sources: Leviathan et al. (arXiv 2211.17192), Chen et al. (arXiv 2302.01318).
+Symbols: K drafts, T temperature, x_0 the anchor. Sources: Leviathan et al. (arXiv 2211.17192), Chen et al. (arXiv 2302.01318).
 """
 
 from __future__ import annotations

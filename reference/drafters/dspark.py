@@ -1,6 +1,6 @@
 """DSpark: the block backbone, a sequential head that makes every draft depend on the one before, and a confidence head.
 
-    draft law of position k = softmax((base_k + bias(x_{k-1})) / T),  confidence_k = sigmoid(w . [h_k; W1[x_{k-1}]] + b)
+    draft distribution of position k = softmax((base_k + bias(x_{k-1})) / T),  confidence_k = sigmoid(w . [h_k; W1[x_{k-1}]] + b)
 
 x_0 is the anchor. Heads: vanilla, gated, rnn (dspark_kernels.types); the biases and the choice of tokens are
 ops.draft_block's. Source: "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation",

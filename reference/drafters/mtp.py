@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,14 @@ from dspark_kernels.types import DraftTree
 
 from ..model import DecoderLayer, KVCache, Rows, Shape, Target, Weights, rms_norm, run_layers
 from .protocol import Committed, Drafter, join, max_drafts_of, step
+
+
+class Unread(NamedTuple):
+    """Rows of one slot that the target committed and the module has not read yet."""
+
+    start: int  # position of the first
+    next_ids: Tensor  # int64 [n], the tokens that follow them
+    hidden: Tensor  # [n, d], the target's last layer
 
 
 class MTP(Drafter):
@@ -41,7 +50,7 @@ class MTP(Drafter):
     def start(self, slots, new_cache=KVCache):
         super().start(slots)
         self._cache = new_cache(self.shape, slots, self.target.device, self.target.dtype)
-        self._unread: list[tuple[int, Tensor, Tensor] | None] = [None] * slots  # first position, next ids, hidden
+        self._unread: list[Unread | None] = [None] * slots
 
     def propose(self, anchors, *, drafts, sampling, noise, ops):
         state = self._read(anchors)
@@ -74,16 +83,16 @@ class MTP(Drafter):
         return tree
 
     def commit(self, committed: Committed):
-        prompts, kept = [], []
+        prompts, index = [], []
         for slot, start, begin, end in committed.rows.segments:
-            self._cache.crop(slot, start)  # rows of the chain stood on guesses of the hidden state
+            self._cache.crop(slot, start)  # the chain's rows were computed from the module's own states
             if start == 0 and end - begin > 1:
                 prompts.append((slot, 0, end - begin - 1))
-                kept.extend(range(begin, end - 1))
+                index.extend(range(begin, end - 1))
                 start, begin = start + end - begin - 1, end - 1
-            self._unread[slot] = (start, committed.next_ids[begin:end], committed.pre_norm[begin:end])
+            self._unread[slot] = Unread(start, committed.next_ids[begin:end], committed.pre_norm[begin:end])
         if prompts:
-            index = torch.tensor(kept, device=self.target.device)
+            index = torch.tensor(index, device=self.target.device)
             rows = Rows.of(prompts, self.target.device)
             self._run(committed.next_ids[index], committed.pre_norm[index], rows)
 
@@ -92,11 +101,12 @@ class MTP(Drafter):
         self._unread[slot] = None
 
     def _read(self, anchors) -> Tensor:
-        """Run the rows kept in the last round; the last of each slot sees the anchor and gives draft 1: its state, [R, d]."""
+        """Run the rows committed in the last round. The last of each slot reads the anchor and gives draft 1: its state, [R, d]."""
         unread = [self._unread[slot] for slot in anchors.slots]
-        segments = [(slot, first, len(ids)) for slot, (first, ids, _) in zip(anchors.slots, unread, strict=True)]
+        segments = [(slot, part.start, len(part.next_ids)) for slot, part in zip(anchors.slots, unread, strict=True)]
         rows = Rows.of(segments, self.target.device)
-        return self._run(torch.cat([ids for _, ids, _ in unread]), torch.cat([h for _, _, h in unread]), rows)[rows.last()]
+        states = self._run(torch.cat([part.next_ids for part in unread]), torch.cat([part.hidden for part in unread]), rows)
+        return states[rows.last()]
 
     def _run_nodes(self, tree: DraftTree, anchors, states: list[Tensor]) -> list[Tensor]:
         """States of all nodes so far. Every pass runs them all again, since a node sees its ancestors as rows of its own pass.

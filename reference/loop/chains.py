@@ -58,7 +58,7 @@ class Batch:
         self.sampling = None if greedy else SamplingTensors(self.temperature, self.seed)
         # Of the slot's last two rounds, the older first. A budget is computed from the older one.
         self.confidences = [torch.ones(slots, max(1, drafts), device=device) for _ in range(2)]
-        # Stands in for a proposal where nothing is drafted: no drafts for any slot.
+        # The proposal of a step in which nothing is drafted.
         self.no_drafts = DraftBlock(
             torch.full((slots, max(1, drafts)), -1, device=device),
             OneHotProposal(),
@@ -166,11 +166,11 @@ class Batch:
         """Keep the accepted rows in the target's cache and hand them to the drafter."""
         output = verified.output
         accepted, tokens = acceptance.num_accepted.tolist(), acceptance.tokens.tolist()
-        kept, index, own_ids, next_ids = [], [], [], []
+        segments, index, own_ids, next_ids = [], [], [], []
         for row, (sequence, segment) in enumerate(zip(self.sequences, verified.rows.segments, strict=True)):
             path = list(range(sequence.prefill)) or self.path(acceptance, row)
             self.cache.crop(segment.slot, segment.start + len(path))
-            kept.append((segment.slot, segment.start, len(path)))
+            segments.append((segment.slot, segment.start, len(path)))
             index.extend(segment.begin + own for own in path)
             count, emitted = accepted[row], tokens[row]
             ids = sequence.ids if sequence.prefill else [sequence.ids[-1], *emitted[:count]]
@@ -180,7 +180,7 @@ class Batch:
         index = torch.tensor(index, device=device)
         self.drafter.commit(
             Committed(
-                Rows.of(kept, device),
+                Rows.of(segments, device),
                 torch.tensor(own_ids, device=device),
                 torch.tensor(next_ids, device=device),
                 output.pre_norm[index],
@@ -194,12 +194,12 @@ class Batch:
         starts, depths = layout.query_start_loc.tolist(), self._depths(layout)
         lengths, flags = layout.draft_lens.tolist(), (layout.flags | acceptance.flags).tolist()
         scores = self._token_scores(logits, layout, acceptance)
-        kept = [sequence.prefill or count for sequence, count in zip(self.sequences, emitted, strict=True)]
+        rows_left = [sequence.prefill or count for sequence, count in zip(self.sequences, emitted, strict=True)]
         decoding = len(self.decoding)
         for row, sequence in enumerate(self.sequences):
             result, count = sequence.result, emitted[row]
             verify_seconds = seconds.verifying * (starts[row + 1] - starts[row]) / starts[-1]
-            commit_seconds = seconds.committing * kept[row] / sum(kept)
+            commit_seconds = seconds.committing * rows_left[row] / sum(rows_left)
             if sequence.prefill:
                 result.prefill_seconds += verify_seconds + commit_seconds
             else:
@@ -214,7 +214,7 @@ class Batch:
                 result.confidences.append([] if confidence is None else confidence[sequence.slot].tolist())
             result.flags |= flags[row]
             sequence.emit(tokens[row][:count], scores.logprobs[row], scores.expected[row])
-            # A row without a finite logit says that the model is broken for this request: what it emitted is no sample.
+            # A row without a finite logit means that the model failed on this request: what it emitted is not a sample.
             sequence.done |= bool(flags[row] & Flag.NONFINITE_ROW)
 
     def _depths(self, layout: VerifyLayout) -> list[int]:

@@ -51,7 +51,7 @@ class Generation:
     verify_seconds: float = 0.0  # scheduling, the target's pass and acceptance
     prefill_seconds: float = 0.0  # the prompt's pass, the first token and the drafter's pass over the prompt
     logprobs: list[float] = dataclasses.field(default_factory=list)  # per token: ln of its probability
-    expected_logprobs: list[float] = dataclasses.field(default_factory=list)  # per token: the mean of that under its distribution
+    expected_logprobs: list[float] = dataclasses.field(default_factory=list)  # per token: the mean of ln p under its distribution p
     accepted: list[bool] = dataclasses.field(default_factory=list)  # per token: an accepted draft, or the target's own
     flags: int = 0  # dspark_kernels.types.Flag bits met while drafting or accepting
 
