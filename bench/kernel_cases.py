@@ -5,7 +5,7 @@
     flops         a product and its sum count 2; maximum, scaling, exp and sum of a log-sum-exp 4 per logit
     instructions  fp32 instructions per logit that no layout avoids: SUM_EXP, and NOISE where noise is drawn per token
 
-Symbols: R requests, K drafts, V vocabulary, r rank, H hidden size, N = R (K + 1) rows. Inputs: reference/cases.py; checks: the
+Symbols: R requests, K drafts, V vocabulary, r rank, H hidden size, N = R (K + 1) rows. Inputs: reference/cases; checks: the
 reference, draw by draw up to near ties (reference/equality.py), integers exactly, floats within the roundings that lead to them.
 Targets are those the project set for one H200; sizes are Qwen3-4B's with its published drafter.
 """
