@@ -1,6 +1,6 @@
 """tree_attention against reference/attention.py: masks, lengths, windows, pages, types, parts; and its properties.
 
-Every case poisons what no row may see with NaN (reference/cases/attention.py), and outputs before the call. `parts` cuts contexts into parts
+Every case poisons what no row may see with NaN (reference/cases), and outputs before the call. `parts` cuts contexts into parts
 of a few keys and rows into tiles, where the interpreter's own configuration would keep them whole.
 """
 

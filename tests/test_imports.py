@@ -118,6 +118,13 @@ def _dynamic(path):
                 yield node.lineno
 
 
+def _registered(path):
+    """Lines that reach an op by its registered name, which needs no import."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == f"torch.ops.{PACKAGE}":
+            yield node.lineno
+
+
 def violations(root):
     """Every import under root/dspark_kernels and root/reference that the arrows forbid."""
     found = []
@@ -128,6 +135,8 @@ def violations(root):
             layer = _layer(module)
             if module not in DYNAMIC:
                 found += [f"{where}:{line}: imports by a name made at run time" for line in _dynamic(path)]
+            if layer == "reference":
+                found += [f"{where}:{line}: {module} may not call a registered op" for line in _registered(path)]
             for line, target, in_function in _imports(path, root):
                 top = target.split(".")[0]
                 if top in (PACKAGE, "reference", "tests", "bench", "examples"):
@@ -240,6 +249,7 @@ def test_a_planted_circle_is_found(tmp_path):
         ("reference/x.py", "from dspark_kernels.kernels.primitives import philox"),
         ("reference/x.py", "from tests import equality"),
         ("reference/x.py", "import triton"),
+        ("reference/x.py", "import torch\ntorch.ops.dspark_kernels.draft_block()"),
         ("reference/x.py", "def f():\n    import transformers"),
         ("reference/huggingface.py", "import transformers"),
     ],
