@@ -11,8 +11,8 @@
     forced  (synthetic_rates, load tests) accept x_i while u_i < rate_i, then draw from p as after the last draft.
 
 Symbols: p_i target distribution at draft i (after all sampling settings, reference/sampling.py) and q_i draft distribution (after
-temperature), x_i drafts, L admitted drafts, P_i prefix probability, u_i acceptance uniforms in (0, 1). Comparisons are strict, so that
-u = 0 accepts nothing of probability 0.
+temperature), x_i drafts, L admitted drafts, P_i prefix probability, u_i acceptance uniforms in (0, 1). Comparisons are strict, so
+that u = 0 accepts nothing of probability 0.
 """
 
 from __future__ import annotations

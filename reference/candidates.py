@@ -3,12 +3,13 @@
     S_k = the C ids with the largest U_k (ties: lowest ids), and the successors of x_{k-1};  q_k(v) = softmax over v in S_k of
     (U_k(v) + B_k(v)) / T,  x_k ~ q_k (greedy: its arg-max),  x_0 = the anchor
 
-U_k are the base logits after penalties, bias and mask. These settings act on the sum U_k + B_k as well, where the penalties also count
-the path; the filters read the sum as it is stored, among the candidates. The token is chosen from the stored sum (fp64 here, rounded
-once to the logits' dtype) with the noise of its own id, so that an id that wins among all ids also wins among the candidates.
+U_k are the base logits after penalties, bias and mask. These settings act on the sum U_k + B_k as well, where the penalties also
+count the path; the filters read the sum as it is stored, among the candidates. The token is chosen from the stored sum (fp64 here,
+rounded once to the logits' dtype) with the noise of its own id, so that an id that wins among all ids also wins among the
+candidates.
 
-Symbols: R requests, S slots, K positions, V vocabulary, C candidates, B successors of a token, W = C + B columns. Source: DSpark, arXiv
-2607.05147.
+Symbols: R requests, S slots, K positions, V vocabulary, C candidates, B successors of a token, W = C + B columns. Source: DSpark,
+arXiv 2607.05147.
 """
 
 from __future__ import annotations

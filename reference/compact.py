@@ -16,8 +16,8 @@ from dspark_kernels.types import Acceptance, VerifyLayout
 def compact_kv(planes: list[Tensor], acceptance: Acceptance, layout: VerifyLayout) -> None:
     """planes: [pages, page_size, ...] tensors, moved in place; keys and values of all layers and whatever else lies by slot.
 
-    acceptance.kv_source: int32 [R, M], forward rows of the path, the anchor's first. A row without a cache slot (-1) is neither read
-    nor written.
+    acceptance.kv_source: int32 [R, M], forward rows of the path, the anchor's first. A row without a cache slot (-1) is neither
+    read nor written.
     """
     moves = []
     for r, accepted in enumerate(acceptance.num_accepted.tolist()):

@@ -75,8 +75,8 @@ def draft_block(
 ) -> DraftBlock:
     """The op's arguments and result (dspark_kernels.ops.draft), plus:
 
-    stored_logits: [R, K, V], with candidates [R, K, C + B], the sums that a kernel stored, before filters; support and tokens are then
-    chosen from these bits. decisions: records margins.
+    stored_logits: [R, K, V], with candidates [R, K, C + B], the sums that a kernel stored, before filters; support and tokens are
+    then chosen from these bits. decisions: records margins.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:

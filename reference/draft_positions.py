@@ -2,8 +2,8 @@
 
     for k = 1 .. K:  stored_k = round(U_k + B_k(x_{k-1}));  support by the filters;  x_k ~ softmax(stored_k / T) (greedy: arg-max)
 
-Symbols: R requests, S slots, K positions, V vocabulary, W columns of a row (V, or candidates and successors), U base logits, B bias of
-the head, T temperature, x_0 the anchor. Source: DSpark, arXiv 2607.05147.
+Symbols: R requests, S slots, K positions, V vocabulary, W columns of a row (V, or candidates and successors), U base logits, B bias
+of the head, T temperature, x_0 the anchor. Source: DSpark, arXiv 2607.05147.
 """
 
 from __future__ import annotations

@@ -3,20 +3,21 @@
     P(tokens) = sum, over the paths of choices that emit them, of the product of the choices' probabilities
 
 Every path of choices is replayed through the very rule functions of `accept.py`: `EnumeratingSource` answers acceptance tests and
-draws from a prescribed path and knows the exact probability of each answer; `CrowdSource` answers them for a set of seeds from their
-Philox words and keeps the seeds that got that answer.
+draws from a prescribed path and knows the exact probability of each answer; `CrowdSource` answers them for a set of seeds from
+their Philox words and keeps the seeds that got that answer.
 
 Races. A draw with weights w is the winner of a race of exponential clocks, arg-min E_i / w_i. Several races may run on the same
-clocks (the coupled rule does so on purpose, faulty noise by accident), so the joint distribution of their winners is needed. Race m,
-with winner a_m, says E_i >= (w_i / w_{a_m}) E_{a_m} for every i. With A the set of distinct winners and r_ia = the largest w_i / w_a
-over the races that a won, the event is E_i >= max_{a in A} r_ia E_a for all i. The losers (i outside A) are integrated out one by
-one, each leaving exp(-max_a r_ia E_a), hence
+clocks (the coupled rule does so on purpose, faulty noise by accident), so the joint distribution of their winners is needed. Race
+m, with winner a_m, says E_i >= (w_i / w_{a_m}) E_{a_m} for every i. With A the set of distinct winners and r_ia = the largest w_i /
+w_a over the races that a won, the event is E_i >= max_{a in A} r_ia E_a for all i. The losers (i outside A) are integrated out one
+by one, each leaving exp(-max_a r_ia E_a), hence
 
     P = integral over {E_b >= r_ba E_a for a, b in A} of exp(-sum_{a in A} E_a - sum_{i not in A} max_{a in A} r_ia E_a) dE_A
 
 The domain is a polyhedral cone in |A| dimensions, and the exponent is linear on each of the cones into which the maxima split it.
 A cone spanned by rays v_1..v_n with exponent -S(E), S linear, contributes |det(v_1..v_n)| / prod_j S(v_j). One race gives
-P = w_a / sum w, two races with distributions p and q on one winner P = 1 / sum_i max(p_i / p_a, q_i / q_a), Daliri et al., arXiv 2408.07978.
+P = w_a / sum w, two races with distributions p and q on one winner P = 1 / sum_i max(p_i / p_a, q_i / q_a), Daliri et al., arXiv
+2408.07978.
 
 Symbols: E_i independent Exp(1) clocks, one per token; K drafts of a round; V vocabulary. A context is the tuple of the tokens so
 far, the anchor last; the anchor's position is its index. Everything is fp64. Source: this project; the rules as in accept.py.
@@ -125,7 +126,8 @@ def joint_probability(races: tuple[tuple[tuple[float, ...], int], ...]) -> float
 class _Path:
     """Follows prescribed choices, then first choices; `untaken` lists the paths that branch off.
 
-    weight: what the path has come to, its probability so far or the seeds that follow it. memo: options by path, shared by all paths.
+    weight: what the path has come to, its probability so far or the seeds that follow it. memo: options by path, shared by all
+    paths.
     """
 
     def __init__(self, anchor_position: int, weight, path: tuple[int, ...] = (), memo: dict | None = None):
@@ -178,9 +180,9 @@ def explore(function: Callable, source: Callable) -> Iterator[tuple]:
 class EnumeratingSource(_Path):
     """`sources.Source` with exact probabilities: `weight` is the probability of the path.
 
-    known: what earlier rounds showed of the noise, by address: an interval that holds the uniform, or the races so far on the clocks.
-    levels: None for uniforms in (0, 1); otherwise u takes the values 0, 1/levels .. (levels-1)/levels with equal probability and is
-    compared by the code that compares Philox uniforms, so that u = 0 is among them.
+    known: what earlier rounds showed of the noise, by address: an interval that holds the uniform, or the races so far on the
+    clocks. levels: None for uniforms in (0, 1); otherwise u takes the values 0, 1/levels .. (levels-1)/levels with equal
+    probability and is compared by the code that compares Philox uniforms, so that u = 0 is among them.
     """
 
     def __init__(self, anchor_position: int, known: dict | None = None, path=(), memo=None, levels: int | None = None):
@@ -229,8 +231,8 @@ class EnumeratingSource(_Path):
 class CrowdSource(_Path):
     """What `sources.PhiloxSource` answers, for many seeds: `weight` holds the indices of those that follow the path.
 
-    seeds: int64 [N]. noise: cache of what was made for this anchor position. The vocabulary is one block (V <= 1024), so that the race
-    between blocks has one competitor and needs no noise.
+    seeds: int64 [N]. noise: cache of what was made for this anchor position. The vocabulary is one block (V <= 1024), so that the
+    race between blocks has one competitor and needs no noise.
     """
 
     def __init__(self, anchor_position: int, seeds: Tensor, members: Tensor, noise: dict, path=(), memo=None):
@@ -271,7 +273,7 @@ class CrowdSource(_Path):
 
 
 class Block(NamedTuple):
-    """Drafts of a round and the rows that verify them: K draft distributions (None: no draft), K + 1 of the target, K confidences."""
+    """Drafts of a round and what verifies them: K draft distributions (None: no draft), K + 1 target distributions, K confidences."""
 
     drafts: Context
     draft_probs: list
@@ -289,8 +291,8 @@ def _point(token: int, vocab: int) -> Tensor:
 class Decoder:
     """Toy target and drafter and how a round uses them.
 
-    target, draft: context -> fp64 [V], the distribution of the next token. The drafter's may be wider than the target's, or None: no
-    draft there (-1). rule: one of `accept.RULES`. one_hot: the draft is the drafter's most probable token, with probability 1.
+    target, draft: context -> fp64 [V], the distribution of the next token. The drafter's may be wider than the target's, or None:
+    no draft there (-1). rule: one of `accept.RULES`. one_hot: the draft is the drafter's most probable token, with probability 1.
     confidence: context up to the draft before -> probability that the next draft survives. length: (context, drafts, confidences of
     this block, confidences of the round before or None) -> how many of the drafts are verified (None: all). reported: the draft
     distribution given to the rule, where it is not the one that the drafts come from (which is an error).

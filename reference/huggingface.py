@@ -4,8 +4,8 @@
 
 The interface is that of reference/model.Target, for any causal language model whose cache can give up rows: full or sliding-window
 attention. Every slot has its own cache and every request of a pass is a call of its own, so that nothing depends on the batch. A
-layer's output is what the layer returns, also for the last layer (transformers' own `hidden_states` end with the final norm instead).
-When a model is loaded, the logits of its head are compared once with those of the whole model.
+layer's output is what the layer returns, also for the last layer (transformers' own `hidden_states` end with the final norm
+instead). When a model is loaded, the logits of its head are compared once with those of the whole model.
 
 transformers is imported on demand (the extra `transformers`). Nothing is downloaded, and no code from a directory is run.
 

@@ -2,9 +2,9 @@
 
     row of position p of a slot = block_table[slot][p // page_size] * page_size + p % page_size
 
-The interface is that of reference/model.KVCache. Every slot has a block table. Pages come from one pool in random order and return to
-it when a slot gives up rows, so that the pages of a request lie anywhere. What was never written is NaN, which makes a read outside a
-request's rows visible. The plan of the attention op is made once per pass and shared by the layers.
+The interface is that of reference/model.KVCache. Every slot has a block table. Pages come from one pool in random order and return
+to it when a slot gives up rows, so that the pages of a request lie anywhere. What was never written is NaN, which makes a read
+outside a request's rows visible. The plan of the attention op is made once per pass and shared by the layers.
 
 Symbols: N rows, S slots, Hq/Hkv query and key-value heads, D head size. Source: PagedAttention, arXiv 2309.06180.
 """

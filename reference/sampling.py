@@ -1,6 +1,7 @@
 """What a request's sampling settings do to a row of logits, in this order:
 
-    penalties   x / repetition (x > 0) or x * repetition for a penalised token (listed or on the path); x - frequency n; x - presence if n > 0
+    penalties   of a penalised token (listed or on the path): x / repetition (x > 0) or x * repetition; x - frequency n;
+                x - presence if n > 0
     bias, mask  x + logit_bias; -inf where the bit mask has a 0
     top_k       the k largest logits, ties to the lowest ids
     top_p       the fewest most probable tokens that sum to p of what top_k left ("joint": of the whole distribution)

@@ -9,8 +9,8 @@
     greedy     the walk with y = argmax p_v.
 
 Symbols: p_v target distribution after node v (after temperature), q_j the distribution that child j was drawn from given its elder
-siblings (without replacement: their tokens removed, renormalised), x a child's token, P_v prefix probability, u acceptance uniforms in
-(0, 1). Comparisons are strict.
+siblings (without replacement: their tokens removed, renormalised), x a child's token, P_v prefix probability, u acceptance uniforms
+in (0, 1). Comparisons are strict.
 """
 
 from __future__ import annotations
@@ -234,10 +234,10 @@ def accept_tree(
     """The op's arguments and result (dspark_kernels.ops.tree), plus `decisions` to record margins.
 
     Node m of a request is its m-th logit row, with the token of the layout's row; nodes without a row do not exist. A greedy
-    request, and every deterministic tree, is verified by the walk under each rule: there the three rules emit the same distribution.
-    Children of a node without a finite logit are not looked at. Sampling settings count as emitted the tokens on a node's own path:
-    the nodes from the anchor's child to the node itself, not their siblings; the anchor is counted with the earlier tokens. Draft
-    distributions are read as stored.
+    request, and every deterministic tree, is verified by the walk under each rule: there the three rules emit the same
+    distribution. Children of a node without a finite logit are not looked at. Sampling settings count as emitted the tokens on a
+    node's own path: the nodes from the anchor's child to the node itself, not their siblings; the anchor is counted with the
+    earlier tokens. Draft distributions are read as stored.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:

@@ -83,8 +83,9 @@ def draft_tree(
     num_nodes; a depth is skipped when the tree is full before it. node_budgets: int32 [R], nodes of each request (clamped to
     [1, num_nodes]); for the sampled methods they must not depend on this round's draws. candidates: children come from the C best
     base logits of their position alone. A greedy request of a sampled method gets its best tokens. Path probabilities are compared
-    at the sampling temperature (greedy: 1). Ties: the lowest node, then the lowest id. confidence: rank by survival, the product of q and of confidences along the path.
-    stored_logits: [S, M, V] the logits that a kernel stored; the children are then chosen from these bits. decisions: records margins.
+    at the sampling temperature (greedy: 1). Ties: the lowest node, then the lowest id. confidence: rank by survival, the product of
+    q and of confidences along the path. stored_logits: [S, M, V] the logits that a kernel stored; the children are then chosen from
+    these bits. decisions: records margins.
     """
     for name, value in (("out", out), ("workspace", workspace)):
         if value is not None:

@@ -43,7 +43,10 @@ def sampling_tensors(
         temperature=torch.tensor(temperatures, dtype=torch.float32)[choice],
         seed=torch.randint(-(2**63), 2**63 - 1, (slots,), generator=g),
     )
-    pick = lambda values, dtype: torch.tensor(values, dtype=dtype)[torch.randint(0, len(values), (slots,), generator=g)]  # noqa: E731
+
+    def pick(values, dtype):
+        return torch.tensor(values, dtype=dtype)[torch.randint(0, len(values), (slots,), generator=g)]
+
     if "top_k" in filters:
         tensors["top_k"] = pick([0, 1, 2, 5, max(1, vocab // 3), vocab], torch.int32)
     if "top_p" in filters:
