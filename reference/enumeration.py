@@ -273,7 +273,7 @@ class CrowdSource(_Path):
 
 
 class Block(NamedTuple):
-    """Drafts of a round and what verifies them: K draft distributions (None: no draft), K + 1 target distributions, K confidences."""
+    """Drafts of a round and what verifies them: K draft distributions (None: none), K + 1 target distributions, K confidences."""
 
     drafts: Context
     draft_probs: list
