@@ -148,11 +148,10 @@ RULES = {"token": token_rule, "block": block_rule, "coupled": coupled_rule, "gre
 
 
 class Chain(NamedTuple):
-    """One request: its anchor, its drafts and the target rows that verify them."""
+    """One request: its drafts and the target rows that verify them."""
 
     request: int  # batch row
     slot: int
-    anchor: int
     drafts: list[int]  # L admitted drafts
     position: int  # of the anchor
     rows: list[Tensor]  # L + 1 target rows, fp64 [V], after all sampling settings but temperature
@@ -170,11 +169,9 @@ class Call(NamedTuple):
     decisions: Decisions
 
     def draft_probs(self, chain: Chain, i: int) -> Tensor | None:
-        previous = chain.drafts[i - 1] if i else chain.anchor
         row = chain.rows[0]
         return draft_distribution(
-            self.proposal, chain.slot, i, chain.drafts[i], scale=chain.scale, vocab=row.shape[0], device=row.device,
-            previous=previous,
+            self.proposal, chain.slot, i, chain.drafts[i], scale=chain.scale, vocab=row.shape[0], device=row.device
         )  # fmt: skip
 
 
@@ -217,7 +214,7 @@ def accept_chain(
         if length < 0:
             result.commit_mask[starts[r] : starts[r + 1]] = True  # a prefill chunk that does not emit keeps its rows
             continue
-        anchor, *drafts = [ids[row_of[first + i]] for i in range(length + 1)]
+        drafts = [ids[row_of[first + i]] for i in range(1, length + 1)]
         raw = [target_logits[first + i] for i in range(length + 1)]
         # A row's own path: the drafts before it. fp32 as the kernels have it, because what is adjusted is an input of the rules.
         adjusted = [adjust(row.float(), sampling, slot, first + i, drafts[:i]) for i, row in enumerate(raw)]
@@ -225,7 +222,7 @@ def accept_chain(
         scale = inverse_temperature(float(sampling.temperature[slot])) if sampling is not None else 0.0
         rows = [filtered(row, scale, sampling, slot, call.decisions, r) for row in rows]
         stop = next((i for i in range(length + 1) if row_flags[i] & Flag.NONFINITE_ROW), None)
-        chain = Chain(r, slot, anchor, drafts, int(layout.positions[row_of[first]]), rows, scale, stop)
+        chain = Chain(r, slot, drafts, int(layout.positions[row_of[first]]), rows, scale, stop)
         verdict = _verify(chain, call)
         n = verdict.num_accepted
         result.tokens[r, : n + 1] = torch.tensor([*drafts[:n], verdict.token], dtype=torch.int64)

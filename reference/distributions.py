@@ -14,9 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dspark_kernels.types import DenseProposal, OneHotProposal, RebuiltProposal, SparseProposal
+from dspark_kernels.types import DenseProposal, OneHotProposal, SparseProposal
 
-from . import heads
 from .logits import inverse_temperature, read_logits
 
 
@@ -61,13 +60,6 @@ def log_prob(row: Tensor, token: int, scale: float) -> float:
     return float(torch.log_softmax((row - row.max()) * scale, 0)[token])
 
 
-def rebuilt_logits(proposal: RebuiltProposal, slot: int, i: int, previous: int) -> Tensor:
-    """The logits that draft i was drawn from, rounded as drafting stores them. previous: the token before draft i."""
-    row = proposal.base_logits[slot if proposal.rows is None else int(proposal.rows[slot]), i]
-    total = row.double() + heads.output_weights(proposal.head) @ heads.embed(proposal.head, previous)
-    return torch.where(total.isnan(), -math.inf, total).to(row.dtype)
-
-
 def draft_scale(proposal, slot: int, scale: float) -> float:
     """1 / T' of a slot: the proposal's own temperature, or the target's (`scale`) where it has none."""
     if proposal is None or isinstance(proposal, OneHotProposal) or proposal.temperature is None:
@@ -75,12 +67,10 @@ def draft_scale(proposal, slot: int, scale: float) -> float:
     return inverse_temperature(float(proposal.temperature[slot]))
 
 
-def draft_distribution(
-    proposal, slot: int, i: int, draft: int, *, scale: float, vocab: int, device, previous: int = -1
-) -> Tensor | None:
+def draft_distribution(proposal, slot: int, i: int, draft: int, *, scale: float, vocab: int, device) -> Tensor | None:
     """The distribution that draft i was drawn from, fp64 [V]; None where nothing was drawn (draft -1).
 
-    A greedy or one-hot draft has probability 1. previous: the token before the draft, which a RebuiltProposal needs.
+    A greedy or one-hot draft has probability 1.
     """
     if draft == -1:
         return None
@@ -90,11 +80,7 @@ def draft_distribution(
         if 0 <= draft < vocab:
             probs[draft] = 1.0
         return probs
-    if isinstance(proposal, RebuiltProposal):
-        stored = rebuilt_logits(proposal, slot, i, previous)
-    else:
-        stored = proposal.logits[slot, i]
-    by_column = distribution_of(read_logits(stored)[0], scale)
+    by_column = distribution_of(read_logits(proposal.logits[slot, i])[0], scale)
     ids = column_ids(proposal, slot, i)
     if ids is None:
         width = min(vocab, by_column.shape[0])
