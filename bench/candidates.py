@@ -19,12 +19,12 @@ from types import SimpleNamespace
 
 import torch
 
+from bench import assets
+from bench.shared import acceptance
 from dspark_kernels.types import MarkovHead
 from reference import loop
 from reference.drafters import DSpark
 from reference.model import Target
-
-from . import acceptance, assets
 
 FILE = Path(__file__).resolve().parent / "results" / "candidates.csv"
 CHOICES = ((16, 0), (64, 0), (256, 0), (16, 16), (64, 16))  # (C, B)

@@ -20,14 +20,14 @@ from types import SimpleNamespace
 
 import torch
 
+from bench import assets, lossless, trees
+from bench.models import DTYPES, BadArgument, Models, first_line, load, naming
+from bench.shared import summary
+from bench.shared.parity import CheckedOps
 from dspark_kernels.types import CostTable
 from reference.drafters import Autoregressive, Drafter, TreeShape
 from reference.loop import RULES, Generation, Request, decode
 from reference.schedule import POLICIES
-
-from . import assets, lossless, summary, trees
-from .models import DTYPES, BadArgument, Models, first_line, load, naming
-from .parity import CheckedOps
 
 SYSTEMS = ("autoregressive", "draft-model", "mtp", "mtp-tree", "block", "block-tree", "dspark", "dspark-tree")
 DEFAULTS = dict(max_new_tokens=64, num_prompts=16, batch_size=8, temperature=[1.0, 0.0], confidence_threshold=[0.0, 0.3])

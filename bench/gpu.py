@@ -31,7 +31,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import timing
+from bench.shared import timing
 
 ROOT = timing.ROOT
 FILES = ("summary.md", "state.json", "log.txt", "tests.txt", "kernels.csv", "round.csv", "launches.csv", "tune.json")
@@ -389,7 +389,7 @@ def _round(path: Path) -> list[str]:
 
 
 def _launches(path: Path) -> list[str]:
-    from . import launches
+    from bench import launches
 
     try:
         return ["", *launches.table(launches.read(path)).splitlines()]

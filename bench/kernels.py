@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from . import timing
+from bench.shared import timing
 
 RESULTS = timing.ROOT / "bench" / "results"
 SAMPLES, QUICK_SAMPLES = 200, 30
@@ -100,7 +100,7 @@ class Bench:
 
 
 def inputs_of(spec, seed: int, device) -> dict:
-    from . import kernel_cases
+    from bench.shared.cases import registry as kernel_cases
 
     inputs = kernel_cases.mapped(spec.make(seed), lambda tensor: tensor.to(device))
     # What a step makes once for all layers is an input of the call.
@@ -112,7 +112,7 @@ def check(spec, device, seed: int = 1, on_host: bool = False):
 
     on_host: where the reference computes; it makes thousands of small launches on a GPU.
     """
-    from . import kernel_cases
+    from bench.shared.cases import registry as kernel_cases
 
     inputs = inputs_of(spec, seed, device)
     result, evidence = spec.run(inputs)
@@ -144,8 +144,7 @@ def _no_time(case, contender: str, status: str, call: str = "", cache: str = "")
 
 def _timed(case, spec, inputs, result, bench: Bench) -> list[Row]:
     import dspark_kernels as dk
-
-    from . import kernel_cases
+    from bench.shared.cases import registry as kernel_cases
 
     size = kernel_cases.nbytes(inputs) + kernel_cases.nbytes(result)
     count, between = timing.input_sets(size, bench.machine.l2_bytes)
@@ -196,7 +195,7 @@ def _measured(case, spec, name, how, cache, calls, flush, bench: Bench) -> Row:
 def _another(spec, inputs, seed: int, device) -> dict:
     """Further inputs: of another seed where there are few requests, whose course is chance, and where addresses are among the
     inputs; else the same in other memory."""
-    from . import kernel_cases
+    from bench.shared.cases import registry as kernel_cases
 
     if spec.requests < 8 or hasattr(spec, "call"):
         return inputs_of(spec, seed, device)
@@ -205,7 +204,7 @@ def _another(spec, inputs, seed: int, device) -> dict:
 
 def _same_again(call, result, want) -> None:
     """Run once more into poisoned outputs. Raises AssertionError unless every bit is the checked one's."""
-    from . import kernel_cases
+    from bench.shared.cases import registry as kernel_cases
 
     kernel_cases.poison(result)
     call()
@@ -214,8 +213,8 @@ def _same_again(call, result, want) -> None:
 
 def _names(op: str, inputs, baselines) -> list[str]:
     """With "engines" replaced by those that are installed; PyTorch only where there is a function for the op."""
-    from . import engines
-    from .baselines import BASELINES
+    from bench.shared import engines
+    from bench.shared.baselines import BASELINES
 
     found = []
     for name in baselines:
@@ -224,8 +223,8 @@ def _names(op: str, inputs, baselines) -> list[str]:
 
 
 def _baseline_calls(op: str, name: str, sets) -> list[Callable]:
-    from . import engines
-    from .baselines import BASELINES
+    from bench.shared import engines
+    from bench.shared.baselines import BASELINES
 
     baseline = engines.checked(op, name, sets[0]) if name in engines.ENGINES.get(op, {}) else BASELINES[op]
     function = baseline.function
@@ -371,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.counters:
             return count_all(arguments)
         interpreted = prepare_triton()
-        from . import kernel_cases
+        from bench.shared.cases import registry as kernel_cases
 
         cases = choose(kernel_cases.registry(), arguments.op, arguments.case)
     except BadArgument as error:
@@ -391,7 +390,8 @@ def count_all(arguments) -> int:
     if torch.cuda.is_available():
         raise BadArgument("--counters: counts on a machine without a GPU")
     os.environ.pop("TRITON_INTERPRET", None)
-    from . import counters, kernel_cases
+    from bench import counters
+    from bench.shared.cases import registry as kernel_cases
 
     cases = kernel_cases.registry()
     cases = choose(cases if arguments.op or arguments.case else counters.chosen(cases), arguments.op, arguments.case)

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import kernels, timing
-from .kernels import BadArgument
+from bench import kernels
+from bench.kernels import BadArgument
+from bench.shared import timing
 
 RESULT = kernels.RESULTS / "launches.csv"
 OURS, EAGER = "dspark_kernels", "pytorch"
@@ -138,7 +139,7 @@ class Step:
 
 def steps(sampled: bool, small: bool) -> list[Step]:
     """The ops of a round at few requests; small: also few ids and keys."""
-    from . import attention_cases, kernel_cases, layout_cases
+    from bench.shared.cases import attention as attention_cases, layout as layout_cases, registry as kernel_cases
 
     sizes = dict(vocab=1500) if small else {}
     model = dict(rank=16, hidden=24) if small else {}
@@ -155,8 +156,7 @@ def steps(sampled: bool, small: bool) -> list[Step]:
 def calls_of(step: Step, device) -> dict[str, Callable]:
     """contender -> a call of the step with outputs and scratch memory given, as a captured graph needs it."""
     import dspark_kernels as dk
-
-    from .baselines import BASELINES
+    from bench.shared.baselines import BASELINES
 
     inputs = kernels.inputs_of(step.spec, 1, device)
     if step.op == "plan_attention":

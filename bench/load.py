@@ -32,16 +32,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench import assets
+from bench.decode import BadArgument, Progress as _TokenProgress
+from bench.load_report import COLUMNS, FIELDS, plot, records, sentences, table_of
+from bench.load_simulation import MEAN_TOKENS, WARM, Draws, Run, Source, policy_of, simulate, steps_for
+from bench.shared import acceptance, roofline
 from dspark_kernels import cost as costs
 from dspark_kernels.types import CostTable
 from reference.drafters import Anchors, Committed, DSpark
 from reference.loop import REFERENCE_OPS
 from reference.model import Rows, Target
-
-from . import acceptance, assets, roofline
-from .decode import BadArgument, Progress as _TokenProgress
-from .load_report import COLUMNS, FIELDS, plot, records, sentences, table_of
-from .load_simulation import MEAN_TOKENS, WARM, Draws, Run, Source, policy_of, simulate, steps_for
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 THRESHOLDS = (0.3, 0.5, 0.7)

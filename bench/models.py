@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 
+from bench import assets
 from dspark_kernels import checkpoint_formats
 from dspark_kernels.checkpoint import load_drafter, load_target, read_config, stop_tokens
 from dspark_kernels.types import CostTable
 from reference import huggingface
 from reference.drafters import MTP, Block, Drafter, DraftModel, DSpark
 from reference.model import Target
-
-from . import assets
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

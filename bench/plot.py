@@ -24,8 +24,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import kernels, launches
-from .kernels import BadArgument
+from bench import kernels, launches
+from bench.kernels import BadArgument
 
 FORMATS = ("png", "svg")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "--")
@@ -122,7 +122,7 @@ def latency(figure, rows: Sequence[dict]) -> None:
 
 def whole_round(figure, rows: Sequence[dict]) -> None:
     """Per batch size what the ops' medians are of their sum, the graph of all above; and shares of an engine's round."""
-    from .round import DECISIONS, GRAPH, OPS, SUM
+    from bench.round import DECISIONS, GRAPH, OPS, SUM
 
     rows = [row for row in rows if row["p50_us"]]
     batches = sorted({int(row["requests"]) for row in rows})
@@ -309,14 +309,14 @@ def pictures(results: Path) -> list[tuple[str, Callable, Callable]]:
     if (results / "launches.csv").exists():
         found.append(("launches", launch_counts, lambda: launches.read(results / "launches.csv")))
     if (results / "systems.json").exists():
-        from . import systems  # which needs numpy and the models' code
+        from bench import systems  # which needs numpy and the models' code
 
         found += [(name, draw, lambda: systems.load(results / "systems.json")) for name, draw in SYSTEMS.items()]
     return found
 
 
 def embedded_rounds() -> dict:
-    from . import acceptance
+    from bench.shared import acceptance
 
     return acceptance.load()[0]
 

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
+from bench.shared import acceptance
 from dspark_kernels import MarkovHead, quantise_head
-
-from . import acceptance
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quantised.csv"
 WEIGHTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 import dspark_kernels as dk
-
-from . import kernels, roofline, timing
-from .kernels import BadArgument
+from bench import kernels
+from bench.kernels import BadArgument
+from bench.shared import roofline, timing
 
 OPS = ("draft_block", "schedule_prefixes", "plan_attention", "tree_attention", "accept_chain")
 DECISIONS = ("draft_block", "schedule_prefixes", "accept_chain")
@@ -68,9 +68,10 @@ class Sizes:
 
     def bytes(self) -> dict[str, int]:
         """op -> what must move once, all layers together; counted by the cases of bench.kernels, with all drafts verified."""
-        from .attention_cases import Attention
-        from .kernel_cases import Accept, Draft
-        from .layout_cases import Schedule
+        from bench.shared.cases.accept import Accept
+        from bench.shared.cases.attention import Attention
+        from bench.shared.cases.draft import Draft
+        from bench.shared.cases.layout import Schedule
 
         model = dict(drafts=self.drafts, vocab=self.vocab)
         heads = dict(query_heads=self.query_heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
@@ -217,7 +218,7 @@ def workspace_of(sizes: Sizes, device) -> dk.Workspace:
 
 def into_memory(ops, sizes: Sizes, given: Given) -> tuple[Round, dict]:
     """(a round that writes to memory of its own and allocates nothing, what it must write)."""
-    from .kernel_cases import mapped, poison
+    from bench.shared.cases.tensors import mapped, poison
 
     given.again()
     first = Round(ops, sizes, given)
@@ -229,7 +230,8 @@ def into_memory(ops, sizes: Sizes, given: Given) -> tuple[Round, dict]:
 
 def same(round: Round, want: dict, call: Callable, given: Given) -> None:
     """Run once more. Raises AssertionError unless every result is the wanted one's, bit by bit."""
-    from .kernel_cases import require, same as equal
+    from bench.shared.cases.checks import require
+    from bench.shared.cases.tensors import same as equal
 
     given.again()
     call()
@@ -239,7 +241,7 @@ def same(round: Round, want: dict, call: Callable, given: Given) -> None:
 
 def check(sizes: Sizes, device, ops=None) -> int:
     """Comparisons made: every op of a round with the reference, then a round into given memory with that one, bit by bit."""
-    from .parity import CheckedOps
+    from bench.shared.parity import CheckedOps
 
     given = make(sizes, device)
     checked = CheckedOps(ops or dk)
@@ -353,7 +355,7 @@ def measure(sizes: Sizes, bench: kernels.Bench) -> dict[str, timing.Timing]:
     flush = timing.Flush(timing.FLUSH * bench.machine.l2_bytes, bench.device)
     with torch.no_grad():
         replay = bench.capture(round)
-        from .kernel_cases import poison
+        from bench.shared.cases.tensors import poison
 
         poison(round.results)
         same(round, want, replay, given)

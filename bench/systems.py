@@ -32,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import assets
+from bench.shared import acceptance, summary
 from dspark_kernels.calibration import fit_sts, reliability, survival
 from dspark_kernels.types import DraftBlock, GatedMarkovHead, MarkovHead, OneHotProposal, RnnMarkovHead
 from reference import loop
 from reference.drafters import MTP, Anchors, Autoregressive, Block, Committed, Drafter, DraftModel, DSpark
 from reference.model import Rows, Target
-
-from . import acceptance, assets, summary
 
 RESULTS = Path(__file__).resolve().parent / "results" / "systems.json"
 README = assets.FOLDER / "README.md"
@@ -405,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         p.error(str(error))
     if a.plot:
-        from . import plot
+        from bench import plot
 
         for name, draw in plot.SYSTEMS.items():
             print(", ".join(path.name for path in plot.save(draw, found, a.results.parent / name)))

@@ -28,11 +28,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.shared import timing
 from dspark_kernels.launch import table
 from dspark_kernels.launch.arch import KNOWN, Arch
 from dspark_kernels.launch.table import Entry, Table
-
-from . import timing
 
 GAIN = 0.03  # of the median: less is not worth a change
 LATENCY = 700e-9  # s from a load to its data, about; assumed
@@ -101,7 +100,7 @@ def _draft_call(calls, shape):
 
 
 def _layout_cases():
-    from . import layout_cases
+    from bench.shared.cases import layout as layout_cases
 
     return layout_cases
 
@@ -221,7 +220,7 @@ def compiled(kernel: str, shape: dict, config: dict, arch: str) -> Binary:
     """Compile one configuration offline, or find it in the compile report. Needs a process in which kernels are not interpreted."""
     import torch
 
-    from . import compile, compile_cases  # in this order: compile decides that kernels are not interpreted
+    from bench import compile, compile_cases  # in this order: compile decides that kernels are not interpreted
 
     torch.set_num_threads(1)
     with table.trial(kernel, shape, config):
@@ -308,7 +307,7 @@ def explain(names: Sequence[str], kernels: Sequence[str], folder: Path, submit: 
 
 
 def case_bytes(kernel: str, shape: dict) -> int:
-    from . import attention_cases, kernel_cases
+    from bench.shared.cases import attention as attention_cases, registry as kernel_cases
 
     spec = KERNELS[kernel].spec(kernel_cases, attention_cases, shape)
     return 0 if spec is None else spec.bytes
@@ -427,7 +426,8 @@ class Tools:
 
     def timer(self, kernel: str, shape: dict, config: dict) -> float | None:
         """Median of cold graph replays, None for what differs from the reference or does not run."""
-        from . import attention_cases, kernel_cases, kernels
+        from bench import kernels
+        from bench.shared.cases import attention as attention_cases, registry as kernel_cases
 
         spec = KERNELS[kernel].spec(kernel_cases, attention_cases, shape)
         with table.trial(kernel, shape, config):
@@ -499,9 +499,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def on_gpu(arguments, chosen: Sequence[str], submit: Callable) -> int:
     import torch
 
+    from bench import kernels
     from dspark_kernels.launch import arch as archs
-
-    from . import kernels
 
     deadline = time.monotonic() + arguments.seconds
     device = torch.device("cuda", torch.cuda.current_device())

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import acceptance, assets, systems
+from bench import assets, systems
 from bench.assets import build, build_corpus, build_models, build_stages, build_text, build_tokenizer, build_train
 from bench.assets.build_plan import FULL, QUICK
 from bench.assets.tokenizer import FIRST_MERGE, MASK, WORDS, Tokenizer
+from bench.shared import acceptance
 from reference import heads
 from reference.draft import draft_block
 from reference.drafters import MTP, Autoregressive, Block, DraftModel, DSpark

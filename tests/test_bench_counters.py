@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 import machine
 
-from bench import counters, kernel_cases
+from bench import counters
+from bench.shared.cases import registry as kernel_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import assets, decode as job, lossless, summary, trees
+from bench import assets, decode as job, lossless, trees
 from bench.assets.build import LIMIT
-from bench.parity import CheckedOps
+from bench.shared import summary
+from bench.shared.parity import CheckedOps
 from dspark_kernels.types import CostTable
 from reference import attention, compact, loop
 from reference.drafters import Autoregressive, DSpark, TreeShape

@@ -9,8 +9,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import engines, kernel_cases as kc, kernels, layout_cases as lc, timing
-from bench.attention_cases import Attention
+from bench import kernels
+from bench.shared import engines, timing
+from bench.shared.cases import layout as lc, registry as kc
+from bench.shared.cases.attention import Attention
 
 CPU = torch.device("cpu")
 FLASHINFER, VLLM, SGLANG = (f"softmax + {name}" for name in ("flashinfer", "vllm", "sgl_kernel"))

@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
-from bench import gpu, timing
+from bench import gpu
 from bench.gpu import Result, Step
+from bench.shared import timing
 
 
 def python(code, **options):
@@ -43,7 +44,7 @@ def test_the_steps_and_their_order(tmp_path):
 
 
 def test_every_op_is_timed(tmp_path):
-    from bench.kernel_cases import registry
+    from bench.shared.cases.registry import registry
 
     named = [part for step in gpu.steps(tmp_path) for part in step.command if part.startswith("--op=")]
     assert sorted(named) == sorted({f"--op={case.op}" for case in registry()})

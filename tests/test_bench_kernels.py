@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import dspark_kernels as dk
-from bench import baselines, kernel_cases as kc, kernels, layout_cases as lc, timing
+from bench import kernels
+from bench.shared import baselines, timing
+from bench.shared.cases import layout as lc, registry as kc
 from reference import accept, cases, draft, layout as layouts, schedule
 
 CPU = torch.device("cpu")
@@ -676,7 +678,7 @@ needs_attention = pytest.mark.skipif(not hasattr(dk, "tree_attention"), reason="
 
 @needs_attention
 def test_costs_of_attention_by_hand():
-    from bench.attention_cases import Attention
+    from bench.shared.cases.attention import Attention
 
     spec = Attention(2, 40, rows=3, query_heads=4, kv_heads=2, head_dim=8)
     assert spec.bytes == 2 * 2 * 2 * 8 * (80 + 6) + 2 * 2 * 6 * 4 * 8 + 4 * 2 * 3 + 2 * 8 + 4
@@ -700,7 +702,7 @@ def test_a_wrong_attention_turns_the_gate_red(monkeypatch):
 @needs_attention
 @pytest.mark.parametrize("mask", ["chain", "tree"])
 def test_gathered_attention_is_the_reference(mask):
-    from bench.attention_cases import Attention
+    from bench.shared.cases.attention import Attention
     from reference import attention
 
     inputs = Attention(3, 37, rows=5, mask=mask, query_heads=4, kv_heads=2, head_dim=16).make(1)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import acceptance, load as job, load_report as report, load_simulation as simulation, roofline
+from bench import load as job, load_report as report, load_simulation as simulation
+from bench.shared import acceptance, roofline
 from dspark_kernels.types import CostTable
 
 ROOT = Path(__file__).resolve().parents[1]

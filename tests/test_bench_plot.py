@@ -10,7 +10,8 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from bench import kernels, launches, plot, round as rounds, systems, timing
+from bench import kernels, launches, plot, round as rounds, systems
+from bench.shared import timing
 
 GPU = dict(gpu="Stand-in", driver="1", torch="2", triton="3", commit="abc")
 
@@ -204,7 +205,7 @@ def test_launches_are_numbered(results):
 def test_acceptance_by_position():
     import torch
 
-    from bench.acceptance import Rounds
+    from bench.shared.acceptance import Rounds
 
     found = Rounds(torch.zeros(4, 3), torch.tensor([0, 1, 3, 3]), torch.zeros(4).long())
     figure = Figure()
@@ -217,7 +218,7 @@ def test_acceptance_by_position():
 def test_positions_that_nobody_reached_are_left_out():
     import torch
 
-    from bench.acceptance import Rounds
+    from bench.shared.acceptance import Rounds
 
     found = Rounds(torch.zeros(2, 3), torch.tensor([0, 1]), torch.zeros(2).long())
     figure = Figure()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import dspark_kernels as dk
-from bench import kernels, round as rounds, timing
-from bench.kernel_cases import tensors
+from bench import kernels, round as rounds
+from bench.shared import timing
+from bench.shared.cases.tensors import tensors
 
 pytest.importorskip("triton")
 

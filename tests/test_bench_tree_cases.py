@@ -7,8 +7,9 @@ import torch
 from test_bench_kernels import CASES, CPU, FakeClock, assert_red, bench_of
 
 import dspark_kernels as dk
-from bench import kernel_cases as kc, kernels, tree_cases as tc
-from bench.baselines import BASELINES
+from bench import kernels
+from bench.shared.baselines import BASELINES
+from bench.shared.cases import registry as kc, trees as tc
 
 pytest.importorskip("triton")
 

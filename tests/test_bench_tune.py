@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import timing, tune
+from bench import tune
+from bench.shared import timing
 from dspark_kernels.launch import arch, table
 from dspark_kernels.launch.table import Entry
 
@@ -232,7 +233,7 @@ def test_every_kernel_of_the_tables_can_be_tuned():
 @pytest.mark.parametrize("kernel", ["layout", "schedule", "attention"])
 def test_the_case_that_is_timed_asks_for_the_entry(kernel, monkeypatch):
     """With the entry's own shape, or a size no doubling away, so that a trial is of what the entry is for."""
-    from bench import attention_cases, kernel_cases
+    from bench.shared.cases import attention as attention_cases, registry as kernel_cases
 
     for entry in table.read(table.FOLDER / "sm_90.json")[kernel]:
         spec = tune.KERNELS[kernel].spec(kernel_cases, attention_cases, entry.shape)

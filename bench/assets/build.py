@@ -221,7 +221,7 @@ def _run_all(context: Context, arguments: Sequence[str], running: dict, log) -> 
 
 def install(out: Path) -> None:
     """Finished files over those in bench/assets, record and measurements over those in bench/results, tables into README.md."""
-    from .. import systems
+    from bench import systems
 
     results = systems.RESULTS.parent
     for stage, to in (("pack", FOLDER), ("rounds", FOLDER), ("report", results)):

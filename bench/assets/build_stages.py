@@ -331,7 +331,7 @@ def _overlap(one: str, other: str) -> bool:
 
 def rounds(context) -> dict:
     """Rounds of the DSpark drafter for the load simulator and the calibration."""
-    from .. import acceptance
+    from bench.shared import acceptance
 
     plan, folder, found = context.plan, context.folder("pack"), {}
     for domain in acceptance.DOMAINS:
@@ -349,7 +349,8 @@ def rounds(context) -> dict:
 
 
 def report(context) -> dict:
-    from .. import acceptance, systems
+    from bench import systems
+    from bench.shared import acceptance
 
     plan = context.plan
     found = systems.measure(

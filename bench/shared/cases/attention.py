@@ -1,4 +1,4 @@
-"""Cases of tree_attention for bench.kernels: registered where the package has the op (kernel_cases.registry).
+"""Cases of tree_attention for bench.kernels.
 
     bytes  keys and values of every context once, those of the rows themselves, queries and results, page tables
     flops  two products of head size per visible pair of row and key, 2 per element each
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import dspark_kernels as dk
+from bench.shared.baselines import BASELINES, Baseline
+from bench.shared.cases.case import BF16, DRAFTS, PAGE, Case, Target
+from bench.shared.cases.checks import require
 from reference import attention, cases
-
-from .baselines import BASELINES, Baseline
-from .kernel_cases import BF16, DRAFTS, PAGE, Case, Target, require
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import dspark_kernels as dk
+from bench.shared.baselines import BASELINES, Baseline
+from bench.shared.cases.case import BF16, DRAFTS, HIDDEN, PAGE, RANK, SUM_EXP, VOCAB, Case
+from bench.shared.cases.checks import by_request, require
+from bench.trees import comb
 from reference import cases, compact, tree as trees, tree_draft
 from reference.equality import assert_equal_or_tied
-
-from .baselines import BASELINES, Baseline
-from .kernel_cases import BF16, DRAFTS, HIDDEN, PAGE, RANK, SUM_EXP, VOCAB, Case, by_request, require
-from .trees import comb
 
 LINKS = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors", "num_nodes", "flags")
 

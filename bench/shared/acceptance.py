@@ -22,13 +22,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from bench import assets
 from dspark_kernels.calibration import expected_calibration_error, fit_sts, survival
 from dspark_kernels.types import MarkovHead
 from reference import loop
 from reference.drafters import DSpark
 from reference.model import Target
-
-from . import assets
 
 FILE = assets.FOLDER / "rounds.json"
 TEXTS = assets.FOLDER / "texts.json"

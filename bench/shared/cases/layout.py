@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import dspark_kernels as dk
+from bench.shared.cases.case import DRAFTS, PAGE, VOCAB, Case, Target
+from bench.shared.cases.checks import require
 from reference import layout as layouts, schedule
-
-from .kernel_cases import DRAFTS, PAGE, VOCAB, Case, Target, require
 
 
 def same_layout(op: str, have: dk.VerifyLayout, want: dk.VerifyLayout) -> None:

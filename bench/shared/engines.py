@@ -30,9 +30,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import attention_cases  # noqa: F401  its PyTorch baseline judges attention
-from .baselines import BASELINES, Baseline, _draw, _emitted
-from .kernel_cases import require
+from bench.shared.baselines import BASELINES, Baseline, _draw, _emitted
+from bench.shared.cases import attention as attention_cases  # noqa: F401  its PyTorch baseline judges attention
+from bench.shared.cases.checks import require
 
 FAR = -1e4  # a logit whose probability is 0 beside one of 0, in fp16, too
 
