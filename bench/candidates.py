@@ -6,7 +6,7 @@ Rounds are those of bench.acceptance (one per cut of a real text), every STRIDE-
 the difference is between pairs. The embedded vocabulary is small (about 1000 ids), so that 256 candidates are a quarter of it.
 Successors: the B ids that the sequential head itself ranks first after a token, arg-top of W1[x] W2^T, joined to the candidates.
 
-    python -m bench.candidates [--stride 16] [--output FILE]
+    python -m bench.candidates [--stride 16] [--out FILE]
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import torch
 
 from bench import assets
 from bench.shared import acceptance
+from bench.shared.paths import RESULTS
 from dspark_kernels.types import MarkovHead
 from reference import loop
 from reference.drafters import DSpark
 from reference.model import Target
 
-FILE = Path(__file__).resolve().parent / "results" / "candidates.csv"
+FILE = RESULTS / "candidates.csv"
 CHOICES = ((16, 0), (64, 0), (256, 0), (16, 16), (64, 16))  # (C, B)
 COLUMNS = ("domain", "candidates", "successors", "rounds", "tokens_per_round", "difference", "error")
 
@@ -78,7 +79,7 @@ def measure(domain: str, stride: int, choices=CHOICES, texts: int | None = None)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.candidates", description=__doc__.split("\n")[0])
     parser.add_argument("--stride", type=int, default=16, help="tokens between two cuts (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=FILE, metavar="FILE", help="CSV to write (default: %(default)s)")
+    parser.add_argument("--out", "--output", type=Path, default=FILE, metavar="FILE", help="CSV to write (default: %(default)s)")
     options = parser.parse_args(arguments)
     rows = []
     for domain in acceptance.DOMAINS:
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             row |= {name: f"{row[name]:.4f}" for name in COLUMNS[4:]}
             rows.append(row)
             print(" ".join(f"{row[name]:>16}" for name in COLUMNS), flush=True)
-    with options.output.open("w", newline="") as file:
+    with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

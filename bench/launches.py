@@ -9,14 +9,13 @@ and allocations launch nothing and are left out; every other operator counts onc
 launches several kernels on a GPU: what is said of plain PyTorch is a lower bound. Torch operators inside an op of the package are
 not seen that way; on a GPU they would be.
 
-Counts do not depend on sizes but on K, the drafts of a block, over which plain PyTorch loops. PyTorch's steps: bench/baselines.py.
+Counts do not depend on sizes but on K, the drafts of a block, over which plain PyTorch loops. PyTorch's steps: bench/shared/baselines.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -25,41 +24,23 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import kernels
-from bench.kernels import BadArgument
+import dspark_kernels as dk
 from bench.shared import timing
+from bench.shared.arguments import BadArgument, Parser
+from bench.shared.baselines import BASELINES
+from bench.shared.cases.accept import Accept
+from bench.shared.cases.attention import Attention
+from bench.shared.cases.draft import Draft
+from bench.shared.cases.layout import Schedule
+from bench.shared.interpreter import prepare_triton
+from bench.shared.launch_table import EAGER, OURS, Row, table, write
+from bench.shared.measure import inputs_of
+from bench.shared.paths import RESULTS
 
-RESULT = kernels.RESULTS / "launches.csv"
-OURS, EAGER = "dspark_kernels", "pytorch"
-LAYERS = 36  # of Qwen3-4B
+RESULT = RESULTS / "launches.csv"
 NOTHING = (  # allocations, views whose schema does not say so, and a number in a `where`, which some versions keep on the host
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "scalar_tensor",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """launches = triton + torch without a GPU (see above), device events with one."""
-
-    setting: str  # sampled or greedy
-    op: str
-    per: str  # "round" or "layer"
-    contender: str
-    launches: int
-    triton_launches: int | str
-    torch_operators: int | str
-    method: str
-    drafts: int
-    gpu: str
-    torch: str
-    triton: str
-    commit: str
-
-
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-
-
-# --- counting ---------------------------------------------------------------------------------------------------------
 
 
 class Operators(TorchDispatchMode):
@@ -127,9 +108,6 @@ def on_device(call: Callable) -> tuple[int, str, str]:
     return sum(event.device_type == device for event in profile.events()), "", ""
 
 
-# --- the steps of a round ---------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Step:
     op: str
@@ -139,26 +117,21 @@ class Step:
 
 def steps(sampled: bool, small: bool) -> list[Step]:
     """The ops of a round at few requests; small: also few ids and keys."""
-    from bench.shared.cases import attention as attention_cases, layout as layout_cases, registry as kernel_cases
-
     sizes = dict(vocab=1500) if small else {}
     model = dict(rank=16, hidden=24) if small else {}
     heads = dict(query_heads=4, kv_heads=2, head_dim=32) if small else {}
     return [
-        Step("draft_block", "round", kernel_cases.Draft(4, sampled, **sizes, **model)),
-        Step("schedule_prefixes", "round", layout_cases.Schedule(4, "causal")),
-        Step("accept_chain", "round", kernel_cases.Accept(4, "dense" if sampled else "one_hot", sampled, **sizes)),
-        Step("plan_attention", "round", attention_cases.Attention(3, 70, **heads)),
-        Step("tree_attention", "layer", attention_cases.Attention(3, 70, **heads)),
+        Step("draft_block", "round", Draft(4, sampled, **sizes, **model)),
+        Step("schedule_prefixes", "round", Schedule(4, "causal")),
+        Step("accept_chain", "round", Accept(4, "dense" if sampled else "one_hot", sampled, **sizes)),
+        Step("plan_attention", "round", Attention(3, 70, **heads)),
+        Step("tree_attention", "layer", Attention(3, 70, **heads)),
     ]
 
 
 def calls_of(step: Step, device) -> dict[str, Callable]:
     """contender -> a call of the step with outputs and scratch memory given, as a captured graph needs it."""
-    import dspark_kernels as dk
-    from bench.shared.baselines import BASELINES
-
-    inputs = kernels.inputs_of(step.spec, 1, device)
+    inputs = inputs_of(step.spec, 1, device)
     if step.op == "plan_attention":
         given = dict(query_heads=step.spec.query_heads)
         return {OURS: lambda: dk.plan_attention(inputs["layout"], inputs["kv"], **given, out=inputs["plan"])}
@@ -190,52 +163,9 @@ def count(device, small: bool) -> list[Row]:
     return rows
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
-
-
-def launches_of(rows: Sequence[Row], setting: str, contender: str, ops: Sequence[str]) -> int:
-    return sum(int(row.launches) for row in rows if (row.setting, row.contender) == (setting, contender) and row.op in ops)
-
-
-DECISIONS = ("draft_block", "schedule_prefixes", "accept_chain")  # a round's steps beside the models
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: launches per round, ours beside plain PyTorch."""
-    text = [f"| launches per round, K = {rows[0].drafts} | dspark_kernels | PyTorch |", "| --- | --- | --- |"]
-    for setting in ("sampled", "greedy"):
-        for op in DECISIONS:
-            pair = [launches_of(rows, setting, contender, [op]) for contender in (OURS, EAGER)]
-            text.append(f"| `{op}`, {setting} | {pair[0]} | {pair[1]} |")
-        pair = [launches_of(rows, setting, contender, DECISIONS) for contender in (OURS, EAGER)]
-        text.append(f"| **together, {setting}** | **{pair[0]}** | **{pair[1]}** |")
-    plan = launches_of(rows, "sampled", OURS, ["plan_attention"])
-    layer = [launches_of(rows, "sampled", contender, ["tree_attention"]) for contender in (OURS, EAGER)]
-    text.append(f"| attention, {LAYERS} layers | {plan} + {LAYERS} x {layer[0]} | {LAYERS} x {layer[1]} |")
-    bound = "" if rows[0].gpu != "none" else "; PyTorch's is a lower bound: one per operator, of which some launch several kernels"
-    return "\n".join([*text, "", f"Counted by {rows[0].method}{bound}."])
-
-
-def write(path: Path, rows: Sequence[Row]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
-
-
-def read(path: Path) -> list[Row]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return [Row(**{**row, "launches": int(row["launches"]), "drafts": int(row["drafts"])}) for row in csv.DictReader(file)]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadArgument(message)
-
-
 def parser() -> argparse.ArgumentParser:
     first, rest = __doc__.split("\n", 1)
-    p = _Parser(
+    p = Parser(
         prog="python -m bench.launches", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--out", metavar="FILE", default=str(RESULT), help="the CSV file (default: bench/results/launches.csv)")
@@ -248,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = Path(parser().parse_args(argv).out)
         if path.is_dir() or not path.resolve().parent.is_dir():
             raise BadArgument(f"--out: expected a file in a folder that exists, got {path}")
-        interpreted = kernels.prepare_triton()
+        interpreted = prepare_triton()
     except BadArgument as error:
         print(f"bench.launches: {error}", file=sys.stderr)
         return 2

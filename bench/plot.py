@@ -18,25 +18,17 @@ What was not measured is not drawn, and said. The same data gives the same files
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import kernels, launches
-from bench.kernels import BadArgument
-
-FORMATS = ("png", "svg")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "--")
-MARKERS = "osD^vx*P"
-LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
-GREYS = ("0.25", "0.85", "0.6", "1.0", "0.45", "0.95", "0.7", "0.5")
-
-
-def _read(path: Path) -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+from bench.shared import launch_table, system_figures
+from bench.shared.arguments import BadArgument, Parser, first_line
+from bench.shared.figures import GREYS, HATCHES, LINES, MARKERS, save
+from bench.shared.paths import RESULTS
+from bench.shared.round_ops import DECISIONS, GRAPH, OPS, SUM
+from bench.shared.rows import read as read_rows
 
 
 def _title(row: dict, what: str) -> str:
@@ -48,9 +40,6 @@ def _batch(case: str) -> tuple[str, int] | None:
     """("sampled", 64) for the case sampled_r64, ("c8192_q8", 32) for r32_c8192_q8; None for a name without a batch size."""
     found = re.search(r"(?:^|_)r(\d+)(?:_|$)", case)
     return (re.sub(r"_?r\d+_?", "_", case).strip("_"), int(found[1])) if found else None
-
-
-# --- the pictures -----------------------------------------------------------------------------------------------------
 
 
 def roofline(figure, rows: Sequence[dict]) -> None:
@@ -122,8 +111,6 @@ def latency(figure, rows: Sequence[dict]) -> None:
 
 def whole_round(figure, rows: Sequence[dict]) -> None:
     """Per batch size what the ops' medians are of their sum, the graph of all above; and shares of an engine's round."""
-    from bench.round import DECISIONS, GRAPH, OPS, SUM
-
     rows = [row for row in rows if row["p50_us"]]
     batches = sorted({int(row["requests"]) for row in rows})
     if not batches:
@@ -158,15 +145,15 @@ def whole_round(figure, rows: Sequence[dict]) -> None:
     figure.suptitle(_title(first, f"The ops of a round, {context}"), fontsize=9)
 
 
-def launch_counts(figure, rows: Sequence[launches.Row]) -> None:
+def launch_counts(figure, rows: Sequence[launch_table.Row]) -> None:
     """Two panels, sampled and greedy: per step the launches of both, numbers beside the bars."""
     figure.set_size_inches(9, 3.4)
     panels = figure.subplots(1, 2, sharex=True)
     for panel, setting in zip(panels, ("sampled", "greedy"), strict=True):
-        names = [*launches.DECISIONS, "together"]
-        for number, (contender, label) in enumerate(((launches.OURS, "dspark_kernels"), (launches.EAGER, "PyTorch"))):
-            steps = [launches.DECISIONS if name == "together" else [name] for name in names]
-            counts = [launches.launches_of(rows, setting, contender, ops) for ops in steps]
+        names = [*DECISIONS, "together"]
+        for number, (contender, label) in enumerate(((launch_table.OURS, "dspark_kernels"), (launch_table.EAGER, "PyTorch"))):
+            steps = [DECISIONS if name == "together" else [name] for name in names]
+            counts = [launch_table.launches_of(rows, setting, contender, ops) for ops in steps]
             at = [i + 0.4 * number for i in range(len(names))]
             bars = panel.barh(
                 at, counts, height=0.38, color=("0.25", "0.85")[number], hatch=("", "///")[number], edgecolor="black",
@@ -209,109 +196,21 @@ def acceptance_curves(figure, rounds: dict) -> None:
     figure.suptitle("Acceptance of the embedded drafter, T = 1, token rule, one round per cut of real text", fontsize=9)
 
 
-def _panels(figure, names: Sequence[str]) -> list:
-    figure.set_size_inches(max(5.5, 1 + 4 * len(names)), 4.2)
-    return list(figure.subplots(1, len(names), squeeze=False, sharey=True)[0])
-
-
-def _system_style(number: int) -> dict:
-    return dict(marker=MARKERS[number % 8], linestyle=LINES[number % 6], color=("black", "0.35", "0.55")[number % 3], markersize=5)
-
-
-def systems_position(figure, found: dict) -> None:
-    """A panel per domain: chance that draft k is accepted given the ones before it, teacher-forced, a line per system."""
-    rows = found["teacher_forced"]
-    domains = list(dict.fromkeys(row["domain"] for row in rows))
-    for panel, domain in zip(_panels(figure, domains), domains, strict=True):
-        own = [row for row in rows if row["domain"] == domain]
-        for number, row in enumerate(own):
-            panel.plot(range(1, len(row["acceptance"]) + 1), row["acceptance"], label=row["system"], **_system_style(number))
-        panel.set(xlabel="draft position", ylim=(0, 1), title=f"{domain}, {own[0]['nats']:.2f} nats per token")
-        panel.grid(color="0.85", linewidth=0.5)
-        if domain == domains[0]:
-            panel.set_ylabel("accepted, of those whose predecessors were")
-        if domain == domains[-1]:  # of lowest entropy: nothing is drawn below
-            panel.legend(fontsize=7, loc="lower left")
-    figure.suptitle("Acceptance by draft position of the embedded systems\nT = 1, after the target's own text", fontsize=9)
-
-
-def systems_time(figure, found: dict) -> None:
-    """A panel per domain: tokens per round of 1 to 7 drafts against the time to make them, a line per system."""
-    rows = found["teacher_forced"]
-    domains = list(dict.fromkeys(row["domain"] for row in rows))
-    for panel, domain in zip(_panels(figure, domains), domains, strict=True):
-        for number, row in enumerate(row for row in rows if row["domain"] == domain):
-            taus = [1 + sum(row["reached"][: k + 1]) for k in range(len(row["reached"]))]
-            times = found["draft_ms"][row["system"]]
-            panel.plot(times, taus[: len(times)], label=row["system"], **_system_style(number))
-        panel.set(xlabel="CPU ms to draft, one request, one thread", title=domain, xlim=(0, None))
-        panel.grid(color="0.85", linewidth=0.5)
-        if domain == domains[0]:
-            panel.set_ylabel("tokens per round with 1 to 7 drafts")
-            panel.legend(fontsize=7, loc="upper left")
-    figure.suptitle("Tokens per round against draft time\nT = 1, teacher-forced; up and to the left is better", fontsize=9)
-
-
-def systems_reliability(figure, found: dict) -> None:
-    """A panel per pair of domains: survival as predicted and as observed, before and after calibration."""
-    rows = found["calibration"]
-    columns = -(-len(rows) // 2)
-    figure.set_size_inches(1 + 3 * columns, 6.6)
-    panels = figure.subplots(-(-len(rows) // columns), columns, squeeze=False, sharex=True, sharey=True).flatten()
-    for panel, row in zip(panels, rows, strict=False):
-        panel.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
-        for name, marker, line, fill in (("before", "o", ":", "none"), ("after", "s", "-", "full")):
-            predicted, observed, _ = zip(*row[f"{name}_bins"], strict=True)
-            label = f"{name}: ECE {100 * row[name]:.2f} %"
-            panel.plot(predicted, observed, marker=marker, linestyle=line, fillstyle=fill, color="black", markersize=5, label=label)
-        panel.set_title(f"{row['domain']}, temperatures from {row['fitted']}", fontsize=9)
-        panel.grid(color="0.85", linewidth=0.5)
-        panel.legend(fontsize=7, loc="upper left")
-    for panel in panels[len(rows) :]:
-        panel.set_visible(False)
-    figure.supxlabel("predicted survival of a draft", fontsize=9)
-    figure.supylabel("observed", fontsize=9)
-    figure.suptitle("Confidence of the embedded DSpark drafter (ECE: mean over positions; curves: all together)", fontsize=9)
-
-
-SYSTEMS = {"systems-position": systems_position, "systems-time": systems_time, "systems-ece": systems_reliability}
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def save(draw: Callable, data, path: Path) -> list[Path]:
-    """Draw into path.png and path.svg. Raises LookupError where the data has nothing to draw."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    written = []
-    # A fixed salt and no date: the same data gives the same files.
-    with matplotlib.rc_context({"svg.hashsalt": "dspark_kernels", "font.size": 9, "hatch.linewidth": 0.6}):
-        figure = Figure(layout="constrained")
-        draw(figure, data)
-        for suffix in FORMATS:
-            to = path.with_name(f"{path.name}.{suffix}")
-            figure.savefig(to, dpi=120, metadata={"Date": None} if suffix == "svg" else {"Software": None})
-            written.append(to)
-    return written
-
-
 def pictures(results: Path) -> list[tuple[str, Callable, Callable]]:
     """(name, drawing, reader of its data) of every picture there is data for."""
     found = []
     for path in sorted(results.glob("kernels-*.csv")):
         gpu = path.stem.removeprefix("kernels-")
-        found.append((f"roofline-{gpu}", roofline, lambda path=path: _read(path)))
-        found.append((f"latency-{gpu}", latency, lambda path=path: _read(path)))
+        found.append((f"roofline-{gpu}", roofline, lambda path=path: read_rows(path)))
+        found.append((f"latency-{gpu}", latency, lambda path=path: read_rows(path)))
     for path in sorted(results.glob("round-*.csv")):
-        found.append((path.stem, whole_round, lambda path=path: _read(path)))
+        found.append((path.stem, whole_round, lambda path=path: read_rows(path)))
     if (results / "launches.csv").exists():
-        found.append(("launches", launch_counts, lambda: launches.read(results / "launches.csv")))
+        found.append(("launches", launch_counts, lambda: launch_table.read(results / "launches.csv")))
     if (results / "systems.json").exists():
-        from bench import systems  # which needs numpy and the models' code
+        from bench.shared import systems  # which needs numpy and the models' code
 
-        found += [(name, draw, lambda: systems.load(results / "systems.json")) for name, draw in SYSTEMS.items()]
+        found += [(name, draw, lambda: systems.load(results / "systems.json")) for name, draw in system_figures.SYSTEMS.items()]
     return found
 
 
@@ -321,15 +220,10 @@ def embedded_rounds() -> dict:
     return acceptance.load()[0]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadArgument(message)
-
-
 def parser() -> argparse.ArgumentParser:
     first, rest = __doc__.split("\n", 1)
-    p = _Parser(prog="python -m bench.plot", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--results", metavar="DIR", default=str(kernels.RESULTS), help="CSV files (default: bench/results)")
+    p = Parser(prog="python -m bench.plot", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--results", metavar="DIR", default=str(RESULTS), help="CSV files (default: bench/results)")
     p.add_argument("--out", metavar="DIR", help="pictures (default: beside the CSV files)")
     return p
 
@@ -354,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             written = ", ".join(path.name for path in save(draw, reader(), out / name))
         except (OSError, LookupError, ValueError, TypeError) as error:
-            written, wrong = f"cannot be drawn: {type(error).__name__}: {kernels.first_line(error)}", wrong + 1
+            written, wrong = f"cannot be drawn: {type(error).__name__}: {first_line(error)}", wrong + 1
         print(f"[{number}/{len(todo)}] {name}: {written}", flush=True)
     for kind in ("kernels", "round"):
         if not list(results.glob(f"{kind}-*.csv")):

@@ -3,7 +3,7 @@
     difference = mean over rounds of accepted(W2 quantised) - accepted(W2 in bf16), the same cuts, seeds and noise for both
 
 Its standard error is that of the mean over texts, since two cuts of one text share most of their context. Reference path on the
-CPU, token rule at temperature 1, one round per cut (bench/acceptance.py). The embedded weights are int8 by rows already
+CPU, token rule at temperature 1, one round per cut (bench/shared/acceptance.py). The embedded weights are int8 by rows already
 (bench/assets/quantise.py), with this very scale: int8 gives them back, so its line shows what rounding to bf16 does.
 
     python -m bench.quantised --texts 8        writes bench/results/quantised.csv
@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from bench.shared import acceptance
+from bench.shared.paths import RESULTS
 from dspark_kernels import MarkovHead, quantise_head
 
-RESULTS = Path(__file__).resolve().parent / "results" / "quantised.csv"
+FILE = RESULTS / "quantised.csv"
 WEIGHTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 COLUMNS = ("domain", "w2", "texts", "rounds", "tokens_per_round", "difference", "standard_error")
 
@@ -55,14 +56,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quantised", description=__doc__.split("\n")[0])
     parser.add_argument("--texts", type=int, default=8, metavar="N", help="texts of each domain (default %(default)s)")
     parser.add_argument("--stride", type=int, default=6, metavar="N", help="tokens between two cuts (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="the report (default: %(default)s)")
+    parser.add_argument("--out", "--output", type=Path, default=FILE, metavar="FILE", help="the report (default: %(default)s)")
     options = parser.parse_args(arguments)
     rows = []
     for domain in acceptance.DOMAINS:
         rows += compare(domain, range(options.texts), options.stride)
         for row in rows[-len(WEIGHTS) :]:
             print(" ".join(f"{row[name]:>16}" for name in COLUMNS), flush=True)
-        write(options.output, rows)
+        write(options.out, rows)
 
 
 def write(path: Path, rows: list[dict]) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import assets, systems
+from bench import assets
 from bench.assets import build, build_corpus, build_models, build_stages, build_text, build_tokenizer, build_train
 from bench.assets.build_plan import FULL, QUICK
 from bench.assets.tokenizer import FIRST_MERGE, MASK, WORDS, Tokenizer
-from bench.shared import acceptance
+from bench.shared import acceptance, systems
 from reference import heads
 from reference.draft import draft_block
 from reference.drafters import MTP, Autoregressive, Block, DraftModel, DSpark
@@ -476,7 +476,7 @@ def test_a_build_is_reported(built):
 
 
 def test_the_size_of_the_weights_is_limited(built, monkeypatch):
-    monkeypatch.setattr(build, "LIMIT", 1000)
+    monkeypatch.setattr(build_stages, "LIMIT", 1000)
     with pytest.raises(ValueError, match="the weights take .* bytes, more than 1000"):
         build_stages.pack(built)
 

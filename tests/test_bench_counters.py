@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 import machine
 
-from bench import counters
-from bench.shared.cases import registry as kernel_cases
+from bench.kernels import counters
+from bench.shared.cases.registry import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,7 +25,7 @@ def _run(*arguments):
 
 
 def test_every_op_is_counted_and_every_case_is_there():
-    cases = kernel_cases.registry()
+    cases = registry()
     there = {(case.op, case.name) for case in cases}
     assert {op for op, _ in there} == set(counters.CHOSEN)
     assert {(op, name) for op, names in counters.CHOSEN.items() for name in names} <= there
@@ -35,7 +35,7 @@ def test_every_op_is_counted_and_every_case_is_there():
 
 
 def test_elements_of_a_case():
-    specs = {(case.op, case.name): case.spec for case in kernel_cases.registry()}
+    specs = {(case.op, case.name): case.spec for case in registry()}
     assert counters.elements_of(specs["accept_chain", "dense_r8"]) == ("logit", 8 * 8 * 151936)
     assert counters.elements_of(specs["draft_block", "sampled_r8"]) == ("logit", 8 * 7 * 151936)
     assert counters.elements_of(specs["accept_tree", "walk_m32_r8"]) == ("logit", 8 * 32 * 151936)

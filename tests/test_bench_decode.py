@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import assets, decode as job, lossless, trees
-from bench.assets.build import LIMIT
+from bench import assets
+from bench.assets.build_plan import LIMIT
+from bench.decode import __main__ as job, lossless, settings, systems
 from bench.shared import summary
+from bench.shared.comb import comb
 from bench.shared.parity import CheckedOps
 from dspark_kernels.types import CostTable
 from reference import attention, compact, loop
@@ -125,14 +127,14 @@ def test_without_being_asked_trees_are_rows_of_the_embedded_models():
     drafter = SimpleNamespace(max_drafts=7, has_confidence=False)
     models = SimpleNamespace(drafters=[(name, "", lambda: drafter) for name in SYSTEMS[1:]], cost=None)
     arguments = job.parser().parse_args([])
-    job.check(arguments)
-    labels = [system.label for system in job.systems_of(arguments, models)]
+    settings.check(arguments)
+    labels = [system.label for system in systems.systems_of(arguments, models)]
     assert [label for label in labels if "tree" in label] == [
         "mtp-tree, 16 nodes", "mtp-tree, 16 nodes, sampled", "block-tree, 16 nodes",
         "dspark-tree, 16 nodes", "dspark-tree, 16 nodes, sampled", "dspark-tree, 32 nodes",
     ]  # fmt: skip
     arguments.model = "a directory"
-    assert not any("tree" in system.label for system in job.systems_of(arguments, models))
+    assert not any("tree" in system.label for system in systems.systems_of(arguments, models))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_without_being_asked_trees_are_rows_of_the_embedded_models():
      (64, 7, (9, *[1] * 6)), (64, 64, (6, *[1] * 9)), (16, 1, (15,))],
 )  # fmt: skip
 def test_combs_by_hand(nodes, depth, branching):
-    assert trees.comb(nodes, depth) == branching
+    assert comb(nodes, depth) == branching
     assert 1 + branching[0] * len(branching) <= nodes
 
 
@@ -267,7 +269,7 @@ def test_a_wrong_kernel_is_seen(monkeypatch, capsys):
         return acceptance
 
     ops.accept_chain = accept_chain
-    monkeypatch.setattr(job, "kernel_ops", lambda device: ops)
+    monkeypatch.setattr(systems, "kernel_ops", lambda device: ops)
     arguments = ["--kernels", "--num-prompts", "2", "--max-new-tokens", "24", "--systems", "autoregressive,dspark"]
     assert job.main([*arguments, "--confidence-threshold", "0"]) == 1
     text = capsys.readouterr().out
@@ -288,7 +290,7 @@ def test_trees_of_kernels_stand_beside_the_references(monkeypatch, capsys, wrong
         return acceptance
 
     ops.accept_tree = accept_tree
-    monkeypatch.setattr(job, "kernel_ops", lambda device: ops)
+    monkeypatch.setattr(systems, "kernel_ops", lambda device: ops)
     arguments = ["--num-prompts", "2", "--max-new-tokens", "8", "--systems", "mtp,mtp-tree", "--temperature", "1"]
     assert job.main(["--kernels", "--tree-nodes", "4", *arguments]) == wrong
     text = capsys.readouterr().out
@@ -341,7 +343,7 @@ def test_roundings_are_told_from_faults(monkeypatch, capsys):
         return block
 
     ops.draft_block = draft_block
-    monkeypatch.setattr(job, "kernel_ops", lambda device: ops)
+    monkeypatch.setattr(systems, "kernel_ops", lambda device: ops)
     arguments = ["--kernels", "--num-prompts", "3", "--max-new-tokens", "48", "--systems", "autoregressive,dspark"]
     assert job.main([*arguments, "--confidence-threshold", "0", "--temperature", "1"]) == 0
     assert "part at roundings; each of" in capsys.readouterr().out
@@ -548,7 +550,7 @@ def test_a_language_model_from_disk_drafts(directories, tmp_path, capsys):
         (["--drafter", "x"], "--drafter: expected together with --model"),
         (["--model", "/nowhere"], "--model: /nowhere: no such directory"),
         (["--prompts", "/nowhere.json"], "--prompts: /nowhere.json: No such file"),
-        (["--json", "/nowhere/out.json"], "--json: expected a file in a directory that exists"),
+        (["--json", "/nowhere/out.json"], "--out: expected a file in a directory that exists"),
         (["--cost", "/nowhere.json"], "--cost: /nowhere.json: no such file"),
         (["--cost", str(assets.COST), "--systems", "block"], "--cost: expected a drafter with a confidence head"),
         (["--device", "abacus"], "--device: expected one that torch has here"),

@@ -9,14 +9,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import kernels
-from bench.shared import engines, timing
-from bench.shared.cases import layout as lc, registry as kc
+from bench.kernels import __main__ as job
+from bench.shared import engines, measure, timing
+from bench.shared.cases import layout as lc
+from bench.shared.cases.accept import Accept
 from bench.shared.cases.attention import Attention
+from bench.shared.cases.case import Case
+from bench.shared.cases.draft import Draft
 
 CPU = torch.device("cpu")
 FLASHINFER, VLLM, SGLANG = (f"softmax + {name}" for name in ("flashinfer", "vllm", "sgl_kernel"))
-DENSE, ONE_HOT, GREEDY = (kc.Accept(3, *rest, drafts=2, vocab=50) for rest in (("dense",), ("one_hot",), ("one_hot", False)))
+DENSE, ONE_HOT, GREEDY = (Accept(3, *rest, drafts=2, vocab=50) for rest in (("dense",), ("one_hot",), ("one_hot", False)))
 
 
 def accepted_by(target, draft, ids):
@@ -173,7 +176,7 @@ RIGHT = [
     (SGLANG, ONE_HOT, "sgl_kernel", dict(tree_speculative_sampling_target_only=tree_sampling)),
     (SGLANG, ONE_HOT, "sgl_kernel", dict(tree_speculative_sampling_target_only=tree_sampling_with_scratch)),
     (SGLANG, GREEDY, "sgl_kernel", dict(verify_tree_greedy=verify_tree_greedy)),
-    ("flashinfer", kc.Draft(3, rank=0, drafts=2, vocab=50), "flashinfer.sampling", dict(sampling_from_logits=sampling_from_logits)),
+    ("flashinfer", Draft(3, rank=0, drafts=2, vocab=50), "flashinfer.sampling", dict(sampling_from_logits=sampling_from_logits)),
 ]
 
 
@@ -239,15 +242,15 @@ def test_attention(monkeypatch, mask):
 def test_nothing_is_compared_where_nothing_is_installed_or_another_thing_is_done(monkeypatch):
     for name in ("flashinfer", "vllm", "sgl_kernel"):
         monkeypatch.setitem(sys.modules, name, None)  # what import finds where there is no such module
-    for spec in (DENSE, ONE_HOT, GREEDY, kc.Draft(2, rank=0, drafts=2, vocab=50), lc.Fixed(3)):
+    for spec in (DENSE, ONE_HOT, GREEDY, Draft(2, rank=0, drafts=2, vocab=50), lc.Fixed(3)):
         assert engines.installed(spec.op, spec.make(1)) == []
     monkeypatch.undo()
     for module in ("flashinfer.sampling", REJECTION, "sgl_kernel"):
         put(monkeypatch, module)
     other = dict(drafts=2, vocab=700)
-    for spec in (kc.Accept(2, "sparse", candidates=9, **other), kc.Accept(2, rule="block", **other),
-                 kc.Accept(2, "one_hot", settings="filters", **other), kc.Accept(2, "one_hot", logprobs="raw", **other),
-                 kc.Draft(2, rank=4, hidden=8, **other), kc.Draft(2, sampled=False, rank=0, **other)):  # fmt: skip
+    for spec in (Accept(2, "sparse", candidates=9, **other), Accept(2, rule="block", **other),
+                 Accept(2, "one_hot", settings="filters", **other), Accept(2, "one_hot", logprobs="raw", **other),
+                 Draft(2, rank=4, hidden=8, **other), Draft(2, sampled=False, rank=0, **other)):  # fmt: skip
         assert engines.installed(spec.op, spec.make(1)) == [], spec
 
 
@@ -257,16 +260,16 @@ def test_rows_of_a_right_engine_one_of_another_signature_and_one_that_does_not_i
 
     def once(case, spec, name, how, cache, calls, flush, bench):
         calls[0]()
-        return kernels.Row(case.op, case.name, name, how, cache, "ok")
+        return measure.Row(case.op, case.name, name, how, cache, "ok")
 
-    monkeypatch.setattr(kernels, "_measured", once)
+    monkeypatch.setattr(measure, "_measured", once)
     machine = timing.Machine("Fake GPU", "1", "2", "3", "abc", multiprocessors=10, lanes=128, l2_bytes=1, max_sm_clock="1000")
-    bench = kernels.Bench(
+    bench = measure.Bench(
         device=CPU, clock=None, machine=machine, bandwidth=1e9, samples=2, baselines=("pytorch", "engines"), small=False,
         capture=lambda call: call, facts=dict,
     )  # fmt: skip
-    case = kc.Case("accept_chain", "tiny", DENSE)
-    rows = kernels.run(case, bench)
+    case = Case("accept_chain", "tiny", DENSE)
+    rows = measure.run(case, bench)
     status = {(row.contender, row.call): row.status for row in rows}
     for call in ("graph", "eager"):
         assert status["kernel", call] == status["pytorch", call] == status[VLLM, call] == "ok"
@@ -283,4 +286,4 @@ def test_rows_of_a_right_engine_one_of_another_signature_and_one_that_does_not_i
 
 
 def test_the_help_names_them():
-    assert "flashinfer, vllm and" in kernels.parser().format_help()
+    assert "flashinfer, vllm and" in job.parser().format_help()

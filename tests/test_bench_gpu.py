@@ -1,5 +1,6 @@
 """bench.gpu: steps in order within limits and a budget, done ones skipped, hanging ones killed, at most 8 files, a summary."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,9 +10,10 @@ import time
 import pytest
 import torch
 
-from bench import gpu
-from bench.gpu import Result, Step
-from bench.shared import timing
+from bench.gpu import __main__ as job, running as gpu_running, steps as gpu_steps, summary as gpu_summary
+from bench.gpu.state import Result
+from bench.gpu.steps import Step
+from bench.shared import paths, timing
 
 
 def python(code, **options):
@@ -29,13 +31,13 @@ def states(out):
 
 
 def test_the_steps_and_their_order(tmp_path):
-    names = [step.name for step in gpu.steps(tmp_path)]
+    names = [step.name for step in gpu_steps.steps(tmp_path)]
     important = [n for n in names if n != "kernels: tree_attention"]
     assert important == [
         "environment", "tests", "kernels: draft_block", "kernels: accept_chain", "kernels: schedule_prefixes", "kernels: trees",
         "kernels: layouts", "round", "decode", "memcheck", "racecheck", "launches", "tune", "baselines",
     ]  # fmt: skip
-    steps = {step.name: step for step in gpu.steps(tmp_path)}
+    steps = {step.name: step for step in gpu_steps.steps(tmp_path)}
     assert {"pytest", "gpu"} <= set(steps["tests"].command)
     assert all(("TRITON_INTERPRET", "0") in step.environment for step in steps.values())
     assert ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1") in steps["memcheck"].environment
@@ -46,41 +48,41 @@ def test_the_steps_and_their_order(tmp_path):
 def test_every_op_is_timed(tmp_path):
     from bench.shared.cases.registry import registry
 
-    named = [part for step in gpu.steps(tmp_path) for part in step.command if part.startswith("--op=")]
+    named = [part for step in gpu_steps.steps(tmp_path) for part in step.command if part.startswith("--op=")]
     assert sorted(named) == sorted({f"--op={case.op}" for case in registry()})
     cases = {case.name for case in registry()}
-    assert {part.removeprefix("--case=") for part in gpu.steps(tmp_path)[-1].command if part.startswith("--case=")} <= cases
+    assert {part.removeprefix("--case=") for part in gpu_steps.steps(tmp_path)[-1].command if part.startswith("--case=")} <= cases
 
 
 def test_steps_write_eight_files_with_flat_names_at_most(tmp_path):
-    assert len(gpu.FILES) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in gpu.FILES)
-    written = {step.log for step in gpu.steps(tmp_path) if step.log}
-    for step in gpu.steps(tmp_path):
+    assert len(job.FILES) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in job.FILES)
+    written = {step.log for step in gpu_steps.steps(tmp_path) if step.log}
+    for step in gpu_steps.steps(tmp_path):
         written |= {os.path.relpath(part, tmp_path) for part in step.command if part.startswith(str(tmp_path))}
-    assert written | {"state.json", "summary.md"} == set(gpu.FILES)
+    assert written | {"state.json", "summary.md"} == set(job.FILES)
 
 
 def test_a_run_leaves_only_these_files(tmp_path):
-    todo = [python("print('x')", name=name, log=name) for name in gpu.FILES if name.endswith(".txt")]
-    assert gpu.run_all([*todo, python("print(1)", name="quiet")], tmp_path, 60) == 0
-    assert {p.name for p in tmp_path.iterdir()} <= set(gpu.FILES)
+    todo = [python("print('x')", name=name, log=name) for name in job.FILES if name.endswith(".txt")]
+    assert gpu_running.run_all([*todo, python("print(1)", name="quiet")], tmp_path, 60) == 0
+    assert {p.name for p in tmp_path.iterdir()} <= set(job.FILES)
 
 
 def test_resuming_skips_what_is_done(tmp_path, monkeypatch, capsys):
     out, seen = tmp_path / "out", tmp_path / "seen"
     out.mkdir()
     todo = [appended(seen, "right"), appended(seen, "wrong", 1)]
-    assert gpu.run_all(todo, out, 60) == 1
+    assert gpu_running.run_all(todo, out, 60) == 1
     assert states(out) == {"right": "done", "wrong": "failed"}
     todo[1] = appended(seen, "wrong", 0)
-    assert gpu.run_all(todo, out, 60) == 0
+    assert gpu_running.run_all(todo, out, 60) == 0
     assert seen.read_text().split() == ["right", "wrong", "wrong"]
     assert "[1/2] right: done before" in capsys.readouterr().out
     monkeypatch.setattr(timing, "source_digest", lambda: "changed")
-    assert gpu.run_all(todo[:1], out, 60) == 0
+    assert gpu_running.run_all(todo[:1], out, 60) == 0
     assert seen.read_text().split()[3:] == ["right"]
     (out / "state.json").write_text("{ broken")
-    assert gpu.run_all(todo[:1], out, 60) == 0
+    assert gpu_running.run_all(todo[:1], out, 60) == 0
     assert seen.read_text().split()[4:] == ["right"]
 
 
@@ -95,7 +97,7 @@ def test_a_step_that_hangs_is_killed_with_all_it_started(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     start = time.monotonic()
-    assert gpu.run_all([python(code, limit=2, log="tests.txt"), python("print(1)", name="next")], out, 60) == 1
+    assert gpu_running.run_all([python(code, limit=2, log="tests.txt"), python("print(1)", name="next")], out, 60) == 1
     assert time.monotonic() - start < 15
     assert states(out) == {"step": "killed", "next": "done"}
     assert "before" in (out / "tests.txt").read_text()
@@ -107,7 +109,7 @@ def test_a_step_that_hangs_is_killed_with_all_it_started(tmp_path):
 def test_a_step_that_will_not_end_is_killed(tmp_path):
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     start = time.monotonic()
-    result = gpu.run_step(python(code), 1.5, tmp_path, "")
+    result = gpu_running.run_step(python(code), 1.5, tmp_path, "")
     assert result.status == "killed" and result.tail == "deaf\n" and time.monotonic() - start < 10
 
 
@@ -120,33 +122,33 @@ def running(pid):
 
 
 def test_the_budget_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "RESERVE", 0.5)
-    monkeypatch.setattr(gpu, "LEAST", 1.0)
+    monkeypatch.setattr(gpu_running, "RESERVE", 0.5)
+    monkeypatch.setattr(gpu_running, "LEAST", 1.0)
     seen = tmp_path / "seen"
     out = tmp_path / "out"
     out.mkdir()
     todo = [python("import time; time.sleep(60)", name="long", limit=50), appended(seen, "late")]
     start = time.monotonic()
-    assert gpu.run_all(todo, out, 2.0) == 1
+    assert gpu_running.run_all(todo, out, 2.0) == 1
     assert time.monotonic() - start < 15
     assert states(out) == {"long": "killed", "late": "no time"} and not seen.exists()
-    assert gpu.run_all(todo[1:], out, 60) == 0  # and is run when there is time
+    assert gpu_running.run_all(todo[1:], out, 60) == 0  # and is run when there is time
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):
-    assert gpu.run_all([python("print(1)", missing="no such tool")], tmp_path, 60) == 1
+    assert gpu_running.run_all([python("print(1)", missing="no such tool")], tmp_path, 60) == 1
     assert "[1/1] step: missing after 0 s: no such tool" in capsys.readouterr().out
     broken = Step("step", 20, ("/nonexistent/tool",))
-    result = gpu.run_step(broken, 5, tmp_path, "")
+    result = gpu_running.run_step(broken, 5, tmp_path, "")
     assert result.status == "failed" and result.tail == "/nonexistent/tool: No such file or directory"
 
 
 def test_without_pytest_every_case_is_compared_instead(monkeypatch):
     for missing in ("pytest", "hypothesis"):
-        monkeypatch.setattr(gpu, "has", lambda module, missing=missing: module != missing)
-        assert gpu.test_command()[1:] == ("-m", "bench.kernels", "--check")
-    monkeypatch.setattr(gpu, "has", lambda module: module != "xdist")
-    assert "-n" not in gpu.test_command() and "--continue-on-collection-errors" in gpu.test_command()
+        monkeypatch.setattr(gpu_steps, "has", lambda module, missing=missing: module != missing)
+        assert gpu_steps.test_command()[1:] == ("-m", "bench.kernels", "--check")
+    monkeypatch.setattr(gpu_steps, "has", lambda module: module != "xdist")
+    assert "-n" not in gpu_steps.test_command() and "--continue-on-collection-errors" in gpu_steps.test_command()
 
 
 def test_modules_that_cannot_be_collected_are_reported(tmp_path):
@@ -154,14 +156,14 @@ def test_modules_that_cannot_be_collected_are_reported(tmp_path):
     (tmp_path / "test_a.py").write_text("import no_such_package\n")
     (tmp_path / "test_b.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_b(): pass\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
-    command = [str(tmp_path) if part == "tests" else part for part in gpu.test_command()]
+    command = [str(tmp_path) if part == "tests" else part for part in gpu_steps.test_command()]
     at = command.index("-n") if "-n" in command else len(command)
     step = Step("tests", 60, (*command[:at], *command[at + 2 :], "-c", str(tmp_path / "pytest.ini")), "tests.txt")
     out = tmp_path / "out"
     out.mkdir()
-    assert gpu.run_all([step], out, 60) == 1
+    assert gpu_running.run_all([step], out, 60) == 1
     assert "ERROR" in (out / "tests.txt").read_text() and "no_such_package" in (out / "tests.txt").read_text()
-    assert gpu.test_counts(out / "tests.txt") == {"passed": 1, "error": 1}
+    assert gpu_summary.test_counts(out / "tests.txt") == {"passed": 1, "error": 1}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_modules_that_cannot_be_collected_are_reported(tmp_path):
 )  # fmt: skip
 def test_counts_of_tests(tmp_path, text, counts):
     (tmp_path / "tests.txt").write_text(text)
-    assert gpu.test_counts(tmp_path / "tests.txt") == counts
+    assert gpu_summary.test_counts(tmp_path / "tests.txt") == counts
 
 
 CSV = """op,case,contender,call,cache,status,p20_us,p50_us,p80_us,copy_gb_per_s,floor_us,share_of_floor,target_us,met
@@ -196,7 +198,7 @@ ROUND = """requests,context,layers,op,predicted_us,p50_us,share_of_round
 def test_the_summary_lists_steps_and_numbers_beside_targets(tmp_path):
     (tmp_path / "kernels.csv").write_text(CSV)
     (tmp_path / "round.csv").write_text(ROUND)
-    (tmp_path / "launches.csv").write_text((gpu.ROOT / "bench" / "results" / "launches.csv").read_text())
+    (tmp_path / "launches.csv").write_text((paths.ROOT / "bench" / "results" / "launches.csv").read_text())
     (tmp_path / "tests.txt").write_text("= 4 passed in 2.00s =\n")
     (tmp_path / "log.txt").write_text(
         "##### environment: x\ngpu: Old\n##### environment: x: y\ngpu: Fake\ndriver: 1\ncommit: abc\nother: 3\n"
@@ -204,7 +206,7 @@ def test_the_summary_lists_steps_and_numbers_beside_targets(tmp_path):
         "##### tune: x\n[1/9] layout requests 256: 3.10 us, 4.00 us before, 5 timed, block 128 -> 64\n    noise\n"
     )
     todo = [python("", name=name) for name in ("a", "b")]
-    text = gpu.summary(todo, {"a": Result("killed", 3.0, 4.0, None, "last | line\n")}, tmp_path)
+    text = gpu_summary.summary(todo, {"a": Result("killed", 3.0, 4.0, None, "last | line\n")}, tmp_path)
     for line in (
         "gpu Fake, driver 1, commit abc",
         "| a | killed | 3 | 4 | last / line |",
@@ -226,44 +228,44 @@ def test_the_summary_lists_steps_and_numbers_beside_targets(tmp_path):
 
 
 def test_the_last_thing_printed_is_the_summary(tmp_path, capsys):
-    gpu.run_all([python("print('hello')")], tmp_path, 60)
+    gpu_running.run_all([python("print('hello')")], tmp_path, 60)
     assert capsys.readouterr().out.endswith((tmp_path / "summary.md").read_text() + "\n")
     assert "| step | done | " in (tmp_path / "summary.md").read_text()
 
 
 def test_a_dry_run_lists_all_steps_and_runs_the_quick_ones(monkeypatch, capsys):
-    made = gpu.steps
+    made = gpu_steps.steps
     asked = ("-m", "bench.kernels", "--op=draft_layout", "--check")
 
     def few(out):
         """All steps, of which the facts, one op and a wrong command are run."""
         found = []
         for step in made(out):
-            dry = {"environment": step.dry, "kernels: layouts": (gpu.PYTHON, *asked)}
-            dry["decode"] = (gpu.PYTHON, "-c", "raise SystemExit(3)")
-            found.append(gpu.dataclasses.replace(step, dry=dry.get(step.name)))
+            dry = {"environment": step.dry, "kernels: layouts": (gpu_steps.PYTHON, *asked)}
+            dry["decode"] = (gpu_steps.PYTHON, "-c", "raise SystemExit(3)")
+            found.append(dataclasses.replace(step, dry=dry.get(step.name)))
         return found
 
-    monkeypatch.setattr(gpu, "steps", few)
-    assert gpu.main(["--dry-run"]) == 1
+    monkeypatch.setattr(job, "steps", few)
+    assert job.main(["--dry-run"]) == 1
     out = capsys.readouterr().out
-    listed = [line.split("  ")[0] for line in out.splitlines()[1 : 1 + len(made(gpu.ROOT))]]
-    assert listed == [step.name for step in made(gpu.ROOT)] and "200 s" in out
+    listed = [line.split("  ")[0] for line in out.splitlines()[1 : 1 + len(made(paths.ROOT))]]
+    assert listed == [step.name for step in made(paths.ROOT)] and "200 s" in out
     assert "environment: done" in out and "kernels: layouts: done" in out and "decode: failed" in out
-    quick = {step.name for step in made(gpu.ROOT) if step.dry}
+    quick = {step.name for step in made(paths.ROOT) if step.dry}
     others = {"environment", "round", "launches", "tune"}
-    assert quick == others | {step.name for step in made(gpu.ROOT) if step.name.startswith("kernels: ")}
+    assert quick == others | {step.name for step in made(paths.ROOT) if step.name.startswith("kernels: ")}
 
 
 def test_facts(capsys):
-    assert gpu.main(["--facts"]) == 0
+    assert job.main(["--facts"]) == 0
     found = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     assert found["torch"] == torch.__version__ and found["source"] == timing.source_digest() and len(found["commit"]) >= 12
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_it_says_so_and_exits_2(tmp_path, capsys):
-    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert job.main(["--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("bench.gpu: no GPU here (--dry-run ") and not (tmp_path / "out").exists()
 
 
@@ -271,6 +273,6 @@ def test_without_a_gpu_it_says_so_and_exits_2(tmp_path, capsys):
     "arguments, message", [(["--minutes", "0"], "--minutes: expected more than 0, got 0"), (["--bogus"], "unrecognized arguments")]
 )
 def test_bad_arguments_are_one_line_and_exit_2(capsys, arguments, message):
-    assert gpu.main(arguments) == 2
+    assert job.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"bench.gpu: {message}") and error.count("\n") == 1

@@ -8,13 +8,19 @@ import pytest
 import torch
 
 import dspark_kernels as dk
-from bench import kernels
-from bench.shared import baselines, timing
-from bench.shared.cases import layout as lc, registry as kc
+from bench.kernels import __main__ as job, report
+from bench.shared import baselines, measure, paths, timing
+from bench.shared.cases import layout as lc
+from bench.shared.cases.accept import Accept
+from bench.shared.cases.candidates import Candidates
+from bench.shared.cases.case import Target
+from bench.shared.cases.draft import Draft
+from bench.shared.cases.registry import registry
+from bench.shared.cases.tensors import nbytes
 from reference import accept, cases, draft, layout as layouts, schedule
 
 CPU = torch.device("cpu")
-CASES = {f"{case.op} {case.name}": case for case in kc.registry()}
+CASES = {f"{case.op} {case.name}": case for case in registry()}
 
 pytest.importorskip("triton")
 
@@ -23,7 +29,7 @@ pytest.importorskip("triton")
 
 
 def test_costs_of_a_draft_block_by_hand():
-    spec = kc.Draft(1, drafts=2, vocab=10, rank=4, hidden=3)
+    spec = Draft(1, drafts=2, vocab=10, rank=4, hidden=3)
     read = 40 + 8 + 8 + 160 + 16  # logits, anchor, position, W2 twice, rows of W1
     read += 12 + 14 + 2 + 8 + 4 + 8  # hidden, w, b, T_k; temperature, seed
     written = 16 + 4 + 16 + 40 + 8  # drafts, flags, confidences, law, lse
@@ -42,7 +48,7 @@ def test_costs_of_a_draft_block_by_hand():
 
 
 def test_costs_of_acceptance_by_hand():
-    spec = kc.Accept(2, drafts=3, vocab=10)
+    spec = Accept(2, drafts=3, vocab=10)
     rows = 8
     read = 2 * rows * 10 + rows * 12 + 2 * 12 + 2 * 8  # logits, ids and logit rows, starts, positions
     read += 2 * 12 + 2 * 2 * 10 + 2 * 3 * 4  # temperature and seed, law, lse
@@ -66,40 +72,40 @@ def test_costs_of_scheduling_and_layouts_by_hand():
 
 def test_the_tensors_of_a_case_have_the_counted_bytes():
     """The same numbers from the tensors themselves, where each is read or written whole."""
-    spec = kc.Draft(3).small()
-    inputs, result = kernels.check(spec, CPU)
-    whole = kc.nbytes(inputs) + kc.nbytes(result)
+    spec = Draft(3).small()
+    inputs, result = measure.check(spec, CPU)
+    whole = nbytes(inputs) + nbytes(result)
     w1, w2 = inputs["head"].w1.nbytes, inputs["head"].w2.nbytes
     assert spec.bytes == whole - w1 + 2 * 16 * 9 + (spec.drafts - 1) * w2
-    spec = kc.Accept(3, "one_hot").small()
-    inputs, result = kernels.check(spec, CPU)
+    spec = Accept(3, "one_hot").small()
+    inputs, result = measure.check(spec, CPU)
     layout = inputs["layout"]
     unread = [layout.batch_indices, layout.draft_lens, layout.flags, layout.num_rows, layout.positions]
-    assert spec.bytes == kc.nbytes(inputs) + kc.nbytes(result) - sum(t.nbytes for t in unread) + 3 * 8  # a position a request
+    assert spec.bytes == nbytes(inputs) + nbytes(result) - sum(t.nbytes for t in unread) + 3 * 8  # a position a request
 
 
 def test_costs_at_full_size():
     """The floors that the targets were set by: megabytes at V = 151936, K = 7, bf16."""
-    assert kc.Draft(1).bytes == pytest.approx(7 * 77.8e6, rel=0.01)
-    assert kc.Draft(64).bytes == pytest.approx(544e6 + 2 * 136e6, rel=0.01)
-    assert kc.Accept(1).bytes == pytest.approx(2.73e6, rel=0.01) and kc.Accept(64).bytes == pytest.approx(175e6, rel=0.01)
-    assert kc.Accept(64, "one_hot").bytes == pytest.approx(156e6, rel=0.01)
+    assert Draft(1).bytes == pytest.approx(7 * 77.8e6, rel=0.01)
+    assert Draft(64).bytes == pytest.approx(544e6 + 2 * 136e6, rel=0.01)
+    assert Accept(1).bytes == pytest.approx(2.73e6, rel=0.01) and Accept(64).bytes == pytest.approx(175e6, rel=0.01)
+    assert Accept(64, "one_hot").bytes == pytest.approx(156e6, rel=0.01)
 
 
 def test_targets():
-    assert kc.Target(microseconds=12).limit(1.0, 5.0) == 12
-    assert kc.Target(floors=1.25).limit(100.0, 500.0) == 125
-    issue = kc.Target(floors=1.4, issue=True)
+    assert Target(microseconds=12).limit(1.0, 5.0) == 12
+    assert Target(floors=1.25).limit(100.0, 500.0) == 125
+    issue = Target(floors=1.4, issue=True)
     assert (issue.limit(100.0, 200.0), issue.limit(100.0, 50.0), issue.limit(100.0, None)) == (280, 140, 140)
 
 
 def test_the_registry():
-    names = [(case.op, case.name) for case in kc.registry()]
+    names = [(case.op, case.name) for case in registry()]
     assert len(set(names)) == len(names)
     assert {op for op, _ in names} >= {
         "draft_block", "accept_chain", "schedule_prefixes", "fixed_layout", "tree_layout", "draft_layout"
     }  # fmt: skip
-    draft = [c.spec for c in kc.registry() if c.op == "draft_block"]
+    draft = [c.spec for c in registry() if c.op == "draft_block"]
     sizes = [(spec.requests, spec.sampled, spec.rank) for spec in draft[:6]]
     assert [(spec.requests, spec.kind, spec.w2, spec.filtered) for spec in draft[6:]] == [
         (r, *what)
@@ -108,7 +114,7 @@ def test_the_registry():
         for r in (1, 64)
     ]  # fmt: skip
     assert sizes == [(1, True, 256), (8, True, 256), (64, True, 256), (1, False, 256), (64, False, 256), (64, True, 0)]
-    specs = [c.spec for c in kc.registry() if c.op == "accept_chain"]
+    specs = [c.spec for c in registry() if c.op == "accept_chain"]
     sizes = {(s.proposal, s.sampled, s.requests) for s in specs if (s.rule, s.settings, s.logprobs) == ("token", None, None)}
     assert sizes == {
         *(("dense", True, r) for r in (1, 8, 32, 64)), ("one_hot", True, 1), ("one_hot", True, 64), ("sparse", True, 1),
@@ -123,7 +129,7 @@ def test_the_registry():
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_is_right_at_a_small_size(name):
-    kernels.check(CASES[name].spec.small(), CPU)
+    measure.check(CASES[name].spec.small(), CPU)
 
 
 @pytest.mark.parametrize("policy", ["causal", "budget", "stale"])
@@ -166,7 +172,7 @@ def bench_of(**changes):
         device=CPU, clock=FakeClock(), machine=MACHINE, bandwidth=1e9, samples=3, baselines=(), small=True,
         capture=lambda call: call, facts=lambda: dict(gpu="Fake GPU", commit="abc"),
     )  # fmt: skip
-    return kernels.Bench(**given | changes)
+    return measure.Bench(**given | changes)
 
 
 def wrong_draft(what):
@@ -243,21 +249,21 @@ def test_a_wrong_layout_turns_the_gate_red(monkeypatch, name, field):
 def assert_red(name, when_checked=True):
     if when_checked:
         with pytest.raises(AssertionError):
-            kernels.check(CASES[name].spec.small(), CPU)
+            measure.check(CASES[name].spec.small(), CPU)
     bench = bench_of()
-    (row,) = kernels.run(CASES[name], bench)
+    (row,) = measure.run(CASES[name], bench)
     assert row.status.startswith("red: ") and row.p50_us is row.p20_us is row.p80_us is row.target_us is None and not row.met
     assert not bench.clock.used
-    (line,) = kernels.lines([row])
+    (line,) = report.lines([row])
     assert "red: " in line
 
 
 def test_a_red_gate_prints_no_time_and_exits_1(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(dk, "accept_chain", wrong_accept("tokens"))
-    assert kernels.main(["--op", "accept_chain", "--case", "dense_r1"]) == 1
+    assert job.main(["--op", "accept_chain", "--case", "dense_r1"]) == 1
     assert "RED: " in capsys.readouterr().out
     chosen = [CASES["accept_chain dense_r1"], CASES["fixed_layout r64"]]
-    assert kernels.report(chosen, bench_of(), tmp_path / "k.csv") == 1
+    assert report.report(chosen, bench_of(), tmp_path / "k.csv") == 1
     out = capsys.readouterr().out
     assert "not right, so not timed: accept_chain dense_r1" in out
     rows = read(tmp_path / "k.csv")
@@ -272,7 +278,7 @@ def test_a_kernel_that_fails_does_not_hide_the_others(monkeypatch, tmp_path):
 
     monkeypatch.setattr(dk, "fixed_layout", broken)
     chosen = [CASES["fixed_layout r64"], CASES["draft_layout r64"]]
-    assert kernels.report(chosen, bench_of(), tmp_path / "k.csv") == 1
+    assert report.report(chosen, bench_of(), tmp_path / "k.csv") == 1
     rows = read(tmp_path / "k.csv")
     assert rows[0]["status"] == "failed: RuntimeError: no such instruction" and rows[-1]["status"] == "ok"
 
@@ -335,9 +341,9 @@ def test_a_case_is_timed_on_cold_and_warm_inputs(monkeypatch):
         return right(*arguments, **options)
 
     monkeypatch.setattr(dk, "fixed_layout", watched)
-    case = dataclasses.replace(CASES["fixed_layout r64"], target=kc.Target(microseconds=6.5))
+    case = dataclasses.replace(CASES["fixed_layout r64"], target=Target(microseconds=6.5))
     clock = FakeClock([6.0] * 3 + [2.0] * 3)
-    rows = kernels.run(case, bench_of(clock=clock))
+    rows = measure.run(case, bench_of(clock=clock))
     assert [(r.call, r.cache, r.p50_us) for r in rows] == [
         ("graph", "cold", 6.0), ("graph", "warm", 2.0), ("eager", "cold", 7.0), ("eager", "warm", 7.0)
     ]  # fmt: skip
@@ -348,17 +354,17 @@ def test_a_case_is_timed_on_cold_and_warm_inputs(monkeypatch):
     assert first.floor_us == pytest.approx(bytes_ / 1e3) and first.share_of_floor == pytest.approx(first.floor_us / 6.0)
     assert [r.input_sets for r in rows] == [2, 1, 2, 1]
     assert len(set(used)) == 2 and len({given for given, _ in used}) == len({out for _, out in used}) == 2
-    slow = kernels.run(case, bench_of(clock=FakeClock([6.6] * 3)))
+    slow = measure.run(case, bench_of(clock=FakeClock([6.6] * 3)))
     assert slow[0].met == "no"
 
 
 def test_few_requests_have_inputs_of_several_seeds():
-    spec = kc.Accept(1).small()
-    inputs = kernels.inputs_of(spec, 1, CPU)
-    assert not torch.equal(kernels._another(spec, inputs, 2, CPU)["target_logits"], inputs["target_logits"])
+    spec = Accept(1).small()
+    inputs = measure.inputs_of(spec, 1, CPU)
+    assert not torch.equal(measure._another(spec, inputs, 2, CPU)["target_logits"], inputs["target_logits"])
     spec = dataclasses.replace(spec, requests=8)
-    inputs = kernels.inputs_of(spec, 1, CPU)
-    other = kernels._another(spec, inputs, 2, CPU)["target_logits"]
+    inputs = measure.inputs_of(spec, 1, CPU)
+    other = measure._another(spec, inputs, 2, CPU)["target_logits"]
     assert torch.equal(other, inputs["target_logits"]) and other.data_ptr() != inputs["target_logits"].data_ptr()
 
 
@@ -369,10 +375,10 @@ def test_a_run_from_the_command_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "copy_bandwidth", lambda clock, device: 2e9)
     monkeypatch.setattr(timing, "machine", lambda device: dataclasses.replace(MACHINE, sm_clock="777"))
     monkeypatch.setattr(timing, "graph_of", lambda call: captured.append(call) or call)
-    monkeypatch.setattr(kernels, "QUICK_SAMPLES", 2)
+    monkeypatch.setattr(job, "QUICK_SAMPLES", 2)
     path = tmp_path / "k.csv"
-    arguments = kernels.parser().parse_args(["--quick", "--small", "--out", str(path)])
-    assert kernels.time_all([CASES["fixed_layout r64"], CASES["draft_layout r64"]], arguments, CPU) == 0
+    arguments = job.parser().parse_args(["--quick", "--small", "--out", str(path)])
+    assert job.time_all([CASES["fixed_layout r64"], CASES["draft_layout r64"]], arguments, CPU) == 0
     rows = read(path)
     assert [(r["op"], r["contender"]) for r in rows] == [
         (op, name) for op in ("fixed_layout", "draft_layout") for name in 4 * ["kernel"] + 4 * ["pytorch"]
@@ -415,14 +421,14 @@ def test_a_tree_without_git_is_known_by_its_source(monkeypatch, tmp_path):
 
 def test_issue_time():
     measured = timing.Timing(1, 2, 3, 4)
-    row = kernels._row(CASES["accept_chain dense_r1"], kc.Accept(1), "kernel", "graph", "warm", measured, 1, bench_of())
+    row = measure._row(CASES["accept_chain dense_r1"], Accept(1), "kernel", "graph", "warm", measured, 1, bench_of())
     assert row.issue_us == pytest.approx(1e6 * 10 * 8 * 151936 / (128 * 10 * 1e9))
     assert dataclasses.replace(MACHINE, lanes=0).lanes_per_second is None
     assert dataclasses.replace(MACHINE, max_sm_clock="").lanes_per_second is None
 
 
 def test_baselines_are_timed_beside_the_op_and_may_fail(monkeypatch):
-    rows = kernels.run(CASES["fixed_layout r64"], bench_of(baselines=("pytorch",)))
+    rows = measure.run(CASES["fixed_layout r64"], bench_of(baselines=("pytorch",)))
     assert [(r.contender, r.call, r.cache, r.status) for r in rows] == [
         (name, call, cache, "ok") for name in ("kernel", "pytorch") for call in ("graph", "eager") for cache in ("cold", "warm")
     ]
@@ -432,9 +438,9 @@ def test_baselines_are_timed_beside_the_op_and_may_fail(monkeypatch):
 
     broken = dataclasses.replace(baselines.BASELINES["fixed_layout"], function=refused)
     monkeypatch.setitem(baselines.BASELINES, "fixed_layout", broken)
-    rows = kernels.run(CASES["fixed_layout r64"], bench_of(baselines=("pytorch",)))
+    rows = measure.run(CASES["fixed_layout r64"], bench_of(baselines=("pytorch",)))
     assert [r.status for r in rows] == 4 * ["ok"] + 2 * ["failed: AssertionError: not captured"]
-    assert [kernels.lines([r]) for r in rows[4:]] == [
+    assert [report.lines([r]) for r in rows[4:]] == [
         ["  pytorch graph              failed: AssertionError: not captured"],
         ["  pytorch eager              failed: AssertionError: not captured"],
     ]
@@ -450,11 +456,11 @@ def read(path):
 
 def test_the_report_has_these_columns_and_keeps_other_cases(tmp_path):
     path = tmp_path / "deep" / "k.csv"
-    row = kernels.Row("op", "a", "kernel", "graph", "cold", "ok", 1.0, 2.0, 3.0, 9)
+    row = measure.Row("op", "a", "kernel", "graph", "cold", "ok", 1.0, 2.0, 3.0, 9)
     other = dataclasses.replace(row, case="b")
-    kernels.write(path, [row, dataclasses.replace(row, cache="warm")])
-    kernels.write(path, [other])
-    kernels.write(path, [dataclasses.replace(row, p50_us=2.5, met="no")])
+    report.write(path, [row, dataclasses.replace(row, cache="warm")])
+    report.write(path, [other])
+    report.write(path, [dataclasses.replace(row, p50_us=2.5, met="no")])
     assert path.read_text().splitlines()[0] == (
         "op,case,contender,call,cache,status,p20_us,p50_us,p80_us,samples,input_sets,bytes,flops,copy_gb_per_s,floor_us,issue_us,"
         "share_of_floor,target_us,met,gpu,driver,torch,triton,commit,sm_clock_mhz,memory_clock_mhz,max_sm_clock_mhz"
@@ -464,7 +470,7 @@ def test_the_report_has_these_columns_and_keeps_other_cases(tmp_path):
 
 
 def test_the_name_of_the_report():
-    assert kernels.file_name("NVIDIA H100 80GB HBM3") == "kernels-nvidia-h100-80gb-hbm3.csv"
+    assert paths.result_file("kernels", "NVIDIA H100 80GB HBM3") == paths.RESULTS / "kernels-nvidia-h100-80gb-hbm3.csv"
 
 
 @pytest.mark.parametrize(
@@ -478,20 +484,20 @@ def test_the_name_of_the_report():
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(capsys, arguments, message):
-    assert kernels.main(arguments) == 2
+    assert job.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"bench.kernels: {message}") and error.count("\n") == 1
 
 
 def test_in_the_interpreter_no_times_are_taken(capsys, tmp_path):
-    assert kernels.main(["--op", "draft_layout", "--out", str(tmp_path / "k.csv")]) == 0
+    assert job.main(["--op", "draft_layout", "--out", str(tmp_path / "k.csv")]) == 0
     out = capsys.readouterr().out
     assert "[2/2] draft_layout r256: equals the reference\n" in out
     assert "2 of 2 equal the reference; no times were taken" in out and not list(tmp_path.iterdir())
 
 
 def test_the_list(capsys):
-    assert kernels.main(["--list", "--case", "greedy_r8"]) == 0
+    assert job.main(["--list", "--case", "greedy_r8"]) == 0
     assert capsys.readouterr().out.split() == ["accept_chain", "greedy_r8", "19,449,640", "bytes", "9,723,904", "flops"]
 
 
@@ -558,7 +564,7 @@ def test_the_loop_on_candidates_keeps_the_law_it_draws_from():
 
 
 def test_costs_of_a_block_on_candidates_by_hand():
-    spec = kc.Candidates(2, candidates=5, drafts=3, vocab=11, rank=4, hidden=7)
+    spec = Candidates(2, candidates=5, drafts=3, vocab=11, rank=4, hidden=7)
     base, rows, state = 2 * 6 * 11, 2 * 6 * 4 * 6, 2 * (6 * 7 + 7 + 4 + 1) + 4 * 3
     assert spec.bytes == base + rows + state + 2 * 32 + 6 * (8 + 8 + 4 + 5 * 10)
     assert spec.flops == 6 * (11 + 5 * 13 + 2 * 11)
@@ -657,9 +663,9 @@ def test_layouts_by_cumulative_sums_are_the_reference(spec):
 
 @pytest.mark.parametrize(
     "spec",
-    [kc.Draft(2), kc.Draft(2, sampled=False), kc.Draft(2, rank=0), kc.Draft(2, kind="gated", w2="int8"), kc.Draft(2, kind="rnn"),
-     kc.Draft(2, filtered=True), kc.Accept(2), kc.Accept(2, "one_hot"),
-     kc.Accept(2, "one_hot", sampled=False), lc.Schedule(5, "causal"), lc.Schedule(5, "budget"), lc.Schedule(5, "stale"),
+    [Draft(2), Draft(2, sampled=False), Draft(2, rank=0), Draft(2, kind="gated", w2="int8"), Draft(2, kind="rnn"),
+     Draft(2, filtered=True), Accept(2), Accept(2, "one_hot"),
+     Accept(2, "one_hot", sampled=False), lc.Schedule(5, "causal"), lc.Schedule(5, "budget"), lc.Schedule(5, "stale"),
      lc.Fixed(3), lc.Tree(3), lc.DraftRows(3)],
     ids=repr,
 )  # fmt: skip

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from bench import launches
+from bench.shared import launch_table
+from bench.shared.round_ops import DECISIONS
 
 triton = pytest.importorskip("triton")
 
@@ -67,9 +69,9 @@ def rows():
 
 
 def test_every_op_is_one_launch_and_plain_pytorch_is_many(rows):
-    ours = [row for row in rows if row.contender == launches.OURS]
+    ours = [row for row in rows if row.contender == launch_table.OURS]
     assert [(row.launches, row.triton_launches, row.torch_operators) for row in ours] == [(1, 1, 0)] * 10
-    eager = {(row.setting, row.op): row for row in rows if row.contender == launches.EAGER}
+    eager = {(row.setting, row.op): row for row in rows if row.contender == launch_table.EAGER}
     assert len(eager) == 8 and all(row.triton_launches == 0 and row.launches == row.torch_operators for row in eager.values())
     assert eager["sampled", "draft_block"].launches >= 7 * 11  # per draft: W1, product, sum, cast, scale, lse, exp, noise, max ...
     assert eager["greedy", "draft_block"].launches < eager["sampled", "draft_block"].launches
@@ -87,30 +89,30 @@ def test_an_op_that_launches_more_is_seen(monkeypatch):
 
     monkeypatch.setattr(dk, "accept_chain", twice)
     step = next(step for step in launches.steps(True, True) if step.op == "accept_chain")
-    number, of_triton, _ = launches.on_host(launches.calls_of(step, CPU)[launches.OURS])
+    number, of_triton, _ = launches.on_host(launches.calls_of(step, CPU)[launch_table.OURS])
     assert of_triton == 2 and number > 2  # and without a workspace its counters are filled with zeros
 
 
 def test_the_table_adds_up(rows):
-    text = launches.table(rows).splitlines()
+    text = launch_table.table(rows).splitlines()
     totals = {}
     for row in rows:
-        if row.op in launches.DECISIONS:
+        if row.op in DECISIONS:
             totals[row.setting, row.contender] = totals.get((row.setting, row.contender), 0) + row.launches
     for setting in ("sampled", "greedy"):
-        ours, eager = (totals[setting, contender] for contender in (launches.OURS, launches.EAGER))
+        ours, eager = (totals[setting, contender] for contender in (launch_table.OURS, launch_table.EAGER))
         assert ours == 3 and f"| **together, {setting}** | **3** | **{eager}** |" in text
     assert "lower bound" in text[-1] and "K = 7" in text[0]
     on_gpu = [dataclasses.replace(row, gpu="Fake", method="CUDA profiler") for row in rows]
-    assert "lower bound" not in launches.table(on_gpu)
+    assert "lower bound" not in launch_table.table(on_gpu)
 
 
 def test_the_committed_counts_are_those_of_the_code(rows, tmp_path):
-    launches.write(tmp_path / "x.csv", rows)
-    assert [(r.launches, r.op, r.contender, r.setting) for r in launches.read(tmp_path / "x.csv")] == [
+    launch_table.write(tmp_path / "x.csv", rows)
+    assert [(r.launches, r.op, r.contender, r.setting) for r in launch_table.read(tmp_path / "x.csv")] == [
         (r.launches, r.op, r.contender, r.setting) for r in rows
     ]
-    committed = launches.read(launches.RESULT)
+    committed = launch_table.read(launches.RESULT)
     if committed[0].gpu == "none" and committed[0].torch.split("+")[0] == torch.__version__.split("+")[0]:
         counts = [
             {(r.setting, r.op, r.contender): (r.launches, str(r.triton_launches)) for r in found} for found in (committed, rows)

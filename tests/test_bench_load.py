@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import load as job, load_report as report, load_simulation as simulation
+from bench.load import __main__ as job, report, simulation
 from bench.shared import acceptance, roofline
 from dspark_kernels.types import CostTable
 
@@ -302,7 +302,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("load")
     files = [str(folder / name) for name in ("load.csv", "load.png", "load.svg")]
     command = [sys.executable, "-m", "bench.load", "--concurrency", "1,8", "--rounds", "40", "--threshold", "0.3"]
-    command += ["--csv", files[0], "--plot", files[1], "--plot", files[2]]
+    command += ["--out", files[0], "--plot", files[1], "--plot", files[2]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done, folder
@@ -434,7 +434,7 @@ def test_causal_stops_at_the_edge_of_a_graph(results):
         (["--cost", "x", "--measure-cost"], "--cost: expected without --measure-cost"),
         (["--save-cost", "x"], "--save-cost: expected together with --measure-cost"),
         (["--acceptance", "/nowhere.json"], "--acceptance: /nowhere.json: No such file"),
-        (["--csv", "/nowhere/load.csv"], "--csv: expected a file in a directory that exists"),
+        (["--csv", "/nowhere/load.csv"], "--out: expected a file in a directory that exists"),
         (["--plot", "load.pdf"], "--plot: expected a name that ends in .png or .svg"),
         (["--plot", "/nowhere/load.png"], "--plot: expected a file in a directory that exists"),
     ],

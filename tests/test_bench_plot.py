@@ -10,8 +10,11 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from bench import kernels, launches, plot, round as rounds, systems
-from bench.shared import timing
+from bench import plot
+from bench.kernels import report as kernel_report
+from bench.round import ops, report as round_report
+from bench.shared import launch_table, measure, rows, system_figures, systems, timing
+from bench.shared.round_ops import DECISIONS, GRAPH, OPS
 
 GPU = dict(gpu="Stand-in", driver="1", torch="2", triton="3", commit="abc")
 
@@ -24,36 +27,38 @@ def kernel_rows():
             for cache in ("cold", "warm"):
                 p50 = 10.0 * requests * factor
                 judged = (contender, call, cache, op) == ("kernel", "graph", "cold", "draft_block")
-                row = kernels.Row(op, case, contender, call, cache, "ok", p50, p50, p50, floor_us=8.0 * requests)
+                row = measure.Row(op, case, contender, call, cache, "ok", p50, p50, p50, floor_us=8.0 * requests)
                 row = dataclasses.replace(row, share_of_floor=0.8 / factor, **GPU)
                 rows.append(dataclasses.replace(row, target_us=12.5 * requests, met="yes") if judged else row)
-    rows.append(kernels.Row("accept_chain", "dense_r1", "kernel", "", "", "red: x"))
+    rows.append(measure.Row("accept_chain", "dense_r1", "kernel", "", "", "red: x"))
     return rows
 
 
 def round_rows():
     found = []
     for requests in (1, 64):
-        rows = rounds.predicted(rounds.Sizes(requests), 4e12, rounds.Engine(1.0, 2.0, 1, 1))
-        taken = {op: timing.Timing(1.0, 10.0 * requests, 3.0, 9) for op in (*rounds.OPS, rounds.GRAPH)}
-        found += rounds.timed(rows, taken, GPU)
+        rows = round_report.predicted(ops.Sizes(requests), 4e12, round_report.Engine(1.0, 2.0, 1, 1))
+        taken = {op: timing.Timing(1.0, 10.0 * requests, 3.0, 9) for op in (*OPS, GRAPH)}
+        found += round_report.timed(rows, taken, GPU)
     return found
 
 
 def launch_rows():
     made = []
     for setting in ("sampled", "greedy"):
-        for op in launches.DECISIONS:
-            for contender, count in ((launches.OURS, 1), (launches.EAGER, 40)):
-                made.append(launches.Row(setting, op, "round", contender, count, count, 0, "counting", 7, "none", "2", "3", "abc"))
+        for op in DECISIONS:
+            for contender, count in ((launch_table.OURS, 1), (launch_table.EAGER, 40)):
+                made.append(
+                    launch_table.Row(setting, op, "round", contender, count, count, 0, "counting", 7, "none", "2", "3", "abc")
+                )
     return made
 
 
 @pytest.fixture
 def results(tmp_path):
-    kernels.write(tmp_path / "kernels-stand-in.csv", kernel_rows())
-    rounds.write(tmp_path / "round-stand-in.csv", round_rows())
-    launches.write(tmp_path / "launches.csv", launch_rows())
+    kernel_report.write(tmp_path / "kernels-stand-in.csv", kernel_rows())
+    round_report.write(tmp_path / "round-stand-in.csv", round_rows())
+    launch_table.write(tmp_path / "launches.csv", launch_rows())
     return tmp_path
 
 
@@ -82,7 +87,7 @@ def test_everything_there_is_data_for_is_drawn_twice(results, capsys):
 def test_the_same_data_gives_the_same_files(results):
     (results / "other").mkdir()
     for folder in (results, results / "other"):
-        plot.save(plot.launch_counts, launches.read(results / "launches.csv"), folder / "launches")
+        plot.save(plot.launch_counts, launch_table.read(results / "launches.csv"), folder / "launches")
     for suffix in ("png", "svg"):
         assert (results / f"launches.{suffix}").read_bytes() == (results / "other" / f"launches.{suffix}").read_bytes()
 
@@ -101,7 +106,7 @@ def embedded():
 
 def test_systems_have_a_panel_per_domain_and_lines_told_apart_without_colour(embedded):
     rows = embedded["teacher_forced"]
-    for draw in (plot.systems_position, plot.systems_time):
+    for draw in (system_figures.systems_position, system_figures.systems_time):
         figure = Figure()
         draw(figure, embedded)
         domains = list(dict.fromkeys(row["domain"] for row in rows))
@@ -111,10 +116,10 @@ def test_systems_have_a_panel_per_domain_and_lines_told_apart_without_colour(emb
             assert [line.get_label() for line in axes.lines] == [row["system"] for row in own]
             assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == len(own)
     figure = Figure()
-    plot.systems_position(figure, embedded)
+    system_figures.systems_position(figure, embedded)
     assert list(figure.axes[0].lines[0].get_ydata()) == rows[0]["acceptance"]
     figure = Figure()
-    plot.systems_time(figure, embedded)
+    system_figures.systems_time(figure, embedded)
     line = figure.axes[0].lines[0]
     assert list(line.get_xdata()) == embedded["draft_ms"][rows[0]["system"]]
     # With all drafts: the teacher-forced tau.
@@ -123,7 +128,7 @@ def test_systems_have_a_panel_per_domain_and_lines_told_apart_without_colour(emb
 
 def test_reliability_shows_before_and_after(embedded):
     figure = Figure()
-    plot.systems_reliability(figure, embedded)
+    system_figures.systems_reliability(figure, embedded)
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert len(panels) == len(embedded["calibration"])
     for axes, row in zip(panels, embedded["calibration"], strict=True):
@@ -136,15 +141,15 @@ def test_reliability_shows_before_and_after(embedded):
 def test_systems_are_drawn_where_they_were_measured(tmp_path):
     assert plot.pictures(tmp_path) == []
     (tmp_path / "systems.json").write_bytes(systems.RESULTS.read_bytes())
-    assert [name for name, _, _ in plot.pictures(tmp_path)] == list(plot.SYSTEMS)
+    assert [name for name, _, _ in plot.pictures(tmp_path)] == list(system_figures.SYSTEMS)
 
 
 def test_a_file_without_times_hides_no_other(results, capsys, monkeypatch):
-    monkeypatch.setattr(plot, "embedded_rounds", lambda: plot._read(results / "gone.csv"))
+    monkeypatch.setattr(plot, "embedded_rounds", lambda: rows.read(results / "gone.csv"))
     made = plot.pictures
     wanted = ("roofline-broken", "latency-broken", "launches")
     monkeypatch.setattr(plot, "pictures", lambda folder: [picture for picture in made(folder) if picture[0] in wanted])
-    kernels.write(results / "kernels-broken.csv", [kernel_rows()[-1]])
+    kernel_report.write(results / "kernels-broken.csv", [kernel_rows()[-1]])
     assert plot.main(["--results", str(results)]) == 1
     out = capsys.readouterr().out
     assert "roofline-broken: cannot be drawn: LookupError: no cold graph replay" in out and "launches.png" in out
@@ -188,7 +193,7 @@ def test_a_round_shows_the_ops_the_graph_and_the_shares(results):
     plot.whole_round(figure, read(results / "round-stand-in.csv"))
     left, right = figure.axes
     assert sum(bar.get_height() for bar in left.patches) == pytest.approx(200)
-    assert {"10 us", "640 us", "all ops", *rounds.OPS} <= set(words(figure))
+    assert {"10 us", "640 us", "all ops", *OPS} <= set(words(figure))
     all_ops, decisions = right.containers[:2]
     assert all_ops[0].get_height() == pytest.approx(100 * 10 / 3010, rel=1e-3)
     assert decisions[0].get_height() == pytest.approx(100 * 30 / 3010, rel=1e-3)
@@ -196,7 +201,7 @@ def test_a_round_shows_the_ops_the_graph_and_the_shares(results):
 
 def test_launches_are_numbered(results):
     figure = Figure()
-    plot.launch_counts(figure, launches.read(results / "launches.csv"))
+    plot.launch_counts(figure, launch_table.read(results / "launches.csv"))
     shown = words(figure)
     assert shown.count("40") == 6 and shown.count("120") == 2 and shown.count("3") == 2 and shown.count("1") == 6
     assert any("lower bound" in text for text in shown)

@@ -9,57 +9,58 @@ import pytest
 import torch
 
 import dspark_kernels as dk
-from bench import kernels, round as rounds
-from bench.shared import timing
+from bench.round import __main__ as job, ops, report
+from bench.shared import measure, timing
 from bench.shared.cases.tensors import tensors
+from bench.shared.round_ops import DECISIONS, GRAPH, OPS, SUM
 
 pytest.importorskip("triton")
 
 CPU = torch.device("cpu")
-SMALL = dataclasses.replace(rounds.Sizes(2).small(), layers=1)
-ENGINE = rounds.Engine(None, 2.0, 1e9, 4e9)
+SMALL = dataclasses.replace(ops.Sizes(2).small(), layers=1)
+ENGINE = report.Engine(None, 2.0, 1e9, 4e9)
 
 
 def test_bytes_grow_with_what_they_count():
-    one, many = rounds.Sizes(1).bytes(), rounds.Sizes(64).bytes()
-    assert set(one) == set(rounds.OPS)
+    one, many = ops.Sizes(1).bytes(), ops.Sizes(64).bytes()
+    assert set(one) == set(OPS)
     w2 = 7 * 151936 * 256 * 2
     assert w2 < one["draft_block"] < 1.02 * w2  # W2 once per position is nearly all of it
     keys = 36 * 64 * 2048 * 8 * 128 * 2 * 2
     assert keys < many["tree_attention"] < 1.05 * keys
-    assert rounds.Sizes(1, layers=72).bytes()["tree_attention"] == 2 * one["tree_attention"]
+    assert ops.Sizes(1, layers=72).bytes()["tree_attention"] == 2 * one["tree_attention"]
     assert 64 * 8 * 151936 * 2 < many["accept_chain"] < 1.2 * 64 * 8 * 151936 * 2
 
 
 def test_models_are_modelled_where_no_time_is_given():
-    backbone, target = ENGINE.times(rounds.Sizes(1), 4e12)
+    backbone, target = ENGINE.times(ops.Sizes(1), 4e12)
     assert (backbone, target) == (1e3 * 2e9 / 4e12, 2.0)
-    many, _ = ENGINE.times(rounds.Sizes(256), 4e12)  # products, not weights
+    many, _ = ENGINE.times(ops.Sizes(256), 4e12)  # products, not weights
     assert math.isclose(many, 1e3 * 2e9 * 256 * 7 / (0.6 * 989e12))
     assert ENGINE.words() == "models: target as given, backbone MODELLED from 1e+09 parameters"
-    assert "MODELLED" not in rounds.Engine(1.0, 2.0, 1, 1).words()
+    assert "MODELLED" not in report.Engine(1.0, 2.0, 1, 1).words()
 
 
 def test_shares_of_a_round():
-    rows = rounds.predicted(rounds.Sizes(1), 4e12, rounds.Engine(0.3, 0.5, 1, 1))
+    rows = report.predicted(ops.Sizes(1), 4e12, report.Engine(0.3, 0.5, 1, 1))
     by = {row.op: row for row in rows}
-    total = by[rounds.SUM].predicted_us
-    assert math.isclose(total, sum(by[op].predicted_us for op in rounds.OPS))
-    assert math.isclose(by[rounds.SUM].share_of_round, total / (total + 800))
-    assert by[rounds.SUM].launches == 40 and by["tree_attention"].launches == 36
-    text = "\n".join(rounds.lines(rows))
-    few = 1 / (1 - sum(by[op].share_of_round for op in rounds.DECISIONS))
+    total = by[SUM].predicted_us
+    assert math.isclose(total, sum(by[op].predicted_us for op in OPS))
+    assert math.isclose(by[SUM].share_of_round, total / (total + 800))
+    assert by[SUM].launches == 40 and by["tree_attention"].launches == 36
+    text = "\n".join(report.lines(rows))
+    few = 1 / (1 - sum(by[op].share_of_round for op in DECISIONS))
     assert f"{1 / (1 - total / (total + 800)):.2f} times as fast if no op took time, {few:.2f} if attention alone did" in text
     assert "(predicted)" in text and "measured" not in text
 
 
 @pytest.fixture(scope="module")
 def given():
-    return rounds.make(SMALL, CPU)
+    return ops.make(SMALL, CPU)
 
 
 def test_a_round_equals_the_reference():
-    assert rounds.check(SMALL, CPU) == 3 + SMALL.layers
+    assert ops.check(SMALL, CPU) == 3 + SMALL.layers
 
 
 def planted(op, spoil):
@@ -71,7 +72,7 @@ def planted(op, spoil):
         spoil(result)
         return result
 
-    names = (*rounds.OPS,)
+    names = (*OPS,)
     return SimpleNamespace(**{name: wrong if name == op else getattr(dk, name) for name in names})
 
 
@@ -86,24 +87,24 @@ def planted(op, spoil):
 )
 def test_a_planted_error_is_found(op, spoil):
     with pytest.raises(AssertionError):
-        rounds.check(SMALL, CPU, planted(op, spoil))
+        ops.check(SMALL, CPU, planted(op, spoil))
 
 
 def test_what_a_round_writes_into_given_memory_is_compared(given, monkeypatch):
     """As a captured graph does; and `measure` compares what it captured before it takes a time."""
-    again, want = rounds.into_memory(dk, SMALL, given)
-    rounds.same(again, want, again, given)
+    again, want = ops.into_memory(dk, SMALL, given)
+    ops.same(again, want, again, given)
 
     def late():
         again()
         again.results["accept_chain"].next_token[0] += 1
 
     with pytest.raises(AssertionError, match="accept_chain: a round into given memory"):
-        rounds.same(again, want, late, given)
-    monkeypatch.setattr(rounds, "into_memory", lambda *_: (again, want))
+        ops.same(again, want, late, given)
+    monkeypatch.setattr(ops, "into_memory", lambda *_: (again, want))
     bench = dataclasses.replace(bench_of([]), capture=lambda call: late)
     with pytest.raises(AssertionError, match="accept_chain: a round into given memory"):
-        rounds.measure(SMALL, bench)
+        ops.measure(SMALL, bench)
     assert all(
         tensor.data_ptr() == kept.data_ptr()
         for op in ("draft_block", "schedule_prefixes", "accept_chain")
@@ -141,7 +142,7 @@ class Quick:
         pass
 
     def __getattr__(self, op):
-        assert op in rounds.OPS
+        assert op in OPS
         return self
 
 
@@ -150,45 +151,45 @@ def bench_of(captured):
         captured.append(call)
         return call
 
-    return kernels.Bench(
+    return measure.Bench(
         device=CPU, clock=Clock(), machine=MACHINE, bandwidth=1e9, samples=2, baselines=(), small=False, capture=capture, facts=dict
     )
 
 
 def test_times_are_reported_with_predictions_beside(tmp_path, monkeypatch, capsys):
     captured, path = [], tmp_path / "round.csv"
-    monkeypatch.setattr(rounds, "check", lambda sizes, device: 5)
+    monkeypatch.setattr(job, "check", lambda sizes, device: 5)
     monkeypatch.setattr(timing, "WARMUP", 0)
     sizes = [dataclasses.replace(SMALL, requests=n) for n in (2, 1)]
-    monkeypatch.setattr(rounds, "into_memory", lambda ops, sizes, given: (Quick(), {}))
-    monkeypatch.setattr(rounds, "same", lambda *_: None)
-    assert rounds.report(sizes, rounds.Engine(0.1, 0.2, 1, 1), bench_of(captured), path) == 0
+    monkeypatch.setattr(ops, "into_memory", lambda ops, sizes, given: (Quick(), {}))
+    monkeypatch.setattr(ops, "same", lambda *_: None)
+    assert job.report(sizes, report.Engine(0.1, 0.2, 1, 1), bench_of(captured), path) == 0
     assert len(captured) == 2 * 6  # each op, and all of them
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["op"] for row in rows] == [*rounds.OPS, rounds.SUM, rounds.GRAPH] * 2
+    assert [row["op"] for row in rows] == [*OPS, SUM, GRAPH] * 2
     assert {row["gpu"] for row in rows} == {"Stand-in GPU"} and {row["commit"] for row in rows} == {"abc"}
     by = {row["op"]: row for row in rows[:7]}
-    assert (by["draft_block"]["p50_us"], by[rounds.SUM]["p50_us"], by[rounds.GRAPH]["p50_us"]) == ("100", "500", "100")
-    assert by[rounds.GRAPH]["share_of_round"] == "0.25" and float(by["draft_block"]["predicted_us"]) > 0
+    assert (by["draft_block"]["p50_us"], by[SUM]["p50_us"], by[GRAPH]["p50_us"]) == ("100", "500", "100")
+    assert by[GRAPH]["share_of_round"] == "0.25" and float(by["draft_block"]["predicted_us"]) > 0
     out = capsys.readouterr().out
     assert "25.0% all ops" in out and "(measured)" in out and "if no op took time" in out
     # Run again: the same rows are replaced, others stay.
-    assert rounds.report(sizes[:1], rounds.Engine(0.1, 0.2, 1, 1), bench_of([]), path) == 0
+    assert job.report(sizes[:1], report.Engine(0.1, 0.2, 1, 1), bench_of([]), path) == 0
     with open(path, newline="") as file:
         assert len(list(csv.DictReader(file))) == 14
 
 
 def test_a_wrong_round_gives_no_time_and_hides_no_other(tmp_path, monkeypatch, capsys):
-    def measure(sizes, bench):
+    def measured(sizes, bench):
         if sizes.requests == 2:
             raise AssertionError("planted")
-        return {op: timing.Timing(1.0, 2.0, 3.0, 4) for op in (*rounds.OPS, rounds.GRAPH)}
+        return {op: timing.Timing(1.0, 2.0, 3.0, 4) for op in (*OPS, GRAPH)}
 
-    monkeypatch.setattr(rounds, "check", lambda sizes, device: 5)
-    monkeypatch.setattr(rounds, "measure", measure)
+    monkeypatch.setattr(job, "check", lambda sizes, device: 5)
+    monkeypatch.setattr(job, "measure", measured)
     path = tmp_path / "round.csv"
-    assert rounds.report([SMALL, dataclasses.replace(SMALL, requests=1)], ENGINE, bench_of([]), path) == 1
+    assert job.report([SMALL, dataclasses.replace(SMALL, requests=1)], ENGINE, bench_of([]), path) == 1
     assert "R = 2: RED: planted" in capsys.readouterr().out
     with open(path, newline="") as file:
         assert {row["requests"] for row in csv.DictReader(file)} == {"1"}
@@ -196,14 +197,14 @@ def test_a_wrong_round_gives_no_time_and_hides_no_other(tmp_path, monkeypatch, c
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_it_predicts_compares_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(rounds.Sizes, "small", lambda self: dataclasses.replace(SMALL, requests=1))
-    assert rounds.main(["--requests", "1,64", "--target-ms", "3"]) == 0
+    monkeypatch.setattr(ops.Sizes, "small", lambda self: dataclasses.replace(SMALL, requests=1))
+    assert job.main(["--requests", "1,64", "--target-ms", "3"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("MODELLED, not measured: bytes at 4300 GB/s") and "R = 64, K = 7" in out
     assert "target as given, backbone MODELLED" in out and "[1/1] small round, R = 1: 4 calls equal the reference" in out
     assert out.endswith("no times were taken\n")
-    monkeypatch.setattr(rounds, "check", lambda *_: (_ for _ in ()).throw(AssertionError("planted")))
-    assert rounds.main(["--requests", "1"]) == 1
+    monkeypatch.setattr(job, "check", lambda *_: (_ for _ in ()).throw(AssertionError("planted")))
+    assert job.main(["--requests", "1"]) == 1
     assert "RED: planted" in capsys.readouterr().out
 
 
@@ -218,6 +219,6 @@ def test_without_a_gpu_it_predicts_compares_and_says_so(monkeypatch, capsys):
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(arguments, message, capsys):
-    assert rounds.main(arguments) == 2
+    assert job.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"bench.round: {message}") and error.count("\n") == 1

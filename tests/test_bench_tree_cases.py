@@ -7,9 +7,11 @@ import torch
 from test_bench_kernels import CASES, CPU, FakeClock, assert_red, bench_of
 
 import dspark_kernels as dk
-from bench import kernels
+from bench.shared import measure
 from bench.shared.baselines import BASELINES
-from bench.shared.cases import registry as kc, trees as tc
+from bench.shared.cases import trees as tc
+from bench.shared.cases.accept import Accept
+from bench.shared.cases.tensors import nbytes, same, tensors
 
 pytest.importorskip("triton")
 
@@ -29,18 +31,18 @@ def test_costs_by_hand():
 
 
 def test_trees_of_eight_nodes_have_the_rows_of_chains():
-    chain, walk = kc.Accept(64, "one_hot"), tc.AcceptTrees(64, 8)
+    chain, walk = Accept(64, "one_hot"), tc.AcceptTrees(64, 8)
     assert walk.rows == chain.rows and walk.bytes == pytest.approx(chain.bytes, rel=1e-4)
     assert tc.comb_parents(8) == [-1, 0, 0, 1, 2, 3, 4, 0] and len(tc.comb_parents(32)) == 32
 
 
 def test_the_tensors_of_acceptance_have_the_counted_bytes():
     spec = tc.AcceptTrees(3).small()
-    inputs, result = kernels.check(spec, CPU)
+    inputs, result = measure.check(spec, CPU)
     layout, tree = inputs["layout"], inputs["tree"]
     unread = [layout.batch_indices, layout.draft_lens, layout.flags, layout.num_rows, layout.positions]
-    unread += [t for t in kc.tensors(tree) if t is not tree.parents]
-    assert spec.bytes == kc.nbytes(inputs) + kc.nbytes(result) - sum(t.nbytes for t in unread) + 3 * 8  # a position a request
+    unread += [t for t in tensors(tree) if t is not tree.parents]
+    assert spec.bytes == nbytes(inputs) + nbytes(result) - sum(t.nbytes for t in unread) + 3 * 8  # a position a request
 
 
 @pytest.mark.parametrize("what", ["tokens", "num_accepted", "path", "kv_source", "commit_mask", "next_token"])
@@ -83,18 +85,18 @@ def test_a_slot_too_many_turns_the_gate_red(monkeypatch):
 
 def test_compaction_repeats_and_its_baseline_moves_the_same():
     spec = tc.Compact(3).small()
-    inputs, untouched = kernels.inputs_of(spec, 1, CPU), kernels.inputs_of(spec, 1, CPU)
+    inputs, untouched = measure.inputs_of(spec, 1, CPU), measure.inputs_of(spec, 1, CPU)
     function, arguments = BASELINES["compact_kv"].function, BASELINES["compact_kv"].arguments
     function(*arguments(untouched))
     seen = [cache.clone() for cache in inputs["layers"].caches]
     for _ in range(2):
         spec.call(inputs)
-        assert kc.same(inputs["layers"].caches, untouched["layers"].caches) and not kc.same(inputs["layers"].caches, tuple(seen))
+        assert same(inputs["layers"].caches, untouched["layers"].caches) and not same(inputs["layers"].caches, tuple(seen))
 
 
 @pytest.mark.parametrize("name", ["compact_kv r64", "accept_tree walk_m32_r1"])
 def test_cases_are_timed(name):
-    rows = kernels.run(CASES[name], bench_of(clock=FakeClock(), baselines=("eager", "engines")))
+    rows = measure.run(CASES[name], bench_of(clock=FakeClock(), baselines=("eager", "engines")))
     assert [row.status for row in rows] == ["ok"] * len(rows)
     contenders = {row.contender for row in rows}
     assert contenders == ({"kernel", "eager"} if name.startswith("compact") else {"kernel"})

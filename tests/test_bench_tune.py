@@ -10,19 +10,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import tune
 from bench.shared import timing
+from bench.tune import __main__ as job, binaries, entries, explaining, search, steps
+from bench.tune.binaries import Binary
+from bench.tune.kernels import KERNELS, case_bytes
 from dspark_kernels.launch import arch, table
 from dspark_kernels.launch.table import Entry
 
 SM_90, GFX942 = arch.KNOWN["sm_90"], arch.KNOWN["gfx942"]
-GOOD = tune.Binary(64, 0, 1024, 232448, 4, "3")
+GOOD = Binary(64, 0, 1024, 232448, 4, "3")
 SPACE = dict(block=(64, 128, 256), num_warps=(2, 4))
 OWN = dict(block=128, num_warps=4, other=1)
 
 
 def test_a_step_changes_one_parameter():
-    found = tune.steps(OWN, SPACE | {"absent": (1, 2)})
+    found = steps.steps(OWN, SPACE | {"absent": (1, 2)})
     assert found == [OWN | {"block": 64}, OWN | {"block": 256}, OWN | {"num_warps": 2}]
 
 
@@ -42,16 +44,16 @@ def test_a_step_changes_one_parameter():
 )
 def test_resident_programs(gpu, registers, shared, warps, resident):
     known = arch.KNOWN[gpu]
-    assert tune.Binary(registers, 0, shared, known.shared_memory, warps, "").resident(known) == resident
+    assert Binary(registers, 0, shared, known.shared_memory, warps, "").resident(known) == resident
 
 
 def test_a_prediction_is_bandwidth_or_what_is_on_the_way():
     size = 48_000_000
-    enough = tune.predicted(size, 10**6, GOOD, SM_90)
-    assert math.isclose(enough, 1e6 * size / tune.BANDWIDTH["sm_90"])
-    wanted = tune.BANDWIDTH["sm_90"] * tune.LATENCY / (SM_90.multiprocessors * GOOD.resident(SM_90))
-    assert math.isclose(tune.predicted(size, int(wanted) // 2, GOOD, SM_90), 2 * enough, rel_tol=1e-3)
-    assert set(tune.BANDWIDTH) == set(arch.KNOWN)
+    enough = binaries.predicted(size, 10**6, GOOD, SM_90)
+    assert math.isclose(enough, 1e6 * size / binaries.BANDWIDTH["sm_90"])
+    wanted = binaries.BANDWIDTH["sm_90"] * binaries.LATENCY / (SM_90.multiprocessors * GOOD.resident(SM_90))
+    assert math.isclose(binaries.predicted(size, int(wanted) // 2, GOOD, SM_90), 2 * enough, rel_tol=1e-3)
+    assert set(binaries.BANDWIDTH) == set(arch.KNOWN)
 
 
 def key(config):
@@ -69,7 +71,7 @@ def searched(times, binaries=None, most=9, deadline=math.inf, own=OWN):
     def binary_of(configs):
         return [(binaries or {}).get(key(config), GOOD) for config in configs]
 
-    found = tune.search(Entry({}, own, {}), SPACE, binary_of, time_of, lambda c, b: c["block"], most, deadline)
+    found = search.search(Entry({}, own, {}), SPACE, binary_of, time_of, lambda c, b: c["block"], most, deadline)
     return found, asked
 
 
@@ -122,7 +124,7 @@ TABLE = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     for name in ("sm_90", "sm_80"):
-        tune.write(tmp_path / f"{name}.json", name, TABLE)
+        entries.write(tmp_path / f"{name}.json", name, TABLE)
     monkeypatch.setattr(table, "FOLDER", tmp_path)
     return tmp_path
 
@@ -155,7 +157,7 @@ def test_tuning_writes_each_entry_as_it_goes_and_resumes(folder, capsys):
 
     kernels = ["layout", "schedule", "plan"]
     with pytest.raises(KeyboardInterrupt):
-        tune.tune("sm_90", SM_90, kernels, path, tools(times, log), 9, math.inf)
+        search.tune("sm_90", SM_90, kernels, path, tools(times, log), 9, math.inf)
     assert log[0] == ("schedule", (512, 512), 256)  # the most important first
     (later, first), (layout,) = (table.read(path)[name] for name in ("schedule", "layout"))
     assert first.config["block"] == later.config["block"] == 128 and layout == TABLE["layout"][0]
@@ -164,7 +166,7 @@ def test_tuning_writes_each_entry_as_it_goes_and_resumes(folder, capsys):
     assert first.why["compiled"]["registers"] == 64 and record["source"] == timing.source_digest(tables=False)
     assert table.read(folder / "sm_90.json") == TABLE  # only the file asked for
     log.clear()
-    assert tune.tune("sm_90", SM_90, kernels, path, tools(lambda *_: 3.0, log), 9, math.inf) == 0
+    assert search.tune("sm_90", SM_90, kernels, path, tools(lambda *_: 3.0, log), 9, math.inf) == 0
     assert {kernel for kernel, *_ in log} == {"layout"}
     out = capsys.readouterr().out
     assert "[1/4] schedule candidates 512, rows 512: timed before" in out and "plan requests 256: no case to time" in out
@@ -173,8 +175,8 @@ def test_tuning_writes_each_entry_as_it_goes_and_resumes(folder, capsys):
 
 def test_without_time_or_a_right_result_entries_stay_and_that_is_said(folder, capsys):
     path = folder / "out.json"
-    assert tune.tune("sm_90", SM_90, ["layout"], path, tools(lambda *_: 1.0), 9, -1.0) == 1 and not path.exists()
-    assert tune.tune("sm_90", SM_90, ["layout"], path, tools(lambda *_: None), 9, math.inf) == 1 and not path.exists()
+    assert search.tune("sm_90", SM_90, ["layout"], path, tools(lambda *_: 1.0), 9, -1.0) == 1 and not path.exists()
+    assert search.tune("sm_90", SM_90, ["layout"], path, tools(lambda *_: None), 9, math.inf) == 1 and not path.exists()
     out = capsys.readouterr().out
     assert "no time left" in out and "no configuration equals the reference" in out
 
@@ -182,14 +184,16 @@ def test_without_time_or_a_right_result_entries_stay_and_that_is_said(folder, ca
 def test_a_gpu_without_a_table_starts_from_its_familys(folder):
     path = folder / "sm_91.json"
     other = SM_90.__class__("sm_91", SM_90.shared_memory, 10)
-    assert tune.tune("sm_91", other, ["layout"], path, tools(lambda *_: 1.0), 2, math.inf) == 0
+    assert search.tune("sm_91", other, ["layout"], path, tools(lambda *_: 1.0), 2, math.inf) == 0
     assert table.read(path)["schedule"] == TABLE["schedule"] and json.loads(path.read_text())["gpu"] == "sm_91"
 
 
 def test_explaining_changes_reasons_only(folder, capsys):
     timed = {"us": 3.0, "gpu": "Fake"}
-    tune.write(folder / "sm_90.json", "sm_90", TABLE | {"layout": (Entry(**vars(TABLE["layout"][0]) | {"why": {"time": timed}}),)})
-    assert tune.explain(["sm_90", "sm_80"], ["layout", "schedule"], folder, done(GOOD), False) == 0
+    entries.write(
+        folder / "sm_90.json", "sm_90", TABLE | {"layout": (Entry(**vars(TABLE["layout"][0]) | {"why": {"time": timed}}),)}
+    )
+    assert explaining.explain(["sm_90", "sm_80"], ["layout", "schedule"], folder, done(GOOD), False) == 0
     for name in ("sm_90", "sm_80"):
         found = table.read(folder / f"{name}.json")
         assert {k: [(e.shape, e.config) for e in v] for k, v in found.items()} == {
@@ -197,17 +201,17 @@ def test_explaining_changes_reasons_only(folder, capsys):
         }
         assert found["layout"][0].why["compiled"]["registers"] == 64 and found["plan"][0].why == {}
         assert found["layout"][0].why["time"] == (timed if name == "sm_90" else "not measured")
-    spilling = tune.Binary(255, 8, 0, 100, 4, "3")
-    assert tune.explain(["sm_90"], ["layout"], folder, done(spilling), False) == 1
+    spilling = Binary(255, 8, 0, 100, 4, "3")
+    assert explaining.explain(["sm_90"], ["layout"], folder, done(spilling), False) == 1
     out = capsys.readouterr().out
     assert "no times were taken" in out and "SPILLS OR TOO LARGE: 8 bytes" in out
 
 
 def test_predictions_rank_and_change_nothing(folder, capsys):
     def submit(kernel, shape, config, name):
-        return done(tune.Binary(64, 8 if config["block"] == 512 else 0, 0, 100, config["num_warps"], "3"))()
+        return done(Binary(64, 8 if config["block"] == 512 else 0, 0, 100, config["num_warps"], "3"))()
 
-    assert tune.explain(["sm_90"], ["layout"], folder, submit, True) == 0
+    assert explaining.explain(["sm_90"], ["layout"], folder, submit, True) == 0
     out = capsys.readouterr().out
     listed = [line for line in out.splitlines() if line.startswith("    predicted")]
     assert len(listed) == 6 and "1 of 7 spill or do not fit" in out  # 3 other blocks, 3 other warps
@@ -222,21 +226,20 @@ def test_predictions_rank_and_change_nothing(folder, capsys):
 def test_every_kernel_of_the_tables_can_be_tuned():
     for name in arch.KNOWN:
         entries = table.read(table.FOLDER / f"{name}.json")
-        assert set(entries) <= set(tune.KERNELS)
+        assert set(entries) <= set(KERNELS)
         for kernel, found in entries.items():
             for entry in found:
-                assert set(tune.KERNELS[kernel].space) <= set(entry.config), (name, kernel)
-                assert tune.KERNELS[kernel].flight(entry.shape, entry.config) > 0
-                assert tune.case_bytes(kernel, entry.shape) >= 0
+                assert set(KERNELS[kernel].space) <= set(entry.config), (name, kernel)
+                assert KERNELS[kernel].flight(entry.shape, entry.config) > 0
+                assert case_bytes(kernel, entry.shape) >= 0
 
 
 @pytest.mark.parametrize("kernel", ["layout", "schedule", "attention"])
 def test_the_case_that_is_timed_asks_for_the_entry(kernel, monkeypatch):
     """With the entry's own shape, or a size no doubling away, so that a trial is of what the entry is for."""
-    from bench.shared.cases import attention as attention_cases, registry as kernel_cases
 
     for entry in table.read(table.FOLDER / "sm_90.json")[kernel]:
-        spec = tune.KERNELS[kernel].spec(kernel_cases, attention_cases, entry.shape)
+        spec = KERNELS[kernel].spec(entry.shape)
         if kernel == "layout":
             assert spec.requests == entry.shape["requests"]
         elif kernel == "schedule":
@@ -271,6 +274,6 @@ def test_without_a_gpu_entries_are_compiled_and_no_times_taken(tmp_path):
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(arguments, message, capsys):
-    assert tune.main(arguments) == 2
+    assert job.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"bench.tune: {message}") and error.count("\n") == 1

@@ -100,7 +100,8 @@ def test_the_check_sees_what_is_wrong(tmp_path, change, message):
 
 SPILLING = """
 import torch, triton, triton.language as tl
-from bench import compile
+from bench.compile.report import problems
+from bench.shared.offline.report import row_of
 
 @triton.jit
 def kernel(x_ptr, N: tl.constexpr):
@@ -112,9 +113,8 @@ def call(size):
     return lambda: kernel[(1,)](torch.empty(size), size, num_warps=1)
 
 for arch, size in (("sm_90", 16384), ("gfx942", 65536)):
-    compile.CASES = {"toy": {"large": call(size)}}
-    (row,) = compile.rows_of(arch, "toy", True)
-    print(arch, row["spill_stores"], row["spill_loads"], row["stack"], len(compile.problems(row)))
+    row = row_of(arch, "toy", "large", call(size), compiled=True)
+    print(arch, row["spill_stores"], row["spill_loads"], row["stack"], len(problems(row)))
 """
 
 
@@ -145,7 +145,7 @@ def test_a_digest_follows_code_and_not_words(tmp_path):
         folder.mkdir()
         (folder / "kernel.py").write_text(text)
         (folder / "low.py").write_text(other)
-        code = f"from pathlib import Path; from bench.compile import code_digest as d; p = Path({str(folder)!r})\n"
+        code = f"from pathlib import Path; from bench.shared.offline.capture import code_digest as d; p = Path({str(folder)!r})\n"
         code += "print(d(p / 'kernel.py', p))"
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         digests.append(done.stdout)
@@ -154,7 +154,7 @@ def test_a_digest_follows_code_and_not_words(tmp_path):
 
 BUNDLED = """
 import torch, triton, triton.language as tl
-from bench import compile
+from bench.shared.offline.report import row_of
 
 @triton.jit
 def kernel(pair, N: tl.constexpr):
@@ -163,8 +163,7 @@ def kernel(pair, N: tl.constexpr):
 
 x = torch.empty(64)
 for pair in ((x, (5, None)), (x, (7, None)), (x, (16, None)), (x, (5, x)), (x[1:], (5, None)), (None, (5, None))):
-    compile.CASES = {"toy": {"bundled": lambda: kernel[(1,)](pair, 16)}}
-    print(compile.rows_of("sm_90", "toy", False)[0]["launch"])
+    print(row_of("sm_90", "toy", "bundled", lambda: kernel[(1,)](pair, 16), compiled=False)["launch"])
 """
 
 

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted((ROOT / "dspark_kernels" / "kernels").rglob("*.py"))
 
-# --- loops: every launch of bench/compile_cases.py, and a planted one, as far as the first IR -------------------------
+# --- loops: every launch of bench/compile/cases.py, and a planted one, as far as the first IR -------------------------
 
 PLANTED = """
 import triton
@@ -99,7 +99,8 @@ def scan(folder: str) -> dict:
     """In a process of its own: what is found in a planted kernel and in every launch, and how many launches there were."""
     from triton.compiler import compiler
 
-    from bench import compile as bench_compile
+    from bench.compile.cases import CASES
+    from bench.shared.offline.capture import capture
 
     make_ir, made, errors = compiler.ASTSource.make_ir, [], []
 
@@ -119,12 +120,12 @@ def scan(folder: str) -> dict:
             errors.append(f"{name}: no launch was compiled")
 
     def every_case():
-        for op, cases in bench_compile.CASES.items():
+        for op, cases in CASES.items():
             for case, call in cases.items():
                 until_ir(call, f"{op} {case}")
 
     compiler.ASTSource.make_ir = stop
-    with bench_compile.capture("sm_80", True):
+    with capture("sm_80", True):
         sys.path.insert(0, folder)
         import planted
         import torch
@@ -139,7 +140,7 @@ def scan(folder: str) -> dict:
         }  # fmt: skip
         planted_made = len(made)
         found = dropped_carries(every_case)
-    cases = {op: len(calls) for op, calls in bench_compile.CASES.items()}
+    cases = {op: len(calls) for op, calls in CASES.items()}
     return dict(planted=planted_found, found=found, launches=len(made) - planted_made, cases=cases, errors=errors)
 
 

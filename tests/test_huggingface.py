@@ -16,7 +16,7 @@ import directories as made
 import pytest
 import torch
 
-from bench import decode as job, models
+from bench.decode import __main__ as job, models
 from dspark_kernels import checkpoint
 from reference import huggingface
 from reference.drafters import Autoregressive, Block, DSpark

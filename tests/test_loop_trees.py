@@ -244,7 +244,7 @@ def test_law_test_convicts_a_tree_that_is_not_the_drawn_one():
 def test_kernels_decode_the_same(make, shape):
     """draft_tree, expand_tree, tree_layout, tree_attention, accept_tree and compact_kv in rounds of two requests."""
     pytest.importorskip("triton")
-    from bench.decode import kernel_ops
+    from bench.decode.systems import kernel_ops
 
     requests = [Request([3, 1, 4, 1, 5], 3, 0.0), Request([2, 7], 3, 1.0, seed=5)]
     want = decode(TARGET, make(TARGET), requests, tree=shape)

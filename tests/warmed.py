@@ -10,7 +10,7 @@ import sys
 import torch
 
 import dspark_kernels as dk
-from bench import compile as report  # decides that kernels are not interpreted, before an op loads them
+from bench.shared.offline.capture import capture  # decides that kernels are not interpreted, before an op loads them
 from dspark_kernels.ops.draft import candidate_shards, shards as draft_shards
 
 REQUESTS, SLOTS, DRAFTS, VOCAB, RANK = 40, 48, 5, 5000, 64
@@ -102,7 +102,7 @@ def shard_calls(r):
 
 def main() -> int:
     upto = int(sys.argv[1])
-    with report.capture("sm_90", compiled=False) as launches:
+    with capture("sm_90", compiled=False) as launches:
         for r in range(1, upto + 1):
             for op, call in (*calls(r), *shard_calls(r)):
                 dk.warmup(op, call)

@@ -31,8 +31,6 @@ from pathlib import Path
 from . import FOLDER
 from .build_plan import FULL, QUICK, Plan
 
-LIMIT = 6_000_000  # bytes of all weights together
-
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -221,7 +219,7 @@ def _run_all(context: Context, arguments: Sequence[str], running: dict, log) -> 
 
 def install(out: Path) -> None:
     """Finished files over those in bench/assets, record and measurements over those in bench/results, tables into README.md."""
-    from bench import systems
+    from bench.shared import systems
 
     results = systems.RESULTS.parent
     for stage, to in (("pack", FOLDER), ("rounds", FOLDER), ("report", results)):

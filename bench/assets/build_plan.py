@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+LIMIT = 6_000_000  # bytes of all weights together
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import build_corpus, build_models as models, build_text, build_tokenizer, build_train as train
 from .build_corpus import DOMAINS
 from .build_models import Sizes
+from .build_plan import LIMIT
 from .build_train import Budget, Progress, Teacher, Trainer, seeded, write
 from .quantise import save
 from .tokenizer import FIRST_MERGE, MASK, Tokenizer
@@ -253,8 +254,6 @@ def _bare(trained: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack(context) -> dict:
-    from .build import LIMIT
-
     plan, folder, sizes = context.plan, context.folder("pack"), _sizes(context)
     of_block = _sizes(context, layers=plan.block_layers).config() | {
         "block_size": plan.drafts,
@@ -349,8 +348,7 @@ def rounds(context) -> dict:
 
 
 def report(context) -> dict:
-    from bench import systems
-    from bench.shared import acceptance
+    from bench.shared import acceptance, systems
 
     plan = context.plan
     found = systems.measure(

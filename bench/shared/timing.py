@@ -15,11 +15,11 @@ import dataclasses
 import hashlib
 import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.shared.paths import ROOT
+
 FLUSH = 4  # L2 sizes of other memory between two uses of an input
 WARMUP = 3
 _BUSY_CYCLES = 150_000  # of the device, some 80 us: longer than the host takes to queue a replay

@@ -3,7 +3,7 @@
     bytes  what must move once: of drafting the base logits and the candidates' rows of W2, of acceptance the logits of all nodes
            and the laws that children were drawn from, of compaction every moved slot, read and written
 
-Trees of acceptance are combs (bench/trees.py), filled up with first tokens; those of 8 nodes have the rows of accept_chain's cases.
+Trees of acceptance are combs (bench/shared/comb.py), filled up with first tokens; those of 8 nodes have the rows of accept_chain's cases.
 Symbols: R requests, M nodes, K drafts, C candidates. Oracles: reference/tree_draft.py, reference/tree.py, reference/compact.py.
 """
 
@@ -18,7 +18,7 @@ import dspark_kernels as dk
 from bench.shared.baselines import BASELINES, Baseline
 from bench.shared.cases.case import BF16, DRAFTS, HIDDEN, PAGE, RANK, SUM_EXP, VOCAB, Case
 from bench.shared.cases.checks import by_request, require
-from bench.trees import comb
+from bench.shared.comb import comb
 from reference import cases, compact, tree as trees, tree_draft
 from reference.equality import assert_equal_or_tied
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.load_simulation import Run
+from bench.load.simulation import Run
 
 COLUMNS = (
     ("tokens/s", "of all requests together, with its standard error; * the best of a concurrency, and those within 2 errors of it"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bench import assets
+from bench.shared.arguments import BadArgument, first_line
 from dspark_kernels import checkpoint_formats
 from dspark_kernels.checkpoint import load_drafter, load_target, read_config, stop_tokens
 from dspark_kernels.types import CostTable
@@ -18,14 +19,6 @@ from reference.drafters import MTP, Block, Drafter, DraftModel, DSpark
 from reference.model import Target
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class BadArgument(Exception):
-    """Message of one line that names the argument."""
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class naming:

@@ -6,29 +6,21 @@
 
     comb of width w: the w best (or drawn) first tokens and a chain after each, of (M - 1) / w drafts
 
-A tree of M nodes verifies as many rows as a chain of M - 1 drafts; a block drafter's chain ends with its K drafts. Widths were
-chosen on held-out texts that the table does not use (16 to 31): w = 3 for M = 16, of 2, 3 and 4, and of bushier trees.
-Source of the methods: reference/tree_draft.py.
+A tree of M nodes verifies as many rows as a chain of M - 1 drafts; a block drafter's chain ends with its K drafts. Combs and their
+widths: bench/shared/comb.py. Source of the methods: reference/tree_draft.py.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 
+from bench.shared.comb import comb
 from reference.drafters import MTP, Drafter, DSpark, TreeShape
 
 SUFFIX = "-tree"  # of a system that decodes with trees
 NODES = {"mtp-tree": (16,), "block-tree": (16,), "dspark-tree": (16, 32)}
 SAMPLED_NODES = {"mtp": 16, "dspark": 16}  # at most, where --tree-nodes does not say: the reference draws slowly
 MAX_NODES = 64
-
-
-def comb(num_nodes: int, max_depth: int) -> tuple[int, ...]:
-    """Branching by depth of a comb of at most num_nodes nodes, as wide as half its depth, and wider where that is bounded."""
-    drafts = num_nodes - 1
-    width = max(round(math.sqrt(drafts / 2)), drafts // max_depth, 1)
-    return (width, *[1] * (min(drafts // width, max_depth) - 1))
 
 
 def shapes(drafter: Drafter, num_nodes: int) -> list[TreeShape]:

@@ -11,7 +11,6 @@ instructions that ptxas makes of it; bytes are those of 32-byte sectors that war
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import sys
 import time
@@ -20,8 +19,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results" / "counters.csv"
+from bench.shared import rows
+from bench.shared.paths import RESULTS, ROOT
+
+RESULT = RESULTS / "counters.csv"
 REQUESTS = (1, 8, 64)
 WARP = 32
 SECTOR = 32  # bytes
@@ -149,14 +150,4 @@ def chosen(cases: Sequence) -> list:
 
 def write(path: Path, row: Counted) -> None:
     """Put a line into the file; it replaces the one of the same op, case and number of requests."""
-    kept = []
-    new = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in dataclasses.asdict(row).items()}
-    key = ("op", "case", "requests")
-    if path.exists():
-        with open(path, newline="") as file:
-            kept = [old for old in csv.DictReader(file) if any(old[name] != new[name] for name in key)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept + [new])
+    rows.replace(path, [row], ("op", "case", "requests"))

@@ -1,7 +1,7 @@
 """Simulate serving under load: how much is gained by choosing, step by step, how many drafts the target verifies.
 
 N requests decode at once, all the time: where one ends, the next takes its slot. Every round each request draws one measured
-round of its domain (bench/acceptance.py: confidences, and how many of 7 drafts were accepted); with length L it emits
+round of its domain (bench/shared/acceptance.py: confidences, and how many of 7 drafts were accepted); with length L it emits
 min(accepted, L) + 1 tokens. That is exact for the token rule, which judges each draft by its own coin, whatever follows it. A step
 takes cost(N anchors + admitted drafts) + the time of drafting for N requests, which is due whatever is verified; without
 speculation there is no drafting. Draws, domains and lengths of requests are the same for every policy.
@@ -23,112 +23,24 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench import assets
-from bench.decode import BadArgument, Progress as _TokenProgress
-from bench.load_report import COLUMNS, FIELDS, plot, records, sentences, table_of
-from bench.load_simulation import MEAN_TOKENS, WARM, Draws, Run, Source, policy_of, simulate, steps_for
-from bench.shared import acceptance, roofline
-from dspark_kernels import cost as costs
-from dspark_kernels.types import CostTable
-from reference.drafters import Anchors, Committed, DSpark
-from reference.loop import REFERENCE_OPS
-from reference.model import Rows, Target
+from bench.load.costs import Costs, costs_of
+from bench.load.report import COLUMNS, FIELDS, plot, records, sentences, table_of
+from bench.load.simulation import MEAN_TOKENS, WARM, Draws, Run, Source, policy_of, simulate, steps_for
+from bench.shared import acceptance
+from bench.shared.arguments import BadArgument
+from bench.shared.progress import Progress
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 THRESHOLDS = (0.3, 0.5, 0.7)
 DOMAINS = ("code", "foreign")  # easy and hard
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """table(N): what a step of N requests costs; lines: where that comes from."""
-
-    table: Callable[[int], CostTable]
-    lines: Sequence[str]
-
-
-def measure_demo(progress: Callable[[int, int], object] | None = None, repeats: int = 15) -> CostTable:
-    """Times of the embedded target's and drafter's step on this CPU (reference code, fp32, one thread: two of them that wait for
-    each other beside other processes take ten times as long every now and then).
-
-    A step of n rows is ceil(n / 8) requests of up to 8 rows at 64 tokens of context. The reference attends request by request, so
-    a row that is a request of its own costs more than the table says.
-    """
-    context, most = 64, 64
-    target = Target(*assets.weights("target"))
-    drafter = DSpark(*assets.weights("dspark"), target)
-    per_request = drafter.max_drafts + 1
-    cache = target.new_cache(most)
-    drafter.start(most)
-    ids = torch.arange(context * most) % 256
-    with torch.inference_mode():
-        rows = Rows.of([(slot, 0, context) for slot in range(most)], "cpu")
-        output = target.forward(ids, rows, cache, drafter.feature_layers)
-        drafter.commit(Committed(rows, ids, ids, output.pre_norm, output.features))
-    anchors, positions = torch.arange(most), torch.full((most,), context)
-
-    def step(n):
-        with torch.inference_mode():
-            full, rest = divmod(n, per_request)
-            counts = [per_request] * full + [rest] * bool(rest)
-            rows = Rows.of([(slot, context, count) for slot, count in enumerate(counts)], "cpu")
-            target.logits(target.forward(ids[:n], rows, cache).hidden)
-            for slot in range(len(counts)):
-                cache.crop(slot, context)
-
-    def draft(n):
-        with torch.inference_mode():
-            at = Anchors.of(anchors, positions, range(n))
-            drafter.propose(at, drafts=drafter.max_drafts, sampling=None, noise="draft", ops=REFERENCE_OPS)
-
-    sizes, draft_sizes = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], [1, 4, 16, 64]
-    rules = {"draft_step": draft, "draft_sizes": draft_sizes, "device": "cpu", "warmup": 1, "repeats": repeats}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return costs.measure(step, sizes, progress=progress, **rules)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def costs_of(arguments) -> Costs:
-    """Raises BadArgument."""
-    if arguments.measure_cost:
-        progress = Progress(0, "call")
-        progress.start("measuring")
-        table = measure_demo(lambda done, total: progress(1))
-        progress.close()
-        if arguments.save_cost is not None:
-            try:
-                table.save(arguments.save_cost)
-            except OSError as error:
-                raise BadArgument(f"--save-cost: {arguments.save_cost}: {error.strerror}") from None
-        title = f"costs: the embedded demo, measured on this machine: {table.info['device']}"
-        return Costs(lambda requests: table, [title, *_drafts(table)])
-    if arguments.cost is not None:
-        try:
-            table = CostTable.load(arguments.cost)
-        except (OSError, ValueError) as error:
-            raise BadArgument(f"--cost: {(str(error).splitlines() or [''])[0]}") from None
-        device = (table.info or {}).get("device", "a device that the file does not name")
-        return Costs(lambda requests: table, [f"costs: {arguments.cost}, of {device}", *_drafts(table)])
-    captured = () if arguments.no_graphs else roofline.CAPTURED
-    return Costs(
-        lambda requests: roofline.table(requests, arguments.context, captured), roofline.lines(arguments.context, captured)
-    )
-
-
-def _drafts(table: CostTable) -> list[str]:
-    return [] if table.draft_seconds is not None else ["  no times of drafting in this table: drafts are free here"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         "--bypass", type=float, metavar="DELTA",
         help="causal and budget verify everything where that costs at most 1 + DELTA times as much as nothing (default: never)",
     )  # fmt: skip
-    times = p.add_argument_group("costs (default: a model of Qwen3-4B on an H200, see bench/roofline.py)")
+    times = p.add_argument_group("costs (default: a model of Qwen3-4B on an H200, see bench/shared/roofline.py)")
     times.add_argument("--cost", metavar="FILE", help="a measured table (JSON of CostTable.save)")
     times.add_argument("--measure-cost", action="store_true", help="measure the embedded demo on this CPU")
     times.add_argument("--save-cost", metavar="FILE", help="keep what --measure-cost measured")
@@ -183,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         "--measure-rounds", action="store_true", help="measure them again with the embedded models, write that file, and stop"
     )
     out = p.add_argument_group("output")
-    out.add_argument("--csv", metavar="FILE", help="write the table")
+    out.add_argument("--out", "--csv", metavar="FILE", help="write the table")
     out.add_argument(
         "--plot", metavar="FILE", action="append", default=[], help="write a picture, PNG or SVG by its suffix (repeatable)"
     )
@@ -222,7 +134,7 @@ def check(arguments) -> None:
     for path in a.plot:
         if Path(path).suffix.lower() not in (".png", ".svg"):
             raise BadArgument(f"--plot: expected a name that ends in .png or .svg, got {path}")
-    for option, path in [("csv", a.csv), ("save-cost", a.save_cost), *(("plot", path) for path in a.plot)]:
+    for option, path in [("out", a.out), ("save-cost", a.save_cost), *(("plot", path) for path in a.plot)]:
         if path is not None and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
             raise BadArgument(f"--{option}: expected a file in a directory that exists, got {path}")
 
@@ -258,15 +170,6 @@ def read_rounds(arguments) -> tuple[dict[str, acceptance.Calibrated], Tensor]:
         return acceptance.calibrate({name: rounds[name] for name in wanted})
     except ValueError as error:
         raise BadArgument(f"--acceptance: {arguments.acceptance}: {error}") from None
-
-
-class Progress(_TokenProgress):
-    """Bar on stderr, where tqdm is installed and somebody watches."""
-
-    def __init__(self, total: int, unit: str):
-        super().__init__(total)
-        if self._bar is not None:
-            self._bar.unit = unit
 
 
 def measure_rounds(arguments) -> str:
@@ -330,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = records(runs)
         print(table_of(rows))
         print("\n" + "\n".join(sentences(runs)))
-        if arguments.csv is not None:
-            with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
+        if arguments.out is not None:
+            with open(arguments.out, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

@@ -1,0 +1,1 @@
+"""python -m bench.decode: ways of decoding on real text, side by side."""

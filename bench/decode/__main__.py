@@ -1,0 +1,160 @@
+"""Compare ways of decoding on real text: plain, speculative with a draft model, MTP, blockwise parallel, DSpark.
+
+All systems run the same loop, target, prompts and sampling; only the drafter differs, or that it drafts a tree, of nodes that are
+chosen and walked or of nodes that are drawn ("sampled"), beside the chain that verifies as many rows. Without arguments the
+embedded demo models continue held-out Python source. A table per temperature, then whether each system's output is the target's
+own. What a checkpoint holds: python -m bench.inspect DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.decode.models import DTYPES, load
+from bench.decode.output import as_json, show
+from bench.decode.prompts import read_prompts
+from bench.decode.runs import run_all, verdicts
+from bench.decode.settings import DEFAULTS, INTERPRETED, check
+from bench.decode.systems import SYSTEMS, systems_of
+from bench.shared import summary
+from bench.shared.arguments import BadArgument
+from reference.loop import RULES
+from reference.schedule import POLICIES
+
+
+def parser() -> argparse.ArgumentParser:
+    text = "\n".join(__doc__.splitlines()[2:]) + "\n\ncolumns:\n" + summary.legend()
+    p = argparse.ArgumentParser(
+        prog="python -m bench.decode",
+        description=__doc__.splitlines()[0],
+        epilog=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    models = p.add_argument_group("models")
+    models.add_argument(
+        "--model", "--target", metavar="DIR",
+        help="target checkpoint (Qwen3ForCausalLM; any causal language model with --transformers; default: the embedded one)",
+    )  # fmt: skip
+    models.add_argument(
+        "--transformers", action="store_true",
+        help="run the target by its own class of Hugging Face transformers (pip install dspark_kernels[transformers])",
+    )  # fmt: skip
+    models.add_argument(
+        "--drafter", metavar="DIR", action="append", default=[],
+        help="drafter checkpoint for --model: Qwen3DSparkModel, Gemma4DSparkModel, DFlashDraftModel, or Qwen3ForCausalLM as draft"
+        " model (repeatable)",
+    )  # fmt: skip
+    models.add_argument("--device", default="cpu", help="where the models run (default: %(default)s)")
+    models.add_argument("--dtype", choices=DTYPES, default="float32", help="what they compute in (default: %(default)s)")
+    work = p.add_argument_group("what is decoded")
+    work.add_argument(
+        "--prompts", metavar="FILE",
+        help="JSON list of token-id lists, or of strings where the model has a tokenizer (default: embedded text)",
+    )  # fmt: skip
+    work.add_argument(
+        "--chat", action="store_true",
+        help="strings are a user's messages: the model's chat template is put around them (needs transformers; a list of objects"
+        " with role and content is a conversation)",
+    )  # fmt: skip
+    work.add_argument("--thinking", action="store_true", help="what --chat tells a template that knows enable_thinking")
+    work.add_argument(
+        "--ignore-stop-tokens", action="store_true",
+        help="go on to --max-new-tokens (default: end at what the model's generation_config.json names, or with --chat its"
+        " tokenizer)",
+    )  # fmt: skip
+    work.add_argument(
+        "--num-prompts", type=int, metavar="N",
+        help=f"use the first N (default: {DEFAULTS['num_prompts']}, with --kernels on a CPU {INTERPRETED['num_prompts']}; all of"
+        " --prompts)",
+    )  # fmt: skip
+    work.add_argument(
+        "--max-new-tokens", type=int, metavar="N",
+        help=f"default: {DEFAULTS['max_new_tokens']}, with --kernels on a CPU {INTERPRETED['max_new_tokens']}",
+    )  # fmt: skip
+    work.add_argument("--temperature", type=float, action="append", metavar="T", help="0 is greedy (repeatable; default: 1 and 0)")
+    work.add_argument("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
+    how = p.add_argument_group("how")
+    how.add_argument(
+        "--systems", metavar="NAME[,NAME]",
+        help=f"any of {', '.join(SYSTEMS)} (default: all there are; of --model, trees only where named)",
+    )  # fmt: skip
+    how.add_argument("--rule", choices=RULES, default="token", help="acceptance rule of chains (default: %(default)s)")
+    how.add_argument(
+        "--tree-nodes", type=int, action="append", metavar="M",
+        help="nodes of trees, the anchor included (repeatable; default: 16, of dspark-tree 16 and 32, with --kernels on a CPU 16)",
+    )  # fmt: skip
+    how.add_argument(
+        "--confidence-threshold", type=float, action="append", metavar="T",
+        help="of dspark: 0 verifies the whole block, T up to the first draft whose confidence is below T"
+        " (repeatable, a row each; default: 0 and 0.3)",
+    )  # fmt: skip
+    how.add_argument(
+        "--cost", metavar="FILE",
+        help="a row of dspark scheduled by these times of a step (JSON of CostTable.save; default: measured ones of the embedded"
+        " models on two CPU cores, none with --model)",
+    )  # fmt: skip
+    how.add_argument("--policy", choices=POLICIES, default="causal", help="how that row is scheduled (default: %(default)s)")
+    how.add_argument(
+        "--batch-size", type=int, metavar="N", default=DEFAULTS["batch_size"], help="requests at once (default: %(default)s)"
+    )
+    how.add_argument(
+        "--kernels", action="store_true",
+        help="run dspark and trees through the Triton ops too, and compare with the reference (on a CPU: in Triton's interpreter)",
+    )  # fmt: skip
+    out = p.add_argument_group("output")
+    out.add_argument(
+        "--out", "--json", metavar="FILE", help="write output_ids, acceptance_lengths and proposal_lengths of every run"
+    )
+    out.add_argument(
+        "--show", action="store_true", help="print the texts of the last system: accepted drafts green, the target's own red"
+    )
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done and lossless; 1: a system's output is not the target's; 2: a bad argument."""
+    arguments = parser().parse_args(argv)
+    try:
+        check(arguments)
+        if arguments.kernels and torch.device(arguments.device).type == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which a target's own class may do
+        models = load(arguments)
+        prompts = read_prompts(arguments, models)
+        systems = systems_of(arguments, models)
+        torch.manual_seed(0)
+        runs = run_all(arguments, models, systems, prompts)
+    except BadArgument as error:
+        print(f"bench.decode: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{len(prompts)} prompts, up to {arguments.max_new_tokens} new tokens each, batches of {arguments.batch_size}, rule"
+        f" {arguments.rule}, {arguments.dtype} on {arguments.device}"
+    )
+    for temperature in arguments.temperature:
+        rows = [
+            summary.row(run.system.label, summary.Summary.of(run.generations)) for run in runs if run.temperature == temperature
+        ]
+        print(f"\n{summary.table(f'T = {temperature:g}', rows)}")
+    judged = verdicts(arguments, models, runs, prompts)
+    if judged:
+        print("\nlossless:")
+        width = max(len(label) for label, _ in judged)
+        for label, verdict in judged:
+            print(f"  {'ok ' if verdict.passed else 'NOT'}  {label.ljust(width)}  {verdict.text}")
+    if arguments.show:
+        print()
+        print(show(runs[-1], models, prompts))
+    if arguments.out is not None:
+        Path(arguments.out).write_text(json.dumps(as_json(arguments, runs, prompts)) + "\n")
+    return 0 if all(verdict.passed for _, verdict in judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""python -m bench.kernels: time every op beside its floor, plain PyTorch and installed engines."""

@@ -1,0 +1,1 @@
+"""python -m bench.load: scheduling policies under load, simulated from measured rounds."""
