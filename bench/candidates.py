@@ -2,8 +2,8 @@
 
     difference = mean over rounds of (accepted with C candidates - accepted without), error = its standard error over texts
 
-Rounds are those of bench.acceptance (one per cut of a real text), every STRIDE-th cut, the same cuts and seeds for every C, so that
-the difference is between pairs. The embedded vocabulary is small (about 1000 ids), so that 256 candidates are a quarter of it.
+Rounds are those of bench/shared/acceptance.py (one per cut of a real text), every STRIDE-th cut, the same cuts and seeds for every C,
+so that the difference is between pairs. The embedded vocabulary is small (about 1000 ids), so that 256 candidates are a quarter of it.
 Successors: the B ids that the sequential head itself ranks first after a token, arg-top of W1[x] W2^T, joined to the candidates.
 
     python -m bench.candidates [--stride 16] [--out FILE]

@@ -3,7 +3,7 @@
     scale_v = max_j |W2[v, j]| / largest,  stored[v, j] = round(W2[v, j] / scale_v),  W2 ~ scale * stored
 
 largest = 127 (int8) or 448 (e4m3). A block reads W2 once per draft position, so bytes are time; what drafts lose in acceptance is
-measured by bench.acceptance.
+measured by bench/shared/acceptance.py.
 """
 
 from __future__ import annotations

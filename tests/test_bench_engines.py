@@ -1,4 +1,4 @@
-"""bench.engines against stand-ins of the engines' modules: right ones, ones that err, other signatures, and none at all."""
+"""bench/shared/engines.py against stand-ins of the engines' modules: right ones, ones that err, other signatures, and none at all."""
 
 import inspect
 import sys

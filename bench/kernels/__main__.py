@@ -7,11 +7,11 @@ captured graph writes is compared with the checked result, bit by bit, before it
 Without a GPU, or with TRITON_INTERPRET=1, small versions of the cases run in Triton's interpreter, and no times are taken.
 
     python -m bench.kernels                          all cases, and plain PyTorch beside them; functions of flashinfer, vllm and
-                                                     sgl_kernel too, where they import (bench/engines.py)
+                                                     sgl_kernel too, where they import (bench/shared/engines.py)
     python -m bench.kernels --op accept_chain        one op (repeatable); --case dense_r64 one case
     python -m bench.kernels --check                  compare with the reference, take no times
     python -m bench.kernels --counters               without a GPU: instructions and bytes per logit of the compiled kernels,
-                                                     counted while they run on a CPU (bench/counters.py); 1, 8 and 64 requests
+                                                     counted while they run on a CPU (bench/kernels/counters.py); 1, 8 and 64 requests
 
 Rows of other cases stay in the output file. Times are microseconds; share = floor / median, the floor being the bytes that must
 move once over the bandwidth of a device copy measured in the same run. Targets were set for one NVIDIA H200.

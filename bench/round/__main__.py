@@ -12,7 +12,7 @@ equals, bit by bit, what the calls one by one write. Without a GPU small rounds 
 interpreter, and no times are taken. The column "predicted" is always there: bytes that must move once over the bandwidth.
 
 A round of the engine = backbone + target without its attention + these ops. Times of the models that are not given are MODELLED
-(bench/roofline.py): weights over bandwidth or products over flops, whichever is longer; every draft is verified. `share` is an
+(bench/shared/roofline.py): weights over bandwidth or products over flops, whichever is longer; every draft is verified. `share` is an
 op's part of that round. If all ops took no time, the round would be 1 / (1 - share) times as fast: nobody can gain more here.
 
 Inputs are random, so fewer drafts are accepted than in practice, and acceptance draws more corrections. Layers whose caches fit

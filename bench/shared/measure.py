@@ -20,7 +20,7 @@ from bench.shared.cases.checks import require
 from bench.shared.cases.tensors import mapped, nbytes, poison, same
 
 SAMPLES, QUICK_SAMPLES = 200, 30
-CONTENDERS = ("kernel", "pytorch", "torch.compile", "engines")  # engines: those of bench/engines.py that import
+CONTENDERS = ("kernel", "pytorch", "torch.compile", "engines")  # engines: those of bench/shared/engines.py that import
 STATUS = 300  # characters of a status at most
 CALLS = ("graph", "eager")
 CACHES = ("cold", "warm")

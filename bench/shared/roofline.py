@@ -129,7 +129,7 @@ def lines(context: int, captured=CAPTURED, machine=Machine(), model=Decoder()) -
     """The inputs for the screen."""
     padded = f"padded to graphs of up to {captured[-1]} rows" if captured else "not padded to graphs"
     return [
-        f"costs: MODELLED, not measured: {model.name} in bf16 on one {machine.name}, roofline (bench/roofline.py)",
+        f"costs: MODELLED, not measured: {model.name} in bf16 on one {machine.name}, roofline (bench/shared/roofline.py)",
         f"  {machine.bytes_per_second / 1e12:g} TB/s (a measured copy), {machine.share_of_peak:.0%} (assumed) of"
         f" {machine.peak_flops / 1e12:g} TFLOP/s, {1e6 * machine.kernel_gap:g} us (assumed) between kernels, {padded}",
         f"  target {model.parameters / 1e9:.2f}e9 parameters, drafter {model.draft_parameters / 1e9:.2f}e9 and K = {model.drafts},"

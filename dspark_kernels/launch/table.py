@@ -3,7 +3,7 @@
     entry found = the one of the same kind with the least sum over sizes of |doublings(size) - doublings(size asked for)|
 
 doublings(n) = powers of two up to n, rounded up. Strings and booleans of a shape are its kind and must be equal; of two entries
-as near, the first. The tables (tables/<GPU>.json) are written by bench/tune.py and read once, when this module is imported:
+as near, the first. The tables (tables/<GPU>.json) are written by bench/tune and read once, when this module is imported:
 a lookup may be traced by torch.compile, which opens no files.
 """
 

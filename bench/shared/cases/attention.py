@@ -83,7 +83,7 @@ class Attention:
         return dk.tree_attention(**inputs), None
 
     def compare(self, inputs: dict, out: Tensor, _) -> None:
-        """Within twice the error of dense fp32 attention and one rounding to bf16, as bench/parity.py does."""
+        """Within twice the error of dense fp32 attention and one rounding to bf16, as bench/shared/parity.py does."""
         exact = attention.tree_attention(**inputs)
         dense = attention.tree_attention(**inputs, dtype=torch.float32)
         error, own = (out.double() - exact).abs().max().item(), (dense.double() - exact).abs().max().item()

@@ -1,6 +1,6 @@
 """Cases of schedule_prefixes and of the layouts for bench.kernels.
 
-    bytes  what a layout reads once and writes once, as in kernel_cases
+    bytes  what a layout reads once and writes once, as bench/shared/cases/case.py has it
 
 Symbols: R requests, K drafts, M nodes of a tree. Oracles: reference/schedule.py, reference/layout.py; all in integers, exactly.
 """

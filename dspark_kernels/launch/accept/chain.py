@@ -30,7 +30,7 @@ def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, adjusted: bo
 
     Four leaves an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
     multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
-    resident than the loads in flight need; the caps are the smallest at which no architecture spills (bench/compile.py).
+    resident than the loads in flight need; the caps are the smallest at which no architecture spills (bench/compile).
     """
     if arch.vendor == "interpreter":
         # It pays per operation, not per element: as few, large items as the grid of small vocabularies allows.

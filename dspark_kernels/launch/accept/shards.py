@@ -23,7 +23,7 @@ def pick(arch: Arch, num_leaves: int, num_drafts: int, adjusted: bool = False) -
     """The configuration for shards of `num_leaves` leaves. Not measured on a GPU yet.
 
     Four leaves an item, as for whole rows: with a vocabulary of 151936 ids on 8 ranks, a row is 5 items on each. A thread
-    may use every register: fewer spill (bench/compile.py). adjusted: whether logits get penalties, bias or masks, whose tiles are
+    may use every register: fewer spill (bench/compile). adjusted: whether logits get penalties, bias or masks, whose tiles are
     half as large and spread over twice the warps.
     """
     # The interpreter pays per operation, not per element: as few, large items as the grid of small vocabularies allows.

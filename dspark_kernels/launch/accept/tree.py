@@ -25,7 +25,7 @@ def pick(arch: Arch, num_leaves: int, num_nodes: int, sweeps: bool, settings: bo
 
     Items of wave 1 as in launch/accept/chain.py. A sweep has fewer, larger items: all of M - 1 possible sweeps are launched, most of
     which end at once; its tile is smaller, because target and draft are in registers at a time. With sweeps, items of several nodes
-    spill on sm_80 (bench/compile.py). With settings that change logits, half as many elements per thread, and every register.
+    spill on sm_80 (bench/compile). With settings that change logits, half as many elements per thread, and every register.
     """
     interpreted = arch.vendor == "interpreter"
     pairs = 16 if interpreted else 4

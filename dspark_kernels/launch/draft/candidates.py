@@ -68,7 +68,7 @@ def pick(
     units = max(64, padded(-(-vocab // group)))
     chosen = padded(min(candidates, units))
     # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
-    # one reads logits while the other selects or walks; what needs more gets it (bench/compile.py).
+    # one reads logits while the other selects or walks; what needs more gets it (bench/compile).
     warps = 8 if arch.vendor == "nvidia" else 4
     block = 4096 if arch.vendor == "amd" and settings else 8192
     plain, hopper = weights == "bfloat16", arch.family == "sm_90"

@@ -43,7 +43,7 @@ def request_tile(requests: int, settings: bool) -> int:
 
 def ranks_per_dot(mixed: bool, widened: bool, adjusted: bool, filtered: bool = False) -> int:
     """Of W2 in 16 bits: fewer where registers are needed for the latents of a gated or rnn head, to widen a quantised W2, for
-    penalties, bias and mask, or for filters (bench/compile.py: no spills)."""
+    penalties, bias and mask, or for filters (bench/compile: no spills)."""
     return 64 if mixed or adjusted else 128 if widened or filtered else 256
 
 

@@ -53,7 +53,7 @@ def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, wei
         return PathsConfig(block, group, units, padded(min(candidates, units)), width, 256, nodes, rank, rank, 4096, 1, 1, None)
     units = max(64, padded(-(-vocab // group)))
     warps = 8 if arch.vendor == "nvidia" else 4
-    # Larger ones spill on sm_90 (bench/compile.py), with an rnn on sm_120.
+    # Larger ones spill on sm_90 (bench/compile), with an rnn on sm_120.
     small = outputs > 0 or width > 128
     block, piece = (4096, 32) if small else (8192, 64)
     block_j = 64 if weights == "bfloat16" and outputs <= rank else 32
@@ -88,7 +88,7 @@ def dense_parts(arch: Arch, requests: int, units: int) -> int:
 def pick_dense(arch: Arch, vocab: int, num_nodes: int, rank: int, weights: str, mixes: bool) -> DensePathsConfig:
     """The configuration for laws of the whole vocabulary. Not measured on a GPU yet. As in `pick`, the batch plays no part.
 
-    mixes: the head is gated or rnn, whose latents spill with larger blocks on sm_100 and sm_120 (bench/compile.py).
+    mixes: the head is gated or rnn, whose latents spill with larger blocks on sm_100 and sm_120 (bench/compile).
     """
     units, groups = max(16, padded(-(-vocab // UNIT))), max(64, padded(-(-vocab // GROUP)))
     nodes, children, rank = max(16, padded(num_nodes)), max(16, padded(num_nodes - 1)), max(16, padded(rank))

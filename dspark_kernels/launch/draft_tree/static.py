@@ -48,7 +48,7 @@ def items_of(config: TreeDraftConfig, depths, requests: int, leaves: int, rank: 
     return hoisted + sum(-(-requests * width // ROWS_PER_ITEM) * per_group + requests for width, _ in depths)
 
 
-# Of W2 per dot, in 16 bits: more would take the registers of a second program on a multiprocessor (bench/compile.py).
+# Of W2 per dot, in 16 bits: more would take the registers of a second program on a multiprocessor (bench/compile).
 RANKS = 64
 
 
