@@ -76,7 +76,7 @@ MACHINE = pytest.StashKey()
 
 def _start_machine(option):
     """The machine, ready; or the reason why there is none."""
-    import machine
+    from tests import machine
 
     replays = []
     for name in filter(None, option.compiled.split(",")):

@@ -84,8 +84,7 @@ def elements_of(spec) -> tuple[str, int]:
 
 def start_machine():
     """The machine, installed in this process. Raises RuntimeError where there is no compiler for it."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import machine
+    from tests import machine
 
     if (reason := machine.available()) is not None:
         raise RuntimeError(reason)

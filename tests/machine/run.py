@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
 
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import machine
+    sys.path.insert(0, str(ROOT))
+    from tests import machine
 
     if (reason := machine.available()) is not None:
         parser.error(reason)

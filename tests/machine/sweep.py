@@ -57,8 +57,8 @@ def run(stem: str, arch: str, examples: int, extra: list[str]) -> dict:
 
 
 def main() -> int:
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import OPS
+    sys.path.insert(0, str(ROOT))
+    from tests.conftest import OPS
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="STEM", help=f"test files (default: {' '.join(OPS)})")

@@ -1,0 +1,371 @@
+"""Kernels as Triton's frontend takes them: faults of a kind that the interpreter, which runs the source as Python, cannot see.
+
+- A loop carries what its body rebinds. The frontend finds the carried names by comparing values before and after one pass over the
+  body: a name that holds another one's value before the loop, and takes that one's over in the body, looks unchanged and is dropped.
+- A name has one type in a function, `_` too: where a branch or a loop that runs or not binds it again, both must agree.
+- Memory is ordered: who releases has waited for its warps, who acquired lets its warps wait, and where there is nobody to wait for
+  the warps of the program still wait for each other.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = sorted((ROOT / "dspark_kernels" / "kernels").rglob("*.py"))
+
+# --- loops: every launch of bench/compile/cases.py, and a planted one, as far as the first IR -------------------------
+
+PLANTED = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def follow(next_ptr, out_ptr, ALIAS: tl.constexpr, PAIR: tl.constexpr, FOR: tl.constexpr):
+    node = tl.zeros((), tl.int32)
+    child = tl.zeros((), tl.int32)
+    if ALIAS:
+        child = node
+    pair = (node, node + 1)
+    if PAIR:
+        node = child + 2
+    if FOR:
+        for _ in range(tl.load(next_ptr)):
+            node = child
+            child = tl.load(next_ptr + child)
+    else:
+        while child < 8:
+            if PAIR:
+                pair = (child, pair[1])
+            else:
+                node = child
+            child = tl.load(next_ptr + child)
+    tl.store(out_ptr, node + pair[0])
+"""
+
+
+def dropped_carries(run) -> list[str]:
+    """Loops met while `run` makes IR that drop a name which their body sets to what another, carried name held."""
+    from triton.compiler import code_generator as frontend
+
+    find_carries, set_value = frontend.CodeGenerator._find_carries, frontend.CodeGenerator.set_value
+    found = []
+
+    def setting(self, name, value):
+        for names in getattr(self, "_names_set", ()):
+            names.add(name)
+        return set_value(self, name, value)
+
+    def finding(self, node, liveins, ignore=frozenset()):
+        stack = self.__dict__.setdefault("_names_set", [])
+        stack.append(set())
+        try:
+            result = find_carries(self, node, liveins, ignore)
+        finally:
+            assigned = stack.pop()
+        carried, handles = result[0], result[1]
+        for name in assigned - set(carried) - set(ignore):
+            value = liveins.get(name)
+            if value is None or not frontend._is_triton_value(value):
+                continue
+            if any(own == other for own in frontend.flatten_values_to_ir([value]) for other in handles):
+                found.append(f"{self.file_name}:{self.begin_line + node.lineno} {name}")
+        return result
+
+    frontend.CodeGenerator._find_carries, frontend.CodeGenerator.set_value = finding, setting
+    try:
+        run()
+    finally:
+        frontend.CodeGenerator._find_carries, frontend.CodeGenerator.set_value = find_carries, set_value
+    return sorted(set(found))
+
+
+class _Made(Exception):
+    """The first IR of a launch is there."""
+
+
+def scan(folder: str) -> dict:
+    """In a process of its own: what is found in a planted kernel and in every launch, and how many launches there were."""
+    from triton.compiler import compiler
+
+    from bench.compile.cases import CASES
+    from bench.shared.offline.capture import capture
+
+    make_ir, made, errors = compiler.ASTSource.make_ir, [], []
+
+    def stop(self, *args, **kwargs):
+        make_ir(self, *args, **kwargs)
+        made.append(self.fn.__name__)
+        raise _Made
+
+    def until_ir(call, name):
+        try:
+            call()
+        except _Made:
+            return
+        except Exception as error:
+            errors.append(f"{name}: {type(error).__name__} {error}"[:500])
+        else:
+            errors.append(f"{name}: no launch was compiled")
+
+    def every_case():
+        for op, cases in CASES.items():
+            for case, call in cases.items():
+                until_ir(call, f"{op} {case}")
+
+    compiler.ASTSource.make_ir = stop
+    with capture("sm_80", True):
+        sys.path.insert(0, folder)
+        import planted
+        import torch
+
+        ints = torch.zeros(16, dtype=torch.int32)
+        planted_found = {
+            name: dropped_carries(lambda constants=constants: until_ir(lambda: planted.follow[(1,)](ints, ints, *constants), "planted"))
+            for name, constants in dict(
+                right=(False, False, False), pair_right=(False, True, False), alias=(True, False, False), alias_for=(True, False, True),
+                pair=(True, True, False),
+            ).items()
+        }  # fmt: skip
+        planted_made = len(made)
+        found = dropped_carries(every_case)
+    cases = {op: len(calls) for op, calls in CASES.items()}
+    return dict(planted=planted_found, found=found, launches=len(made) - planted_made, cases=cases, errors=errors)
+
+
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.py").write_text(PLANTED)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__, folder], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_loops_carry_what_their_bodies_rebind(scanned):
+    assert not scanned["errors"], scanned["errors"]
+    assert scanned["launches"] == sum(scanned["cases"].values()) > 150
+    assert not scanned["found"], "give each loop variable a value of its own before the loop"
+
+
+def test_a_dropped_carry_is_seen(scanned):
+    found = {name: [place.rsplit("/", 1)[-1].split(" ")[1] for place in places] for name, places in scanned["planted"].items()}
+    assert found == dict(right=[], pair_right=[], alias=["node"], alias_for=["node"], pair=["pair"])
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _functions(text: str):
+    return [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.decorator_list]
+
+
+def _is_constant(test: ast.expr, constants: set[str]) -> bool:
+    """Whether the frontend decides a condition itself, so that it takes one branch as if it stood alone."""
+    if isinstance(test, ast.BoolOp):
+        return all(_is_constant(value, constants) for value in test.values)
+    if isinstance(test, ast.UnaryOp):
+        return _is_constant(test.operand, constants)
+    if isinstance(test, ast.Compare):
+        if isinstance(test.ops[0], (ast.Is, ast.IsNot)):
+            return True
+        return all(_is_constant(side, constants) for side in (test.left, *test.comparators))
+    if isinstance(test, ast.Attribute):
+        return test.attr == "dtype"
+    if isinstance(test, ast.Call):
+        return isinstance(test.func, ast.Name) and test.func.id in ("is_cuda", "is_hip")
+    return isinstance(test, ast.Constant) or isinstance(test, ast.Name) and test.id in constants
+
+
+def _bound(target: ast.expr):
+    """Names that a target binds."""
+    if isinstance(target, ast.Name):
+        yield target.id
+    elif isinstance(target, (ast.Tuple, ast.List)):
+        for part in target.elts:
+            yield from _bound(part)
+
+
+def _type(value: ast.expr, unpacked: bool) -> str:
+    """What is certain about a bound value: None, a tuple of so many, something else; nothing of what is unpacked or called for."""
+    if unpacked or isinstance(value, ast.Call):
+        return "unknown"
+    if isinstance(value, ast.Constant) and value.value is None:
+        return "None"
+    return f"tuple of {len(value.elts)}" if isinstance(value, ast.Tuple) else "something"
+
+
+def names_of_two_types(text: str) -> list[str]:
+    """Names that a branch or loop which runs or not binds again: throwaways, which hold anything, and what is certain to change."""
+    found = []
+    for function in _functions(text):
+        arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        constants = {a.arg for a in arguments if a.annotation is not None and ast.unparse(a.annotation) == "tl.constexpr"}
+        constants |= {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and node.id.isupper()}
+        bindings: dict[str, list[tuple[int, tuple, str]]] = {}  # line, regions around it that run or not, type
+
+        def visit(statements, regions, constants=constants, bindings=bindings):
+            for statement in statements:
+                if isinstance(statement, ast.Assign):
+                    for target in statement.targets:
+                        for name in set(_bound(target)):
+                            kind = _type(statement.value, not isinstance(target, ast.Name))
+                            bindings.setdefault(name, []).append((statement.lineno, regions, kind))
+                if isinstance(statement, (ast.If, ast.For, ast.While)):
+                    always = isinstance(statement, ast.If) and _is_constant(statement.test, constants)
+                    for branch in ("body", "orelse"):
+                        visit(getattr(statement, branch), regions if always else (*regions, (statement.lineno, branch)))
+
+        visit(function.body, ())
+        for name, places in bindings.items():
+            for (line, outer, kind), (later, inner, other) in itertools.combinations(places, 2):
+                shared = len([1 for a, b in zip(outer, inner, strict=False) if a == b])
+                again = shared == len(outer) < len(inner)  # bound before, and inside
+                either = shared < min(len(outer), len(inner)) and outer[shared][0] == inner[shared][0]  # in both branches
+                if (again or either) and (name.startswith("_") or "unknown" not in (kind, other) and kind != other):
+                    found.append(f"{function.name}: {name} bound in lines {line} and {later}")
+    return found
+
+
+def test_names_have_one_type():
+    found = [f"{path.relative_to(ROOT)} {place}" for path in KERNELS for place in names_of_two_types(path.read_text())]
+    assert not found, "give each a name of its own"
+
+
+@pytest.mark.parametrize(
+    "body, name",
+    [
+        ("_, a = pair\n    if a > 0:\n        _, b = other", "_"),
+        ("_, a = pair\n    for i in range(n):\n        _, b = other", "_"),
+        ("if n > 0:\n        _, a = pair\n    else:\n        _, a = other", "_"),
+        ("_, a = pair\n    if other is not None:\n        if n > 0:\n            _, b = other", "_"),
+        ("a = None\n    while n > 0:\n        a = n", "a"),
+        ("a = (n, n)\n    if n > 0:\n        a = (n, n, n)", "a"),
+        ("_, a = pair\n    if other is not None:\n        _, b = other", None),
+        ("_, a = pair\n    if FORM == 1 and not FLAG:\n        _, b = other", None),
+        ("if n > 0:\n        _, a = pair\n    if n > 1:\n        _, a = other", None),
+        ("if n > 0:\n        a = None\n        if other is not None:\n            a = n", None),
+        ("_, a = pair\n    _, b = other\n    if a > 0:\n        _c, d = other", None),
+        ("a = n\n    if n > 0:\n        a = n + 1", None),
+    ],
+)
+def test_a_second_type_is_seen(body, name):
+    text = f"@triton.jit\ndef f(x, n, pair, other, FORM: tl.constexpr):\n    {body}\n"
+    assert [place.split()[1] for place in names_of_two_types(text)] == ([] if name is None else [name])
+
+
+# --- order of memory --------------------------------------------------------------------------------------------------
+
+WAITS = ("tl.debug_barrier", "stores_done", "grid_barrier")  # after them every warp of the program has come this far
+PROGRAM_ENDS = ("finish_item",)  # nothing is read behind it
+
+
+def _events(node: ast.AST):
+    """(what, line) of a function's calls in the order of the source, arguments first: wait, load, store, relaxed, release, acquire,
+    acq_rel, or call, of anything that may do some of these."""
+    for child in ast.iter_child_nodes(node):
+        yield from _events(child)
+    if not isinstance(node, ast.Call):
+        return
+    name = ast.unparse(node.func)
+    if name in WAITS:
+        yield "wait", node.lineno
+    elif name.startswith("tl.atomic_"):
+        yield next((k.value.value for k in node.keywords if k.arg == "sem"), "acq_rel"), node.lineno
+    elif name in ("tl.load", "tl.store"):
+        yield name.removeprefix("tl."), node.lineno
+    elif isinstance(node.func, ast.Name) and name not in ("range", "len"):
+        yield "call", node.lineno
+
+
+def _by_grid_size(function: ast.FunctionDef):
+    """Conditions on how many programs there are, but for calls, which have waits of their own."""
+    sizes = {
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("tl.num_programs")
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(function):
+        if isinstance(node, ast.If) and "call" not in {what for what, _ in _events(node.test)}:
+            if any(isinstance(n, ast.Name) and n.id in sizes or ast.unparse(n) == "tl.num_programs" for n in ast.walk(node.test)):
+                yield node
+
+
+def unordered(text: str) -> list[str]:
+    """Where a release may pass what other warps stored, where other warps may read before what was acquired, and where a program
+    whose grid is small goes on without its warps having waited."""
+    found = []
+    for function in _functions(text):
+        events = list(_events(function))
+        for number, (what, line) in enumerate(events):
+            before, behind = [e for e, _ in events[:number]], [e for e, _ in events[number + 1 :]]
+            if what in ("release", "acq_rel") and before[-1:] != ["wait"]:
+                found.append(f"{function.name}, line {line}: no wait directly before a release")
+            if what in ("acquire", "acq_rel"):
+                # The loop that asks again, and counters put back by the last to arrive, may come between.
+                first = next((e for e in behind if e not in ("acquire", "store")), "end")
+                if first != "wait" and not (first == "end" and function.name in PROGRAM_ENDS):
+                    found.append(f"{function.name}, line {line}: no wait between an acquire and what is read after it")
+        for condition in _by_grid_size(function):
+            inside, otherwise = (
+                [e for statement in branch for e, _ in _events(statement)] for branch in (condition.body, condition.orelse)
+            )
+            before = [e for e, line in events if line < condition.lineno]
+            if {"wait", "release", "acquire"} & set(inside) and before[-1:] != ["wait"] and "wait" not in otherwise:
+                found.append(f"{function.name}, line {condition.lineno}: no wait where there is no other program")
+    return found
+
+
+def test_memory_is_ordered_around_releases_and_acquires():
+    found = [f"{path.relative_to(ROOT)} {place}" for path in KERNELS for place in unordered(path.read_text())]
+    assert not found
+
+
+def test_every_atomic_names_its_order():
+    for path in KERNELS:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func).startswith("tl.atomic_"):
+                assert "sem" in {keyword.arg for keyword in call.keywords}, f"{path.relative_to(ROOT)}:{call.lineno}"
+
+
+def _without(file: str, line: str, behind: str = "") -> str:
+    """Source without the one line that comes right before `behind`."""
+    text = (ROOT / "dspark_kernels" / "kernels" / file).read_text()
+    assert text.count(line + behind) == 1, (file, line)
+    return text.replace(line + behind, behind)
+
+
+def test_a_missing_wait_is_seen():
+    barrier, fence, wait = "primitives/barrier.py", "    stores_done()\n", "    tl.debug_barrier()\n"
+    inside = _without(barrier, fence).replace("if programs > 1:\n", f"if programs > 1:\n    {fence}")
+    found = {
+        "left out for a grid of one": unordered(inside),
+        "before a release": unordered(_without("accept/proposals.py", fence, "    tl.atomic_add(ready_ptr, 1")),
+        "before an arrival": unordered(_without("primitives/ticket.py", fence)),
+        "behind an arrival": unordered(_without("primitives/ticket.py", wait)),
+        "behind a wait for items": unordered(_without("primitives/waves.py", f"    {wait}")),
+        "behind a grid barrier": unordered(_without(barrier, f"    {wait}")),
+    }
+    # Two acquires are before a missing wait: the first try, and those of the loop.
+    expected = dict.fromkeys(found, 1) | {"behind a wait for items": 2}
+    assert {name: len(places) for name, places in found.items()} == expected, found
+
+
+if __name__ == "__main__":
+    print(json.dumps(scan(sys.argv[1])))

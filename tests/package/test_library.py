@@ -1,0 +1,375 @@
+"""Registration: opcheck, torch.compile(fullgraph=True), meta tensors, and the public constants that kernels repeat."""
+
+import pytest
+import torch
+
+import dspark_kernels as dk
+from dspark_kernels import library, scheduling
+from dspark_kernels.launch import arch
+from dspark_kernels.launch.draft_tree import static as tree_launch
+from dspark_kernels.ops import attention, compact
+from dspark_kernels.ops.accept import chain as accept, tree
+from dspark_kernels.ops.draft import candidates, dense as draft
+from dspark_kernels.ops.draft_tree import best_first as tree_paths, static as tree_draft
+from dspark_kernels.ops.layout import fixed as layout, schedule
+from reference import cases
+from tests.blocks import anchored, block_of, ints, tree_of
+
+
+def _calls(monkeypatch, module, name, run):
+    """The raw arguments with which `run` reaches a registered op."""
+    seen, registered = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: (seen.append(args), registered(*args))[1])
+    run()
+    return registered, seen
+
+
+def _draft(**case):
+    return lambda: dk.draft_block(**cases.draft_case(requests=2, drafts=2, vocab=130, **case).arguments(), keep_logits=True)
+
+
+def _candidates(listed=0, **case):
+    made = cases.draft_case(requests=2, drafts=2, vocab=130, **case)
+    options = dict(candidates=5, bigrams=torch.zeros(130, listed, dtype=torch.int32) if listed else None)
+    return lambda: dk.draft_block(**made.arguments(), **options, keep_logits=True)
+
+
+def _accept(**case):
+    return lambda: dk.accept_chain(**cases.accept_case(requests=2, drafts=2, vocab=130, **case).arguments())
+
+
+def _layout():
+    dk.fixed_layout(block_of([[0.9, 0.5]] * 2), torch.tensor([1, 2]), **anchored(2))
+
+
+def _tree_layout():
+    dk.tree_layout(tree_of([[(5, -1), (6, 0)], [(7, -1)]]), anchor_positions=torch.tensor([3, 4]))
+
+
+def _draft_layout():
+    dk.draft_layout(**anchored(2), block_size=3, mask_token_id=9, block_tables=ints(0, 1).reshape(2, 1), page_size=8)
+
+
+def _schedule(requests=2, **options):
+    block = block_of([[0.9, 0.5, 0.4]] * requests)
+    return lambda: dk.schedule_prefixes(block, dk.CostTable(torch.ones(9)), **anchored(requests), **options)
+
+
+def _attention(**case):
+    """The attention with a plan that was there before, so that it is one launch."""
+    made = cases.attention_case(**case)
+    plan = dk.plan_attention(made.layout, made.kv, query_heads=6, window=made.window)
+    return lambda: dk.tree_attention(**made.arguments(), plan=plan, return_lse=True)
+
+
+def _plan():
+    made = cases.attention_case()
+    dk.plan_attention(made.layout, made.kv, query_heads=6)
+
+
+def _accept_tree(*rule, **options):
+    from reference.cases import accept_tree_case
+
+    return lambda: dk.accept_tree(**accept_tree_case(1, 2, 4, 40, *rule, **options).arguments())
+
+
+def _draft_tree(method, **case):
+    made = cases.draft_case(requests=2, drafts=2, vocab=130, confidence=None, **case)
+    given = dict(anchors=made.anchors, head=made.head, anchor_positions=made.anchor_positions, hidden=made.hidden)
+    shape = dict(method=method, num_nodes=5, branching=(2, 1), sampling=made.sampling)
+    return lambda: dk.draft_tree(made.base_logits, **given, **shape)
+
+
+def _expand_tree(method):
+    from reference.tree_draft import draft_tree
+
+    made = cases.draft_case(requests=2, drafts=2, vocab=130, rank=0, confidence=None)
+    given = dict(anchor_positions=made.anchor_positions, method=method, sampling=made.sampling)
+    tree = draft_tree(made.base_logits, made.anchors, **given, num_nodes=5, branching=(2,))
+    return lambda: dk.expand_tree(tree, made.base_logits, depth=1, branching=1, **given, out=tree)
+
+
+def _draft_paths(nodes=5, **options):
+    made = cases.draft_case(seed=2, requests=2, drafts=2, vocab=130, **options.pop("case", {}))
+    arguments = {name: value for name, value in made.arguments().items() if name in TREE}
+    return lambda: dk.draft_tree(**arguments, num_nodes=nodes, **options)
+
+
+TREE = ("base_logits", "anchors", "anchor_positions", "head", "hidden", "confidence", "sampling", "state_indices")
+
+
+def _compact():
+    from tests.ops.test_compact import case_of
+
+    case = case_of(4, 2, 9, 4, ("plain", "apart"), extra=2)
+    dk.compact_kv(dk.KVLayers.of([case.caches]), case.acceptance, case.layout, extra=case.extra)
+
+
+@pytest.mark.parametrize(
+    "module, name, run",
+    [
+        (draft, "_draft_block", _draft()),
+        (draft, "_draft_block", _draft(sampled=False, rank=0, confidence=None)),
+        (draft, "_draft_block", _draft(kind="gated", w2_dtype=torch.int8, target_vocab=300)),
+        (draft, "_draft_block", _draft(kind="rnn", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS, padded=True)),
+        (candidates, "_draft_candidates", _candidates()),
+        (candidates, "_draft_candidates", _candidates(2, sampled=False, kind="rnn")),
+        (accept, "_accept_chain", _accept()),
+        (accept, "_accept_chain", _accept(sampled=False, proposal="none")),
+        (accept, "_accept_chain", _accept(rule="block", proposal="sparse", logprobs="raw", adjust=cases.ADJUSTMENTS)),
+        (accept, "_accept_chain", _accept(rule="coupled", filters=cases.FILTERS, logprobs="processed", forced=True)),
+        (layout, "_fixed_layout", _layout),
+        (layout, "_fixed_layout", _tree_layout),
+        (layout, "_draft_layout", _draft_layout),
+        (tree, "_accept_tree", _accept_tree("one_hot", "walk")),
+        (tree, "_accept_tree", _accept_tree("without_replacement", "traversal", proposal="mapped", filters=cases.FILTERS)),
+        (tree, "_accept_tree", _accept_tree("iid", "recursive", proposal="sparse", adjust=cases.ADJUSTMENTS, logprobs="raw")),
+        (tree_draft, "_draft_tree", _draft_tree("top_k")),
+        (tree_draft, "_draft_tree", _draft_tree("iid", kind="rnn")),
+        (tree_draft, "_draft_tree", _expand_tree("without_replacement")),
+        (tree_paths, "_draft_paths", _draft_paths(candidates=9, case=dict(kind="rnn"))),
+        (tree_paths, "_draft_paths", _draft_paths(method="best_first", case=dict(sampled=False, confidence=None))),
+        (tree_paths, "_draft_paths_dense", _draft_paths(node_budgets=ints(3, 1), case=dict(kind="gated", w2_dtype=torch.int8))),
+        (compact, "_compact_kv", _compact),
+        (schedule, "_schedule_prefixes", _schedule()),
+        (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
+        (schedule, "_schedule_prefixes", _schedule(600, policy="budget", stale_confidence=torch.ones(600, 3))),
+        (attention, "_plan_attention", _plan),
+        (attention, "_tree_attention", _attention()),
+        (attention, "_tree_attention", _attention(mask="tree", cached=True, window=5, softcap=2.0, sinks=True)),
+    ],
+)
+def test_opcheck(monkeypatch, module, name, run):
+    registered, calls = _calls(monkeypatch, module, name, run)
+    assert len(calls) == 1, "one launch per call"
+    torch.library.opcheck(registered, calls[0])
+
+
+COST = dk.CostTable(0.1 + 0.01 * torch.arange(20))  # made once, not in every step
+
+
+def _round(base_logits, target_logits, anchors, positions, hidden, temperature, seed, w1, w2, weight):
+    sampling = dk.SamplingTensors(temperature, seed)
+    block = dk.draft_block(
+        base_logits, anchors, dk.MarkovHead(w1, w2), anchor_positions=positions, sampling=sampling, hidden=hidden,
+        confidence=dk.ConfidenceHead(weight),
+    )  # fmt: skip
+    layout = dk.schedule_prefixes(block, COST, anchors=anchors, anchor_positions=positions)
+    acceptance = dk.accept_chain(target_logits, layout, block.proposal, sampling=sampling)
+    return block.tokens, layout.token_ids, acceptance.tokens, acceptance.commit_mask
+
+
+def test_candidates_compile_into_one_graph():
+    case = cases.draft_case(seed=6, requests=2, drafts=2, vocab=130)
+
+    def step(base_logits, hidden, temperature, seed):
+        sampling = dk.SamplingTensors(temperature, seed)
+        arguments = case.arguments() | dict(base_logits=base_logits, hidden=hidden, sampling=sampling)
+        block = dk.draft_block(**arguments, candidates=9)
+        return block.tokens, block.proposal.ids, block.proposal.logits, block.confidence
+
+    arguments = case.base_logits, case.hidden, case.sampling.temperature, case.sampling.seed
+    have = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(have, step(*arguments), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(backend):
+    case = cases.draft_case(seed=6, requests=3, drafts=4, vocab=300)
+    arguments = (
+        case.base_logits, torch.randn(15, 300), case.anchors, case.anchor_positions, case.hidden, case.sampling.temperature,
+        case.sampling.seed, case.head.w1, case.head.w2, case.confidence.weight,
+    )  # fmt: skip
+    want = _round(*arguments)
+    have = torch.compile(_round, fullgraph=True, backend=backend)(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+def _filtered(base_logits, anchors, positions, hidden, temperature, seed, top_p, bias, ids, state, *weights):
+    sampling = dk.SamplingTensors(temperature, seed, top_p=top_p, logit_bias=bias)
+    head = dk.RnnMarkovHead(*weights[:2], joint_weight=weights[2], joint_bias=weights[3])
+    block = dk.draft_block(
+        base_logits, anchors, head, anchor_positions=positions, sampling=sampling, hidden=hidden, draft_to_target=ids,
+        head_state=state,
+    )  # fmt: skip
+    return block.tokens, block.proposal.logits, block.proposal.lse, state
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_heads_and_filters_compile_into_one_graph(backend):
+    options = dict(kind="rnn", target_vocab=200, filters={"top_p"}, adjust={"bias"})
+    case = cases.draft_case(seed=7, requests=2, drafts=2, vocab=130, **options)
+    head, sampling = case.head, case.sampling
+
+    def arguments():
+        return (
+            case.base_logits, case.anchors, case.anchor_positions, case.hidden, sampling.temperature, sampling.seed, sampling.top_p,
+            sampling.logit_bias, case.draft_to_target, case.head_state.clone(), head.w1, head.w2, head.joint_weight,
+            head.joint_bias,
+        )  # fmt: skip
+
+    have = torch.compile(_filtered, fullgraph=True, backend=backend)(*arguments())
+    assert all(torch.equal(a, b) for a, b in zip(have, _filtered(*arguments()), strict=True))
+
+
+def _layer(q, k_cache, v_cache, tables, lens, k_new, v_new, sinks, like):
+    """Two layers that share a plan."""
+    kv = dk.PagedKV(k_cache, v_cache, tables, lens)
+    plan = dk.plan_attention(like, kv, query_heads=q.shape[1])
+    out = dk.tree_attention(q, kv, like, k_new=k_new, v_new=v_new, plan=plan)
+    return dk.tree_attention(out, kv, like, k_new=k_new, v_new=v_new, sinks=sinks, plan=plan, return_lse=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_attention_compiles_into_one_graph(backend):
+    case = cases.attention_case(seed=7, sinks=True, padding_rows=1)
+    kv = case.kv
+    arguments = (case.q, kv.k_cache, kv.v_cache, kv.block_tables, kv.context_lens, case.k_new, case.v_new, case.sinks)
+    have = torch.compile(_layer, fullgraph=True, backend=backend)(*arguments, case.layout)
+    assert all(torch.equal(a, b) for a, b in zip(have, _layer(*arguments, case.layout), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_acceptance_of_trees_compiles_into_one_graph(backend):
+    from reference.cases import accept_tree_case
+
+    case = accept_tree_case(2, 2, 5, 60, "without_replacement", "traversal", adjust=("presence",), filters=("top_p",))
+
+    def step(target_logits, tree, layout, sampling, anchors):
+        accepted = dk.accept_tree(target_logits, layout, tree, sampling=sampling, rule=case.rule, anchors=anchors)
+        return accepted.tokens, accepted.path, accepted.kv_source, accepted.commit_mask, anchors
+
+    def arguments():
+        return case.target_logits, case.tree, case.layout, case.sampling, torch.zeros(2, dtype=torch.int64)
+
+    have = torch.compile(step, fullgraph=True, backend=backend)(*arguments())
+    assert all(torch.equal(a, b) for a, b in zip(have, step(*arguments()), strict=True))
+
+
+def _grown(base_logits, node_logits, target_logits, anchors, positions, temperature, seed, w1, w2):
+    """A round with a tree: two depths by the head, one by a forward pass of its own."""
+    sampling = dk.SamplingTensors(temperature, seed)
+    given = dict(anchor_positions=positions, method="without_replacement", sampling=sampling)
+    tree = dk.draft_tree(base_logits, anchors, dk.MarkovHead(w1, w2), **given, num_nodes=7, branching=(2, 1))
+    tree = dk.expand_tree(tree, node_logits, **given, depth=2, branching=1)
+    layout = dk.tree_layout(tree, anchor_positions=positions)
+    acceptance = dk.accept_tree(target_logits, layout, tree, sampling=sampling, rule="recursive")
+    return tree.tokens, tree.ancestors, tree.proposal.logits, acceptance.tokens
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_trees_compile_into_one_graph(backend):
+    case = cases.draft_case(seed=8, requests=2, drafts=2, vocab=130, confidence=None)
+    g = torch.Generator().manual_seed(0)
+    arguments = (
+        case.base_logits, torch.randn(2, 2, 130, generator=g), torch.randn(14, 130, generator=g), case.anchors,
+        case.anchor_positions, case.sampling.temperature, case.sampling.seed, case.head.w1, case.head.w2,
+    )  # fmt: skip
+    want = _grown(*arguments)
+    assert int((want[0] >= 0).sum(1).min()) == 7
+    have = torch.compile(_grown, fullgraph=True, backend=backend)(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+def test_compaction_compiles_into_one_graph():
+    """Caches written in place through their addresses, among other writes to them."""
+    from tests.ops.test_compact import bytes_of, case_of
+
+    def step(layers, acceptance, layout):
+        layers.caches[0].mul_(2)
+        dk.compact_kv(layers, acceptance, layout)
+        layers.caches[1].mul_(2)
+        return layers.caches[0] + 1
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        case = case_of(4, 2, 9, 4)
+        finite = [plane.nan_to_num_(0.0).clamp_(-9, 9) for plane in case.caches]
+        results.append([call(dk.KVLayers.of([finite]), case.acceptance, case.layout), *finite])
+    assert all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in zip(*results, strict=True))
+
+
+def test_constants_of_kernels_are_the_public_ones():
+    from dspark_kernels.kernels import attention as attention_kernels
+    from dspark_kernels.kernels.accept import proposals as accept_laws, rows as accept_rows, target as accept_target, tree_rules
+    from dspark_kernels.kernels.draft import dense as draft_kernels, filters as draft_filters, rows as draft_rows
+    from dspark_kernels.kernels.draft_tree import append as tree_append, static as tree_draft_kernels
+    from dspark_kernels.kernels.layout import rows, schedule as schedule_kernels
+    from dspark_kernels.kernels.primitives import filters, mass, philox
+
+    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_append, rows):
+        shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
+        assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
+    assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
+    assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
+    assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
+    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and accept.LISTED == 2 * filters.BLOCK.value
+    assert mass.LEAF.value == accept.LEAF == tree.LEAF
+    assert [tree_rules.WALK.value, tree_rules.RECURSIVE.value, tree_rules.TRAVERSAL.value] == [0, 1, 2]
+    assert mass.LEAF.value == tree_launch.LEAF and tree_draft_kernels.DOT_ROWS.value == tree_launch.ROWS_PER_ITEM
+    assert tree.RULES == ("walk", "recursive", "traversal")
+    assert (tree_rules.NODE_VALUES.value, tree_rules.NODE_IDS.value) == (tree.NODE_VALUES, tree.NODE_IDS)
+    assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
+    assert accept_laws.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
+    assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
+    assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
+
+
+def test_a_cpu_tensor_without_the_interpreter_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(library, "_interpreted", lambda *a: False)
+    monkeypatch.setattr(arch, "_override", None)  # which says where kernels run instead
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        _draft()()
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: dk.MarkovHead(torch.zeros(5, 0), torch.zeros(5, 0)), ValueError, "MarkovHead.w1: expected rank >= 1"),
+        (lambda: dk.MarkovHead(torch.zeros(5, 2), torch.zeros(5, 3)), ValueError, "MarkovHead.w2: expected shape"),
+        (lambda: dk.MarkovHead(torch.zeros(5, 2), torch.zeros(5, 2).char()), ValueError, "MarkovHead.w2_scale: expected"),
+        (lambda: dk.SamplingTensors(torch.zeros(2), torch.zeros(2)), TypeError, "SamplingTensors.seed: expected dtype int64"),
+        (lambda: dk.SamplingTensors(torch.zeros(2), torch.zeros(3).long()), ValueError, "SamplingTensors.seed: expected shape"),
+        (lambda: dk.DenseProposal(torch.zeros(2, 3)), ValueError, "DenseProposal.logits: expected shape"),
+        (lambda: dk.DenseProposal(torch.zeros(2, 3, 4), lse=torch.zeros(2)), ValueError, "DenseProposal.lse: expected shape"),
+        (lambda: dk.CostTable(torch.tensor([0.0, -1.0])), ValueError, "CostTable.seconds: expected finite, positive"),
+        (lambda: dk.CostTable(None), TypeError, "CostTable.seconds: expected a torch.Tensor"),
+        (lambda: dk.ConfidenceHead(torch.zeros(2, 2)), ValueError, "ConfidenceHead.weight: expected shape"),
+        (lambda: dk.Workspace(0, 1, 1, "cpu"), ValueError, "max_requests: expected >= 1, got 0"),
+        (lambda: dk.Workspace(1, 1, 1, "cpu", kv_heads=2, head_dim=8), TypeError, "query_heads: expected an int, got NoneType"),
+        (lambda: dk.Workspace(1.5, 1, 1, "cpu"), TypeError, "max_requests: expected an int"),
+    ],
+)
+def test_types_check_themselves(make, error, message):
+    with pytest.raises(error) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
+class _Old:
+    """What Triton before 3.7 does with an operand of a comparison."""
+
+    def __call__(self, value):
+        from triton.language import core
+
+        if isinstance(value, core.tuple):
+            return core.tuple([self(element) for element in value.values])  # no type given: that of the elements, a None has none
+        return value.value if isinstance(value, core.constexpr) else value
+
+
+def test_tuples_with_a_none_can_be_compared_on_old_tritons(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.compiler import code_generator
+    from triton.language import core
+
+    values = core.tuple([core.constexpr(None), core.tuple([core.constexpr(3), core.constexpr(None)])])
+    monkeypatch.setattr(code_generator, "_unwrap_if_constexpr", _Old())
+    with pytest.raises(AttributeError):
+        code_generator._unwrap_if_constexpr(values)
+    library.mend_tuples()
+    found = code_generator._unwrap_if_constexpr(values)
+    assert found.values[0] is None and found.values[1].values == [3, None] and found.type == values.type
+    assert code_generator._unwrap_if_constexpr(core.constexpr(7)) == 7 and code_generator._unwrap_if_constexpr(5) == 5
+    mended = code_generator._unwrap_if_constexpr
+    library.mend_tuples()
+    assert code_generator._unwrap_if_constexpr is mended, "mended twice"

@@ -1,0 +1,39 @@
+"""The files that set the project up agree with each other."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _command():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    return lines[-1]
+
+
+def test_ci_runs_the_second_command_of_the_readme():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    commands = [line for block in blocks for line in block.splitlines() if "-m venv" in line]
+    assert len(commands) >= 2 and commands[1] == _command()
+    assert "-m bench.decode" in commands[0] and "constraints.txt" in commands[0]
+
+
+def test_every_tool_the_tests_need_is_pinned():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = {re.match(r"[\w-]+", need)[0] for need in [*project["dependencies"], *sum(extras.values(), [])]}
+    pins = (ROOT / "constraints.txt").read_text()
+    pinned = set(re.findall(r"^([\w-]+)==", pins, re.M))
+    assert names == pinned, "a requirement without a pin, or a pin that nothing requires"
+    assert project["dependencies"] == ["torch>=2.9"]
+    assert set(extras) == {"cpu", "test", "checkpoints", "transformers", "demo", "plots"}
+
+
+def test_only_the_package_is_packaged():
+    setuptools = pytest.importorskip("setuptools")
+    found = setuptools.find_packages(str(ROOT), include=["dspark_kernels*"])
+    folders = {path.parent for path in (ROOT / "dspark_kernels").rglob("*.py")}
+    assert set(found) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
