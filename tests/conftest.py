@@ -4,7 +4,7 @@
 - GPU: TRITON_INTERPRET=0 where there is one. Kernels are compiled or interpreted for a whole process, so the tests marked `gpu` run in
   a second pytest process, started when the first one has finished; its result counts.
 - Machine (`--compiled`): the tests of ops on the kernels' PTX, executed on the CPU by tests/machine. The default suite runs a selection
-  of them in processes of their own (test_compiled.py).
+  of them in processes of their own (package/test_compiled.py).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ NO_TRITON = "needs Triton, which is not installed"
 NO_MACHINE = "needs the machine that runs compiled kernels"
 OTHER_PROCESS = "runs compiled, in a second process"
 
-# Test files whose tests launch kernels: what `--compiled` runs.
-OPS = """
-accept attention attention_plan candidates capture compact draft draft_edges draft_heads draft_sampling example full_size golden_units
-invariance layout library loop loop_trees machine sampling schedule shards_accept shards_candidates shards_draft testing testing_tree tree
-tree_draft tree_paths tree_rounds warmup
-""".split()
+HERE = Path(__file__).parent
+
+# Test files whose tests launch kernels: what `--compiled` runs. All of tests/ops, and these; stem -> path in tests/.
+OPS = {path.stem.removeprefix("test_"): f"ops/{path.name}" for path in sorted((HERE / "ops").glob("test_*.py"))}
+OPS |= {stem: f"reference/test_{stem}.py" for stem in ("loop", "loop_trees")}
+OPS |= {stem: f"package/test_{stem}.py" for stem in ("example", "library", "machine", "testing", "testing_tree")}
 
 
 def pytest_addoption(parser):
@@ -125,7 +125,7 @@ def pytest_collection_modifyitems(config, items):
         if ON_GPU:  # everything else works on CPU tensors, which only the interpreter and the machine take
             return "gpu" in item.keywords
         if machine is not None:
-            return item.path.stem.removeprefix("test_") in OPS
+            return "/".join(item.path.parts[-2:]) in OPS.values()
         return "compiled_only" not in item.keywords
 
     config.hook.pytest_deselected(items=[item for item in items if not here(item)])

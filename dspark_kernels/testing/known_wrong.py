@@ -1,7 +1,7 @@
 """Ways to lose the target's law that implementations have shipped, as acceptance functions for the suite to convict.
 
 Each is one of rules.py with one mistake. `MISTAKES` holds them by name; `DRAFTS` and `SCHEDULES` hold what is wrong before
-acceptance. Which test convicts which: tests/test_testing.py. Try
+acceptance. Which test convicts which: tests/package/test_testing.py. Try
 
     python -m dspark_kernels.testing dspark_kernels.testing.known_wrong:block_first_reject
 

@@ -1,7 +1,7 @@
 """Ways to lose the target's law on draft trees, as tree acceptance functions for the suite to convict.
 
 Each is one of rules_tree.py with one mistake. `MISTAKES` holds them by name; `DRAFTS` holds what is wrong in drawing the children.
-Which test convicts which: tests/test_testing_tree.py. Try
+Which test convicts which: tests/package/test_testing_tree.py. Try
 
     python -m dspark_kernels.testing dspark_kernels.testing.known_wrong_tree:traversal_divided_by_the_child
 """

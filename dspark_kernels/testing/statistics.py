@@ -7,7 +7,7 @@ G is compared with chi-square of d degrees, whose tail is the regularised incomp
 gamma law of its exact mean and variance. Cells that are too rare are made one. Power: under another law with differences
 delta_i the statistic is noncentral chi-square with lambda = N sum delta_i^2 / p_i, and by Cauchy's inequality lambda >= 4 N
 TV^2 whatever the differences look like. Rare events: Poisson. Symbols: O observed and E = N p expected counts of k cells, N
-samples, TV total variation. Oracles: exact sums and simulation (tests/test_testing_statistics.py). Sources: Pearson 1900;
+samples, TV total variation. Oracles: exact sums and simulation (tests/package/test_testing_statistics.py). Sources: Pearson 1900;
 Haldane 1937 (variance); Williams 1976.
 """
 

@@ -73,7 +73,7 @@ def changed(text: str, mutant: Mutant) -> str:
     return "".join(lines)
 
 
-# What tests a mutant of a file runs, by the longest prefix of its path: few binaries, all phases of the kernel.
+# What tests of tests/ops a mutant of a file runs, by the longest prefix of its path: few binaries, all phases of the kernel.
 TESTS = {
     "": ("test_accept.py::test_many_coins_of_the_block_rule",),
     "accept/shards": ("test_shards_accept.py::test_any_cut_draws_what_the_reference_draws",),
@@ -101,7 +101,7 @@ UNSEEN: dict[tuple[str, str, str], str] = {}
 
 
 def tests_of(file: str) -> tuple[str, ...]:
-    return TESTS[max((prefix for prefix in TESTS if file.startswith(prefix)), key=len)]
+    return tuple(f"tests/ops/{name}" for name in TESTS[max((prefix for prefix in TESTS if file.startswith(prefix)), key=len)])
 
 
 def run(mutant: Mutant, folder: Path) -> dict:
@@ -109,9 +109,9 @@ def run(mutant: Mutant, folder: Path) -> dict:
     path = folder / "dspark_kernels" / "kernels" / mutant.file
     text = path.read_text()
     path.write_text(changed(text, mutant))
-    tests = [f"tests/{name}" for name in tests_of(mutant.file)]
     command = [
-        sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--compiled=all", "--compiled-examples=2", "--tb=short", *tests
+        sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--compiled=all", "--compiled-examples=2", "--tb=short",
+        *tests_of(mutant.file),
     ]  # fmt: skip
     started = time.perf_counter()
     try:

@@ -27,7 +27,7 @@ COLUMNS = ("file", "arch", "triton", "passed", "failed", "skipped", "launches", 
            "benign", "seconds")  # fmt: skip
 
 
-def run(stem: str, arch: str, examples: int, extra: list[str]) -> dict:
+def run(stem: str, path: str, arch: str, examples: int, extra: list[str]) -> dict:
     """One file in a process of its own: its row. Output goes to the screen where a test failed."""
     import triton
 
@@ -35,7 +35,7 @@ def run(stem: str, arch: str, examples: int, extra: list[str]) -> dict:
         record = Path(folder) / "record.json"
         command = [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--compiled=all", f"--compiled-arch={arch}",
-            f"--compiled-examples={examples}", f"--compiled-record={record}", f"tests/test_{stem}.py", *extra,
+            f"--compiled-examples={examples}", f"--compiled-record={record}", f"tests/{path}", *extra,
         ]  # fmt: skip
         started = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -67,9 +67,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=TABLE, help="the table (default: %(default)s)")
     parser.add_argument("--pytest", default="", help="further arguments of pytest, separated by blanks")
     options = parser.parse_args()
+    if unknown := [stem for stem in options.files if stem not in OPS]:
+        parser.error(f"no test file of ops: {' '.join(unknown)}")
     failed = 0
     for stem in options.files or OPS:
-        row = {name: str(value) for name, value in run(stem, options.arch, options.examples, options.pytest.split()).items()}
+        row = {
+            name: str(value) for name, value in run(stem, OPS[stem], options.arch, options.examples, options.pytest.split()).items()
+        }
         failed += int(row["failed"]) > 0
         print(" ".join(f"{name} {row[name]}" for name in COLUMNS if row[name] != "0"), flush=True)
         rows = []

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import HAS_TRITON, NO_MACHINE, NO_TRITON
+from tests.conftest import HAS_TRITON, NO_MACHINE, NO_TRITON, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# name -> (pytest's expression of test names, or "" for all of the files; files)
+# name -> (pytest's expression of test names, or "" for all of the files; stems of files, as in OPS)
 PARTS = {
     "the machine, layouts, schedules": ("", ["machine", "layout", "compact", "attention_plan", "schedule", "example"]),
     "attention": ("reference_in_parts or number_types or byte_of_fp8 or last_row_of_its_path or a_prompt_shares", ["attention"]),
@@ -56,7 +56,7 @@ def test_compiled(name, tmp_path, record_property):
     record = tmp_path / "record.json"
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--compiled=all", "--compiled-examples=2", "--tb=short",
-        f"--compiled-record={record}", *(["-k", expression] if expression else []), *(f"tests/test_{stem}.py" for stem in files),
+        f"--compiled-record={record}", *(["-k", expression] if expression else []), *(f"tests/{OPS[stem]}" for stem in files),
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -68,14 +68,14 @@ def test_compiled(name, tmp_path, record_property):
     record_property("compiled", [int(passed[1]), sum(counts["launches"] for counts in modes.values())])
 
 
-@pytest.mark.parametrize("arguments", [["--compiled=all,none"], ["--compiled", "tests/test_layout.py"]])
+@pytest.mark.parametrize("arguments", [["--compiled=all,none"], ["--compiled", "tests/ops/test_layout.py"]])
 def test_a_mode_that_is_none_is_named(arguments):
     done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 4 and "--compiled: expected some of plain, schedules, race, weak, all" in done.stderr + done.stdout
 
 
 @pytest.mark.parametrize(
-    "arguments", [["tests/test_compiled.py", "-k", "heads or batches"], ["--compiled=race", "tests/test_compact.py"]]
+    "arguments", [["tests/package/test_compiled.py", "-k", "heads or batches"], ["--compiled=race", "tests/ops/test_compact.py"]]
 )
 def test_without_a_compiler_compiled_tests_are_skipped_and_counted(tmp_path, arguments):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_") and k != "TRITON_INTERPRET"}

@@ -32,6 +32,28 @@ def test_every_tool_the_tests_need_is_pinned():
     assert set(extras) == {"cpu", "test", "checkpoints", "transformers", "demo", "plots"}
 
 
+def test_every_test_file_that_is_named_exists():
+    """In documents, comments, docstrings and commands."""
+    texts = [path for suffix in ("*.md", "*.py", "*.toml") for path in ROOT.rglob(suffix) if ".venv" not in path.parts]
+    named = {
+        name for path in (ROOT / ".ci" / "run", *texts) for name in re.findall(r"\btests/[\w/]+\.(?:py|npz)", path.read_text())
+    }
+    assert len(named) > 10 and not {name for name in named if not (ROOT / name).exists()} - {
+        "tests/a.py",
+        "tests/test_nowhere.py",
+    }  # made up in tests
+
+
+def test_mutants_run_tests_that_exist():
+    from tests.machine import mutants
+
+    files = [str(path.relative_to(mutants.KERNELS)) for path in mutants.KERNELS.rglob("*.py")]
+    assert [prefix for prefix in mutants.TESTS if not any(file.startswith(prefix) for file in files)] == []
+    for test in {test for mutant in mutants.mutants() for test in mutants.tests_of(mutant.file)}:
+        path, _, name = test.partition("::")
+        assert f"\ndef {name}(" in (ROOT / path).read_text() if name else (ROOT / path).exists(), test
+
+
 def test_only_the_package_is_packaged():
     setuptools = pytest.importorskip("setuptools")
     found = setuptools.find_packages(str(ROOT), include=["dspark_kernels*"])

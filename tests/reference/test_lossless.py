@@ -1,6 +1,6 @@
 """The rules emit the target's law: exactly by enumeration for small vocabularies, and over several rounds of addressed noise.
 
-Every check here is also run on rules, lengths and noise known to be wrong (tests/wrong_rules.py), and must convict them.
+Every check here is also run on rules, lengths and noise known to be wrong (tests/reference/wrong_rules.py), and must convict them.
 """
 
 import dataclasses

@@ -148,7 +148,7 @@ class Draft:
         close(stored, exact, 2 * own + ULP * largest(exact), f"draft_block: logits of request {r}")
         if self.sampled:
             law = kept.double() / float(inputs["sampling"].temperature[r])
-            # Six roundings of half an ulp on the way to the largest value, and the sum's near 1 (tests/test_draft.py).
+            # Six roundings of half an ulp on the way to the largest value, and the sum's near 1 (tests/ops/test_draft.py).
             bound = ULP / 2 * (6 * largest(law[law > -torch.inf]) + 2)
             close(block.proposal.lse[r], law.logsumexp(-1), bound, f"draft_block: lse of request {r}")
         confidence = inputs["confidence"]

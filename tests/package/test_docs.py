@@ -14,7 +14,7 @@ import pytest
 
 import dspark_kernels as dk
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("dspark_kernels", "reference", "tests", "bench", "examples", "docs", ".ci")
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
