@@ -1,7 +1,7 @@
 """python -m dspark_kernels.testing module:function: a verdict per test on an acceptance function.
 
     python -m dspark_kernels.testing dspark_kernels.testing.ours:token                       the kernel
-    python -m dspark_kernels.testing dspark_kernels.testing.rules:block                      plain torch
+    python -m dspark_kernels.testing dspark_kernels.testing.chain.rules:block                plain torch
     python -m dspark_kernels.testing dspark_kernels.testing.known_wrong:block_first_reject   a planted mistake
     python -m dspark_kernels.testing dspark_kernels.testing.ours:traversal                   the kernel on draft trees
     python -m dspark_kernels.testing my_module:my_tree_acceptance --rule recursive --drawn iid
@@ -19,7 +19,8 @@ import sys
 
 import torch
 
-from . import interpreter, rules_tree, suite
+from . import interpreter, suite
+from .tree.rules import DRAWN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="default: cuda where there is one and Triton's interpreter is off, else cpu")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the logits (default: %(default)s)")
     p.add_argument("--draft", metavar="module:function", help="sampler of drafts to test together with it")
-    p.add_argument("--drawn", metavar="WAY[,WAY]", help=f"how children of trees are made (default: {', '.join(rules_tree.DRAWN)})")
+    p.add_argument("--drawn", metavar="WAY[,WAY]", help=f"how children of trees are made (default: {', '.join(DRAWN)})")
     p.add_argument("--schedule", metavar="module:function", help="confidences [R, K] to lengths [R], to test together with it")
     p.add_argument("--unseeded", action="store_true", help="the function's noise does not come from the seeds it is given")
     return p
@@ -84,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"--schedule: not for the {rule} rule")
     drawn = None if args.drawn is None else tuple(args.drawn.split(","))
     for way in drawn or ():
-        if way not in rules_tree.DRAWN:
-            p.error(f"--drawn: expected some of {', '.join(rules_tree.DRAWN)}, got {way!r}")
+        if way not in DRAWN:
+            p.error(f"--drawn: expected some of {', '.join(DRAWN)}, got {way!r}")
     tests = args.tests or [name for name, (_, rules, _) in of_form.items() if rule in rules]
     compiled = torch.cuda.is_available() and not interpreter.interpreting()
     device = args.device or ("cuda" if compiled else "cpu")

@@ -21,7 +21,8 @@ from ..ops.draft.dense import draft_block
 from ..ops.layout.fixed import fixed_layout, tree_layout
 from ..ops.layout.schedule import schedule_prefixes
 from ..types import CostTable, DenseProposal, DraftBlock, DraftTree, OneHotProposal, SamplingTensors
-from . import interpreter, rules_tree
+from . import interpreter
+from .tree.rules import depths_of
 
 INTERPRETED_REQUESTS = 256
 
@@ -79,7 +80,7 @@ def _tree(tokens, parents, draft_logits, drawn, num_nodes) -> DraftTree:
     return DraftTree(
         tokens=tokens.contiguous(),
         parents=parents,
-        depths=rules_tree.depths_of(parents),
+        depths=depths_of(parents),
         ancestors=ancestors,
         num_nodes=num_nodes,
         proposal=OneHotProposal() if draft_logits is None else DenseProposal(draft_logits),

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import models, models_tree
-from .edges import Convicted
+from .chain import models
+from .chain.edges import Convicted
+from .tree import models as tree_models
 
 FALSE_ALARM = 1e-4
 FINDINGS = 100
@@ -122,14 +123,14 @@ class Run(_Run):
 class TreeRun(_Run):
     """Of a function on trees. drawn: the ways of making children that it is for."""
 
-    default_draft = staticmethod(models_tree.draft)
+    default_draft = staticmethod(tree_models.draft)
 
     def __init__(self, *arguments, drawn: tuple[str, ...]):
         super().__init__(*arguments)
         self.drawn = drawn
 
-    def play(self, model: models.Model, drafts, **options) -> models_tree.TreePlay:
-        return models_tree.TreePlay.of(self.call, model, drafts, draft=self.draft, dtype=self.dtype, **options)
+    def play(self, model: models.Model, drafts, **options) -> tree_models.TreePlay:
+        return tree_models.TreePlay.of(self.call, model, drafts, draft=self.draft, dtype=self.dtype, **options)
 
     def call_rows(
         self, node_logits, tokens, parents, law, drawn, seeds=None, *, num_nodes=None, temperature=1.0, anchor_position=7

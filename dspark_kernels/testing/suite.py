@@ -50,9 +50,9 @@ and is asked for all three ways, or those of its attribute `drawn`:
         return torch.where(index <= out.length[:, None], emitted, -1)
     mine.rule = "walk"
 
-The suite drafts with this package's noise (rules.Noise, streams DRAFT or COUPLED). draft(draft_logits [R, V], temperature, seeds,
+The suite drafts with this package's noise (chain.rules.Noise, streams DRAFT or COUPLED). draft(draft_logits [R, V], temperature, seeds,
 positions, anchor_positions) -> tokens [R] replaces that and is tested together with the function, and so is
-schedule(confidence [R, K]) -> lengths [R]. For trees: models_tree.draft, child by child; there is no schedule.
+schedule(confidence [R, K]) -> lengths [R]. For trees: tree.models.draft, child by child; there is no schedule.
 
 False alarms: every finding is judged at LEVEL, and a run makes at most FINDINGS of them, so a right function is convicted with a
 chance of about LEVEL * FINDINGS = 1e-4 a run at most. Seeds are fixed: a function whose noise comes from them gets the same verdict
@@ -69,11 +69,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_int
-from . import edges, edges_tree, laws, laws_tree
-from .edges import Convicted
-from .rules_tree import DRAWN
+from . import chain, tree
+from .chain.edges import Convicted
 from .run import FALSE_ALARM, FINDINGS as FINDINGS, LEVEL as LEVEL, Run, TreeRun
 from .statistics import Finding
+from .tree.rules import DRAWN
 
 REQUESTS, QUICK, FEWEST_REQUESTS = 1 << 17, 1 << 13, 64
 CHAIN_RULES = ("token", "block", "coupled", "greedy")
@@ -83,49 +83,49 @@ RULES = CHAIN_RULES + TREE_RULES
 SAMPLED = ("token", "block", "coupled")
 # Name -> (test, rules that it is for, whether it needs noise that comes from the seeds).
 TESTS = {
-    "rows": (edges.rows, CHAIN_RULES, False),
-    "greedy": (edges.greedy, CHAIN_RULES, False),
-    "padding": (edges.padding, CHAIN_RULES, False),
-    "empty": (edges.empty, CHAIN_RULES, False),
-    "bad_rows": (edges.bad_rows, CHAIN_RULES, False),
-    "extreme": (edges.extreme, CHAIN_RULES, False),
-    "batch": (edges.batch, CHAIN_RULES, True),
-    "shared": (edges.shared, ("coupled",), True),
-    "one_round": (laws.one_round, SAMPLED, False),
-    "rounds": (laws.rounds, SAMPLED, False),
-    "prefix": (laws.prefix, SAMPLED, False),
-    "noise": (laws.noise, SAMPLED, False),
-    "temperature": (laws.temperature, SAMPLED, False),
-    "filters": (laws.filters, SAMPLED, False),
-    "residual": (laws.residual, SAMPLED, False),
-    "placeholder": (laws.placeholder, SAMPLED, False),
-    "widths": (laws.widths, SAMPLED, False),
-    "tails": (laws.tails, SAMPLED, False),
-    "accepts": (laws.accepts, SAMPLED, False),
+    "rows": (chain.edges.rows, CHAIN_RULES, False),
+    "greedy": (chain.edges.greedy, CHAIN_RULES, False),
+    "padding": (chain.edges.padding, CHAIN_RULES, False),
+    "empty": (chain.edges.empty, CHAIN_RULES, False),
+    "bad_rows": (chain.edges.bad_rows, CHAIN_RULES, False),
+    "extreme": (chain.edges.extreme, CHAIN_RULES, False),
+    "batch": (chain.edges.batch, CHAIN_RULES, True),
+    "shared": (chain.edges.shared, ("coupled",), True),
+    "one_round": (chain.distributions.one_round, SAMPLED, False),
+    "rounds": (chain.distributions.rounds, SAMPLED, False),
+    "prefix": (chain.distributions.prefix, SAMPLED, False),
+    "noise": (chain.distributions.noise, SAMPLED, False),
+    "temperature": (chain.distributions.temperature, SAMPLED, False),
+    "filters": (chain.distributions.filters, SAMPLED, False),
+    "residual": (chain.distributions.residual, SAMPLED, False),
+    "placeholder": (chain.distributions.placeholder, SAMPLED, False),
+    "widths": (chain.distributions.widths, SAMPLED, False),
+    "tails": (chain.distributions.tails, SAMPLED, False),
+    "accepts": (chain.distributions.accepts, SAMPLED, False),
 }
 
 TREES_SAMPLED, TREES_TRIED = TREE_RULES[:3], ("recursive", "traversal")
 TREE_TESTS = {
-    "rows": (edges_tree.rows, TREE_RULES, False),
-    "greedy": (edges_tree.greedy, TREE_RULES, False),
-    "padding": (edges_tree.padding, TREE_RULES, False),
-    "empty": (edges_tree.empty, TREE_RULES, False),
-    "bad_rows": (edges_tree.bad_rows, TREE_RULES, False),
-    "extreme": (edges_tree.extreme, TREE_RULES, False),
-    "batch": (edges_tree.batch, TREE_RULES, True),
-    "one_round": (laws_tree.one_round, TREES_SAMPLED, False),
-    "unequal": (laws_tree.unequal, TREES_SAMPLED, False),
-    "rounds": (laws_tree.rounds, TREES_SAMPLED, False),
-    "prefix": (laws_tree.prefix, TREES_SAMPLED, False),
-    "noise": (laws_tree.noise, TREES_SAMPLED, False),
-    "siblings": (laws_tree.siblings, TREES_TRIED, False),
-    "temperature": (laws_tree.temperature, TREES_SAMPLED, False),
-    "filters": (laws_tree.filters, TREES_SAMPLED, False),
-    "residual": (laws_tree.residual, TREES_SAMPLED, False),
-    "widths": (laws_tree.widths, TREES_SAMPLED, False),
-    "tails": (laws_tree.tails, TREES_SAMPLED, False),
-    "accepts": (laws_tree.accepts, TREES_SAMPLED, False),
-    "chain": (laws_tree.chain, ("traversal",), False),
+    "rows": (tree.edges.rows, TREE_RULES, False),
+    "greedy": (tree.edges.greedy, TREE_RULES, False),
+    "padding": (tree.edges.padding, TREE_RULES, False),
+    "empty": (tree.edges.empty, TREE_RULES, False),
+    "bad_rows": (tree.edges.bad_rows, TREE_RULES, False),
+    "extreme": (tree.edges.extreme, TREE_RULES, False),
+    "batch": (tree.edges.batch, TREE_RULES, True),
+    "one_round": (tree.distributions.one_round, TREES_SAMPLED, False),
+    "unequal": (tree.distributions.unequal, TREES_SAMPLED, False),
+    "rounds": (tree.distributions.rounds, TREES_SAMPLED, False),
+    "prefix": (tree.distributions.prefix, TREES_SAMPLED, False),
+    "noise": (tree.distributions.noise, TREES_SAMPLED, False),
+    "siblings": (tree.distributions.siblings, TREES_TRIED, False),
+    "temperature": (tree.distributions.temperature, TREES_SAMPLED, False),
+    "filters": (tree.distributions.filters, TREES_SAMPLED, False),
+    "residual": (tree.distributions.residual, TREES_SAMPLED, False),
+    "widths": (tree.distributions.widths, TREES_SAMPLED, False),
+    "tails": (tree.distributions.tails, TREES_SAMPLED, False),
+    "accepts": (tree.distributions.accepts, TREES_SAMPLED, False),
+    "chain": (tree.distributions.chain, ("traversal",), False),
 }
 
 

@@ -51,6 +51,13 @@ LAYERS = {
     "dspark_kernels.cost": ("dspark_kernels.checks",),
     "dspark_kernels.types": ("dspark_kernels.checks", "dspark_kernels.cost"),
     "dspark_kernels.workspace": ("dspark_kernels.checks",),
+    "dspark_kernels.testing.statistics": (),
+    "dspark_kernels.testing.chain": ("dspark_kernels.types", "dspark_kernels.testing.statistics"),
+    "dspark_kernels.testing.tree": (
+        "dspark_kernels.types",
+        "dspark_kernels.testing.statistics",
+        "dspark_kernels.testing.chain",
+    ),
     "dspark_kernels": ("dspark_kernels",),
     "reference": ("dspark_kernels.types",),
 }
@@ -231,6 +238,8 @@ def test_a_planted_circle_is_found(tmp_path):
         ("dspark_kernels/ops/x.py", "from ..kernels import draft"),
         ("dspark_kernels/ops/x.py", "from .. import kernels"),
         ("dspark_kernels/ops/x.py", "import triton"),
+        ("dspark_kernels/testing/chain/x.py", "from ..tree import draft"),
+        ("dspark_kernels/testing/tree/x.py", "from ...ops.draft import draft_block"),
         ("dspark_kernels/types.py", "from .ops import draft"),
         ("dspark_kernels/cost.py", "from .types import Flag"),
         ("dspark_kernels/x.py", "from .kernels import draft"),
@@ -255,8 +264,8 @@ def test_a_planted_circle_is_found(tmp_path):
     ],
 )
 def test_a_planted_violation_is_found(tmp_path, path, code):
-    folders = ("accept", "draft", "draft_tree", "layout", "primitives")
-    for package in ("", "kernels", *(f"kernels/{folder}" for folder in folders), "launch", "ops"):
+    kernels = [f"kernels/{folder}" for folder in ("accept", "draft", "draft_tree", "layout", "primitives")]
+    for package in ("", "kernels", *kernels, "launch", "ops", "testing", "testing/chain", "testing/tree"):
         folder = tmp_path / PACKAGE / package
         folder.mkdir(exist_ok=True)
         for module in ("__init__", "types", "checks", "draft", "dense", "static", "fixed", "rows", "table"):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dspark_kernels import testing
-from dspark_kernels.testing import __main__ as command, interpreter, known_wrong, laws, models, ours, rules, statistics, suite
+from dspark_kernels.testing import __main__ as command, interpreter, ours, statistics, suite
+from dspark_kernels.testing.chain import distributions, known_wrong, models, rules
 from dspark_kernels.types import Stream
 from reference import accept as reference, cases, philox
 from reference.distributions import distribution_of
@@ -85,7 +86,7 @@ def test_rules_are_the_reference_s(rule, proposal, vocab):
 
 
 def test_laws_and_what_is_accepted_are_the_reference_s():
-    model = laws.ROUNDS
+    model = distributions.ROUNDS
     law, draft_law = model.law(), model.draft_law()
 
     def decoder(rule):
@@ -263,7 +264,7 @@ def test_every_mistake_is_planted_and_every_test_convicts_one():
 
 def test_a_bias_of_the_stated_size_is_seen():
     """A share of requests says token 0 and nothing else: 12 choices of seeds, every one convicted; a fifth of it, none."""
-    model = next(m for vocab, count, _, m in laws.ROUND if (vocab, count) == (2, 1))
+    model = next(m for vocab, count, _, m in distributions.ROUND if (vocab, count) == (2, 1))
 
     def biased(share, *arguments):
         out = rules.token(*arguments)
@@ -276,7 +277,7 @@ def test_a_bias_of_the_stated_size_is_seen():
         seen = 0
         for seed in range(12):
             run = suite.Run(functools.partial(biased, size * share), "token", QUICK, seed, "cpu", None, None, torch.float32)
-            findings = list(laws._round(run, "", model, 1))
+            findings = list(distributions._round(run, "", model, 1))
             assert findings[0].sees == pytest.approx(sees)
             seen += findings[0].chance < suite.LEVEL
         assert seen == expected
@@ -360,14 +361,14 @@ def test_bad_arguments_are_named(change, error, message):
 
 
 def test_command(capsys):
-    assert command.main(["dspark_kernels.testing.rules:greedy"]) == 0
+    assert command.main(["dspark_kernels.testing.chain.rules:greedy"]) == 0
     out = capsys.readouterr().out
     assert "greedy rule, 131072 requests per law" in out and "7 of 7 tests passed" in out
     wrong = "dspark_kernels.testing.known_wrong:block_first_reject"
     assert command.main([wrong, "--requests", str(QUICK), "one_round", "rows", "--skip", "rows"]) == 1
     out = capsys.readouterr().out
     assert "one_round    FAIL" in out and "convicted by one_round" in out and "rows " not in out
-    right = "dspark_kernels.testing.rules:token"
+    right = "dspark_kernels.testing.chain.rules:token"
     assert command.main([right, "--schedule", "dspark_kernels.testing.known_wrong:retrospective", "prefix", "--quick"]) == 1
     assert command.main([right, "--dtype", "bfloat16", "--requests", "512", "--unseeded", "batch", "widths"]) == 0
     assert "batch        skip" in capsys.readouterr().out
@@ -379,10 +380,10 @@ def test_command(capsys):
         ([], "the following arguments are required: module:function"),
         (["rules"], "function: expected module:function, got 'rules'"),
         (["no_such_module:f"], "No module named 'no_such_module'"),
-        (["dspark_kernels.testing.rules:no_such"], "no attribute 'no_such'"),
-        (["dspark_kernels.testing.rules:LEAF"], "expected a function, got int"),
-        (["dspark_kernels.testing.rules:token", "row"], "tests: expected some of rows, greedy"),
-        (["dspark_kernels.testing.rules:token", "--requests", "3"], "--requests: expected >= 64, got 3"),
+        (["dspark_kernels.testing.chain.rules:no_such"], "no attribute 'no_such'"),
+        (["dspark_kernels.testing.chain.rules:LEAF"], "expected a function, got int"),
+        (["dspark_kernels.testing.chain.rules:token", "row"], "tests: expected some of rows, greedy"),
+        (["dspark_kernels.testing.chain.rules:token", "--requests", "3"], "--requests: expected >= 64, got 3"),
     ],
 )
 def test_command_with_bad_arguments(arguments, message, capsys):
@@ -393,7 +394,7 @@ def test_command_with_bad_arguments(arguments, message, capsys):
 
 def test_command_without_triton(tmp_path):
     """In a fresh process, on a function of the current directory."""
-    (tmp_path / "mine.py").write_text("from dspark_kernels.testing.rules import greedy as judge\n")
+    (tmp_path / "mine.py").write_text("from dspark_kernels.testing.chain.rules import greedy as judge\n")
     code = "import sys, runpy; sys.modules['triton'] = None; sys.argv[1:] = ['mine:judge', 'rows']\n"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(

@@ -7,21 +7,8 @@ import pytest
 import torch
 
 from dspark_kernels import testing
-from dspark_kernels.testing import (
-    __main__ as command,
-    interpreter,
-    known_wrong_tree as known_wrong,
-    laws,
-    laws_tree,
-    models,
-    models_tree,
-    ours,
-    rules,
-    rules_tree,
-    run,
-    statistics,
-    suite,
-)
+from dspark_kernels.testing import __main__ as command, chain, interpreter, ours, run, statistics, suite
+from dspark_kernels.testing.tree import distributions, known_wrong, models, rules
 from dspark_kernels.types import SamplingTensors, Stream
 from reference import accept, layout as layouts, philox, tree as reference
 from reference.cases import accept_tree_case
@@ -34,7 +21,7 @@ RULES = (*SAMPLED, "greedy_tree")
 
 
 def plain(rule):
-    return rules_tree.greedy if rule == "greedy_tree" else getattr(rules_tree, rule)
+    return rules.greedy if rule == "greedy_tree" else getattr(rules, rule)
 
 
 # ---- parts against the reference
@@ -43,7 +30,7 @@ def plain(rule):
 def test_noise_is_the_reference_s():
     seeds = torch.tensor([0, 1, -1, 1 << 40, -(1 << 63), 987654321987654321])
     anchors, depths = torch.tensor([0, 5, 2**31, 7, 8, 9]), torch.tensor([[0, 1, 1, 2]]).repeat(6, 1)
-    noise = rules_tree.Noise(seeds, anchors)
+    noise = rules.Noise(seeds, anchors)
     coins, nodes = noise.node_coins(depths), torch.tensor([0, 1, 2, 3, 62, 63])
     words = noise.at(nodes).words(Stream.CORRECT, anchors + 3, 7)
     for r, seed in enumerate(seeds.tolist()):
@@ -71,7 +58,7 @@ def padded(case):
     return target, tokens, tree.parents, law, tree.drawn, sampling.temperature, sampling.seed, counts, positions
 
 
-@pytest.mark.parametrize("drawn", rules_tree.DRAWN)
+@pytest.mark.parametrize("drawn", rules.DRAWN)
 @pytest.mark.parametrize("rule", SAMPLED)
 def test_rules_are_the_reference_s(rule, drawn):
     lengths = set()
@@ -111,56 +98,56 @@ def test_siblings_of_a_wider_draft_law(rule):
 
     seeds, shape = torch.arange(120) * 7919, (-1, 0, 0, 0, 1)
     for kind in ("iid", "without_replacement"):
-        toy = models_tree.TreePlay.of(play, laws.WIDTHS["wider"], (shape,), kind=kind)
+        toy = models.TreePlay.of(play, chain.distributions.WIDTHS["wider"], (shape,), kind=kind)
         toy.round(torch.zeros_like(seeds), seeds, torch.full_like(seeds, 7))
     assert all(torch.equal(have, want) for have, want in both)
 
 
-@pytest.mark.parametrize("drawn", rules_tree.DRAWN)
-@pytest.mark.parametrize("shape", [laws_tree.SECOND, laws_tree.ODD[:5]])
+@pytest.mark.parametrize("drawn", rules.DRAWN)
+@pytest.mark.parametrize("shape", [distributions.SECOND, distributions.ODD[:5]])
 def test_what_is_accepted_is_the_reference_s(shape, drawn):
-    model = models.random_model(5, 3, 1.5)
+    model = chain.models.random_model(5, 3, 1.5)
     law, draft_law = model.law(), model.draft_law()
     for rule in SAMPLED:
         toy = TreeDecoder(lambda c: law[c[-1]], lambda c: draft_law[c[-1]], reference.RULES[rule], shape, (drawn,) * len(shape))
-        emitted = emitted_distribution(toy, (models.PROMPT,))
+        emitted = emitted_distribution(toy, (chain.models.PROMPT,))
         mean = sum(chance * (len(tokens) - 1) for tokens, chance in emitted.items())
         square = sum(chance * (len(tokens) - 1) ** 2 for tokens, chance in emitted.items())
         want = (mean, math.sqrt(square - mean**2))
-        assert models_tree.mean_accepted(rule, model, shape, drawn) == pytest.approx(want, abs=1e-12), rule
-        assert mean == pytest.approx(toy.mean_accepted((models.PROMPT,), EnumeratingSource), abs=1e-12)
+        assert models.mean_accepted(rule, model, shape, drawn) == pytest.approx(want, abs=1e-12), rule
+        assert mean == pytest.approx(toy.mean_accepted((chain.models.PROMPT,), EnumeratingSource), abs=1e-12)
 
 
 def test_the_law_of_block_verification_is_the_reference_s():
-    law, draft_law = laws_tree.BLOCK.law(), laws_tree.BLOCK.draft_law()
+    law, draft_law = distributions.BLOCK.law(), distributions.BLOCK.draft_law()
 
     def block(target_probs, draft_probs, tree, source, anchor_position):
         verdict = accept.block_rule(torch.stack(target_probs), draft_probs[1:], tree.tokens[1:], source, anchor_position)
         return reference.TreeVerdict(tuple(range(verdict.num_accepted + 1)), verdict.token)
 
-    toy = TreeDecoder(lambda c: law[c[-1]], lambda c: draft_law[c[-1]], block, laws_tree.CHAIN, ("iid",) * 3)
-    want = emitted_distribution(toy, (models.PROMPT,))
-    chances, outcomes = models_tree.block_law(laws_tree.BLOCK, 2)
+    toy = TreeDecoder(lambda c: law[c[-1]], lambda c: draft_law[c[-1]], block, distributions.CHAIN, ("iid",) * 3)
+    want = emitted_distribution(toy, (chain.models.PROMPT,))
+    chances, outcomes = models.block_law(distributions.BLOCK, 2)
     have = {outcome: chance for outcome, chance in zip(outcomes, chances.tolist(), strict=True) if chance > 0}
     assert have == pytest.approx({outcome: chance for outcome, chance in want.items() if chance > 0}, abs=1e-12)
 
 
 def test_trees_are_drawn_from_the_laws_that_are_handed_over():
     """Pairs of siblings against q q' and q q' / (1 - q); subtrees where the confidence says so, the others at the end."""
-    model, seeds = models.random_model(5, 3, 1.0), torch.arange(20000) * 7919
-    q = model.draft_law()[models.PROMPT]
+    model, seeds = chain.models.random_model(5, 3, 1.0), torch.arange(20000) * 7919
+    q = model.draft_law()[chain.models.PROMPT]
     zero, heat = torch.zeros_like(seeds), torch.ones(len(seeds))
     for kind in ("iid", "without_replacement"):
-        play = models_tree.TreePlay.of(None, model, (laws_tree.PAIR,), kind=kind)
+        play = models.TreePlay.of(None, model, (distributions.PAIR,), kind=kind)
         tokens, _, there = play.grow(zero, seeds, zero + 3, heat)
         law = q[:, None] * q if kind == "iid" else (q[:, None] * q / (1 - q[:, None])).fill_diagonal_(0)
         counts = torch.bincount(tokens[:, 1] * 3 + tokens[:, 2], minlength=9)
         assert there.all() and all(f.chance > 1e-4 for f in statistics.compare("", counts, law, suite.LEVEL))
     seen = []
-    cut = models_tree.TreePlay.of(lambda *a: seen.append(a) or a[1] * 0, laws_tree.PREFIX, (laws_tree.DEEP,), cut=True)
+    cut = models.TreePlay.of(lambda *a: seen.append(a) or a[1] * 0, distributions.PREFIX, (distributions.DEEP,), cut=True)
     cut.round(zero, seeds, zero + 3)
     _, tokens, parents, _, _, _, _, counts, _ = seen[0]
-    keeps = (laws_tree.PREFIX.confidence >= 0.5)[tokens]
+    keeps = (distributions.PREFIX.confidence >= 0.5)[tokens]
     for r in range(300):
         want = [-1, 0, 0, *(node for node in (1, 2) if keeps[r, node])]
         if keeps[r, 2] and keeps[r, len(want) - 1]:
@@ -203,8 +190,8 @@ def test_our_adapter_hands_everything_over():
         return want
 
     seeds = torch.arange(8) * 31
-    for drawn in rules_tree.DRAWN:
-        play = models_tree.TreePlay.of(both, laws.WIDTHS["wider"], laws_tree.MIXED, kind=drawn, temperature=0.8)
+    for drawn in rules.DRAWN:
+        play = models.TreePlay.of(both, chain.distributions.WIDTHS["wider"], distributions.MIXED, kind=drawn, temperature=0.8)
         play.round(torch.zeros_like(seeds), seeds, torch.full_like(seeds, 7))
     assert len(set(torch.cat(calls).tolist())) >= 3
     assert suite.default_requests(ours.walk) == (ours.INTERPRETED_REQUESTS if interpreter.interpreting() else suite.REQUESTS)
@@ -277,7 +264,7 @@ REQUESTS = {"draw_with_draft_noise": 1 << 13, "draft_position_only": 1 << 13, "g
 
 @pytest.mark.parametrize("name", CONVICTED)
 def test_a_planted_mistake_is_convicted(name):
-    function, how = known_wrong.MISTAKES.get(name, rules_tree.traversal), {}
+    function, how = known_wrong.MISTAKES.get(name, rules.traversal), {}
     if name in known_wrong.DRAFTS:
         how = dict(draft=known_wrong.DRAFTS[name])
     report = testing.check(function, tests=CONVICTED[name], requests=REQUESTS.get(name, QUICK), **how)
@@ -296,11 +283,11 @@ def test_every_mistake_is_planted_and_every_test_convicts_one():
     "function, message",
     [
         (lambda *a: None, "expected tokens in int64 or int32, got NoneType"),
-        (lambda *a: rules_tree.walk(*a)[:, :-1], "expected tokens [30, 6], got [30, 5]"),
-        (lambda *a: rules_tree.walk(*a) * 0 - 1, "no token: 30 of 30 requests"),
-        (lambda *a: rules_tree.walk(*a).clamp(min=-1) + 20, "an id beyond the vocabulary"),
-        (lambda *a: rules_tree.walk(*a).flip(1), "something else than -1 behind the tokens"),
-        (lambda *a: rules_tree.walk(*a).sort(1, descending=True).values, "a path that is none of the tree's"),
+        (lambda *a: rules.walk(*a)[:, :-1], "expected tokens [30, 6], got [30, 5]"),
+        (lambda *a: rules.walk(*a) * 0 - 1, "no token: 30 of 30 requests"),
+        (lambda *a: rules.walk(*a).clamp(min=-1) + 20, "an id beyond the vocabulary"),
+        (lambda *a: rules.walk(*a).flip(1), "something else than -1 behind the tokens"),
+        (lambda *a: rules.walk(*a).sort(1, descending=True).values, "a path that is none of the tree's"),
         (lambda *a: a[1] + 0 * a[1][:, :1], "a path that is none of the tree's"),
         (lambda *a: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
@@ -330,10 +317,10 @@ def example():
         path, length = torch.full_like(tokens, -1), torch.zeros_like(tokens[:, 0])
         path[:, 0] = 0
         for child in range(1, nodes):
-            node = rules.at(path, length)
-            goes = (child < num_nodes) & (parents[:, child] == node) & (tokens[:, child] == rules.at(draws, node))
+            node = chain.rules.at(path, length)
+            goes = (child < num_nodes) & (parents[:, child] == node) & (tokens[:, child] == chain.rules.at(draws, node))
             length = length + goes
-            path[torch.arange(requests), length] = torch.where(goes, child, rules.at(path, length))
+            path[torch.arange(requests), length] = torch.where(goes, child, chain.rules.at(path, length))
         return type("Out", (), dict(draws=draws, path=path, length=length))
 
     space = dict(torch=torch, verify_tree=verify_tree)
@@ -353,12 +340,12 @@ def test_the_documented_wrapper_with_a_generator_of_its_own():
         (dict(tests=["shared"]), ValueError, "tests: expected one of"),
         (dict(tests=["chain"], rule="token"), ValueError, "tests: expected one of"),
         (dict(drawn=["top_k"]), ValueError, "drawn: expected one of"),
-        (dict(schedule=models.schedule), ValueError, "schedule: expected None"),
+        (dict(schedule=chain.models.schedule), ValueError, "schedule: expected None"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
     with pytest.raises(error, match=message):
-        testing.check(rules_tree.walk, **change)
+        testing.check(rules.walk, **change)
 
 
 def test_only_the_ways_that_a_function_is_for():
@@ -366,7 +353,7 @@ def test_only_the_ways_that_a_function_is_for():
 
     def sampled_only(*arguments):
         seen.add(arguments[4])
-        return rules_tree.recursive(*arguments)
+        return rules.recursive(*arguments)
 
     sampled_only.rule, sampled_only.drawn = "recursive", ("iid",)
     report = testing.check(sampled_only, requests=64)
@@ -378,13 +365,13 @@ def test_only_the_ways_that_a_function_is_for():
 
 
 def test_command(capsys):
-    assert command.main(["dspark_kernels.testing.rules_tree:greedy"]) == 0
+    assert command.main(["dspark_kernels.testing.tree.rules:greedy"]) == 0
     out = capsys.readouterr().out
     assert "greedy_tree rule, 131072 requests per law" in out and "7 of 7 tests passed" in out
     wrong = "dspark_kernels.testing.known_wrong_tree:traversal_divided_by_the_child"
     assert command.main([wrong, "--requests", str(QUICK), "chain", "--drawn", "iid"]) == 1
     assert "chain        FAIL" in capsys.readouterr().out
-    right = "dspark_kernels.testing.rules_tree:walk"
+    right = "dspark_kernels.testing.tree.rules:walk"
     assert command.main([right, "--requests", "256", "--dtype", "bfloat16", "widths", "chain"]) == 0
     assert "chain        skip" in capsys.readouterr().out
 
@@ -394,10 +381,10 @@ def test_command(capsys):
     [
         (["shared"], "tests: expected some of rows, greedy"),
         (["--drawn", "iid,top_k"], "--drawn: expected some of one_hot, iid, without_replacement, got 'top_k'"),
-        (["--schedule", "dspark_kernels.testing.models:schedule"], "--schedule: not for the walk rule"),
+        (["--schedule", "dspark_kernels.testing.chain.models:schedule"], "--schedule: not for the walk rule"),
     ],
 )
 def test_command_with_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        command.main(["dspark_kernels.testing.rules_tree:walk", *arguments])
+        command.main(["dspark_kernels.testing.tree.rules:walk", *arguments])
     assert caught.value.code == 2 and message in capsys.readouterr().err

@@ -11,9 +11,10 @@ import dataclasses
 
 import torch
 
-from . import laws, models, models_tree, rules_tree
-from .rules import NEG_INF
-from .statistics import Finding, at_least, compare, rare
+from ..chain import distributions as chain_distributions, models as chain_models
+from ..chain.rules import NEG_INF
+from ..statistics import Finding, at_least, compare, rare
+from . import models, rules
 
 PAIR, STAR, CHAIN = (-1, 0, 0), (-1, 0, 0, 0), (-1, 0, 1)
 ELDER, SECOND, ODD, DEEP = (-1, 0, 0, 1, 1), (-1, 0, 0, 2, 2), (-1, 0, 0, 1, 3, 3), (-1, 0, 0, 1, 2, 4)
@@ -26,7 +27,7 @@ HIGH_COINS = (66376731, 101300306, 151669353, 188727120)
 
 
 def _depth(shapes) -> int:
-    return max(int(rules_tree.depths_of(torch.tensor([shape])).max()) for shape in shapes)
+    return max(int(rules.depths_of(torch.tensor([shape])).max()) for shape in shapes)
 
 
 def _round(run, what, model, shapes, tokens=None, **options):
@@ -36,8 +37,8 @@ def _round(run, what, model, shapes, tokens=None, **options):
     model, history, _ = run.decode(what, model, shapes, tokens, rounds=1, **options)
     while tokens > 1 and model.vocab**tokens * 20 > run.requests:  # fewer cells than samples
         tokens -= 1
-    counts = models.count_windows(history, 0, tokens, model.vocab)
-    yield from compare(what, counts, models.sequence_law(model.law(temperature), tokens), run.level)
+    counts = chain_models.count_windows(history, 0, tokens, model.vocab)
+    yield from compare(what, counts, chain_models.sequence_law(model.law(temperature), tokens), run.level)
 
 
 def _windows(run, what, model, shapes, **options):
@@ -48,8 +49,8 @@ def _windows(run, what, model, shapes, **options):
     while width > 2 and model.vocab**width * 20 > run.requests:
         width -= 1
     for first in range(tokens - width + 1):
-        counts = models.count_windows(history, first, width, model.vocab)
-        law = models.window_law(model.law(), first, width)
+        counts = chain_models.count_windows(history, first, width, model.vocab)
+        law = chain_models.window_law(model.law(), first, width)
         yield from compare(f"{what}, tokens {first + 1} to {first + width}", counts, law, run.level)
 
 
@@ -87,8 +88,8 @@ def noise(run):
     for drawn in _sampled(run):
         yield from _round(run, f"frequent draws, {drawn}", DRAWS, (PAIR,), tokens=1, kind=drawn)
     seeds = run.seeds("pairs")
-    model = run.model(laws.PAIRS)
-    law = models.sequence_law(model.law(), 1)
+    model = run.model(chain_distributions.PAIRS)
+    law = chain_models.sequence_law(model.law(), 1)
     others = {"seed + 1": (1, 0), "seed + 2^32": (1 << 32, 0), "position + 1": (0, 1), "seed + 1, position - 1": (1, -1)}
     for what, (step, offset) in others.items():
         tokens = []
@@ -119,7 +120,7 @@ def filters(run):
 
 def widths(run):
     """draft logits wider and narrower than the target's: what is drawn outside is no node's token"""
-    for name, model in laws.WIDTHS.items():
+    for name, model in chain_distributions.WIDTHS.items():
         for drawn in _sampled(run):
             yield from _round(run, f"{name}, {drawn}", model, (ELDER,), kind=drawn)
 
@@ -131,17 +132,17 @@ def accepts(run):
             what = f"V={model.vocab} M={len(shape)} {drawn}"
             depth = _depth((shape,))
             model, _, accepted = run.decode(what, model, (shape,), depth + 1, rounds=1, kind=drawn)
-            mean, deviation = models_tree.mean_accepted(run.rule, model, shape, drawn)
+            mean, deviation = models.mean_accepted(run.rule, model, shape, drawn)
             yield at_least(f"accepted, {what}", float(accepted.double().mean()), mean, deviation, len(accepted))
 
 
 def chain(run):
     """traversal of a chain is block verification: the law of how much is kept and of what is emitted"""
     model, drafts = run.model(BLOCK), 2
-    law, outcomes = models_tree.block_law(model, drafts)
+    law, outcomes = models.block_law(model, drafts)
     play = run.play(model, ((-1, *range(drafts)),), kind="iid")
     seeds = run.seeds("chain")
-    out, _ = play.round(torch.full_like(seeds, models.PROMPT), seeds, torch.full_like(seeds, 7))
+    out, _ = play.round(torch.full_like(seeds, chain_models.PROMPT), seeds, torch.full_like(seeds, 7))
     base = model.vocab + 1
     key = lambda tokens: sum((token + 1) * base**i for i, token in enumerate(tokens))  # noqa: E731
     number = torch.zeros(base ** (drafts + 1), dtype=torch.int64)
@@ -173,7 +174,7 @@ def tails(run):
 
 
 def _impossible(run):
-    extreme = torch.tensor([*LOW_COINS, *HIGH_COINS, *laws.EXTREME_DRAWS], device=run.device)
+    extreme = torch.tensor([*LOW_COINS, *HIGH_COINS, *chain_distributions.EXTREME_DRAWS], device=run.device)
     seeds = torch.cat([extreme, run.seeds("impossible", max(64, run.requests - len(extreme)) if run.requests > 64 else 16)])
     vocab, count = 4, len(seeds)
     target = torch.tensor([[0.0, NEG_INF, 1.0, NEG_INF], *[[1.0, 0.0, NEG_INF, NEG_INF]] * 2])
@@ -191,17 +192,17 @@ def _impossible(run):
 def _rare_tokens(run):
     """Tokens behind a root without children among TAIL ids, as rare as leaves 24 of them to expect, but not below 2^-24 each."""
     requests = max(16, min(run.requests // 16, 1 << 21))
-    each = max(2.0**-24, 24.0 / requests / laws.TAIL)
-    row = torch.zeros(laws.TAIL + 1)
-    row[1:] = torch.tensor(each / (1 - each * laws.TAIL)).log() if each * laws.TAIL < 0.5 else 0.0
+    each = max(2.0**-24, 24.0 / requests / chain_distributions.TAIL)
+    row = torch.zeros(chain_distributions.TAIL + 1)
+    row[1:] = torch.tensor(each / (1 - each * chain_distributions.TAIL)).log() if each * chain_distributions.TAIL < 0.5 else 0.0
     mass = float(torch.softmax(row.double(), 0)[1:].sum())
-    count, chunk, drawn = 0, (1 << 24) // (laws.TAIL + 1), run.drawn[0]
+    count, chunk, drawn = 0, (1 << 24) // (chain_distributions.TAIL + 1), run.drawn[0]
     for part in run.seeds("rare tokens", requests).split(chunk):
         rows = row.to(run.device).expand(len(part), 1, -1)
         tokens = torch.zeros(len(part), 1, dtype=torch.int64)
         out = run.call_rows(rows, tokens, tokens.int() - 1, None if drawn == "one_hot" else rows, drawn, part)
         count += int((out[:, 0] > 0).sum())
-    return rare(f"tokens of {mass / laws.TAIL:.1e}", count, mass * requests)
+    return rare(f"tokens of {mass / chain_distributions.TAIL:.1e}", count, mass * requests)
 
 
 def _rare_children(run):
@@ -222,7 +223,7 @@ def _rare_children(run):
 
 def _chosen(*found):
     """(seed, vocabulary, shape) to (model, shape)."""
-    return [(models.random_model(seed, vocab, sharpness=1.5), shape) for seed, vocab, shape in found]
+    return [(chain_models.random_model(seed, vocab, sharpness=1.5), shape) for seed, vocab, shape in found]
 
 
 ROUND = {
@@ -230,20 +231,20 @@ ROUND = {
     "iid": _chosen((1, 2, PAIR), (25, 3, SECOND), (3, 3, ODD)),
     "without_replacement": _chosen((5, 4, STAR), (6, 3, ODD)),
 }
-UNEQUAL = models.random_model(14, 3, sharpness=1.5)
+UNEQUAL = chain_models.random_model(14, 3, sharpness=1.5)
 ROUNDS = {
-    "one_hot": models.random_model(35, 3, sharpness=2.5),
-    "iid": models.random_model(35, 3, sharpness=2.5),
-    "without_replacement": models.random_model(26, 3, sharpness=2.5),
+    "one_hot": chain_models.random_model(35, 3, sharpness=2.5),
+    "iid": chain_models.random_model(35, 3, sharpness=2.5),
+    "without_replacement": chain_models.random_model(26, 3, sharpness=2.5),
 }
-PREFIX = dataclasses.replace(models.random_model(37, 3, sharpness=2.5), confidence=torch.tensor([0.9, 0.95, 0.1]))
-DRAWS = models.random_model(113, 4, sharpness=2.5)
+PREFIX = dataclasses.replace(chain_models.random_model(37, 3, sharpness=2.5), confidence=torch.tensor([0.9, 0.95, 0.1]))
+DRAWS = chain_models.random_model(113, 4, sharpness=2.5)
 SIBLINGS = {
-    "one_hot": models.random_model(289, 3, sharpness=1.5),
-    "iid": models.random_model(289, 3, sharpness=1.5),  # one coin: off by 0.048
-    "without_replacement": models.random_model(234, 4, sharpness=1.5),  # by 0.19
+    "one_hot": chain_models.random_model(289, 3, sharpness=1.5),
+    "iid": chain_models.random_model(289, 3, sharpness=1.5),  # one coin: off by 0.048
+    "without_replacement": chain_models.random_model(234, 4, sharpness=1.5),  # by 0.19
 }
-BLOCK = models.random_model(25, 3, sharpness=1.5)
-OFFSET = models.random_model(9, 3, sharpness=1.0)
+BLOCK = chain_models.random_model(25, 3, sharpness=1.5)
+OFFSET = chain_models.random_model(9, 3, sharpness=1.0)
 OFFSET = dataclasses.replace(OFFSET, draft=OFFSET.draft + 300)  # where bf16 has steps of 2
-SUPPORT = models.random_model(10, 4, impossible=True)
+SUPPORT = chain_models.random_model(10, 4, impossible=True)

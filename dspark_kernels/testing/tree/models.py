@@ -15,10 +15,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..types import Stream
-from . import models, rules, rules_tree
-from .models import PROMPT, Model
-from .rules import NEG_INF, at
+from ...types import Stream
+from ..chain import models as chain_models, rules as chain_rules
+from ..chain.models import PROMPT, Model
+from ..chain.rules import NEG_INF, at
+from . import rules
 
 Shape = tuple[int, ...]  # the parent of every node, -1 for the root
 
@@ -28,12 +29,12 @@ def draft(draft_logits, elders, drawn, temperature, seeds, positions, anchor_pos
 
     elders: [R, n], what its elder siblings are, -1 = nothing.
     """
-    law = rules.law_of(rules.readable(draft_logits), temperature)
+    law = chain_rules.law_of(chain_rules.readable(draft_logits), temperature)
     keys = law.log()
     if drawn == "without_replacement":
         # One race at the parent; the elder siblings hold its better keys.
         keys = _without(keys, elders)
-    noise = rules_tree.Noise(seeds, anchor_positions).at(nodes if drawn == "iid" else parents)
+    noise = rules.Noise(seeds, anchor_positions).at(nodes if drawn == "iid" else parents)
     return noise.race(Stream.DRAFT, positions, keys)
 
 
@@ -44,7 +45,7 @@ def _without(keys: Tensor, tokens: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass
-class TreePlay(models.Play):
+class TreePlay(chain_models.Play):
     """How a function's requests decode with trees. kind: how children are made. shapes [n, M]: parents, -1 behind the nodes."""
 
     shapes: Tensor | None = None
@@ -62,13 +63,13 @@ class TreePlay(models.Play):
         tokens[:, 0] = last
         there = torch.zeros_like(parents, dtype=torch.bool)
         there[:, 0] = True
-        depths = rules_tree.depths_of(parents)
+        depths = rules.depths_of(parents)
         for node in range(1, parents.shape[1]):
             parent = parents[:, node].clamp(min=0)
             context = self.context(at(tokens, parent))
             logits = self.model.draft[context].to(self.dtype)
             elders = torch.where(parents[:, :node] == parents[:, node, None], tokens[:, :node], -1)
-            left = rules.readable(logits) if self.kind == "iid" else _without(rules.readable(logits), elders)
+            left = chain_rules.readable(logits) if self.kind == "iid" else _without(chain_rules.readable(logits), elders)
             fits = (parents[:, node] >= 0) & at(there, parent) & (left > NEG_INF).any(1)
             if self.cut:
                 fits &= (parent == 0) | (self.model.confidence[context] >= 0.5)
@@ -134,15 +135,15 @@ def mean_accepted(rule: str, model: Model, shape: Shape, drawn: str) -> tuple[fl
     return mean, max(square - mean**2, 0.0) ** 0.5
 
 
-def _all_trees(model: Model, shape: Shape, drawn: str) -> tuple[rules_tree.Trees, Tensor]:
+def _all_trees(model: Model, shape: Shape, drawn: str) -> tuple[rules.Trees, Tensor]:
     """Every tree of the shape as a batch, and the chance of each."""
     nodes, device = len(shape), model.target.device
     draft_law, target_law = model.draft_law(), model.law()
     grids = torch.meshgrid(*[torch.arange(model.vocab)] * (nodes - 1), indexing="ij")
     tokens = torch.stack([torch.full_like(grids[0], PROMPT), *grids], -1).view(-1, nodes).to(device)
     parents = torch.tensor(shape, device=device).expand_as(tokens)
-    trees = rules_tree.Trees(
-        target_law[tokens], draft_law[tokens], tokens, parents, rules_tree.depths_of(parents), drawn, None
+    trees = rules.Trees(
+        target_law[tokens], draft_law[tokens], tokens, parents, rules.depths_of(parents), drawn, None
     )  # fmt: skip
     chance = torch.ones(len(tokens), dtype=torch.float64, device=device)
     for node in range(nodes):
@@ -180,14 +181,14 @@ def _recursive_reaches(trees, shape: Shape) -> Tensor:
             chance = (trees.pick(law, tokens) / torch.where(draft_prob > 0, draft_prob, 1.0)).clamp(max=1.0)
             reached[:, child] = left * chance
             left = left * (1 - chance)
-            law = rules_tree.normalised(trees.residual(law, proposed))
+            law = rules.normalised(trees.residual(law, proposed))
             proposed = trees.next_law(proposed, tokens)
     return reached
 
 
 def _traversal_ends(trees) -> Tensor:
     """Chance [trees, M] that a node ends the accepted path: tests come in one order, whatever the coins."""
-    state = rules_tree.Traversal(trees)
+    state = rules.Traversal(trees)
     ends = torch.zeros_like(state.kept)
     left = torch.ones_like(ends[:, 0])
     live = torch.ones_like(left, dtype=torch.bool)
@@ -209,9 +210,9 @@ def block_law(model: Model, num_drafts: int) -> tuple[Tensor, list[tuple[int, ..
     drafts = torch.stack(grids, -1).view(-1, num_drafts)
     contexts = torch.nn.functional.pad(drafts, (1, 0), value=PROMPT)
     lens = torch.full((len(drafts),), num_drafts)
-    batch = rules.Batch(target_law[contexts], draft_law[contexts[:, :-1]], drafts, lens, None)
+    batch = chain_rules.Batch(target_law[contexts], draft_law[contexts[:, :-1]], drafts, lens, None)
     chance = batch.chances()[1].prod(1)
-    kept, passes = rules.block_terms(batch)
+    kept, passes = chain_rules.block_terms(batch)
     found: dict[tuple[int, ...], float] = {}
     left = torch.ones_like(chance)
     for length in range(num_drafts, -1, -1):  # the longest prefix whose coin passes
@@ -219,7 +220,7 @@ def block_law(model: Model, num_drafts: int) -> tuple[Tensor, list[tuple[int, ..
         left = left - ends
         accepted = torch.full_like(lens, length)
         weights = batch.target[:, -1] if length == num_drafts else batch.residual(accepted, kept[:, length])
-        for row, law in enumerate(rules_tree.normalised(weights) * (chance * ends)[:, None]):
+        for row, law in enumerate(rules.normalised(weights) * (chance * ends)[:, None]):
             for token, part in enumerate(law.tolist()):
                 outcome = (*drafts[row, :length].tolist(), token)
                 found[outcome] = found.get(outcome, 0.0) + part

@@ -20,7 +20,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..types import Stream
+from ...types import Stream
 
 NEG_INF = float("-inf")
 LEAF = 1024  # ids per leaf of the two-level race

@@ -10,8 +10,8 @@ import dataclasses
 
 import torch
 
+from ..statistics import Finding, at_least, compare, rare
 from . import models, rules
-from .statistics import Finding, at_least, compare, rare
 
 WINDOW = 4
 # Found by search. Decided position 1, anchor position 0: the coin is below 2^-24; or within 2^-25 of 1; or one of the first four

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import rules_tree
-from .edges import SURE, Convicted, expect
-from .rules import NEG_INF, at
+from ..chain.edges import SURE, Convicted, expect
+from ..chain.rules import NEG_INF, at
+from . import rules
 
 SHAPES = ((-1, 0, 0, 2, 2, 3), (-1, 0, 1, 2, 0, 4), (-1, 0, 0, 0, 1, 3))
 VOCAB = 13
@@ -100,7 +100,7 @@ def greedy(run):
     counts = torch.randint(1, nodes + 1, (requests,), generator=generator)
     seeds = run.seeds("greedy", requests).cpu()
     cold = torch.zeros(requests)
-    wanted = rules_tree.greedy(target, tokens, parents, law, "iid", cold, seeds, counts, torch.full((requests,), 7))
+    wanted = rules.greedy(target, tokens, parents, law, "iid", cold, seeds, counts, torch.full((requests,), 7))
     parents = parents.int()
     for what, drawn, given in _laws(run, law):
         out = run.call_rows(target, tokens, parents, given, drawn, seeds, num_nodes=counts, temperature=0.0)

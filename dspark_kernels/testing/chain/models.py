@@ -18,7 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..types import Stream
+from ...types import Stream
 from . import rules
 
 PROMPT = 0  # the token that everything starts after

@@ -167,9 +167,9 @@ def empty(run):
 
 def shared(run):
     """the coupled rule emits what plain sampling with the same seed does, whatever was drafted"""
-    from . import laws
+    from . import distributions
 
-    model, seeds = run.model(laws.ROUNDS), run.seeds("shared", 64)
+    model, seeds = run.model(distributions.ROUNDS), run.seeds("shared", 64)
     drafted, _ = run.play(model, 3).decode(seeds, 6, None, 3)
     none = dataclasses.replace(run.play(model, 3, cut=True), schedule=lambda confidence: torch.zeros_like(confidence[:, 0]))
     plain, _ = none.decode(seeds, 6, None, 3)

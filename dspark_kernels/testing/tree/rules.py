@@ -22,14 +22,14 @@ import functools
 import torch
 from torch import Tensor
 
-from ..types import Stream
-from . import rules
-from .rules import at, law_of, readable
+from ...types import Stream
+from ..chain import rules as chain_rules
+from ..chain.rules import at, law_of, readable
 
 DRAWN = ("one_hot", "iid", "without_replacement")
 
 
-class Noise(rules.Noise):
+class Noise(chain_rules.Noise):
     """The noise of a batch at tree nodes, [R, n] or broadcastable: word 3 of the counter is stream | node << 8."""
 
     def __init__(self, seeds: Tensor, anchor_positions: Tensor, nodes: Tensor | None = None):
@@ -41,7 +41,9 @@ class Noise(rules.Noise):
         return type(self)(self.seeds, self.anchor_positions, nodes[:, None])
 
     def blocks(self, stream: Stream, positions: Tensor, groups: Tensor) -> list[Tensor]:
-        return rules.philox(self.seeds[:, None], [groups, positions, self.anchor_positions[:, None], int(stream) | self.nodes << 8])
+        return chain_rules.philox(
+            self.seeds[:, None], [groups, positions, self.anchor_positions[:, None], int(stream) | self.nodes << 8]
+        )
 
     def node_coins(self, depths: Tensor) -> Tensor:
         """[R, M], the coin of every node."""

@@ -1,0 +1,486 @@
+"""Ways to lose the target's law on draft trees, as tree acceptance functions for the suite to convict.
+
+Each is one of rules_tree.py with one mistake. `MISTAKES` holds them by name; `DRAFTS` holds what is wrong in drawing the children.
+Which test convicts which: tests/package/test_testing_tree.py. Try
+
+    python -m dspark_kernels.testing dspark_kernels.testing.known_wrong_tree:traversal_divided_by_the_child
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ...types import Stream
+from ..chain import known_wrong as chain_known_wrong, rules as chain_rules
+from ..chain.rules import NEG_INF, at
+from . import models, rules
+from .rules import Noise, Traversal, Trees, normalised
+
+MISTAKES: dict[str, object] = {}
+mistake = functools.partial(chain_known_wrong.mistake, table=MISTAKES)
+RULES = {"walk": rules.walk_rule, "recursive": rules.recursive_rule, "traversal": rules.traversal_rule}
+
+
+def judged(rule: str, **options):
+    """Register a rule on Trees: (last node, token)."""
+
+    def register(of_trees):
+        @functools.wraps(of_trees)
+        def function(*arguments):
+            return rules.accept(of_trees, *arguments, **options)
+
+        del function.__wrapped__
+        return mistake(rule)(function)
+
+    return register
+
+
+def _on(rule: str, name: str, text: str, **options):
+    """Register a rule with another Noise or other Trees."""
+
+    def function(*arguments):
+        return rules.accept(RULES[rule], *arguments, **options)
+
+    function.__name__, function.__doc__ = name, text
+    return mistake(rule)(function)
+
+
+# ---- noise
+
+
+class _DraftNoiseInDraws(Noise):
+    """Behind the root: node 1 is its first child."""
+
+    def blocks(self, stream, positions, groups):
+        if stream == Stream.CORRECT:
+            return Noise(self.seeds, self.anchor_positions, self.nodes + 1).blocks(Stream.DRAFT, positions, groups)
+        return super().blocks(stream, positions, groups)
+
+
+class _PositionOnly(Noise):
+    """Neither node nor anchor position."""
+
+    def blocks(self, stream, positions, groups):
+        start = torch.zeros_like(self.anchor_positions)
+        return Noise(self.seeds, start).blocks(stream, positions, groups)
+
+
+class _OneCoinPerDepth(Noise):
+    def node_coins(self, depths):
+        return self.coins(depths.shape[1]).gather(1, (depths - 1).clamp(min=0))
+
+
+class _OneCoinPerTree(Noise):
+    def node_coins(self, depths):
+        return self.coins(1).expand_as(depths)
+
+
+class _ByRow(Noise):
+    def __init__(self, seeds, anchor_positions, nodes=None):
+        super().__init__(seeds + (torch.arange(len(seeds), device=seeds.device) if nodes is None else 0), anchor_positions, nodes)
+
+
+class _LowWord(Noise):
+    def __init__(self, seeds, *rest):
+        super().__init__(seeds & 0xFFFFFFFF, *rest)
+
+
+class _Coarse(Noise):
+    """24 bits: 0 is among the coins."""
+
+    def node_coins(self, depths):
+        return ((super().node_coins(depths) * 2.0**32 - 0.5).round().long() >> 8).double() * 2.0**-24
+
+
+class _GumbelFloor(Noise):
+    """-log(-log(u)) of uniforms kept off 0 and 1 by 1e-4."""
+
+    def exponential(self, words):
+        return -torch.log(self.uniform(words).clamp(1e-4, 1 - 1e-4))
+
+    def draw(self, positions, weights):
+        return self.race(Stream.CORRECT, positions, weights.log())
+
+
+_on("recursive", "draw_with_draft_noise", "Tokens drawn with the noise that drew the first child.", noise=_DraftNoiseInDraws)
+_on("traversal", "position_only_noise", "Noise addressed by position alone: met again when drafted again.", noise=_PositionOnly)
+_on("recursive", "one_coin_for_siblings", "Coins addressed by position alone: siblings share theirs.", noise=_OneCoinPerDepth)
+_on("traversal", "one_coin_per_depth", "Coins addressed by position alone: siblings and cousins share.", noise=_OneCoinPerDepth)
+_on("traversal", "one_coin_per_tree", "One coin for all leaves.", noise=_OneCoinPerTree)
+_on("traversal", "noise_by_row", "Noise that depends on the batch row.", noise=_ByRow)
+_on("walk", "low_word_of_seed", "Seeds cut to 32 bits.", noise=_LowWord)
+_on("walk", "gumbel_floor", "Gumbel noise with a floor: rare tokens are never drawn.", noise=_GumbelFloor)
+
+
+# ---- laws of siblings
+
+
+class _DrawnStays(Trees):
+    def next_law(self, proposed, tokens):
+        return proposed
+
+
+class _DrawnRemovedOnly(Trees):
+    def next_law(self, proposed, tokens):
+        ids = torch.arange(proposed.shape[1], device=tokens.device)
+        return proposed if self.drawn == "iid" else torch.where(ids == tokens[:, None], 0.0, proposed)
+
+
+class _DrawnRemovedAlways(Trees):
+    def next_law(self, proposed, tokens):
+        return Trees(*(getattr(self, name) for name in ("target", "draft", "tokens", "parents", "depths")),
+                     "without_replacement", self.noise).next_law(proposed, tokens)  # fmt: skip
+
+
+class _NothingTakenOut(Trees):
+    def residual(self, law, proposed):
+        return law
+
+
+_on("recursive", "drawn_sibling_stays", "Without replacement, a rejected sibling's token stays in the law of the next.",
+    trees=_DrawnStays)  # fmt: skip
+_on("traversal", "drawn_sibling_stays_in_traversal", "The same in traversal.", trees=_DrawnStays)
+_on("recursive", "sibling_law_not_normalised", "Without replacement, the token is removed and the rest is not made whole.",
+    trees=_DrawnRemovedOnly)  # fmt: skip
+_on("recursive", "independent_taken_for_distinct", "Independent siblings judged as if drawn without replacement.",
+    trees=_DrawnRemovedAlways)  # fmt: skip
+_on("recursive", "nothing_taken_out", "What was rejected stays in the target's law, for the next sibling and for the draw.",
+    trees=_NothingTakenOut)  # fmt: skip
+
+
+@mistake("recursive")
+def draft_cut_to_the_targets_ids(node_logits, tokens, parents, draft_logits, *rest):
+    """A wider draft law is cut and made whole before its siblings are judged."""
+    if draft_logits is not None:
+        draft_logits = draft_logits[..., : node_logits.shape[2]]
+    return rules.recursive(node_logits, tokens, parents, draft_logits, *rest)
+
+
+@mistake("traversal")
+def law_of_the_childs_row(node_logits, tokens, parents, draft_logits, *rest):
+    """The draft row of a node taken for the law that it was drawn from itself, not for that of its children."""
+    if draft_logits is not None:
+        last = torch.zeros_like(parents, dtype=torch.int64)
+        for node in range(1, parents.shape[1]):
+            last.scatter_(1, parents[:, node, None].clamp(min=0).long(), node)
+        draft_logits = draft_logits.gather(1, last[..., None].expand_as(draft_logits))
+    return rules.traversal(node_logits, tokens, parents, draft_logits, *rest)
+
+
+@mistake("recursive")
+def law_ignored(node_logits, tokens, parents, draft_logits, *rest):
+    """Sampled trees taken for one-hot ones: lossless, and accepts less."""
+    return rules.recursive(node_logits, tokens, parents, None, *rest)
+
+
+@mistake("recursive")
+def duplicates_merged(node_logits, tokens, parents, draft_logits, drawn, *rest):
+    """Independent siblings with one token made one before they are judged."""
+    parents = parents.clone()
+    for node in range(1, tokens.shape[1]):
+        again = (parents[:, :node] == parents[:, node, None]) & (tokens[:, :node] == tokens[:, node, None]) & (drawn == "iid")
+        parents[:, node] = torch.where(again[:, 1:].any(1), -1, parents[:, node])
+    return rules.recursive(node_logits, tokens, parents, draft_logits, drawn, *rest)
+
+
+# ---- rules
+
+
+@judged("recursive")
+def residual_not_normalised(trees: Trees):
+    """The next sibling judged against [p - q]+ as it is."""
+    node = torch.zeros_like(trees.tokens[:, 0])
+    law, proposed = trees.target[:, 0], trees.draft[:, 0]
+    for child in range(1, trees.num_nodes):
+        tokens = trees.tokens[:, child]
+        tried = trees.parents[:, child] == node
+        draft = trees.pick(proposed, tokens)
+        passes = tried & (draft > 0) & (trees.coins[:, child] * draft < trees.pick(law, tokens))
+        fails, stays = (tried & ~passes)[:, None], ~passes[:, None]
+        law = torch.where(stays, torch.where(fails, trees.residual(law, proposed), law), trees.target[:, child])
+        proposed = torch.where(stays, torch.where(fails, trees.next_law(proposed, tokens), proposed), trees.draft[:, child])
+        node = torch.where(passes, child, node)
+    return node, trees.draw(node, law)
+
+
+@judged("recursive")
+def siblings_against_the_whole_target(trees: Trees):
+    """Every sibling judged against p; what the elder ones were rejected for is taken out of the draw alone."""
+    node = torch.zeros_like(trees.tokens[:, 0])
+    law, proposed = trees.target[:, 0], trees.draft[:, 0]
+    for child in range(1, trees.num_nodes):
+        tokens = trees.tokens[:, child]
+        tried = trees.parents[:, child] == node
+        draft, target = trees.pick(proposed, tokens), trees.pick(at(trees.target, node), tokens)
+        passes = tried & (draft > 0) & (trees.coins[:, child] * draft < target)
+        fails, stays = (tried & ~passes)[:, None], ~passes[:, None]
+        law = torch.where(stays, torch.where(fails, normalised(trees.residual(law, proposed)), law), trees.target[:, child])
+        proposed = torch.where(stays, torch.where(fails, trees.next_law(proposed, tokens), proposed), trees.draft[:, child])
+        node = torch.where(passes, child, node)
+    return node, trees.draw(node, law)
+
+
+@judged("recursive")
+def youngest_sibling_first(trees: Trees):
+    """Siblings tried in another order than they were drawn in: what the first was drawn from is the law for the last."""
+    node = torch.zeros_like(trees.tokens[:, 0])
+    law, proposed = trees.target[:, 0], trees.draft[:, 0]
+    live = torch.ones_like(node, dtype=torch.bool)
+    for _ in range(trees.num_nodes - 1):
+        start = node
+        for child in reversed(range(1, trees.num_nodes)):
+            tokens = trees.tokens[:, child]
+            tried = live & (trees.parents[:, child] == start) & (node == start)
+            draft = trees.pick(proposed, tokens)
+            passes = tried & (draft > 0) & (trees.coins[:, child] * draft < trees.pick(law, tokens))
+            fails, stays = (tried & ~passes)[:, None], ~passes[:, None]
+            law = torch.where(stays, torch.where(fails, normalised(trees.residual(law, proposed)), law), trees.target[:, child])
+            proposed = torch.where(stays, torch.where(fails, trees.next_law(proposed, tokens), proposed), trees.draft[:, child])
+            node = torch.where(passes, child, node)
+        live = live & (node > start)
+    return node, trees.draw(node, law)
+
+
+@judged("walk")
+def walk_to_the_first_child(trees: Trees):
+    """Where no child has the token, the first child is taken all the same."""
+    here = torch.zeros_like(trees.tokens[:, 0])
+    says = torch.stack([trees.draw(here + node, trees.target[:, node]) for node in range(trees.num_nodes)], 1)
+    node = here
+    for _ in range(trees.num_nodes - 1):
+        children = trees.parents == node[:, None]
+        right = children & (trees.tokens == at(says, node)[:, None])
+        chosen = torch.where(right.any(1, keepdim=True), right, children)
+        node = torch.where(children.any(1), chosen.long().argmax(1), node)
+    return node, at(says, node)
+
+
+@judged("walk")
+def token_from_the_parents_row(trees: Trees):
+    """The token behind the path from the row that judged the last node."""
+    node, token = rules.walk_rule(trees)
+    above = at(trees.target, at(trees.parents, node).clamp(min=0))
+    return node, torch.where(node > 0, trees.draw(node, above), token)
+
+
+@judged("recursive")
+def token_from_the_targets_law(trees: Trees):
+    """After the last child, a token from p: what was rejected is not taken out."""
+    node, _ = rules.recursive_rule(trees)
+    return node, trees.draw(node, at(trees.target, node))
+
+
+@judged("recursive", noise=_Coarse)
+def equality_passes(trees: Trees):
+    """u q <= p with a u that can be 0: impossible children pass."""
+    trees.coins = trees.coins - 1e-12
+    return rules.recursive_rule(trees)
+
+
+class _DividedByTheChild(Traversal):
+    def normaliser(self, mass, kept, node):
+        return mass + 1.0 - self.at(self.kept, node)
+
+
+class _Restarts(Traversal):
+    def delete(self, where):
+        self.set(self.open, self.node, where, torch.zeros_like(where))
+        self.node = torch.where(where, 0, self.node)
+
+
+class _WithoutKept(Traversal):
+    """The parent's P stays as it was."""
+
+    def delete(self, where):
+        parent = torch.where(where, self.at(self.trees.parents, self.node), 0)
+        before = self.at(self.kept, parent)
+        super().delete(where)
+        self.set(self.kept, parent, where, before)
+        self.set(self.above, parent, where, before)
+        self.set(self.below, parent, where, torch.ones_like(before))
+
+
+class _LeavesOnly(Traversal):
+    """A rejected leaf ends at its parent, whose other children are not looked at."""
+
+    def delete(self, where):
+        parent = torch.where(where, self.at(self.trees.parents, self.node), -1)
+        super().delete(where)
+        self.open = self.open & (self.trees.parents != parent[:, None])
+
+
+@judged("traversal")
+def traversal_divided_by_the_child(trees: Trees):
+    """The rejected child's chance in the normaliser, where the node's own belongs (a published implementation's)."""
+    return _DividedByTheChild(trees).run()
+
+
+@judged("traversal")
+def traversal_restarts(trees: Trees):
+    """After a rejected leaf the rest of the tree is verified as if there had been none."""
+    return _Restarts(trees).run()
+
+
+@judged("traversal")
+def traversal_without_kept(trees: Trees):
+    """What a node keeps its path with does not change when a child is rejected."""
+    return _WithoutKept(trees).run()
+
+
+@judged("traversal")
+def traversal_of_first_children(trees: Trees):
+    """Only the first child of every node is verified: lossless, and accepts less."""
+    return _LeavesOnly(trees).run()
+
+
+@judged("traversal")
+def traversal_draws_from_the_target(trees: Trees):
+    """The token from p, where M belongs."""
+    node, _ = rules.traversal_rule(trees)
+    return node, trees.draw(node, at(trees.target, node))
+
+
+@judged("traversal")
+def recursive_for_traversal(trees: Trees):
+    """The recursive rule: lossless, and accepts less."""
+    return rules.recursive_rule(trees)
+
+
+@judged("walk")
+def always_rejects(trees: Trees):
+    """Lossless and useless: one token of the target per round."""
+    root = torch.zeros_like(trees.tokens[:, 0])
+    return root, trees.draw(root, trees.target[:, 0])
+
+
+@judged("traversal")
+def last_id_without_residual(trees: Trees):
+    """The last id where nothing is left of [p - q]+."""
+    state = Traversal(trees)
+    node, token = state.run()
+    empty = state.at(state.law, node).sum(1) <= 0
+    return node, torch.where(empty, trees.target.shape[2] - 1, token)
+
+
+# ---- what is read
+
+
+@mistake("recursive")
+def all_nodes_verified(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
+    """Judges all M nodes whatever the tree has."""
+    whole = torch.full_like(num_nodes, tokens.shape[1])
+    return rules.recursive(
+        node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, whole, anchor_positions
+    )  # fmt: skip
+
+
+@mistake("walk")
+def at_least_one_child(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
+    """Takes a tree of the root alone for one with a child."""
+    return rules.walk(
+        node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes.clamp(min=2), anchor_positions
+    )  # fmt: skip
+
+
+@mistake("walk")
+def one_shape_for_all(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
+    """The first request's tree taken for everybody's."""
+    if len(tokens):
+        parents, num_nodes = parents[:1].expand_as(parents), num_nodes[:1].expand_as(num_nodes)
+    return rules.walk(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions)
+
+
+@mistake("recursive")
+def temperature_on_target_only(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest):
+    """The ratio against a draft law without temperature."""
+    if draft_logits is not None:
+        draft_logits = draft_logits * torch.where(temperature > 0, temperature, 1.0)[:, None, None]
+    return rules.recursive(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest)
+
+
+@mistake("traversal")
+def draft_law_rounded(node_logits, tokens, parents, draft_logits, *rest):
+    """The ratio against bf16 logits, where the children were drawn from finer ones."""
+    draft_logits = None if draft_logits is None else draft_logits.bfloat16().float()
+    return rules.traversal(node_logits, tokens, parents, draft_logits, *rest)
+
+
+@mistake("walk")
+def nan_wins(node_logits, *rest):
+    """NaN is the largest, as it is for many an arg-max."""
+    return rules.walk(torch.where(node_logits.isnan(), float("inf"), node_logits), *rest)
+
+
+@mistake("walk")
+def masked_tokens_drawn(node_logits, *rest):
+    """-inf read as the least finite number of what is left of the row: masked tokens are drawn."""
+    finite = torch.where(node_logits == NEG_INF, float("inf"), node_logits).amin(-1, keepdim=True)
+    return rules.walk(torch.where(node_logits == NEG_INF, finite, node_logits), *rest)
+
+
+@mistake("walk")
+def strides_ignored(node_logits, *rest):
+    """Rows read as if they lay one behind the other."""
+    shape = node_logits.shape
+    room = node_logits.untyped_storage().nbytes() // node_logits.element_size()
+    if node_logits.numel() <= room and node_logits.numel():
+        node_logits = node_logits.as_strided(shape, (shape[1] * shape[2], shape[2], 1))
+    return rules.walk(node_logits, *rest)
+
+
+@mistake("recursive")
+def scaled_in_half(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest):
+    """Logits divided by the temperature in fp16: overflow, and inf - inf."""
+    scale = torch.where(temperature > 0, temperature, 1.0).half()[:, None, None]
+    scaled = [None if x is None else (x.half() / scale).float() for x in (node_logits, draft_logits)]
+    heat = torch.where(temperature > 0, 1.0, 0.0)
+    return rules.recursive(scaled[0], tokens, parents, scaled[1], drawn, heat, *rest)
+
+
+@mistake("traversal")
+def greedy_rows_sampled(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest):
+    """Temperature 0 taken for 1."""
+    heat = torch.where(temperature > 0, temperature, 1.0)
+    return rules.traversal(node_logits, tokens, parents, draft_logits, drawn, heat, *rest)
+
+
+@mistake("greedy_tree")
+def greedy_highest_tie(node_logits, tokens, *rest):
+    """Ties to the highest id."""
+    width = node_logits.shape[2]
+    flip = lambda ids: torch.where(ids >= 0, width - 1 - ids, ids)  # noqa: E731
+    return flip(rules.greedy(node_logits.flip(2), flip(tokens), *rest))
+
+
+# ---- before acceptance
+
+
+def one_noise_for_siblings(draft_logits, elders, drawn, temperature, seeds, positions, anchor_positions, parents, nodes) -> Tensor:
+    """Independent siblings drawn by one noise: all alike."""
+    return models.draft(draft_logits, elders, drawn, temperature, seeds, positions, anchor_positions, parents, parents)
+
+
+def drawn_again(draft_logits, elders, drawn, *rest) -> Tensor:
+    """Children said to be distinct, drawn independently."""
+    return models.draft(draft_logits, elders, "iid", *rest)
+
+
+def draft_position_only(draft_logits, elders, drawn, temperature, seeds, positions, anchor_positions, parents, nodes) -> Tensor:
+    """A position that is drafted again, at whatever node, meets its old noise."""
+    start, node = torch.zeros_like(anchor_positions), torch.zeros_like(nodes)
+    return models.draft(draft_logits, elders, drawn, temperature, seeds, positions, start, node, node)
+
+
+def best_of_what_is_left(draft_logits, elders, drawn, *rest) -> Tensor:
+    """The first child drawn, the others the drafter's best."""
+    first = models.draft(draft_logits, elders, drawn, *rest)
+    width = draft_logits.shape[1]
+    taken = (elders[..., None] == torch.arange(width, device=elders.device)).any(1)
+    best = torch.where(taken, NEG_INF, chain_rules.readable(draft_logits)).argmax(1)
+    return torch.where((elders >= 0).any(1), best, first)
+
+
+DRAFTS = {f.__name__: f for f in (one_noise_for_siblings, drawn_again, draft_position_only, best_of_what_is_left)}
