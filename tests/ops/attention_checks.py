@@ -7,7 +7,7 @@ import torch
 
 import dspark_kernels as dk
 from dspark_kernels.launch import arch, attention as attention_launch
-from reference import attention
+from reference import attention, cases
 from tests.ops.errors import excess_error
 
 FP8 = torch.float8_e4m3fn
@@ -107,3 +107,25 @@ def plan_of(case, **options):
         case.layout, case.kv, query_heads=case.q.shape[1], dtype=case.q.dtype, state_indices=case.state_indices,
         window=case.window, **options,
     )  # fmt: skip
+
+
+def chain_as_tree(case):
+    """The same rows, each request a tree that does not branch."""
+    words = [attention.chain_ancestors(n) for n in (case.layout.query_start_loc.diff()).tolist()]
+    padding = torch.full((case.q.shape[0] - sum(map(len, words)),), -1)
+    return dataclasses.replace(case, mask="tree", ancestors=torch.cat([*words, padding]))
+
+
+def take_requests(case, requests, padding):
+    """Some requests of a case as a batch of their own, in this order, with padding rows behind."""
+    starts = case.layout.query_start_loc.tolist()
+    index = [row for r in requests for row in range(starts[r], starts[r + 1])]
+    rows = torch.tensor(index + [0] * padding, dtype=torch.int64)
+    take = lambda t: None if t is None else t[rows]  # noqa: E731
+    counts = [starts[r + 1] - starts[r] for r in requests]
+    kv = dataclasses.replace(case.kv, block_tables=case.kv.block_tables[requests], context_lens=case.kv.context_lens[requests])
+    layout = cases.attention_layout(counts, kv.context_lens.tolist(), torch.zeros(len(rows), dtype=torch.int64), None)
+    part = dataclasses.replace(
+        case, q=take(case.q), kv=kv, layout=layout, ancestors=take(case.ancestors), k_new=take(case.k_new), v_new=take(case.v_new)
+    )
+    return part, index

@@ -7,8 +7,7 @@ import torch
 import dspark_kernels as dk
 from dspark_kernels.ops.draft import candidate_shards, shards as draft_shards
 from dspark_kernels.ops.shards import check_shard
-
-SENTINEL = -77777
+from tests.ops.fields import SENTINEL, assert_same, poisoned
 
 
 def cut(tensor, shards, width, dim=-1):
@@ -23,15 +22,6 @@ def cut(tensor, shards, width, dim=-1):
 def cuts(vocab, shards, width):
     """Arguments of each rank that say what it has."""
     return [dict(vocab_start=i * width, vocab_shards=shards, vocab_size=vocab) for i in range(shards)]
-
-
-def poisoned(value):
-    """The same fields, every tensor overwritten with what no op writes."""
-    if isinstance(value, torch.Tensor):
-        return torch.ones_like(value) if value.dtype == torch.bool else torch.full_like(value, SENTINEL)
-    if dataclasses.is_dataclass(value):
-        return dataclasses.replace(value, **{f.name: poisoned(getattr(value, f.name)) for f in dataclasses.fields(value)})
-    return value
 
 
 def draft_ranks(case, shards, width):
@@ -152,18 +142,6 @@ def accept(case, shards, width, workspace=None, spoil=False, **advanced):
         if spoil:
             out = poisoned(result)
             assert dk.accept_finish(own, layout, law, gathered=gathered, out=out, **arguments, **where) is out
-            assert same(out, result)
+            assert_same(out, result)
         results.append((result, moved) if advanced else result)
     return results
-
-
-def same(have, want):
-    """Whether two dataclasses hold the same bits, NaN where NaN."""
-    for field in dataclasses.fields(want):
-        a, b = getattr(have, field.name), getattr(want, field.name)
-        if dataclasses.is_dataclass(b):
-            if not same(a, b):
-                return False
-        elif isinstance(b, torch.Tensor) and not torch.equal(a.nan_to_num(-1e9), b.nan_to_num(-1e9)):
-            return False
-    return True

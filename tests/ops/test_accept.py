@@ -9,82 +9,10 @@ from hypothesis import given, settings, strategies as st
 import dspark_kernels as dk
 from dspark_kernels.kernels.accept import chain as kernels
 from dspark_kernels.launch.accept import chain as launch
-from reference import accept as reference, cases
-from reference.decisions import Decisions
-from reference.distributions import log_prob
-from reference.equality import assert_equal_or_tied
-from reference.logits import inverse_temperature, read_logits
-from reference.sampling import adjust, filtered
-from tests.ops.errors import ULP
+from reference import cases
+from tests.ops.accept_checks import DTYPES, check, with_lse
 from tests.ops.far import far_apart
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SENTINEL = -77777
-PER_REQUEST = ("tokens", "num_accepted", "num_emitted", "num_rejected", "next_token", "last_row", "flags")
-
-
-def outcome(acceptance, layout):
-    """Everything a request can see of the result, comparable."""
-    by_request = {}
-    owners = layout.batch_indices.tolist()
-    for r in range(acceptance.tokens.shape[0]):
-        committed = [bool(c) for c, owner in zip(acceptance.commit_mask, owners, strict=False) if owner == r]
-        by_request[r] = (*(getattr(acceptance, name)[r].tolist() for name in PER_REQUEST), committed)
-    return by_request
-
-
-def check(case, acceptance=None, exempt=True):
-    arguments = case.arguments()
-    acceptance = dk.accept_chain(**arguments) if acceptance is None else acceptance
-
-    def run(decisions):
-        return outcome(reference.accept_chain(**arguments, decisions=decisions), case.layout)
-
-    assert_equal_or_tied(run, outcome(acceptance, case.layout), exempt=exempt)
-    padding = [
-        not bool(c) for c, owner in zip(acceptance.commit_mask, case.layout.batch_indices.tolist(), strict=False) if owner < 0
-    ]
-    assert all(padding), "a padding row was committed"
-    if case.logprobs is not None:
-        check_logprobs(case, acceptance)
-    return acceptance
-
-
-def check_logprobs(case, acceptance):
-    """Log-probabilities of the tokens that the kernel emitted, each by the reference's formula, beside eager PyTorch's."""
-    for r, count in enumerate(acceptance.num_emitted.tolist()):
-        assert (acceptance.logprobs[r, count:] == 0).all()
-        slot = r if case.state_indices is None else int(case.state_indices[r])
-        scale = inverse_temperature(float(case.sampling.temperature[slot])) if case.sampling is not None else 0.0
-        scale = 1.0 if case.logprobs == "raw" else scale
-        for i in range(count):
-            at = int(case.layout.cu_num_logits[r]) + i
-            token, row = int(acceptance.tokens[r, i]), case.target_logits[at].float()
-            if case.logprobs == "processed":
-                row = adjust(row, case.sampling, slot, at, acceptance.tokens[r, :i].tolist())
-            row, _ = read_logits(row)
-            if case.logprobs == "processed":
-                row = filtered(row, scale, case.sampling, slot, Decisions(), 0)
-            want = log_prob(row, token, scale)
-            eager = want
-            if torch.isfinite(torch.tensor(want)) and scale > 0:
-                eager = torch.log_softmax((row - row.max()).float() * scale, 0)[token]
-            exact, have = torch.tensor([want], dtype=torch.float64), acceptance.logprobs[r, i : i + 1]
-            # Three roundings of the scaled distance to the maximum and a few of ln of the mass.
-            bound = ULP * (3 * max(1.0, abs(want)) + 12)
-            same = torch.equal(have.double(), exact) if not exact.isfinite() else abs(float(have) - want) <= bound
-            assert same, f"request {r}, token {i}: {float(have)} for {want}, eager {float(eager)}"
-
-
-def poisoned(acceptance):
-    fields = {}
-    for field in dataclasses.fields(acceptance):
-        value = getattr(acceptance, field.name)
-        if value is not None:
-            value = torch.ones_like(value) if value.dtype == torch.bool else torch.full_like(value, SENTINEL)
-        fields[field.name] = value
-    return dk.Acceptance(**fields)
-
+from tests.ops.fields import assert_same, poisoned
 
 RULES = ("token", "block", "coupled")
 PROPOSALS = ("dense", "sparse", "one_hot", "none")
@@ -151,9 +79,7 @@ def compare_in_place(case):
     acceptance = check(case)
     out = poisoned(acceptance)
     assert dk.accept_chain(**case.arguments(), out=out) is out
-    for field in dataclasses.fields(out):
-        if getattr(out, field.name) is not None:
-            assert torch.equal(getattr(out, field.name), getattr(acceptance, field.name)), field.name
+    assert_same(out, acceptance)
 
 
 def test_many_coins():
@@ -212,13 +138,6 @@ def test_any_lag_between_the_waves(monkeypatch, lag, rule):
     pick = launch.pick
     monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), lag=lag))
     check(case)
-
-
-def with_lse(case):
-    """The case's proposal with its log-sum-exp stored."""
-    temperature = torch.where(case.sampling.temperature > 0, case.sampling.temperature, 1.0)
-    scaled = case.proposal.logits.double() / temperature[:, None, None].double()
-    return dk.DenseProposal(case.proposal.logits, lse=scaled.logsumexp(-1).float())
 
 
 def test_stored_lse_gives_the_same_tokens_as_sweeping_the_proposal():

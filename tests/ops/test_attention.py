@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import dspark_kernels as dk
 from dspark_kernels.launch import attention as attention_launch
 from reference import attention, cases
-from tests.ops.attention_checks import casts_fp8, check, plan_of, run, small_parts
+from tests.ops.attention_checks import casts_fp8, chain_as_tree, check, plan_of, run, small_parts
 from tests.ops.far import far_apart
 
 FP8 = torch.float8_e4m3fn
@@ -157,16 +157,10 @@ def test_any_shape(data):
 # --- what must not matter ---------------------------------------------------------------------------------------------
 
 
-def _chain_as_tree(case):
-    words = [attention.chain_ancestors(n) for n in (case.layout.query_start_loc.diff()).tolist()]
-    padding = torch.full((case.q.shape[0] - sum(map(len, words)),), -1)
-    return dataclasses.replace(case, mask="tree", ancestors=torch.cat([*words, padding]))
-
-
 @pytest.mark.parametrize("options", [dict(), dict(window=1), dict(window=30, cached=True), dict(dtype=torch.bfloat16)], ids=str)
 def test_a_chain_given_as_tree_has_the_same_bits(parts, options):
     case = cases.attention_case(seed=3, rows=(64, 7, 1), contexts=(0, 75, 130), **options)
-    for have, want in zip(run(_chain_as_tree(case)), run(case), strict=True):
+    for have, want in zip(run(chain_as_tree(case)), run(case), strict=True):
         assert torch.equal(have, want)
 
 

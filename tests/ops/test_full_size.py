@@ -1,28 +1,18 @@
 """The sizes of published checkpoints: V = 151936, r = 256, heads of 64 to 256. Little in the interpreter, batches on a GPU."""
 
-import dataclasses
-
 import pytest
 import torch
 
 import dspark_kernels as dk
 from reference import cases
 from reference.schedule import schedule_prefixes
-from tests.ops.attention_checks import check as check_attention, run as run_attention
-from tests.ops.test_accept import check as check_accept
-from tests.ops.test_draft import check as check_draft
-from tests.ops.test_layout import assert_same_layout
-from tests.ops.test_schedule import POLICIES, arguments as schedule_arguments
+from tests.ops.accept_checks import check as check_accept
+from tests.ops.attention_checks import chain_as_tree, check as check_attention, run as run_attention, take_requests
+from tests.ops.draft_checks import check as check_draft
+from tests.ops.fields import assert_same, to_device
+from tests.ops.schedule_cases import POLICIES, arguments as schedule_arguments
 
 VOCAB = 151936
-
-
-def to_device(value, device):
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if dataclasses.is_dataclass(value):
-        return type(value)(**{f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value)})
-    return value
 
 
 def _draft(requests, drafts, sampled, device, seed=70):
@@ -94,7 +84,7 @@ def test_schedule_prefixes_on_a_gpu(device, policy, requests, drafts):
     given = schedule_arguments(7, requests, drafts, policy, kind="jagged", coarse=requests % 2 == 0, missing=True)
     given["cost"] = dk.CostTable(2e-3 + 1e-7 * torch.arange(20000.0), torch.full((1025,), 1e-4))
     have = dk.schedule_prefixes(**{name: to_device(value, device) for name, value in given.items()})
-    assert_same_layout(to_device(have, "cpu"), schedule_prefixes(**given))
+    assert_same(to_device(have, "cpu"), schedule_prefixes(**given))
 
 
 def _attention(device, rows, contexts, **options):
@@ -145,26 +135,22 @@ def test_prompts_beside_drafts_on_a_gpu(device):
 
 @pytest.mark.gpu
 def test_a_chain_given_as_tree_has_the_same_bits_on_a_gpu(device):
-    from tests.ops.test_attention import _chain_as_tree
-
     for options in (dict(), dict(window=100), dict(batch_invariant=True)):
         invariant = dict(batch_invariant=options.pop("batch_invariant", False))
         case = cases.attention_case(
             seed=73, rows=(64, 8, 1), contexts=(0, 3000, 900), query_heads=8, head_dim=128, dtype=torch.bfloat16, **options
         )
-        have = run_attention(to_device(_chain_as_tree(case), device), **invariant)
+        have = run_attention(to_device(chain_as_tree(case), device), **invariant)
         assert all(torch.equal(a, b) for a, b in zip(have, run_attention(to_device(case, device), **invariant), strict=True))
 
 
 @pytest.mark.gpu
 def test_batch_invariance_on_a_gpu(device):
-    from tests.ops.test_invariance import _take_attention
-
     case = cases.attention_case(
         seed=74, rows=(8, 1, 0, 30), contexts=(9000, 33, 5, 2000), query_heads=8, head_dim=128, dtype=torch.bfloat16
     )
     whole = dk.tree_attention(**to_device(case, device).arguments(), batch_invariant=True)
     for requests, padding in (([0], 0), ([3, 0], 70), ([3, 1, 0], 0)):
-        part, index = _take_attention(case, requests, padding)
+        part, index = take_requests(case, requests, padding)
         have = dk.tree_attention(**to_device(part, device).arguments(), batch_invariant=True)
         assert torch.equal(have[: len(index)], whole[index])

@@ -13,6 +13,9 @@ from reference import cases, layout as layouts
 from reference.cases import accept_tree_case
 from tests.ops.test_layout import assert_same_layout
 from tests.ops.test_schedule import arguments as schedule_arguments
+from tests.ops.attention_checks import take_requests
+from tests.ops.fields import assert_same
+from tests.ops.schedule_cases import arguments as schedule_arguments
 
 
 def _take_draft(case, rows):
@@ -156,7 +159,7 @@ def test_schedule_prefixes_with_many_programs(monkeypatch, policy):
     with interpreter.threads(8):
         for _ in range(3):
             workspace.scratch.fill_(-1)
-            assert_same_layout(dk.schedule_prefixes(**given, workspace=workspace), want)
+            assert_same(dk.schedule_prefixes(**given, workspace=workspace), want)
 
 
 @pytest.mark.parametrize(
@@ -226,21 +229,6 @@ def test_draft_tree_with_all_programs_at_once(method, kind):
             assert (workspace.counters == 0).all(), "counters were not left clean"
 
 
-def _take_attention(case, requests, padding):
-    """Some requests of a case as a batch of their own, in this order, with padding rows behind."""
-    starts = case.layout.query_start_loc.tolist()
-    index = [row for r in requests for row in range(starts[r], starts[r + 1])]
-    rows = torch.tensor(index + [0] * padding, dtype=torch.int64)
-    take = lambda t: None if t is None else t[rows]  # noqa: E731
-    counts = [starts[r + 1] - starts[r] for r in requests]
-    kv = dataclasses.replace(case.kv, block_tables=case.kv.block_tables[requests], context_lens=case.kv.context_lens[requests])
-    layout = cases.attention_layout(counts, kv.context_lens.tolist(), torch.zeros(len(rows), dtype=torch.int64), None)
-    part = dataclasses.replace(
-        case, q=take(case.q), kv=kv, layout=layout, ancestors=take(case.ancestors), k_new=take(case.k_new), v_new=take(case.v_new)
-    )
-    return part, index
-
-
 @pytest.mark.parametrize(
     "rule, drawn, options",
     [
@@ -289,7 +277,7 @@ def test_tree_attention_in_any_batch(monkeypatch, mask, window):
         whole = dk.tree_attention(**case.arguments(), return_lse=True, batch_invariant=invariant)
         same = True
         for requests, padding in (([0], 0), ([4, 0], 3), ([2, 1, 0, 3, 4], 0)):
-            part, index = _take_attention(case, requests, padding)
+            part, index = take_requests(case, requests, padding)
             have = dk.tree_attention(**part.arguments(), return_lse=True, batch_invariant=invariant)
             same &= all(torch.equal(a[: len(index)], b[index]) for a, b in zip(have, whole, strict=True))
         assert same or not invariant

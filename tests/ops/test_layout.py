@@ -3,8 +3,6 @@
 Ragged, padded, trimmed batches, with prompts among the requests, trees of all shapes.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -12,8 +10,7 @@ from hypothesis import given, settings, strategies as st
 import dspark_kernels as dk
 from reference import cases, layout as layouts
 from tests.blocks import tree_of
-
-SENTINEL = -77777
+from tests.ops.fields import assert_same, poisoned
 
 
 def _block(tokens, requests):
@@ -38,29 +35,12 @@ def _inputs(seed, requests, drafts, scattered=False, padding=0, missing=False, d
     )
 
 
-def poisoned(layout):
-    fields = {
-        f.name: torch.full_like(v, SENTINEL) if isinstance(v := getattr(layout, f.name), torch.Tensor) else v
-        for f in dataclasses.fields(layout)
-    }
-    return dk.VerifyLayout(**fields)
-
-
-def assert_same_layout(have, want):
-    for field in dataclasses.fields(want):
-        expected, actual = getattr(want, field.name), getattr(have, field.name)
-        if isinstance(expected, torch.Tensor):
-            assert actual.dtype == expected.dtype and torch.equal(actual, expected), f"{field.name}: {actual} != {expected}"
-        else:
-            assert actual == expected, field.name
-
-
 def _check(arguments):
     want = layouts.fixed_layout(**arguments)
-    assert_same_layout(dk.fixed_layout(**arguments), want)
+    assert_same(dk.fixed_layout(**arguments), want)
     out = poisoned(want)
     assert dk.fixed_layout(**arguments, out=out) is out
-    assert_same_layout(out, want)
+    assert_same(out, want)
 
 
 @settings(max_examples=12, deadline=None)
@@ -120,7 +100,7 @@ def test_numbers_beyond_32_bits():
     for prompts in ([0, 2**31 - 1, 0], [2**31 - 1] * 3, [0, 2**32, 2**40]):
         given |= dict(draft_lens=torch.tensor([3, 3, 3]), num_prefill_tokens=torch.tensor(prompts), max_rows=8)
         want = layouts.fixed_layout(**given | dict(num_prefill_tokens=torch.tensor(prompts).clamp(max=9)))
-        assert_same_layout(dk.fixed_layout(**given), want)
+        assert_same(dk.fixed_layout(**given), want)
 
 
 def test_empty_batch_is_zeros_without_a_launch():
@@ -190,10 +170,10 @@ def test_tree_rows_equal_the_reference(data):
     if data.draw(st.booleans()):
         arguments |= dict(block_tables=torch.randint(0, 10**6, (slots, 200), generator=g).int(), page_size=24)
     want = layouts.tree_layout(tree, **arguments)
-    assert_same_layout(dk.tree_layout(tree, **arguments), want)
+    assert_same(dk.tree_layout(tree, **arguments), want)
     out = poisoned(want)
     assert dk.tree_layout(tree, **arguments, out=out) is out
-    assert_same_layout(out, want)
+    assert_same(out, want)
 
 
 @settings(max_examples=12, deadline=None)
@@ -216,10 +196,10 @@ def test_rows_of_the_drafters_block_equal_the_reference(data):
     if data.draw(st.booleans()):
         arguments |= dict(block_tables=torch.randint(0, 10**6, (slots, 200), generator=g).int(), page_size=24)
     want = layouts.draft_layout(**arguments)
-    assert_same_layout(dk.draft_layout(**arguments), want)
+    assert_same(dk.draft_layout(**arguments), want)
     out = poisoned(want)
     assert dk.draft_layout(**arguments, out=out) is out
-    assert_same_layout(out, want)
+    assert_same(out, want)
 
 
 def test_no_trees_and_no_blocks():

@@ -1,6 +1,5 @@
 """schedule_prefixes against reference/schedule.py: every field, every element, for every policy, option and shape of table."""
 
-import contextlib
 import dataclasses
 
 import pytest
@@ -8,86 +7,20 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from dspark_kernels.launch.layout import schedule as launch
-from reference import cases, schedule
+from reference import schedule
 from tests.blocks import anchored, block_of, ints
 from tests.ops.far import far_apart
-from tests.ops.test_layout import assert_same_layout, poisoned
-
-POLICIES = ("causal", "budget", "stale")
-
-
-def _generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def _confidence(g, shape, coarse):
-    """Confidences that fall off slowly; coarse: of few values, so that survivals tie, 0 and 1 among them."""
-    values = torch.rand(shape, generator=g) ** 0.4
-    return (values * 4).round() / 4 if coarse else values
-
-
-def table(kind, seed=0, entries=64):
-    """A cost table: flat, steep, rising, jagged, of one measured entry, or with values that nobody should measure."""
-    g = _generator(seed)
-    seconds = {
-        "flat": torch.full((entries,), 3e-3),
-        "steep": 1e-3 * torch.arange(entries),
-        "rising": 2e-3 + 2e-5 * torch.rand(entries, generator=g).cumsum(0) * torch.arange(entries) / 8,
-        "jagged": 2e-3 + 4e-4 * torch.rand(entries, generator=g),
-        "steps": 2e-3 + 3e-4 * (torch.arange(entries) // 8),
-        "single": torch.tensor([0.0, 1e-3]),
-    }[kind]
-    if seed % 3:
-        seconds[0] = float("nan")  # no measurement, whatever is there
-    return dk.CostTable(seconds, 1e-4 + 1e-4 * torch.rand(3, generator=g) if seed % 2 else None)
-
-
-TABLES = ("flat", "steep", "rising", "jagged", "steps", "single")
-
-
-def arguments(seed, requests, drafts, policy, kind="rising", coarse=False, scattered=False, padding=0, missing=False, **options):
-    """Arguments of schedule_prefixes for a batch made from the seed."""
-    g = _generator(seed)
-    slots = requests + 3 if scattered else requests
-    tokens = torch.randint(0, 1000, (slots, drafts), generator=g)
-    if missing:
-        tokens[torch.rand(tokens.shape, generator=g) < 0.1] = -1
-    anchors = torch.randint(0, 1000, (slots,), generator=g)
-    if missing and slots:
-        anchors[-1] = -1
-    chosen = dict(
-        causal={},
-        budget=dict(policy="budget", budget=ints(int(torch.randint(0, requests * drafts + 1, (1,), generator=g)))),
-        stale=dict(policy="budget", stale_confidence=_confidence(g, (slots, drafts), coarse)),
-    )[policy]
-    return dict(
-        block=block_of(_confidence(g, (slots, drafts), coarse), tokens, requests=requests),
-        cost=table(kind, seed),
-        anchors=anchors,
-        anchor_positions=torch.randint(0, 50000, (slots,), generator=g),
-        state_indices=cases.slot_map(seed, requests, padding) if scattered else None,
-        **chosen,
-        **options,
-    )
+from tests.ops.fields import assert_same, poisoned
+from tests.ops.schedule_cases import POLICIES, TABLES, arguments, generator, small_pieces, table
 
 
 def check(given):
     want = schedule.schedule_prefixes(**given)
-    assert_same_layout(dk.schedule_prefixes(**given), want)
+    assert_same(dk.schedule_prefixes(**given), want)
     out = poisoned(want)
     assert dk.schedule_prefixes(**given, out=out) is out
-    assert_same_layout(out, want)
+    assert_same(out, want)
     return want
-
-
-@contextlib.contextmanager
-def small_pieces():
-    """Few drafts in order at a time and few rows a program, as a large batch would have them on a GPU."""
-    picked = launch.pick
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "pick", lambda *shape: dataclasses.replace(picked(*shape), sort=16, block=64))
-        yield
 
 
 @st.composite
@@ -108,7 +41,7 @@ def batches(draw):
         survival_floor=draw(st.sampled_from([0.0, 0.0, 0.2, 1.0])),
         bypass=draw(st.sampled_from([None, None, 0.0, 0.3, 1024.0])),
     )
-    g = _generator(seed)
+    g = generator(seed)
     slots = given["anchors"].shape[0]
     limit = draw(st.sampled_from(["none", "int", "tensor"]))
     if limit == "int":
@@ -245,8 +178,8 @@ def test_numbers_beyond_32_bits():
     prompts = torch.tensor([0, 2**31 - 1, 2**40])
     # The reference would make a list of every row that it is asked for.
     want = schedule.schedule_prefixes(**given, num_prefill_tokens=prompts.clamp(max=9), max_rows=8)
-    assert_same_layout(dk.schedule_prefixes(**given, num_prefill_tokens=prompts, max_rows=8), want)
-    assert_same_layout(dk.schedule_prefixes(**given, num_prefill_tokens=prompts.clamp(max=2**31 - 1).int(), max_rows=8), want)
+    assert_same(dk.schedule_prefixes(**given, num_prefill_tokens=prompts, max_rows=8), want)
+    assert_same(dk.schedule_prefixes(**given, num_prefill_tokens=prompts.clamp(max=2**31 - 1).int(), max_rows=8), want)
 
 
 def test_beyond_a_table_of_one_entry_costs_do_not_rise():
@@ -311,7 +244,7 @@ def test_a_workspace_serves_smaller_batches():
     workspace = dk.Workspace(1024, 16, 32, "cpu")
     for requests, drafts in ((700, 13), (400, 11), (1, 1)):
         given = arguments(requests, requests, drafts, "causal", kind="flat")
-        assert_same_layout(dk.schedule_prefixes(**given, workspace=workspace), schedule.schedule_prefixes(**given))
+        assert_same(dk.schedule_prefixes(**given, workspace=workspace), schedule.schedule_prefixes(**given))
     with pytest.raises(ValueError, match="^workspace: expected room for 700 requests x 13 drafts"):
         dk.schedule_prefixes(**arguments(0, 700, 13, "causal"), workspace=dk.Workspace(2, 2, 32, "cpu"))
 
@@ -320,7 +253,7 @@ def test_requests_and_their_order():
     """Without ties a request's share depends on its confidences and the batch as a set, not on its row or slot."""
     given = arguments(5, 13, 7, "causal", kind="rising")
     want = dk.schedule_prefixes(**given).draft_lens
-    order = torch.randperm(13, generator=_generator(1)).int()
+    order = torch.randperm(13, generator=generator(1)).int()
     assert 0 < int(want.sum()) < 91
     assert torch.equal(dk.schedule_prefixes(**given | dict(state_indices=order)).draft_lens, want[order.long()])
 

@@ -12,7 +12,8 @@ import dspark_kernels as dk
 from dspark_kernels.ops.accept import shards as accept_shards
 from reference import cases
 from tests.ops import shards
-from tests.ops.test_accept import check, with_lse
+from tests.ops.accept_checks import check, with_lse
+from tests.ops.fields import assert_same
 
 INF = float("inf")
 
@@ -20,12 +21,10 @@ INF = float("inf")
 def equal_on_all_ranks(case, count, width, exact=True, **options):
     """The ranks' common result. exact: it is accept_chain's, to the bit; otherwise the reference's, up to near ties."""
     results = shards.accept(case, count, width, **options)
-    assert all(shards.same(result, results[0]) for result in results), "ranks disagree"
+    for result in results[1:]:
+        assert_same(result, results[0], "ranks disagree")
     if exact:
-        want = dk.accept_chain(**case.arguments())
-        for field in dataclasses.fields(want):
-            if getattr(want, field.name) is not None:
-                assert torch.equal(getattr(results[0], field.name), getattr(want, field.name)), field.name
+        assert_same(results[0], dk.accept_chain(**case.arguments()))
     else:
         check(case, results[0])
     return results[0]

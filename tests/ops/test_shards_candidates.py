@@ -11,6 +11,7 @@ from dspark_kernels.ops.draft import candidate_shards
 from reference import cases
 from tests.ops import shards
 from tests.ops.draft_checks import arguments_of
+from tests.ops.fields import assert_same
 
 INF = float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +22,8 @@ def equal_on_all_ranks(case, count, width, candidates, **options):
     blocks, states, _ = shards.draft_candidates(case, count, width, candidates, **options)
     arguments = arguments_of(case)
     want = dk.draft_block(**arguments, candidates=candidates, keep_logits=True)
-    assert all(shards.same(block, want) for block in blocks)
+    for block in blocks:
+        assert_same(block, want)
     assert all(state is None or torch.equal(state, arguments["head_state"]) for state in states)
     return want
 

@@ -11,6 +11,7 @@ from dspark_kernels.ops.draft import shards as draft_shards
 from reference import cases
 from tests.ops import shards
 from tests.ops.draft_checks import arguments_of, check
+from tests.ops.fields import assert_same
 
 INF = float("inf")
 
@@ -20,14 +21,14 @@ def equal_on_all_ranks(case, count, width, exact=True, **options):
     blocks, states = shards.draft(case, count, width, **options)
     joined = shards.joined(blocks, case.base_logits.shape[2])
     for block in blocks:
-        assert shards.same(dataclasses.replace(block, proposal=blocks[0].proposal), blocks[0]), "ranks disagree"
+        assert_same(dataclasses.replace(block, proposal=blocks[0].proposal), blocks[0], "ranks disagree")
         if case.sampling is not None and block.proposal.lse is not None:
             assert torch.equal(block.proposal.lse, blocks[0].proposal.lse)
     assert all(state is None or torch.equal(state, states[0]) for state in states), "ranks disagree on a state"
     if exact:
         arguments = arguments_of(case)
         want = dk.draft_block(**arguments, keep_logits=True)
-        assert shards.same(joined, want if options.get("lse", True) else without_lse(want))
+        assert_same(joined, want if options.get("lse", True) else without_lse(want))
         assert case.head_state is None or torch.equal(states[0], arguments["head_state"])
     else:
         check(case, joined, states[0])

@@ -1,7 +1,5 @@
 """accept_tree against reference/tree.py: paths and tokens draw by draw, counts, rows, commit mask, flags, anchors in place."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -16,72 +14,11 @@ from reference.equality import assert_equal_or_tied
 from reference.logits import inverse_temperature, read_logits
 from reference.sampling import adjust, filtered
 from tests.blocks import tree_of
-from tests.ops.errors import ULP
+from tests.ops.accept_checks import DTYPES, check
+from tests.ops.fields import assert_same, poisoned
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SENTINEL = -77777
-PER_REQUEST = (
-    "tokens", "path", "kv_source", "num_accepted", "num_emitted", "num_rejected", "next_token", "last_row", "flags",
-)  # fmt: skip
 RULES = ("walk", "recursive", "traversal")
 SAMPLED = ("iid", "without_replacement")
-
-
-def outcome(acceptance, layout):
-    """Everything a request can see of the result, comparable."""
-    by_request = {}
-    owners = layout.batch_indices.tolist()
-    for r in range(acceptance.tokens.shape[0]):
-        committed = [bool(c) for c, owner in zip(acceptance.commit_mask, owners, strict=True) if owner == r]
-        by_request[r] = (*(getattr(acceptance, name)[r].tolist() for name in PER_REQUEST), committed)
-    return by_request
-
-
-def check(case, exempt=True, **advanced):
-    """advanced: anchors and positions, which the kernel alone is to advance."""
-    arguments = case.arguments()
-    acceptance = dk.accept_tree(**arguments, **advanced)
-    if case.logprobs is not None:
-        check_logprobs(case, acceptance)
-
-    def run(decisions):
-        return outcome(reference.accept_tree(**arguments, decisions=decisions), case.layout)
-
-    assert_equal_or_tied(run, outcome(acceptance, case.layout), exempt=exempt)
-    assert not acceptance.commit_mask[case.layout.batch_indices < 0].any(), "a padding row was committed"
-    return acceptance
-
-
-def check_logprobs(case, acceptance):
-    """Log-probabilities of the tokens that the kernel emitted, each by the reference's formula for its node's row."""
-    for r, count in enumerate(acceptance.num_emitted.tolist()):
-        assert (acceptance.logprobs[r, count:] == 0).all()
-        slot = r if case.state_indices is None else int(case.state_indices[r])
-        scale = inverse_temperature(float(case.sampling.temperature[slot])) if case.sampling is not None else 0.0
-        for j in range(count):
-            at = int(case.layout.cu_num_logits[r]) + int(acceptance.path[r, j])
-            token, row = int(acceptance.tokens[r, j]), case.target_logits[at].float()
-            if case.logprobs == "processed":
-                row = adjust(row, case.sampling, slot, at, acceptance.tokens[r, :j].tolist())
-            row, _ = read_logits(row)
-            if case.logprobs == "processed":
-                row = filtered(row, scale, case.sampling, slot, Decisions(), 0)
-            want = log_prob(row, token, 1.0 if case.logprobs == "raw" else scale)
-            exact, have = torch.tensor([want], dtype=torch.float64), acceptance.logprobs[r, j : j + 1]
-            # Three roundings of the scaled distance to the maximum and a few of ln of the mass.
-            bound = ULP * (3 * max(1.0, abs(want)) + 12)
-            same = torch.equal(have.double(), exact) if not exact.isfinite() else abs(float(have) - want) <= bound
-            assert same, f"request {r}, token {j}: {float(have)} for {want}"
-
-
-def poisoned(acceptance):
-    fields = {}
-    for field in dataclasses.fields(acceptance):
-        value = getattr(acceptance, field.name)
-        if value is not None:
-            value = torch.ones_like(value) if value.dtype == torch.bool else torch.full_like(value, SENTINEL)
-        fields[field.name] = value
-    return dk.Acceptance(**fields)
 
 
 @settings(max_examples=5, deadline=None)
@@ -116,9 +53,7 @@ def test_equals_reference(data):
     workspace = dk.Workspace(8, 63, 3000, "cpu")
     workspace.scratch.fill_(-1)
     assert dk.accept_tree(**case.arguments(), out=out, workspace=workspace) is out
-    for field in dataclasses.fields(out):
-        if getattr(out, field.name) is not None:
-            assert torch.equal(getattr(out, field.name), getattr(acceptance, field.name)), field.name
+    assert_same(out, acceptance)
     assert (workspace.counters == 0).all(), "counters were not left clean"
 
 
@@ -208,7 +143,7 @@ def test_any_tile_gives_the_same_bits(monkeypatch, pairs, span, rule, drawn):
     tile = launch.TreeConfig(group=2 if pairs == 4 else 1, chunk=pairs, tile=4 // pairs, span=span, num_warps=1, max_registers=None)
     monkeypatch.setattr(launch, "pick", lambda *a: tile)
     have = dk.accept_tree(**case.arguments())
-    assert all(torch.equal(getattr(have, name), getattr(want, name)) for name in PER_REQUEST)
+    assert_same(have, want)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -13,9 +13,9 @@ from reference import cases, tree_draft as reference
 from reference.equality import assert_equal_or_tied
 from tests.ops.draft_checks import laws, rows_of
 from tests.ops.errors import excess_error
+from tests.ops.fields import SENTINEL
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SENTINEL = -77777
 SAMPLED = ("iid", "without_replacement")
 METHODS = ("top_k", *SAMPLED)
 FIELDS = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors", "num_nodes")

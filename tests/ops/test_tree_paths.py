@@ -15,10 +15,10 @@ from reference import cases, tree_draft as reference
 from reference.equality import assert_equal_or_tied
 from tests.ops.draft_checks import rows_of
 from tests.ops.far import far_apart
+from tests.ops.fields import SENTINEL
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FIELDS = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors", "num_nodes")
-SENTINEL = -77777
 INF = float("inf")
 
 

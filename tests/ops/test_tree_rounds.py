@@ -13,7 +13,7 @@ from reference.sources import PhiloxSource
 from reference.tree import nodes_of
 from reference.tree_enumeration import TreeDecoder
 from tests.blocks import tree_of
-from tests.ops.test_tree import check
+from tests.ops.accept_checks import check
 
 VOCAB = 2
 TARGET = torch.tensor([[0.3, 0.7], [0.55, 0.45]], dtype=torch.float64)  # law of the next token, by the last one

@@ -13,6 +13,7 @@ import dspark_kernels as dk
 from reference import cases
 from reference.cases import accept_tree_case
 from tests.ops.test_compact import bytes_of, case_of
+from tests.ops.compact_cases import bytes_of, case_of
 
 
 def snapshot(value):

@@ -99,7 +99,7 @@ TREE = ("base_logits", "anchors", "anchor_positions", "head", "hidden", "confide
 
 
 def _compact():
-    from tests.ops.test_compact import case_of
+    from tests.ops.compact_cases import case_of
 
     case = case_of(4, 2, 9, 4, ("plain", "apart"), extra=2)
     dk.compact_kv(dk.KVLayers.of([case.caches]), case.acceptance, case.layout, extra=case.extra)
@@ -273,7 +273,7 @@ def test_trees_compile_into_one_graph(backend):
 
 def test_compaction_compiles_into_one_graph():
     """Caches written in place through their addresses, among other writes to them."""
-    from tests.ops.test_compact import bytes_of, case_of
+    from tests.ops.compact_cases import bytes_of, case_of
 
     def step(layers, acceptance, layout):
         layers.caches[0].mul_(2)

@@ -8,7 +8,7 @@ import dspark_kernels as dk
 from dspark_kernels.scheduling import ConfidenceHistory, plan_budget, plan_lengths
 from reference import schedule
 from tests.blocks import anchored, block_of, ints
-from tests.ops.test_schedule import TABLES, arguments, small_pieces, table
+from tests.ops.schedule_cases import TABLES, arguments, small_pieces, table
 
 
 def _generator(seed):
