@@ -2,13 +2,13 @@
 
     python -m dspark_kernels.testing dspark_kernels.testing.ours:token                       the kernel
     python -m dspark_kernels.testing dspark_kernels.testing.chain.rules:block                plain torch
-    python -m dspark_kernels.testing dspark_kernels.testing.known_wrong:block_first_reject   a planted mistake
+    python -m dspark_kernels.testing dspark_kernels.testing.known_wrong:block_first_reject   a known-bad rule
     python -m dspark_kernels.testing dspark_kernels.testing.ours:traversal                   the kernel on draft trees
     python -m dspark_kernels.testing my_module:my_tree_acceptance --rule recursive --drawn iid
 
 The rule says what the function takes: a chain (token, block, coupled, greedy) or a tree (walk, recursive, traversal, greedy_tree).
-What a function takes and returns: dspark_kernels/testing/suite.py. The exit status is 0 if every test passed, 1 if the function was
-convicted, 2 for a bad argument.
+What a function takes and returns: dspark_kernels/testing/suite.py. The exit status is 0 if every test passed, 1 if one
+failed, 2 for a bad argument.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("tests", nargs="*", metavar="TEST", help="names of tests (default: all that the rule has)")
     p.add_argument("--skip", metavar="TEST[,TEST]", default="", help="tests to leave out")
     p.add_argument("--rule", choices=suite.RULES, help="what the function claims to be (default: its attribute `rule`, else token)")
-    p.add_argument("--quick", action="store_true", help=f"{suite.QUICK} requests per law instead of {suite.REQUESTS}")
-    p.add_argument("--requests", type=int, metavar="N", help="requests per law; a function's `max_requests` bounds the default")
+    p.add_argument("--quick", action="store_true", help=f"{suite.QUICK} requests per distribution instead of {suite.REQUESTS}")
+    p.add_argument(
+        "--requests", type=int, metavar="N", help="requests per distribution; a function's `max_requests` bounds the default"
+    )
     p.add_argument("--seed", type=int, default=0, help="of all seeds (default: %(default)s)")
     p.add_argument("--device", help="default: cuda where there is one and Triton's interpreter is off, else cpu")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the logits (default: %(default)s)")
@@ -95,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"--requests: expected >= {suite.FEWEST_REQUESTS}, got {requests}")
     if requests is None:
         requests = suite.default_requests(function, args.quick)
-    print(f"{args.function}: {rule} rule, {requests} requests per law, seed {args.seed}, {args.dtype} on {device}", flush=True)
+    print(
+        f"{args.function}: {rule} rule, {requests} requests per distribution, seed {args.seed}, {args.dtype} on {device}",
+        flush=True,
+    )
     report = suite.check(
         function,
         rule=rule,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .chain import models
-from .chain.edges import Convicted
+from .chain.edges import Detected
 from .tree import models as tree_models
 
 FALSE_ALARM = 1e-4
@@ -73,9 +73,9 @@ class _Run:
         """The function's tokens, int64, and how many, once they are tokens with -1 behind."""
         if not isinstance(out, Tensor) or out.dtype not in (torch.int64, torch.int32):
             kind = out.dtype if isinstance(out, Tensor) else type(out).__name__
-            raise Convicted(f"expected tokens in int64 or int32, got {kind}")
+            raise Detected(f"expected tokens in int64 or int32, got {kind}")
         if tuple(out.shape) != shape:
-            raise Convicted(f"expected tokens {list(shape)}, got {list(out.shape)}")
+            raise Detected(f"expected tokens {list(shape)}, got {list(out.shape)}")
         out = out.to(device=self.device, dtype=torch.int64)
         count = (out >= 0).sum(1)
         index = torch.arange(shape[1], device=out.device)
@@ -88,7 +88,7 @@ class _Run:
     def form(self, what: str, wrong: Tensor, out: Tensor):
         if bool(wrong.any()):
             r = int(wrong.long().argmax())
-            raise Convicted(f"{what}: {int(wrong.sum())} of {len(wrong)} requests, request {r} got {out[r].tolist()}")
+            raise Detected(f"{what}: {int(wrong.sum())} of {len(wrong)} requests, request {r} got {out[r].tolist()}")
 
 
 class Run(_Run):
@@ -101,10 +101,10 @@ class Run(_Run):
     def play(self, model: models.Model, drafts: int, **options) -> models.Play:
         return models.Play(self.call, model, drafts, draft=self.draft, schedule=self.schedule, dtype=self.dtype, **options)
 
-    def call_rows(self, target, drafts, law, seeds=None, *, lens=None, temperature=1.0, anchor_position=7) -> Tensor:
+    def call_rows(self, target, drafts, draft_logits, seeds=None, *, lens=None, temperature=1.0, anchor_position=7) -> Tensor:
         """Tokens [R, K+1], on the CPU, of one call with these rows."""
         return self.call_with(
-            (target, drafts, law), temperature, seeds, drafts.shape[1] if lens is None else lens, anchor_position
+            (target, drafts, draft_logits), temperature, seeds, drafts.shape[1] if lens is None else lens, anchor_position
         )  # fmt: skip
 
     def call(self, target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions) -> Tensor:
@@ -133,11 +133,11 @@ class TreeRun(_Run):
         return tree_models.TreePlay.of(self.call, model, drafts, draft=self.draft, dtype=self.dtype, **options)
 
     def call_rows(
-        self, node_logits, tokens, parents, law, drawn, seeds=None, *, num_nodes=None, temperature=1.0, anchor_position=7
+        self, node_logits, tokens, parents, draft_logits, drawn, seeds=None, *, num_nodes=None, temperature=1.0, anchor_position=7
     ) -> Tensor:
         """Tokens [R, M], on the CPU, of one call with these trees."""
         return self.call_with(
-            (node_logits, tokens, parents, law), temperature, seeds, tokens.shape[1] if num_nodes is None else num_nodes,
+            (node_logits, tokens, parents, draft_logits), temperature, seeds, tokens.shape[1] if num_nodes is None else num_nodes,
             anchor_position, words=(drawn,),
         )  # fmt: skip
 
@@ -152,7 +152,7 @@ class TreeRun(_Run):
         return out
 
     def _is_path(self, out, count, tokens, parents, num_nodes) -> Tensor:
-        """Whether the tokens before the last lead from the root from child to child. Siblings may have one token: all are kept."""
+        """Whether the tokens before the last lead from child to child. Siblings may have the same token: all are followed."""
         index = torch.arange(tokens.shape[1], device=tokens.device)
         exists = index < num_nodes[:, None]
         inside = exists & (parents >= 0)

@@ -1,12 +1,12 @@
-"""Chances of what counts show under a known law, and the bias that they would have shown.
+"""P-values of counts under a known distribution, and the bias that they would have shown.
 
     chi-square   X = sum (O_i - E_i)^2 / E_i,   mean d, variance 2 d + (sum 1 / p_i - k^2 - 2 k + 2) / N, d = k - 1
     G            G = 2 sum O_i ln(O_i / E_i) / (1 + (sum 1 / p_i - 1) / (6 N d))              (Williams' correction)
 
 G is compared with chi-square of d degrees, whose tail is the regularised incomplete gamma function Q(d / 2, x / 2); X with the
-gamma law of its exact mean and variance. Cells that are too rare are made one. Power: under another law with differences
-delta_i the statistic is noncentral chi-square with lambda = N sum delta_i^2 / p_i, and by Cauchy's inequality lambda >= 4 N
-TV^2 whatever the differences look like. Rare events: Poisson. Symbols: O observed and E = N p expected counts of k cells, N
+gamma distribution of its exact mean and variance. Cells that are too rare are made one. Power: under another distribution with
+differences delta_i the statistic is noncentral chi-square with lambda = N sum delta_i^2 / p_i, and by Cauchy's inequality lambda >=
+4 N TV^2 whatever the differences look like. Rare events: Poisson. Symbols: O observed and E = N p expected counts of k cells, N
 samples, TV total variation. Oracles: exact sums and simulation (tests/package/test_testing_statistics.py). Sources: Pearson 1900;
 Haldane 1937 (variance); Williams 1976.
 """
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 FEWEST, FEWEST_SQUARE = 10.0, 100.0  # expected counts; below, the tails are not those of the formulas
-CERTAIN = 0.999  # chance with which a bias of the stated size is seen
+CERTAIN = 0.999  # probability with which a bias of the stated size is detected
 
 
 class Finding(NamedTuple):
-    """chance: of a value at least this extreme if all is right. sees: total variation seen with chance CERTAIN, None if unknown."""
+    """p_value: of the statistic if all is right. sees: total variation detected with probability CERTAIN, None if unknown."""
 
     what: str
-    chance: float
+    p_value: float
     sees: float | None = None
 
 
@@ -40,7 +40,7 @@ def _upper(shape, x) -> Tensor:
 def compare(what: str, observed: Tensor, probs: Tensor, level: float) -> list[Finding]:
     """Counts [k] against probabilities [k]: chi-square and G, and the bias that would have been seen at `level`.
 
-    A count where the law has no mass is a chance of 0.
+    A count where the distribution has no mass is a p-value of 0.
     """
     observed, probs = observed.double().flatten(), probs.double().flatten()
     if impossible := int(observed[probs <= 0].sum()):
@@ -68,8 +68,8 @@ def _finding(what: str, test, observed: Tensor, probs: Tensor, level: float) -> 
     degrees, total = len(probs) - 1, float(observed.sum())
     if degrees < 1:
         return Finding(f"{what}: too few samples", 1.0)
-    value, chance = test(observed, probs, total, degrees)
-    return Finding(f"{what} {value:.0f} at {degrees} degrees", chance, smallest_bias(degrees, total, level))
+    value, p_value = test(observed, probs, total, degrees)
+    return Finding(f"{what} {value:.0f} at {degrees} degrees", p_value, smallest_bias(degrees, total, level))
 
 
 def _square(observed, probs, total, degrees) -> tuple[float, float]:
@@ -95,13 +95,13 @@ def power(degrees: int, shift: float, threshold: float) -> float:
 
 @functools.cache
 def threshold(degrees: int, level: float) -> float:
-    """Chi-square value with chance `level` above it."""
+    """Chi-square value with probability `level` above it."""
     return _bisect(lambda x: float(_upper(degrees / 2, x / 2)) < level, 10.0 * degrees + 400)
 
 
 @functools.cache
 def smallest_bias(degrees: int, samples: float, level: float) -> float:
-    """Total variation that is seen with chance CERTAIN, whatever the bias looks like."""
+    """Total variation that is detected with probability CERTAIN, whatever the bias looks like."""
     limit = threshold(degrees, level)
     shift = _bisect(lambda x: power(degrees, x, limit) >= CERTAIN, 40.0 * degrees + 2000)
     return math.sqrt(shift / (4 * samples))

@@ -1,4 +1,4 @@
-"""Whether an acceptance function emits the target's law: a verdict per test, with the bias that each test would have seen.
+"""Whether an acceptance function emits the target's distribution: a verdict per test, and the bias it would have detected.
 
     check(function) -> Report
 
@@ -6,9 +6,9 @@ A function under test takes a padded batch, all tensors on one device,
 
     function(target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions) -> tokens
 
-    target_logits [R, K+1, V]  row i judges draft i + 1, the row behind the last admitted draft gives the bonus, the rest is garbage
-    draft_tokens  [R, K] int64 drafts (-1: none was made); draft_logits [R, K, Vd] the law they were drawn from, None: one-hot
-    temperature   [R] fp32     of both laws, 0 = greedy; -inf logits have no mass
+    target_logits [R, K+1, V]  row i verifies draft i + 1, the row behind the last admitted draft gives the bonus, others: garbage
+    draft_tokens  [R, K] int64 drafts (-1: none was made); draft_logits [R, K, Vd] what they were drawn from, None: one-hot
+    temperature   [R] fp32     of target and draft, 0 = greedy; -inf logits have no mass
     seeds         [R] int64    of the function's noise; a function that keeps its own generator is checked with unseeded=True
     draft_lens    [R] int32    how many drafts are admitted
     anchor_positions [R] int64 position of the last emitted token; draft i is decided for the i-th position behind it
@@ -32,11 +32,11 @@ A function under one of the tree rules takes draft trees, -1 as the root's paren
 
     function(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions) -> tokens
 
-    node_logits   [R, M, V]    row m judges the children of node m, or gives the token behind it; node 0 is the last emitted token
+    node_logits   [R, M, V]    row m verifies the children of node m, or gives the token behind it; node 0 is the last emitted token
     tokens, parents [R, M]     int64, int32; nodes num_nodes .. M - 1 do not exist: everything of theirs is garbage
-    draft_logits  [R, M, Vd]   row m: the law that the children of node m were drawn from; None where drawn = "one_hot"
-    drawn         "one_hot" (chosen without chance, no two siblings alike), "iid" (independent draws: siblings may be alike) or
-                  "without_replacement" (from what the elder siblings leave of the law)
+    draft_logits  [R, M, Vd]   row m: what the children of node m were drawn from; None where drawn = "one_hot"
+    drawn         "one_hot" (deterministic, no two siblings alike), "iid" (independent draws: siblings may be alike) or
+                  "without_replacement" (from what the elder siblings leave)
     num_nodes     [R] int32    nodes of each tree, the root included; the rest as above
     tokens        [R, M]       of the accepted path from the root's child on, then one token, then -1
 
@@ -50,13 +50,13 @@ and is asked for all three ways, or those of its attribute `drawn`:
         return torch.where(index <= out.length[:, None], emitted, -1)
     mine.rule = "walk"
 
-The suite drafts with this package's noise (chain.rules.Noise, streams DRAFT or COUPLED). draft(draft_logits [R, V], temperature, seeds,
-positions, anchor_positions) -> tokens [R] replaces that and is tested together with the function, and so is
+The suite drafts with this package's noise (chain.rules.Noise, streams DRAFT or COUPLED). draft(draft_logits [R, V], temperature,
+seeds, positions, anchor_positions) -> tokens [R] replaces that and is tested together with the function, and so is
 schedule(confidence [R, K]) -> lengths [R]. For trees: tree.models.draft, child by child; there is no schedule.
 
-False alarms: every finding is judged at LEVEL, and a run makes at most FINDINGS of them, so a right function is convicted with a
-chance of about LEVEL * FINDINGS = 1e-4 a run at most. Seeds are fixed: a function whose noise comes from them gets the same verdict
-every time.
+False alarms: every finding is tested at LEVEL, and a run makes at most FINDINGS of them, so a correct function fails a run
+with a probability of about LEVEL * FINDINGS = 1e-4 at most. Seeds are fixed: a function whose noise comes from them gets the same
+verdict every time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int
 from . import chain, tree
-from .chain.edges import Convicted
+from .chain.edges import Detected
 from .run import FALSE_ALARM, FINDINGS as FINDINGS, LEVEL as LEVEL, Run, TreeRun
 from .statistics import Finding
 from .tree.rules import DRAWN
@@ -135,12 +135,12 @@ def tests_of(rule: str) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Verdict of a test: "pass", "FAIL" or "skip"; what it found; chance of its most extreme finding; bias it would have seen."""
+    """Verdict of a test ("pass", "FAIL", "skip"), what it found, the p-value of its most extreme finding, the bias it sees."""
 
     name: str
     verdict: str
     text: str
-    chance: float | None = None
+    p_value: float | None = None
     sees: float | None = None
     findings: int = 0
     seconds: float = 0.0
@@ -157,10 +157,10 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return not self.convicted and any(result.verdict == "pass" for result in self.results)
+        return not self.detected_by and any(result.verdict == "pass" for result in self.results)
 
     @property
-    def convicted(self) -> tuple[str, ...]:
+    def detected_by(self) -> tuple[str, ...]:
         """Names of the tests that failed."""
         return tuple(result.name for result in self.results if result.verdict == "FAIL")
 
@@ -172,9 +172,9 @@ class Report:
         good = sum(result.verdict == "pass" for result in done)
         seconds = sum(result.seconds for result in done)
         text = f"{good} of {len(done)} tests passed in {seconds:.0f} s"
-        if self.convicted:
-            return f"{text}; convicted by {', '.join(self.convicted)}"
-        return f"{text}; a right function fails with a chance of at most {FALSE_ALARM:.0e}"
+        if self.detected_by:
+            return f"{text}; detected by {', '.join(self.detected_by)}"
+        return f"{text}; a correct function fails with a probability of at most {FALSE_ALARM:.0e}"
 
 
 def default_requests(function, quick: bool = False) -> int:
@@ -204,13 +204,13 @@ def check(
         rule: "token", "block", "coupled" (draft and target share their noise) or "greedy"; of functions on trees "walk",
             "recursive", "traversal" or "greedy_tree"; default: function.rule, else "token".
         tests: names from TESTS (trees: TREE_TESTS); default: all that the rule has.
-        requests: samples of each law; default: function.max_requests where that is less, else REQUESTS (quick: QUICK).
+        requests: samples of each distribution; default: function.max_requests where that is less, else REQUESTS (quick: QUICK).
         quick: fewer samples, so only larger biases are seen.
         seed: another choice of all seeds.
         dtype: of the logits: the model tables are exact in it.
         draft, schedule: the drafter's sampler and the scheduler, where they are to be tested too.
         unseeded: the function's noise does not come from `seeds`: tests that call twice with the same seeds are left out.
-        drawn: how the children of trees may come about; default: function.drawn, else all of rules_tree.DRAWN.
+        drawn: how the children of trees may come about; default: function.drawn, else all of tree.rules.DRAWN.
         progress: called with each result.
 
     Raises:
@@ -239,14 +239,14 @@ def check(
         elif unseeded and seeded:
             result = Result(name, "skip", "the function's noise does not come from the seeds")
         else:
-            result = _judge(name, test, run)
+            result = _run_test(name, test, run)
         results.append(result)
         if progress is not None:
             progress(result)
     return Report(tuple(results), rule, requests)
 
 
-def _judge(name: str, test, run: Run | TreeRun) -> Result:
+def _run_test(name: str, test, run: Run | TreeRun) -> Result:
     start = time.perf_counter()
 
     def result(verdict, text, *rest):
@@ -255,18 +255,18 @@ def _judge(name: str, test, run: Run | TreeRun) -> Result:
     findings: list[Finding] = []
     try:
         findings += test(run) or ()
-    except Convicted as error:
+    except Detected as error:
         return result("FAIL", str(error))
-    except Exception as error:  # a function that breaks on one test is still judged by the others
+    except Exception as error:  # a function that breaks on one test is still tested by the others
         lines = str(error).strip().splitlines() or [""]
         return result("FAIL", f"{type(error).__name__}: {lines[0]}")
     if not findings:
         return result("pass", "as known in advance")
-    worst = min(findings, key=lambda finding: finding.chance)
+    worst = min(findings, key=lambda finding: finding.p_value)
     seen = [finding.sees for finding in findings if finding.sees is not None]
     sees = max(seen) if seen else None
     power = "" if sees is None else f"; sees a total variation of {sees:.2g}"
-    if worst.chance < run.level:
-        return result("FAIL", f"{worst.what}, chance {worst.chance:.0e}", worst.chance, sees, len(findings))
-    text = f"{len(findings)} findings, least chance {worst.chance:.2g}{power}"
-    return result("pass", text, worst.chance, sees, len(findings))
+    if worst.p_value < run.level:
+        return result("FAIL", f"{worst.what}, p-value {worst.p_value:.0e}", worst.p_value, sees, len(findings))
+    text = f"{len(findings)} findings, least p-value {worst.p_value:.2g}{power}"
+    return result("pass", text, worst.p_value, sees, len(findings))

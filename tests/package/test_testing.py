@@ -1,4 +1,4 @@
-"""The conformance suite: its parts against the reference, what it clears, the planted mistakes it convicts, its command."""
+"""The conformance suite: its parts against the reference, what passes, the known-bad rules it detects, its command."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from reference.distributions import distribution_of
 from reference.enumeration import CrowdSource, Decoder, emitted_distribution, explore, target_distribution
 from reference.logits import read_logits
 
-QUICK = 4096  # requests per law
+QUICK = 4096  # requests per distribution
 RULES = ("token", "block", "coupled", "greedy")
 
 
@@ -39,11 +39,11 @@ def test_noise_is_the_reference_s(stream):
             want = philox.words(seed, torch.arange(first, first + 7), int(positions[r]), anchor, stream)
             assert torch.equal(words[r], want)
             assert torch.equal(noise.exponential(words)[r], philox.exponential(want))
-    coins = noise.coins(3)
+    uniforms = noise.uniforms(3)
     for r, seed in enumerate(seeds.tolist()):
         for i in range(3):
             word = philox.words(seed, torch.zeros(1, dtype=torch.int64), int(anchors[r]) + i + 1, int(anchors[r]), Stream.ACCEPT)
-            assert coins[r, i] == philox.uniform(word)[0]
+            assert uniforms[r, i] == philox.uniform(word)[0]
 
 
 def padded(case):
@@ -58,8 +58,8 @@ def padded(case):
         target[r, : lens[r] + 1] = case.target_logits[first : first + int(lens[r]) + 1]
         drafts[r, : lens[r]] = layout.token_ids[start + 1 : start + 1 + int(lens[r])]
         positions[r] = layout.positions[start]
-    law = getattr(case.proposal, "logits", None)
-    return target, drafts, law, case.sampling.temperature, case.sampling.seed, lens.int(), positions
+    draft_logits = getattr(case.proposal, "logits", None)
+    return target, drafts, draft_logits, case.sampling.temperature, case.sampling.seed, lens.int(), positions
 
 
 @pytest.mark.parametrize("vocab", [5, 40, 2500])
@@ -85,29 +85,31 @@ def test_rules_are_the_reference_s(rule, proposal, vocab):
     assert len(lengths) > 1
 
 
-def test_laws_and_what_is_accepted_are_the_reference_s():
+def test_distributions_and_what_is_accepted_are_the_reference_s():
     model = distributions.ROUNDS
-    law, draft_law = model.law(), model.draft_law()
+    target_probs, draft_probs = model.target_probs(), model.draft_probs()
 
     def decoder(rule):
-        return Decoder(lambda c: law[c[-1]], lambda c: draft_law[c[-1]], reference.RULES[rule], 2, coupled=rule == "coupled")
+        return Decoder(
+            lambda c: target_probs[c[-1]], lambda c: draft_probs[c[-1]], reference.RULES[rule], 2, coupled=rule == "coupled"
+        )
 
-    exact = models.sequence_law(law, 4)
+    exact = models.sequence_probs(target_probs, 4)
     want = target_distribution(decoder("token"), (models.PROMPT,), 4)
-    assert all(float(exact[tokens]) == pytest.approx(chance, rel=1e-12) for tokens, chance in want.items())
+    assert all(float(exact[tokens]) == pytest.approx(probability, rel=1e-12) for tokens, probability in want.items())
     for first in (0, 1, 2):
-        window = models.window_law(law, first, 4 - first)
+        window = models.window_probs(target_probs, first, 4 - first)
         assert torch.allclose(window, exact.sum(tuple(range(first))) if first else exact, rtol=1e-12)
     for rule, compare in (("token", math.isclose), ("coupled", math.isclose), ("block", lambda have, exact: have <= exact)):
         emitted = emitted_distribution(decoder(rule), (models.PROMPT,))
-        mean = sum(chance * (len(tokens) - 1) for tokens, chance in emitted.items())
-        square = sum(chance * (len(tokens) - 1) ** 2 for tokens, chance in emitted.items())
+        mean = sum(probability * (len(tokens) - 1) for tokens, probability in emitted.items())
+        square = sum(probability * (len(tokens) - 1) ** 2 for tokens, probability in emitted.items())
         have, deviation = models.mean_accepted(rule, model, 2)
         assert compare(have, mean), rule
         assert rule == "block" or math.isclose(deviation, math.sqrt(square - mean**2))
 
 
-# ---- what it clears
+# ---- what passes
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -121,8 +123,8 @@ def test_plain_rules_pass(rule):
 def by_reference(rule, target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions):
     """reference/accept.py as an acceptance function: every distinct batch row once, for all its seeds (V <= 1024)."""
     out = torch.full((len(seeds), draft_tokens.shape[1] + 1), -1)
-    law = target_logits[:, :0] if draft_logits is None else draft_logits
-    facts = [x.double().flatten(1) for x in (target_logits, draft_tokens, law, temperature[:, None], draft_lens[:, None])]
+    given = target_logits[:, :0] if draft_logits is None else draft_logits
+    facts = [x.double().flatten(1) for x in (target_logits, draft_tokens, given, temperature[:, None], draft_lens[:, None])]
     key = torch.cat([*facts, anchor_positions[:, None].double()], 1).nan_to_num(nan=-777.0)
     _, group = key.unique(dim=0, return_inverse=True)
     for members in (torch.nonzero(group == g)[:, 0] for g in range(int(group.max()) + 1 if len(group) else 0)):
@@ -135,11 +137,11 @@ def by_reference(rule, target_logits, draft_tokens, draft_logits, temperature, s
             point = torch.nn.functional.one_hot(torch.tensor(max(token, 0)), target_logits.shape[2]).double()
             padding = (0, target_logits.shape[2] - (0 if drawn is None else len(drawn)))
             told.append(None if token == -1 else point if drawn is None else torch.nn.functional.pad(drawn, padding))
-        judge = reference.RULES[rule if heat > 0 else "greedy"]
+        verify = reference.RULES[rule if heat > 0 else "greedy"]
         anchor = int(anchor_positions[r])
         noise: dict = {}
         make = functools.partial(CrowdSource, anchor, seeds, members, noise)
-        for who, verdict in explore(lambda at, j=judge, t=target, q=told, d=drafts, a=anchor: j(t, q, d, at, a), make):
+        for who, verdict in explore(lambda at, j=verify, t=target, q=told, d=drafts, a=anchor: j(t, q, d, at, a), make):
             n = verdict.num_accepted
             out[who, :n], out[who, n] = torch.tensor(drafts[:n], dtype=torch.int64), verdict.token
     return out
@@ -169,8 +171,8 @@ def test_our_adapter_hands_everything_over():
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(5)
     target = (torch.randn(8, 3, 9, generator=generator) * 2)[..., :5]
-    law = target[:, :2] + torch.randn(8, 2, 5, generator=generator)
-    drafts = law.argmax(2)
+    draft_logits = target[:, :2] + torch.randn(8, 2, 5, generator=generator)
+    drafts = draft_logits.argmax(2)
     drafts[[1, 4], [1, 0]] = -1
     rest = (
         torch.tensor([1.0, 1, 0.5, 0, 1, 1, 2, 1]),
@@ -178,7 +180,7 @@ def test_our_adapter_hands_everything_over():
         torch.tensor([2, 2, 1, 2, 2, 0, 2, 2]).int(),
         torch.arange(8),
     )
-    for proposal in (law, None):
+    for proposal in (draft_logits, None):
         want = rules.token(target, drafts, proposal, *rest)
         assert torch.equal(ours.token(target, drafts, proposal, *rest), want)
         assert len(set((want >= 0).sum(1).tolist())) == 3
@@ -199,14 +201,14 @@ def test_our_drafts_and_schedule_are_what_the_suite_takes():
     assert lengths[0] == lengths[1] == 3 and lengths[2] == 0 and lengths[3] == 1
 
 
-# ---- what it convicts
+# ---- what it detects
 
-# Planted mistake -> tests that must each convict it, and requests where QUICK shows too little.
-CONVICTED = {
+# Known-bad rule -> tests that must each detect it, and requests where QUICK shows too little.
+DETECTED_BY = {
     "correction_with_draft_noise": ("noise",),
     "position_only_noise": ("rounds",),
-    "one_coin_per_round": ("one_round", "temperature"),
-    "one_coin_per_batch": ("batch", "noise"),
+    "one_uniform_per_round": ("one_round", "temperature"),
+    "one_uniform_per_batch": ("batch", "noise"),
     "noise_by_row": ("batch",),
     "low_word_of_seed": ("noise",),
     "seed_plus_position": ("noise",),
@@ -214,7 +216,7 @@ CONVICTED = {
     "equality_passes": ("tails",),
     "block_first_reject": ("one_round", "rounds", "accepts"),
     "block_unverified_row": ("prefix",),
-    "block_without_kept": ("filters",),
+    "block_without_prefix_probability": ("filters",),
     "correction_from_target": ("one_round", "placeholder"),
     "correction_without_draft": ("one_round", "noise"),
     "bonus_at_row_k": ("rows", "prefix"),
@@ -226,9 +228,9 @@ CONVICTED = {
     "coupled_without_sharing": ("accepts",),
     "coupled_with_anchor": ("shared",),
     "temperature_on_target_only": ("temperature",),
-    "draft_law_cut": ("widths", "noise"),
-    "draft_law_rounded": ("temperature",),
-    "law_ignored": ("accepts",),
+    "draft_distribution_cut": ("widths", "noise"),
+    "draft_distribution_rounded": ("temperature",),
+    "distribution_ignored": ("accepts",),
     "one_hot_for_granted": ("one_round", "tails"),
     "placeholder_is_the_last_id": ("placeholder",),
     "nan_passes": ("bad_rows",),
@@ -243,43 +245,43 @@ CONVICTED = {
     "global_maximum": ("prefix",),
     "retrospective": ("prefix",),
 }
-REQUESTS = {"gumbel_floor": 1 << 13, "draft_position_only": 1 << 13, "block_without_kept": 1 << 13}
+REQUESTS = {"gumbel_floor": 1 << 13, "draft_position_only": 1 << 13, "block_without_prefix_probability": 1 << 13}
 
 
-@pytest.mark.parametrize("name", CONVICTED)
-def test_a_planted_mistake_is_convicted(name):
-    function, how = known_wrong.MISTAKES.get(name), {}
+@pytest.mark.parametrize("name", DETECTED_BY)
+def test_a_known_bad_rule_is_detected(name):
+    function, how = known_wrong.KNOWN_BAD.get(name), {}
     if name in known_wrong.DRAFTS:
         function, how = rules.block, dict(draft=known_wrong.DRAFTS[name])
     if name in known_wrong.SCHEDULES:
         function, how = rules.token, dict(schedule=known_wrong.SCHEDULES[name])
-    report = testing.check(function, tests=CONVICTED[name], requests=REQUESTS.get(name, QUICK), **how)
-    assert report.convicted == tuple(CONVICTED[name]) and not report.passed, str(report)
+    report = testing.check(function, tests=DETECTED_BY[name], requests=REQUESTS.get(name, QUICK), **how)
+    assert report.detected_by == tuple(DETECTED_BY[name]) and not report.passed, str(report)
 
 
-def test_every_mistake_is_planted_and_every_test_convicts_one():
-    assert CONVICTED.keys() == known_wrong.MISTAKES.keys() | known_wrong.DRAFTS.keys() | known_wrong.SCHEDULES.keys()
-    assert {test for tests in CONVICTED.values() for test in tests} == suite.TESTS.keys()
+def test_every_known_bad_rule_is_tried_and_every_test_detects_one():
+    assert DETECTED_BY.keys() == known_wrong.KNOWN_BAD.keys() | known_wrong.DRAFTS.keys() | known_wrong.SCHEDULES.keys()
+    assert {test for tests in DETECTED_BY.values() for test in tests} == suite.TESTS.keys()
 
 
 def test_a_bias_of_the_stated_size_is_seen():
-    """A share of requests says token 0 and nothing else: 12 choices of seeds, every one convicted; a fifth of it, none."""
+    """A share of requests says token 0 and nothing else: 12 choices of seeds, every one detected; a fifth of it, none."""
     model = next(m for vocab, count, _, m in distributions.ROUND if (vocab, count) == (2, 1))
 
     def biased(share, *arguments):
         out = rules.token(*arguments)
-        hit = rules.Noise(arguments[4] ^ 0x77777777, arguments[6]).coins(1)[:, 0] < share
+        hit = rules.Noise(arguments[4] ^ 0x77777777, arguments[6]).uniforms(1)[:, 0] < share
         return torch.where(hit[:, None], torch.tensor([0, -1]), out)
 
     sees = statistics.smallest_bias(3, QUICK, suite.LEVEL)
-    share = sees / (1 - float(model.law()[models.PROMPT, 0]))
+    share = sees / (1 - float(model.target_probs()[models.PROMPT, 0]))
     for size, expected in ((1.0, 12), (0.2, 0)):
         seen = 0
         for seed in range(12):
             run = suite.Run(functools.partial(biased, size * share), "token", QUICK, seed, "cpu", None, None, torch.float32)
             findings = list(distributions._round(run, "", model, 1))
             assert findings[0].sees == pytest.approx(sees)
-            seen += findings[0].chance < suite.LEVEL
+            seen += findings[0].p_value < suite.LEVEL
         assert seen == expected
 
 
@@ -302,7 +304,7 @@ def test_a_bias_of_the_stated_size_is_seen():
 )
 def test_output_that_is_none(function, message):
     report = testing.check(function, tests=["rows"], requests=64)
-    assert report.convicted == ("rows",) and message in report.results[0].text, str(report)
+    assert report.detected_by == ("rows",) and message in report.results[0].text, str(report)
 
 
 def example():
@@ -330,7 +332,7 @@ class _Own:
     def __init__(self, generator, lens):
         self.generator, self.count, self.anchor_positions = generator, len(lens), torch.zeros(len(lens), dtype=torch.int64)
 
-    def coins(self, count):
+    def uniforms(self, count):
         return torch.rand(self.count, count, generator=self.generator, dtype=torch.float64)
 
     def draw(self, positions, weights):
@@ -363,11 +365,11 @@ def test_bad_arguments_are_named(change, error, message):
 def test_command(capsys):
     assert command.main(["dspark_kernels.testing.chain.rules:greedy"]) == 0
     out = capsys.readouterr().out
-    assert "greedy rule, 131072 requests per law" in out and "7 of 7 tests passed" in out
+    assert "greedy rule, 131072 requests per distribution" in out and "7 of 7 tests passed" in out
     wrong = "dspark_kernels.testing.known_wrong:block_first_reject"
     assert command.main([wrong, "--requests", str(QUICK), "one_round", "rows", "--skip", "rows"]) == 1
     out = capsys.readouterr().out
-    assert "one_round    FAIL" in out and "convicted by one_round" in out and "rows " not in out
+    assert "one_round    FAIL" in out and "detected by one_round" in out and "rows " not in out
     right = "dspark_kernels.testing.chain.rules:token"
     assert command.main([right, "--schedule", "dspark_kernels.testing.known_wrong:retrospective", "prefix", "--quick"]) == 1
     assert command.main([right, "--dtype", "bfloat16", "--requests", "512", "--unseeded", "batch", "widths"]) == 0
@@ -381,7 +383,7 @@ def test_command(capsys):
         (["rules"], "function: expected module:function, got 'rules'"),
         (["no_such_module:f"], "No module named 'no_such_module'"),
         (["dspark_kernels.testing.chain.rules:no_such"], "no attribute 'no_such'"),
-        (["dspark_kernels.testing.chain.rules:LEAF"], "expected a function, got int"),
+        (["dspark_kernels.testing.chain.rules:VOCAB_BLOCK"], "expected a function, got int"),
         (["dspark_kernels.testing.chain.rules:token", "row"], "tests: expected some of rows, greedy"),
         (["dspark_kernels.testing.chain.rules:token", "--requests", "3"], "--requests: expected >= 64, got 3"),
     ],
@@ -394,8 +396,8 @@ def test_command_with_bad_arguments(arguments, message, capsys):
 
 def test_command_without_triton(tmp_path):
     """In a fresh process, on a function of the current directory."""
-    (tmp_path / "mine.py").write_text("from dspark_kernels.testing.chain.rules import greedy as judge\n")
-    code = "import sys, runpy; sys.modules['triton'] = None; sys.argv[1:] = ['mine:judge', 'rows']\n"
+    (tmp_path / "mine.py").write_text("from dspark_kernels.testing.chain.rules import greedy as verify\n")
+    code = "import sys, runpy; sys.modules['triton'] = None; sys.argv[1:] = ['mine:verify', 'rows']\n"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code + "runpy.run_module('dspark_kernels.testing', run_name='__main__')"],

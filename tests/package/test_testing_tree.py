@@ -1,4 +1,4 @@
-"""The conformance suite on draft trees: its parts against the reference, what it clears, the planted mistakes it convicts."""
+"""The conformance suite on draft trees: its parts against the reference, what passes, the known-bad rules it detects."""
 
 import math
 import textwrap
@@ -15,7 +15,7 @@ from reference.cases import accept_tree_case
 from reference.enumeration import EnumeratingSource, emitted_distribution
 from reference.tree_enumeration import TreeDecoder
 
-QUICK = 4096  # requests per law
+QUICK = 4096  # requests per distribution
 SAMPLED = ("walk", "recursive", "traversal")
 RULES = (*SAMPLED, "greedy_tree")
 
@@ -31,7 +31,7 @@ def test_noise_is_the_reference_s():
     seeds = torch.tensor([0, 1, -1, 1 << 40, -(1 << 63), 987654321987654321])
     anchors, depths = torch.tensor([0, 5, 2**31, 7, 8, 9]), torch.tensor([[0, 1, 1, 2]]).repeat(6, 1)
     noise = rules.Noise(seeds, anchors)
-    coins, nodes = noise.node_coins(depths), torch.tensor([0, 1, 2, 3, 62, 63])
+    uniforms, nodes = noise.node_uniforms(depths), torch.tensor([0, 1, 2, 3, 62, 63])
     words = noise.at(nodes).words(Stream.CORRECT, anchors + 3, 7)
     for r, seed in enumerate(seeds.tolist()):
         anchor = int(anchors[r])
@@ -39,7 +39,7 @@ def test_noise_is_the_reference_s():
         for node in range(4):
             lane = torch.zeros(1, dtype=torch.int64)
             word = philox.words(seed, lane, anchor + int(depths[r, node]), anchor, Stream.ACCEPT, node)
-            assert coins[r, node] == philox.uniform(word)[0]
+            assert uniforms[r, node] == philox.uniform(word)[0]
 
 
 def padded(case):
@@ -53,9 +53,9 @@ def padded(case):
         target[r, :count] = case.target_logits[first : first + count]
         tokens[r, :count] = layout.token_ids[start : start + count]
         positions[r] = layout.positions[start]
-    law = getattr(tree.proposal, "logits", None)
+    draft_logits = getattr(tree.proposal, "logits", None)
     sampling = case.sampling
-    return target, tokens, tree.parents, law, tree.drawn, sampling.temperature, sampling.seed, counts, positions
+    return target, tokens, tree.parents, draft_logits, tree.drawn, sampling.temperature, sampling.seed, counts, positions
 
 
 @pytest.mark.parametrize("drawn", rules.DRAWN)
@@ -71,7 +71,7 @@ def test_rules_are_the_reference_s(rule, drawn):
         if wide:
             for r in range(3, 24, 2):  # tokens that the drafter alone has
                 case.layout.token_ids[starts[r] + 1 : starts[r + 1] : 2] = vocab + 1
-            for r in range(14, 24, 2):  # nothing is known of the root's law, and a child is what is emitted then
+            for r in range(14, 24, 2):  # nothing is known of the root's distribution, and a child is what is emitted then
                 case.target_logits[int(case.layout.cu_num_logits[r])] = math.nan
                 case.layout.token_ids[starts[r] + 1 : starts[r + 1]] = 0
         for r, ids, value in ((9, slice(None), math.nan), (11, slice(0, None, 2), -math.inf), (13, 3, math.inf)):
@@ -79,17 +79,17 @@ def test_rules_are_the_reference_s(rule, drawn):
         want = reference.accept_tree(**case.arguments()).tokens
         assert torch.equal(plain(rule)(*padded(case)), want)
         lengths |= set((want >= 0).sum(1).tolist())
-    assert len(lengths) > (1 if rule == "walk" or drawn == "one_hot" else 2)  # trees without chance are walked
+    assert len(lengths) > (1 if rule == "walk" or drawn == "one_hot" else 2)  # deterministic trees are walked
 
 
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
-def test_siblings_of_a_wider_draft_law(rule):
+def test_siblings_of_a_wider_draft_distribution(rule):
     """What the elder ones leave is a share of all of the drafter's ids, those that the target does not have among them."""
     both = []
 
-    def play(node_logits, tokens, parents, law, drawn, heat, seeds, counts, positions):
-        plain_tokens = plain(rule)(node_logits, tokens, parents, law, drawn, heat, seeds, counts, positions)
-        tree = ours._tree(tokens, parents, law, drawn, counts)
+    def play(node_logits, tokens, parents, draft_logits, drawn, heat, seeds, counts, positions):
+        plain_tokens = plain(rule)(node_logits, tokens, parents, draft_logits, drawn, heat, seeds, counts, positions)
+        tree = ours._tree(tokens, parents, draft_logits, drawn, counts)
         layout = layouts.tree_layout(tree, anchor_positions=positions)
         packed = node_logits[torch.arange(tokens.shape[1]) < counts[:, None]]
         want = reference.accept_tree(packed, layout, tree, sampling=SamplingTensors(heat, seeds), rule=rule).tokens
@@ -107,42 +107,44 @@ def test_siblings_of_a_wider_draft_law(rule):
 @pytest.mark.parametrize("shape", [distributions.SECOND, distributions.ODD[:5]])
 def test_what_is_accepted_is_the_reference_s(shape, drawn):
     model = chain.models.random_model(5, 3, 1.5)
-    law, draft_law = model.law(), model.draft_law()
+    target_probs, draft_probs = model.target_probs(), model.draft_probs()
     for rule in SAMPLED:
-        toy = TreeDecoder(lambda c: law[c[-1]], lambda c: draft_law[c[-1]], reference.RULES[rule], shape, (drawn,) * len(shape))
+        toy = TreeDecoder(
+            lambda c: target_probs[c[-1]], lambda c: draft_probs[c[-1]], reference.RULES[rule], shape, (drawn,) * len(shape)
+        )
         emitted = emitted_distribution(toy, (chain.models.PROMPT,))
-        mean = sum(chance * (len(tokens) - 1) for tokens, chance in emitted.items())
-        square = sum(chance * (len(tokens) - 1) ** 2 for tokens, chance in emitted.items())
+        mean = sum(probability * (len(tokens) - 1) for tokens, probability in emitted.items())
+        square = sum(probability * (len(tokens) - 1) ** 2 for tokens, probability in emitted.items())
         want = (mean, math.sqrt(square - mean**2))
         assert models.mean_accepted(rule, model, shape, drawn) == pytest.approx(want, abs=1e-12), rule
         assert mean == pytest.approx(toy.mean_accepted((chain.models.PROMPT,), EnumeratingSource), abs=1e-12)
 
 
-def test_the_law_of_block_verification_is_the_reference_s():
-    law, draft_law = distributions.BLOCK.law(), distributions.BLOCK.draft_law()
+def test_the_distribution_of_block_verification_is_the_reference_s():
+    target_probs, draft_probs = distributions.BLOCK.target_probs(), distributions.BLOCK.draft_probs()
 
     def block(target_probs, draft_probs, tree, source, anchor_position):
         verdict = accept.block_rule(torch.stack(target_probs), draft_probs[1:], tree.tokens[1:], source, anchor_position)
         return reference.TreeVerdict(tuple(range(verdict.num_accepted + 1)), verdict.token)
 
-    toy = TreeDecoder(lambda c: law[c[-1]], lambda c: draft_law[c[-1]], block, distributions.CHAIN, ("iid",) * 3)
+    toy = TreeDecoder(lambda c: target_probs[c[-1]], lambda c: draft_probs[c[-1]], block, distributions.CHAIN, ("iid",) * 3)
     want = emitted_distribution(toy, (chain.models.PROMPT,))
-    chances, outcomes = models.block_law(distributions.BLOCK, 2)
-    have = {outcome: chance for outcome, chance in zip(outcomes, chances.tolist(), strict=True) if chance > 0}
-    assert have == pytest.approx({outcome: chance for outcome, chance in want.items() if chance > 0}, abs=1e-12)
+    probabilities, outcomes = models.block_probs(distributions.BLOCK, 2)
+    have = {outcome: probability for outcome, probability in zip(outcomes, probabilities.tolist(), strict=True) if probability > 0}
+    assert have == pytest.approx({outcome: probability for outcome, probability in want.items() if probability > 0}, abs=1e-12)
 
 
-def test_trees_are_drawn_from_the_laws_that_are_handed_over():
+def test_trees_are_drawn_from_the_distributions_that_are_handed_over():
     """Pairs of siblings against q q' and q q' / (1 - q); subtrees where the confidence says so, the others at the end."""
     model, seeds = chain.models.random_model(5, 3, 1.0), torch.arange(20000) * 7919
-    q = model.draft_law()[chain.models.PROMPT]
+    q = model.draft_probs()[chain.models.PROMPT]
     zero, heat = torch.zeros_like(seeds), torch.ones(len(seeds))
     for kind in ("iid", "without_replacement"):
         play = models.TreePlay.of(None, model, (distributions.PAIR,), kind=kind)
         tokens, _, there = play.grow(zero, seeds, zero + 3, heat)
-        law = q[:, None] * q if kind == "iid" else (q[:, None] * q / (1 - q[:, None])).fill_diagonal_(0)
+        probs = q[:, None] * q if kind == "iid" else (q[:, None] * q / (1 - q[:, None])).fill_diagonal_(0)
         counts = torch.bincount(tokens[:, 1] * 3 + tokens[:, 2], minlength=9)
-        assert there.all() and all(f.chance > 1e-4 for f in statistics.compare("", counts, law, suite.LEVEL))
+        assert there.all() and all(f.p_value > 1e-4 for f in statistics.compare("", counts, probs, suite.LEVEL))
     seen = []
     cut = models.TreePlay.of(lambda *a: seen.append(a) or a[1] * 0, distributions.PREFIX, (distributions.DEEP,), cut=True)
     cut.round(zero, seeds, zero + 3)
@@ -156,7 +158,7 @@ def test_trees_are_drawn_from_the_laws_that_are_handed_over():
     assert set(counts[:300].tolist()) == {3, 4, 5, 6}
 
 
-# ---- what it clears
+# ---- what passes
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -199,45 +201,45 @@ def test_our_adapter_hands_everything_over():
 
 def test_links_of_our_adapter_are_a_tree_s():
     case = accept_tree_case(4, 6, 9, 30, "iid", "recursive", temperatures=(1.0,))
-    want, _, parents, law, drawn, _, _, counts, _ = case.tree, *padded(case)[1:]
+    want, _, parents, draft_logits, drawn, _, _, counts, _ = case.tree, *padded(case)[1:]
     parents = torch.where(torch.arange(9) < counts[:, None], parents, 0)  # garbage behind
-    have = ours._tree(want.tokens, parents, law, drawn, counts)
+    have = ours._tree(want.tokens, parents, draft_logits, drawn, counts)
     inside = torch.arange(9) < counts[:, None]
     for name in ("parents", "depths", "first_child", "next_sibling", "ancestors"):
         assert torch.equal(getattr(have, name)[inside], getattr(want, name)[inside]), name
 
 
-# ---- what it convicts
+# ---- what it detects
 
-# Planted mistake -> tests that must each convict it, and requests where QUICK shows too little.
-CONVICTED = {
+# Known-bad rule -> tests that must each detect it, and requests where QUICK shows too little.
+DETECTED_BY = {
     "draw_with_draft_noise": ("noise",),
     "position_only_noise": ("rounds",),
-    "one_coin_for_siblings": ("siblings",),
-    "one_coin_per_depth": ("siblings",),
-    "one_coin_per_tree": ("chain",),
+    "one_uniform_for_siblings": ("siblings",),
+    "one_uniform_per_depth": ("siblings",),
+    "one_uniform_per_tree": ("chain",),
     "noise_by_row": ("batch",),
     "low_word_of_seed": ("noise",),
     "gumbel_floor": ("tails",),
     "equality_passes": ("tails",),
     "drawn_sibling_stays": ("one_round", "siblings"),
     "drawn_sibling_stays_in_traversal": ("one_round", "filters"),
-    "sibling_law_not_normalised": ("one_round", "filters"),
+    "sibling_distribution_not_normalised": ("one_round", "filters"),
     "independent_taken_for_distinct": ("one_round", "unequal"),
     "nothing_taken_out": ("one_round", "accepts"),
     "draft_cut_to_the_targets_ids": ("widths",),
-    "law_of_the_childs_row": ("one_round", "chain"),
-    "law_ignored": ("accepts",),
+    "distribution_of_the_childs_row": ("one_round", "chain"),
+    "distribution_ignored": ("accepts",),
     "duplicates_merged": ("siblings",),
     "residual_not_normalised": ("one_round", "siblings"),
     "siblings_against_the_whole_target": ("one_round", "siblings"),
     "youngest_sibling_first": ("one_round", "siblings"),
     "walk_to_the_first_child": ("rows", "unequal"),
     "token_from_the_parents_row": ("rows", "unequal"),
-    "token_from_the_targets_law": ("one_round", "prefix"),
+    "token_from_the_targets_distribution": ("one_round", "prefix"),
     "traversal_divided_by_the_child": ("one_round", "chain"),
     "traversal_restarts": ("unequal", "chain"),
-    "traversal_without_kept": ("one_round", "chain"),
+    "traversal_without_prefix_probability": ("one_round", "chain"),
     "traversal_of_first_children": ("accepts",),
     "traversal_draws_from_the_target": ("prefix", "chain"),
     "recursive_for_traversal": ("accepts", "chain"),
@@ -247,7 +249,7 @@ CONVICTED = {
     "at_least_one_child": ("empty", "unequal"),
     "one_shape_for_all": ("rows", "batch", "unequal"),
     "temperature_on_target_only": ("temperature",),
-    "draft_law_rounded": ("temperature",),
+    "draft_distribution_rounded": ("temperature",),
     "nan_wins": ("bad_rows",),
     "masked_tokens_drawn": ("filters", "tails"),
     "strides_ignored": ("padding",),
@@ -262,18 +264,18 @@ CONVICTED = {
 REQUESTS = {"draw_with_draft_noise": 1 << 13, "draft_position_only": 1 << 13, "gumbel_floor": 1 << 13}
 
 
-@pytest.mark.parametrize("name", CONVICTED)
-def test_a_planted_mistake_is_convicted(name):
-    function, how = known_wrong.MISTAKES.get(name, rules.traversal), {}
+@pytest.mark.parametrize("name", DETECTED_BY)
+def test_a_known_bad_rule_is_detected(name):
+    function, how = known_wrong.KNOWN_BAD.get(name, rules.traversal), {}
     if name in known_wrong.DRAFTS:
         how = dict(draft=known_wrong.DRAFTS[name])
-    report = testing.check(function, tests=CONVICTED[name], requests=REQUESTS.get(name, QUICK), **how)
-    assert report.convicted == tuple(CONVICTED[name]) and not report.passed, str(report)
+    report = testing.check(function, tests=DETECTED_BY[name], requests=REQUESTS.get(name, QUICK), **how)
+    assert report.detected_by == tuple(DETECTED_BY[name]) and not report.passed, str(report)
 
 
-def test_every_mistake_is_planted_and_every_test_convicts_one():
-    assert CONVICTED.keys() == known_wrong.MISTAKES.keys() | known_wrong.DRAFTS.keys()
-    assert {test for tests in CONVICTED.values() for test in tests} == suite.TREE_TESTS.keys()
+def test_every_known_bad_rule_is_tried_and_every_test_detects_one():
+    assert DETECTED_BY.keys() == known_wrong.KNOWN_BAD.keys() | known_wrong.DRAFTS.keys()
+    assert {test for tests in DETECTED_BY.values() for test in tests} == suite.TREE_TESTS.keys()
 
 
 # ---- what it says about functions that break
@@ -294,7 +296,7 @@ def test_every_mistake_is_planted_and_every_test_convicts_one():
 )
 def test_output_that_is_none(function, message):
     report = testing.check(function, rule="walk", tests=["rows"], requests=64)
-    assert report.convicted == ("rows",) and message in report.results[0].text, str(report)
+    assert report.detected_by == ("rows",) and message in report.results[0].text, str(report)
 
 
 def test_paths_through_siblings_that_are_alike():
@@ -367,7 +369,7 @@ def test_only_the_ways_that_a_function_is_for():
 def test_command(capsys):
     assert command.main(["dspark_kernels.testing.tree.rules:greedy"]) == 0
     out = capsys.readouterr().out
-    assert "greedy_tree rule, 131072 requests per law" in out and "7 of 7 tests passed" in out
+    assert "greedy_tree rule, 131072 requests per distribution" in out and "7 of 7 tests passed" in out
     wrong = "dspark_kernels.testing.known_wrong_tree:traversal_divided_by_the_child"
     assert command.main([wrong, "--requests", str(QUICK), "chain", "--drawn", "iid"]) == 1
     assert "chain        FAIL" in capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""Tests of an acceptance function by what it emits under many seeds, each against a law that is known exactly.
+"""Tests of an acceptance function by what it emits under many seeds, each against a distribution that is known exactly.
 
-Every test yields `statistics.Finding`s; `run` is a `suite.Run`. The models are chosen among random ones so that the planted
-mistakes of known_wrong.py show well; how large any other bias must be to be seen, the findings say themselves.
+Every test yields `statistics.Finding`s; `run` is a `suite.Run`. The models are chosen among random ones so that the
+known-bad rules of known_wrong.py are detected clearly. Every finding says how large any other bias must be to be detected.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from ..statistics import Finding, at_least, compare, rare
 from . import models, rules
 
 WINDOW = 4
-# Found by search. Decided position 1, anchor position 0: the coin is below 2^-24; or within 2^-25 of 1; or one of the first four
-# lanes of the draw has a word below 64 or above 2^32 - 65.
-LOW_COINS = (
+# Found by search. Decided position 1, anchor position 0: the acceptance uniform is below 2^-24; or within 2^-25 of 1; or one of the
+# first four lanes of the draw has a word below 64 or above 2^32 - 65.
+LOW_UNIFORMS = (
     19551888, 30933614, 45543406, 48465000, 56038567, 66130735, 104063980, 105037334, 106304229, 123488002, 127003797, 142593104,
 )  # fmt: skip
-HIGH_COINS = (8025062, 8886381, 24627201, 53612539, 137632225, 223037540)
+HIGH_UNIFORMS = (8025062, 8886381, 24627201, 53612539, 137632225, 223037540)
 EXTREME_DRAWS = (
     5440943, 51604212, 67862186, 68919831, 73581764, 85600725, 98331357, 102135511, 3453547, 11116009, 14103637, 19735793, 35882025,
     60878372, 68637947, 129745419,
@@ -28,18 +28,18 @@ TAIL = 4096  # tokens that share the tail's mass
 
 
 def _round(run, what, model, num_drafts, **options):
-    """One round after the prompt, completed by the target: the law of the first K + 1 tokens."""
+    """One round after the prompt, completed by the target: the distribution of the first K + 1 tokens."""
     temperature = options.get("temperature", 1.0)
     model, history, _ = run.decode(what, model, num_drafts, num_drafts + 1, rounds=1, **options)
     tokens = num_drafts + 1
     while tokens > 1 and model.vocab**tokens * 20 > run.requests:  # fewer cells than samples
         tokens -= 1
     counts = models.count_windows(history, 0, tokens, model.vocab)
-    yield from compare(what, counts, models.sequence_law(model.law(temperature), tokens), run.level)
+    yield from compare(what, counts, models.sequence_probs(model.target_probs(temperature), tokens), run.level)
 
 
 def _windows(run, what, model, num_drafts, **options):
-    """Three rounds or more under one seed: the law of all windows of a few tokens."""
+    """Three rounds or more under one seed: the distribution of all windows of a few tokens."""
     tokens = 2 * (num_drafts + 1) + 1
     model, history, _ = run.decode(what, model, num_drafts, tokens, rounds=None, **options)
     width = WINDOW
@@ -47,8 +47,8 @@ def _windows(run, what, model, num_drafts, **options):
         width -= 1
     for first in range(tokens - width + 1):
         counts = models.count_windows(history, first, width, model.vocab)
-        law = models.window_law(model.law(), first, width)
-        yield from compare(f"{what}, tokens {first + 1} to {first + width}", counts, law, run.level)
+        probs = models.window_probs(model.target_probs(), first, width)
+        yield from compare(f"{what}, tokens {first + 1} to {first + width}", counts, probs, run.level)
 
 
 def one_round(run):
@@ -74,7 +74,7 @@ def noise(run):
     yield from _round(run, "frequent corrections", CORRECTIONS, 1)
     seeds = run.seeds("pairs")
     model = run.model(PAIRS)
-    law = models.sequence_law(model.law(), 1)
+    probs = models.sequence_probs(model.target_probs(), 1)
     others = {"seed + 1": (1, 0), "seed + 2^32": (1 << 32, 0), "position + 1": (0, 1), "seed + 1, position - 1": (1, -1)}
     for what, (step, offset) in others.items():
         tokens = []
@@ -82,7 +82,7 @@ def noise(run):
             history, _ = run.play(model, 1).decode(given, 1, 1, position, salt=position)
             tokens.append(history[:, 0])
         counts = torch.bincount(tokens[0] * model.vocab + tokens[1], minlength=model.vocab**2)
-        yield from compare(what, counts, law[:, None] * law, run.level)
+        yield from compare(what, counts, probs[:, None] * probs, run.level)
 
 
 def temperature(run):
@@ -92,13 +92,13 @@ def temperature(run):
 
 
 def filters(run):
-    """-inf logits in either law, as filters leave them"""
+    """-inf logits in either distribution, as filters leave them"""
     yield from _round(run, "V=4 K=2", SUPPORT, 2)
     yield from _round(run, "one-hot", SUPPORT, 2, kind="one_hot")
 
 
 def placeholder(run):
-    """drafts of -1 are rejected and corrected from the target's law"""
+    """drafts of -1 are rejected and corrected from the target's distribution"""
     yield from _round(run, "every second draft -1", MISSING, 2, kind="missing")
 
 
@@ -126,33 +126,33 @@ def residual(run):
     row[[1, 3]] = torch.tensor([0.0, 1.0])
     seeds = run.seeds("residual", requests)
     out = run.call_rows(row.expand(requests, 2, -1), torch.full((requests, 1), 2), row.expand(requests, 1, -1), seeds)
-    law = torch.softmax(row.double(), 0)
-    yield from compare("equal laws, impossible draft", torch.bincount(out[:, 0], minlength=vocab).cpu(), law, run.level)
+    probs = torch.softmax(row.double(), 0)
+    yield from compare("equal distributions, impossible draft", torch.bincount(out[:, 0], minlength=vocab).cpu(), probs, run.level)
 
 
 def tails(run):
-    """impossible tokens never, coins of 0 and 1 among the noise; tokens of 1e-6 and drafts of small chance at their rate"""
+    """impossible tokens never, uniforms near 0 and 1 among the noise; tokens of 1e-6 and unlikely drafts at their rate"""
     yield from _impossible(run)
     yield _rare_tokens(run)
     yield _rare_drafts(run)
 
 
 def _impossible(run):
-    extreme = torch.tensor([*LOW_COINS, *HIGH_COINS, *EXTREME_DRAWS], device=run.device)
+    extreme = torch.tensor([*LOW_UNIFORMS, *HIGH_UNIFORMS, *EXTREME_DRAWS], device=run.device)
     seeds = torch.cat([extreme, run.seeds("impossible", max(64, run.requests - len(extreme)) if run.requests > 64 else 16)])
     vocab, count = 4, len(seeds)
     target = torch.tensor([[0.0, rules.NEG_INF, 1.0, rules.NEG_INF], [1.0, 0.0, rules.NEG_INF, rules.NEG_INF]])
     draft = torch.tensor([[-1.0, 2.0, -1.0, 2.0]])
     drafts = torch.where(torch.arange(count) % 2 == 0, 1, 3)[:, None]
-    for what, law in (("sampled draft", draft.expand(count, 1, vocab)), ("one-hot draft", None)):
-        out = run.call_rows(target.expand(count, 2, vocab), drafts, law, seeds, anchor_position=0)
+    for what, draft_logits in (("sampled draft", draft.expand(count, 1, vocab)), ("one-hot draft", None)):
+        out = run.call_rows(target.expand(count, 2, vocab), drafts, draft_logits, seeds, anchor_position=0)
         wrong = int(((out[:, 0] == 1) | (out[:, 0] == 3) | (out[:, 1] > 1)).sum())
-        chance = 0.0 if wrong else 1.0
-        yield Finding(f"{what}: {wrong} of {count} requests emitted an impossible token", chance)
+        probability = 0.0 if wrong else 1.0
+        yield Finding(f"{what}: {wrong} of {count} requests emitted an impossible token", probability)
 
 
 def _rare_tokens(run):
-    """Bonus tokens among TAIL ids, as rare as leaves 24 of them to expect, but not below 2^-24 each."""
+    """Bonus tokens among TAIL ids, as rare as 24 expected ones allow, but not below 2^-24 each."""
     requests = max(16, min(run.requests // 16, 1 << 21))
     each = max(2.0**-24, 24.0 / requests / TAIL)
     row = torch.zeros(TAIL + 1)
@@ -171,12 +171,12 @@ def _rare_tokens(run):
 def _rare_drafts(run):
     """A one-hot draft that the target hardly ever says."""
     requests = run.requests
-    chance = min(0.25, 64.0 / requests)
-    row = torch.tensor([chance, 1 - chance]).double().log().float()
-    chance = float(torch.softmax(row.double(), 0)[0])
+    probability = min(0.25, 64.0 / requests)
+    row = torch.tensor([probability, 1 - probability]).double().log().float()
+    probability = float(torch.softmax(row.double(), 0)[0])
     seeds = run.seeds("rare drafts", requests)
     out = run.call_rows(row.expand(requests, 2, -1), torch.zeros(requests, 1, dtype=torch.int64), None, seeds)
-    return rare(f"drafts of {chance:.1e} emitted", int((out[:, 0] == 0).sum()), chance * requests)
+    return rare(f"drafts of {probability:.1e} emitted", int((out[:, 0] == 0).sum()), probability * requests)
 
 
 # ---- the models

@@ -1,8 +1,8 @@
 """Tests of an acceptance function on batches whose output is known in advance, token by token.
 
 Where a target row puts all mass on one id, every lossless rule must say it, and every draft of that id is accepted: rows that
-are read in the wrong place, ids beyond the vocabulary and lengths that are not kept show without any statistics. A test raises
-`Convicted`; `run` is a `suite.Run`.
+are read in the wrong place, ids beyond the vocabulary and lengths that are not respected show without any statistics. A test raises
+`Detected`; `run` is a `suite.Run`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from . import rules
 from .rules import NEG_INF
 
-SURE = 60.0  # logit above all others: the rest has a chance of 1e-26
+SURE = 60.0  # logit above all others: the rest has a probability of 1e-26
 
 
-class Convicted(Exception):
+class Detected(Exception):
     """What a request got, and what it had to get."""
 
 
@@ -25,7 +25,7 @@ def expect(what: str, tokens: torch.Tensor, wanted: torch.Tensor):
     differs = (tokens != wanted).any(1)
     if bool(differs.any()):
         r = int(differs.long().argmax())
-        raise Convicted(
+        raise Detected(
             f"{what}: {int(differs.sum())} of {len(differs)} requests; request {r} got {tokens[r].tolist()}, "
             f"expected {wanted[r].tolist()}"
         )
@@ -58,17 +58,17 @@ def rows(run):
     target, drafts, lens, wanted = _point_batch(vocab, num_drafts)
     behind = torch.arange(num_drafts + 1) > lens[:, None]
     target = torch.where(behind[..., None], target.roll(2, 2), target)
-    for what, law in (("sampled drafts", torch.zeros(len(lens), num_drafts, vocab)), ("one-hot drafts", None)):
-        expect(what, run.call_rows(target, drafts, law, lens=lens), wanted)
+    for what, draft_logits in (("sampled drafts", torch.zeros(len(lens), num_drafts, vocab)), ("one-hot drafts", None)):
+        expect(what, run.call_rows(target, drafts, draft_logits, lens=lens), wanted)
 
 
 def padding(run):
     """rows that are views of wider ones: what lies behind column V is never read"""
     for vocab in (13, 1029):
         target, drafts, lens, wanted = _point_batch(vocab, 2)
-        law = torch.zeros(len(lens), 2, vocab)
-        wide = [torch.full((*x.shape[:-1], vocab + 7), 3 * SURE) for x in (target, law)]
-        for buffer, x in zip(wide, (target, law), strict=True):
+        draft_logits = torch.zeros(len(lens), 2, vocab)
+        wide = [torch.full((*x.shape[:-1], vocab + 7), 3 * SURE) for x in (target, draft_logits)]
+        for buffer, x in zip(wide, (target, draft_logits), strict=True):
             buffer[..., :vocab] = x
         views = [buffer.to(run.device)[..., :vocab] for buffer in wide]
         expect(f"V={vocab}", run.call_rows(views[0], drafts, views[1], lens=lens), wanted)
@@ -82,15 +82,15 @@ def greedy(run):
     best = target.argmax(2)[:, :-1]
     other = torch.randint(0, vocab, best.shape, generator=generator)
     drafts = torch.where(torch.rand(best.shape, generator=generator) < 0.7, best, other)
-    law = torch.randn(requests, num_drafts, vocab, generator=generator)
+    draft_logits = torch.randn(requests, num_drafts, vocab, generator=generator)
     lens = torch.randint(0, num_drafts + 1, (requests,), generator=generator)
     seeds = run.seeds("greedy", requests).cpu()
-    wanted = rules.greedy(target, drafts, law, torch.zeros(requests), seeds, lens, torch.full((requests,), 7))
-    for what, proposal in (("sampled drafts", law), ("one-hot drafts", None)):
+    wanted = rules.greedy(target, drafts, draft_logits, torch.zeros(requests), seeds, lens, torch.full((requests,), 7))
+    for what, proposal in (("sampled drafts", draft_logits), ("one-hot drafts", None)):
         expect(what, run.call_rows(target, drafts, proposal, seeds, lens=lens, temperature=0.0), wanted)
     if run.rule != "greedy":
         cold = torch.arange(requests) % 2 == 0
-        out = run.call_rows(target, drafts, law, seeds, lens=lens, temperature=torch.where(cold, 0.0, 1.0))
+        out = run.call_rows(target, drafts, draft_logits, seeds, lens=lens, temperature=torch.where(cold, 0.0, 1.0))
         expect("beside sampled requests", out[cold], wanted[cold])
 
 
@@ -99,14 +99,16 @@ def batch(run):
     requests, num_drafts, vocab = 12, 3, 1100
     generator = torch.Generator().manual_seed(2)
     target = torch.randn(requests, num_drafts + 1, vocab, generator=generator) * 3
-    law = target[:, :-1] + torch.randn(requests, num_drafts, vocab, generator=generator)
-    drafts = law.argmax(2)
+    draft_logits = target[:, :-1] + torch.randn(requests, num_drafts, vocab, generator=generator)
+    drafts = draft_logits.argmax(2)
     lens = torch.arange(requests) % (num_drafts + 1)
     heat = torch.full((requests,), 0.0 if run.rule == "greedy" else 1.0)
     seeds = run.seeds("batch", requests).cpu()
 
     def tokens(index):
-        return run.call_rows(target[index], drafts[index], law[index], seeds[index], lens=lens[index], temperature=heat[index])
+        return run.call_rows(
+            target[index], drafts[index], draft_logits[index], seeds[index], lens=lens[index], temperature=heat[index]
+        )
 
     whole = torch.arange(requests)
     want = tokens(whole)
@@ -124,22 +126,22 @@ def bad_rows(run):
     """NaN reads as -inf, +inf takes all, acceptance stops at a row without a finite logit, ids stay in range"""
     num_drafts, vocab = 2, 9
     target, drafts, lens, wanted = _point_batch(vocab, num_drafts)
-    law = torch.zeros(len(lens), num_drafts, vocab)
+    draft_logits = torch.zeros(len(lens), num_drafts, vocab)
     holes = torch.where(target == 0, float("nan"), target)
-    expect("NaN beside one id", run.call_rows(holes, drafts, law, lens=lens), wanted)
+    expect("NaN beside one id", run.call_rows(holes, drafts, draft_logits, lens=lens), wanted)
     infinite = torch.where(target == SURE, float("inf"), target)
-    expect("+inf", run.call_rows(infinite, drafts, law, lens=lens), wanted)
+    expect("+inf", run.call_rows(infinite, drafts, draft_logits, lens=lens), wanted)
     for value in (float("nan"), NEG_INF):
-        spoilt = target.clone()
-        spoilt[:, 1] = value
-        out = run.call_rows(spoilt, drafts, law, lens=lens)
-        stopped = (wanted >= 0).sum(1).clamp(max=2)  # row 0 judges, row 1 can only end
+        corrupted = target.clone()
+        corrupted[:, 1] = value
+        out = run.call_rows(corrupted, drafts, draft_logits, lens=lens)
+        stopped = (wanted >= 0).sum(1).clamp(max=2)  # row 0 verifies a draft, row 1 can only end
         index = torch.arange(num_drafts + 1)
         known = torch.where((index < stopped[:, None] - (stopped == 2).long()[:, None]), wanted, -1)
         any_id = (index == 1) & (stopped == 2)[:, None]
         expect(f"row of {value}", torch.where(any_id, -1, out), known)
     if run.rule != "greedy":
-        run.call_rows(target, drafts, law + float("nan"), lens=lens)
+        run.call_rows(target, drafts, draft_logits + float("nan"), lens=lens)
 
 
 def extreme(run):
@@ -157,7 +159,7 @@ def empty(run):
     """no request, no admitted draft, one draft"""
     none = run.call_rows(torch.zeros(0, 3, 5), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, 5))
     if tuple(none.shape) != (0, 3):
-        raise Convicted(f"no request: expected tokens [0, 3], got {list(none.shape)}")
+        raise Detected(f"no request: expected tokens [0, 3], got {list(none.shape)}")
     target, drafts, _, _ = _point_batch(7, 2)
     target, drafts = target[:, :2], drafts[:, :1]
     zero = torch.zeros(len(drafts), dtype=torch.int64)

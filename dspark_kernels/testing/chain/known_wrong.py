@@ -1,11 +1,11 @@
-"""Ways to lose the target's law that implementations have shipped, as acceptance functions for the suite to convict.
+"""Known-bad rules on chains, as implementations have shipped them: acceptance functions for the suite to detect.
 
-Each is one of rules.py with one mistake. `MISTAKES` holds them by name; `DRAFTS` and `SCHEDULES` hold what is wrong before
-acceptance. Which test convicts which: tests/package/test_testing.py. Try
+Each is one of rules.py with one mistake. `KNOWN_BAD` holds them by name; `DRAFTS` and `SCHEDULES` hold what is wrong before
+acceptance. Which test detects which: tests/package/test_testing.py. Try
 
     python -m dspark_kernels.testing dspark_kernels.testing.known_wrong:block_first_reject
 
-Those of draft trees: known_wrong_tree.py.
+Those on draft trees: tree/known_wrong.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ...types import Stream
 from . import models, rules
 from .rules import Batch, Noise, at
 
-MISTAKES: dict[str, object] = {}
+KNOWN_BAD: dict[str, object] = {}
 
 
-def mistake(rule: str, table: dict[str, object] = MISTAKES):
+def known_bad(rule: str, table: dict[str, object] = KNOWN_BAD):
     """Register an acceptance function under its name."""
 
     def register(function):
@@ -35,7 +35,7 @@ def mistake(rule: str, table: dict[str, object] = MISTAKES):
     return register
 
 
-def judged(rule: str, **options):
+def known_bad_rule(rule: str, **options):
     """Register a rule on a Batch: (accepted, token)."""
 
     def register(of_batch):
@@ -44,7 +44,7 @@ def judged(rule: str, **options):
             return rules.accept(of_batch, *arguments, **options)
 
         del function.__wrapped__
-        return mistake(rule)(function)
+        return known_bad(rule)(function)
 
     return register
 
@@ -62,16 +62,16 @@ class _PositionOnly(Noise):
         return Noise(self.seeds, torch.zeros_like(self.anchor_positions)).blocks(stream, positions, groups)
 
 
-class _OneCoinPerRound(Noise):
-    def coins(self, count):
-        return super().coins(1).expand(-1, count)
+class _OneUniformPerRound(Noise):
+    def uniforms(self, count):
+        return super().uniforms(1).expand(-1, count)
 
 
 class _OneForAll(Noise):
-    """The coins of the first request for the whole batch."""
+    """The acceptance uniforms of the first request for the whole batch."""
 
-    def coins(self, count):
-        return super().coins(count)[:1].expand(len(self.seeds), -1)
+    def uniforms(self, count):
+        return super().uniforms(count)[:1].expand(len(self.seeds), -1)
 
 
 class _ByRow(Noise):
@@ -114,7 +114,7 @@ def _on(noise, rule_name: str, name: str, text: str):
         return getattr(rules, rule_name)(*arguments, noise=noise)
 
     function.__name__, function.__doc__ = name, text
-    return mistake(rule_name)(function)
+    return known_bad(rule_name)(function)
 
 
 correction_with_draft_noise = _on(
@@ -123,19 +123,21 @@ correction_with_draft_noise = _on(
 position_only_noise = _on(
     _PositionOnly, "block", "position_only_noise", "Noise without the anchor position: met again when a position is drafted again."
 )
-one_coin_per_round = _on(_OneCoinPerRound, "token", "one_coin_per_round", "The same coin for every draft of a round.")
-one_coin_per_batch = _on(_OneForAll, "token", "one_coin_per_batch", "The same coins for every request.")
+one_uniform_per_round = _on(
+    _OneUniformPerRound, "token", "one_uniform_per_round", "The same acceptance uniform for every draft of a round."
+)
+one_uniform_per_batch = _on(_OneForAll, "token", "one_uniform_per_batch", "The same acceptance uniforms for every request.")
 noise_by_row = _on(_ByRow, "token", "noise_by_row", "Noise that depends on the batch row.")
 low_word_of_seed = _on(_LowWord, "token", "low_word_of_seed", "Seeds cut to 32 bits.")
 seed_plus_position = _on(_SeedPlusPosition, "token", "seed_plus_position", "Noise keyed by the sum of seed and position.")
 gumbel_floor = _on(_GumbelFloor, "token", "gumbel_floor", "Gumbel noise with a floor: rare tokens are never drawn.")
 
 
-@judged("token", noise=_Coarse)
+@known_bad_rule("token", noise=_Coarse)
 def equality_passes(batch: Batch):
     """u q <= p with a u that can be 0: impossible drafts pass."""
-    target, draft = batch.chances()
-    accepted = rules.prefix(batch.admitted() & (draft > 0) & (batch.noise.coins(batch.num_drafts) * draft <= target))
+    target, draft = batch.drafted_probs()
+    accepted = rules.prefix(batch.admitted() & (draft > 0) & (batch.noise.uniforms(batch.num_drafts) * draft <= target))
     fine = dataclasses.replace(batch, noise=Noise(batch.noise.seeds, batch.noise.anchor_positions))
     return accepted, fine.finish(accepted)
 
@@ -143,15 +145,15 @@ def equality_passes(batch: Batch):
 # ---- rules
 
 
-@judged("block")
+@known_bad_rule("block")
 def block_first_reject(batch: Batch):
-    """The block rule that stops at the first coin that fails; on some models off by a total variation of 0.008 only."""
-    kept, chances = rules.block_terms(batch)
-    accepted = rules.prefix(batch.admitted() & (batch.noise.coins(batch.num_drafts) < chances) & (kept[:, 1:] > 0))
-    return accepted, batch.finish(accepted, at(kept, accepted))
+    """The block rule that stops at the first draft whose test fails; on some models off by a total variation of 0.008 only."""
+    prefix_probs, accept_probs = rules.block_terms(batch)
+    accepted = rules.prefix(batch.admitted() & (batch.noise.uniforms(batch.num_drafts) < accept_probs) & (prefix_probs[:, 1:] > 0))
+    return accepted, batch.finish(accepted, at(prefix_probs, accepted))
 
 
-@judged("block")
+@known_bad_rule("block")
 def block_unverified_row(batch: Batch):
     """The block rule over all K drafts and rows, cut back to the admitted ones."""
     whole = dataclasses.replace(batch, lens=torch.full_like(batch.lens, batch.num_drafts))
@@ -159,23 +161,23 @@ def block_unverified_row(batch: Batch):
     return torch.minimum(accepted, batch.lens), torch.where(accepted <= batch.lens, token, batch.finish(batch.lens))
 
 
-@judged("block")
-def block_without_kept(batch: Batch):
+@known_bad_rule("block")
+def block_without_prefix_probability(batch: Batch):
     """Residual [p - q]+ instead of [P p - q]+."""
     accepted, _ = rules.block_rule(batch)
     return accepted, batch.finish(accepted)
 
 
-@judged("token")
+@known_bad_rule("token")
 def correction_from_target(batch: Batch):
     """Corrections from p: what was rejected is not taken out."""
     accepted, _ = rules.token_rule(batch)
     return accepted, batch.noise.draw(batch.noise.anchor_positions + accepted + 1, at(batch.target, accepted))
 
 
-@judged("token")
+@known_bad_rule("token")
 def correction_without_draft(batch: Batch):
-    """Corrections from p with the draft's id removed, where the draft was drawn from a law."""
+    """Corrections from p with the draft's id removed, where the draft was drawn from a distribution."""
     accepted, token = rules.token_rule(batch)
     row = at(batch.target, accepted)
     refused = at(batch.drafts, accepted.clamp(max=batch.num_drafts - 1)).clamp(0, row.shape[1] - 1)
@@ -185,7 +187,7 @@ def correction_without_draft(batch: Batch):
     return accepted, torch.where(accepted < batch.lens, drawn, token)
 
 
-@judged("token")
+@known_bad_rule("token")
 def bonus_at_row_k(batch: Batch):
     """The bonus from row K, where a trimmed request has its last row at its own length."""
     accepted, token = rules.token_rule(batch)
@@ -193,28 +195,28 @@ def bonus_at_row_k(batch: Batch):
     return accepted, torch.where(accepted < batch.lens, token, drawn)
 
 
-@judged("token")
+@known_bad_rule("token")
 def bonus_one_row_early(batch: Batch):
-    """The bonus from the row that judged the last draft."""
+    """The bonus from the row that verified the last draft."""
     accepted, token = rules.token_rule(batch)
     drawn = batch.noise.draw(batch.noise.anchor_positions + accepted + 1, at(batch.target, (accepted - 1).clamp(min=0)))
     return accepted, torch.where(accepted < batch.lens, token, drawn)
 
 
-@judged("token")
+@known_bad_rule("token")
 def all_drafts_verified(batch: Batch):
-    """Judges all K drafts whatever was admitted."""
+    """Verifies all K drafts whatever was admitted."""
     whole = dataclasses.replace(batch, lens=torch.full_like(batch.lens, batch.num_drafts))
     return rules.token_rule(whole)
 
 
-@judged("token")
+@known_bad_rule("token")
 def at_least_one_draft(batch: Batch):
     """Takes a request without an admitted draft for one with one."""
     return rules.token_rule(dataclasses.replace(batch, lens=batch.lens.clamp(min=1)))
 
 
-@judged("token")
+@known_bad_rule("token")
 def last_id_without_residual(batch: Batch):
     """The last id where nothing is left of [p - q]+."""
     accepted, token = rules.token_rule(batch)
@@ -223,21 +225,21 @@ def last_id_without_residual(batch: Batch):
     return accepted, torch.where((accepted < batch.lens) & (left == 0), batch.target.shape[2] - 1, token)
 
 
-@judged("token")
+@known_bad_rule("token")
 def always_rejects(batch: Batch):
     """Lossless and useless: one token of the target per round."""
     none = torch.zeros_like(batch.lens)
     return none, batch.noise.draw(batch.noise.anchor_positions + 1, batch.target[:, 0])
 
 
-@judged("coupled")
+@known_bad_rule("coupled")
 def coupled_without_sharing(batch: Batch):
     """Samples the target with noise of its own: lossless, accepts by accident."""
     noise = Noise(batch.noise.seeds ^ 0x5555, batch.noise.anchor_positions)
     return rules.coupled_rule(dataclasses.replace(batch, noise=noise))
 
 
-@judged("coupled")
+@known_bad_rule("coupled")
 def coupled_with_anchor(batch: Batch):
     """The draft's noise for the first draft, then noise of the round: what plain sampling gives depends on how rounds fall."""
     index = batch.noise.anchor_positions
@@ -249,37 +251,37 @@ def coupled_with_anchor(batch: Batch):
 # ---- what is read
 
 
-@mistake("token")
+@known_bad("token")
 def temperature_on_target_only(target_logits, draft_tokens, draft_logits, temperature, *rest):
-    """The ratio against a draft law without temperature."""
+    """The ratio against a draft distribution without temperature."""
     if draft_logits is not None:
         draft_logits = draft_logits * torch.where(temperature > 0, temperature, 1.0)[:, None, None]
     return rules.token(target_logits, draft_tokens, draft_logits, temperature, *rest)
 
 
-@mistake("token")
-def draft_law_cut(target_logits, draft_tokens, draft_logits, temperature, *rest):
-    """The draft law cut to its two best ids, where the drafts were drawn from all."""
+@known_bad("token")
+def draft_distribution_cut(target_logits, draft_tokens, draft_logits, temperature, *rest):
+    """The draft distribution cut to its two best ids, where the drafts were drawn from all."""
     if draft_logits is not None and draft_logits.shape[-1] > 2:
         least = draft_logits.topk(2, -1).values[..., -1:]
         draft_logits = torch.where(draft_logits < least, rules.NEG_INF, draft_logits)
     return rules.token(target_logits, draft_tokens, draft_logits, temperature, *rest)
 
 
-@mistake("token")
-def draft_law_rounded(target_logits, draft_tokens, draft_logits, temperature, *rest):
+@known_bad("token")
+def draft_distribution_rounded(target_logits, draft_tokens, draft_logits, temperature, *rest):
     """The ratio against bf16 logits, where the drafts were drawn from finer ones."""
     draft_logits = None if draft_logits is None else draft_logits.bfloat16().float()
     return rules.token(target_logits, draft_tokens, draft_logits, temperature, *rest)
 
 
-@mistake("token")
-def law_ignored(target_logits, draft_tokens, draft_logits, temperature, *rest):
+@known_bad("token")
+def distribution_ignored(target_logits, draft_tokens, draft_logits, temperature, *rest):
     """Sampled drafts taken for one-hot ones."""
     return rules.token(target_logits, draft_tokens, None, temperature, *rest)
 
 
-@mistake("token")
+@known_bad("token")
 def one_hot_for_granted(target_logits, draft_tokens, draft_logits, temperature, *rest):
     """One-hot drafts corrected from p, with the draft's id still in it."""
     if draft_logits is None:
@@ -287,14 +289,14 @@ def one_hot_for_granted(target_logits, draft_tokens, draft_logits, temperature, 
     return rules.token(target_logits, draft_tokens, draft_logits, temperature, *rest)
 
 
-@mistake("token")
+@known_bad("token")
 def placeholder_is_the_last_id(target_logits, draft_tokens, draft_logits, temperature, *rest):
-    """-1 indexes the last id, and is judged as if it were it."""
+    """-1 indexes the last id, and is verified as if it were it."""
     vocab = target_logits.shape[2]
     return rules.token(target_logits, torch.where(draft_tokens == -1, vocab - 1, draft_tokens), draft_logits, temperature, *rest)
 
 
-@mistake("token")
+@known_bad("token")
 def nan_passes(target_logits, draft_tokens, draft_logits, temperature, *rest):
     """Rejects where u q >= p: a comparison with NaN does not hold, so the draft passes."""
     dead = ~rules.readable(target_logits).isfinite().any(-1, keepdim=True)
@@ -304,15 +306,15 @@ def nan_passes(target_logits, draft_tokens, draft_logits, temperature, *rest):
     return rules.token(target_logits, draft_tokens, draft_logits, temperature, *rest)
 
 
-@mistake("token")
+@known_bad("token")
 def masked_columns_win(target_logits, draft_tokens, draft_logits, *rest):
     """Rows padded to a multiple of 8 with zeros, which win where they are the largest."""
     width = -target_logits.shape[2] % 8
-    law = None if draft_logits is None else pad(draft_logits, (0, width), value=rules.NEG_INF)
-    return rules.token(pad(target_logits, (0, width)), draft_tokens, law, *rest)
+    draft_logits = None if draft_logits is None else pad(draft_logits, (0, width), value=rules.NEG_INF)
+    return rules.token(pad(target_logits, (0, width)), draft_tokens, draft_logits, *rest)
 
 
-@mistake("token")
+@known_bad("token")
 def strides_ignored(target_logits, *rest):
     """Rows read as if they lay one behind the other."""
     shape = target_logits.shape
@@ -322,7 +324,7 @@ def strides_ignored(target_logits, *rest):
     return rules.token(target_logits, *rest)
 
 
-@mistake("token")
+@known_bad("token")
 def scaled_in_half(target_logits, draft_tokens, draft_logits, temperature, *rest):
     """Logits divided by the temperature in fp16: overflow, and inf - inf."""
     scale = torch.where(temperature > 0, temperature, 1.0).half()[:, None, None]
@@ -330,7 +332,7 @@ def scaled_in_half(target_logits, draft_tokens, draft_logits, temperature, *rest
     return rules.token(scaled[0], draft_tokens, scaled[1], torch.where(temperature > 0, 1.0, 0.0), *rest)
 
 
-@mistake("greedy")
+@known_bad("greedy")
 def greedy_highest_tie(target_logits, draft_tokens, draft_logits, *rest):
     """Ties to the highest id."""
     width = target_logits.shape[2]
@@ -338,7 +340,7 @@ def greedy_highest_tie(target_logits, draft_tokens, draft_logits, *rest):
     return flip(rules.greedy(target_logits.flip(2), flip(draft_tokens), draft_logits, *rest))
 
 
-@mistake("token")
+@known_bad("token")
 def greedy_rows_sampled(target_logits, draft_tokens, draft_logits, temperature, *rest):
     """Temperature 0 taken for 1."""
     return rules.token(target_logits, draft_tokens, draft_logits, torch.where(temperature > 0, temperature, 1.0), *rest)
@@ -348,7 +350,7 @@ def greedy_rows_sampled(target_logits, draft_tokens, draft_logits, temperature, 
 
 
 def draft_rounded(draft_logits, temperature, *rest) -> Tensor:
-    """Drafts drawn from bf16 logits, where the law that is handed over has more digits."""
+    """Drafts drawn from bf16 logits, where the distribution that is handed over has more digits."""
     return models.draft(draft_logits.bfloat16().float(), temperature, *rest)
 
 

@@ -1,13 +1,13 @@
 """Toy targets and drafters, and decoding rounds over them: many requests at once, one seed each.
 
-A model is a table of logits by last token, so that the exact law of the tokens after a prompt is a product of its rows:
+A model is a table of logits by last token, so that the exact distribution of the tokens after a prompt is a product of its rows:
 
-    law(x_1 .. x_T) = prod_t p(x_t | x_{t-1}),  x_0 the prompt
+    P(x_1 .. x_T) = prod_t p(x_t | x_{t-1}),  x_0 the prompt
 
-and the law of a window is a sum over the others. `Play` lets an acceptance function decode from there: draft K tokens with the
-seeds' own noise, choose how many are verified, accept, go on from what was emitted; what the last round left open is completed by
-the target with noise of the suite. Symbols: R requests, K drafts, V vocabulary, T tokens, p target law. Logits lie on a grid of
-1/8, exact in bf16. Oracle: reference/enumeration.py.
+and the distribution of a window is a sum over the others. `Play` lets an acceptance function decode from there: draft K tokens
+with the seeds' own noise, choose how many are verified, accept, go on from what was emitted; what the last round left open is
+completed by the target with noise of the suite. Symbols: R requests, K drafts, V vocabulary, T tokens, p target distribution.
+Logits lie on a grid of 1/8, exact in bf16. Oracle: reference/enumeration.py.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class Model:
     def vocab(self) -> int:
         return self.target.shape[1]
 
-    def law(self, temperature: float = 1.0) -> Tensor:
-        """fp64 [V, V], the target's law by last token."""
-        return rules.law_of(self.target.double(), torch.full((self.vocab,), temperature, device=self.target.device))
+    def target_probs(self, temperature: float = 1.0) -> Tensor:
+        """fp64 [V, V], the target's distribution by last token."""
+        return rules.probs_of(self.target.double(), torch.full((self.vocab,), temperature, device=self.target.device))
 
-    def draft_law(self, temperature: float = 1.0) -> Tensor:
+    def draft_probs(self, temperature: float = 1.0) -> Tensor:
         """fp64 [V, V], cut or padded to the target's ids."""
-        law = rules.law_of(self.draft.double(), torch.full((self.vocab,), temperature, device=self.draft.device))
-        return torch.nn.functional.pad(law, (0, max(0, self.vocab - law.shape[1])))[:, : self.vocab]
+        probs = rules.probs_of(self.draft.double(), torch.full((self.vocab,), temperature, device=self.draft.device))
+        return torch.nn.functional.pad(probs, (0, max(0, self.vocab - probs.shape[1])))[:, : self.vocab]
 
 
 def random_model(seed: int, vocab: int, sharpness: float = 2.0, draft_vocab: int | None = None, impossible: bool = False) -> Model:
-    """impossible: a third of the tokens never follow, in either law."""
+    """impossible: a third of the tokens never follow, in either distribution."""
     generator = torch.Generator().manual_seed(seed)
     tables = []
     for width in (vocab, draft_vocab or vocab):
@@ -61,23 +61,23 @@ def random_model(seed: int, vocab: int, sharpness: float = 2.0, draft_vocab: int
     return Model(*tables, torch.rand(vocab, generator=generator))
 
 
-def sequence_law(law: Tensor, tokens: int) -> Tensor:
-    """[V] * tokens: chance of every sequence after the prompt."""
-    out = law[PROMPT]
+def sequence_probs(probs: Tensor, tokens: int) -> Tensor:
+    """[V] * tokens: probability of every sequence after the prompt."""
+    out = probs[PROMPT]
     for _ in range(tokens - 1):
-        out = out[..., None] * law
+        out = out[..., None] * probs
     return out
 
 
-def window_law(law: Tensor, first: int, tokens: int) -> Tensor:
-    """[V] * tokens: the law of tokens first .. first + tokens - 1 (the first one is 0)."""
-    before = torch.zeros_like(law[0])
+def window_probs(probs: Tensor, first: int, tokens: int) -> Tensor:
+    """[V] * tokens: the distribution of tokens first .. first + tokens - 1 (the first one is 0)."""
+    before = torch.zeros_like(probs[0])
     before[PROMPT] = 1.0
     for _ in range(first):
-        before = before @ law
-    out = before @ law
+        before = before @ probs
+    out = before @ probs
     for _ in range(tokens - 1):
-        out = out[..., None] * law
+        out = out[..., None] * probs
     return out
 
 
@@ -94,8 +94,8 @@ def count_windows(history: Tensor, first: int, tokens: int, vocab: int) -> Tenso
 
 def draft_with(stream: Stream, draft_logits, temperature, seeds, positions, anchor_positions) -> Tensor:
     """Tokens [R] from logits [R, V] by the addressed noise of one draft position."""
-    law = rules.law_of(rules.readable(draft_logits), temperature)
-    return rules.Noise(seeds, anchor_positions).race(stream, positions, law.log())
+    probs = rules.probs_of(rules.readable(draft_logits), temperature)
+    return rules.Noise(seeds, anchor_positions).race(stream, positions, probs.log())
 
 
 draft = functools.partial(draft_with, Stream.DRAFT)
@@ -103,7 +103,7 @@ draft_coupled = functools.partial(draft_with, Stream.COUPLED)
 
 
 def schedule(confidence: Tensor) -> Tensor:
-    """[R] lengths from confidence [R, K]: drafts whose chance to survive with all before them is at least 1/2."""
+    """[R] lengths from confidence [R, K]: drafts whose probability to survive with all before them is at least 1/2."""
     return rules.prefix(confidence.cumprod(1) >= 0.5)
 
 
@@ -180,13 +180,13 @@ class Play:
             last[live] = rules.at(new, count - 1)
             accepted = count - 1 if accepted is None else accepted
             done += 1
-        law = self.model.law(self.temperature)
+        probs = self.model.target_probs(self.temperature)
         generator = torch.Generator().manual_seed(0x5EED + salt)
         for column in range(tokens):
-            chance = torch.rand(requests, generator=generator, dtype=torch.float64).to(device)
+            uniform = torch.rand(requests, generator=generator, dtype=torch.float64).to(device)
             before = history[:, column - 1] if column else torch.full_like(last, PROMPT)
             open_ = column >= length
-            drawn = (law[before].cumsum(1) <= chance[:, None] * (1 - 1e-15)).sum(1).clamp(max=self.model.vocab - 1)
+            drawn = (probs[before].cumsum(1) <= uniform[:, None] * (1 - 1e-15)).sum(1).clamp(max=self.model.vocab - 1)
             history[:, column] = torch.where(open_, drawn, history[:, column])
         return history[:, :tokens], accepted
 
@@ -199,12 +199,12 @@ def mean_accepted(rule: str, model: Model, num_drafts: int, temperature: float =
 
     Exact for "token" and "coupled"; for "block", which accepts at least as many, the mean of "token".
     """
-    target, draft_law = model.law(temperature), model.draft_law(temperature)
-    step = torch.minimum(target, draft_law)  # [last, x]: drafted and accepted
+    target, draft_probs = model.target_probs(temperature), model.draft_probs(temperature)
+    step = torch.minimum(target, draft_probs)  # [last, x]: drafted and accepted
     if rule == "coupled":
         # Both races on the same clocks have the same winner v: 1 / sum_i max(p_i / p_v, q_i / q_v).
-        with_v = torch.maximum(target[:, None, :] / target[:, :, None], draft_law[:, None, :] / draft_law[:, :, None])
-        step = torch.where((target > 0) & (draft_law > 0), 1 / with_v.nan_to_num(nan=float("inf")).sum(2), 0.0)
+        with_v = torch.maximum(target[:, None, :] / target[:, :, None], draft_probs[:, None, :] / draft_probs[:, :, None])
+        step = torch.where((target > 0) & (draft_probs > 0), 1 / with_v.nan_to_num(nan=float("inf")).sum(2), 0.0)
     reached = torch.zeros_like(target[0])
     reached[PROMPT] = 1.0
     survive = []

@@ -1,4 +1,4 @@
-"""Chain acceptance in plain torch for many requests at once: what the suite drafts with, and what planted mistakes change.
+"""Chain acceptance in plain torch for many requests at once: what the suite drafts with, and what the known-bad rules change.
 
     token:   accept x_i while u_i q_i(x_i) < p_i(x_i), then draw from [p - q]+, or the bonus from p
     block:   P_i = min(1, P_{i-1} p_i(x_i) / q_i(x_i)), h_i = Z_i / (Z_i + 1 - P_i) with Z_i = sum [P_i p_{i+1} - q_{i+1}]+ for
@@ -7,9 +7,10 @@
     greedy:  accept while x_i = argmax p_i, then emit the arg-max
 
 `token`, `block`, `coupled` and `greedy` are acceptance functions as the suite takes them (see `suite.check`). Symbols: R requests,
-K drafts, V vocabulary, L admitted drafts, p target law, q draft law, x drafts, u coins, G Gumbel noise. Everything is fp64, every
-random word addressed by the request's seed, position and anchor position. Oracles: reference/accept.py and reference/philox.py.
-Sources: arXiv 2211.17192, 2302.01318, 2403.10444, 2408.07978; Salmon et al., SC 2011 (Philox).
+K drafts, V vocabulary, L admitted drafts, p target distribution, q draft distribution, x drafts, u acceptance uniforms, G Gumbel
+noise. Everything is fp64, every random word addressed by the request's seed, position and anchor position. Oracles:
+reference/accept.py and reference/philox.py. Sources: arXiv 2211.17192, 2302.01318, 2403.10444, 2408.07978; Salmon et al., SC 2011
+(Philox).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from ...types import Stream
 
 NEG_INF = float("-inf")
-LEAF = 1024  # ids per leaf of the two-level race
+VOCAB_BLOCK = 1024  # ids per vocabulary block of the two-level race
 _MASK = 0xFFFFFFFF
 
 
@@ -66,8 +67,8 @@ class Noise:
     def exponential(self, words: Tensor) -> Tensor:
         return -torch.log1p(-self.uniform(words))
 
-    def coins(self, count: int) -> Tensor:
-        """[R, count], the coins of drafts 1..count."""
+    def uniforms(self, count: int) -> Tensor:
+        """[R, count], the acceptance uniforms of drafts 1..count."""
         positions = self.anchor_positions[:, None] + torch.arange(1, count + 1, device=self.seeds.device)
         return self.uniform(self.blocks(Stream.ACCEPT, positions, torch.zeros_like(positions))[0])
 
@@ -77,14 +78,14 @@ class Noise:
         return (log_weights - clocks.log()).argmax(1)
 
     def draw(self, positions: Tensor, weights: Tensor) -> Tensor:
-        """[R]: a correction or bonus token with chance proportional to weights [R, V]; a leaf first, then an id inside."""
+        """[R]: a correction or bonus token, in proportion to weights [R, V]: a vocabulary block first, then an id inside."""
         width = weights.shape[1]
-        leaf = torch.zeros_like(positions)
-        if width > LEAF:
-            leaves = torch.nn.functional.pad(weights, (0, -width % LEAF)).unflatten(1, (-1, LEAF))
-            leaf = self.race(Stream.LEAF, positions, leaves.sum(2).log())
-            weights = leaves[torch.arange(len(leaf), device=leaf.device), leaf]
-        return leaf * LEAF + self.race(Stream.CORRECT, positions, weights.log(), leaf * LEAF)
+        block = torch.zeros_like(positions)
+        if width > VOCAB_BLOCK:
+            blocks = torch.nn.functional.pad(weights, (0, -width % VOCAB_BLOCK)).unflatten(1, (-1, VOCAB_BLOCK))
+            block = self.race(Stream.LEAF, positions, blocks.sum(2).log())
+            weights = blocks[torch.arange(len(block), device=block.device), block]
+        return block * VOCAB_BLOCK + self.race(Stream.CORRECT, positions, weights.log(), block * VOCAB_BLOCK)
 
 
 def readable(logits: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def readable(logits: Tensor) -> Tensor:
     return torch.where(logits.isnan(), NEG_INF, logits)
 
 
-def law_of(logits: Tensor, temperature: Tensor) -> Tensor:
+def probs_of(logits: Tensor, temperature: Tensor) -> Tensor:
     """softmax(logits / temperature) over the last dimension; +inf takes all, a row of -inf has no mass.
 
     temperature: [R], above 0; logits [R, ..., V], readable.
@@ -107,7 +108,7 @@ def law_of(logits: Tensor, temperature: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Batch:
-    """What a rule sees: laws target [R, K+1, V] and draft [R, K, V], drafts and whether they are possible [R, K], lens [R]."""
+    """What a rule sees: probabilities target [R, K+1, V] and draft [R, K, V], drafts [R, K], how many are admitted lens [R]."""
 
     target: Tensor
     draft: Tensor
@@ -123,25 +124,25 @@ class Batch:
         """Whether draft i is verified, bool [R, K]."""
         return torch.arange(self.num_drafts, device=self.lens.device) < self.lens[:, None]
 
-    def chances(self) -> tuple[Tensor, Tensor]:
-        """Probabilities of the drafts under target and draft law [R, K]; 0 where a draft is missing or no id of the target."""
+    def drafted_probs(self) -> tuple[Tensor, Tensor]:
+        """Target's and drafter's probabilities of the drafts [R, K]; 0 where a draft is missing or no id of the target."""
         vocab = self.target.shape[2]
         valid = (self.drafts >= 0) & (self.drafts < vocab)
         ids = torch.where(valid, self.drafts, 0)[..., None]
-        pick = lambda law: torch.where(valid, law.gather(2, ids)[..., 0], 0.0)  # noqa: E731
+        pick = lambda probs: torch.where(valid, probs.gather(2, ids)[..., 0], 0.0)  # noqa: E731
         return pick(self.target[:, : self.num_drafts]), pick(self.draft)
 
-    def finish(self, accepted: Tensor, kept: Tensor | None = None) -> Tensor:
-        """[R]: the token after `accepted` drafts: from [kept target - draft]+ after a rejection, else the bonus."""
-        weights = torch.where((accepted < self.lens)[:, None], self.residual(accepted, kept), at(self.target, accepted))
+    def finish(self, accepted: Tensor, prefix_probs: Tensor | None = None) -> Tensor:
+        """[R]: the token after `accepted` drafts: from [P target - draft]+ after a rejection, else the bonus."""
+        weights = torch.where((accepted < self.lens)[:, None], self.residual(accepted, prefix_probs), at(self.target, accepted))
         return self.noise.draw(self.noise.anchor_positions + accepted + 1, weights)
 
-    def residual(self, accepted: Tensor, kept: Tensor | None = None) -> Tensor:
-        """[R, V]; the target's own law where nothing is left."""
-        law = at(self.target, accepted)
+    def residual(self, accepted: Tensor, prefix_probs: Tensor | None = None) -> Tensor:
+        """[R, V]; the target distribution itself where nothing is left."""
+        probs = at(self.target, accepted)
         draft = at(self.draft, accepted.clamp(max=self.num_drafts - 1))
-        rest = ((law if kept is None else kept[:, None] * law) - draft).clamp(min=0)
-        return torch.where(rest.sum(1, keepdim=True) > 0, rest, law)
+        rest = ((probs if prefix_probs is None else prefix_probs[:, None] * probs) - draft).clamp(min=0)
+        return torch.where(rest.sum(1, keepdim=True) > 0, rest, probs)
 
 
 def at(rows: Tensor, index: Tensor) -> Tensor:
@@ -156,35 +157,35 @@ def prefix(passes: Tensor) -> Tensor:
 
 def token_rule(batch: Batch) -> tuple[Tensor, Tensor]:
     """(accepted [R], token [R])."""
-    target, draft = batch.chances()
-    accepted = prefix(batch.admitted() & (draft > 0) & (batch.noise.coins(batch.num_drafts) * draft < target))
+    target, draft = batch.drafted_probs()
+    accepted = prefix(batch.admitted() & (draft > 0) & (batch.noise.uniforms(batch.num_drafts) * draft < target))
     return accepted, batch.finish(accepted)
 
 
 def block_terms(batch: Batch) -> tuple[Tensor, Tensor]:
     """P_0..P_K [R, K+1] and h_1..h_K [R, K]."""
-    target, draft = batch.chances()
-    kept = [torch.ones_like(target[:, 0])] if batch.num_drafts else []
-    chances = []
+    target, draft = batch.drafted_probs()
+    prefix_probs = [torch.ones_like(target[:, 0])] if batch.num_drafts else []
+    accept_probs = []
     for i in range(batch.num_drafts):
-        ratio = torch.where(draft[:, i] > 0, kept[-1] * target[:, i] / draft[:, i].clamp(min=1e-300), 0.0)
-        kept.append(ratio.clamp(max=1.0))
-        whole = kept[-1]
+        ratio = torch.where(draft[:, i] > 0, prefix_probs[-1] * target[:, i] / draft[:, i].clamp(min=1e-300), 0.0)
+        prefix_probs.append(ratio.clamp(max=1.0))
+        whole = prefix_probs[-1]
         if i + 1 < batch.num_drafts:
-            mass = (kept[-1][:, None] * batch.target[:, i + 1] - batch.draft[:, i + 1]).clamp(min=0).sum(1)
-            rest = mass + 1.0 - kept[-1]
+            mass = (prefix_probs[-1][:, None] * batch.target[:, i + 1] - batch.draft[:, i + 1]).clamp(min=0).sum(1)
+            rest = mass + 1.0 - prefix_probs[-1]
             part = torch.where(rest > 0, mass / torch.where(rest > 0, rest, 1.0), 1.0)
-            whole = torch.where(batch.lens > i + 1, part, kept[-1])
-        chances.append(whole)
-    return torch.stack(kept, 1), torch.stack(chances, 1)
+            whole = torch.where(batch.lens > i + 1, part, prefix_probs[-1])
+        accept_probs.append(whole)
+    return torch.stack(prefix_probs, 1), torch.stack(accept_probs, 1)
 
 
 def block_rule(batch: Batch) -> tuple[Tensor, Tensor]:
-    kept, chances = block_terms(batch)
-    passes = batch.admitted() & (batch.noise.coins(batch.num_drafts) < chances) & (kept[:, 1:] > 0)
+    prefix_probs, accept_probs = block_terms(batch)
+    passes = batch.admitted() & (batch.noise.uniforms(batch.num_drafts) < accept_probs) & (prefix_probs[:, 1:] > 0)
     index = torch.arange(1, batch.num_drafts + 1, device=passes.device)
     accepted = torch.where(passes, index, 0).amax(1)
-    return accepted, batch.finish(accepted, at(kept, accepted))
+    return accepted, batch.finish(accepted, at(prefix_probs, accepted))
 
 
 def follow(batch: Batch, says: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,36 +195,36 @@ def follow(batch: Batch, says: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coupled_rule(batch: Batch) -> tuple[Tensor, Tensor]:
-    noise, log_law = batch.noise, batch.target.log()
+    noise, log_probs = batch.noise, batch.target.log()
     rows = range(batch.num_drafts + 1)
-    says = [noise.race(Stream.COUPLED, noise.anchor_positions + i + 1, log_law[:, i]) for i in rows]
+    says = [noise.race(Stream.COUPLED, noise.anchor_positions + i + 1, log_probs[:, i]) for i in rows]
     return follow(batch, torch.stack(says, 1))
 
 
-def draft_law(draft_logits, draft_tokens, temperature, vocab: int) -> Tensor:
+def draft_probs(draft_logits, draft_tokens, temperature, vocab: int) -> Tensor:
     """[R, K, V], over the target's ids; nothing where no draft was made (-1)."""
     if draft_logits is None:
         ids = torch.arange(vocab, device=draft_tokens.device)
         return (draft_tokens[..., None] == ids).double()
-    law = law_of(readable(draft_logits), temperature)
-    law = torch.nn.functional.pad(law, (0, max(0, vocab - law.shape[-1])))[..., :vocab]
-    return torch.where(draft_tokens[..., None] == -1, 0.0, law)
+    probs = probs_of(readable(draft_logits), temperature)
+    probs = torch.nn.functional.pad(probs, (0, max(0, vocab - probs.shape[-1])))[..., :vocab]
+    return torch.where(draft_tokens[..., None] == -1, 0.0, probs)
 
 
 def accept(rule, target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions, noise=Noise):
     """Tokens [R, K+1] of rule(batch) for sampled rows and of the greedy rule for rows of temperature 0, then -1."""
     rows = readable(target_logits)
     lens = draft_lens.to(torch.int64)
-    # Acceptance stops at a row without a finite logit: it judges nothing, and its lowest id is emitted.
+    # Acceptance stops at a row without a finite logit: it verifies nothing, and its lowest id is emitted.
     dead = ~rows.isfinite().any(-1)  # [R, K+1]
     stop = torch.where(dead.any(1), dead.long().argmax(1), rows.shape[1])
-    judged = torch.minimum(lens, stop)
+    verified = torch.minimum(lens, stop)
     scale = torch.where(temperature > 0, temperature, 1.0)
     batch = Batch(
-        law_of(rows, scale),
-        draft_law(draft_logits, draft_tokens, scale, rows.shape[2]),
+        probs_of(rows, scale),
+        draft_probs(draft_logits, draft_tokens, scale, rows.shape[2]),
         draft_tokens,
-        judged,
+        verified,
         noise(seeds, anchor_positions),
     )
     says = rows.argmax(-1)

@@ -1,8 +1,9 @@
-"""Tests of a tree acceptance function by what it emits under many seeds, each against a law that is known exactly.
+"""Tests of a tree acceptance function by what it emits under many seeds, each against a distribution that is known exactly.
 
-The suite draws the trees itself, from the laws that it hands over; what follows the emitted tokens comes from the target, so that
-the exact law of the first tokens is the target's, whatever the trees were. Every test yields `statistics.Finding`s; `run` is a
-`run.TreeRun`. As in laws.py, the models are chosen among random ones so that planted mistakes (known_wrong_tree.py) show well.
+The suite draws the trees itself, from the distributions that it hands over; what follows the emitted tokens comes from the
+target, so that the exact distribution of the first tokens is the target's, whatever the trees were. Every test yields
+`statistics.Finding`s; `run` is a `run.TreeRun`. As for chains, the models are chosen among random ones so that the known-bad rules
+(known_wrong.py) are detected clearly.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from . import models, rules
 PAIR, STAR, CHAIN = (-1, 0, 0), (-1, 0, 0, 0), (-1, 0, 1)
 ELDER, SECOND, ODD, DEEP = (-1, 0, 0, 1, 1), (-1, 0, 0, 2, 2), (-1, 0, 0, 1, 3, 3), (-1, 0, 0, 1, 2, 4)
 MIXED = (ODD, (-1,), SECOND, STAR, (-1, 0, 1, 2, 2))
-# Found by search. Node 1 at position 1, anchor position 0: the coin is below 2^-24; or within 2^-25 of 1.
-LOW_COINS = (
+# Found by search. Node 1 at position 1, anchor position 0: the acceptance uniform is below 2^-24; or within 2^-25 of 1.
+LOW_UNIFORMS = (
     34497534, 56870691, 91489961, 106471135, 116840421, 145210445, 149258720, 173433382, 174150232, 188839004, 209889237, 211985651,
 )  # fmt: skip
-HIGH_COINS = (66376731, 101300306, 151669353, 188727120)
+HIGH_UNIFORMS = (66376731, 101300306, 151669353, 188727120)
 
 
 def _depth(shapes) -> int:
@@ -31,18 +32,18 @@ def _depth(shapes) -> int:
 
 
 def _round(run, what, model, shapes, tokens=None, **options):
-    """One round after the prompt, completed by the target: the law of the first tokens (None: as many as a round can emit)."""
+    """One round after the prompt, completed by the target: the distribution of the first tokens (None: all of a round)."""
     tokens = tokens or _depth(shapes) + 1
     temperature = options.get("temperature", 1.0)
     model, history, _ = run.decode(what, model, shapes, tokens, rounds=1, **options)
     while tokens > 1 and model.vocab**tokens * 20 > run.requests:  # fewer cells than samples
         tokens -= 1
     counts = chain_models.count_windows(history, 0, tokens, model.vocab)
-    yield from compare(what, counts, chain_models.sequence_law(model.law(temperature), tokens), run.level)
+    yield from compare(what, counts, chain_models.sequence_probs(model.target_probs(temperature), tokens), run.level)
 
 
 def _windows(run, what, model, shapes, **options):
-    """Three rounds or more under one seed: the law of all windows of a few tokens."""
+    """Three rounds or more under one seed: the distribution of all windows of a few tokens."""
     tokens = 2 * (_depth(shapes) + 1) + 1
     model, history, _ = run.decode(what, model, shapes, tokens, rounds=None, **options)
     width = 3
@@ -50,8 +51,8 @@ def _windows(run, what, model, shapes, **options):
         width -= 1
     for first in range(tokens - width + 1):
         counts = chain_models.count_windows(history, first, width, model.vocab)
-        law = chain_models.window_law(model.law(), first, width)
-        yield from compare(f"{what}, tokens {first + 1} to {first + width}", counts, law, run.level)
+        probs = chain_models.window_probs(model.target_probs(), first, width)
+        yield from compare(f"{what}, tokens {first + 1} to {first + width}", counts, probs, run.level)
 
 
 def _sampled(run):
@@ -89,7 +90,7 @@ def noise(run):
         yield from _round(run, f"frequent draws, {drawn}", DRAWS, (PAIR,), tokens=1, kind=drawn)
     seeds = run.seeds("pairs")
     model = run.model(chain_distributions.PAIRS)
-    law = chain_models.sequence_law(model.law(), 1)
+    probs = chain_models.sequence_probs(model.target_probs(), 1)
     others = {"seed + 1": (1, 0), "seed + 2^32": (1 << 32, 0), "position + 1": (0, 1), "seed + 1, position - 1": (1, -1)}
     for what, (step, offset) in others.items():
         tokens = []
@@ -97,11 +98,11 @@ def noise(run):
             history, _ = run.play(model, (PAIR,), kind=run.drawn[0]).decode(given, 1, 1, position, salt=position)
             tokens.append(history[:, 0])
         counts = torch.bincount(tokens[0] * model.vocab + tokens[1], minlength=model.vocab**2)
-        yield from compare(what, counts, law[:, None] * law, run.level)
+        yield from compare(what, counts, probs[:, None] * probs, run.level)
 
 
 def siblings(run):
-    """siblings each have a coin of their own: one for all is off by a total variation of 0.003 to 0.02 on common models"""
+    """each sibling has an acceptance uniform of its own: one for all is off by a total variation of 0.003 to 0.02 on most models"""
     for drawn in _sampled(run):
         yield from _round(run, f"siblings, {drawn}", SIBLINGS[drawn], (STAR,), tokens=1, kind=drawn)
 
@@ -113,7 +114,7 @@ def temperature(run):
 
 
 def filters(run):
-    """-inf logits in either law, as filters leave them: fewer children than a shape has room for"""
+    """-inf logits in either distribution, as filters leave them: fewer children than a shape has room for"""
     for drawn in run.drawn:
         yield from _round(run, f"V=4 M=5 {drawn}", SUPPORT, (SECOND,), kind=drawn)
 
@@ -137,9 +138,9 @@ def accepts(run):
 
 
 def chain(run):
-    """traversal of a chain is block verification: the law of how much is kept and of what is emitted"""
+    """traversal of a chain is block verification: the distribution of how much is accepted and of what is emitted"""
     model, drafts = run.model(BLOCK), 2
-    law, outcomes = models.block_law(model, drafts)
+    probs, outcomes = models.block_probs(model, drafts)
     play = run.play(model, ((-1, *range(drafts)),), kind="iid")
     seeds = run.seeds("chain")
     out, _ = play.round(torch.full_like(seeds, chain_models.PROMPT), seeds, torch.full_like(seeds, 7))
@@ -148,7 +149,7 @@ def chain(run):
     number = torch.zeros(base ** (drafts + 1), dtype=torch.int64)
     number[[key(outcome) for outcome in outcomes]] = torch.arange(len(outcomes))
     counts = torch.bincount(number.to(out.device)[key(out.unbind(1))], minlength=len(outcomes))
-    yield from compare("kept and emitted", counts.cpu(), law, run.level)
+    yield from compare("accepted and emitted", counts.cpu(), probs, run.level)
 
 
 def residual(run):
@@ -161,20 +162,20 @@ def residual(run):
     tokens, parents = torch.tensor([[0, 2]]).repeat(requests, 1), torch.tensor([[-1, 0]]).int().repeat(requests, 1)
     for drawn in _sampled(run)[:1]:
         out = run.call_rows(rows, tokens, parents, None if drawn == "one_hot" else rows, drawn, seeds)
-        law = torch.softmax(row.double(), 0)
-        what = "equal laws, impossible child"
-        yield from compare(what, torch.bincount(out[:, 0], minlength=vocab).cpu(), law, run.level)
+        probs = torch.softmax(row.double(), 0)
+        what = "equal distributions, impossible child"
+        yield from compare(what, torch.bincount(out[:, 0], minlength=vocab).cpu(), probs, run.level)
 
 
 def tails(run):
-    """impossible tokens never, coins of 0 and 1 among the noise; tokens of 1e-6 and children of small chance at their rate"""
+    """impossible tokens never, uniforms near 0 and 1 among the noise; tokens of 1e-6 and unlikely children at their rate"""
     yield from _impossible(run)
     yield _rare_tokens(run)
     yield _rare_children(run)
 
 
 def _impossible(run):
-    extreme = torch.tensor([*LOW_COINS, *HIGH_COINS, *chain_distributions.EXTREME_DRAWS], device=run.device)
+    extreme = torch.tensor([*LOW_UNIFORMS, *HIGH_UNIFORMS, *chain_distributions.EXTREME_DRAWS], device=run.device)
     seeds = torch.cat([extreme, run.seeds("impossible", max(64, run.requests - len(extreme)) if run.requests > 64 else 16)])
     vocab, count = 4, len(seeds)
     target = torch.tensor([[0.0, NEG_INF, 1.0, NEG_INF], *[[1.0, 0.0, NEG_INF, NEG_INF]] * 2])
@@ -183,14 +184,14 @@ def _impossible(run):
     tokens = torch.stack([torch.zeros_like(first), first, 4 - first], 1)
     parents = torch.tensor([PAIR]).int().repeat(count, 1)
     for drawn in run.drawn:
-        law = None if drawn == "one_hot" else draft
-        out = run.call_rows(target.expand(count, 3, vocab), tokens, parents, law, drawn, seeds, anchor_position=0)
+        draft_logits = None if drawn == "one_hot" else draft
+        out = run.call_rows(target.expand(count, 3, vocab), tokens, parents, draft_logits, drawn, seeds, anchor_position=0)
         wrong = int(((out[:, 0] == 1) | (out[:, 0] == 3) | (out[:, 1] > 1)).sum())
         yield Finding(f"{drawn} children: {wrong} of {count} requests emitted an impossible token", 0.0 if wrong else 1.0)
 
 
 def _rare_tokens(run):
-    """Tokens behind a root without children among TAIL ids, as rare as leaves 24 of them to expect, but not below 2^-24 each."""
+    """Tokens behind a root without children, among TAIL ids: as rare as 24 expected ones allow, but not below 2^-24 each."""
     requests = max(16, min(run.requests // 16, 1 << 21))
     each = max(2.0**-24, 24.0 / requests / chain_distributions.TAIL)
     row = torch.zeros(chain_distributions.TAIL + 1)
@@ -208,14 +209,14 @@ def _rare_tokens(run):
 def _rare_children(run):
     """A child that the drafter always makes and the target hardly ever says."""
     requests, drawn = run.requests, run.drawn[0]
-    chance = min(0.25, 64.0 / requests)
-    row = torch.tensor([chance, 1 - chance]).double().log().float().expand(requests, 2, -1)
-    chance = float(torch.softmax(row[0, 0].double(), 0)[0])
-    law = torch.tensor([0.0, NEG_INF]).expand(requests, 2, -1)
+    probability = min(0.25, 64.0 / requests)
+    row = torch.tensor([probability, 1 - probability]).double().log().float().expand(requests, 2, -1)
+    probability = float(torch.softmax(row[0, 0].double(), 0)[0])
+    draft_logits = torch.tensor([0.0, NEG_INF]).expand(requests, 2, -1)
     tokens, parents = torch.zeros(requests, 2, dtype=torch.int64), torch.tensor([[-1, 0]]).int().repeat(requests, 1)
     seeds = run.seeds("rare children", requests)
-    out = run.call_rows(row, tokens, parents, None if drawn == "one_hot" else law, drawn, seeds)
-    return rare(f"children of {chance:.1e} emitted", int((out[:, 0] == 0).sum()), chance * requests)
+    out = run.call_rows(row, tokens, parents, None if drawn == "one_hot" else draft_logits, drawn, seeds)
+    return rare(f"children of {probability:.1e} emitted", int((out[:, 0] == 0).sum()), probability * requests)
 
 
 # ---- the models
@@ -241,7 +242,7 @@ PREFIX = dataclasses.replace(chain_models.random_model(37, 3, sharpness=2.5), co
 DRAWS = chain_models.random_model(113, 4, sharpness=2.5)
 SIBLINGS = {
     "one_hot": chain_models.random_model(289, 3, sharpness=1.5),
-    "iid": chain_models.random_model(289, 3, sharpness=1.5),  # one coin: off by 0.048
+    "iid": chain_models.random_model(289, 3, sharpness=1.5),  # one uniform for all: off by 0.048
     "without_replacement": chain_models.random_model(234, 4, sharpness=1.5),  # by 0.19
 }
 BLOCK = chain_models.random_model(25, 3, sharpness=1.5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..chain.edges import SURE, Convicted, expect
+from ..chain.edges import SURE, Detected, expect
 from ..chain.rules import NEG_INF, at
 from . import rules
 
@@ -46,26 +46,26 @@ def _point_batch(vocab: int = VOCAB):
     return torch.stack(logits).float(), torch.stack(tokens), torch.stack(parents).int(), torch.tensor(counts), torch.stack(wanted)
 
 
-def _laws(run, law: Tensor):
-    """For every way of making children that the function is for: (name, way, laws or None)."""
+def _ways(run, draft_logits: Tensor):
+    """For every way of making children that the function is for: (name, way, draft logits or None)."""
     for drawn in run.drawn:
-        yield f"{drawn} children", drawn, None if drawn == "one_hot" else law
+        yield f"{drawn} children", drawn, None if drawn == "one_hot" else draft_logits
 
 
 def rows(run):
     """each token from its own node's row: every end of every path, whole trees and trimmed ones, trees of several shapes"""
     target, tokens, parents, counts, wanted = _point_batch()
-    for what, drawn, law in _laws(run, torch.zeros_like(target)):
-        expect(what, run.call_rows(target, tokens, parents, law, drawn, num_nodes=counts), wanted)
+    for what, drawn, draft_logits in _ways(run, torch.zeros_like(target)):
+        expect(what, run.call_rows(target, tokens, parents, draft_logits, drawn, num_nodes=counts), wanted)
 
 
 def padding(run):
     """rows that are views of wider ones: what lies behind column V is never read"""
     for vocab in (13, 1029):
         target, tokens, parents, counts, wanted = (x[::3] for x in _point_batch(vocab))
-        law = torch.zeros_like(target)
-        wide = [torch.full((*x.shape[:-1], vocab + 7), 3 * SURE) for x in (target, law)]
-        for buffer, x in zip(wide, (target, law), strict=True):
+        draft_logits = torch.zeros_like(target)
+        wide = [torch.full((*x.shape[:-1], vocab + 7), 3 * SURE) for x in (target, draft_logits)]
+        for buffer, x in zip(wide, (target, draft_logits), strict=True):
             buffer[..., :vocab] = x
         views = [buffer.to(run.device)[..., :vocab] for buffer in wide]
         drawn = run.drawn[-1]
@@ -73,9 +73,9 @@ def padding(run):
         expect(f"V={vocab}", run.call_rows(views[0], tokens, parents, given, drawn, num_nodes=counts), wanted)
 
 
-def _best_children(law: Tensor, parents: Tensor, anchors: Tensor) -> Tensor:
-    """Tokens [R, M]: the children of a node are the best tokens of its row of law [R, M, V]."""
-    left, tokens = law.clone(), anchors[:, None].repeat(1, parents.shape[1])
+def _best_children(logits: Tensor, parents: Tensor, anchors: Tensor) -> Tensor:
+    """Tokens [R, M]: the children of a node are the best tokens of its row of logits [R, M, V]."""
+    left, tokens = logits.clone(), anchors[:, None].repeat(1, parents.shape[1])
     index = torch.arange(len(parents))
     for node in range(1, parents.shape[1]):
         tokens[:, node] = at(left, parents[:, node]).argmax(1)
@@ -94,15 +94,15 @@ def greedy(run):
     generator = torch.Generator().manual_seed(1)
     parents = _random_parents(generator, requests, nodes)
     target = torch.randint(-4, 5, (requests, nodes, vocab), generator=generator).float()  # many ties
-    law = target + 0.1 * torch.randn(target.shape, generator=generator)
+    draft_logits = target + 0.1 * torch.randn(target.shape, generator=generator)
     followed = torch.rand(requests, nodes, 1, generator=generator) < 0.6
-    tokens = _best_children(torch.where(followed, target, -law), parents, parents[:, 1])
+    tokens = _best_children(torch.where(followed, target, -draft_logits), parents, parents[:, 1])
     counts = torch.randint(1, nodes + 1, (requests,), generator=generator)
     seeds = run.seeds("greedy", requests).cpu()
     cold = torch.zeros(requests)
-    wanted = rules.greedy(target, tokens, parents, law, "iid", cold, seeds, counts, torch.full((requests,), 7))
+    wanted = rules.greedy(target, tokens, parents, draft_logits, "iid", cold, seeds, counts, torch.full((requests,), 7))
     parents = parents.int()
-    for what, drawn, given in _laws(run, law):
+    for what, drawn, given in _ways(run, draft_logits):
         out = run.call_rows(target, tokens, parents, given, drawn, seeds, num_nodes=counts, temperature=0.0)
         expect(what, out, wanted)
     if run.rule != "greedy_tree":
@@ -118,8 +118,8 @@ def batch(run):
     generator = torch.Generator().manual_seed(2)
     parents = _random_parents(generator, requests, nodes)
     target = torch.randn(requests, nodes, vocab, generator=generator) * 3
-    law = target + torch.randn(requests, nodes, vocab, generator=generator)
-    tokens = _best_children(law, parents, parents[:, 1])
+    draft_logits = target + torch.randn(requests, nodes, vocab, generator=generator)
+    tokens = _best_children(draft_logits, parents, parents[:, 1])
     parents = parents.int()
     counts = 1 + torch.arange(requests) % nodes
     heat = torch.full((requests,), 0.0 if run.rule == "greedy_tree" else 1.0)
@@ -128,7 +128,7 @@ def batch(run):
 
     def emitted(index):
         return run.call_rows(
-            target[index], tokens[index], parents[index], None if drawn == "one_hot" else law[index], drawn, seeds[index],
+            target[index], tokens[index], parents[index], None if drawn == "one_hot" else draft_logits[index], drawn, seeds[index],
             num_nodes=counts[index], temperature=heat[index],
         )  # fmt: skip
 
@@ -148,17 +148,17 @@ def bad_rows(run):
     """NaN reads as -inf, +inf takes all, acceptance stops at a row without a finite logit, ids stay in range"""
     target, tokens, parents, counts, wanted = _point_batch()
     drawn = run.drawn[0]
-    law = None if drawn == "one_hot" else torch.zeros_like(target)
+    draft_logits = None if drawn == "one_hot" else torch.zeros_like(target)
 
-    def emitted(rows, given=law):
+    def emitted(rows, given=draft_logits):
         return run.call_rows(rows, tokens, parents, given, drawn, num_nodes=counts)
 
     expect("NaN beside one id", emitted(torch.where(target == 0, float("nan"), target)), wanted)
     expect("+inf", emitted(torch.where(target == SURE, float("inf"), target)), wanted)
     # The first accepted node; where none is, a node that has no part in it.
     accepted = (wanted >= 0).sum(1) - 1
-    spoilt = torch.where(accepted > 0, ((tokens == wanted[:, :1]) & (parents == 0)).long().argmax(1), 1)
-    here = (torch.arange(tokens.shape[1]) == spoilt[:, None])[..., None]
+    corrupted = torch.where(accepted > 0, ((tokens == wanted[:, :1]) & (parents == 0)).long().argmax(1), 1)
+    here = (torch.arange(tokens.shape[1]) == corrupted[:, None])[..., None]
     index = torch.arange(tokens.shape[1])
     stops = (accepted > 0)[:, None]
     for value in (float("nan"), NEG_INF):
@@ -166,21 +166,21 @@ def bad_rows(run):
         any_id = stops & (index == 1)
         known = torch.where(stops & (index > 0), -1, wanted)
         expect(f"row of {value}", torch.where(any_id, -1, out), known)
-    if law is not None and run.rule != "greedy_tree":
-        emitted(target, law + float("nan"))
+    if draft_logits is not None and run.rule != "greedy_tree":
+        emitted(target, draft_logits + float("nan"))
 
 
 def extreme(run):
     """fp16 logits of 6e4 and temperatures of 1e-6: no overflow, no NaN, the arg-max though another is close"""
     target, tokens, parents, counts, wanted = _point_batch()
     target = torch.maximum(target, 0.95 * target.roll(-1, 2))
-    law = torch.zeros_like(target)
-    rows = torch.arange(len(law))
-    for node in range(1, tokens.shape[1]):  # a node's children share its law
-        law[rows, parents[:, node].long(), tokens[:, node]] = SURE
+    draft_logits = torch.zeros_like(target)
+    rows = torch.arange(len(draft_logits))
+    for node in range(1, tokens.shape[1]):  # a node's children share its row
+        draft_logits[rows, parents[:, node].long(), tokens[:, node]] = SURE
     drawn = run.drawn[-1]
     for what, scale, heat in (("large logits", 1000.0, 1.0), ("temperature 1e-6", 0.05, 1e-6), ("both", 1000.0, 1e-6)):
-        halves = (target * scale).half(), None if drawn == "one_hot" else (law * scale).half()
+        halves = (target * scale).half(), None if drawn == "one_hot" else (draft_logits * scale).half()
         out = run.call_rows(halves[0], tokens, parents, halves[1], drawn, num_nodes=counts, temperature=heat)
         expect(what, out, wanted)
 
@@ -188,17 +188,17 @@ def extreme(run):
 def empty(run):
     """no request, a tree of the root alone, room for the root alone"""
     drawn = run.drawn[-1]
-    law = lambda *shape: None if drawn == "one_hot" else torch.zeros(*shape, 13)  # noqa: E731
+    draft = lambda *shape: None if drawn == "one_hot" else torch.zeros(*shape, 13)  # noqa: E731
     none = run.call_rows(
-        torch.zeros(0, 3, 13), torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int32), law(0, 3), drawn
+        torch.zeros(0, 3, 13), torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int32), draft(0, 3), drawn
     )  # fmt: skip
     if tuple(none.shape) != (0, 3):
-        raise Convicted(f"no request: expected tokens [0, 3], got {list(none.shape)}")
+        raise Detected(f"no request: expected tokens [0, 3], got {list(none.shape)}")
     target, tokens, parents, _, _ = _point_batch()
     for nodes in (tokens.shape[1], 1):
         wanted = torch.full((len(tokens), nodes), -1)
         wanted[:, 0] = target[:, 0].argmax(1)
         out = run.call_rows(
-            target[:, :nodes], tokens[:, :nodes], parents[:, :nodes], law(len(tokens), nodes), drawn, num_nodes=1
+            target[:, :nodes], tokens[:, :nodes], parents[:, :nodes], draft(len(tokens), nodes), drawn, num_nodes=1
         )  # fmt: skip
         expect(f"the root, M={nodes}", out, wanted)

@@ -1,7 +1,7 @@
-"""Ways to lose the target's law on draft trees, as tree acceptance functions for the suite to convict.
+"""Known-bad rules on draft trees, for the suite to detect: they lose the target's distribution, or accept less.
 
-Each is one of rules_tree.py with one mistake. `MISTAKES` holds them by name; `DRAFTS` holds what is wrong in drawing the children.
-Which test convicts which: tests/package/test_testing_tree.py. Try
+Each is one of rules.py with one mistake. `KNOWN_BAD` holds them by name; `DRAFTS` holds what is wrong in drawing the children.
+Which test detects which: tests/package/test_testing_tree.py. Try
 
     python -m dspark_kernels.testing dspark_kernels.testing.known_wrong_tree:traversal_divided_by_the_child
 """
@@ -17,14 +17,14 @@ from ...types import Stream
 from ..chain import known_wrong as chain_known_wrong, rules as chain_rules
 from ..chain.rules import NEG_INF, at
 from . import models, rules
-from .rules import Noise, Traversal, Trees, normalised
+from .rules import Noise, Recursive, Traversal, Trees
 
-MISTAKES: dict[str, object] = {}
-mistake = functools.partial(chain_known_wrong.mistake, table=MISTAKES)
+KNOWN_BAD: dict[str, object] = {}
+known_bad = functools.partial(chain_known_wrong.known_bad, table=KNOWN_BAD)
 RULES = {"walk": rules.walk_rule, "recursive": rules.recursive_rule, "traversal": rules.traversal_rule}
 
 
-def judged(rule: str, **options):
+def known_bad_rule(rule: str, **options):
     """Register a rule on Trees: (last node, token)."""
 
     def register(of_trees):
@@ -33,7 +33,7 @@ def judged(rule: str, **options):
             return rules.accept(of_trees, *arguments, **options)
 
         del function.__wrapped__
-        return mistake(rule)(function)
+        return known_bad(rule)(function)
 
     return register
 
@@ -45,7 +45,7 @@ def _on(rule: str, name: str, text: str, **options):
         return rules.accept(RULES[rule], *arguments, **options)
 
     function.__name__, function.__doc__ = name, text
-    return mistake(rule)(function)
+    return known_bad(rule)(function)
 
 
 # ---- noise
@@ -68,14 +68,14 @@ class _PositionOnly(Noise):
         return Noise(self.seeds, start).blocks(stream, positions, groups)
 
 
-class _OneCoinPerDepth(Noise):
-    def node_coins(self, depths):
-        return self.coins(depths.shape[1]).gather(1, (depths - 1).clamp(min=0))
+class _OneUniformPerDepth(Noise):
+    def node_uniforms(self, depths):
+        return self.uniforms(depths.shape[1]).gather(1, (depths - 1).clamp(min=0))
 
 
-class _OneCoinPerTree(Noise):
-    def node_coins(self, depths):
-        return self.coins(1).expand_as(depths)
+class _OneUniformPerTree(Noise):
+    def node_uniforms(self, depths):
+        return self.uniforms(1).expand_as(depths)
 
 
 class _ByRow(Noise):
@@ -89,10 +89,10 @@ class _LowWord(Noise):
 
 
 class _Coarse(Noise):
-    """24 bits: 0 is among the coins."""
+    """24 bits: 0 is among the uniforms."""
 
-    def node_coins(self, depths):
-        return ((super().node_coins(depths) * 2.0**32 - 0.5).round().long() >> 8).double() * 2.0**-24
+    def node_uniforms(self, depths):
+        return ((super().node_uniforms(depths) * 2.0**32 - 0.5).round().long() >> 8).double() * 2.0**-24
 
 
 class _GumbelFloor(Noise):
@@ -107,61 +107,71 @@ class _GumbelFloor(Noise):
 
 _on("recursive", "draw_with_draft_noise", "Tokens drawn with the noise that drew the first child.", noise=_DraftNoiseInDraws)
 _on("traversal", "position_only_noise", "Noise addressed by position alone: met again when drafted again.", noise=_PositionOnly)
-_on("recursive", "one_coin_for_siblings", "Coins addressed by position alone: siblings share theirs.", noise=_OneCoinPerDepth)
-_on("traversal", "one_coin_per_depth", "Coins addressed by position alone: siblings and cousins share.", noise=_OneCoinPerDepth)
-_on("traversal", "one_coin_per_tree", "One coin for all leaves.", noise=_OneCoinPerTree)
+_on(
+    "recursive",
+    "one_uniform_for_siblings",
+    "Acceptance uniforms addressed by position alone: siblings share theirs.",
+    noise=_OneUniformPerDepth,
+)
+_on(
+    "traversal",
+    "one_uniform_per_depth",
+    "Acceptance uniforms addressed by position alone: siblings and cousins share.",
+    noise=_OneUniformPerDepth,
+)
+_on("traversal", "one_uniform_per_tree", "One acceptance uniform for all leaves.", noise=_OneUniformPerTree)
 _on("traversal", "noise_by_row", "Noise that depends on the batch row.", noise=_ByRow)
 _on("walk", "low_word_of_seed", "Seeds cut to 32 bits.", noise=_LowWord)
 _on("walk", "gumbel_floor", "Gumbel noise with a floor: rare tokens are never drawn.", noise=_GumbelFloor)
 
 
-# ---- laws of siblings
+# ---- what siblings are drawn from
 
 
 class _DrawnStays(Trees):
-    def next_law(self, proposed, tokens):
+    def next_probs(self, proposed, tokens):
         return proposed
 
 
 class _DrawnRemovedOnly(Trees):
-    def next_law(self, proposed, tokens):
+    def next_probs(self, proposed, tokens):
         ids = torch.arange(proposed.shape[1], device=tokens.device)
         return proposed if self.drawn == "iid" else torch.where(ids == tokens[:, None], 0.0, proposed)
 
 
 class _DrawnRemovedAlways(Trees):
-    def next_law(self, proposed, tokens):
+    def next_probs(self, proposed, tokens):
         return Trees(*(getattr(self, name) for name in ("target", "draft", "tokens", "parents", "depths")),
-                     "without_replacement", self.noise).next_law(proposed, tokens)  # fmt: skip
+                     "without_replacement", self.noise).next_probs(proposed, tokens)  # fmt: skip
 
 
 class _NothingTakenOut(Trees):
-    def residual(self, law, proposed):
-        return law
+    def residual(self, target_probs, proposed):
+        return target_probs
 
 
-_on("recursive", "drawn_sibling_stays", "Without replacement, a rejected sibling's token stays in the law of the next.",
+_on("recursive", "drawn_sibling_stays", "Without replacement, a rejected sibling's token stays in the distribution of the next.",
     trees=_DrawnStays)  # fmt: skip
 _on("traversal", "drawn_sibling_stays_in_traversal", "The same in traversal.", trees=_DrawnStays)
-_on("recursive", "sibling_law_not_normalised", "Without replacement, the token is removed and the rest is not made whole.",
+_on("recursive", "sibling_distribution_not_normalised", "Without replacement, the token is removed and the rest is not normalised.",
     trees=_DrawnRemovedOnly)  # fmt: skip
-_on("recursive", "independent_taken_for_distinct", "Independent siblings judged as if drawn without replacement.",
+_on("recursive", "independent_taken_for_distinct", "Independent siblings verified as if drawn without replacement.",
     trees=_DrawnRemovedAlways)  # fmt: skip
-_on("recursive", "nothing_taken_out", "What was rejected stays in the target's law, for the next sibling and for the draw.",
+_on("recursive", "nothing_taken_out", "What was rejected stays in the target distribution, for the next sibling and for the draw.",
     trees=_NothingTakenOut)  # fmt: skip
 
 
-@mistake("recursive")
+@known_bad("recursive")
 def draft_cut_to_the_targets_ids(node_logits, tokens, parents, draft_logits, *rest):
-    """A wider draft law is cut and made whole before its siblings are judged."""
+    """A wider draft distribution is cut and normalised before its siblings are verified."""
     if draft_logits is not None:
         draft_logits = draft_logits[..., : node_logits.shape[2]]
     return rules.recursive(node_logits, tokens, parents, draft_logits, *rest)
 
 
-@mistake("traversal")
-def law_of_the_childs_row(node_logits, tokens, parents, draft_logits, *rest):
-    """The draft row of a node taken for the law that it was drawn from itself, not for that of its children."""
+@known_bad("traversal")
+def distribution_of_the_childs_row(node_logits, tokens, parents, draft_logits, *rest):
+    """The draft row of a node taken for the distribution it was itself drawn from, not for that of its children."""
     if draft_logits is not None:
         last = torch.zeros_like(parents, dtype=torch.int64)
         for node in range(1, parents.shape[1]):
@@ -170,15 +180,15 @@ def law_of_the_childs_row(node_logits, tokens, parents, draft_logits, *rest):
     return rules.traversal(node_logits, tokens, parents, draft_logits, *rest)
 
 
-@mistake("recursive")
-def law_ignored(node_logits, tokens, parents, draft_logits, *rest):
+@known_bad("recursive")
+def distribution_ignored(node_logits, tokens, parents, draft_logits, *rest):
     """Sampled trees taken for one-hot ones: lossless, and accepts less."""
     return rules.recursive(node_logits, tokens, parents, None, *rest)
 
 
-@mistake("recursive")
+@known_bad("recursive")
 def duplicates_merged(node_logits, tokens, parents, draft_logits, drawn, *rest):
-    """Independent siblings with one token made one before they are judged."""
+    """Independent siblings with one token merged before they are verified."""
     parents = parents.clone()
     for node in range(1, tokens.shape[1]):
         again = (parents[:, :node] == parents[:, node, None]) & (tokens[:, :node] == tokens[:, node, None]) & (drawn == "iid")
@@ -189,62 +199,42 @@ def duplicates_merged(node_logits, tokens, parents, draft_logits, drawn, *rest):
 # ---- rules
 
 
-@judged("recursive")
+class _NotNormalised(Recursive):
+    def rest(self):
+        return self.trees.residual(self.target_probs, self.proposed)
+
+
+class _AgainstTheWholeTarget(Recursive):
+    def against(self):
+        return at(self.trees.target, self.node)
+
+
+@known_bad_rule("recursive")
 def residual_not_normalised(trees: Trees):
-    """The next sibling judged against [p - q]+ as it is."""
-    node = torch.zeros_like(trees.tokens[:, 0])
-    law, proposed = trees.target[:, 0], trees.draft[:, 0]
-    for child in range(1, trees.num_nodes):
-        tokens = trees.tokens[:, child]
-        tried = trees.parents[:, child] == node
-        draft = trees.pick(proposed, tokens)
-        passes = tried & (draft > 0) & (trees.coins[:, child] * draft < trees.pick(law, tokens))
-        fails, stays = (tried & ~passes)[:, None], ~passes[:, None]
-        law = torch.where(stays, torch.where(fails, trees.residual(law, proposed), law), trees.target[:, child])
-        proposed = torch.where(stays, torch.where(fails, trees.next_law(proposed, tokens), proposed), trees.draft[:, child])
-        node = torch.where(passes, child, node)
-    return node, trees.draw(node, law)
+    """The next sibling verified against [p - q]+ as it is."""
+    return _NotNormalised(trees).run()
 
 
-@judged("recursive")
+@known_bad_rule("recursive")
 def siblings_against_the_whole_target(trees: Trees):
-    """Every sibling judged against p; what the elder ones were rejected for is taken out of the draw alone."""
-    node = torch.zeros_like(trees.tokens[:, 0])
-    law, proposed = trees.target[:, 0], trees.draft[:, 0]
-    for child in range(1, trees.num_nodes):
-        tokens = trees.tokens[:, child]
-        tried = trees.parents[:, child] == node
-        draft, target = trees.pick(proposed, tokens), trees.pick(at(trees.target, node), tokens)
-        passes = tried & (draft > 0) & (trees.coins[:, child] * draft < target)
-        fails, stays = (tried & ~passes)[:, None], ~passes[:, None]
-        law = torch.where(stays, torch.where(fails, normalised(trees.residual(law, proposed)), law), trees.target[:, child])
-        proposed = torch.where(stays, torch.where(fails, trees.next_law(proposed, tokens), proposed), trees.draft[:, child])
-        node = torch.where(passes, child, node)
-    return node, trees.draw(node, law)
+    """Every sibling verified against p; what the elder ones were rejected for is taken out of the final draw alone."""
+    return _AgainstTheWholeTarget(trees).run()
 
 
-@judged("recursive")
+@known_bad_rule("recursive")
 def youngest_sibling_first(trees: Trees):
-    """Siblings tried in another order than they were drawn in: what the first was drawn from is the law for the last."""
-    node = torch.zeros_like(trees.tokens[:, 0])
-    law, proposed = trees.target[:, 0], trees.draft[:, 0]
-    live = torch.ones_like(node, dtype=torch.bool)
+    """Siblings tried in another order than they were drawn in: what the first was drawn from is the distribution for the last."""
+    state = Recursive(trees)
+    live = torch.ones_like(state.node, dtype=torch.bool)
     for _ in range(trees.num_nodes - 1):
-        start = node
+        start = state.node
         for child in reversed(range(1, trees.num_nodes)):
-            tokens = trees.tokens[:, child]
-            tried = live & (trees.parents[:, child] == start) & (node == start)
-            draft = trees.pick(proposed, tokens)
-            passes = tried & (draft > 0) & (trees.coins[:, child] * draft < trees.pick(law, tokens))
-            fails, stays = (tried & ~passes)[:, None], ~passes[:, None]
-            law = torch.where(stays, torch.where(fails, normalised(trees.residual(law, proposed)), law), trees.target[:, child])
-            proposed = torch.where(stays, torch.where(fails, trees.next_law(proposed, tokens), proposed), trees.draft[:, child])
-            node = torch.where(passes, child, node)
-        live = live & (node > start)
-    return node, trees.draw(node, law)
+            state.attempt(child, live & (trees.parents[:, child] == start) & (state.node == start))
+        live = live & (state.node > start)
+    return state.node, trees.draw(state.node, state.target_probs)
 
 
-@judged("walk")
+@known_bad_rule("walk")
 def walk_to_the_first_child(trees: Trees):
     """Where no child has the token, the first child is taken all the same."""
     here = torch.zeros_like(trees.tokens[:, 0])
@@ -258,31 +248,31 @@ def walk_to_the_first_child(trees: Trees):
     return node, at(says, node)
 
 
-@judged("walk")
+@known_bad_rule("walk")
 def token_from_the_parents_row(trees: Trees):
-    """The token behind the path from the row that judged the last node."""
+    """The token behind the path from the row that verified the last node."""
     node, token = rules.walk_rule(trees)
     above = at(trees.target, at(trees.parents, node).clamp(min=0))
     return node, torch.where(node > 0, trees.draw(node, above), token)
 
 
-@judged("recursive")
-def token_from_the_targets_law(trees: Trees):
+@known_bad_rule("recursive")
+def token_from_the_targets_distribution(trees: Trees):
     """After the last child, a token from p: what was rejected is not taken out."""
     node, _ = rules.recursive_rule(trees)
     return node, trees.draw(node, at(trees.target, node))
 
 
-@judged("recursive", noise=_Coarse)
+@known_bad_rule("recursive", noise=_Coarse)
 def equality_passes(trees: Trees):
     """u q <= p with a u that can be 0: impossible children pass."""
-    trees.coins = trees.coins - 1e-12
+    trees.uniforms = trees.uniforms - 1e-12
     return rules.recursive_rule(trees)
 
 
 class _DividedByTheChild(Traversal):
-    def normaliser(self, mass, kept, node):
-        return mass + 1.0 - self.at(self.kept, node)
+    def normaliser(self, mass, prefix_prob, node):
+        return mass + 1.0 - self.at(self.prefix_prob, node)
 
 
 class _Restarts(Traversal):
@@ -291,14 +281,14 @@ class _Restarts(Traversal):
         self.node = torch.where(where, 0, self.node)
 
 
-class _WithoutKept(Traversal):
+class _WithoutPrefixProb(Traversal):
     """The parent's P stays as it was."""
 
     def delete(self, where):
         parent = torch.where(where, self.at(self.trees.parents, self.node), 0)
-        before = self.at(self.kept, parent)
+        before = self.at(self.prefix_prob, parent)
         super().delete(where)
-        self.set(self.kept, parent, where, before)
+        self.set(self.prefix_prob, parent, where, before)
         self.set(self.above, parent, where, before)
         self.set(self.below, parent, where, torch.ones_like(before))
 
@@ -312,72 +302,72 @@ class _LeavesOnly(Traversal):
         self.open = self.open & (self.trees.parents != parent[:, None])
 
 
-@judged("traversal")
+@known_bad_rule("traversal")
 def traversal_divided_by_the_child(trees: Trees):
-    """The rejected child's chance in the normaliser, where the node's own belongs (a published implementation's)."""
+    """The rejected child's prefix probability in the normaliser, where the node's own belongs (a published implementation's)."""
     return _DividedByTheChild(trees).run()
 
 
-@judged("traversal")
+@known_bad_rule("traversal")
 def traversal_restarts(trees: Trees):
     """After a rejected leaf the rest of the tree is verified as if there had been none."""
     return _Restarts(trees).run()
 
 
-@judged("traversal")
-def traversal_without_kept(trees: Trees):
-    """What a node keeps its path with does not change when a child is rejected."""
-    return _WithoutKept(trees).run()
+@known_bad_rule("traversal")
+def traversal_without_prefix_probability(trees: Trees):
+    """A node's prefix probability does not change when a child is rejected."""
+    return _WithoutPrefixProb(trees).run()
 
 
-@judged("traversal")
+@known_bad_rule("traversal")
 def traversal_of_first_children(trees: Trees):
     """Only the first child of every node is verified: lossless, and accepts less."""
     return _LeavesOnly(trees).run()
 
 
-@judged("traversal")
+@known_bad_rule("traversal")
 def traversal_draws_from_the_target(trees: Trees):
     """The token from p, where M belongs."""
     node, _ = rules.traversal_rule(trees)
     return node, trees.draw(node, at(trees.target, node))
 
 
-@judged("traversal")
+@known_bad_rule("traversal")
 def recursive_for_traversal(trees: Trees):
     """The recursive rule: lossless, and accepts less."""
     return rules.recursive_rule(trees)
 
 
-@judged("walk")
+@known_bad_rule("walk")
 def always_rejects(trees: Trees):
     """Lossless and useless: one token of the target per round."""
     root = torch.zeros_like(trees.tokens[:, 0])
     return root, trees.draw(root, trees.target[:, 0])
 
 
-@judged("traversal")
+@known_bad_rule("traversal")
 def last_id_without_residual(trees: Trees):
     """The last id where nothing is left of [p - q]+."""
     state = Traversal(trees)
     node, token = state.run()
-    empty = state.at(state.law, node).sum(1) <= 0
+    empty = state.at(state.target_probs, node).sum(1) <= 0
     return node, torch.where(empty, trees.target.shape[2] - 1, token)
 
 
 # ---- what is read
 
 
-@mistake("recursive")
+@known_bad("recursive")
 def all_nodes_verified(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
-    """Judges all M nodes whatever the tree has."""
+    """Verifies all M nodes whatever the tree has."""
     whole = torch.full_like(num_nodes, tokens.shape[1])
     return rules.recursive(
         node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, whole, anchor_positions
     )  # fmt: skip
 
 
-@mistake("walk")
+@known_bad("walk")
 def at_least_one_child(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
     """Takes a tree of the root alone for one with a child."""
     return rules.walk(
@@ -385,7 +375,7 @@ def at_least_one_child(node_logits, tokens, parents, draft_logits, drawn, temper
     )  # fmt: skip
 
 
-@mistake("walk")
+@known_bad("walk")
 def one_shape_for_all(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
     """The first request's tree taken for everybody's."""
     if len(tokens):
@@ -393,35 +383,35 @@ def one_shape_for_all(node_logits, tokens, parents, draft_logits, drawn, tempera
     return rules.walk(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions)
 
 
-@mistake("recursive")
+@known_bad("recursive")
 def temperature_on_target_only(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest):
-    """The ratio against a draft law without temperature."""
+    """The ratio against a draft distribution without temperature."""
     if draft_logits is not None:
         draft_logits = draft_logits * torch.where(temperature > 0, temperature, 1.0)[:, None, None]
     return rules.recursive(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest)
 
 
-@mistake("traversal")
-def draft_law_rounded(node_logits, tokens, parents, draft_logits, *rest):
+@known_bad("traversal")
+def draft_distribution_rounded(node_logits, tokens, parents, draft_logits, *rest):
     """The ratio against bf16 logits, where the children were drawn from finer ones."""
     draft_logits = None if draft_logits is None else draft_logits.bfloat16().float()
     return rules.traversal(node_logits, tokens, parents, draft_logits, *rest)
 
 
-@mistake("walk")
+@known_bad("walk")
 def nan_wins(node_logits, *rest):
     """NaN is the largest, as it is for many an arg-max."""
     return rules.walk(torch.where(node_logits.isnan(), float("inf"), node_logits), *rest)
 
 
-@mistake("walk")
+@known_bad("walk")
 def masked_tokens_drawn(node_logits, *rest):
     """-inf read as the least finite number of what is left of the row: masked tokens are drawn."""
     finite = torch.where(node_logits == NEG_INF, float("inf"), node_logits).amin(-1, keepdim=True)
     return rules.walk(torch.where(node_logits == NEG_INF, finite, node_logits), *rest)
 
 
-@mistake("walk")
+@known_bad("walk")
 def strides_ignored(node_logits, *rest):
     """Rows read as if they lay one behind the other."""
     shape = node_logits.shape
@@ -431,7 +421,7 @@ def strides_ignored(node_logits, *rest):
     return rules.walk(node_logits, *rest)
 
 
-@mistake("recursive")
+@known_bad("recursive")
 def scaled_in_half(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest):
     """Logits divided by the temperature in fp16: overflow, and inf - inf."""
     scale = torch.where(temperature > 0, temperature, 1.0).half()[:, None, None]
@@ -440,14 +430,14 @@ def scaled_in_half(node_logits, tokens, parents, draft_logits, drawn, temperatur
     return rules.recursive(scaled[0], tokens, parents, scaled[1], drawn, heat, *rest)
 
 
-@mistake("traversal")
+@known_bad("traversal")
 def greedy_rows_sampled(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest):
     """Temperature 0 taken for 1."""
     heat = torch.where(temperature > 0, temperature, 1.0)
     return rules.traversal(node_logits, tokens, parents, draft_logits, drawn, heat, *rest)
 
 
-@mistake("greedy_tree")
+@known_bad("greedy_tree")
 def greedy_highest_tie(node_logits, tokens, *rest):
     """Ties to the highest id."""
     width = node_logits.shape[2]

@@ -1,10 +1,10 @@
 """Rounds of toy decoders that draft trees, and what the tree rules accept of them, exactly.
 
-    E[accepted] = sum over trees of their chance, times sum over d of P(the accepted path is d nodes long or longer)
+    E[accepted] = sum over trees of their probability, times sum over d of P(the accepted path is d nodes long or longer)
 
 A tree has one of a few shapes, which may depend on the request and the round but not on what the round draws; where `cut`, a node
 has children only if the confidence of its own token says so. Children are independent draws (iid), the best keys of one race
-(without_replacement) or the drafter's best tokens (one_hot). Symbols as in models.py; M nodes, node 0 the last token. Oracle:
+(without_replacement) or the drafter's best tokens (one_hot). Symbols as for chains; M nodes, node 0 the last token. Oracle:
 reference/tree_enumeration.py.
 """
 
@@ -29,8 +29,8 @@ def draft(draft_logits, elders, drawn, temperature, seeds, positions, anchor_pos
 
     elders: [R, n], what its elder siblings are, -1 = nothing.
     """
-    law = chain_rules.law_of(chain_rules.readable(draft_logits), temperature)
-    keys = law.log()
+    probs = chain_rules.probs_of(chain_rules.readable(draft_logits), temperature)
+    keys = probs.log()
     if drawn == "without_replacement":
         # One race at the parent; the elder siblings hold its better keys.
         keys = _without(keys, elders)
@@ -103,13 +103,13 @@ class TreePlay(chain_models.Play):
         tokens = torch.where(behind, (tokens[:, :1] + 1) % self.model.vocab, tokens)
         parents = torch.where(behind, 0, parents)
         context = self.context(tokens)
-        target, law = self.model.target[context], self.model.draft[context]
+        target, draft = self.model.target[context], self.model.draft[context]
         target = torch.where(behind[..., None], target.roll(1, 2), target)
         out = self.call(
             target.to(self.dtype),
             tokens,
             parents.to(torch.int32),
-            None if self.kind == "one_hot" else law.to(self.dtype),
+            None if self.kind == "one_hot" else draft.to(self.dtype),
             self.kind,
             temperature,
             seeds,
@@ -124,43 +124,43 @@ class TreePlay(chain_models.Play):
 
 def mean_accepted(rule: str, model: Model, shape: Shape, drawn: str) -> tuple[float, float]:
     """Mean and standard deviation of the accepted nodes of a round after the prompt, exact: a sum over all trees."""
-    trees, chance = _all_trees(model, shape, drawn)
+    trees, probability = _all_trees(model, shape, drawn)
     if rule == "traversal" and drawn != "one_hot":
         ends = _traversal_ends(trees)
     else:
         reached = (_walk_reaches if rule == "walk" or drawn == "one_hot" else _recursive_reaches)(trees, shape)
         children = torch.tensor(shape)
         ends = torch.stack([reached[:, v] - reached[:, children == v].sum(1) for v in range(len(shape))], 1)
-    mean, square = (float((chance[:, None] * ends * trees.depths**power).sum()) for power in (1, 2))
+    mean, square = (float((probability[:, None] * ends * trees.depths**power).sum()) for power in (1, 2))
     return mean, max(square - mean**2, 0.0) ** 0.5
 
 
 def _all_trees(model: Model, shape: Shape, drawn: str) -> tuple[rules.Trees, Tensor]:
-    """Every tree of the shape as a batch, and the chance of each."""
+    """Every tree of the shape as a batch, and the probability of each."""
     nodes, device = len(shape), model.target.device
-    draft_law, target_law = model.draft_law(), model.law()
+    draft_probs, target_probs = model.draft_probs(), model.target_probs()
     grids = torch.meshgrid(*[torch.arange(model.vocab)] * (nodes - 1), indexing="ij")
     tokens = torch.stack([torch.full_like(grids[0], PROMPT), *grids], -1).view(-1, nodes).to(device)
     parents = torch.tensor(shape, device=device).expand_as(tokens)
     trees = rules.Trees(
-        target_law[tokens], draft_law[tokens], tokens, parents, rules.depths_of(parents), drawn, None
+        target_probs[tokens], draft_probs[tokens], tokens, parents, rules.depths_of(parents), drawn, None
     )  # fmt: skip
-    chance = torch.ones(len(tokens), dtype=torch.float64, device=device)
+    probability = torch.ones(len(tokens), dtype=torch.float64, device=device)
     for node in range(nodes):
-        proposed = draft_law[tokens[:, node]]
+        proposed = draft_probs[tokens[:, node]]
         for child in (c for c in range(1, nodes) if shape[c] == node):
             if drawn == "one_hot":
-                chance = chance * (tokens[:, child] == proposed.argmax(1))
+                probability = probability * (tokens[:, child] == proposed.argmax(1))
             else:
-                chance = chance * trees.pick(proposed, tokens[:, child])
-            proposed = trees.next_law(proposed, tokens[:, child])
-    kept = chance > 0
-    rows = {name: getattr(trees, name)[kept] for name in ("target", "draft", "tokens", "parents", "depths")}
-    return dataclasses.replace(trees, **rows), chance[kept]
+                probability = probability * trees.pick(proposed, tokens[:, child])
+            proposed = trees.next_probs(proposed, tokens[:, child])
+    possible = probability > 0
+    rows = {name: getattr(trees, name)[possible] for name in ("target", "draft", "tokens", "parents", "depths")}
+    return dataclasses.replace(trees, **rows), probability[possible]
 
 
 def _walk_reaches(trees, shape: Shape) -> Tensor:
-    """Chance [trees, M] that a node is on the accepted path."""
+    """Probability [trees, M] that a node is on the accepted path."""
     reached = torch.ones(trees.tokens.shape, dtype=torch.float64, device=trees.tokens.device)
     for child in range(1, len(shape)):
         parent, tokens = shape[child], trees.tokens[:, child]
@@ -174,54 +174,54 @@ def _walk_reaches(trees, shape: Shape) -> Tensor:
 def _recursive_reaches(trees, shape: Shape) -> Tensor:
     reached = torch.ones(trees.tokens.shape, dtype=torch.float64, device=trees.tokens.device)
     for node in range(len(shape)):
-        left, law, proposed = reached[:, node].clone(), trees.target[:, node], trees.draft[:, node]
+        left, probs, proposed = reached[:, node].clone(), trees.target[:, node], trees.draft[:, node]
         for child in (c for c in range(1, len(shape)) if shape[c] == node):
             tokens = trees.tokens[:, child]
             draft_prob = trees.pick(proposed, tokens)
-            chance = (trees.pick(law, tokens) / torch.where(draft_prob > 0, draft_prob, 1.0)).clamp(max=1.0)
-            reached[:, child] = left * chance
-            left = left * (1 - chance)
-            law = rules.normalised(trees.residual(law, proposed))
-            proposed = trees.next_law(proposed, tokens)
+            probability = (trees.pick(probs, tokens) / torch.where(draft_prob > 0, draft_prob, 1.0)).clamp(max=1.0)
+            reached[:, child] = left * probability
+            left = left * (1 - probability)
+            probs = rules.normalised(trees.residual(probs, proposed))
+            proposed = trees.next_probs(proposed, tokens)
     return reached
 
 
 def _traversal_ends(trees) -> Tensor:
-    """Chance [trees, M] that a node ends the accepted path: tests come in one order, whatever the coins."""
+    """Probability [trees, M] that a node ends the accepted path: the order of tests does not depend on the uniforms."""
     state = rules.Traversal(trees)
-    ends = torch.zeros_like(state.kept)
+    ends = torch.zeros_like(state.prefix_prob)
     left = torch.ones_like(ends[:, 0])
     live = torch.ones_like(left, dtype=torch.bool)
     while bool(live.any()):
         tested, above, below = state.step(live)
         sure = (state.node == 0) | (below <= 0)
-        chance = torch.where(sure, 1.0, above / torch.where(below > 0, below, 1.0)).clamp(max=1.0)
-        ends[state.rows, state.node] += torch.where(tested, left * chance, 0.0)
-        left = torch.where(tested, left * (1 - chance), left)
+        probability = torch.where(sure, 1.0, above / torch.where(below > 0, below, 1.0)).clamp(max=1.0)
+        ends[state.rows, state.node] += torch.where(tested, left * probability, 0.0)
+        left = torch.where(tested, left * (1 - probability), left)
         live = live & ~(tested & (left <= 0))
         state.delete(tested & live)
     return ends
 
 
-def block_law(model: Model, num_drafts: int) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """Chances of what a round of block verification emits after the prompt, and what that is: the drafts it keeps, and a token."""
-    target_law, draft_law = model.law(), model.draft_law()
+def block_probs(model: Model, num_drafts: int) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Probabilities of what a round of block verification emits after the prompt, and what that is: accepted drafts and a token."""
+    target_probs, draft_probs = model.target_probs(), model.draft_probs()
     grids = torch.meshgrid(*[torch.arange(model.vocab)] * num_drafts, indexing="ij")
     drafts = torch.stack(grids, -1).view(-1, num_drafts)
     contexts = torch.nn.functional.pad(drafts, (1, 0), value=PROMPT)
     lens = torch.full((len(drafts),), num_drafts)
-    batch = chain_rules.Batch(target_law[contexts], draft_law[contexts[:, :-1]], drafts, lens, None)
-    chance = batch.chances()[1].prod(1)
-    kept, passes = chain_rules.block_terms(batch)
+    batch = chain_rules.Batch(target_probs[contexts], draft_probs[contexts[:, :-1]], drafts, lens, None)
+    probability = batch.drafted_probs()[1].prod(1)
+    prefix_probs, passes = chain_rules.block_terms(batch)
     found: dict[tuple[int, ...], float] = {}
-    left = torch.ones_like(chance)
-    for length in range(num_drafts, -1, -1):  # the longest prefix whose coin passes
+    left = torch.ones_like(probability)
+    for length in range(num_drafts, -1, -1):  # the longest prefix that passes its test
         ends = left * passes[:, length - 1] if length else left
         left = left - ends
         accepted = torch.full_like(lens, length)
-        weights = batch.target[:, -1] if length == num_drafts else batch.residual(accepted, kept[:, length])
-        for row, law in enumerate(rules.normalised(weights) * (chance * ends)[:, None]):
-            for token, part in enumerate(law.tolist()):
+        weights = batch.target[:, -1] if length == num_drafts else batch.residual(accepted, prefix_probs[:, length])
+        for row, probs in enumerate(rules.normalised(weights) * (probability * ends)[:, None]):
+            for token, part in enumerate(probs.tolist()):
                 outcome = (*drafts[row, :length].tolist(), token)
                 found[outcome] = found.get(outcome, 0.0) + part
     return torch.tensor(list(found.values()), dtype=torch.float64), list(found)

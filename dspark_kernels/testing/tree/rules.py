@@ -1,4 +1,4 @@
-"""Acceptance of draft trees in plain torch for many requests at once: what the suite is held against and planted mistakes change.
+"""Acceptance of draft trees in plain torch for many requests at once: what the suite is held against, and known-bad rules change.
 
     walk:      y ~ p_v; go to the first child whose token is y, else emit y
     recursive: try the children in order: accept c while u_c q_c(x) < p(x), else p <- norm [p - q_c]+; after the last one y ~ p
@@ -7,11 +7,11 @@
                its parent Z = sum [P M - q_c]+, M <- [P M - q_c]+ / Z, P <- h <- Z / (Z + 1 - P), 0/0 = 1
     greedy:    the walk with y = argmax p_v
 
-Rows of temperature 0 are greedy, and trees made without chance are walked, under each rule. `walk`, `recursive`, `traversal` and
+Under each rule, rows of temperature 0 are greedy and deterministic trees are walked. `walk`, `recursive`, `traversal` and
 `greedy` are tree acceptance functions as the suite takes them (see `suite.check`). Symbols: R requests, M nodes, V vocabulary, p
-target law, q_c the law that child c was drawn from given its elder siblings, x its token, u coins. Everything is fp64, every random
-word addressed by the request's seed, position, anchor position and node. Oracle: reference/tree.py. Sources: SpecInfer arXiv
-2305.09781, Sequoia arXiv 2402.12374, traversal verification arXiv 2505.12398.
+target distribution, q_c what child c was drawn from given its elder siblings, x its token, u acceptance uniforms. Everything is
+fp64, every random word addressed by the request's seed, position, anchor position and node. Oracle: reference/tree.py. Sources:
+SpecInfer arXiv 2305.09781, Sequoia arXiv 2402.12374, traversal verification arXiv 2505.12398.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...types import Stream
 from ..chain import rules as chain_rules
-from ..chain.rules import at, law_of, readable
+from ..chain.rules import at, probs_of, readable
 
 DRAWN = ("one_hot", "iid", "without_replacement")
 
@@ -45,8 +45,8 @@ class Noise(chain_rules.Noise):
             self.seeds[:, None], [groups, positions, self.anchor_positions[:, None], int(stream) | self.nodes << 8]
         )
 
-    def node_coins(self, depths: Tensor) -> Tensor:
-        """[R, M], the coin of every node."""
+    def node_uniforms(self, depths: Tensor) -> Tensor:
+        """[R, M], the acceptance uniform of every node."""
         nodes = torch.arange(depths.shape[1], device=depths.device)[None]
         here = type(self)(self.seeds, self.anchor_positions, nodes)
         return self.uniform(here.blocks(Stream.ACCEPT, self.anchor_positions[:, None] + depths, torch.zeros_like(depths))[0])
@@ -63,7 +63,7 @@ def depths_of(parents: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Trees:
-    """What a rule sees, by node: laws target [R, M, V] and draft [R, M, Vd] (row m: of the first child of m), the rest [R, M].
+    """What a rule sees, by node: probabilities target [R, M, V] and draft [R, M, Vd] (row m: of m's first child), the rest [R, M].
 
     parents: -1 for the root, and for nodes that cannot be reached.
     """
@@ -77,20 +77,20 @@ class Trees:
     noise: Noise
 
     @functools.cached_property
-    def coins(self) -> Tensor:
-        return self.noise.node_coins(self.depths)
+    def uniforms(self) -> Tensor:
+        return self.noise.node_uniforms(self.depths)
 
     @property
     def num_nodes(self) -> int:
         return self.tokens.shape[1]
 
-    def pick(self, law: Tensor, tokens: Tensor) -> Tensor:
-        """law [R, n] at tokens [R]; 0 where they are none of its ids."""
-        inside = (tokens >= 0) & (tokens < law.shape[1])
-        return torch.where(inside, law.gather(1, torch.where(inside, tokens, 0)[:, None])[:, 0], 0.0)
+    def pick(self, probs: Tensor, tokens: Tensor) -> Tensor:
+        """probs [R, n] at tokens [R]; 0 where they are none of its ids."""
+        inside = (tokens >= 0) & (tokens < probs.shape[1])
+        return torch.where(inside, probs.gather(1, torch.where(inside, tokens, 0)[:, None])[:, 0], 0.0)
 
-    def next_law(self, proposed: Tensor, tokens: Tensor) -> Tensor:
-        """The law [R, Vd] of the next sibling, after one with these tokens [R]."""
+    def next_probs(self, proposed: Tensor, tokens: Tensor) -> Tensor:
+        """The distribution [R, Vd] of the next sibling, after one with these tokens [R]."""
         if self.drawn == "iid":
             return proposed
         ids = torch.arange(proposed.shape[1], device=tokens.device)
@@ -98,14 +98,14 @@ class Trees:
         mass = rest.sum(1, keepdim=True)
         return torch.where(mass > 0, rest / torch.where(mass > 0, mass, 1.0), rest)
 
-    def residual(self, law: Tensor, proposed: Tensor) -> Tensor:
-        """[law - proposed]+ over the target's ids."""
-        width = law.shape[1]
+    def residual(self, target_probs: Tensor, proposed: Tensor) -> Tensor:
+        """[target_probs - proposed]+ over the target's ids."""
+        width = target_probs.shape[1]
         told = torch.nn.functional.pad(proposed, (0, max(0, width - proposed.shape[1])))[:, :width]
-        return (law - told).clamp(min=0)
+        return (target_probs - told).clamp(min=0)
 
     def draw(self, node: Tensor, weights: Tensor) -> Tensor:
-        """A token [R] after a node [R], with chance proportional to weights [R, V]; from the target's law where nothing is left."""
+        """A token [R] after a node [R], in proportion to weights [R, V]; from the target distribution where nothing is left."""
         weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, at(self.target, node))
         position = self.noise.anchor_positions + at(self.depths, node) + 1
         return self.noise.at(node).draw(position, weights)
@@ -132,21 +132,41 @@ def walk_rule(trees: Trees) -> tuple[Tensor, Tensor]:
     return follow(trees, torch.stack(says, 1))
 
 
-def recursive_rule(trees: Trees) -> tuple[Tensor, Tensor]:
-    node = torch.zeros_like(trees.tokens[:, 0])
-    law, proposed = trees.target[:, 0], trees.draft[:, 0]
-    for child in range(1, trees.num_nodes):
-        tokens = trees.tokens[:, child]
-        tried = trees.parents[:, child] == node
-        target, draft = trees.pick(law, tokens), trees.pick(proposed, tokens)
-        passes = tried & (draft > 0) & (trees.coins[:, child] * draft < target)
+class Recursive:
+    """Where child after child is tried: per request its node, what is left of the target distribution there, the next child's q."""
+
+    def __init__(self, trees: Trees):
+        self.trees, self.node = trees, torch.zeros_like(trees.tokens[:, 0])
+        self.target_probs, self.proposed = trees.target[:, 0], trees.draft[:, 0]
+
+    def against(self) -> Tensor:
+        """The distribution [R, V] that the next child is verified against."""
+        return self.target_probs
+
+    def rest(self) -> Tensor:
+        """What a rejected child leaves of the target distribution, [R, V]."""
+        return normalised(self.trees.residual(self.target_probs, self.proposed))
+
+    def attempt(self, child: int, tried: Tensor):
+        """Verify one child in the requests where it is `tried` [R]: go to it, or take out what it was drawn from."""
+        trees, tokens = self.trees, self.trees.tokens[:, child]
+        target, draft = trees.pick(self.against(), tokens), trees.pick(self.proposed, tokens)
+        passes = tried & (draft > 0) & (trees.uniforms[:, child] * draft < target)
         fails = (tried & ~passes)[:, None]
-        law = torch.where(fails, normalised(trees.residual(law, proposed)), law)
-        proposed = torch.where(fails, trees.next_law(proposed, tokens), proposed)
-        law = torch.where(passes[:, None], trees.target[:, child], law)
-        proposed = torch.where(passes[:, None], trees.draft[:, child], proposed)
-        node = torch.where(passes, child, node)
-    return node, trees.draw(node, law)
+        rest = torch.where(fails, self.rest(), self.target_probs)
+        proposed = torch.where(fails, trees.next_probs(self.proposed, tokens), self.proposed)
+        self.target_probs = torch.where(passes[:, None], trees.target[:, child], rest)
+        self.proposed = torch.where(passes[:, None], trees.draft[:, child], proposed)
+        self.node = torch.where(passes, child, self.node)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        for child in range(1, self.trees.num_nodes):
+            self.attempt(child, self.trees.parents[:, child] == self.node)
+        return self.node, self.trees.draw(self.node, self.target_probs)
+
+
+def recursive_rule(trees: Trees) -> tuple[Tensor, Tensor]:
+    return Recursive(trees).run()
 
 
 class Traversal:
@@ -154,9 +174,9 @@ class Traversal:
 
     def __init__(self, trees: Trees):
         self.trees = trees
-        self.law, self.proposed = trees.target.clone(), trees.draft.clone()
-        self.kept = torch.ones_like(trees.tokens, dtype=torch.float64)
-        self.above, self.below = torch.ones_like(self.kept), torch.ones_like(self.kept)
+        self.target_probs, self.proposed = trees.target.clone(), trees.draft.clone()
+        self.prefix_prob = torch.ones_like(trees.tokens, dtype=torch.float64)
+        self.above, self.below = torch.ones_like(self.prefix_prob), torch.ones_like(self.prefix_prob)
         self.open = trees.parents >= 0
         self.node = torch.zeros_like(trees.tokens[:, 0])
         self.rows = torch.arange(len(self.node), device=self.node.device)
@@ -180,30 +200,32 @@ class Traversal:
 
     def enter(self, child: Tensor, where: Tensor):
         tokens = self.at(self.trees.tokens, child)
-        target = self.at(self.kept, self.node) * self.trees.pick(self.at(self.law, self.node), tokens)
+        target = self.at(self.prefix_prob, self.node) * self.trees.pick(self.at(self.target_probs, self.node), tokens)
         draft = self.trees.pick(self.at(self.proposed, self.node), tokens)
-        chance = torch.where(draft > 0, target / torch.where(draft > 0, draft, 1.0), 0.0).clamp(max=1.0)
-        self.set(self.kept, child, where, chance)
-        self.set(self.above, child, where, chance)
+        prefix_prob = torch.where(draft > 0, target / torch.where(draft > 0, draft, 1.0), 0.0).clamp(max=1.0)
+        self.set(self.prefix_prob, child, where, prefix_prob)
+        self.set(self.above, child, where, prefix_prob)
 
     def delete(self, where: Tensor):
         """The node is rejected where asked: its parent's residual takes its place."""
         node = self.node
         parent = torch.where(where, self.at(self.trees.parents, node), 0)
         self.set(self.open, node, where, torch.zeros_like(where))
-        kept, proposed = self.at(self.kept, parent), self.at(self.proposed, parent)
-        rest = self.trees.residual(kept[:, None] * self.at(self.law, parent), proposed)
+        prefix_prob, proposed = self.at(self.prefix_prob, parent), self.at(self.proposed, parent)
+        rest = self.trees.residual(prefix_prob[:, None] * self.at(self.target_probs, parent), proposed)
         mass = rest.sum(1)
-        whole = self.normaliser(mass, kept, node)
-        self.set(self.law, parent, where, normalised(rest))
-        self.set(self.proposed, parent, where, self.trees.next_law(proposed, self.at(self.trees.tokens, node)))
+        whole = self.normaliser(mass, prefix_prob, node)
+        self.set(self.target_probs, parent, where, normalised(rest))
+        self.set(self.proposed, parent, where, self.trees.next_probs(proposed, self.at(self.trees.tokens, node)))
         self.set(self.above, parent, where, mass)
         self.set(self.below, parent, where, whole)
-        self.set(self.kept, parent, where, torch.where(whole > 0, mass / torch.where(whole > 0, whole, 1.0), 1.0).clamp(max=1.0))
+        self.set(
+            self.prefix_prob, parent, where, torch.where(whole > 0, mass / torch.where(whole > 0, whole, 1.0), 1.0).clamp(max=1.0)
+        )
         self.node = torch.where(where, self.back(parent), node)
 
-    def normaliser(self, mass: Tensor, kept: Tensor, node: Tensor) -> Tensor:
-        return mass + 1.0 - kept
+    def normaliser(self, mass: Tensor, prefix_prob: Tensor, node: Tensor) -> Tensor:
+        return mass + 1.0 - prefix_prob
 
     def back(self, parent: Tensor) -> Tensor:
         return parent
@@ -212,10 +234,10 @@ class Traversal:
         live = torch.ones_like(self.node, dtype=torch.bool)
         while bool(live.any()):
             tested, above, below = self.step(live)
-            passes = tested & ((self.node == 0) | (below <= 0) | (self.at(self.trees.coins, self.node) * below < above))
+            passes = tested & ((self.node == 0) | (below <= 0) | (self.at(self.trees.uniforms, self.node) * below < above))
             self.delete(tested & ~passes)
             live = live & ~passes
-        return self.node, self.trees.draw(self.node, self.at(self.law, self.node))
+        return self.node, self.trees.draw(self.node, self.at(self.target_probs, self.node))
 
 
 def traversal_rule(trees: Trees) -> tuple[Tensor, Tensor]:
@@ -235,8 +257,8 @@ def accept(
     parents = torch.where(inside, parents.long(), -1)
     scale = torch.where(temperature > 0, temperature, 1.0)
     says = rows.argmax(-1)
-    target = torch.where(dead[..., None], torch.nn.functional.one_hot(says, rows.shape[2]).double(), law_of(rows, scale))
-    draft = target if draft_logits is None else law_of(readable(draft_logits), scale)
+    target = torch.where(dead[..., None], torch.nn.functional.one_hot(says, rows.shape[2]).double(), probs_of(rows, scale))
+    draft = target if draft_logits is None else probs_of(readable(draft_logits), scale)
     batch = trees(target, draft, tokens, parents, depths_of(parents), drawn, noise(seeds, anchor_positions))
     last, token = follow(batch, says)
     if rule is not None:
