@@ -1,10 +1,10 @@
 """Where the kernels of this process run: in Triton's interpreter (the default), on a GPU, or compiled on the machine.
 
 - Interpreter, repaired: unless one of the other two is asked for.
-- GPU: TRITON_INTERPRET=0 where there is one. Kernels are compiled or interpreted for a whole process, so the tests marked `gpu` run in
-  a second pytest process, started when the first one has finished; its result counts.
-- Machine (`--compiled`): the tests of ops on the kernels' PTX, executed on the CPU by tests/machine. The default suite runs a selection
-  of them in processes of their own (package/test_compiled.py).
+- GPU: TRITON_INTERPRET=0 where there is one. Kernels are compiled or interpreted for a whole process, so the tests marked `gpu` run
+  in a second pytest process, started when the first one has finished; its result counts.
+- Machine (`--compiled`): the tests of ops on the kernels' PTX, executed on the CPU by tests/machine. The default suite runs a
+  selection of them in processes of their own (package/test_compiled.py).
 """
 
 from __future__ import annotations

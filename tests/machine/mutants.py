@@ -75,7 +75,7 @@ def changed(text: str, mutant: Mutant) -> str:
 
 # What tests of tests/ops a mutant of a file runs, by the longest prefix of its path: few binaries, all phases of the kernel.
 TESTS = {
-    "": ("test_accept.py::test_many_coins_of_the_block_rule",),
+    "": ("test_accept.py::test_many_uniforms_of_the_block_rule",),
     "accept/shards": ("test_shards_accept.py::test_any_cut_draws_what_the_reference_draws",),
     "accept/tree": ("test_tree.py::test_many_decisions", "test_tree.py::test_full_trees"),
     "attention": ("test_attention.py::test_a_tree_node_is_the_last_row_of_its_path",),

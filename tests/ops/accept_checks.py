@@ -1,4 +1,4 @@
-"""An acceptance against reference/accept.py or reference/tree.py, every output: what the tests of chains, trees and shards share."""
+"""An acceptance against reference/accept.py or reference/tree.py, every output: for the tests of chains, trees and shards."""
 
 import torch
 

@@ -25,14 +25,14 @@ def arguments_of(case):
     return arguments
 
 
-def assert_lse(actual, law, what):
+def assert_lse(actual, logits, what):
     """ln sum exp within the roundings that lead to it.
 
-    Relative to the largest of |law| and |lse|: 2 in log2(e) / T, 1 in its product with a logit, 1 in adding the maximum back, 2 in
-    the way from base 2 to base e. The sum of exponentials adds less than 2 units near 1.
+    Relative to the largest of |logit| and |lse|: 2 in log2(e) / T, 1 in its product with a logit, 1 in adding the maximum back, 2
+    in the way from base 2 to base e. The sum of exponentials adds less than 2 units near 1.
     """
-    exact = law.logsumexp(-1)
-    largest = law[law.isfinite()].abs().max().item() if law.isfinite().any() else 0.0
+    exact = logits.logsumexp(-1)
+    largest = logits[logits.isfinite()].abs().max().item() if logits.isfinite().any() else 0.0
     finite = exact.isfinite()
     assert torch.equal(actual.double()[~finite], exact[~finite]), what
     bound = 2.0**-24 * (6 * max(largest, exact[finite].abs().max().item() if finite.any() else 0.0) + 2)
@@ -73,7 +73,7 @@ def summed_for_state(case, r, previous):
     return (inputs.float() @ weights.T + bias).max().item()
 
 
-def laws(case, r, slot, previous):
+def logits_of(case, r, slot, previous):
     """(exact, eager) logits [K, V] of request r after these tokens, and its (exact, eager) state after the block."""
     vocab = case.base_logits.shape[2] if case.vocab_size is None else case.vocab_size
     exact, eager = case.base_logits[r, :, :vocab].double(), case.base_logits[r, :, :vocab].float()
@@ -94,20 +94,20 @@ def laws(case, r, slot, previous):
     if case.draft_to_target is not None:
         unused = (case.draft_to_target < 0) | (case.draft_to_target >= reference_logits.target_ids(head, case.sampling))
     if case.sampling is not None:
-        exact, eager = (adjusted(case, law, slot, previous, unused) for law in (exact, eager))
+        exact, eager = (adjusted(case, logits, slot, previous, unused) for logits in (exact, eager))
     if unused is not None:
         exact, eager = exact.masked_fill(unused, -torch.inf), eager.masked_fill(unused, -torch.inf)
     return exact, eager, states
 
 
-def adjusted(case, law, slot, previous, unused):
-    """Penalties, bias and mask of a request, row by row, in the precision of `law`."""
+def adjusted(case, logits, slot, previous, unused):
+    """Penalties, bias and mask of a request, row by row, in the precision of `logits`."""
     sampling = case.sampling
     if sampling.token_bitmask is not None:
         sampling = dataclasses.replace(sampling, token_bitmask=sampling.token_bitmask[slot])
     rows = [
         reference_logits.adjusted(row, sampling, slot, k, previous[1 : k + 1], case.draft_to_target, unused)
-        for k, row in enumerate(law)
+        for k, row in enumerate(logits)
     ]
     return torch.stack(rows)
 
@@ -118,7 +118,7 @@ def filters_of(case):
 
 
 def unfiltered(case, block):
-    """The rows [R, K, V] that the filters of a call judged: the same drafts once more, one position a call, without filters.
+    """The rows [R, K, V] that the filters of a call were given: the same drafts once more, one position a call, without filters.
 
     A call of one position follows the draft before it, whichever filters chose that one, and has the same bits as a whole block.
     """
@@ -185,18 +185,18 @@ def check(case, block=None, state=None, exempt=True):
     padding = set(range(batch)) - {r for r, _ in rows}
     assert all(int(block.flags[r]) == 0 for r in padding)
 
-    # The law, given the drafts that came out: the reference in fp64, eager PyTorch as the error to beat.
+    # The logits, given the drafts that came out: the reference in fp64, eager PyTorch as the error to beat.
     for r, slot in rows:
         previous = [int(case.anchors[slot]), *block.tokens[slot].tolist()][:drafts]
-        exact, eager, states = laws(case, r, slot, previous)
+        exact, eager, states = logits_of(case, r, slot, previous)
         excess_error(stored[r], eager.to(stored.dtype), exact, f"logits of request {r}")
         if state is not None:
             excess_error(state[slot], states[1], states[0], f"state of request {r}", summed_for_state(case, r, previous))
         if case.sampling is not None:
             temperature = float(case.sampling.temperature[slot])
             scale = 1.0 / temperature if temperature > 0 else 1.0
-            law = kept[r].double() * scale
-            assert_lse(block.proposal.lse[slot], law, f"lse of request {r}")
+            logits = kept[r].double() * scale
+            assert_lse(block.proposal.lse[slot], logits, f"lse of request {r}")
         if case.confidence is not None:
             check_confidence(case, block, r, slot, previous)
     if state is not None:
@@ -213,7 +213,7 @@ def check_confidence(case, block, r, slot, previous):
     features = torch.cat(features, -1)
     bias = 0.0 if case.confidence.bias is None else case.confidence.bias.double()
     exact = features @ case.confidence.weight.double() + bias
-    # One number per position: eager's own error may be 0 by chance, so the bound is an ulp of what is summed.
+    # One number per position: eager's own error may happen to be 0, so the bound is an ulp of what is summed.
     magnitude = (features.abs() @ case.confidence.weight.double().abs()).max().item()
     error = (block.confidence_logits[slot].double() - exact).abs().max().item()
     assert error <= ULP * max(1.0, magnitude), f"confidence logits of request {r}: error {error:.3g}"

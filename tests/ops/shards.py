@@ -48,8 +48,8 @@ def of(arguments, *dropped):
     return {name: value for name, value in arguments.items() if name not in dropped}
 
 
-def draft(case, shards, width, workspace=None, lse=True, spoil=False):
-    """The blocks of all ranks. spoil: parts of a position are made a second time over poisoned memory.
+def draft(case, shards, width, workspace=None, lse=True, poison=False):
+    """The blocks of all ranks. poison: parts of a position are made a second time over poisoned memory.
 
     Returns the ranks' states of an rnn head, too."""
     drafts = case.base_logits.shape[1]
@@ -64,7 +64,7 @@ def draft(case, shards, width, workspace=None, lse=True, spoil=False):
             if not lse and k == 0:
                 blocks[i] = dataclasses.replace(blocks[i], proposal=dataclasses.replace(blocks[i].proposal, lse=None))
                 part, _ = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], **call | dict(head_state=before))
-            if spoil:
+            if poison:
                 call |= dict(head_state=before)
                 again, _ = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], out=poisoned(part), **call)
                 shard = check_shard(width, own["vocab_start"], shards, own["vocab_size"])
@@ -85,14 +85,14 @@ def rewritten(again, part, fields):
     return again
 
 
-def draft_candidates(case, shards, width, candidates, whole=False, spoil=False, workspace=None):
+def draft_candidates(case, shards, width, candidates, whole=False, poison=False, workspace=None):
     """`draft` on candidates, with one gather. whole: every rank has all of W2. Returns the ranks' states, too, and the parts."""
     ranks, parts, blocks = draft_ranks(case, shards, width), [], []
     for base, head, own in ranks:
         call = of(own, "hidden", "head_state") | dict(keep_logits=True, candidates=candidates, workspace=workspace)
         head = case.head if whole else head
         part, block = dk.draft_block_partial(base, case.anchors, head, **call)
-        if spoil:
+        if poison:
             fields = candidate_shards.part_fields(base, head, candidates, own["draft_to_target"])
             part = rewritten(dk.draft_block_partial(base, case.anchors, head, out=poisoned(part), **call)[0], part, fields)
         parts.append(part)
@@ -106,15 +106,15 @@ def draft_candidates(case, shards, width, candidates, whole=False, spoil=False, 
 
 def joined(blocks, vocab):
     """The block of the whole vocabulary: the first rank's, with the columns of all."""
-    law = blocks[0].proposal
+    first = blocks[0].proposal
     logits = torch.cat([block.proposal.logits for block in blocks], -1)[..., :vocab].contiguous()
-    ids = law.draft_to_target
+    ids = first.draft_to_target
     if ids is not None:
         ids = torch.cat([block.proposal.draft_to_target for block in blocks])[:vocab].contiguous()
-    return dataclasses.replace(blocks[0], proposal=dataclasses.replace(law, logits=logits, draft_to_target=ids))
+    return dataclasses.replace(blocks[0], proposal=dataclasses.replace(first, logits=logits, draft_to_target=ids))
 
 
-def accept(case, shards, width, workspace=None, spoil=False, **advanced):
+def accept(case, shards, width, workspace=None, poison=False, **advanced):
     """What the first and the last rank's finish return. advanced: anchors, anchor_positions, copied
     for each rank and returned beside."""
     arguments = {name: getattr(case, name) for name in ("sampling", "rule", "state_indices")}
@@ -126,22 +126,22 @@ def accept(case, shards, width, workspace=None, spoil=False, **advanced):
     gathered = ()
     for phase in dk.accept_phases(proposal, sampling=arguments["sampling"], rule=arguments["rule"]):
         parts = []
-        for own, law, where in ranks:
+        for own, proposal_part, where in ranks:
             call = dict(phase=phase, gathered=gathered, workspace=workspace) | arguments | where
-            part = dk.accept_partial(own, layout, law, **call)
-            if spoil:
-                again = dk.accept_partial(own, layout, law, out=torch.full_like(part, SENTINEL), **call)
+            part = dk.accept_partial(own, layout, proposal_part, **call)
+            if poison:
+                again = dk.accept_partial(own, layout, proposal_part, out=torch.full_like(part, SENTINEL), **call)
                 assert again.shape == part.shape
                 part = again
             parts.append(part)
         gathered += (torch.stack(parts),)
     results = []
-    for own, law, where in ranks[:1] + ranks[-1:] if shards > 1 else ranks:  # all the same kernel on the same bytes
+    for own, proposal_part, where in ranks[:1] + ranks[-1:] if shards > 1 else ranks:  # all the same kernel on the same bytes
         moved = {name: tensor.clone() for name, tensor in advanced.items()}
-        result = dk.accept_finish(own, layout, law, gathered=gathered, **arguments, **where, **moved)
-        if spoil:
+        result = dk.accept_finish(own, layout, proposal_part, gathered=gathered, **arguments, **where, **moved)
+        if poison:
             out = poisoned(result)
-            assert dk.accept_finish(own, layout, law, gathered=gathered, out=out, **arguments, **where) is out
+            assert dk.accept_finish(own, layout, proposal_part, gathered=gathered, out=out, **arguments, **where) is out
             assert_same(out, result)
         results.append((result, moved) if advanced else result)
     return results

@@ -50,7 +50,7 @@ def test_equals_reference(data):
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_sampling_settings_act_inside(data):
-    """Penalties along the request's own path, bias, masks and filters, under every rule and law."""
+    """Penalties along the request's own path, bias, masks and filters, under every rule and proposal."""
     draw = data.draw
     rule = draw(st.sampled_from(RULES))
     proposal = draw(st.sampled_from(PROPOSALS))
@@ -82,15 +82,15 @@ def compare_in_place(case):
     assert_same(out, acceptance)
 
 
-def test_many_coins():
-    """About 900 coins at once: comparisons that are off by one part in a hundred come out differently."""
+def test_many_uniforms():
+    """About 900 acceptance tests at once: comparisons that are off by one part in a hundred come out differently."""
     acceptance = check(cases.accept_case(seed=1, requests=200, drafts=7, vocab=40, closeness=0.97))
     assert acceptance.num_emitted.sum() > 800
 
 
 @pytest.mark.parametrize("proposal", ["dense", "sparse", "one_hot"])
-def test_many_coins_of_the_block_rule(proposal):
-    """A rule that stops at the first coin which fails, or sums another row's residual, comes out differently."""
+def test_many_uniforms_of_the_block_rule(proposal):
+    """A rule that stops at the first draft that fails, or sums another row's residual, comes out differently."""
     closeness = 0.8 if proposal == "dense" else 0.97
     case = cases.accept_case(seed=2, requests=30, drafts=6, vocab=40, proposal=proposal, closeness=closeness, rule="block",
                              candidates=30, sharpness=1.5, temperatures=(1.0,))  # fmt: skip
@@ -243,7 +243,7 @@ def test_prefill_rows_and_requests_that_do_not_emit():
 @pytest.mark.parametrize("value", ["nan", "all_minus_inf", "all_nan", "two_inf", "only_inf", "mask", "draft_inf", "draft_nan"])
 def test_odd_logits(value, sampled, rule, proposal):
     if value.startswith("draft") and (proposal not in ("dense", "sparse") or not sampled):
-        pytest.skip("no law of drafts is read")
+        pytest.skip("no logits of drafts are read")
     case = cases.accept_case(
         seed=41, requests=6, drafts=3, vocab=2100, proposal=proposal, sampled=sampled, closeness=1.0,
         lengths=torch.full((6,), 3), dtype=torch.float32, rule=rule, logprobs="raw" if value == "two_inf" else "processed",
@@ -291,7 +291,7 @@ def test_draft_ids_out_of_range(bad, sampled, rule, proposal):
         assert bool(acceptance.flags[r] & flag) == bool(reached)
 
 
-def test_draft_outside_the_support_of_its_law():
+def test_draft_outside_the_support_of_its_distribution():
     case = cases.accept_case(seed=17, requests=4, drafts=3, sampled=True, closeness=1.0, lengths=torch.full((4,), 3))
     case.sampling.temperature[:] = 1.0
     for r in range(4):
@@ -338,7 +338,7 @@ def test_entries_that_share_ids_and_octets():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_forced_rates(rule):
-    """Rate 1 accepts all that can be, rate 0 nothing, whatever the laws say."""
+    """Rate 1 accepts all that can be, rate 0 nothing, whatever the probabilities."""
     for rate in (0.0, 1.0):
         case = cases.accept_case(seed=37, requests=6, drafts=3, vocab=600, closeness=0.0, rule=rule)
         case.synthetic_rates = torch.full((3,), rate)
@@ -350,7 +350,7 @@ def test_forced_rates(rule):
 
 
 def test_empty_residual_draws_from_the_target():
-    """Equal laws, and a draft outside their support: nothing is left of [target - draft]+."""
+    """Equal distributions, and a draft outside their support: nothing is left of [target - draft]+."""
     case = cases.accept_case(seed=19, requests=3, drafts=1, vocab=1100, lengths=torch.ones(3), dtype=torch.float32)
     case.sampling.temperature[:] = 1.0
     for r in range(3):

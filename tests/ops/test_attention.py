@@ -289,7 +289,7 @@ def test_parts_that_arrive_in_any_order_give_the_same_bits(monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("mask", ["chain", "tree"])
 def test_an_own_row_that_broke_reaches_only_rows_that_see_it(parts, mask, value):
-    """A draft that overflowed spoils itself and its descendants, not the anchor."""
+    """A draft that overflowed corrupts itself and its descendants, not the anchor."""
     case = cases.attention_case(seed=12, rows=(6, 9), contexts=(20, 33), mask=mask, padding_rows=0)
     want, _ = run(case)
     row = 6 + 4  # row 4 of request 1

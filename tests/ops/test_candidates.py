@@ -1,4 +1,4 @@
-"""draft_block on candidates against reference/candidates.py: ids exactly, tokens draw by draw, stored law, confidence, flags."""
+"""draft_block on candidates against reference/candidates.py: ids exactly, tokens draw by draw, stored logits, confidence, flags."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import dspark_kernels as dk
 from dspark_kernels.launch.draft import candidates as launch
 from reference import accept, cases, draft as reference, layout as layouts
 from reference.equality import assert_equal_or_tied
-from tests.ops.draft_checks import arguments_of, assert_lse, check_confidence, filters_of, laws, rows_of
+from tests.ops.draft_checks import arguments_of, assert_lse, check_confidence, filters_of, logits_of, rows_of
 from tests.ops.errors import excess_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,7 +61,7 @@ def check(case, candidates, listed=0, block=None, exempt=True):
     for r, slot in rows:
         previous = [int(case.anchors[slot]), *block.tokens[slot].tolist()][:drafts]
         assert all(token in ids for token, ids in zip(block.tokens[slot].tolist(), block.proposal.ids[slot].tolist(), strict=True))
-        check_law(case, r, slot, previous, block.proposal.ids[slot], stored[r], state)
+        check_logits(case, r, slot, previous, block.proposal.ids[slot], stored[r], state)
         if case.sampling is not None:
             temperature = float(case.sampling.temperature[slot])
             assert_lse(block.proposal.lse[slot], kept[r].double() / (temperature if temperature > 0 else 1.0), f"lse of {r}")
@@ -70,22 +70,22 @@ def check(case, candidates, listed=0, block=None, exempt=True):
     return block
 
 
-def check_law(case, r, slot, previous, targets, stored, state):
+def check_logits(case, r, slot, previous, targets, stored, state):
     """Stored sums [K, W] of request r and its head's state, given its drafts: fp64, beside eager PyTorch."""
-    exact, eager, states = laws(case, r, slot, previous)
+    exact, eager, states = logits_of(case, r, slot, previous)
     columns = targets
     if case.draft_to_target is not None:
         of_target = {int(t): v for v, t in enumerate(case.draft_to_target) if t >= 0}
         columns = torch.tensor([[of_target.get(int(t), 0) for t in row] for row in targets])
     inside = stored > -INF
-    exact, eager = (torch.where(inside, law.gather(1, columns), 0.0) for law in (exact, eager))
+    exact, eager = (torch.where(inside, rows.gather(1, columns), 0.0) for rows in (exact, eager))
     excess_error(torch.where(inside, stored, 0.0), eager.to(stored.dtype), exact, f"logits of request {r}")
     if state is not None:
         excess_error(state[slot], states[1], states[0], f"state of request {r}")
 
 
 def unfiltered(case, candidates, listed, block):
-    """The sums [R, K, W] that the filters of a call judged: the same drafts once more, one position a call, without filters."""
+    """The sums [R, K, W] that the filters of a call were given: the same drafts once more, one position a call, without filters."""
     slots, (batch, drafts) = case.anchors.shape[0], case.base_logits.shape[:2]
     width = max(2, case.first_draft + drafts)
     arguments = options_of(case, candidates, listed) | dict(confidence=None)
@@ -165,7 +165,7 @@ def test_settings_equal_reference(data):
 
 
 @pytest.mark.parametrize("order", ["top_k_first", "joint"])
-def test_filters_judge_the_candidates(order):
+def test_filters_see_the_candidates(order):
     """Every request sampled and filtered, among as many entries as there are ids."""
     case = cases.draft_case(
         seed=9, requests=6, drafts=2, vocab=60, rank=8, confidence=None, dtype=torch.bfloat16, temperatures=(0.7, 1.6),
@@ -215,7 +215,7 @@ def test_ties_go_to_the_lowest_ids(dtype):
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_all_candidates_are_the_dense_form(sampled):
-    """C = V: the same drafts from the same law as without candidates. Sums on a dyadic grid are the same bits in any order."""
+    """C = V: the same drafts from the same distribution as without candidates. Sums on a dyadic grid have the same bits."""
     case = cases.draft_case(seed=6, requests=3, vocab=200, rank=12, grid=0.25, dtype=torch.bfloat16, sampled=sampled)
     dense = dk.draft_block(**case.arguments(), keep_logits=True)
     sparse = dk.draft_block(**case.arguments(), candidates=200, keep_logits=True)
@@ -241,8 +241,8 @@ FIELDS = ("tokens", "confidence", "confidence_logits")
 
 
 def bits(block, slots):
-    law = block.proposal
-    return [getattr(block, name)[slots] for name in FIELDS] + [law.ids[slots], law.logits[slots], law.lse[slots]]
+    proposal = block.proposal
+    return [getattr(block, name)[slots] for name in FIELDS] + [proposal.ids[slots], proposal.logits[slots], proposal.lse[slots]]
 
 
 def same(have, want):
@@ -368,10 +368,10 @@ def test_listed_successors_join_once():
     case.base_logits[0, 0, 4] = -3.0  # tied with the last candidate, and not one
     table = torch.cat([table, table], 1)
     table[int(case.anchors[0])] = torch.tensor([2, 3, -1, 100, 40, 40, 4, 40, -7, 0])
-    law = dk.draft_block(**case.arguments(), candidates=4, bigrams=table).proposal
-    assert law.ids.flatten().tolist() == [0, 1, 2, 3] + [0, 0, 0, 0, 40, 0, 4, 0, 0, 0]
+    proposal = dk.draft_block(**case.arguments(), candidates=4, bigrams=table).proposal
+    assert proposal.ids.flatten().tolist() == [0, 1, 2, 3] + [0, 0, 0, 0, 40, 0, 4, 0, 0, 0]
     expected = [0.0, -1.0, -2.0, -3.0] + [-INF, -INF, -INF, -INF, -40.0, -INF, -3.0, -INF, -INF, -INF]
-    assert law.logits.flatten().tolist() == expected
+    assert proposal.logits.flatten().tolist() == expected
 
 
 def test_fewer_logits_than_candidates():
@@ -379,9 +379,9 @@ def test_fewer_logits_than_candidates():
     case = cases.draft_case(seed=5, requests=2, drafts=1, vocab=6, rank=0, confidence=None, temperatures=(1.0,))
     case.base_logits[1, 0, [0, 2, 3, 5]] = -INF
     for candidates, ids in ((4, [0, 1, 2, 4]), (9, [0, 1, 2, 3, 4, 5, 0, 0, 0])):
-        law = check(case, candidates).proposal
-        assert law.ids[1, 0].tolist() == ids
-        assert [i for i, x in zip(ids, law.logits[1, 0].tolist(), strict=True) if x > -INF] == [1, 4]
+        proposal = check(case, candidates).proposal
+        assert proposal.ids[1, 0].tolist() == ids
+        assert [i for i, x in zip(ids, proposal.logits[1, 0].tolist(), strict=True) if x > -INF] == [1, 4]
 
 
 @pytest.mark.parametrize("value", ["nan", "all_minus_inf", "all_nan", "two_inf", "only_inf", "beside_inf"])
@@ -421,31 +421,31 @@ def test_anchor_outside_the_vocabulary(anchor):
     assert torch.equal(block.proposal.logits[1, 0], case.base_logits[1, 0][block.proposal.ids[1, 0]])
 
 
-# --- the law ----------------------------------------------------------------------------------------------------------
+# --- what drafts are drawn from ---------------------------------------------------------------------------------------
 
 DRAWS, CANDIDATES, VOCABULARY = 400, 4, 8
 
 
-def test_drafts_follow_the_stored_law():
-    """Blocks of three positions, then of three later ones under the same seeds: each window of three drafts has the law that the
-    stored logits say, and the two windows are independent. Noise that a position shares with another is convicted."""
+def test_drafts_follow_the_stored_logits():
+    """Blocks of three positions, then of three later ones under the same seeds: each window of three drafts has the distribution
+    of the stored logits, and the two windows are independent. Noise that a position shares with another is detected."""
     g = torch.Generator().manual_seed(4)
     w1, w2 = torch.randn(VOCABULARY, 3, generator=g), torch.randn(VOCABULARY, 3, generator=g)
     base = torch.randn(1, 3, VOCABULARY, generator=g).expand(DRAWS, 3, VOCABULARY)
     seeds = torch.randint(-(2**63), 2**63 - 1, (DRAWS,), generator=g)
     sampling = dk.SamplingTensors(torch.full((DRAWS,), 1.3), seeds)
-    windows, laws = [], []
+    windows, probs = [], []
     for round_ in range(2):
         block = drafted_in_pieces(base, dk.MarkovHead(w1, w2), sampling, 10 + 3 * round_)
         windows.append(block[0])
-        laws.append(torch.softmax(block[1].double() / 1.3, -1))
+        probs.append(torch.softmax(block[1].double() / 1.3, -1))
         for k in range(3):
-            assert chi_square(block[0][:, k], block[2][:, k], laws[-1][:, k]) < 40
-    # The same place of both windows: with the position's noise alone they would be equal far more often than their laws allow.
+            assert chi_square(block[0][:, k], block[2][:, k], probs[-1][:, k]) < 40
+    # The same place of both windows: with the position's noise alone they would be equal far too often.
     for k in range(3):
-        chance = sum((laws[0][:, k] * laws[1][:, k]).sum(-1).tolist()) / DRAWS
+        probability = sum((probs[0][:, k] * probs[1][:, k]).sum(-1).tolist()) / DRAWS
         equal = (windows[0][:, k] == windows[1][:, k]).double().mean().item()
-        assert abs(equal - chance) < 5 * (chance * (1 - chance) / DRAWS) ** 0.5
+        assert abs(equal - probability) < 5 * (probability * (1 - probability) / DRAWS) ** 0.5
 
 
 def drafted_in_pieces(base, head, sampling, position):
@@ -461,14 +461,14 @@ def drafted_in_pieces(base, head, sampling, position):
     return want.tokens, want.proposal.logits, want.proposal.ids
 
 
-def chi_square(tokens, ids, law):
-    """Of drafts against their laws, by id; laws differ from draw to draw."""
+def chi_square(tokens, ids, probs):
+    """Of drafts against their distributions, by id; these differ from draw to draw."""
     seen = torch.zeros(VOCABULARY, dtype=torch.float64)
     expected, variance = torch.zeros_like(seen), torch.zeros_like(seen)
     for v in range(VOCABULARY):
-        chance = torch.where(ids == v, law, 0.0).sum(-1)
+        probability = torch.where(ids == v, probs, 0.0).sum(-1)
         seen[v] = (tokens == v).sum()
-        expected[v], variance[v] = chance.sum(), (chance * (1 - chance)).sum()
+        expected[v], variance[v] = probability.sum(), (probability * (1 - probability)).sum()
     some = variance > 0
     assert (seen[~some] == expected[~some]).all()
     return ((seen - expected)[some] ** 2 / variance[some]).sum().item()
@@ -513,9 +513,9 @@ def test_bad_arguments_are_named(change, error, message):
     arguments = case.arguments() | dict(candidates=8) | change
     if isinstance(arguments.get("out"), str):
         ids = torch.zeros(3, 4, 7, dtype=torch.int64)
-        laws = dict(dense=dk.DenseProposal(torch.zeros(3, 4, 300)), narrow=dk.SparseProposal(ids, ids.float()))
-        law = laws[arguments["out"]]
-        arguments["out"] = dk.DraftBlock(torch.zeros(3, 4, dtype=torch.int64), law, torch.zeros(3, dtype=torch.int32))
+        proposals = dict(dense=dk.DenseProposal(torch.zeros(3, 4, 300)), narrow=dk.SparseProposal(ids, ids.float()))
+        proposal = proposals[arguments["out"]]
+        arguments["out"] = dk.DraftBlock(torch.zeros(3, 4, dtype=torch.int64), proposal, torch.zeros(3, dtype=torch.int32))
     with pytest.raises(error) as caught:
         dk.draft_block(**arguments)
     assert str(caught.value).startswith(message)

@@ -251,7 +251,7 @@ def test_tree_attention_in_a_graph(device, mask, invariant):
     ids=str,
 )
 def test_accept_tree_in_a_graph(device, rule, drawn, options):
-    """Trees, counts, laws and settings change between replays."""
+    """Trees, counts, logits and settings change between replays."""
     make = lambda seed: to_device(_full_rows(accept_tree_case(seed, 7, 9, 5000, drawn, rule, **options)), device)  # noqa: E731
     static = make(0)
     workspace = dk.Workspace(7, 8, 5000, device)

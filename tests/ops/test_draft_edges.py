@@ -75,7 +75,7 @@ def test_infinite_logits_of_unused_ids_do_not_count():
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_padded_rows_never_win(sampled):
-    """Columns of logits and rows of W2 behind the vocabulary hold +100 and NaN; the law has the vocabulary's width."""
+    """Columns of logits and rows of W2 behind the vocabulary hold +100 and NaN; the stored logits have the vocabulary's width."""
     case = cases.draft_case(seed=6, vocab=257, padded=True, extra_columns=15, sampled=sampled)
     block = check(case)
     assert (block.tokens < 257).all() and block.proposal.logits.shape[2] == 257 and (block.flags == 0).all()

@@ -1,4 +1,4 @@
-"""draft_block with penalties, bias, mask and filters: the stored law is the filtered one, and drafts come from it."""
+"""draft_block with penalties, bias, mask and filters: the stored logits are the filtered ones, and drafts come from them."""
 
 import dataclasses
 

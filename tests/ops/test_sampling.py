@@ -186,7 +186,7 @@ def test_passes_over_a_row_are_few_and_those_that_are_reported(vocab, spread, se
 
 
 def test_top_p_counts_all_that_top_k_leaves():
-    """Twenty equal chances in as many groups, fifteen of them left by top_k: top_p must not judge by fewer."""
+    """Twenty equal probabilities in as many groups, fifteen of them left by top_k: top_p must not count fewer."""
     rows = torch.full((2, 1300), -math.inf)
     rows[:, : 20 * 64 : 64] = torch.arange(20) * -1e-3
     sampling = dk.SamplingTensors(

@@ -59,7 +59,7 @@ def test_whole_leaves_give_the_bits_of_the_whole_op(data):
     )
     if draw(st.booleans()) and isinstance(case.proposal, dk.DenseProposal) and case.proposal.temperature is None:
         case = dataclasses.replace(case, proposal=with_lse(case))
-    equal_on_all_ranks(case, count, width, spoil=draw(st.booleans()))
+    equal_on_all_ranks(case, count, width, poison=draw(st.booleans()))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_draft_ids_out_of_range(proposal):
 
 
 def test_empty_residual_draws_from_the_target(width=375):
-    """Equal laws, and a draft outside their support: nothing is left of [target - draft]+."""
+    """Equal distributions, and a draft outside their support: nothing is left of [target - draft]+."""
     case = cases.accept_case(seed=19, requests=2, drafts=1, vocab=1100, lengths=torch.ones(2), dtype=torch.float32)
     case.sampling.temperature[:] = 1.0
     for r in range(2):
@@ -200,7 +200,7 @@ def test_a_rank_without_listed_ids_draws_what_the_list_leaves():
 
 
 @pytest.mark.parametrize("proposal", ["dense", "sparse"])
-def test_the_block_rule_sums_what_is_kept(proposal):
+def test_the_block_rule_sums_the_scaled_residual(proposal):
     case = cases.accept_case(seed=2, requests=14, drafts=3, vocab=40, closeness=0.5, rule="block", temperatures=(1.0,),
                              proposal=proposal, candidates=24)  # fmt: skip
     acceptance = equal_on_all_ranks(case, 2, 24, exact=False)
@@ -246,21 +246,21 @@ def test_requests_without_logits_and_an_empty_batch():
 
 
 @pytest.mark.slow
-def test_a_cut_leaf_keeps_the_law():
+def test_a_cut_vocabulary_block_keeps_the_distribution():
     """Chi-square of the first emitted token, one-hot drafts, 14 ids cut into 5, 5, 4: 64 requests of different seeds."""
     requests, vocab = 64, 14
     case = cases.accept_case(
         seed=1, requests=requests, drafts=1, vocab=vocab, proposal="one_hot", dtype=torch.float32,
         lengths=torch.ones(requests), temperatures=(1.0,),
     )  # fmt: skip
-    law = torch.softmax(torch.linspace(-2.0, 2.0, vocab), 0)
-    case.target_logits[:] = law.log()
+    probs = torch.softmax(torch.linspace(-2.0, 2.0, vocab), 0)
+    case.target_logits[:] = probs.log()
     acceptance = shards.accept(case, 3, 5)[0]
     seen = torch.bincount(acceptance.tokens[:, 0], minlength=vocab).double()
-    statistic = float(((seen - requests * law) ** 2 / (requests * law)).sum())
-    assert statistic < 45.0  # 13 degrees of freedom: beyond by chance once in 50000
+    statistic = float(((seen - requests * probs) ** 2 / (requests * probs)).sum())
+    assert statistic < 45.0  # 13 degrees of freedom: exceeded once in 50000
     uniform = float(((seen - requests / vocab) ** 2 / (requests / vocab)).sum())
-    assert uniform > 60.0, "the test would not tell the law from another"
+    assert uniform > 60.0, "the test would not tell the distribution from another"
 
 
 # --- arguments and registration ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def equal_on_all_ranks(case, count, width, candidates, **options):
-    """Every rank's block, the law included, is draft_block's, to the bit."""
+    """Every rank's block, the logits included, is draft_block's, to the bit."""
     blocks, states, _ = shards.draft_candidates(case, count, width, candidates, **options)
     arguments = arguments_of(case)
     want = dk.draft_block(**arguments, candidates=candidates, keep_logits=True)
@@ -58,17 +58,17 @@ def test_the_bits_of_the_whole_op(data):
         target_vocab=draw(st.sampled_from([None, None, 5000])),
     )
     candidates = draw(st.sampled_from([1, 7, 40, 256]))
-    equal_on_all_ranks(case, count, width, candidates, whole=draw(st.booleans()), spoil=draw(st.booleans()))
+    equal_on_all_ranks(case, count, width, candidates, whole=draw(st.booleans()), poison=draw(st.booleans()))
 
 
 @pytest.mark.parametrize("kind, whole, w2_dtype", [("vanilla", False, torch.int8), ("rnn", True, None)])
 def test_settings_maps_and_heads(kind, whole, w2_dtype):
-    """Penalties along the path, bias, mask, all filters and an id map: judged on each rank, and again after the merge."""
+    """Penalties along the path, bias, mask, all filters and an id map: applied on each rank, and again after the merge."""
     case = cases.draft_case(
         seed=6, requests=2, drafts=3, vocab=1500, rank=16, kind=kind, w2_dtype=w2_dtype, adjust=cases.ADJUSTMENTS,
         filters=cases.FILTERS, target_vocab=2500, temperatures=(0.8, 1.5), scattered=True, padding=1, first_draft=2,
     )  # fmt: skip
-    equal_on_all_ranks(case, 2, 1024, 30, whole=whole, spoil=True)
+    equal_on_all_ranks(case, 2, 1024, 30, whole=whole, poison=True)
 
 
 def test_bias_and_mask_are_by_target_id_without_a_map():
@@ -84,7 +84,7 @@ def test_padding():
     case = cases.draft_case(
         seed=4, requests=3, drafts=2, vocab=300, rank=3, scattered=True, padding=2, confidence=None, w2_dtype=torch.int8
     )
-    equal_on_all_ranks(case, 2, 160, 9, spoil=True)
+    equal_on_all_ranks(case, 2, 160, 9, poison=True)
 
 
 def test_ties_go_to_the_lowest_ids():

@@ -65,7 +65,7 @@ def test_whole_units_give_the_bits_of_the_whole_op(data):
         first_draft=draw(st.sampled_from([0, 2])),
         noise=draw(st.sampled_from(["draft", "coupled"])),
     )
-    equal_on_all_ranks(case, count, width, spoil=draw(st.booleans()))
+    equal_on_all_ranks(case, count, width, poison=draw(st.booleans()))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_settings_and_maps(data):
         grid=0.25,
         confidence=None,
     )
-    equal_on_all_ranks(case, 2, 1024, spoil=draw(st.booleans()))
+    equal_on_all_ranks(case, 2, 1024, poison=draw(st.booleans()))
 
 
 @pytest.mark.parametrize("vocab, count, width, sampled", [(700, 3, 250, True), (33, 8, 5, True), (300, 4, 77, False)])

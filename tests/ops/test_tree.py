@@ -103,7 +103,7 @@ def test_penalties_count_the_path_and_no_sibling(temperature):
 
 @pytest.mark.parametrize("rule, drawn", [("recursive", "iid"), ("traversal", "without_replacement")])
 def test_many_decisions(rule, drawn):
-    """Hundreds of coins and sweeps of small laws: factors that are off by one part in a hundred come out differently."""
+    """Hundreds of acceptance tests and sweeps of small rows: factors that are off by one part in a hundred come out differently."""
     case = accept_tree_case(1, 12, 8, 12, drawn, rule, closeness=0.7, sharpness=1.5, temperatures=(1.0, 0.6), reach=3)
     acceptance = check(case)
     assert acceptance.num_accepted.sum() > 8 and acceptance.num_rejected.sum() > 12
@@ -118,20 +118,20 @@ def test_full_trees():
 @pytest.mark.parametrize(
     "rule, proposal", [("recursive", "dense"), ("traversal", "dense"), ("traversal", "sparse"), ("recursive", "mapped")]
 )
-def test_a_child_that_takes_nearly_all_of_its_law(rule, proposal):
-    """What is left for its siblings, 1 - q, is lost in fp32: it has to be summed anew. Younger siblings' chances hang on it."""
+def test_a_child_that_takes_nearly_all_of_its_distribution(rule, proposal):
+    """What is left for its siblings, 1 - q, is lost in fp32: it has to be summed anew for its younger siblings."""
     case = accept_tree_case(
         7, 16, 4, 12, "without_replacement", rule, closeness=0.5, sharpness=1.0, temperatures=(1.0,), proposal=proposal,
         candidates=12, draft_vocab=24 if proposal == "mapped" else None,
     )  # fmt: skip
-    tree, law = case.tree, case.tree.proposal
+    tree, stored = case.tree, case.tree.proposal
     for slot, count in enumerate(tree.num_nodes.tolist()):
         for parent in tree.parents[slot, 1:count].unique().tolist():
             token = tree.tokens[slot, int(tree.first_child[slot, parent])]
-            columns = law.ids[slot, parent] == token if proposal == "sparse" else token
+            columns = stored.ids[slot, parent] == token if proposal == "sparse" else token
             if proposal == "mapped":
-                columns = law.draft_to_target == token
-            law.logits[slot, parent, columns] = 12.0
+                columns = stored.draft_to_target == token
+            stored.logits[slot, parent, columns] = 12.0
     check(case)
 
 
@@ -212,10 +212,10 @@ def test_values_that_are_not_finite(rule, drawn, value):
             elif value == "mask":
                 logits[5:] = -torch.inf
         if drawn != "one_hot" and value.startswith("draft"):
-            law = case.tree.proposal.logits
-            law[:, seed % 2] = -torch.inf
+            logits = case.tree.proposal.logits
+            logits[:, seed % 2] = -torch.inf
             if value == "draft_inf":
-                law[:, seed % 2, [3, 8]] = torch.inf
+                logits[:, seed % 2, [3, 8]] = torch.inf
         seen |= int(check(case).flags.max())
     if value == "nan":
         assert seen & dk.Flag.NAN

@@ -1,4 +1,4 @@
-"""draft_tree of a static shape and expand_tree against reference/tree_draft.py: trees draw by draw, laws, budgets, bad values."""
+"""draft_tree of a static shape and expand_tree against reference/tree_draft.py: trees draw by draw, budgets, bad values."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from dspark_kernels.launch.draft_tree import static as launch
 from dspark_kernels.testing.statistics import compare
 from reference import cases, tree_draft as reference
 from reference.equality import assert_equal_or_tied
-from tests.ops.draft_checks import laws, rows_of
+from tests.ops.draft_checks import logits_of, rows_of
 from tests.ops.errors import excess_error
 from tests.ops.fields import SENTINEL
 
@@ -72,9 +72,9 @@ def check(case, method, branching, num_nodes, budgets=None, exempt=True):
             for node, path in paths(tree, slot).items():
                 if int(tree.first_child[slot, node]) >= 0:
                     depth = len(path) - 1
-                    exact, eager, _ = laws(case, r, slot, (path + path * drafts)[:drafts])
+                    exact, eager, _ = logits_of(case, r, slot, (path + path * drafts)[:drafts])
                     found = stored[slot, node]
-                    excess_error(found, eager[depth].to(found.dtype), exact[depth], f"law of node {node} of request {r}")
+                    excess_error(found, eager[depth].to(found.dtype), exact[depth], f"logits of node {node} of request {r}")
     return tree
 
 
@@ -220,13 +220,13 @@ def test_bad_anchors():
     assert not check(case, "top_k", (2, 2), 7).flags.any()
 
 
-# --- the laws of children ---------------------------------------------------------------------------------------------
+# --- what children are drawn from -----------------------------------------------------------------------------------
 
 LEVEL = 1e-5
 
 
-def law_case(requests, temperature=0.5):
-    """Requests of one law over two leaves of ids, each with a seed of its own; (arguments, tokens that have mass, law)."""
+def distribution_case(requests, temperature=0.5):
+    """Requests of one distribution over two vocabulary blocks, each with its own seed: (arguments, tokens in support, probs)."""
     logits = torch.full((1, 2, 1030), -torch.inf)
     support = torch.tensor([3, 500, 1024, 1029])
     logits[:, :, support] = torch.tensor([0.5, 0.1, 0.3, -0.2])
@@ -239,32 +239,32 @@ def law_case(requests, temperature=0.5):
     return given, support, torch.softmax(logits[0, 0, support].double() / temperature, 0)
 
 
-def assert_law(what, observed, law, sees):
-    findings = compare(what, observed, law, LEVEL)
-    assert all(finding.chance > LEVEL for finding in findings), findings
+def assert_distribution(what, observed, probs, sees):
+    findings = compare(what, observed, probs, LEVEL)
+    assert all(finding.p_value > LEVEL for finding in findings), findings
     assert any(finding.sees is not None and finding.sees < sees for finding in findings), findings
 
 
-def test_children_have_the_law_of_their_node():
-    """The kernel's own draws, one law for 63 children of a few requests."""
-    given, support, law = law_case(5)
+def test_children_have_the_distribution_of_their_node():
+    """The kernel's own draws, one distribution for 63 children of a few requests."""
+    given, support, probs = distribution_case(5)
     tokens = dk.draft_tree(**given, method="iid", num_nodes=64, branching=(63,)).tokens[:, 1:]
-    assert_law("iid", (tokens[..., None] == support).sum((0, 1)), law, 0.25)
+    assert_distribution("iid", (tokens[..., None] == support).sum((0, 1)), probs, 0.25)
 
 
 @pytest.mark.parametrize("method", SAMPLED)
-def test_families_have_the_law_of_their_method(method):
+def test_families_have_the_distribution_of_their_method(method):
     """Siblings and cousins of the reference, which the kernel equals draw by draw: independent, or without replacement."""
-    given, support, law = law_case(250)
+    given, support, probs = distribution_case(250)
     tokens = reference.draft_tree(**given, method=method, num_nodes=5, branching=(2, 1)).tokens
     index = torch.searchsorted(support, tokens[:, 1:].contiguous())
-    without = (torch.outer(law, law) / (1 - law)[:, None]).fill_diagonal_(0.0)
-    siblings = without if method == "without_replacement" else torch.outer(law, law)
+    without = (torch.outer(probs, probs) / (1 - probs)[:, None]).fill_diagonal_(0.0)
+    siblings = without if method == "without_replacement" else torch.outer(probs, probs)
     for a, b, want in ((0, 1, siblings), (0, 2, None), (1, 3, None), (2, 3, None)):
         if want is None:
-            want = torch.outer(siblings.sum(0) if a == 1 else law, law)
+            want = torch.outer(siblings.sum(0) if a == 1 else probs, probs)
         observed = torch.bincount(index[:, a] * 4 + index[:, b], minlength=16)
-        assert_law(f"nodes {a + 1} and {b + 1}", observed, want.flatten(), 0.3)
+        assert_distribution(f"nodes {a + 1} and {b + 1}", observed, want.flatten(), 0.3)
 
 
 # --- expand_tree ------------------------------------------------------------------------------------------------------

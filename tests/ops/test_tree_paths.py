@@ -89,7 +89,7 @@ def test_candidates_equal_reference(call, method, candidates):
 
 @settings(max_examples=4, deadline=None)
 @given(calls(most_nodes=13, most_drafts=3))
-def test_whole_laws_equal_reference(call):
+def test_whole_rows_equal_reference(call):
     case, options = call
     check(case, method="conditioned", **options)
 
@@ -122,7 +122,7 @@ def test_without_a_head_conditioned_is_best_first():
 
 @pytest.mark.parametrize("candidates", [None, 40])
 def test_ties_go_to_the_lowest_node_then_id(candidates):
-    """Uniform laws over powers of two: every path of a length ties, and all sums are exact. Some ids are out."""
+    """Uniform distributions over powers of two: every path of a length ties, and all sums are exact. Some ids are out."""
     case = cases.draft_case(seed=1, requests=2, drafts=3, vocab=64 if candidates is None else 32, rank=4, confidence=None, grid=1.0)
     case.base_logits[:] = 0.0
     case.base_logits[1, :, 9:] = -INF  # of the 9 that are left one more goes
@@ -137,7 +137,7 @@ def test_ties_go_to_the_lowest_node_then_id(candidates):
 
 @pytest.mark.parametrize("candidates", [None, 8])
 def test_certain_tokens_tie_with_their_parents(candidates):
-    """A law on one id: the child is as probable as its parent, and comes behind all that the parent ties with."""
+    """A distribution on one id: the child is as probable as its parent, and comes behind all that the parent ties with."""
     case = cases.draft_case(seed=2, requests=1, drafts=4, vocab=8, rank=2, confidence=None, grid=1.0)
     case.base_logits[:] = -INF
     case.base_logits[0, 0, 2:6] = 1.0  # four ids
@@ -208,7 +208,7 @@ def test_nan_in_w2_belongs_to_the_nodes_it_reaches():
 
 @pytest.mark.parametrize("candidates", [None, 20])
 def test_survival_is_the_product_along_the_path(candidates):
-    """From the laws and confidences themselves, without the search; a child's own token plays no part in its confidence."""
+    """From distributions and confidences, without the search; a child's own token plays no part in its confidence."""
     case = cases.draft_case(seed=12, requests=1, drafts=3, vocab=30, rank=4, confidence="markov", temperatures=(1.0,))
     tree = check(case, method="conditioned", num_nodes=12, candidates=candidates)
     head, confidence = case.head, case.confidence
@@ -227,7 +227,7 @@ def test_survival_is_the_product_along_the_path(candidates):
 
 
 def test_confidence_moves_nodes():
-    """The same laws with and without: other nodes are worth a row."""
+    """The same distributions with and without: other nodes are worth a row."""
     case = cases.draft_case(seed=4, requests=1, drafts=4, vocab=50, rank=4, confidence="plain", temperatures=(1.0,))
     case.confidence.weight[:] = 0.0
     case.confidence.weight[0] = 3.0

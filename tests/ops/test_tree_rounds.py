@@ -1,4 +1,4 @@
-"""Rounds of trees through the kernel under one seed: drafts, acceptance and the next anchor, against reference and target law."""
+"""Rounds of trees through the kernel under one seed: drafts, acceptance and the next anchor, against the reference."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from tests.blocks import tree_of
 from tests.ops.accept_checks import check
 
 VOCAB = 2
-TARGET = torch.tensor([[0.3, 0.7], [0.55, 0.45]], dtype=torch.float64)  # law of the next token, by the last one
+TARGET = torch.tensor([[0.3, 0.7], [0.55, 0.45]], dtype=torch.float64)  # the next token's, by the last one
 DRAFT = torch.tensor([[0.6, 0.4], [0.4, 0.6]], dtype=torch.float64)
 SHAPES = {"iid": (-1, 0, 0, 1), "without_replacement": (-1, 0, 0, 2)}
 
@@ -30,7 +30,7 @@ def batch_of(decoder, contexts, seeds, drawn, rule):
     for r, (context, seed) in enumerate(zip(contexts, seeds, strict=True)):
         drafted = decoder.propose(PhiloxSource(seed, len(context) - 1), context)
         trees.append(list(zip(drafted.nodes.tokens, decoder.parents, strict=True)))
-        rows += [law.log().float() for law in drafted.target_probs]
+        rows += [probs.log().float() for probs in drafted.target_probs]
         for node, mine in enumerate(children):
             if mine:
                 draft_logits[r, node] = drafted.draft_probs[mine[0]].log().float()
@@ -42,7 +42,7 @@ def batch_of(decoder, contexts, seeds, drawn, rule):
 
 @pytest.mark.parametrize(("rule", "drawn"), [("recursive", "iid"), ("traversal", "without_replacement")])
 def test_three_rounds_under_one_seed(rule, drawn):
-    """Pairs of tokens one after the other have the target's law; every round's tokens are those of the reference."""
+    """Pairs of tokens one after the other have the target's distribution; every round's tokens are those of the reference."""
     decoder = TreeDecoder(lambda c: TARGET[c[-1]], lambda c: DRAFT[c[-1]], None, SHAPES[drawn], (drawn,) * 4)
     seeds = list(range(40, 51))
     contexts = [(r % VOCAB,) for r in range(len(seeds))]
@@ -64,14 +64,14 @@ def test_three_rounds_under_one_seed(rule, drawn):
     assert pairs.sum() > 50
     for token in range(VOCAB):
         for finding in compare(f"after {token}", pairs[token], TARGET[token], 1e-4):
-            assert finding.chance > 1e-4, finding
+            assert finding.p_value > 1e-4, finding
 
 
-def test_siblings_have_coins_of_their_own():
-    """The first child passes with chance 0.5, then the second with 0.44: with one coin for both it never would."""
+def test_siblings_have_uniforms_of_their_own():
+    """The first child passes with probability 0.5, then the second with 0.44: with one uniform for both it never would."""
     tree = tree_of([[(0, -1), (1, 0), (2, 0)]] * 24)
-    law = torch.tensor([0.05, 0.5, 0.45]).log().expand(24, 3, 3).contiguous()
-    tree = dataclasses.replace(tree, proposal=dk.DenseProposal(law), drawn="iid")
+    logits = torch.tensor([0.05, 0.5, 0.45]).log().expand(24, 3, 3).contiguous()
+    tree = dataclasses.replace(tree, proposal=dk.DenseProposal(logits), drawn="iid")
     layout = layouts.tree_layout(tree, anchor_positions=torch.full((24,), 3))
     target = torch.tensor([0.25, 0.25, 0.5]).log().expand(72, 3).contiguous()
     sampling = dk.SamplingTensors(torch.ones(24), torch.arange(24))

@@ -1,7 +1,7 @@
 """A selection of the tests of ops on compiled kernels, in every mode of the machine: each part in a process of its own.
 
-Kernels are interpreted or compiled for a whole process, and this one interprets. The parts cover every op, rule, head and form of proposal;
-`python -m pytest --compiled=all` runs the rest of them.
+Kernels are interpreted or compiled for a whole process, and this one interprets. The parts cover every op, rule, head and form of
+proposal; `python -m pytest --compiled=all` runs the rest of them.
 """
 
 import json
@@ -25,17 +25,17 @@ PARTS = {
     "heads": ("whatever_the_launch or many_requests or goes_on or ranks_beyond or large_ranks", ["draft_heads"]),
     "sampling": ("", ["sampling"]),
     "candidates": (
-        "equals_reference or equal_reference or filters_judge or acceptance_reads or any_batch or listed_successors or step_by_step",
+        "equals_reference or equal_reference or filters_see or acceptance_reads or any_batch or listed_successors or step_by_step",
         ["candidates"],
     ),
     "acceptance": (
-        "equals_reference or is_the_reference or many_coins or settings_act or stored_lse or share_ids or forced_rates or "
+        "equals_reference or is_the_reference or many_uniforms or settings_act or stored_lse or share_ids or forced_rates or "
         "live_request or empty_residual or outside_the_support",
         ["accept"],
     ),
     "acceptance of trees": ("many_decisions or full_trees or not_finite or bad_token_ids or three_rounds", ["tree", "tree_rounds"]),
     "draft trees": (
-        "test_equals_reference or best_first_equals or candidates_equal or latents_follow or law_of_their",
+        "test_equals_reference or best_first_equals or candidates_equal or latents_follow or distribution_of_their",
         ["tree_draft", "tree_paths"],
     ),
     "shards of acceptance": ("any_cut or block_rule or one_gather", ["shards_accept"]),

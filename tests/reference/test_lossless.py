@@ -189,7 +189,7 @@ def assert_simulation_agrees(model, source=CrowdSource):
             index = index * vocab + history[:, column]
         observed = torch.bincount(index, minlength=vocab**WINDOW)
         finding, _ = compare(f"tokens {start + 1} to {start + WINDOW}", observed, exact.sum(others), LEVEL)
-        assert finding.chance >= LEVEL, f"{finding.what}, chance {finding.chance:.1e}"
+        assert finding.p_value >= LEVEL, f"{finding.what}, p-value {finding.p_value:.1e}"
 
 
 def convicted(check, *arguments, **options):
