@@ -1,4 +1,4 @@
-"""The reference's draft block against small sums done by hand, its noise addresses, and the law of what it samples."""
+"""The reference's draft block against small sums done by hand, its noise addresses, and the distribution of what it samples."""
 
 import math
 
@@ -106,7 +106,7 @@ def test_confidence_by_hand():
     assert torch.allclose(have.confidence.double(), calibrated, atol=1e-7)
 
 
-def test_log_sum_exp_of_the_scaled_law():
+def test_log_sum_exp_of_the_scaled_logits():
     row = torch.tensor([1.0, 2.0, 4.0])
     have = block(row.expand(3, 1, 3), (0, 0, 0), (1, 1, 1), sampling=sampling([2.0, 0.0, 0.5], [1, 2, 3])).proposal
     for lse, scale in zip(have.lse[:, 0].tolist(), (0.5, 1.0, 2.0), strict=True):  # a greedy row: at temperature 1
@@ -143,9 +143,9 @@ def test_temperature_sharpens():
         assert abs(share - want) <= 4.5 * math.sqrt(want * (1 - want) / 2000)
 
 
-def test_sampled_law_along_the_block():
+def test_sampled_distribution_along_the_block():
     """Chi-square over all 27 blocks of three drafts at level 1e-6: the threshold is 76 for 26 degrees of freedom. With 3000 seeds a
-    law that is off by 0.11 total variation is seen with a chance above 0.999: noncentrality 4 N TV^2 = 145, mean 171, deviation
+    distribution that is off by 0.11 total variation is detected with probability 0.999: noncentrality 4 N TV^2 = 145, mean 171, deviation
     25."""
     seeds = 3000
     rows = torch.tensor([[0.3, -0.5, 0.1], [0.0, 0.4, -0.2], [0.7, 0.0, 0.2]])

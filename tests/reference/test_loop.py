@@ -1,4 +1,4 @@
-"""The decoding loop on tiny random models: five systems, one text; batches, ends, counting, and the emitted law."""
+"""The decoding loop on tiny random models: five systems, one text; batches, ends, counting, and the emitted distribution."""
 
 from __future__ import annotations
 
@@ -434,7 +434,7 @@ def test_progress_and_seconds():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
-def test_logprobs_are_those_of_the_sampling_law(temperature):
+def test_logprobs_are_those_of_the_sampling_distribution(temperature):
     requests = requests_of(temperature=temperature)
     for result in decode(TARGET, make_dspark(TARGET), requests, batch_size=4, confidence_threshold=0.4):
         ids, begin = result.output_ids, len(result.output_ids) - result.new_tokens
@@ -545,8 +545,8 @@ def law_target():
     return make_target(LAW_VOCAB, seed=21)
 
 
-def exact_law(target):
-    """Chance of every text of LAW_TOKENS tokens after the prompt."""
+def exact_distribution(target):
+    """Probability of every text of LAW_TOKENS tokens after the prompt."""
     law = {}
     for text in itertools.product(range(LAW_VOCAB), repeat=LAW_TOKENS):
         logits = all_logits(target, LAW_PROMPT + list(text)).double() / LAW_TEMPERATURE
@@ -561,7 +561,7 @@ def misfit(target, results):
 
     Texts with fewer than 5 expected counts are pooled; the limit is Wilson and Hilferty's approximation.
     """
-    expected = {text: chance * len(results) for text, chance in exact_law(target).items()}
+    expected = {text: probability * len(results) for text, probability in exact_distribution(target).items()}
     counts = dict.fromkeys(expected, 0)
     for result in results:
         counts[tuple(result.output_ids[len(LAW_PROMPT) :])] += 1
@@ -584,14 +584,14 @@ def law_dspark(target):
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_law_of_dspark_with_threshold(rule):
+def test_distribution_of_dspark_with_threshold(rule):
     target = law_target()
     results = law_results(target, law_dspark(target), rule=rule, confidence_threshold=0.45)
     assert {length for result in results for length in result.proposal_lengths} == {0, 1, 2, 3}
     assert misfit(target, results) < 1
 
 
-def test_law_of_dspark_with_costs():
+def test_distribution_of_dspark_with_costs():
     target = law_target()
     cost = CostTable(seconds=1e-3 * (1.0 + 0.01 * torch.arange(300.0)))
     results = law_results(target, law_dspark(target), cost=cost, policy="budget")
@@ -599,7 +599,7 @@ def test_law_of_dspark_with_costs():
     assert misfit(target, results) < 1
 
 
-def test_law_test_convicts_a_proposal_that_is_not_the_sampled_law():
+def test_distribution_test_detects_a_proposal_that_is_not_the_sampled_distribution():
     """The same test with drafts that were chosen greedily but are said to be sampled."""
 
     def draft_block(*arguments, sampling, **options):

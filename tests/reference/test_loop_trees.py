@@ -1,4 +1,4 @@
-"""Decoding with draft trees on tiny random models: the plain text, the target's law, caches, and the kernels' rounds."""
+"""Decoding with draft trees on tiny random models: the plain text, the target's distribution, caches, and the kernels' rounds."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def _mtp_logits(drafter: MTP, ids: list[int], path: list[int]):
         hidden = torch.cat([hidden, state[-1:]])
 
 
-# --- the law ---
+# --- the distribution ---
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def _mtp_logits(drafter: MTP, ids: list[int], path: list[int]):
     ],
     ids=lambda shape: shape.rule,
 )
-def test_law_of_three_tokens(shape):
+def test_distribution_of_three_tokens(shape):
     """The prompt's token and two from rounds, of three of which some texts need all."""
     target = law_target()
     results = law_results(target, law_dspark(target), tree=shape)
@@ -216,8 +216,8 @@ def test_law_of_three_tokens(shape):
     assert {length for result in results for length in result.acceptance_lengths} >= {1, 2, 3}
 
 
-def test_law_test_convicts_a_tree_that_is_not_the_drawn_one():
-    """Best tokens that are said to be independent draws from their law."""
+def test_distribution_test_detects_a_tree_that_is_not_the_drawn_one():
+    """Best tokens that are said to be independent draws from their distribution."""
 
     def draft_tree(*arguments, method, sampling, **options):
         drawn = REFERENCE_OPS.draft_tree(*arguments, method="iid", sampling=sampling, **options)

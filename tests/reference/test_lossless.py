@@ -1,6 +1,6 @@
-"""The rules emit the target's law: exactly by enumeration for small vocabularies, and over several rounds of addressed noise.
+"""The rules emit the target's distribution: exactly by enumeration for small vocabularies, and over several rounds.
 
-Every check here is also run on rules, lengths and noise known to be wrong (tests/reference/wrong_rules.py), and must convict them.
+Every check here is also run on rules, lengths and noise known to be wrong (tests/reference/wrong_rules.py), and must detect them.
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ SAMPLED = ["token", "block", "coupled"]
 
 
 def _generator(*numbers):
-    """The same chance for the same numbers on every machine."""
+    """The same random numbers for the same numbers on every machine."""
     return torch.Generator().manual_seed(functools.reduce(lambda mixed, n: (mixed * 1000003 + n + 7) % (2**61 - 1), numbers, 1))
 
 
-def random_law(vocab, salt, sharpness=1.5, zeros=False, steps=None):
-    """context -> fp64 [V], another law after every context. zeros: some tokens impossible; steps: chances in 1/steps, with ties."""
+def random_distribution(vocab, salt, sharpness=1.5, zeros=False, steps=None):
+    """context -> fp64 [V], another one after every context. zeros: some tokens impossible; steps: multiples of 1/steps, with ties."""
 
     @functools.cache
-    def law(context):
+    def distribution(context):
         generator = _generator(salt, vocab, *context)
         logits = torch.randn(vocab, generator=generator, dtype=torch.float64) * sharpness
         if zeros:
@@ -54,7 +54,7 @@ def random_law(vocab, salt, sharpness=1.5, zeros=False, steps=None):
         probs = torch.softmax(logits, 0)
         return probs if steps is None else (probs * steps).round() / (probs * steps).round().sum()
 
-    return law
+    return distribution
 
 
 def random_confidence(salt):
@@ -126,16 +126,16 @@ CUTS = {"whole": None, "threshold": by_threshold(0.4), "causal": causally(SECOND
 
 
 def decoder(rule, vocab, drafts, kind="dense", cut="whole", salt=0):
-    target, draft = random_law(vocab, 11 + salt), random_law(vocab, 12 + salt)
+    target, draft = random_distribution(vocab, 11 + salt), random_distribution(vocab, 12 + salt)
     if kind == "impossible":
-        target, draft = random_law(vocab, 13 + salt, zeros=True), random_law(vocab, 14 + salt, zeros=True)
+        target, draft = random_distribution(vocab, 13 + salt, zeros=True), random_distribution(vocab, 14 + salt, zeros=True)
     if kind == "equal":
         draft = target
     if kind == "wide":
-        draft = random_law(vocab + 1, 15 + salt)
+        draft = random_distribution(vocab + 1, 15 + salt)
     if kind == "missing":
-        base, chance = draft, random_confidence(16 + salt)
-        draft = lambda context: base(context) if chance(context) > 0.3 else None  # noqa: E731
+        base, confidence = draft, random_confidence(16 + salt)
+        draft = lambda context: base(context) if confidence(context) > 0.3 else None  # noqa: E731
     return Decoder(
         target,
         draft,
@@ -158,7 +158,7 @@ def bias(model, rounds=1, source=EnumeratingSource, tokens=None):
 
 
 def assert_lossless(model, rounds=1, source=EnumeratingSource):
-    """The exact law of what the rounds emit, completed by the target, is the target's."""
+    """The exact distribution of what the rounds emit, completed by the target, is the target's."""
     distance = bias(model, rounds, source)
     assert distance <= EXACT, f"total variation {distance:.3g}"
 
@@ -170,7 +170,7 @@ LEVEL = 1e-6
 
 def assert_simulation_agrees(model, source=CrowdSource):
     """SEEDS requests, one seed each, decode 2 (K + 1) + 1 tokens, which takes each three rounds or more; every window of WINDOW
-    consecutive tokens is compared with the exact law by chi-square at level 1e-6.
+    consecutive tokens is compared with the exact distribution by chi-square at level 1e-6.
 
     Power at 200000 seeds and 81 cells: any bias of 0.015 total variation in a window is seen (asserted below), and less where it
     sits on rare tokens. Position-only noise is off by 0.03 on these models.
@@ -180,8 +180,8 @@ def assert_simulation_agrees(model, source=CrowdSource):
     history = simulate(model, PROMPT[0], seeds, tokens, source)
     vocab = len(model.target(PROMPT))
     exact = torch.zeros((vocab,) * tokens, dtype=torch.float64)
-    for sequence, chance in target_distribution(model, PROMPT, tokens).items():
-        exact[sequence] = chance
+    for sequence, probability in target_distribution(model, PROMPT, tokens).items():
+        exact[sequence] = probability
     for start in range(tokens - WINDOW + 1):
         others = [i for i in range(tokens) if not start <= i < start + WINDOW]
         index = torch.zeros(SEEDS, dtype=torch.int64)
@@ -192,7 +192,7 @@ def assert_simulation_agrees(model, source=CrowdSource):
         assert finding.p_value >= LEVEL, f"{finding.what}, p-value {finding.p_value:.1e}"
 
 
-def convicted(check, *arguments, **options):
+def assert_detected(check, *arguments, **options):
     with pytest.raises(AssertionError, match="total variation|chi-square"):
         check(*arguments, **options)
 
@@ -214,7 +214,7 @@ def test_one_round(rule, vocab, drafts, kind, cut):
 @pytest.mark.parametrize("drafts", [1, 3])
 @pytest.mark.parametrize("rule", SAMPLED)
 def test_one_round_with_odd_rows(rule, drafts, kind, cut):
-    """Tokens of chance 0 on either side, equal rows, drafts beyond the target's vocabulary, drafts that are missing."""
+    """Tokens of probability 0 on either side, equal rows, drafts beyond the target's vocabulary, drafts that are missing."""
     for salt in (0, 100):
         assert_lossless(decoder(rule, 3, drafts, kind, cut, salt))
 
@@ -225,10 +225,10 @@ def test_one_round_with_odd_rows(rule, drafts, kind, cut):
 @pytest.mark.parametrize("vocab", [3, 4, 5])
 def test_greedy(vocab, drafts, kind, cut):
     """Whatever was drafted, the arg-max path is emitted with certainty; ties go to the lowest id."""
-    model = dataclasses.replace(decoder("greedy", vocab, drafts, kind, cut), target=random_law(vocab, 21, steps=6))
+    model = dataclasses.replace(decoder("greedy", vocab, drafts, kind, cut), target=random_distribution(vocab, 21, steps=6))
     assert_lossless(model)
-    law = round_distribution(model, PROMPT, drafts + 1)
-    assert law.keys() == target_distribution(model, PROMPT, drafts + 1).keys() and len(law) == 1
+    emitted = round_distribution(model, PROMPT, drafts + 1)
+    assert emitted.keys() == target_distribution(model, PROMPT, drafts + 1).keys() and len(emitted) == 1
 
 
 @pytest.mark.parametrize("cut", ["threshold", "causal"])
@@ -255,7 +255,7 @@ def test_two_rounds(rule, kind, cut):
     assert_lossless(decoder(rule, 3, 2, kind, cut), rounds=2)
 
 
-# ---- what must be convicted, by the same check
+# ---- what must be detected, by the same check
 
 
 def cut_to(model, cut):
@@ -263,13 +263,13 @@ def cut_to(model, cut):
 
 
 @pytest.mark.parametrize("vocab, drafts", [(3, 2), (3, 3), (4, 3), (5, 2)])
-def test_block_that_stops_at_the_first_reject_is_convicted(vocab, drafts):
+def test_block_that_stops_at_the_first_reject_is_detected(vocab, drafts):
     model = decoder("block", vocab, drafts)
-    convicted(assert_lossless, dataclasses.replace(model, rule=wrong.block_until_first_reject))
+    assert_detected(assert_lossless, dataclasses.replace(model, rule=wrong.block_until_first_reject))
 
 
 @pytest.mark.parametrize("salt, low, high", [(50, 0.006, 0.008), (11, 0.008, 0.01), (48, 0.4, 0.5)])
-def test_first_reject_is_convicted_where_it_hardly_shows(salt, low, high):
+def test_first_reject_is_detected_where_it_hardly_shows(salt, low, high):
     """Off by little on some models and by much on others; a loose test misses the first."""
     model = decoder("block", 3, 2, salt=salt)
     assert_lossless(model)
@@ -278,36 +278,36 @@ def test_first_reject_is_convicted_where_it_hardly_shows(salt, low, high):
 
 
 def test_one_draft_is_no_place_for_a_first_reject():
-    """With a single draft both rules are the same: the check does not convict by itself."""
+    """With a single draft both rules are the same: the check does not fail by itself."""
     assert_lossless(dataclasses.replace(decoder("block", 4, 1), rule=wrong.block_until_first_reject))
 
 
-def test_block_that_looks_behind_its_cut_is_convicted():
+def test_block_that_looks_behind_its_cut_is_detected():
     model = decoder("block", 3, 3, cut="threshold")
-    convicted(assert_lossless, dataclasses.replace(model, rule=wrong.block_with_unverified_row))
+    assert_detected(assert_lossless, dataclasses.replace(model, rule=wrong.block_with_unverified_row))
 
 
 def _worked_example(length):
     """SPS(1..3) = 1, 0.5, 0.45; the first draft survives with 0.8, the second with 0.9 after A and never after B."""
-    target, draft = (torch.tensor(law, dtype=torch.float64) for law in ((0.7, 0.3), (0.5, 0.5)))
+    target, draft = (torch.tensor(probs, dtype=torch.float64) for probs in ((0.7, 0.3), (0.5, 0.5)))
     confidence = {1: lambda c: 0.8, 2: lambda c: 0.9 if c[-1] == 0 else 0.0}
     return Decoder(
         lambda c: target, lambda c: draft, accept.token_rule, 2, length=length, confidence=lambda c: confidence[len(c)](c)
     )  # fmt: skip
 
 
-def test_global_maximum_is_convicted():
+def test_global_maximum_is_detected():
     model = _worked_example(wrong.global_maximum((1.0, 0.5, 0.45)))
-    convicted(assert_lossless, model)
-    chance_of_a = sum(p for tokens, p in round_distribution(model, PROMPT, 1).items() if tokens == (0,))
-    assert math.isclose(chance_of_a, 0.85)
+    assert_detected(assert_lossless, model)
+    probability_of_a = sum(p for tokens, p in round_distribution(model, PROMPT, 1).items() if tokens == (0,))
+    assert math.isclose(probability_of_a, 0.85)
 
 
-def test_global_maximum_is_convicted_over_two_rounds():
+def test_global_maximum_is_detected_over_two_rounds():
     """On the model of `test_two_rounds`, with times that rise less and less, where stopping early is not the maximum."""
     seconds = (0.010, 0.0135, 0.014)
     model = decoder("token", 3, 2)
-    convicted(assert_lossless, dataclasses.replace(model, length=wrong.global_maximum([1 / s for s in seconds])), rounds=2)
+    assert_detected(assert_lossless, dataclasses.replace(model, length=wrong.global_maximum([1 / s for s in seconds])), rounds=2)
     assert_lossless(dataclasses.replace(model, length=causally(seconds)), rounds=2)
     assert_lossless(dataclasses.replace(model, length=by_older_budget(seconds)), rounds=2)
 
@@ -315,11 +315,11 @@ def test_global_maximum_is_convicted_over_two_rounds():
 def test_causal_policy_is_lossless_on_the_same_example():
     model = _worked_example(causally((0.1, 0.2, 0.1 / 0.45)))
     assert_lossless(model)
-    law = emitted_distribution(model, PROMPT)
-    assert all(len(tokens) == 1 for tokens in law) and math.isclose(law[0,], 0.7)
+    emitted = emitted_distribution(model, PROMPT)
+    assert all(len(tokens) == 1 for tokens in emitted) and math.isclose(emitted[0,], 0.7)
 
 
-NOT_THE_SAMPLED_LAW = {
+NOT_THE_SAMPLED_DISTRIBUTION = {
     "temperature on one side": lambda base: (base, wrong.tempered(base, 0.8)),
     "cut on one side": lambda base: (base, wrong.best_only(base, 2)),
     "rounded before the draw": lambda base: (wrong.rounded(base), base),
@@ -327,20 +327,20 @@ NOT_THE_SAMPLED_LAW = {
 }
 
 
-@pytest.mark.parametrize("name", NOT_THE_SAMPLED_LAW)
+@pytest.mark.parametrize("name", NOT_THE_SAMPLED_DISTRIBUTION)
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_law_that_the_drafts_were_not_drawn_from_is_convicted(rule, name):
+def test_distribution_that_the_drafts_were_not_drawn_from_is_detected(rule, name):
     model = decoder(rule, 3, 2)
-    draft, judged = NOT_THE_SAMPLED_LAW[name](model.draft)
+    draft, told = NOT_THE_SAMPLED_DISTRIBUTION[name](model.draft)
     assert_lossless(dataclasses.replace(model, draft=draft))
-    convicted(assert_lossless, dataclasses.replace(model, draft=draft, reported=judged))
+    assert_detected(assert_lossless, dataclasses.replace(model, draft=draft, reported=told))
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_retrospective_truncation_is_convicted(rule):
+def test_retrospective_truncation_is_detected(rule):
     model = decoder(rule, 3, 2)
     assert_lossless(cut_to(model, "threshold"))
-    convicted(assert_lossless, dataclasses.replace(model, length=wrong.retrospective(model.confidence, 0.4)))
+    assert_detected(assert_lossless, dataclasses.replace(model, length=wrong.retrospective(model.confidence, 0.4)))
 
 
 def test_coupled_rule_does_not_mind_where_it_is_cut():
@@ -350,27 +350,26 @@ def test_coupled_rule_does_not_mind_where_it_is_cut():
 
 
 @pytest.mark.parametrize("rule", ["bonus_at_index_of_the_block", "bonus_one_row_early", "correction_from_the_target"])
-def test_wrong_rows_are_convicted(rule):
-    convicted(assert_lossless, dataclasses.replace(decoder("token", 3, 2, cut="threshold"), rule=getattr(wrong, rule)))
+def test_wrong_rows_are_detected(rule):
+    assert_detected(assert_lossless, dataclasses.replace(decoder("token", 3, 2, cut="threshold"), rule=getattr(wrong, rule)))
 
 
 def assert_possible(model, source):
     """Nothing is emitted that the target never says."""
-    law = model.target
     for tokens in emitted_distribution(model, PROMPT, source=functools.partial(source, levels=4)):
         for n, token in enumerate(tokens):
-            assert float(law(PROMPT + tokens[:n])[token]) > 0, f"total variation: {tokens} is impossible"
+            assert float(model.target(PROMPT + tokens[:n])[token]) > 0, f"total variation: {tokens} is impossible"
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_coin_of_zero_accepts_nothing_impossible(rule):
-    """Coins of 0, 1/4, 1/2, 3/4."""
+def test_uniform_of_zero_accepts_nothing_impossible(rule):
+    """Acceptance uniforms of 0, 1/4, 1/2, 3/4."""
     for drafts, salt in itertools.product((1, 2), (0, 100)):
         assert_possible(decoder(rule, 3, drafts, "impossible", salt=salt), EnumeratingSource)
 
 
-def test_comparison_that_lets_equality_pass_is_convicted():
-    convicted(assert_possible, decoder("token", 3, 1, "impossible"), wrong.NonStrict)
+def test_comparison_that_lets_equality_pass_is_detected():
+    assert_detected(assert_possible, decoder("token", 3, 1, "impossible"), wrong.NonStrict)
 
 
 # ---- noise: two rounds by enumeration, three and more by simulation under one seed each
@@ -384,11 +383,11 @@ def test_comparison_that_lets_equality_pass_is_convicted():
         ("token", wrong.EnumeratingDraftNoise, wrong.CrowdDraftNoise),
     ],
 )
-def test_reused_noise_is_convicted(rule, enumerating, crowd):
+def test_reused_noise_is_detected(rule, enumerating, crowd):
     model = decoder(rule, 3, 2)
     assert_lossless(model, rounds=2)
-    convicted(assert_lossless, model, rounds=2, source=enumerating)
-    convicted(assert_simulation_agrees, simulated(rule), source=crowd)
+    assert_detected(assert_lossless, model, rounds=2, source=enumerating)
+    assert_detected(assert_simulation_agrees, simulated(rule), source=crowd)
 
 
 def test_where_position_only_noise_does_not_show():
@@ -432,22 +431,20 @@ def test_simulation_runs_the_noise_of_the_reference(rule):
 
 
 @pytest.mark.parametrize("winners", [(0, 0), (0, 1), (2, 1), (0, 1, 2), (1, 1, 0)])
-def test_joint_chance_of_races(winners):
+def test_joint_probability_of_races(winners):
     """Against 10^6 races: within 5 standard errors."""
     generator = _generator(5, *winners)
     weights = torch.rand(len(winners), 4, generator=generator, dtype=torch.float64)
     clocks = torch.empty(1_000_000, 4, dtype=torch.float64).exponential_(generator=generator)
     won = torch.ones(len(clocks), dtype=torch.bool)
-    for law, winner in zip(weights, winners, strict=True):
-        won &= (clocks / law).argmin(1) == winner
-    chance = joint_probability(tuple((tuple(law.tolist()), winner) for law, winner in zip(weights, winners, strict=True)))
+    for row, winner in zip(weights, winners, strict=True):
+        won &= (clocks / row).argmin(1) == winner
+    probability = joint_probability(tuple((tuple(row.tolist()), winner) for row, winner in zip(weights, winners, strict=True)))
     share = float(won.double().mean())
-    assert abs(share - chance) <= 5 * math.sqrt(chance * (1 - chance) / len(clocks)) + 1e-9
+    assert abs(share - probability) <= 5 * math.sqrt(probability * (1 - probability) / len(clocks)) + 1e-9
 
 
-def test_joint_chances_sum_to_one():
-    laws = [tuple(torch.rand(4, generator=_generator(n), dtype=torch.float64).tolist()) for n in (1, 2, 3)]
-    total = math.fsum(
-        joint_probability(tuple(zip(laws, winners, strict=True))) for winners in itertools.product(range(4), repeat=3)
-    )
+def test_joint_probabilitys_sum_to_one():
+    weights = [tuple(torch.rand(4, generator=_generator(n), dtype=torch.float64).tolist()) for n in (1, 2, 3)]
+    total = math.fsum(joint_probability(tuple(zip(weights, winners, strict=True))) for winners in itertools.product(range(4), repeat=3))
     assert abs(total - 1.0) <= EXACT

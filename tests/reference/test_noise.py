@@ -1,4 +1,4 @@
-"""Random words, uniforms, exponentials: known answers, addresses, range, law, and the Triton primitives beside them."""
+"""Random words, uniforms, exponentials: known answers, addresses, range, distribution, and the Triton primitives beside them."""
 
 from __future__ import annotations
 
@@ -109,21 +109,21 @@ def test_exponential_range():
 COUNT = 1 << 17
 
 
-def distance(values, law):
-    """Kolmogorov-Smirnov distance of sorted fp64 values from a continuous law (its distribution function)."""
-    expected = law(values.sort().values)
+def distance(values, cdf):
+    """Kolmogorov-Smirnov distance of sorted fp64 values from a continuous distribution function."""
+    expected = cdf(values.sort().values)
     steps = torch.arange(len(values) + 1, dtype=torch.float64) / len(values)
     return float(torch.maximum((expected - steps[:-1]).abs(), (steps[1:] - expected).abs()).max())
 
 
-# P(distance > x / sqrt(n)) = 2 exp(-2 x^2) to first order: 5e-6 at x = 2.54. A law that is off by 0.01 in any place is
-# convicted: 2.54 / sqrt(2^17) = 0.0070. The words are fixed, so a test that passes once passes always.
+# P(distance > x / sqrt(n)) = 2 exp(-2 x^2) to first order: 5e-6 at x = 2.54. A distribution that is off by 0.01 in any place is
+# detected: 2.54 / sqrt(2^17) = 0.0070. The words are fixed, so a test that passes once passes always.
 KS = 2.54 / math.sqrt(COUNT)
 
 
 @pytest.mark.parametrize("seed", [3, -2])
 @pytest.mark.parametrize("along", ["lane", "position", "anchor"])
-def test_law(seed, along):
+def test_distribution(seed, along):
     """Uniform and exponential along each counter word."""
     index = torch.arange(COUNT)
     if along == "lane":
@@ -146,7 +146,7 @@ def test_nothing_is_shared_between_addresses():
     """Streams, positions, anchors, nodes and seeds: words differ, and uniforms are uncorrelated.
 
     Correlation of n independent pairs has a standard deviation of 1/sqrt(n); the bound is 5 of them. Equal words at two
-    addresses have a chance of 2^-32 each.
+    addresses have a probability of 2^-32 each.
     """
     lanes = torch.arange(1 << 13)
     base = dict(seed=9, position=20, anchor_position=15, stream=Stream.DRAFT, node=0)
@@ -200,7 +200,7 @@ def close(have, want):
 
 
 def test_source_addresses():
-    """Which stream, lane, position and anchor each use of chance reads."""
+    """Which stream, lane, position and anchor each random decision reads."""
     recorder = Recorder()
     source = PhiloxSource(-77, 100, recorder, request=3)
     assert source.accepts(104, 2.0, 1.5) and not source.accepts(104, 2.0, 1.25)  # the coin is 0.698

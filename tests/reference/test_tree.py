@@ -1,4 +1,4 @@
-"""The reference's tree rules emit the target's law, exactly, and relate to each other and to the block rule as their papers say."""
+"""The reference's tree rules emit the target's distribution exactly, and relate to each other as their papers say."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from reference.sources import PhiloxSource
 from reference.tree import RULES
 from reference.tree_enumeration import TreeDecoder
 from tests.reference import wrong_rules as wrong
-from tests.reference.test_lossless import random_law
+from tests.reference.test_lossless import random_distribution
 
 EXACT = 1e-12
 PROMPT = (0,)
@@ -49,8 +49,8 @@ CASES = [
 def decoder(rule, shape, vocab, drawn, salt=0, sharpness=1.5, equal=False):
     parents = SHAPES[shape]
     how = tuple(DRAWN[(node + salt) % 3] if drawn == "mixed" else drawn for node in range(len(parents)))
-    target = random_law(vocab, 11 + salt, sharpness)
-    draft = target if equal else random_law(vocab, 12 + salt, sharpness)
+    target = random_distribution(vocab, 11 + salt, sharpness)
+    draft = target if equal else random_distribution(vocab, 12 + salt, sharpness)
     return TreeDecoder(target, draft, RULES[rule] if isinstance(rule, str) else rule, parents, how)
 
 
@@ -60,7 +60,7 @@ def bias(toy, tokens=4, rounds=1, source=EnumeratingSource):
 
 @pytest.mark.parametrize("rule", SAMPLED)
 @pytest.mark.parametrize(("shape", "vocab", "drawn"), CASES)
-def test_emits_the_targets_law(rule, shape, vocab, drawn):
+def test_emits_the_targets_distribution(rule, shape, vocab, drawn):
     assert bias(decoder(rule, shape, vocab, drawn)) <= EXACT
 
 
@@ -74,24 +74,26 @@ def test_three_rounds_of_one_seed(rule):
 def test_impossible_tokens(rule):
     """Laws with zeros: no impossible token is emitted, and no draft that cannot be drawn is met."""
     parents = SHAPES["second"]
-    toy = TreeDecoder(random_law(4, 31, zeros=True), random_law(4, 32, zeros=True), RULES[rule], parents, ("iid",) * 5)
+    toy = TreeDecoder(
+        random_distribution(4, 31, zeros=True), random_distribution(4, 32, zeros=True), RULES[rule], parents, ("iid",) * 5
+    )
     assert bias(toy) <= EXACT
 
 
 @pytest.mark.parametrize("drawn", ["iid", "without_replacement"])
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
-def test_a_draft_law_equal_to_the_targets_loses_nothing(rule, drawn):
+def test_a_draft_distribution_equal_to_the_targets_loses_nothing(rule, drawn):
     """The first child is always kept: as long as the chain of elder children."""
     assert decoder(rule, "second", 3, drawn, equal=True).mean_accepted(PROMPT, EnumeratingSource) == pytest.approx(1, abs=EXACT)
     assert decoder(rule, "odd", 2, drawn, equal=True).mean_accepted(PROMPT, EnumeratingSource) == pytest.approx(3, abs=EXACT)
 
 
-def test_wrong_rules_are_convicted():
+def test_wrong_rules_are_detected():
     assert bias(decoder(wrong.traversal_divided_by_the_child, "chain", 2, "iid")) > 0.2
     assert bias(decoder(wrong.traversal_divided_by_the_child, "odd", 3, "without_replacement", salt=60)) > 0.07
     assert bias(decoder(wrong.recursive_without_residual, "siblings", 4, "iid")) > 0.02
-    assert bias(decoder("recursive", "siblings", 4, "without_replacement", salt=160), source=wrong.OneCoinForSiblings) > 0.05
-    assert bias(decoder("recursive", "siblings", 3, "iid", salt=140), source=wrong.OneCoinForSiblings) > 0.005
+    assert bias(decoder("recursive", "siblings", 4, "without_replacement", salt=160), source=wrong.OneUniformForSiblings) > 0.05
+    assert bias(decoder("recursive", "siblings", 3, "iid", salt=140), source=wrong.OneUniformForSiblings) > 0.005
 
 
 class WithoutNodes(PhiloxSource):
@@ -105,7 +107,7 @@ class WithoutNodes(PhiloxSource):
 
 
 def test_traversal_is_the_block_rule_on_a_chain():
-    """The same tokens from the same coins, drafts with impossible tokens among them."""
+    """The same tokens from the same acceptance uniforms, drafts with impossible tokens among them."""
     g = torch.Generator().manual_seed(5)
     lengths = set()
     for seed in range(300):
@@ -113,7 +115,7 @@ def test_traversal_is_the_block_rule_on_a_chain():
         logits = 2 * torch.randn(drafts + 1, 5, generator=g, dtype=torch.float64)
         target = torch.softmax(logits, 1)
         draft = torch.softmax(logits + 0.7 * torch.randn(drafts + 1, 5, generator=g, dtype=torch.float64), 1)
-        tokens = [int(torch.multinomial(law, 1, generator=g)) for law in draft[:drafts]]
+        tokens = [int(torch.multinomial(probs, 1, generator=g)) for probs in draft[:drafts]]
         if seed % 7 == 0 and drafts:
             tokens[seed % drafts] = 5  # outside the vocabulary
         source = WithoutNodes(seed, 40)
@@ -128,7 +130,7 @@ def test_traversal_is_the_block_rule_on_a_chain():
 
 @pytest.mark.parametrize("shape", ["siblings", "odd", "full"])
 def test_rules_agree_on_trees_made_without_chance(shape):
-    """Walk, recursive, traversal: one law of what a round emits, and so of how much."""
+    """Walk, recursive, traversal: one distribution of what a round emits, and so of how much."""
     want, *others = (emitted_distribution(decoder(rule, shape, 3, "one_hot"), PROMPT) for rule in SAMPLED)
     assert all(total_variation(other, want) <= EXACT for other in others)
 
@@ -145,8 +147,8 @@ def test_mean_lengths_stand_in_the_order_of_the_sources(salt):
     assert mean("traversal", "without_replacement") > mean("traversal", "iid") > mean("traversal", "iid", "pair")
 
 
-def test_many_seeds_decode_the_targets_law():
-    """Addressed Philox noise over several rounds; the laws depend on the last token alone."""
+def test_many_seeds_decode_the_targets_distribution():
+    """Addressed Philox noise over several rounds; the distributions depend on the last token alone."""
     g = torch.Generator().manual_seed(3)
     target, draft = (torch.softmax(2 * torch.randn(3, 3, generator=g, dtype=torch.float64), 1) for _ in "td")
     shape = (-1, 0, 0)
@@ -158,5 +160,5 @@ def test_many_seeds_decode_the_targets_law():
     counts = {key: 0 for key in want}
     for key, count in zip(*(part.tolist() for part in torch.unique(history, dim=0, return_counts=True)), strict=True):
         counts[tuple(key)] = count
-    statistic = sum((counts[key] - 20000 * chance) ** 2 / (20000 * chance) for key, chance in want.items())
-    assert statistic < 55  # 26 degrees of freedom: exceeded with chance 0.0008
+    statistic = sum((counts[key] - 20000 * probability) ** 2 / (20000 * probability) for key, probability in want.items())
+    assert statistic < 55  # 26 degrees of freedom: exceeded with probability 0.0008

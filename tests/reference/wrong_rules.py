@@ -1,4 +1,4 @@
-"""Ways to lose the target's law that other implementations shipped; the tests of losslessness must convict each of them.
+"""Known-bad rules that other implementations shipped: they lose the target's distribution, and tests must detect each of them.
 
 They have the signatures of what they stand in for: rules of reference/accept.py, lengths and sources of reference/enumeration.py.
 """
@@ -17,21 +17,21 @@ from reference.tree import TreeVerdict
 
 
 def block_until_first_reject(target_probs, draft_probs, drafts, source, anchor_position):
-    """The block rule, but the first coin that fails ends the prefix: the right one keeps the longest prefix that passes."""
-    length, kept, accepted = len(drafts), 1.0, 0
+    """The block rule, but the first test that fails ends the prefix: the correct one takes the longest prefix that passes."""
+    length, prefix_prob, accepted = len(drafts), 1.0, 0
     for i, draft in enumerate(drafts, start=1):
-        following = min(1.0, kept * float(target_probs[i - 1][draft] / draft_probs[i - 1][draft]))
+        following = min(1.0, prefix_prob * float(target_probs[i - 1][draft] / draft_probs[i - 1][draft]))
         numerator, denominator = following, 1.0
         if i < length:
             numerator = float((following * target_probs[i] - draft_probs[i]).clamp(min=0).sum())
             denominator = numerator + 1.0 - following
         if denominator > 0 and not source.accepts(anchor_position + i, denominator, numerator):
             break
-        kept, accepted = following, i
+        prefix_prob, accepted = following, i
     position = anchor_position + accepted + 1
     if accepted == length:
         return Verdict(length, source.draw(position, target_probs[length]))
-    residual = (kept * target_probs[accepted] - draft_probs[accepted]).clamp(min=0)
+    residual = (prefix_prob * target_probs[accepted] - draft_probs[accepted]).clamp(min=0)
     weights = residual if float(residual.sum()) > 0 else target_probs[accepted]
     return Verdict(accepted, source.draw(position, weights))
 
@@ -57,7 +57,7 @@ def bonus_at_index_of_the_block(target_probs, draft_probs, drafts, source, ancho
 
 
 def bonus_one_row_early(target_probs, draft_probs, drafts, source, anchor_position):
-    """The bonus drawn from the row that judged the last draft."""
+    """The bonus drawn from the row that verified the last draft."""
     verdict = accept.token_rule(target_probs, draft_probs, drafts, source, anchor_position)
     if verdict.num_accepted < len(drafts):
         return verdict
@@ -65,7 +65,7 @@ def bonus_one_row_early(target_probs, draft_probs, drafts, source, anchor_positi
 
 
 def correction_from_the_target(target_probs, draft_probs, drafts, source, anchor_position):
-    """The token rule with corrections from the target's law: what was rejected is not taken out."""
+    """The token rule with corrections from the target's distribution: what was rejected is not taken out."""
     verdict = accept.token_rule(target_probs, draft_probs, drafts, _Discard(source), anchor_position)
     position = anchor_position + verdict.num_accepted + 1
     return Verdict(verdict.num_accepted, source.draw(position, target_probs[verdict.num_accepted]))
@@ -81,46 +81,46 @@ class _Discard:
         return 0
 
 
-# ---- laws
+# ---- draft distributions
 
 
 def tempered(draft, exponent: float):
-    """The drafter's law at another temperature than the one its tokens are drawn at."""
+    """The drafter's distribution at another temperature than the one its tokens are drawn at."""
 
-    def law(context):
+    def distribution(context):
         probs = draft(context) ** exponent
         return probs / probs.sum()
 
-    return law
+    return distribution
 
 
 def best_only(draft, count: int):
-    """The drafter's law cut to its best tokens, where its tokens are drawn from all."""
+    """The drafter's distribution cut to its best tokens, where its tokens are drawn from all."""
 
-    def law(context):
+    def distribution(context):
         probs = draft(context)
         kept = torch.zeros_like(probs)
         best = probs.topk(count).indices
         kept[best] = probs[best]
         return kept / kept.sum()
 
-    return law
+    return distribution
 
 
 def rounded(draft):
-    """Tokens drawn from bf16 logits, where the rule is told the law of the unrounded ones."""
+    """Tokens drawn from bf16 logits, where the rule is told the distribution of the unrounded ones."""
     return lambda context: torch.softmax(draft(context).log().bfloat16().double(), 0)
 
 
 def after_greedy(draft, prompt_length: int):
-    """The law after the drafter's most probable token, where drafts are chained after the tokens that were drawn."""
+    """The distribution after the drafter's most probable token, where drafts are chained after the tokens that were drawn."""
 
-    def law(context):
+    def distribution(context):
         if len(context) == prompt_length:
             return draft(context)
         return draft((*context[:-1], int(draft(context[:-1]).argmax())))
 
-    return law
+    return distribution
 
 
 # ---- lengths
@@ -156,10 +156,10 @@ def retrospective(confidence, threshold: float):
 
 
 class NonStrict(EnumeratingSource):
-    """coin * denominator <= numerator: a coin of 0 passes a draft of chance 0."""
+    """u * denominator <= numerator: a u of 0 passes a draft of probability 0."""
 
-    def below(self, coin, denominator, numerator):
-        return coin * denominator <= numerator
+    def below(self, u, denominator, numerator):
+        return u * denominator <= numerator
 
 
 class _PositionOnly:
@@ -197,47 +197,47 @@ class CrowdDraftNoise(_DraftNoiseInCorrection, CrowdSource):
 
 
 def traversal_divided_by_the_child(target_probs, draft_probs, tree, source, anchor_position):
-    """The traversal rule with the rejected child's chance in the normaliser, where the node's own belongs."""
+    """The traversal rule with the rejected child's prefix probability in the normaliser, where the node's own belongs."""
 
-    def visit(node, kept, path):
-        law, numerator, denominator = target_probs[node], kept, 1.0
+    def visit(node, prefix_prob, path):
+        remaining, numerator, denominator = target_probs[node], prefix_prob, 1.0
         for child in tree.children[node]:
             token, proposed = tree.tokens[child], draft_probs[child]
-            chance = min(1.0, kept * float(law[token]) / float(proposed[token]))
-            verdict = visit(child, chance, (*path, child))
+            child_prob = min(1.0, prefix_prob * float(remaining[token]) / float(proposed[token]))
+            verdict = visit(child, child_prob, (*path, child))
             if verdict is not None:
                 return verdict
-            residual = (kept * law - proposed).clamp(min=0)
+            residual = (prefix_prob * remaining - proposed).clamp(min=0)
             numerator = float(residual.sum())
-            denominator = numerator + 1.0 - chance
-            law, kept = residual / max(numerator, 1e-300), min(1.0, numerator / denominator)
+            denominator = numerator + 1.0 - child_prob
+            remaining, prefix_prob = residual / max(numerator, 1e-300), min(1.0, numerator / denominator)
         position = anchor_position + len(path)
         if node > 0 and not source.accepts(position - 1, denominator, numerator, node=node):
             return None
-        return TreeVerdict(path, source.draw(position, law if float(law.sum()) > 0 else target_probs[node], node=node))
+        return TreeVerdict(path, source.draw(position, remaining if float(remaining.sum()) > 0 else target_probs[node], node=node))
 
     return visit(0, 1.0, (0,))
 
 
 def recursive_without_residual(target_probs, draft_probs, tree, source, anchor_position):
-    """Every sibling judged against the whole of the target's law; what the elder ones were rejected for is not taken out."""
+    """Every sibling verified against the whole target distribution; what the elder ones were rejected for stays in it."""
     path = [0]
     while True:
-        law = target_probs[path[-1]]
+        remaining = target_probs[path[-1]]
         for child in tree.children[path[-1]]:
             token = tree.tokens[child]
-            if source.accepts(anchor_position + len(path), float(draft_probs[child][token]), float(law[token]), node=child):
+            if source.accepts(anchor_position + len(path), float(draft_probs[child][token]), float(remaining[token]), node=child):
                 path.append(child)
                 break
         else:
             for child in tree.children[path[-1]]:
-                law = (law - draft_probs[child]).clamp(min=0)
-            law = law if float(law.sum()) > 0 else target_probs[path[-1]]
-            return TreeVerdict(tuple(path), source.draw(anchor_position + len(path), law, node=path[-1]))
+                remaining = (remaining - draft_probs[child]).clamp(min=0)
+            remaining = remaining if float(remaining.sum()) > 0 else target_probs[path[-1]]
+            return TreeVerdict(tuple(path), source.draw(anchor_position + len(path), remaining, node=path[-1]))
 
 
-class OneCoinForSiblings(EnumeratingSource):
-    """Coins addressed by position alone, so that all children of a node share theirs."""
+class OneUniformForSiblings(EnumeratingSource):
+    """Acceptance uniforms addressed by position alone, so that all children of a node share theirs."""
 
     def address(self, stream, position, node=0):
         return super().address(stream, position, 0 if stream == Stream.ACCEPT else node)
