@@ -145,8 +145,8 @@ def test_temperature_sharpens():
 
 def test_sampled_distribution_along_the_block():
     """Chi-square over all 27 blocks of three drafts at level 1e-6: the threshold is 76 for 26 degrees of freedom. With 3000 seeds a
-    distribution that is off by 0.11 total variation is detected with probability 0.999: noncentrality 4 N TV^2 = 145, mean 171, deviation
-    25."""
+    distribution that is off by 0.11 total variation is detected with probability 0.999: noncentrality 4 N TV^2 = 145, mean 171,
+    deviation 25."""
     seeds = 3000
     rows = torch.tensor([[0.3, -0.5, 0.1], [0.0, 0.4, -0.2], [0.7, 0.0, 0.2]])
     head = dk.MarkovHead(torch.eye(3), torch.tensor([[1.0, -0.5, 0.0], [0.2, 0.9, -0.8], [-0.6, 0.1, 0.5]]))

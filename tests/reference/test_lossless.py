@@ -43,7 +43,7 @@ def _generator(*numbers):
 
 
 def random_distribution(vocab, salt, sharpness=1.5, zeros=False, steps=None):
-    """context -> fp64 [V], another one after every context. zeros: some tokens impossible; steps: multiples of 1/steps, with ties."""
+    """context -> fp64 [V], another one after every context. zeros: some tokens impossible; steps: multiples of 1/steps, ties."""
 
     @functools.cache
     def distribution(context):
