@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench.shared import rows
-from bench.shared.paths import RESULTS, ROOT
+from bench.shared.paths import RESULTS
 
 RESULT = RESULTS / "counters.csv"
 REQUESTS = (1, 8, 64)

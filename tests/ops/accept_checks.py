@@ -4,8 +4,8 @@ import torch
 
 import dspark_kernels as dk
 from reference import accept, tree
-from reference.decisions import Decisions
 from reference.cases import AcceptTreeCase
+from reference.decisions import Decisions
 from reference.distributions import log_prob
 from reference.equality import assert_equal_or_tied
 from reference.logits import inverse_temperature, read_logits

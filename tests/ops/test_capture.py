@@ -9,9 +9,6 @@ import dspark_kernels as dk
 from reference import cases
 from reference.cases import accept_tree_case
 from reference.schedule import schedule_prefixes
-from tests.ops.test_full_size import to_device
-from tests.ops.test_layout import assert_same_layout
-from tests.ops.test_schedule import POLICIES, arguments as schedule_arguments
 from tests.ops.fields import assert_same, to_device
 from tests.ops.schedule_cases import POLICIES, arguments as schedule_arguments
 

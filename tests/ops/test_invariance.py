@@ -11,8 +11,6 @@ from dspark_kernels.launch.draft import dense as draft_launch
 from dspark_kernels.launch.layout import schedule as schedule_launch
 from reference import cases, layout as layouts
 from reference.cases import accept_tree_case
-from tests.ops.test_layout import assert_same_layout
-from tests.ops.test_schedule import arguments as schedule_arguments
 from tests.ops.attention_checks import take_requests
 from tests.ops.fields import assert_same
 from tests.ops.schedule_cases import arguments as schedule_arguments

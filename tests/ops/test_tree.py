@@ -6,13 +6,8 @@ from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
 from dspark_kernels.launch.accept import tree as launch
-from reference import accept, cases, layout as layouts, tree as reference
+from reference import accept, cases, layout as layouts
 from reference.cases import accept_tree_case
-from reference.decisions import Decisions
-from reference.distributions import log_prob
-from reference.equality import assert_equal_or_tied
-from reference.logits import inverse_temperature, read_logits
-from reference.sampling import adjust, filtered
 from tests.blocks import tree_of
 from tests.ops.accept_checks import DTYPES, check
 from tests.ops.fields import assert_same, poisoned

@@ -12,7 +12,6 @@ import torch
 import dspark_kernels as dk
 from reference import cases
 from reference.cases import accept_tree_case
-from tests.ops.test_compact import bytes_of, case_of
 from tests.ops.compact_cases import bytes_of, case_of
 
 

@@ -446,5 +446,7 @@ def test_joint_probability_of_races(winners):
 
 def test_joint_probabilitys_sum_to_one():
     weights = [tuple(torch.rand(4, generator=_generator(n), dtype=torch.float64).tolist()) for n in (1, 2, 3)]
-    total = math.fsum(joint_probability(tuple(zip(weights, winners, strict=True))) for winners in itertools.product(range(4), repeat=3))
+    total = math.fsum(
+        joint_probability(tuple(zip(weights, winners, strict=True))) for winners in itertools.product(range(4), repeat=3)
+    )
     assert abs(total - 1.0) <= EXACT
