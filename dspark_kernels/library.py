@@ -1,28 +1,102 @@
 """Registration of the ops with torch.library (namespace `dspark`) and the way to their kernels.
 
 One definition per op: a schema that lists every tensor written, one implementation for all devices, and a fake that does
-nothing because outputs are passed in. That passes opcheck and torch.compile(fullgraph=True) at the lowest call overhead.
+nothing because outputs are passed in. That passes opcheck and torch.compile(fullgraph=True) at the lowest call overhead. An op's
+arguments stand once, as a NamedTuple:
+
+    class Arguments(NamedTuple):
+        logits: Tensor
+        seed: Tensor | None
+        rule: str
+        sampling: Flat              # a record inside: its fields in its place
+        tokens: Out[Tensor]         # written
+
+    @register("accept", Arguments)
+    def _accept(arguments): ...     # _accept(*flat(Arguments(...)))
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import string
+import typing
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .launch import arch
 
 _LIBRARY = torch.library.Library("dspark", "DEF")
 
 
-def register(schema: str):
-    """Define `dspark::<schema>` with the decorated function as implementation; returns the op's callable overload."""
+_T = typing.TypeVar("_T")
+Out = typing.Annotated[_T, "written"]
+
+_TYPES = {Tensor: "Tensor", list[Tensor]: "Tensor[]", list[int]: "int[]", str: "str", int: "int", float: "float", bool: "bool"}
+
+
+def schema_of(record: type) -> str:
+    """The arguments of an op as torch.library writes them."""
+    letters = iter(string.ascii_lowercase)
+    parts = []
+    for name, annotation in _leaves(record):
+        written = typing.get_origin(annotation) is typing.Annotated
+        kind = typing.get_args(annotation)[0] if written else annotation
+        given = [part for part in typing.get_args(kind) if part is not type(None)] if _is_optional(kind) else [kind]
+        text = _TYPES[given[0]] + (f"({next(letters)}!)" if written else "") + ("?" if _is_optional(kind) else "")
+        parts.append(f"{text} {name}")
+    return ", ".join(parts)
+
+
+def _leaves(record: type):
+    """(name, annotation) of a record's fields, those of records inside it in their place."""
+    for name, annotation in typing.get_type_hints(record, include_extras=True).items():
+        if hasattr(annotation, "_fields"):
+            yield from _leaves(annotation)
+        else:
+            yield name, annotation
+
+
+def _is_optional(annotation) -> bool:
+    return type(None) in typing.get_args(annotation)
+
+
+def flat(arguments: tuple) -> tuple:
+    """A record's values in the order of the schema."""
+    values = []
+    for value in arguments:
+        if hasattr(value, "_fields"):
+            values += flat(value)
+        else:
+            values.append(value)
+    return tuple(values)
+
+
+def _rebuilder(record: type) -> Callable:
+    """The function from an iterator of flat values to the record."""
+    inner = [
+        _rebuilder(annotation) if hasattr(annotation, "_fields") else next
+        for annotation in typing.get_type_hints(record, include_extras=True).values()
+    ]
+    return lambda values: record(*[make(values) for make in inner])
+
+
+def register(schema: str, record: type | None = None):
+    """Define `dspark::<schema>` with the decorated function as implementation; returns the op's callable overload.
+
+    With a record, `schema` is the op's name: its arguments are the record's fields, and the implementation takes the record.
+    """
+    if record is not None:
+        schema = f"{schema}({schema_of(record)}) -> ()"
+        rebuild = _rebuilder(record)
 
     def decorate(implementation):
         name = schema.split("(", 1)[0]
+        run = implementation if record is None else lambda *values: implementation(rebuild(iter(values)))
         _LIBRARY.define(schema)
-        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dspark::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
         return getattr(torch.ops.dspark, name).default
 

@@ -117,21 +117,8 @@ def node_latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> 
 def lend(op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device) -> tuple[Tensor, Tensor]:
     """(counters, scratch) for one launch: the caller's, checked to be large enough, or fresh ones."""
     counters, scratch = _NEEDS[op](requests, drafts, vocab)
-    counters += RESERVED
-    if workspace is None:
-        return (
-            torch.zeros(counters, dtype=torch.int64, device=device),
-            torch.empty(scratch, dtype=torch.int64, device=device),
-        )
-    check_type("workspace", workspace, Workspace)
-    if workspace.counters.device != device:
-        raise ValueError(f"workspace: expected one on {device}, got one on {workspace.counters.device}")
-    if workspace.counters.numel() < counters or workspace.scratch.numel() < scratch:
-        raise ValueError(
-            f"workspace: expected room for {requests} requests x {drafts} drafts over {vocab} ids, got one made for "
-            f"{workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size}"
-        )
-    return workspace.counters, workspace.scratch
+    message = f"expected room for {requests} requests x {drafts} drafts over {vocab} ids, got one made for {{made_for}}"
+    return lend_words(workspace, counters, scratch, device, message)
 
 
 def lend_words(workspace: Workspace | None, counters: int, scratch: int, device, message: str) -> tuple[Tensor, Tensor]:
@@ -146,8 +133,21 @@ def lend_words(workspace: Workspace | None, counters: int, scratch: int, device,
     if workspace.counters.device != device:
         raise ValueError(f"workspace: expected one on {device}, got one on {workspace.counters.device}")
     if workspace.counters.numel() < counters or workspace.scratch.numel() < scratch:
-        raise ValueError(f"workspace: {message}")
+        made_for = f"{workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size}"
+        raise ValueError(f"workspace: {message.format(made_for=made_for)}")
     return workspace.counters, workspace.scratch
+
+
+def measured(carve: Callable, *sizes: int) -> int:
+    """int64 words of what `carve(take, *sizes)` takes: scratch is described once, by the function that carves it."""
+    words = 0
+
+    def take(count: int, dtype: torch.dtype) -> None:
+        nonlocal words
+        words += words_of(count, dtype)
+
+    carve(take, *sizes)
+    return words
 
 
 class Carver:

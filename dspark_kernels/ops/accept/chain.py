@@ -7,6 +7,8 @@ gives. Oracle: reference/accept.py. Sources: arXiv 2211.17192 and 2302.01318; 24
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ from ...kernels.accept.args import (
 )
 from ...launch import arch
 from ...launch.accept import chain as accept_launch
+from ...library import Out
 from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
 
@@ -43,28 +46,39 @@ MAP_COLUMNS = 4096  # per item that inverts a draft vocabulary's map, as in kern
 MAX_CANDIDATES = 512
 
 
-def _counter_words(requests: int, drafts: int) -> int:
-    # Arrivals of row groups (at most one per row), of requests, of residual items; states; the map's two counters.
-    words = workspaces.words_of
-    return words(requests * (drafts + 1), torch.int32) + 3 * words(requests, torch.int32) + words(2, torch.int32)
+def counters_of(take, requests: int, drafts: int) -> tuple[ChainCounters, Tensor]:
+    """Arrivals, and the two counters of an id map. The ticket is one of the reserved words."""
+    groups = take(requests * (drafts + 1), torch.int32)  # at most one per row
+    counters = ChainCounters(None, groups, *(take(requests, torch.int32) for _ in range(3)))
+    return counters, take(2, torch.int32)
 
 
-def _scratch_words(requests: int, rows: int, leaves: int) -> int:
-    words = workspaces.words_of
-    partials = 3 * words(rows * leaves, torch.float32) + 4 * words(rows * leaves, torch.int64)
-    per_row = words(VALUES * rows, torch.float32) + words(IDS * rows, torch.int32)
-    # For filters: maxima and numbers of groups, elements of the groups that matter, limits.
+def scratch_of(take, requests: int, rows: int, leaves: int) -> tuple[ChainScratch, Tensor]:
+    """Everything that any call needs, and the inverse of an id map."""
+    tops = [take(rows * leaves, torch.float32) for _ in range(3)]
+    sums = [take(rows * leaves, torch.int64) for _ in range(4)]
     groups = rows * leaves * (LEAF // GROUP_IDS)
-    filters = words(groups, torch.float32) + words(groups, torch.int32) + words(rows * LISTED, torch.int32)
-    filters += words(rows, torch.int64) + words(rows, torch.int32)
-    inverse = words(leaves * LEAF, torch.int32)
-    return partials + per_row + filters + inverse + words(requests * LEAF, torch.float32) + words(requests, torch.int32)
+    residual = sums[2]
+    scratch = ChainScratch(
+        # Best keys are needed where no residual is; sums of draft rows where no sparse proposal is.
+        target=BlockPartials(tops[0], sums[0], residual),
+        raw=BlockPartials(tops[2], sums[3]),
+        draft=BlockPartials(tops[1], sums[1]),
+        residual_ptr=residual,
+        stats=RowStats(take(VALUES * rows, torch.float32), take(IDS * rows, torch.int32)),
+        sparse=SparseScratch(sums[1], take(requests * LEAF, torch.float32)),
+        accepted_ptr=take(requests, torch.int32),
+        filters=FilterScratch(take(groups, torch.float32), take(groups, torch.int32), take(rows * LISTED, torch.int32)),
+        limits=Limits(take(rows, torch.int64), take(rows, torch.int32)),
+    )
+    return scratch, take(leaves * LEAF, torch.int32)
 
 
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     rows = requests * (drafts + 1)
-    return _counter_words(requests, drafts), _scratch_words(requests, rows, -(-vocab // LEAF))
+    scratch = workspaces.measured(scratch_of, requests, rows, -(-vocab // LEAF))
+    return workspaces.measured(counters_of, requests, drafts), scratch
 
 
 def accept_chain(
@@ -131,10 +145,10 @@ def accept_chain(
     sampling_args.check_sampling(sampling, slots=slots, vocab=vocab, mask_shape=(rows,), device=device)
     if sampling is not None and slots is None:
         slots = sampling.temperature.shape[0]
-    law = _check_proposal(proposal, slots, device)
+    draft = _check_proposal(proposal, slots, device)
     for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
         check_optional(name, tensor, dtype=INT_DTYPES, shape=("S" if slots is None else slots,), device=device)
-    logits = None if law is None else law.logits
+    logits = None if draft is None else draft.logits
     drafts = _width(layout, logits, rows)
     if logits is not None and logits.shape[1] < drafts:
         raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {logits.shape[1]}")
@@ -149,41 +163,42 @@ def accept_chain(
     if requests == 0:
         return out
     if sampling is None or rule == "coupled" or synthetic_rates is not None:
-        law = logits = None  # these do not ask how a draft was drawn
-    sparse, dense = isinstance(law, SparseProposal), isinstance(law, DenseProposal)
+        draft = logits = None  # these do not ask how a draft was drawn
+    sparse, dense = isinstance(draft, SparseProposal), isinstance(draft, DenseProposal)
     leaves = _leaves(vocab, None if sparse else logits)
     counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, leaves * LEAF, device)
-    _accept_chain(
-        target_logits,
-        layout.query_start_loc,
-        layout.cu_num_logits,
-        layout.logits_indices,
-        layout.token_ids,
-        layout.positions,
-        logits,
-        law.ids if sparse else None,
-        None if law is None or sparse else law.lse,
-        None if law is None else law.temperature,
-        law.draft_to_target if dense else None,
-        *sampling_args.flatten(sampling),
-        synthetic_rates,
-        state_indices,
-        rule,
-        logprobs,
-        out.tokens,
-        out.num_accepted,
-        out.num_emitted,
-        out.num_rejected,
-        out.next_token,
-        out.last_row,
-        out.commit_mask,
-        out.flags,
-        out.logprobs if logprobs is not None else None,
-        anchors,
-        anchor_positions,
-        counters,
-        scratch,
+    arguments = Arguments(
+        target_logits=target_logits,
+        query_start_loc=layout.query_start_loc,
+        cu_num_logits=layout.cu_num_logits,
+        logits_indices=layout.logits_indices,
+        token_ids=layout.token_ids,
+        positions=layout.positions,
+        draft_logits=logits,
+        draft_ids=draft.ids if sparse else None,
+        draft_lse=None if draft is None or sparse else draft.lse,
+        draft_temperature=None if draft is None else draft.temperature,
+        draft_to_target=draft.draft_to_target if dense else None,
+        sampling=sampling_args.flatten(sampling),
+        rates=synthetic_rates,
+        state_indices=state_indices,
+        rule=rule,
+        logprobs=logprobs,
+        tokens=out.tokens,
+        num_accepted=out.num_accepted,
+        num_emitted=out.num_emitted,
+        num_rejected=out.num_rejected,
+        next_token=out.next_token,
+        last_row=out.last_row,
+        commit_mask=out.commit_mask,
+        flags=out.flags,
+        log_probs=out.logprobs if logprobs is not None else None,
+        anchors=anchors,
+        anchor_positions=anchor_positions,
+        counters=counters,
+        scratch=scratch,
     )
+    _accept_chain(*library.flat(arguments))
     return out
 
 
@@ -237,121 +252,134 @@ def _check_out(out, requests, drafts, forward_rows, device, logprobs):
         check_tensor("out.logprobs", out.logprobs, shape=(requests, drafts + 1), device=device)
 
 
-@library.register(
-    "accept_chain(Tensor target_logits, Tensor query_start_loc, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, "
-    "Tensor positions, Tensor? draft_logits, Tensor? draft_ids, Tensor? draft_lse, Tensor? draft_temperature, "
-    "Tensor? draft_to_target, " + sampling_args.SCHEMA + ", Tensor? rates, "
-    "Tensor? state_indices, str rule, str? logprobs, Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) num_emitted, "
-    "Tensor(d!) num_rejected, Tensor(e!) next_token, Tensor(f!) last_row, Tensor(g!) commit_mask, "
-    "Tensor(h!) flags, Tensor(m!)? log_probs, Tensor(i!)? anchors, Tensor(j!)? anchor_positions, Tensor(k!) counters, "
-    "Tensor(l!) scratch) -> ()"
-)
-def _accept_chain(
-    target_logits, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_ids, draft_lse,
-    draft_temperature, draft_to_target, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask,
-    listed, counts, repetition, presence, frequency, joint, rates, state_indices, rule, logprobs, tokens, num_accepted,
-    num_emitted, num_rejected, next_token, last_row, commit_mask, flags, log_probs, anchors, anchor_positions, counters, scratch,
-):  # fmt: skip
-    device = target_logits.device
+class Arguments(NamedTuple):
+    """The op as torch.library knows it."""
+
+    target_logits: Tensor
+    query_start_loc: Tensor
+    cu_num_logits: Tensor
+    logits_indices: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    draft_logits: Tensor | None
+    draft_ids: Tensor | None
+    draft_lse: Tensor | None
+    draft_temperature: Tensor | None
+    draft_to_target: Tensor | None
+    sampling: sampling_args.Flat
+    rates: Tensor | None
+    state_indices: Tensor | None
+    rule: str
+    logprobs: str | None
+    tokens: Out[Tensor]
+    num_accepted: Out[Tensor]
+    num_emitted: Out[Tensor]
+    num_rejected: Out[Tensor]
+    next_token: Out[Tensor]
+    last_row: Out[Tensor]
+    commit_mask: Out[Tensor]
+    flags: Out[Tensor]
+    log_probs: Out[Tensor | None]
+    anchors: Out[Tensor | None]
+    anchor_positions: Out[Tensor | None]
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+
+
+@library.register("accept_chain", Arguments)
+def _accept_chain(a: Arguments):
+    device, flat = a.target_logits.device, a.sampling
     kernels = library.kernels("accept.chain", device)
-    rows, vocab = target_logits.shape
-    requests, drafts = tokens.shape[0], tokens.shape[1] - 1
-    flat = sampling_args.Flat(
-        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
-    )
-
-    verify, kind = rule, "sparse"
-    if temperature is None or rule == "coupled":
-        verify, kind = "match", "none"
-    if rates is not None:
-        verify, kind = "forced", "none"
-    if drafts == 0:
-        verify, kind = "match", "none"  # plain sampling: there is nothing to verify
-    draws = temperature is not None and rule != "coupled"
-    if kind == "sparse" and draft_logits is not None and draft_ids is None:
-        kind = "stored" if draft_to_target is None else "mapped"
-    dense = kind in ("stored", "mapped")
-    two_phases = dense or (kind == "sparse" and verify == "block")
-    leaves = _leaves(vocab, draft_logits if dense else None)
-    swept = dense and draft_lse is None
-    heavy = swept or draft_ids is not None or target_logits.dtype == torch.float32
-    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, flat.adjusts, flat.filters is not None)
+    rows, vocab = a.target_logits.shape
+    requests, drafts = a.tokens.shape[0], a.tokens.shape[1] - 1
+    plan = _plan(a, drafts)
+    kind, dense = plan.proposal, plan.dense
+    leaves = _leaves(vocab, a.draft_logits if dense else None)
+    swept = dense and a.draft_lse is None
+    heavy = swept or a.draft_ids is not None or a.target_logits.dtype == torch.float32
+    filtered = flat.filters is not None
+    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, flat.adjusts, filtered)
     parts = -(-leaves // (config.group * config.chunk)) if dense else 1
-    map_parts = -(-draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
+    map_parts = -(-a.draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-(drafts + 1) // config.group) * -(-leaves // config.chunk)
-    if two_phases:
-        items += parts * (drafts if verify == "block" else 1)
+    if plan.two_phases:
+        items += parts * (drafts if plan.rule == "block" else 1)
 
-    take = workspaces.Carver(counters, workspaces.RESERVED).take
-    ticket = counters[1:2].view(torch.int32)
-    arrivals = ChainCounters(ticket, take(requests * (drafts + 1), torch.int32), *(take(requests, torch.int32) for _ in range(3)))
-    map_progress = take(2, torch.int32)
-    take = workspaces.Carver(scratch).take
-    top, draft_top, raw_top = (take(rows * leaves, torch.float32) for _ in range(3))
-    mass, draft_mass, residual, raw_mass = (take(rows * leaves, torch.int64) for _ in range(4))
-    stats = RowStats(take(VALUES * rows, torch.float32), take(IDS * rows, torch.int32))
-    patch = take(requests * LEAF, torch.float32)
-    accepted = take(requests, torch.int32)
-    inverse = take(leaves * LEAF, torch.int32)
-    num_groups = leaves * (LEAF // GROUP_IDS)
-    filters = FilterScratch(
-        take(rows * num_groups, torch.float32), take(rows * num_groups, torch.int32), take(rows * LISTED, torch.int32)
+    arrivals, map_progress = counters_of(workspaces.Carver(a.counters, workspaces.RESERVED).take, requests, drafts)
+    scratch, inverse = scratch_of(workspaces.Carver(a.scratch).take, requests, rows, leaves)
+    keyed = a.rule == "coupled" and a.sampling.temperature is not None
+    scratch = scratch._replace(
+        target=scratch.target if keyed else scratch.target._replace(best_ptr=None),
+        raw=scratch.raw if a.logprobs == "raw" else None,
+        draft=scratch.draft if swept else None,
+        filters=scratch.filters if filtered else None,
+        limits=scratch.limits if filtered else None,
     )
-    limits = Limits(take(rows, torch.int64), take(rows, torch.int32))
-
     draft, candidates = None, 1
     if dense:
-        draft = DenseDraft(
-            draft_logits, draft_lse, draft_logits.stride(0), draft_logits.stride(1), _stride(draft_lse, 0), draft_logits.shape[2],
-            IdMap(draft_to_target, inverse) if kind == "mapped" else None,
-        )  # fmt: skip
-    elif kind == "sparse" and draft_ids is not None:
-        draft = SparseDraft(
-            draft_ids, draft_logits, *draft_ids.stride()[:2], *draft_logits.stride()[:2], draft_logits.shape[2]
-        )  # fmt: skip
-        candidates = 1 << (draft_logits.shape[2] - 1).bit_length()
-    by_slot = [t for t in (temperature, draft_logits, anchors, anchor_positions) if t is not None]
+        strides = (a.draft_logits.stride(0), a.draft_logits.stride(1), _stride(a.draft_lse, 0))
+        id_map = IdMap(a.draft_to_target, inverse) if kind == "mapped" else None
+        draft = DenseDraft(a.draft_logits, a.draft_lse, *strides, a.draft_logits.shape[2], id_map)
+    elif kind == "sparse" and a.draft_ids is not None:
+        strides = (*a.draft_ids.stride()[:2], *a.draft_logits.stride()[:2])
+        draft = SparseDraft(a.draft_ids, a.draft_logits, *strides, a.draft_logits.shape[2])
+        candidates = 1 << (a.draft_logits.shape[2] - 1).bit_length()
+    by_slot = [t for t in (flat.temperature, a.draft_logits, a.anchors, a.anchor_positions) if t is not None]
     num_slots = by_slot[0].shape[0] if by_slot else 2**31 - 1  # without any, a slot number is not used to reach memory
     kernels.launch_accept_chain(
         map_parts + requests * items,
         (
-            Target(target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
-            Layout(query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
+            Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
+            Layout(a.query_start_loc, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions),
             draft,
-            Sampling(draft_temperature, temperature, seed, flat.filters),
-            rates,
-            state_indices,
+            Sampling(a.draft_temperature, flat.temperature, flat.seed, flat.filters),
+            a.rates,
+            a.state_indices,
             Outputs(
-                tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, log_probs,
-                Anchors(anchors, _stride(anchors, 0), anchor_positions, _stride(anchor_positions, 0)),
+                a.tokens, a.num_accepted, a.num_emitted, a.num_rejected, a.next_token, a.last_row, a.commit_mask, a.flags,
+                a.log_probs, Anchors(a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0)),
             ),
-            arrivals,
+            arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
             MapProgress(map_progress, map_progress[1:]) if kind == "mapped" else None,
-            ChainScratch(
-                # Best keys are needed where no residual is.
-                target=BlockPartials(top, mass, residual if rule == "coupled" and temperature is not None else None),
-                raw=BlockPartials(raw_top, raw_mass) if logprobs == "raw" else None,
-                draft=BlockPartials(draft_top, draft_mass) if swept else None,
-                residual_ptr=residual,
-                sparse=SparseScratch(draft_mass, patch),
-                filters=None if flat.filters is None else filters,
-                limits=None if flat.filters is None else limits,
-                stats=stats,
-                accepted_ptr=accepted,
-            ),
-            requests, num_slots, rows, commit_mask.shape[0], drafts, vocab, leaves, parts, map_parts,
+            scratch,
+            requests, num_slots, rows, a.commit_mask.shape[0], drafts, vocab, leaves, parts, map_parts,
         ),
-        rule=verify,
+        rule=plan.rule,
         proposal=kind,
-        two_phases=two_phases,
-        draws=draws,
-        joint=joint and flat.filters is not None,
+        two_phases=plan.two_phases,
+        draws=plan.draws,
+        joint=flat.joint and filtered,
         candidates=candidates,
         leaves=max(4, 1 << (leaves - 1).bit_length()),
-        groups=1 if flat.filters is None else 1 << (num_groups - 1).bit_length(),
+        groups=1 << (leaves * (LEAF // GROUP_IDS) - 1).bit_length() if filtered else 1,
         width=max(2, 1 << drafts.bit_length()),
         config=config,
     )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """What a call asks of the kernel."""
+
+    rule: str  # as kernels/accept/chain.py names them
+    proposal: str  # "none": drafts are compared with a token of each row
+    draws: bool  # whether the token after the drafts is drawn
+    two_phases: bool  # whether residuals of whole rows are summed by further work items
+
+    @property
+    def dense(self) -> bool:
+        return self.proposal in ("stored", "mapped")
+
+
+def _plan(a: Arguments, drafts: int) -> _Plan:
+    sampled = a.sampling.temperature is not None
+    draws = sampled and a.rule != "coupled"
+    if a.rates is not None and drafts:
+        return _Plan("forced", "none", draws, False)
+    if not draws or drafts == 0:  # without drafts: plain sampling, there is nothing to verify
+        return _Plan("match", "none", draws, False)
+    if a.draft_logits is None or a.draft_ids is not None:
+        return _Plan(a.rule, "sparse", draws, a.rule == "block")
+    return _Plan(a.rule, "stored" if a.draft_to_target is None else "mapped", draws, True)
 
 
 def _stride(tensor: Tensor | None, dim: int) -> int:

@@ -32,78 +32,21 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type, not_yet
-from ...kernels.accept.args import (
-    Anchors,
-    ArrivingRows,
-    Cut,
-    DraftShard,
-    Drawn,
-    DrawScratch,
-    Gathered,
-    Layout,
-    Outputs,
-    Part,
-    RowStats,
-    Sampling,
-    ShardedDraft,
-    ShardLists,
-    ShardSums,
-    SparseDraft,
-    Target,
-)
-from ...launch import arch
-from ...launch.accept import shards as accept_launch
 from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
-from ..shards import Fields, Shard, check_shard
+from ..shards import Fields, check_shard
 from . import chain as accept
+from .shard_launches import (
+    OP,
+    DraftArguments,
+    FinishArguments,
+    PartialArguments,
+    accept_finish as _accept_finish,
+    accept_partial as _accept_partial,
+    fields_of,
+)
 
-OP = "accept_partial"
 PHASES = ("normalise", "residual", "draw")
-
-
-@workspaces.declare(OP)
-def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    words, rows = workspaces.words_of, requests * (drafts + 1)
-    # A program judges with records of its own: at most one per request and two leaves.
-    records = requests * -(-(vocab // accept.LEAF + 2) // 2) * _width(drafts)
-    scratch = words(accept.VALUES * records, torch.float32) + words(accept.IDS * records, torch.int32)
-    # What listed ids add to their leaves, and one leaf, of every request.
-    scratch += words(requests * _leaves(vocab), torch.int64) + words(requests * accept.LEAF, torch.float32)
-    return 2 * words(rows, torch.int64) + 2 * words(rows, torch.int32), scratch + words(requests * _width(drafts), torch.int64)
-
-
-def _width(drafts: int) -> int:
-    return max(2, 1 << drafts.bit_length())
-
-
-def _leaves(vocab: int) -> int:
-    return max(4, _power(-(-vocab // accept.LEAF)))
-
-
-def _power(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-def _fields(phase: str, requests: int, rows: int, shard: Shard, masses: bool, draft_masses: bool, every_row: bool,
-            candidates: int) -> Fields:  # fmt: skip
-    """What a part of `phase` holds: masses where the rule draws, draft_masses where the proposal is summed here; candidates of a
-    list, 0 = no list."""
-    leaves = shard.blocks(accept.LEAF)
-    if phase == "normalise":
-        fields = dict(row_words=(torch.int64, (rows, 4)), row_logits=(torch.float32, (rows, 2)))
-        if masses:
-            fields |= dict(mass=(torch.int64, (rows, leaves)), top=(torch.float32, (rows, leaves)))
-        if draft_masses:
-            fields |= dict(draft_mass=(torch.int64, (rows, leaves)), draft_top=(torch.float32, (rows, leaves)))
-        if candidates:
-            fields |= dict(rest=(torch.int64, (rows, leaves)), listed=(torch.float32, (rows, candidates)))
-            fields |= dict(laws=(torch.float32, (rows, 3)), owners=(torch.int32, (rows,)))
-    elif phase == "residual":
-        fields = dict(residual=(torch.int64, (rows if every_row else requests, leaves)))
-    else:
-        fields = dict(word=(torch.int64, (requests,)), verdict=(torch.int64, (requests, 2)))
-    return Fields(**fields)
 
 
 def accept_phases(
@@ -165,27 +108,28 @@ def accept_partial(
     if call.requests == 0:
         return part
     counters, scratch = call.lend(workspace)
-    _accept_partial(
-        target_logits,
-        layout.cu_num_logits,
-        layout.logits_indices,
-        layout.token_ids,
-        layout.positions,
-        *call.draft_arguments(),
-        *sampling_args.flatten(sampling),
-        state_indices,
-        list(gathered),
-        part,
-        counters,
-        scratch,
-        call.requests,
-        call.drafts,
-        phase,
-        rule if call.draws else "match",
-        call.shard.start,
-        call.shard.count,
-        call.shard.vocab,
+    arguments = PartialArguments(
+        target_logits=target_logits,
+        cu_num_logits=layout.cu_num_logits,
+        logits_indices=layout.logits_indices,
+        token_ids=layout.token_ids,
+        positions=layout.positions,
+        draft=call.draft,
+        sampling=sampling_args.flatten(sampling),
+        state_indices=state_indices,
+        gathered=list(gathered),
+        part=part,
+        counters=counters,
+        scratch=scratch,
+        requests=call.requests,
+        drafts=call.drafts,
+        phase=phase,
+        rule=rule if call.draws else "match",
+        vocab_start=call.shard.start,
+        vocab_shards=call.shard.count,
+        vocab_size=call.shard.vocab,
     )
+    _accept_partial(*library.flat(arguments))
     return part
 
 
@@ -231,34 +175,35 @@ def accept_finish(
         return out
     by_slot = [t for t in (None if sampling is None else sampling.temperature, anchors, anchor_positions) if t is not None]
     _, scratch = call.lend(workspace)
-    _accept_finish(
-        list(gathered),
-        layout.query_start_loc,
-        layout.cu_num_logits,
-        layout.logits_indices,
-        layout.token_ids,
-        layout.positions,
-        *call.draft_arguments(),
-        None if sampling is None else sampling.temperature,
-        state_indices,
-        out.tokens,
-        out.num_accepted,
-        out.num_emitted,
-        out.num_rejected,
-        out.next_token,
-        out.last_row,
-        out.commit_mask,
-        out.flags,
-        anchors,
-        anchor_positions,
-        scratch,
-        by_slot[0].shape[0] if by_slot else 2**31 - 1,  # without any, a slot number is not used to reach memory
-        call.rows,
-        call.shard.width,
-        call.shard.count,
-        call.shard.vocab,
-        rule if call.draws else "match",
+    arguments = FinishArguments(
+        gathered=list(gathered),
+        query_start_loc=layout.query_start_loc,
+        cu_num_logits=layout.cu_num_logits,
+        logits_indices=layout.logits_indices,
+        token_ids=layout.token_ids,
+        positions=layout.positions,
+        draft=call.draft,
+        temperature=None if sampling is None else sampling.temperature,
+        state_indices=state_indices,
+        tokens=out.tokens,
+        num_accepted=out.num_accepted,
+        num_emitted=out.num_emitted,
+        num_rejected=out.num_rejected,
+        next_token=out.next_token,
+        last_row=out.last_row,
+        commit_mask=out.commit_mask,
+        flags=out.flags,
+        anchors=anchors,
+        anchor_positions=anchor_positions,
+        scratch=scratch,
+        slots=by_slot[0].shape[0] if by_slot else 2**31 - 1,  # without any, a slot number is not used to reach memory
+        rows=call.rows,
+        width=call.shard.width,
+        vocab_shards=call.shard.count,
+        vocab_size=call.shard.vocab,
+        rule=rule if call.draws else "match",
     )
+    _accept_finish(*library.flat(arguments))
     return out
 
 
@@ -272,22 +217,23 @@ def part_words(target_logits, layout, proposal=None, *, phase, vocab_start, voca
 class _Call:
     """What the arguments of a call say about sizes."""
 
-    def __init__(self, requests, rows, drafts, slots, shard, law, phases, rule, device):
+    def __init__(self, requests, rows, drafts, slots, shard, proposal, phases, rule, device):
         self.requests, self.rows, self.drafts, self.slots = requests, rows, drafts, slots
         self.shard, self.phases, self.draws = shard, phases, len(phases) > 1
-        self._law, self._rule, self._device = law, rule, device
-        self._candidates = law.ids.shape[2] if isinstance(law, SparseProposal) else 0
+        self._proposal, self._rule, self._device = proposal, rule, device
+        self._candidates = proposal.ids.shape[2] if isinstance(proposal, SparseProposal) else 0
 
     def fields(self, phase: str) -> Fields:
-        sums = isinstance(self._law, DenseProposal) and self._law.lse is None
-        return _fields(phase, self.requests, self.rows, self.shard, self.draws, sums, self._rule == "block", self._candidates)
+        sums = isinstance(self._proposal, DenseProposal) and self._proposal.lse is None
+        return fields_of(phase, self.requests, self.rows, self.shard, self.draws, sums, self._rule == "block", self._candidates)
 
-    def draft_arguments(self) -> tuple:
-        """(logits, ids, lse, temperature) of the law of the drafts, each a tensor or None."""
-        law = self._law
-        if law is None:
-            return None, None, None, None
-        return law.logits, *((law.ids, None) if self._candidates else (None, law.lse)), law.temperature
+    @property
+    def draft(self) -> DraftArguments:
+        drawn = self._proposal
+        if drawn is None:
+            return DraftArguments(None, None, None, None)
+        ids, lse = (drawn.ids, None) if self._candidates else (None, drawn.lse)
+        return DraftArguments(drawn.logits, ids, lse, drawn.temperature)
 
     def lend(self, workspace):
         requests = max(self.requests, -(-self.rows // (self.drafts + 1)))
@@ -346,169 +292,3 @@ def _check_proposal(proposal, slots, width, device) -> DenseProposal | SparsePro
     shape = ("S" if slots is None else slots, "K", width)
     check_tensor("proposal.logits", proposal.logits, shape=shape, device=device)
     return proposal
-
-
-def _stride(tensor, dim):
-    return 0 if tensor is None else tensor.stride(dim)
-
-
-def _part(fields: Fields, part: Tensor) -> Part:
-    """The regions of a part of the first phase; None for those that it does not have."""
-
-    def view(*names):
-        return (fields.view(part, name) for name in names)
-
-    return Part(
-        *view("row_words", "row_logits"),
-        target=ShardSums(*view("top", "mass")),
-        draft=ShardSums(*view("draft_top", "draft_mass")),
-        lists=ShardLists(*view("rest", "listed", "laws", "owners")),
-    )
-
-
-def _draft(draft_logits, draft_ids, draft_lse) -> ShardedDraft:
-    if draft_logits is None:
-        return ShardedDraft(None, None)
-    if draft_ids is None:
-        return ShardedDraft(DraftShard(draft_logits, draft_lse, *draft_logits.stride()[:2], _stride(draft_lse, 0)), None)
-    strides = (*draft_ids.stride()[:2], *draft_logits.stride()[:2])
-    return ShardedDraft(None, SparseDraft(draft_ids, draft_logits, *strides, draft_logits.shape[2]))
-
-
-def _stats(carver: workspaces.Carver, programs: int, drafts: int) -> RowStats:
-    count = programs * _width(drafts)
-    return RowStats(carver.take(accept.VALUES * count, torch.float32), carver.take(accept.IDS * count, torch.int32))
-
-
-@library.register(
-    "accept_partial(Tensor target_logits, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, Tensor positions, "
-    "Tensor? draft_logits, Tensor? draft_ids, Tensor? draft_lse, Tensor? draft_temperature, " + sampling_args.SCHEMA + ", "
-    "Tensor? state_indices, Tensor[] gathered, Tensor(a!) part, Tensor(b!) counters, Tensor(c!) scratch, int requests, int drafts, "
-    "str phase, str rule, int vocab_start, int vocab_shards, int vocab_size) -> ()"
-)
-def _accept_partial(
-    target_logits, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_ids, draft_lse, draft_temperature,
-    temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint,
-    state_indices, gathered, part, counters, scratch, requests, drafts, phase, rule, vocab_start, vocab_shards, vocab_size,
-):  # fmt: skip
-    device = target_logits.device
-    kernels = library.kernels("accept.shards", device)
-    rows, width = target_logits.shape
-    shard = Shard(vocab_start, width, vocab_shards, vocab_size)
-    leaves, draws = shard.blocks(accept.LEAF), rule != "match"
-    draft = _draft(draft_logits, draft_ids, draft_lse)
-    sums, candidates = draft.dense is not None and draft_lse is None, 0 if draft.sparse is None else draft_ids.shape[2]
-    flat = sampling_args.Flat(
-        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
-    )
-    target = Target(target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
-    config = accept_launch.pick(arch.current(device), leaves, drafts, flat.adjusts)
-    num_slots = temperature.shape[0] if temperature is not None else 2**31 - 1
-
-    def fields(phase):
-        return _fields(phase, requests, rows, shard, draws, sums, rule == "block", candidates)
-
-    view = fields(phase).view
-    layout = Layout(None, cu_num_logits, logits_indices, token_ids, positions)
-    settings = Sampling(draft_temperature, temperature, seed)
-    sizes = (requests, num_slots, rows, drafts)
-    if phase == "normalise":
-        take = workspaces.Carver(counters, workspaces.RESERVED).take
-        arriving = ArrivingRows(
-            take(rows, torch.int64), take(rows, torch.int64), take(rows, torch.int32), take(requests * (drafts + 1), torch.int32)
-        )
-        kernels.launch_accept_normalise(
-            requests * -(-(drafts + 1) // config.group) * -(-leaves // config.chunk),
-            (
-                target, layout, draft, settings, state_indices, _part(fields(phase), part), arriving,
-                *sizes, shard.start, shard.held, shard.start // accept.LEAF, leaves, vocab_size,
-            ),
-            noisy=not draws and temperature is not None,
-            candidates=_power(max(candidates, 1)),
-            config=config,
-        )  # fmt: skip
-        return
-    first = Gathered(_part(fields("normalise"), gathered[0]), gathered[0].stride(0))
-    constants = dict(rule=rule, WIDTH=_width(drafts), SHARDS=_power(vocab_shards), config=config)
-    carver = workspaces.Carver(scratch)
-    if phase == "residual":
-        programs = requests * -(-leaves // config.chunk)
-        kernels.launch_accept_residual(
-            programs,
-            (
-                target, layout, first, draft.dense, settings, state_indices, view(part, "residual"),
-                _stats(carver, programs, drafts),
-                *sizes, vocab_shards, shard.start, shard.held, shard.start // accept.LEAF, leaves, vocab_size,
-            ),
-            **constants,
-        )  # fmt: skip
-        return
-    residual = fields("residual").view(gathered[1], "residual") if len(gathered) > 1 else None
-    stats, total = _stats(carver, requests, drafts), carver.take(requests * _width(drafts), torch.int64)
-    added = patch = None
-    if candidates:
-        added = carver.take(requests * _leaves(vocab_size), torch.int64)
-        patch = carver.take(requests * accept.LEAF, torch.float32)
-    kernels.launch_accept_draw(
-        requests,
-        (
-            target, layout, first, draft, residual, settings, state_indices,
-            Drawn(view(part, "word"), view(part, "verdict")),
-            DrawScratch(stats, total, added, patch),
-            Cut(width, leaves, shard.pieces(accept.LEAF)),
-            *sizes, vocab_shards, shard.start, shard.held, vocab_size, _stride(residual, 0),
-        ),
-        LEAVES=_leaves(vocab_size),
-        CANDIDATES=_power(max(candidates, 1)),
-        **constants,
-    )  # fmt: skip
-
-
-@library.register(
-    "accept_finish(Tensor[] gathered, Tensor query_start_loc, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, "
-    "Tensor positions, Tensor? draft_logits, Tensor? draft_ids, Tensor? draft_lse, Tensor? draft_temperature, Tensor? temperature, "
-    "Tensor? state_indices, Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) num_emitted, "
-    "Tensor(d!) num_rejected, Tensor(e!) next_token, Tensor(f!) last_row, Tensor(g!) commit_mask, Tensor(h!) flags, "
-    "Tensor(i!)? anchors, Tensor(j!)? anchor_positions, Tensor(k!) scratch, int slots, int rows, int width, int vocab_shards, "
-    "int vocab_size, str rule) -> ()"
-)
-def _accept_finish(
-    gathered, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, draft_logits, draft_ids, draft_lse,
-    draft_temperature, temperature, state_indices, tokens, num_accepted, num_emitted, num_rejected, next_token, last_row,
-    commit_mask, flags, anchors, anchor_positions, scratch, slots, rows, width, vocab_shards, vocab_size, rule,
-):  # fmt: skip
-    device = tokens.device
-    kernels = library.kernels("accept.shards", device)
-    requests, drafts = tokens.shape[0], tokens.shape[1] - 1
-    shard, draws = Shard(0, width, vocab_shards, vocab_size), rule != "match"
-    draft = _draft(draft_logits, draft_ids, draft_lse)
-    leaves, sums, candidates = shard.blocks(accept.LEAF), draft.dense is not None and draft_lse is None, 0
-    if draft.sparse is not None:
-        candidates = draft_ids.shape[2]
-
-    def fields(phase):
-        return _fields(phase, requests, rows, shard, draws, sums, rule == "block", candidates)
-
-    drawn = Drawn(None, None)
-    if draws:
-        drawn = Drawn(*(fields("draw").view(gathered[-1], name) for name in ("word", "verdict")))
-    kernels.launch_accept_finish(
-        requests,
-        (
-            Layout(query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
-            Gathered(_part(fields("normalise"), gathered[0]), gathered[0].stride(0)),
-            draft.dense,
-            drawn,
-            Sampling(draft_temperature, temperature, None),
-            state_indices,
-            Outputs(
-                tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, None,
-                Anchors(anchors, _stride(anchors, 0), anchor_positions, _stride(anchor_positions, 0)),
-            ),
-            _stats(workspaces.Carver(scratch), requests, drafts),
-            requests, slots, rows, commit_mask.shape[0], drafts, vocab_shards, leaves, vocab_size, gathered[-1].stride(0),
-        ),
-        WIDTH=_width(drafts),
-        SHARDS=_power(vocab_shards),
-        config=accept_launch.pick(arch.current(device), leaves, drafts),
-    )  # fmt: skip

@@ -6,6 +6,8 @@ Rules walk, recursive, traversal: reference/tree.py, which is the oracle. Source
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ from ...kernels.accept.args import (
 )
 from ...launch import arch
 from ...launch.accept import tree as tree_launch
+from ...library import Out
 from ...types import Acceptance, DenseProposal, DraftTree, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
 from .chain import GROUP_IDS, IDS, LEAF, LISTED, MAP_COLUMNS, MAX_CANDIDATES, VALUES
@@ -47,31 +50,44 @@ def _width(nodes: int) -> int:
     return max(2, 1 << (nodes - 1).bit_length())
 
 
-def _counter_words(requests: int, nodes: int) -> int:
-    # Arrivals of node groups (at most one per node); of requests, of a sweep, of all sweeps; sweeps published; an inverted map's.
-    words = workspaces.words_of
-    return words(requests * nodes, torch.int32) + 4 * words(requests, torch.int32) + words(2, torch.int32)
+def _counters(take, requests: int, nodes: int) -> tuple[TreeCounters, Tensor]:
+    """Arrivals, and the two counters of an id map. The ticket is one of the reserved words."""
+    groups = take(requests * nodes, torch.int32)  # at most one per node
+    counters = TreeCounters(None, groups, *(take(requests, torch.int32) for _ in range(4)))
+    return counters, take(2, torch.int32)
 
 
-def _scratch_words(requests: int, rows: int, nodes: int, leaves: int) -> int:
-    words = workspaces.words_of
-    partials = 3 * words(rows * leaves, torch.float32) + 3 * words(rows * leaves, torch.int64)
-    records = words(VALUES * rows, torch.float32) + words(IDS * rows, torch.int32)
-    records += words(rows, torch.int64) + words(rows, torch.int32)
+def _scratch(take, requests: int, rows: int, nodes: int, leaves: int) -> tuple[TreeScratch, Tensor]:
+    """Everything that any call needs, and the inverse of an id map."""
+    tops = [take(rows * leaves, torch.float32) for _ in range(3)]
+    sums = [take(rows * leaves, torch.int64) for _ in range(3)]
     places = requests * _width(nodes)
-    states = words(NODE_VALUES * places, torch.float32) + words(NODE_IDS * places, torch.int32) + words(places, torch.int64)
-    states += words(2 * requests, torch.int32)
     groups = rows * leaves * (LEAF // GROUP_IDS)
-    filters = words(groups, torch.float32) + words(groups, torch.int32) + words(rows * LISTED, torch.int32)
-    filters += words(rows, torch.int64) + words(rows, torch.int32)
-    inverse = words(leaves * LEAF, torch.int32)
-    return partials + 2 * words(requests * leaves, torch.int64) + records + states + filters + inverse
+    scratch = TreeScratch(
+        target=BlockPartials(tops[0], sums[0]),
+        draft=BlockPartials(tops[1], sums[1]),
+        raw=BlockPartials(tops[2], sums[2]),
+        residual=TreeResidual(take(requests * leaves, torch.int64), take(requests * leaves, torch.int64)),
+        stats=TreeRowStats(
+            RowStats(take(VALUES * rows, torch.float32), take(IDS * rows, torch.int32)),
+            draft_sum_ptr=take(rows, torch.int64),
+            token_ptr=take(rows, torch.int32),
+        ),
+        state=NodeState(
+            take(NODE_VALUES * places, torch.float32), take(NODE_IDS * places, torch.int32), take(places, torch.int64),
+            take(2 * requests, torch.int32),
+        ),
+        filters=FilterScratch(take(groups, torch.float32), take(groups, torch.int32), take(rows * LISTED, torch.int32)),
+        limits=Limits(take(rows, torch.int64), take(rows, torch.int32)),
+    )  # fmt: skip
+    return scratch, take(leaves * LEAF, torch.int32)
 
 
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     nodes = drafts + 1
-    return _counter_words(requests, nodes), _scratch_words(requests, requests * nodes, nodes, -(-vocab // LEAF))
+    scratch = workspaces.measured(_scratch, requests, requests * nodes, nodes, -(-vocab // LEAF))
+    return workspaces.measured(_counters, requests, nodes), scratch
 
 
 def accept_tree(
@@ -139,30 +155,57 @@ def accept_tree(
     if state_indices is None and slots != requests:
         raise ValueError(f"tree.tokens: expected {requests} rows (one per request, no state_indices), got {slots}")
     sampling_args.check_sampling(sampling, slots=slots, vocab=vocab, mask_shape=(rows,), device=device)
-    law = _check_proposal(tree, slots, nodes, device)
+    draft = _check_proposal(tree, slots, nodes, device)
     for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
         check_optional(name, tensor, dtype=INT_DTYPES, shape=(slots,), device=device)
     out = _output(out, requests, nodes, forward_rows, device, logprobs is not None)
     if requests == 0:
         return out
     if sampling is None or rule == "walk" or nodes == 1:
-        law = None
-    dense = isinstance(law, DenseProposal)
-    leaves = -(-max(vocab, law.logits.shape[2] if dense else 0) // LEAF)
+        draft = None
+    dense = isinstance(draft, DenseProposal)
+    leaves = -(-max(vocab, draft.logits.shape[2] if dense else 0) // LEAF)
     counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // nodes)), nodes - 1, leaves * LEAF, device)
-    _accept_tree(
-        target_logits, layout.query_start_loc, layout.cu_num_logits, layout.logits_indices, layout.token_ids, layout.positions,
-        tree.parents, tree.ancestors, None if law is None else law.logits, law.ids if isinstance(law, SparseProposal) else None,
-        None if law is None else law.temperature, law.draft_to_target if dense else None, *sampling_args.flatten(sampling),
-        state_indices, out.tokens, out.num_accepted, out.num_emitted, out.num_rejected, out.next_token, out.last_row, out.path,
-        out.kv_source, out.commit_mask, out.flags, out.logprobs if logprobs is not None else None, anchors, anchor_positions,
-        counters, scratch, 0 if law is None else RULES.index(rule), tree.drawn == "without_replacement", logprobs,
-    )  # fmt: skip
+    arguments = Arguments(
+        target_logits=target_logits,
+        query_start_loc=layout.query_start_loc,
+        cu_num_logits=layout.cu_num_logits,
+        logits_indices=layout.logits_indices,
+        token_ids=layout.token_ids,
+        positions=layout.positions,
+        parents=tree.parents,
+        ancestors=tree.ancestors,
+        draft_logits=None if draft is None else draft.logits,
+        draft_ids=draft.ids if isinstance(draft, SparseProposal) else None,
+        draft_temperature=None if draft is None else draft.temperature,
+        draft_to_target=draft.draft_to_target if dense else None,
+        sampling=sampling_args.flatten(sampling),
+        state_indices=state_indices,
+        tokens=out.tokens,
+        num_accepted=out.num_accepted,
+        num_emitted=out.num_emitted,
+        num_rejected=out.num_rejected,
+        next_token=out.next_token,
+        last_row=out.last_row,
+        path=out.path,
+        kv_source=out.kv_source,
+        commit_mask=out.commit_mask,
+        flags=out.flags,
+        log_probs=out.logprobs if logprobs is not None else None,
+        anchors=anchors,
+        anchor_positions=anchor_positions,
+        counters=counters,
+        scratch=scratch,
+        rule=0 if draft is None else RULES.index(rule),
+        without_replacement=tree.drawn == "without_replacement",
+        logprobs=logprobs,
+    )
+    _accept_tree(*library.flat(arguments))
     return out
 
 
 def _check_proposal(tree, slots, nodes, device) -> DenseProposal | SparseProposal | None:
-    """The laws of a tree that was drawn by chance; None where the nodes stand for themselves."""
+    """How the children of a sampled tree were drawn; None where the nodes stand for themselves."""
     proposal = tree.proposal
     if isinstance(proposal, OneHotProposal) or tree.drawn == "one_hot":
         return None
@@ -205,110 +248,106 @@ def _output(out, requests, nodes, forward_rows, device, logprobs) -> Acceptance:
     )
 
 
-@library.register(
-    "accept_tree(Tensor target_logits, Tensor query_start_loc, Tensor cu_num_logits, Tensor logits_indices, Tensor token_ids, "
-    "Tensor positions, Tensor parents, Tensor ancestors, Tensor? draft_logits, Tensor? draft_ids, Tensor? draft_temperature, "
-    "Tensor? draft_to_target, " + sampling_args.SCHEMA + ", Tensor? state_indices, Tensor(a!) tokens, Tensor(b!) num_accepted, "
-    "Tensor(c!) num_emitted, Tensor(d!) num_rejected, Tensor(e!) next_token, Tensor(f!) last_row, Tensor(g!) path, "
-    "Tensor(h!) kv_source, Tensor(i!) commit_mask, Tensor(j!) flags, Tensor(o!)? log_probs, Tensor(k!)? anchors, "
-    "Tensor(l!)? anchor_positions, Tensor(m!) counters, Tensor(n!) scratch, int rule, bool without_replacement, str? logprobs) "
-    "-> ()"
-)
-def _accept_tree(
-    target_logits, query_start_loc, cu_num_logits, logits_indices, token_ids, positions, parents, ancestors, draft_logits,
-    draft_ids, draft_temperature, draft_to_target, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed,
-    counts, repetition, presence, frequency, joint, state_indices, tokens, num_accepted, num_emitted, num_rejected, next_token,
-    last_row, path, kv_source, commit_mask, flags, log_probs, anchors, anchor_positions, counters, scratch, rule,
-    without_replacement, logprobs,
-):  # fmt: skip
-    device = target_logits.device
+class Arguments(NamedTuple):
+    """The op as torch.library knows it. rule: place in RULES."""
+
+    target_logits: Tensor
+    query_start_loc: Tensor
+    cu_num_logits: Tensor
+    logits_indices: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    parents: Tensor
+    ancestors: Tensor
+    draft_logits: Tensor | None
+    draft_ids: Tensor | None
+    draft_temperature: Tensor | None
+    draft_to_target: Tensor | None
+    sampling: sampling_args.Flat
+    state_indices: Tensor | None
+    tokens: Out[Tensor]
+    num_accepted: Out[Tensor]
+    num_emitted: Out[Tensor]
+    num_rejected: Out[Tensor]
+    next_token: Out[Tensor]
+    last_row: Out[Tensor]
+    path: Out[Tensor]
+    kv_source: Out[Tensor]
+    commit_mask: Out[Tensor]
+    flags: Out[Tensor]
+    log_probs: Out[Tensor | None]
+    anchors: Out[Tensor | None]
+    anchor_positions: Out[Tensor | None]
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+    rule: int
+    without_replacement: bool
+    logprobs: str | None
+
+
+@library.register("accept_tree", Arguments)
+def _accept_tree(a: Arguments):
+    device, flat = a.target_logits.device, a.sampling
     kernels = library.kernels("accept.tree", device)
-    rows, vocab = target_logits.shape
-    requests, nodes = tokens.shape
-    flat = sampling_args.Flat(
-        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
-    )
-    kind, draft, candidates, wide = "none", None, 1, 0
-    if rule > 0:
-        kind = "sparse" if draft_ids is not None else "stored" if draft_to_target is None else "mapped"
-        wide = draft_logits.shape[2]
-    leaves = -(-max(vocab, wide if kind in ("stored", "mapped") else 0) // LEAF)
-    changed = any(setting is not None for setting in (top_k, top_p, min_p, logit_bias, token_bitmask, listed))
-    config = tree_launch.pick(arch.current(device), leaves, nodes, rule > 0, changed)
+    rows, vocab = a.target_logits.shape
+    requests, nodes = a.tokens.shape
+    kind, wide = "none", 0
+    if a.rule > 0:
+        kind = "sparse" if a.draft_ids is not None else "stored" if a.draft_to_target is None else "mapped"
+        wide = a.draft_logits.shape[2]
+    dense, filtered = kind in ("stored", "mapped"), flat.filters is not None
+    leaves = -(-max(vocab, wide if dense else 0) // LEAF)
+    config = tree_launch.pick(arch.current(device), leaves, nodes, a.rule > 0, filtered or flat.adjusts)
     map_parts = -(-wide // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-nodes // config.group) * -(-leaves // config.chunk)
-    if rule > 0:
+    if a.rule > 0:
         items += (nodes - 1) * -(-leaves // (config.tile * config.span))
 
-    take = workspaces.Carver(counters, workspaces.RESERVED).take
-    ticket = counters[1:2].view(torch.int32)
-    arrivals = TreeCounters(ticket, take(requests * nodes, torch.int32), *(take(requests, torch.int32) for _ in range(4)))
-    map_progress = take(2, torch.int32)
-    take = workspaces.Carver(scratch).take
-    top, draft_top, raw_top = (take(rows * leaves, torch.float32) for _ in range(3))
-    mass, draft_mass, raw_mass = (take(rows * leaves, torch.int64) for _ in range(3))
-    residual = TreeResidual(take(requests * leaves, torch.int64), take(requests * leaves, torch.int64))
-    stats = TreeRowStats(
-        RowStats(take(VALUES * rows, torch.float32), take(IDS * rows, torch.int32)),
-        take(rows, torch.int64),
-        take(rows, torch.int32),
+    arrivals, map_progress = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, requests, nodes)
+    scratch, inverse = _scratch(workspaces.Carver(a.scratch).take, requests, rows, nodes, leaves)
+    scratch = scratch._replace(
+        raw=scratch.raw if a.logprobs == "raw" else None,
+        draft=scratch.draft if dense else None,
+        filters=scratch.filters if filtered else None,
+        limits=scratch.limits if filtered else None,
     )
-    places = requests * _width(nodes)
-    state = NodeState(
-        take(NODE_VALUES * places, torch.float32), take(NODE_IDS * places, torch.int32), take(places, torch.int64),
-        take(2 * requests, torch.int32),
-    )  # fmt: skip
-    num_groups = leaves * (LEAF // GROUP_IDS)
-    filters = FilterScratch(
-        take(rows * num_groups, torch.float32), take(rows * num_groups, torch.int32), take(rows * LISTED, torch.int32)
-    )
-    limits = Limits(take(rows, torch.int64), take(rows, torch.int32))
-    inverse = take(leaves * LEAF, torch.int32)
-
+    draft, candidates = None, 1
     if kind == "sparse":
-        draft = SparseDraft(draft_ids, draft_logits, *draft_ids.stride()[:2], *draft_logits.stride()[:2], wide)
+        draft = SparseDraft(a.draft_ids, a.draft_logits, *a.draft_ids.stride()[:2], *a.draft_logits.stride()[:2], wide)
         candidates = 1 << (wide - 1).bit_length()
-    elif kind != "none":
-        id_map = IdMap(draft_to_target, inverse) if kind == "mapped" else None
-        draft = DenseDraft(draft_logits, None, *draft_logits.stride()[:2], 0, wide, id_map)
+    elif dense:
+        id_map = IdMap(a.draft_to_target, inverse) if kind == "mapped" else None
+        draft = DenseDraft(a.draft_logits, None, *a.draft_logits.stride()[:2], 0, wide, id_map)
     kernels.launch_accept_tree(
         map_parts + requests * items,
         (
-            Target(target_logits, target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
-            Layout(query_start_loc, cu_num_logits, logits_indices, token_ids, positions),
-            parents,
-            ancestors if listed is not None else None,
+            Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
+            Layout(a.query_start_loc, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions),
+            a.parents,
+            a.ancestors if flat.listed is not None else None,
             draft,
-            Sampling(draft_temperature, temperature, seed, flat.filters),
-            state_indices,
+            Sampling(a.draft_temperature, flat.temperature, flat.seed, flat.filters),
+            a.state_indices,
             TreeOutputs(
                 Outputs(
-                    tokens, num_accepted, num_emitted, num_rejected, next_token, last_row, commit_mask, flags, log_probs,
-                    Anchors(anchors, _stride(anchors), anchor_positions, _stride(anchor_positions)),
+                    a.tokens, a.num_accepted, a.num_emitted, a.num_rejected, a.next_token, a.last_row, a.commit_mask, a.flags,
+                    a.log_probs, Anchors(a.anchors, _stride(a.anchors), a.anchor_positions, _stride(a.anchor_positions)),
                 ),
-                path, kv_source,
+                a.path,
+                a.kv_source,
             ),
-            arrivals,
+            arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
             MapProgress(map_progress, map_progress[1:]) if kind == "mapped" else None,
-            TreeScratch(
-                target=BlockPartials(top, mass),
-                raw=BlockPartials(raw_top, raw_mass) if logprobs == "raw" else None,
-                draft=BlockPartials(draft_top, draft_mass) if kind in ("stored", "mapped") else None,
-                residual=residual,
-                filters=None if flat.filters is None else filters,
-                limits=None if flat.filters is None else limits,
-                stats=stats,
-                state=state,
-            ),
-            requests, parents.shape[0], rows, commit_mask.shape[0], nodes, vocab, leaves, map_parts,
+            scratch,
+            requests, a.parents.shape[0], rows, a.commit_mask.shape[0], nodes, vocab, leaves, map_parts,
         ),
-        rule=rule,
+        rule=a.rule,
         proposal=kind,
-        without_replacement=without_replacement and rule > 0,
-        joint=joint and flat.filters is not None,
+        without_replacement=a.without_replacement and a.rule > 0,
+        joint=flat.joint and filtered,
         candidates=candidates,
         leaves=max(4, 1 << (leaves - 1).bit_length()),
-        groups=1 if flat.filters is None else 1 << (num_groups - 1).bit_length(),
+        groups=1 << (leaves * (LEAF // GROUP_IDS) - 1).bit_length() if filtered else 1,
         width=_width(nodes),
         config=config,
     )  # fmt: skip

@@ -1,0 +1,299 @@
+"""The registered ops behind accept_partial and accept_finish: what parts and scratch hold, and the launches.
+
+A part is a rank's contribution to a phase, int64 words in named regions (`fields_of`). Records: kernels/accept/args.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import library, workspace as workspaces
+from ...kernels.accept.args import (
+    Anchors,
+    ArrivingRows,
+    Cut,
+    DraftShard,
+    Drawn,
+    DrawScratch,
+    Gathered,
+    Layout,
+    Outputs,
+    Part,
+    RowStats,
+    Sampling,
+    ShardedDraft,
+    ShardLists,
+    ShardSums,
+    SparseDraft,
+    Target,
+)
+from ...launch import arch
+from ...launch.accept import shards as accept_launch
+from ...library import Out
+from .. import sampling as sampling_args
+from ..shards import Fields, Shard
+from . import chain as accept
+
+OP = "accept_partial"
+
+
+def _stats(take, programs: int, drafts: int) -> RowStats:
+    count = programs * _width(drafts)
+    return RowStats(take(accept.VALUES * count, torch.float32), take(accept.IDS * count, torch.int32))
+
+
+def _draw_scratch(take, requests: int, drafts: int, vocab: int) -> DrawScratch:
+    return DrawScratch(
+        _stats(take, requests, drafts),
+        total_ptr=take(requests * _width(drafts), torch.int64),
+        added_ptr=take(requests * _leaves(vocab), torch.int64),
+        patch_ptr=take(requests * accept.LEAF, torch.float32),
+    )
+
+
+def _counters(take, requests: int, rows: int, drafts: int) -> ArrivingRows:
+    return ArrivingRows(
+        take(rows, torch.int64), take(rows, torch.int64), take(rows, torch.int32), take(requests * (drafts + 1), torch.int32)
+    )
+
+
+@workspaces.declare(OP)
+def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
+    # A program verifies with statistics of its own: at most one per request and two leaves.
+    programs = requests * -(-(vocab // accept.LEAF + 2) // 2)
+    scratch = max(workspaces.measured(_stats, programs, drafts), workspaces.measured(_draw_scratch, requests, drafts, vocab))
+    return workspaces.measured(_counters, requests, requests * (drafts + 1), drafts), scratch
+
+
+def _width(drafts: int) -> int:
+    return max(2, 1 << drafts.bit_length())
+
+
+def _leaves(vocab: int) -> int:
+    return max(4, _power(-(-vocab // accept.LEAF)))
+
+
+def _power(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def fields_of(phase: str, requests: int, rows: int, shard: Shard, masses: bool, draft_masses: bool, every_row: bool,
+            candidates: int) -> Fields:  # fmt: skip
+    """What a part of `phase` holds: masses where the rule draws, draft_masses where the proposal is summed here; candidates of a
+    list, 0 = no list."""
+    leaves = shard.blocks(accept.LEAF)
+    if phase == "normalise":
+        fields = dict(row_words=(torch.int64, (rows, 4)), row_logits=(torch.float32, (rows, 2)))
+        if masses:
+            fields |= dict(mass=(torch.int64, (rows, leaves)), top=(torch.float32, (rows, leaves)))
+        if draft_masses:
+            fields |= dict(draft_mass=(torch.int64, (rows, leaves)), draft_top=(torch.float32, (rows, leaves)))
+        if candidates:
+            fields |= dict(rest=(torch.int64, (rows, leaves)), listed=(torch.float32, (rows, candidates)))
+            fields |= dict(laws=(torch.float32, (rows, 3)), owners=(torch.int32, (rows,)))
+    elif phase == "residual":
+        fields = dict(residual=(torch.int64, (rows if every_row else requests, leaves)))
+    else:
+        fields = dict(word=(torch.int64, (requests,)), verdict=(torch.int64, (requests, 2)))
+    return Fields(**fields)
+
+
+class DraftArguments(NamedTuple):
+    """How the drafts were drawn, as torch.library knows it."""
+
+    draft_logits: Tensor | None
+    draft_ids: Tensor | None
+    draft_lse: Tensor | None
+    draft_temperature: Tensor | None
+
+
+def _stride(tensor, dim):
+    return 0 if tensor is None else tensor.stride(dim)
+
+
+def _part(fields: Fields, part: Tensor) -> Part:
+    """The regions of a part of the first phase; None for those that it does not have."""
+
+    def view(*names):
+        return (fields.view(part, name) for name in names)
+
+    return Part(
+        *view("row_words", "row_logits"),
+        target=ShardSums(*view("top", "mass")),
+        draft=ShardSums(*view("draft_top", "draft_mass")),
+        lists=ShardLists(*view("rest", "listed", "laws", "owners")),
+    )
+
+
+def _draft(draft: DraftArguments) -> ShardedDraft:
+    logits, ids, lse = draft.draft_logits, draft.draft_ids, draft.draft_lse
+    if logits is None:
+        return ShardedDraft(None, None)
+    if ids is None:
+        return ShardedDraft(DraftShard(logits, lse, *logits.stride()[:2], _stride(lse, 0)), None)
+    return ShardedDraft(None, SparseDraft(ids, logits, *ids.stride()[:2], *logits.stride()[:2], logits.shape[2]))
+
+
+class _Sizes:
+    """What the arguments of a registered op say about its parts."""
+
+    def __init__(self, draft: DraftArguments, requests: int, rows: int, shard: Shard, rule: str):
+        self.kernel_draft = _draft(draft)
+        self.leaves = shard.blocks(accept.LEAF)
+        self.draws = rule != "match"
+        self.candidates = 0 if draft.draft_ids is None else draft.draft_ids.shape[2]
+        self._sums = self.kernel_draft.dense is not None and draft.draft_lse is None
+        self._call = requests, rows, shard, rule == "block"
+
+    def fields(self, phase: str) -> Fields:
+        requests, rows, shard, every_row = self._call
+        return fields_of(phase, requests, rows, shard, self.draws, self._sums, every_row, self.candidates)
+
+    def gathered(self, part: Tensor) -> Gathered:
+        return Gathered(_part(self.fields("normalise"), part), part.stride(0))
+
+
+class PartialArguments(NamedTuple):
+    """`accept_partial` as torch.library knows it."""
+
+    target_logits: Tensor
+    cu_num_logits: Tensor
+    logits_indices: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    draft: DraftArguments
+    sampling: sampling_args.Flat
+    state_indices: Tensor | None
+    gathered: list[Tensor]
+    part: Out[Tensor]
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+    requests: int
+    drafts: int
+    phase: str
+    rule: str
+    vocab_start: int
+    vocab_shards: int
+    vocab_size: int
+
+
+@library.register("accept_partial", PartialArguments)
+def accept_partial(a: PartialArguments):
+    device, flat = a.target_logits.device, a.sampling
+    kernels = library.kernels("accept.shards", device)
+    rows, width = a.target_logits.shape
+    shard = Shard(a.vocab_start, width, a.vocab_shards, a.vocab_size)
+    call = _Sizes(a.draft, a.requests, rows, shard, a.rule)
+    draft, leaves = call.kernel_draft, call.leaves
+    config = accept_launch.pick(arch.current(device), leaves, a.drafts, flat.adjusts)
+    num_slots = flat.temperature.shape[0] if flat.temperature is not None else 2**31 - 1
+    target = Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
+    layout = Layout(None, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions)
+    settings = Sampling(a.draft.draft_temperature, flat.temperature, flat.seed)
+    sizes = (a.requests, num_slots, rows, a.drafts)
+    columns = (shard.start, shard.held, shard.start // accept.LEAF, leaves, shard.vocab)
+    if a.phase == "normalise":
+        arriving = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, a.requests, rows, a.drafts)
+        part = _part(call.fields("normalise"), a.part)
+        kernels.launch_accept_normalise(
+            a.requests * -(-(a.drafts + 1) // config.group) * -(-leaves // config.chunk),
+            (target, layout, draft, settings, a.state_indices, part, arriving, *sizes, *columns),
+            noisy=not call.draws and flat.temperature is not None,
+            candidates=_power(max(call.candidates, 1)),
+            config=config,
+        )
+        return
+    first = call.gathered(a.gathered[0])
+    constants = dict(rule=a.rule, WIDTH=_width(a.drafts), SHARDS=_power(shard.count), config=config)
+    take, view = workspaces.Carver(a.scratch).take, call.fields(a.phase).view
+    if a.phase == "residual":
+        programs = a.requests * -(-leaves // config.chunk)
+        residual, stats = view(a.part, "residual"), _stats(take, programs, a.drafts)
+        kernels.launch_accept_residual(
+            programs,
+            (target, layout, first, draft.dense, settings, a.state_indices, residual, stats, *sizes, shard.count, *columns),
+            **constants,
+        )
+        return
+    residual = call.fields("residual").view(a.gathered[1], "residual") if len(a.gathered) > 1 else None
+    scratch = _draw_scratch(take, a.requests, a.drafts, shard.vocab if call.candidates else 0)
+    if not call.candidates:
+        scratch = scratch._replace(added_ptr=None, patch_ptr=None)
+    kernels.launch_accept_draw(
+        a.requests,
+        (
+            target, layout, first, draft, residual, settings, a.state_indices,
+            Drawn(view(a.part, "word"), view(a.part, "verdict")), scratch, Cut(width, leaves, shard.pieces(accept.LEAF)),
+            *sizes, shard.count, shard.start, shard.held, shard.vocab, _stride(residual, 0),
+        ),
+        LEAVES=_leaves(shard.vocab),
+        CANDIDATES=_power(max(call.candidates, 1)),
+        **constants,
+    )  # fmt: skip
+
+
+class FinishArguments(NamedTuple):
+    """`accept_finish` as torch.library knows it."""
+
+    gathered: list[Tensor]
+    query_start_loc: Tensor
+    cu_num_logits: Tensor
+    logits_indices: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    draft: DraftArguments
+    temperature: Tensor | None
+    state_indices: Tensor | None
+    tokens: Out[Tensor]
+    num_accepted: Out[Tensor]
+    num_emitted: Out[Tensor]
+    num_rejected: Out[Tensor]
+    next_token: Out[Tensor]
+    last_row: Out[Tensor]
+    commit_mask: Out[Tensor]
+    flags: Out[Tensor]
+    anchors: Out[Tensor | None]
+    anchor_positions: Out[Tensor | None]
+    scratch: Out[Tensor]
+    slots: int
+    rows: int
+    width: int
+    vocab_shards: int
+    vocab_size: int
+    rule: str
+
+
+@library.register("accept_finish", FinishArguments)
+def accept_finish(a: FinishArguments):
+    device = a.tokens.device
+    kernels = library.kernels("accept.shards", device)
+    requests, drafts = a.tokens.shape[0], a.tokens.shape[1] - 1
+    shard = Shard(0, a.width, a.vocab_shards, a.vocab_size)
+    call = _Sizes(a.draft, requests, a.rows, shard, a.rule)
+    drawn = Drawn(None, None)
+    if call.draws:
+        drawn = Drawn(*(call.fields("draw").view(a.gathered[-1], name) for name in ("word", "verdict")))
+    kernels.launch_accept_finish(
+        requests,
+        (
+            Layout(a.query_start_loc, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions),
+            call.gathered(a.gathered[0]),
+            call.kernel_draft.dense,
+            drawn,
+            Sampling(a.draft.draft_temperature, a.temperature, None),
+            a.state_indices,
+            Outputs(
+                a.tokens, a.num_accepted, a.num_emitted, a.num_rejected, a.next_token, a.last_row, a.commit_mask, a.flags, None,
+                Anchors(a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0)),
+            ),
+            _stats(workspaces.Carver(a.scratch).take, requests, drafts),
+            requests, a.slots, a.rows, a.commit_mask.shape[0], drafts, shard.count, call.leaves, shard.vocab,
+            a.gathered[-1].stride(0),
+        ),
+        WIDTH=_width(drafts),
+        SHARDS=_power(shard.count),
+        config=accept_launch.pick(arch.current(device), call.leaves, drafts),
+    )  # fmt: skip
