@@ -76,13 +76,36 @@ def changed(text: str, mutant: Mutant) -> str:
 # What tests of tests/ops a mutant of a file runs, by the longest prefix of its path: few binaries, all phases of the kernel.
 TESTS = {
     "": ("test_accept.py::test_many_uniforms_of_the_block_rule",),
-    "accept/shards": ("test_shards_accept.py::test_any_cut_draws_what_the_reference_draws",),
+    "accept/chain": ("test_accept.py::test_many_uniforms_of_the_block_rule", "test_accept.py::test_any_lag_between_the_waves"),
+    "accept/dense": ("test_accept.py::test_draft_and_target_widths_differ",),
+    "accept/outputs": ("test_accept.py::test_sampling_settings_act_inside",),
+    "accept/rows": ("test_accept.py::test_sampling_settings_act_inside", "test_accept.py::test_odd_logits"),
+    "accept/shards": (
+        "test_shards_accept.py::test_any_cut_draws_what_the_reference_draws",
+        "test_shards_accept.py::test_listed_ids_share_octets_with_each_other_and_with_another_rank",
+        "test_shards_accept.py::test_one_workspace_for_all_phases_stays_clean",
+    ),
+    "accept/sparse": ("test_accept.py::test_entries_that_share_ids_and_octets", "test_accept.py::test_odd_lists"),
+    "accept/target": ("test_accept.py::test_sampling_settings_act_inside",),
     "accept/tree": ("test_tree.py::test_many_decisions", "test_tree.py::test_full_trees"),
     "attention": ("test_attention.py::test_a_tree_node_is_the_last_row_of_its_path",),
     "compact": ("test_compact.py",),
     "draft/": ("test_draft_heads.py::test_many_requests_and_positions", "test_draft_sampling.py"),
-    "draft/candidate": ("test_candidates.py::test_any_batch", "test_candidates.py::test_penalties_follow_the_path"),
-    "draft/candidate_shards": ("test_shards_candidates.py::test_the_bits_of_the_whole_op",),
+    "draft/candidate_heads": (
+        "test_candidates.py::test_any_batch",
+        "test_candidates.py::test_programs_at_once_with_one_workspace",
+        "test_candidates.py::test_rank_beyond_one_block",
+    ),
+    "draft/candidates": (
+        "test_candidates.py::test_any_batch",
+        "test_candidates.py::test_penalties_follow_the_path",
+        "test_candidates.py::test_programs_at_once_with_one_workspace",
+        "test_candidates.py::test_ties_go_to_the_lowest_ids",
+    ),
+    "draft/candidate_shards": (
+        "test_shards_candidates.py::test_the_bits_of_the_whole_op",
+        "test_shards_candidates.py::test_settings_maps_and_heads",
+    ),
     "draft/heads": ("test_draft_heads.py::test_many_requests_and_positions",),
     "draft/shards": ("test_shards_draft.py::test_any_cut_draws_what_the_reference_draws_with_latents",),
     "draft_tree/append": ("test_tree_draft.py::test_equals_reference",),
@@ -90,9 +113,14 @@ TESTS = {
     "draft_tree/best_first_dense": ("test_tree_paths.py::test_best_first_equals_reference",),
     "draft_tree/nodes": ("test_tree_paths.py::test_candidates_equal_reference",),
     "draft_tree/static": ("test_tree_draft.py::test_long_branchings_and_many_programs",),
-    "layout/": ("test_schedule.py::test_large_batches",),
+    "layout/": ("test_schedule.py::test_large_batches", "test_schedule.py::test_equals_reference_in_pieces"),
     "primitives/barrier": ("test_draft_heads.py::test_many_requests_and_positions",),
-    "primitives/filters": ("test_accept.py::test_sampling_settings_act_inside",),
+    "primitives/filters": (
+        "test_sampling.py::test_more_elements_than_the_list_holds",
+        "test_sampling.py::test_support_equals_reference",
+        "test_accept.py::test_sampling_settings_act_inside",
+    ),
+    "primitives/leaves": ("test_tree.py::test_many_decisions",),
     "primitives/waves": ("test_tree_draft.py::test_long_branchings_and_many_programs",),
 }
 
@@ -110,7 +138,7 @@ def run(mutant: Mutant, folder: Path) -> dict:
     text = path.read_text()
     path.write_text(changed(text, mutant))
     command = [
-        sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--compiled=all", "--compiled-examples=2", "--tb=short",
+        sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--compiled=all", "--compiled-examples=4", "--tb=short",
         *tests_of(mutant.file),
     ]  # fmt: skip
     started = time.perf_counter()
