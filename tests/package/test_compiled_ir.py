@@ -356,7 +356,7 @@ def test_a_missing_wait_is_seen():
     inside = _without(barrier, fence).replace("if programs > 1:\n", f"if programs > 1:\n    {fence}")
     found = {
         "left out for a grid of one": unordered(inside),
-        "before a release": unordered(_without("accept/proposals.py", fence, "    tl.atomic_add(ready_ptr, 1")),
+        "before a release": unordered(_without("accept/dense.py", fence, "    tl.atomic_add(ready_ptr, 1")),
         "before an arrival": unordered(_without("primitives/ticket.py", fence)),
         "behind an arrival": unordered(_without("primitives/ticket.py", wait)),
         "behind a wait for items": unordered(_without("primitives/waves.py", f"    {wait}")),
