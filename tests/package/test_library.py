@@ -291,7 +291,13 @@ def test_compaction_compiles_into_one_graph():
 
 def test_constants_of_kernels_are_the_public_ones():
     from dspark_kernels.kernels import attention as attention_kernels
-    from dspark_kernels.kernels.accept import dense as accept_dense, rows as accept_rows, target as accept_target, tree_rules
+    from dspark_kernels.kernels.accept import (
+        dense as accept_dense,
+        rows as accept_rows,
+        target as accept_target,
+        tree_rules,
+        tree_state,
+    )
     from dspark_kernels.kernels.draft import dense as draft_kernels, filters as draft_filters, rows as draft_rows
     from dspark_kernels.kernels.draft_tree import append as tree_append, static as tree_draft_kernels
     from dspark_kernels.kernels.layout import rows, schedule as schedule_kernels
@@ -308,7 +314,7 @@ def test_constants_of_kernels_are_the_public_ones():
     assert [tree_rules.WALK.value, tree_rules.RECURSIVE.value, tree_rules.TRAVERSAL.value] == [0, 1, 2]
     assert mass.LEAF.value == tree_launch.LEAF and tree_draft_kernels.DOT_ROWS.value == tree_launch.ROWS_PER_ITEM
     assert tree.RULES == ("walk", "recursive", "traversal")
-    assert (tree_rules.NODE_VALUES.value, tree_rules.NODE_IDS.value) == (tree.NODE_VALUES, tree.NODE_IDS)
+    assert (tree_state.NODE_VALUES.value, tree_state.NODE_IDS.value) == (tree.NODE_VALUES, tree.NODE_IDS)
     assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
     assert accept_dense.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
     assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT

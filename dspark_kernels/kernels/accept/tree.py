@@ -27,7 +27,8 @@ from .proposals import RESIDUAL_ONE
 from .rows import sweep_rows
 from .tree_outputs import write_no_outputs
 from .tree_rows import has_children, merge_nodes, node_distributions
-from .tree_rules import DONE, ENTRY, FACTOR, MULTIPLIER, NODE_IDS, NODE_VALUES, REJECTED, WALK, decide, left_in_leaves
+from .tree_rules import DONE, WALK, decide, left_in_leaves
+from .tree_state import load_rejected
 
 
 @triton.jit
@@ -44,22 +45,19 @@ def _sweep(
     parent = tl.load(parents_ptr + view.slot * sizes.num_drafts + m, mask=has_row & (m > node), other=-1)
     forward = tl.load(layout.logits_indices_ptr + view.row0 + m, mask=has_row, other=0)
     tokens = tl.load(layout.token_ids_ptr + forward, mask=has_row, other=-1)
-    values = state.values_ptr + request.to(tl.int64) * NODE_VALUES * WIDTH
-    rejected = tl.load(state.ids_ptr + (request.to(tl.int64) * NODE_IDS + REJECTED) * WIDTH + m, volatile=True)
-    taken = has_row & (parent == node) & (rejected > 0)
-    entry = tl.load(values + ENTRY * WIDTH + node, volatile=True)
-    multiplier = tl.load(values + MULTIPLIER * WIDTH + m, volatile=True)
-    factor = tl.load(values + FACTOR * WIDTH + m, volatile=True)
+    rejected = load_rejected(state, request, node, has_row & (parent == node), tokens, m, WIDTH)
     target, drawn_from = node_distributions(view.row0.to(tl.int64) + node, node >= 0, scratch.stats)
     for span in range(SPAN):
         leaf = (item * SPAN + span) * TILE + tl.arange(0, TILE)
         at = request.to(tl.int64) * num_leaves + leaf
-        left, weight = left_in_leaves(node, leaf, target, drawn_from, entry, taken, tokens, multiplier, factor, view, draft,
-                                      scales, m, PROPOSAL, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
+        left, weight = left_in_leaves(node, leaf, target, drawn_from, rejected, view, draft, scales, m,
+                                      PROPOSAL, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
         tl.store(scratch.residual.target_ptr + at, masses(left, TILE, LEAF, RESIDUAL_ONE), mask=leaf < num_leaves)
         if WITHOUT and PROPOSAL.sum_left is None:
             if PROPOSAL.weights_left is not None:
-                weight = PROPOSAL.weights_left(node, leaf, view.slot, draft, drawn_from, taken, tokens, scales.draft, m, WIDTH)
+                weight = PROPOSAL.weights_left(
+                    node, leaf, view.slot, draft, drawn_from, rejected.taken, tokens, scales.draft, m, WIDTH
+                )
             tl.store(scratch.residual.draft_ptr + at, masses(weight, TILE, LEAF, ONE), mask=leaf < num_leaves)
 
 

@@ -9,6 +9,8 @@ kept, M its residual distribution, Z = sum [P M - q_c]+. What lies behind a resi
 p, q and a few numbers per rejected sibling. Siblings are in the order of their nodes. Oracle: reference/tree.py.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -22,25 +24,12 @@ from .target import read_each, read_rows
 from .tree_outputs import write_outputs
 from .tree_proposals import next_of, pick
 from .tree_rows import first_token, id_weights, leaf_weights, node_distributions, node_status
+from .tree_state import Nodes, Rejected, load_nodes, store_nodes
 
 WALK = tl.constexpr(0)
 RECURSIVE = tl.constexpr(1)
 TRAVERSAL = tl.constexpr(2)
 DONE = tl.constexpr(1 << 20)  # published instead of the number of sweeps
-
-# A request's state between sweeps, fp32 [NODE_VALUES, WIDTH]: P as numerator and denominator, 1 - P, P on entry; of a rejected
-# child what its parent's law was multiplied by and what draft weights were.
-NODE_VALUES = tl.constexpr(6)
-NUMERATOR = tl.constexpr(0)
-DENOMINATOR = tl.constexpr(1)
-LACK = tl.constexpr(2)
-ENTRY = tl.constexpr(3)
-MULTIPLIER = tl.constexpr(4)
-FACTOR = tl.constexpr(5)
-# And int32 [NODE_IDS, WIDTH].
-NODE_IDS = tl.constexpr(2)
-REJECTED = tl.constexpr(0)
-FOUL = tl.constexpr(1)  # could not be accepted
 
 
 @triton.jit
@@ -56,55 +45,159 @@ def _walk(parent, draft, token, open_nodes, i, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _remaining(target_prob, draft_weight, ids, taken, tokens, multiplier, factor, i, WITHOUT: tl.constexpr, WIDTH: tl.constexpr):
-    """What the rejected children `taken` leave of a node's law at `ids`, and the draft weights that the next child has there."""
-    k = next_of(taken, -1, i, WIDTH)
+def _remaining(target_prob, draft_weight, ids, rejected, i, WITHOUT: tl.constexpr, WIDTH: tl.constexpr):
+    """What rejected children leave of a node's distribution at `ids`, and the draft weights that the next child has there."""
+    k = next_of(rejected.taken, -1, i, WIDTH)
     while k < WIDTH:
-        target_prob = tl.maximum(target_prob - draft_weight * pick(factor, k, i), 0.0) * pick(multiplier, k, i)
+        taken = draft_weight * pick(rejected.factor, k, i)
+        target_prob = tl.maximum(target_prob - taken, 0.0) * pick(rejected.multiplier, k, i)
         if WITHOUT:
-            draft_weight = tl.where(ids == pick(tokens, k, i), 0.0, draft_weight)
-        k = next_of(taken, k, i, WIDTH)
+            draft_weight = tl.where(ids == pick(rejected.tokens, k, i), 0.0, draft_weight)
+        k = next_of(rejected.taken, k, i, WIDTH)
     return target_prob, draft_weight
 
 
 @triton.jit
 def left_in_leaves(
-    node, leaf, target, drawn_from, entry, taken, tokens, multiplier, factor, view, draft, scales, i,
+    node, leaf, target, drawn_from, rejected, view, draft, scales, i,
     PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What is left in leaves [PAIRS] of a node's distribution, entered with P = entry, and of its children's draft weights: fp32
-    [PAIRS, LEAF]."""
+    """What is left in leaves [PAIRS] of a node's distribution and of its children's draft weights: fp32 [PAIRS, LEAF]."""
     ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
     x = read_rows(view, node + leaf * 0, ids, ids < view.vocab)
-    target_prob = entry * soft_prob(x, ids, target, scales.target)
+    target_prob = rejected.entry * soft_prob(x, ids, target, scales.target)
     weight = PROPOSAL.block_weights(node, ids, view.slot, view.vocab, draft, drawn_from, scales.draft, PROPOSAL, CANDIDATES)
-    return _remaining(target_prob, weight, ids, taken, tokens, multiplier, factor, i, WITHOUT, WIDTH)
+    return _remaining(target_prob, weight, ids, rejected, i, WITHOUT, WIDTH)
+
+
+class Resumed(NamedTuple):
+    """Where a decision goes on: a node, its rejected child, whether the residual at the node has any probability (1 or 0)."""
+
+    node: Any
+    child: Any
+    some: Any
+    nodes: Nodes
 
 
 @triton.jit
-def _after_sweep(request, child, node, numerator, denominator, lack, multiplier, residual_ptr, num_leaves, i,
-                 RULE: tl.constexpr, LEAVES: tl.constexpr):  # fmt: skip
-    """A sweep's sum Z in the state of `node`, whose child was rejected; and whether anything is left."""
-    leaf = tl.arange(0, LEAVES)
-    at = request.to(tl.int64) * num_leaves + leaf
-    total = tl.sum(tl.load(residual_ptr + at, mask=leaf < num_leaves, other=0, volatile=True), axis=0)
-    mass = total.to(tl.float32) * 8.673617379884035e-19  # 2^-60
-    if RULE == RECURSIVE:
-        multiplier = tl.where(i == child, 1.0 / tl.where(total > 0, mass, float("inf")), multiplier)
-    else:
-        below = mass + pick(lack, node, i)
-        scale_up = 1.0 / tl.where(below > 0.0, below, float("inf"))
-        multiplier = tl.where(i == child, scale_up, multiplier)
-        lack = tl.where(i == node, lack * scale_up, lack)
-        numerator = tl.where(i == node, mass, numerator)
-        denominator = tl.where(i == node, below, denominator)
-    return numerator, denominator, lack, multiplier, tl.where(total > 0, 1, 0)
+def _resume(
+    request, sweep, tree, view, draft, scratch, scales, num_leaves, i,
+    RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The state that the last sweep was asked for with, and the sweep's sums in it; at first that of a tree that nobody looked at."""
+    numerator = tl.full([WIDTH], 1.0, tl.float32)
+    denominator = tl.full([WIDTH], 1.0, tl.float32)
+    lack = tl.zeros([WIDTH], tl.float32)
+    entry = tl.full([WIDTH], 1.0, tl.float32)
+    multiplier = tl.full([WIDTH], 1.0, tl.float32)
+    factor = tl.zeros([WIDTH], tl.float32)
+    rejected = tl.zeros([WIDTH], tl.int32)
+    foul = tl.zeros([WIDTH], tl.int32)
+    rest = tl.zeros([WIDTH], tl.int64)
+    node = tl.zeros((), tl.int32)
+    child = tl.zeros((), tl.int32)
+    some = tl.full((), 1, tl.int32)
+    if sweep > 0:
+        nodes = load_nodes(scratch.state, request, i, WIDTH)
+        entry, factor, rejected, foul = nodes.entry, nodes.factor, nodes.rejected, nodes.foul
+        numerator, denominator, lack, multiplier = nodes.numerator, nodes.denominator, nodes.lack, nodes.multiplier
+        rest = nodes.rest
+        node = tl.load(scratch.state.current_ptr + request * 2, volatile=True)
+        child = tl.load(scratch.state.current_ptr + request * 2 + 1, volatile=True)
+        leaf = tl.arange(0, LEAVES)
+        at = request.to(tl.int64) * num_leaves + leaf
+        sums = tl.load(scratch.residual.target_ptr + at, mask=leaf < num_leaves, other=0, volatile=True)
+        total = tl.sum(sums, axis=0)
+        mass = total.to(tl.float32) * 8.673617379884035e-19  # 2^-60
+        if RULE == RECURSIVE:
+            multiplier = tl.where(i == child, 1.0 / tl.where(total > 0, mass, float("inf")), multiplier)
+        else:
+            below = mass + pick(lack, node, i)
+            scale_up = 1.0 / tl.where(below > 0.0, below, float("inf"))
+            multiplier = tl.where(i == child, scale_up, multiplier)
+            lack = tl.where(i == node, lack * scale_up, lack)
+            numerator = tl.where(i == node, mass, numerator)
+            denominator = tl.where(i == node, below, denominator)
+        some = tl.where(total > 0, 1, 0)
+        if WITHOUT:
+            if PROPOSAL.sum_left is not None:
+                _target, weights = node_distributions(view.row0.to(tl.int64) + node, node >= 0, scratch.stats)
+                taken = tree.is_child & (tree.parent == node) & (rejected > 0)
+                whole = PROPOSAL.sum_left(node, view.slot, draft, weights, taken, tree.tokens, scales.draft, i, CANDIDATES, WIDTH)
+            else:
+                lost = tl.load(scratch.residual.draft_ptr + at, mask=leaf < num_leaves, other=0, volatile=True)
+                whole = tl.sum(lost, axis=0)
+            rest = tl.where(i == child, whole, rest)
+    return Resumed(node, child, some, Nodes(numerator, denominator, lack, entry, multiplier, factor, rejected, foul, rest))
+
+
+class Found(NamedTuple):
+    """final: 1 where `node` is the last accepted one; 0 where `child` is rejected and the residual at its parent `node` is due."""
+
+    final: Any
+    node: Any
+    child: Any
+    nodes: Nodes
+
+
+@triton.jit
+def _search(state, tree, target_prob, draft_weight, row_rest, u, i, RULE: tl.constexpr, WITHOUT: tl.constexpr, WIDTH: tl.constexpr):
+    """From where a decision goes on to the next rejection, or to the end. Per node: the probability and the draft weight that its
+    token has in its parent's row, the sum of its children's draft weights, its acceptance uniform."""
+    nodes = state.nodes
+    node, child = state.node, state.child
+    numerator, lack, entry = nodes.numerator, nodes.lack, nodes.entry
+    factor, foul = nodes.factor, nodes.foul
+    final = tl.zeros((), tl.int32)
+    swept = tl.zeros((), tl.int32)
+    while (final | swept) == 0:
+        siblings = tree.is_child & (tree.parent == node)
+        taken = siblings & (nodes.rejected > 0)
+        child = next_of(siblings & (nodes.rejected == 0), node, i, WIDTH)
+        if child < WIDTH:
+            weight = pick(draft_weight, child, i)
+            prob = pick(entry, node, i) * pick(target_prob, child, i)
+            own = pick(tree.tokens, child, i)
+            rejected = Rejected(taken, tree.tokens, entry, nodes.multiplier, factor)
+            prob, weight = _remaining(prob, weight, own, rejected, i, WITHOUT, WIDTH)
+            left = pick(row_rest, node, i)
+            if WITHOUT:
+                elder = tl.max(tl.where(taken, i, -1), axis=0)
+                left = tl.where(elder >= 0, pick(nodes.rest, elder, i), left)
+            own_factor = tl.where(left > 0, 1.0 / tl.maximum(left, 1).to(tl.float32) * ONE, 0.0)
+            draft_prob = weight * own_factor
+            possible = (pick(tl.where(tree.inside, 1, 0), child, i) > 0) & (draft_prob > 0.0)
+            factor = tl.where(i == child, own_factor, factor)
+            foul = tl.where((i == child) & (possible == 0), 1, foul)
+            if RULE == RECURSIVE:
+                passes = possible & (pick(u, child, i) * draft_prob < prob)
+                node = tl.where(passes, child, node)
+                swept = tl.where(passes, 0, 1)
+            else:
+                ratio = tl.where(possible, tl.minimum(prob / tl.where(possible, draft_prob, 1.0), 1.0), 0.0)
+                short = tl.where(possible, tl.maximum(draft_prob - prob, 0.0) / tl.where(possible, draft_prob, 1.0), 1.0)
+                numerator = tl.where(i == child, ratio, numerator)
+                entry = tl.where(i == child, ratio, entry)
+                lack = tl.where(i == child, short, lack)
+                node = child
+        else:
+            below = pick(nodes.denominator, node, i)
+            passes = (node == 0) | (below <= 0.0) | (pick(u, node, i) * below < pick(numerator, node, i))
+            if RULE == RECURSIVE:
+                passes = passes | (node >= 0)
+            final = tl.where(passes, 1, 0)
+            swept = tl.where(passes, 0, 1)
+            child = node
+            node = tl.where(passes, node, pick(tree.parent, node, i))
+    after = Nodes(numerator, nodes.denominator, lack, entry, nodes.multiplier, factor, nodes.rejected, foul, nodes.rest)
+    return Found(final, node, child, after)
 
 
 @triton.jit
 def _draw(
-    request, node, row, position, anchor, seed, from_residual, target, drawn_from, entry, taken, tokens, multiplier, factor, view,
-    draft, scratch, scales, num_leaves, i,
+    request, node, row, position, anchor, seed, from_residual, target, drawn_from, rejected, view, draft, scratch, scales,
+    num_leaves, i,
     PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, LEAVES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A token from what is left of a node's distribution, or from all of it: int64."""
@@ -122,10 +215,19 @@ def _draw(
     winner = race_leaves(weight, seed, position, anchor, at, 1, LEAVES)
     inner = id_weights(view, node + one, winner, top, scales.target)
     if from_residual:
-        left, _weight = left_in_leaves(node, winner, target, drawn_from, entry, taken, tokens, multiplier, factor, view, draft,
-                                       scales, i, PROPOSAL, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
+        left, _weight = left_in_leaves(node, winner, target, drawn_from, rejected, view, draft, scales, i,
+                                       PROPOSAL, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
         inner = tl.where(left > 0.0, tl.log2(tl.where(left > 0.0, left, 1.0)), NEG_INF)
     return tl.sum(race_ids(inner, winner, seed, position, anchor, at, 1), axis=0).to(tl.int64)
+
+
+class Tree(NamedTuple):
+    """A request's nodes as its layout and its parents give them, [WIDTH]."""
+
+    parent: Any
+    tokens: Any  # -1 behind the tree
+    inside: Any  # whether the token is an id of the vocabulary
+    is_child: Any  # whether it can be looked at: a child of a node with a finite logit
 
 
 @triton.jit
@@ -146,8 +248,8 @@ def decide(
     linked = has_row & (parent >= 0) & (parent < i)
     parent_at = tl.where(linked, parent, 0)
     parent_rows = row0.to(tl.int64) + parent_at
-    # Children of a node without a finite logit are not looked at.
     is_child = linked & ((node_status(parent_rows, linked, stats) & NONFINITE_ROW) == 0)
+    tree = Tree(parent, tokens, inside, is_child)
     sampled = slot < 0
     if sampling.temperature_ptr is not None:
         sampled = tl.load(sampling.temperature_ptr + slot) > 0.0
@@ -168,7 +270,7 @@ def decide(
             seed = tl.load(sampling.seed_ptr + slot)
             depth = tl.load(layout.positions_ptr + forward, mask=has_row, other=0)
             anchor = pick(depth, 0, i)
-            coin = uniform(coin_words(seed, depth, anchor, ACCEPT, i))
+            u = uniform(coin_words(seed, depth, anchor, ACCEPT, i))
             # The parent's row is what verifies a node.
             verified = is_child & inside
             ids = tl.where(inside, tokens, 0)
@@ -177,130 +279,36 @@ def decide(
             target_prob = soft_prob(x, ids, target, scales.target)
             draft_weight = PROPOSAL.weight_at(parent_at, ids, verified, slot, view.vocab, draft, drawn_from, scales.draft, PROPOSAL)
             row_rest = tl.load(stats.draft_sum_ptr + rows, mask=has_row, other=0, volatile=True)
-
-            state = scratch.state
-            values = state.values_ptr + (request.to(tl.int64) * NODE_VALUES) * WIDTH + i
-            node_ids = state.ids_ptr + (request.to(tl.int64) * NODE_IDS) * WIDTH + i
-            rests = state.rest_ptr + request.to(tl.int64) * WIDTH + i
-            numerator = tl.full([WIDTH], 1.0, tl.float32)
-            denominator = tl.full([WIDTH], 1.0, tl.float32)
-            lack = tl.zeros([WIDTH], tl.float32)
-            entry = tl.full([WIDTH], 1.0, tl.float32)
-            multiplier = tl.full([WIDTH], 1.0, tl.float32)
-            factor = tl.zeros([WIDTH], tl.float32)
-            rejected = tl.zeros([WIDTH], tl.int32)
-            foul = tl.zeros([WIDTH], tl.int32)
-            rest = tl.zeros([WIDTH], tl.int64)  # draft mass that the younger siblings of a rejected child share
-            node = tl.zeros((), tl.int32)
-            child = tl.zeros((), tl.int32)
-            some = tl.full((), 1, tl.int32)
-            if sweep > 0:
-                numerator = tl.load(values + NUMERATOR * WIDTH, volatile=True)
-                denominator = tl.load(values + DENOMINATOR * WIDTH, volatile=True)
-                lack = tl.load(values + LACK * WIDTH, volatile=True)
-                entry = tl.load(values + ENTRY * WIDTH, volatile=True)
-                multiplier = tl.load(values + MULTIPLIER * WIDTH, volatile=True)
-                factor = tl.load(values + FACTOR * WIDTH, volatile=True)
-                rejected = tl.load(node_ids + REJECTED * WIDTH, volatile=True)
-                foul = tl.load(node_ids + FOUL * WIDTH, volatile=True)
-                rest = tl.load(rests, volatile=True)
-                node = tl.load(state.current_ptr + request * 2, volatile=True)
-                child = tl.load(state.current_ptr + request * 2 + 1, volatile=True)
-                numerator, denominator, lack, multiplier, some = _after_sweep(
-                    request,
-                    child,
-                    node,
-                    numerator,
-                    denominator,
-                    lack,
-                    multiplier,
-                    scratch.residual.target_ptr,
-                    num_leaves,
-                    i,
-                    RULE,
-                    LEAVES,
-                )
-                if WITHOUT:
-                    if PROPOSAL.sum_left is not None:
-                        _own_target, own_weights = node_distributions(row0.to(tl.int64) + node, node >= 0, stats)
-                        taken = is_child & (parent == node) & (rejected > 0)
-                        whole = PROPOSAL.sum_left(node, slot, draft, own_weights, taken, tokens, scales.draft, i, CANDIDATES, WIDTH)
-                    else:
-                        leaf = tl.arange(0, LEAVES)
-                        at = request.to(tl.int64) * num_leaves + leaf
-                        whole = tl.sum(
-                            tl.load(scratch.residual.draft_ptr + at, mask=leaf < num_leaves, other=0, volatile=True), axis=0
-                        )
-                    rest = tl.where(i == child, whole, rest)
-            final = tl.zeros((), tl.int32)
-            swept = tl.zeros((), tl.int32)
-            while (final | swept) == 0:
-                siblings = is_child & (parent == node)
-                taken = siblings & (rejected > 0)
-                child = next_of(siblings & (rejected == 0), node, i, WIDTH)
-                if child < WIDTH:
-                    weight = pick(draft_weight, child, i)
-                    prob = pick(entry, node, i) * pick(target_prob, child, i)
-                    own = pick(tokens, child, i)
-                    prob, weight = _remaining(prob, weight, own, taken, tokens, multiplier, factor, i, WITHOUT, WIDTH)
-                    left = pick(row_rest, node, i)
-                    if WITHOUT:
-                        elder = tl.max(tl.where(taken, i, -1), axis=0)
-                        left = tl.where(elder >= 0, pick(rest, elder, i), left)
-                    own_factor = tl.where(left > 0, 1.0 / tl.maximum(left, 1).to(tl.float32) * ONE, 0.0)
-                    draft_prob = weight * own_factor
-                    possible = (pick(tl.where(inside, 1, 0), child, i) > 0) & (draft_prob > 0.0)
-                    factor = tl.where(i == child, own_factor, factor)
-                    foul = tl.where((i == child) & (possible == 0), 1, foul)
-                    if RULE == RECURSIVE:
-                        passes = possible & (pick(coin, child, i) * draft_prob < prob)
-                        node = tl.where(passes, child, node)
-                        swept = tl.where(passes, 0, 1)
-                    else:
-                        chance = tl.where(possible, tl.minimum(prob / tl.where(possible, draft_prob, 1.0), 1.0), 0.0)
-                        short = tl.where(possible, tl.maximum(draft_prob - prob, 0.0) / tl.where(possible, draft_prob, 1.0), 1.0)
-                        numerator = tl.where(i == child, chance, numerator)
-                        entry = tl.where(i == child, chance, entry)
-                        lack = tl.where(i == child, short, lack)
-                        node = child
-                else:
-                    below = pick(denominator, node, i)
-                    passes = (node == 0) | (below <= 0.0) | (pick(coin, node, i) * below < pick(numerator, node, i))
-                    if RULE == RECURSIVE:
-                        passes = passes | (node >= 0)
-                    final = tl.where(passes, 1, 0)
-                    swept = tl.where(passes, 0, 1)
-                    child = node
-                    node = tl.where(passes, node, pick(parent, node, i))
-            last = node
-            bad = is_child & (foul > 0)
+            state = _resume(request, sweep, tree, view, draft, scratch, scales, num_leaves, i,
+                            RULE, PROPOSAL, WITHOUT, CANDIDATES, LEAVES, WIDTH)  # fmt: skip
+            found = _search(state, tree, target_prob, draft_weight, row_rest, u, i, RULE, WITHOUT, WIDTH)
+            final, last, nodes = found.final, found.node, found.nodes
+            bad = is_child & (nodes.foul > 0)
             if final == 0:
-                # `child` is rejected: the residual at its parent decides what follows.
+                # The residual at the rejected child's parent decides what follows.
                 tl.debug_barrier()  # every warp has read the state that one of them now writes
-                tl.store(values + NUMERATOR * WIDTH, numerator)
-                tl.store(values + DENOMINATOR * WIDTH, denominator)
-                tl.store(values + LACK * WIDTH, lack)
-                tl.store(values + ENTRY * WIDTH, entry)
-                tl.store(values + MULTIPLIER * WIDTH, multiplier)
-                tl.store(values + FACTOR * WIDTH, factor)
-                tl.store(node_ids + REJECTED * WIDTH, tl.where(i == child, 1, rejected))
-                tl.store(node_ids + FOUL * WIDTH, foul)
-                tl.store(rests, rest)
-                tl.store(state.current_ptr + request * 2, node)
-                tl.store(state.current_ptr + request * 2 + 1, child)
+                rejected = tl.where(i == found.child, 1, nodes.rejected)
+                store_nodes(
+                    scratch.state, request,
+                    Nodes(nodes.numerator, nodes.denominator, nodes.lack, nodes.entry, nodes.multiplier, nodes.factor, rejected,
+                          nodes.foul, nodes.rest),
+                    i, WIDTH,
+                )  # fmt: skip
+                tl.store(scratch.state.current_ptr + request * 2, last)
+                tl.store(scratch.state.current_ptr + request * 2 + 1, found.child)
             else:
-                row = row0.to(tl.int64) + node
-                last_target, last_weights = node_distributions(row, node >= 0, stats)
-                taken = is_child & (parent == node) & (rejected > 0)
+                row = row0.to(tl.int64) + last
+                last_target, last_weights = node_distributions(row, last >= 0, stats)
+                taken = is_child & (parent == last) & (nodes.rejected > 0)
                 taken_any = tl.max(tl.where(taken, 1, 0), axis=0)
-                empty = tl.where((taken_any > 0) & (some == 0), 1, 0)
-                from_residual = (taken_any > 0) & (some > 0)
+                empty = tl.where((taken_any > 0) & (state.some == 0), 1, 0)
+                from_residual = (taken_any > 0) & (state.some > 0)
                 token = first_token(row, stats).to(tl.int64)
                 if from_residual | (last_target.point == SOFTMAX):
+                    rejected = Rejected(taken, tokens, pick(nodes.entry, last, i), nodes.multiplier, nodes.factor)
                     token = _draw(
-                        request, node, row, pick(depth, node, i) + 1, anchor, seed, from_residual, last_target, last_weights,
-                        pick(entry, node, i), taken, tokens, multiplier, factor, view, draft, scratch, scales, num_leaves, i,
-                        PROPOSAL, CANDIDATES, WITHOUT, LEAVES, WIDTH,
+                        request, last, row, pick(depth, last, i) + 1, anchor, seed, from_residual, last_target, last_weights,
+                        rejected, view, draft, scratch, scales, num_leaves, i, PROPOSAL, CANDIDATES, WITHOUT, LEAVES, WIDTH,
                     )  # fmt: skip
     if final > 0:
         status = node_status(rows, has_row, stats)

@@ -43,7 +43,7 @@ from .chain import GROUP_IDS, IDS, LEAF, LISTED, MAP_COLUMNS, MAX_CANDIDATES, VA
 
 OP = "accept_tree"
 RULES = ("walk", "recursive", "traversal")  # in the order of the kernel's constants
-NODE_VALUES, NODE_IDS = 6, 2  # numbers per node between sweeps, as in kernels/accept/tree_rules.py
+NODE_VALUES, NODE_IDS = 6, 2  # numbers per node between sweeps, as in kernels/accept/tree_state.py
 
 
 def _width(nodes: int) -> int:
