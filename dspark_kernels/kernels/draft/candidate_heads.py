@@ -76,19 +76,18 @@ def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, B
 @triton.jit
 def weighted_rows(rows, scales, there, latent_ptr, known, head, BLOCK_R: tl.constexpr):
     """fp32 [WIDTH]: rows of W2 . latent, 0 where nothing is `there`. rows, scales: offsets of each row and of its scale."""
-    w2_ptr, scale_ptr, rank = head[2], head[4], head[6]
     total = tl.zeros([ROWS, rows.shape[0]], tl.float32)
-    total = _product(total, w2_ptr, rows, there, 0, rank, latent_ptr, known, BLOCK_R)
+    total = _product(total, head.w2_ptr, rows, there, 0, head.rank, latent_ptr, known, BLOCK_R)
     bias = tl.sum(total, axis=0)
-    if scale_ptr is not None:
-        bias = bias * tl.load(scale_ptr + scales, mask=there, other=0.0)
+    if head.scale_ptr is not None:
+        bias = bias * tl.load(head.scale_ptr + scales, mask=there, other=0.0)
     return bias
 
 
 @triton.jit
 def weighted(ids, latent_ptr, known, head, BLOCK_R: tl.constexpr):
     """fp32 [WIDTH]: W2[ids] . latent, 0 for id -1. known: ranks of the latent that there are."""
-    return weighted_rows(ids.to(tl.int64) * head[3], ids, ids >= 0, latent_ptr, known, head, BLOCK_R)
+    return weighted_rows(ids.to(tl.int64) * head.stride_w2, ids, ids >= 0, latent_ptr, known, head, BLOCK_R)
 
 
 @triton.jit
@@ -112,24 +111,22 @@ def prefetch_rows(table_ptr, stride, ids, size, LINES: tl.constexpr, LINE: tl.co
 def hidden_products(pairs, requests, slots, block, latent, hidden, products_ptr, num_drafts, BLOCK_H: tl.constexpr):
     """16 outputs of (weight . h + bias) for 16 (request, position) pairs. One form whatever the batch: dots of [16, BLOCK_H] by
     [BLOCK_H, 16]."""
-    weight_ptr, stride_w, bias_ptr, outputs, first_column, _, _ = latent
-    hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
     o = block * 16 + tl.arange(0, 16)
     i = tl.arange(0, BLOCK_H)
-    at = requests.to(tl.int64) * stride_hr + (pairs % num_drafts).to(tl.int64) * stride_hk
+    at = requests.to(tl.int64) * hidden.stride_request + (pairs % num_drafts).to(tl.int64) * hidden.stride_position
     total = tl.zeros([16, pairs.shape[0]], tl.float32)
-    for first in range(0, hidden_size, BLOCK_H):
-        there = first + i < hidden_size
+    for first in range(0, hidden.size, BLOCK_H):
+        there = first + i < hidden.size
         w = tl.load(
-            weight_ptr + o.to(tl.int64)[:, None] * stride_w + first_column + first + i[None, :],
-            mask=(o < outputs)[:, None] & there[None, :],
+            latent.weight_ptr + o.to(tl.int64)[:, None] * latent.stride_weight + latent.hidden_column + first + i[None, :],
+            mask=(o < latent.outputs)[:, None] & there[None, :],
             other=0.0,
         )
-        h = tl.load(hidden_ptr + at[None, :] + first + i[:, None], mask=(slots >= 0)[None, :] & there[:, None], other=0.0)
+        h = tl.load(hidden.ptr + at[None, :] + first + i[:, None], mask=(slots >= 0)[None, :] & there[:, None], other=0.0)
         total = exact_dot(total, w, h)
-    total += tl.load(bias_ptr + o, mask=o < outputs, other=0.0).to(tl.float32)[:, None]
-    where = products_ptr + pairs.to(tl.int64)[None, :] * outputs + o[:, None]
-    tl.store(where, total, mask=(slots >= 0)[None, :] & (o < outputs)[:, None])
+    total += tl.load(latent.bias_ptr + o, mask=o < latent.outputs, other=0.0).to(tl.float32)[:, None]
+    where = products_ptr + pairs.to(tl.int64)[None, :] * latent.outputs + o[:, None]
+    tl.store(where, total, mask=(slots >= 0)[None, :] & (o < latent.outputs)[:, None])
 
 
 @triton.jit
@@ -146,13 +143,12 @@ def advance_gated(
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """latent [r] = sigmoid(G [h; W1[x]] + b) * W1[x]."""
-    weight_ptr, stride_w = latent[0], latent[1]
     tl.debug_barrier()  # the latent of k - 1 has been read
     for first in range(0, rank, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         total = tl.zeros([ROWS, BLOCK_O], tl.float32)
-        rows = o.to(tl.int64) * stride_w
-        total = _product(total, weight_ptr, rows, o < rank, hidden[3], rank, embedded_ptr, known, BLOCK_J)
+        rows = o.to(tl.int64) * latent.stride_weight
+        total = _product(total, latent.weight_ptr, rows, o < rank, hidden.size, rank, embedded_ptr, known, BLOCK_J)
         z = tl.sum(total, axis=0) + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
         e = tl.load(embedded_ptr + o, mask=o < known, other=0.0).to(tl.float32)
         tl.store(latent_ptr + o, (sigmoid(z) * e).to(latent_ptr.dtype.element_ty), mask=o < rank)
@@ -164,17 +160,19 @@ def advance_rnn(
     turn, embedded_ptr, known, latent, hidden, products_ptr, latent_ptr, states_ptr, rank,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """latent [r] = tanh(output). The states of k - 1 and k take turns in two rows of r; turn = (k, K, first_draft, slot)."""
-    k, num_drafts, first_draft, slot = turn
-    weight_ptr, stride_w, _, _, _, carried_ptr, stride_c = latent
-    old_ptr = states_ptr + (k % 2) * rank
+    """latent [r] = tanh(output). The states of k - 1 and k take turns in two rows of r."""
+    old_ptr = states_ptr + (turn.k % 2) * rank
     tl.debug_barrier()
-    if k == 0:
+    if turn.k == 0:
         for first in range(0, rank, BLOCK_O):
             o = first + tl.arange(0, BLOCK_O)
             state = tl.zeros([BLOCK_O], tl.float32)
-            if carried_ptr is not None:
-                state = tl.load(carried_ptr + slot * stride_c + o, mask=o < tl.where(first_draft > 0, rank, 0), other=0.0)
+            if latent.carried_ptr is not None:
+                state = tl.load(
+                    latent.carried_ptr + turn.slot * latent.stride_carried + o,
+                    mask=o < tl.where(turn.first_draft > 0, rank, 0),
+                    other=0.0,
+                )
             tl.store(old_ptr + o, state, mask=o < rank)
         tl.debug_barrier()
     for first in range(0, rank, BLOCK_O):
@@ -183,17 +181,21 @@ def advance_rnn(
         gate = old
         for part in range(3):  # gate, candidate, output
             total = tl.zeros([ROWS, BLOCK_O], tl.float32)
-            rows = (part * rank + o).to(tl.int64) * stride_w
-            total = _product(total, weight_ptr, rows, o < rank, 0, rank, old_ptr, rank, BLOCK_J)
-            total = _product(total, weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J)
+            rows = (part * rank + o).to(tl.int64) * latent.stride_weight
+            total = _product(total, latent.weight_ptr, rows, o < rank, 0, rank, old_ptr, rank, BLOCK_J)
+            total = _product(total, latent.weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J)
             z = tl.sum(total, axis=0) + tl.load(products_ptr + part * rank + o, mask=o < rank, other=0.0, volatile=True)
             if part == 0:
                 gate = sigmoid(z)
             elif part == 1:
                 state = gate * old + (1.0 - gate) * tanh(z)
-                tl.store(states_ptr + (1 - k % 2) * rank + o, state, mask=o < rank)
-                if carried_ptr is not None:
-                    tl.store(carried_ptr + slot * stride_c + o, state, mask=o < tl.where(k == num_drafts - 1, rank, 0))
+                tl.store(states_ptr + (1 - turn.k % 2) * rank + o, state, mask=o < rank)
+                if latent.carried_ptr is not None:
+                    tl.store(
+                        latent.carried_ptr + turn.slot * latent.stride_carried + o,
+                        state,
+                        mask=o < tl.where(turn.k == turn.num_drafts - 1, rank, 0),
+                    )
             else:
                 tl.store(latent_ptr + o, tanh(z).to(latent_ptr.dtype.element_ty), mask=o < rank)
     tl.debug_barrier()

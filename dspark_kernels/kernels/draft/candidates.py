@@ -24,6 +24,7 @@ from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.slots import state_slots
 from ..primitives.support import last_kept
 from ..primitives.ticket import arrive
+from .args import RowSettings, SelectionTile, Turn, WalkOptions, WalkSizes
 from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted, weighted_rows
 from .rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, log_sum_exp
 
@@ -50,43 +51,40 @@ def _chunk(row_ptr, chunk, end, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _with_settings(x, targets, inside, choice, path, path_max, PATH: tl.constexpr):
-    """x fp32 of target ids after penalties, bias and mask; choice as in `_judged`."""
-    _, _, adjust, slot, mask_row = choice
-    if adjust is not None:
+def _with_settings(x, targets, inside, settings, path, path_max, PATH: tl.constexpr):
+    """x fp32 of target ids after penalties, bias and mask. settings: RowSettings."""
+    if settings.adjust is not None:
         SIZE: tl.constexpr = x.numel
         one = tl.zeros([1], tl.int64)
         wide = tl.reshape(x, [1, SIZE])
         wide = adjusted(
-            wide, tl.reshape(targets, [1, SIZE]), tl.reshape(inside, [1, SIZE]), one + slot, one + mask_row, adjust, path,
-            path_max, PATH,
+            wide, tl.reshape(targets, [1, SIZE]), tl.reshape(inside, [1, SIZE]), one + settings.slot, one + settings.mask_row,
+            settings.adjust, path, path_max, PATH,
         )  # fmt: skip
         x = tl.reshape(wide, x.shape)
     return x
 
 
 @triton.jit
-def _judged(x, ids, inside, choice, path, path_max, PATH: tl.constexpr, first_target=0):
+def _judged(x, ids, inside, settings, path, path_max, PATH: tl.constexpr, first_target=0):
     """(x fp32 after penalties, bias and mask, -inf where there is no token; target ids int32; where there is a token).
 
-    choice = (map [V] or None, number of target ids, settings of primitives/adjust.py or None, slot, row of the bit mask);
-    first_target: of id 0, where there is no map.
+    settings: RowSettings. first_target: of id 0, where there is no map.
     """
-    map_ptr, num_targets, _, _, _ = choice
     targets = ids + first_target
-    if map_ptr is not None:
-        mapped = tl.load(map_ptr + ids, mask=inside, other=-1)
-        inside = inside & (mapped >= 0) & (mapped < num_targets)
+    if settings.map_ptr is not None:
+        mapped = tl.load(settings.map_ptr + ids, mask=inside, other=-1)
+        inside = inside & (mapped >= 0) & (mapped < settings.num_targets)
         targets = tl.where(inside, mapped, 0).to(tl.int32)
-    x = _with_settings(x, targets, inside, choice, path, path_max, PATH)
-    if map_ptr is not None:
+    x = _with_settings(x, targets, inside, settings, path, path_max, PATH)
+    if settings.map_ptr is not None:
         x = tl.where(inside, x, NEG_INF)
     return x, targets, inside
 
 
 @triton.jit
 def _store_unit_keys(
-    row_ptr, keys_ptr, choice, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
+    row_ptr, keys_ptr, settings, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
     first_target=0,
 ):  # fmt: skip
     """Key of the largest logit of each unit of chunks first .. end - 1 of a row; returns whether a logit is NaN."""
@@ -97,7 +95,7 @@ def _store_unit_keys(
         x = loaded.to(tl.float32)
         loaded = _chunk(row_ptr, chunk + 1, end, vocab, BLOCK)  # on its way while this one is reduced
         ids = chunk * BLOCK + tl.arange(0, BLOCK)
-        x, _, _ = _judged(x, ids, ids < vocab, choice, tl.zeros([1], tl.int64), 0, no_path, first_target)
+        x, _, _ = _judged(x, ids, ids < vocab, settings, tl.zeros([1], tl.int64), 0, no_path, first_target)
         nan = nan | (x != x)
         keys = ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
         here = chunk * (BLOCK // GROUP) + unit
@@ -117,35 +115,35 @@ def _hidden_score(hidden_ptr, weight_ptr, hidden_size):
 
 
 @triton.jit
-def _keep_best(
-    row, row_ptr, choice, head, keys_ptr, units_ptr, ids_ptr, bounds_ptr, num_rows, vocab, num_candidates,
-    GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, first_target=0,
-):  # fmt: skip
+def _keep_best(row, row_ptr, settings, head, selection, num_rows, vocab, num_candidates, TILE: tl.constexpr, first_target=0):
     """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
+    GROUP: tl.constexpr = TILE.GROUP
     num_units = tl.cdiv(vocab, GROUP)
-    unit = tl.arange(0, UNITS // UNIT_COLUMNS)[:, None] * UNIT_COLUMNS + tl.arange(0, UNIT_COLUMNS)[None, :]
-    keys = tl.load(keys_ptr + row * padded_units(num_units) + unit, mask=unit < num_units, other=ABSENT, volatile=True)
+    unit = tl.arange(0, TILE.UNITS // UNIT_COLUMNS)[:, None] * UNIT_COLUMNS + tl.arange(0, UNIT_COLUMNS)[None, :]
+    keys = tl.load(
+        selection.keys_ptr + row * padded_units(num_units) + unit, mask=unit < num_units, other=ABSENT, volatile=True
+    )  # fmt: skip
     wanted = tl.minimum(num_candidates, num_units)
     _, selected, place = select(keys, wanted)
-    tl.store(units_ptr + row * num_candidates + place, unit, mask=selected)
+    tl.store(selection.units_ptr + row * num_candidates + place, unit, mask=selected)
     tl.debug_barrier()
-    c = tl.arange(0, CHOSEN)
-    units = tl.load(units_ptr + row * num_candidates + c, mask=c < wanted, other=0, volatile=True)
+    c = tl.arange(0, TILE.CHOSEN)
+    units = tl.load(selection.units_ptr + row * num_candidates + c, mask=c < wanted, other=0, volatile=True)
     ids = tl.multiple_of(units * GROUP, GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (c < wanted)[:, None] & (ids < vocab)
     x = tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32)
-    x, _, _ = _judged(x, ids, inside, choice, tl.zeros([1], tl.int64), 0, no_path, first_target)
-    keys = tl.where(inside, ordered_key(numbers(x), SHIFT), ABSENT)
+    x, _, _ = _judged(x, ids, inside, settings, tl.zeros([1], tl.int64), 0, no_path, first_target)
+    keys = tl.where(inside, ordered_key(numbers(x), TILE.SHIFT), ABSENT)
     bound, selected, place = select(keys, tl.minimum(num_candidates, vocab))
-    tl.store(ids_ptr + row * num_candidates + place, ids, mask=selected)
-    tl.store(bounds_ptr + row * 2, bound)
-    tl.store(bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1)))
+    tl.store(selection.ids_ptr + row * num_candidates + place, ids, mask=selected)
+    tl.store(selection.bounds_ptr + row * 2, bound)
+    tl.store(selection.bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1)))
     if head is not None:
         # The walk needs these rows of W2, and one of the same rows of W1: where memory has nothing else to do, it gets them all.
         tl.debug_barrier()
-        best = _best_ids(ids_ptr, row, num_rows, tl.arange(0, WIDTH), num_candidates, vocab)
-        line: tl.constexpr = 1024 // head[2].dtype.element_ty.primitive_bitwidth
-        prefetch_rows(head[2], head[3], best, head[6], 4, line)
+        best = _best_ids(selection.ids_ptr, row, num_rows, tl.arange(0, TILE.WIDTH), num_candidates, vocab)
+        line: tl.constexpr = 1024 // head.w2_ptr.dtype.element_ty.primitive_bitwidth
+        prefetch_rows(head.w2_ptr, head.stride_w2, best, head.rank, 4, line)
 
 
 @triton.jit
@@ -156,16 +154,15 @@ def _best_ids(ids_ptr, row, end, c, num_candidates, vocab):
 
 
 @triton.jit
-def _listed_ids(ids, c, bigrams, previous, row_ptr, choice, bounds_ptr, row, num_candidates, vocab, SHIFT: tl.constexpr):
+def _listed_ids(ids, c, successors, previous, row_ptr, settings, bounds_ptr, row, num_candidates, vocab, SHIFT: tl.constexpr):
     """ids [WIDTH] with the successors listed for `previous` behind the C best, those that are there already left out (-1)."""
-    bigrams_ptr, stride_gv, vocab_g, listed = bigrams
-    count = tl.where((previous >= 0) & (previous < vocab_g), listed, 0)
-    list_ptr = bigrams_ptr + previous * stride_gv
+    count = tl.where((previous >= 0) & (previous < successors.vocab), successors.count, 0)
+    list_ptr = successors.ptr + previous * successors.stride
     i = c - num_candidates
     more = tl.load(list_ptr + i, mask=(i >= 0) & (i < count), other=-1)
     more = tl.where((more >= 0) & (more < vocab), more, -1).to(tl.int32)
     x = tl.load(row_ptr + more, mask=more >= 0, other=NEG_INF).to(tl.float32)
-    x, _, _ = _judged(x, more, more >= 0, choice, tl.zeros([1], tl.int64), 0, no_path)
+    x, _, _ = _judged(x, more, more >= 0, settings, tl.zeros([1], tl.int64), 0, no_path)
     key = ordered_key(numbers(x), SHIFT)
     bound = tl.load(bounds_ptr + row * 2, volatile=True)
     cut = tl.load(bounds_ptr + row * 2 + 1, volatile=True)
@@ -188,223 +185,223 @@ def _filters_of(filters, slot):
     top_k = tl.zeros((), tl.int32)
     top_p = tl.full((), 1.0, tl.float32)
     min_p = tl.zeros((), tl.float32)
-    if filters[0] is not None:
-        top_k = tl.load(filters[0] + slot)
-    if filters[1] is not None:
-        top_p = tl.load(filters[1] + slot)
-    if filters[2] is not None:
-        min_p = tl.load(filters[2] + slot)
+    if filters.top_k_ptr is not None:
+        top_k = tl.load(filters.top_k_ptr + slot)
+    if filters.top_p_ptr is not None:
+        top_p = tl.load(filters.top_p_ptr + slot)
+    if filters.min_p_ptr is not None:
+        min_p = tl.load(filters.min_p_ptr + slot)
     return top_k, top_p, min_p
 
 
-# --- on vocabulary shards: shared = (places int32 [R, K, C]: rank * C + entry in that rank's list of a position, int64 words of a
-# rank's part, target ids int32 [N, R, K, C] or None where an id is one, W2 of `head` where it is gathered [N, R, K, C, r], N) --
+# --- on vocabulary shards: merged = Merged (kernels/draft/args.py), else None -----------------------------------------
 
 
 @triton.jit
-def _gathered_at(c, there, row, shared, num_candidates):
+def _gathered_at(c, there, row, merged, num_candidates):
     """Whose list candidate c of a row is from, int64, and which entry of it."""
-    places = tl.load(shared[0] + row * num_candidates + c, mask=there, other=0, volatile=True)
+    places = tl.load(merged.places_ptr + row * num_candidates + c, mask=there, other=0, volatile=True)
     return (places // num_candidates).to(tl.int64), places % num_candidates
 
 
 @triton.jit
-def _of_rank(ranks, region_ptr, shared):
+def _of_rank(ranks, region_ptr, merged):
     """Where a region of these ranks' parts starts, in elements of its own type."""
-    return ranks * (shared[1] * (64 // region_ptr.dtype.element_ty.primitive_bitwidth))
+    return ranks * (merged.stride_part * (64 // region_ptr.dtype.element_ty.primitive_bitwidth))
 
 
 @triton.jit
-def _gathered_flags(status_ptr, request, shared, num_drafts, DRAFTS: tl.constexpr):
+def _gathered_flags(status_ptr, request, merged, num_drafts, DRAFTS: tl.constexpr):
     k = tl.arange(0, DRAFTS)
     flags = tl.zeros([DRAFTS], tl.int32)
-    for rank in range(shared[4]):
-        at = tl.cast(rank, tl.int64) * (shared[1] * 2) + request.to(tl.int64) * num_drafts + k
+    for rank in range(merged.shards):
+        at = tl.cast(rank, tl.int64) * (merged.stride_part * 2) + request.to(tl.int64) * num_drafts + k
         flags = flags | tl.load(status_ptr + at, mask=k < num_drafts, other=0)
     return tl.max(flags & NAN, axis=0)
 
 
 @triton.jit
-def _weighted(ids, ranks, entries, row, shared, head, latent_ptr, known, num_candidates, BLOCK_R: tl.constexpr):
+def _weighted(ids, ranks, entries, row, merged, head, latent_ptr, known, num_candidates, BLOCK_R: tl.constexpr):
     """W2 . latent of the candidates, whose rows are those of their ids or of their entries."""
-    if shared is None:
+    if merged is None:
         bias = weighted(ids, latent_ptr, known, head, BLOCK_R)
-    elif shared[3] is None:
+    elif merged.rows_ptr is None:
         bias = weighted(ids, latent_ptr, known, head, BLOCK_R)
     else:
         at = row * num_candidates + entries
         scales = at
-        if head[4] is not None:
-            scales += _of_rank(ranks, head[4], shared)
-        rows = _of_rank(ranks, shared[3], shared) + at * head[6]
+        if head.scale_ptr is not None:
+            scales += _of_rank(ranks, head.scale_ptr, merged)
+        rows = _of_rank(ranks, merged.rows_ptr, merged) + at * head.rank
         bias = weighted_rows(rows, scales, ids >= 0, latent_ptr, known, head, BLOCK_R)
     return bias
 
 
 @triton.jit
 def _walk(
-    request, slot, status_ptr, base, state, bigrams, map_ptr, shared, adjust, filters, head, latent, hidden, confidence, out,
-    scratch, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
-    ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr, LOG_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr, SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
-    DRAFTS: tl.constexpr,
+    request, slot, status_ptr, base, state, successors, map_ptr, merged, adjust, filters, head, latent, hidden, confidence, out,
+    selection, scratch, sizes, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """All positions of one request, whose candidates are there.
 
-    shared: None, or where their logits, target ids and rows of W2 lie among the parts of all ranks; `base` is then the logits of
+    merged: None, or where their logits, target ids and rows of W2 lie among the parts of all ranks; `base` is then the logits of
     the first [R, K, C], and so are W2 and its scales of `head` where rows are gathered.
     """
-    base_ptr, stride_br, stride_bk = base
-    anchors_ptr, stride_a, positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr = state
-    tokens_ptr, stride_ts, out_ids_ptr, stride_is, stride_ik, logits_ptr, stride_ls, stride_lk, lse_ptr, stride_es, flags_ptr = out
-    ids_ptr, bounds_ptr, score_ptr, products_ptr, latent_ptr, states_ptr = scratch
-    anchor = tl.load(positions_ptr + slot * stride_p).to(tl.int64)
-    previous = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
+    num_drafts, vocab, num_candidates = sizes.num_drafts, sizes.vocab, sizes.num_candidates
+    column = sizes.column
+    WIDTH: tl.constexpr = OPTIONS.WIDTH
+    BLOCK_R: tl.constexpr = OPTIONS.BLOCK_R
+    stride_anchors, stride_positions = state.stride_anchors, state.stride_positions
+    anchor = tl.load(state.positions_ptr + slot * stride_positions).to(tl.int64)
+    previous = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
     temperature = tl.zeros((), tl.float32)
     seed = tl.zeros((), tl.int64)
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + slot)
-        seed = tl.load(seed_ptr + slot)
+    if state.temperature_ptr is not None:
+        temperature = tl.load(state.temperature_ptr + slot)
+        seed = tl.load(state.seed_ptr + slot)
     scale = log2_scale(temperature)
     noise_anchor = anchor
-    if STREAM == COUPLED:
+    if OPTIONS.STREAM == COUPLED:
         noise_anchor = anchor * 0
-    if shared is None:
+    if merged is None:
         flags = tl.atomic_xchg(status_ptr + request, 0, sem="relaxed")
     else:
-        flags = _gathered_flags(status_ptr, request, shared, num_drafts, DRAFTS)
+        flags = _gathered_flags(status_ptr, request, merged, num_drafts, OPTIONS.DRAFTS)
     if head is not None:
-        flags = flags | tl.where((previous < 0) | (previous >= head[5]), BAD_TOKEN_ID, 0)
+        flags = flags | tl.where((previous < 0) | (previous >= head.vocab), BAD_TOKEN_ID, 0)
 
     c = tl.arange(0, WIDTH)
     width = num_candidates
-    if bigrams is not None:
-        width += bigrams[3]
+    if successors is not None:
+        width += successors.count
     first = request.to(tl.int64) * num_drafts
-    row_ptr = base_ptr + request.to(tl.int64) * stride_br
+    row_ptr = base.ptr + request.to(tl.int64) * base.stride_request
     end = first + num_drafts  # the rows beyond are another request's, which may not be there yet
-    ids = _best_ids(ids_ptr, first, end, c, num_candidates, vocab)
+    ids = _best_ids(selection.ids_ptr, first, end, c, num_candidates, vocab)
     for k in range(num_drafts):
         # Candidates do not depend on drafts: those of k + 1 are on the way while k is decided.
         row = first + k
-        k_ptr = row_ptr + tl.cast(k, tl.int64) * stride_bk
-        next_ids = _best_ids(ids_ptr, row + 1, end, c, num_candidates, vocab)
-        choice = (map_ptr, num_targets, adjust, slot, slot * num_drafts + k)
-        if bigrams is not None:
-            ids = _listed_ids(ids, c, bigrams, previous, k_ptr, choice, bounds_ptr, row, num_candidates, vocab, SHIFT)
+        k_ptr = row_ptr + tl.cast(k, tl.int64) * base.stride_position
+        next_ids = _best_ids(selection.ids_ptr, row + 1, end, c, num_candidates, vocab)
+        settings = RowSettings(map_ptr, sizes.num_targets, adjust, slot, slot * num_drafts + k)
+        if successors is not None:
+            ids = _listed_ids(
+                ids, c, successors, previous, k_ptr, settings, selection.bounds_ptr, row, num_candidates, vocab, OPTIONS.SHIFT
+            )
 
         there = ids >= 0
         columns = ids
         ranks = ids
         entries = ids
-        if shared is not None:
-            ranks, entries = _gathered_at(c, there, row, shared, num_candidates)
-            columns = _of_rank(ranks, base_ptr, shared) + entries
+        if merged is not None:
+            ranks, entries = _gathered_at(c, there, row, merged, num_candidates)
+            columns = _of_rank(ranks, base.ptr, merged) + entries
         x = tl.load(k_ptr + columns, mask=there, other=NEG_INF).to(tl.float32)
         if head is not None:
-            known = tl.where((previous >= 0) & (previous < head[5]), head[6], 0)
-            embedded_ptr = head[0] + previous * head[1]
+            known = tl.where((previous >= 0) & (previous < head.vocab), head.rank, 0)
+            embedded_ptr = head.w1_ptr + previous * head.stride_w1
             if latent is None:
-                x += _weighted(ids, ranks, entries, row, shared, head, embedded_ptr, known, num_candidates, BLOCK_R)
+                x += _weighted(ids, ranks, entries, row, merged, head, embedded_ptr, known, num_candidates, BLOCK_R)
             else:
-                own_ptr = latent_ptr + request.to(tl.int64) * head[6]
-                own_states_ptr = states_ptr
-                if states_ptr is not None:
-                    own_states_ptr += request.to(tl.int64) * (2 * head[6])
-                ADVANCE(
-                    (k, num_drafts, first_draft, slot), embedded_ptr, known, latent, hidden, products_ptr + row * latent[3],
-                    own_ptr, own_states_ptr, head[6], BLOCK_O, BLOCK_J,
+                own_ptr = scratch.latent_ptr + request.to(tl.int64) * head.rank
+                own_states_ptr = scratch.states_ptr
+                if scratch.states_ptr is not None:
+                    own_states_ptr += request.to(tl.int64) * (2 * head.rank)
+                OPTIONS.ADVANCE(
+                    Turn(k, num_drafts, sizes.first_draft, slot), embedded_ptr, known, latent, hidden,
+                    scratch.products_ptr + row * latent.outputs, own_ptr, own_states_ptr, head.rank,
+                    OPTIONS.BLOCK_O, OPTIONS.BLOCK_J,
                 )  # fmt: skip
-                x += _weighted(ids, ranks, entries, row, shared, head, own_ptr, head[6], num_candidates, BLOCK_R)
+                x += _weighted(ids, ranks, entries, row, merged, head, own_ptr, head.rank, num_candidates, BLOCK_R)
 
-        if shared is None:
-            x, targets, used = _judged(x, ids, there, choice, tokens_ptr + slot * stride_ts, column + k, _drafted)
+        if merged is None:
+            x, targets, used = _judged(
+                x, ids, there, settings, out.tokens_ptr + slot * out.stride_tokens, column + k, _drafted
+            )  # fmt: skip
         else:
             targets = ids
             used = there
-            if shared[2] is not None:
-                at = _of_rank(ranks, shared[2], shared) + row * num_candidates + entries
-                targets = tl.load(shared[2] + at, mask=there, other=-1)
-                used = (targets >= 0) & (targets < num_targets)
+            if merged.targets_ptr is not None:
+                at = _of_rank(ranks, merged.targets_ptr, merged) + row * num_candidates + entries
+                targets = tl.load(merged.targets_ptr + at, mask=there, other=-1)
+                used = (targets >= 0) & (targets < sizes.num_targets)
                 targets = tl.where(used, targets, 0)
-            x = _with_settings(x, targets, used, choice, tokens_ptr + slot * stride_ts, column + k, _drafted)
+            x = _with_settings(x, targets, used, settings, out.tokens_ptr + slot * out.stride_tokens, column + k, _drafted)
             x = tl.where(used, x, NEG_INF)
 
         flags = flags | tl.max(tl.where(used & (x != x), NAN, 0), axis=0)
         finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
         flags = flags | tl.where(finite == 0, NONFINITE_ROW, 0)
         # Rounded once; everything below reads the rounded value.
-        stored = tl.where(used, numbers(x), NEG_INF).to(base_ptr.dtype.element_ty)
+        stored = tl.where(used, numbers(x), NEG_INF).to(base.ptr.dtype.element_ty)
         x = stored.to(tl.float32)
         if filters is not None:
             top = tl.max(x, axis=0)
             if (temperature > 0.0) & (tl.abs(top) < POS_INF):
                 top_k, top_p, min_p = _filters_of(filters, slot)
                 words = tl.where(used, pack(x, targets), 0)
-                last = last_kept(words, top, scale, top_k, top_p, min_p, JOINT, WIDTH, LOG_WIDTH)
+                last = last_kept(words, top, scale, top_k, top_p, min_p, OPTIONS.JOINT, WIDTH, OPTIONS.LOG_WIDTH)
                 x = tl.where(words >= last, x, NEG_INF)
-                stored = x.to(base_ptr.dtype.element_ty)
-        if logits_ptr is not None:
-            place = slot * stride_is + (column + k).to(tl.int64) * stride_ik + c
-            tl.store(out_ids_ptr + place, tl.where(used, targets, 0), mask=c < width)
-            place = slot * stride_ls + (column + k).to(tl.int64) * stride_lk + c
-            tl.store(logits_ptr + place, stored, mask=c < width)
+                stored = x.to(base.ptr.dtype.element_ty)
+        if out.logits_ptr is not None:
+            place = slot * out.stride_ids + (column + k).to(tl.int64) * out.stride_ids_position + c
+            tl.store(out.ids_ptr + place, tl.where(used, targets, 0), mask=c < width)
+            place = slot * out.stride_logits + (column + k).to(tl.int64) * out.stride_logits_position + c
+            tl.store(out.logits_ptr + place, stored, mask=c < width)
         key = x
-        if temperature_ptr is not None:
-            if lse_ptr is not None:
+        if state.temperature_ptr is not None:
+            if out.lse_ptr is not None:
                 top = tl.max(x, axis=0)
-                mass = tl.sum((tl.exp2(below_max(x, top) * scale) * ONE).to(tl.int64), axis=0)
-                tl.store(lse_ptr + slot * stride_es + column + k, log_sum_exp(top, mass, scale))
-            words = words_at(seed, targets, anchor + (first_draft + k + 1), noise_anchor, STREAM)
+                sumexp = tl.sum((tl.exp2(below_max(x, top) * scale) * ONE).to(tl.int64), axis=0)
+                tl.store(out.lse_ptr + slot * out.stride_lse + column + k, log_sum_exp(top, sumexp, scale))
+            words = words_at(seed, targets, anchor + (sizes.first_draft + k + 1), noise_anchor, OPTIONS.STREAM)
             key = tl.where(temperature > 0.0, x * scale - log2_exponential(words), x)
         word = tl.max(tl.where(used, pack(key, targets), 0), axis=0)
         previous = tl.where(word > 0, unpack_id(word), 0)
-        tl.store(tokens_ptr + slot * stride_ts + column + k, previous)
+        tl.store(out.tokens_ptr + slot * out.stride_tokens + column + k, previous)
         if adjust is not None:
             tl.debug_barrier()  # the path of k + 1 reads it
         ids = next_ids
-    tl.store(flags_ptr + request, flags)
+    tl.store(out.flags_ptr + request, flags)
     if confidence is not None:
         tl.debug_barrier()
-        _score(request, slot, state, head, hidden, confidence, tokens_ptr, stride_ts, score_ptr, num_drafts, first_draft, column,
-               WITH_MARKOV, DRAFTS)  # fmt: skip
+        _score(request, slot, state, head, hidden, confidence, out, scratch.score_ptr, sizes, OPTIONS.WITH_MARKOV, OPTIONS.DRAFTS)
 
 
 @triton.jit
 def _score(
-    request, slot, state, head, hidden, confidence, tokens_ptr, stride_ts, score_ptr, num_drafts, first_draft, column,
-    WITH_MARKOV: tl.constexpr, DRAFTS: tl.constexpr,
-):  # fmt: skip
+    request, slot, state, head, hidden, confidence, out, score_ptr, sizes, WITH_MARKOV: tl.constexpr, DRAFTS: tl.constexpr
+):
     """Confidence of all positions of one request, whose drafts are there."""
-    weight_ptr, bias_ptr, sts_ptr, scores_ptr, stride_cs, raw_ptr, stride_rs = confidence
     k = tl.arange(0, DRAFTS)
-    inside = k < num_drafts
-    raw = tl.load(score_ptr + request.to(tl.int64) * num_drafts + k, mask=inside, other=0.0, volatile=True)
+    inside = k < sizes.num_drafts
+    raw = tl.load(score_ptr + request.to(tl.int64) * sizes.num_drafts + k, mask=inside, other=0.0, volatile=True)
     if WITH_MARKOV:
-        w1_ptr, stride_1v, vocab_w1, rank = head[0], head[1], head[5], head[6]
-        anchor = tl.load(state[0] + slot * state[1]).to(tl.int64)
-        tokens_ptr += slot * stride_ts + column
+        rank = head.rank
+        anchor = tl.load(state.anchors_ptr + slot * state.stride_anchors).to(tl.int64)
+        tokens_ptr = out.tokens_ptr + (slot * out.stride_tokens + sizes.column)
         previous = tl.load(tokens_ptr + k - 1, mask=inside & (k > 0), other=-1, volatile=True)
         previous = tl.where(k == 0, anchor, previous)
-        known = inside & (previous >= 0) & (previous < vocab_w1)
+        known = inside & (previous >= 0) & (previous < head.vocab)
         for first in range(0, rank, SCORE_RANKS):
             i = first + tl.arange(0, SCORE_RANKS)
             there = known[:, None] & (i < rank)[None, :]
-            e = tl.load(w1_ptr + previous[:, None] * stride_1v + i[None, :], mask=there, other=0.0).to(tl.float32)
-            w = tl.load(weight_ptr + hidden[3] + i, mask=i < rank, other=0.0).to(tl.float32)
+            e = tl.load(head.w1_ptr + previous[:, None] * head.stride_w1 + i[None, :], mask=there, other=0.0).to(tl.float32)
+            w = tl.load(confidence.weight_ptr + hidden.size + i, mask=i < rank, other=0.0).to(tl.float32)
             raw += tl.sum(e * w[None, :], axis=1)
-    if bias_ptr is not None:
-        raw += tl.load(bias_ptr).to(tl.float32)
-    tl.store(raw_ptr + slot * stride_rs + column + k, raw, mask=inside)
-    if sts_ptr is not None:
-        raw = raw / tl.load(sts_ptr + first_draft + k, mask=inside, other=1.0)
-    tl.store(scores_ptr + slot * stride_cs + column + k, 1.0 / (1.0 + tl.exp(-raw)), mask=inside)
+    if confidence.bias_ptr is not None:
+        raw += tl.load(confidence.bias_ptr).to(tl.float32)
+    tl.store(confidence.raw_ptr + slot * confidence.stride_raw + sizes.column + k, raw, mask=inside)
+    if confidence.sts_ptr is not None:
+        raw = raw / tl.load(confidence.sts_ptr + sizes.first_draft + k, mask=inside, other=1.0)
+    scores_ptr = confidence.scores_ptr + slot * confidence.stride_scores + sizes.column + k
+    tl.store(scores_ptr, 1.0 / (1.0 + tl.exp(-raw)), mask=inside)
 
 
 @triton.jit
 def _latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests, num_slots, num_drafts, BLOCK_J: tl.constexpr):
     """The products with hidden states that are this program's; returns the first request they are for, and how many requests."""
-    outputs = tl.cdiv(latent[3], 16)
+    outputs = tl.cdiv(latent.outputs, 16)
     pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
     requests = pairs // num_drafts
     slots = state_slots(slots_ptr, requests, num_requests, num_slots)
@@ -420,36 +417,34 @@ def _awaited(request, latent, num_drafts):
     total = num_drafts
     if latent is not None:
         tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
-        total += tiles * tl.cdiv(latent[3], 16)
+        total += tiles * tl.cdiv(latent.outputs, 16)
     return total
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column", "latent_items", "parts"])
 def draft_candidates_kernel(
-    base,  # (logits [R, K, V], strides of R and K)
-    state,  # (anchors [S], stride, positions [S], stride, slots [R] or None, temperature [S] or None, seed [S])
-    bigrams,  # ([Vg, B], stride, Vg, B) or None
-    map_ptr,  # int64 [V] or None
-    adjust,  # settings of primitives/adjust.py, or None
-    filters,  # (top_k, top_p, min_p [S], each or None) or None
-    head,  # (W1 [V1, r], stride, W2 [V, r], stride, scale [V] or None, V1, r) or None
-    latent,  # of gated and rnn: (weight [O, ...], stride, bias [O], O, first column of hidden states, state [S, r] or None, stride)
-    hidden,  # ([R, K, H], strides of R and K, H) or None
-    confidence,  # (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated [S, K], stride, raw [S, K], stride) or None
-    out,  # (tokens, stride, ids, 2 strides, logits, 2 strides, lse, stride, flags)
-    keys_ptr,  # int32 [R, K, U]
-    units_ptr,  # int32 [R, K, C]
-    scratch,  # (ids int32 [R, K, C], bounds int32 [R, K, 2], score fp32 [R, K], and with a latent products fp32 [R, K, O], latent
-    # [R, r], states fp32 [R, 2, r])
-    row_count_ptr, request_count_ptr, status_ptr,  # int32 [R, K], [R], [R], zero before and after
-    num_requests, num_slots, num_drafts, vocab, num_targets, num_candidates, first_draft, column, latent_items, parts,
-    ADVANCE: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr, JOINT: tl.constexpr, LOG_WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
-    DRAFTS: tl.constexpr,
+    # Records of kernels/draft/args.py and kernels/args.py, by their fields' order.
+    base,  # BaseLogits
+    state,  # RequestState
+    successors,  # Successors or None
+    map_ptr,  # int64 [V], ids in the target's vocabulary, or None
+    adjust,  # Adjustments or None
+    filters,  # FilterSettings or None
+    head,  # CandidateHead or None
+    latent,  # Latent of a gated or rnn head, or None
+    hidden,  # Hidden or None
+    confidence,  # CandidateConfidence or None
+    out,  # SparseOutputs
+    selection,  # Selection
+    scratch,  # WalkScratch
+    counters,  # CandidateCounters
+    num_requests, num_slots, num_drafts,
+    widths,  # CandidateWidths
+    first_draft, column, latent_items, parts,
+    TILE: tl.constexpr,  # SelectionTile
+    OPTIONS: tl.constexpr,  # WalkOptions
 ):  # fmt: skip
-    base_ptr, stride_br, stride_bk = base
-    slots_ptr = state[4]
+    vocab = widths.vocab
     num_rows = num_requests * num_drafts
     program = tl.program_id(0)
     # Requests that this program arrives at when its part is done, and how many parts a request has.
@@ -458,7 +453,7 @@ def draft_candidates_kernel(
     if program < latent_items:
         if latent is not None:
             first, count = _latent_item(
-                program, slots_ptr, latent, hidden, scratch[3], num_requests, num_slots, num_drafts, BLOCK_J
+                program, state.slots_ptr, latent, hidden, scratch.products_ptr, num_requests, num_slots, num_drafts, OPTIONS.BLOCK_J
             )
     else:
         item = program - latent_items
@@ -466,46 +461,42 @@ def draft_candidates_kernel(
         part = item % parts
         request = row // num_drafts
         k = row % num_drafts
-        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        slot = _slot(state.slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            row_ptr = base_ptr + request.to(tl.int64) * stride_br + k.to(tl.int64) * stride_bk
+            row_ptr = base.ptr + request.to(tl.int64) * base.stride_request + k.to(tl.int64) * base.stride_position
             wide_row = row.to(tl.int64)
-            chunks = tl.cdiv(vocab, BLOCK)
-            choice = (map_ptr, num_targets, adjust, slot, slot * num_drafts + k)
+            chunks = tl.cdiv(vocab, TILE.BLOCK)
+            settings = RowSettings(map_ptr, widths.num_targets, adjust, slot, slot * num_drafts + k)
             nan = _store_unit_keys(
-                row_ptr, keys_ptr + wide_row * padded_units(tl.cdiv(vocab, GROUP)), choice, part * chunks // parts,
-                (part + 1) * chunks // parts, vocab, BLOCK, GROUP, SHIFT,
+                row_ptr, selection.keys_ptr + wide_row * padded_units(tl.cdiv(vocab, TILE.GROUP)), settings,
+                part * chunks // parts, (part + 1) * chunks // parts, vocab, TILE.BLOCK, TILE.GROUP, TILE.SHIFT,
             )  # fmt: skip
             if nan > 0:
-                tl.atomic_or(status_ptr + request, NAN, sem="relaxed")
+                tl.atomic_or(counters.status_ptr + request, NAN, sem="relaxed")
             if confidence is not None:
                 if part == 0:
-                    hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
-                    own_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + k.to(tl.int64) * stride_hk
-                    tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size))
-            if arrive(row_count_ptr + row, parts):
-                _keep_best(
-                    wide_row, row_ptr, choice, head, keys_ptr, units_ptr, scratch[0], scratch[1], num_rows, vocab, num_candidates,
-                    GROUP, UNITS, CHOSEN, WIDTH, SHIFT,
-                )  # fmt: skip
+                    own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
+                    tl.store(scratch.score_ptr + row, _hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
+            if arrive(counters.row_ptr + row, parts):
+                _keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, widths.num_candidates, TILE)
                 first = request
                 count = tl.full((), 1, tl.int32)
         else:
             if (k == 0) & (part == 0):
-                tl.store(out[10] + request, 0)
+                tl.store(out.flags_ptr + request, 0)
 
+    sizes = WalkSizes(num_drafts, vocab, widths.num_targets, widths.num_candidates, first_draft, column)
     for request in range(first, first + count):
-        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        slot = _slot(state.slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            if arrive(request_count_ptr + request, _awaited(request, latent, num_drafts)):
+            if arrive(counters.request_ptr + request, _awaited(request, latent, num_drafts)):
                 _walk(
-                    request, slot, status_ptr, base, state, bigrams, map_ptr, None, adjust, filters, head, latent, hidden,
-                    confidence, out, scratch, num_drafts, vocab, num_targets, num_candidates, first_draft, column,
-                    ADVANCE, STREAM, WITH_MARKOV, JOINT, LOG_WIDTH, WIDTH, SHIFT, BLOCK_R, BLOCK_O, BLOCK_J, DRAFTS,
+                    request, slot, counters.status_ptr, base, state, successors, map_ptr, None, adjust, filters, head, latent,
+                    hidden, confidence, out, selection, scratch, sizes, OPTIONS,
                 )  # fmt: skip
 
 
-ADVANCES = {None: no_latent, "vanilla": no_latent, "gated": advance_gated, "rnn": advance_rnn}
+_ADVANCES = {None: no_latent, "vanilla": no_latent, "gated": advance_gated, "rnn": advance_rnn}
 
 
 def latent_programs(rows, outputs):
@@ -513,25 +504,35 @@ def latent_programs(rows, outputs):
     return -(-rows // PAIRS.value) * -(-outputs // 16)
 
 
-def launch_draft_candidates(programs, args, *, kind, coupled, with_markov, joint, shift, config):
-    """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
-    draft_candidates_kernel[(programs,)](
-        *args,
-        ADVANCE=ADVANCES[kind],
+def selection_tile(config, shift) -> SelectionTile:
+    return SelectionTile(
+        BLOCK=config.block, GROUP=config.group, UNITS=config.units, CHOSEN=config.chosen, WIDTH=config.width, SHIFT=shift
+    )
+
+
+def walk_options(kind, coupled, with_markov, joint, shift, config) -> WalkOptions:
+    """kind: of the head, None, "vanilla", "gated" or "rnn"."""
+    return WalkOptions(
+        ADVANCE=_ADVANCES[kind],
         STREAM=COUPLED if coupled else DRAFT,
         WITH_MARKOV=with_markov,
         JOINT=joint,
         LOG_WIDTH=config.width.bit_length() - 1,
-        BLOCK=config.block,
-        GROUP=config.group,
-        UNITS=config.units,
-        CHOSEN=config.chosen,
         WIDTH=config.width,
         SHIFT=shift,
         BLOCK_R=config.block_r,
         BLOCK_O=config.block_o,
         BLOCK_J=config.block_j,
         DRAFTS=config.drafts,
+    )
+
+
+def launch_draft_candidates(programs, args, *, kind, coupled, with_markov, joint, shift, config):
+    """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
+    draft_candidates_kernel[(programs,)](
+        *args,
+        TILE=selection_tile(config, shift),
+        OPTIONS=walk_options(kind, coupled, with_markov, joint, shift, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

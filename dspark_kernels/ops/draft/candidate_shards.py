@@ -19,6 +19,7 @@ import torch
 
 from ... import library, workspace as workspaces
 from ...checks import check_int, check_tensor, check_type
+from ...kernels.draft.args import BaseLogits, CandidateList, CandidateWidths, GatheredLists, Selection, ShardWeights
 from ...launch import arch
 from ...launch.draft import candidates as launch
 from ...types import DraftBlock, MarkovHead, SparseProposal
@@ -42,6 +43,9 @@ def _finish_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     rows = requests * drafts
     lists = 2 * workspaces.words_of(rows * launch.MAX_CANDIDATES, torch.int32)
     return workspaces.words_of(requests, torch.int32), lists + workspaces.words_of(rows, torch.float32)
+
+
+NAMES = ("ids", "keys", "logits", "targets", "rows", "scales", "status")  # of the fields of a part
 
 
 def _fields(requests, drafts, candidates, dtype, w2, scaled, mapped) -> Fields:
@@ -215,21 +219,24 @@ def _draft_candidates_partial(
     positions = rows * drafts
     clean, carver = workspaces.Carver(counters, workspaces.RESERVED), workspaces.Carver(scratch)
     row_count, seen = (clean.take(positions, torch.int32) for _ in range(2))
-    keys = carver.take(positions * whole._units(width, config.group), torch.int32)
-    units, best = (carver.take(positions * candidates, torch.int32) for _ in range(2))
-    bounds = carver.take(2 * positions, torch.int32)
+    selection = Selection(
+        keys_ptr=carver.take(positions * whole._units(width, config.group), torch.int32),
+        units_ptr=carver.take(positions * candidates, torch.int32),
+        ids_ptr=carver.take(positions * candidates, torch.int32),
+        bounds_ptr=carver.take(2 * positions, torch.int32),
+    )
     weights = None
     if w2 is not None:
         stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
-        weights = (stored, w2.stride(0), w2_scale, w2.shape[1])
+        weights = ShardWeights(ptr=stored, stride=w2.stride(0), scale_ptr=w2_scale, rank=w2.shape[1])
     fields = _fields(rows, drafts, candidates, base_logits.dtype, w2, w2_scale is not None, draft_to_target is not None)
+    own = {f"{name}_ptr": fields.view(part, name) for name in NAMES}
     parts = launch.parts(gpu, positions, -(-max(1, held) // config.block))
     kernels.launch_candidates_partial(
         positions * parts,
         (
-            (base_logits, base_logits.stride(0), base_logits.stride(1)), state_indices, draft_to_target, adjust, weights,
-            tuple(fields.view(part, name) for name in ("ids", "keys", "logits", "targets", "rows", "scales", "status")),
-            keys, units, best, bounds, row_count, seen,
+            BaseLogits(ptr=base_logits, stride_request=base_logits.stride(0), stride_position=base_logits.stride(1)),
+            state_indices, draft_to_target, adjust, weights, CandidateList(**own), selection, row_count, seen,
             rows, slots, drafts, vocab_start, held, targets, candidates, parts,
         ),
         shift=whole.unused_bits(base_logits, adjust),
@@ -263,30 +270,31 @@ def _draft_candidates_finish(
     config = launch.merge_config(gpu, _config(gpu, base_logits, candidates, w2, outputs, sampling, mapped))
     travels = w2 is not None and w2.shape[0] == width
     fields = _fields(rows, drafts, candidates, base_logits.dtype, w2 if travels else None, travels and w2_scale is not None, mapped)
-    parts = {name: fields.view(gathered, name) for name in ("ids", "keys", "logits", "targets", "rows", "scales", "status")}
+    parts = {name: fields.view(gathered, name) for name in NAMES}
+    lists = GatheredLists(**{f"{name}_ptr": view for name, view in parts.items() if name != "scales"})
     positions = rows * drafts
     request_count = workspaces.Carver(counters, workspaces.RESERVED).take(rows, torch.int32)
     carver = workspaces.Carver(scratch)
     best, places = (carver.take(positions * candidates, torch.int32) for _ in range(2))
-    scores = carver.take(positions, torch.float32)
-    kind, head, latent, heard, confident, memory = whole.walk_bundles(
+    walk = whole.walk_records(
         w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias, sts_temperatures, confidence, confidence_logits,
-        head_state, rows, drafts, carver,
+        head_state, rows, drafts, carver.take(positions, torch.float32), carver,
     )  # fmt: skip
+    head = walk.head
     if travels:
-        head = (*head[:2], parts["rows"], 0, parts["scales"], *head[5:])
+        head = head._replace(w2_ptr=parts["rows"], stride_w2=0, scale_ptr=parts["scales"])
     latent_items = kernels.latent_programs(positions, outputs)
     kernels.launch_candidates_finish(
         latent_items + positions,
         (
-            (parts["ids"], parts["keys"]), parts["logits"], parts["targets"], parts["rows"], parts["status"],
-            (anchors, anchors.stride(0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed),
-            adjust, filters, head, latent, heard, confident, whole.written(tokens, ids, logits, lse, flags),
-            (best, None, scores, *memory), places, request_count,
-            rows, anchors.shape[0], drafts, vocab_size, targets, candidates, first_draft, column, latent_items,
-            gathered.shape[0], gathered.shape[1],
+            lists, whole.request_state(anchors, anchor_positions, state_indices, temperature, seed),
+            adjust, filters, head, walk.latent, walk.hidden, walk.confidence,
+            whole.sparse_outputs(tokens, ids, logits, lse, flags),
+            Selection(keys_ptr=None, units_ptr=None, ids_ptr=best, bounds_ptr=None), walk.scratch, places, request_count,
+            rows, anchors.shape[0], drafts, CandidateWidths(vocab=vocab_size, num_targets=targets, num_candidates=candidates),
+            first_draft, column, latent_items, gathered.shape[0], gathered.shape[1],
         ),
-        kind=kind,
+        kind=walk.kind,
         coupled=coupled,
         with_markov=weight is not None and weight.shape[0] > hidden.shape[2],
         joint=joint and filters is not None,

@@ -6,11 +6,27 @@ The proposal is sparse by construction. Oracle: reference/candidates.py. Source:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, check_int, check_tensor
+from ...kernels.draft.args import (
+    BaseLogits,
+    CandidateConfidence,
+    CandidateCounters,
+    CandidateHead,
+    CandidateWidths,
+    Hidden,
+    Latent,
+    RequestState,
+    Selection,
+    SparseOutputs,
+    Successors,
+    WalkScratch,
+)
 from ...launch import arch
 from ...launch.draft import candidates as launch
 from ...types import DraftBlock, SparseProposal
@@ -132,7 +148,7 @@ def _draft_candidates(
     kernels = library.kernels("draft.candidates", device)
     rows, drafts, vocab = base_logits.shape
     rank = 0 if w1 is None else w1.shape[1]
-    successors = 0 if bigrams is None else bigrams.shape[1]
+    listed_after = 0 if bigrams is None else bigrams.shape[1]
     sampling = Flat(
         temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
     )
@@ -141,33 +157,41 @@ def _draft_candidates(
     gpu = arch.current(device)
     weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
     settings = adjust is not None or filters is not None or draft_to_target is not None
-    config = launch.pick(gpu, drafts, vocab, candidates, successors, rank, weights, outputs, settings)
+    config = launch.pick(gpu, drafts, vocab, candidates, listed_after, rank, weights, outputs, settings)
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
-    row_count, request_count = clean.take(rows * drafts, torch.int32), clean.take(rows, torch.int32)
-    status = clean.take(rows, torch.int32)
     carver, positions = workspaces.Carver(scratch), rows * drafts
-    keys = carver.take(positions * _units(vocab, config.group), torch.int32)
-    units, best = (carver.take(positions * candidates, torch.int32) for _ in range(2))
-    bounds, scores = carver.take(2 * positions, torch.int32), carver.take(positions, torch.float32)
-    kind, head, latent, heard, confident, memory = walk_bundles(
+    counters = CandidateCounters(
+        row_ptr=clean.take(positions, torch.int32),
+        request_ptr=clean.take(rows, torch.int32),
+        status_ptr=clean.take(rows, torch.int32),
+    )
+    selection = Selection(
+        keys_ptr=carver.take(positions * _units(vocab, config.group), torch.int32),
+        units_ptr=carver.take(positions * candidates, torch.int32),
+        ids_ptr=carver.take(positions * candidates, torch.int32),
+        bounds_ptr=carver.take(2 * positions, torch.int32),
+    )
+    walk = walk_records(
         w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias, sts_temperatures, confidence, confidence_logits,
-        head_state, rows, drafts, carver,
+        head_state, rows, drafts, carver.take(positions, torch.float32), carver,
     )  # fmt: skip
-    follow = None if bigrams is None else (bigrams, bigrams.stride(0), bigrams.shape[0], successors)
+    successors = None
+    if bigrams is not None:
+        successors = Successors(ptr=bigrams, stride=bigrams.stride(0), vocab=bigrams.shape[0], count=listed_after)
     latent_items = kernels.latent_programs(positions, outputs)
     parts = launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_candidates(
         latent_items + positions * parts,
         (
-            (base_logits, base_logits.stride(0), base_logits.stride(1)),
-            (anchors, anchors.stride(0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed),
-            follow, draft_to_target, adjust, filters, head, latent, heard, confident,
-            written(tokens, ids, logits, lse, flags),
-            keys, units, (best, bounds, scores, *memory), row_count, request_count, status,
-            rows, anchors.shape[0], drafts, vocab, targets, candidates, first_draft, column, latent_items, parts,
+            BaseLogits(ptr=base_logits, stride_request=base_logits.stride(0), stride_position=base_logits.stride(1)),
+            request_state(anchors, anchor_positions, state_indices, temperature, seed),
+            successors, draft_to_target, adjust, filters, walk.head, walk.latent, walk.hidden, walk.confidence,
+            sparse_outputs(tokens, ids, logits, lse, flags), selection, walk.scratch, counters,
+            rows, anchors.shape[0], drafts, CandidateWidths(vocab=vocab, num_targets=targets, num_candidates=candidates),
+            first_draft, column, latent_items, parts,
         ),
-        kind=kind,
+        kind=walk.kind,
         coupled=coupled,
         with_markov=weight is not None and weight.shape[0] > hidden.shape[2],
         joint=joint and filters is not None,
@@ -185,37 +209,92 @@ def stride_of(tensor: Tensor | None, dim: int) -> int:
     return 0 if tensor is None else tensor.stride(dim)
 
 
-def written(tokens, ids, logits, lse, flags) -> tuple:
-    """`out` of kernels/draft/candidates.py."""
-    laws = (ids, stride_of(ids, 0), stride_of(ids, 1), logits, stride_of(logits, 0), stride_of(logits, 1), lse, stride_of(lse, 0))
-    return (tokens, tokens.stride(0), *laws, flags)
+def request_state(anchors, anchor_positions, state_indices, temperature, seed) -> RequestState:
+    return RequestState(
+        anchors_ptr=anchors,
+        stride_anchors=anchors.stride(0),
+        positions_ptr=anchor_positions,
+        stride_positions=anchor_positions.stride(0),
+        slots_ptr=state_indices,
+        temperature_ptr=temperature,
+        seed_ptr=seed,
+    )
 
 
-def walk_bundles(
+def sparse_outputs(tokens, ids, logits, lse, flags) -> SparseOutputs:
+    return SparseOutputs(
+        tokens_ptr=tokens,
+        stride_tokens=tokens.stride(0),
+        ids_ptr=ids,
+        stride_ids=stride_of(ids, 0),
+        stride_ids_position=stride_of(ids, 1),
+        logits_ptr=logits,
+        stride_logits=stride_of(logits, 0),
+        stride_logits_position=stride_of(logits, 1),
+        lse_ptr=lse,
+        stride_lse=stride_of(lse, 0),
+        flags_ptr=flags,
+    )
+
+
+def hidden_states(hidden: Tensor | None) -> Hidden | None:
+    if hidden is None:
+        return None
+    return Hidden(ptr=hidden, stride_request=hidden.stride(0), stride_position=hidden.stride(1), size=hidden.shape[2])
+
+
+def head_records(w1, w2, w2_scale, latent_weight, latent_bias, head_state=None) -> tuple[str | None, CandidateHead, Latent]:
+    """(kind of head, its record, that of a gated or rnn head), each None where the call has no such thing."""
+    if w1 is None:
+        return None, None, None
+    # Bytes of e4m3 are decoded by the kernel: not every architecture has the type.
+    stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
+    head = CandidateHead(
+        w1_ptr=w1, stride_w1=w1.stride(0), w2_ptr=stored, stride_w2=w2.stride(0), scale_ptr=w2_scale, vocab=w1.shape[0],
+        rank=w1.shape[1],
+    )  # fmt: skip
+    if latent_weight is None:
+        return "vanilla", head, None
+    outputs, rank = latent_weight.shape[0], w1.shape[1]
+    # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
+    kind, hidden_column = ("gated", 0) if outputs == rank else ("rnn", 2 * rank)
+    latent = Latent(
+        weight_ptr=latent_weight, stride_weight=latent_weight.stride(0), bias_ptr=latent_bias, outputs=outputs,
+        hidden_column=hidden_column, carried_ptr=head_state, stride_carried=stride_of(head_state, 0),
+    )  # fmt: skip
+    return kind, head, latent
+
+
+class Walk(NamedTuple):
+    """What the walk over a request's positions takes of a head and of confidence."""
+
+    kind: str | None
+    head: CandidateHead | None
+    latent: Latent | None
+    hidden: Hidden | None
+    confidence: CandidateConfidence | None
+    scratch: WalkScratch
+
+
+def walk_records(
     w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias, sts_temperatures, confidence, confidence_logits, head_state,
-    rows, drafts, carver,
-) -> tuple:  # fmt: skip
-    """(kind of head, then `head`, `latent`, `hidden`, `confidence` of kernels/draft/candidates.py, (products, latents, states) of its
-    scratch)."""
-    head = latent = heard = confident = kind = products = latents = states = None
-    if w1 is not None:
-        # Bytes of e4m3 are decoded by the kernel: not every architecture has the type.
-        stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
-        head, kind = (w1, w1.stride(0), stored, w2.stride(0), w2_scale, w1.shape[0], w1.shape[1]), "vanilla"
-    if latent_weight is not None:
-        rank, outputs = w1.shape[1], latent_weight.shape[0]
-        kind, columns = ("gated", 0) if outputs == rank else ("rnn", 2 * rank)
-        carried = (head_state, stride_of(head_state, 0))
-        latent = (latent_weight, latent_weight.stride(0), latent_bias, outputs, columns, *carried)
-        products = carver.take(rows * drafts * outputs, torch.float32)
+    rows, drafts, scores, carver,
+) -> Walk:  # fmt: skip
+    """scores: fp32 [R, K] of the scratch; what a gated or rnn head needs beside it is taken from `carver`."""
+    kind, head, latent = head_records(w1, w2, w2_scale, latent_weight, latent_bias, head_state)
+    products = latents = states = None
+    if latent is not None:
+        products = carver.take(rows * drafts * latent.outputs, torch.float32)
         # Rounded to W1's type where W2 has the same or is exact in it, as in the dense form.
         exact = w2.dtype in (w1.dtype, torch.int8, torch.float8_e4m3fn)
-        latents = carver.take(rows * rank, w1.dtype if exact else torch.float32)
+        latents = carver.take(rows * head.rank, w1.dtype if exact else torch.float32)
         if kind == "rnn":
-            states = carver.take(2 * rows * rank, torch.float32)
-    if hidden is not None:
-        heard = (hidden, hidden.stride(0), hidden.stride(1), hidden.shape[2])
+            states = carver.take(2 * rows * head.rank, torch.float32)
+    confident = None
     if weight is not None:
-        results = (confidence, confidence.stride(0), confidence_logits, confidence_logits.stride(0))
-        confident = (weight, bias, sts_temperatures, *results)
-    return kind, head, latent, heard, confident, (products, latents, states)
+        confident = CandidateConfidence(
+            weight_ptr=weight, bias_ptr=bias, sts_ptr=sts_temperatures, scores_ptr=confidence, stride_scores=confidence.stride(0),
+            raw_ptr=confidence_logits, stride_raw=confidence_logits.stride(0),
+        )  # fmt: skip
+    scratch = WalkScratch(score_ptr=scores, products_ptr=products, latent_ptr=latents, states_ptr=states)
+    return Walk(kind, head, latent, hidden_states(hidden), confident, scratch)

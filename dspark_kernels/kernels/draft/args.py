@@ -1,0 +1,551 @@
+"""Records that the kernels of a draft block take. Needs no Triton: ops build them, or a kernel builds them from its arguments.
+
+Symbols: R requests, K positions, V vocabulary of the head, V1 rows of W1, r rank, H hidden size, S state slots, C candidates, N
+ranks, O outputs of a gated (r) or rnn (3 r) head, U vocabulary blocks of a row. None where a call has no such thing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..args import Adjustments, Pointer
+
+# --- what every draft block takes -------------------------------------------------------------------------------------
+
+
+class BaseLogits(NamedTuple):
+    """Logits of the drafter [R, K, V], last dimension contiguous."""
+
+    ptr: Pointer
+    stride_request: int
+    stride_position: int
+
+
+class RequestState(NamedTuple):
+    """What a request brings, by state slot."""
+
+    anchors_ptr: Pointer  # int [S]
+    stride_anchors: int
+    positions_ptr: Pointer  # int [S], of the anchors
+    stride_positions: int
+    slots_ptr: Pointer | None  # int32 [R]; None: a request's slot is its row
+    temperature_ptr: Pointer | None  # fp32 [S]; None: every row is greedy
+    seed_ptr: Pointer | None  # int64 [S]
+
+
+class Hidden(NamedTuple):
+    """Hidden states [R, K, H], last dimension contiguous."""
+
+    ptr: Pointer
+    stride_request: int
+    stride_position: int
+    size: int  # H
+
+
+# --- dense: the whole vocabulary, in tiles of ids for the whole batch -------------------------------------------------
+
+
+class Head(NamedTuple):
+    """Low-rank head of a dense block: bias(v) = scale_v * W2[v] . latent. On shards W2 and its scales are the rank's."""
+
+    w1_ptr: Pointer  # [V1, r]
+    w2_ptr: Pointer | None  # [V, r], e4m3 as bytes
+    scale_ptr: Pointer | None  # fp32 [V]
+    stride_w1: int
+    stride_w2: int
+    vocab: int  # V1
+    rank: int  # r
+
+
+class Mixer(NamedTuple):
+    """What a gated or rnn head adds: its weights, and the scratch of its latents. In a draft tree positions are nodes."""
+
+    weight_ptr: Pointer  # [O, columns]
+    bias_ptr: Pointer  # [O]
+    stride_weight: int
+    hidden_column: int  # first column of the hidden state
+    w1_column: int  # first column of W1[x]
+    hoisted_ptr: Pointer  # fp32 [R, K, O], the products with hidden states
+    latent_ptr: Pointer  # [R, r], in the type of the product with W2
+    state_ptr: Pointer | None  # fp32 [2, R, r] of an rnn: two tables that take turns
+    carried_ptr: Pointer | None  # fp32 [S, r]: the state of earlier and for later drafts
+    stride_carried: int
+
+
+class HeadKind(NamedTuple):
+    """How a dense head computes, one constexpr. Functions are of kernels/draft/heads.py and primitives/widen.py."""
+
+    latent: Callable | None  # latents of a gated or rnn head; None: they are W1[x]
+    parts: int  # parts of r outputs: 0, 1 (gated), 3 (rnn)
+    widen: Callable  # stored W2 to the type of its product
+    dot_type: Any  # of the product with W2
+    mix_type: Any  # of the products that make latents
+
+    @property
+    def cache_key(self) -> str:
+        """Triton's disk cache knows functions inside a tuple by name alone; this names their source, too."""
+        return "-".join(getattr(field, "cache_key", str(field)) for field in self)
+
+
+class Confidence(NamedTuple):
+    """Confidence head of a dense block and what it writes."""
+
+    weight_ptr: Pointer  # [H] or [H+r]
+    bias_ptr: Pointer | None  # [1]
+    sts_ptr: Pointer | None  # fp32 [K], temperatures of positions
+    scores_ptr: Pointer  # fp32 [S, K], calibrated
+    raw_ptr: Pointer  # fp32 [S, K], logits
+    stride_scores: int
+    stride_raw: int
+
+
+class Support(NamedTuple):
+    """Filters of a dense block and the support that they leave of a row; G groups of 128 ids."""
+
+    top_k_ptr: Pointer | None  # int32 [S]
+    top_p_ptr: Pointer | None  # fp32 [S]
+    min_p_ptr: Pointer | None  # fp32 [S]
+    threshold_ptr: Pointer  # int64 [R]; in support: key > threshold, or key = threshold and id <= cut
+    cut_ptr: Pointer  # int32 [R]
+    maxima_ptr: Pointer  # fp32 [R, G], scratch
+    groups_ptr: Pointer  # int32 [R, G], scratch
+    keys_ptr: Pointer  # int32 [R, BLOCK], scratch
+    ids_ptr: Pointer  # int32 [R, BLOCK], scratch
+
+
+class BlockInputs(NamedTuple):
+    """Pointers that a dense block reads; their strides are in `BlockStrides`."""
+
+    base_ptr: Pointer  # [R, K, V]
+    anchors_ptr: Pointer  # int [S]
+    positions_ptr: Pointer  # int [S]
+    slots_ptr: Pointer | None  # int32 [R]
+    map_ptr: Pointer | None  # int64 [V], ids in the target's vocabulary
+
+
+class Sampling(NamedTuple):
+    """How a block samples; None: every row is greedy."""
+
+    temperature_ptr: Pointer | None  # fp32 [S]
+    seed_ptr: Pointer | None  # int64 [S]
+
+
+class BlockResults(NamedTuple):
+    """Pointers that a dense block writes; their strides are in `BlockStrides`."""
+
+    tokens_ptr: Pointer  # int64 [S, K]
+    logits_ptr: Pointer | None  # [S, K, V]
+    lse_ptr: Pointer | None  # fp32 [S, K]
+    flags_ptr: Pointer  # int32 [R]
+
+
+class BlockStrides(NamedTuple):
+    """Strides of the tensors of a dense block."""
+
+    base_request: int
+    base_position: int
+    anchors: int
+    positions: int
+    hidden_request: int
+    hidden_position: int
+    tokens: int
+    logits: int
+    logits_position: int
+    lse: int
+
+
+class BlockScratch(NamedTuple):
+    """Scratch of a dense block. U vocabulary sub-blocks of 64 ids."""
+
+    best_ptr: Pointer  # int64 [K, R], the winners' packed keys, zero before and after
+    status_ptr: Pointer  # int32 [R], zero before and after
+    barrier_ptr: Pointer  # int32 [1]
+    unit_max_ptr: Pointer  # fp32 [R, K, U]
+    unit_sumexp_ptr: Pointer  # int64 [R, K, U]
+
+
+class BlockWidths(NamedTuple):
+    """Sizes of a dense block's rows."""
+
+    vocab: int  # V
+    num_targets: int  # ids of the target
+    hidden: int  # H
+
+
+class DraftOutputs(NamedTuple):
+    """What a dense block writes, each pointer with its strides."""
+
+    tokens_ptr: Pointer  # int64 [S, K]
+    stride_tokens: int
+    logits_ptr: Pointer | None  # [S, K, V]
+    stride_logits: int
+    stride_logits_position: int
+    lse_ptr: Pointer | None  # fp32 [S, K]
+    stride_lse: int
+    flags_ptr: Pointer  # int32 [R]
+
+
+class BlockSizes(NamedTuple):
+    """Sizes of a dense block, and where its drafts stand in a round."""
+
+    num_requests: int  # R
+    num_slots: int  # S
+    num_drafts: int  # K
+    vocab: int  # V
+    num_targets: int  # ids of the target
+    first_draft: int  # number of the first draft in its round
+    column: int  # of the first draft in the outputs
+
+
+class BlockOptions(NamedTuple):
+    """Choices of a dense block, one constexpr."""
+
+    STREAM: int  # of the noise
+    WITH_MARKOV: bool  # the confidence head reads W1[x], too
+    ONE_TILE: bool  # ROWS covers all requests
+    JOINT: bool  # filters judge jointly, not one after another
+    GROUPS: int  # padded number of groups of a row, with filters
+
+
+class BlockTile(NamedTuple):
+    """Sizes of the tiles of a dense block, one constexpr."""
+
+    ROWS: int  # requests
+    BLOCK_V: int  # ids
+    BLOCK_R: int  # ranks of W2 per dot
+    BLOCK_J: int  # latents
+    BLOCK_N: int  # products with hidden states
+    BLOCK_S: int  # columns of a weight per dot
+
+
+class Path(NamedTuple):
+    """Drafts of a round before position k of a dense block, for primitives/adjust.py."""
+
+    tokens_ptr: Pointer  # int64 [S, K]
+    stride_tokens: int
+    slots: Any  # int64 [ROWS]
+    last: Any  # number of the draft that is not among the tokens yet, or the path's length
+    previous: Any  # int64 [ROWS], that draft
+
+
+# --- dense on vocabulary shards ---------------------------------------------------------------------------------------
+
+
+class ShardInputs(NamedTuple):
+    """Pointers that a part reads; their strides are in `ShardStrides`. W columns of a shard."""
+
+    base_ptr: Pointer  # [R, K, W]
+    anchors_ptr: Pointer  # int [S]
+    positions_ptr: Pointer  # int [S]
+    map_ptr: Pointer | None  # int64 [W], ids in the target's vocabulary
+
+
+class ShardState(NamedTuple):
+    """More pointers of a part, by request and state slot."""
+
+    hidden_ptr: Pointer | None  # [R, K, H]
+    temperature_ptr: Pointer | None  # fp32 [S]
+    seed_ptr: Pointer | None  # int64 [S]
+    slots_ptr: Pointer | None  # int32 [R]
+    tokens_ptr: Pointer  # int64 [S, K], drafts before position k
+    logits_ptr: Pointer | None  # [S, K, W], written
+
+
+class ShardPart(NamedTuple):
+    """What a rank sends of one position. U vocabulary sub-blocks of 64 ids that a shard can touch."""
+
+    words_ptr: Pointer  # int64 [R], the best packed key
+    status_ptr: Pointer  # int64 [R]
+    unit_max_ptr: Pointer | None  # fp32 [R, U]
+    unit_sumexp_ptr: Pointer | None  # int64 [R, U]
+
+
+class ShardCounters(NamedTuple):
+    """Counters of a part, zero before and after."""
+
+    best_ptr: Pointer  # int64 [R]
+    seen_ptr: Pointer  # int32 [R]
+    arrivals_ptr: Pointer  # int32 [1]
+    barrier_ptr: Pointer  # int32 [1], which keeps its count
+
+
+class ShardStrides(NamedTuple):
+    """Strides of the tensors of a part."""
+
+    base_request: int
+    base_position: int
+    anchors: int
+    positions: int
+    hidden_request: int
+    hidden_position: int
+    tokens: int
+    logits: int
+    logits_position: int
+
+
+class ShardColumns(NamedTuple):
+    """Which ids a part walks: all are global, columns are the shard's."""
+
+    num_targets: int  # ids of the target
+    held: int  # columns with an id of the vocabulary
+    width: int  # W
+    first_unit: int  # number of the first sub-block
+    num_units: int  # U
+
+
+class ShardPlace(NamedTuple):
+    """Which position a part is of, and of which batch."""
+
+    k: int  # position in this block
+    num_requests: int  # R
+    num_slots: int  # S
+    num_drafts: int  # K
+    first_draft: int  # number of the block's first draft in its round
+    column: int  # of the block's first draft in the outputs
+
+
+class ShardOptions(NamedTuple):
+    """Choices of a part, one constexpr."""
+
+    STREAM: int  # of the noise
+    ONE_TILE: bool  # ROWS covers all requests
+
+
+class GatheredParts(NamedTuple):
+    """The parts of all ranks."""
+
+    words_ptr: Pointer  # int64 [N, R]
+    status_ptr: Pointer  # int64 [N, R]
+    unit_max_ptr: Pointer | None  # fp32 [N, R, U]
+    unit_sumexp_ptr: Pointer | None  # int64 [N, R, U]
+
+
+class FinishInputs(NamedTuple):
+    """Pointers of the finish of a position; their strides are in `FinishStrides`."""
+
+    temperature_ptr: Pointer | None  # fp32 [S]
+    slots_ptr: Pointer | None  # int32 [R]
+    tokens_ptr: Pointer  # int64 [S, K], written
+    lse_ptr: Pointer | None  # fp32 [S, K], written
+    flags_ptr: Pointer  # int32 [R], those of earlier positions included; written
+
+
+class FinishStrides(NamedTuple):
+    """Strides of the tensors of a finish."""
+
+    anchors: int
+    hidden_request: int
+    hidden_position: int
+    tokens: int
+    lse: int
+
+
+# --- candidates: the C best of every position -------------------------------------------------------------------------
+
+
+class CandidateHead(NamedTuple):
+    """Low-rank head on candidates, or at nodes of a best-first tree: bias(v) = scale_v * W2[v] . latent."""
+
+    w1_ptr: Pointer  # [V1, r]
+    stride_w1: int
+    w2_ptr: Pointer  # [V, r], e4m3 as bytes; on shards [N, R, K, C, r] where rows are gathered
+    stride_w2: int
+    scale_ptr: Pointer | None  # fp32 [V]; on shards [N, R, K, C]
+    vocab: int  # V1
+    rank: int  # r
+
+
+class Latent(NamedTuple):
+    """Weights of a gated or rnn head on candidates, or at nodes of a best-first tree."""
+
+    weight_ptr: Pointer  # [O, columns]
+    stride_weight: int
+    bias_ptr: Pointer  # [O]
+    outputs: int  # O
+    hidden_column: int  # first column of the hidden state
+    carried_ptr: Pointer | None  # fp32 [S, r]: the state of earlier and for later drafts
+    stride_carried: int
+
+
+class Turn(NamedTuple):
+    """The position that a latent is advanced to."""
+
+    k: int
+    num_drafts: int  # K
+    first_draft: int  # number of the block's first draft in its round
+    slot: int
+
+
+class CandidateConfidence(NamedTuple):
+    """Confidence head of a block on candidates and what it writes."""
+
+    weight_ptr: Pointer  # [H] or [H+r]
+    bias_ptr: Pointer | None  # [1]
+    sts_ptr: Pointer | None  # fp32 [K], temperatures of positions
+    scores_ptr: Pointer  # fp32 [S, K], calibrated
+    stride_scores: int
+    raw_ptr: Pointer  # fp32 [S, K], logits
+    stride_raw: int
+
+
+class Successors(NamedTuple):
+    """Ids that are candidates after a token: int [V, B]."""
+
+    ptr: Pointer
+    stride: int
+    vocab: int  # rows
+    count: int  # B
+
+
+class RowSettings(NamedTuple):
+    """What is done to the logits of one row before temperature, and which ids they stand for."""
+
+    map_ptr: Pointer | None  # int64 [V], ids in the target's vocabulary
+    num_targets: int  # ids of the target
+    adjust: Adjustments | None
+    slot: int
+    mask_row: int  # row of the bit mask
+
+
+class SparseOutputs(NamedTuple):
+    """What a block on candidates writes; C includes listed successors."""
+
+    tokens_ptr: Pointer  # int64 [S, K]
+    stride_tokens: int
+    ids_ptr: Pointer | None  # int64 [S, K, C]
+    stride_ids: int
+    stride_ids_position: int
+    logits_ptr: Pointer | None  # [S, K, C]
+    stride_logits: int
+    stride_logits_position: int
+    lse_ptr: Pointer | None  # fp32 [S, K]
+    stride_lse: int
+    flags_ptr: Pointer  # int32 [R]
+
+
+class Selection(NamedTuple):
+    """Scratch in which the C best of every row are found; U vocabulary sub-blocks, padded."""
+
+    keys_ptr: Pointer | None  # int32 [R, K, U], keys of the sub-blocks' maxima
+    units_ptr: Pointer | None  # int32 [R, K, C], the best sub-blocks
+    ids_ptr: Pointer  # int32 [R, K, C], the best ids, ascending
+    bounds_ptr: Pointer | None  # int32 [R, K, 2]: least key among them, and the last id with it
+
+
+class WalkScratch(NamedTuple):
+    """Scratch of the walk over a request's positions."""
+
+    score_ptr: Pointer  # fp32 [R, K], the confidence head's products with hidden states
+    products_ptr: Pointer | None  # fp32 [R, K, O], the gated or rnn head's
+    latent_ptr: Pointer | None  # [R, r]
+    states_ptr: Pointer | None  # fp32 [R, 2, r]
+
+
+class CandidateCounters(NamedTuple):
+    """Counters of a block on candidates, zero before and after."""
+
+    row_ptr: Pointer  # int32 [R, K]
+    request_ptr: Pointer  # int32 [R]
+    status_ptr: Pointer  # int32 [R]
+
+
+class CandidateWidths(NamedTuple):
+    """Sizes of the rows of a block on candidates."""
+
+    vocab: int  # V
+    num_targets: int  # ids of the target
+    num_candidates: int  # C
+
+
+class WalkSizes(NamedTuple):
+    """Sizes of a request's walk, and where its drafts stand in a round."""
+
+    num_drafts: int  # K
+    vocab: int  # ids that a row's list may hold at most
+    num_targets: int  # ids of the target
+    num_candidates: int  # C
+    first_draft: int  # number of the first draft in its round
+    column: int  # of the first draft in the outputs
+
+
+class SelectionTile(NamedTuple):
+    """Sizes of the search for the C best, one constexpr."""
+
+    BLOCK: int  # ids of a chunk
+    GROUP: int  # ids of a sub-block
+    UNITS: int  # padded number of sub-blocks of a row
+    CHOSEN: int  # padded number of sub-blocks that are read again
+    WIDTH: int  # padded number of candidates
+    SHIFT: int  # low bits that no key sets
+
+
+class WalkOptions(NamedTuple):
+    """Choices and sizes of the walk over a request's positions, one constexpr."""
+
+    ADVANCE: Callable  # of kernels/draft/candidate_heads.py: the latent of the next position
+    STREAM: int  # of the noise
+    WITH_MARKOV: bool  # the confidence head reads W1[x], too
+    JOINT: bool  # filters judge jointly, not one after another
+    LOG_WIDTH: int
+    WIDTH: int  # padded number of candidates and successors
+    SHIFT: int  # low bits that no key sets
+    BLOCK_R: int  # ranks of W2 at a time
+    BLOCK_O: int  # outputs of a latent at a time
+    BLOCK_J: int  # columns of its weight at a time
+    DRAFTS: int  # padded number of positions
+
+    @property
+    def cache_key(self) -> str:
+        """Triton's disk cache knows functions inside a tuple by name alone; this names their source, too."""
+        return "-".join(getattr(field, "cache_key", str(field)) for field in self)
+
+
+# --- candidates on vocabulary shards ----------------------------------------------------------------------------------
+
+
+class ShardWeights(NamedTuple):
+    """W2 of a shard, where the rows of its candidates are to be gathered."""
+
+    ptr: Pointer  # [W, r]
+    stride: int
+    scale_ptr: Pointer | None  # fp32 [W]
+    rank: int  # r
+
+
+class CandidateList(NamedTuple):
+    """What a rank sends: its C best of every position."""
+
+    ids_ptr: Pointer  # int32 [R, K, C], ascending, -1 = none
+    keys_ptr: Pointer  # int32 [R, K, C], after penalties, bias and mask
+    logits_ptr: Pointer  # [R, K, C]
+    targets_ptr: Pointer | None  # int32 [R, K, C], ids in the target's vocabulary
+    rows_ptr: Pointer | None  # [R, K, C, r], of W2
+    scales_ptr: Pointer | None  # fp32 [R, K, C]
+    status_ptr: Pointer  # int32 [R, K]
+
+
+class GatheredLists(NamedTuple):
+    """The lists of all ranks."""
+
+    ids_ptr: Pointer  # int32 [N, R, K, C]
+    keys_ptr: Pointer  # int32 [N, R, K, C]
+    logits_ptr: Pointer  # [N, R, K, C]
+    targets_ptr: Pointer | None  # int32 [N, R, K, C]
+    rows_ptr: Pointer | None  # [N, R, K, C, r]: W2 of the head where rows are gathered
+    status_ptr: Pointer  # int32 [N, R, K]
+
+
+class Merged(NamedTuple):
+    """Where the candidates of a walk lie among the parts of all ranks."""
+
+    places_ptr: Pointer  # int32 [R, K, C]: rank * C + entry in that rank's list of a position
+    stride_part: int  # int64 words of a rank's part
+    targets_ptr: Pointer | None  # int32 [N, R, K, C]; None: an id is its own target id
+    rows_ptr: Pointer | None  # [N, R, K, C, r]; None: W2 is whole
+    shards: int  # N
+
+
+class ListTile(NamedTuple):
+    """Sizes of the merge of lists, one constexpr."""
+
+    SHARDS: int  # padded number of ranks
+    WIDTH: int  # padded number of candidates
