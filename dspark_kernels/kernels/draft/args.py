@@ -239,8 +239,8 @@ class ShardInputs(NamedTuple):
     map_ptr: Pointer | None  # int64 [W], ids in the target's vocabulary
 
 
-class ShardState(NamedTuple):
-    """More pointers of a part, by request and state slot."""
+class ShardTensors(NamedTuple):
+    """More pointers of a part; their strides are in `ShardStrides`."""
 
     hidden_ptr: Pointer | None  # [R, K, H]
     temperature_ptr: Pointer | None  # fp32 [S]
@@ -248,6 +248,24 @@ class ShardState(NamedTuple):
     slots_ptr: Pointer | None  # int32 [R]
     tokens_ptr: Pointer  # int64 [S, K], drafts before position k
     logits_ptr: Pointer | None  # [S, K, W], written
+
+
+class ShardOutputs(NamedTuple):
+    """Drafts before position k, which are read, and the logits that a part writes."""
+
+    tokens_ptr: Pointer  # int64 [S, K]
+    stride_tokens: int
+    logits_ptr: Pointer | None  # [S, K, W]
+    stride_logits: int
+    stride_logits_position: int
+
+
+class ShardPath(NamedTuple):
+    """Drafts of a round before position k of a part, for primitives/adjust.py."""
+
+    tokens_ptr: Pointer  # int64 [S, K]
+    stride_tokens: int
+    slots: Any  # int64 [ROWS]
 
 
 class ShardPart(NamedTuple):
@@ -286,6 +304,7 @@ class ShardColumns(NamedTuple):
     """Which ids a part walks: all are global, columns are the shard's."""
 
     num_targets: int  # ids of the target
+    start: int  # id of the first column
     held: int  # columns with an id of the vocabulary
     width: int  # W
     first_unit: int  # number of the first sub-block
@@ -319,7 +338,7 @@ class GatheredParts(NamedTuple):
     unit_sumexp_ptr: Pointer | None  # int64 [N, R, U]
 
 
-class FinishInputs(NamedTuple):
+class FinishTensors(NamedTuple):
     """Pointers of the finish of a position; their strides are in `FinishStrides`."""
 
     temperature_ptr: Pointer | None  # fp32 [S]
@@ -327,6 +346,14 @@ class FinishInputs(NamedTuple):
     tokens_ptr: Pointer  # int64 [S, K], written
     lse_ptr: Pointer | None  # fp32 [S, K], written
     flags_ptr: Pointer  # int32 [R], those of earlier positions included; written
+
+
+class FinishWidths(NamedTuple):
+    """Sizes of a finish."""
+
+    shards: int  # N
+    num_units: int  # U
+    hidden: int  # H
 
 
 class FinishStrides(NamedTuple):

@@ -369,9 +369,7 @@ def _walk(
 
 
 @triton.jit
-def _score(
-    request, slot, state, head, hidden, confidence, out, score_ptr, sizes, WITH_MARKOV: tl.constexpr, DRAFTS: tl.constexpr
-):
+def _score(request, slot, state, head, hidden, confidence, out, score_ptr, sizes, WITH_MARKOV: tl.constexpr, DRAFTS: tl.constexpr):
     """Confidence of all positions of one request, whose drafts are there."""
     k = tl.arange(0, DRAFTS)
     inside = k < sizes.num_drafts

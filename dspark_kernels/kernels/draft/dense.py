@@ -24,268 +24,254 @@ from ..primitives.mass import NEG_INF, ONE, below_max, log2_scale, masses, numbe
 from ..primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, words_at
 from ..primitives.race import NOBODY, pack
 from ..primitives.slots import state_slots
-from ..primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
+from .args import BaseLogits, BlockOptions, BlockSizes, DraftOutputs, Hidden, Path, RequestState
 from .filters import filter_rows, mask_rows
-from .heads import DOT_ROWS, gated_latent, hoist, keep_state, low_rank_bias, rnn_latent, w2_tile
+from .heads import DOT_ROWS, block_tile, head_kind, hoist, keep_state, low_rank_bias, w2_tile
 from .rows import NAN, UNIT, finish, previous_tokens, settle
 
 
 @triton.jit
-def latents(
-    k, anchors_ptr, best_ptr, slots_ptr, head, mixer, num_requests, num_slots, num_drafts, stride_a,
-    MIX: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
-):  # fmt: skip
+def latents(k, state, best_ptr, head, mixer, sizes, KIND: tl.constexpr, TILE: tl.constexpr):
     """Latents of position k, rounded to the type of the W2 product: a program takes BLOCK_J of r for DOT_ROWS requests."""
-    _, _, _, _, _, vocab_w1, rank = head
-    latent_ptr = mixer[6]
+    BLOCK_J: tl.constexpr = TILE.BLOCK_J
+    rank, num_requests = head.rank, sizes.num_requests
     tiles = tl.cdiv(rank, BLOCK_J)
     for item in range(tl.program_id(0), tiles * tl.cdiv(num_requests, DOT_ROWS), tl.num_programs(0)):
         j = item % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
         requests = item // tiles * DOT_ROWS + tl.arange(0, DOT_ROWS)
-        slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+        slots = state_slots(state.slots_ptr, requests, num_requests, sizes.num_slots)
         live = slots >= 0
-        previous = previous_tokens(anchors_ptr, stride_a, best_ptr, requests, slots, k, num_requests)
-        known = live & (previous >= 0) & (previous < vocab_w1)
-        latent = MIX(mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts, BLOCK_S, MIX_TYPE)
-        at = latent_ptr + requests.to(tl.int64)[None, :] * rank + j[:, None]
-        tl.store(at, latent.to(latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
+        previous = previous_tokens(state, best_ptr, requests, slots, k, num_requests)
+        known = live & (previous >= 0) & (previous < head.vocab)
+        latent = KIND.latent(
+            mixer, head, j, requests, live, previous, known, k, num_requests, sizes.num_drafts, TILE.BLOCK_S, KIND.mix_type
+        )  # fmt: skip
+        at = mixer.latent_ptr + requests.to(tl.int64)[None, :] * rank + j[:, None]
+        tl.store(at, latent.to(mixer.latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
 
 
 @triton.jit
 def _drafted(j, path):
     """PATH of adjusted: drafts of this round, the last of which is still in its word and not among the tokens."""
-    tokens_ptr, stride_ts, slots, last, previous = path
-    token = tl.load(tokens_ptr + slots * stride_ts + j, mask=(slots >= 0) & (slots * 0 + j < last), other=-1, volatile=True)
-    return tl.where(j == last, previous, token)
+    inside = (path.slots >= 0) & (path.slots * 0 + j < path.last)
+    token = tl.load(path.tokens_ptr + path.slots * path.stride_tokens + j, mask=inside, other=-1, volatile=True)
+    return tl.where(j == path.last, path.previous, token)
 
 
 @triton.jit
-def _adjusted(
-    x, tokens, inside, slots, requests, k, anchors_ptr, best_ptr, tokens_ptr, adjust, num_requests, num_drafts, column,
-    stride_a, stride_ts,
-):  # fmt: skip
+def _adjusted(x, tokens, inside, slots, requests, k, state, best_ptr, out, adjust, sizes):
     """Logits with penalties, bias and mask; the mask's rows are [S, K]."""
     path = tokens
     path_max = 0
-    if adjust[2] is not None:
-        previous = previous_tokens(anchors_ptr, stride_a, best_ptr, requests, slots, k, num_requests)
-        path_max = column + k
-        path = (tokens_ptr, stride_ts, slots, tl.where(k > 0, path_max - 1, path_max), previous)
-    return adjusted(x, tokens[None, :], inside, slots, slots * num_drafts + k, adjust, path, path_max, _drafted)
+    if adjust.penalties is not None:
+        previous = previous_tokens(state, best_ptr, requests, slots, k, sizes.num_requests)
+        path_max = sizes.column + k
+        path = Path(out.tokens_ptr, out.stride_tokens, slots, tl.where(k > 0, path_max - 1, path_max), previous)
+    return adjusted(x, tokens[None, :], inside, slots, slots * sizes.num_drafts + k, adjust, path, path_max, _drafted)
 
 
 @triton.jit
 def _draft_tile(
-    tile, ids, first_request, k,
-    base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr, tokens_ptr,
-    logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
-    num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
-    stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
-    WIDEN: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
+    tile, ids, first_request, k, base, state, map_ptr, head, mixer, adjust, out, scratch, sizes,
+    KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS requests of one tile of ids at position k: logits, proposal, unit masses, winner so far."""
+    """ROWS requests of one tile of ids at position k: logits, proposal, sub-blocks' sums of exponentials, winner so far."""
+    num_requests, vocab, column = sizes.num_requests, sizes.vocab, sizes.column
+    ROWS: tl.constexpr = TILE.ROWS
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
     if head is not None:
         # The dot always has DOT_ROWS columns; ROWS of them are this tile's requests, the others stay zero.
         columns = first_request + tl.arange(0, DOT_ROWS)
-        column_slots = state_slots(slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), num_slots)
+        column_slots = state_slots(state.slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), sizes.num_slots)
         if mixer is None:
-            w1_ptr, _, _, stride_1v, _, vocab_w1, _ = head
-            previous = previous_tokens(anchors_ptr, stride_a, best_ptr, columns, column_slots, k, num_requests)
-            known = (column_slots >= 0) & (previous >= 0) & (previous < vocab_w1)
-            bias = low_rank_bias(tile, head, w1_ptr, previous * stride_1v, known, ids, vocab, WIDEN, BLOCK_R, DOT_TYPE)
+            previous = previous_tokens(state, scratch.best_ptr, columns, column_slots, k, num_requests)
+            known = (column_slots >= 0) & (previous >= 0) & (previous < head.vocab)
+            bias = low_rank_bias(tile, head, head.w1_ptr, previous * head.stride_w1, known, ids, vocab, KIND, TILE.BLOCK_R)
         else:
             known = column_slots >= 0
-            bias = low_rank_bias(tile, head, mixer[6], columns.to(tl.int64) * head[6], known, ids, vocab, WIDEN, BLOCK_R, DOT_TYPE)
+            bias = low_rank_bias(
+                tile, head, mixer.latent_ptr, columns.to(tl.int64) * head.rank, known, ids, vocab, KIND, TILE.BLOCK_R
+            )  # fmt: skip
         bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
         if ROWS < DOT_ROWS:
             # Keep the first ROWS columns; the others are zero and adding zeros is exact.
             bias = tl.sum(tl.reshape(bias, [DOT_ROWS // ROWS, ROWS, BLOCK_V]), axis=0)
 
     requests = first_request + tl.arange(0, ROWS)
-    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+    slots = state_slots(state.slots_ptr, requests, num_requests, sizes.num_slots)
     live = slots >= 0
     inside = live[:, None] & (ids < vocab)[None, :]
-    rows = requests.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
-    x = tl.load(base_ptr + rows[:, None] + ids[None, :], mask=inside, other=0.0).to(tl.float32)
+    rows = requests.to(tl.int64) * base.stride_request + tl.cast(k, tl.int64) * base.stride_position
+    x = tl.load(base.ptr + rows[:, None] + ids[None, :], mask=inside, other=0.0).to(tl.float32)
     if head is not None:
         x += bias
     tokens = ids  # in the target's vocabulary
     if map_ptr is not None:
         mapped = tl.load(map_ptr + ids, mask=ids < vocab, other=-1)
-        used = (mapped >= 0) & (mapped < num_targets)
+        used = (mapped >= 0) & (mapped < sizes.num_targets)
         tokens = tl.where(used, mapped, 0).to(tl.int32)
     if adjust is not None:
-        x = _adjusted(
-            x, tokens, inside, slots, requests, k, anchors_ptr, best_ptr, tokens_ptr, adjust, num_requests, num_drafts, column,
-            stride_a, stride_ts,
-        )  # fmt: skip
+        x = _adjusted(x, tokens, inside, slots, requests, k, state, scratch.best_ptr, out, adjust, sizes)
     if map_ptr is not None:
         x = tl.where(used[None, :], x, NEG_INF)  # else an id that stands for no token
     nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
-    tl.atomic_or(status_ptr + requests, NAN, mask=live & (nan > 0), sem="relaxed")
-    stored = numbers(x).to(base_ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
+    tl.atomic_or(scratch.status_ptr + requests, NAN, mask=live & (nan > 0), sem="relaxed")
+    stored = numbers(x).to(base.ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
     x = tl.where(inside, stored.to(tl.float32), NEG_INF)
-    if logits_ptr is not None:
-        out = logits_ptr + slots[:, None] * stride_ls + (column + k).to(tl.int64) * stride_lk + ids[None, :]
-        tl.store(out, stored, mask=inside)
+    if out.logits_ptr is not None:
+        at = out.logits_ptr + slots[:, None] * out.stride_logits
+        at = at + (column + k).to(tl.int64) * out.stride_logits_position + ids[None, :]
+        tl.store(at, stored, mask=inside)
 
     key = x
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + slots, mask=live, other=0.0)
+    if state.temperature_ptr is not None:
+        temperature = tl.load(state.temperature_ptr + slots, mask=live, other=0.0)
         scale = log2_scale(temperature)
-        seed = tl.load(seed_ptr + slots, mask=live, other=0)
-        anchor = tl.load(positions_ptr + slots * stride_p, mask=live, other=0).to(tl.int64)
-        position = anchor + (first_draft + k + 1)
-        if STREAM == COUPLED:
+        seed = tl.load(state.seed_ptr + slots, mask=live, other=0)
+        anchor = tl.load(state.positions_ptr + slots * state.stride_positions, mask=live, other=0).to(tl.int64)
+        position = anchor + (sizes.first_draft + k + 1)
+        if OPTIONS.STREAM == COUPLED:
             anchor = anchor * 0
         if map_ptr is None:
-            words = lane_words(seed[:, None], tl.min(ids, axis=0), position[:, None], anchor[:, None], STREAM, ROWS, BLOCK_V)
+            words = lane_words(
+                seed[:, None], tl.min(ids, axis=0), position[:, None], anchor[:, None], OPTIONS.STREAM, ROWS, BLOCK_V
+            )
         else:
-            words = words_at(seed[:, None], tokens[None, :], position[:, None], anchor[:, None], STREAM)
+            words = words_at(seed[:, None], tokens[None, :], position[:, None], anchor[:, None], OPTIONS.STREAM)
         noisy = x * scale[:, None] - log2_exponential(words)
         key = tl.where((temperature > 0.0)[:, None], noisy, x)
 
         units = tl.reshape(x, [ROWS, BLOCK_V // UNIT, UNIT])
         top = tl.max(units, axis=2)
         e = tl.exp2(below_max(units, top[:, :, None]) * scale[:, None, None])
-        mass = tl.reshape(masses(e, ROWS * BLOCK_V // UNIT, UNIT, ONE), [ROWS, BLOCK_V // UNIT])
+        sumexp = tl.reshape(masses(e, ROWS * BLOCK_V // UNIT, UNIT, ONE), [ROWS, BLOCK_V // UNIT])
         unit = tl.min(ids, axis=0) // UNIT + tl.arange(0, BLOCK_V // UNIT)
         num_units = tl.cdiv(vocab, UNIT)
-        where = (requests.to(tl.int64) * num_drafts + k)[:, None] * num_units + unit[None, :]
+        where = (requests.to(tl.int64) * sizes.num_drafts + k)[:, None] * num_units + unit[None, :]
         keep = live[:, None] & (unit < num_units)[None, :]
-        tl.store(unit_max_ptr + where, top, mask=keep)
-        tl.store(unit_mass_ptr + where, mass, mask=keep)
+        tl.store(scratch.unit_max_ptr + where, top, mask=keep)
+        tl.store(scratch.unit_sumexp_ptr + where, sumexp, mask=keep)
 
     words = pack(key, tokens[None, :])
     if map_ptr is not None:
         words = tl.where(used[None, :], words, NOBODY)
     best = tl.max(tl.where(inside, words, 0), axis=1)
-    tl.atomic_max(best_ptr + k * num_requests + requests, best, mask=live, sem="relaxed")
+    tl.atomic_max(scratch.best_ptr + k * num_requests + requests, best, mask=live, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["first_phase", "end_phase", "num_requests", "num_slots", "num_drafts", "first_draft", "column"])
-def draft_dense_kernel(
-    base_ptr,  # [R, K, V]
-    anchors_ptr, positions_ptr,  # [S]
-    slots_ptr,  # [R] or None
-    map_ptr,  # [V] ids in the target's vocabulary, or None
-    head, mixer,  # kernels/draft/heads.py; head None = none, mixer None = vanilla or none
-    adjust,  # settings of primitives/adjust.py, or None
-    filters,  # kernels/draft/filters.py, or None
-    hidden_ptr,  # [R, K, H] or None
-    scores,  # None, or confidence: (weight [H] or [H+r], bias [1] or None, sts [K] or None, calibrated and raw [S, K], row strides)
-    temperature_ptr, seed_ptr,  # [S]; temperature None = every row greedy
-    tokens_ptr,  # [S, K]
-    logits_ptr, lse_ptr,  # [S, K, V] or None, [S, K] or None
-    flags_ptr,  # [R]
-    best_ptr,  # int64 [K, R], zero before and after
-    status_ptr,  # int32 [R], zero before and after
-    barrier_ptr,  # int32 [1]
-    unit_max_ptr, unit_mass_ptr,  # [R, K, U]
-    first_phase, end_phase, num_requests, num_slots, num_drafts, vocab, num_targets, hidden_size, first_draft, column,
-    stride_br, stride_bk, stride_a, stride_p, stride_hr, stride_hk, stride_ts, stride_ls, stride_lk, stride_es,
-    MIX: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, STREAM: tl.constexpr, WITH_MARKOV: tl.constexpr,
-    ONE_TILE: tl.constexpr, JOINT: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, DOT_TYPE: tl.constexpr,
-    MIX_TYPE: tl.constexpr,
+@triton.jit
+def _draft_block(
+    first_phase, end_phase, base, state, map_ptr, head, mixer, adjust, support, hidden, confidence, out, scratch, sizes,
+    KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    MIXED: tl.constexpr = 0 if MIX is None else 1
-    STAGES: tl.constexpr = MIXED + (1 if filters is None else 2)  # phases per position
+    """The phases [first_phase, end_phase) of a block."""
+    num_requests, num_slots, num_drafts, vocab = sizes.num_requests, sizes.num_slots, sizes.num_drafts, sizes.vocab
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
+    MIXED: tl.constexpr = 0 if KIND.latent is None else 1
+    STAGES: tl.constexpr = MIXED + (1 if support is None else 2)  # phases per position
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     end_blocks = MIXED + num_drafts * STAGES
-    if MIX is not None:
+    if KIND.latent is not None:
         if first_phase == 0:
-            hoist(
-                mixer, head, hidden_ptr, slots_ptr, num_requests, num_slots, num_drafts, hidden_size, first_draft, stride_hr,
-                stride_hk, PARTS, BLOCK_N, BLOCK_S, MIX_TYPE,
-            )  # fmt: skip
+            hoist(mixer, head, hidden, state.slots_ptr, num_requests, num_slots, num_drafts, sizes.first_draft, KIND, TILE)
     for k in range(tl.maximum(first_phase - MIXED, 0) // STAGES, tl.cdiv(tl.minimum(end_phase, end_blocks) - MIXED, STAGES)):
         phase = MIXED + k * STAGES
         if phase > first_phase:
-            grid_barrier(barrier_ptr)
+            grid_barrier(scratch.barrier_ptr)
         if phase >= first_phase:
             if k > 0:
-                settle(
-                    k - 1, base_ptr, anchors_ptr, slots_ptr, map_ptr, head, adjust, tokens_ptr, logits_ptr, flags_ptr, best_ptr,
-                    status_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, column, stride_br, stride_bk, stride_a,
-                    stride_ts, stride_ls, stride_lk,
-                )  # fmt: skip
-                if filters is not None:
-                    mask_rows(
-                        k - 1, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column, stride_ls, stride_lk,
-                        ROWS, BLOCK_V,
-                    )  # fmt: skip
-        if MIX is not None:
+                settle(k - 1, base, state, map_ptr, head, adjust, out, scratch, sizes)
+                if support is not None:
+                    mask_rows(k - 1, state, support, out, sizes, TILE)
+        if KIND.latent is not None:
             if phase >= first_phase:
-                latents(
-                    k, anchors_ptr, best_ptr, slots_ptr, head, mixer, num_requests, num_slots, num_drafts, stride_a,
-                    MIX, BLOCK_J, BLOCK_S, MIX_TYPE,
-                )  # fmt: skip
+                latents(k, state, scratch.best_ptr, head, mixer, sizes, KIND, TILE)
             phase += 1
             if (phase > first_phase) & (phase < end_phase):
-                grid_barrier(barrier_ptr)
+                grid_barrier(scratch.barrier_ptr)
         if (phase >= first_phase) & (phase < end_phase):
             for first_id in range(program * BLOCK_V, vocab, programs * BLOCK_V):
                 ids = first_id + tl.arange(0, BLOCK_V)
                 tile = ids
                 if head is not None:
-                    tile = w2_tile(head, ids, vocab, BLOCK_R)
-                if ONE_TILE:
+                    tile = w2_tile(head, ids, vocab, TILE.BLOCK_R)
+                if OPTIONS.ONE_TILE:
                     _draft_tile(
-                        tile, ids, 0, k,
-                        base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr,
-                        tokens_ptr, logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
-                        num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
-                        stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
-                        WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
+                        tile, ids, 0, k, base, state, map_ptr, head, mixer, adjust, out, scratch, sizes, KIND, OPTIONS, TILE
                     )  # fmt: skip
                 else:
-                    for first_request in range(0, num_requests, ROWS):
+                    for first_request in range(0, num_requests, TILE.ROWS):
                         _draft_tile(
-                            tile, ids, first_request, k,
-                            base_ptr, anchors_ptr, positions_ptr, slots_ptr, map_ptr, head, mixer, adjust, temperature_ptr,
-                            seed_ptr, tokens_ptr, logits_ptr, best_ptr, status_ptr, unit_max_ptr, unit_mass_ptr,
-                            num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
-                            stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
-                            WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
+                            tile, ids, first_request, k, base, state, map_ptr, head, mixer, adjust, out, scratch, sizes,
+                            KIND, OPTIONS, TILE,
                         )  # fmt: skip
-        if filters is not None:
+        if support is not None:
             phase += 1
             if (phase > first_phase) & (phase < end_phase):
-                grid_barrier(barrier_ptr)
+                grid_barrier(scratch.barrier_ptr)
             if (phase >= first_phase) & (phase < end_phase):
-                filter_rows(
-                    k, positions_ptr, slots_ptr, map_ptr, filters, temperature_ptr, seed_ptr, logits_ptr, lse_ptr, best_ptr,
-                    unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
-                    stride_p, stride_ls, stride_lk, stride_es, STREAM, JOINT, GROUPS,
-                )  # fmt: skip
+                filter_rows(k, state, map_ptr, support, out, scratch, sizes, OPTIONS)
     if end_phase > end_blocks:
         if end_blocks > first_phase:
-            grid_barrier(barrier_ptr)
-        settle(
-            num_drafts - 1, base_ptr, anchors_ptr, slots_ptr, map_ptr, head, adjust, tokens_ptr, logits_ptr, flags_ptr, best_ptr,
-            status_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, column, stride_br, stride_bk, stride_a,
-            stride_ts, stride_ls, stride_lk,
-        )  # fmt: skip
-        if filters is not None:
-            mask_rows(
-                num_drafts - 1, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column, stride_ls, stride_lk,
-                ROWS, BLOCK_V,
-            )  # fmt: skip
+            grid_barrier(scratch.barrier_ptr)
+        settle(num_drafts - 1, base, state, map_ptr, head, adjust, out, scratch, sizes)
+        if support is not None:
+            mask_rows(num_drafts - 1, state, support, out, sizes, TILE)
         finish(
-            anchors_ptr, slots_ptr, head, scores, hidden_ptr, temperature_ptr, tokens_ptr, lse_ptr if filters is None else None,
-            unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab, hidden_size, first_draft, column,
-            stride_hr, stride_hk, stride_a, stride_ts, stride_es, WITH_MARKOV,
+            state, head, confidence, hidden, out, out.lse_ptr if support is None else None, scratch, sizes, OPTIONS.WITH_MARKOV
         )  # fmt: skip
-        if PARTS == 3:
-            keep_state(mixer, head, slots_ptr, num_requests, num_slots, num_drafts, BLOCK_N)
+        if KIND.parts == 3:
+            keep_state(mixer, head, state.slots_ptr, num_requests, num_slots, num_drafts, TILE.BLOCK_N)
 
 
-_MIXERS = {None: (None, 0), "gated": (gated_latent, 1), "rnn": (rnn_latent, 3)}  # and parts of r outputs
-_STREAMS = {"draft": DRAFT, "coupled": COUPLED}
-_WIDENINGS = {"by_cast": by_cast, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
+@triton.jit(do_not_specialize=["first_phase", "end_phase", "num_requests", "num_slots", "num_drafts", "first_draft", "column"])
+def draft_dense_kernel(
+    # Records of kernels/draft/args.py and kernels/args.py.
+    inputs,  # BlockInputs
+    head,  # Head or None
+    mixer,  # Mixer of a gated or rnn head, or None
+    adjust,  # Adjustments or None
+    support,  # Support, with filters, or None
+    hidden_ptr,  # [R, K, H] or None
+    confidence,  # Confidence or None
+    sampling,  # Sampling
+    results,  # BlockResults
+    scratch,  # BlockScratch
+    first_phase, end_phase, num_requests, num_slots, num_drafts,
+    widths,  # BlockWidths
+    first_draft, column,
+    strides,  # BlockStrides
+    KIND: tl.constexpr,  # HeadKind
+    OPTIONS: tl.constexpr,  # BlockOptions
+    TILE: tl.constexpr,  # BlockTile
+):  # fmt: skip
+    # The records are made in the call: a variable would hold a stride of 1 as a number that the compiler does not know.
+    _draft_block(
+        first_phase,
+        end_phase,
+        BaseLogits(inputs.base_ptr, strides.base_request, strides.base_position),
+        RequestState(
+            inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions, inputs.slots_ptr,
+            sampling.temperature_ptr, sampling.seed_ptr,
+        ),
+        inputs.map_ptr,
+        head,
+        mixer,
+        adjust,
+        support,
+        Hidden(hidden_ptr, strides.hidden_request, strides.hidden_position, widths.hidden),
+        confidence,
+        DraftOutputs(
+            results.tokens_ptr, strides.tokens, results.logits_ptr, strides.logits, strides.logits_position,
+            results.lse_ptr, strides.lse, results.flags_ptr,
+        ),
+        scratch,
+        BlockSizes(num_requests, num_slots, num_drafts, widths.vocab, widths.num_targets, first_draft, column),
+        KIND,
+        OPTIONS,
+        TILE,
+    )  # fmt: skip
 
 
 def phases(mixer, drafts: int, filtered: bool) -> int:
@@ -294,33 +280,22 @@ def phases(mixer, drafts: int, filtered: bool) -> int:
     return mixed + drafts * (1 + mixed + filtered) + 1
 
 
-def launch_draft_dense(programs, args, tail, *, drafts, mixer, filtered, constants, config):
-    """One launch of all phases (its programs must all be resident), or one for each. args, tail: before and after the range.
-
-    constants: by name; a device function or type stands as its name.
-    """
+def launch_draft_dense(
+    programs, args, tail, *, drafts, mixer, widening, dot_type, mix_type, coupled, with_markov, one_tile, joint, groups, filtered,
+    rows, config,
+):  # fmt: skip
+    """One launch of all phases (its programs must all be resident), or one for each. args, tail: before and after the range."""
     end = phases(mixer, drafts, filtered)
     spans = [(0, end)] if config.one_launch or programs == 1 else [(phase, phase + 1) for phase in range(end)]
-    mix, parts = _MIXERS[mixer]
-    named = dict(
-        WIDEN=_WIDENINGS[constants["WIDEN"]],
-        STREAM=_STREAMS[constants["STREAM"]],
-        DOT_TYPE=getattr(tl, constants["DOT_TYPE"]),
-        MIX_TYPE=getattr(tl, constants["MIX_TYPE"]),
-    )
+    stream = COUPLED if coupled else DRAFT
     for span in spans:
         draft_dense_kernel[(programs,)](
             *args,
             *span,
             *tail,
-            **(constants | named),
-            MIX=mix,
-            PARTS=parts,
-            BLOCK_V=config.block_v,
-            BLOCK_R=config.block_r,
-            BLOCK_J=config.block_j,
-            BLOCK_N=config.block_n,
-            BLOCK_S=config.block_s,
+            KIND=head_kind(mixer, widening, dot_type, mix_type),
+            OPTIONS=BlockOptions(STREAM=stream, WITH_MARKOV=with_markov, ONE_TILE=one_tile, JOINT=joint, GROUPS=groups),
+            TILE=block_tile(rows, config),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             launch_cooperative_grid=config.one_launch and programs > 1,

@@ -1,4 +1,4 @@
-"""Filters of a draft position: the support that top-k, top-p and min-p leave of the stored row, its law, its winner.
+"""Filters of a draft position: the support that top-k, top-p and min-p leave of the stored row, its distribution, its winner.
 
 kept <=> key > threshold, or key = threshold and id <= cut (primitives/filters.py), judged on the logits as stored; x_k = argmax
 over kept v of logits_k(v) / T - ln E_k(v), with the noise of the whole row; lse_k = ln sum over kept of exp(logit / T). After the
@@ -17,8 +17,7 @@ from ..primitives.race import NOBODY, pack, unpack_id
 from ..primitives.slots import state_slots
 from .rows import UNIT, log_sum_exp, row_mass
 
-# filters = (top_k int32, top_p fp32, min_p fp32 [S], each or None; threshold int64, cut int32 [R]; of scratch: group maxima fp32
-# and groups int32 [R, G], keys and ids int32 [R, BLOCK]); G groups of 128 ids.
+# support: Support (kernels/draft/args.py), with G groups of GROUP ids.
 GROUP = tl.constexpr(128)  # ids per group: two units, since a program keeps all groups of a row in registers
 TILE = tl.constexpr(8)  # groups of a block of filter_row: BLOCK // GROUP
 
@@ -64,43 +63,41 @@ def _reached(b, row_ptr, groups_ptr, num_reached, map_ptr, num_targets, vocab, t
 
 
 @triton.jit
-def filter_rows(
-    k, positions_ptr, slots_ptr, map_ptr, filters, temperature_ptr, seed_ptr, logits_ptr, lse_ptr, best_ptr,
-    unit_max_ptr, unit_mass_ptr, num_requests, num_slots, num_drafts, vocab, num_targets, first_draft, column,
-    stride_p, stride_ls, stride_lk, stride_es, STREAM: tl.constexpr, JOINT: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Support, law and winner of position k."""
-    top_k_ptr, top_p_ptr, min_p_ptr, threshold_ptr, cut_ptr, maxima_ptr, groups_ptr, keys_ptr, list_ptr = filters
+def filter_rows(k, state, map_ptr, support, out, scratch, sizes, OPTIONS: tl.constexpr):
+    """Support, distribution and winner of position k."""
+    num_requests, vocab, column = sizes.num_requests, sizes.vocab, sizes.column
     num_units, num_groups = tl.cdiv(vocab, UNIT), tl.cdiv(vocab, GROUP)
     for request in range(tl.program_id(0), num_requests, tl.num_programs(0)):
-        slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
+        slot = tl.max(state_slots(state.slots_ptr, request + tl.arange(0, 1), num_requests, sizes.num_slots), axis=0)
         if slot >= 0:
-            temperature = tl.load(temperature_ptr + slot)
+            temperature = tl.load(state.temperature_ptr + slot)
             scale = log2_scale(temperature)
-            row = tl.cast(request, tl.int64) * num_drafts + k
-            top, total = row_mass(unit_max_ptr, unit_mass_ptr, row, num_units, scale, BLOCK)
+            row = tl.cast(request, tl.int64) * sizes.num_drafts + k
+            top, total = row_mass(scratch.unit_max_ptr, scratch.unit_sumexp_ptr, row, num_units, scale, BLOCK)
             off = tl.zeros((), tl.float32)
-            top_k, top_p = _setting(top_k_ptr, slot, off.to(tl.int32)), _setting(top_p_ptr, slot, off + 1.0)
-            min_p = _setting(min_p_ptr, slot, off)
+            top_k = _setting(support.top_k_ptr, slot, off.to(tl.int32))
+            top_p = _setting(support.top_p_ptr, slot, off + 1.0)
+            min_p = _setting(support.min_p_ptr, slot, off)
             threshold = tl.zeros((), tl.int64) + EVERYTHING
             cut = tl.full((), -1, tl.int32)
             finite = (top > NEG_INF) & (top < POS_INF)
             if filter_is_on(top_k, top_p, min_p, vocab) & (temperature > 0.0) & finite:
-                row_ptr = logits_ptr + slot * stride_ls + tl.cast(column + k, tl.int64) * stride_lk
-                own_groups_ptr = groups_ptr + tl.cast(request, tl.int64) * num_groups
-                own_max_ptr = maxima_ptr + tl.cast(request, tl.int64) * num_groups
-                _group_maxima(unit_max_ptr + row * num_units, own_max_ptr, num_units)
+                row_ptr = out.logits_ptr + slot * out.stride_logits
+                row_ptr += tl.cast(column + k, tl.int64) * out.stride_logits_position
+                own_groups_ptr = support.groups_ptr + tl.cast(request, tl.int64) * num_groups
+                own_max_ptr = support.maxima_ptr + tl.cast(request, tl.int64) * num_groups
+                _group_maxima(scratch.unit_max_ptr + row * num_units, own_max_ptr, num_units)
                 threshold, cut, reached = filter_row(
-                    _stored, row_ptr, vocab, own_max_ptr, num_groups, own_groups_ptr, keys_ptr + request * BLOCK,
-                    list_ptr + request * BLOCK, top, total, scale, top_k, top_p, min_p, JOINT, GROUP, GROUPS,
+                    _stored, row_ptr, vocab, own_max_ptr, num_groups, own_groups_ptr, support.keys_ptr + request * BLOCK,
+                    support.ids_ptr + request * BLOCK, top, total, scale, top_k, top_p, min_p, OPTIONS.JOINT, GROUP, OPTIONS.GROUPS,
                 )  # fmt: skip
-                word = tl.load(best_ptr + k * num_requests + request, volatile=True)
+                word = tl.load(scratch.best_ptr + k * num_requests + request, volatile=True)
                 winner = unpack_id(word)
                 total = tl.zeros((), tl.int64)
                 there = tl.zeros((), tl.int32)
                 for b in range(tl.cdiv(reached, TILE)):
                     groups, used, x, tokens, keep = _reached(
-                        b, row_ptr, own_groups_ptr, reached, map_ptr, num_targets, vocab, threshold, cut
+                        b, row_ptr, own_groups_ptr, reached, map_ptr, sizes.num_targets, vocab, threshold, cut
                     )
                     group_top = tl.load(own_max_ptr + groups, mask=used, other=NEG_INF, volatile=True)
                     e = tl.exp2(below_max(tl.reshape(x, [TILE, GROUP]), group_top[:, None]) * scale)
@@ -109,44 +106,43 @@ def filter_rows(
                     total += tl.sum((mass * tl.exp2(below_max(group_top, top) * scale)).to(tl.int64), axis=0)
                     there += tl.max(tl.where(keep & (tokens == winner), 1, 0), axis=0)
                 if there == 0:
-                    anchor = tl.load(positions_ptr + slot * stride_p).to(tl.int64)
-                    position = anchor + (first_draft + k + 1)
-                    if STREAM == COUPLED:
+                    anchor = tl.load(state.positions_ptr + slot * state.stride_positions).to(tl.int64)
+                    position = anchor + (sizes.first_draft + k + 1)
+                    if OPTIONS.STREAM == COUPLED:
                         anchor = anchor * 0
-                    seed = tl.load(seed_ptr + slot)
+                    seed = tl.load(state.seed_ptr + slot)
                     zeros = tl.zeros([BLOCK], tl.int64)
                     word = tl.full((), NOBODY, tl.int64)
                     for b in range(tl.cdiv(reached, TILE)):
                         groups, used, x, tokens, keep = _reached(
-                            b, row_ptr, own_groups_ptr, reached, map_ptr, num_targets, vocab, threshold, cut
+                            b, row_ptr, own_groups_ptr, reached, map_ptr, sizes.num_targets, vocab, threshold, cut
                         )
-                        words = words_at(zeros + seed, tokens, zeros + position, zeros + anchor, STREAM)
+                        words = words_at(zeros + seed, tokens, zeros + position, zeros + anchor, OPTIONS.STREAM)
                         key = x * scale - log2_exponential(words)
                         word = tl.maximum(word, tl.max(tl.where(keep, pack(key, tokens), NOBODY), axis=0))
-                    tl.store(best_ptr + k * num_requests + request, word)
-            tl.store(threshold_ptr + request, threshold)
-            tl.store(cut_ptr + request, cut)
-            if lse_ptr is not None:
-                tl.store(lse_ptr + slot * stride_es + column + k, log_sum_exp(top, total, scale))
+                    tl.store(scratch.best_ptr + k * num_requests + request, word)
+            tl.store(support.threshold_ptr + request, threshold)
+            tl.store(support.cut_ptr + request, cut)
+            if out.lse_ptr is not None:
+                tl.store(out.lse_ptr + slot * out.stride_lse + column + k, log_sum_exp(top, total, scale))
 
 
 @triton.jit
-def mask_rows(
-    k, slots_ptr, filters, logits_ptr, num_requests, num_slots, vocab, column, stride_ls, stride_lk,
-    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+def mask_rows(k, state, support, out, sizes, TILE: tl.constexpr):
     """-inf over what position k's support leaves out, in this program's tiles."""
-    _, _, _, threshold_ptr, cut_ptr, _, _, _, _ = filters
+    num_requests, vocab = sizes.num_requests, sizes.vocab
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
     for first_id in range(tl.program_id(0) * BLOCK_V, vocab, tl.num_programs(0) * BLOCK_V):
         ids = first_id + tl.arange(0, BLOCK_V)
-        for first_request in range(0, num_requests, ROWS):
-            requests = first_request + tl.arange(0, ROWS)
-            slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-            threshold = tl.load(threshold_ptr + requests, mask=slots >= 0, other=EVERYTHING, volatile=True)
-            cut = tl.load(cut_ptr + requests, mask=slots >= 0, other=-1, volatile=True)
+        for first_request in range(0, num_requests, TILE.ROWS):
+            requests = first_request + tl.arange(0, TILE.ROWS)
+            slots = state_slots(state.slots_ptr, requests, num_requests, sizes.num_slots)
+            threshold = tl.load(support.threshold_ptr + requests, mask=slots >= 0, other=EVERYTHING, volatile=True)
+            cut = tl.load(support.cut_ptr + requests, mask=slots >= 0, other=-1, volatile=True)
             inside = ((slots >= 0) & (threshold != EVERYTHING))[:, None] & (ids < vocab)[None, :]
-            at = logits_ptr + slots[:, None] * stride_ls + tl.cast(column + k, tl.int64) * stride_lk + ids[None, :]
+            at = out.logits_ptr + slots[:, None] * out.stride_logits
+            at = at + tl.cast(sizes.column + k, tl.int64) * out.stride_logits_position + ids[None, :]
             x = tl.load(at, mask=inside, other=NEG_INF).to(tl.float32)
             keep = kept(x, ids[None, :], threshold[:, None], cut[:, None])
-            nothing = tl.full(x.shape, NEG_INF, tl.float32).to(logits_ptr.dtype.element_ty)
+            nothing = tl.full(x.shape, NEG_INF, tl.float32).to(out.logits_ptr.dtype.element_ty)
             tl.store(at, nothing, mask=inside & (keep == 0))

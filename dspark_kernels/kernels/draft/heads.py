@@ -25,20 +25,21 @@ import triton.language as tl
 
 from ..primitives.activations import sigmoid, tanh
 from ..primitives.slots import state_slots
+from ..primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
+from .args import BlockTile, HeadKind
 
 DOT_ROWS = tl.constexpr(16)  # requests per dot; unused columns are zero
 
 
 # --- the product with W2 ----------------------------------------------------------------------------------------------
-# head = (W1 [V1, r], W2 [V, r], its scales fp32 [V] or None, row strides of W1 and W2, V1, r).
+# head: Head (kernels/draft/args.py).
 
 
 @triton.jit
 def _w2_block(head, ids, vocab, first_rank, BLOCK_R: tl.constexpr):
-    _, w2_ptr, _, _, stride_2v, _, rank = head
     ranks = first_rank + tl.arange(0, BLOCK_R)
-    inside = (ids < vocab)[:, None] & (ranks < rank)[None, :]
-    return tl.load(w2_ptr + ids.to(tl.int64)[:, None] * stride_2v + ranks[None, :], mask=inside, other=0)
+    inside = (ids < vocab)[:, None] & (ranks < head.rank)[None, :]
+    return tl.load(head.w2_ptr + ids.to(tl.int64)[:, None] * head.stride_w2 + ranks[None, :], mask=inside, other=0)
 
 
 @triton.jit
@@ -55,92 +56,81 @@ def w2_tile(head, ids, vocab, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def low_rank_bias(tile, head, latent_ptr, offsets, known, ids, vocab, WIDEN: tl.constexpr, BLOCK_R: tl.constexpr,
-                  DOT_TYPE: tl.constexpr):  # fmt: skip
+def low_rank_bias(tile, head, latent_ptr, offsets, known, ids, vocab, KIND: tl.constexpr, BLOCK_R: tl.constexpr):
     """fp32 [BLOCK_V, DOT_ROWS]. offsets int64 [DOT_ROWS]: where each request's latent starts; known: where it has one (elsewhere
     the bias is 0)."""
-    _, _, scale_ptr, _, _, _, rank = head
-    latent = _latent_block(latent_ptr, offsets, known, rank, 0, BLOCK_R)
-    bias = tl.dot(WIDEN(tile, DOT_TYPE), latent.to(DOT_TYPE), input_precision="ieee")
-    for first_rank in range(BLOCK_R, rank, BLOCK_R):
+    latent = _latent_block(latent_ptr, offsets, known, head.rank, 0, BLOCK_R)
+    bias = tl.dot(KIND.widen(tile, KIND.dot_type), latent.to(KIND.dot_type), input_precision="ieee")
+    for first_rank in range(BLOCK_R, head.rank, BLOCK_R):
         more = _w2_block(head, ids, vocab, first_rank, BLOCK_R)
-        latent = _latent_block(latent_ptr, offsets, known, rank, first_rank, BLOCK_R)
-        bias = tl.dot(WIDEN(more, DOT_TYPE), latent.to(DOT_TYPE), bias, input_precision="ieee")
-    if scale_ptr is not None:
-        bias *= tl.load(scale_ptr + ids, mask=ids < vocab, other=0.0)[:, None]
+        latent = _latent_block(latent_ptr, offsets, known, head.rank, first_rank, BLOCK_R)
+        bias = tl.dot(KIND.widen(more, KIND.dot_type), latent.to(KIND.dot_type), bias, input_precision="ieee")
+    if head.scale_ptr is not None:
+        bias *= tl.load(head.scale_ptr + ids, mask=ids < vocab, other=0.0)[:, None]
     return bias
 
 
 # --- latents of gated and rnn -----------------------------------------------------------------------------------------
-# mixer = (weight [P r, columns], bias [P r], its row stride, column of h, column of W1[x], hoisted fp32 [R, K, P r], latents
-# [R, r], states fp32 [2, R, r] or None, carried state fp32 [S, r] or None, its row stride); P = 1 (gated) or 3 (rnn).
+# mixer: Mixer, KIND: HeadKind (kernels/draft/args.py).
 
 
 @triton.jit
 def hoist_rows(
-    program, programs, mixer, head, hidden_ptr, rows, num_drafts, hidden_size, stride_hr, stride_hk,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, MIX_TYPE: tl.constexpr,
-):  # fmt: skip
+    program, programs, mixer, head, hidden, rows, num_drafts, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr
+):
     """The products with h for rows (request, position), shared out over `programs`."""
-    weight_ptr, bias_ptr, stride_w, hidden_column, _, hoisted_ptr, _, _, _, _ = mixer
-    outputs = PARTS * head[6]
+    outputs = KIND.parts * head.rank
     tiles = tl.cdiv(outputs, BLOCK_N)
     for item in range(program, tiles * tl.cdiv(rows, DOT_ROWS), programs):
         n = item % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         row = item // tiles * DOT_ROWS + tl.arange(0, DOT_ROWS)
-        starts = (row // num_drafts).to(tl.int64) * stride_hr + (row % num_drafts).to(tl.int64) * stride_hk
-        weight_rows = weight_ptr + n.to(tl.int64)[:, None] * stride_w + hidden_column
+        starts = (row // num_drafts).to(tl.int64) * hidden.stride_request
+        starts = starts + (row % num_drafts).to(tl.int64) * hidden.stride_position
+        weight_rows = mixer.weight_ptr + n.to(tl.int64)[:, None] * mixer.stride_weight + mixer.hidden_column
         total = tl.zeros([BLOCK_N, DOT_ROWS], tl.float32)
-        for first in range(0, hidden_size, BLOCK_H):
+        for first in range(0, hidden.size, BLOCK_H):
             i = first + tl.arange(0, BLOCK_H)
-            there = i < hidden_size
+            there = i < hidden.size
             weight = tl.load(weight_rows + i[None, :], mask=(n < outputs)[:, None] & there[None, :], other=0.0)
-            h = tl.load(hidden_ptr + starts[None, :] + i[:, None], mask=there[:, None] & (row < rows)[None, :], other=0.0)
-            total = tl.dot(weight.to(MIX_TYPE), h.to(MIX_TYPE), total, input_precision="ieee")
-        total += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
-        at = hoisted_ptr + row.to(tl.int64)[None, :] * outputs + n[:, None]
+            h = tl.load(hidden.ptr + starts[None, :] + i[:, None], mask=there[:, None] & (row < rows)[None, :], other=0.0)
+            total = tl.dot(weight.to(KIND.mix_type), h.to(KIND.mix_type), total, input_precision="ieee")
+        total += tl.load(mixer.bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+        at = mixer.hoisted_ptr + row.to(tl.int64)[None, :] * outputs + n[:, None]
         tl.store(at, total, mask=(n < outputs)[:, None] & (row < rows)[None, :])
 
 
 @triton.jit
-def hoist(
-    mixer, head, hidden_ptr, slots_ptr, num_requests, num_slots, num_drafts, hidden_size, first_draft, stride_hr, stride_hk,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, MIX_TYPE: tl.constexpr,
-):  # fmt: skip
+def hoist(mixer, head, hidden, slots_ptr, num_requests, num_slots, num_drafts, first_draft, KIND: tl.constexpr, TILE: tl.constexpr):
     """The products with h for all positions, and the state before the first: carried from earlier drafts, else 0."""
-    _, _, _, _, _, _, _, state_ptr, carried_ptr, stride_c = mixer
-    _, _, _, _, _, _, rank = head
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    rank = head.rank
     program, programs = tl.program_id(0), tl.num_programs(0)
-    hoist_rows(
-        program, programs, mixer, head, hidden_ptr, num_requests * num_drafts, num_drafts, hidden_size, stride_hr, stride_hk,
-        PARTS, BLOCK_N, BLOCK_H, MIX_TYPE,
-    )  # fmt: skip
-    if state_ptr is not None:
+    hoist_rows(program, programs, mixer, head, hidden, num_requests * num_drafts, num_drafts, KIND, BLOCK_N, TILE.BLOCK_S)
+    if mixer.state_ptr is not None:
         for request in range(program, num_requests, programs):
             slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
             carried = tl.where((slot >= 0) & (first_draft > 0), rank, 0)  # how much of a state there is to take over
             for first in range(0, rank, BLOCK_N):
                 j = first + tl.arange(0, BLOCK_N)
                 state = tl.zeros([BLOCK_N], tl.float32)
-                if carried_ptr is not None:
-                    state = tl.load(carried_ptr + slot * stride_c + j, mask=j < carried, other=0.0)
-                tl.store(state_ptr + tl.cast(request, tl.int64) * rank + j, state, mask=j < rank)
+                if mixer.carried_ptr is not None:
+                    state = tl.load(mixer.carried_ptr + slot * mixer.stride_carried + j, mask=j < carried, other=0.0)
+                tl.store(mixer.state_ptr + tl.cast(request, tl.int64) * rank + j, state, mask=j < rank)
 
 
 @triton.jit
 def keep_state(mixer, head, slots_ptr, num_requests, num_slots, num_drafts, BLOCK: tl.constexpr):
     """The states after the last draft, to the caller's [S, r]."""
-    _, _, _, _, _, _, _, state_ptr, carried_ptr, stride_c = mixer
-    _, _, _, _, _, _, rank = head
-    if carried_ptr is not None:
+    rank = head.rank
+    if mixer.carried_ptr is not None:
         for request in range(tl.program_id(0), num_requests, tl.num_programs(0)):
             slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
             there = tl.where(slot >= 0, rank, 0)
-            last_ptr = state_ptr + (tl.cast(num_drafts % 2, tl.int64) * num_requests + request) * rank
+            last_ptr = mixer.state_ptr + (tl.cast(num_drafts % 2, tl.int64) * num_requests + request) * rank
             for first in range(0, rank, BLOCK):
                 j = first + tl.arange(0, BLOCK)
                 state = tl.load(last_ptr + j, mask=j < there, other=0.0, volatile=True)
-                tl.store(carried_ptr + slot * stride_c + j, state, mask=j < there)
+                tl.store(mixer.carried_ptr + slot * mixer.stride_carried + j, state, mask=j < there)
 
 
 @triton.jit
@@ -150,23 +140,22 @@ def _mixed(
 ):  # fmt: skip
     """Outputs j of one part, the product with h included: fp32 [BLOCK_J, DOT_ROWS]. row, state_row int64 [DOT_ROWS]: of the
     hoisted products, and of the state before (-1: it is 0)."""
-    weight_ptr, _, stride_w, _, w1_column, hoisted_ptr, _, state_ptr, _, _ = mixer
-    w1_ptr, _, _, stride_1v, _, _, rank = head
-    at = hoisted_ptr + row[None, :] * (PARTS * rank) + (part * rank + j)[:, None]
+    rank = head.rank
+    at = mixer.hoisted_ptr + row[None, :] * (PARTS * rank) + (part * rank + j)[:, None]
     total = tl.load(at, mask=(j < rank)[:, None] & live[None, :], other=0.0, volatile=True)
-    weight_rows = weight_ptr + (part * rank + j).to(tl.int64)[:, None] * stride_w
+    weight_rows = mixer.weight_ptr + (part * rank + j).to(tl.int64)[:, None] * mixer.stride_weight
     for first in range(0, rank, BLOCK_S):
         i = first + tl.arange(0, BLOCK_S)
-        weight = tl.load(weight_rows + (w1_column + i)[None, :], mask=(j < rank)[:, None] & (i < rank)[None, :], other=0.0)
-        latent = _latent_block(w1_ptr, previous * stride_1v, known, rank, first, BLOCK_S)
+        weight = tl.load(weight_rows + (mixer.w1_column + i)[None, :], mask=(j < rank)[:, None] & (i < rank)[None, :], other=0.0)
+        latent = _latent_block(head.w1_ptr, previous * head.stride_w1, known, rank, first, BLOCK_S)
         total = tl.dot(weight.to(MIX_TYPE), latent.to(MIX_TYPE), total, input_precision="ieee")
-    if state_ptr is not None:
+    if mixer.state_ptr is not None:
         # The state is fp32 and stays so: a rounded one would drift along the block.
         for first in range(0, rank, BLOCK_S):
             i = first + tl.arange(0, BLOCK_S)
             weight = tl.load(weight_rows + i[None, :], mask=(j < rank)[:, None] & (i < rank)[None, :], other=0.0)
             inside = (i < rank)[:, None] & (live & (state_row >= 0))[None, :]
-            state = tl.load(state_ptr + state_row[None, :] * rank + i[:, None], mask=inside, other=0.0, volatile=True)
+            state = tl.load(mixer.state_ptr + state_row[None, :] * rank + i[:, None], mask=inside, other=0.0, volatile=True)
             total = tl.dot(weight.to(tl.float32), state, total, input_precision="ieee")
     return total
 
@@ -174,26 +163,24 @@ def _mixed(
 @triton.jit
 def gated_rows(mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr):
     """Latents j of DOT_ROWS rows, fp32 [BLOCK_J, DOT_ROWS]."""
-    w1_ptr, _, _, stride_1v, _, _, rank = head
     z = _mixed(0, mixer, head, j, live, previous, known, row, state_row, 1, BLOCK_S, MIX_TYPE)
-    inside = (j < rank)[:, None] & known[None, :]
-    embedding = tl.load(w1_ptr + j[:, None] + (previous * stride_1v)[None, :], mask=inside, other=0.0)
+    inside = (j < head.rank)[:, None] & known[None, :]
+    embedding = tl.load(head.w1_ptr + j[:, None] + (previous * head.stride_w1)[None, :], mask=inside, other=0.0)
     return sigmoid(z) * embedding.to(tl.float32)
 
 
 @triton.jit
 def rnn_rows(mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr):
     """The same, and the next state to next_row: other programs are reading state_row."""
-    state_ptr = mixer[7]
-    rank = head[6]
+    rank = head.rank
     z = _mixed(0, mixer, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
     gate = sigmoid(z)
     z = _mixed(1, mixer, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
     inside = (j < rank)[:, None] & live[None, :]
-    before = state_ptr + state_row[None, :] * rank + j[:, None]
+    before = mixer.state_ptr + state_row[None, :] * rank + j[:, None]
     state = tl.load(before, mask=inside & (state_row >= 0)[None, :], other=0.0, volatile=True)
     state = gate * state + (1.0 - gate) * tanh(z)
-    tl.store(state_ptr + next_row[None, :] * rank + j[:, None], state, mask=inside)
+    tl.store(mixer.state_ptr + next_row[None, :] * rank + j[:, None], state, mask=inside)
     z = _mixed(2, mixer, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
     return tanh(z)
 
@@ -218,3 +205,32 @@ def rnn_latent(
     state_row = (k % 2).to(tl.int64) * num_requests + requests
     next_row = ((k + 1) % 2).to(tl.int64) * num_requests + requests
     return rnn_rows(mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S, MIX_TYPE)
+
+
+# --- what a launch chooses --------------------------------------------------------------------------------------------
+
+_LATENTS = {None: (None, 0), "gated": (gated_latent, 1), "rnn": (rnn_latent, 3)}  # and parts of r outputs
+WIDENINGS = {"by_cast": by_cast, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
+
+
+def head_kind(mixer, widening, dot_type, mix_type) -> HeadKind:
+    """mixer: None, "gated" or "rnn"; the others are names of a device function and of types."""
+    latent, parts = _LATENTS[mixer]
+    return HeadKind(
+        latent=latent,
+        parts=parts,
+        widen=WIDENINGS[widening],
+        dot_type=getattr(tl, dot_type),
+        mix_type=getattr(tl, mix_type),
+    )
+
+
+def block_tile(rows, config) -> BlockTile:
+    return BlockTile(
+        ROWS=rows,
+        BLOCK_V=config.block_v,
+        BLOCK_R=config.block_r,
+        BLOCK_J=config.block_j,
+        BLOCK_N=config.block_n,
+        BLOCK_S=config.block_s,
+    )

@@ -21,10 +21,10 @@ BAD_TOKEN_ID = tl.constexpr(4)
 
 
 @triton.jit
-def previous_tokens(anchors_ptr, stride_a, best_ptr, requests, slots, k, num_requests):
+def previous_tokens(state, best_ptr, requests, slots, k, num_requests):
     """Token that position k follows: the anchor, or the winner of position k - 1."""
     if k == 0:
-        tokens = tl.load(anchors_ptr + slots * stride_a, mask=slots >= 0, other=-1).to(tl.int64)
+        tokens = tl.load(state.anchors_ptr + slots * state.stride_anchors, mask=slots >= 0, other=-1).to(tl.int64)
     else:
         words = tl.load(best_ptr + (k - 1) * num_requests + requests, mask=slots >= 0, other=0, volatile=True)
         tokens = unpack_id(words)
@@ -55,37 +55,35 @@ def _row_status(word, row_ptr, map_ptr, vocab, num_targets, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def settle(
-    k, base_ptr, anchors_ptr, slots_ptr, map_ptr, head, adjust, tokens_ptr, logits_ptr, flags_ptr, best_ptr, status_ptr,
-    num_requests, num_slots, num_drafts, vocab, num_targets, column, stride_br, stride_bk, stride_a, stride_ts, stride_ls,
-    stride_lk,
-):  # fmt: skip
+def settle(k, base, state, map_ptr, head, adjust, out, scratch, sizes):
     """Position k is decided: keep its drafts, and clear the winners that nobody reads any more. A request has one program."""
-    last = k == num_drafts - 1
+    last = k == sizes.num_drafts - 1
+    num_requests = sizes.num_requests
     for request in range(tl.program_id(0), num_requests, tl.num_programs(0)):
-        slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
+        slot = tl.max(state_slots(state.slots_ptr, request + tl.arange(0, 1), num_requests, sizes.num_slots), axis=0)
         if slot >= 0:
-            word = tl.load(best_ptr + k * num_requests + request, volatile=True)
-            tl.store(tokens_ptr + slot * stride_ts + column + k, unpack_id(word))
+            word = tl.load(scratch.best_ptr + k * num_requests + request, volatile=True)
+            tl.store(out.tokens_ptr + slot * out.stride_tokens + sizes.column + k, unpack_id(word))
             if adjust is None:
-                row_ptr = base_ptr + tl.cast(request, tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
+                row_ptr = base.ptr + tl.cast(request, tl.int64) * base.stride_request + tl.cast(k, tl.int64) * base.stride_position
             else:
-                row_ptr = logits_ptr + slot * stride_ls + tl.cast(column + k, tl.int64) * stride_lk
-            status = _row_status(word, row_ptr, map_ptr, vocab, num_targets, 1024)
+                row_ptr = out.logits_ptr + slot * out.stride_logits
+                row_ptr += tl.cast(sizes.column + k, tl.int64) * out.stride_logits_position
+            status = _row_status(word, row_ptr, map_ptr, sizes.vocab, sizes.num_targets, 1024)
             if k > 0:
-                tl.store(best_ptr + (k - 1) * num_requests + request, tl.zeros((), tl.int64))
+                tl.store(scratch.best_ptr + (k - 1) * num_requests + request, tl.zeros((), tl.int64))
             if last:
                 if head is not None:
-                    anchor = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
-                    status = status | tl.where((anchor < 0) | (anchor >= head[5]), BAD_TOKEN_ID, 0)
-                status = status | tl.atomic_xchg(status_ptr + request, 0, sem="relaxed")
-                tl.store(flags_ptr + request, status)
-                tl.store(best_ptr + k * num_requests + request, tl.zeros((), tl.int64))
+                    anchor = tl.load(state.anchors_ptr + slot * state.stride_anchors).to(tl.int64)
+                    status = status | tl.where((anchor < 0) | (anchor >= head.vocab), BAD_TOKEN_ID, 0)
+                status = status | tl.atomic_xchg(scratch.status_ptr + request, 0, sem="relaxed")
+                tl.store(out.flags_ptr + request, status)
+                tl.store(scratch.best_ptr + k * num_requests + request, tl.zeros((), tl.int64))
             else:
-                tl.atomic_or(status_ptr + request, status, sem="relaxed")
+                tl.atomic_or(scratch.status_ptr + request, status, sem="relaxed")
         else:
             if last:
-                tl.store(flags_ptr + request, 0)
+                tl.store(out.flags_ptr + request, 0)
 
 
 @triton.jit
@@ -113,54 +111,50 @@ def log_sum_exp(top, total, scale):
 
 
 @triton.jit
-def _confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_size, stride_hr, stride_hk,
-                      WITH_MARKOV: tl.constexpr):  # fmt: skip
+def _confidence_logit(hidden, confidence, head, request, k, previous, WITH_MARKOV: tl.constexpr):
     BLOCK: tl.constexpr = 1024
-    weight_ptr, bias_ptr, _, _, _, _, _ = scores
     total = tl.zeros([BLOCK], tl.float32)
-    row_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + tl.cast(k, tl.int64) * stride_hk
-    for first in range(0, hidden_size, BLOCK):
+    row_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + tl.cast(k, tl.int64) * hidden.stride_position
+    for first in range(0, hidden.size, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        h = tl.load(row_ptr + i, mask=i < hidden_size, other=0.0)
-        total += h.to(tl.float32) * tl.load(weight_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
+        h = tl.load(row_ptr + i, mask=i < hidden.size, other=0.0)
+        total += h.to(tl.float32) * tl.load(confidence.weight_ptr + i, mask=i < hidden.size, other=0.0).to(tl.float32)
     if WITH_MARKOV:
-        w1_ptr, _, _, stride_1v, _, vocab_w1, rank = head
-        known = tl.where((previous >= 0) & (previous < vocab_w1), rank, 0)  # ranks of W1[previous] that there are
+        rank = head.rank
+        known = tl.where((previous >= 0) & (previous < head.vocab), rank, 0)  # ranks of W1[previous] that there are
         for first in range(0, rank, BLOCK):
             i = first + tl.arange(0, BLOCK)
-            e = tl.load(w1_ptr + previous * stride_1v + i, mask=i < known, other=0.0)
-            total += e.to(tl.float32) * tl.load(weight_ptr + hidden_size + i, mask=i < rank, other=0.0).to(tl.float32)
+            e = tl.load(head.w1_ptr + previous * head.stride_w1 + i, mask=i < known, other=0.0)
+            e = e.to(tl.float32)
+            total += e * tl.load(confidence.weight_ptr + hidden.size + i, mask=i < rank, other=0.0).to(tl.float32)
     logit = ordered_sum(total)
-    if bias_ptr is not None:
-        logit += tl.load(bias_ptr).to(tl.float32)
+    if confidence.bias_ptr is not None:
+        logit += tl.load(confidence.bias_ptr).to(tl.float32)
     return logit
 
 
 @triton.jit
-def finish(
-    anchors_ptr, slots_ptr, head, scores, hidden_ptr, temperature_ptr, tokens_ptr, lse_ptr, unit_max_ptr, unit_mass_ptr,
-    num_requests, num_slots, num_drafts, vocab, hidden_size, first_draft, column,
-    stride_hr, stride_hk, stride_a, stride_ts, stride_es, WITH_MARKOV: tl.constexpr,
-):  # fmt: skip
+def finish(state, head, confidence, hidden, out, lse_ptr, scratch, sizes, WITH_MARKOV: tl.constexpr):
     """Log-sum-exp (lse_ptr None: done elsewhere) and confidence of every position, shared out over the programs."""
+    num_requests, num_drafts, column = sizes.num_requests, sizes.num_drafts, sizes.column
     for item in range(tl.program_id(0), num_requests * num_drafts, tl.num_programs(0)):
         request = item // num_drafts
         k = item % num_drafts
-        slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
+        slot = tl.max(state_slots(state.slots_ptr, request + tl.arange(0, 1), num_requests, sizes.num_slots), axis=0)
         if slot >= 0:
             if lse_ptr is not None:
-                scale = log2_scale(tl.load(temperature_ptr + slot))
+                scale = log2_scale(tl.load(state.temperature_ptr + slot))
                 row = request.to(tl.int64) * num_drafts + k
-                top, total = row_mass(unit_max_ptr, unit_mass_ptr, row, tl.cdiv(vocab, UNIT), scale, 1024)
-                tl.store(lse_ptr + slot * stride_es + column + k, log_sum_exp(top, total, scale))
-            if scores is not None:
-                _, _, sts_ptr, confidence_ptr, raw_ptr, stride_cs, stride_rs = scores
-                previous = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
+                num_units = tl.cdiv(sizes.vocab, UNIT)
+                row_max, sumexp = row_mass(scratch.unit_max_ptr, scratch.unit_sumexp_ptr, row, num_units, scale, 1024)
+                tl.store(lse_ptr + slot * out.stride_lse + column + k, log_sum_exp(row_max, sumexp, scale))
+            if confidence is not None:
+                previous = tl.load(state.anchors_ptr + slot * state.stride_anchors).to(tl.int64)
                 if k > 0:
-                    previous = tl.load(tokens_ptr + slot * stride_ts + column + k - 1, volatile=True)
-                logit = _confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_size, stride_hr, stride_hk,
-                                          WITH_MARKOV)  # fmt: skip
-                tl.store(raw_ptr + slot * stride_rs + column + k, logit)
-                if sts_ptr is not None:
-                    logit = logit / tl.load(sts_ptr + first_draft + k)
-                tl.store(confidence_ptr + slot * stride_cs + column + k, 1.0 / (1.0 + tl.exp(-logit)))
+                    previous = tl.load(out.tokens_ptr + slot * out.stride_tokens + column + k - 1, volatile=True)
+                logit = _confidence_logit(hidden, confidence, head, request, k, previous, WITH_MARKOV)
+                tl.store(confidence.raw_ptr + slot * confidence.stride_raw + column + k, logit)
+                if confidence.sts_ptr is not None:
+                    logit = logit / tl.load(confidence.sts_ptr + sizes.first_draft + k)
+                scores_ptr = confidence.scores_ptr + slot * confidence.stride_scores + column + k
+                tl.store(scores_ptr, 1.0 / (1.0 + tl.exp(-logit)))

@@ -20,8 +20,8 @@ from ..primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, wo
 from ..primitives.race import NOBODY, pack, unpack_id, unpack_key
 from ..primitives.slots import state_slots
 from ..primitives.ticket import arrive
-from ..primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
-from .heads import DOT_ROWS, gated_latent, hoist, keep_state, low_rank_bias, rnn_latent, w2_tile
+from .args import BaseLogits, Hidden, RequestState, ShardColumns, ShardOptions, ShardOutputs, ShardPath, ShardPlace
+from .heads import DOT_ROWS, block_tile, head_kind, hoist, keep_state, low_rank_bias, w2_tile
 from .rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, UNIT, _confidence_logit as confidence_logit, log_sum_exp
 
 FINITE = tl.constexpr(256)  # a finite logit was seen; beside the bits of `flags`
@@ -29,136 +29,194 @@ PHASES = tl.constexpr(3)  # of a part: hoisted products, latents, vocabulary
 
 
 @triton.jit
-def _previous(anchors_ptr, tokens_ptr, slots, k, column, stride_a, stride_ts):
+def _previous(state, out, slots, k, column):
     """Token that position k follows: the anchor, or the draft before it."""
     if k == 0:
-        tokens = tl.load(anchors_ptr + slots * stride_a, mask=slots >= 0, other=-1).to(tl.int64)
+        tokens = tl.load(state.anchors_ptr + slots * state.stride_anchors, mask=slots >= 0, other=-1).to(tl.int64)
     else:
-        tokens = tl.load(tokens_ptr + slots * stride_ts + column + k - 1, mask=slots >= 0, other=-1)
+        tokens = tl.load(out.tokens_ptr + slots * out.stride_tokens + column + k - 1, mask=slots >= 0, other=-1)
     return tokens
 
 
 @triton.jit
 def _drafted(j, path):
     """PATH of adjusted: drafts of this round, all of which are stored."""
-    tokens_ptr, stride_ts, slots = path
-    return tl.load(tokens_ptr + slots * stride_ts + j, mask=slots >= 0, other=-1)
+    return tl.load(path.tokens_ptr + path.slots * path.stride_tokens + j, mask=path.slots >= 0, other=-1)
 
 
 @triton.jit
-def _latents(
-    k, anchors_ptr, tokens_ptr, slots_ptr, head, mixer, num_requests, num_slots, column, stride_a, stride_ts,
-    MIX: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
-):  # fmt: skip
+def _latents(state, out, head, mixer, place, KIND: tl.constexpr, TILE: tl.constexpr):
     """kernels/draft/dense.py's phase of latents where a block has this one position."""
-    vocab_w1, rank = head[5], head[6]
-    latent_ptr = mixer[6]
+    BLOCK_J: tl.constexpr = TILE.BLOCK_J
+    k, num_requests, rank = place.k, place.num_requests, head.rank
     tiles = tl.cdiv(rank, BLOCK_J)
     for item in range(tl.program_id(0), tiles * tl.cdiv(num_requests, DOT_ROWS), tl.num_programs(0)):
         j = item % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
         requests = item // tiles * DOT_ROWS + tl.arange(0, DOT_ROWS)
-        slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+        slots = state_slots(state.slots_ptr, requests, num_requests, place.num_slots)
         live = slots >= 0
-        previous = _previous(anchors_ptr, tokens_ptr, slots, k, column, stride_a, stride_ts)
-        known = live & (previous >= 0) & (previous < vocab_w1)
-        latent = MIX(mixer, head, j, requests, live, previous, known, k * 0, num_requests, 1, BLOCK_S, MIX_TYPE)
-        at = latent_ptr + requests.to(tl.int64)[None, :] * rank + j[:, None]
-        tl.store(at, latent.to(latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
+        previous = _previous(state, out, slots, k, place.column)
+        known = live & (previous >= 0) & (previous < head.vocab)
+        latent = KIND.latent(
+            mixer, head, j, requests, live, previous, known, k * 0, num_requests, 1, TILE.BLOCK_S, KIND.mix_type
+        )  # fmt: skip
+        at = mixer.latent_ptr + requests.to(tl.int64)[None, :] * rank + j[:, None]
+        tl.store(at, latent.to(mixer.latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
 
 
 @triton.jit
 def _shard_tile(
-    tile, ids, local, first_request, k,
-    base_ptr, anchors_ptr, positions_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr, slots_ptr, tokens_ptr,
-    logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
-    num_requests, num_slots, num_drafts, num_targets, first_unit, num_units, held, width, first_draft, column,
-    stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
-    WIDEN: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
+    tile, ids, local, first_request, base, state, map_ptr, head, mixer, adjust, out, part, counters, place, columns,
+    KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """ROWS requests of one tile: `ids` global, `local` their columns in the shard (`width` where they are in none).
 
-    Columns from `held` on have no id of the vocabulary: the law gives them nothing.
+    Columns from `held` on have no id of the vocabulary: the distribution gives them nothing.
     """
+    ROWS: tl.constexpr = TILE.ROWS
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
+    k, num_requests, held, column = place.k, place.num_requests, columns.held, place.column
     requests = first_request + tl.arange(0, ROWS)
-    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+    slots = state_slots(state.slots_ptr, requests, num_requests, place.num_slots)
     live = slots >= 0
     inside = live[:, None] & (local < held)[None, :]
     x = tl.zeros([ROWS, BLOCK_V], tl.float32)
     if head is not None:
         # The dot always has DOT_ROWS columns; ROWS of them are this tile's requests, the others stay zero.
-        columns = first_request + tl.arange(0, DOT_ROWS)
-        column_slots = state_slots(slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), num_slots)
+        dot_requests = first_request + tl.arange(0, DOT_ROWS)
+        dot_slots = state_slots(state.slots_ptr, dot_requests, tl.minimum(num_requests, first_request + ROWS), place.num_slots)
         if mixer is None:
-            w1_ptr, _, _, stride_1v, _, vocab_w1, _ = head
-            previous = _previous(anchors_ptr, tokens_ptr, column_slots, k, column, stride_a, stride_ts)
-            known = (column_slots >= 0) & (previous >= 0) & (previous < vocab_w1)
-            bias = low_rank_bias(tile, head, w1_ptr, previous * stride_1v, known, local, held, WIDEN, BLOCK_R, DOT_TYPE)
+            previous = _previous(state, out, dot_slots, k, column)
+            known = (dot_slots >= 0) & (previous >= 0) & (previous < head.vocab)
+            bias = low_rank_bias(tile, head, head.w1_ptr, previous * head.stride_w1, known, local, held, KIND, TILE.BLOCK_R)
         else:
-            known = column_slots >= 0
-            at = columns.to(tl.int64) * head[6]
-            bias = low_rank_bias(tile, head, mixer[6], at, known, local, held, WIDEN, BLOCK_R, DOT_TYPE)
+            known = dot_slots >= 0
+            at = dot_requests.to(tl.int64) * head.rank
+            bias = low_rank_bias(tile, head, mixer.latent_ptr, at, known, local, held, KIND, TILE.BLOCK_R)
         bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
         if ROWS < DOT_ROWS:
             # Keep the first ROWS columns; the others are zero and adding zeros is exact.
             bias = tl.sum(tl.reshape(bias, [DOT_ROWS // ROWS, ROWS, BLOCK_V]), axis=0)
         x += bias
-    rows = requests.to(tl.int64) * stride_br + tl.cast(k, tl.int64) * stride_bk
-    base = tl.load(base_ptr + rows[:, None] + local[None, :], mask=inside, other=0.0).to(tl.float32)
-    x += base
+    rows = requests.to(tl.int64) * base.stride_request + tl.cast(k, tl.int64) * base.stride_position
+    base_x = tl.load(base.ptr + rows[:, None] + local[None, :], mask=inside, other=0.0).to(tl.float32)
+    x += base_x
     tokens = ids  # in the target's vocabulary
     if map_ptr is not None:
         mapped = tl.load(map_ptr + local, mask=local < held, other=-1)
-        used = (mapped >= 0) & (mapped < num_targets)
+        used = (mapped >= 0) & (mapped < columns.num_targets)
         tokens = tl.where(used, mapped, 0).to(tl.int32)
     if adjust is not None:
-        path = (tokens_ptr, stride_ts, slots)
-        x = adjusted(x, tokens[None, :], inside, slots, slots * num_drafts + k, adjust, path, column + k, _drafted)
+        path = ShardPath(out.tokens_ptr, out.stride_tokens, slots)
+        x = adjusted(x, tokens[None, :], inside, slots, slots * place.num_drafts + k, adjust, path, column + k, _drafted)
     if map_ptr is not None:
         x = tl.where(used[None, :], x, NEG_INF)  # else an id that stands for no token
-        base = tl.where(used[None, :], base, NEG_INF)
+        base_x = tl.where(used[None, :], base_x, NEG_INF)
     nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
-    stored = numbers(x).to(base_ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
+    stored = numbers(x).to(base.ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
     x = tl.where(inside, stored.to(tl.float32), NEG_INF)
     if adjust is not None:
-        base = x
-    finite = tl.max(tl.where(inside & (tl.abs(base) < POS_INF), 1, 0), axis=1)
-    tl.atomic_or(seen_ptr + requests, tl.where(nan > 0, NAN, 0) | tl.where(finite > 0, FINITE, 0), mask=live, sem="relaxed")
-    if logits_ptr is not None:
-        out = logits_ptr + slots[:, None] * stride_ls + tl.cast(column + k, tl.int64) * stride_lk + local[None, :]
-        tl.store(out, tl.where(inside, stored, NEG_INF), mask=live[:, None] & (local < width)[None, :])
+        base_x = x
+    finite = tl.max(tl.where(inside & (tl.abs(base_x) < POS_INF), 1, 0), axis=1)
+    tl.atomic_or(
+        counters.seen_ptr + requests, tl.where(nan > 0, NAN, 0) | tl.where(finite > 0, FINITE, 0), mask=live, sem="relaxed"
+    )
+    if out.logits_ptr is not None:
+        at = out.logits_ptr + slots[:, None] * out.stride_logits
+        at = at + tl.cast(column + k, tl.int64) * out.stride_logits_position + local[None, :]
+        tl.store(at, tl.where(inside, stored, NEG_INF), mask=live[:, None] & (local < columns.width)[None, :])
 
     key = x
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + slots, mask=live, other=0.0)
+    if state.temperature_ptr is not None:
+        temperature = tl.load(state.temperature_ptr + slots, mask=live, other=0.0)
         scale = log2_scale(temperature)
-        seed = tl.load(seed_ptr + slots, mask=live, other=0)
-        anchor = tl.load(positions_ptr + slots * stride_p, mask=live, other=0).to(tl.int64)
-        position = anchor + (first_draft + k + 1)
-        if STREAM == COUPLED:
+        seed = tl.load(state.seed_ptr + slots, mask=live, other=0)
+        anchor = tl.load(state.positions_ptr + slots * state.stride_positions, mask=live, other=0).to(tl.int64)
+        position = anchor + (place.first_draft + k + 1)
+        if OPTIONS.STREAM == COUPLED:
             anchor = anchor * 0
         if map_ptr is None:
-            words = lane_words(seed[:, None], tl.min(ids, axis=0), position[:, None], anchor[:, None], STREAM, ROWS, BLOCK_V)
+            words = lane_words(
+                seed[:, None], tl.min(ids, axis=0), position[:, None], anchor[:, None], OPTIONS.STREAM, ROWS, BLOCK_V
+            )
         else:
-            words = words_at(seed[:, None], tokens[None, :], position[:, None], anchor[:, None], STREAM)
+            words = words_at(seed[:, None], tokens[None, :], position[:, None], anchor[:, None], OPTIONS.STREAM)
         noisy = x * scale[:, None] - log2_exponential(words)
         key = tl.where((temperature > 0.0)[:, None], noisy, x)
-        if unit_max_ptr is not None:
+        if part.unit_max_ptr is not None:
             units = tl.reshape(x, [ROWS, BLOCK_V // UNIT, UNIT])
             top = tl.max(units, axis=2)
             e = tl.exp2(below_max(units, top[:, :, None]) * scale[:, None, None])
-            mass = tl.reshape(masses(e, ROWS * BLOCK_V // UNIT, UNIT, ONE), [ROWS, BLOCK_V // UNIT])
-            unit = tl.min(ids, axis=0) // UNIT - first_unit + tl.arange(0, BLOCK_V // UNIT)
-            where = requests.to(tl.int64)[:, None] * num_units + unit[None, :]
-            keep = (requests < num_requests)[:, None] & (unit < num_units)[None, :]
-            tl.store(unit_max_ptr + where, top, mask=keep)
-            tl.store(unit_mass_ptr + where, mass, mask=keep)
+            sumexp = tl.reshape(masses(e, ROWS * BLOCK_V // UNIT, UNIT, ONE), [ROWS, BLOCK_V // UNIT])
+            unit = tl.min(ids, axis=0) // UNIT - columns.first_unit + tl.arange(0, BLOCK_V // UNIT)
+            where = requests.to(tl.int64)[:, None] * columns.num_units + unit[None, :]
+            keep = (requests < num_requests)[:, None] & (unit < columns.num_units)[None, :]
+            tl.store(part.unit_max_ptr + where, top, mask=keep)
+            tl.store(part.unit_sumexp_ptr + where, sumexp, mask=keep)
 
     words = pack(key, tokens[None, :])
     if map_ptr is not None:
         words = tl.where(used[None, :], words, NOBODY)
     best = tl.max(tl.where(inside, words, 0), axis=1)
-    tl.atomic_max(best_ptr + requests, best, mask=live, sem="relaxed")
+    tl.atomic_max(counters.best_ptr + requests, best, mask=live, sem="relaxed")
+
+
+@triton.jit
+def _draft_part(
+    first_phase, end_phase, base, state, map_ptr, head, mixer, adjust, hidden, out, part, counters, place, columns,
+    KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The phases [first_phase, end_phase) of a rank's part of one position."""
+    programs = tl.num_programs(0)
+    k, num_requests, num_slots = place.k, place.num_requests, place.num_slots
+    if KIND.latent is not None:
+        if first_phase == 0:
+            own_ptr = hidden.ptr + tl.cast(k, tl.int64) * hidden.stride_position
+            hoist(
+                mixer, head, Hidden(own_ptr, hidden.stride_request, hidden.stride_position, hidden.size), state.slots_ptr,
+                num_requests, num_slots, 1, place.first_draft + k, KIND, TILE,
+            )  # fmt: skip
+        if (first_phase < 1) & (end_phase > 1):
+            grid_barrier(counters.barrier_ptr)
+        if (first_phase <= 1) & (end_phase > 1):
+            _latents(state, out, head, mixer, place, KIND, TILE)
+        if (first_phase <= 1) & (end_phase > 2):
+            grid_barrier(counters.barrier_ptr)
+    if end_phase > 2:
+        if KIND.parts == 3:
+            keep_state(mixer, head, state.slots_ptr, num_requests, num_slots, k * 0 + 1, TILE.BLOCK_N)
+        for first_id in range(tl.program_id(0) * TILE.BLOCK_V, columns.num_units * UNIT, programs * TILE.BLOCK_V):
+            ids = columns.first_unit * UNIT + first_id + tl.arange(0, TILE.BLOCK_V)
+            in_shard = (ids >= columns.start) & (ids - columns.start < columns.width)
+            local = tl.where(in_shard, ids - columns.start, columns.width)
+            tile = ids
+            if head is not None:
+                tile = w2_tile(head, local, columns.held, TILE.BLOCK_R)
+            if OPTIONS.ONE_TILE:
+                _shard_tile(
+                    tile, ids, local, 0, base, state, map_ptr, head, mixer, adjust, out, part, counters, place, columns,
+                    KIND, OPTIONS, TILE,
+                )  # fmt: skip
+            else:
+                for first_request in range(0, num_requests, TILE.ROWS):
+                    _shard_tile(
+                        tile, ids, local, first_request, base, state, map_ptr, head, mixer, adjust, out, part, counters, place,
+                        columns, KIND, OPTIONS, TILE,
+                    )  # fmt: skip
+        if arrive(counters.arrivals_ptr, programs):
+            for first_request in range(0, num_requests, 128):
+                requests = first_request + tl.arange(0, 128)
+                inside = requests < num_requests
+                tl.store(
+                    part.words_ptr + requests,
+                    tl.load(counters.best_ptr + requests, mask=inside, other=0, volatile=True),
+                    mask=inside,
+                )
+                seen = tl.load(counters.seen_ptr + requests, mask=inside, other=0, volatile=True)
+                tl.store(part.status_ptr + requests, seen.to(tl.int64), mask=inside)
+                tl.debug_barrier()  # every warp has read what is put back to zero
+                tl.store(counters.best_ptr + requests, tl.zeros([128], tl.int64), mask=inside)
+                tl.store(counters.seen_ptr + requests, tl.zeros([128], tl.int32), mask=inside)
 
 
 @triton.jit(
@@ -168,99 +226,58 @@ def _shard_tile(
     ]
 )  # fmt: skip
 def draft_partial_kernel(
-    base_ptr,  # [R, K, W]
-    anchors_ptr, positions_ptr,  # [S]
-    map_ptr,  # [W] ids in the target's vocabulary, or None
-    head, mixer,  # kernels/draft/heads.py, with W2 and its scales of the shard; head None = none, mixer None = vanilla or none
-    adjust,  # settings of primitives/adjust.py, by target id; or None
-    hidden_ptr,  # [R, K, H] or None
-    temperature_ptr, seed_ptr,  # [S]; temperature None = every row greedy
-    slots_ptr,  # [R] or None
-    tokens_ptr,  # [S, K], drafts before position k
-    logits_ptr,  # [S, K, W] or None
-    words_ptr, status_ptr,  # int64 [R]: the part
-    unit_max_ptr, unit_mass_ptr,  # [R, U] of the part, or None
-    best_ptr,  # int64 [R], zero before and after
-    seen_ptr,  # int32 [R], zero before and after
-    arrivals_ptr,  # int32 [1], zero before and after
-    barrier_ptr,  # int32 [1]
+    # Records of kernels/draft/args.py and kernels/args.py.
+    inputs,  # ShardInputs
+    head, mixer,  # Head with W2 and its scales of the shard, Mixer of a gated or rnn head, or None
+    adjust,  # Adjustments, by target id; or None
+    tensors,  # ShardTensors
+    part,  # ShardPart
+    counters,  # ShardCounters
     first_phase, end_phase, k, num_requests, num_slots, num_drafts, num_targets, start, held, width, first_unit, num_units,
     hidden_size, first_draft, column,
-    stride_br, stride_bk, stride_a, stride_p, stride_hr, stride_hk, stride_ts, stride_ls, stride_lk,
-    MIX: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, STREAM: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    DOT_TYPE: tl.constexpr, MIX_TYPE: tl.constexpr,
+    strides,  # ShardStrides
+    KIND: tl.constexpr,  # HeadKind
+    OPTIONS: tl.constexpr,  # ShardOptions
+    TILE: tl.constexpr,  # BlockTile
 ):  # fmt: skip
     """Position k on this rank's ids start .. start + held - 1; ids from first_unit * UNIT on are walked, others are masked.
 
-    A launch runs the phases [first_phase, end_phase) of PHASES; the first two are those of latents.
+    A launch runs the phases [first_phase, end_phase) of PHASES; the first two are those of latents. The records are made in the
+    call: a variable would hold a stride of 1 as a number that the compiler does not know.
     """
-    programs = tl.num_programs(0)
-    if MIX is not None:
-        if first_phase == 0:
-            own_ptr = hidden_ptr + tl.cast(k, tl.int64) * stride_hk
-            hoist(
-                mixer, head, own_ptr, slots_ptr, num_requests, num_slots, 1, hidden_size, first_draft + k, stride_hr, stride_hk,
-                PARTS, BLOCK_N, BLOCK_S, MIX_TYPE,
-            )  # fmt: skip
-        if (first_phase < 1) & (end_phase > 1):
-            grid_barrier(barrier_ptr)
-        if (first_phase <= 1) & (end_phase > 1):
-            _latents(
-                k, anchors_ptr, tokens_ptr, slots_ptr, head, mixer, num_requests, num_slots, column, stride_a, stride_ts,
-                MIX, BLOCK_J, BLOCK_S, MIX_TYPE,
-            )  # fmt: skip
-        if (first_phase <= 1) & (end_phase > 2):
-            grid_barrier(barrier_ptr)
-    if end_phase > 2:
-        if PARTS == 3:
-            keep_state(mixer, head, slots_ptr, num_requests, num_slots, k * 0 + 1, BLOCK_N)
-        for first_id in range(tl.program_id(0) * BLOCK_V, num_units * UNIT, programs * BLOCK_V):
-            ids = first_unit * UNIT + first_id + tl.arange(0, BLOCK_V)
-            local = tl.where((ids >= start) & (ids - start < width), ids - start, width)
-            tile = ids
-            if head is not None:
-                tile = w2_tile(head, local, held, BLOCK_R)
-            if ONE_TILE:
-                _shard_tile(
-                    tile, ids, local, 0, k,
-                    base_ptr, anchors_ptr, positions_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr, slots_ptr,
-                    tokens_ptr, logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
-                    num_requests, num_slots, num_drafts, num_targets, first_unit, num_units, held, width, first_draft, column,
-                    stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
-                    WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
-                )  # fmt: skip
-            else:
-                for first_request in range(0, num_requests, ROWS):
-                    _shard_tile(
-                        tile, ids, local, first_request, k,
-                        base_ptr, anchors_ptr, positions_ptr, map_ptr, head, mixer, adjust, temperature_ptr, seed_ptr, slots_ptr,
-                        tokens_ptr, logits_ptr, best_ptr, seen_ptr, unit_max_ptr, unit_mass_ptr,
-                        num_requests, num_slots, num_drafts, num_targets, first_unit, num_units, held, width, first_draft, column,
-                        stride_br, stride_bk, stride_a, stride_p, stride_ts, stride_ls, stride_lk,
-                        WIDEN, STREAM, ROWS, BLOCK_V, BLOCK_R, DOT_TYPE,
-                    )  # fmt: skip
-        if arrive(arrivals_ptr, programs):
-            for first_request in range(0, num_requests, 128):
-                requests = first_request + tl.arange(0, 128)
-                inside = requests < num_requests
-                tl.store(words_ptr + requests, tl.load(best_ptr + requests, mask=inside, other=0, volatile=True), mask=inside)
-                seen = tl.load(seen_ptr + requests, mask=inside, other=0, volatile=True)
-                tl.store(status_ptr + requests, seen.to(tl.int64), mask=inside)
-                tl.debug_barrier()  # every warp has read what is put back to zero
-                tl.store(best_ptr + requests, tl.zeros([128], tl.int64), mask=inside)
-                tl.store(seen_ptr + requests, tl.zeros([128], tl.int32), mask=inside)
+    _draft_part(
+        first_phase,
+        end_phase,
+        BaseLogits(inputs.base_ptr, strides.base_request, strides.base_position),
+        RequestState(
+            inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions, tensors.slots_ptr,
+            tensors.temperature_ptr, tensors.seed_ptr,
+        ),
+        inputs.map_ptr,
+        head,
+        mixer,
+        adjust,
+        Hidden(tensors.hidden_ptr, strides.hidden_request, strides.hidden_position, hidden_size),
+        ShardOutputs(tensors.tokens_ptr, strides.tokens, tensors.logits_ptr, strides.logits, strides.logits_position),
+        part,
+        counters,
+        ShardPlace(k, num_requests, num_slots, num_drafts, first_draft, column),
+        ShardColumns(num_targets, start, held, width, first_unit, num_units),
+        KIND,
+        OPTIONS,
+        TILE,
+    )  # fmt: skip
 
 
 @triton.jit
-def _row_mass(unit_max_ptr, unit_mass_ptr, stride_max, stride_mass, row, num_units, shards, scale, BLOCK: tl.constexpr):
-    """Maximum and mass of a row from the units of all ranks: integers, so their order and number do not matter."""
+def _row_mass(gathered, stride_max, stride_sumexp, row, num_units, shards, scale, BLOCK: tl.constexpr):
+    """Maximum and sum of exponentials of a row from the units of all ranks: integers, so their order and number do not matter."""
     top = tl.full((), float("-inf"), tl.float32)
     for first in range(0, shards * num_units, BLOCK):
         piece = first + tl.arange(0, BLOCK)
         where = row * num_units + piece % num_units
         inside = piece < shards * num_units
-        m = tl.load(unit_max_ptr + (piece // num_units).to(tl.int64) * stride_max + where, mask=inside, other=NEG_INF)
+        m = tl.load(gathered.unit_max_ptr + (piece // num_units).to(tl.int64) * stride_max + where, mask=inside, other=NEG_INF)
         top = tl.maximum(top, tl.max(m, axis=0))
     total = tl.zeros((), tl.int64)
     for first in range(0, shards * num_units, BLOCK):
@@ -268,30 +285,31 @@ def _row_mass(unit_max_ptr, unit_mass_ptr, stride_max, stride_mass, row, num_uni
         where = row * num_units + piece % num_units
         inside = piece < shards * num_units
         shard = (piece // num_units).to(tl.int64)
-        m = tl.load(unit_max_ptr + shard * stride_max + where, mask=inside, other=NEG_INF)
-        mass = tl.load(unit_mass_ptr + shard * stride_mass + where, mask=inside, other=0)
+        m = tl.load(gathered.unit_max_ptr + shard * stride_max + where, mask=inside, other=NEG_INF)
+        mass = tl.load(gathered.unit_sumexp_ptr + shard * stride_sumexp + where, mask=inside, other=0)
         total += tl.sum((mass.to(tl.float32) * tl.exp2(below_max(m, top) * scale)).to(tl.int64), axis=0)
     return top, total
 
 
 @triton.jit(do_not_specialize=["k", "num_requests", "num_slots", "first_draft", "column", "stride_part", "stride_max"])
 def draft_finish_kernel(
-    words_ptr, status_ptr,  # int64 [N, R]: the parts of all ranks
-    unit_max_ptr, unit_mass_ptr,  # [N, R, U] or None
-    anchors_ptr,  # [S]
-    head,  # kernels/draft/heads.py, of which W1 is read; or None
+    # Records of kernels/draft/args.py.
+    gathered,  # GatheredParts
+    anchors_ptr,  # int [S]
+    head,  # Head, of which W1 is read; or None
     hidden_ptr,  # [R, K, H] or None
-    scores,  # as in kernels/draft/rows.py, or None
-    temperature_ptr, slots_ptr,  # [S], [R] or None
-    tokens_ptr, lse_ptr,  # [S, K]; lse may be None
-    flags_ptr,  # [R], those of earlier positions included
-    k, num_requests, num_slots, shards, num_units, hidden_size, first_draft, column,
-    stride_part, stride_max, stride_a, stride_hr, stride_hk, stride_ts, stride_es,
+    confidence,  # Confidence or None
+    tensors,  # FinishTensors
+    k, num_requests, num_slots,
+    widths,  # FinishWidths
+    first_draft, column, stride_part, stride_max,
+    strides,  # FinishStrides
     WITH_MARKOV: tl.constexpr, SHARDS: tl.constexpr,
 ):  # fmt: skip
     """Request = program: everything follows from the gathered words, so every rank writes the same."""
+    flags_ptr = tensors.flags_ptr
     request = tl.program_id(0)
-    slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
+    slot = tl.max(state_slots(tensors.slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
     before = tl.zeros((), tl.int32)
     if k > 0:
         before = tl.load(flags_ptr + request)
@@ -301,36 +319,35 @@ def draft_finish_kernel(
     else:
         shard = tl.arange(0, SHARDS)
         part = shard.to(tl.int64) * stride_part + request
-        word = tl.max(tl.load(words_ptr + part, mask=shard < shards, other=0), axis=0)
-        seen = tl.load(status_ptr + part, mask=shard < shards, other=0).to(tl.int32)
+        word = tl.max(tl.load(gathered.words_ptr + part, mask=shard < widths.shards, other=0), axis=0)
+        seen = tl.load(gathered.status_ptr + part, mask=shard < widths.shards, other=0).to(tl.int32)
         finite = tl.max(seen & FINITE, axis=0) > 0
         key = unpack_key(word)
         status = tl.max(seen & NAN, axis=0) | tl.where((key == NEG_INF) | (key != key), NONFINITE_ROW, 0)
         status |= tl.where((key == POS_INF) & (finite == 0), NONFINITE_ROW, 0)
-        previous = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
+        previous = tl.load(anchors_ptr + slot * strides.anchors).to(tl.int64)
         if head is not None:
-            status |= tl.where((previous < 0) | (previous >= head[5]), BAD_TOKEN_ID, 0)
+            status |= tl.where((previous < 0) | (previous >= head.vocab), BAD_TOKEN_ID, 0)
         tl.store(flags_ptr + request, before | status)
-        tl.store(tokens_ptr + slot * stride_ts + column + k, unpack_id(word))
-        if lse_ptr is not None:
-            scale = log2_scale(tl.load(temperature_ptr + slot))
-            top, total = _row_mass(unit_max_ptr, unit_mass_ptr, stride_max, stride_part, request.to(tl.int64), num_units, shards,
-                                   scale, 1024)  # fmt: skip
-            tl.store(lse_ptr + slot * stride_es + column + k, log_sum_exp(top, total, scale))
-        if scores is not None:
-            _, _, sts_ptr, confidence_ptr, raw_ptr, stride_cs, stride_rs = scores
+        tl.store(tensors.tokens_ptr + slot * strides.tokens + column + k, unpack_id(word))
+        if tensors.lse_ptr is not None:
+            scale = log2_scale(tl.load(tensors.temperature_ptr + slot))
+            row_max, sumexp = _row_mass(
+                gathered, stride_max, stride_part, request.to(tl.int64), widths.num_units, widths.shards, scale, 1024
+            )
+            tl.store(tensors.lse_ptr + slot * strides.lse + column + k, log_sum_exp(row_max, sumexp, scale))
+        if confidence is not None:
             if k > 0:
-                previous = tl.load(tokens_ptr + slot * stride_ts + column + k - 1)
-            logit = confidence_logit(hidden_ptr, scores, head, request, k, previous, hidden_size, stride_hr, stride_hk,
-                                     WITH_MARKOV)  # fmt: skip
-            tl.store(raw_ptr + slot * stride_rs + column + k, logit)
-            if sts_ptr is not None:
-                logit = logit / tl.load(sts_ptr + first_draft + k)
-            tl.store(confidence_ptr + slot * stride_cs + column + k, 1.0 / (1.0 + tl.exp(-logit)))
-
-
-_WIDENINGS = {"by_cast": by_cast, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
-_MIXERS = {None: (None, 0), "gated": (gated_latent, 1), "rnn": (rnn_latent, 3)}  # and parts of r outputs
+                previous = tl.load(tensors.tokens_ptr + slot * strides.tokens + column + k - 1)
+            logit = confidence_logit(
+                Hidden(hidden_ptr, strides.hidden_request, strides.hidden_position, widths.hidden), confidence, head, request, k,
+                previous, WITH_MARKOV,
+            )  # fmt: skip
+            tl.store(confidence.raw_ptr + slot * confidence.stride_raw + column + k, logit)
+            if confidence.sts_ptr is not None:
+                logit = logit / tl.load(confidence.sts_ptr + first_draft + k)
+            scores_ptr = confidence.scores_ptr + slot * confidence.stride_scores + column + k
+            tl.store(scores_ptr, 1.0 / (1.0 + tl.exp(-logit)))
 
 
 def launch_draft_partial(programs, args, tail, *, mixer, widening, dot_type, mix_type, coupled, one_tile, rows, config):
@@ -338,25 +355,14 @@ def launch_draft_partial(programs, args, tail, *, mixer, widening, dot_type, mix
     the range of phases."""
     end = PHASES.value
     apart = mixer is not None and programs > 1 and not config.one_launch
-    mix, parts = _MIXERS[mixer]
     for span in [(phase, phase + 1) for phase in range(end)] if apart else [(0, end)]:
         draft_partial_kernel[(programs,)](
             *args,
             *span,
             *tail,
-            MIX=mix,
-            PARTS=parts,
-            WIDEN=_WIDENINGS[widening],
-            STREAM=COUPLED if coupled else DRAFT,
-            ONE_TILE=one_tile,
-            ROWS=rows,
-            BLOCK_V=config.block_v,
-            BLOCK_R=config.block_r,
-            BLOCK_J=config.block_j,
-            BLOCK_N=config.block_n,
-            BLOCK_S=config.block_s,
-            DOT_TYPE=getattr(tl, dot_type),
-            MIX_TYPE=getattr(tl, mix_type),
+            KIND=head_kind(mixer, widening, dot_type, mix_type),
+            OPTIONS=ShardOptions(STREAM=COUPLED if coupled else DRAFT, ONE_TILE=one_tile),
+            TILE=block_tile(rows, config),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             launch_cooperative_grid=mixer is not None and programs > 1 and config.one_launch,

@@ -13,6 +13,18 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
+from ...kernels.draft.args import (
+    BlockInputs,
+    BlockResults,
+    BlockScratch,
+    BlockStrides,
+    BlockWidths,
+    Confidence,
+    Head,
+    Mixer,
+    Sampling,
+    Support,
+)
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...types import ConfidenceHead, DenseProposal, DraftBlock, GatedMarkovHead, MarkovHead, RnnMarkovHead, SamplingTensors
@@ -308,82 +320,126 @@ def _draft_block(
     request_tile = draft_launch.request_tile(rows, sampling.adjusts or filters is not None)
     one_tile = rows <= request_tile
 
-    clean = workspaces.Carver(counters)
-    barrier = clean.take(2 * workspaces.RESERVED, torch.int32)
-    best = clean.take(rows * drafts, torch.int64)
-    status = clean.take(rows, torch.int32)
-    carver = workspaces.Carver(scratch)
+    clean, carver = workspaces.Carver(counters), workspaces.Carver(scratch)
     units, groups = -(-vocab // UNIT), -(-vocab // GROUP)
-    unit_max, unit_mass = carver.take(rows * drafts * units, torch.float32), carver.take(rows * drafts * units, torch.int64)
+    barrier = clean.take(2 * workspaces.RESERVED, torch.int32)
+    memory = BlockScratch(
+        best_ptr=clean.take(rows * drafts, torch.int64),
+        status_ptr=clean.take(rows, torch.int32),
+        barrier_ptr=barrier,
+        unit_max_ptr=carver.take(rows * drafts * units, torch.float32),
+        unit_sumexp_ptr=carver.take(rows * drafts * units, torch.int64),
+    )
 
     def stride(tensor, dim):
         return 0 if tensor is None else tensor.stride(dim)
 
-    rank, dot_type, widening, head = 1, torch.float32, "by_cast", None
-    if w1 is not None:
-        rank, dot_type = w1.shape[1], _product_type(w1, w2)
-        if w2.dtype == torch.float8_e4m3fn:
-            # As bytes: not every GPU's compiler takes pointers to e4m3.
-            widening, w2 = "fp8", w2.view(torch.uint8)
-        head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
+    head, dot_type, widening = head_record(w1, w2, w2_scale)
+    rank = 1 if head is None else head.rank
     ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, sampling.adjusts, filters is not None)
     config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
-    kind, mixer, mix_type = _mixer(w1, mix_weight, mix_bias, hidden, head_state, rows, drafts, dot_type, carver)
+    kind, mixer, mix_type = mixer_record(
+        w1, mix_weight, mix_bias, hidden, head_state, rows * drafts, rows, 2 * rows, dot_type, carver
+    )  # fmt: skip
+    support = None
     if filters is not None:
-        support = carver.take(rows, torch.int64), carver.take(rows, torch.int32)  # threshold and cut
-        maxima = carver.take(rows * groups, torch.float32)
-        lists = (carver.take(rows * size, torch.int32) for size in (groups, LIST, LIST))
-        filters = (*filters, *support, maxima, *lists)
-    scores = None
-    if weight is not None:
-        scores = (weight, bias, sts_temperatures, confidence, confidence_logits, confidence.stride(0), confidence_logits.stride(0))
+        support = Support(
+            *filters,
+            threshold_ptr=carver.take(rows, torch.int64),
+            cut_ptr=carver.take(rows, torch.int32),
+            maxima_ptr=carver.take(rows * groups, torch.float32),
+            groups_ptr=carver.take(rows * groups, torch.int32),
+            keys_ptr=carver.take(rows * LIST, torch.int32),
+            ids_ptr=carver.take(rows * LIST, torch.int32),
+        )
 
     kernels.launch_draft_dense(
         min(-(-vocab // config.block_v), gpu.multiprocessors * config.programs_per_sm),
         (
-            base_logits, anchors, anchor_positions, state_indices, draft_to_target, head, mixer, adjust, filters, hidden, scores,
-            temperature, seed, tokens, logits, lse, flags, best, status, barrier, unit_max, unit_mass,
+            BlockInputs(
+                base_ptr=base_logits, anchors_ptr=anchors, positions_ptr=anchor_positions, slots_ptr=state_indices,
+                map_ptr=draft_to_target,
+            ),
+            head, mixer, adjust, support, hidden,
+            confidence_record(weight, bias, sts_temperatures, confidence, confidence_logits),
+            Sampling(temperature_ptr=temperature, seed_ptr=seed),
+            BlockResults(tokens_ptr=tokens, logits_ptr=logits, lse_ptr=lse, flags_ptr=flags), memory,
         ),
         (
-            rows, anchors.shape[0], drafts, vocab, targets, hidden_size, first_draft, column,
-            base_logits.stride(0), base_logits.stride(1), anchors.stride(0), anchor_positions.stride(0), stride(hidden, 0),
-            stride(hidden, 1), tokens.stride(0), stride(logits, 0), stride(logits, 1), stride(lse, 0),
+            rows, anchors.shape[0], drafts, BlockWidths(vocab=vocab, num_targets=targets, hidden=hidden_size), first_draft, column,
+            BlockStrides(
+                base_request=base_logits.stride(0), base_position=base_logits.stride(1), anchors=anchors.stride(0),
+                positions=anchor_positions.stride(0), hidden_request=stride(hidden, 0), hidden_position=stride(hidden, 1),
+                tokens=tokens.stride(0), logits=stride(logits, 0), logits_position=stride(logits, 1), lse=stride(lse, 0),
+            ),
         ),
         drafts=drafts,
         mixer=kind,
+        widening=widening,
+        dot_type=_name(dot_type),
+        mix_type=_name(mix_type),
+        coupled=coupled,
+        with_markov=weight is not None and weight.shape[0] > hidden_size,
+        one_tile=one_tile,
+        joint=joint and filters is not None,
+        groups=max(2, 1 << (groups - 1).bit_length()) if filters is not None else 2,
         filtered=filters is not None,
-        constants=dict(
-            WIDEN=widening,
-            STREAM="coupled" if coupled else "draft",
-            WITH_MARKOV=weight is not None and weight.shape[0] > hidden_size,
-            ONE_TILE=one_tile,
-            JOINT=joint and filters is not None,
-            GROUPS=max(2, 1 << (groups - 1).bit_length()) if filters is not None else 2,
-            ROWS=request_tile,
-            DOT_TYPE=_name(dot_type),
-            MIX_TYPE=_name(mix_type),
-        ),
+        rows=request_tile,
         config=config,
     )  # fmt: skip
 
 
-def _mixer(w1, mix_weight, mix_bias, hidden, head_state, rows, drafts, dot_type, carver):
-    """(kind, `mixer` of kernels/draft/heads.py, type of its products) of a head with latents, its scratch from `carver`."""
+def head_record(w1, w2, w2_scale) -> tuple[Head | None, torch.dtype, str]:
+    """(the head's record, type of its product with W2, how W2 is widened; "fp8" is decided by the launch)."""
+    if w1 is None:
+        return None, torch.float32, "by_cast"
+    dot_type, widening = _product_type(w1, w2), "by_cast"
+    if w2.dtype == torch.float8_e4m3fn:
+        # As bytes: not every GPU's compiler takes pointers to e4m3.
+        widening, w2 = "fp8", w2.view(torch.uint8)
+    head = Head(
+        w1_ptr=w1, w2_ptr=w2, scale_ptr=w2_scale, stride_w1=w1.stride(0), stride_w2=w2.stride(0), vocab=w1.shape[0],
+        rank=w1.shape[1],
+    )  # fmt: skip
+    return head, dot_type, widening
+
+
+def mixer_record(w1, mix_weight, mix_bias, hidden, head_state, hoisted, latents, states, dot_type, carver):
+    """(kind, Mixer, type of its products) of a head with latents, its scratch from `carver`.
+
+    hoisted, latents, states: rows of the products with hidden states, of latents, of an rnn's states.
+    """
     if mix_weight is None:
         return None, None, torch.float32
     rank = w1.shape[1]
     parts = mix_weight.shape[0] // rank
     kind = "gated" if parts == 1 else "rnn"
-    hoisted = carver.take(rows * drafts * parts * rank, torch.float32)
-    latents = carver.take(rows * rank, dot_type)
-    states = carver.take(2 * rows * rank, torch.float32) if kind == "rnn" else None
     # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
-    columns = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
-    carried = (head_state, 0 if head_state is None else head_state.stride(0))
-    mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, *carried)
+    hidden_column, w1_column = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
+    mixer = Mixer(
+        weight_ptr=mix_weight,
+        bias_ptr=mix_bias,
+        stride_weight=mix_weight.stride(0),
+        hidden_column=hidden_column,
+        w1_column=w1_column,
+        hoisted_ptr=carver.take(hoisted * parts * rank, torch.float32),
+        latent_ptr=carver.take(latents * rank, dot_type),
+        state_ptr=carver.take(states * rank, torch.float32) if kind == "rnn" else None,
+        carried_ptr=head_state,
+        stride_carried=0 if head_state is None else head_state.stride(0),
+    )
     return kind, mixer, mix_weight.dtype if mix_weight.dtype == w1.dtype == hidden.dtype else torch.float32
+
+
+def confidence_record(weight, bias, sts_temperatures, confidence, confidence_logits) -> Confidence | None:
+    if weight is None:
+        return None
+    return Confidence(
+        weight_ptr=weight, bias_ptr=bias, sts_ptr=sts_temperatures, scores_ptr=confidence, raw_ptr=confidence_logits,
+        stride_scores=confidence.stride(0), stride_raw=confidence_logits.stride(0),
+    )  # fmt: skip
 
 
 def _product_type(w1: Tensor, w2: Tensor) -> torch.dtype:

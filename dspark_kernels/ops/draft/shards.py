@@ -32,6 +32,18 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_choice, check_int, check_optional, check_tensor, check_type, not_yet
+from ...kernels.draft.args import (
+    FinishStrides,
+    FinishTensors,
+    FinishWidths,
+    GatheredParts,
+    Head,
+    ShardCounters,
+    ShardInputs,
+    ShardPart,
+    ShardStrides,
+    ShardTensors,
+)
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, RnnMarkovHead, SamplingTensors
@@ -367,12 +379,8 @@ def _draft_block_partial(
     request_tile = draft_launch.request_tile(rows, sampling.adjusts)
     one_tile = rows <= request_tile
     units = shard.blocks(draft.UNIT)
-    rank, dot_type, widening, head = 1, torch.float32, "by_cast", None
-    if w1 is not None:
-        rank, dot_type = w1.shape[1], draft._product_type(w1, w2)
-        if w2.dtype == torch.float8_e4m3fn:
-            widening, w2 = "fp8", w2.view(torch.uint8)
-        head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
+    head, dot_type, widening = draft.head_record(w1, w2, w2_scale)
+    rank = 1 if head is None else head.rank
     # As for the whole vocabulary: how many ranks a dot takes is part of what its sums are.
     ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, sampling.adjusts)
     config = draft_launch.pick(gpu, units * draft.UNIT, rank, dot_type.itemsize, one_tile, ranks)
@@ -381,23 +389,42 @@ def _draft_block_partial(
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
     carver = workspaces.Carver(scratch)
-    kind, mixer, mix_type = draft._mixer(w1, mix_weight, mix_bias, hidden, head_state, rows, 1, dot_type, carver)
+    kind, mixer, mix_type = draft.mixer_record(
+        w1, mix_weight, mix_bias, hidden, head_state, rows, rows, 2 * rows, dot_type, carver
+    )  # fmt: skip
     clean = workspaces.Carver(counters, workspaces.RESERVED)
-    best, seen = clean.take(rows, torch.int64), clean.take(rows, torch.int32)
-    barrier, arrivals = (counters[i : i + 1].view(torch.int32) for i in range(2))
+    counted = ShardCounters(
+        best_ptr=clean.take(rows, torch.int64),
+        seen_ptr=clean.take(rows, torch.int32),
+        arrivals_ptr=counters[1:2].view(torch.int32),
+        barrier_ptr=counters[:1].view(torch.int32),
+    )
     view = _fields(rows, shard, with_lse).view
+    own = ShardPart(
+        words_ptr=view(part, "words"),
+        status_ptr=view(part, "status"),
+        unit_max_ptr=view(part, "unit_max"),
+        unit_sumexp_ptr=view(part, "unit_mass"),
+    )
     kernels.launch_draft_partial(
         min(-(-units * draft.UNIT // config.block_v), gpu.multiprocessors * config.programs_per_sm),
         (
-            base_logits, anchors, anchor_positions, draft_to_target, head, mixer, adjust, hidden, temperature, seed, state_indices,
-            tokens, logits, view(part, "words"), view(part, "status"), view(part, "unit_max"), view(part, "unit_mass"), best, seen,
-            arrivals, barrier,
+            ShardInputs(base_ptr=base_logits, anchors_ptr=anchors, positions_ptr=anchor_positions, map_ptr=draft_to_target),
+            head, mixer, adjust,
+            ShardTensors(
+                hidden_ptr=hidden, temperature_ptr=temperature, seed_ptr=seed, slots_ptr=state_indices, tokens_ptr=tokens,
+                logits_ptr=logits,
+            ),
+            own, counted,
         ),
         (
             position, rows, anchors.shape[0], drafts, targets, shard.start, shard.held, width, shard.start // draft.UNIT, units,
             0 if hidden is None else hidden.shape[2], first_draft, column,
-            base_logits.stride(0), base_logits.stride(1), anchors.stride(0), anchor_positions.stride(0), _stride(hidden, 0),
-            _stride(hidden, 1), tokens.stride(0), _stride(logits, 0), _stride(logits, 1),
+            ShardStrides(
+                base_request=base_logits.stride(0), base_position=base_logits.stride(1), anchors=anchors.stride(0),
+                positions=anchor_positions.stride(0), hidden_request=_stride(hidden, 0), hidden_position=_stride(hidden, 1),
+                tokens=tokens.stride(0), logits=_stride(logits, 0), logits_position=_stride(logits, 1),
+            ),
         ),
         mixer=kind,
         widening=widening,
@@ -424,20 +451,33 @@ def _draft_block_finish(
     rows = flags.shape[0]
     shard = Shard(0, width, vocab_shards, width * vocab_shards)
     hidden_size = 0 if hidden is None else hidden.shape[2]
-    head, scores = None, None
+    head = None
     if w1 is not None:
-        head = (w1, None, None, w1.stride(0), 0, w1.shape[0], w1.shape[1])
-    if weight is not None:
-        scores = (weight, bias, sts_temperatures, confidence, confidence_logits, confidence.stride(0), confidence_logits.stride(0))
+        head = Head(
+            w1_ptr=w1, w2_ptr=None, scale_ptr=None, stride_w1=w1.stride(0), stride_w2=0, vocab=w1.shape[0], rank=w1.shape[1]
+        )  # fmt: skip
     view = _fields(rows, shard, lse is not None).view
+    parts = GatheredParts(
+        words_ptr=view(gathered, "words"),
+        status_ptr=view(gathered, "status"),
+        unit_max_ptr=view(gathered, "unit_max"),
+        unit_sumexp_ptr=view(gathered, "unit_mass"),
+    )
     kernels.launch_draft_finish(
         rows,
         (
-            view(gathered, "words"), view(gathered, "status"), view(gathered, "unit_max"), view(gathered, "unit_mass"), anchors,
-            head, hidden, scores, temperature, state_indices, tokens, lse, flags,
-            position, rows, tokens.shape[0], vocab_shards, shard.blocks(draft.UNIT), hidden_size, first_draft, column,
-            gathered.stride(0), 2 * gathered.stride(0), anchors.stride(0), _stride(hidden, 0), _stride(hidden, 1),
-            tokens.stride(0), _stride(lse, 0),
+            parts, anchors, head, hidden,
+            draft.confidence_record(weight, bias, sts_temperatures, confidence, confidence_logits),
+            FinishTensors(
+                temperature_ptr=temperature, slots_ptr=state_indices, tokens_ptr=tokens, lse_ptr=lse, flags_ptr=flags
+            ),
+            position, rows, tokens.shape[0],
+            FinishWidths(shards=vocab_shards, num_units=shard.blocks(draft.UNIT), hidden=hidden_size),
+            first_draft, column, gathered.stride(0), 2 * gathered.stride(0),
+            FinishStrides(
+                anchors=anchors.stride(0), hidden_request=_stride(hidden, 0), hidden_position=_stride(hidden, 1),
+                tokens=tokens.stride(0), lse=_stride(lse, 0),
+            ),
         ),
         with_markov=weight is not None and weight.shape[0] > hidden_size,
         shards=1 << (vocab_shards - 1).bit_length(),
