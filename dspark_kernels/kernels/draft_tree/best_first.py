@@ -14,13 +14,25 @@ best nodes stay (nodes.py). That takes K steps, where a best-first search takes 
 import triton
 import triton.language as tl
 
+from ..draft.args import RowSettings
 from ..draft.candidate_heads import hidden_products
-from ..draft.candidates import PAIRS, _best_ids, _chunk, _hidden_score, _keep_best, _slot, latent_programs, padded_units
+from ..draft.candidates import (
+    PAIRS,
+    _best_ids,
+    _chunk,
+    _hidden_score,
+    _keep_best,
+    _slot,
+    latent_programs,
+    padded_units,
+    selection_tile,
+)
 from ..primitives.leaves import SAW_FINITE, leaf_masses, merge_leaves
 from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
 from ..primitives.select import ordered_key
 from ..primitives.slots import state_slots
 from ..primitives.ticket import arrive
+from .args import BlockSums, PathScratch, PathSizes, PathTile
 from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
 from .nodes import (
     BAD_TOKEN_ID,
@@ -59,33 +71,31 @@ def _store_keys(row_ptr, keys_ptr, leaves, first, end, vocab, scale, BLOCK: tl.c
         here = chunk * (BLOCK // GROUP) + unit
         tl.store(keys_ptr + here, keys, mask=here < tl.cdiv(vocab, GROUP))
         if leaves is not None:
-            tops_ptr, masses_ptr = leaves
             x = tl.reshape(x, [BLOCK // LEAF, LEAF])
-            top, mass = leaf_masses(x, scale, BLOCK // LEAF)
-            mass |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
+            block_max, sumexp = leaf_masses(x, scale, BLOCK // LEAF)
+            sumexp |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
             leaf = chunk * (BLOCK // LEAF) + tl.arange(0, BLOCK // LEAF)
-            tl.store(tops_ptr + leaf, top, mask=leaf < tl.cdiv(vocab, LEAF))
-            tl.store(masses_ptr + leaf, mass, mask=leaf < tl.cdiv(vocab, LEAF))
+            tl.store(leaves.max_ptr + leaf, block_max, mask=leaf < tl.cdiv(vocab, LEAF))
+            tl.store(leaves.sumexp_ptr + leaf, sumexp, mask=leaf < tl.cdiv(vocab, LEAF))
     return tl.max(nan.to(tl.int32), axis=0)
 
 
 @triton.jit
-def _node_logits(
-    ids_ptr, row, num_rows, row_ptr, x_ptr, num_candidates, vocab, head, row_ptrs, known, live,
-    NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def _node_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE: tl.constexpr):
     """Logits of the candidates after each live node, to x [NODES, WIDTH]; (maxima, whether NaN, whether finite) int32 [NODES]."""
+    NODES: tl.constexpr = TILE.NODES
+    WIDTH: tl.constexpr = TILE.WIDTH
     i = tl.arange(0, NODES)
     top = tl.full([NODES], NEG_INF, tl.float32)
     nan = tl.zeros([NODES], tl.int32)
     finite = tl.zeros([NODES], tl.int32)
-    for first in range(0, WIDTH, PIECE):
-        c = first + tl.arange(0, PIECE)
-        ids = _best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab)
+    for first in range(0, WIDTH, TILE.PIECE):
+        c = first + tl.arange(0, TILE.PIECE)
+        ids = _best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab)
         used = ids >= 0
         x = tl.load(row_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)[None, :] + tl.zeros([NODES, 1], tl.float32)
         if head is not None:
-            x += node_bias(ids, used, row_ptrs, known, head, BLOCK_R)
+            x += node_bias(ids, used, row_ptrs, known, head, TILE.BLOCK_R)
         inside = used[None, :] & live[:, None]
         nan = tl.maximum(nan, tl.max(tl.where(inside & (x != x), 1, 0), axis=1))
         finite = tl.maximum(finite, tl.max(tl.where(inside & (tl.abs(x) < POS_INF), 1, 0), axis=1))
@@ -108,41 +118,40 @@ def _node_masses(x_ptr, top, live, scale, NODES: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def _expand(
-    d, count, room, nan, request, row, row_ptr, num_rows, head, latent, hidden, confidence, leaves, own, scale, num_candidates,
-    vocab, ADVANCE: tl.constexpr, LEAVES: tl.constexpr, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    d, count, nan, row, row_ptr, head, latent, hidden, confidence, leaves, ids_ptr, own, scale, sizes,
+    ADVANCE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Children for all nodes of depth d; returns how many nodes there are then."""
-    ids_ptr, score_ptr, kept_ptr, x_ptr, products_ptr, latent_ptr, states_ptr = own
+    """Children for all nodes of depth d; returns how many nodes there are then. own: PathScratch of the request."""
+    kept_ptr, x_ptr = own.kept_ptr, own.logits_ptr
+    NODES: tl.constexpr = TILE.NODES
+    WIDTH: tl.constexpr = TILE.WIDTH
     i = tl.arange(0, NODES)
     live = (i < count) & (field(kept_ptr, DEPTH, i, count, NODES) == d)
     token = field(kept_ptr, TOKEN, i, count, NODES)
     row_ptrs = x_ptr + i
     known = live
     if head is not None:
-        row_ptrs = head[0] + token.to(tl.int64) * head[1]
-        known = live & (token >= 0) & (token < head[5])
+        row_ptrs = head.w1_ptr + token.to(tl.int64) * head.stride_w1
+        known = live & (token >= 0) & (token < head.vocab)
     if latent is not None:
         origin = field(kept_ptr, ORIGIN, i, count, NODES)
         ADVANCE(
-            d, live, row_ptrs, known, origin, latent, hidden[3], products_ptr + d * latent[3], latent_ptr, states_ptr, head[6],
-            BLOCK_O, BLOCK_J,
+            d, live, row_ptrs, known, origin, latent, hidden.size, own.products_ptr + d * latent.outputs, own.latent_ptr,
+            own.states_ptr, head.rank, TILE.BLOCK_O, TILE.BLOCK_J,
         )  # fmt: skip
         tl.debug_barrier()
         top, some_nan, finite = _node_logits(
-            ids_ptr, row, num_rows, row_ptr, x_ptr, num_candidates, vocab, head, latent_ptr + i.to(tl.int64) * head[6], live, live,
-            NODES, WIDTH, PIECE, BLOCK_R,
+            ids_ptr, row, row_ptr, x_ptr, head, own.latent_ptr + i.to(tl.int64) * head.rank, live, live, sizes, TILE
         )  # fmt: skip
     else:
-        top, some_nan, finite = _node_logits(
-            ids_ptr, row, num_rows, row_ptr, x_ptr, num_candidates, vocab, head, row_ptrs, known, live,
-            NODES, WIDTH, PIECE, BLOCK_R,
-        )  # fmt: skip
+        top, some_nan, finite = _node_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE)
     if leaves is None:
-        mass = _node_masses(x_ptr, top, live, scale, NODES, WIDTH, PIECE)
+        mass = _node_masses(x_ptr, top, live, scale, NODES, WIDTH, TILE.PIECE)
     else:
         one = tl.zeros([1], tl.int64)
-        whole_top, whole, words, _ = merge_leaves(leaves[0], leaves[1], row + one, tl.cdiv(vocab, LEAF), scale, LEAVES)
+        whole_top, whole, words, _ = merge_leaves(
+            leaves.max_ptr, leaves.sumexp_ptr, row + one, tl.cdiv(sizes.vocab, LEAF), scale, TILE.LEAVES
+        )  # fmt: skip
         finite += tl.max((words & SAW_FINITE) >> 60, axis=1).to(tl.int32)
         top = whole_top + tl.zeros([NODES], tl.float32)
         mass = whole + tl.zeros([NODES], tl.int64)
@@ -150,43 +159,43 @@ def _expand(
     tl.store(kept_ptr + SEEN * NODES + i, seen, mask=live)
     reached = survivals(kept_ptr, i, count, NODES)
     if confidence is not None:
-        score = tl.load(score_ptr + d, volatile=True)
-        reached += log_confidence(token, live, score, d, confidence, hidden[3], NODES)
+        score = tl.load(own.score_ptr + d, volatile=True)
+        reached += log_confidence(token, live, score, d, confidence, hidden.size, NODES)
     tl.debug_barrier()
     row_nodes = i
-    for first in range(0, WIDTH, PIECE):
-        c = first + tl.arange(0, PIECE)
+    for first in range(0, WIDTH, TILE.PIECE):
+        c = first + tl.arange(0, TILE.PIECE)
         x = tl.load(x_ptr + i[:, None] * WIDTH + c[None, :], mask=live[:, None], other=NEG_INF, volatile=True)
-        ids = tl.maximum(_best_ids(ids_ptr, row, num_rows, c, num_candidates, vocab), 0)
+        ids = tl.maximum(_best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab), 0)
         share = log_shares(x, ids[None, :], top, mass, scale)
         keys = tl.where((live & (row_nodes >= 0))[:, None], reached[:, None] + share, NEG_INF)
         every = ids[None, :] + tl.zeros([NODES, 1], tl.int32)
-        count, row_nodes = merge_children(kept_ptr, count, room, d + 1, keys, every, row_nodes, NODES)
+        count, row_nodes = merge_children(kept_ptr, count, sizes.num_nodes, d + 1, keys, every, row_nodes, NODES)
     return count
 
 
 @triton.jit
 def _grow(
-    request, slot, base, state, head, latent, hidden, confidence, out, leaves, scratch, status_ptr, num_rows, num_drafts,
-    num_nodes, vocab, num_candidates,
-    ADVANCE: tl.constexpr, LEAVES: tl.constexpr, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    request, slot, base, state, head, latent, hidden, confidence, out, leaves, ids_ptr, scratch, status_ptr, sizes,
+    ADVANCE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The tree of one request, whose candidates are there."""
-    base_ptr, stride_br, stride_bk = base
-    anchors_ptr, stride_a, _, temperature_ptr, budgets_ptr = state
-    ids_ptr, _, score_ptr, kept_ptr, x_ptr, products_ptr, latent_ptr, states_ptr = scratch
+    num_drafts, num_nodes = sizes.num_drafts, sizes.num_nodes
+    NODES: tl.constexpr = TILE.NODES
+    stride_anchors = state.stride_anchors
+    products_ptr, latent_ptr, states_ptr = scratch.products_ptr, scratch.latent_ptr, scratch.states_ptr
     wide = request.to(tl.int64)
-    kept_ptr += wide * (FIELDS * NODES)
+    kept_ptr = scratch.kept_ptr + wide * (FIELDS * NODES)
     if latent is not None:
-        products_ptr += wide * num_drafts * latent[3]
-        latent_ptr += wide * (NODES * head[6])
-        states_ptr += wide * (2 * NODES * head[6])
-    own = (
-        ids_ptr, score_ptr + wide * num_drafts, kept_ptr, x_ptr + wide * (NODES * WIDTH), products_ptr, latent_ptr, states_ptr
+        products_ptr += wide * num_drafts * latent.outputs
+        latent_ptr += wide * (NODES * head.rank)
+        states_ptr += wide * (2 * NODES * head.rank)
+    own = PathScratch(
+        scratch.score_ptr + wide * num_drafts, kept_ptr, scratch.logits_ptr + wide * (NODES * TILE.WIDTH), products_ptr,
+        latent_ptr, states_ptr,
     )  # fmt: skip
-    anchor = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
-    scale = _row_scale(temperature_ptr, slot)
+    anchor = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
+    scale = _row_scale(state.temperature_ptr, slot)
     plant(kept_ptr, anchor, NODES)
     count = tl.full((), 1, tl.int32)
     i = tl.arange(0, NODES)
@@ -195,15 +204,14 @@ def _grow(
         nan = tl.atomic_xchg(status_ptr + row, 0, sem="relaxed")
         open_nodes = (i < count) & (field(kept_ptr, DEPTH, i, count, NODES) == d)
         if (tl.max(open_nodes.to(tl.int32), axis=0) > 0) & (num_nodes > 1):
-            row_ptr = base_ptr + wide * stride_br + tl.cast(d, tl.int64) * stride_bk
+            row_ptr = base.ptr + wide * base.stride_request + tl.cast(d, tl.int64) * base.stride_position
             count = _expand(
-                d, count, num_nodes, nan, request, row, row_ptr, num_rows, head, latent, hidden, confidence, leaves, own, scale,
-                num_candidates, vocab, ADVANCE, LEAVES, NODES, WIDTH, PIECE, BLOCK_R, BLOCK_O, BLOCK_J,
+                d, count, nan, row, row_ptr, head, latent, hidden, confidence, leaves, ids_ptr, own, scale, sizes, ADVANCE, TILE
             )  # fmt: skip
     flags = tl.zeros((), tl.int32)
     if head is not None:
-        flags = tl.where((anchor < 0) | (anchor >= head[5]), BAD_TOKEN_ID, 0)
-    emit_tree(kept_ptr, count, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
+        flags = tl.where((anchor < 0) | (anchor >= head.vocab), BAD_TOKEN_ID, 0)
+    emit_tree(kept_ptr, count, state.budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
 
 
 @triton.jit
@@ -216,26 +224,24 @@ def _row_scale(temperature_ptr, slot):
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "num_nodes", "latent_items", "parts"])
 def draft_paths_kernel(
-    base,  # (logits [R, K, V], strides of R and K)
-    state,  # (anchors [S], stride, slots [R] or None, temperature [S] or None, node budgets [R] or None)
-    head,  # (W1 [V1, r], stride, W2 [V, r], stride, scale [V] or None, V1, r) or None
-    latent,  # of gated and rnn: (weight [O, ...], stride, bias [O], O, first column of hidden states, None, 0) or None
-    hidden,  # ([R, K, H], strides of R and K, H) or None
-    confidence,  # (weight [H] or [H+r], bias [1] or None, sts [K] or None, W1 or None, its stride, V1, r) or None
-    out,  # the tree: tokens, parents, depths, first child, next sibling, ancestors [S, M], counts [S], survival [S, M], flags [R]
-    leaves,  # (maxima fp32, masses int64 [R, K, leaves]) where laws are those of the whole vocabulary, or None
-    keys_ptr,  # int32 [R, K, U]
-    units_ptr,  # int32 [R, K, C]
-    scratch,  # (ids int32 [R, K, C], bounds int32 [R, K, 2], score fp32 [R, K], kept int32 [R, FIELDS, NODES], logits
-    # fp32 [R, NODES, C], and with a latent products fp32 [R, K, O], latents fp32 [R, NODES, r], states fp32 [R, 2, NODES, r])
-    row_count_ptr, request_count_ptr, status_ptr,  # int32 [R, K], [R], [R, K], zero before and after
+    # Records of kernels/draft_tree/args.py and kernels/draft/args.py.
+    base,  # BaseLogits
+    state,  # PathState
+    head,  # CandidateHead or None
+    latent,  # Latent of a gated or rnn head, or None
+    hidden,  # Hidden or None
+    confidence,  # NodeConfidence or None
+    out,  # PathTree
+    leaves,  # BlockSums where distributions are those of the whole vocabulary, or None
+    selection,  # Selection
+    scratch,  # PathScratch
+    counters,  # PathCounters
     num_requests, num_slots, num_drafts, num_nodes, vocab, num_candidates, latent_items, parts,
-    ADVANCE: tl.constexpr, LEAVES: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr,
-    CHOSEN: tl.constexpr, WIDTH: tl.constexpr, NODES: tl.constexpr, PIECE: tl.constexpr, SHIFT: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    SELECTION: tl.constexpr,  # SelectionTile
+    TILE: tl.constexpr,  # PathTile
 ):  # fmt: skip
-    base_ptr, stride_br, stride_bk = base
-    slots_ptr = state[2]
+    slots_ptr = state.slots_ptr
     num_rows = num_requests * num_drafts
     program = tl.program_id(0)
     # Requests that this program arrives at when its part is done, and how many parts a request has.
@@ -243,11 +249,13 @@ def draft_paths_kernel(
     count = tl.zeros((), tl.int32)
     if program < latent_items:
         if latent is not None:
-            outputs = tl.cdiv(latent[3], 16)
+            outputs = tl.cdiv(latent.outputs, 16)
             pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
             requests = pairs // num_drafts
             slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-            hidden_products(pairs, requests, slots, program % outputs, latent, hidden, scratch[5], num_drafts, BLOCK_J)
+            hidden_products(
+                pairs, requests, slots, program % outputs, latent, hidden, scratch.products_ptr, num_drafts, TILE.BLOCK_J
+            )  # fmt: skip
             first = program // outputs * PAIRS // num_drafts
             count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
     else:
@@ -258,34 +266,33 @@ def draft_paths_kernel(
         k = row % num_drafts
         slot = _slot(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            row_ptr = base_ptr + request.to(tl.int64) * stride_br + k.to(tl.int64) * stride_bk
+            row_ptr = base.ptr + request.to(tl.int64) * base.stride_request + k.to(tl.int64) * base.stride_position
             wide_row = row.to(tl.int64)
-            chunks = tl.cdiv(vocab, BLOCK)
+            chunks = tl.cdiv(vocab, SELECTION.BLOCK)
             own_leaves = None
             if leaves is not None:
-                own_leaves = (leaves[0] + wide_row * tl.cdiv(vocab, LEAF), leaves[1] + wide_row * tl.cdiv(vocab, LEAF))
+                own_leaves = BlockSums(
+                    leaves.max_ptr + wide_row * tl.cdiv(vocab, LEAF), leaves.sumexp_ptr + wide_row * tl.cdiv(vocab, LEAF)
+                )  # fmt: skip
             nan = _store_keys(
-                row_ptr, keys_ptr + wide_row * padded_units(tl.cdiv(vocab, GROUP)), own_leaves, part * chunks // parts,
-                (part + 1) * chunks // parts, vocab, _row_scale(state[3], slot), BLOCK, GROUP, SHIFT,
+                row_ptr, selection.keys_ptr + wide_row * padded_units(tl.cdiv(vocab, SELECTION.GROUP)), own_leaves,
+                part * chunks // parts, (part + 1) * chunks // parts, vocab, _row_scale(state.temperature_ptr, slot),
+                SELECTION.BLOCK, SELECTION.GROUP, SELECTION.SHIFT,
             )  # fmt: skip
             if nan > 0:
-                tl.atomic_or(status_ptr + row, NAN, sem="relaxed")
+                tl.atomic_or(counters.status_ptr + row, NAN, sem="relaxed")
             if confidence is not None:
                 if part == 0:
-                    hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
-                    own_ptr = hidden_ptr + request.to(tl.int64) * stride_hr + k.to(tl.int64) * stride_hk
-                    tl.store(scratch[2] + row, _hidden_score(own_ptr, confidence[0], hidden_size))
-            if arrive(row_count_ptr + row, parts):
-                choice = (None, 0, None, slot, 0)
-                _keep_best(
-                    wide_row, row_ptr, choice, head, keys_ptr, units_ptr, scratch[0], scratch[1], num_rows, vocab, num_candidates,
-                    GROUP, UNITS, CHOSEN, WIDTH, SHIFT,
-                )  # fmt: skip
+                    own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
+                    tl.store(scratch.score_ptr + row, _hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
+            if arrive(counters.row_ptr + row, parts):
+                settings = RowSettings(None, 0, None, slot, 0)
+                _keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, num_candidates, SELECTION)
                 first = request
                 count = tl.full((), 1, tl.int32)
         else:
             if (k == 0) & (part == 0):
-                tl.store(out[8] + request, 0)
+                tl.store(out.flags_ptr + request, 0)
 
     for request in range(first, first + count):
         slot = _slot(slots_ptr, request, num_requests, num_slots)
@@ -293,11 +300,11 @@ def draft_paths_kernel(
             awaited = num_drafts
             if latent is not None:
                 tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
-                awaited += tiles * tl.cdiv(latent[3], 16)
-            if arrive(request_count_ptr + request, awaited):
+                awaited += tiles * tl.cdiv(latent.outputs, 16)
+            if arrive(counters.request_ptr + request, awaited):
                 _grow(
-                    request, slot, base, state, head, latent, hidden, confidence, out, leaves, scratch, status_ptr, num_rows,
-                    num_drafts, num_nodes, vocab, num_candidates, ADVANCE, LEAVES, NODES, WIDTH, PIECE, BLOCK_R, BLOCK_O, BLOCK_J,
+                    request, slot, base, state, head, latent, hidden, confidence, out, leaves, selection.ids_ptr, scratch,
+                    counters.status_ptr, PathSizes(num_rows, num_drafts, num_nodes, vocab, num_candidates), ADVANCE, TILE,
                 )  # fmt: skip
 
 
@@ -309,18 +316,16 @@ def launch_draft_paths(programs, args, *, kind, leaves, shift, config):
     draft_paths_kernel[(programs,)](
         *args,
         ADVANCE=_ADVANCE[kind],
-        LEAVES=leaves,
-        BLOCK=config.block,
-        GROUP=config.group,
-        UNITS=config.units,
-        CHOSEN=config.chosen,
-        WIDTH=config.width,
-        NODES=config.nodes,
-        PIECE=min(config.width, config.piece),
-        SHIFT=shift,
-        BLOCK_R=config.block_r,
-        BLOCK_O=config.block_o,
-        BLOCK_J=config.block_j,
+        SELECTION=selection_tile(config, shift),
+        TILE=PathTile(
+            LEAVES=leaves,
+            NODES=config.nodes,
+            WIDTH=config.width,
+            PIECE=min(config.width, config.piece),
+            BLOCK_R=config.block_r,
+            BLOCK_O=config.block_o,
+            BLOCK_J=config.block_j,
+        ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

@@ -23,6 +23,7 @@ from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, mass
 from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.slots import state_slots
 from ..primitives.ticket import arrive
+from .args import DepthScratch, RowScratch, WaveTile
 from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
 from .nodes import (
     BAD_TOKEN_ID,
@@ -77,39 +78,40 @@ def _publish(published_ptr, wave):
 @triton.jit
 def _open(
     d, count, request, slot, anchor, budgets_ptr, head, latent, hidden, confidence, own, out, published_ptr, num_nodes, num_drafts,
-    ADVANCE: tl.constexpr, NODES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    ADVANCE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Everything that the sweep of depth d needs, or the finished tree."""
-    kept_ptr, frontier_ptr, sizes_ptr, entries_ptr, tokens_ptr, score_ptr, products_ptr, latent_ptr, states_ptr = own
+    """Everything that the sweep of depth d needs, or the finished tree. own: DepthScratch of the request."""
+    kept_ptr = own.kept_ptr
+    NODES: tl.constexpr = TILE.NODES
     i = tl.arange(0, NODES)
     depth = field(kept_ptr, DEPTH, i, count, NODES)
     live = (i < count) & (depth == d)
     size = tl.sum(live.to(tl.int32), axis=0)
     if (d == num_drafts) | (size == 0) | (num_nodes == 1):
-        flags = tl.where((anchor < 0) | (anchor >= head[5]), BAD_TOKEN_ID, 0)
+        flags = tl.where((anchor < 0) | (anchor >= head.vocab), BAD_TOKEN_ID, 0)
         emit_tree(kept_ptr, count, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
         _publish(published_ptr, DONE)
     else:
-        tl.store(sizes_ptr + d, size)
-        tl.store(sizes_ptr + num_drafts, count)
-        tl.store(frontier_ptr + tl.cumsum(live.to(tl.int32), axis=0) - 1, i, mask=live)
+        tl.store(own.sizes_ptr + d, size)
+        tl.store(own.sizes_ptr + num_drafts, count)
+        tl.store(own.frontier_ptr + tl.cumsum(live.to(tl.int32), axis=0) - 1, i, mask=live)
         tl.debug_barrier()
         there = i < size
-        nodes = tl.load(frontier_ptr + i, mask=there, other=0, volatile=True)
+        nodes = tl.load(own.frontier_ptr + i, mask=there, other=0, volatile=True)
         token = tl.load(kept_ptr + TOKEN * NODES + nodes, mask=there, other=-1, volatile=True)
         origin = tl.load(kept_ptr + ORIGIN * NODES + nodes, mask=there, other=0, volatile=True)
         reached = tl.gather(survivals(kept_ptr, i, count, NODES), nodes, axis=0)
         if confidence is not None:
-            score = tl.load(score_ptr + d, volatile=True)
-            reached += log_confidence(token, there, score, d, confidence, hidden[3], NODES)
-        tl.store(entries_ptr + i, reached, mask=there)
-        tl.store(tokens_ptr + i, token, mask=there)
+            score = tl.load(own.score_ptr + d, volatile=True)
+            reached += log_confidence(token, there, score, d, confidence, hidden.size, NODES)
+        tl.store(own.entries_ptr + i, reached, mask=there)
+        tl.store(own.tokens_ptr + i, token, mask=there)
         if latent is not None:
-            known = there & (token >= 0) & (token < head[5])
-            row_ptrs = head[0] + token.to(tl.int64) * head[1]
+            known = there & (token >= 0) & (token < head.vocab)
+            row_ptrs = head.w1_ptr + token.to(tl.int64) * head.stride_w1
             ADVANCE(
-                d, there, row_ptrs, known, origin, latent, hidden[3], products_ptr + d * latent[3], latent_ptr, states_ptr, head[6],
-                BLOCK_O, BLOCK_J,
+                d, there, row_ptrs, known, origin, latent, hidden.size, own.products_ptr + d * latent.outputs, own.latent_ptr,
+                own.states_ptr, head.rank, TILE.BLOCK_O, TILE.BLOCK_J,
             )  # fmt: skip
         _publish(published_ptr, 2 * d + 1)
 
@@ -118,18 +120,18 @@ def _open(
 def _latents_of(rows, there, head, latent, own):
     """(where the latents of rows begin, whether they have one, else 0)."""
     if latent is None:
-        token = tl.load(own[4] + rows, mask=there, other=-1, volatile=True)
-        known = there & (token >= 0) & (token < head[5])
-        row_ptrs = head[0] + token.to(tl.int64) * head[1]
+        token = tl.load(own.tokens_ptr + rows, mask=there, other=-1, volatile=True)
+        known = there & (token >= 0) & (token < head.vocab)
+        row_ptrs = head.w1_ptr + token.to(tl.int64) * head.stride_w1
     else:
         known = there
-        row_ptrs = own[7] + rows.to(tl.int64) * head[6]
+        row_ptrs = own.latent_ptr + rows.to(tl.int64) * head.rank
     return row_ptrs, known
 
 
 @triton.jit
 def _sweep(
-    d, size, part, parts, row_ptr, head, latent, own, tops_ptr, masses_ptr, groups_ptr, stride_g, scale, vocab,
+    size, part, parts, row_ptr, head, latent, own, unit_max_ptr, unit_sumexp_ptr, groups_ptr, stride_groups, scale, vocab,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Units and groups of one part of the vocabulary, for all rows of the depth."""
@@ -147,95 +149,90 @@ def _sweep(
             nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
             x = tl.where(inside, numbers(x), NEG_INF)
             top = tl.max(x, axis=1)
-            mass = masses(tl.exp2(below_max(x, top[:, None]) * scale), ROWS, UNIT, ONE)
-            mass |= tl.where(nan > 0, SAW_NAN, 0)
-            mass |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
-            tl.store(tops_ptr + rows * units + unit, top, mask=there)
-            tl.store(masses_ptr + rows * units + unit, mass, mask=there)
+            sumexp = masses(tl.exp2(below_max(x, top[:, None]) * scale), ROWS, UNIT, ONE)
+            sumexp |= tl.where(nan > 0, SAW_NAN, 0)
+            sumexp |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
+            tl.store(unit_max_ptr + rows * units + unit, top, mask=there)
+            tl.store(unit_sumexp_ptr + rows * units + unit, sumexp, mask=there)
             best = tl.max(tl.reshape(x, [ROWS, UNIT // GROUP, GROUP]), axis=2)
             group = unit * (UNIT // GROUP) + tl.arange(0, UNIT // GROUP)
-            where = groups_ptr + rows[:, None] * stride_g + group[None, :]
+            where = groups_ptr + rows[:, None] * stride_groups + group[None, :]
             tl.store(where, best, mask=there[:, None] & (group < tl.cdiv(vocab, GROUP))[None, :])
 
 
 @triton.jit
-def _best_of_row(
-    row, node, row_ptr, head, latent, own, tops_ptr, masses_ptr, groups_ptr, chosen_ptr, keys_ptr, ids_ptr, scale, vocab, children,
-    UNITS: tl.constexpr, GROUPS: tl.constexpr, CHILDREN: tl.constexpr, PIECE: tl.constexpr, BLOCK_R: tl.constexpr,
-    NODES: tl.constexpr,
-):  # fmt: skip
-    """The best children of a row, ascending ids, with their survival; what its law showed."""
-    kept_ptr, entries_ptr = own[0], own[3]
+def _best_of_row(row, node, row_ptr, head, latent, own, of_row, scale, vocab, children, TILE: tl.constexpr):
+    """The best children of a row, ascending ids, with their survival; what its distribution showed.
+
+    own: DepthScratch of the request; of_row: RowScratch of the row.
+    """
+    CHILDREN: tl.constexpr = TILE.CHILDREN
     units, num_groups = tl.cdiv(vocab, UNIT), tl.cdiv(vocab, GROUP)
     one = tl.zeros([1], tl.int64)
-    top, mass, words, _ = merge_leaves(tops_ptr, masses_ptr, one, units, scale, UNITS)
+    top, mass, words, _ = merge_leaves(of_row.unit_max_ptr, of_row.unit_sumexp_ptr, one, units, scale, TILE.UNITS)
     seen = tl.where(tl.max(tl.max(words & SAW_NAN, axis=1), axis=0) > 0, NAN, 0)
     seen |= tl.where(tl.max(tl.max(words & SAW_FINITE, axis=1), axis=0) > 0, 0, NONFINITE_ROW)
-    tl.store(kept_ptr + SEEN * NODES + node, seen)
+    tl.store(own.kept_ptr + SEEN * TILE.NODES + node, seen)
 
-    group = tl.arange(0, GROUPS // 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
-    best = tl.load(groups_ptr + group, mask=group < num_groups, other=NEG_INF, volatile=True)
+    group = tl.arange(0, TILE.GROUPS // 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    best = tl.load(of_row.groups_ptr + group, mask=group < num_groups, other=NEG_INF, volatile=True)
     keys = tl.where(group < num_groups, ordered_key(best, 0), ABSENT)
     wanted = tl.minimum(children, num_groups)
     _, selected, place = select(keys, wanted)
-    tl.store(chosen_ptr + place, group, mask=selected)
+    tl.store(of_row.chosen_ptr + place, group, mask=selected)
     tl.debug_barrier()
     # The maxima have been read: their place takes the logits of the chosen groups.
     row_ptr_of_latent, known = _latents_of(row, row >= 0, head, latent, own)
-    known_ranks = tl.where(known, head[6], 0)
-    for first in range(0, wanted * GROUP, PIECE):
-        at = first + tl.arange(0, PIECE)
+    known_ranks = tl.where(known, head.rank, 0)
+    for first in range(0, wanted * GROUP, TILE.PIECE):
+        at = first + tl.arange(0, TILE.PIECE)
         there = at < wanted * GROUP
-        ids = tl.load(chosen_ptr + at // GROUP, mask=there, other=0, volatile=True) * GROUP + at % GROUP
+        ids = tl.load(of_row.chosen_ptr + at // GROUP, mask=there, other=0, volatile=True) * GROUP + at % GROUP
         there = there & (ids < vocab)
         x = tl.load(row_ptr + ids, mask=there, other=NEG_INF).to(tl.float32)
-        x += weighted(tl.where(there, ids, -1), row_ptr_of_latent, known_ranks, head, BLOCK_R)
-        tl.store(groups_ptr + at, numbers(x), mask=there)
+        x += weighted(tl.where(there, ids, -1), row_ptr_of_latent, known_ranks, head, TILE.BLOCK_R)
+        tl.store(of_row.groups_ptr + at, numbers(x), mask=there)
     tl.debug_barrier()
     c = tl.arange(0, CHILDREN)
-    chosen = tl.load(chosen_ptr + c, mask=c < wanted, other=0, volatile=True)
+    chosen = tl.load(of_row.chosen_ptr + c, mask=c < wanted, other=0, volatile=True)
     inner = tl.arange(0, GROUP)
     ids = chosen[:, None] * GROUP + inner[None, :]
     there = (c < wanted)[:, None] & (ids < vocab)
-    x = tl.load(groups_ptr + c[:, None] * GROUP + inner[None, :], mask=there, other=NEG_INF, volatile=True)
+    x = tl.load(of_row.groups_ptr + c[:, None] * GROUP + inner[None, :], mask=there, other=NEG_INF, volatile=True)
     keys = tl.where(x > NEG_INF, ordered_key(x, 0), ABSENT)
     wanted = tl.minimum(children, tl.sum((keys != ABSENT).to(tl.int32)))
-    tl.store(keys_ptr + c, tl.full([CHILDREN], NEG_INF, tl.float32), mask=(c >= wanted) & (c < children))
+    tl.store(of_row.keys_ptr + c, tl.full([CHILDREN], NEG_INF, tl.float32), mask=(c >= wanted) & (c < children))
     _, taken, place_in_list = select(keys, wanted)
     every = tl.zeros([CHILDREN], tl.int64)
     # A +inf among them has the lowest id that any has, as it must.
     first_id = tl.min(tl.min(tl.where(x == POS_INF, ids, 2147483647), axis=1), axis=0)
     share = log_shares(x, ids, top + every.to(tl.float32), mass + every, scale)
     share = tl.where((x == POS_INF) & (ids != first_id), NEG_INF, share)
-    reached = tl.load(entries_ptr + row, volatile=True)
-    tl.store(keys_ptr + place_in_list, reached + share, mask=taken)
-    tl.store(ids_ptr + place_in_list, ids, mask=taken)
+    reached = tl.load(own.entries_ptr + row, volatile=True)
+    tl.store(of_row.keys_ptr + place_in_list, reached + share, mask=taken)
+    tl.store(of_row.ids_ptr + place_in_list, ids, mask=taken)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "num_nodes", "latent_items", "parts"])
 def draft_paths_dense_kernel(
-    base,  # (logits [R, K, V], strides of R and K)
-    state,  # (anchors [S], stride, slots [R] or None, temperature [S] or None, node budgets [R] or None)
-    head,  # (W1 [V1, r], stride, W2 [V, r], stride, scale [V] or None, V1, r)
-    latent,  # of gated and rnn: (weight [O, ...], stride, bias [O], O, first column of hidden states, None, 0) or None
-    hidden,  # ([R, K, H], strides of R and K, H) or None
-    confidence,  # (weight [H] or [H+r], bias [1] or None, sts [K] or None, W1 or None, its stride, V1, r) or None
-    out,  # the tree: tokens, parents, depths, first child, next sibling, ancestors [S, M], counts [S], survival [S, M], flags [R]
-    ticket_ptr,  # int32 [1], and below products [R], chunks [R], rows [R], items [R], published [R]; zero before and after
-    counts,
-    kept_ptr,  # int32 [R, FIELDS, NODES]
-    depths,  # (frontier int32 [R, NODES], its size by depth and the nodes so far int32 [R, K+1], log2 survival with the confidence
-    # fp32 [R, NODES], tokens int32 [R, NODES], score fp32 [R, K], and with a latent products fp32 [R, K, O], latents fp32
-    # [R, NODES, r], states fp32 [R, 2, NODES, r])
-    law,  # (maxima fp32, masses int64 [R, ROWS, units], group maxima and then logits fp32 [R, ROWS, G], groups int32 [R, ROWS, C],
-    # survivals of children fp32, their ids int32 [R, ROWS, C]), ROWS = C = max(1, M - 1)
-    num_requests, num_slots, num_drafts, num_nodes, vocab, stride_g, latent_items, parts,
-    ADVANCE: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, NODES: tl.constexpr, CHILDREN: tl.constexpr,
-    PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
+    # Records of kernels/draft_tree/args.py and kernels/draft/args.py.
+    base,  # BaseLogits
+    state,  # PathState
+    head,  # CandidateHead
+    latent,  # Latent of a gated or rnn head, or None
+    hidden,  # Hidden or None
+    confidence,  # NodeConfidence or None
+    out,  # PathTree
+    ticket_ptr,  # int32 [1], zero before and after
+    counters,  # WaveCounters
+    depths,  # DepthScratch
+    rows_of,  # RowScratch
+    num_requests, num_slots, num_drafts, num_nodes, vocab, stride_groups, latent_items, parts,
+    ADVANCE: tl.constexpr,
+    TILE: tl.constexpr,  # WaveTile
 ):  # fmt: skip
-    base_ptr, stride_br, stride_bk = base
-    anchors_ptr, stride_a, slots_ptr, temperature_ptr, budgets_ptr = state
-    product_count_ptr, chunk_count_ptr, row_count_ptr, item_count_ptr, published_ptr = counts
+    NODES: tl.constexpr = TILE.NODES
+    stride_anchors = state.stride_anchors
     children = tl.maximum(num_nodes - 1, 1)
     ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
     items = num_drafts * parts + 1 + (num_drafts - 1) * children  # of all waves of a request
@@ -243,18 +240,20 @@ def draft_paths_dense_kernel(
         tl.store(ticket_ptr, 0)
     if ticket < latent_items:
         if latent is not None:
-            outputs = tl.cdiv(latent[3], 16)
+            outputs = tl.cdiv(latent.outputs, 16)
             pairs = ticket // outputs * PAIRS + tl.arange(0, PAIRS)
             requests = pairs // num_drafts
-            slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-            hidden_products(pairs, requests, slots, ticket % outputs, latent, hidden, depths[5], num_drafts, BLOCK_J)
+            slots = state_slots(state.slots_ptr, requests, num_requests, num_slots)
+            hidden_products(
+                pairs, requests, slots, ticket % outputs, latent, hidden, depths.products_ptr, num_drafts, TILE.BLOCK_J
+            )  # fmt: skip
             stores_done()
             first = ticket // outputs * PAIRS // num_drafts
             end = tl.minimum((ticket // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) + 1
             for request in range(first, end):
-                tl.atomic_add(product_count_ptr + request, 1, sem="release", scope="gpu")
+                tl.atomic_add(counters.products_ptr + request, 1, sem="release", scope="gpu")
     else:
-        # Which wave, -1 for the start; waves of depth d: 2 d sweeps, 2 d + 1 judges rows.
+        # Which wave, -1 for the start; waves of depth d: 2 d sweeps, 2 d + 1 finds the best of rows.
         number = ticket - latent_items
         wave = tl.full((), -1, tl.int32)
         request = number
@@ -275,81 +274,83 @@ def draft_paths_dense_kernel(
             per_request = tl.where(wave % 2 == 0, parts, rows)
             request = inside // per_request
             item = inside % per_request
-        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        slot = _slot(state.slots_ptr, request, num_requests, num_slots)
         wide = request.to(tl.int64)
-        products_ptr, latent_ptr, states_ptr = depths[5], depths[6], depths[7]
+        products_ptr, latent_ptr, states_ptr = depths.products_ptr, depths.latent_ptr, depths.states_ptr
         if latent is not None:
-            products_ptr += wide * num_drafts * latent[3]
-            latent_ptr += wide * (NODES * head[6])
-            states_ptr += wide * (2 * NODES * head[6])
-        own = (
-            kept_ptr + wide * (FIELDS * NODES), depths[0] + wide * NODES, depths[1] + wide * (num_drafts + 1),
-            depths[2] + wide * NODES, depths[3] + wide * NODES, depths[4] + wide * num_drafts, products_ptr, latent_ptr, states_ptr,
+            products_ptr += wide * num_drafts * latent.outputs
+            latent_ptr += wide * (NODES * head.rank)
+            states_ptr += wide * (2 * NODES * head.rank)
+        own = DepthScratch(
+            depths.kept_ptr + wide * (FIELDS * NODES), depths.frontier_ptr + wide * NODES,
+            depths.sizes_ptr + wide * (num_drafts + 1), depths.entries_ptr + wide * NODES, depths.tokens_ptr + wide * NODES,
+            depths.score_ptr + wide * num_drafts, products_ptr, latent_ptr, states_ptr,
         )  # fmt: skip
         opens = tl.full((), -1, tl.int32)  # the depth that this program opens
         count = tl.full((), 1, tl.int32)
         anchor = tl.zeros((), tl.int64)
         if slot >= 0:
-            anchor = tl.load(anchors_ptr + slot * stride_a).to(tl.int64)
+            anchor = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
         if wave < 0:
             if slot >= 0:
-                plant(own[0], anchor, NODES)
+                plant(own.kept_ptr, anchor, NODES)
                 if confidence is not None:
-                    hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
                     for k in range(num_drafts):
-                        row_ptr = hidden_ptr + wide * stride_hr + tl.cast(k, tl.int64) * stride_hk
-                        tl.store(own[5] + k, _hidden_score(row_ptr, confidence[0], hidden_size))
+                        row_ptr = hidden.ptr + wide * hidden.stride_request + tl.cast(k, tl.int64) * hidden.stride_position
+                        tl.store(own.score_ptr + k, _hidden_score(row_ptr, confidence.weight_ptr, hidden.size))
                     tl.debug_barrier()
                 opens = opens * 0
             else:
-                tl.store(out[8] + request, 0)
+                tl.store(out.flags_ptr + request, 0)
             if latent is not None:
                 tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
-                _await(product_count_ptr + request, tiles * tl.cdiv(latent[3], 16))
-                tl.store(product_count_ptr + request, 0)
+                _await(counters.products_ptr + request, tiles * tl.cdiv(latent.outputs, 16))
+                tl.store(counters.products_ptr + request, 0)
         elif slot >= 0:
-            now = _await(published_ptr + request, wave + 1)
+            now = _await(counters.published_ptr + request, wave + 1)
             if now < DONE:
                 d = wave // 2
-                size = tl.load(own[2] + d, volatile=True)
-                scale = _row_scale(temperature_ptr, slot)
-                row_ptr = base_ptr + wide * stride_br + d.to(tl.int64) * stride_bk
+                size = tl.load(own.sizes_ptr + d, volatile=True)
+                scale = _row_scale(state.temperature_ptr, slot)
+                row_ptr = base.ptr + wide * base.stride_request + d.to(tl.int64) * base.stride_position
                 units = tl.cdiv(vocab, UNIT)
                 first_row = wide * children
                 if wave % 2 == 0:
                     _sweep(
-                        d, size, item, parts, row_ptr, head, latent, own, law[0] + first_row * units, law[1] + first_row * units,
-                        law[2] + first_row * stride_g, stride_g, scale, vocab, BLOCK_R,
+                        size, item, parts, row_ptr, head, latent, own, rows_of.unit_max_ptr + first_row * units,
+                        rows_of.unit_sumexp_ptr + first_row * units, rows_of.groups_ptr + first_row * stride_groups, stride_groups,
+                        scale, vocab, TILE.BLOCK_R,
                     )  # fmt: skip
-                    if arrive(chunk_count_ptr + request, parts):
-                        _publish(published_ptr + request, wave + 2)
+                    if arrive(counters.chunks_ptr + request, parts):
+                        _publish(counters.published_ptr + request, wave + 2)
                 elif item < size:
                     row = first_row + item
-                    node = tl.load(own[1] + item, volatile=True)
-                    _best_of_row(
-                        item, node, row_ptr, head, latent, own, law[0] + row * units, law[1] + row * units, law[2] + row * stride_g,
-                        law[3] + row * children, law[4] + row * children, law[5] + row * children, scale, vocab, children,
-                        UNITS, GROUPS, CHILDREN, PIECE, BLOCK_R, NODES,
+                    node = tl.load(own.frontier_ptr + item, volatile=True)
+                    of_row = RowScratch(
+                        rows_of.unit_max_ptr + row * units, rows_of.unit_sumexp_ptr + row * units,
+                        rows_of.groups_ptr + row * stride_groups, rows_of.chosen_ptr + row * children,
+                        rows_of.keys_ptr + row * children, rows_of.ids_ptr + row * children,
                     )  # fmt: skip
-                    if arrive(row_count_ptr + request, size):
+                    _best_of_row(item, node, row_ptr, head, latent, own, of_row, scale, vocab, children, TILE)
+                    if arrive(counters.rows_ptr + request, size):
                         i = tl.arange(0, NODES)
-                        c = tl.arange(0, CHILDREN)
+                        c = tl.arange(0, TILE.CHILDREN)
                         where = (first_row + i)[:, None] * children + c[None, :]
                         there = (i < size)[:, None] & (c < children)[None, :]
-                        keys = tl.load(law[4] + where, mask=there, other=NEG_INF, volatile=True)
-                        ids = tl.load(law[5] + where, mask=there & (keys > NEG_INF), other=0, volatile=True)
-                        nodes = tl.load(own[1] + i, mask=i < size, other=0, volatile=True)
-                        count = tl.load(own[2] + num_drafts, volatile=True)
-                        count, _ = merge_children(own[0], count, num_nodes, d + 1, keys, ids, nodes, NODES)
+                        keys = tl.load(rows_of.keys_ptr + where, mask=there, other=NEG_INF, volatile=True)
+                        ids = tl.load(rows_of.ids_ptr + where, mask=there & (keys > NEG_INF), other=0, volatile=True)
+                        nodes = tl.load(own.frontier_ptr + i, mask=i < size, other=0, volatile=True)
+                        count = tl.load(own.sizes_ptr + num_drafts, volatile=True)
+                        count, _ = merge_children(own.kept_ptr, count, num_nodes, d + 1, keys, ids, nodes, NODES)
                         opens = d + 1
         if opens >= 0:
             _open(
-                opens, count, request, slot, anchor, budgets_ptr, head, latent, hidden, confidence, own, out,
-                published_ptr + request, num_nodes, num_drafts, ADVANCE, NODES, BLOCK_R, BLOCK_O, BLOCK_J,
+                opens, count, request, slot, anchor, state.budgets_ptr, head, latent, hidden, confidence, own, out,
+                counters.published_ptr + request, num_nodes, num_drafts, ADVANCE, TILE,
             )  # fmt: skip
         if (wave >= 0) & (slot >= 0):
-            if arrive(item_count_ptr + request, items):
-                tl.store(published_ptr + request, 0)
+            if arrive(counters.items_ptr + request, items):
+                tl.store(counters.published_ptr + request, 0)
 
 
 _ADVANCE = {"vanilla": None, "gated": advance_gated_nodes, "rnn": advance_rnn_nodes}
@@ -360,14 +361,16 @@ def launch_draft_paths_dense(items, args, *, kind, config):
     draft_paths_dense_kernel[(items,)](
         *args,
         ADVANCE=_ADVANCE[kind],
-        UNITS=config.units,
-        GROUPS=config.groups,
-        NODES=config.nodes,
-        CHILDREN=config.children,
-        PIECE=config.piece,
-        BLOCK_R=config.block_r,
-        BLOCK_O=config.block_o,
-        BLOCK_J=config.block_j,
+        TILE=WaveTile(
+            UNITS=config.units,
+            GROUPS=config.groups,
+            NODES=config.nodes,
+            CHILDREN=config.children,
+            PIECE=config.piece,
+            BLOCK_R=config.block_r,
+            BLOCK_O=config.block_o,
+            BLOCK_J=config.block_j,
+        ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

@@ -30,11 +30,12 @@ def rows_product(total, row_ptrs, there, weight_ptr, columns, used, first_column
 
 @triton.jit
 def node_bias(ids, used, row_ptrs, there, head, BLOCK_R: tl.constexpr):
-    """fp32 [ROWS, N]: latents of ROWS nodes . W2[ids]. head = (W1, stride, W2, stride, scale or None, V1, r)."""
+    """fp32 [ROWS, N]: latents of ROWS nodes . W2[ids]. head: CandidateHead."""
     total = tl.zeros([row_ptrs.shape[0], ids.shape[0]], tl.float32)
-    total = rows_product(total, row_ptrs, there, head[2], ids.to(tl.int64) * head[3], used, 0, head[6], BLOCK_R)
-    if head[4] is not None:
-        total = total * tl.load(head[4] + ids, mask=used, other=0.0)[None, :]
+    columns = ids.to(tl.int64) * head.stride_w2
+    total = rows_product(total, row_ptrs, there, head.w2_ptr, columns, used, 0, head.rank, BLOCK_R)
+    if head.scale_ptr is not None:
+        total = total * tl.load(head.scale_ptr + ids, mask=used, other=0.0)[None, :]
     return total
 
 
@@ -49,8 +50,8 @@ def advance_gated_nodes(
     for first in range(0, rank, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         total = tl.zeros([ROWS, BLOCK_O], tl.float32)
-        columns = o.to(tl.int64) * latent[1]
-        total = rows_product(total, embedded_ptrs, known, latent[0], columns, o < rank, hidden_size, rank, BLOCK_J)
+        columns = o.to(tl.int64) * latent.stride_weight
+        total = rows_product(total, embedded_ptrs, known, latent.weight_ptr, columns, o < rank, hidden_size, rank, BLOCK_J)
         z = total + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)[None, :]
         there = (o < rank)[None, :]
         e = tl.load(embedded_ptrs[:, None] + o[None, :], mask=known[:, None] & there, other=0.0).to(tl.float32)
@@ -76,9 +77,9 @@ def advance_rnn_nodes(
         gate = old
         for part in range(3):  # gate, candidate, output
             total = tl.zeros([ROWS, BLOCK_O], tl.float32)
-            columns = (part * rank + o).to(tl.int64) * latent[1]
-            total = rows_product(total, old_ptrs, begun, latent[0], columns, o < rank, 0, rank, BLOCK_J)
-            total = rows_product(total, embedded_ptrs, known, latent[0], columns, o < rank, rank, rank, BLOCK_J)
+            columns = (part * rank + o).to(tl.int64) * latent.stride_weight
+            total = rows_product(total, old_ptrs, begun, latent.weight_ptr, columns, o < rank, 0, rank, BLOCK_J)
+            total = rows_product(total, embedded_ptrs, known, latent.weight_ptr, columns, o < rank, rank, rank, BLOCK_J)
             z = total + tl.load(products_ptr + part * rank + o, mask=o < rank, other=0.0, volatile=True)[None, :]
             if part == 0:
                 gate = sigmoid(z)

@@ -61,24 +61,26 @@ def plant(kept_ptr, anchor, NODES: tl.constexpr):
 
 @triton.jit
 def log_confidence(token, live, score, depth, confidence, hidden_size, NODES: tl.constexpr):
-    """log2 of the chance that a child of these nodes survives, given that they did: fp32 [NODES], -inf for NaN.
+    """log2 of the probability that a child of these nodes survives, given that they did: fp32 [NODES], -inf for NaN.
 
-    score: w . h of the depth; confidence = (weight [H] or [H+r], bias [1] or None, sts [K] or None, W1 or None, its stride, V1, r).
+    score: w . h of the depth; confidence: NodeConfidence.
     """
-    weight_ptr, bias_ptr, sts_ptr, w1_ptr, stride_1v, vocab_w1, rank = confidence
+    rank = confidence.rank
     logit = tl.zeros([NODES], tl.float32) + score
-    if w1_ptr is not None:
-        known = live & (token >= 0) & (token < vocab_w1)
+    if confidence.w1_ptr is not None:
+        known = live & (token >= 0) & (token < confidence.vocab)
         for first in range(0, rank, SCORE_RANKS):
             i = first + tl.arange(0, SCORE_RANKS)
             there = known[:, None] & (i < rank)[None, :]
-            e = tl.load(w1_ptr + token.to(tl.int64)[:, None] * stride_1v + i[None, :], mask=there, other=0.0).to(tl.float32)
-            w = tl.load(weight_ptr + hidden_size + i, mask=i < rank, other=0.0).to(tl.float32)
+            e = tl.load(
+                confidence.w1_ptr + token.to(tl.int64)[:, None] * confidence.stride_w1 + i[None, :], mask=there, other=0.0
+            ).to(tl.float32)  # fmt: skip
+            w = tl.load(confidence.weight_ptr + hidden_size + i, mask=i < rank, other=0.0).to(tl.float32)
             logit += tl.sum(e * w[None, :], axis=1)
-    if bias_ptr is not None:
-        logit += tl.load(bias_ptr).to(tl.float32)
-    if sts_ptr is not None:
-        logit = logit / tl.load(sts_ptr + depth)
+    if confidence.bias_ptr is not None:
+        logit += tl.load(confidence.bias_ptr).to(tl.float32)
+    if confidence.sts_ptr is not None:
+        logit = logit / tl.load(confidence.sts_ptr + depth)
     decay = tl.exp2(tl.abs(logit) * -LOG2_E)
     found = tl.minimum(logit, 0.0) * LOG2_E - tl.log2(1.0 + decay)
     return tl.where(logit == logit, found, NEG_INF)
@@ -189,9 +191,8 @@ def _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES: tl.
 def emit_tree(kept_ptr, found, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES: tl.constexpr):
     """Every element of a slot's tree: the first nodes found, as many as its budget lets it have, and the survival of all of them.
 
-    flags: what is known beside the laws of the nodes that a search for so many expands.
+    out: PathTree. flags: what is known beside the distributions of the nodes that a search for so many expands.
     """
-    tokens_ptr, parents_ptr, depths_ptr, child_ptr, sibling_ptr, ancestors_ptr, counts_ptr, survival_ptr, flags_ptr = out
     room = num_nodes
     if budgets_ptr is not None:
         room = tl.minimum(tl.maximum(tl.load(budgets_ptr + request), 1), num_nodes)
@@ -215,17 +216,17 @@ def emit_tree(kept_ptr, found, budgets_ptr, slot, anchor, request, flags, out, n
     sibling = tl.min(tl.where(is_sibling, i[None, :], NODES), axis=1)
     place = slot * num_nodes + i
     inside = i < num_nodes
-    tl.store(tokens_ptr + place, tl.where(there, tl.where(i == 0, anchor, token.to(tl.int64)), -1), mask=inside)
-    tl.store(parents_ptr + place, parent, mask=inside)
-    tl.store(depths_ptr + place, depth, mask=inside)
-    tl.store(child_ptr + place, tl.where(there & (child < NODES), child, -1), mask=inside)
-    tl.store(sibling_ptr + place, tl.where(there & (sibling < NODES), sibling, -1), mask=inside)
-    tl.store(ancestors_ptr + place, tl.where(there, ancestors, 0), mask=inside)
-    if survival_ptr is not None:
-        tl.store(survival_ptr + place, tl.where(i < found, tl.exp2(survival), 0.0), mask=inside)
-    tl.store(counts_ptr + slot, count)
+    tl.store(out.tokens_ptr + place, tl.where(there, tl.where(i == 0, anchor, token.to(tl.int64)), -1), mask=inside)
+    tl.store(out.parents_ptr + place, parent, mask=inside)
+    tl.store(out.depths_ptr + place, depth, mask=inside)
+    tl.store(out.first_child_ptr + place, tl.where(there & (child < NODES), child, -1), mask=inside)
+    tl.store(out.next_sibling_ptr + place, tl.where(there & (sibling < NODES), sibling, -1), mask=inside)
+    tl.store(out.ancestors_ptr + place, tl.where(there, ancestors, 0), mask=inside)
+    if out.survival_ptr is not None:
+        tl.store(out.survival_ptr + place, tl.where(i < found, tl.exp2(survival), 0.0), mask=inside)
+    tl.store(out.num_nodes_ptr + slot, count)
     # The search ends when the tree is full, before its last node would be expanded.
     expanded = i < tl.where(count == room, count - 1, count)
     flags |= tl.max(tl.where(expanded & ((seen & NAN) != 0), NAN, 0), axis=0)
     flags |= tl.max(tl.where(expanded & ((seen & NONFINITE_ROW) != 0), NONFINITE_ROW, 0), axis=0)
-    tl.store(flags_ptr + request, flags)
+    tl.store(out.flags_ptr + request, flags)

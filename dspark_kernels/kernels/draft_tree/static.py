@@ -15,7 +15,8 @@ a request. An item of rows leaves the B best words of its leaf for each row, sor
 import triton
 import triton.language as tl
 
-from ..draft.heads import DOT_ROWS, gated_rows, hoist_rows, low_rank_bias, rnn_rows, w2_tile
+from ..draft.args import HeadKind
+from ..draft.heads import DOT_ROWS, WIDENINGS, gated_rows, hoist_rows, low_rank_bias, rnn_rows, w2_tile
 from ..primitives.adjust import adjusted, no_path
 from ..primitives.leaves import leaf_masses
 from ..primitives.mass import LEAF, NEG_INF, POS_INF, log2_scale, numbers
@@ -23,8 +24,8 @@ from ..primitives.philox import DRAFT, lane_words, log2_exponential, words_at
 from ..primitives.race import pack
 from ..primitives.slots import state_slots
 from ..primitives.waves import finish_item, take_item, wait_for
-from ..primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
 from .append import IID, NAN, SAW_FINITE, TOP_K, WITHOUT_REPLACEMENT, append, frontier
+from .args import DepthStep, TreeSizes, TreeTile
 
 DEPTHS_PER_WORD = tl.constexpr(5)  # numbers below 64 in an int32
 NO_ENTRY = tl.constexpr((1 << 63) - 1)  # above every word
@@ -66,107 +67,101 @@ def _store_best(lists_ptr, rows, inside, running, wanted, KEEP: tl.constexpr):
 @triton.jit
 def _tokens_of(slots, node, live, state, tree, num_nodes):
     """Token of each node, the anchor from where the engine keeps it."""
-    anchors_ptr, stride_a = state[0], state[1]
-    anchor = tl.load(anchors_ptr + slots * stride_a, mask=live & (node == 0), other=-1).to(tl.int64)
-    token = tl.load(tree[0] + slots * num_nodes + node, mask=live & (node > 0), other=-1, volatile=True)
+    anchor = tl.load(state.anchors_ptr + slots * state.stride_anchors, mask=live & (node == 0), other=-1).to(tl.int64)
+    token = tl.load(tree.tokens_ptr + slots * num_nodes + node, mask=live & (node > 0), other=-1, volatile=True)
     return tl.where(node == 0, anchor, token)
 
 
 @triton.jit
-def _latents_item(
-    item, depth, width, state, head, mixer, tree, scratch, num_requests, num_slots, num_nodes, depths,
-    MIX: tl.constexpr, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
-):  # fmt: skip
+def _latents_item(item, step, state, head, mixer, tree, scratch, sizes, depths, KIND: tl.constexpr, TILE: tl.constexpr):
     """BLOCK_J latents of 16 rows; a node's state goes on from its parent's."""
-    rank = head[6]
+    rank, width, num_nodes = head.rank, step.width, sizes.num_nodes
+    BLOCK_J: tl.constexpr = TILE.BLOCK_J
     tiles = tl.cdiv(rank, BLOCK_J)
     j = item % tiles * BLOCK_J + tl.arange(0, BLOCK_J)
     columns = item // tiles * DOT_ROWS + tl.arange(0, DOT_ROWS)
     requests = columns // width
-    slots = state_slots(state[4], requests, num_requests, num_slots)
-    start, count, at_depth, total = frontier(requests, slots, depth, None, width, state, tree, scratch, num_nodes, WIDTH)
+    slots = state_slots(state.slots_ptr, requests, sizes.num_requests, sizes.num_slots)
+    start, count, _, _ = frontier(requests, slots, step, state, tree, scratch, num_nodes, TILE.WIDTH)
     live = columns % width < count
     if tl.max(tl.where(live, 1, 0), axis=0) > 0:
         node = tl.where(live, start + columns % width, 0).to(tl.int64)
         previous = _tokens_of(slots, node, live, state, tree, num_nodes)
-        known = live & (previous >= 0) & (previous < head[5])
-        parent = tl.load(tree[1] + slots * num_nodes + node, mask=live & (node > 0), other=-1, volatile=True)
+        known = live & (previous >= 0) & (previous < head.vocab)
+        parent = tl.load(tree.parents_ptr + slots * num_nodes + node, mask=live & (node > 0), other=-1, volatile=True)
         own = requests.to(tl.int64) * num_nodes
         state_row = tl.where(parent >= 0, own + parent, -1)
-        row = requests.to(tl.int64) * depths + depth
-        latent = MIX(mixer, head, j, live, previous, known, row, state_row, own + node, BLOCK_S, MIX_TYPE)
-        latent_ptr = mixer[6]
-        at = latent_ptr + columns.to(tl.int64)[None, :] * rank + j[:, None]
-        tl.store(at, latent.to(latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
+        row = requests.to(tl.int64) * depths + step.depth
+        latent = KIND.latent(
+            mixer, head, j, live, previous, known, row, state_row, own + node, TILE.BLOCK_S, KIND.mix_type
+        )  # fmt: skip
+        at = mixer.latent_ptr + columns.to(tl.int64)[None, :] * rank + j[:, None]
+        tl.store(at, latent.to(mixer.latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
 
 
 @triton.jit
-def _weigh_leaf(
-    group, chunk, depth, width, state, tree, law, scratch, level, num_requests, num_slots, num_nodes, vocab, chunks,
-    PAIRS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Maximum and mass of a leaf of the 16 laws that this program has just stored."""
-    law_ptr, stride_ls, stride_lm = law
+def _weigh_leaf(group, chunk, step, state, tree, distributions, scratch, sizes, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
+    """Maximum and sum of exponentials of a block of the 16 distributions whose logits this program has just stored."""
+    width = step.width
     ids = chunk * LEAF + tl.arange(0, LEAF)
     for first in range(0, DOT_ROWS, PAIRS):
         columns = group * DOT_ROWS + first + tl.arange(0, PAIRS)
         requests = columns // width
-        slots = state_slots(state[4], requests, num_requests, num_slots)
-        start, count, at_depth, total = frontier(requests, slots, depth, level, width, state, tree, scratch, num_nodes, WIDTH)
+        slots = state_slots(state.slots_ptr, requests, sizes.num_requests, sizes.num_slots)
+        start, count, _, _ = frontier(requests, slots, step, state, tree, scratch, sizes.num_nodes, WIDTH)
         live = columns % width < count
-        row_ptrs = law_ptr + slots * stride_ls + (start + columns % width).to(tl.int64) * stride_lm
-        inside = live[:, None] & (ids < vocab)[None, :]
+        row_ptrs = distributions.ptr + slots * distributions.stride_slot
+        row_ptrs = row_ptrs + (start + columns % width).to(tl.int64) * distributions.stride_node
+        inside = live[:, None] & (ids < sizes.vocab)[None, :]
         x = tl.load(row_ptrs[:, None] + ids[None, :], mask=inside, other=NEG_INF, volatile=True).to(tl.float32)
-        scale = log2_scale(tl.load(state[5] + slots, mask=live, other=0.0))
-        top, mass = leaf_masses(x, scale[:, None], PAIRS)
-        row = columns.to(tl.int64) * chunks + chunk
-        tl.store(scratch[4] + row, top, mask=live)
-        tl.store(scratch[5] + row, mass, mask=live)
+        scale = log2_scale(tl.load(state.temperature_ptr + slots, mask=live, other=0.0))
+        block_max, sumexp = leaf_masses(x, scale[:, None], PAIRS)
+        row = columns.to(tl.int64) * sizes.chunks + chunk
+        tl.store(scratch.block_max_ptr + row, block_max, mask=live)
+        tl.store(scratch.block_sumexp_ptr + row, sumexp, mask=live)
 
 
 @triton.jit
 def _rows_item(
-    group, chunk, depth, width, wanted, tile, base, state, head, mixer, choice, tree, law, scratch, row_status_ptr, level,
-    num_requests, num_slots, num_nodes, vocab, chunks,
-    METHOD: tl.constexpr, WIDEN: tl.constexpr, KEEP: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, DOT_TYPE: tl.constexpr,
+    group, chunk, step, tile, base, state, head, mixer, settings, tree, distributions, scratch, row_status_ptr, sizes,
+    METHOD: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One leaf of ids of 16 rows. tile: of W2, for the first ids."""
-    base_ptr, stride_br, stride_bk = base
-    positions_ptr, stride_p, slots_ptr, temperature_ptr, seed_ptr = state[2], state[3], state[4], state[5], state[6]
-    map_ptr, num_targets, adjust = choice
+    width, wanted, num_nodes, vocab = step.width, step.wanted, sizes.num_nodes, sizes.vocab
+    KEEP: tl.constexpr = TILE.KEEP
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
     columns = group * DOT_ROWS + tl.arange(0, DOT_ROWS)
     requests = columns // width
     f = columns % width
-    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-    start, count, at_depth, total = frontier(requests, slots, depth, level, width, state, tree, scratch, num_nodes, WIDTH)
+    slots = state_slots(state.slots_ptr, requests, sizes.num_requests, sizes.num_slots)
+    start, count, at_depth, _ = frontier(requests, slots, step, state, tree, scratch, num_nodes, TILE.WIDTH)
     live = f < count
     node = tl.where(live, start + f, 0).to(tl.int64)
     if tl.max(tl.where(live, 1, 0), axis=0) > 0:
-        offsets = requests.to(tl.int64) * stride_br
-        if level is None:
-            offsets += tl.cast(depth, tl.int64) * stride_bk
+        offsets = requests.to(tl.int64) * base.stride_request
+        if step.level is None:
+            offsets += tl.cast(step.depth, tl.int64) * base.stride_position
         else:
-            offsets += f.to(tl.int64) * stride_bk
+            offsets += f.to(tl.int64) * base.stride_position
         known = live
         if head is not None:
             if mixer is None:
                 token = _tokens_of(slots, node, live, state, tree, num_nodes)
-                known = live & (token >= 0) & (token < head[5])
-                latent_ptr = head[0]
-                latents = token * head[3]
+                known = live & (token >= 0) & (token < head.vocab)
+                latent_ptr = head.w1_ptr
+                latents = token * head.stride_w1
             else:
-                latent_ptr = mixer[6]
-                latents = columns.to(tl.int64) * head[6]
+                latent_ptr = mixer.latent_ptr
+                latents = columns.to(tl.int64) * head.rank
         scale = tl.full([DOT_ROWS], 1.4426950408889634, tl.float32)
         sampled = live & (slots < 0)
         if METHOD != TOP_K:
-            temperature = tl.load(temperature_ptr + slots, mask=live, other=0.0)
+            temperature = tl.load(state.temperature_ptr + slots, mask=live, other=0.0)
             sampled = temperature > 0.0
             scale = log2_scale(temperature)
         if METHOD == WITHOUT_REPLACEMENT:
-            seed = tl.load(seed_ptr + slots, mask=live, other=0)
-            anchor = tl.load(positions_ptr + slots * stride_p, mask=live, other=0).to(tl.int64)
+            seed = tl.load(state.seed_ptr + slots, mask=live, other=0)
+            anchor = tl.load(state.positions_ptr + slots * state.stride_positions, mask=live, other=0).to(tl.int64)
             position = anchor + at_depth + 1
         # Words of entries that no id has taken yet differ, so that one is replaced at a time; those beyond `wanted` stay.
         entry = tl.arange(0, KEEP)[None, :] + tl.zeros([DOT_ROWS, 1], tl.int64)
@@ -177,32 +172,32 @@ def _rows_item(
         for first in range(first_id, last_id, BLOCK_V):
             ids = first + tl.arange(0, BLOCK_V)
             inside = live[:, None] & (ids < last_id)[None, :]
-            x = tl.load(base_ptr + offsets[:, None] + ids[None, :], mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(base.ptr + offsets[:, None] + ids[None, :], mask=inside, other=0.0).to(tl.float32)
             if head is not None:
-                x += tl.trans(low_rank_bias(tile, head, latent_ptr, latents, known, ids, vocab, WIDEN, BLOCK_R, DOT_TYPE))
-                tile = w2_tile(head, ids + BLOCK_V, last_id, BLOCK_R)  # on its way while this one is looked at
+                x += tl.trans(low_rank_bias(tile, head, latent_ptr, latents, known, ids, vocab, KIND, TILE.BLOCK_R))
+                tile = w2_tile(head, ids + BLOCK_V, last_id, TILE.BLOCK_R)  # on its way while this one is looked at
             targets = ids  # in the target's vocabulary
-            if map_ptr is not None:
-                mapped = tl.load(map_ptr + ids, mask=ids < last_id, other=-1)
-                used = (mapped >= 0) & (mapped < num_targets)
+            if settings.map_ptr is not None:
+                mapped = tl.load(settings.map_ptr + ids, mask=ids < last_id, other=-1)
+                used = (mapped >= 0) & (mapped < settings.num_targets)
                 targets = tl.where(used, mapped, 0).to(tl.int32)
-            if adjust is not None:
-                x = adjusted(x, targets[None, :], inside, slots, slots, adjust, targets, 0, no_path)
-            if map_ptr is not None:
+            if settings.adjust is not None:
+                x = adjusted(x, targets[None, :], inside, slots, slots, settings.adjust, targets, 0, no_path)
+            if settings.map_ptr is not None:
                 x = tl.where(used[None, :], x, NEG_INF)
             nan = inside & (x != x)
             finite = inside & (tl.abs(x) < POS_INF)
             x = numbers(x)
-            if law is not None:
-                law_ptr, stride_ls, stride_lm = law
-                stored = x.to(base_ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
-                tl.store(law_ptr + (slots * stride_ls + node * stride_lm)[:, None] + ids[None, :], stored, mask=inside)
+            if distributions is not None:
+                stored = x.to(base.ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
+                row_offsets = slots * distributions.stride_slot + node * distributions.stride_node
+                tl.store(distributions.ptr + row_offsets[:, None] + ids[None, :], stored, mask=inside)
                 x = stored.to(tl.float32)
             seen |= tl.max(tl.where(nan, NAN, 0), axis=1) | tl.max(tl.where(finite, SAW_FINITE, 0), axis=1)
             key = x
             if METHOD == WITHOUT_REPLACEMENT:
                 slot_of_node = node.to(tl.int32)[:, None]
-                if map_ptr is None:
+                if settings.map_ptr is None:
                     noise = lane_words(
                         seed[:, None], first, position[:, None], anchor[:, None], DRAFT, DOT_ROWS, BLOCK_V, slot_of_node
                     )
@@ -213,44 +208,45 @@ def _rows_item(
                 inside = inside & (sampled == 0)[:, None]
             words = tl.where(inside & (x > NEG_INF), pack(key, targets[None, :]), 0)
             running = _best_so_far(running, words)
-        rows = columns.to(tl.int64) * chunks + chunk
-        _store_best(scratch[0], rows, live, running, wanted, KEEP)
+        rows = columns.to(tl.int64) * sizes.chunks + chunk
+        _store_best(scratch.lists_ptr, rows, live, running, wanted, KEEP)
         tl.atomic_or(row_status_ptr + columns, seen, mask=live & (seen > 0), sem="relaxed")
         if METHOD == IID:
             if tl.max(tl.where(sampled, 1, 0), axis=0) > 0:
                 tl.debug_barrier()
-                _weigh_leaf(group, chunk, depth, width, state, tree, law, scratch, level, num_requests, num_slots, num_nodes, vocab,
-                            chunks, PAIRS, WIDTH)  # fmt: skip
+                _weigh_leaf(group, chunk, step, state, tree, distributions, scratch, sizes, TILE.PAIRS, TILE.WIDTH)
 
 
 @triton.jit(do_not_specialize=["branching", "level", "num_requests", "num_slots", "num_nodes", "depths", "items"])
 def draft_tree_kernel(
-    base,  # (logits [R, K, V] or [R, F, V], strides of R and K or F)
-    state,  # (anchors [S] or None, stride, positions [S], stride, slots [R], temperature, seed [S], budgets [R]; each may be None)
-    head, mixer,  # kernels/draft/heads.py, or None; of mixer, latents [R F, r] and states [R M, r]
-    hidden,  # ([R, K, H], strides of R and K, H) or None
-    choice,  # (int64 [V] ids in the target's vocabulary or None, number of target ids, settings of primitives/adjust.py or None)
-    tree,  # (tokens, parents, depths, first_child, next_sibling, ancestors [S, M], num_nodes [S], flags [R])
-    law,  # (logits [S, M, V], strides of S and M) or None
-    scratch,  # (lists int64 [R F, leaves, B], best int64 [R F, B], found int32 [R, M], record int32 [R, 3], and for iid of leaves
-    # maxima fp32 and masses int64 [R F, leaves])
-    ticket_ptr, finished_ptr, row_status_ptr,  # int32 [1], [1], [R M], zero before and after
+    # Records of kernels/draft_tree/args.py and kernels/draft/args.py.
+    base,  # BaseLogits [R, K, V], or [R, F, V] of the nodes of `level`
+    state,  # TreeState
+    head,  # Head or None
+    mixer,  # Mixer of a gated or rnn head, with latents [R F, r] and states [R M, r], or None
+    hidden,  # Hidden or None
+    settings,  # NodeSettings
+    tree,  # Tree
+    distributions,  # NodeLogits or None
+    scratch,  # TreeScratch
+    counters,  # TreeCounters
     branching,  # children by depth, five to an int32
     level,  # depth of the nodes to be given children; None: all depths from the anchor on
     num_requests, num_slots, num_nodes, vocab, first_width, depths, items,
-    METHOD: tl.constexpr, MIX: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, LEAVES: tl.constexpr, KEEP: tl.constexpr,
-    PAIRS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, DOT_TYPE: tl.constexpr, MIX_TYPE: tl.constexpr,
+    METHOD: tl.constexpr,
+    KIND: tl.constexpr,  # HeadKind
+    TILE: tl.constexpr,  # TreeTile
 ):  # fmt: skip
-    item = take_item(ticket_ptr)
+    item = take_item(counters.ticket_ptr)
     chunks = tl.cdiv(vocab, LEAF)
     # The depth whose waves the item is in: its first item, nodes per request, and all nodes up to it, at most.
     depth = tl.zeros((), tl.int32)
     before = depth
     tiles = depth
-    if MIX is not None:
-        tiles += tl.cdiv(head[6], BLOCK_J)
-        before += tl.cdiv(PARTS * head[6], BLOCK_N) * tl.cdiv(num_requests * depths, DOT_ROWS)  # products with hidden states
+    if KIND.latent is not None:
+        tiles += tl.cdiv(head.rank, TILE.BLOCK_J)
+        # Products with hidden states.
+        before += tl.cdiv(KIND.parts * head.rank, TILE.BLOCK_N) * tl.cdiv(num_requests * depths, DOT_ROWS)
     hoisting = item < before
     width = depth + first_width
     total = width
@@ -261,16 +257,14 @@ def draft_tree_kernel(
         total += width
         depth += 1
         groups = tl.cdiv(num_requests * width, DOT_ROWS)
-    wanted = _children_of(branching, depth)
-    if MIX is not None:
+    step = DepthStep(depth, width, _children_of(branching, depth), level)
+    sizes = TreeSizes(num_requests, num_slots, num_nodes, vocab, chunks)
+    if KIND.latent is not None:
         if hoisting:
-            hidden_ptr, stride_hr, stride_hk, hidden_size = hidden
-            hoist_rows(item, before, mixer, head, hidden_ptr, num_requests * depths, depths, hidden_size, stride_hr, stride_hk,
-                       PARTS, BLOCK_N, BLOCK_S, MIX_TYPE)  # fmt: skip
+            hoist_rows(item, before, mixer, head, hidden, num_requests * depths, depths, KIND, TILE.BLOCK_N, TILE.BLOCK_S)
         elif item < before + groups * tiles:
-            wait_for(finished_ptr, before)
-            _latents_item(item - before, depth, width, state, head, mixer, tree, scratch, num_requests, num_slots, num_nodes,
-                          depths, MIX, WIDTH, BLOCK_J, BLOCK_S, MIX_TYPE)  # fmt: skip
+            wait_for(counters.finished_ptr, before)
+            _latents_item(item - before, step, state, head, mixer, tree, scratch, sizes, depths, KIND, TILE)
     before += groups * tiles
     item -= before
     if item < 0:
@@ -280,25 +274,23 @@ def draft_tree_kernel(
         tile = chunk
         if head is not None:
             # W2 depends on no node: it is on its way while earlier waves end.
-            tile = w2_tile(head, chunk * LEAF + tl.arange(0, BLOCK_V), vocab, BLOCK_R)
-        wait_for(finished_ptr, before)
+            tile = w2_tile(head, chunk * LEAF + tl.arange(0, TILE.BLOCK_V), vocab, TILE.BLOCK_R)
+        wait_for(counters.finished_ptr, before)
         _rows_item(
-            item % groups, chunk, depth, width, wanted, tile, base, state, head, mixer, choice, tree, law, scratch, row_status_ptr,
-            level, num_requests, num_slots, num_nodes, vocab, chunks,
-            METHOD, WIDEN, KEEP, PAIRS, WIDTH, BLOCK_V, BLOCK_R, DOT_TYPE,
+            item % groups, chunk, step, tile, base, state, head, mixer, settings, tree, distributions, scratch,
+            counters.row_status_ptr, sizes, METHOD, KIND, TILE,
         )  # fmt: skip
     else:
-        wait_for(finished_ptr, before + groups * chunks)
+        wait_for(counters.finished_ptr, before + groups * chunks)
         append(
-            item - groups * chunks, depth, width, wanted, depth + 1 == depths, state, head, tree, law, scratch, row_status_ptr,
-            level, num_requests, num_slots, num_nodes, vocab, chunks, METHOD, LEAVES, PAIRS, ROWS, WIDTH,
+            item - groups * chunks, step, depth + 1 == depths, state, head, tree, distributions, scratch,
+            counters.row_status_ptr, sizes, METHOD, TILE,
         )  # fmt: skip
-    finish_item(ticket_ptr, finished_ptr, items)
+    finish_item(counters.ticket_ptr, counters.finished_ptr, items)
 
 
-_MIXERS = {None: (None, 0), "gated": (gated_rows, 1), "rnn": (rnn_rows, 3)}  # and parts of r outputs
+_LATENTS = {None: (None, 0), "gated": (gated_rows, 1), "rnn": (rnn_rows, 3)}  # and parts of r outputs
 _METHODS = {"top_k": TOP_K, "iid": IID, "without_replacement": WITHOUT_REPLACEMENT}
-_WIDENINGS = {"by_cast": by_cast, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
 
 
 def words_of_branching(branching):
@@ -310,26 +302,30 @@ def words_of_branching(branching):
 
 def launch_draft_tree(items, args, *, method, mixer, widen, leaves, keep, width, block_r, dot_type, mix_type, config):
     """Launch one program per item of all waves. mixer: None, "gated" or "rnn"."""
-    mix, parts = _MIXERS[mixer]
+    latent, parts = _LATENTS[mixer]
     draft_tree_kernel[(items,)](
         *args,
         items,
         METHOD=_METHODS[method],
-        MIX=mix,
-        PARTS=parts,
-        WIDEN=_WIDENINGS[widen],
-        LEAVES=leaves,
-        KEEP=keep,
-        PAIRS=config.pairs,
-        ROWS=config.rows,
-        WIDTH=width,
-        BLOCK_V=config.block_v,
-        BLOCK_R=block_r,
-        BLOCK_J=config.block_j,
-        BLOCK_N=config.block_n,
-        BLOCK_S=config.block_s,
-        DOT_TYPE=getattr(tl, dot_type),
-        MIX_TYPE=getattr(tl, mix_type),
+        KIND=HeadKind(
+            latent=latent,
+            parts=parts,
+            widen=WIDENINGS[widen],
+            dot_type=getattr(tl, dot_type),
+            mix_type=getattr(tl, mix_type),
+        ),
+        TILE=TreeTile(
+            LEAVES=leaves,
+            KEEP=keep,
+            PAIRS=config.pairs,
+            ROWS=config.rows,
+            WIDTH=width,
+            BLOCK_V=config.block_v,
+            BLOCK_R=block_r,
+            BLOCK_J=config.block_j,
+            BLOCK_N=config.block_n,
+            BLOCK_S=config.block_s,
+        ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

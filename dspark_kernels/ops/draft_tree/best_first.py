@@ -9,12 +9,24 @@ import torch
 
 from ... import library, workspace as workspaces
 from ...checks import check_int, check_tensor, not_yet
+from ...kernels.draft.args import BaseLogits, Selection
+from ...kernels.draft_tree.args import (
+    BlockSums,
+    DepthScratch,
+    NodeConfidence,
+    PathCounters,
+    PathScratch,
+    PathState,
+    PathTree,
+    RowScratch,
+    WaveCounters,
+)
 from ...launch import arch
 from ...launch.draft import candidates as candidates_launch
 from ...launch.draft_tree import best_first as launch
 from ...types import DraftTree, GatedMarkovHead, RnnMarkovHead
 from ...workspace import Workspace
-from ..draft.candidates import LEAST_GROUP, _units
+from ..draft.candidates import LEAST_GROUP, _units, head_records, hidden_states
 from .inputs import TreeCall
 
 OP = "draft_tree"
@@ -115,20 +127,6 @@ def _lend(workspace, dense, rows, drafts, vocab, head, weight, device):
     return workspaces.lend_words(workspace, counters, scratch, device, message)
 
 
-def head_arguments(w1, w2, w2_scale, latent_weight, latent_bias):
-    """(head, latent, kind) of a launch."""
-    if w1 is None:
-        return None, None, None
-    # Bytes of e4m3 are decoded by the kernel: not every architecture has the type.
-    stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
-    head = (w1, w1.stride(0), stored, w2.stride(0), w2_scale, w1.shape[0], w1.shape[1])
-    if latent_weight is None:
-        return head, None, "vanilla"
-    outputs, rank = latent_weight.shape[0], w1.shape[1]
-    kind, columns = ("gated", 0) if outputs == rank else ("rnn", 2 * rank)
-    return head, (latent_weight, latent_weight.stride(0), latent_bias, outputs, columns, None, 0), kind
-
-
 SCHEMA = (
     "Tensor base_logits, Tensor anchors, Tensor? w1, Tensor? w2, Tensor? w2_scale, Tensor? latent_weight, "
     "Tensor? latent_bias, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? sts_temperatures, Tensor? embeds, "
@@ -152,24 +150,33 @@ def _draft_paths(
     if whole:
         candidates = max(1, nodes - 1)  # a node can get no more children, and their law needs the mass alone
     candidates = min(candidates, vocab)
-    head, latent, kind = head_arguments(w1, w2, w2_scale, latent_weight, latent_bias)
+    kind, head, latent = head_records(w1, w2, w2_scale, latent_weight, latent_bias)
     rank = 0 if w1 is None else w1.shape[1]
-    outputs = 0 if latent is None else latent[3]
+    outputs = 0 if latent is None else latent.outputs
     gpu = arch.current(device)
     weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
     group = candidates_launch.unit_ids(vocab, candidates)
     config = launch.pick(gpu, vocab, candidates, nodes, rank, weights, outputs, group)
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
-    row_count, request_count = clean.take(positions, torch.int32), clean.take(rows, torch.int32)
-    status = clean.take(positions, torch.int32)
+    counted = PathCounters(
+        row_ptr=clean.take(positions, torch.int32),
+        request_ptr=clean.take(rows, torch.int32),
+        status_ptr=clean.take(positions, torch.int32),
+    )
     take = workspaces.Carver(scratch).take
-    keys = take(positions * _units(vocab, config.group), torch.int32)
-    units, best = (take(positions * candidates, torch.int32) for _ in range(2))
-    bounds, scores = take(2 * positions, torch.int32), take(positions, torch.float32)
-    kept = take(rows * FIELDS * config.nodes, torch.int32)
-    num_leaves = -(-vocab // LEAF)
-    leaves = (take(positions * num_leaves, torch.float32), take(positions * num_leaves, torch.int64)) if whole else None
+    selection = Selection(
+        keys_ptr=take(positions * _units(vocab, config.group), torch.int32),
+        units_ptr=take(positions * candidates, torch.int32),
+        ids_ptr=take(positions * candidates, torch.int32),
+        bounds_ptr=take(2 * positions, torch.int32),
+    )
+    scores, kept = take(positions, torch.float32), take(rows * FIELDS * config.nodes, torch.int32)
+    num_leaves, leaves = -(-vocab // LEAF), None
+    if whole:
+        leaves = BlockSums(
+            max_ptr=take(positions * num_leaves, torch.float32), sumexp_ptr=take(positions * num_leaves, torch.int64)
+        )  # fmt: skip
     logits = take(rows * config.nodes * config.width, torch.float32)
     products = latents = states = scores  # without a latent nobody reads them
     if latent is not None:
@@ -181,12 +188,15 @@ def _draft_paths(
     kernels.launch_draft_paths(
         latent_items + positions * parts,
         (
-            (base_logits, base_logits.stride(0), base_logits.stride(1)),
-            (anchors, anchors.stride(0), state_indices, temperature, node_budgets),
-            head, latent, _heard(hidden), _confident(weight, bias, sts_temperatures, embeds),
-            (tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags),
-            leaves, keys, units, (best, bounds, scores, kept, logits, products, latents, states), row_count, request_count, status,
-            rows, anchors.shape[0], drafts, nodes, vocab, candidates, latent_items, parts,
+            BaseLogits(ptr=base_logits, stride_request=base_logits.stride(0), stride_position=base_logits.stride(1)),
+            _state(anchors, state_indices, temperature, node_budgets),
+            head, latent, hidden_states(hidden), _confidence(weight, bias, sts_temperatures, embeds),
+            _tree(tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags),
+            leaves, selection,
+            PathScratch(
+                score_ptr=scores, kept_ptr=kept, logits_ptr=logits, products_ptr=products, latent_ptr=latents, states_ptr=states
+            ),
+            counted, rows, anchors.shape[0], drafts, nodes, vocab, candidates, latent_items, parts,
         ),
         kind=kind,
         leaves=launch.padded(num_leaves) if whole else 0,
@@ -205,12 +215,12 @@ def _draft_paths_dense(
     kernels = library.kernels("draft_tree.best_first_dense", device)
     rows, drafts, vocab = base_logits.shape
     nodes, rank = tokens.shape[1], w1.shape[1]
-    head, latent, kind = head_arguments(w1, w2, w2_scale, latent_weight, latent_bias)
-    outputs = 0 if latent is None else latent[3]
+    kind, head, latent = head_records(w1, w2, w2_scale, latent_weight, latent_bias)
+    outputs = 0 if latent is None else latent.outputs
     gpu = arch.current(device)
     config = launch.pick_dense(gpu, vocab, nodes, rank, str(w2.dtype).removeprefix("torch."), outputs > 0)
     clean = workspaces.Carver(counters, workspaces.RESERVED)
-    counts = tuple(clean.take(rows, torch.int32) for _ in range(5))
+    counted = WaveCounters(*(clean.take(rows, torch.int32) for _ in WaveCounters._fields))
     take, int32, fp32 = workspaces.Carver(scratch).take, torch.int32, torch.float32
     kept = take(rows * FIELDS * config.nodes, int32)
     frontier, sizes = take(rows * config.nodes, int32), take(rows * (drafts + 1), int32)
@@ -218,10 +228,14 @@ def _draft_paths_dense(
     scores = take(rows * drafts, fp32)
     children = max(1, nodes - 1)
     positions, units, stride = rows * children, -(-vocab // launch.UNIT), _row_words(vocab, children)
-    law = (
-        take(positions * units, fp32), take(positions * units, torch.int64), take(positions * stride, fp32),
-        take(positions * children, int32), take(positions * children, fp32), take(positions * children, int32),
-    )  # fmt: skip
+    row_scratch = RowScratch(
+        unit_max_ptr=take(positions * units, fp32),
+        unit_sumexp_ptr=take(positions * units, torch.int64),
+        groups_ptr=take(positions * stride, fp32),
+        chosen_ptr=take(positions * children, int32),
+        keys_ptr=take(positions * children, fp32),
+        ids_ptr=take(positions * children, int32),
+    )
     products = latents = states = scores  # without a latent nobody reads them
     if latent is not None:
         products, latents = take(rows * drafts * outputs, fp32), take(rows * config.nodes * rank, fp32)
@@ -231,25 +245,40 @@ def _draft_paths_dense(
     kernels.launch_draft_paths_dense(
         latent_items + rows * (2 + drafts * parts + (drafts - 1) * children),
         (
-            (base_logits, base_logits.stride(0), base_logits.stride(1)),
-            (anchors, anchors.stride(0), state_indices, temperature, node_budgets),
-            head, latent, _heard(hidden), _confident(weight, bias, sts_temperatures, embeds),
-            (tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags),
-            counters[1:2].view(torch.int32), counts, kept,
-            (frontier, sizes, entries, known, scores, products, latents, states), law,
-            rows, anchors.shape[0], drafts, nodes, vocab, stride, latent_items, parts,
+            BaseLogits(ptr=base_logits, stride_request=base_logits.stride(0), stride_position=base_logits.stride(1)),
+            _state(anchors, state_indices, temperature, node_budgets),
+            head, latent, hidden_states(hidden), _confidence(weight, bias, sts_temperatures, embeds),
+            _tree(tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags),
+            counters[1:2].view(torch.int32), counted,
+            DepthScratch(
+                kept_ptr=kept, frontier_ptr=frontier, sizes_ptr=sizes, entries_ptr=entries, tokens_ptr=known, score_ptr=scores,
+                products_ptr=products, latent_ptr=latents, states_ptr=states,
+            ),
+            row_scratch, rows, anchors.shape[0], drafts, nodes, vocab, stride, latent_items, parts,
         ),
         kind=kind,
         config=config,
     )  # fmt: skip
 
 
-def _heard(hidden):
-    return None if hidden is None else (hidden, hidden.stride(0), hidden.stride(1), hidden.shape[2])
+def _state(anchors, state_indices, temperature, node_budgets) -> PathState:
+    return PathState(
+        anchors_ptr=anchors, stride_anchors=anchors.stride(0), slots_ptr=state_indices, temperature_ptr=temperature,
+        budgets_ptr=node_budgets,
+    )  # fmt: skip
 
 
-def _confident(weight, bias, sts_temperatures, embeds):
+def _tree(tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags) -> PathTree:
+    return PathTree(
+        tokens_ptr=tokens, parents_ptr=parents, depths_ptr=depths, first_child_ptr=first_child, next_sibling_ptr=next_sibling,
+        ancestors_ptr=ancestors, num_nodes_ptr=num_nodes, survival_ptr=survival, flags_ptr=flags,
+    )  # fmt: skip
+
+
+def _confidence(weight, bias, sts_temperatures, embeds) -> NodeConfidence | None:
     if weight is None:
         return None
-    known = (None, 0, 0, 0) if embeds is None else (embeds, embeds.stride(0), *embeds.shape)
-    return (weight, bias, sts_temperatures, *known)
+    stride, vocab, rank = (0, 0, 0) if embeds is None else (embeds.stride(0), *embeds.shape)
+    return NodeConfidence(
+        weight_ptr=weight, bias_ptr=bias, sts_ptr=sts_temperatures, w1_ptr=embeds, stride_w1=stride, vocab=vocab, rank=rank
+    )  # fmt: skip

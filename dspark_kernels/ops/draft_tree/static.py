@@ -12,12 +12,16 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_tensor, check_type, not_yet
+from ...kernels.args import Adjustments, Bias
+from ...kernels.draft.args import BaseLogits
+from ...kernels.draft_tree.args import NodeLogits, NodeSettings, Tree, TreeCounters, TreeScratch, TreeState
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...launch.draft_tree import static as tree_launch
 from ...types import ConfidenceHead, DenseProposal, DraftTree, MarkovHead, SamplingTensors
 from ...workspace import Workspace
 from ..draft import dense as draft
+from ..draft.candidates import hidden_states
 from . import inputs as tree_inputs
 from .best_first import by_probability
 from .inputs import SAMPLED, STATIC, TreeCall
@@ -262,49 +266,45 @@ def _draft_tree(
 
     clean = workspaces.Carver(counters, workspaces.RESERVED)
     progress, row_status = clean.take(2, torch.int32), clean.take(rows * nodes, torch.int32)
-    take = workspaces.Carver(scratch).take
-    memory = [take(rows * children * leaves, torch.int64), take(rows * children, torch.int64)]
-    memory += [take(rows * nodes, torch.int32), take(3 * rows, torch.int32)]
+    carver = workspaces.Carver(scratch)
+    take = carver.take
     by_mass = method == "iid"
-    memory += [take(rows * most * leaves, dtype) if by_mass else None for dtype in (torch.float32, torch.int64)]
-
-    def stride(tensor, dim):
-        return 0 if tensor is None else tensor.stride(dim)
-
-    rank, dot_type, widening, head, mixer = 1, torch.float32, "by_cast", None, None
-    if w1 is not None:
-        rank, dot_type = w1.shape[1], draft._product_type(w1, w2)
-        if w2.dtype == torch.float8_e4m3fn:
-            widening, w2 = "fp8", w2.view(torch.uint8)
-        head = (w1, w2, w2_scale, w1.stride(0), w2.stride(0), w1.shape[0], rank)
-    kind, parts, mix_type, heard = None, 0, torch.float32, None
-    if mix_weight is not None:
-        parts = mix_weight.shape[0] // rank
-        kind = "gated" if parts == 1 else "rnn"
-        mix_type = mix_weight.dtype if mix_weight.dtype == w1.dtype == hidden.dtype else torch.float32
-        heard = (hidden, hidden.stride(0), hidden.stride(1), hidden.shape[2])
-        hoisted, latents = take(rows * len(shape) * parts * rank, torch.float32), take(rows * most * rank, dot_type)
-        states = take(rows * nodes * rank, torch.float32) if kind == "rnn" else None
-        # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
-        columns = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
-        mixer = (mix_weight, mix_bias, mix_weight.stride(0), *columns, hoisted, latents, states, None, 0)
+    memory = TreeScratch(
+        lists_ptr=take(rows * children * leaves, torch.int64),
+        best_ptr=take(rows * children, torch.int64),
+        found_ptr=take(rows * nodes, torch.int32),
+        record_ptr=take(3 * rows, torch.int32),
+        block_max_ptr=take(rows * most * leaves, torch.float32) if by_mass else None,
+        block_sumexp_ptr=take(rows * most * leaves, torch.int64) if by_mass else None,
+    )
+    head, dot_type, widening = draft.head_record(w1, w2, w2_scale)
+    rank = 1 if head is None else head.rank
+    kind, mixer, mix_type = draft.mixer_record(
+        w1, mix_weight, mix_bias, hidden, None, rows * len(shape), rows * most, rows * nodes, dot_type, carver
+    )  # fmt: skip
+    parts = 0 if mixer is None else mix_weight.shape[0] // rank
+    bias = None if logit_bias is None else Adjustments(Bias(logit_bias, logit_bias.stride(0)), None, None)
     if widening == "fp8":
         widening = "fp8_by_cast" if gpu.family in draft_launch._NATIVE_FP8 else "fp8_by_bits"
     config = tree_launch.pick(gpu, vocab, rank, w1 is not None and dot_type == torch.float32)
     kernels.launch_draft_tree(
         tree_launch.items_of(config, shape, rows, leaves, rank, parts),
         (
-            (base_logits, base_logits.stride(0), base_logits.stride(1)),
-            (
-                anchors, stride(anchors, 0), anchor_positions, anchor_positions.stride(0), state_indices, temperature, seed,
-                node_budgets,
+            BaseLogits(ptr=base_logits, stride_request=base_logits.stride(0), stride_position=base_logits.stride(1)),
+            TreeState(
+                anchors_ptr=anchors, stride_anchors=0 if anchors is None else anchors.stride(0), positions_ptr=anchor_positions,
+                stride_positions=anchor_positions.stride(0), slots_ptr=state_indices, temperature_ptr=temperature, seed_ptr=seed,
+                budgets_ptr=node_budgets,
             ),
-            head, mixer, heard,
-            (draft_to_target, targets, None if logit_bias is None else ((logit_bias, logit_bias.stride(0)), None, None)),
-            (tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, flags),
-            None if law is None else (law, law.stride(0), law.stride(1)),
-            tuple(memory), progress[:1], progress[1:], row_status, kernels.words_of_branching(branching), level,
-            rows, slots, nodes, vocab, widths[0], len(shape),
+            head, mixer, hidden_states(hidden if mixer is not None else None),
+            NodeSettings(map_ptr=draft_to_target, num_targets=targets, adjust=bias),
+            Tree(
+                tokens_ptr=tokens, parents_ptr=parents, depths_ptr=depths, first_child_ptr=first_child,
+                next_sibling_ptr=next_sibling, ancestors_ptr=ancestors, num_nodes_ptr=num_nodes, flags_ptr=flags,
+            ),
+            None if law is None else NodeLogits(ptr=law, stride_slot=law.stride(0), stride_node=law.stride(1)),
+            memory, TreeCounters(ticket_ptr=progress[:1], finished_ptr=progress[1:], row_status_ptr=row_status),
+            kernels.words_of_branching(branching), level, rows, slots, nodes, vocab, widths[0], len(shape),
         ),
         method=method,
         mixer=kind,
