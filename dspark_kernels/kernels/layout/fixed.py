@@ -7,6 +7,7 @@ reference/layout.py.
 import triton
 import triton.language as tl
 
+from .args import Anchors, Depths, Drafts, Pages
 from .rows import MISSING_DRAFT, made_drafts, read_requests, write_rows
 
 
@@ -15,24 +16,14 @@ def fixed_layout_kernel(
     lens_ptr,  # [R]; of a tree num_nodes [S]
     drafts_ptr,  # [S, K]
     depths_ptr,  # [S, K+1] or None
-    anchors_ptr, anchor_positions_ptr,  # [S]
-    prefill_ptr, emits_ptr,  # [R] or None
-    block_tables_ptr,  # [S, max_pages] or None
-    slots_ptr,  # [R] or None
-    draft_lens_ptr,  # [R]
-    query_start_ptr, cu_logits_ptr,  # [R+1]
-    token_ids_ptr, positions_ptr, batch_indices_ptr, slot_mapping_ptr,  # [N]; slot_mapping None without block tables
-    logits_indices_ptr,  # [N]
-    num_rows_ptr,  # [1]
-    flags_ptr,  # [R]
+    inputs,  # LayoutInputs
+    out,  # LayoutOutputs
     num_requests, num_slots, num_rows, num_drafts, max_pages, page_size,
-    stride_ds, stride_ts, stride_a, stride_p, stride_bs,
+    strides,  # FixedStrides
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
-    slots, prompt, emits, flags = read_requests(
-        r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, num_rows, stride_a
-    )
+    slots, prompt, emits, flags = read_requests(r, inputs, strides.anchors, num_requests, num_slots, num_rows)
     live = slots >= 0
     if depths_ptr is None:
         lens = tl.load(lens_ptr + r, mask=live, other=0)
@@ -40,38 +31,35 @@ def fixed_layout_kernel(
         lens = tl.load(lens_ptr + slots, mask=live, other=1) - 1  # node 0 is the anchor
     lens = tl.minimum(tl.maximum(lens, 0), num_drafts).to(tl.int32)
     lens = tl.where((prompt > 0) | (emits == 0), 0, lens)
-    made = made_drafts(drafts_ptr, slots, num_drafts, stride_ds, DRAFTS)
+    made = made_drafts(drafts_ptr, slots, num_drafts, strides.drafts, DRAFTS)
     flags |= tl.where(lens > made, MISSING_DRAFT, 0)
     write_rows(
-        r, slots, prompt, emits, tl.minimum(lens, made), flags, anchors_ptr, anchor_positions_ptr, drafts_ptr, depths_ptr,
-        block_tables_ptr, draft_lens_ptr, query_start_ptr, cu_logits_ptr, token_ids_ptr, positions_ptr, batch_indices_ptr,
-        slot_mapping_ptr, logits_indices_ptr, num_rows_ptr, flags_ptr, num_requests, num_rows, num_drafts, max_pages, page_size,
-        0, 0, stride_a, stride_p, stride_ds, stride_ts, stride_bs, REQUESTS, LOG_REQUESTS, BLOCK,
+        r, slots, prompt, emits, tl.minimum(lens, made), flags,
+        Anchors(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
+        Drafts(drafts_ptr, strides.drafts),
+        Depths(depths_ptr, strides.depths),
+        Pages(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
+        out, num_requests, num_rows, num_drafts, 0, 0, REQUESTS, LOG_REQUESTS, BLOCK,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "max_pages", "mask_token"])
 def draft_layout_kernel(
-    anchors_ptr, anchor_positions_ptr,  # [S]
-    block_tables_ptr,  # [S, max_pages] or None
-    slots_ptr,  # [R] or None
-    draft_lens_ptr,  # [R]
-    query_start_ptr, cu_logits_ptr,  # [R+1]
-    token_ids_ptr, positions_ptr, batch_indices_ptr, slot_mapping_ptr,  # [N]; slot_mapping None without block tables
-    logits_indices_ptr,  # [N]
-    num_rows_ptr,  # [1]
-    flags_ptr,  # [R]
+    inputs,  # LayoutInputs
+    out,  # LayoutOutputs
     num_requests, num_slots, num_rows, num_masks, max_pages, page_size, mask_token, silent_rows,
-    stride_a, stride_p, stride_bs,
+    strides,  # BlockStrides
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
-    slots, prompt, emits, flags = read_requests(r, slots_ptr, anchors_ptr, None, None, num_requests, num_slots, num_rows, stride_a)
+    slots, prompt, emits, flags = read_requests(r, inputs, strides.anchors, num_requests, num_slots, num_rows)
     write_rows(
-        r, slots, prompt, emits, tl.where(slots >= 0, num_masks, 0), flags, anchors_ptr, anchor_positions_ptr, None, None,
-        block_tables_ptr, draft_lens_ptr, query_start_ptr, cu_logits_ptr, token_ids_ptr, positions_ptr, batch_indices_ptr,
-        slot_mapping_ptr, logits_indices_ptr, num_rows_ptr, flags_ptr, num_requests, num_rows, num_masks, max_pages, page_size,
-        mask_token, silent_rows, stride_a, stride_p, 0, 0, stride_bs, REQUESTS, LOG_REQUESTS, BLOCK,
+        r, slots, prompt, emits, tl.where(slots >= 0, num_masks, 0), flags,
+        Anchors(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
+        Drafts(None, 0),
+        Depths(None, 0),
+        Pages(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
+        out, num_requests, num_rows, num_masks, mask_token, silent_rows, REQUESTS, LOG_REQUESTS, BLOCK,
     )  # fmt: skip
 
 

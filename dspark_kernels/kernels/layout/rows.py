@@ -16,21 +16,21 @@ MISSING_DRAFT = tl.constexpr(8)
 
 
 @triton.jit
-def read_requests(r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, num_rows, stride_a):
+def read_requests(r, inputs, stride_anchors, num_requests, num_slots, num_rows):
     """Per request [REQUESTS]: state slot (-1 = padding), prompt rows, whether it emits, and the flag of its anchor.
 
-    A prompt longer than all rows there are counts as one row longer, which is as much too long.
+    inputs: LayoutInputs. A prompt longer than all rows there are counts as one row longer, which is as much too long.
     """
-    slots = state_slots(slots_ptr, r, num_requests, num_slots)
+    slots = state_slots(inputs.slots_ptr, r, num_requests, num_slots)
     live = slots >= 0
     prompt = tl.zeros(r.shape, tl.int32)
-    if prefill_ptr is not None:
-        prompt = tl.load(prefill_ptr + r, mask=live, other=0)
+    if inputs.prefill_ptr is not None:
+        prompt = tl.load(inputs.prefill_ptr + r, mask=live, other=0)
         prompt = tl.minimum(tl.maximum(prompt, 0), num_rows + 1).to(tl.int32)
     emits = live
-    if emits_ptr is not None:
-        emits = tl.load(emits_ptr + r, mask=live, other=0).to(tl.int32) != 0
-    anchor = tl.load(anchors_ptr + slots * stride_a, mask=live, other=0).to(tl.int64)
+    if inputs.emits_ptr is not None:
+        emits = tl.load(inputs.emits_ptr + r, mask=live, other=0).to(tl.int32) != 0
+    anchor = tl.load(inputs.anchors_ptr + slots * stride_anchors, mask=live, other=0).to(tl.int64)
     flags = tl.where((anchor < 0) & (prompt == 0), BAD_TOKEN_ID, 0)
     return slots, prompt, emits, flags
 
@@ -67,18 +67,12 @@ def fixed_rows(slots, prompt):
 @triton.jit
 def write_rows(
     r, slots, prompt, emits, lens, flags,  # [REQUESTS]
-    anchors_ptr, anchor_positions_ptr,  # [S]
-    drafts_ptr,  # [S, K], or None: every draft is `filler`
-    depths_ptr,  # [S, K+1] of tree nodes, or None: row j sits j after the anchor
-    block_tables_ptr,  # [S, max_pages] or None
-    draft_lens_ptr,  # [R]
-    query_start_ptr, cu_logits_ptr,  # [R+1]
-    token_ids_ptr, positions_ptr, batch_indices_ptr, slot_mapping_ptr,  # [N]; slot_mapping None without block tables
-    logits_indices_ptr,  # [N]
-    num_rows_ptr,  # [1]
-    flags_ptr,  # [R]
-    num_requests, num_rows, num_drafts, max_pages, page_size, filler, silent_rows,
-    stride_a, stride_p, stride_ds, stride_ts, stride_bs,
+    anchors,  # Anchors
+    drafts,  # Drafts; without, every draft is `filler`
+    depths,  # Depths
+    pages,  # Pages
+    out,  # LayoutOutputs
+    num_requests, num_rows, num_drafts, filler, silent_rows,
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write this program's BLOCK rows, and program 0 what is per request. silent_rows: first rows of a decoding request that
@@ -100,13 +94,13 @@ def write_rows(
     total = tl.max(end, axis=0)
 
     if tl.program_id(0) == 0:
-        tl.store(draft_lens_ptr + r, lens, mask=batch)
-        tl.store(query_start_ptr + r + 1, end, mask=batch)
-        tl.store(cu_logits_ptr + r + 1, logits_end, mask=batch)
-        tl.store(flags_ptr + r, flags, mask=batch)
-        tl.store(query_start_ptr, 0)
-        tl.store(cu_logits_ptr, 0)
-        tl.store(num_rows_ptr, total)
+        tl.store(out.draft_lens_ptr + r, lens, mask=batch)
+        tl.store(out.query_start_ptr + r + 1, end, mask=batch)
+        tl.store(out.cu_logits_ptr + r + 1, logits_end, mask=batch)
+        tl.store(out.flags_ptr + r, flags, mask=batch)
+        tl.store(out.query_start_ptr, 0)
+        tl.store(out.cu_logits_ptr, 0)
+        tl.store(out.num_rows_ptr, total)
 
     # Row n belongs to the request whose [start, end) holds it.
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -117,33 +111,37 @@ def write_rows(
     slot = tl.gather(slots, owner, axis=0)
     offset = n - tl.gather(start, owner, axis=0)
     is_prompt = tl.gather(prompt, owner, axis=0) > 0
-    token = tl.load(anchors_ptr + slot * stride_a, mask=used, other=0).to(tl.int64)
+    token = tl.load(anchors.ptr + slot * anchors.stride, mask=used, other=0).to(tl.int64)
     is_draft = used & (offset > 0) & (offset <= num_drafts)
-    if drafts_ptr is not None:
-        draft = tl.load(drafts_ptr + slot * stride_ds + offset - 1, mask=is_draft, other=0)
+    if drafts.ptr is not None:
+        draft = tl.load(drafts.ptr + slot * drafts.stride + offset - 1, mask=is_draft, other=0)
         token = tl.where(offset == 0, token, draft)
     else:
         token = tl.where(offset == 0, token, filler)
     token = tl.where(used & (is_prompt == 0), tl.maximum(token, 0), 0)
-    anchor_position = tl.load(anchor_positions_ptr + slot * stride_p, mask=used, other=0).to(tl.int64)
+    anchor_position = tl.load(anchors.positions_ptr + slot * anchors.stride_positions, mask=used, other=0).to(tl.int64)
     position = anchor_position + offset
-    if depths_ptr is not None:
-        depth = tl.load(depths_ptr + slot * stride_ts + offset, mask=used & (is_prompt == 0), other=0)
+    if depths.ptr is not None:
+        depth = tl.load(depths.ptr + slot * depths.stride + offset, mask=used & (is_prompt == 0), other=0)
         position = tl.where(is_prompt, position, anchor_position + depth)
-    tl.store(token_ids_ptr + n, token, mask=inside)
-    tl.store(positions_ptr + n, tl.where(used, position, 0), mask=inside)
-    tl.store(batch_indices_ptr + n, tl.where(used, owner, -1), mask=inside)
-    if slot_mapping_ptr is not None:
+    tl.store(out.token_ids_ptr + n, token, mask=inside)
+    tl.store(out.positions_ptr + n, tl.where(used, position, 0), mask=inside)
+    tl.store(out.batch_indices_ptr + n, tl.where(used, owner, -1), mask=inside)
+    if out.slot_mapping_ptr is not None:
         # By row, not by depth: siblings of a tree share a position, and each needs a slot of its own.
         cached = anchor_position + offset
-        page = cached // page_size
-        mapped = used & (cached >= 0) & (page < max_pages)
-        base = tl.load(block_tables_ptr + slot * stride_bs + page, mask=mapped, other=0).to(tl.int64)
-        tl.store(slot_mapping_ptr + n, tl.where(mapped & (base >= 0), base * page_size + cached % page_size, -1), mask=inside)
+        page = cached // pages.page_size
+        mapped = used & (cached >= 0) & (page < pages.max_pages)
+        base = tl.load(pages.ptr + slot * pages.stride + page, mask=mapped, other=0).to(tl.int64)
+        tl.store(
+            out.slot_mapping_ptr + n,
+            tl.where(mapped & (base >= 0), base * pages.page_size + cached % pages.page_size, -1),
+            mask=inside,
+        )
 
     # Logit row m: the last rows of its request.
     logit_owner = owner_of(tl.where(batch, logits_end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
     has_logits = n < tl.max(logits_end, axis=0)
     behind = tl.gather(logits_end, logit_owner, axis=0) - n  # 1 for the request's last row
     row = tl.gather(end, logit_owner, axis=0) - behind
-    tl.store(logits_indices_ptr + n, tl.where(has_logits, row, 0), mask=inside)
+    tl.store(out.logits_indices_ptr + n, tl.where(has_logits, row, 0), mask=inside)

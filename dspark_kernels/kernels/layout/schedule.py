@@ -13,6 +13,7 @@ reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
 import triton
 import triton.language as tl
 
+from .args import Anchors, Depths, Drafts, Pages, ScheduleTile
 from .rows import MISSING_DRAFT, fixed_rows, made_drafts, read_requests, write_rows
 
 NAN = tl.constexpr(2)
@@ -265,41 +266,31 @@ def _number_of_drafts(
     "tiles",
 ])  # fmt: skip
 def schedule_prefixes_kernel(
-    drafts_ptr, confidence_ptr,  # [S, K]
-    stale_ptr,  # [S, K] or None
-    seconds_ptr, draft_seconds_ptr,  # [B_max+1], [R_max+1], or None
-    budget_ptr,  # [1] or None
-    max_lens_ptr,  # [R] or None
-    anchors_ptr, anchor_positions_ptr,  # [S]
-    prefill_ptr, emits_ptr,  # [R] or None
-    block_tables_ptr,  # [S, max_pages] or None
-    slots_ptr,  # [R] or None
-    draft_lens_ptr,  # [R]
-    query_start_ptr, cu_logits_ptr,  # [R+1]
-    token_ids_ptr, positions_ptr, batch_indices_ptr, slot_mapping_ptr,  # [N]; slot_mapping None without block tables
-    logits_indices_ptr,  # [N]
-    num_rows_ptr,  # [1]
-    flags_ptr,  # [R]
-    older_ptr, stored_ptr, gathered_ptr,  # [CANDIDATES], or None where SORT covers them
+    chosen_from,  # ScheduleInputs
+    inputs,  # LayoutInputs
+    out,  # LayoutOutputs
+    scratch,  # ScheduleScratch
     num_requests, num_slots, num_rows, num_drafts, max_pages, page_size, last_cost, last_draft_cost,
     min_len, max_len,  # of every request
     least,  # smallest survival that is admitted
     bypass,  # 2^-20 of the cost of a step without drafts; below 2^20: off
     tiles,  # CANDIDATES / SORT
-    stride_ds, stride_cs, stride_ss, stride_a, stride_p, stride_bs,
-    REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, SORT: tl.constexpr, LOG_SORT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    strides,  # ScheduleStrides
+    TILE: tl.constexpr,  # ScheduleTile
 ):  # fmt: skip
+    REQUESTS: tl.constexpr = TILE.REQUESTS
+    DRAFTS: tl.constexpr = TILE.DRAFTS
+    SORT: tl.constexpr = TILE.SORT
+    LOG_SORT: tl.constexpr = TILE.LOG_SORT
     r = tl.arange(0, REQUESTS)
-    slots, prompt, emits, flags = read_requests(
-        r, slots_ptr, anchors_ptr, prefill_ptr, emits_ptr, num_requests, num_slots, num_rows, stride_a
-    )
+    slots, prompt, emits, flags = read_requests(r, inputs, strides.anchors, num_requests, num_slots, num_rows)
     takes = (slots >= 0) & (prompt == 0) & (emits != 0)
     caps = tl.full([REQUESTS], max_len, tl.int32)
-    if max_lens_ptr is not None:
-        caps = tl.minimum(tl.maximum(tl.load(max_lens_ptr + r, mask=takes, other=0), 0), num_drafts).to(tl.int32)
+    if chosen_from.max_lens_ptr is not None:
+        caps = tl.load(chosen_from.max_lens_ptr + r, mask=takes, other=0)
+        caps = tl.minimum(tl.maximum(caps, 0), num_drafts).to(tl.int32)
     caps = tl.where(takes, tl.minimum(caps, num_drafts), 0)
-    made = made_drafts(drafts_ptr, slots, num_drafts, stride_ds, DRAFTS, SORT == REQUESTS * DRAFTS)
+    made = made_drafts(chosen_from.drafts_ptr, slots, num_drafts, strides.drafts, DRAFTS, SORT == REQUESTS * DRAFTS)
     flags |= tl.where(caps > made, MISSING_DRAFT, 0)
     # The step without drafts, and the cost of drafting, which is paid whatever is verified.
     rows = tl.sum(fixed_rows(slots, prompt).to(tl.int64), axis=0)
@@ -307,37 +298,40 @@ def schedule_prefixes_kernel(
     tau = tl.sum(((slots >= 0) & (emits != 0)).to(tl.int64), axis=0) * SURVIVAL_ONE
     room = tl.maximum(num_rows - rows, 0).to(tl.int32)
     drafting_cost = tl.zeros_like(tau)
-    if draft_seconds_ptr is not None:
-        drafting_cost = tl.where(drafting > 0, _entry(draft_seconds_ptr, last_draft_cost, drafting.to(tl.int64)), 0)
-    if seconds_ptr is not None:
+    if chosen_from.draft_seconds_ptr is not None:
+        drafting_cost = tl.where(
+            drafting > 0, _entry(chosen_from.draft_seconds_ptr, last_draft_cost, drafting.to(tl.int64)), 0
+        )  # fmt: skip
+    if chosen_from.seconds_ptr is not None:
         with_all = rows + drafting * num_drafts
-        cost_with_all = _step_cost(seconds_ptr, last_cost, drafting_cost, with_all)
-        cost_without = _step_cost(seconds_ptr, last_cost, drafting_cost, rows)
+        cost_with_all = _step_cost(chosen_from.seconds_ptr, last_cost, drafting_cost, with_all)
+        cost_without = _step_cost(chosen_from.seconds_ptr, last_cost, drafting_cost, rows)
         cheap = (bypass >= 1 << 20) & (drafting > 0) & (with_all <= num_rows)
         cheap = cheap & (cost_with_all * (1 << 20) <= cost_without * bypass)
         min_len = tl.where(cheap, num_drafts, min_len)
 
     CANDIDATES: tl.constexpr = REQUESTS * DRAFTS
     number = room
-    if stale_ptr is not None:
+    if chosen_from.stale_ptr is not None:
         # The number comes from older rounds alone: not even what this round's drafts are missing counts.
         older, older_count, forced_tau, nan = _read_values(
-            stale_ptr, slots, caps, num_drafts, min_len, least, stride_ss, older_ptr, tiles, REQUESTS, DRAFTS, SORT
-        )
+            chosen_from.stale_ptr, slots, caps, num_drafts, min_len, least, strides.stale, scratch.older_ptr, tiles,
+            REQUESTS, DRAFTS, SORT,
+        )  # fmt: skip
         flags |= tl.where(takes, nan, 0)
         number, _ = _number_of_drafts(
-            older, older_ptr, gathered_ptr, tiles, tl.minimum(older_count, room), forced_tau, tau, rows, seconds_ptr,
-            last_cost, drafting_cost, True, SORT, LOG_SORT, CANDIDATES,
+            older, scratch.older_ptr, scratch.gathered_ptr, tiles, tl.minimum(older_count, room), forced_tau, tau, rows,
+            chosen_from.seconds_ptr, last_cost, drafting_cost, True, SORT, LOG_SORT, CANDIDATES,
         )  # fmt: skip
     values, count, forced_tau, nan = _read_values(
-        confidence_ptr,
+        chosen_from.confidence_ptr,
         slots,
         tl.minimum(caps, made),
         num_drafts,
         min_len,
         least,
-        stride_cs,
-        stored_ptr,
+        strides.confidence,
+        scratch.stored_ptr,
         tiles,
         REQUESTS,
         DRAFTS,
@@ -345,22 +339,25 @@ def schedule_prefixes_kernel(
     )
     flags |= tl.where(takes, nan, 0)
     total = tl.minimum(count, room)
-    if (stale_ptr is None) and (budget_ptr is None):
+    if (chosen_from.stale_ptr is None) and (chosen_from.budget_ptr is None):
         number, value = _number_of_drafts(
-            values, stored_ptr, gathered_ptr, tiles, total, forced_tau, tau, rows, seconds_ptr, last_cost, drafting_cost,
-            False, SORT, LOG_SORT, CANDIDATES,
+            values, scratch.stored_ptr, scratch.gathered_ptr, tiles, total, forced_tau, tau, rows, chosen_from.seconds_ptr,
+            last_cost, drafting_cost, False, SORT, LOG_SORT, CANDIDATES,
         )  # fmt: skip
     else:
-        if budget_ptr is not None:
-            number = tl.maximum(tl.load(budget_ptr).to(tl.int32), _count(values, stored_ptr, tiles, FORCED, SORT, CANDIDATES))
+        if chosen_from.budget_ptr is not None:
+            number = tl.load(chosen_from.budget_ptr).to(tl.int32)
+            number = tl.maximum(number, _count(values, scratch.stored_ptr, tiles, FORCED, SORT, CANDIDATES))
         number = tl.minimum(number, total)
-        value = _value_of_rank(values, stored_ptr, tiles, number, SORT, CANDIDATES)
-    lens = _admitted_lens(values, stored_ptr, tiles, num_drafts, number, value, REQUESTS, DRAFTS, SORT)
+        value = _value_of_rank(values, scratch.stored_ptr, tiles, number, SORT, CANDIDATES)
+    lens = _admitted_lens(values, scratch.stored_ptr, tiles, num_drafts, number, value, REQUESTS, DRAFTS, SORT)
     write_rows(
-        r, slots, prompt, emits, lens, flags, anchors_ptr, anchor_positions_ptr, drafts_ptr, None, block_tables_ptr,
-        draft_lens_ptr, query_start_ptr, cu_logits_ptr, token_ids_ptr, positions_ptr, batch_indices_ptr, slot_mapping_ptr,
-        logits_indices_ptr, num_rows_ptr, flags_ptr, num_requests, num_rows, num_drafts, max_pages, page_size, 0, 0,
-        stride_a, stride_p, stride_ds, 0, stride_bs, REQUESTS, LOG_REQUESTS, BLOCK,
+        r, slots, prompt, emits, lens, flags,
+        Anchors(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
+        Drafts(chosen_from.drafts_ptr, strides.drafts),
+        Depths(None, 0),
+        Pages(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
+        out, num_requests, num_rows, num_drafts, 0, 0, REQUESTS, TILE.LOG_REQUESTS, TILE.BLOCK,
     )  # fmt: skip
 
 
@@ -368,12 +365,14 @@ def launch_schedule_prefixes(programs, args, *, log_requests, drafts, sort, bloc
     """Launch one program per `block` rows."""
     schedule_prefixes_kernel[(programs,)](
         *args,
-        REQUESTS=1 << log_requests,
-        LOG_REQUESTS=log_requests,
-        DRAFTS=drafts,
-        SORT=sort,
-        LOG_SORT=sort.bit_length() - 1,
-        BLOCK=block,
+        TILE=ScheduleTile(
+            REQUESTS=1 << log_requests,
+            LOG_REQUESTS=log_requests,
+            DRAFTS=drafts,
+            SORT=sort,
+            LOG_SORT=sort.bit_length() - 1,
+            BLOCK=block,
+        ),
         num_warps=num_warps,
         enable_fp_fusion=False,
         **({} if max_registers is None else {"maxnreg": max_registers}),

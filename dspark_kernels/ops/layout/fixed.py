@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import library
 from ...checks import INT_DTYPES, check_int, check_optional, check_tensor, check_type
+from ...kernels.layout.args import BlockStrides, FixedStrides, LayoutInputs, LayoutOutputs
 from ...launch import arch
 from ...launch.layout import fixed as layout_launch
 from ...types import DraftBlock, DraftTree, VerifyLayout
@@ -241,7 +242,7 @@ def _allocate(requests, rows, drafts, mapped, device) -> VerifyLayout:
 
 
 def fields(out: VerifyLayout) -> tuple:
-    """The tensors of a layout in the order of the ops' schemas (OUTPUTS) and of the kernels' arguments."""
+    """The tensors of a layout in the order of the ops' schemas (OUTPUTS)."""
     return (
         out.draft_lens, out.query_start_loc, out.cu_num_logits, out.token_ids, out.positions, out.batch_indices,
         out.slot_mapping, out.logits_indices, out.num_rows, out.flags,
@@ -283,11 +284,21 @@ def _fixed_layout(
     kernels.launch_fixed_layout(
         -(-rows // block),
         (
-            lens, drafts, depths, anchors, anchor_positions, num_prefill_tokens, emits, block_tables, state_indices, draft_lens,
-            query_start_loc, cu_num_logits, token_ids, positions, batch_indices, slot_mapping, logits_indices, num_rows, flags,
+            lens, drafts, depths,
+            LayoutInputs(
+                anchors_ptr=anchors, positions_ptr=anchor_positions, prefill_ptr=num_prefill_tokens, emits_ptr=emits,
+                block_tables_ptr=block_tables, slots_ptr=state_indices,
+            ),
+            LayoutOutputs(
+                draft_lens_ptr=draft_lens, query_start_ptr=query_start_loc, cu_logits_ptr=cu_num_logits, token_ids_ptr=token_ids,
+                positions_ptr=positions, batch_indices_ptr=batch_indices, slot_mapping_ptr=slot_mapping,
+                logits_indices_ptr=logits_indices, num_rows_ptr=num_rows, flags_ptr=flags,
+            ),
             requests, drafts.shape[0], rows, drafts.shape[1], max_pages, page_size,
-            drafts.stride(0), 0 if depths is None else depths.stride(0), anchors.stride(0), anchor_positions.stride(0),
-            stride_pages,
+            FixedStrides(
+                drafts=drafts.stride(0), depths=0 if depths is None else depths.stride(0), anchors=anchors.stride(0),
+                positions=anchor_positions.stride(0), block_tables=stride_pages,
+            ),
         ),
         log_requests=(requests - 1).bit_length(),
         drafts=padded(drafts.shape[1]),
@@ -312,10 +323,17 @@ def _draft_layout(
     kernels.launch_draft_layout(
         -(-rows // block),
         (
-            anchors, anchor_positions, block_tables, state_indices, draft_lens, query_start_loc, cu_num_logits, token_ids,
-            positions, batch_indices, slot_mapping, logits_indices, num_rows, flags,
+            LayoutInputs(
+                anchors_ptr=anchors, positions_ptr=anchor_positions, prefill_ptr=None, emits_ptr=None,
+                block_tables_ptr=block_tables, slots_ptr=state_indices,
+            ),
+            LayoutOutputs(
+                draft_lens_ptr=draft_lens, query_start_ptr=query_start_loc, cu_logits_ptr=cu_num_logits, token_ids_ptr=token_ids,
+                positions_ptr=positions, batch_indices_ptr=batch_indices, slot_mapping_ptr=slot_mapping,
+                logits_indices_ptr=logits_indices, num_rows_ptr=num_rows, flags_ptr=flags,
+            ),
             requests, anchors.shape[0], rows, masks, max_pages, page_size, mask_token_id, silent_rows,
-            anchors.stride(0), anchor_positions.stride(0), stride_pages,
+            BlockStrides(anchors=anchors.stride(0), positions=anchor_positions.stride(0), block_tables=stride_pages),
         ),
         log_requests=(requests - 1).bit_length(),
         block=block,

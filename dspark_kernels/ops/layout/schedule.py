@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import library
 from ...checks import INT_DTYPES, check_choice, check_int, check_number, check_optional, check_tensor, check_type
+from ...kernels.layout.args import LayoutInputs, LayoutOutputs, ScheduleInputs, ScheduleScratch, ScheduleStrides
 from ...launch import arch
 from ...launch.layout import schedule as schedule_launch
 from ...types import CostTable, DraftBlock, VerifyLayout
@@ -193,14 +194,28 @@ def _schedule_prefixes(
     kernels.launch_schedule_prefixes(
         -(-rows // block),
         (
-            drafts, confidence, stale_confidence, seconds, draft_seconds, budget, max_lens, anchors, anchor_positions,
-            num_prefill_tokens, emits, block_tables, state_indices, draft_lens, query_start_loc, cu_num_logits, token_ids,
-            positions, batch_indices, slot_mapping, logits_indices, num_rows, flags, *parts,
+            ScheduleInputs(
+                drafts_ptr=drafts, confidence_ptr=confidence, stale_ptr=stale_confidence, seconds_ptr=seconds,
+                draft_seconds_ptr=draft_seconds, budget_ptr=budget, max_lens_ptr=max_lens,
+            ),
+            LayoutInputs(
+                anchors_ptr=anchors, positions_ptr=anchor_positions, prefill_ptr=num_prefill_tokens, emits_ptr=emits,
+                block_tables_ptr=block_tables, slots_ptr=state_indices,
+            ),
+            LayoutOutputs(
+                draft_lens_ptr=draft_lens, query_start_ptr=query_start_loc, cu_logits_ptr=cu_num_logits, token_ids_ptr=token_ids,
+                positions_ptr=positions, batch_indices_ptr=batch_indices, slot_mapping_ptr=slot_mapping,
+                logits_indices_ptr=logits_indices, num_rows_ptr=num_rows, flags_ptr=flags,
+            ),
+            ScheduleScratch(*parts),
             requests, slots, rows, width, max_pages, page_size,
             0 if seconds is None else seconds.shape[0] - 1, 0 if draft_seconds is None else draft_seconds.shape[0] - 1,
             min_len, max_len, least, bypass, candidates // sort,
-            drafts.stride(0), confidence.stride(0), 0 if stale_confidence is None else stale_confidence.stride(0),
-            anchors.stride(0), anchor_positions.stride(0), stride_pages,
+            ScheduleStrides(
+                drafts=drafts.stride(0), confidence=confidence.stride(0),
+                stale=0 if stale_confidence is None else stale_confidence.stride(0), anchors=anchors.stride(0),
+                positions=anchor_positions.stride(0), block_tables=stride_pages,
+            ),
         ),
         log_requests=(requests - 1).bit_length(),
         drafts=padded(width, least=2),
