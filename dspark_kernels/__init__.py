@@ -7,7 +7,8 @@ from . import calibration, cost, scheduling
 from .ops.accept.chain import accept_chain
 from .ops.accept.shards import accept_finish, accept_partial, accept_phases
 from .ops.accept.tree import accept_tree
-from .ops.attention import plan_attention, tree_attention
+from .ops.attention.plan import plan_attention
+from .ops.attention.tree import tree_attention
 from .ops.compact import compact_kv
 from .ops.draft.dense import draft_block
 from .ops.draft.shards import draft_block_finish, draft_block_partial

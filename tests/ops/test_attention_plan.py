@@ -91,7 +91,7 @@ def test_a_plan_is_shared_by_layers_and_written_in_place(parts):
 @pytest.mark.parametrize("invariant", [False, True])
 def test_a_workspace_has_room_for_every_smaller_batch(invariant):
     from dspark_kernels.launch import arch
-    from dspark_kernels.ops import attention as op
+    from dspark_kernels.ops.attention import plan as op
 
     g = torch.Generator().manual_seed(22)
 
@@ -107,7 +107,7 @@ def test_a_workspace_has_room_for_every_smaller_batch(invariant):
                 most = None if draw(0, 2) == 0 else draw(1, 20)
                 cached, longest, asked = (size, 1)[draw(0, 1)], draw(1, 1 << 18), invariant and draw(0, 1) == 1
                 sizes = op._sizes(arch.current(torch.device("cpu")), draw(1, 64), rows, most, *heads, size, cached, longest, asked)
-                have = op._words(sizes.max_items, sizes.partial_rows, heads[1], heads[2])
+                have = op.words_needed(sizes.max_items, sizes.partial_rows, heads[1], heads[2])
                 assert have[0] <= counters and have[1] <= scratch
 
 

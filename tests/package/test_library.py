@@ -7,8 +7,9 @@ import dspark_kernels as dk
 from dspark_kernels import library, scheduling
 from dspark_kernels.launch import arch
 from dspark_kernels.launch.draft_tree import static as tree_launch
-from dspark_kernels.ops import attention, compact
+from dspark_kernels.ops import compact
 from dspark_kernels.ops.accept import chain as accept, tree
+from dspark_kernels.ops.attention import plan as attention_plan, tree as attention
 from dspark_kernels.ops.draft import candidates, dense as draft
 from dspark_kernels.ops.draft_tree import best_first as tree_paths, static as tree_draft
 from dspark_kernels.ops.layout import fixed as layout, schedule
@@ -290,7 +291,6 @@ def test_compaction_compiles_into_one_graph():
 
 
 def test_constants_of_kernels_are_the_public_ones():
-    from dspark_kernels.kernels import attention as attention_kernels
     from dspark_kernels.kernels.accept import (
         dense as accept_dense,
         rows as accept_rows,
@@ -298,6 +298,7 @@ def test_constants_of_kernels_are_the_public_ones():
         tree_rules,
         tree_state,
     )
+    from dspark_kernels.kernels.attention import plan as attention_kernels
     from dspark_kernels.kernels.draft import dense as draft_kernels, filters as draft_filters, rows as draft_rows
     from dspark_kernels.kernels.draft_tree import append as tree_append, static as tree_draft_kernels
     from dspark_kernels.kernels.layout import rows, schedule as schedule_kernels
@@ -307,7 +308,8 @@ def test_constants_of_kernels_are_the_public_ones():
         shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
         assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
-    assert attention_kernels.COLUMNS.value == attention.ITEM_COLUMNS and attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
+    assert attention_kernels.COLUMNS.value == attention_plan.ITEM_COLUMNS
+    assert attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
     assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
     assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and accept.LISTED == 2 * filters.BLOCK.value
     assert mass.LEAF.value == accept.LEAF == tree.LEAF

@@ -12,129 +12,29 @@ FlashAttention (arXiv 2205.14135), split-KV decoding (Flash-Decoding, Dao et al.
 import triton
 import triton.language as tl
 
-from .primitives.activations import tanh
-from .primitives.packing import owner_of
-from .primitives.slots import state_slots
-from .primitives.ticket import arrive
-from .primitives.widen import as_stored, fp8_by_bits, fp8_by_cast
+from ..primitives.activations import tanh
+from ..primitives.ticket import arrive
+from ..primitives.widen import as_stored, fp8_by_bits, fp8_by_cast
+from .args import Ancestors, AttentionTile, Cache, Pages, Rows
+from .plan import (
+    COLUMNS,
+    CONTEXT,
+    FIRST_ROW,
+    KEY_BEGIN,
+    KEY_END,
+    PART,
+    PARTIAL,
+    PARTS,
+    ROW_TILE,
+    ROWS,
+    SLOT,
+    TREE_SLOTS,
+)
 
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LARGEST = tl.constexpr(3.4028234663852886e38)
-TREE_SLOTS = tl.constexpr(64)  # bits of an ancestor word
-OVERHEAD = tl.constexpr(2)  # blocks of keys that an item costs beyond its own: queries, own rows, partial result
-
-# Columns of an item.
-SLOT = tl.constexpr(0)
-CONTEXT = tl.constexpr(1)
-FIRST_ROW = tl.constexpr(2)
-ROWS = tl.constexpr(3)
-TILE = tl.constexpr(4)
-PART = tl.constexpr(5)
-PARTS = tl.constexpr(6)
-KEY_BEGIN = tl.constexpr(7)
-KEY_END = tl.constexpr(8)
-PARTIAL = tl.constexpr(9)
-COLUMNS = tl.constexpr(10)
-
-
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "max_items", "max_keys", "partial_rows"])
-def plan_attention_kernel(
-    query_start_ptr,  # [R+1]
-    context_lens_ptr,  # [S]
-    slots_ptr,  # [R] or None
-    items_ptr,  # [max_items, 10]
-    counts_ptr,  # [3]
-    num_requests, num_slots, num_rows, max_items, max_keys, partial_rows,
-    window,  # int or None
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PROGRAMS: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr, FINER: tl.constexpr, INVARIANT_PARTS: tl.constexpr, REQUESTS: tl.constexpr,
-    LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Cut every request's context into parts. Each program scans the whole batch and writes its own items."""
-    r = tl.arange(0, REQUESTS)
-    batch = r < num_requests
-    slots = state_slots(slots_ptr, r, num_requests, num_slots).to(tl.int32)
-    start = tl.minimum(tl.maximum(tl.load(query_start_ptr + r, mask=batch, other=0), 0), num_rows)
-    end = tl.minimum(tl.maximum(tl.load(query_start_ptr + r + 1, mask=batch, other=0), start), num_rows)
-    rows = tl.where(batch, end - start, 0)
-    context = tl.load(context_lens_ptr + slots, mask=batch & (slots >= 0), other=0)
-    context = tl.minimum(tl.maximum(context, 0), max_keys).to(tl.int32)
-    # Keys before `low` are outside the window of every row: depths are at least -1 (an ancestor word of 0).
-    low = tl.zeros([REQUESTS], tl.int32)
-    if window is not None:
-        low = tl.maximum(context - window, 0) // BLOCK_N * BLOCK_N
-    blocks = tl.cdiv(context - low, BLOCK_N)
-    tiles = tl.cdiv(rows * GROUP, BLOCK_M)
-
-    if INVARIANT_PARTS > 0:
-        # By the request's own context alone.
-        parts = tl.minimum(tl.cdiv(blocks, MIN_BLOCKS), INVARIANT_PARTS)
-    else:
-        # An even share of all blocks per program, or a fraction of it where that leaves fewer programs waiting at the end.
-        total = tl.sum(tiles.to(tl.int64) * blocks, axis=0)
-        share = tl.maximum(tl.cdiv(total * KV_HEADS, PROGRAMS), 1).to(tl.int32)
-        parts = tl.zeros([REQUESTS], tl.int32)
-        least = total * 0 + 9223372036854775807
-        for finer in tl.static_range(1, FINER + 1):
-            chunk = tl.maximum(tl.cdiv(share, finer), MIN_BLOCKS)
-            some = tl.maximum(tl.cdiv(blocks, chunk), 1)
-            longest = tl.max(tl.where(tiles > 0, tl.cdiv(blocks, some), 0), axis=0)
-            rounds = tl.cdiv(tl.sum((tiles * some).to(tl.int64), axis=0) * KV_HEADS, PROGRAMS)
-            cost = rounds * (longest + OVERHEAD)
-            parts = tl.where(cost < least, some, parts)
-            least = tl.minimum(cost, least)
-    parts = tl.maximum(parts, 1)
-    chunk = tl.cdiv(blocks, parts)
-    parts = tl.maximum(tl.cdiv(blocks, tl.maximum(chunk, 1)), 1)
-    # Where partial results would not fit, a request stays whole.
-    needed = tl.where(parts > 1, (rows * GROUP).to(tl.int64) * parts, 0)
-    parts = tl.where(tl.cumsum(needed, axis=0) <= partial_rows, parts, 1)
-    # Starts that do not ascend may ask for more items than there are. The table then ends somewhere: all tiles stay whole, as
-    # one cut off between its parts would wait for the rest and leave its counter dirty.
-    parts = tl.where(tl.sum(tiles.to(tl.int64) * parts, axis=0) <= max_items, parts, 1)
-    chunk = tl.where(parts > 1, chunk, blocks) * BLOCK_N
-    needed = tl.where(parts > 1, rows * GROUP * parts, 0)
-    partial = tl.cumsum(needed, axis=0) - needed
-    ends = tl.minimum(tl.cumsum((tiles * parts).to(tl.int64), axis=0), 2147483646).to(tl.int32)
-    begins = ends - tiles * parts
-
-    if tl.program_id(0) == 0:
-        tl.store(counts_ptr, tl.minimum(tl.max(ends, axis=0), max_items))
-        tl.store(counts_ptr + 1, tl.min(tl.where(batch, start, num_rows), axis=0))
-        tl.store(counts_ptr + 2, tl.max(tl.where(batch, end, 0), axis=0))
-
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < max_items
-    used = n < tl.max(ends, axis=0)
-    owner = tl.where(used, owner_of(tl.where(batch, ends, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK), 0)
-    of_parts = tl.gather(parts, owner, axis=0)
-    of_rows = tl.gather(rows, owner, axis=0)
-    of_context = tl.gather(context, owner, axis=0)
-    of_chunk = tl.gather(chunk, owner, axis=0)
-    index = n - tl.gather(begins, owner, axis=0)
-    tile = index // of_parts
-    part = index % of_parts
-    key_begin = tl.gather(low, owner, axis=0) + part * of_chunk
-    key_end = tl.minimum(key_begin + of_chunk, of_context)
-    if window is not None:
-        # Later tiles of a prompt see less; a tree's depths begin at 0 wherever its rows stand.
-        behind = tl.maximum(tile * BLOCK_M // GROUP - (TREE_SLOTS - 1), 0)
-        key_begin = tl.maximum(key_begin, tl.maximum(of_context - window + behind, 0) // BLOCK_N * BLOCK_N)
-    packed = tl.minimum(of_rows * GROUP - tile * BLOCK_M, BLOCK_M)
-    first = tl.gather(partial, owner, axis=0) + of_parts * tile * BLOCK_M + part * packed
-    item = items_ptr + n * COLUMNS
-    tl.store(item + SLOT, tl.where(used, tl.gather(slots, owner, axis=0), -1), mask=inside)
-    tl.store(item + CONTEXT, tl.where(used, of_context, 0), mask=inside)
-    tl.store(item + FIRST_ROW, tl.where(used, tl.gather(start, owner, axis=0), 0), mask=inside)
-    tl.store(item + ROWS, tl.where(used, of_rows, 0), mask=inside)
-    tl.store(item + TILE, tl.where(used, tile, 0), mask=inside)
-    tl.store(item + PART, tl.where(used, part, 0), mask=inside)
-    tl.store(item + PARTS, tl.where(used, of_parts, 0), mask=inside)
-    tl.store(item + KEY_BEGIN, tl.where(used, key_begin, 0), mask=inside)
-    tl.store(item + KEY_END, tl.where(used, key_end, 0), mask=inside)
-    tl.store(item + PARTIAL, tl.where(used, first, 0), mask=inside)
 
 
 @triton.jit
@@ -169,41 +69,29 @@ def _join(q, k, v, seen, scale, softcap, acc, top, total):
     return acc, higher, total * shrink + tl.sum(weights, axis=1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_pages", "max_items", "scale", "tree_slots", "stride_b", "stride_as"])
-def tree_attention_kernel(
-    q_ptr,  # [N, Hq, D]
-    k_ptr, v_ptr,  # [pages, page_size, Hkv, D], e4m3 as bytes
-    k_scale_ptr, v_scale_ptr,  # [1] or [Hkv], or None
-    block_tables_ptr,  # [S, max_pages]
-    slot_mapping_ptr,  # [N], or None with k_new
-    k_new_ptr, v_new_ptr,  # [N, Hkv, D] or None
-    ancestors_ptr,  # [N] or [S, M], or None
-    sinks_ptr,  # [Hq] or None
-    items_ptr,  # [max_items, 10]
-    counts_ptr,  # [3]
-    out_ptr,  # [N, Hq, D]
-    lse_ptr,  # [N, Hq] or None
-    arrivals_ptr,  # [max_items, Hkv]
-    partial_ptr,  # [partial_rows, Hkv, HEAD]
-    norms_ptr,  # [partial_rows, Hkv, 2]
-    num_rows, num_pages, max_items, scale,
-    softcap,  # float or None
-    window,  # int or None
-    tree_slots,  # M where ancestors go by slot, 64 where by row
-    stride_qn, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh, stride_ksc, stride_vsc, stride_b,
-    stride_nn, stride_nh, stride_wn, stride_wh, stride_as, stride_an, stride_ai, stride_on, stride_oh, stride_ln, stride_lh,
-    WIDEN: tl.constexpr, FULL: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OWN_STAGES: tl.constexpr,
-    OWN_BLOCK: tl.constexpr,
+@triton.jit
+def _attend(
+    queries, keys, values, pages, slot_mapping_ptr, new_keys, new_values, ancestors, sinks_ptr, table, out, out_lse, scratch,
+    num_rows, max_items, scale, softcap, window, WIDEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    """All items of this program, and its share of the rows of no request. Records: args.py."""
+    FULL: tl.constexpr = TILE.FULL
+    KV_HEADS: tl.constexpr = TILE.KV_HEADS
+    GROUP: tl.constexpr = TILE.GROUP
+    D: tl.constexpr = TILE.D
+    HEAD: tl.constexpr = TILE.HEAD
+    PAGE_SIZE: tl.constexpr = TILE.PAGE_SIZE
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    OWN_BLOCK: tl.constexpr = TILE.OWN_BLOCK
+    dtype: tl.constexpr = queries.ptr.dtype.element_ty
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, HEAD)
     in_head = (d < D)[None, :]
-    count = tl.minimum(tl.load(counts_ptr), max_items)
-    before = tl.load(counts_ptr + 1)
-    behind = tl.load(counts_ptr + 2)
+    count = tl.minimum(tl.load(table.counts_ptr), max_items)
+    before = tl.load(table.counts_ptr + 1)
+    behind = tl.load(table.counts_ptr + 2)
 
     # Rows of no request: before the first, behind the last.
     padding = (before + num_rows - behind) * (KV_HEADS * GROUP)
@@ -212,20 +100,24 @@ def tree_attention_kernel(
         row = pair // (KV_HEADS * GROUP)
         row = tl.where(row < before, row, row - before + behind).to(tl.int64)
         head = (pair % (KV_HEADS * GROUP)).to(tl.int64)
-        at = out_ptr + row * stride_on + head * stride_oh
+        at = out.ptr + row * out.stride_row + head * out.stride_head
         tl.store(at[:, None] + d[None, :], tl.zeros([BLOCK_M, HEAD], dtype), mask=(pair < padding)[:, None] & in_head)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + row * stride_ln + head * stride_lh, tl.full([BLOCK_M], NEG_INF, tl.float32), mask=pair < padding)
+        if out_lse.ptr is not None:
+            tl.store(
+                out_lse.ptr + row * out_lse.stride_row + head * out_lse.stride_head,
+                tl.full([BLOCK_M], NEG_INF, tl.float32),
+                mask=pair < padding,
+            )
 
     for work in range(tl.program_id(0), count * KV_HEADS, tl.num_programs(0)):
         kv_head = (work % KV_HEADS).to(tl.int64)
         number = work // KV_HEADS
-        item = items_ptr + number * COLUMNS
+        item = table.items_ptr + number * COLUMNS
         slot = tl.load(item + SLOT).to(tl.int64)
         context = tl.load(item + CONTEXT)
         first_row = tl.load(item + FIRST_ROW).to(tl.int64)
         rows = tl.load(item + ROWS)
-        tile = tl.load(item + TILE)
+        tile = tl.load(item + ROW_TILE)
         part = tl.load(item + PART)
         parts = tl.load(item + PARTS)
         key_begin = tl.load(item + KEY_BEGIN)
@@ -238,14 +130,18 @@ def tree_attention_kernel(
         own_row = packed // GROUP
         row = first_row + own_row
         head = kv_head * GROUP + packed % GROUP
-        q = tl.load(q_ptr + (row * stride_qn + head * stride_qh)[:, None] + d[None, :], mask=valid[:, None] & in_head, other=0.0)
+        q = tl.load(
+            queries.ptr + (row * queries.stride_row + head * queries.stride_head)[:, None] + d[None, :],
+            mask=valid[:, None] & in_head,
+            other=0.0,
+        )
 
         # Depth: where a row stands behind the context.
         depth = own_row
         words = tl.zeros([BLOCK_M], tl.int64)
-        if ancestors_ptr is not None:
-            tree = ancestors_ptr + slot * stride_as + first_row * stride_an
-            words = tl.load(tree + own_row * stride_ai, mask=living & (own_row < tree_slots), other=0)
+        if ancestors.ptr is not None:
+            tree = ancestors.ptr + slot * ancestors.stride_slot + first_row * ancestors.stride_row
+            words = tl.load(tree + own_row * ancestors.stride_index, mask=living & (own_row < ancestors.slots), other=0)
             depth = tl.where(rows <= TREE_SLOTS, _depths(words), own_row)  # more rows are no tree but a piece of a prompt
         hidden = tl.zeros([BLOCK_M], tl.int32)  # keys at positions below are outside the window
         lowest = 0
@@ -255,27 +151,29 @@ def tree_attention_kernel(
 
         k_scale = scale
         v_scale = 1.0
-        if k_scale_ptr is not None:
-            k_scale *= tl.load(k_scale_ptr + kv_head * stride_ksc)
-        if v_scale_ptr is not None:
-            v_scale = tl.load(v_scale_ptr + kv_head * stride_vsc)
-        k_base = k_ptr + kv_head * stride_kh
-        v_base = v_ptr + kv_head * stride_vh
+        if keys.scale_ptr is not None:
+            k_scale *= tl.load(keys.scale_ptr + kv_head * keys.stride_scale)
+        if values.scale_ptr is not None:
+            v_scale = tl.load(values.scale_ptr + kv_head * values.stride_scale)
+        k_base = keys.ptr + kv_head * keys.stride_head
+        v_base = values.ptr + kv_head * values.stride_head
         acc = tl.zeros([BLOCK_M, HEAD], tl.float32)
         top = tl.full([BLOCK_M], NEG_INF, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
 
-        for begin in tl.range(key_begin, key_end, BLOCK_N, num_stages=STAGES):
+        for begin in tl.range(key_begin, key_end, BLOCK_N, num_stages=TILE.STAGES):
             key = begin + n
             there = key < key_end
             if window is not None:
                 there = there & (key >= lowest)
-            page = tl.load(block_tables_ptr + slot * stride_b + key // PAGE_SIZE, mask=there, other=-1).to(tl.int64)
-            there = there & (page >= 0) & (page < num_pages)
+            page = tl.load(pages.ptr + slot * pages.stride + key // PAGE_SIZE, mask=there, other=-1).to(tl.int64)
+            there = there & (page >= 0) & (page < pages.num_pages)
             within = (key % PAGE_SIZE).to(tl.int64)
             here = there[:, None] & in_head
-            k = tl.load(k_base + (page * stride_kp + within * stride_ks)[:, None] + d[None, :], mask=here, other=0)
-            v = tl.load(v_base + (page * stride_vp + within * stride_vs)[:, None] + d[None, :], mask=here, other=0)
+            k = tl.load(k_base + (page * keys.stride_page + within * keys.stride_slot)[:, None] + d[None, :], mask=here, other=0)
+            v = tl.load(
+                v_base + (page * values.stride_page + within * values.stride_slot)[:, None] + d[None, :], mask=here, other=0
+            )
             seen = there[None, :] & (m >= 0)[:, None]
             if window is not None:
                 seen = seen & (key[None, :] >= hidden[:, None])
@@ -283,49 +181,61 @@ def tree_attention_kernel(
 
         # Own rows, with the last part of the context.
         own_scale = k_scale
-        if k_new_ptr is not None:
+        if new_keys.ptr is not None:
             acc *= v_scale
             v_scale = 1.0
             own_scale = scale
         own_begin = tile * 0
         own_end = rows
-        if ancestors_ptr is None:
+        if ancestors.ptr is None:
             if not FULL:
                 own_end = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1, rows)
             if window is not None:
                 own_begin = tl.maximum(tile * BLOCK_M // GROUP - window + 1, 0) // OWN_BLOCK * OWN_BLOCK
         own_end = tl.where((part == parts - 1) & (slot >= 0), own_end, 0)
-        for begin in tl.range(own_begin, own_end, OWN_BLOCK, num_stages=OWN_STAGES):
+        for begin in tl.range(own_begin, own_end, OWN_BLOCK, num_stages=TILE.OWN_STAGES):
             own = begin + tl.arange(0, OWN_BLOCK)
             there = own < own_end
             key_row = first_row + own
             seen = there[None, :] & valid[:, None]
             own_depth = own
-            if ancestors_ptr is not None:
+            if ancestors.ptr is not None:
                 # In halves of 32 bits, which take half the registers.
                 half = tl.where((own < 32)[None, :], words.to(tl.int32)[:, None], (words >> 32).to(tl.int32)[:, None])
                 named = ((half >> (own & 31)[None, :]) & 1) != 0
                 seen = seen & tl.where(rows <= TREE_SLOTS, named, own[None, :] <= own_row[:, None])
                 if window is not None:
-                    own_words = tl.load(tree + own * stride_ai, mask=there & (own < tree_slots), other=0)
+                    own_words = tl.load(tree + own * ancestors.stride_index, mask=there & (own < ancestors.slots), other=0)
                     own_depth = tl.where(rows <= TREE_SLOTS, _depths(own_words), own)
             elif not FULL:
                 seen = seen & (own[None, :] <= own_row[:, None])
             if window is not None:
                 seen = seen & ((context + own_depth)[None, :] >= hidden[:, None])
-            if k_new_ptr is not None:
+            if new_keys.ptr is not None:
                 here = there[:, None] & in_head
-                k = tl.load(k_new_ptr + (key_row * stride_nn + kv_head * stride_nh)[:, None] + d[None, :], mask=here, other=0.0)
-                v = tl.load(v_new_ptr + (key_row * stride_wn + kv_head * stride_wh)[:, None] + d[None, :], mask=here, other=0.0)
+                k = tl.load(
+                    new_keys.ptr + (key_row * new_keys.stride_row + kv_head * new_keys.stride_head)[:, None] + d[None, :],
+                    mask=here,
+                    other=0.0,
+                )
+                v = tl.load(
+                    new_values.ptr + (key_row * new_values.stride_row + kv_head * new_values.stride_head)[:, None] + d[None, :],
+                    mask=here,
+                    other=0.0,
+                )
             else:
                 at = tl.load(slot_mapping_ptr + key_row, mask=there, other=-1)
                 page = at // PAGE_SIZE
                 within = at % PAGE_SIZE
-                there = there & (at >= 0) & (page < num_pages)
+                there = there & (at >= 0) & (page < pages.num_pages)
                 seen = seen & there[None, :]
                 here = there[:, None] & in_head
-                k = tl.load(k_base + (page * stride_kp + within * stride_ks)[:, None] + d[None, :], mask=here, other=0)
-                v = tl.load(v_base + (page * stride_vp + within * stride_vs)[:, None] + d[None, :], mask=here, other=0)
+                k = tl.load(
+                    k_base + (page * keys.stride_page + within * keys.stride_slot)[:, None] + d[None, :], mask=here, other=0
+                )
+                v = tl.load(
+                    v_base + (page * values.stride_page + within * values.stride_slot)[:, None] + d[None, :], mask=here, other=0
+                )
                 k = WIDEN(k, dtype)
                 v = WIDEN(v, dtype)
             # A draft whose values overflowed must not reach the rows before it: 0 * NaN is NaN.
@@ -342,19 +252,19 @@ def tree_attention_kernel(
         size = tl.minimum(rows * GROUP - tile * BLOCK_M, BLOCK_M)
         if parts > 1:
             mine = (partial + m).to(tl.int64) * KV_HEADS + kv_head
-            tl.store(partial_ptr + (mine * HEAD)[:, None] + d[None, :], acc, mask=valid[:, None])
-            tl.store(norms_ptr + mine * 2, top, mask=valid)
-            tl.store(norms_ptr + mine * 2 + 1, total, mask=valid)
-            last = arrive(arrivals_ptr + (number - part).to(tl.int64) * KV_HEADS + kv_head, parts)
+            tl.store(scratch.partial_ptr + (mine * HEAD)[:, None] + d[None, :], acc, mask=valid[:, None])
+            tl.store(scratch.norms_ptr + mine * 2, top, mask=valid)
+            tl.store(scratch.norms_ptr + mine * 2 + 1, total, mask=valid)
+            last = arrive(scratch.arrivals_ptr + (number - part).to(tl.int64) * KV_HEADS + kv_head, parts)
             merged = tl.where(last, parts, 0)
         acc = tl.where(parts > 1, 0.0, acc)
         top = tl.where(parts > 1, NEG_INF, top)
         total = tl.where(parts > 1, 0.0, total)
         for other in tl.range(0, merged, num_stages=1):
             theirs = (partial + (other - part) * size + m).to(tl.int64) * KV_HEADS + kv_head
-            its_top = tl.load(norms_ptr + theirs * 2, mask=valid, other=NEG_INF)
-            its_total = tl.load(norms_ptr + theirs * 2 + 1, mask=valid, other=0.0)
-            its_acc = tl.load(partial_ptr + (theirs * HEAD)[:, None] + d[None, :], mask=valid[:, None], other=0.0)
+            its_top = tl.load(scratch.norms_ptr + theirs * 2, mask=valid, other=NEG_INF)
+            its_total = tl.load(scratch.norms_ptr + theirs * 2 + 1, mask=valid, other=0.0)
+            its_acc = tl.load(scratch.partial_ptr + (theirs * HEAD)[:, None] + d[None, :], mask=valid[:, None], other=0.0)
             higher = tl.maximum(top, its_top)
             base = tl.where(higher == NEG_INF, 0.0, higher)
             keep = tl.exp2(top - base)
@@ -372,30 +282,65 @@ def tree_attention_kernel(
                 total = total * shrink + tl.exp2(sink - base)
                 top = higher
             result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-            at = out_ptr + row * stride_on + head * stride_oh
+            at = out.ptr + row * out.stride_row + head * out.stride_head
             tl.store(at[:, None] + d[None, :], result.to(dtype), mask=valid[:, None] & in_head)
-            if lse_ptr is not None:
+            if out_lse.ptr is not None:
                 lse = tl.where(total == 0.0, NEG_INF, (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN2)
-                tl.store(lse_ptr + row * stride_ln + head * stride_lh, lse, mask=valid)
+                tl.store(out_lse.ptr + row * out_lse.stride_row + head * out_lse.stride_head, lse, mask=valid)
 
 
-def launch_plan_attention(programs, args, *, constants, num_warps):
-    """Launch one program per block of items."""
-    plan_attention_kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
+@triton.jit(do_not_specialize=["num_rows", "num_pages", "max_items", "scale", "tree_slots", "stride_block_tables", "stride_trees"])
+def tree_attention_kernel(
+    inputs,  # AttentionInputs
+    table,  # WorkTable
+    results,  # AttentionResults
+    scratch,  # AttentionScratch
+    num_rows, num_pages, max_items, scale,
+    softcap,  # float or None
+    window,  # int or None
+    tree_slots,  # M where ancestors go by slot, 64 where by row
+    strides,  # CacheStrides
+    stride_block_tables,
+    new_strides,  # NewStrides
+    stride_trees,  # of ancestors from slot to slot
+    row_strides,  # RowStrides
+    WIDEN: tl.constexpr,
+    TILE: tl.constexpr,  # AttentionTile
+):  # fmt: skip
+    # The records are made in the call: a variable would hold a stride of 1 as a number that the compiler does not know.
+    _attend(
+        Rows(inputs.q_ptr, strides.q_row, strides.q_head),
+        Cache(inputs.k_ptr, strides.k_page, strides.k_slot, strides.k_head, inputs.k_scale_ptr, strides.k_scale),
+        Cache(inputs.v_ptr, strides.v_page, strides.v_slot, strides.v_head, inputs.v_scale_ptr, strides.v_scale),
+        Pages(inputs.block_tables_ptr, stride_block_tables, num_pages),
+        inputs.slot_mapping_ptr,
+        Rows(inputs.k_new_ptr, new_strides.k_row, new_strides.k_head),
+        Rows(inputs.v_new_ptr, new_strides.v_row, new_strides.v_head),
+        Ancestors(inputs.ancestors_ptr, stride_trees, row_strides.ancestors_row, row_strides.ancestors_index, tree_slots),
+        inputs.sinks_ptr,
+        table,
+        Rows(results.out_ptr, row_strides.out_row, row_strides.out_head),
+        Rows(results.lse_ptr, row_strides.lse_row, row_strides.lse_head),
+        scratch,
+        num_rows,
+        max_items,
+        scale,
+        softcap,
+        window,
+        WIDEN,
+        TILE,
+    )
 
 
 WIDENINGS = {"as_stored": as_stored, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
 
 
 def launch_tree_attention(programs, args, *, widening, constants, config):
-    """Launch `programs` programs that share the items of a work table."""
+    """Launch `programs` programs that share the items of a work table. constants: of AttentionTile, by name."""
     tree_attention_kernel[(programs,)](
         *args,
         WIDEN=WIDENINGS[widening],
-        **constants,
-        STAGES=config.num_stages,
-        OWN_STAGES=config.own_stages,
-        OWN_BLOCK=config.own_block,
+        TILE=AttentionTile(**constants, STAGES=config.num_stages, OWN_STAGES=config.own_stages, OWN_BLOCK=config.own_block),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,

@@ -14,7 +14,7 @@ from bench.shared.offline.calls.inputs import (
     ints,
     rows_of,
 )
-from dspark_kernels.ops import attention
+from dspark_kernels.ops.attention import plan as attention
 
 
 def attention_call(requests, *, drafts=DRAFTS, group=4, kv_heads=8, head_dim=128, page_size=16, dtype=torch.bfloat16, cache=None,

@@ -1,0 +1,1 @@
+"""Attention of a step's rows: the work table, and the attention over it."""

@@ -1,0 +1,256 @@
+"""plan_attention: the keys of all requests shared out over the GPU, in one launch. Oracle: reference/attention.py.
+
+Source: Flash-Decoding (Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ... import library, workspace as workspaces
+from ...checks import LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
+from ...kernels.attention.args import PlanInputs, WorkTable
+from ...launch import arch, attention as attention_launch
+from ...types import AttentionPlan, PagedKV, VerifyLayout
+from ...workspace import Workspace
+
+OP = "tree_attention"  # which the workspace is for
+ITEM_COLUMNS = 10  # of AttentionPlan.items, as in kernels/attention/plan.py
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What a plan is made for, from facts that the host knows."""
+
+    config: attention_launch.AttentionConfig
+    max_items: int
+    partial_rows: int
+
+
+def _sizes(
+    here, requests, rows, most_rows, query_heads, kv_heads, head_dim, element_size, cached_size, max_keys, invariant
+) -> _Sizes:
+    """Bounds of the work table. most_rows: rows of one request at most, None = not known; max_keys: of one context, or None."""
+    group = query_heads // kv_heads
+    packed = None if invariant else group * (rows if most_rows is None else min(rows, most_rows))
+    config = attention_launch.pick(here, packed, head_dim, element_size, cached_size, kv_heads)
+    tiles = min(requests, rows) + rows * group // config.block_m
+    # Parts beyond one per tile: work / chunk with chunk >= work / (finer * programs of a head); no part under min_blocks.
+    longest = 2**31 if max_keys is None else -(-max_keys // (config.block_n * config.min_blocks))
+    more = config.finer * -(-config.programs // kv_heads)
+    if invariant:
+        parts = max(1, min(config.invariant_parts, longest))
+        items, partial_rows = tiles * parts, rows * group * parts
+    else:
+        parts = max(1, min(more + 1, longest))
+        items = min(tiles + more, tiles * parts)
+        # A tile of several parts is longer than a chunk, so at most `more` tiles are, and they have 2 * more parts in all.
+        partial_rows = min(2 * more * config.block_m, rows * group * parts)
+    return _Sizes(config, max(1, items), 0 if parts == 1 else partial_rows)
+
+
+def words_needed(max_items, partial_rows, kv_heads, head_dim) -> tuple[int, int]:
+    """int64 words of counters and scratch of a launch."""
+    words, head = workspaces.words_of, attention_launch.head_tile(head_dim)
+    scratch = words(partial_rows * kv_heads * head, torch.float32) + words(2 * partial_rows * kv_heads, torch.float32)
+    return words(max_items * kv_heads, torch.int32), scratch
+
+
+@workspaces.declare_heads(OP)
+def _needs(requests, rows, query_heads, kv_heads, head_dim, invariant, device) -> tuple[int, int]:
+    # Any mask, context and dtype: the most that any of them needs.
+    here = arch.current(device)
+    needs = [
+        _sizes(here, requests, rows, most, query_heads, kv_heads, head_dim, element_size, cached_size, None, any_batch)
+        for element_size, cached_size in ((2, 2), (2, 1), (4, 4), (4, 1))
+        for any_batch in {False, invariant}
+        for most in {1 << shift for shift in range(rows.bit_length())} | {None}
+    ]
+    words = [words_needed(size.max_items, size.partial_rows, kv_heads, head_dim) for size in needs]
+    return max(counters for counters, _ in words), max(scratch for _, scratch in words)
+
+
+def plan_attention(
+    layout: VerifyLayout,
+    kv: PagedKV,
+    *,
+    query_heads: int,
+    dtype: torch.dtype | None = None,
+    window: int | None = None,
+    batch_invariant: bool = False,
+    max_programs: int | None = None,
+    state_indices: Tensor | None = None,
+    out: AttentionPlan | None = None,
+    workspace: Workspace | None = None,
+) -> AttentionPlan:
+    """Share the keys of all requests out over the GPU, in one launch and without knowing a length on the host.
+
+    One plan serves every layer of a step with these heads and this window: the table depends on the rows of each request and on
+    its context length, never on keys. A part of a context is as long as an even share of all work, or up to four times
+    shorter where that balances better; with batch_invariant its length is decided by the request's own context length alone.
+
+    Args:
+        layout: the rows of each request (layout.max_drafts bounds the tile, where it is known).
+        kv: lengths from kv.context_lens; sizes and dtype of the cache.
+        query_heads: Hq, a multiple of the cache's Hkv.
+        dtype: of the queries; default the cache's, bf16 for an fp8 cache.
+        window: as it will be given to tree_attention.
+        max_programs: programs of the attention launch at most (to leave multiprocessors to a collective).
+        state_indices: int32 [R], slot of each request in kv.context_lens and kv.block_tables, -1 = padding.
+        out: an AttentionPlan made for the same sizes; nothing else is allocated.
+        workspace: accepted for uniformity; this op needs no scratch memory.
+
+    tree_attention with this plan needs 4 * partial_rows * Hkv * (D + 2) bytes of scratch, D rounded up to a power of two of at
+    least 16. plan.partial_rows is bounded by the size of the GPU, except with batch_invariant: there it is rows * Hq / Hkv *
+    parts, with up to 128 / Hkv parts, whatever the lengths turn out to be. Hence Hq = 32, Hkv = 8, D = 128, 16 parts: 266 KB
+    per row. Prompts of thousands of rows are better given to another launch, without batch_invariant.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
+        RuntimeError: no Triton, or CPU tensors without its interpreter.
+    """
+    plan, config = _plan_for(
+        layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, out, workspace
+    )  # fmt: skip
+    requests, rows = layout.draft_lens.shape[0], layout.token_ids.shape[0]
+    if requests == 0 or rows == 0:
+        plan.counts.zero_()
+        return plan
+    _plan_attention(
+        layout.query_start_loc, kv.context_lens, state_indices, plan.items, plan.counts, rows,
+        kv.block_tables.shape[1] * kv.k_cache.shape[1], query_heads // plan.kv_heads, plan.kv_heads, plan.block_m, plan.block_n,
+        plan.programs, config.min_blocks, config.finer, config.invariant_parts if batch_invariant else 0, plan.partial_rows, window,
+    )  # fmt: skip
+    return plan
+
+
+def empty_plan(
+    layout: VerifyLayout,
+    kv: PagedKV,
+    *,
+    query_heads: int,
+    dtype: torch.dtype | None = None,
+    window: int | None = None,
+    batch_invariant: bool = False,
+    max_programs: int | None = None,
+    state_indices: Tensor | None = None,
+) -> AttentionPlan:
+    """Room for a plan of these sizes, `out` of plan_attention: nothing is launched."""
+    return _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, None, None)[0]
+
+
+def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, out, workspace):
+    """The plan to write, checked or new, and the launch configuration it is made for."""
+    check_type("layout", layout, VerifyLayout)
+    check_type("kv", kv, PagedKV)
+    requests, rows = layout.draft_lens.shape[0], layout.token_ids.shape[0]
+    device = layout.token_ids.device
+    check_tensor("kv.k_cache", kv.k_cache, device=device)
+    _, page_size, kv_heads, head_dim = kv.k_cache.shape
+    check_int("query_heads", query_heads, low=1)
+    if query_heads % kv_heads:
+        raise ValueError(f"query_heads: expected a multiple of {kv_heads} KV heads, got {query_heads}")
+    fp8 = kv.k_cache.dtype == torch.float8_e4m3fn
+    dtype = dtype or (torch.bfloat16 if fp8 else kv.k_cache.dtype)
+    check_choice("dtype", dtype, LOGIT_DTYPES)
+    check_window(window)
+    if max_programs is not None:
+        check_int("max_programs", max_programs, low=1)
+    check_slots(state_indices, requests, kv, device)
+    if workspace is not None:
+        check_type("workspace", workspace, Workspace)
+    most_rows = None if layout.max_drafts is None or rows > requests * (layout.max_drafts + 1) else layout.max_drafts + 1
+    sizes = _sizes(
+        arch.current(device), requests, rows, most_rows, query_heads, kv_heads, head_dim, dtype.itemsize,
+        kv.k_cache.element_size(), kv.block_tables.shape[1] * page_size, batch_invariant,
+    )  # fmt: skip
+    config = sizes.config
+    programs = config.programs if max_programs is None else min(config.programs, max_programs)
+    facts = dict(
+        **places(rows, requests, kv),
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        element_size=dtype.itemsize,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        programs=programs,
+        partial_rows=sizes.partial_rows,
+        window=window,
+        batch_invariant=bool(batch_invariant),
+    )
+    if out is None:
+        new = torch.empty if requests and rows else torch.zeros  # without rows nothing is launched
+        out = AttentionPlan(
+            new(sizes.max_items, ITEM_COLUMNS, dtype=torch.int32, device=device),
+            new(3, dtype=torch.int32, device=device),
+            **facts,
+        )
+    else:
+        check_type("out", out, AttentionPlan)
+        for name, fact in facts.items():
+            if getattr(out, name) != fact:
+                raise ValueError(f"out.{name}: expected {fact}, got {getattr(out, name)}")
+        check_tensor("out.items", out.items, shape=(sizes.max_items, ITEM_COLUMNS), device=device)
+    return out, config
+
+
+def places(rows, requests, kv) -> dict:
+    """What bounds the rows, slots and keys that a plan names: one made for other bounds would reach other memory."""
+    slots, max_pages = kv.block_tables.shape
+    return dict(rows=rows, requests=requests, slots=slots, max_keys=max_pages * kv.k_cache.shape[1])
+
+
+def check_window(window):
+    if window is not None:
+        check_int("window", window, low=1, high=2**30)
+
+
+def check_slots(state_indices, requests, kv, device):
+    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
+    if state_indices is None and kv.block_tables.shape[0] != requests:
+        raise ValueError(
+            f"kv.block_tables: expected {requests} rows (one per request, no state_indices), got {kv.block_tables.shape[0]}"
+        )
+
+
+@library.register(
+    "plan_attention(Tensor query_start_loc, Tensor context_lens, Tensor? state_indices, Tensor(a!) items, Tensor(b!) counts, "
+    "int rows, int max_keys, int group, int kv_heads, int block_m, int block_n, int programs, int min_blocks, int finer, "
+    "int invariant_parts, int partial_rows, int? window) -> ()"
+)
+def _plan_attention(
+    query_start_loc, context_lens, state_indices, items, counts, rows, max_keys, group, kv_heads, block_m, block_n, programs,
+    min_blocks, finer, invariant_parts, partial_rows, window,
+):  # fmt: skip
+    device = items.device
+    kernels = library.kernels("attention.plan", device)
+    requests, max_items = query_start_loc.shape[0] - 1, items.shape[0]
+    log_requests = (requests - 1).bit_length()
+    config = attention_launch.pick_plan(arch.current(device), requests)
+    block = min(config.block, 1 << (max_items - 1).bit_length())
+    kernels.launch_plan_attention(
+        -(-max_items // block),
+        (
+            PlanInputs(query_start_ptr=query_start_loc, context_lens_ptr=context_lens, slots_ptr=state_indices),
+            WorkTable(items_ptr=items, counts_ptr=counts),
+            requests, context_lens.shape[0], rows, max_items, max_keys, partial_rows, window,
+        ),
+        constants=dict(
+            GROUP=group,
+            KV_HEADS=kv_heads,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            PROGRAMS=programs,
+            MIN_BLOCKS=min_blocks,
+            FINER=finer,
+            INVARIANT_PARTS=invariant_parts,
+            REQUESTS=1 << log_requests,
+            LOG_REQUESTS=log_requests,
+            BLOCK=block,
+        ),
+        num_warps=config.num_warps,
+    )  # fmt: skip
