@@ -14,6 +14,14 @@ request, a cache and a part of its slots' bytes.
 import triton
 import triton.language as tl
 
+# Columns of the table of caches, int64; the first is the address.
+STRIDE_PAGE = tl.constexpr(1)
+STRIDE_SLOT = tl.constexpr(2)
+STRIDE_PART = tl.constexpr(3)
+PARTS = tl.constexpr(4)  # parts of a slot
+UNITS = tl.constexpr(5)  # units of a part
+COLUMNS = tl.constexpr(6)
+
 
 @triton.jit
 def _typed(address, UNIT: tl.constexpr):
@@ -35,7 +43,7 @@ def _slots_of(slot_mapping_ptr, rows, num_rows, live):
 
 @triton.jit(do_not_specialize=["num_rows", "num_nodes", "num_caches", "num_chunks"])
 def compact_kv_kernel(
-    table_ptr,  # [P, 6]: address, strides of page, slot and part, parts of a slot, units of a part
+    table_ptr,  # int64 [P, COLUMNS]
     slot_mapping_ptr,  # [N]
     kv_source_ptr,  # [R, M]
     accepted_ptr,  # [R]
@@ -48,14 +56,14 @@ def compact_kv_kernel(
     chunk = program % num_chunks
     accepted = tl.minimum(tl.load(accepted_ptr + request), num_nodes - 1)
     sources_ptr = kv_source_ptr + request * num_nodes
-    row = table_ptr + cache * 6
+    row = table_ptr + cache * COLUMNS
     base = _typed(tl.load(row), UNIT)
-    stride_page = tl.load(row + 1)
-    stride_slot = tl.load(row + 2)
-    stride_part = tl.load(row + 3)
-    part = tl.load(row + 5).to(tl.int32)
+    stride_page = tl.load(row + STRIDE_PAGE)
+    stride_slot = tl.load(row + STRIDE_SLOT)
+    stride_part = tl.load(row + STRIDE_PART)
+    part = tl.load(row + UNITS).to(tl.int32)
     unit = chunk * CHUNK + tl.arange(0, CHUNK)
-    used = unit < tl.load(row + 4) * part
+    used = unit < tl.load(row + PARTS) * part
     offsets = unit // part * stride_part + unit % part
     first = tl.load(sources_ptr)
     for start in range(1, accepted + 1, ROWS):

@@ -135,7 +135,7 @@ def _compact():
         (schedule, "_schedule_prefixes", _schedule()),
         (schedule, "_schedule_prefixes", _schedule(policy="budget", budget=ints(2), max_len=ints(1, 3))),
         (schedule, "_schedule_prefixes", _schedule(600, policy="budget", stale_confidence=torch.ones(600, 3))),
-        (attention, "_plan_attention", _plan),
+        (attention_plan, "_plan_attention", _plan),
         (attention, "_tree_attention", _attention()),
         (attention, "_tree_attention", _attention(mask="tree", cached=True, window=5, softcap=2.0, sinks=True)),
     ],
