@@ -9,6 +9,16 @@ from typing import Any, NamedTuple
 Pointer = Any  # a tensor in an op, a pointer in a kernel
 
 
+@property
+def functions_key(record) -> str:
+    """`cache_key` of a record with functions that is one constexpr.
+
+    Triton's disk cache names a tuple by its text, in which a function is its name alone: a binary would be taken from there after
+    the function's source has changed. With this attribute it asks the record.
+    """
+    return "-".join(getattr(field, "cache_key", str(field)) for field in record)
+
+
 class Bias(NamedTuple):
     """Added to logits, [S, V]."""
 

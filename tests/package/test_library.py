@@ -381,3 +381,15 @@ def test_tuples_with_a_none_can_be_compared_on_old_tritons(monkeypatch):
     mended = code_generator._unwrap_if_constexpr
     library.mend_tuples()
     assert code_generator._unwrap_if_constexpr is mended, "mended twice"
+
+
+def test_a_record_of_functions_names_their_source():
+    """Triton's disk cache would otherwise know them by name, and keep a binary whose functions have changed."""
+    from dspark_kernels.kernels.draft import args, heads
+
+    class Function:
+        cache_key = "digest of the source"
+
+    kind = heads.HeadKind(latent=Function(), parts=1, widen=Function(), dot_type="bf16", mix_type="fp32")
+    assert kind.cache_key == "digest of the source-1-digest of the source-bf16-fp32"
+    assert args.WalkOptions(Function(), *range(10)).cache_key.startswith("digest of the source-0-1")

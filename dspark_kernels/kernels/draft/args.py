@@ -5,9 +5,9 @@ ranks, O outputs of a gated (r) or rnn (3 r) head, U vocabulary blocks of a row.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..args import Adjustments, Pointer
+from ..args import Adjustments, Pointer, functions_key
 
 # --- what every draft block takes -------------------------------------------------------------------------------------
 
@@ -69,21 +69,6 @@ class Mixer(NamedTuple):
     state_ptr: Pointer | None  # fp32 [2, R, r] of an rnn: two tables that take turns
     carried_ptr: Pointer | None  # fp32 [S, r]: the state of earlier and for later drafts
     stride_carried: int
-
-
-class HeadKind(NamedTuple):
-    """How a dense head computes, one constexpr. Functions are of kernels/draft/heads.py and primitives/widen.py."""
-
-    latent: Callable | None  # latents of a gated or rnn head; None: they are W1[x]
-    parts: int  # parts of r outputs: 0, 1 (gated), 3 (rnn)
-    widen: Callable  # stored W2 to the type of its product
-    dot_type: Any  # of the product with W2
-    mix_type: Any  # of the products that make latents
-
-    @property
-    def cache_key(self) -> str:
-        """Triton's disk cache knows functions inside a tuple by name alone; this names their source, too."""
-        return "-".join(getattr(field, "cache_key", str(field)) for field in self)
 
 
 class Confidence(NamedTuple):
@@ -196,37 +181,6 @@ class BlockSizes(NamedTuple):
     column: int  # of the first draft in the outputs
 
 
-class BlockOptions(NamedTuple):
-    """Choices of a dense block, one constexpr."""
-
-    STREAM: int  # of the noise
-    WITH_MARKOV: bool  # the confidence head reads W1[x], too
-    ONE_TILE: bool  # ROWS covers all requests
-    JOINT: bool  # filters judge jointly, not one after another
-    GROUPS: int  # padded number of groups of a row, with filters
-
-
-class BlockTile(NamedTuple):
-    """Sizes of the tiles of a dense block, one constexpr."""
-
-    ROWS: int  # requests
-    BLOCK_V: int  # ids
-    BLOCK_R: int  # ranks of W2 per dot
-    BLOCK_J: int  # latents
-    BLOCK_N: int  # products with hidden states
-    BLOCK_S: int  # columns of a weight per dot
-
-
-class Path(NamedTuple):
-    """Drafts of a round before position k of a dense block, for primitives/adjust.py."""
-
-    tokens_ptr: Pointer  # int64 [S, K]
-    stride_tokens: int
-    slots: Any  # int64 [ROWS]
-    last: Any  # number of the draft that is not among the tokens yet, or the path's length
-    previous: Any  # int64 [ROWS], that draft
-
-
 # --- dense on vocabulary shards ---------------------------------------------------------------------------------------
 
 
@@ -248,24 +202,6 @@ class ShardTensors(NamedTuple):
     slots_ptr: Pointer | None  # int32 [R]
     tokens_ptr: Pointer  # int64 [S, K], drafts before position k
     logits_ptr: Pointer | None  # [S, K, W], written
-
-
-class ShardOutputs(NamedTuple):
-    """Drafts before position k, which are read, and the logits that a part writes."""
-
-    tokens_ptr: Pointer  # int64 [S, K]
-    stride_tokens: int
-    logits_ptr: Pointer | None  # [S, K, W]
-    stride_logits: int
-    stride_logits_position: int
-
-
-class ShardPath(NamedTuple):
-    """Drafts of a round before position k of a part, for primitives/adjust.py."""
-
-    tokens_ptr: Pointer  # int64 [S, K]
-    stride_tokens: int
-    slots: Any  # int64 [ROWS]
 
 
 class ShardPart(NamedTuple):
@@ -298,35 +234,6 @@ class ShardStrides(NamedTuple):
     tokens: int
     logits: int
     logits_position: int
-
-
-class ShardColumns(NamedTuple):
-    """Which ids a part walks: all are global, columns are the shard's."""
-
-    num_targets: int  # ids of the target
-    start: int  # id of the first column
-    held: int  # columns with an id of the vocabulary
-    width: int  # W
-    first_unit: int  # number of the first sub-block
-    num_units: int  # U
-
-
-class ShardPlace(NamedTuple):
-    """Which position a part is of, and of which batch."""
-
-    k: int  # position in this block
-    num_requests: int  # R
-    num_slots: int  # S
-    num_drafts: int  # K
-    first_draft: int  # number of the block's first draft in its round
-    column: int  # of the block's first draft in the outputs
-
-
-class ShardOptions(NamedTuple):
-    """Choices of a part, one constexpr."""
-
-    STREAM: int  # of the noise
-    ONE_TILE: bool  # ROWS covers all requests
 
 
 class GatheredParts(NamedTuple):
@@ -520,10 +427,7 @@ class WalkOptions(NamedTuple):
     BLOCK_J: int  # columns of its weight at a time
     DRAFTS: int  # padded number of positions
 
-    @property
-    def cache_key(self) -> str:
-        """Triton's disk cache knows functions inside a tuple by name alone; this names their source, too."""
-        return "-".join(getattr(field, "cache_key", str(field)) for field in self)
+    cache_key = functions_key
 
 
 # --- candidates on vocabulary shards ----------------------------------------------------------------------------------
@@ -569,10 +473,3 @@ class Merged(NamedTuple):
     targets_ptr: Pointer | None  # int32 [N, R, K, C]; None: an id is its own target id
     rows_ptr: Pointer | None  # [N, R, K, C, r]; None: W2 is whole
     shards: int  # N
-
-
-class ListTile(NamedTuple):
-    """Sizes of the merge of lists, one constexpr."""
-
-    SHARDS: int  # padded number of ranks
-    WIDTH: int  # padded number of candidates

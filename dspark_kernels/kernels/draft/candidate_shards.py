@@ -8,6 +8,8 @@ on the cut. Symbols: N ranks, R requests, K positions, W ids of a shard, C candi
 Oracle: the op on the whole vocabulary (reference/candidates.py). Source: DSpark, arXiv 2607.05147.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -15,7 +17,7 @@ from ..primitives.adjust import no_path
 from ..primitives.mass import numbers
 from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.ticket import arrive
-from .args import BaseLogits, ListTile, Merged, RowSettings, WalkSizes
+from .args import BaseLogits, Merged, RowSettings, WalkSizes
 from .candidates import (
     _awaited as awaited,
     _best_ids as best_ids,
@@ -34,6 +36,13 @@ from .candidates import (
 from .rows import NAN
 
 COPIED = tl.constexpr(32)  # ranks of W2 copied at a time
+
+
+class ListTile(NamedTuple):
+    """Sizes of the merge of lists, one constexpr."""
+
+    SHARDS: int  # padded number of ranks
+    WIDTH: int  # padded number of candidates
 
 
 @triton.jit

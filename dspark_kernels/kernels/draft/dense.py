@@ -15,19 +15,42 @@ graph cost less than a barrier. Both run the same code on the same tiles, so the
 Source: DSpark, arXiv 2607.05147.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from ..args import Pointer
 from ..primitives.adjust import adjusted
 from ..primitives.barrier import grid_barrier
 from ..primitives.mass import NEG_INF, ONE, below_max, log2_scale, masses, numbers
 from ..primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, words_at
 from ..primitives.race import NOBODY, pack
 from ..primitives.slots import state_slots
-from .args import BaseLogits, BlockOptions, BlockSizes, DraftOutputs, Hidden, Path, RequestState
+from .args import BaseLogits, BlockSizes, DraftOutputs, Hidden, RequestState
 from .filters import filter_rows, mask_rows
 from .heads import DOT_ROWS, block_tile, head_kind, hoist, keep_state, low_rank_bias, w2_tile
 from .rows import NAN, UNIT, finish, previous_tokens, settle
+
+
+class BlockOptions(NamedTuple):
+    """Choices of a dense block, one constexpr."""
+
+    STREAM: int  # of the noise
+    WITH_MARKOV: bool  # the confidence head reads W1[x], too
+    ONE_TILE: bool  # ROWS covers all requests
+    JOINT: bool  # filters judge jointly, not one after another
+    GROUPS: int  # padded number of groups of a row, with filters
+
+
+class Path(NamedTuple):
+    """Drafts of a round before position k of a dense block, for primitives/adjust.py."""
+
+    tokens_ptr: Pointer  # int64 [S, K]
+    stride_tokens: int
+    slots: Any  # int64 [ROWS]
+    last: Any  # number of the draft that is not among the tokens yet, or the path's length
+    previous: Any  # int64 [ROWS], that draft
 
 
 @triton.jit
@@ -227,7 +250,7 @@ def _draft_block(
 
 @triton.jit(do_not_specialize=["first_phase", "end_phase", "num_requests", "num_slots", "num_drafts", "first_draft", "column"])
 def draft_dense_kernel(
-    # Records of kernels/draft/args.py and kernels/args.py.
+    # Records of kernels/draft/args.py and kernels/args.py; those of constants are of kernels/draft/heads.py and of this file.
     inputs,  # BlockInputs
     head,  # Head or None
     mixer,  # Mixer of a gated or rnn head, or None

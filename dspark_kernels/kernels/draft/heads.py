@@ -20,15 +20,41 @@ from a rank of about 180 on, for any R, and published ranks are 256. So latents 
 Sources: DSpark, arXiv 2607.05147.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from ..args import functions_key
 from ..primitives.activations import sigmoid, tanh
 from ..primitives.slots import state_slots
 from ..primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
-from .args import BlockTile, HeadKind
 
 DOT_ROWS = tl.constexpr(16)  # requests per dot; unused columns are zero
+
+
+class HeadKind(NamedTuple):
+    """How a dense head computes, one constexpr. Functions are of kernels/draft/heads.py and primitives/widen.py."""
+
+    latent: Callable | None  # latents of a gated or rnn head; None: they are W1[x]
+    parts: int  # parts of r outputs: 0, 1 (gated), 3 (rnn)
+    widen: Callable  # stored W2 to the type of its product
+    dot_type: Any  # of the product with W2
+    mix_type: Any  # of the products that make latents
+
+    cache_key = functions_key
+
+
+class BlockTile(NamedTuple):
+    """Sizes of the tiles of a dense block, one constexpr."""
+
+    ROWS: int  # requests
+    BLOCK_V: int  # ids
+    BLOCK_R: int  # ranks of W2 per dot
+    BLOCK_J: int  # latents
+    BLOCK_N: int  # products with hidden states
+    BLOCK_S: int  # columns of a weight per dot
 
 
 # --- the product with W2 ----------------------------------------------------------------------------------------------
@@ -71,7 +97,7 @@ def low_rank_bias(tile, head, latent_ptr, offsets, known, ids, vocab, KIND: tl.c
 
 
 # --- latents of gated and rnn -----------------------------------------------------------------------------------------
-# mixer: Mixer, KIND: HeadKind (kernels/draft/args.py).
+# mixer: Mixer (kernels/draft/args.py), KIND: HeadKind.
 
 
 @triton.jit

@@ -10,9 +10,12 @@ barrier, the latents, a barrier, the vocabulary, all in the launch of the part. 
 the caller's [S, r].
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from ..args import Pointer
 from ..primitives.adjust import adjusted
 from ..primitives.barrier import grid_barrier
 from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers
@@ -20,12 +23,59 @@ from ..primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, wo
 from ..primitives.race import NOBODY, pack, unpack_id, unpack_key
 from ..primitives.slots import state_slots
 from ..primitives.ticket import arrive
-from .args import BaseLogits, Hidden, RequestState, ShardColumns, ShardOptions, ShardOutputs, ShardPath, ShardPlace
+from .args import BaseLogits, Hidden, RequestState
 from .heads import DOT_ROWS, block_tile, head_kind, hoist, keep_state, low_rank_bias, w2_tile
 from .rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, UNIT, _confidence_logit as confidence_logit, log_sum_exp
 
 FINITE = tl.constexpr(256)  # a finite logit was seen; beside the bits of `flags`
 PHASES = tl.constexpr(3)  # of a part: hoisted products, latents, vocabulary
+
+
+class ShardOutputs(NamedTuple):
+    """Drafts before position k, which are read, and the logits that a part writes."""
+
+    tokens_ptr: Pointer  # int64 [S, K]
+    stride_tokens: int
+    logits_ptr: Pointer | None  # [S, K, W]
+    stride_logits: int
+    stride_logits_position: int
+
+
+class ShardPath(NamedTuple):
+    """Drafts of a round before position k of a part, for primitives/adjust.py."""
+
+    tokens_ptr: Pointer  # int64 [S, K]
+    stride_tokens: int
+    slots: Any  # int64 [ROWS]
+
+
+class ShardColumns(NamedTuple):
+    """Which ids a part walks: all are global, columns are the shard's."""
+
+    num_targets: int  # ids of the target
+    start: int  # id of the first column
+    held: int  # columns with an id of the vocabulary
+    width: int  # W
+    first_unit: int  # number of the first sub-block
+    num_units: int  # U
+
+
+class ShardPlace(NamedTuple):
+    """Which position a part is of, and of which batch."""
+
+    k: int  # position in this block
+    num_requests: int  # R
+    num_slots: int  # S
+    num_drafts: int  # K
+    first_draft: int  # number of the block's first draft in its round
+    column: int  # of the block's first draft in the outputs
+
+
+class ShardOptions(NamedTuple):
+    """Choices of a part, one constexpr."""
+
+    STREAM: int  # of the noise
+    ONE_TILE: bool  # ROWS covers all requests
 
 
 @triton.jit

@@ -15,8 +15,7 @@ a request. An item of rows leaves the B best words of its leaf for each row, sor
 import triton
 import triton.language as tl
 
-from ..draft.args import HeadKind
-from ..draft.heads import DOT_ROWS, WIDENINGS, gated_rows, hoist_rows, low_rank_bias, rnn_rows, w2_tile
+from ..draft.heads import DOT_ROWS, WIDENINGS, HeadKind, gated_rows, hoist_rows, low_rank_bias, rnn_rows, w2_tile
 from ..primitives.adjust import adjusted, no_path
 from ..primitives.leaves import leaf_masses
 from ..primitives.mass import LEAF, NEG_INF, POS_INF, log2_scale, numbers
