@@ -6,7 +6,7 @@ vocabulary blocks of 1024 ids, C candidates of a sparse proposal. Functions that
 
 from typing import Any, NamedTuple
 
-from ..args import Adjustments, FilterSettings, Pointer
+from ..args import Adjustments, FilterSettings, Pointer, functions_key
 
 Number = Any  # a scalar in a kernel
 
@@ -388,6 +388,8 @@ class ChainProposal(NamedTuple):
     residual_in_block: Any  # that residual inside one block, fp32 [1024]
     column_of: Any  # column of an id in the draft's logits; None: sparse
 
+    cache_key = functions_key
+
 
 class TreeProposal(NamedTuple):
     """Functions of tree_proposals.py; one constexpr."""
@@ -398,3 +400,5 @@ class TreeProposal(NamedTuple):
     weights_left: Any  # without replacement: weights of columns but for those of siblings, where ids are mapped
     sum_left: Any  # the same of candidates, summed
     column_of: Any
+
+    cache_key = functions_key
