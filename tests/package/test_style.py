@@ -1,5 +1,6 @@
-"""The tree is formatted and free of what ruff's chosen rules find; rules and line length: pyproject.toml."""
+"""The tree is formatted and free of what ruff's chosen rules find (rules and line length: pyproject.toml); a record name means one layout."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,12 @@ def test_faults_are_found(tmp_path):
     found = [ruff(*call, "--config", rules, str(tmp_path)) for call in (("check",), ("format", "--check"))]
     assert [done.returncode for done in found] == [1, 1]
     assert "unused.py" in found[0].stdout and "long.py" in found[1].stdout
+
+
+def test_a_record_name_means_one_layout():
+    places = {}
+    for path in sorted((ROOT / "dspark_kernels" / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}

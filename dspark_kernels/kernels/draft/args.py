@@ -107,7 +107,7 @@ class BlockInputs(NamedTuple):
     map_ptr: Pointer | None  # int64 [V], ids in the target's vocabulary
 
 
-class Sampling(NamedTuple):
+class BlockSampling(NamedTuple):
     """How a block samples; None: every row is greedy."""
 
     temperature_ptr: Pointer | None  # fp32 [S]

@@ -43,7 +43,7 @@ class BlockOptions(NamedTuple):
     GROUPS: int  # padded number of groups of a row, with filters
 
 
-class Path(NamedTuple):
+class BlockPath(NamedTuple):
     """Drafts of a round before position k of a dense block, for primitives/adjust.py."""
 
     tokens_ptr: Pointer  # int64 [S, K]
@@ -89,7 +89,7 @@ def _adjusted(x, tokens, inside, slots, requests, k, state, best_ptr, out, adjus
     if adjust.penalties is not None:
         previous = previous_tokens(state, best_ptr, requests, slots, k, sizes.num_requests)
         path_max = sizes.column + k
-        path = Path(out.tokens_ptr, out.stride_tokens, slots, tl.where(k > 0, path_max - 1, path_max), previous)
+        path = BlockPath(out.tokens_ptr, out.stride_tokens, slots, tl.where(k > 0, path_max - 1, path_max), previous)
     return adjusted(x, tokens[None, :], inside, slots, slots * sizes.num_drafts + k, adjust, path, path_max, _drafted)
 
 
@@ -258,7 +258,7 @@ def draft_dense_kernel(
     support,  # Support, with filters, or None
     hidden_ptr,  # [R, K, H] or None
     confidence,  # Confidence or None
-    sampling,  # Sampling
+    sampling,  # BlockSampling
     results,  # BlockResults
     scratch,  # BlockScratch
     first_phase, end_phase, num_requests, num_slots, num_drafts,

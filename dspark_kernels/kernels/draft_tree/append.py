@@ -3,7 +3,7 @@
 A node's children are the first words of all leaves' lists together, sorted; or, i.i.d., a draw each: leaf = arg-max log2(mass of
 leaf) - log2(Exp), then id = arg-max log2(weight) - log2(Exp) inside it, on the noise of the child's own slot. Nodes of a depth in
 order, a node's children in order, until the request has no room. Symbols as in kernels/draft_tree/static.py; n nodes a tree has.
-Records: state TreeState, tree Tree, distributions NodeLogits, scratch TreeScratch, step DepthStep, sizes TreeSizes (args.py).
+Records: state TreeState, tree StaticTree, distributions NodeLogits, scratch StaticScratch, step DepthStep, sizes TreeSizes (args.py).
 """
 
 import triton

@@ -33,7 +33,7 @@ class NodeSettings(NamedTuple):
     adjust: Adjustments | None
 
 
-class Tree(NamedTuple):
+class StaticTree(NamedTuple):
     """A tree of static shape, contiguous."""
 
     tokens_ptr: Pointer  # int64 [S, M]
@@ -54,7 +54,7 @@ class NodeLogits(NamedTuple):
     stride_node: int
 
 
-class TreeScratch(NamedTuple):
+class StaticScratch(NamedTuple):
     """Scratch of a tree of static shape."""
 
     lists_ptr: Pointer  # int64 [R F, L, B], the best packed keys of each block
@@ -65,7 +65,7 @@ class TreeScratch(NamedTuple):
     block_sumexp_ptr: Pointer | None  # int64 [R F, L]
 
 
-class TreeCounters(NamedTuple):
+class StaticCounters(NamedTuple):
     """Counters of a tree of static shape, zero before and after."""
 
     ticket_ptr: Pointer  # int32 [1]

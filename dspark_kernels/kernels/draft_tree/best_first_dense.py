@@ -1,4 +1,4 @@
-"""Draft trees of the most probable paths under a sequential head, each law that of the whole vocabulary, in one launch.
+"""Draft trees of the most probable paths under a sequential head, each distribution that of the whole vocabulary, in one launch.
 
     survival(child) = survival(node) c(node) q(child | node),  q = softmax of (base + bias(node's token)) / T
 

@@ -9,7 +9,7 @@ Oracle: reference/tree_draft.py. Sources: EAGLE arXiv 2401.15077, SpecInfer arXi
 
 Every depth is up to three waves (primitives/waves.py): latents of a gated or rnn head for its nodes; rows, an item = 16 (request,
 node) pairs of the batch x a leaf of ids, so that W2 is read once for 16 nodes, whoever they belong to; children, an item =
-a request. An item of rows leaves the B best words of its leaf for each row, sorted, and what is needed of a law.
+a request. An item of rows leaves the B best words of its leaf for each row, sorted, and what is needed of a distribution.
 """
 
 import triton
@@ -225,10 +225,10 @@ def draft_tree_kernel(
     mixer,  # Mixer of a gated or rnn head, with latents [R F, r] and states [R M, r], or None
     hidden,  # Hidden or None
     settings,  # NodeSettings
-    tree,  # Tree
+    tree,  # StaticTree
     distributions,  # NodeLogits or None
-    scratch,  # TreeScratch
-    counters,  # TreeCounters
+    scratch,  # StaticScratch
+    counters,  # StaticCounters
     branching,  # children by depth, five to an int32
     level,  # depth of the nodes to be given children; None: all depths from the anchor on
     num_requests, num_slots, num_nodes, vocab, first_width, depths, items,

@@ -34,7 +34,7 @@ class LayoutOutputs(NamedTuple):
     flags_ptr: Pointer  # int32 [R]
 
 
-class Anchors(NamedTuple):
+class AnchorRows(NamedTuple):
     """Last token of each request and where it stands, int [S]."""
 
     ptr: Pointer
@@ -57,7 +57,7 @@ class Depths(NamedTuple):
     stride: int
 
 
-class Pages(NamedTuple):
+class BlockTables(NamedTuple):
     """Block tables int32 [S, max_pages]."""
 
     ptr: Pointer | None
@@ -76,7 +76,7 @@ class FixedStrides(NamedTuple):
     block_tables: int
 
 
-class BlockStrides(NamedTuple):
+class DraftLayoutStrides(NamedTuple):
     """Strides of what the layout of a drafter's block reads."""
 
     anchors: int

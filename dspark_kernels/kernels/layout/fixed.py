@@ -7,7 +7,7 @@ reference/layout.py.
 import triton
 import triton.language as tl
 
-from .args import Anchors, Depths, Drafts, Pages
+from .args import AnchorRows, BlockTables, Depths, Drafts
 from .rows import MISSING_DRAFT, made_drafts, read_requests, write_rows
 
 
@@ -35,10 +35,10 @@ def fixed_layout_kernel(
     flags |= tl.where(lens > made, MISSING_DRAFT, 0)
     write_rows(
         r, slots, prompt, emits, tl.minimum(lens, made), flags,
-        Anchors(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
+        AnchorRows(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
         Drafts(drafts_ptr, strides.drafts),
         Depths(depths_ptr, strides.depths),
-        Pages(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
+        BlockTables(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
         out, num_requests, num_rows, num_drafts, 0, 0, REQUESTS, LOG_REQUESTS, BLOCK,
     )  # fmt: skip
 
@@ -48,17 +48,17 @@ def draft_layout_kernel(
     inputs,  # LayoutInputs
     out,  # LayoutOutputs
     num_requests, num_slots, num_rows, num_masks, max_pages, page_size, mask_token, silent_rows,
-    strides,  # BlockStrides
+    strides,  # DraftLayoutStrides
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
     slots, prompt, emits, flags = read_requests(r, inputs, strides.anchors, num_requests, num_slots, num_rows)
     write_rows(
         r, slots, prompt, emits, tl.where(slots >= 0, num_masks, 0), flags,
-        Anchors(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
+        AnchorRows(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
         Drafts(None, 0),
         Depths(None, 0),
-        Pages(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
+        BlockTables(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
         out, num_requests, num_rows, num_masks, mask_token, silent_rows, REQUESTS, LOG_REQUESTS, BLOCK,
     )  # fmt: skip
 

@@ -67,10 +67,10 @@ def fixed_rows(slots, prompt):
 @triton.jit
 def write_rows(
     r, slots, prompt, emits, lens, flags,  # [REQUESTS]
-    anchors,  # Anchors
+    anchors,  # AnchorRows
     drafts,  # Drafts; without, every draft is `filler`
     depths,  # Depths
-    pages,  # Pages
+    pages,  # BlockTables
     out,  # LayoutOutputs
     num_requests, num_rows, num_drafts, filler, silent_rows,
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,

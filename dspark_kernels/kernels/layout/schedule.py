@@ -13,7 +13,7 @@ reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
 import triton
 import triton.language as tl
 
-from .args import Anchors, Depths, Drafts, Pages, ScheduleTile
+from .args import AnchorRows, BlockTables, Depths, Drafts, ScheduleTile
 from .rows import MISSING_DRAFT, fixed_rows, made_drafts, read_requests, write_rows
 
 NAN = tl.constexpr(2)
@@ -353,10 +353,10 @@ def schedule_prefixes_kernel(
     lens = _admitted_lens(values, scratch.stored_ptr, tiles, num_drafts, number, value, REQUESTS, DRAFTS, SORT)
     write_rows(
         r, slots, prompt, emits, lens, flags,
-        Anchors(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
+        AnchorRows(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
         Drafts(chosen_from.drafts_ptr, strides.drafts),
         Depths(None, 0),
-        Pages(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
+        BlockTables(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
         out, num_requests, num_rows, num_drafts, 0, 0, REQUESTS, TILE.LOG_REQUESTS, TILE.BLOCK,
     )  # fmt: skip
 

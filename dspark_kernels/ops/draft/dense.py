@@ -16,13 +16,13 @@ from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_o
 from ...kernels.draft.args import (
     BlockInputs,
     BlockResults,
+    BlockSampling,
     BlockScratch,
     BlockStrides,
     BlockWidths,
     Confidence,
     Head,
     Mixer,
-    Sampling,
     Support,
 )
 from ...launch import arch
@@ -364,7 +364,7 @@ def _draft_block(
             ),
             head, mixer, adjust, support, hidden,
             confidence_record(weight, bias, sts_temperatures, confidence, confidence_logits),
-            Sampling(temperature_ptr=temperature, seed_ptr=seed),
+            BlockSampling(temperature_ptr=temperature, seed_ptr=seed),
             BlockResults(tokens_ptr=tokens, logits_ptr=logits, lse_ptr=lse, flags_ptr=flags), memory,
         ),
         (

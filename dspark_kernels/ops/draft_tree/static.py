@@ -14,7 +14,7 @@ from ... import library, workspace as workspaces
 from ...checks import check_tensor, check_type, not_yet
 from ...kernels.args import Adjustments, Bias
 from ...kernels.draft.args import BaseLogits
-from ...kernels.draft_tree.args import NodeLogits, NodeSettings, Tree, TreeCounters, TreeScratch, TreeState
+from ...kernels.draft_tree.args import NodeLogits, NodeSettings, StaticCounters, StaticScratch, StaticTree, TreeState
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...launch.draft_tree import static as tree_launch
@@ -269,7 +269,7 @@ def _draft_tree(
     carver = workspaces.Carver(scratch)
     take = carver.take
     by_mass = method == "iid"
-    memory = TreeScratch(
+    memory = StaticScratch(
         lists_ptr=take(rows * children * leaves, torch.int64),
         best_ptr=take(rows * children, torch.int64),
         found_ptr=take(rows * nodes, torch.int32),
@@ -298,12 +298,12 @@ def _draft_tree(
             ),
             head, mixer, hidden_states(hidden if mixer is not None else None),
             NodeSettings(map_ptr=draft_to_target, num_targets=targets, adjust=bias),
-            Tree(
+            StaticTree(
                 tokens_ptr=tokens, parents_ptr=parents, depths_ptr=depths, first_child_ptr=first_child,
                 next_sibling_ptr=next_sibling, ancestors_ptr=ancestors, num_nodes_ptr=num_nodes, flags_ptr=flags,
             ),
             None if law is None else NodeLogits(ptr=law, stride_slot=law.stride(0), stride_node=law.stride(1)),
-            memory, TreeCounters(ticket_ptr=progress[:1], finished_ptr=progress[1:], row_status_ptr=row_status),
+            memory, StaticCounters(ticket_ptr=progress[:1], finished_ptr=progress[1:], row_status_ptr=row_status),
             kernels.words_of_branching(branching), level, rows, slots, nodes, vocab, widths[0], len(shape),
         ),
         method=method,

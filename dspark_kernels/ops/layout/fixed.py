@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import library
 from ...checks import INT_DTYPES, check_int, check_optional, check_tensor, check_type
-from ...kernels.layout.args import BlockStrides, FixedStrides, LayoutInputs, LayoutOutputs
+from ...kernels.layout.args import DraftLayoutStrides, FixedStrides, LayoutInputs, LayoutOutputs
 from ...launch import arch
 from ...launch.layout import fixed as layout_launch
 from ...types import DraftBlock, DraftTree, VerifyLayout
@@ -333,7 +333,7 @@ def _draft_layout(
                 logits_indices_ptr=logits_indices, num_rows_ptr=num_rows, flags_ptr=flags,
             ),
             requests, anchors.shape[0], rows, masks, max_pages, page_size, mask_token_id, silent_rows,
-            BlockStrides(anchors=anchors.stride(0), positions=anchor_positions.stride(0), block_tables=stride_pages),
+            DraftLayoutStrides(anchors=anchors.stride(0), positions=anchor_positions.stride(0), block_tables=stride_pages),
         ),
         log_requests=(requests - 1).bit_length(),
         block=block,
