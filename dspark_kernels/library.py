@@ -112,11 +112,11 @@ def _load(stem: str):
             "dspark_kernels: the kernels need Triton, which is not installed (CUDA builds of torch bring it; "
             "elsewhere: pip install triton, Linux only)"
         ) from error
-    mend_tuples()
+    patch_tuples()
     return importlib.import_module(f".kernels.{stem}", __package__), triton
 
 
-def mend_tuples() -> None:
+def patch_tuples() -> None:
     """Let `x is None` compile for every tuple x; changes nothing where it does (Triton 3.7 and newer). Needs Triton.
 
     A comparison unwraps its operands. Old versions make the tuple anew from its bare elements and derive its type from theirs, and

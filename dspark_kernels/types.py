@@ -29,18 +29,18 @@ class Flag(enum.IntFlag):
     NAN = 2  # a NaN logit was read as -inf
     BAD_TOKEN_ID = 4  # a token id outside the vocabulary, or a draft outside the support of its proposal
     MISSING_DRAFT = 8  # a draft of -1
-    EMPTY_RESIDUAL = 16  # the residual had no mass: the correction was drawn from the target's law
+    EMPTY_RESIDUAL = 16  # the residual summed to 0: the correction was drawn from the target distribution
 
 
 class Stream(enum.IntEnum):
     """Purpose of a random word, the low byte of Philox counter word 3 (the tree node is above it)."""
 
     DRAFT = 1  # per-token noise of a draft position
-    ACCEPT = 2  # the coin of a draft
-    LEAF = 3  # race between leaves of 1024 ids, correction and bonus
-    CORRECT = 4  # race inside the winning leaf
+    ACCEPT = 2  # the acceptance uniform of a draft
+    LEAF = 3  # race between vocabulary blocks of 1024 ids, correction and bonus
+    CORRECT = 4  # race inside the winning block
     COUPLED = 5  # noise shared by draft and target on purpose (anchor position word 0)
-    DRAFT_LEAF = 6  # race between leaves of a draft position
+    DRAFT_LEAF = 6  # race between vocabulary blocks of a draft position
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,8 +75,8 @@ class SamplingTensors(Checked):
     greedy), top_p fp32 [S] (off: >= 1), min_p fp32 [S] (off: <= 0), filter_order "top_k_first" or "joint", logit_bias
     [S, V], token_bitmask int32 [rows, ceil(V/32)] (bit 1 = allowed, lowest bit first; rows = rows of target logits in
     acceptance, [S, K] in drafting), penalties.
-    Order: penalties and bias, mask, temperature, top_k (ties: lowest ids), renormalise, top_p (the crossing token is kept),
-    renormalise, min_p against the maximum; "joint" judges top_k and top_p on the unfiltered law.
+    Order: penalties and bias, mask, temperature, top_k (ties: lowest ids), renormalise, top_p (with the crossing token),
+    renormalise, min_p against the maximum; "joint" applies top_k and top_p to the unfiltered distribution.
     """
 
     temperature: Tensor
@@ -177,7 +177,7 @@ class ConfidenceHead(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneHotProposal(Checked):
-    """The drafts were chosen without chance (greedy, n-gram, ...): the whole mass is on the draft itself."""
+    """The drafts were chosen deterministically (greedy, n-gram, ...): all probability is on the draft itself."""
 
     def _check(self):
         pass
@@ -185,7 +185,7 @@ class OneHotProposal(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseProposal(Checked):
-    """The law the drafts were drawn from, as stored logits.
+    """The distribution that the drafts were drawn from, as stored logits.
 
     logits: [S, K, V or Vd], before temperature, -inf outside a filtered support. lse: fp32 [S, K], ln sum exp(logits /
     temperature), or None. temperature: fp32 [S] (None = the sampling temperature; 0 = one-hot). draft_to_target: int64 [Vd], the
@@ -207,10 +207,10 @@ class DenseProposal(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseProposal(Checked):
-    """The law the drafts were drawn from, on C candidates; no mass elsewhere. ids [S, K, C], logits [S, K, C].
+    """The distribution that the drafts were drawn from, on C candidates. ids [S, K, C], logits [S, K, C].
 
-    Ids in any order; entries of one id add up, ids outside the vocabulary (-1 = unused) keep their mass. lse: acceptance does not
-    need it.
+    Ids in any order; entries of one id add up, ids outside the vocabulary (-1 = unused) keep their probability. lse: acceptance
+    does not need it.
     """
 
     ids: Tensor
@@ -232,8 +232,8 @@ Proposal = OneHotProposal | DenseProposal | SparseProposal
 class DraftBlock(Checked):
     """Drafts of a block.
 
-    tokens: int64 [S, K]; confidence (calibrated) and confidence_logits (raw): fp32 [S, K] or None; proposal: the law the
-    drafts were drawn from; flags: int32 [R].
+    tokens: int64 [S, K]; confidence (calibrated) and confidence_logits (raw): fp32 [S, K] or None; proposal: the
+    distribution that the drafts were drawn from; flags: int32 [R].
     """
 
     tokens: Tensor
@@ -294,9 +294,9 @@ class DraftTree(Checked):
     """A draft tree per slot; node 0 is the anchor, parents come before children, elder siblings first, -1 = none.
 
     tokens int64, parents, depths, first_child, next_sibling int32, ancestors int64 (bit s = node s), all [S, M], M <= 64;
-    num_nodes int32 [S]; proposal: row m = the law of node m's children; drawn: how ("one_hot", "iid",
-    "without_replacement"); flags int32 [R]; survival fp32 [S, M] or None: the chance that a node is reached and kept, 1 for the
-    anchor, also of the nodes that a budget cut off, 0 where there is none.
+    num_nodes int32 [S]; proposal: row m = the distribution of node m's children; drawn: how ("one_hot", "iid",
+    "without_replacement"); flags int32 [R]; survival fp32 [S, M] or None: the probability that a node is reached and accepted, 1
+    for the anchor, also of the nodes that a budget cut off, 0 where there is none.
     """
 
     tokens: Tensor

@@ -22,7 +22,7 @@ import dspark_kernels as dk  # noqa: E402
 def decoding_round(backbone, target, head, confidence, cost, sampling, anchors, positions, workspace=None):
     # The drafter's backbone, one parallel pass over the block (the engine's).
     base_logits, hidden = backbone(anchors, positions)
-    # Launch 1: K drafts under the sequential head, their law and their chance to survive.
+    # Launch 1: K drafts under the sequential head, their distribution, and the probability that each survives.
     block = dk.draft_block(
         base_logits, anchors, head, anchor_positions=positions, sampling=sampling, hidden=hidden, confidence=confidence,
         workspace=workspace,
@@ -54,7 +54,7 @@ def main(rounds: int = 4) -> list[list[int]]:
 
     def backbone(anchors, positions):
         hidden = embedding[anchors][:, None] + 0.1 * torch.arange(drafts, device=DEVICE)[None, :, None]
-        # A drafter that knows the target's next law and guesses the later ones.
+        # A drafter that knows the target's next distribution and guesses the later ones.
         logits = random(requests, drafts, vocab)
         logits[:, 0] = target_table[anchors] - w1[anchors] @ w2.T
         return logits, hidden

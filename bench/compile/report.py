@@ -72,7 +72,7 @@ def compare(new: list[dict], old: list[dict]) -> list[str]:
         before = have.pop(key_of(row), None)
         if before is None:
             found.append(f"{' '.join(key_of(row))}: not in the old report")
-        elif before["ir"] and before["ir"] == row["ir"]:
+        elif row.get("ir") and before.get("ir") == row["ir"]:
             equal += 1
         else:
             changes = [f"{name} {before[name]} -> {row[name]}" for name in COMPARED if before[name] != row[name]]

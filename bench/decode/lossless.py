@@ -2,7 +2,7 @@
 
 Greedy: identical to plain decoding up to a step whose two best logits are closer than twice the error of such logits, measured
 against fp64. Sampled, two tests of the likelihood ln p(token) under the target, each within LIMIT standard errors:
-    against its own law:     sum over tokens of ln p(x) - E ln p has mean 0 where x ~ p (a martingale: its variance is the sum
+    against its own distribution:   sum over tokens of ln p(x) - E ln p has mean 0 where x ~ p (a martingale: its variance is the sum
                              of squares)
     against plain decoding:  d_i = mean ln p of prompt i minus that of plain decoding; mean d
 The first does not need plain decoding's noise and sees smaller differences. The second judges from FEWEST_PROMPTS prompts on.
@@ -61,12 +61,12 @@ def greedy(generations: Sequence[Generation], plain: Sequence[Generation], targe
 
 
 def sampled(generations: Sequence[Generation], plain: Sequence[Generation]) -> Verdict:
-    """Likelihood under the target, against its law and against plain decoding."""
+    """Likelihood under the target, against its own distribution and against plain decoding."""
     excess = [have - want for g in generations for have, want in zip(g.logprobs, g.expected_logprobs, strict=True)]
     means = [sum(g.logprobs) / len(g.logprobs) for g in generations]
     differences = [mean - sum(g.logprobs) / len(g.logprobs) for mean, g in zip(means, plain, strict=True)]
     own, own_error = sum(excess) / len(excess), math.sqrt(sum(e * e for e in excess)) / len(excess)
-    text = f"{sum(means) / len(means):.3f} nats per token, {own:+.3f} ±{own_error:.3f} from its law"
+    text = f"{sum(means) / len(means):.3f} nats per token, {own:+.3f} ±{own_error:.3f} from its own distribution"
     passed = abs(own) <= LIMIT * own_error
     count = len(differences)
     if count > 1:

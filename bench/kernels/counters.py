@@ -24,7 +24,6 @@ from bench.shared.paths import RESULTS
 
 RESULT = RESULTS / "counters.csv"
 REQUESTS = (1, 8, 64)
-WARP = 32
 SECTOR = 32  # bytes
 
 # Of cases that differ in nothing but the number of requests, and of ops with many: one for each loop that a GPU spends its time in.

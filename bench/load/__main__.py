@@ -2,7 +2,8 @@
 
 N requests decode at once, all the time: where one ends, the next takes its slot. Every round each request draws one measured
 round of its domain (bench/shared/acceptance.py: confidences, and how many of 7 drafts were accepted); with length L it emits
-min(accepted, L) + 1 tokens. That is exact for the token rule, which judges each draft by its own coin, whatever follows it. A step
+min(accepted, L) + 1 tokens. That is exact for the token rule, where each draft is accepted or rejected by its own uniform,
+whatever follows it. A step
 takes cost(N anchors + admitted drafts) + the time of drafting for N requests, which is due whatever is verified; without
 speculation there is no drafting. Draws, domains and lengths of requests are the same for every policy.
 

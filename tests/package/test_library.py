@@ -374,12 +374,12 @@ def test_tuples_with_a_none_can_be_compared_on_old_tritons(monkeypatch):
     monkeypatch.setattr(code_generator, "_unwrap_if_constexpr", _Old())
     with pytest.raises(AttributeError):
         code_generator._unwrap_if_constexpr(values)
-    library.mend_tuples()
+    library.patch_tuples()
     found = code_generator._unwrap_if_constexpr(values)
     assert found.values[0] is None and found.values[1].values == [3, None] and found.type == values.type
     assert code_generator._unwrap_if_constexpr(core.constexpr(7)) == 7 and code_generator._unwrap_if_constexpr(5) == 5
     mended = code_generator._unwrap_if_constexpr
-    library.mend_tuples()
+    library.patch_tuples()
     assert code_generator._unwrap_if_constexpr is mended, "mended twice"
 
 

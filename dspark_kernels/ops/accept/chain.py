@@ -1,8 +1,8 @@
 """accept_chain: lossless acceptance of drafted chains from raw target logits in one launch.
 
 Token rule: accept while u * draft_prob(x) < target_prob(x), then draw from [target - draft]+ or, after the last draft, from the
-target. Block rule: keep the longest prefix whose coin passes; coupled rule: follow the token that the noise shared with the draft
-gives. Oracle: reference/accept.py. Sources: arXiv 2211.17192 and 2302.01318; 2403.10444; 2408.07978.
+target. Block rule: accept the longest prefix whose acceptance uniform passes; coupled rule: follow the token that the noise shared
+with the draft gives. Oracle: reference/accept.py. Sources: arXiv 2211.17192 and 2302.01318; 2403.10444; 2408.07978.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from .. import sampling as sampling_args
 OP = "accept_chain"
 LEAF = 1024  # ids per leaf, as in kernels/primitives/mass.py
 VALUES, IDS = 12, 4  # numbers per row, as in kernels/accept/rows.py
-GROUP_IDS, LISTED = 128, 2048  # of primitives/filters.py: ids per group, numbers kept of a row's candidates
-MAP_COLUMNS = 4096  # per item that inverts a draft vocabulary's map, as in kernels/accept/chain.py
+GROUP_IDS, LISTED = 128, 2048  # of kernels/accept/target.py: ids per group; numbers kept of a row's candidates
+MAP_COLUMNS = 4096  # per item that inverts a draft vocabulary's map, as in kernels/accept/dense.py
 MAX_CANDIDATES = 512
 
 
@@ -96,24 +96,26 @@ def accept_chain(
     out: Acceptance | None = None,
     workspace: workspaces.Workspace | None = None,
 ) -> Acceptance:
-    """Judge every request's drafts against the target and emit what follows, in one launch.
+    """Verify every request's drafts against the target, and emit the accepted ones and the next token, in one launch.
 
     Args:
         target_logits: [L, V] bf16, fp16 or fp32, last dimension contiguous; row j belongs to layout.logits_indices[j].
         layout: which rows and drafts belong to which request (drafts are read from layout.token_ids).
-        proposal: the law the drafts were drawn from; None = one-hot. Dense: its logits [S, K, Vd] and, if given, its lse; columns
-            beyond V, or that draft_to_target maps to no id, hold mass that no target has. Sparse: 1 to 512 candidates in any
-            order; entries of one id count as one id with their sum, ids outside the vocabulary keep their mass to themselves.
+        proposal: the distribution that the drafts were drawn from; None = one-hot. Dense: its logits [S, K, Vd] and, if given, its
+            lse; columns beyond V, or that draft_to_target maps to no id, have probability that the target cannot emit. Sparse: 1
+            to 512 candidates in any order; entries of one id count as one id with their sum, ids outside the vocabulary keep
+            their probability.
             The coupled rule and forced acceptance read none.
         sampling: settings per slot; None = every row greedy. All of them act inside: token_bitmask has a row per row of
             target_logits, penalties see the drafts before a row as emitted.
         rule: "token", "block" or "coupled"; greedy rows are greedy under each.
-        logprobs: "raw" (softmax of target_logits as they came, at temperature 1) or "processed" (the law that tokens were drawn
-            from; greedy: all mass on the arg-max) adds `Acceptance.logprobs`: ln of the probability of each emitted token, -inf
-            for a token without probability (a row without any finite logit, a forced draft), 0 beyond num_emitted.
-        synthetic_rates: fp32 [K], for load tests: draft k is accepted with this chance, given its predecessors, by the ACCEPT
-            coins and whatever the laws say (not beyond a row without finite logits, nor an id outside the vocabulary); the
-            token that follows is drawn as after a last draft, from the target's law. Not lossless.
+        logprobs: "raw" (softmax of target_logits as they came, at temperature 1) or "processed" (the distribution that
+            tokens were drawn from; greedy: all probability on the arg-max) adds `Acceptance.logprobs`: ln of the probability of each
+            emitted token, -inf for a token without probability (a row without any finite logit, a forced draft), 0 beyond
+            num_emitted.
+        synthetic_rates: fp32 [K], for load tests: draft k is accepted with this probability, given its predecessors, as the
+            ACCEPT uniforms decide, whatever both distributions are (not beyond a row without finite logits, nor an id outside the
+            vocabulary); the token that follows is drawn as after a last draft, from the target distribution. Not lossless.
         anchors, anchor_positions: int64 or int32 [S], advanced in place to the next round's anchor if given.
         state_indices: int32 [R], state slot of each row, -1 = padding row.
         out, workspace: with both, nothing is allocated.
@@ -155,7 +157,9 @@ def accept_chain(
     if synthetic_rates is not None:
         check_tensor("synthetic_rates", synthetic_rates, dtype=torch.float32, shape=(drafts,), device=device, contiguous=True)
         if sampling is None:
-            raise ValueError("sampling: expected SamplingTensors, whose seeds give the coins of synthetic_rates, got None")
+            raise ValueError(
+                "sampling: expected SamplingTensors, whose seeds give the acceptance uniforms of synthetic_rates, got None"
+            )
     if out is None:
         out = _allocate(requests, drafts, forward_rows, device, logprobs is not None)
     else:

@@ -20,8 +20,8 @@ Rows are logit rows, leaves those of 1024 ids that a shard can touch: a row of 1
 with 64 candidates 712. Bias, bit mask and penalties take no gather: each rank applies them to its ids.
 
 Filters are refused. The threshold of a row is global: it takes the maxima of groups of 128 ids (0.5 word a group, so 75 a row on 8
-ranks) in the first part, a phase that searches the elements above the bound they give (each rank its counts and masses per
-interval of keys, two or three gathers to fix 32 bits), and one more for the masses of what is kept, before `draw`. A draft
+ranks) in the first part, a phase that searches the elements above the bound they give (each rank its counts and sums per
+interval of keys, two or three gathers to fix 32 bits), and one more for the sums over the support, before `draw`. A draft
 vocabulary with a map is refused: the columns of its ids lie on other ranks than the ids.
 """
 
@@ -272,13 +272,13 @@ def _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_siz
             if getattr(sampling, name) is not None:
                 not_yet(OP, f"sampling.{name}", "filters on vocabulary shards are")
         slots = sampling.temperature.shape[0]
-    law = _check_proposal(proposal, slots, width, device)
-    drafts = accept._width(layout, None if law is None else law.logits, rows)
-    if law is not None and law.logits.shape[1] < drafts:
-        raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {law.logits.shape[1]}")
+    drawn = _check_proposal(proposal, slots, width, device)
+    drafts = accept._width(layout, None if drawn is None else drawn.logits, rows)
+    if drawn is not None and drawn.logits.shape[1] < drafts:
+        raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {drawn.logits.shape[1]}")
     if len(phases) == 1:
-        law = None  # greedy and coupled rows do not ask how a draft was drawn
-    return _Call(requests, rows, drafts, slots, shard, law, phases, rule, device)
+        drawn = None  # greedy and coupled rows do not ask how a draft was drawn
+    return _Call(requests, rows, drafts, slots, shard, drawn, phases, rule, device)
 
 
 def _check_proposal(proposal, slots, width, device) -> DenseProposal | SparseProposal | None:

@@ -110,15 +110,16 @@ def accept_tree(
         target_logits: [L, V] bf16, fp16 or fp32, last dimension contiguous; row j belongs to layout.logits_indices[j].
         layout: of `tree_layout`: node m of a request is its m-th row, with the token of layout.token_ids; nodes without a row
             do not exist.
-        tree: parents, with penalties ancestors, and for "recursive" and "traversal" of sampled trees the law of every node's
-            children: a dense or sparse proposal, row m for node m, and how they were drawn.
+        tree: parents, with penalties ancestors, and for "recursive" and "traversal" of sampled trees the distribution of
+            every node's children: a dense or sparse proposal, row m for node m, and how they were drawn.
         sampling: settings per slot; None = every row greedy. All of them act inside, along each node's own path: token_bitmask has
             a row per row of target_logits, penalties see the nodes from the anchor's child to the row's as emitted, and no sibling.
-        rule: "walk", "recursive" or "traversal". Greedy requests and trees made without chance are walked under each: there the
-            three emit the same law, and none keeps more.
-        logprobs: "raw" (softmax of target_logits as they came, at temperature 1) or "processed" (the target's law, after
-            all settings; greedy: all mass on the arg-max) adds `Acceptance.logprobs` [R, M]: ln of the probability of each emitted
-            token, -inf for a token without probability, 0 beyond num_emitted.
+        rule: "walk", "recursive" or "traversal". Use "walk" for deterministic trees: it samples at each node and follows the
+            child that matches. Greedy requests and deterministic trees are walked under every rule: all three then have the same
+            distribution, and none accepts more.
+        logprobs: "raw" (softmax of target_logits as they came, at temperature 1) or "processed" (the target
+            distribution after all settings; greedy: all probability on the arg-max) adds `Acceptance.logprobs` [R, M]: ln of the
+            probability of each emitted token, -inf for a token without probability, 0 beyond num_emitted.
         anchors, anchor_positions: int64 or int32 [S], advanced in place to the next round's anchor if given.
         state_indices: int32 [R], state slot of each request, -1 = padding row.
         out, workspace: with both, nothing is allocated. A workspace of max_drafts >= M - 1.
