@@ -34,7 +34,7 @@ _LIBRARY = torch.library.Library("dspark", "DEF")
 _T = typing.TypeVar("_T")
 Out = typing.Annotated[_T, "written"]
 
-_TYPES = {Tensor: "Tensor", list[Tensor]: "Tensor[]", list[int]: "int[]", str: "str", int: "int", float: "float", bool: "bool"}
+_TYPES = {Tensor: "Tensor", str: "str", int: "int", float: "float", bool: "bool"}
 
 
 def schema_of(record: type) -> str:
@@ -44,8 +44,13 @@ def schema_of(record: type) -> str:
     for name, annotation in _leaves(record):
         written = typing.get_origin(annotation) is typing.Annotated
         kind = typing.get_args(annotation)[0] if written else annotation
-        given = [part for part in typing.get_args(kind) if part is not type(None)] if _is_optional(kind) else [kind]
-        text = _TYPES[given[0]] + (f"({next(letters)}!)" if written else "") + ("?" if _is_optional(kind) else "")
+        optional = type(None) in typing.get_args(kind)
+        if optional:
+            (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+        listed = typing.get_origin(kind) is list
+        if listed:
+            (kind,) = typing.get_args(kind)
+        text = _TYPES[kind] + (f"({next(letters)}!)" if written else "") + ("[]" if listed else "") + ("?" if optional else "")
         parts.append(f"{text} {name}")
     return ", ".join(parts)
 
@@ -57,10 +62,6 @@ def _leaves(record: type):
             yield from _leaves(annotation)
         else:
             yield name, annotation
-
-
-def _is_optional(annotation) -> bool:
-    return type(None) in typing.get_args(annotation)
 
 
 def flat(arguments: tuple) -> tuple:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from .. import library
 from ..checks import check_tensor, check_type
 from ..launch import arch, compact as compact_launch
+from ..library import Out
 from ..types import Acceptance, KVLayers, VerifyLayout, check_slotted, slot_rows
 
 OP = "compact_kv"
@@ -52,10 +54,17 @@ def compact_kv(layers: KVLayers, acceptance: Acceptance, layout: VerifyLayout, *
     extra = list(extra)
     check_slotted(extra, "extra", layers.caches[0])
     if acceptance.kv_source.shape[0]:
-        _compact_kv(
-            list(layers.caches), layers.table, list(layers.pointers), layers.unit, layout.slot_mapping, acceptance.kv_source,
-            acceptance.num_accepted, extra,
-        )  # fmt: skip
+        arguments = Arguments(
+            caches=list(layers.caches),
+            table=layers.table,
+            pointers=list(layers.pointers),
+            unit=layers.unit,
+            slot_mapping=layout.slot_mapping,
+            kv_source=acceptance.kv_source,
+            num_accepted=acceptance.num_accepted,
+            extra=extra,
+        )
+        _compact_kv(*library.flat(arguments))
 
 
 @functools.lru_cache(maxsize=16)
@@ -63,29 +72,39 @@ def _table(rows: tuple, device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
-@library.register(
-    "compact_kv(Tensor(a!)[] caches, Tensor table, int[] pointers, int unit, Tensor slot_mapping, Tensor kv_source, "
-    "Tensor num_accepted, Tensor(b!)[] extra) -> ()"
-)
-def _compact_kv(caches, table, pointers, unit, slot_mapping, kv_source, num_accepted, extra):
-    device = slot_mapping.device
+class Arguments(NamedTuple):
+    """The op as torch.library knows it."""
+
+    caches: Out[list[Tensor]]
+    table: Tensor
+    pointers: list[int]
+    unit: int
+    slot_mapping: Tensor
+    kv_source: Tensor
+    num_accepted: Tensor
+    extra: Out[list[Tensor]]
+
+
+@library.register("compact_kv", Arguments)
+def _compact_kv(a: Arguments):
+    device = a.slot_mapping.device
     kernels = library.kernels("compact", device)
+    planes, table, unit = [*a.caches, *a.extra], a.table, a.unit
     # torch.compile may hand over copies of the caches: then the table made for the originals does not hold.
-    if extra or any(cache.data_ptr() != pointer for cache, pointer in zip(caches, pointers, strict=True)):
-        rows, unit = slot_rows([*caches, *extra], "caches")
+    if a.extra or any(cache.data_ptr() != pointer for cache, pointer in zip(a.caches, a.pointers, strict=True)):
+        rows, unit = slot_rows(planes, "caches")
         table = _table(tuple(rows), device)
-    planes = [*caches, *extra]
     width = max(plane[0, 0].numel() * plane.element_size() if plane.numel() else 0 for plane in planes) // unit
     if width == 0:
         return
     config = compact_launch.pick(arch.current(device), width)
     chunks = -(-width // config.chunk)
-    requests, nodes = kv_source.shape
+    requests, nodes = a.kv_source.shape
     kernels.launch_compact_kv(
         requests * len(planes) * chunks,
         (
-            table, slot_mapping, kv_source, num_accepted,
-            slot_mapping.shape[0], nodes, len(planes), chunks, caches[0].shape[1],
+            table, a.slot_mapping, a.kv_source, a.num_accepted,
+            a.slot_mapping.shape[0], nodes, len(planes), chunks, a.caches[0].shape[1],
         ),
         unit=unit,
         config=config,

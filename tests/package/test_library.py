@@ -1,7 +1,10 @@
-"""Registration: opcheck, torch.compile(fullgraph=True), meta tensors, and the public constants that kernels repeat."""
+"""Registration: schemas from records, opcheck, torch.compile(fullgraph=True), meta tensors, and the public constants that kernels repeat."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
@@ -15,6 +18,41 @@ from dspark_kernels.ops.draft_tree import best_first as tree_paths, static as tr
 from dspark_kernels.ops.layout import fixed as layout, schedule
 from reference import cases
 from tests.blocks import anchored, block_of, ints, tree_of
+
+
+class _Inner(NamedTuple):
+    weight: Tensor | None
+    scores: library.Out[Tensor | None]
+
+
+class _Arguments(NamedTuple):
+    logits: Tensor
+    inner: _Inner
+    caches: library.Out[list[Tensor]]
+    parts: list[Tensor]
+    widths: list[int]
+    tokens: library.Out[Tensor]
+    rule: str
+    name: str | None
+    count: int
+    level: int | None
+    scale: float
+    softcap: float | None
+    joint: bool
+
+
+def test_an_op_has_the_fields_of_its_record():
+    """Those of a record inside stand in its place; letters name what is written."""
+    assert library.schema_of(_Arguments) == (
+        "Tensor logits, Tensor? weight, Tensor(a!)? scores, Tensor(b!)[] caches, Tensor[] parts, int[] widths, Tensor(c!) tokens, "
+        "str rule, str? name, int count, int? level, float scale, float? softcap, bool joint"
+    )
+    parsed = torch._C.parse_schema(f"op({library.schema_of(_Arguments)}) -> ()")
+    assert [a.name for a in parsed.arguments if a.alias_info and a.alias_info.is_write] == ["scores", "caches", "tokens"]
+    values = (1, _Inner(2, 3), [4, 5], [], [6], 7, "r", None, 8, None, 0.5, None, True)
+    flat = library.flat(_Arguments(*values))
+    assert flat == (1, 2, 3, [4, 5], [], [6], 7, "r", None, 8, None, 0.5, None, True)
+    assert library._rebuilder(_Arguments)(iter(flat)) == values
 
 
 def _calls(monkeypatch, module, name, run):
