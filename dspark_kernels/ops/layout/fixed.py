@@ -7,6 +7,8 @@ Oracle: reference/layout.py. Source: the ragged verification batch of DSpark, ar
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from ...checks import INT_DTYPES, check_int, check_optional, check_tensor, check
 from ...kernels.layout.args import DraftLayoutStrides, FixedStrides, LayoutInputs, LayoutOutputs
 from ...launch import arch
 from ...launch.layout import fixed as layout_launch
+from ...library import Out
 from ...types import DraftBlock, DraftTree, VerifyLayout
 from ...workspace import Workspace
 
@@ -67,10 +70,15 @@ def fixed_layout(
     rows = row_count(max_rows, requests, drafts, num_prefill_tokens, out)
     out = output(out, requests, rows, drafts, block_tables is not None, device)
     if requests:
-        _fixed_layout(
-            draft_lens, block.tokens, None, anchors, anchor_positions, num_prefill_tokens, emits, block_tables, state_indices,
-            *fields(out), page_size or 1,
-        )  # fmt: skip
+        arguments = FixedArguments(
+            lens=draft_lens,
+            drafts=block.tokens,
+            depths=None,
+            requests=Requests(anchors, anchor_positions, num_prefill_tokens, emits, block_tables, state_indices),
+            packed=packed_of(out),
+            page_size=page_size or 1,
+        )
+        _fixed_layout(*library.flat(arguments))
     return out
 
 
@@ -111,10 +119,15 @@ def tree_layout(
     rows = row_count(max_rows, requests, nodes - 1, num_prefill_tokens, out)
     out = output(out, requests, rows, nodes - 1, block_tables is not None, device)
     if requests:
-        _fixed_layout(
-            tree.num_nodes, tree.tokens[:, 1:], tree.depths, tree.tokens[:, 0], anchor_positions, num_prefill_tokens, emits,
-            block_tables, state_indices, *fields(out), page_size or 1,
-        )  # fmt: skip
+        arguments = FixedArguments(
+            lens=tree.num_nodes,
+            drafts=tree.tokens[:, 1:],
+            depths=tree.depths,
+            requests=Requests(tree.tokens[:, 0], anchor_positions, num_prefill_tokens, emits, block_tables, state_indices),
+            packed=packed_of(out),
+            page_size=page_size or 1,
+        )
+        _fixed_layout(*library.flat(arguments))
     return out
 
 
@@ -151,10 +164,18 @@ def draft_layout(
     masks = block_size - 1 if anchor_first else block_size
     out = output(out, requests, requests * (masks + 1), masks, block_tables is not None, device)
     if requests:
-        _draft_layout(
-            anchors, anchor_positions, block_tables, state_indices, *fields(out), page_size or 1, masks, mask_token_id,
-            int(not anchor_first),
-        )  # fmt: skip
+        arguments = DraftArguments(
+            anchors=anchors,
+            anchor_positions=anchor_positions,
+            block_tables=block_tables,
+            state_indices=state_indices,
+            packed=packed_of(out),
+            page_size=page_size or 1,
+            masks=masks,
+            mask_token_id=mask_token_id,
+            silent_rows=int(not anchor_first),
+        )
+        _draft_layout(*library.flat(arguments))
     return out
 
 
@@ -241,20 +262,6 @@ def _allocate(requests, rows, drafts, mapped, device) -> VerifyLayout:
     )
 
 
-def fields(out: VerifyLayout) -> tuple:
-    """The tensors of a layout in the order of the ops' schemas (OUTPUTS)."""
-    return (
-        out.draft_lens, out.query_start_loc, out.cu_num_logits, out.token_ids, out.positions, out.batch_indices,
-        out.slot_mapping, out.logits_indices, out.num_rows, out.flags,
-    )  # fmt: skip
-
-
-OUTPUTS = (
-    "Tensor(a!) draft_lens, Tensor(b!) query_start_loc, Tensor(c!) cu_num_logits, Tensor(d!) token_ids, Tensor(e!) positions, "
-    "Tensor(f!) batch_indices, Tensor(g!)? slot_mapping, Tensor(h!) logits_indices, Tensor(i!) num_rows, Tensor(j!) flags"
-)
-
-
 def pages(block_tables: Tensor | None) -> tuple[int, int]:
     """(pages of a request, stride between requests) as a kernel takes them."""
     return (0, 0) if block_tables is None else (block_tables.shape[1], block_tables.stride(0))
@@ -268,72 +275,114 @@ def padded(count: int, least: int = 1) -> int:
 # --- the launches -----------------------------------------------------------------------------------------------------
 
 
-@library.register(
-    "fixed_layout(Tensor lens, Tensor drafts, Tensor? depths, Tensor anchors, Tensor anchor_positions, "
-    "Tensor? num_prefill_tokens, Tensor? emits, Tensor? block_tables, Tensor? state_indices, " + OUTPUTS + ", int page_size) -> ()"
-)
-def _fixed_layout(
-    lens, drafts, depths, anchors, anchor_positions, num_prefill_tokens, emits, block_tables, state_indices, draft_lens,
-    query_start_loc, cu_num_logits, token_ids, positions, batch_indices, slot_mapping, logits_indices, num_rows, flags, page_size,
-):  # fmt: skip
-    kernels = library.kernels("layout.fixed", drafts.device)
-    requests, rows = draft_lens.shape[0], token_ids.shape[0]
-    config = layout_launch.pick(arch.current(drafts.device), requests)
+class Requests(NamedTuple):
+    """What the requests of a batch bring to a layout, as torch.library knows it."""
+
+    anchors: Tensor
+    anchor_positions: Tensor
+    num_prefill_tokens: Tensor | None
+    emits: Tensor | None
+    block_tables: Tensor | None
+    state_indices: Tensor | None
+
+    def inputs(self) -> LayoutInputs:
+        return LayoutInputs(
+            anchors_ptr=self.anchors, positions_ptr=self.anchor_positions, prefill_ptr=self.num_prefill_tokens,
+            emits_ptr=self.emits, block_tables_ptr=self.block_tables, slots_ptr=self.state_indices,
+        )  # fmt: skip
+
+
+class Packed(NamedTuple):
+    """The tensors of a VerifyLayout, as torch.library knows them."""
+
+    draft_lens: Out[Tensor]
+    query_start_loc: Out[Tensor]
+    cu_num_logits: Out[Tensor]
+    token_ids: Out[Tensor]
+    positions: Out[Tensor]
+    batch_indices: Out[Tensor]
+    slot_mapping: Out[Tensor | None]
+    logits_indices: Out[Tensor]
+    num_rows: Out[Tensor]
+    flags: Out[Tensor]
+
+    def outputs(self) -> LayoutOutputs:
+        return LayoutOutputs(
+            draft_lens_ptr=self.draft_lens, query_start_ptr=self.query_start_loc, cu_logits_ptr=self.cu_num_logits,
+            token_ids_ptr=self.token_ids, positions_ptr=self.positions, batch_indices_ptr=self.batch_indices,
+            slot_mapping_ptr=self.slot_mapping, logits_indices_ptr=self.logits_indices, num_rows_ptr=self.num_rows,
+            flags_ptr=self.flags,
+        )  # fmt: skip
+
+
+def packed_of(out: VerifyLayout) -> Packed:
+    return Packed(**{name: getattr(out, name) for name in Packed._fields})
+
+
+class FixedArguments(NamedTuple):
+    """`fixed_layout` as torch.library knows it."""
+
+    lens: Tensor
+    drafts: Tensor
+    depths: Tensor | None
+    requests: Requests
+    packed: Packed
+    page_size: int
+
+
+@library.register("fixed_layout", FixedArguments)
+def _fixed_layout(a: FixedArguments):
+    device, given, packed = a.drafts.device, a.requests, a.packed
+    kernels = library.kernels("layout.fixed", device)
+    requests, rows = packed.draft_lens.shape[0], packed.token_ids.shape[0]
+    config = layout_launch.pick(arch.current(device), requests)
     block = min(config.block, padded(rows))
-    max_pages, stride_pages = pages(block_tables)
+    max_pages, stride_pages = pages(given.block_tables)
     kernels.launch_fixed_layout(
         -(-rows // block),
         (
-            lens, drafts, depths,
-            LayoutInputs(
-                anchors_ptr=anchors, positions_ptr=anchor_positions, prefill_ptr=num_prefill_tokens, emits_ptr=emits,
-                block_tables_ptr=block_tables, slots_ptr=state_indices,
-            ),
-            LayoutOutputs(
-                draft_lens_ptr=draft_lens, query_start_ptr=query_start_loc, cu_logits_ptr=cu_num_logits, token_ids_ptr=token_ids,
-                positions_ptr=positions, batch_indices_ptr=batch_indices, slot_mapping_ptr=slot_mapping,
-                logits_indices_ptr=logits_indices, num_rows_ptr=num_rows, flags_ptr=flags,
-            ),
-            requests, drafts.shape[0], rows, drafts.shape[1], max_pages, page_size,
+            a.lens, a.drafts, a.depths, given.inputs(), packed.outputs(),
+            requests, a.drafts.shape[0], rows, a.drafts.shape[1], max_pages, a.page_size,
             FixedStrides(
-                drafts=drafts.stride(0), depths=0 if depths is None else depths.stride(0), anchors=anchors.stride(0),
-                positions=anchor_positions.stride(0), block_tables=stride_pages,
+                drafts=a.drafts.stride(0), depths=0 if a.depths is None else a.depths.stride(0), anchors=given.anchors.stride(0),
+                positions=given.anchor_positions.stride(0), block_tables=stride_pages,
             ),
         ),
         log_requests=(requests - 1).bit_length(),
-        drafts=padded(drafts.shape[1]),
+        drafts=padded(a.drafts.shape[1]),
         block=block,
         num_warps=config.num_warps,
     )  # fmt: skip
 
 
-@library.register(
-    "draft_layout(Tensor anchors, Tensor anchor_positions, Tensor? block_tables, Tensor? state_indices, "
-    + OUTPUTS + ", int page_size, int masks, int mask_token_id, int silent_rows) -> ()"
-)  # fmt: skip
-def _draft_layout(
-    anchors, anchor_positions, block_tables, state_indices, draft_lens, query_start_loc, cu_num_logits, token_ids, positions,
-    batch_indices, slot_mapping, logits_indices, num_rows, flags, page_size, masks, mask_token_id, silent_rows,
-):  # fmt: skip
-    kernels = library.kernels("layout.fixed", anchors.device)
-    requests, rows = draft_lens.shape[0], token_ids.shape[0]
-    config = layout_launch.pick(arch.current(anchors.device), requests)
+class DraftArguments(NamedTuple):
+    """`draft_layout` as torch.library knows it."""
+
+    anchors: Tensor
+    anchor_positions: Tensor
+    block_tables: Tensor | None
+    state_indices: Tensor | None
+    packed: Packed
+    page_size: int
+    masks: int
+    mask_token_id: int
+    silent_rows: int
+
+
+@library.register("draft_layout", DraftArguments)
+def _draft_layout(a: DraftArguments):
+    device, packed = a.anchors.device, a.packed
+    kernels = library.kernels("layout.fixed", device)
+    requests, rows = packed.draft_lens.shape[0], packed.token_ids.shape[0]
+    config = layout_launch.pick(arch.current(device), requests)
     block = min(config.block, padded(rows))
-    max_pages, stride_pages = pages(block_tables)
+    max_pages, stride_pages = pages(a.block_tables)
     kernels.launch_draft_layout(
         -(-rows // block),
         (
-            LayoutInputs(
-                anchors_ptr=anchors, positions_ptr=anchor_positions, prefill_ptr=None, emits_ptr=None,
-                block_tables_ptr=block_tables, slots_ptr=state_indices,
-            ),
-            LayoutOutputs(
-                draft_lens_ptr=draft_lens, query_start_ptr=query_start_loc, cu_logits_ptr=cu_num_logits, token_ids_ptr=token_ids,
-                positions_ptr=positions, batch_indices_ptr=batch_indices, slot_mapping_ptr=slot_mapping,
-                logits_indices_ptr=logits_indices, num_rows_ptr=num_rows, flags_ptr=flags,
-            ),
-            requests, anchors.shape[0], rows, masks, max_pages, page_size, mask_token_id, silent_rows,
-            DraftLayoutStrides(anchors=anchors.stride(0), positions=anchor_positions.stride(0), block_tables=stride_pages),
+            Requests(a.anchors, a.anchor_positions, None, None, a.block_tables, a.state_indices).inputs(), packed.outputs(),
+            requests, a.anchors.shape[0], rows, a.masks, max_pages, a.page_size, a.mask_token_id, a.silent_rows,
+            DraftLayoutStrides(anchors=a.anchors.stride(0), positions=a.anchor_positions.stride(0), block_tables=stride_pages),
         ),
         log_requests=(requests - 1).bit_length(),
         block=block,

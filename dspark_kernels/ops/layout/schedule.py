@@ -8,19 +8,22 @@ Oracle: reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ... import library
+from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, check_choice, check_int, check_number, check_optional, check_tensor, check_type
-from ...kernels.layout.args import LayoutInputs, LayoutOutputs, ScheduleInputs, ScheduleScratch, ScheduleStrides
+from ...kernels.layout.args import ScheduleInputs, ScheduleScratch, ScheduleStrides
 from ...launch import arch
 from ...launch.layout import schedule as schedule_launch
+from ...library import Out
 from ...types import CostTable, DraftBlock, VerifyLayout
-from ...workspace import Workspace, declare, lend, words_of
-from .fixed import OUTPUTS, batch_rows, check_batch, fields, output, padded, pages, row_count
+from ...workspace import Workspace
+from .fixed import Packed, Requests, batch_rows, check_batch, output, packed_of, padded, pages, row_count
 
+OP = "schedule_prefixes"
 POLICIES = ("causal", "budget")
 MAX_CANDIDATES = 16384  # drafts of a batch, requests and drafts each padded to a power of two: what one program can hold
 UNIT = 1 << 24  # of survival
@@ -111,32 +114,28 @@ def schedule_prefixes(
     if requests:
         scratch = None
         if candidates > _sort(device, candidates, rows):
-            if workspace is None:
-                scratch = torch.empty(3 * candidates, dtype=torch.int32, device=device)
+            if workspace is None:  # nothing is counted: no counters to fill with zeros
+                scratch = torch.empty(workspaces.measured(_scratch, candidates), dtype=torch.int64, device=device)
             else:
-                scratch = lend("schedule_prefixes", workspace, requests, drafts, 1, device)[1].view(torch.int32)
-        _schedule_prefixes(
-            block.tokens,
-            block.confidence,
-            stale_confidence,
-            None if cost is None else cost.seconds,
-            None if cost is None else cost.draft_seconds,
-            budget,
-            max_lens,
-            anchors,
-            anchor_positions,
-            num_prefill_tokens,
-            emits,
-            block_tables,
-            state_indices,
-            *fields(out),
-            scratch,
-            page_size or 1,
-            min(min_len, drafts),
-            drafts if max_len is None else min(max_len, drafts),
-            max(1, math.floor(survival_floor * UNIT)),
-            0 if bypass is None else _BYPASS_UNIT + math.ceil(bypass * _BYPASS_UNIT),
+                _, scratch = workspaces.lend(OP, workspace, requests, drafts, 1, device)
+        arguments = Arguments(
+            drafts=block.tokens,
+            confidence=block.confidence,
+            stale_confidence=stale_confidence,
+            seconds=None if cost is None else cost.seconds,
+            draft_seconds=None if cost is None else cost.draft_seconds,
+            budget=budget,
+            max_lens=max_lens,
+            requests=Requests(anchors, anchor_positions, num_prefill_tokens, emits, block_tables, state_indices),
+            packed=packed_of(out),
+            scratch=scratch,
+            page_size=page_size or 1,
+            min_len=min(min_len, drafts),
+            max_len=drafts if max_len is None else min(max_len, drafts),
+            least=max(1, math.floor(survival_floor * UNIT)),
+            bypass=0 if bypass is None else _BYPASS_UNIT + math.ceil(bypass * _BYPASS_UNIT),
         )
+        _schedule_prefixes(*library.flat(arguments))
     return out
 
 
@@ -166,55 +165,63 @@ def _sort(device, candidates, rows) -> int:
     return min(candidates, schedule_launch.pick(arch.current(device), candidates, rows).sort)
 
 
-@declare("schedule_prefixes")
+def _scratch(take, candidates: int) -> ScheduleScratch:
+    return ScheduleScratch(*(take(candidates, torch.int32) for _ in ScheduleScratch._fields))
+
+
+@workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    """Nothing is counted; the values of older and of these drafts and those in order, where they are not sorted at once."""
-    return 0, words_of(3 * min(_candidates(requests, drafts), MAX_CANDIDATES), torch.int32)
+    """Nothing is counted; values are kept where they are not sorted at once."""
+    return 0, workspaces.measured(_scratch, min(_candidates(requests, drafts), MAX_CANDIDATES))
 
 
-@library.register(
-    "schedule_prefixes(Tensor drafts, Tensor confidence, Tensor? stale_confidence, Tensor? seconds, Tensor? draft_seconds, "
-    "Tensor? budget, Tensor? max_lens, Tensor anchors, Tensor anchor_positions, Tensor? num_prefill_tokens, Tensor? emits, "
-    "Tensor? block_tables, Tensor? state_indices, " + OUTPUTS + ", Tensor(k!)? scratch, int page_size, int min_len, int max_len, "
-    "int least, int bypass) -> ()"
-)
-def _schedule_prefixes(
-    drafts, confidence, stale_confidence, seconds, draft_seconds, budget, max_lens, anchors, anchor_positions,
-    num_prefill_tokens, emits, block_tables, state_indices, draft_lens, query_start_loc, cu_num_logits, token_ids, positions,
-    batch_indices, slot_mapping, logits_indices, num_rows, flags, scratch, page_size, min_len, max_len, least, bypass,
-):  # fmt: skip
-    device = drafts.device
+class Arguments(NamedTuple):
+    """The op as torch.library knows it."""
+
+    drafts: Tensor
+    confidence: Tensor
+    stale_confidence: Tensor | None
+    seconds: Tensor | None
+    draft_seconds: Tensor | None
+    budget: Tensor | None
+    max_lens: Tensor | None
+    requests: Requests
+    packed: Packed
+    scratch: Out[Tensor | None]
+    page_size: int
+    min_len: int
+    max_len: int
+    least: int
+    bypass: int
+
+
+@library.register(OP, Arguments)
+def _schedule_prefixes(a: Arguments):
+    device, given, packed = a.drafts.device, a.requests, a.packed
     kernels = library.kernels("layout.schedule", device)
-    requests, rows, (slots, width) = draft_lens.shape[0], token_ids.shape[0], drafts.shape
+    requests, rows, (slots, width) = packed.draft_lens.shape[0], packed.token_ids.shape[0], a.drafts.shape
     candidates = _candidates(requests, width)
     config = schedule_launch.pick(arch.current(device), candidates, rows)
     block, sort = min(config.block, padded(rows)), min(config.sort, candidates)
-    max_pages, stride_pages = pages(block_tables)
-    parts = (None, None, None) if scratch is None else scratch[: 3 * candidates].split(candidates)
+    max_pages, stride_pages = pages(given.block_tables)
+    scratch = ScheduleScratch(None, None, None)
+    if a.scratch is not None:
+        scratch = _scratch(workspaces.Carver(a.scratch).take, candidates)
     kernels.launch_schedule_prefixes(
         -(-rows // block),
         (
             ScheduleInputs(
-                drafts_ptr=drafts, confidence_ptr=confidence, stale_ptr=stale_confidence, seconds_ptr=seconds,
-                draft_seconds_ptr=draft_seconds, budget_ptr=budget, max_lens_ptr=max_lens,
+                drafts_ptr=a.drafts, confidence_ptr=a.confidence, stale_ptr=a.stale_confidence, seconds_ptr=a.seconds,
+                draft_seconds_ptr=a.draft_seconds, budget_ptr=a.budget, max_lens_ptr=a.max_lens,
             ),
-            LayoutInputs(
-                anchors_ptr=anchors, positions_ptr=anchor_positions, prefill_ptr=num_prefill_tokens, emits_ptr=emits,
-                block_tables_ptr=block_tables, slots_ptr=state_indices,
-            ),
-            LayoutOutputs(
-                draft_lens_ptr=draft_lens, query_start_ptr=query_start_loc, cu_logits_ptr=cu_num_logits, token_ids_ptr=token_ids,
-                positions_ptr=positions, batch_indices_ptr=batch_indices, slot_mapping_ptr=slot_mapping,
-                logits_indices_ptr=logits_indices, num_rows_ptr=num_rows, flags_ptr=flags,
-            ),
-            ScheduleScratch(*parts),
-            requests, slots, rows, width, max_pages, page_size,
-            0 if seconds is None else seconds.shape[0] - 1, 0 if draft_seconds is None else draft_seconds.shape[0] - 1,
-            min_len, max_len, least, bypass, candidates // sort,
+            given.inputs(), packed.outputs(), scratch,
+            requests, slots, rows, width, max_pages, a.page_size,
+            0 if a.seconds is None else a.seconds.shape[0] - 1, 0 if a.draft_seconds is None else a.draft_seconds.shape[0] - 1,
+            a.min_len, a.max_len, a.least, a.bypass, candidates // sort,
             ScheduleStrides(
-                drafts=drafts.stride(0), confidence=confidence.stride(0),
-                stale=0 if stale_confidence is None else stale_confidence.stride(0), anchors=anchors.stride(0),
-                positions=anchor_positions.stride(0), block_tables=stride_pages,
+                drafts=a.drafts.stride(0), confidence=a.confidence.stride(0),
+                stale=0 if a.stale_confidence is None else a.stale_confidence.stride(0), anchors=given.anchors.stride(0),
+                positions=given.anchor_positions.stride(0), block_tables=stride_pages,
             ),
         ),
         log_requests=(requests - 1).bit_length(),
