@@ -6,14 +6,16 @@ Source: Flash-Decoding (Dao et al. 2023).
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
-from ...kernels.attention.args import PlanInputs, WorkTable
+from ...kernels.attention.args import AttentionScratch, PlanInputs, WorkTable
 from ...launch import arch, attention as attention_launch
+from ...library import Out
 from ...types import AttentionPlan, PagedKV, VerifyLayout
 from ...workspace import Workspace
 
@@ -52,11 +54,19 @@ def _sizes(
     return _Sizes(config, max(1, items), 0 if parts == 1 else partial_rows)
 
 
-def words_needed(max_items, partial_rows, kv_heads, head_dim) -> tuple[int, int]:
-    """int64 words of counters and scratch of a launch."""
-    words, head = workspaces.words_of, attention_launch.head_tile(head_dim)
-    scratch = words(partial_rows * kv_heads * head, torch.float32) + words(2 * partial_rows * kv_heads, torch.float32)
-    return words(max_items * kv_heads, torch.int32), scratch
+def counters_of(take, max_items: int, kv_heads: int) -> Tensor:
+    return take(max_items * kv_heads, torch.int32)
+
+
+def scratch_of(take, partial_rows: int, kv_heads: int, head_dim: int) -> AttentionScratch:
+    """Partial results of `tree_attention`, without its counters."""
+    partial = take(partial_rows * kv_heads * attention_launch.head_tile(head_dim), torch.float32)
+    return AttentionScratch(None, partial, take(2 * partial_rows * kv_heads, torch.float32))
+
+
+def words_needed(max_items: int, partial_rows: int, kv_heads: int, head_dim: int) -> tuple[int, int]:
+    """int64 words of counters and scratch of a launch of `tree_attention`."""
+    return workspaces.measured(counters_of, max_items, kv_heads), workspaces.measured(scratch_of, partial_rows, kv_heads, head_dim)
 
 
 @workspaces.declare_heads(OP)
@@ -119,11 +129,26 @@ def plan_attention(
     if requests == 0 or rows == 0:
         plan.counts.zero_()
         return plan
-    _plan_attention(
-        layout.query_start_loc, kv.context_lens, state_indices, plan.items, plan.counts, rows,
-        kv.block_tables.shape[1] * kv.k_cache.shape[1], query_heads // plan.kv_heads, plan.kv_heads, plan.block_m, plan.block_n,
-        plan.programs, config.min_blocks, config.finer, config.invariant_parts if batch_invariant else 0, plan.partial_rows, window,
-    )  # fmt: skip
+    arguments = Arguments(
+        query_start_loc=layout.query_start_loc,
+        context_lens=kv.context_lens,
+        state_indices=state_indices,
+        items=plan.items,
+        counts=plan.counts,
+        rows=rows,
+        max_keys=plan.max_keys,
+        group=query_heads // plan.kv_heads,
+        kv_heads=plan.kv_heads,
+        block_m=plan.block_m,
+        block_n=plan.block_n,
+        programs=plan.programs,
+        min_blocks=config.min_blocks,
+        finer=config.finer,
+        invariant_parts=config.invariant_parts if batch_invariant else 0,
+        partial_rows=plan.partial_rows,
+        window=window,
+    )
+    _plan_attention(*library.flat(arguments))
     return plan
 
 
@@ -217,37 +242,52 @@ def check_slots(state_indices, requests, kv, device):
         )
 
 
-@library.register(
-    "plan_attention(Tensor query_start_loc, Tensor context_lens, Tensor? state_indices, Tensor(a!) items, Tensor(b!) counts, "
-    "int rows, int max_keys, int group, int kv_heads, int block_m, int block_n, int programs, int min_blocks, int finer, "
-    "int invariant_parts, int partial_rows, int? window) -> ()"
-)
-def _plan_attention(
-    query_start_loc, context_lens, state_indices, items, counts, rows, max_keys, group, kv_heads, block_m, block_n, programs,
-    min_blocks, finer, invariant_parts, partial_rows, window,
-):  # fmt: skip
-    device = items.device
+class Arguments(NamedTuple):
+    """`plan_attention` as torch.library knows it."""
+
+    query_start_loc: Tensor
+    context_lens: Tensor
+    state_indices: Tensor | None
+    items: Out[Tensor]
+    counts: Out[Tensor]
+    rows: int
+    max_keys: int
+    group: int
+    kv_heads: int
+    block_m: int
+    block_n: int
+    programs: int
+    min_blocks: int
+    finer: int
+    invariant_parts: int
+    partial_rows: int
+    window: int | None
+
+
+@library.register("plan_attention", Arguments)
+def _plan_attention(a: Arguments):
+    device = a.items.device
     kernels = library.kernels("attention.plan", device)
-    requests, max_items = query_start_loc.shape[0] - 1, items.shape[0]
+    requests, max_items = a.query_start_loc.shape[0] - 1, a.items.shape[0]
     log_requests = (requests - 1).bit_length()
     config = attention_launch.pick_plan(arch.current(device), requests)
     block = min(config.block, 1 << (max_items - 1).bit_length())
     kernels.launch_plan_attention(
         -(-max_items // block),
         (
-            PlanInputs(query_start_ptr=query_start_loc, context_lens_ptr=context_lens, slots_ptr=state_indices),
-            WorkTable(items_ptr=items, counts_ptr=counts),
-            requests, context_lens.shape[0], rows, max_items, max_keys, partial_rows, window,
+            PlanInputs(query_start_ptr=a.query_start_loc, context_lens_ptr=a.context_lens, slots_ptr=a.state_indices),
+            WorkTable(items_ptr=a.items, counts_ptr=a.counts),
+            requests, a.context_lens.shape[0], a.rows, max_items, a.max_keys, a.partial_rows, a.window,
         ),
         constants=dict(
-            GROUP=group,
-            KV_HEADS=kv_heads,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            PROGRAMS=programs,
-            MIN_BLOCKS=min_blocks,
-            FINER=finer,
-            INVARIANT_PARTS=invariant_parts,
+            GROUP=a.group,
+            KV_HEADS=a.kv_heads,
+            BLOCK_M=a.block_m,
+            BLOCK_N=a.block_n,
+            PROGRAMS=a.programs,
+            MIN_BLOCKS=a.min_blocks,
+            FINER=a.finer,
+            INVARIANT_PARTS=a.invariant_parts,
             REQUESTS=1 << log_requests,
             LOG_REQUESTS=log_requests,
             BLOCK=block,

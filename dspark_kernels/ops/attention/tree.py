@@ -9,6 +9,7 @@ arXiv 2211.17192 (chains), arXiv 2305.09781 (tree masks), Flash-Decoding (Dao et
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +19,16 @@ from ...checks import LOGIT_DTYPES, check_choice, check_optional, check_tensor, 
 from ...kernels.attention.args import (
     AttentionInputs,
     AttentionResults,
-    AttentionScratch,
     CacheStrides,
     NewStrides,
     RowStrides,
     WorkTable,
 )
 from ...launch import arch, attention as attention_launch
+from ...library import Out
 from ...types import AttentionPlan, DraftTree, PagedKV, VerifyLayout
 from ...workspace import Workspace
-from .plan import check_slots, check_window, places, plan_attention, words_needed
+from .plan import check_slots, check_window, counters_of, places, plan_attention, scratch_of, words_needed
 
 MASKS = ("chain", "full", "tree")
 MAX_NODES = 64  # bits of an ancestor word
@@ -142,33 +143,34 @@ def tree_attention(
         f"{head_dim}: Workspace(..., query_heads={query_heads}, kv_heads={kv_heads}, head_dim={head_dim}, max_rows={rows}, "
         f"batch_invariant={bool(batch_invariant)})",
     )  # fmt: skip
-    _tree_attention(
-        q,
-        kv.k_cache,
-        kv.v_cache,
-        kv.k_scale,
-        kv.v_scale,
-        kv.block_tables,
-        None if k_new is not None else layout.slot_mapping,
-        k_new,
-        v_new,
-        words,
-        sinks,
-        plan.items,
-        plan.counts,
-        result,
-        lse,
-        counters,
-        scratch,
-        1.0 / math.sqrt(head_dim) if scale is None else float(scale),
-        None if softcap is None else float(softcap),
-        window,
-        mask == "full",
-        plan.block_m,
-        plan.block_n,
-        plan.programs,
-        plan.partial_rows,
+    arguments = Arguments(
+        q=q,
+        k_cache=kv.k_cache,
+        v_cache=kv.v_cache,
+        k_scale=kv.k_scale,
+        v_scale=kv.v_scale,
+        block_tables=kv.block_tables,
+        slot_mapping=None if k_new is not None else layout.slot_mapping,
+        k_new=k_new,
+        v_new=v_new,
+        ancestors=words,
+        sinks=sinks,
+        items=plan.items,
+        counts=plan.counts,
+        out=result,
+        lse=lse,
+        counters=counters,
+        scratch=scratch,
+        scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        softcap=None if softcap is None else float(softcap),
+        window=window,
+        full=mask == "full",
+        block_m=plan.block_m,
+        block_n=plan.block_n,
+        programs=plan.programs,
+        partial_rows=plan.partial_rows,
     )
+    _tree_attention(*library.flat(arguments))
     return (result, lse) if return_lse else result
 
 
@@ -254,31 +256,51 @@ def _validate(layout, kv, words, state_indices, from_cache):
                 raise ValueError(f"ancestors: expected word {node} of request {request} {what}, got {word:#x}")
 
 
-@library.register(
-    "tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor block_tables, "
-    "Tensor? slot_mapping, Tensor? k_new, Tensor? v_new, Tensor? ancestors, Tensor? sinks, Tensor items, Tensor counts, "
-    "Tensor(a!) out, Tensor(b!)? lse, Tensor(c!) counters, Tensor(d!) scratch, float scale, float? softcap, int? window, "
-    "bool full, int block_m, int block_n, int programs, int partial_rows) -> ()"
-)
-def _tree_attention(
-    q, k_cache, v_cache, k_scale, v_scale, block_tables, slot_mapping, k_new, v_new, ancestors, sinks, items, counts, out, lse,
-    counters, scratch, scale, softcap, window, full, block_m, block_n, programs, partial_rows,
-):  # fmt: skip
-    device = q.device
+class Arguments(NamedTuple):
+    """`tree_attention` as torch.library knows it."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    block_tables: Tensor
+    slot_mapping: Tensor | None
+    k_new: Tensor | None
+    v_new: Tensor | None
+    ancestors: Tensor | None
+    sinks: Tensor | None
+    items: Tensor
+    counts: Tensor
+    out: Out[Tensor]
+    lse: Out[Tensor | None]
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+    scale: float
+    softcap: float | None
+    window: int | None
+    full: bool
+    block_m: int
+    block_n: int
+    programs: int
+    partial_rows: int
+
+
+@library.register("tree_attention", Arguments)
+def _tree_attention(a: Arguments):
+    device = a.q.device
     kernels = library.kernels("attention.tree", device)
-    rows, query_heads, head_dim = q.shape
-    pages, page_size, kv_heads, _ = k_cache.shape
-    group, head, max_items = query_heads // kv_heads, attention_launch.head_tile(head_dim), items.shape[0]
-    config = attention_launch.pick(arch.current(device), block_m, head_dim, q.element_size(), k_cache.element_size(), kv_heads)
+    rows, query_heads, head_dim = a.q.shape
+    pages, page_size, kv_heads, _ = a.k_cache.shape
+    max_items, k_cache, v_cache = a.items.shape[0], a.k_cache, a.v_cache
+    config = attention_launch.pick(arch.current(device), a.block_m, head_dim, a.q.element_size(), k_cache.element_size(), kv_heads)
     widening = "as_stored"
     if k_cache.dtype == torch.float8_e4m3fn:
         # As bytes: not every GPU's compiler takes pointers to e4m3.
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    arrivals = workspaces.Carver(counters, workspaces.RESERVED).take(max_items * kv_heads, torch.int32)
-    carver = workspaces.Carver(scratch)
-    partial = carver.take(partial_rows * kv_heads * head, torch.float32)
-    norms = carver.take(2 * partial_rows * kv_heads, torch.float32)
+    arrivals = counters_of(workspaces.Carver(a.counters, workspaces.RESERVED).take, max_items, kv_heads)
+    scratch = scratch_of(workspaces.Carver(a.scratch).take, a.partial_rows, kv_heads, head_dim)
 
     def stride(tensor, dim):
         return 0 if tensor is None else tensor.stride(dim)
@@ -286,40 +308,41 @@ def _tree_attention(
     def per_head(scale):
         return 0 if scale is None or scale.shape[0] == 1 else scale.stride(0)
 
-    by_slot = ancestors is not None and ancestors.dim() == 2
+    by_slot = a.ancestors is not None and a.ancestors.dim() == 2
     kernels.launch_tree_attention(
-        min(programs, max_items * kv_heads),
+        min(a.programs, max_items * kv_heads),
         (
             AttentionInputs(
-                q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, k_scale_ptr=k_scale, v_scale_ptr=v_scale, block_tables_ptr=block_tables,
-                slot_mapping_ptr=slot_mapping, k_new_ptr=k_new, v_new_ptr=v_new, ancestors_ptr=ancestors, sinks_ptr=sinks,
+                q_ptr=a.q, k_ptr=k_cache, v_ptr=v_cache, k_scale_ptr=a.k_scale, v_scale_ptr=a.v_scale,
+                block_tables_ptr=a.block_tables, slot_mapping_ptr=a.slot_mapping, k_new_ptr=a.k_new, v_new_ptr=a.v_new,
+                ancestors_ptr=a.ancestors, sinks_ptr=a.sinks,
             ),
-            WorkTable(items_ptr=items, counts_ptr=counts), AttentionResults(out_ptr=out, lse_ptr=lse),
-            AttentionScratch(arrivals_ptr=arrivals, partial_ptr=partial, norms_ptr=norms),
-            rows, pages, max_items, scale, softcap, window, ancestors.shape[1] if by_slot else MAX_NODES,
+            WorkTable(items_ptr=a.items, counts_ptr=a.counts), AttentionResults(out_ptr=a.out, lse_ptr=a.lse),
+            scratch._replace(arrivals_ptr=arrivals),
+            rows, pages, max_items, a.scale, a.softcap, a.window, a.ancestors.shape[1] if by_slot else MAX_NODES,
             CacheStrides(
-                q_row=q.stride(0), q_head=q.stride(1), k_page=k_cache.stride(0), k_slot=k_cache.stride(1),
+                q_row=a.q.stride(0), q_head=a.q.stride(1), k_page=k_cache.stride(0), k_slot=k_cache.stride(1),
                 k_head=k_cache.stride(2), v_page=v_cache.stride(0), v_slot=v_cache.stride(1), v_head=v_cache.stride(2),
-                k_scale=per_head(k_scale), v_scale=per_head(v_scale),
+                k_scale=per_head(a.k_scale), v_scale=per_head(a.v_scale),
             ),
-            block_tables.stride(0),
-            NewStrides(k_row=stride(k_new, 0), k_head=stride(k_new, 1), v_row=stride(v_new, 0), v_head=stride(v_new, 1)),
-            ancestors.stride(0) if by_slot else 0,
+            a.block_tables.stride(0),
+            NewStrides(k_row=stride(a.k_new, 0), k_head=stride(a.k_new, 1), v_row=stride(a.v_new, 0), v_head=stride(a.v_new, 1)),
+            a.ancestors.stride(0) if by_slot else 0,
             RowStrides(
-                ancestors_row=0 if by_slot else stride(ancestors, 0), ancestors_index=stride(ancestors, -1),
-                out_row=out.stride(0), out_head=out.stride(1), lse_row=stride(lse, 0), lse_head=stride(lse, 1),
+                ancestors_row=0 if by_slot else stride(a.ancestors, 0), ancestors_index=stride(a.ancestors, -1),
+                out_row=a.out.stride(0), out_head=a.out.stride(1), lse_row=stride(a.lse, 0), lse_head=stride(a.lse, 1),
             ),
         ),
         widening=widening,
         constants=dict(
-            FULL=full,
+            FULL=a.full,
             KV_HEADS=kv_heads,
-            GROUP=group,
+            GROUP=query_heads // kv_heads,
             D=head_dim,
-            HEAD=head,
+            HEAD=attention_launch.head_tile(head_dim),
             PAGE_SIZE=page_size,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
+            BLOCK_M=a.block_m,
+            BLOCK_N=a.block_n,
         ),
         config=config,
     )  # fmt: skip
