@@ -95,11 +95,18 @@ class Workspace:
         return 8 * (self.counters.numel() + self.scratch.numel())
 
 
+def latents_of(
+    take, products: int, latents: int, states: int, rank: int, parts: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a head with latents keeps beside the rest: so many rows of hoisted products of `parts` ranks (1 for a gated head, 3 for
+    an rnn), of latents, and of an rnn's states."""
+    hoisted, latent = take(products * parts * rank, torch.float32), take(latents * rank, dtype)
+    return hoisted, latent, take(states * rank, torch.float32) if parts == 3 else None
+
+
 def latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> int:
-    """int64 words of scratch that a head with latents needs beside the rest: `parts` hoisted products per position (1 for a gated
-    head, 3 for an rnn), a latent, and the two states of an rnn."""
-    hoisted, latents = words_of(requests * drafts * parts * rank, torch.float32), words_of(requests * rank, torch.float32)
-    return hoisted + latents + (words_of(2 * requests * rank, torch.float32) if parts == 3 else 0)
+    """int64 words of `latents_of` for a block: products per position, a latent and two states per request."""
+    return measured(latents_of, requests * drafts, requests, 2 * requests, rank, parts)
 
 
 def padded_nodes(drafts: int) -> int:
@@ -108,17 +115,28 @@ def padded_nodes(drafts: int) -> int:
 
 
 def node_latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> int:
-    """`latent_words` where every node of a tree has a latent and a state of its own."""
-    rows = requests * padded_nodes(drafts) * rank
-    hoisted, latents = words_of(requests * drafts * parts * rank, torch.float32), words_of(rows, torch.float32)
-    return hoisted + latents + (words_of(2 * rows, torch.float32) if parts == 3 else 0)
+    """`latent_words` where every node of a tree has a latent and two states of its own."""
+    nodes = requests * padded_nodes(drafts)
+    return measured(latents_of, requests * drafts, nodes, 2 * nodes, rank, parts)
 
 
-def lend(op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device) -> tuple[Tensor, Tensor]:
-    """(counters, scratch) for one launch: the caller's, checked to be large enough, or fresh ones."""
+def lend(
+    op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device, *, rank: int = 0, latents: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(counters, scratch) for one launch: the caller's, checked to be large enough, or fresh ones.
+
+    latents: int64 words that a head with latents of `rank` needs beside the op's own scratch.
+    """
     counters, scratch = _NEEDS[op](requests, drafts, vocab)
-    message = f"expected room for {requests} requests x {drafts} drafts over {vocab} ids, got one made for {{made_for}}"
-    return lend_words(workspace, counters, scratch, device, message)
+    return lend_words(workspace, counters, scratch + latents, device, room_for(requests, drafts, vocab, rank))
+
+
+def room_for(requests: int, drafts: int, vocab: int, rank: int = 0) -> str:
+    """What to make a workspace for, a message for `lend_words`. rank: of a head with latents, 0 = none."""
+    wanted, made_for = f"{requests} requests x {drafts} drafts over {vocab} ids", "{made_for}"
+    if rank:
+        wanted, made_for = f"{wanted} and markov_rank={rank}", "{made_for} and markov_rank={markov_rank}"
+    return f"expected room for {wanted}, got one made for {made_for}"
 
 
 def lend_words(workspace: Workspace | None, counters: int, scratch: int, device, message: str) -> tuple[Tensor, Tensor]:
@@ -134,7 +152,7 @@ def lend_words(workspace: Workspace | None, counters: int, scratch: int, device,
         raise ValueError(f"workspace: expected one on {device}, got one on {workspace.counters.device}")
     if workspace.counters.numel() < counters or workspace.scratch.numel() < scratch:
         made_for = f"{workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size}"
-        raise ValueError(f"workspace: {message.format(made_for=made_for)}")
+        raise ValueError(f"workspace: {message.format(made_for=made_for, markov_rank=workspace.markov_rank)}")
     return workspace.counters, workspace.scratch
 
 

@@ -68,7 +68,7 @@ def draft(case, shards, width, workspace=None, lse=True, poison=False):
                 call |= dict(head_state=before)
                 again, _ = dk.draft_block_partial(base, case.anchors, head, block=blocks[i], out=poisoned(part), **call)
                 shard = check_shard(width, own["vocab_start"], shards, own["vocab_size"])
-                part = rewritten(again, part, draft_shards._fields(base.shape[0], shard, lse and case.sampling is not None))
+                part = rewritten(again, part, draft_shards.fields_of(base.shape[0], shard, lse and case.sampling is not None))
             parts.append(part)
         gathered = torch.stack(parts)
         for block, (_, head, own) in zip(blocks, ranks, strict=True):

@@ -15,34 +15,64 @@ whole W2 (78 MB at 151936 ids) is worth its memory from a few requests on; the r
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_int, check_tensor, check_type
-from ...kernels.draft.args import BaseLogits, CandidateList, CandidateWidths, GatheredLists, Selection, ShardWeights
+from ...kernels.draft.args import CandidateList, CandidateWidths, GatheredLists, Selection, ShardWeights
 from ...launch import arch
 from ...launch.draft import candidates as launch
-from ...types import DraftBlock, MarkovHead, SparseProposal
-from ..sampling import SCHEMA, Flat, adjust_settings, flatten
+from ...library import Out
+from ...types import DraftBlock, MarkovHead
+from ..sampling import Flat, adjust_settings, flatten
 from ..shards import Fields
 from . import candidates as whole
+from .args import (
+    ConfidenceWeights,
+    LatentHead,
+    SparseResults,
+    base_record,
+    confidence_weights,
+    has_latents,
+    latent_room,
+    sparse_results,
+    weights_name,
+    weights_of,
+)
 from .outputs import allocate, check_out
 
 PARTIAL, FINISH = "draft_block_partial candidates", "draft_block_finish candidates"
 MOST_ENTRIES = 2**14  # of the lists of all ranks: what one program selects from
 
 
+def _part_counters(take, positions: int) -> tuple[Tensor, Tensor]:
+    """Arrivals at a row, and what it showed."""
+    return take(positions, torch.int32), take(positions, torch.int32)
+
+
 @workspaces.declare(PARTIAL)
 def _part_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    rows = requests * drafts
-    return 2 * workspaces.words_of(rows, torch.int32), whole._needs(requests, drafts, vocab)[1]
+    most = (requests * drafts, vocab, whole.LEAST_GROUP, launch.MAX_CANDIDATES)
+    return workspaces.measured(_part_counters, requests * drafts), workspaces.measured(whole.selection_of, *most)
+
+
+def _finish_counters(take, requests: int) -> Tensor:
+    return take(requests, torch.int32)
+
+
+def _finish_scratch(take, positions: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best ids of all ranks, where they lie, and the confidence head's products with hidden states."""
+    ids, places = take(positions * candidates, torch.int32), take(positions * candidates, torch.int32)
+    return ids, places, take(positions, torch.float32)
 
 
 @workspaces.declare(FINISH)
 def _finish_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    rows = requests * drafts
-    lists = 2 * workspaces.words_of(rows * launch.MAX_CANDIDATES, torch.int32)
-    return workspaces.words_of(requests, torch.int32), lists + workspaces.words_of(rows, torch.float32)
+    scratch = workspaces.measured(_finish_scratch, requests * drafts, launch.MAX_CANDIDATES)
+    return workspaces.measured(_finish_counters, requests), scratch
 
 
 NAMES = ("ids", "keys", "logits", "targets", "rows", "scales", "status")  # of the fields of a part
@@ -95,7 +125,7 @@ def check_candidates(head, candidates, shard, device) -> int:
 
 def partial(base_logits, slots, head, *, shard, block, sampling, confidence, candidates, draft_to_target, targets, first_draft,
             state_indices, keep_logits, out, workspace):  # fmt: skip
-    """ops.draft_shards.draft_block_partial where `candidates` is given, its other arguments checked."""
+    """ops.draft.shards.draft_block_partial where `candidates` is given, its other arguments checked."""
     device, (rows, drafts, width) = base_logits.device, base_logits.shape
     check_candidates(head, candidates, shard, device)
     common = (base_logits, slots, rows, sampling, confidence)
@@ -109,177 +139,165 @@ def partial(base_logits, slots, head, *, shard, block, sampling, confidence, can
         return part, block
     travels = head is not None and head.w2.shape[0] == width
     counters, scratch = workspaces.lend(PARTIAL, workspace, rows, drafts, width, device)
-    _draft_candidates_partial(
-        base_logits,
-        head.w2 if travels else None,
-        head.w2_scale if travels else None,
-        *flatten(sampling),
-        draft_to_target,
-        state_indices,
-        part,
-        counters,
-        scratch,
-        slots,
-        shard.start,
-        shard.held,
-        candidates,
-        targets,
+    arguments = PartialArguments(
+        base_logits=base_logits,
+        w2=head.w2 if travels else None,
+        w2_scale=head.w2_scale if travels else None,
+        sampling=flatten(sampling),
+        draft_to_target=draft_to_target,
+        state_indices=state_indices,
+        part=part,
+        counters=counters,
+        scratch=scratch,
+        slots=slots,
+        vocab_start=shard.start,
+        held=shard.held,
+        candidates=candidates,
+        targets=targets,
     )
+    _draft_candidates_partial(*library.flat(arguments))
     return part, block
 
 
 def finish(
-    gathered, block, base_logits, anchors, head, mixing, *, anchor_positions, shard, sampling, hidden, confidence, candidates,
+    gathered, block, base_logits, anchors, head, *, anchor_positions, shard, sampling, hidden, confidence, candidates,
     draft_to_target, targets, first_draft, head_state, noise, state_indices, workspace,
 ) -> DraftBlock:  # fmt: skip
-    """ops.draft_shards.draft_block_finish where `candidates` is given, its other arguments checked. mixing: weight and bias of a
-    gated or rnn head, or two None."""
+    """ops.draft.shards.draft_block_finish where `candidates` is given, its other arguments checked."""
     device, (rows, drafts, _) = base_logits.device, base_logits.shape
     slots = anchors.shape[0]
     column = check_out(block, base_logits, slots, rows, sampling, confidence, first_draft, candidates=candidates)
     part_fields(base_logits, head, candidates, draft_to_target).check_gathered("gathered", gathered, shard, device)
     if rows == 0:
         return block
-    sparse = block.proposal if isinstance(block.proposal, SparseProposal) else None
-    counters, scratch = _lend(workspace, rows, drafts, shard.vocab, head, mixing[0], device)
-    _draft_candidates_finish(
-        gathered,
-        base_logits,
-        anchors,
-        anchor_positions,
-        None if head is None else head.w1,
-        None if head is None else head.w2,
-        None if head is None else head.w2_scale,
-        *mixing,
-        hidden if confidence is not None or mixing[0] is not None else None,
-        None if confidence is None else confidence.weight,
-        None if confidence is None else confidence.bias,
-        None if confidence is None else confidence.sts_temperatures,
-        *flatten(sampling),
-        state_indices,
-        block.tokens,
-        block.confidence,
-        block.confidence_logits,
-        None if sparse is None else sparse.ids,
-        None if sparse is None else sparse.logits,
-        None if sparse is None else sparse.lse,
-        block.flags,
-        head_state,
-        counters,
-        scratch,
-        draft_to_target is not None,
-        shard.vocab,
-        candidates,
-        targets,
-        first_draft,
-        column,
-        noise == "coupled",
+    room = latent_room(head, rows, drafts)
+    counters, scratch = workspaces.lend(FINISH, workspace, rows, drafts, shard.vocab, device, **room)
+    arguments = FinishArguments(
+        gathered=gathered,
+        base_logits=base_logits,
+        anchors=anchors,
+        anchor_positions=anchor_positions,
+        head=LatentHead(*weights_of(head)),
+        hidden=hidden if confidence is not None or has_latents(head) else None,
+        confidence_head=confidence_weights(confidence),
+        sampling=flatten(sampling),
+        state_indices=state_indices,
+        results=sparse_results(block),
+        head_state=head_state,
+        counters=counters,
+        scratch=scratch,
+        mapped=draft_to_target is not None,
+        vocab_size=shard.vocab,
+        candidates=candidates,
+        targets=targets,
+        first_draft=first_draft,
+        column=column,
+        coupled=noise == "coupled",
     )
+    _draft_candidates_finish(*library.flat(arguments))
     return block
-
-
-def _lend(workspace, rows, drafts, vocab, head, weight, device):
-    if weight is None:
-        return workspaces.lend(FINISH, workspace, rows, drafts, vocab, device)
-    counters, scratch = _finish_needs(rows, drafts, vocab)
-    scratch += workspaces.latent_words(rows, drafts, head.rank, weight.shape[0] // head.rank)
-    message = f"expected room for {rows} requests x {drafts} drafts over {vocab} ids and markov_rank={head.rank}"
-    return workspaces.lend_words(workspace, counters, scratch, device, message)
 
 
 def _config(gpu, base_logits, candidates, w2, outputs, sampling, mapped):
     """As for the whole vocabulary: how many ranks a dot takes is part of what its sums are."""
-    weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
     settings = sampling.adjusts or sampling.filters is not None or mapped
     rank = 0 if w2 is None else w2.shape[1]
     _, drafts, width = base_logits.shape
-    return launch.pick(gpu, drafts, width, candidates, 0, rank, weights, outputs, settings)
+    return launch.pick(gpu, drafts, width, candidates, 0, rank, weights_name(w2), outputs, settings)
 
 
-@library.register(
-    "draft_candidates_partial(Tensor base_logits, Tensor? w2, Tensor? w2_scale, "
-    f"{SCHEMA}, Tensor? draft_to_target, Tensor? state_indices, Tensor(a!) part, Tensor(b!) counters, Tensor(c!) scratch, "
-    "int slots, int vocab_start, int held, int candidates, int targets) -> ()"
-)
-def _draft_candidates_partial(
-    base_logits, w2, w2_scale, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition,
-    presence, frequency, joint, draft_to_target, state_indices, part, counters, scratch, slots, vocab_start, held, candidates,
-    targets,
-):  # fmt: skip
-    device = base_logits.device
+class PartialArguments(NamedTuple):
+    """`draft_candidates_partial` as torch.library knows it. w2, w2_scale: of the rank, where their rows travel."""
+
+    base_logits: Tensor
+    w2: Tensor | None
+    w2_scale: Tensor | None
+    sampling: Flat
+    draft_to_target: Tensor | None
+    state_indices: Tensor | None
+    part: Out[Tensor]
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+    slots: int
+    vocab_start: int
+    held: int
+    candidates: int
+    targets: int
+
+
+@library.register("draft_candidates_partial", PartialArguments)
+def _draft_candidates_partial(a: PartialArguments):
+    device, sampling, w2 = a.base_logits.device, a.sampling, a.w2
     kernels = library.kernels("draft.candidate_shards", device)
-    rows, drafts, width = base_logits.shape
-    sampling = Flat(
-        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
-    )
-    adjust = adjust_settings(sampling) if sampling.adjusts else None
+    rows, drafts, width = a.base_logits.shape
+    adjust, mapped = adjust_settings(sampling) if sampling.adjusts else None, a.draft_to_target is not None
     gpu = arch.current(device)
-    config = _config(gpu, base_logits, candidates, w2, 0, sampling, draft_to_target is not None)
-    config = launch.list_config(gpu, config, sampling.adjusts, draft_to_target is not None)
+    config = _config(gpu, a.base_logits, a.candidates, w2, 0, sampling, mapped)
+    config = launch.list_config(gpu, config, sampling.adjusts, mapped)
     positions = rows * drafts
-    clean, carver = workspaces.Carver(counters, workspaces.RESERVED), workspaces.Carver(scratch)
-    row_count, seen = (clean.take(positions, torch.int32) for _ in range(2))
-    selection = Selection(
-        keys_ptr=carver.take(positions * whole._units(width, config.group), torch.int32),
-        units_ptr=carver.take(positions * candidates, torch.int32),
-        ids_ptr=carver.take(positions * candidates, torch.int32),
-        bounds_ptr=carver.take(2 * positions, torch.int32),
-    )
+    row_count, seen = _part_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, positions)
+    selection = whole.selection_of(workspaces.Carver(a.scratch).take, positions, width, config.group, a.candidates)
     weights = None
     if w2 is not None:
         stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
-        weights = ShardWeights(ptr=stored, stride=w2.stride(0), scale_ptr=w2_scale, rank=w2.shape[1])
-    fields = _fields(rows, drafts, candidates, base_logits.dtype, w2, w2_scale is not None, draft_to_target is not None)
-    own = {f"{name}_ptr": fields.view(part, name) for name in NAMES}
-    parts = launch.parts(gpu, positions, -(-max(1, held) // config.block))
+        weights = ShardWeights(ptr=stored, stride=w2.stride(0), scale_ptr=a.w2_scale, rank=w2.shape[1])
+    fields = _fields(rows, drafts, a.candidates, a.base_logits.dtype, w2, a.w2_scale is not None, mapped)
+    own = {f"{name}_ptr": fields.view(a.part, name) for name in NAMES}
+    parts = launch.parts(gpu, positions, -(-max(1, a.held) // config.block))
     kernels.launch_candidates_partial(
         positions * parts,
         (
-            BaseLogits(ptr=base_logits, stride_request=base_logits.stride(0), stride_position=base_logits.stride(1)),
-            state_indices, draft_to_target, adjust, weights, CandidateList(**own), selection, row_count, seen,
-            rows, slots, drafts, vocab_start, held, targets, candidates, parts,
+            base_record(a.base_logits), a.state_indices, a.draft_to_target, adjust, weights, CandidateList(**own), selection,
+            row_count, seen, rows, a.slots, drafts, a.vocab_start, a.held, a.targets, a.candidates, parts,
         ),
-        shift=whole.unused_bits(base_logits, adjust),
+        shift=whole.unused_bits(a.base_logits, adjust),
         config=config,
     )  # fmt: skip
 
 
-@library.register(
-    "draft_candidates_finish(Tensor gathered, Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, "
-    "Tensor? w2_scale, Tensor? latent_weight, Tensor? latent_bias, Tensor? hidden, Tensor? weight, Tensor? bias, "
-    f"Tensor? sts_temperatures, {SCHEMA}, Tensor? state_indices, Tensor(a!) tokens, "
-    "Tensor(b!)? confidence, Tensor(c!)? confidence_logits, Tensor(d!)? ids, Tensor(e!)? logits, Tensor(f!)? lse, "
-    "Tensor(g!) flags, Tensor(h!)? head_state, Tensor(i!) counters, Tensor(j!) scratch, bool mapped, int vocab_size, "
-    "int candidates, int targets, int first_draft, int column, bool coupled) -> ()"
-)
-def _draft_candidates_finish(
-    gathered, base_logits, anchors, anchor_positions, w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias,
-    sts_temperatures, temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence,
-    frequency, joint, state_indices, tokens, confidence, confidence_logits, ids, logits, lse, flags, head_state, counters, scratch,
-    mapped, vocab_size, candidates, targets, first_draft, column, coupled,
-):  # fmt: skip
-    device = base_logits.device
+class FinishArguments(NamedTuple):
+    """`draft_candidates_finish` as torch.library knows it."""
+
+    gathered: Tensor
+    base_logits: Tensor
+    anchors: Tensor
+    anchor_positions: Tensor
+    head: LatentHead
+    hidden: Tensor | None
+    confidence_head: ConfidenceWeights
+    sampling: Flat
+    state_indices: Tensor | None
+    results: SparseResults
+    head_state: Out[Tensor | None]
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+    mapped: bool
+    vocab_size: int
+    candidates: int
+    targets: int
+    first_draft: int
+    column: int
+    coupled: bool
+
+
+@library.register("draft_candidates_finish", FinishArguments)
+def _draft_candidates_finish(a: FinishArguments):
+    device, sampling, w2 = a.base_logits.device, a.sampling, a.head.w2
     kernels = library.kernels("draft.candidate_shards", device)
-    rows, drafts, width = base_logits.shape
-    sampling = Flat(
-        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
-    )
+    rows, drafts, width = a.base_logits.shape
     adjust, filters = adjust_settings(sampling) if sampling.adjusts else None, sampling.filters
-    outputs = 0 if latent_weight is None else latent_weight.shape[0]
-    gpu = arch.current(device)
-    config = launch.merge_config(gpu, _config(gpu, base_logits, candidates, w2, outputs, sampling, mapped))
+    gpu, outputs = arch.current(device), a.head.outputs
+    config = launch.merge_config(gpu, _config(gpu, a.base_logits, a.candidates, w2, outputs, sampling, a.mapped))
     travels = w2 is not None and w2.shape[0] == width
-    fields = _fields(rows, drafts, candidates, base_logits.dtype, w2 if travels else None, travels and w2_scale is not None, mapped)
-    parts = {name: fields.view(gathered, name) for name in NAMES}
+    scaled = travels and a.head.w2_scale is not None
+    fields = _fields(rows, drafts, a.candidates, a.base_logits.dtype, w2 if travels else None, scaled, a.mapped)
+    parts = {name: fields.view(a.gathered, name) for name in NAMES}
     lists = GatheredLists(**{f"{name}_ptr": view for name, view in parts.items() if name != "scales"})
     positions = rows * drafts
-    request_count = workspaces.Carver(counters, workspaces.RESERVED).take(rows, torch.int32)
-    carver = workspaces.Carver(scratch)
-    best, places = (carver.take(positions * candidates, torch.int32) for _ in range(2))
-    walk = whole.walk_records(
-        w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias, sts_temperatures, confidence, confidence_logits,
-        head_state, rows, drafts, carver.take(positions, torch.float32), carver,
-    )  # fmt: skip
+    request_count = _finish_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
+    take = workspaces.Carver(a.scratch).take
+    best, places, scores = _finish_scratch(take, positions, a.candidates)
+    walk = whole.walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scores, take)
     head = walk.head
     if travels:
         head = head._replace(w2_ptr=parts["rows"], stride_w2=0, scale_ptr=parts["scales"])
@@ -287,18 +305,18 @@ def _draft_candidates_finish(
     kernels.launch_candidates_finish(
         latent_items + positions,
         (
-            lists, whole.request_state(anchors, anchor_positions, state_indices, temperature, seed),
-            adjust, filters, head, walk.latent, walk.hidden, walk.confidence,
-            whole.sparse_outputs(tokens, ids, logits, lse, flags),
+            lists, whole.request_state(a.anchors, a.anchor_positions, a.state_indices, sampling),
+            adjust, filters, head, walk.latent, walk.hidden, walk.confidence, a.results.outputs(),
             Selection(keys_ptr=None, units_ptr=None, ids_ptr=best, bounds_ptr=None), walk.scratch, places, request_count,
-            rows, anchors.shape[0], drafts, CandidateWidths(vocab=vocab_size, num_targets=targets, num_candidates=candidates),
-            first_draft, column, latent_items, gathered.shape[0], gathered.shape[1],
+            rows, a.anchors.shape[0], drafts,
+            CandidateWidths(vocab=a.vocab_size, num_targets=a.targets, num_candidates=a.candidates),
+            a.first_draft, a.column, latent_items, a.gathered.shape[0], a.gathered.shape[1],
         ),
         kind=walk.kind,
-        coupled=coupled,
-        with_markov=weight is not None and weight.shape[0] > hidden.shape[2],
-        joint=joint and filters is not None,
-        shift=whole.unused_bits(base_logits, adjust),
-        shards=launch.padded(gathered.shape[0]),
+        coupled=a.coupled,
+        with_markov=a.confidence_head.with_markov(a.hidden),
+        joint=sampling.joint and filters is not None,
+        shift=whole.unused_bits(a.base_logits, adjust),
+        shards=launch.padded(a.gathered.shape[0]),
         config=config,
     )  # fmt: skip

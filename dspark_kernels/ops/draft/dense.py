@@ -7,6 +7,7 @@ T_k). Oracle: reference/draft.py. Source: DSpark, arXiv 2607.05147, sections on 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_o
 from ...kernels.draft.args import (
     BlockInputs,
     BlockResults,
-    BlockSampling,
     BlockScratch,
+    BlockSampling,
     BlockStrides,
     BlockWidths,
     Confidence,
@@ -27,8 +28,20 @@ from ...kernels.draft.args import (
 )
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
+from ...library import Out
 from ...types import ConfidenceHead, DenseProposal, DraftBlock, GatedMarkovHead, MarkovHead, RnnMarkovHead, SamplingTensors
-from ..sampling import SCHEMA, Flat, adjust_settings, check_sampling, flatten
+from ..sampling import Flat, adjust_settings, check_sampling, flatten
+from .args import (
+    ConfidenceWeights,
+    MixedHead,
+    confidence_weights,
+    has_latents,
+    latent_room,
+    product_type,
+    stride_of,
+    type_name,
+    weights_of,
+)
 from .candidates import draft_candidates
 from .outputs import allocate, check_out
 
@@ -38,15 +51,32 @@ GROUP = 128  # ids per group of a filter, as in kernels/draft/filters.py
 LIST = 1024  # kept ids that a filter lists, as in kernels/primitives/filters.py
 
 
+def _counters(take, requests: int, drafts: int) -> tuple[Tensor, Tensor]:
+    """The winners' packed keys, and what rows showed. The barrier is the reserved words."""
+    return take(requests * drafts, torch.int64), take(requests, torch.int32)
+
+
+def _scratch(take, requests: int, drafts: int, vocab: int) -> tuple[Tensor, Tensor, Support]:
+    """Maxima and sums of sub-blocks, and what filters find out about a row, without their settings."""
+    rows, units, groups = requests * drafts, -(-vocab // UNIT), -(-vocab // GROUP)
+    unit_max, unit_sumexp = take(rows * units, torch.float32), take(rows * units, torch.int64)
+    support = Support(
+        None,
+        None,
+        None,
+        threshold_ptr=take(requests, torch.int64),
+        cut_ptr=take(requests, torch.int32),
+        maxima_ptr=take(requests * groups, torch.float32),
+        groups_ptr=take(requests * groups, torch.int32),
+        keys_ptr=take(requests * LIST, torch.int32),
+        ids_ptr=take(requests * LIST, torch.int32),
+    )
+    return unit_max, unit_sumexp, support
+
+
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    rows, units = requests * drafts, -(-vocab // UNIT)
-    counters = workspaces.words_of(rows, torch.int64) + workspaces.words_of(requests, torch.int32)
-    scratch = workspaces.words_of(rows * units, torch.float32) + workspaces.words_of(rows * units, torch.int64)
-    groups = -(-vocab // GROUP)
-    filters = [(1, torch.int64), (1, torch.int32), *[(groups, torch.float32)] * 2, *[(LIST, torch.int32)] * 2]
-    scratch += sum(workspaces.words_of(requests * size, dtype) for size, dtype in filters)
-    return counters, scratch
+    return workspaces.measured(_counters, requests, drafts), workspaces.measured(_scratch, requests, drafts, vocab)
 
 
 def draft_block(
@@ -123,7 +153,7 @@ def draft_block(
     _check_confidence(confidence, hidden_size, head, drafts, first_draft, device)
     if candidates is not None:
         return draft_candidates(
-            base_logits, anchors, head, _mixing(head), anchor_positions=anchor_positions, sampling=sampling, hidden=hidden,
+            base_logits, anchors, head, anchor_positions=anchor_positions, sampling=sampling, hidden=hidden,
             confidence=confidence, candidates=candidates, bigrams=bigrams, draft_to_target=draft_to_target, targets=targets,
             first_draft=first_draft, head_state=head_state, noise=noise, state_indices=state_indices, keep_logits=keep_logits,
             out=out, workspace=workspace,
@@ -140,62 +170,34 @@ def draft_block(
     if rows == 0:
         return out
     dense = out.proposal if isinstance(out.proposal, DenseProposal) else None
-    weight, bias = _mixing(head)
-    counters, scratch = _lend(workspace, rows, drafts, vocab, 0 if weight is None else head.rank, weight, device)
-    _draft_block(
-        base_logits,
-        anchors,
-        anchor_positions,
-        None if head is None else head.w1,
-        None if head is None else head.w2,
-        None if head is None else head.w2_scale,
-        weight,
-        bias,
-        hidden if confidence is not None or weight is not None else None,
-        None if confidence is None else confidence.weight,
-        None if confidence is None else confidence.bias,
-        None if confidence is None else confidence.sts_temperatures,
-        *flatten(sampling),
-        draft_to_target,
-        state_indices,
-        out.tokens,
-        out.confidence,
-        out.confidence_logits,
-        None if dense is None else dense.logits,
-        None if dense is None else dense.lse,
-        out.flags,
-        head_state,
-        counters,
-        scratch,
-        targets,
-        first_draft,
-        column,
-        noise == "coupled",
+    room = latent_room(head, rows, drafts)
+    counters, scratch = workspaces.lend(OP, workspace, rows, drafts, vocab, device, **room)
+    arguments = Arguments(
+        base_logits=base_logits,
+        anchors=anchors,
+        anchor_positions=anchor_positions,
+        head=MixedHead(*weights_of(head)),
+        hidden=hidden if confidence is not None or has_latents(head) else None,
+        confidence_head=confidence_weights(confidence),
+        sampling=flatten(sampling),
+        draft_to_target=draft_to_target,
+        state_indices=state_indices,
+        tokens=out.tokens,
+        confidence=out.confidence,
+        confidence_logits=out.confidence_logits,
+        logits=None if dense is None else dense.logits,
+        lse=None if dense is None else dense.lse,
+        flags=out.flags,
+        head_state=head_state,
+        counters=counters,
+        scratch=scratch,
+        targets=targets,
+        first_draft=first_draft,
+        column=column,
+        coupled=noise == "coupled",
     )
+    _draft_block(*library.flat(arguments))
     return out
-
-
-def _mixing(head) -> tuple[Tensor | None, Tensor | None]:
-    """Weight [P r, inputs] and bias [P r] from which a head makes its latents; None for vanilla and no head."""
-    if isinstance(head, GatedMarkovHead):
-        return head.gate_weight, head.gate_bias
-    if isinstance(head, RnnMarkovHead):
-        return head.joint_weight, head.joint_bias
-    return None, None
-
-
-def _lend(workspace, rows, drafts, vocab, rank, weight, device):
-    if rank == 0:
-        return workspaces.lend(OP, workspace, rows, drafts, vocab, device)
-    counters, scratch = _needs(rows, drafts, vocab)
-    scratch += workspaces.latent_words(rows, drafts, rank, weight.shape[0] // rank)
-    message = f"expected room for {rows} requests x {drafts} drafts over {vocab} ids and markov_rank={rank}"
-    if isinstance(workspace, workspaces.Workspace):
-        message += (
-            f", got one made for {workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size} and "
-            f"markov_rank={workspace.markov_rank}"
-        )
-    return workspaces.lend_words(workspace, counters, scratch, device, message)
 
 
 def _check_vocabulary(base_logits, head, vocab_size):
@@ -293,159 +295,150 @@ def _check_confidence(confidence, hidden_size, head, drafts, first_draft, device
         )
 
 
-@library.register(
-    "draft_block(Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, Tensor? w2_scale, "
-    "Tensor? mix_weight, Tensor? mix_bias, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? sts_temperatures, "
-    f"{SCHEMA}, Tensor? draft_to_target, Tensor? state_indices, Tensor(a!) tokens, "
-    "Tensor(b!)? confidence, Tensor(c!)? confidence_logits, Tensor(d!)? logits, Tensor(e!)? lse, Tensor(f!) flags, "
-    "Tensor(g!)? head_state, Tensor(h!) counters, Tensor(i!) scratch, int targets, int first_draft, int column, "
-    "bool coupled) -> ()"
-)
-def _draft_block(
-    base_logits, anchors, anchor_positions, w1, w2, w2_scale, mix_weight, mix_bias, hidden, weight, bias, sts_temperatures,
-    temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint,
-    draft_to_target, state_indices, tokens, confidence, confidence_logits, logits, lse, flags, head_state, counters, scratch,
-    targets, first_draft, column, coupled,
-):  # fmt: skip
-    device = base_logits.device
+class Arguments(NamedTuple):
+    """The op as torch.library knows it."""
+
+    base_logits: Tensor
+    anchors: Tensor
+    anchor_positions: Tensor
+    head: MixedHead
+    hidden: Tensor | None
+    confidence_head: ConfidenceWeights
+    sampling: Flat
+    draft_to_target: Tensor | None
+    state_indices: Tensor | None
+    tokens: Out[Tensor]
+    confidence: Out[Tensor | None]
+    confidence_logits: Out[Tensor | None]
+    logits: Out[Tensor | None]
+    lse: Out[Tensor | None]
+    flags: Out[Tensor]
+    head_state: Out[Tensor | None]
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+    targets: int
+    first_draft: int
+    column: int
+    coupled: bool
+
+
+@library.register("draft_block", Arguments)
+def _draft_block(a: Arguments):
+    device, sampling = a.base_logits.device, a.sampling
     kernels = library.kernels("draft.dense", device)
-    rows, drafts, vocab = base_logits.shape
-    hidden_size = 0 if hidden is None else hidden.shape[2]
+    rows, drafts, vocab = a.base_logits.shape
     gpu = arch.current(device)
-    sampling = Flat(
-        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
-    )
     adjust = adjust_settings(sampling) if sampling.adjusts else None
-    filters = sampling.filters
-    request_tile = draft_launch.request_tile(rows, sampling.adjusts or filters is not None)
+    filtered = sampling.filters is not None
+    request_tile = draft_launch.request_tile(rows, sampling.adjusts or filtered)
     one_tile = rows <= request_tile
-
-    clean, carver = workspaces.Carver(counters), workspaces.Carver(scratch)
-    units, groups = -(-vocab // UNIT), -(-vocab // GROUP)
-    barrier = clean.take(2 * workspaces.RESERVED, torch.int32)
-    memory = BlockScratch(
-        best_ptr=clean.take(rows * drafts, torch.int64),
-        status_ptr=clean.take(rows, torch.int32),
-        barrier_ptr=barrier,
-        unit_max_ptr=carver.take(rows * drafts * units, torch.float32),
-        unit_sumexp_ptr=carver.take(rows * drafts * units, torch.int64),
-    )
-
-    def stride(tensor, dim):
-        return 0 if tensor is None else tensor.stride(dim)
-
-    head, dot_type, widening = head_record(w1, w2, w2_scale)
+    head, dot_type, widening = head_record(a.head)
     rank = 1 if head is None else head.rank
-    ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, sampling.adjusts, filters is not None)
+    ranks = draft_launch.ranks_per_dot(a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts, filtered)
     config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
-    kind, mixer, mix_type = mixer_record(
-        w1, mix_weight, mix_bias, hidden, head_state, rows * drafts, rows, 2 * rows, dot_type, carver
-    )  # fmt: skip
-    support = None
-    if filters is not None:
-        support = Support(
-            *filters,
-            threshold_ptr=carver.take(rows, torch.int64),
-            cut_ptr=carver.take(rows, torch.int32),
-            maxima_ptr=carver.take(rows * groups, torch.float32),
-            groups_ptr=carver.take(rows * groups, torch.int32),
-            keys_ptr=carver.take(rows * LIST, torch.int32),
-            ids_ptr=carver.take(rows * LIST, torch.int32),
-        )
 
+    counters, take = workspaces.Carver(a.counters), workspaces.Carver(a.scratch).take
+    barrier = counters.take(2 * workspaces.RESERVED, torch.int32)
+    unit_max, unit_sumexp, support = _scratch(take, rows, drafts, vocab)
+    best, status = _counters(counters.take, rows, drafts)
+    memory = BlockScratch(
+        best_ptr=best, status_ptr=status, barrier_ptr=barrier, unit_max_ptr=unit_max, unit_sumexp_ptr=unit_sumexp
+    )  # fmt: skip
+    kind, mixer, mix_type = mixer_record(a.head, a.hidden, a.head_state, rows * drafts, rows, 2 * rows, dot_type, take)
+    if filtered:
+        top_k, top_p, min_p = sampling.filters
+        support = support._replace(top_k_ptr=top_k, top_p_ptr=top_p, min_p_ptr=min_p)
+    groups = -(-vocab // GROUP)
     kernels.launch_draft_dense(
         min(-(-vocab // config.block_v), gpu.multiprocessors * config.programs_per_sm),
         (
             BlockInputs(
-                base_ptr=base_logits, anchors_ptr=anchors, positions_ptr=anchor_positions, slots_ptr=state_indices,
-                map_ptr=draft_to_target,
+                base_ptr=a.base_logits, anchors_ptr=a.anchors, positions_ptr=a.anchor_positions, slots_ptr=a.state_indices,
+                map_ptr=a.draft_to_target,
             ),
-            head, mixer, adjust, support, hidden,
-            confidence_record(weight, bias, sts_temperatures, confidence, confidence_logits),
-            BlockSampling(temperature_ptr=temperature, seed_ptr=seed),
-            BlockResults(tokens_ptr=tokens, logits_ptr=logits, lse_ptr=lse, flags_ptr=flags), memory,
+            head, mixer, adjust, support if filtered else None, a.hidden,
+            confidence_record(a.confidence_head, a.confidence, a.confidence_logits),
+            BlockSampling(temperature_ptr=sampling.temperature, seed_ptr=sampling.seed),
+            BlockResults(tokens_ptr=a.tokens, logits_ptr=a.logits, lse_ptr=a.lse, flags_ptr=a.flags), memory,
         ),
         (
-            rows, anchors.shape[0], drafts, BlockWidths(vocab=vocab, num_targets=targets, hidden=hidden_size), first_draft, column,
+            rows, a.anchors.shape[0], drafts,
+            BlockWidths(vocab=vocab, num_targets=a.targets, hidden=0 if a.hidden is None else a.hidden.shape[2]),
+            a.first_draft, a.column,
             BlockStrides(
-                base_request=base_logits.stride(0), base_position=base_logits.stride(1), anchors=anchors.stride(0),
-                positions=anchor_positions.stride(0), hidden_request=stride(hidden, 0), hidden_position=stride(hidden, 1),
-                tokens=tokens.stride(0), logits=stride(logits, 0), logits_position=stride(logits, 1), lse=stride(lse, 0),
+                base_request=a.base_logits.stride(0), base_position=a.base_logits.stride(1), anchors=a.anchors.stride(0),
+                positions=a.anchor_positions.stride(0), hidden_request=stride_of(a.hidden, 0),
+                hidden_position=stride_of(a.hidden, 1), tokens=a.tokens.stride(0), logits=stride_of(a.logits, 0),
+                logits_position=stride_of(a.logits, 1), lse=stride_of(a.lse, 0),
             ),
         ),
         drafts=drafts,
         mixer=kind,
         widening=widening,
-        dot_type=_name(dot_type),
-        mix_type=_name(mix_type),
-        coupled=coupled,
-        with_markov=weight is not None and weight.shape[0] > hidden_size,
+        dot_type=type_name(dot_type),
+        mix_type=type_name(mix_type),
+        coupled=a.coupled,
+        with_markov=a.confidence_head.with_markov(a.hidden),
         one_tile=one_tile,
-        joint=joint and filters is not None,
-        groups=max(2, 1 << (groups - 1).bit_length()) if filters is not None else 2,
-        filtered=filters is not None,
+        joint=sampling.joint and filtered,
+        groups=max(2, 1 << (groups - 1).bit_length()) if filtered else 2,
+        filtered=filtered,
         rows=request_tile,
         config=config,
     )  # fmt: skip
 
 
-def head_record(w1, w2, w2_scale) -> tuple[Head | None, torch.dtype, str]:
+def head_record(head: MixedHead) -> tuple[Head | None, torch.dtype, str]:
     """(the head's record, type of its product with W2, how W2 is widened; "fp8" is decided by the launch)."""
+    w1, w2 = head.w1, head.w2
     if w1 is None:
         return None, torch.float32, "by_cast"
-    dot_type, widening = _product_type(w1, w2), "by_cast"
+    dot_type, widening = product_type(w1, w2), "by_cast"
     if w2.dtype == torch.float8_e4m3fn:
         # As bytes: not every GPU's compiler takes pointers to e4m3.
         widening, w2 = "fp8", w2.view(torch.uint8)
-    head = Head(
-        w1_ptr=w1, w2_ptr=w2, scale_ptr=w2_scale, stride_w1=w1.stride(0), stride_w2=w2.stride(0), vocab=w1.shape[0],
+    record = Head(
+        w1_ptr=w1, w2_ptr=w2, scale_ptr=head.w2_scale, stride_w1=w1.stride(0), stride_w2=w2.stride(0), vocab=w1.shape[0],
         rank=w1.shape[1],
     )  # fmt: skip
-    return head, dot_type, widening
+    return record, dot_type, widening
 
 
-def mixer_record(w1, mix_weight, mix_bias, hidden, head_state, hoisted, latents, states, dot_type, carver):
-    """(kind, Mixer, type of its products) of a head with latents, its scratch from `carver`.
+def mixer_record(head: MixedHead, hidden, head_state, products: int, latents: int, states: int, dot_type, take):
+    """(kind, Mixer, type of its products) of a head with latents.
 
-    hoisted, latents, states: rows of the products with hidden states, of latents, of an rnn's states.
+    products, latents, states: rows of its scratch, as `workspaces.latents_of` takes them with `take`.
     """
-    if mix_weight is None:
+    if head.mix_weight is None:
         return None, None, torch.float32
-    rank = w1.shape[1]
-    parts = mix_weight.shape[0] // rank
+    rank = head.w1.shape[1]
+    parts = head.mix_weight.shape[0] // rank
     kind = "gated" if parts == 1 else "rnn"
     # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
     hidden_column, w1_column = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
+    hoisted, latent, state = workspaces.latents_of(take, products, latents, states, rank, parts, dot_type)
     mixer = Mixer(
-        weight_ptr=mix_weight,
-        bias_ptr=mix_bias,
-        stride_weight=mix_weight.stride(0),
+        weight_ptr=head.mix_weight,
+        bias_ptr=head.mix_bias,
+        stride_weight=head.mix_weight.stride(0),
         hidden_column=hidden_column,
         w1_column=w1_column,
-        hoisted_ptr=carver.take(hoisted * parts * rank, torch.float32),
-        latent_ptr=carver.take(latents * rank, dot_type),
-        state_ptr=carver.take(states * rank, torch.float32) if kind == "rnn" else None,
+        hoisted_ptr=hoisted,
+        latent_ptr=latent,
+        state_ptr=state,
         carried_ptr=head_state,
-        stride_carried=0 if head_state is None else head_state.stride(0),
+        stride_carried=stride_of(head_state, 0),
     )
-    return kind, mixer, mix_weight.dtype if mix_weight.dtype == w1.dtype == hidden.dtype else torch.float32
+    same = head.mix_weight.dtype == head.w1.dtype == hidden.dtype
+    return kind, mixer, head.mix_weight.dtype if same else torch.float32
 
 
-def confidence_record(weight, bias, sts_temperatures, confidence, confidence_logits) -> Confidence | None:
-    if weight is None:
+def confidence_record(head: ConfidenceWeights, confidence: Tensor | None, confidence_logits: Tensor | None) -> Confidence | None:
+    if head.weight is None:
         return None
     return Confidence(
-        weight_ptr=weight, bias_ptr=bias, sts_ptr=sts_temperatures, scores_ptr=confidence, raw_ptr=confidence_logits,
-        stride_scores=confidence.stride(0), stride_raw=confidence_logits.stride(0),
+        weight_ptr=head.weight, bias_ptr=head.bias, sts_ptr=head.sts_temperatures, scores_ptr=confidence,
+        raw_ptr=confidence_logits, stride_scores=confidence.stride(0), stride_raw=confidence_logits.stride(0),
     )  # fmt: skip
-
-
-def _product_type(w1: Tensor, w2: Tensor) -> torch.dtype:
-    """Type of the operands of latent x W2: W1's, where W2 has the same or is exact in it, else fp32."""
-    return w1.dtype if w2.dtype in (w1.dtype, torch.int8, torch.float8_e4m3fn) else torch.float32
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,8 +1,9 @@
 """draft_block_partial, draft_block_finish: the draft block where every rank has a shard of the vocabulary.
 
 Dense form, per position: a part per rank (its best word, and what the log-sum-exp needs), one gather, a finish that is the same on
-every rank. With `candidates`: the same once for the whole block (ops/draft/candidate_shards.py). Oracle: the op on the whole vocabulary,
-to the bit where shards start at multiples of 64 ids, with candidates whatever the cut. Source: DSpark, arXiv 2607.05147.
+every rank. With `candidates`: the same once for the whole block (ops/draft/candidate_shards.py). Oracle: the op on the whole
+vocabulary, to the bit where shards start at multiples of 64 ids, with candidates whatever the cut. Source: DSpark, arXiv
+2607.05147.
 
     block = None
     for k in range(K):
@@ -25,52 +26,30 @@ rest is whole on every rank: W1, what mixes latents, hidden states, the confiden
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_choice, check_int, check_optional, check_tensor, check_type, not_yet
-from ...kernels.draft.args import (
-    FinishStrides,
-    FinishTensors,
-    FinishWidths,
-    GatheredParts,
-    Head,
-    ShardCounters,
-    ShardInputs,
-    ShardPart,
-    ShardStrides,
-    ShardTensors,
-)
-from ...launch import arch
-from ...launch.draft import dense as draft_launch
 from ...types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, RnnMarkovHead, SamplingTensors
-from ..sampling import SCHEMA, Flat, adjust_settings, flatten, needs_no
-from ..shards import Fields, Shard, check_shard
+from ..sampling import flatten, needs_no
+from ..shards import Shard, check_shard
 from . import candidate_shards, dense as draft
+from .args import MixedHead, confidence_weights, has_latents, latent_room, weights_of
 from .outputs import allocate, check_out
-
-PARTIAL, FINISH = "draft_block_partial", "draft_block_finish"
-
-
-@workspaces.declare(PARTIAL)
-def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    return workspaces.words_of(requests, torch.int64) + workspaces.words_of(requests, torch.int32), 0
-
-
-def _fields(requests: int, shard: Shard, with_lse: bool) -> Fields:
-    fields = dict(words=(torch.int64, (requests,)), status=(torch.int64, (requests,)))
-    if with_lse:
-        units = (requests, shard.blocks(draft.UNIT))
-        fields |= dict(unit_mass=(torch.int64, units), unit_max=(torch.float32, units))
-    return Fields(**fields)
+from .shard_launches import (
+    OP,
+    FinishArguments,
+    PartialArguments,
+    draft_block_finish as _draft_block_finish,
+    draft_block_partial as _draft_block_partial,
+    fields_of,
+)
 
 
 def part_words(requests: int, width: int, with_lse: bool) -> int:
     """Size of a part: int64 words, the same on every rank of `width` columns."""
-    return _fields(requests, Shard(0, width, 1, width), with_lse).words
+    return fields_of(requests, Shard(0, width, 1, width), with_lse).words
 
 
 def _lse(block: DraftBlock) -> Tensor | None:
@@ -140,7 +119,7 @@ def draft_block_partial(
     check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(width,), device=device, contiguous=True)
     targets = draft._check_sampling(sampling, head, draft_to_target, slots, drafts, shard.vocab, device)
     if bigrams is not None:
-        not_yet(PARTIAL, "bigrams", "successors of a draft, which no rank knows when it makes its part, are")
+        not_yet(OP, "bigrams", "successors of a draft, which no rank knows when it makes its part, are")
     if candidates is not None:
         _check_no_position(position)
         return candidate_shards.partial(
@@ -163,41 +142,38 @@ def draft_block_partial(
     else:
         column = check_out(block, *common, first_draft, draft_to_target=draft_to_target)
     dense = block.proposal if isinstance(block.proposal, DenseProposal) else None
-    fields = _fields(rows, shard, _lse(block) is not None)
+    fields = fields_of(rows, shard, _lse(block) is not None)
     part = fields.check_part(out, device)
     if rows == 0:
         return part, block
-    weight, bias = draft._mixing(head)
-    counters, scratch = _lend(workspace, rows, drafts, width, head, weight, device)
-    _draft_block_partial(
-        base_logits,
-        anchors,
-        anchor_positions,
-        None if head is None else head.w1,
-        None if head is None else head.w2,
-        None if head is None else head.w2_scale,
-        weight,
-        bias,
-        None if weight is None else hidden,
-        *flatten(sampling),
-        draft_to_target,
-        state_indices,
-        block.tokens,
-        None if dense is None else dense.logits,
-        head_state,
-        part,
-        counters,
-        scratch,
-        _lse(block) is not None,
-        shard.start,
-        shard.count,
-        shard.vocab,
-        targets,
-        position,
-        first_draft,
-        column,
-        noise == "coupled",
+    room = latent_room(head, rows, 1)
+    counters, scratch = workspaces.lend(OP, workspace, rows, drafts, width, device, **room)
+    arguments = PartialArguments(
+        base_logits=base_logits,
+        anchors=anchors,
+        anchor_positions=anchor_positions,
+        head=MixedHead(*weights_of(head)),
+        hidden=hidden if has_latents(head) else None,
+        sampling=flatten(sampling),
+        draft_to_target=draft_to_target,
+        state_indices=state_indices,
+        tokens=block.tokens,
+        logits=None if dense is None else dense.logits,
+        head_state=head_state,
+        part=part,
+        counters=counters,
+        scratch=scratch,
+        with_lse=_lse(block) is not None,
+        vocab_start=shard.start,
+        vocab_shards=shard.count,
+        vocab_size=shard.vocab,
+        targets=targets,
+        position=position,
+        first_draft=first_draft,
+        column=column,
+        coupled=noise == "coupled",
     )
+    _draft_block_partial(*library.flat(arguments))
     return part, block
 
 
@@ -274,30 +250,29 @@ def draft_block_finish(
         shard = check_shard(block.proposal.logits.shape[2], vocab_start, vocab_shards, vocab_size)
     else:
         shard = Shard(vocab_start, 1, vocab_shards, 1)  # what comes after words depends on the width, and nothing comes
-    _fields(rows, shard, lse is not None).check_gathered("gathered", gathered, shard, device)
+    fields_of(rows, shard, lse is not None).check_gathered("gathered", gathered, shard, device)
     if rows == 0:
         return block
-    _draft_block_finish(
-        gathered,
-        anchors,
-        None if head is None else head.w1,
-        hidden if confidence is not None else None,
-        None if confidence is None else confidence.weight,
-        None if confidence is None else confidence.bias,
-        None if confidence is None else confidence.sts_temperatures,
-        None if sampling is None else sampling.temperature,
-        state_indices,
-        block.tokens,
-        block.confidence,
-        block.confidence_logits,
-        lse,
-        block.flags,
-        shard.width,
-        shard.count,
-        position,
-        first_draft,
-        column,
+    arguments = FinishArguments(
+        gathered=gathered,
+        anchors=anchors,
+        w1=None if head is None else head.w1,
+        hidden=hidden if confidence is not None else None,
+        confidence_head=confidence_weights(confidence),
+        temperature=None if sampling is None else sampling.temperature,
+        state_indices=state_indices,
+        tokens=block.tokens,
+        confidence=block.confidence,
+        confidence_logits=block.confidence_logits,
+        lse=lse,
+        flags=block.flags,
+        width=shard.width,
+        vocab_shards=shard.count,
+        position=position,
+        first_draft=first_draft,
+        column=column,
     )
+    _draft_block_finish(*library.flat(arguments))
     return block
 
 
@@ -317,7 +292,7 @@ def _finish_candidates(
     draft._check_head(head, head_state, w2_rows, hidden_size, first_draft, slots, device)
     draft._check_confidence(confidence, hidden_size, head, drafts, first_draft, device)
     return candidate_shards.finish(
-        gathered, block, base_logits, anchors, head, draft._mixing(head), anchor_positions=anchor_positions, shard=shard,
+        gathered, block, base_logits, anchors, head, anchor_positions=anchor_positions, shard=shard,
         sampling=sampling, hidden=hidden, confidence=confidence, candidates=candidates, draft_to_target=draft_to_target,
         targets=targets, first_draft=first_draft, head_state=head_state, noise=noise, state_indices=state_indices,
         workspace=workspace,
@@ -338,147 +313,4 @@ def _check_filters(sampling):
         "of the dense form: a threshold is searched for over the whole row, which no rank has, so it would take a gather for each "
         "step of the search, or of whole rows; `candidates` filters after one gather"
     )
-    needs_no(PARTIAL, sampling, ("top_k", "top_p", "min_p"), why)
-
-
-def _lend(workspace, rows, drafts, width, head, weight, device):
-    if weight is None:
-        return workspaces.lend(PARTIAL, workspace, rows, drafts, width, device)
-    counters, _ = _needs(rows, drafts, width)
-    scratch = workspaces.latent_words(rows, 1, head.rank, weight.shape[0] // head.rank)
-    message = f"expected room for {rows} requests x {drafts} drafts over {width} ids and markov_rank={head.rank}"
-    return workspaces.lend_words(workspace, counters, scratch, device, message)
-
-
-def _stride(tensor, dim):
-    return 0 if tensor is None else tensor.stride(dim)
-
-
-@library.register(
-    "draft_block_partial(Tensor base_logits, Tensor anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, "
-    f"Tensor? w2_scale, Tensor? mix_weight, Tensor? mix_bias, Tensor? hidden, {SCHEMA}, Tensor? draft_to_target, "
-    "Tensor? state_indices, Tensor tokens, Tensor(a!)? logits, Tensor(b!)? head_state, Tensor(c!) part, Tensor(d!) counters, "
-    "Tensor(e!) scratch, bool with_lse, int vocab_start, int vocab_shards, int vocab_size, int targets, int position, "
-    "int first_draft, int column, bool coupled) -> ()"
-)
-def _draft_block_partial(
-    base_logits, anchors, anchor_positions, w1, w2, w2_scale, mix_weight, mix_bias, hidden, temperature, seed, top_k, top_p, min_p,
-    logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint, draft_to_target, state_indices, tokens,
-    logits, head_state, part, counters, scratch, with_lse, vocab_start, vocab_shards, vocab_size, targets, position, first_draft,
-    column, coupled,
-):  # fmt: skip
-    device = base_logits.device
-    kernels = library.kernels("draft.shards", device)
-    rows, drafts, width = base_logits.shape
-    shard = Shard(vocab_start, width, vocab_shards, vocab_size)
-    gpu = arch.current(device)
-    sampling = Flat(
-        temperature, seed, top_k, top_p, min_p, logit_bias, token_bitmask, listed, counts, repetition, presence, frequency, joint
-    )
-    adjust = adjust_settings(sampling) if sampling.adjusts else None
-    request_tile = draft_launch.request_tile(rows, sampling.adjusts)
-    one_tile = rows <= request_tile
-    units = shard.blocks(draft.UNIT)
-    head, dot_type, widening = draft.head_record(w1, w2, w2_scale)
-    rank = 1 if head is None else head.rank
-    # As for the whole vocabulary: how many ranks a dot takes is part of what its sums are.
-    ranks = draft_launch.ranks_per_dot(mix_weight is not None, w2_scale is not None, sampling.adjusts)
-    config = draft_launch.pick(gpu, units * draft.UNIT, rank, dot_type.itemsize, one_tile, ranks)
-    if mix_weight is not None and gpu.vendor == "amd":
-        config = dataclasses.replace(config, num_stages=1)  # with more, an rnn head with settings spills on gfx950
-    if widening == "fp8":
-        widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
-    carver = workspaces.Carver(scratch)
-    kind, mixer, mix_type = draft.mixer_record(
-        w1, mix_weight, mix_bias, hidden, head_state, rows, rows, 2 * rows, dot_type, carver
-    )  # fmt: skip
-    clean = workspaces.Carver(counters, workspaces.RESERVED)
-    counted = ShardCounters(
-        best_ptr=clean.take(rows, torch.int64),
-        seen_ptr=clean.take(rows, torch.int32),
-        arrivals_ptr=counters[1:2].view(torch.int32),
-        barrier_ptr=counters[:1].view(torch.int32),
-    )
-    view = _fields(rows, shard, with_lse).view
-    own = ShardPart(
-        words_ptr=view(part, "words"),
-        status_ptr=view(part, "status"),
-        unit_max_ptr=view(part, "unit_max"),
-        unit_sumexp_ptr=view(part, "unit_mass"),
-    )
-    kernels.launch_draft_partial(
-        min(-(-units * draft.UNIT // config.block_v), gpu.multiprocessors * config.programs_per_sm),
-        (
-            ShardInputs(base_ptr=base_logits, anchors_ptr=anchors, positions_ptr=anchor_positions, map_ptr=draft_to_target),
-            head, mixer, adjust,
-            ShardTensors(
-                hidden_ptr=hidden, temperature_ptr=temperature, seed_ptr=seed, slots_ptr=state_indices, tokens_ptr=tokens,
-                logits_ptr=logits,
-            ),
-            own, counted,
-        ),
-        (
-            position, rows, anchors.shape[0], drafts, targets, shard.start, shard.held, width, shard.start // draft.UNIT, units,
-            0 if hidden is None else hidden.shape[2], first_draft, column,
-            ShardStrides(
-                base_request=base_logits.stride(0), base_position=base_logits.stride(1), anchors=anchors.stride(0),
-                positions=anchor_positions.stride(0), hidden_request=_stride(hidden, 0), hidden_position=_stride(hidden, 1),
-                tokens=tokens.stride(0), logits=_stride(logits, 0), logits_position=_stride(logits, 1),
-            ),
-        ),
-        mixer=kind,
-        widening=widening,
-        dot_type=draft._name(dot_type),
-        mix_type=draft._name(mix_type),
-        coupled=coupled,
-        one_tile=one_tile,
-        rows=request_tile,
-        config=config,
-    )  # fmt: skip
-
-
-@library.register(
-    "draft_block_finish(Tensor gathered, Tensor anchors, Tensor? w1, Tensor? hidden, Tensor? weight, Tensor? bias, "
-    "Tensor? sts_temperatures, Tensor? temperature, Tensor? state_indices, Tensor(a!) tokens, Tensor(b!)? confidence, "
-    "Tensor(c!)? confidence_logits, Tensor(d!)? lse, Tensor(e!) flags, int width, int vocab_shards, int position, "
-    "int first_draft, int column) -> ()"
-)
-def _draft_block_finish(
-    gathered, anchors, w1, hidden, weight, bias, sts_temperatures, temperature, state_indices, tokens, confidence,
-    confidence_logits, lse, flags, width, vocab_shards, position, first_draft, column,
-):  # fmt: skip
-    kernels = library.kernels("draft.shards", tokens.device)
-    rows = flags.shape[0]
-    shard = Shard(0, width, vocab_shards, width * vocab_shards)
-    hidden_size = 0 if hidden is None else hidden.shape[2]
-    head = None
-    if w1 is not None:
-        head = Head(
-            w1_ptr=w1, w2_ptr=None, scale_ptr=None, stride_w1=w1.stride(0), stride_w2=0, vocab=w1.shape[0], rank=w1.shape[1]
-        )  # fmt: skip
-    view = _fields(rows, shard, lse is not None).view
-    parts = GatheredParts(
-        words_ptr=view(gathered, "words"),
-        status_ptr=view(gathered, "status"),
-        unit_max_ptr=view(gathered, "unit_max"),
-        unit_sumexp_ptr=view(gathered, "unit_mass"),
-    )
-    kernels.launch_draft_finish(
-        rows,
-        (
-            parts, anchors, head, hidden,
-            draft.confidence_record(weight, bias, sts_temperatures, confidence, confidence_logits),
-            FinishTensors(
-                temperature_ptr=temperature, slots_ptr=state_indices, tokens_ptr=tokens, lse_ptr=lse, flags_ptr=flags
-            ),
-            position, rows, tokens.shape[0],
-            FinishWidths(shards=vocab_shards, num_units=shard.blocks(draft.UNIT), hidden=hidden_size),
-            first_draft, column, gathered.stride(0), 2 * gathered.stride(0),
-            FinishStrides(
-                anchors=anchors.stride(0), hidden_request=_stride(hidden, 0), hidden_position=_stride(hidden, 1),
-                tokens=tokens.stride(0), lse=_stride(lse, 0),
-            ),
-        ),
-        with_markov=weight is not None and weight.shape[0] > hidden_size,
-        shards=1 << (vocab_shards - 1).bit_length(),
-    )  # fmt: skip
+    needs_no(OP, sampling, ("top_k", "top_p", "min_p"), why)

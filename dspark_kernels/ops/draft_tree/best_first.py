@@ -5,11 +5,14 @@ Oracle: reference/tree_draft.py.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_int, check_tensor, not_yet
-from ...kernels.draft.args import BaseLogits, Selection
+from ...kernels.draft.args import CandidateHead, Latent, Selection
 from ...kernels.draft_tree.args import (
     BlockSums,
     DepthScratch,
@@ -24,10 +27,22 @@ from ...kernels.draft_tree.args import (
 from ...launch import arch
 from ...launch.draft import candidates as candidates_launch
 from ...launch.draft_tree import best_first as launch
-from ...types import DraftTree, GatedMarkovHead, RnnMarkovHead
+from ...library import Out
+from ...types import DraftTree
 from ...workspace import Workspace
-from ..draft.candidates import LEAST_GROUP, _units, head_records, hidden_states
-from .inputs import TreeCall
+from ..draft.args import (
+    ConfidenceWeights,
+    LatentHead,
+    base_record,
+    confidence_weights,
+    has_latents,
+    latent_room,
+    type_name,
+    weights_name,
+    weights_of,
+)
+from ..draft.candidates import LEAST_GROUP, head_records, hidden_states, selection_of
+from .inputs import Nodes, TreeCall, nodes_of
 
 OP = "draft_tree"
 NEEDS, NEEDS_DENSE = "draft_tree paths", "draft_tree dense paths"
@@ -37,25 +52,65 @@ LEAF = launch.LEAF
 UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
+def _counters(take, requests: int, drafts: int) -> PathCounters:
+    rows = take(requests * drafts, torch.int32)
+    return PathCounters(
+        row_ptr=rows, request_ptr=take(requests, torch.int32), status_ptr=take(requests * drafts, torch.int32)
+    )  # fmt: skip
+
+
+def _scratch(
+    take, requests: int, drafts: int, vocab: int, group: int, candidates: int, nodes: int, width: int
+) -> tuple[Selection, BlockSums, PathScratch]:
+    """nodes, width: of a tree and candidates of a node, padded. Latents are not among it."""
+    positions, leaves = requests * drafts, -(-vocab // LEAF)
+    selection = selection_of(take, positions, vocab, group, candidates)
+    scores, kept = take(positions, torch.float32), take(requests * FIELDS * nodes, torch.int32)
+    sums = BlockSums(max_ptr=take(positions * leaves, torch.float32), sumexp_ptr=take(positions * leaves, torch.int64))
+    logits = take(requests * nodes * width, torch.float32)
+    return selection, sums, PathScratch(scores, kept, logits, products_ptr=None, latent_ptr=None, states_ptr=None)
+
+
 @workspaces.declare(NEEDS)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    rows, words, int32 = requests * drafts, workspaces.words_of, torch.int32
-    counters = words(requests, int32) + 2 * words(rows, int32)
-    scratch = words(rows * _units(vocab, LEAST_GROUP), int32) + 2 * words(rows * launch.MAX_CANDIDATES, int32)
-    scratch += words(2 * rows, int32) + words(rows, int32) + words(requests * FIELDS * workspaces.padded_nodes(drafts), int32)
-    scratch += words(requests * workspaces.padded_nodes(drafts) * launch.MAX_CANDIDATES, int32)
-    return counters, scratch + words(rows * -(-vocab // LEAF), int32) + words(rows * -(-vocab // LEAF), torch.int64)
+    most = (LEAST_GROUP, launch.MAX_CANDIDATES, workspaces.padded_nodes(drafts), launch.MAX_CANDIDATES)
+    return workspaces.measured(_counters, requests, drafts), workspaces.measured(_scratch, requests, drafts, vocab, *most)
+
+
+def _dense_counters(take, requests: int) -> WaveCounters:
+    return WaveCounters(*(take(requests, torch.int32) for _ in WaveCounters._fields))
+
+
+def _dense_scratch(
+    take, requests: int, drafts: int, vocab: int, nodes: int, children: int
+) -> tuple[DepthScratch, RowScratch]:  # fmt: skip
+    """nodes: of a tree, padded; children: of a depth at most. Latents are not among it."""
+    rows, units = requests * children, -(-vocab // launch.UNIT)
+    depths = DepthScratch(
+        kept_ptr=take(requests * FIELDS * nodes, torch.int32),
+        frontier_ptr=take(requests * nodes, torch.int32),
+        sizes_ptr=take(requests * (drafts + 1), torch.int32),
+        entries_ptr=take(requests * nodes, torch.float32),
+        tokens_ptr=take(requests * nodes, torch.int32),
+        score_ptr=take(requests * drafts, torch.float32),
+        products_ptr=None,
+        latent_ptr=None,
+        states_ptr=None,
+    )
+    return depths, RowScratch(
+        unit_max_ptr=take(rows * units, torch.float32),
+        unit_sumexp_ptr=take(rows * units, torch.int64),
+        groups_ptr=take(rows * _row_words(vocab, children), torch.float32),
+        chosen_ptr=take(rows * children, torch.int32),
+        keys_ptr=take(rows * children, torch.float32),
+        ids_ptr=take(rows * children, torch.int32),
+    )
 
 
 @workspaces.declare(NEEDS_DENSE)
 def _dense_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    words, int32 = workspaces.words_of, torch.int32
-    children = max(1, drafts)
-    nodes, rows = workspaces.padded_nodes(drafts), requests * children
-    per_request = 3 * words(requests * nodes, int32) + words(requests * (drafts + 1), int32) + words(requests * drafts, int32)
-    per_row = words(rows * -(-vocab // launch.UNIT), int32) + words(rows * -(-vocab // launch.UNIT), torch.int64)
-    per_row += words(rows * _row_words(vocab, children), int32) + 3 * words(rows * children, int32)
-    return 5 * words(requests, int32), per_request + per_row + words(requests * FIELDS * nodes, int32)
+    most = (workspaces.padded_nodes(drafts), max(1, drafts))
+    return workspaces.measured(_dense_counters, requests), workspaces.measured(_dense_scratch, requests, drafts, vocab, *most)
 
 
 def _row_words(vocab: int, children: int) -> int:
@@ -77,208 +132,151 @@ def by_probability(call: TreeCall, out: DraftTree, workspace: Workspace | None) 
     device = call.base_logits.device
     if out.survival is not None:
         check_tensor("out.survival", out.survival, shape=tuple(out.tokens.shape), device=device)
-    weight = bias = None
-    if isinstance(head, GatedMarkovHead):
-        weight, bias = head.gate_weight, head.gate_bias
-    elif isinstance(head, RnnMarkovHead):
-        weight, bias = head.joint_weight, head.joint_bias
     confidence, hidden = call.confidence, call.hidden
-    embeds = None
-    if confidence is not None and confidence.weight.shape[0] > hidden.shape[2]:
-        embeds = call.head.w1
-    counters, scratch = _lend(workspace, dense, rows, max(drafts, call.num_nodes - 1), vocab, head, weight, device)
-    arguments = (
-        call.base_logits,
-        call.anchors,
-        None if head is None else head.w1,
-        None if head is None else head.w2,
-        None if head is None else head.w2_scale,
-        weight,
-        bias,
-        hidden if confidence is not None or weight is not None else None,
-        None if confidence is None else confidence.weight,
-        None if confidence is None else confidence.bias,
-        None if confidence is None else confidence.sts_temperatures,
-        embeds,
-        None if call.sampling is None else call.sampling.temperature,
-        call.node_budgets,
-        call.state_indices,
-        *(getattr(out, name) for name in TREE),
-        out.flags,
-        counters,
-        scratch,
+    confidence_head = confidence_weights(confidence)
+    needs, most = NEEDS_DENSE if dense else NEEDS, max(drafts, call.num_nodes - 1)
+    room = latent_room(head, rows, most, workspaces.node_latent_words)
+    counters, scratch = workspaces.lend(needs, workspace, rows, most, vocab, device, **room)
+    arguments = PathArguments(
+        base_logits=call.base_logits,
+        anchors=call.anchors,
+        head=LatentHead(*weights_of(head)),
+        hidden=hidden if confidence is not None or has_latents(head) else None,
+        confidence_head=confidence_head,
+        embeds=call.head.w1 if confidence_head.with_markov(hidden) else None,
+        temperature=None if call.sampling is None else call.sampling.temperature,
+        node_budgets=call.node_budgets,
+        state_indices=call.state_indices,
+        tree=nodes_of(out),
+        survival=out.survival,
+        flags=out.flags,
+        counters=counters,
+        scratch=scratch,
     )
     if dense:
-        _draft_paths_dense(*arguments)
+        _draft_paths_dense(*library.flat(arguments))
     else:
-        _draft_paths(*arguments, 0 if call.candidates is None else call.candidates)
+        candidates = 0 if call.candidates is None else call.candidates
+        _draft_paths(*library.flat(CandidateArguments(arguments, candidates)))
 
 
-TREE = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors", "num_nodes", "survival")
+class PathArguments(NamedTuple):
+    """`draft_paths_dense` as torch.library knows it."""
+
+    base_logits: Tensor
+    anchors: Tensor
+    head: LatentHead
+    hidden: Tensor | None
+    confidence_head: ConfidenceWeights
+    embeds: Tensor | None
+    temperature: Tensor | None
+    node_budgets: Tensor | None
+    state_indices: Tensor | None
+    tree: Nodes
+    survival: Out[Tensor | None]
+    flags: Out[Tensor]
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+
+    def state(self) -> PathState:
+        return PathState(
+            anchors_ptr=self.anchors, stride_anchors=self.anchors.stride(0), slots_ptr=self.state_indices,
+            temperature_ptr=self.temperature, budgets_ptr=self.node_budgets,
+        )  # fmt: skip
+
+    def confidence(self) -> NodeConfidence | None:
+        weight, bias, sts_temperatures = self.confidence_head
+        if weight is None:
+            return None
+        stride, vocab, rank = (0, 0, 0) if self.embeds is None else (self.embeds.stride(0), *self.embeds.shape)
+        return NodeConfidence(
+            weight_ptr=weight, bias_ptr=bias, sts_ptr=sts_temperatures, w1_ptr=self.embeds, stride_w1=stride, vocab=vocab,
+            rank=rank,
+        )  # fmt: skip
+
+    def outputs(self) -> PathTree:
+        return PathTree(**self.tree.pointers(), survival_ptr=self.survival, flags_ptr=self.flags)
 
 
-def _lend(workspace, dense, rows, drafts, vocab, head, weight, device):
-    needs = NEEDS_DENSE if dense else NEEDS
-    if weight is None:
-        return workspaces.lend(needs, workspace, rows, drafts, vocab, device)
-    counters, scratch = (_dense_needs if dense else _needs)(rows, drafts, vocab)
-    scratch += workspaces.node_latent_words(rows, drafts, head.rank, weight.shape[0] // head.rank)
-    message = f"expected room for {rows} requests x {drafts} drafts over {vocab} ids and markov_rank={head.rank}"
-    return workspaces.lend_words(workspace, counters, scratch, device, message)
+class CandidateArguments(NamedTuple):
+    """`draft_paths` as torch.library knows it. candidates: 0 = the law is that of the whole vocabulary."""
+
+    paths: PathArguments
+    candidates: int
 
 
-SCHEMA = (
-    "Tensor base_logits, Tensor anchors, Tensor? w1, Tensor? w2, Tensor? w2_scale, Tensor? latent_weight, "
-    "Tensor? latent_bias, Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? sts_temperatures, Tensor? embeds, "
-    "Tensor? temperature, Tensor? node_budgets, Tensor? state_indices, Tensor(a!) tokens, Tensor(b!) parents, Tensor(c!) depths, "
-    "Tensor(d!) first_child, Tensor(e!) next_sibling, Tensor(f!) ancestors, Tensor(g!) num_nodes, Tensor(h!)? survival, "
-    "Tensor(i!) flags, Tensor(j!) counters, Tensor(k!) scratch"
-)
-
-
-@library.register(f"draft_paths({SCHEMA}, int candidates) -> ()")
-def _draft_paths(
-    base_logits, anchors, w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias, sts_temperatures, embeds,
-    temperature, node_budgets, state_indices, tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival,
-    flags, counters, scratch, candidates,
-):  # fmt: skip
-    device = base_logits.device
+@library.register("draft_paths", CandidateArguments)
+def _draft_paths(arguments: CandidateArguments):
+    a, candidates = arguments
+    device = a.base_logits.device
     kernels = library.kernels("draft_tree.best_first", device)
-    rows, drafts, vocab = base_logits.shape
-    nodes, positions = tokens.shape[1], rows * drafts
+    rows, drafts, vocab = a.base_logits.shape
+    nodes, positions = a.tree.tokens.shape[1], rows * drafts
     whole = candidates == 0
     if whole:
         candidates = max(1, nodes - 1)  # a node can get no more children, and their law needs the mass alone
     candidates = min(candidates, vocab)
-    kind, head, latent = head_records(w1, w2, w2_scale, latent_weight, latent_bias)
-    rank = 0 if w1 is None else w1.shape[1]
-    outputs = 0 if latent is None else latent.outputs
+    kind, head, latent = head_records(a.head)
+    outputs = a.head.outputs
     gpu = arch.current(device)
-    weights = "bfloat16" if w2 is None else str(w2.dtype).removeprefix("torch.")
     group = candidates_launch.unit_ids(vocab, candidates)
-    config = launch.pick(gpu, vocab, candidates, nodes, rank, weights, outputs, group)
+    config = launch.pick(gpu, vocab, candidates, nodes, a.head.rank, weights_name(a.head.w2), outputs, group)
 
-    clean = workspaces.Carver(counters, workspaces.RESERVED)
-    counted = PathCounters(
-        row_ptr=clean.take(positions, torch.int32),
-        request_ptr=clean.take(rows, torch.int32),
-        status_ptr=clean.take(positions, torch.int32),
-    )
-    take = workspaces.Carver(scratch).take
-    selection = Selection(
-        keys_ptr=take(positions * _units(vocab, config.group), torch.int32),
-        units_ptr=take(positions * candidates, torch.int32),
-        ids_ptr=take(positions * candidates, torch.int32),
-        bounds_ptr=take(2 * positions, torch.int32),
-    )
-    scores, kept = take(positions, torch.float32), take(rows * FIELDS * config.nodes, torch.int32)
-    num_leaves, leaves = -(-vocab // LEAF), None
-    if whole:
-        leaves = BlockSums(
-            max_ptr=take(positions * num_leaves, torch.float32), sumexp_ptr=take(positions * num_leaves, torch.int64)
-        )  # fmt: skip
-    logits = take(rows * config.nodes * config.width, torch.float32)
-    products = latents = states = scores  # without a latent nobody reads them
-    if latent is not None:
-        products = take(positions * outputs, torch.float32)
-        latents = take(rows * config.nodes * rank, torch.float32)
-        states = take(2 * rows * config.nodes * rank, torch.float32) if kind == "rnn" else latents
+    counters = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, drafts)
+    take = workspaces.Carver(a.scratch).take
+    sizes = (config.group, candidates, config.nodes, config.width)
+    selection, sums, scratch = _scratch(take, rows, drafts, vocab, *sizes)
     latent_items = kernels.latent_programs(positions, outputs)
     parts = candidates_launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_paths(
         latent_items + positions * parts,
         (
-            BaseLogits(ptr=base_logits, stride_request=base_logits.stride(0), stride_position=base_logits.stride(1)),
-            _state(anchors, state_indices, temperature, node_budgets),
-            head, latent, hidden_states(hidden), _confidence(weight, bias, sts_temperatures, embeds),
-            _tree(tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags),
-            leaves, selection,
-            PathScratch(
-                score_ptr=scores, kept_ptr=kept, logits_ptr=logits, products_ptr=products, latent_ptr=latents, states_ptr=states
-            ),
-            counted, rows, anchors.shape[0], drafts, nodes, vocab, candidates, latent_items, parts,
+            base_record(a.base_logits), a.state(), head, latent, hidden_states(a.hidden), a.confidence(), a.outputs(),
+            sums if whole else None, selection, _with_latents(scratch, take, head, latent, positions, rows * config.nodes),
+            counters, rows, a.anchors.shape[0], drafts, nodes, vocab, candidates, latent_items, parts,
         ),
         kind=kind,
-        leaves=launch.padded(num_leaves) if whole else 0,
-        shift=UNUSED_BITS[base_logits.dtype],
+        leaves=launch.padded(-(-vocab // LEAF)) if whole else 0,
+        shift=UNUSED_BITS[a.base_logits.dtype],
         config=config,
     )  # fmt: skip
 
 
-@library.register(f"draft_paths_dense({SCHEMA}) -> ()")
-def _draft_paths_dense(
-    base_logits, anchors, w1, w2, w2_scale, latent_weight, latent_bias, hidden, weight, bias, sts_temperatures, embeds,
-    temperature, node_budgets, state_indices, tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival,
-    flags, counters, scratch,
-):  # fmt: skip
-    device = base_logits.device
+@library.register("draft_paths_dense", PathArguments)
+def _draft_paths_dense(a: PathArguments):
+    device = a.base_logits.device
     kernels = library.kernels("draft_tree.best_first_dense", device)
-    rows, drafts, vocab = base_logits.shape
-    nodes, rank = tokens.shape[1], w1.shape[1]
-    kind, head, latent = head_records(w1, w2, w2_scale, latent_weight, latent_bias)
-    outputs = 0 if latent is None else latent.outputs
+    rows, drafts, vocab = a.base_logits.shape
+    nodes, outputs = a.tree.tokens.shape[1], a.head.outputs
+    kind, head, latent = head_records(a.head)
     gpu = arch.current(device)
-    config = launch.pick_dense(gpu, vocab, nodes, rank, str(w2.dtype).removeprefix("torch."), outputs > 0)
-    clean = workspaces.Carver(counters, workspaces.RESERVED)
-    counted = WaveCounters(*(clean.take(rows, torch.int32) for _ in WaveCounters._fields))
-    take, int32, fp32 = workspaces.Carver(scratch).take, torch.int32, torch.float32
-    kept = take(rows * FIELDS * config.nodes, int32)
-    frontier, sizes = take(rows * config.nodes, int32), take(rows * (drafts + 1), int32)
-    entries, known = take(rows * config.nodes, fp32), take(rows * config.nodes, int32)
-    scores = take(rows * drafts, fp32)
-    children = max(1, nodes - 1)
-    positions, units, stride = rows * children, -(-vocab // launch.UNIT), _row_words(vocab, children)
-    row_scratch = RowScratch(
-        unit_max_ptr=take(positions * units, fp32),
-        unit_sumexp_ptr=take(positions * units, torch.int64),
-        groups_ptr=take(positions * stride, fp32),
-        chosen_ptr=take(positions * children, int32),
-        keys_ptr=take(positions * children, fp32),
-        ids_ptr=take(positions * children, int32),
-    )
-    products = latents = states = scores  # without a latent nobody reads them
-    if latent is not None:
-        products, latents = take(rows * drafts * outputs, fp32), take(rows * config.nodes * rank, fp32)
-        states = take(2 * rows * config.nodes * rank, fp32) if kind == "rnn" else latents
+    config = launch.pick_dense(gpu, vocab, nodes, a.head.rank, type_name(a.head.w2.dtype), outputs > 0)
+    counters = _dense_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
+    take, children = workspaces.Carver(a.scratch).take, max(1, nodes - 1)
+    depths, row_scratch = _dense_scratch(take, rows, drafts, vocab, config.nodes, children)
     latent_items = kernels.latent_programs(rows * drafts, outputs)
-    parts = launch.dense_parts(gpu, rows, units)
+    parts = launch.dense_parts(gpu, rows, -(-vocab // launch.UNIT))
     kernels.launch_draft_paths_dense(
         latent_items + rows * (2 + drafts * parts + (drafts - 1) * children),
         (
-            BaseLogits(ptr=base_logits, stride_request=base_logits.stride(0), stride_position=base_logits.stride(1)),
-            _state(anchors, state_indices, temperature, node_budgets),
-            head, latent, hidden_states(hidden), _confidence(weight, bias, sts_temperatures, embeds),
-            _tree(tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags),
-            counters[1:2].view(torch.int32), counted,
-            DepthScratch(
-                kept_ptr=kept, frontier_ptr=frontier, sizes_ptr=sizes, entries_ptr=entries, tokens_ptr=known, score_ptr=scores,
-                products_ptr=products, latent_ptr=latents, states_ptr=states,
-            ),
-            row_scratch, rows, anchors.shape[0], drafts, nodes, vocab, stride, latent_items, parts,
+            base_record(a.base_logits), a.state(), head, latent, hidden_states(a.hidden), a.confidence(), a.outputs(),
+            a.counters[1:2].view(torch.int32), counters,
+            _with_latents(depths, take, head, latent, rows * drafts, rows * config.nodes),
+            row_scratch, rows, a.anchors.shape[0], drafts, nodes, vocab, _row_words(vocab, children), latent_items, parts,
         ),
         kind=kind,
         config=config,
     )  # fmt: skip
 
 
-def _state(anchors, state_indices, temperature, node_budgets) -> PathState:
-    return PathState(
-        anchors_ptr=anchors, stride_anchors=anchors.stride(0), slots_ptr=state_indices, temperature_ptr=temperature,
-        budgets_ptr=node_budgets,
-    )  # fmt: skip
-
-
-def _tree(tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, survival, flags) -> PathTree:
-    return PathTree(
-        tokens_ptr=tokens, parents_ptr=parents, depths_ptr=depths, first_child_ptr=first_child, next_sibling_ptr=next_sibling,
-        ancestors_ptr=ancestors, num_nodes_ptr=num_nodes, survival_ptr=survival, flags_ptr=flags,
-    )  # fmt: skip
-
-
-def _confidence(weight, bias, sts_temperatures, embeds) -> NodeConfidence | None:
-    if weight is None:
-        return None
-    stride, vocab, rank = (0, 0, 0) if embeds is None else (embeds.stride(0), *embeds.shape)
-    return NodeConfidence(
-        weight_ptr=weight, bias_ptr=bias, sts_ptr=sts_temperatures, w1_ptr=embeds, stride_w1=stride, vocab=vocab, rank=rank
+def _with_latents(
+    scratch: PathScratch | DepthScratch, take, head: CandidateHead | None, latent: Latent | None, products: int, nodes: int
+) -> PathScratch | DepthScratch:
+    """The scratch with room for a gated or rnn head: so many rows of products with hidden states, and nodes of all trees."""
+    hoisted = latents = states = scratch.score_ptr  # without a latent nobody reads them
+    if latent is not None:
+        sizes = (products, nodes, 2 * nodes, head.rank, latent.outputs // head.rank)
+        hoisted, latents, states = workspaces.latents_of(take, *sizes)
+    return scratch._replace(
+        products_ptr=hoisted, latent_ptr=latents, states_ptr=latents if states is None else states
     )  # fmt: skip

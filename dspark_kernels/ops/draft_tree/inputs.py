@@ -6,11 +6,13 @@ Symbols: R requests, S state slots, K positions, V vocabulary, H hidden size, M 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...checks import INT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type, not_yet
+from ...library import Out
 from ...types import ConfidenceHead, DenseProposal, DraftTree, MarkovHead, OneHotProposal, SamplingTensors
 from ..draft import dense as draft
 
@@ -38,6 +40,26 @@ class TreeCall:
     candidates: int | None
     draft_to_target: Tensor | None
     state_indices: Tensor | None
+
+
+class Nodes(NamedTuple):
+    """The tensors of a tree's nodes, as torch.library knows them."""
+
+    tokens: Out[Tensor]
+    parents: Out[Tensor]
+    depths: Out[Tensor]
+    first_child: Out[Tensor]
+    next_sibling: Out[Tensor]
+    ancestors: Out[Tensor]
+    num_nodes: Out[Tensor]
+
+    def pointers(self) -> dict[str, Tensor]:
+        """As kernels name them."""
+        return {f"{name}_ptr": tensor for name, tensor in self._asdict().items()}
+
+
+def nodes_of(tree: DraftTree) -> Nodes:
+    return Nodes(**{name: getattr(tree, name) for name in Nodes._fields})
 
 
 def check_call(op: str, call: TreeCall) -> None:

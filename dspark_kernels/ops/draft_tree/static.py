@@ -7,28 +7,30 @@ probability. Oracle: reference/tree_draft.py. Sources: EAGLE arXiv 2401.15077, S
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ... import library, workspace as workspaces
-from ...checks import check_tensor, check_type, not_yet
+from ...checks import check_tensor, not_yet
 from ...kernels.args import Adjustments, Bias
-from ...kernels.draft.args import BaseLogits
-from ...kernels.draft_tree.args import NodeLogits, NodeSettings, StaticCounters, StaticScratch, StaticTree, TreeState
+from ...kernels.draft_tree.args import NodeLogits, NodeSettings, StaticTree, StaticCounters, StaticScratch, TreeState
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...launch.draft_tree import static as tree_launch
+from ...library import Out
 from ...types import ConfidenceHead, DenseProposal, DraftTree, MarkovHead, SamplingTensors
 from ...workspace import Workspace
 from ..draft import dense as draft
+from ..draft.args import MixedHead, base_record, has_latents, latent_room, stride_of, type_name, weights_of
 from ..draft.candidates import hidden_states
 from . import inputs as tree_inputs
 from .best_first import by_probability
-from .inputs import SAMPLED, STATIC, TreeCall
+from .inputs import SAMPLED, STATIC, Nodes, TreeCall, nodes_of
 
 OP = "draft_tree"
 EXPAND = "expand_tree"
-FIELDS = ("tokens", "parents", "depths", "first_child", "next_sibling", "ancestors", "num_nodes", "flags")
 
 
 def draft_tree(
@@ -144,12 +146,14 @@ def expand_tree(
     if node_logits.shape[0] > 0:
         width = min(node_logits.shape[1], tree.tokens.shape[1])
         wanted = min(branching, max(1, tree.tokens.shape[1] - 1))
-        tensors = (node_logits, None, anchor_positions, None, None, None, None, None, None)
-        known = draft._check_sampling(
+        targets = draft._check_sampling(
             sampling, None, draft_to_target, tree.tokens.shape[0], 1, node_logits.shape[2], node_logits.device
         )
-        settings = sampling, node_budgets, draft_to_target, state_indices
-        _launch(EXPAND, tensors, known, *settings, out, workspace, method, [(width, wanted)], depth)
+        _launch(
+            EXPAND, node_logits, None, None, anchors=None, anchor_positions=anchor_positions, sampling=sampling,
+            node_budgets=node_budgets, draft_to_target=draft_to_target, state_indices=state_indices, out=out,
+            workspace=workspace, method=method, depths=[(width, wanted)], level=depth, targets=targets,
+        )  # fmt: skip
     return out
 
 
@@ -162,7 +166,7 @@ def _copied(tree: DraftTree, out: DraftTree | None, laws: Tensor | None, method:
         out = tree_inputs.allocate(*shape)
     else:
         tree_inputs.check_out(out, *shape)
-    sources = [(getattr(tree, name), getattr(out, name)) for name in FIELDS]
+    sources = [(getattr(tree, name), getattr(out, name)) for name in (*Nodes._fields, "flags")]
     if laws is not None and isinstance(tree.proposal, DenseProposal):
         law = tree.proposal.logits
         check_tensor("tree.proposal.logits", law, dtype=laws.dtype, shape=(slots, nodes, laws.shape[-1]), device=laws.device)
@@ -179,43 +183,54 @@ def _by_shape(call: TreeCall, out: DraftTree, workspace: Workspace | None) -> No
         raise ValueError(f"confidence: expected None with method {call.method!r}, got a ConfidenceHead")
     if call.candidates is not None:
         not_yet(OP, "candidates", f"with method {call.method!r} they are")
-    weight, bias = draft._mixing(call.head)
-    head = call.head
-    weights = (None, None, None) if head is None else (head.w1, head.w2, head.w2_scale)
-    hidden = None if weight is None else call.hidden
-    tensors = (call.base_logits, call.anchors, call.anchor_positions, *weights, weight, bias, hidden)
-    depths = tree_launch.depths_of(call.branching, call.base_logits.shape[1], call.num_nodes)
-    settings = call.sampling, call.node_budgets, call.draft_to_target, call.state_indices
-    _launch(OP, tensors, tree_inputs.target_ids(call), *settings, out, workspace, call.method, depths, None)
+    _launch(
+        OP, call.base_logits, call.head, call.hidden, anchors=call.anchors, anchor_positions=call.anchor_positions,
+        sampling=call.sampling, node_budgets=call.node_budgets, draft_to_target=call.draft_to_target,
+        state_indices=call.state_indices, out=out, workspace=workspace, method=call.method,
+        depths=tree_launch.depths_of(call.branching, call.base_logits.shape[1], call.num_nodes), level=None,
+        targets=tree_inputs.target_ids(call),
+    )  # fmt: skip
 
 
 def _launch(
-    op, tensors, targets, sampling, node_budgets, draft_to_target, state_indices, out, workspace, method, depths, level
-) -> None:
-    """tensors: logits, anchors, their positions, of a head W1, W2 and scale, weight and bias that mix, and hidden states."""
+    op, base_logits, head, hidden, *, anchors, anchor_positions, sampling, node_budgets, draft_to_target, state_indices, out,
+    workspace, method, depths, level, targets,
+) -> None:  # fmt: skip
+    """depths: (nodes, children of each) of every depth; level: the depth where base_logits belong to nodes of one."""
     if draft_to_target is not None and method == "iid":
         not_yet(op, "draft_to_target", "with method 'iid' it is")
-    base_logits = tensors[0]
     rows, vocab, device = base_logits.shape[0], base_logits.shape[2], base_logits.device
-    slots, nodes = out.tokens.shape
-    most, children = _largest(depths)
-    needed, scratch = _words(rows, nodes, vocab, most, children, method == "iid")
-    message = f"expected room for {rows} requests x {nodes - 1} drafts over {vocab} ids"
-    if tensors[6] is not None:
-        rank = tensors[3].shape[1]
-        scratch += workspaces.node_latent_words(rows, max(1, nodes - 1), rank, tensors[6].shape[0] // rank)
-        message += f" and markov_rank={rank}"
-    if workspace is not None:
-        check_type("workspace", workspace, Workspace)
-        message += f", got one made for {workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size}"
-    counters, scratch = workspaces.lend_words(workspace, needed, scratch, device, message)
+    nodes, by_mass = out.tokens.shape[1], method == "iid"
+    needed = workspaces.measured(_counters, rows, nodes)
+    words = workspaces.measured(_scratch, rows, nodes, vocab, *_largest(depths), by_mass)
+    room = latent_room(head, rows, max(1, nodes - 1), workspaces.node_latent_words)
+    message = workspaces.room_for(rows, nodes - 1, vocab, room["rank"])
+    counters, scratch = workspaces.lend_words(workspace, needed, words + room["latents"], device, message)
     sampled = method in SAMPLED
-    _draft_tree(
-        *tensors, sampling.temperature if sampled else None, sampling.seed if sampled else None,
-        None if sampling is None else sampling.logit_bias, node_budgets, draft_to_target, state_indices,
-        *(getattr(out, name) for name in FIELDS), out.proposal.logits if sampled else None, counters, scratch, method,
-        [width for width, _ in depths], [wanted for _, wanted in depths], level, targets,
-    )  # fmt: skip
+    arguments = Arguments(
+        base_logits=base_logits,
+        anchors=anchors,
+        anchor_positions=anchor_positions,
+        head=MixedHead(*weights_of(head)),
+        hidden=hidden if has_latents(head) else None,
+        temperature=sampling.temperature if sampled else None,
+        seed=sampling.seed if sampled else None,
+        logit_bias=None if sampling is None else sampling.logit_bias,
+        node_budgets=node_budgets,
+        draft_to_target=draft_to_target,
+        state_indices=state_indices,
+        tree=nodes_of(out),
+        flags=out.flags,
+        law=out.proposal.logits if sampled else None,
+        counters=counters,
+        scratch=scratch,
+        method=method,
+        widths=[width for width, _ in depths],
+        branching=[wanted for _, wanted in depths],
+        level=level,
+        targets=targets,
+    )
+    _draft_tree(*library.flat(arguments))
 
 
 def _largest(depths) -> tuple[int, int]:
@@ -223,15 +238,22 @@ def _largest(depths) -> tuple[int, int]:
     return max(width for width, _ in depths), max(width * wanted for width, wanted in depths)
 
 
-def _words(rows: int, nodes: int, vocab: int, width: int, children: int, by_mass: bool) -> tuple[int, int]:
-    """int64 words of counters and scratch."""
-    leaves, words = -(-vocab // tree_launch.LEAF), workspaces.words_of
-    counters = words(2, torch.int32) + words(rows * nodes, torch.int32)
-    scratch = words(rows * children * leaves, torch.int64) + words(rows * children, torch.int64)
-    scratch += words(rows * nodes, torch.int32) + words(3 * rows, torch.int32)
-    if by_mass:
-        scratch += words(rows * width * leaves, torch.float32) + words(rows * width * leaves, torch.int64)
-    return counters, scratch
+def _counters(take, requests: int, nodes: int) -> tuple[Tensor, Tensor]:
+    """The ticket and how many finished, and what rows showed."""
+    return take(2, torch.int32), take(requests * nodes, torch.int32)
+
+
+def _scratch(take, requests: int, nodes: int, vocab: int, width: int, children: int, by_mass: bool) -> StaticScratch:
+    """width, children: of `_largest`; by_mass: children are drawn independently."""
+    leaves = -(-vocab // tree_launch.LEAF)
+    return StaticScratch(
+        lists_ptr=take(requests * children * leaves, torch.int64),
+        best_ptr=take(requests * children, torch.int64),
+        found_ptr=take(requests * nodes, torch.int32),
+        record_ptr=take(3 * requests, torch.int32),
+        block_max_ptr=take(requests * width * leaves, torch.float32) if by_mass else None,
+        block_sumexp_ptr=take(requests * width * leaves, torch.int64) if by_mass else None,
+    )
 
 
 @workspaces.declare(OP)
@@ -239,81 +261,82 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     nodes = min(drafts + 1, tree_inputs.MAX_NODES)
     # Nodes of a depth and children of one of them are at most M together.
     children = max(1, nodes // 2 * (nodes - nodes // 2))
-    return _words(requests, nodes, vocab, max(1, nodes - 1), children, True)
+    scratch = workspaces.measured(_scratch, requests, nodes, vocab, max(1, nodes - 1), children, True)
+    return workspaces.measured(_counters, requests, nodes), scratch
 
 
-@library.register(
-    "draft_tree(Tensor base_logits, Tensor? anchors, Tensor anchor_positions, Tensor? w1, Tensor? w2, Tensor? w2_scale, "
-    "Tensor? mix_weight, Tensor? mix_bias, Tensor? hidden, Tensor? temperature, Tensor? seed, Tensor? logit_bias, "
-    "Tensor? node_budgets, Tensor? draft_to_target, Tensor? state_indices, Tensor(a!) tokens, Tensor(b!) parents, "
-    "Tensor(c!) depths, Tensor(d!) first_child, Tensor(e!) next_sibling, Tensor(f!) ancestors, Tensor(g!) num_nodes, "
-    "Tensor(h!) flags, Tensor(i!)? law, Tensor(j!) counters, Tensor(k!) scratch, str method, int[] widths, int[] branching, "
-    "int? level, int targets) -> ()"
-)
-def _draft_tree(
-    base_logits, anchors, anchor_positions, w1, w2, w2_scale, mix_weight, mix_bias, hidden, temperature, seed, logit_bias,
-    node_budgets, draft_to_target, state_indices, tokens, parents, depths, first_child, next_sibling, ancestors, num_nodes, flags,
-    law, counters, scratch, method, widths, branching, level, targets,
-):  # fmt: skip
-    device = base_logits.device
+class Arguments(NamedTuple):
+    """The op as torch.library knows it."""
+
+    base_logits: Tensor
+    anchors: Tensor | None
+    anchor_positions: Tensor
+    head: MixedHead
+    hidden: Tensor | None
+    temperature: Tensor | None
+    seed: Tensor | None
+    logit_bias: Tensor | None
+    node_budgets: Tensor | None
+    draft_to_target: Tensor | None
+    state_indices: Tensor | None
+    tree: Nodes
+    flags: Out[Tensor]
+    law: Out[Tensor | None]
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+    method: str
+    widths: list[int]
+    branching: list[int]
+    level: int | None
+    targets: int
+
+
+@library.register("draft_tree", Arguments)
+def _draft_tree(a: Arguments):
+    device = a.base_logits.device
     kernels = library.kernels("draft_tree.static", device)
-    rows, _, vocab = base_logits.shape
-    slots, nodes = tokens.shape
+    rows, _, vocab = a.base_logits.shape
+    slots, nodes = a.tree.tokens.shape
     gpu = arch.current(device)
     leaves = -(-vocab // tree_launch.LEAF)
-    shape = list(zip(widths, branching, strict=True))
+    shape = list(zip(a.widths, a.branching, strict=True))
     most, children = _largest(shape)
 
-    clean = workspaces.Carver(counters, workspaces.RESERVED)
-    progress, row_status = clean.take(2, torch.int32), clean.take(rows * nodes, torch.int32)
-    carver = workspaces.Carver(scratch)
-    take = carver.take
-    by_mass = method == "iid"
-    memory = StaticScratch(
-        lists_ptr=take(rows * children * leaves, torch.int64),
-        best_ptr=take(rows * children, torch.int64),
-        found_ptr=take(rows * nodes, torch.int32),
-        record_ptr=take(3 * rows, torch.int32),
-        block_max_ptr=take(rows * most * leaves, torch.float32) if by_mass else None,
-        block_sumexp_ptr=take(rows * most * leaves, torch.int64) if by_mass else None,
-    )
-    head, dot_type, widening = draft.head_record(w1, w2, w2_scale)
+    progress, row_status = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, nodes)
+    take = workspaces.Carver(a.scratch).take
+    memory = _scratch(take, rows, nodes, vocab, most, children, a.method == "iid")
+    head, dot_type, widening = draft.head_record(a.head)
     rank = 1 if head is None else head.rank
-    kind, mixer, mix_type = draft.mixer_record(
-        w1, mix_weight, mix_bias, hidden, None, rows * len(shape), rows * most, rows * nodes, dot_type, carver
-    )  # fmt: skip
-    parts = 0 if mixer is None else mix_weight.shape[0] // rank
-    bias = None if logit_bias is None else Adjustments(Bias(logit_bias, logit_bias.stride(0)), None, None)
+    latents = (rows * len(shape), rows * most, rows * nodes)
+    kind, mixer, mix_type = draft.mixer_record(a.head, a.hidden, None, *latents, dot_type, take)
+    bias = None if a.logit_bias is None else Adjustments(Bias(a.logit_bias, a.logit_bias.stride(0)), None, None)
     if widening == "fp8":
         widening = "fp8_by_cast" if gpu.family in draft_launch._NATIVE_FP8 else "fp8_by_bits"
-    config = tree_launch.pick(gpu, vocab, rank, w1 is not None and dot_type == torch.float32)
+    config = tree_launch.pick(gpu, vocab, rank, a.head.w1 is not None and dot_type == torch.float32)
     kernels.launch_draft_tree(
-        tree_launch.items_of(config, shape, rows, leaves, rank, parts),
+        tree_launch.items_of(config, shape, rows, leaves, rank, a.head.outputs // rank),
         (
-            BaseLogits(ptr=base_logits, stride_request=base_logits.stride(0), stride_position=base_logits.stride(1)),
+            base_record(a.base_logits),
             TreeState(
-                anchors_ptr=anchors, stride_anchors=0 if anchors is None else anchors.stride(0), positions_ptr=anchor_positions,
-                stride_positions=anchor_positions.stride(0), slots_ptr=state_indices, temperature_ptr=temperature, seed_ptr=seed,
-                budgets_ptr=node_budgets,
+                anchors_ptr=a.anchors, stride_anchors=stride_of(a.anchors, 0), positions_ptr=a.anchor_positions,
+                stride_positions=a.anchor_positions.stride(0), slots_ptr=a.state_indices, temperature_ptr=a.temperature,
+                seed_ptr=a.seed, budgets_ptr=a.node_budgets,
             ),
-            head, mixer, hidden_states(hidden if mixer is not None else None),
-            NodeSettings(map_ptr=draft_to_target, num_targets=targets, adjust=bias),
-            StaticTree(
-                tokens_ptr=tokens, parents_ptr=parents, depths_ptr=depths, first_child_ptr=first_child,
-                next_sibling_ptr=next_sibling, ancestors_ptr=ancestors, num_nodes_ptr=num_nodes, flags_ptr=flags,
-            ),
-            None if law is None else NodeLogits(ptr=law, stride_slot=law.stride(0), stride_node=law.stride(1)),
+            head, mixer, hidden_states(a.hidden),
+            NodeSettings(map_ptr=a.draft_to_target, num_targets=a.targets, adjust=bias),
+            StaticTree(**a.tree.pointers(), flags_ptr=a.flags),
+            None if a.law is None else NodeLogits(ptr=a.law, stride_slot=a.law.stride(0), stride_node=a.law.stride(1)),
             memory, StaticCounters(ticket_ptr=progress[:1], finished_ptr=progress[1:], row_status_ptr=row_status),
-            kernels.words_of_branching(branching), level, rows, slots, nodes, vocab, widths[0], len(shape),
+            kernels.words_of_branching(a.branching), a.level, rows, slots, nodes, vocab, a.widths[0], len(shape),
         ),
-        method=method,
+        method=a.method,
         mixer=kind,
         widen=widening,
         leaves=max(4, 1 << (leaves - 1).bit_length()),
-        keep=max(2, 1 << (max(branching) - 1).bit_length()),
+        keep=max(2, 1 << (max(a.branching) - 1).bit_length()),
         width=max(2, 1 << (nodes - 1).bit_length()),
         block_r=draft_launch.rank_block(gpu, rank, dot_type.itemsize, tree_launch.RANKS),
-        dot_type=draft._name(dot_type),
-        mix_type=draft._name(mix_type),
+        dot_type=type_name(dot_type),
+        mix_type=type_name(mix_type),
         config=config,
     )  # fmt: skip
