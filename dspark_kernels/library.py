@@ -84,20 +84,14 @@ def _rebuilder(record: type) -> Callable:
     return lambda values: record(*[make(values) for make in inner])
 
 
-def register(schema: str, record: type | None = None):
-    """Define `dspark::<schema>` with the decorated function as implementation; returns the op's callable overload.
-
-    With a record, `schema` is the op's name: its arguments are the record's fields, and the implementation takes the record.
-    """
-    if record is not None:
-        schema = f"{schema}({schema_of(record)}) -> ()"
-        rebuild = _rebuilder(record)
+def register(name: str, record: type):
+    """Define `dspark::<name>`, its arguments the record's fields, with the decorated function, which takes the record, as
+    implementation; returns the op's callable overload."""
+    rebuild = _rebuilder(record)
 
     def decorate(implementation):
-        name = schema.split("(", 1)[0]
-        run = implementation if record is None else lambda *values: implementation(rebuild(iter(values)))
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        _LIBRARY.define(f"{name}({schema_of(record)}) -> ()")
+        _LIBRARY.impl(name, lambda *values: implementation(rebuild(iter(values))), "CompositeExplicitAutograd")
         torch.library.register_fake(f"dspark::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
         return getattr(torch.ops.dspark, name).default
 

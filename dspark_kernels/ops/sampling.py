@@ -13,12 +13,6 @@ from ..checks import check_optional, check_tensor, check_type
 from ..kernels.args import Adjustments, Bias, FilterSettings, Mask, Penalties
 from ..types import SamplingTensors
 
-# The arguments of an op that takes sampling settings, in `Flat`'s order.
-SCHEMA = (
-    "Tensor? temperature, Tensor? seed, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? logit_bias, Tensor? token_bitmask, "
-    "Tensor? listed, Tensor? counts, Tensor? repetition, Tensor? presence, Tensor? frequency, bool joint"
-)
-
 
 class Flat(NamedTuple):
     """Sampling settings as an op's arguments; all None for a greedy call."""

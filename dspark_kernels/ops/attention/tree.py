@@ -91,14 +91,7 @@ def tree_attention(
     device, (rows, query_heads, head_dim) = q.device, q.shape
     requests = layout.draft_lens.shape[0]
     check_tensor("layout.token_ids", layout.token_ids, shape=(rows,), device=device)
-    _, _, kv_heads, cached_dim = kv.k_cache.shape
-    check_tensor("kv.k_cache", kv.k_cache, device=device)
-    if query_heads == 0 or query_heads % kv_heads:
-        raise ValueError(f"q: expected a multiple of {kv_heads} heads (those of kv.k_cache), got {query_heads}")
-    if head_dim != cached_dim or not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q: expected head size {cached_dim} (that of kv.k_cache), at most {MAX_HEAD_DIM}, got {head_dim}")
-    if kv.k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
-        raise TypeError(f"kv.k_cache: expected dtype {q.dtype} (that of q) or float8_e4m3fn, got {kv.k_cache.dtype}")
+    kv_heads = _check_heads(q, kv)
     check_choice("mask", mask, MASKS)
     words = _check_ancestors(ancestors, mask, rows, state_indices, requests, kv, device)
     if (k_new is None) != (v_new is None):
@@ -109,13 +102,7 @@ def tree_attention(
     if k_new is None and layout.slot_mapping is None:
         raise ValueError("k_new: expected [N_max, Hkv, D] with a layout without slot_mapping, got None")
     check_window(window)
-    for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
-            raise TypeError(f"{name}: expected a number or None, got {type(number).__name__}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
+    _check_scores(scale, softcap)
     check_optional("sinks", sinks, dtype=LOGIT_DTYPES, shape=(query_heads,), device=device, contiguous=True)
     if plan is None or state_indices is not None:
         check_slots(state_indices, requests, kv, device)
@@ -172,6 +159,30 @@ def tree_attention(
     )
     _tree_attention(*library.flat(arguments))
     return (result, lse) if return_lse else result
+
+
+def _check_heads(q: Tensor, kv: PagedKV) -> int:
+    """Queries against the cache; returns Hkv."""
+    query_heads, head_dim = q.shape[1:]
+    _, _, kv_heads, cached_dim = kv.k_cache.shape
+    check_tensor("kv.k_cache", kv.k_cache, device=q.device)
+    if query_heads == 0 or query_heads % kv_heads:
+        raise ValueError(f"q: expected a multiple of {kv_heads} heads (those of kv.k_cache), got {query_heads}")
+    if head_dim != cached_dim or not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected head size {cached_dim} (that of kv.k_cache), at most {MAX_HEAD_DIM}, got {head_dim}")
+    if kv.k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
+        raise TypeError(f"kv.k_cache: expected dtype {q.dtype} (that of q) or float8_e4m3fn, got {kv.k_cache.dtype}")
+    return kv_heads
+
+
+def _check_scores(scale, softcap) -> None:
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+            raise TypeError(f"{name}: expected a number or None, got {type(number).__name__}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
 
 
 def _check_ancestors(ancestors, mask, rows, state_indices, requests, kv, device) -> Tensor | None:
