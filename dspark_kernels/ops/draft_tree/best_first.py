@@ -41,22 +41,18 @@ from ..draft.args import (
     weights_name,
     weights_of,
 )
-from ..draft.candidates import LEAST_GROUP, head_records, hidden_states, selection_of
+from ..draft.candidates import LEAST_GROUP, head_records, hidden_states, selection_of, unused_bits
 from .inputs import Nodes, TreeCall, nodes_of
 
 OP = "draft_tree"
 NEEDS, NEEDS_DENSE = "draft_tree paths", "draft_tree dense paths"
 FIELDS = 9  # int32 words per node, as in kernels/draft_tree/nodes.py
 LEAF = launch.LEAF
-# Low bits that no value of a dtype sets in fp32: keys of such logits are told apart without them.
-UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
 def _counters(take, requests: int, drafts: int) -> PathCounters:
     rows = take(requests * drafts, torch.int32)
-    return PathCounters(
-        row_ptr=rows, request_ptr=take(requests, torch.int32), status_ptr=take(requests * drafts, torch.int32)
-    )  # fmt: skip
+    return PathCounters(row_ptr=rows, request_ptr=take(requests, torch.int32), status_ptr=take(requests * drafts, torch.int32))
 
 
 def _scratch(
@@ -81,9 +77,7 @@ def _dense_counters(take, requests: int) -> WaveCounters:
     return WaveCounters(*(take(requests, torch.int32) for _ in WaveCounters._fields))
 
 
-def _dense_scratch(
-    take, requests: int, drafts: int, vocab: int, nodes: int, children: int
-) -> tuple[DepthScratch, RowScratch]:  # fmt: skip
+def _dense_scratch(take, requests: int, drafts: int, vocab: int, nodes: int, children: int) -> tuple[DepthScratch, RowScratch]:
     """nodes: of a tree, padded; children: of a depth at most. Latents are not among it."""
     rows, units = requests * children, -(-vocab // launch.UNIT)
     depths = DepthScratch(
@@ -199,7 +193,7 @@ class PathArguments(NamedTuple):
 
 
 class CandidateArguments(NamedTuple):
-    """`draft_paths` as torch.library knows it. candidates: 0 = the law is that of the whole vocabulary."""
+    """`draft_paths` as torch.library knows it. candidates: 0 = every id is one."""
 
     paths: PathArguments
     candidates: int
@@ -237,7 +231,7 @@ def _draft_paths(arguments: CandidateArguments):
         ),
         kind=kind,
         leaves=launch.padded(-(-vocab // LEAF)) if whole else 0,
-        shift=UNUSED_BITS[a.base_logits.dtype],
+        shift=unused_bits(a.base_logits, None),
         config=config,
     )  # fmt: skip
 
@@ -277,6 +271,4 @@ def _with_latents(
     if latent is not None:
         sizes = (products, nodes, 2 * nodes, head.rank, latent.outputs // head.rank)
         hoisted, latents, states = workspaces.latents_of(take, *sizes)
-    return scratch._replace(
-        products_ptr=hoisted, latent_ptr=latents, states_ptr=latents if states is None else states
-    )  # fmt: skip
+    return scratch._replace(products_ptr=hoisted, latent_ptr=latents, states_ptr=latents if states is None else states)
