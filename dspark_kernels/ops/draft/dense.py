@@ -17,8 +17,8 @@ from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_o
 from ...kernels.draft.args import (
     BlockInputs,
     BlockResults,
-    BlockScratch,
     BlockSampling,
+    BlockScratch,
     BlockStrides,
     BlockWidths,
     Confidence,

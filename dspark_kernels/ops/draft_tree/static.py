@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import library, workspace as workspaces
 from ...checks import check_tensor, not_yet
 from ...kernels.args import Adjustments, Bias
-from ...kernels.draft_tree.args import NodeLogits, NodeSettings, StaticTree, StaticCounters, StaticScratch, TreeState
+from ...kernels.draft_tree.args import NodeLogits, NodeSettings, StaticCounters, StaticScratch, StaticTree, TreeState
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...launch.draft_tree import static as tree_launch
