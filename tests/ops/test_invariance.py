@@ -179,13 +179,13 @@ def test_accept_chain_in_any_batch(proposal, rule):
             logits.append(case.target_logits[first : first + 1 + int(lens[r])])
         block = dk.DraftBlock(tokens, dk.OneHotProposal(), torch.zeros(len(rows), dtype=torch.int32))
         layout = layouts.fixed_layout(block, lens[index], anchors=torch.tensor(anchors), anchor_positions=torch.tensor(positions))
-        proposal = dk.OneHotProposal()
+        given = dk.OneHotProposal()
         if proposal == "dense":
-            proposal = dk.DenseProposal(case.proposal.logits[index])
+            given = dk.DenseProposal(case.proposal.logits[index])
         elif proposal == "sparse":
-            proposal = dk.SparseProposal(case.proposal.ids[index], case.proposal.logits[index])
+            given = dk.SparseProposal(case.proposal.ids[index], case.proposal.logits[index])
         sampling = dk.SamplingTensors(case.sampling.temperature[index], case.sampling.seed[index])
-        part = dk.accept_chain(torch.cat(logits), layout, proposal, sampling=sampling, rule=rule)
+        part = dk.accept_chain(torch.cat(logits), layout, given, sampling=sampling, rule=rule)
         assert torch.equal(part.tokens, whole.tokens[index]) and torch.equal(part.flags, whole.flags[index])
 
 
