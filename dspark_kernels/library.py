@@ -68,7 +68,7 @@ def flat(arguments: tuple) -> tuple:
     """A record's values in the order of the schema."""
     values = []
     for value in arguments:
-        if hasattr(value, "_fields"):
+        if isinstance(value, tuple):
             values += flat(value)
         else:
             values.append(value)

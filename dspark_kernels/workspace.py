@@ -7,6 +7,7 @@ bit alone may stay flipped), and `scratch`, whose content never outlives a launc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -158,6 +159,11 @@ def lend_words(workspace: Workspace | None, counters: int, scratch: int, device,
 
 def measured(carve: Callable, *sizes: int) -> int:
     """int64 words of what `carve(take, *sizes)` takes: scratch is described once, by the function that carves it."""
+    # An op asks at every call, with few different sizes; a traced call may have sizes that are symbols.
+    return _count(carve, *sizes) if torch.compiler.is_compiling() else _counted(carve, *sizes)
+
+
+def _count(carve: Callable, *sizes: int) -> int:
     words = 0
 
     def take(count: int, dtype: torch.dtype) -> None:
@@ -166,6 +172,9 @@ def measured(carve: Callable, *sizes: int) -> int:
 
     carve(take, *sizes)
     return words
+
+
+_counted = functools.lru_cache(maxsize=4096)(_count)
 
 
 class Carver:

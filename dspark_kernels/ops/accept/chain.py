@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import library, workspace as workspaces
-from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type
+from ...checks import check_choice, check_tensor, check_type
 from ...kernels.accept.args import (
     Anchors,
     BlockPartials,
@@ -37,13 +37,23 @@ from ...launch.accept import chain as accept_launch
 from ...library import Out
 from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
+from .checks import (
+    Emitted,
+    LayoutArrays,
+    check_anchors,
+    check_candidates,
+    check_rows,
+    drafts_of,
+    emitted,
+    layout_arrays,
+    output,
+)
 
 OP = "accept_chain"
 LEAF = 1024  # ids per leaf, as in kernels/primitives/mass.py
 VALUES, IDS = 12, 4  # numbers per row, as in kernels/accept/rows.py
 GROUP_IDS, LISTED = 128, 2048  # of kernels/accept/target.py: ids per group; numbers kept of a row's candidates
 MAP_COLUMNS = 4096  # per item that inverts a draft vocabulary's map, as in kernels/accept/dense.py
-MAX_CANDIDATES = 512
 
 
 def counters_of(take, requests: int, drafts: int) -> tuple[ChainCounters, Tensor]:
@@ -127,43 +137,26 @@ def accept_chain(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
-    check_tensor("target_logits", target_logits, dtype=LOGIT_DTYPES, shape=("L", "V"), last_contiguous=True)
-    check_type("layout", layout, VerifyLayout)
+    requests = check_rows(target_logits, layout, state_indices)
     rows, vocab = target_logits.shape
     device = target_logits.device
-    requests, forward_rows = layout.draft_lens.shape[0], layout.token_ids.shape[0]
-    check_tensor("layout.draft_lens", layout.draft_lens, device=device)
-    if layout.logits_indices.shape[0] < rows:
-        raise ValueError(
-            f"layout.logits_indices: expected an entry for each of the {rows} rows of target_logits, got "
-            f"{layout.logits_indices.shape[0]}"
-        )
-    if requests and (vocab == 0 or rows == 0):
-        raise ValueError(f"target_logits: expected L >= 1 and V >= 1, got shape {list(target_logits.shape)}")
     check_choice("rule", rule, ("token", "block", "coupled"))
     check_choice("logprobs", logprobs, (None, "raw", "processed"))
-    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
     slots = requests if state_indices is None else None
     sampling_args.check_sampling(sampling, slots=slots, vocab=vocab, mask_shape=(rows,), device=device)
     if sampling is not None and slots is None:
         slots = sampling.temperature.shape[0]
     draft = _check_proposal(proposal, slots, device)
-    for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
-        check_optional(name, tensor, dtype=INT_DTYPES, shape=("S" if slots is None else slots,), device=device)
+    check_anchors(anchors, anchor_positions, slots, device)
     logits = None if draft is None else draft.logits
-    drafts = _width(layout, logits, rows)
-    if logits is not None and logits.shape[1] < drafts:
-        raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {logits.shape[1]}")
+    drafts = drafts_of(layout, logits, rows)
     if synthetic_rates is not None:
         check_tensor("synthetic_rates", synthetic_rates, dtype=torch.float32, shape=(drafts,), device=device, contiguous=True)
         if sampling is None:
             raise ValueError(
                 "sampling: expected SamplingTensors, whose seeds give the acceptance uniforms of synthetic_rates, got None"
             )
-    if out is None:
-        out = _allocate(requests, drafts, forward_rows, device, logprobs is not None)
-    else:
-        _check_out(out, requests, drafts, forward_rows, device, logprobs is not None)
+    out = output(out, requests, drafts + 1, layout.token_ids.shape[0], device, logprobs=logprobs is not None)
     if requests == 0:
         return out
     if sampling is None or rule == "coupled" or synthetic_rates is not None:
@@ -173,11 +166,7 @@ def accept_chain(
     counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, leaves * LEAF, device)
     arguments = Arguments(
         target_logits=target_logits,
-        query_start_loc=layout.query_start_loc,
-        cu_num_logits=layout.cu_num_logits,
-        logits_indices=layout.logits_indices,
-        token_ids=layout.token_ids,
-        positions=layout.positions,
+        layout=layout_arrays(layout),
         draft_logits=logits,
         draft_ids=draft.ids if sparse else None,
         draft_lse=None if draft is None or sparse else draft.lse,
@@ -188,12 +177,7 @@ def accept_chain(
         state_indices=state_indices,
         rule=rule,
         logprobs=logprobs,
-        tokens=out.tokens,
-        num_accepted=out.num_accepted,
-        num_emitted=out.num_emitted,
-        num_rejected=out.num_rejected,
-        next_token=out.next_token,
-        last_row=out.last_row,
+        emitted=emitted(out),
         commit_mask=out.commit_mask,
         flags=out.flags,
         log_probs=out.logprobs if logprobs is not None else None,
@@ -214,57 +198,20 @@ def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal |
     shape = ["S" if slots is None else slots, "K", "Vd"]
     if isinstance(proposal, SparseProposal):
         shape[2] = "C"
-        if not 1 <= proposal.logits.shape[-1] <= MAX_CANDIDATES:
-            raise ValueError(f"proposal.logits: expected 1 to {MAX_CANDIDATES} candidates, got {proposal.logits.shape[-1]}")
+        check_candidates("proposal.logits", proposal.logits)
     check_tensor("proposal.logits", proposal.logits, shape=tuple(shape), device=device)
     return proposal
-
-
-def _width(layout, draft_logits, rows) -> int:
-    if layout.max_drafts is not None:
-        return layout.max_drafts
-    return draft_logits.shape[1] if draft_logits is not None else max(rows - 1, 0)
 
 
 def _leaves(vocab: int, draft_logits: Tensor | None) -> int:
     return -(-max(vocab, 0 if draft_logits is None else draft_logits.shape[2]) // LEAF)
 
 
-def _allocate(requests, drafts, forward_rows, device, logprobs) -> Acceptance:
-    def ints():
-        return torch.empty(requests, dtype=torch.int32, device=device)
-
-    return Acceptance(
-        tokens=torch.empty(requests, drafts + 1, dtype=torch.int64, device=device),
-        num_accepted=ints(),
-        num_emitted=ints(),
-        num_rejected=ints(),
-        next_token=torch.empty(requests, dtype=torch.int64, device=device),
-        last_row=ints(),
-        # Without requests nothing is launched, and no row is committed.
-        commit_mask=(torch.empty if requests else torch.zeros)(forward_rows, dtype=torch.bool, device=device),
-        flags=ints(),
-        logprobs=torch.empty(requests, drafts + 1, device=device) if logprobs else None,
-    )
-
-
-def _check_out(out, requests, drafts, forward_rows, device, logprobs):
-    check_type("out", out, Acceptance)
-    check_tensor("out.tokens", out.tokens, shape=(requests, drafts + 1), device=device)
-    check_tensor("out.commit_mask", out.commit_mask, shape=(forward_rows,), device=device)
-    if logprobs:
-        check_tensor("out.logprobs", out.logprobs, shape=(requests, drafts + 1), device=device)
-
-
 class Arguments(NamedTuple):
     """The op as torch.library knows it."""
 
     target_logits: Tensor
-    query_start_loc: Tensor
-    cu_num_logits: Tensor
-    logits_indices: Tensor
-    token_ids: Tensor
-    positions: Tensor
+    layout: LayoutArrays
     draft_logits: Tensor | None
     draft_ids: Tensor | None
     draft_lse: Tensor | None
@@ -275,12 +222,7 @@ class Arguments(NamedTuple):
     state_indices: Tensor | None
     rule: str
     logprobs: str | None
-    tokens: Out[Tensor]
-    num_accepted: Out[Tensor]
-    num_emitted: Out[Tensor]
-    num_rejected: Out[Tensor]
-    next_token: Out[Tensor]
-    last_row: Out[Tensor]
+    emitted: Emitted
     commit_mask: Out[Tensor]
     flags: Out[Tensor]
     log_probs: Out[Tensor | None]
@@ -295,7 +237,7 @@ def _accept_chain(a: Arguments):
     device, flat = a.target_logits.device, a.sampling
     kernels = library.kernels("accept.chain", device)
     rows, vocab = a.target_logits.shape
-    requests, drafts = a.tokens.shape[0], a.tokens.shape[1] - 1
+    requests, drafts = a.emitted.tokens.shape[0], a.emitted.tokens.shape[1] - 1
     plan = _plan(a, drafts)
     kind, dense = plan.proposal, plan.dense
     leaves = _leaves(vocab, a.draft_logits if dense else None)
@@ -334,13 +276,13 @@ def _accept_chain(a: Arguments):
         map_parts + requests * items,
         (
             Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
-            Layout(a.query_start_loc, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions),
+            Layout(*a.layout),
             draft,
             Sampling(a.draft_temperature, flat.temperature, flat.seed, flat.filters),
             a.rates,
             a.state_indices,
             Outputs(
-                a.tokens, a.num_accepted, a.num_emitted, a.num_rejected, a.next_token, a.last_row, a.commit_mask, a.flags,
+                *a.emitted, a.commit_mask, a.flags,
                 a.log_probs, Anchors(a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0)),
             ),
             arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),

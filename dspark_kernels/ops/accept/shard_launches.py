@@ -36,6 +36,7 @@ from ...library import Out
 from .. import sampling as sampling_args
 from ..shards import Fields, Shard
 from . import chain as accept
+from .checks import Emitted, LayoutArrays
 
 OP = "accept_partial"
 
@@ -239,20 +240,11 @@ class FinishArguments(NamedTuple):
     """`accept_finish` as torch.library knows it."""
 
     gathered: list[Tensor]
-    query_start_loc: Tensor
-    cu_num_logits: Tensor
-    logits_indices: Tensor
-    token_ids: Tensor
-    positions: Tensor
+    layout: LayoutArrays
     draft: DraftArguments
     temperature: Tensor | None
     state_indices: Tensor | None
-    tokens: Out[Tensor]
-    num_accepted: Out[Tensor]
-    num_emitted: Out[Tensor]
-    num_rejected: Out[Tensor]
-    next_token: Out[Tensor]
-    last_row: Out[Tensor]
+    emitted: Emitted
     commit_mask: Out[Tensor]
     flags: Out[Tensor]
     anchors: Out[Tensor | None]
@@ -268,9 +260,9 @@ class FinishArguments(NamedTuple):
 
 @library.register("accept_finish", FinishArguments)
 def accept_finish(a: FinishArguments):
-    device = a.tokens.device
+    device = a.emitted.tokens.device
     kernels = library.kernels("accept.shards", device)
-    requests, drafts = a.tokens.shape[0], a.tokens.shape[1] - 1
+    requests, drafts = a.emitted.tokens.shape[0], a.emitted.tokens.shape[1] - 1
     shard = Shard(0, a.width, a.vocab_shards, a.vocab_size)
     call = _Sizes(a.draft, requests, a.rows, shard, a.rule)
     drawn = Drawn(None, None)
@@ -279,14 +271,14 @@ def accept_finish(a: FinishArguments):
     kernels.launch_accept_finish(
         requests,
         (
-            Layout(a.query_start_loc, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions),
+            Layout(*a.layout),
             call.gathered(a.gathered[0]),
             call.kernel_draft.dense,
             drawn,
             Sampling(a.draft.draft_temperature, a.temperature, None),
             a.state_indices,
             Outputs(
-                a.tokens, a.num_accepted, a.num_emitted, a.num_rejected, a.next_token, a.last_row, a.commit_mask, a.flags, None,
+                *a.emitted, a.commit_mask, a.flags, None,
                 Anchors(a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0)),
             ),
             _stats(workspaces.Carver(a.scratch).take, requests, drafts),

@@ -27,15 +27,15 @@ vocabulary with a map is refused: the columns of its ids lie on other ranks than
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import library, workspace as workspaces
-from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type, not_yet
+from ...checks import check_choice, check_tensor, check_type, not_yet
 from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
 from ..shards import Fields, check_shard
 from . import chain as accept
+from .checks import check_anchors, check_rows, drafts_of, emitted, layout_arrays, output
 from .shard_launches import (
     OP,
     DraftArguments,
@@ -164,33 +164,19 @@ def accept_finish(
     call = _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_size, sampling, rule, state_indices)
     device, slots = target_logits.device, call.slots
     call.check_gathered(gathered, len(call.phases))
-    for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
-        check_optional(name, tensor, dtype=INT_DTYPES, shape=("S" if slots is None else slots,), device=device)
-    forward_rows = layout.token_ids.shape[0]
-    if out is None:
-        out = accept._allocate(call.requests, call.drafts, forward_rows, device, False)
-    else:
-        accept._check_out(out, call.requests, call.drafts, forward_rows, device, False)
+    check_anchors(anchors, anchor_positions, slots, device)
+    out = output(out, call.requests, call.drafts + 1, layout.token_ids.shape[0], device)
     if call.requests == 0:
         return out
     by_slot = [t for t in (None if sampling is None else sampling.temperature, anchors, anchor_positions) if t is not None]
     _, scratch = call.lend(workspace)
     arguments = FinishArguments(
         gathered=list(gathered),
-        query_start_loc=layout.query_start_loc,
-        cu_num_logits=layout.cu_num_logits,
-        logits_indices=layout.logits_indices,
-        token_ids=layout.token_ids,
-        positions=layout.positions,
+        layout=layout_arrays(layout),
         draft=call.draft,
         temperature=None if sampling is None else sampling.temperature,
         state_indices=state_indices,
-        tokens=out.tokens,
-        num_accepted=out.num_accepted,
-        num_emitted=out.num_emitted,
-        num_rejected=out.num_rejected,
-        next_token=out.next_token,
-        last_row=out.last_row,
+        emitted=emitted(out),
         commit_mask=out.commit_mask,
         flags=out.flags,
         anchors=anchors,
@@ -249,22 +235,13 @@ class _Call:
 
 
 def _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_size, sampling, rule, state_indices) -> _Call:
-    check_tensor("target_logits", target_logits, dtype=LOGIT_DTYPES, shape=("L", "W"), last_contiguous=True)
-    check_type("layout", layout, VerifyLayout)
+    requests = check_rows(target_logits, layout, state_indices, columns="W")
     rows, width = target_logits.shape
     device = target_logits.device
-    requests = layout.draft_lens.shape[0]
-    check_tensor("layout.draft_lens", layout.draft_lens, device=device)
-    if layout.logits_indices.shape[0] < rows:
-        raise ValueError(
-            f"layout.logits_indices: expected an entry for each of the {rows} rows of target_logits, got "
-            f"{layout.logits_indices.shape[0]}"
-        )
-    if width == 0 or (requests and rows == 0):
+    if width == 0:
         raise ValueError(f"target_logits: expected L >= 1 and W >= 1, got shape {list(target_logits.shape)}")
     shard = check_shard(width, vocab_start, vocab_shards, vocab_size)
     phases = accept_phases(proposal, sampling=sampling, rule=rule)
-    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
     slots = requests if state_indices is None else None
     if sampling is not None:
         sampling_args.check_sampling(sampling, slots=slots, vocab=shard.vocab, mask_shape=(rows,), device=device)
@@ -273,9 +250,7 @@ def _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_siz
                 not_yet(OP, f"sampling.{name}", "filters on vocabulary shards are")
         slots = sampling.temperature.shape[0]
     drawn = _check_proposal(proposal, slots, width, device)
-    drafts = accept._width(layout, None if drawn is None else drawn.logits, rows)
-    if drawn is not None and drawn.logits.shape[1] < drafts:
-        raise ValueError(f"proposal.logits: expected K >= layout.max_drafts = {drafts}, got K = {drawn.logits.shape[1]}")
+    drafts = drafts_of(layout, None if drawn is None else drawn.logits, rows)
     if len(phases) == 1:
         drawn = None  # greedy and coupled rows do not ask how a draft was drawn
     return _Call(requests, rows, drafts, slots, shard, drawn, phases, rule, device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import library, workspace as workspaces
-from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type
+from ...checks import check_choice, check_tensor, check_type
 from ...kernels.accept.args import (
     Anchors,
     BlockPartials,
@@ -39,7 +39,17 @@ from ...launch.accept import tree as tree_launch
 from ...library import Out
 from ...types import Acceptance, DenseProposal, DraftTree, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
-from .chain import GROUP_IDS, IDS, LEAF, LISTED, MAP_COLUMNS, MAX_CANDIDATES, VALUES
+from .chain import GROUP_IDS, IDS, LEAF, LISTED, MAP_COLUMNS, VALUES
+from .checks import (
+    Emitted,
+    LayoutArrays,
+    check_anchors,
+    check_candidates,
+    check_rows,
+    emitted,
+    layout_arrays,
+    output,
+)
 
 OP = "accept_tree"
 RULES = ("walk", "recursive", "traversal")  # in the order of the kernel's constants
@@ -132,34 +142,22 @@ def accept_tree(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
-    check_tensor("target_logits", target_logits, dtype=LOGIT_DTYPES, shape=("L", "V"), last_contiguous=True)
-    check_type("layout", layout, VerifyLayout)
+    requests = check_rows(target_logits, layout, state_indices)
     check_type("tree", tree, DraftTree)
     rows, vocab = target_logits.shape
     device = target_logits.device
-    requests, forward_rows = layout.draft_lens.shape[0], layout.token_ids.shape[0]
     slots, nodes = tree.tokens.shape
-    check_tensor("layout.draft_lens", layout.draft_lens, device=device)
     check_tensor("tree.parents", tree.parents, device=device)
     if nodes < 1:
         raise ValueError("tree.tokens: expected at least 1 node (the anchor), got 0")
-    if layout.logits_indices.shape[0] < rows:
-        raise ValueError(
-            f"layout.logits_indices: expected an entry for each of the {rows} rows of target_logits, got "
-            f"{layout.logits_indices.shape[0]}"
-        )
-    if requests and (vocab == 0 or rows == 0):
-        raise ValueError(f"target_logits: expected L >= 1 and V >= 1, got shape {list(target_logits.shape)}")
     check_choice("rule", rule, RULES)
     check_choice("logprobs", logprobs, (None, "raw", "processed"))
-    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
     if state_indices is None and slots != requests:
         raise ValueError(f"tree.tokens: expected {requests} rows (one per request, no state_indices), got {slots}")
     sampling_args.check_sampling(sampling, slots=slots, vocab=vocab, mask_shape=(rows,), device=device)
     draft = _check_proposal(tree, slots, nodes, device)
-    for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
-        check_optional(name, tensor, dtype=INT_DTYPES, shape=(slots,), device=device)
-    out = _output(out, requests, nodes, forward_rows, device, logprobs is not None)
+    check_anchors(anchors, anchor_positions, slots, device)
+    out = output(out, requests, nodes, layout.token_ids.shape[0], device, logprobs=logprobs is not None, paths=True)
     if requests == 0:
         return out
     if sampling is None or rule == "walk" or nodes == 1:
@@ -169,11 +167,7 @@ def accept_tree(
     counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // nodes)), nodes - 1, leaves * LEAF, device)
     arguments = Arguments(
         target_logits=target_logits,
-        query_start_loc=layout.query_start_loc,
-        cu_num_logits=layout.cu_num_logits,
-        logits_indices=layout.logits_indices,
-        token_ids=layout.token_ids,
-        positions=layout.positions,
+        layout=layout_arrays(layout),
         parents=tree.parents,
         ancestors=tree.ancestors,
         draft_logits=None if draft is None else draft.logits,
@@ -182,12 +176,7 @@ def accept_tree(
         draft_to_target=draft.draft_to_target if dense else None,
         sampling=sampling_args.flatten(sampling),
         state_indices=state_indices,
-        tokens=out.tokens,
-        num_accepted=out.num_accepted,
-        num_emitted=out.num_emitted,
-        num_rejected=out.num_rejected,
-        next_token=out.next_token,
-        last_row=out.last_row,
+        emitted=emitted(out),
         path=out.path,
         kv_source=out.kv_source,
         commit_mask=out.commit_mask,
@@ -212,52 +201,17 @@ def _check_proposal(tree, slots, nodes, device) -> DenseProposal | SparseProposa
         return None
     check_type("tree.proposal", proposal, (DenseProposal, SparseProposal))
     width = "Vd" if isinstance(proposal, DenseProposal) else "C"
-    if width == "C" and not 1 <= proposal.logits.shape[-1] <= MAX_CANDIDATES:
-        raise ValueError(f"tree.proposal.logits: expected 1 to {MAX_CANDIDATES} candidates, got {proposal.logits.shape[-1]}")
+    if width == "C":
+        check_candidates("tree.proposal.logits", proposal.logits)
     check_tensor("tree.proposal.logits", proposal.logits, shape=(slots, nodes, width), device=device)
     return proposal
-
-
-def _output(out, requests, nodes, forward_rows, device, logprobs) -> Acceptance:
-    """The caller's result, checked, or a new one."""
-    if out is not None:
-        check_type("out", out, Acceptance)
-        check_tensor("out.tokens", out.tokens, shape=(requests, nodes), device=device)
-        check_tensor("out.commit_mask", out.commit_mask, shape=(forward_rows,), device=device)
-        for name in ("path", "kv_source"):
-            check_tensor(f"out.{name}", getattr(out, name), dtype=torch.int32, shape=(requests, nodes), device=device)
-        if logprobs:
-            check_tensor("out.logprobs", out.logprobs, shape=(requests, nodes), device=device)
-        return out
-
-    def ints(*shape):
-        return torch.empty(*shape, dtype=torch.int32, device=device)
-
-    return Acceptance(
-        tokens=torch.empty(requests, nodes, dtype=torch.int64, device=device),
-        num_accepted=ints(requests),
-        num_emitted=ints(requests),
-        num_rejected=ints(requests),
-        next_token=torch.empty(requests, dtype=torch.int64, device=device),
-        last_row=ints(requests),
-        # Without requests nothing is launched, and no row is committed.
-        commit_mask=(torch.empty if requests else torch.zeros)(forward_rows, dtype=torch.bool, device=device),
-        flags=ints(requests),
-        logprobs=torch.empty(requests, nodes, device=device) if logprobs else None,
-        path=ints(requests, nodes),
-        kv_source=ints(requests, nodes),
-    )
 
 
 class Arguments(NamedTuple):
     """The op as torch.library knows it. rule: place in RULES."""
 
     target_logits: Tensor
-    query_start_loc: Tensor
-    cu_num_logits: Tensor
-    logits_indices: Tensor
-    token_ids: Tensor
-    positions: Tensor
+    layout: LayoutArrays
     parents: Tensor
     ancestors: Tensor
     draft_logits: Tensor | None
@@ -266,12 +220,7 @@ class Arguments(NamedTuple):
     draft_to_target: Tensor | None
     sampling: sampling_args.Flat
     state_indices: Tensor | None
-    tokens: Out[Tensor]
-    num_accepted: Out[Tensor]
-    num_emitted: Out[Tensor]
-    num_rejected: Out[Tensor]
-    next_token: Out[Tensor]
-    last_row: Out[Tensor]
+    emitted: Emitted
     path: Out[Tensor]
     kv_source: Out[Tensor]
     commit_mask: Out[Tensor]
@@ -291,7 +240,7 @@ def _accept_tree(a: Arguments):
     device, flat = a.target_logits.device, a.sampling
     kernels = library.kernels("accept.tree", device)
     rows, vocab = a.target_logits.shape
-    requests, nodes = a.tokens.shape
+    requests, nodes = a.emitted.tokens.shape
     kind, wide = "none", 0
     if a.rule > 0:
         kind = "sparse" if a.draft_ids is not None else "stored" if a.draft_to_target is None else "mapped"
@@ -323,7 +272,7 @@ def _accept_tree(a: Arguments):
         map_parts + requests * items,
         (
             Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
-            Layout(a.query_start_loc, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions),
+            Layout(*a.layout),
             a.parents,
             a.ancestors if flat.listed is not None else None,
             draft,
@@ -331,7 +280,7 @@ def _accept_tree(a: Arguments):
             a.state_indices,
             TreeOutputs(
                 Outputs(
-                    a.tokens, a.num_accepted, a.num_emitted, a.num_rejected, a.next_token, a.last_row, a.commit_mask, a.flags,
+                    *a.emitted, a.commit_mask, a.flags,
                     a.log_probs, Anchors(a.anchors, _stride(a.anchors), a.anchor_positions, _stride(a.anchor_positions)),
                 ),
                 a.path,
