@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()
         print(show(runs[-1], models, prompts))
     if arguments.out is not None:
-        Path(arguments.out).write_text(json.dumps(as_json(arguments, runs, prompts)) + "\n")
+        Path(arguments.out).write_text(json.dumps(as_json(arguments, runs)) + "\n")
     return 0 if all(verdict.passed for _, verdict in judged) else 1
 
 

@@ -13,7 +13,7 @@ from bench.decode.runs import Run
 from bench.shared import summary
 
 
-def as_json(arguments, runs: Sequence[Run], prompts) -> dict:
+def as_json(arguments, runs: Sequence[Run]) -> dict:
     keys = ("output_ids", "acceptance_lengths", "proposal_lengths")
     return {
         "model": arguments.model or "embedded",

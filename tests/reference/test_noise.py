@@ -250,7 +250,7 @@ if triton is not None:
     @triton.jit
     def _coins(out_ptr, seed_ptr, position_ptr, anchor_ptr, STREAM: tl.constexpr, ROWS: tl.constexpr):
         row = tl.arange(0, ROWS)
-        word = primitive.coin_words(tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(anchor_ptr + row), STREAM)
+        word = primitive.acceptance_words(tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(anchor_ptr + row), STREAM)
         tl.store(out_ptr + row, word.to(tl.int64))
 
     @triton.jit

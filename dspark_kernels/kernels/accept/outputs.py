@@ -48,7 +48,8 @@ def _race(log_weight, ids, first_lane, seed, position, anchor, STREAM: tl.conste
 
 
 @triton.jit
-def _log2(weight):
+def log2_weight(weight):
+    """-inf where there is none."""
     return tl.where(weight > 0, tl.log2(tl.where(weight > 0, weight, 1).to(tl.float32)), NEG_INF)
 
 
@@ -68,13 +69,13 @@ def draw(
     target_of = tl.load(scratch.stats.ids_ptr + row * IDS + TARGET_OF, volatile=True)
     tops = tl.load(scratch.target.max_ptr + of_leaf, mask=there, other=NEG_INF, volatile=True)
     mass = tl.load(scratch.target.sumexp_ptr + of_leaf, mask=there, other=0, volatile=True) & MASS_BITS
-    weight = _log2(mass) + below_max(tops, row_top) * scales.target
+    weight = log2_weight(mass) + below_max(tops, row_top) * scales.target
     from_residual = wants_residual
     if PROPOSAL is not None:
         if wants_residual:
             residual = tl.load(scratch.residual_ptr + of_leaf, mask=there, other=0, volatile=True)
             from_residual = tl.max(residual, axis=0) > 0
-            weight = tl.where(from_residual, _log2(residual), weight)
+            weight = tl.where(from_residual, log2_weight(residual), weight)
     weight = tl.where(there, weight, NEG_INF)
     token = target_of.to(tl.int64)
     if from_residual | (target_of == SOFTMAX):
@@ -84,7 +85,7 @@ def draw(
         inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scales.target)
         if PROPOSAL is not None:
             if from_residual:
-                inner = _log2(PROPOSAL.residual_in_block(winner.to(tl.int32), i, row, request, view, draft, scratch, scales,
+                inner = log2_weight(PROPOSAL.residual_in_block(winner.to(tl.int32), i, row, request, view, draft, scratch, scales,
                                                          PROPOSAL, CANDIDATES))  # fmt: skip
         token = _race(inner, ids, winner * LEAF, seed, position, anchor, CORRECT, LEAF)
     return token, wants_residual & (from_residual == 0)

@@ -20,8 +20,8 @@ from .rows import (
     FACTOR,
     IDS,
     INVERSE,
-    KEPT,
     NOBODY,
+    PREFIX_PROB,
     REFERENCE,
     TARGET_OF,
     TOP,
@@ -48,7 +48,7 @@ def read_row_pair(stats, row):
         tl.load(values + REFERENCE, volatile=True),
         tl.load(values + FACTOR, volatile=True),
     )
-    return RowPair(target, draft, tl.load(values + KEPT, volatile=True))
+    return RowPair(target, draft, tl.load(values + PREFIX_PROB, volatile=True))
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def store_draft_stats(stats, rows, draft, draft_prob):
     tl.store(values + REFERENCE, draft.reference, mask=live)
     tl.store(values + FACTOR, draft.factor, mask=live)
     tl.store(values + DRAFT_PROB, draft_prob, mask=live)
-    tl.store(values + KEPT, draft.reference * 0.0 + 1.0, mask=live)
+    tl.store(values + PREFIX_PROB, draft.reference * 0.0 + 1.0, mask=live)
     tl.store(ids_of + DRAFT_OF, draft.point, mask=live)
 
 

@@ -5,6 +5,8 @@ has all its mass on its first maximum instead. Symbols: R requests, L rows, V vo
 reference/accept.py.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -37,7 +39,7 @@ REFERENCE = tl.constexpr(2)  # of the draft's law, see soft_prob
 FACTOR = tl.constexpr(3)
 DRAFT_PROB = tl.constexpr(4)  # of the draft that the row judges, under its law
 TARGET_PROB = tl.constexpr(5)  # and under the target's
-KEPT = tl.constexpr(6)  # P_i of the block rule
+PREFIX_PROB = tl.constexpr(6)  # P_i of the block rule
 RAW_TOP = tl.constexpr(7)
 RAW_LOG = tl.constexpr(8)  # log2 of the raw row's mass at temperature 1, relative to its maximum
 # And int32 [L, IDS].
@@ -171,12 +173,19 @@ def rows_status(rows, sumexp_ptr, num_leaves, LEAVES: tl.constexpr):
     return status | tl.where(tl.max(words & SAW_NAN, axis=1) > 0, NAN, 0)
 
 
+class MergedRows(NamedTuple):
+    """Of rows [GROUP]: FIRST, and the target distribution (its reference may be infinite); of their blocks maxima and sums [GROUP,
+    LEAVES]."""
+
+    first: Any
+    target: Distribution
+    tops: Any
+    words: Any
+
+
 @triton.jit
 def merge_target(i, rows, status, view, temperature_ptr, partials, raw, stats, scale, num_leaves, LEAVES: tl.constexpr):
-    """All leaves of rows [GROUP] (-1 = none) are there: the target's part of their statistics.
-
-    Gives FIRST, each row's distribution (its reference may be infinite), and maxima and masses of its leaves, [GROUP, LEAVES].
-    """
+    """All leaves of rows [GROUP] (-1 = none) are there: the target's part of their statistics."""
     live = rows >= 0
     row_of = tl.minimum(i, view.length)  # a row of this group: another group's limits may still be on their way
     top, mass, words, tops = merge_leaves(partials.max_ptr, partials.sumexp_ptr, rows, num_leaves, scale, LEAVES)
@@ -209,7 +218,7 @@ def merge_target(i, rows, status, view, temperature_ptr, partials, raw, stats, s
         raw_top, raw_mass, _words, _tops = merge_leaves(raw.max_ptr, raw.sumexp_ptr, rows, num_leaves, LOG2E, LEAVES)
         tl.store(values + RAW_TOP, raw_top, mask=live)
         tl.store(values + RAW_LOG, tl.log2(tl.maximum(raw_mass, 1).to(tl.float32)) - 40.0, mask=live)
-    return first, Distribution(mass_of, top, inverse), tops, words
+    return MergedRows(first, Distribution(mass_of, top, inverse), tops, words)
 
 
 @triton.jit
@@ -218,8 +227,8 @@ def merge_rows(i, rows, status, view, layout, temperature_ptr, partials, raw, st
 
     Gives those drafts, int64 [GROUP], -1 where there is none.
     """
-    _first, target, _tops, _words = merge_target(i, rows, status, view, temperature_ptr, partials, raw, stats, scale, num_leaves,
-                                                 LEAVES)  # fmt: skip
+    merged = merge_target(i, rows, status, view, temperature_ptr, partials, raw, stats, scale, num_leaves, LEAVES)
+    target = merged.target
     live = rows >= 0
     has_draft = live & (i < view.length)
     forward = tl.load(layout.logits_indices_ptr + rows + 1, mask=has_draft, other=0)

@@ -12,9 +12,9 @@ Greedy requests match under each rule but `forced`. Symbols: L drafts of the req
 import triton
 import triton.language as tl
 
-from ..primitives.philox import ACCEPT, coin_words, uniform
+from ..primitives.philox import ACCEPT, acceptance_words, uniform
 from .proposals import RESIDUAL_ONE
-from .rows import DRAFT_PROB, FIRST, IDS, KEPT, NONFINITE_ROW, STATUS, TARGET_PROB, VALUES
+from .rows import DRAFT_PROB, FIRST, IDS, NONFINITE_ROW, PREFIX_PROB, STATUS, TARGET_PROB, VALUES
 
 # State of a request between its phases.
 PENDING = tl.constexpr(0)
@@ -61,9 +61,9 @@ def verify_match(i, rows, length, layout, stats, rates_ptr, sampled, seed, ancho
 def verify_forced(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
     status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
-    coin = uniform(coin_words(seed, anchor + 1 + i, anchor, ACCEPT))
+    u = uniform(acceptance_words(seed, anchor + 1 + i, anchor, ACCEPT))
     rate = tl.load(rates_ptr + i, mask=i < length, other=0.0)
-    return _while_true(i, _stop(i, length, status), inside & (coin < rate)), length < 0
+    return _while_true(i, _stop(i, length, status), inside & (u < rate)), length < 0
 
 
 @triton.jit
@@ -75,8 +75,8 @@ def verify_token(i, rows, length, layout, stats, rates_ptr, sampled, seed, ancho
     if sampled:
         draft_prob = tl.load(stats.values_ptr + rows * VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
         target_prob = tl.load(stats.values_ptr + rows * VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
-        coin = uniform(coin_words(seed, anchor + 1 + i, anchor, ACCEPT))
-        accepted = _while_true(i, stop, inside & (draft_prob > 0.0) & (coin * draft_prob < target_prob))
+        u = uniform(acceptance_words(seed, anchor + 1 + i, anchor, ACCEPT))
+        accepted = _while_true(i, stop, inside & (draft_prob > 0.0) & (u * draft_prob < target_prob))
     verified = tl.max(tl.where((i == accepted) & (i < stop) & (missing == 0), 1, 0), axis=0) > 0
     return accepted, verified & sampled
 
@@ -94,12 +94,12 @@ def verify_block(i, rows, length, layout, stats, rates_ptr, sampled, seed, ancho
         possible = inside & (draft_prob > 0.0)
         ratio = tl.where(possible, target_prob / tl.where(possible, draft_prob, 1.0), 0.0)
         ratio = tl.minimum(ratio, 1e30)  # a product with 0 stays 0
-        kept = tl.full(i.shape, 1.0, tl.float32)
+        prefix_prob = tl.full(i.shape, 1.0, tl.float32)
         so_far = tl.full((), 1.0, tl.float32)
         for k in range(stop):
             so_far = tl.minimum(1.0, so_far * tl.sum(tl.where(i == k, ratio, 0.0), axis=0))
-            kept = tl.where(i == k + 1, so_far, kept)
-        tl.store(stats.values_ptr + rows * VALUES + KEPT, kept, mask=i <= stop)
+            prefix_prob = tl.where(i == k + 1, so_far, prefix_prob)
+        tl.store(stats.values_ptr + rows * VALUES + PREFIX_PROB, prefix_prob, mask=i <= stop)
         accepted = stop
     return accepted, sampled & (stop > 0)
 
@@ -114,8 +114,8 @@ def select_block_length(i, rows, stop, stats, residual_ptr, num_leaves, seed, an
         inside = (i < stop)[:, None] & (leaf < num_leaves)
         total += tl.sum(tl.load(residual_ptr + rows[:, None] * num_leaves + leaf, mask=inside, other=0, volatile=True), axis=1)
     mass = total.to(tl.float32) * (1.0 / RESIDUAL_ONE)
-    kept = tl.load(stats.values_ptr + rows * VALUES + KEPT, mask=i <= stop, other=0.0, volatile=True)
-    rest = mass + (1.0 - kept)
-    coin = uniform(coin_words(seed, anchor + i, anchor, ACCEPT))
-    passes = tl.where(i < stop, (coin * rest < mass) | (rest <= 0.0), coin < kept)
-    return tl.max(tl.where(passes & (kept > 0.0) & (i >= 1) & (i <= stop), i, 0), axis=0)
+    prefix_prob = tl.load(stats.values_ptr + rows * VALUES + PREFIX_PROB, mask=i <= stop, other=0.0, volatile=True)
+    rest = mass + (1.0 - prefix_prob)
+    u = uniform(acceptance_words(seed, anchor + i, anchor, ACCEPT))
+    passes = tl.where(i < stop, (u * rest < mass) | (rest <= 0.0), u < prefix_prob)
+    return tl.max(tl.where(passes & (prefix_prob > 0.0) & (i >= 1) & (i <= stop), i, 0), axis=0)

@@ -20,7 +20,7 @@ from ..primitives.mass import LEAF, NEG_INF, ONE, below_max, log2_scale, masses,
 from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from ..primitives.race import pack, unpack_id
 from .args import Columns, Scales, Sizes, View
-from .outputs import write_no_outputs, write_outputs
+from .outputs import log2_weight, write_no_outputs, write_outputs
 from .proposals import RESIDUAL_ONE, read_row_pair
 from .rows import FIRST, IDS, NONFINITE_ROW, SOFTMAX, STATUS, soft_prob
 from .rules import select_block_length, verify_block, verify_match, verify_token
@@ -202,11 +202,6 @@ def _residual_leaves(
 
 
 @triton.jit
-def _log2(weight):
-    return tl.where(weight > 0, tl.log2(tl.where(weight > 0, weight, 1).to(tl.float32)), NEG_INF)
-
-
-@triton.jit
 def _race(log_weight, ids, inside, first_lane, seed, position, anchor, STREAM: tl.constexpr, LANES: tl.constexpr):
     """Best word by log2 weight (-inf = excluded); ids are first_lane + 0, 1, ...; 0 where none is inside."""
     words = lane_words(seed, first_lane, position, anchor, STREAM, 1, LANES)
@@ -282,7 +277,7 @@ def accept_draw_kernel(
             tops, mass = merged_leaves(sums.max_ptr, sums.sumexp_ptr, gathered.stride, row, cut, vocab, scales.target,
                                        tl.full((), -1, tl.int32), tl.zeros((), tl.int64), LEAVES)  # fmt: skip
             leaf = tl.arange(0, LEAVES)
-            weight = _log2(mass) + below_max(tops, row_top) * scales.target
+            weight = log2_weight(mass) + below_max(tops, row_top) * scales.target
             from_residual = wants
             if wants:
                 at = request.to(tl.int64)
@@ -293,7 +288,7 @@ def accept_draw_kernel(
                     vocab, scales, LEAVES, SHARDS, ENTRIES,
                 )  # fmt: skip
                 from_residual = tl.max(residual, axis=0) > 0
-                weight = tl.where(from_residual, _log2(residual), weight)
+                weight = tl.where(from_residual, log2_weight(residual), weight)
             if from_residual | (pair.target.point == SOFTMAX):
                 position = anchor + accepted + 1
                 here = leaf * LEAF < vocab
@@ -306,14 +301,14 @@ def accept_draw_kernel(
                 inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scales.target)
                 if from_residual:
                     if draft.sparse is not None:
-                        inner = _log2(_inner_list(x, draft.sparse, slot, accepted, ids, inside, gathered, row, pair, cut, patch_ptr,
+                        inner = log2_weight(_inner_list(x, draft.sparse, slot, accepted, ids, inside, gathered, row, pair, cut, patch_ptr,
                                                   vocab, scales, ENTRIES))  # fmt: skip
                     else:
                         draft_row = None
                         if draft.dense is not None:
                             draft_rows = draft.dense.logits_ptr + slot * draft.dense.stride_slot
                             draft_row = draft_rows + accepted.to(tl.int64) * draft.dense.stride_row
-                        inner = _log2(_residual(x, draft_row, ids, inside, start, pair, scales))
+                        inner = log2_weight(_residual(x, draft_row, ids, inside, start, pair, scales))
                 word = _race(inner, ids, inside, winner * LEAF, seed, position, anchor, CORRECT, LEAF)
             empty = tl.where(wants & (from_residual == 0), 1, 0).to(tl.int64)
     tl.store(drawn.word_ptr + request, word)

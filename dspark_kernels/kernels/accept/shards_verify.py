@@ -19,11 +19,11 @@ from .rows import (
     FIRST,
     IDS,
     INVERSE,
-    KEPT,
     LOG2E,
     NAN,
     NOBODY,
     NONFINITE_ROW,
+    PREFIX_PROB,
     REFERENCE,
     SOFTMAX,
     STATUS,
@@ -134,7 +134,7 @@ def _row_stats(
         tl.store(values + REFERENCE, reference, mask=live)
         tl.store(values + FACTOR, factor, mask=live)
         tl.store(values + DRAFT_PROB, draft_prob, mask=live)
-        tl.store(values + KEPT, tl.full([WIDTH], 1.0, tl.float32), mask=live)
+        tl.store(values + PREFIX_PROB, tl.full([WIDTH], 1.0, tl.float32), mask=live)
         tl.store(ids_of + DRAFT_OF, mass_of, mask=live)
 
 

@@ -70,20 +70,20 @@ def merge_nodes(
     if scratch.limits is not None:
         limit_rows(first_node, unlimited, view, layout, sampling, scratch.target, scratch.filters, scales.target,
                    sizes.num_blocks, JOINT, GROUP, GROUPS, LEAVES)  # fmt: skip
-    first, target, tops, words = merge_target(i, rows, status, view, sampling.temperature_ptr, scratch.target, scratch.raw,
-                                              stats.row, scales.target, sizes.num_blocks, LEAVES)  # fmt: skip
-    token = first
+    merged = merge_target(i, rows, status, view, sampling.temperature_ptr, scratch.target, scratch.raw, stats.row,
+                          scales.target, sizes.num_blocks, LEAVES)  # fmt: skip
+    target, token = merged.target, merged.first
     if sampling.temperature_ptr is not None:
         if (tl.load(sampling.temperature_ptr + view.slot) > 0.0) & (walks > 0):
             forward = tl.load(layout.logits_indices_ptr + rows, mask=live, other=0)
             position = (tl.load(layout.positions_ptr + forward, mask=live, other=0) + 1)[:, None]
             anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + view.row0))
             seed = tl.load(sampling.seed_ptr + view.slot)
-            weight = leaf_weights(tops, words, target.reference, scales.target)
+            weight = leaf_weights(merged.tops, merged.words, target.reference, scales.target)
             leaf = race_leaves(weight, seed, position, anchor, i[:, None], GROUP, LEAVES)
             weight = id_weights(view, tl.minimum(i, view.length), leaf, target.reference, scales.target)
             drawn = race_ids(weight, leaf, seed, position, anchor, i[:, None], GROUP)
-            token = tl.where(target.point == SOFTMAX, drawn, first)
+            token = tl.where(target.point == SOFTMAX, drawn, merged.first)
     tl.store(stats.token_ptr + rows, token, mask=live)
     if PROPOSAL is not None:
         inner = has_children(i, view.slot, view.length, parents_ptr, sizes.num_drafts, WIDTH)

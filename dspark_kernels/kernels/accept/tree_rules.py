@@ -17,7 +17,7 @@ import triton.language as tl
 from ..primitives.fence import stores_done
 from ..primitives.leaves import merge_leaves, race_ids, race_leaves
 from ..primitives.mass import LEAF, NEG_INF, ONE
-from ..primitives.philox import ACCEPT, coin_words, uniform
+from ..primitives.philox import ACCEPT, acceptance_words, uniform
 from .dense import await_map, map_used
 from .rows import NONFINITE_ROW, SOFTMAX, soft_prob
 from .target import read_each, read_rows
@@ -270,7 +270,7 @@ def decide(
             seed = tl.load(sampling.seed_ptr + slot)
             depth = tl.load(layout.positions_ptr + forward, mask=has_row, other=0)
             anchor = pick(depth, 0, i)
-            u = uniform(coin_words(seed, depth, anchor, ACCEPT, i))
+            u = uniform(acceptance_words(seed, depth, anchor, ACCEPT, i))
             # The parent's row is what verifies a node.
             verified = is_child & inside
             ids = tl.where(inside, tokens, 0)

@@ -28,7 +28,7 @@ from ..draft.candidates import (
     selection_tile,
 )
 from ..primitives.leaves import SAW_FINITE, leaf_masses, merge_leaves
-from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
+from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, numbers
 from ..primitives.select import ordered_key
 from ..primitives.slots import state_slots
 from ..primitives.ticket import arrive
@@ -49,6 +49,7 @@ from .nodes import (
     log_shares,
     merge_children,
     plant,
+    row_scale,
     survivals,
 )
 
@@ -195,7 +196,7 @@ def _grow(
         latent_ptr, states_ptr,
     )  # fmt: skip
     anchor = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
-    scale = _row_scale(state.temperature_ptr, slot)
+    scale = row_scale(state.temperature_ptr, slot)
     plant(kept_ptr, anchor, NODES)
     count = tl.full((), 1, tl.int32)
     i = tl.arange(0, NODES)
@@ -212,14 +213,6 @@ def _grow(
     if head is not None:
         flags = tl.where((anchor < 0) | (anchor >= head.vocab), BAD_TOKEN_ID, 0)
     emit_tree(kept_ptr, count, state.budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
-
-
-@triton.jit
-def _row_scale(temperature_ptr, slot):
-    temperature = tl.zeros((), tl.float32)
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + slot)
-    return log2_scale(temperature)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "num_nodes", "latent_items", "parts"])
@@ -276,7 +269,7 @@ def draft_paths_kernel(
                 )  # fmt: skip
             nan = _store_keys(
                 row_ptr, selection.keys_ptr + wide_row * padded_units(tl.cdiv(vocab, SELECTION.GROUP)), own_leaves,
-                part * chunks // parts, (part + 1) * chunks // parts, vocab, _row_scale(state.temperature_ptr, slot),
+                part * chunks // parts, (part + 1) * chunks // parts, vocab, row_scale(state.temperature_ptr, slot),
                 SELECTION.BLOCK, SELECTION.GROUP, SELECTION.SHIFT,
             )  # fmt: skip
             if nan > 0:

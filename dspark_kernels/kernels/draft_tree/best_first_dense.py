@@ -19,7 +19,7 @@ from ..draft.candidate_heads import hidden_products, weighted
 from ..draft.candidates import PAIRS, _hidden_score, _slot, latent_programs
 from ..primitives.fence import stores_done
 from ..primitives.leaves import SAW_FINITE, SAW_NAN, merge_leaves
-from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers
+from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, masses, numbers
 from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.slots import state_slots
 from ..primitives.ticket import arrive
@@ -40,6 +40,7 @@ from .nodes import (
     log_shares,
     merge_children,
     plant,
+    row_scale,
     survivals,
 )
 
@@ -49,14 +50,6 @@ UNIT = tl.constexpr(256)  # ids whose mass is summed relative to their own maxim
 GROUP = tl.constexpr(32)  # ids of which the maximum is kept
 ROWS = tl.constexpr(16)  # nodes of a tile
 DONE = tl.constexpr(1 << 20)  # published instead of a number of waves
-
-
-@triton.jit
-def _row_scale(temperature_ptr, slot):
-    temperature = tl.zeros((), tl.float32)
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + slot)
-    return log2_scale(temperature)
 
 
 @triton.jit
@@ -311,7 +304,7 @@ def draft_paths_dense_kernel(
             if now < DONE:
                 d = wave // 2
                 size = tl.load(own.sizes_ptr + d, volatile=True)
-                scale = _row_scale(state.temperature_ptr, slot)
+                scale = row_scale(state.temperature_ptr, slot)
                 row_ptr = base.ptr + wide * base.stride_request + d.to(tl.int64) * base.stride_position
                 units = tl.cdiv(vocab, UNIT)
                 first_row = wide * children

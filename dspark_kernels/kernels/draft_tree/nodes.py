@@ -11,7 +11,7 @@ nodes, padded; row = a node that gets children; log2 throughout. Oracle: referen
 import triton
 import triton.language as tl
 
-from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max
+from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale
 from ..primitives.select import ABSENT, ordered_key, select
 
 # Bits of `flags`; the public names are dspark_kernels.types.Flag (a test keeps both equal).
@@ -230,3 +230,12 @@ def emit_tree(kept_ptr, found, budgets_ptr, slot, anchor, request, flags, out, n
     flags |= tl.max(tl.where(expanded & ((seen & NAN) != 0), NAN, 0), axis=0)
     flags |= tl.max(tl.where(expanded & ((seen & NONFINITE_ROW) != 0), NONFINITE_ROW, 0), axis=0)
     tl.store(out.flags_ptr + request, flags)
+
+
+@triton.jit
+def row_scale(temperature_ptr, slot):
+    """log2(e) / temperature of a slot; temperatures None: greedy."""
+    temperature = tl.zeros((), tl.float32)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + slot)
+    return log2_scale(temperature)

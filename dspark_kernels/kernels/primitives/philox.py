@@ -53,10 +53,10 @@ def words_at(seed, lanes, position, anchor, stream: tl.constexpr, node=0):
 
 
 @triton.jit
-def coin_words(seed, position, anchor, stream: tl.constexpr, node=0):
-    """The word of lane 0 for each position of a block."""
-    w0, _, _, _ = _four_words(seed, (position * 0).to(tl.int32), position, anchor, stream, node)
-    return w0
+def acceptance_words(seed, position, anchor, stream: tl.constexpr, node=0):
+    """The word of lane 0 for each position of a block: of the acceptance uniforms."""
+    words = _four_words(seed, (position * 0).to(tl.int32), position, anchor, stream, node)
+    return words[0]
 
 
 @triton.jit

@@ -93,7 +93,7 @@ def tree_attention(
     check_tensor("layout.token_ids", layout.token_ids, shape=(rows,), device=device)
     kv_heads = _check_heads(q, kv)
     check_choice("mask", mask, MASKS)
-    words = _check_ancestors(ancestors, mask, rows, state_indices, requests, kv, device)
+    words = _check_ancestors(ancestors, mask, rows, kv, device)
     if (k_new is None) != (v_new is None):
         raise ValueError(f"{'k_new' if k_new is None else 'v_new'}: expected both k_new and v_new or neither, got None")
     own = dict(dtype=q.dtype, shape=(rows, kv_heads, head_dim), device=device, last_contiguous=True)
@@ -185,7 +185,7 @@ def _check_scores(scale, softcap) -> None:
         raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
 
 
-def _check_ancestors(ancestors, mask, rows, state_indices, requests, kv, device) -> Tensor | None:
+def _check_ancestors(ancestors, mask, rows, kv, device) -> Tensor | None:
     """Ancestor words as a tensor [N_max] or [S, M]."""
     if (mask == "tree") != (ancestors is not None):
         expected = "int64 words or a DraftTree" if mask == "tree" else "None"

@@ -71,7 +71,7 @@ def check_call(op: str, call: TreeCall) -> None:
     check_branching(call)
     check_optional("node_budgets", call.node_budgets, dtype=torch.int32, shape=(rows,), device=device, contiguous=True)
     check_optional("draft_to_target", call.draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True)
-    check_settings(op, call.sampling, call.method, slots, vocab, device)
+    check_settings(op, call.sampling, call.method, slots, device)
     hidden_size = draft._check_hidden(call.hidden, call.head, call.confidence, rows, drafts, device)
     draft._check_head(call.head, None, vocab, hidden_size, 0, slots, device)
     draft._check_confidence(call.confidence, hidden_size, call.head, drafts, 0, device)
@@ -90,7 +90,7 @@ def check_branching(call: TreeCall) -> None:
         check_int(f"branching[{depth}]", wanted, low=1)
 
 
-def check_settings(op: str, sampling: SamplingTensors | None, method: str, slots: int, vocab: int, device) -> None:
+def check_settings(op: str, sampling: SamplingTensors | None, method: str, slots: int, device) -> None:
     if sampling is None:
         if method in SAMPLED:
             raise ValueError(f"sampling: expected SamplingTensors with method {method!r}, got None")
@@ -177,4 +177,4 @@ def check_expansion(op, tree, node_logits, depth, branching, anchor_positions, m
     check_tensor("anchor_positions", anchor_positions, dtype=INT_DTYPES, shape=(slots,), device=device)
     check_optional("node_budgets", node_budgets, dtype=torch.int32, shape=(rows,), device=device, contiguous=True)
     check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True)
-    check_settings(op, sampling, method, slots, vocab, device)
+    check_settings(op, sampling, method, slots, device)
