@@ -2,7 +2,7 @@
 
     slot(b + j) <- slot(path[j]),  j = 1..n,  b = the anchor's forward row, slot(row) = slot_mapping[row]
 
-Symbols: R requests, M tree nodes, N forward rows, P caches (keys and values of all layers), n accepted drafts. Oracle:
+Symbols: R requests, M tree nodes, N forward rows, P caches (keys and values of all layers), n accepted drafts. Reference:
 reference/compact.py. Source: the tree caches of SpecInfer, arXiv 2305.09781.
 
 In place is safe because paths ascend: parents come before children, so path[i] >= i and path[i] < path[k] for i < k. A row that is

@@ -2,7 +2,7 @@
 
     slot(b + j) <- slot(path[j]),  j = 1..n,  b = the anchor's row
 
-Oracle: reference/compact.py. Source: the tree caches of SpecInfer, arXiv 2305.09781.
+Reference: reference/compact.py. Source: the tree caches of SpecInfer, arXiv 2305.09781.
 """
 
 from __future__ import annotations

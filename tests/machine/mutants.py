@@ -114,14 +114,17 @@ TESTS = {
     "draft_tree/nodes": ("test_tree_paths.py::test_candidates_equal_reference",),
     "draft_tree/static": ("test_tree_draft.py::test_long_branchings_and_many_programs",),
     "layout/": ("test_schedule.py::test_large_batches", "test_schedule.py::test_equals_reference_in_pieces"),
-    "primitives/barrier": ("test_draft_heads.py::test_many_requests_and_positions",),
     "primitives/filters": (
         "test_sampling.py::test_more_elements_than_the_list_holds",
         "test_sampling.py::test_support_equals_reference",
         "test_accept.py::test_sampling_settings_act_inside",
     ),
-    "primitives/leaves": ("test_tree.py::test_many_decisions",),
-    "primitives/waves": ("test_tree_draft.py::test_long_branchings_and_many_programs",),
+    "primitives/vocab_blocks": ("test_tree.py::test_many_decisions",),
+    "primitives/sync": (
+        "test_accept.py::test_many_uniforms_of_the_block_rule",
+        "test_draft_heads.py::test_many_requests_and_positions",
+        "test_tree_draft.py::test_long_branchings_and_many_programs",
+    ),
 }
 
 # Mutants that no mode sees, (file, function, change) -> why the order holds without it.

@@ -17,7 +17,7 @@ from reference.equality import assert_equal_or_tied
 pytest.importorskip("triton")
 from tests.ops import sampling_kernels as kernels
 
-LEAF, BLOCK = 1024, 1024
+VOCAB_BLOCK, BLOCK = 1024, 1024
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -71,10 +71,10 @@ def test_rows_of_nobody_and_nan_go_through():
 
 def run_filter(rows, sampling, group=128, reads=None):
     count, vocab = rows.shape
-    leaves, groups = -(-vocab // LEAF), -(-vocab // group)
+    blocks, groups = -(-vocab // VOCAB_BLOCK), -(-vocab // group)
     kept = torch.zeros(count, vocab, dtype=torch.bool)
-    mass = torch.zeros(count, leaves, dtype=torch.int64)
-    top = torch.full((count, leaves), float("nan"))
+    sumexp = torch.zeros(count, blocks, dtype=torch.int64)
+    top = torch.full((count, blocks), float("nan"))
     lists = torch.full((count + 1, 2 * BLOCK), -7, dtype=torch.int32)
     default = lambda tensor, value, dtype: torch.full((count,), value, dtype=dtype) if tensor is None else tensor  # noqa: E731
     kernels.filter_kernel[(count,)](
@@ -84,25 +84,25 @@ def run_filter(rows, sampling, group=128, reads=None):
         default(sampling.top_p, 1.0, torch.float32),
         default(sampling.min_p, 0.0, torch.float32),
         kept,
-        mass,
+        sumexp,
         top,
         torch.full((count, groups), float("nan")),
         torch.full((count, groups), 2**31 - 1, dtype=torch.int32),
         lists,
         torch.zeros(count, 2, dtype=torch.int32) if reads is None else reads,
         vocab,
-        leaves,
+        blocks,
         JOINT=sampling.filter_order == "joint",
         GROUP=group,
         GROUPS=max(16, 1 << (groups - 1).bit_length()),
-        LEAVES=max(2, 1 << (leaves - 1).bit_length()),
+        BLOCKS=max(2, 1 << (blocks - 1).bit_length()),
     )
     assert (lists[count] == -7).all(), "a list ran over its end"
-    return kept, mass, top
+    return kept, sumexp, top
 
 
 def check_filter(rows, sampling, group=128, exempt=True):
-    kept, mass, top = run_filter(rows, sampling, group)
+    kept, sumexp, top = run_filter(rows, sampling, group)
     scale = 1 / sampling.temperature.double()
 
     def run(decisions):
@@ -113,12 +113,12 @@ def check_filter(rows, sampling, group=128, exempt=True):
         }
 
     assert_equal_or_tied(run, {r: row.tolist() for r, row in enumerate(kept)}, exempt=exempt)
-    # Masses of what is kept: relative to each leaf's maximum.
+    # Sums of what is kept: relative to each block's maximum.
     for r, row in enumerate(rows):
         e = torch.where(kept[r], torch.exp((row.double() - row.double().nan_to_num(-math.inf).max()) * scale[r]), 0.0)
-        sums = torch.stack([part.sum() for part in e.split(LEAF)])
+        sums = torch.stack([part.sum() for part in e.split(VOCAB_BLOCK)])
         factor = torch.exp((top[r].double() - top[r].max()) * scale[r])
-        torch.testing.assert_close(mass[r].double() * 2.0**-40 * factor, sums, rtol=3e-6, atol=1e-9)
+        torch.testing.assert_close(sumexp[r].double() * 2.0**-40 * factor, sums, rtol=3e-6, atol=1e-9)
     return kept
 
 

@@ -344,23 +344,26 @@ def test_every_atomic_names_its_order():
                 assert "sem" in {keyword.arg for keyword in call.keywords}, f"{path.relative_to(ROOT)}:{call.lineno}"
 
 
-def _without(file: str, line: str, behind: str = "") -> str:
-    """Source without the one line that comes right before `behind`."""
-    text = (ROOT / "dspark_kernels" / "kernels" / file).read_text()
+END = "# end"
+
+
+def _without(file: str, line: str, behind: str) -> str:
+    """Source without the one line that comes right before `behind`, or before the end of the file."""
+    text = (ROOT / "dspark_kernels" / "kernels" / file).read_text() + END
     assert text.count(line + behind) == 1, (file, line)
-    return text.replace(line + behind, behind)
+    return text.replace(line + behind, behind).removesuffix(END)
 
 
 def test_a_missing_wait_is_seen():
-    barrier, fence, wait = "primitives/barrier.py", "    stores_done()\n", "    tl.debug_barrier()\n"
-    inside = _without(barrier, fence).replace("if programs > 1:\n", f"if programs > 1:\n    {fence}")
+    sync, fence, wait = "primitives/sync.py", "    stores_done()\n", "    tl.debug_barrier()\n"
+    inside = _without(sync, fence, "    if programs > 1:").replace("if programs > 1:\n", f"if programs > 1:\n    {fence}")
     found = {
         "left out for a grid of one": unordered(inside),
         "before a release": unordered(_without("accept/dense.py", fence, "    tl.atomic_add(ready_ptr, 1")),
-        "before an arrival": unordered(_without("primitives/ticket.py", fence)),
-        "behind an arrival": unordered(_without("primitives/ticket.py", wait)),
-        "behind a wait for items": unordered(_without("primitives/waves.py", f"    {wait}")),
-        "behind a grid barrier": unordered(_without(barrier, f"    {wait}")),
+        "before an arrival": unordered(_without(sync, fence, "    last = ")),
+        "behind an arrival": unordered(_without(sync, wait, "    return last")),
+        "behind a wait for items": unordered(_without(sync, f"    {wait}", "\n\n@triton.jit\ndef finish_item")),
+        "behind a grid barrier": unordered(_without(sync, f"    {wait}", END)),
     }
     # Two acquires are before a missing wait: the first try, and those of the loop.
     expected = dict.fromkeys(found, 1) | {"behind a wait for items": 2}

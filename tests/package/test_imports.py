@@ -37,7 +37,7 @@ LAYERS = {
     "dspark_kernels.kernels": SHARED,
     "dspark_kernels.launch.arch": (),
     "dspark_kernels.launch.table": ("dspark_kernels.launch.arch",),
-    "dspark_kernels.launch": ("dspark_kernels.launch.arch", "dspark_kernels.launch.table"),
+    "dspark_kernels.launch": ("dspark_kernels.launch.arch", "dspark_kernels.launch.table", "dspark_kernels.kernels.sizes"),
     "dspark_kernels.ops": (
         "dspark_kernels.types",
         "dspark_kernels.checks",

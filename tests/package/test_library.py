@@ -9,7 +9,6 @@ from torch import Tensor
 import dspark_kernels as dk
 from dspark_kernels import library, scheduling
 from dspark_kernels.launch import arch
-from dspark_kernels.launch.draft_tree import static as tree_launch
 from dspark_kernels.ops import compact
 from dspark_kernels.ops.accept import chain as accept, tree
 from dspark_kernels.ops.attention import plan as attention_plan, tree as attention
@@ -329,35 +328,22 @@ def test_compaction_compiles_into_one_graph():
 
 
 def test_constants_of_kernels_are_the_public_ones():
-    from dspark_kernels.kernels.accept import (
-        dense as accept_dense,
-        rows as accept_rows,
-        target as accept_target,
-        tree_rules,
-        tree_state,
-    )
+    from dspark_kernels.kernels import sizes
+    from dspark_kernels.kernels.accept import tree_rules
     from dspark_kernels.kernels.attention import plan as attention_kernels
-    from dspark_kernels.kernels.draft import dense as draft_kernels, filters as draft_filters, rows as draft_rows
-    from dspark_kernels.kernels.draft_tree import append as tree_append, static as tree_draft_kernels
-    from dspark_kernels.kernels.layout import rows, schedule as schedule_kernels
-    from dspark_kernels.kernels.primitives import filters, mass, philox
+    from dspark_kernels.kernels.draft import filters as draft_filters
+    from dspark_kernels.kernels.layout import schedule as schedule_kernels
+    from dspark_kernels.kernels.primitives import constants, philox
 
-    for kernels in (accept_rows, draft_kernels, draft_rows, schedule_kernels, tree_append, rows):
-        shared = [flag for flag in dk.Flag if hasattr(kernels, flag.name)]
-        assert shared and all(getattr(kernels, flag.name).value == flag for flag in shared)
+    assert all(getattr(constants, flag.name).value == flag for flag in dk.Flag)
     assert all(getattr(philox, stream.name).value == stream for stream in dk.Stream)
-    assert attention_kernels.COLUMNS.value == attention_plan.ITEM_COLUMNS
+    shared = [name for name in vars(sizes) if name.isupper()]
+    assert shared and all(getattr(constants, name).value == getattr(sizes, name) for name in shared)
     assert attention_kernels.TREE_SLOTS.value == attention.MAX_NODES
-    assert draft_rows.UNIT.value == draft.UNIT and draft_filters.GROUP.value == draft.GROUP == 2 * draft.UNIT
-    assert filters.BLOCK.value == draft.LIST == draft_filters.TILE.value * draft.GROUP and accept.LISTED == 2 * filters.BLOCK.value
-    assert mass.LEAF.value == accept.LEAF == tree.LEAF
+    assert sizes.MAX_GROUP == 2 * sizes.SUB_BLOCK and sizes.FILTER_LIST == draft_filters.TILE.value * sizes.MAX_GROUP
     assert [tree_rules.WALK.value, tree_rules.RECURSIVE.value, tree_rules.TRAVERSAL.value] == [0, 1, 2]
-    assert mass.LEAF.value == tree_launch.LEAF and tree_draft_kernels.DOT_ROWS.value == tree_launch.ROWS_PER_ITEM
     assert tree.RULES == ("walk", "recursive", "traversal")
-    assert (tree_state.NODE_VALUES.value, tree_state.NODE_IDS.value) == (tree.NODE_VALUES, tree.NODE_IDS)
-    assert (accept_rows.VALUES.value, accept_rows.IDS.value) == (accept.VALUES, accept.IDS)
-    assert accept_dense.MAP_COLUMNS.value == accept.MAP_COLUMNS and accept_target.GROUP_IDS.value == accept.GROUP_IDS
-    assert schedule_kernels.SURVIVAL_ONE.value == schedule.UNIT == scheduling.UNIT
+    assert schedule_kernels.SURVIVAL_ONE.value == schedule.SURVIVAL_ONE == scheduling.UNIT
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 
 

@@ -1,6 +1,6 @@
 """What acceptance passes around, by name. Needs no Triton: ops build the records that are kernel arguments.
 
-Symbols: R requests, K drafts of a chain, M nodes of a tree, L logit rows, N_max forward rows, S state slots, V vocabulary, NL
+Symbols: R requests, K drafts of a chain, M nodes of a tree, L logit rows, N_max forward rows, S state slots, V vocabulary, NB
 vocabulary blocks of 1024 ids, C candidates of a sparse proposal. Functions that have two-dimensional tiles say so.
 """
 
@@ -156,7 +156,7 @@ class MapProgress(NamedTuple):
 
 
 class BlockPartials(NamedTuple):
-    """Of each vocabulary block of a row, [L, NL]."""
+    """Of each vocabulary block of a row, [L, NB]."""
 
     max_ptr: Pointer  # fp32
     sumexp_ptr: Pointer  # int64: sum of exponentials relative to the maximum, in units of 2^-40, and bits of what was seen
@@ -196,7 +196,7 @@ class TreeRowStats(NamedTuple):
 class SparseScratch(NamedTuple):
     """Where a sparse proposal's candidates find their vocabulary blocks."""
 
-    removed_ptr: Pointer  # int64 [L, NL]: what a block loses without its candidates
+    removed_ptr: Pointer  # int64 [L, NB]: what a block loses without its candidates
     patch_ptr: Pointer  # fp32 [R, 1024]: residual of one block
 
 
@@ -204,7 +204,7 @@ class ChainScratch(NamedTuple):
     target: BlockPartials
     raw: BlockPartials | None  # of the logits as they came, where raw log-probabilities are wanted
     draft: BlockPartials | None  # of draft rows whose lse is not stored
-    residual_ptr: Pointer  # int64 [L, NL]: residual sums in units of 2^-60
+    residual_ptr: Pointer  # int64 [L, NB]: residual sums in units of 2^-60
     sparse: SparseScratch
     filters: FilterScratch | None
     limits: Limits | None
@@ -222,7 +222,7 @@ class NodeState(NamedTuple):
 
 
 class TreeResidual(NamedTuple):
-    """Sums of the sweep at hand, int64 [R, NL]."""
+    """Sums of the sweep at hand, int64 [R, NB]."""
 
     target_ptr: Pointer  # of the residual, in units of 2^-60
     draft_ptr: Pointer  # of the draft weights that are left, in units of 2^-40
@@ -240,7 +240,7 @@ class TreeScratch(NamedTuple):
 
 
 class ShardSums(NamedTuple):
-    """Regions of a part with sums of a rank's vocabulary blocks [L, NL]; (None, None) where words decide."""
+    """Regions of a part with sums of a rank's vocabulary blocks [L, NB]; (None, None) where words decide."""
 
     max_ptr: Pointer | None
     sumexp_ptr: Pointer | None
@@ -249,7 +249,7 @@ class ShardSums(NamedTuple):
 class ShardLists(NamedTuple):
     """Regions of a part for candidates of a sparse proposal; None each without one."""
 
-    rest_ptr: Pointer | None  # sums of blocks without the candidates, int64 [L, NL]
+    rest_ptr: Pointer | None  # sums of blocks without the candidates, int64 [L, NB]
     logits_ptr: Pointer | None  # target logits of the candidates that the rank has, fp32 [L, C]
     distributions_ptr: Pointer | None  # reference, factor, the draft's probability, fp32 [L, 3]
     points_ptr: Pointer | None  # who has the draft's probability, int32 [L]
@@ -293,7 +293,7 @@ class DrawScratch(NamedTuple):
 
     stats: RowStats  # [R, WIDTH, ...]
     total_ptr: Pointer  # int64 [R, WIDTH]: residual sums of rows
-    added_ptr: Pointer | None  # int64 [R, LEAVES]: what candidates add to their blocks; None: no sparse proposal
+    added_ptr: Pointer | None  # int64 [R, BLOCKS]: what candidates add to their blocks; None: no sparse proposal
     patch_ptr: Pointer | None  # fp32 [R, 1024]
 
 

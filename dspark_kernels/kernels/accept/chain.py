@@ -1,24 +1,24 @@
 """Lossless acceptance of a chain of drafts straight from target logits, in one launch.
 
-First phase, an item = rows x leaves of a request: partial results of each leaf, one pass over the logits. The last item of a row group
-merges its rows; the last group of a request verifies its drafts. Where residuals of whole rows are needed (a dense proposal; the
-block rule), second-phase items of that request (later tickets, so that the wait cannot deadlock on any grid) sum them per leaf, and
-the last of them draws. Only the winning leaf is read again. Nothing of the size of a row is written. Symbols: R requests, K drafts, V
-vocabulary, leaf = 1024 ids, NL leaves. Rules: rules.py; proposals: proposals.py; records: args.py. Oracle: reference/accept.py.
-"""
+First phase, an item = rows x blocks of a request: partial results of each block, one pass over the logits. The last item of a row
+group merges its rows; the last group of a request verifies its drafts. Where residuals of whole rows are needed (a dense proposal;
+the block rule), second-phase items of that request (later tickets, so that the wait cannot deadlock on any grid) sum them per
+block, and the last of them draws. Only the winning block is read again. Nothing of the size of a row is written. Symbols: R
+requests, K drafts, V vocabulary, block = 1024 ids, NB blocks. Rules: rules.py; proposals: proposals.py; records: args.py.
+Reference: reference/accept.py."""
 
 import triton
 import triton.language as tl
 
-from ..primitives.fence import stores_done
-from ..primitives.mass import log2_scale
+from ..primitives.constants import NONFINITE_ROW, ROW_IDS
 from ..primitives.slots import state_slots
-from ..primitives.ticket import arrive
+from ..primitives.sumexp import log2_scale
+from ..primitives.sync import arrive, stores_done
 from . import dense, sparse
 from .args import Scales, Sizes, View
 from .dense import await_map, invert_map, map_used, sweep_draft
 from .outputs import draw, write_no_outputs, write_outputs
-from .rows import FIRST, IDS, NONFINITE_ROW, STATUS, limit_rows, merge_rows, rows_status, sweep_rows
+from .rows import FIRST, STATUS, limit_rows, merge_rows, rows_status, sweep_rows
 from .rules import DONE, NEEDS_RESIDUAL, PENDING, select_block_length, verify_block, verify_forced, verify_match, verify_token
 
 
@@ -54,26 +54,26 @@ def _order(ticket, num_requests, first_items, second_items, LAG: tl.constexpr, T
 def _conclude(
     request, accepted, wants_residual, view, layout, draft, sampling, outputs, scratch, scales, sizes,
     PROPOSAL: tl.constexpr, DRAWS: tl.constexpr, TWO_PHASES: tl.constexpr, PAIRS: tl.constexpr, CANDIDATES: tl.constexpr,
-    LEAVES: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """What follows the accepted drafts, and every output."""
     anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + view.row0))
     row = (view.row0 + accepted).to(tl.int64)
-    token = tl.load(scratch.stats.ids_ptr + row * IDS + FIRST, volatile=True).to(tl.int64)
+    token = tl.load(scratch.stats.ids_ptr + row * ROW_IDS + FIRST, volatile=True).to(tl.int64)
     sampled = view.length < 0
     empty = sampled
     if sampling.temperature_ptr is not None:
         sampled = tl.load(sampling.temperature_ptr + view.slot) > 0.0
-        finite = (tl.load(scratch.stats.ids_ptr + row * IDS + STATUS, volatile=True) & NONFINITE_ROW) == 0
+        finite = (tl.load(scratch.stats.ids_ptr + row * ROW_IDS + STATUS, volatile=True) & NONFINITE_ROW) == 0
         if DRAWS:
             if sampled & finite:
                 if PROPOSAL is not None and not TWO_PHASES:
                     if wants_residual:
                         PROPOSAL.residual_sums(0, accepted, row, view, draft, scratch, scales, sizes.num_blocks,
-                                               PROPOSAL, PAIRS, LEAVES, CANDIDATES)  # fmt: skip
+                                               PROPOSAL, PAIRS, BLOCKS, CANDIDATES)  # fmt: skip
                 token, empty = draw(
                     accepted, row, request, wants_residual, tl.load(sampling.seed_ptr + view.slot), anchor + accepted + 1, anchor,
-                    view, draft, scratch, scales, sizes.num_blocks, PROPOSAL, LEAVES, CANDIDATES,
+                    view, draft, scratch, scales, sizes.num_blocks, PROPOSAL, BLOCKS, CANDIDATES,
                 )  # fmt: skip
     write_outputs(request, accepted, token, empty, anchor, sampled, view, layout, outputs, scratch.raw, scratch.stats,
                   scales.target, sizes, PROPOSAL is not None, WIDTH)  # fmt: skip
@@ -91,15 +91,15 @@ def accept_chain_kernel(
     counters,  # ChainCounters
     map_progress,  # MapProgress, or None
     scratch,  # ChainScratch
-    num_requests, num_slots, num_rows, num_forward, num_drafts, vocab, num_leaves,
+    num_requests, num_slots, num_rows, num_forward, num_drafts, vocab, num_blocks,
     parts,  # second-phase items per row
     map_parts,  # items that invert the id map
     VERIFY: tl.constexpr, SELECT: tl.constexpr, PROPOSAL: tl.constexpr, DRAWS: tl.constexpr, TWO_PHASES: tl.constexpr,
-    JOINT: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr,
+    JOINT: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr, BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = GROUP * CHUNK
-    chunks = tl.cdiv(num_leaves, CHUNK)
+    chunks = tl.cdiv(num_blocks, CHUNK)
     num_groups = tl.cdiv(num_drafts + 1, GROUP)
     first_items = num_groups * chunks
     # Second phase: `parts` items for each of the rows that may need a residual, one under the token rule.
@@ -138,7 +138,7 @@ def accept_chain_kernel(
                 draft_temperature = tl.load(sampling.draft_temperature_ptr + slot)
             draft_scale = log2_scale(draft_temperature)
     scales = Scales(scale, draft_scale)
-    sizes = Sizes(num_requests, num_forward, num_drafts, num_leaves)
+    sizes = Sizes(num_requests, num_forward, num_drafts, num_blocks)
     unlimited = View(target.logits_ptr, target.stride, vocab, target.adjustments, layout.token_ids_ptr, None,
                      layout.logits_indices_ptr, row0, slot, length, None)  # fmt: skip
     view = View(target.logits_ptr, target.stride, vocab, target.adjustments, layout.token_ids_ptr, None,
@@ -155,28 +155,28 @@ def accept_chain_kernel(
             if group * GROUP <= length:
                 pair = tl.arange(0, PAIRS)
                 i = group * GROUP + pair // CHUNK
-                leaf = (item % chunks) * CHUNK + pair % CHUNK
-                keep = (i <= length) & (leaf < num_leaves)
-                sweep_rows(i, leaf, keep, unlimited, layout, sampling, scratch.target, scratch.raw, scratch.filters, scale,
-                           num_leaves, PAIRS)  # fmt: skip
+                block = (item % chunks) * CHUNK + pair % CHUNK
+                keep = (i <= length) & (block < num_blocks)
+                sweep_rows(i, block, keep, unlimited, layout, sampling, scratch.target, scratch.raw, scratch.filters, scale,
+                           num_blocks, PAIRS)  # fmt: skip
                 if scratch.draft is not None:
-                    sweep_draft(i, leaf, keep & (i < length), view, draft, scratch.draft, draft_scale, num_leaves, PAIRS)
+                    sweep_draft(i, block, keep & (i < length), view, draft, scratch.draft, draft_scale, num_blocks, PAIRS)
 
                 if arrive(counters.groups_ptr + request * num_groups + group, chunks):
                     member = group * GROUP + tl.arange(0, GROUP)
                     rows = tl.where(member <= length, row0 + member, -1).to(tl.int64)
-                    status = rows_status(rows, scratch.target.sumexp_ptr, num_leaves, LEAVES)
+                    status = rows_status(rows, scratch.target.sumexp_ptr, num_blocks, BLOCKS)
                     if scratch.limits is not None:
                         limit_rows(group * GROUP, unlimited, view, layout, sampling, scratch.target, scratch.filters, scale,
-                                   num_leaves, JOINT, GROUP, GROUPS, LEAVES)  # fmt: skip
+                                   num_blocks, JOINT, GROUP, GROUPS, BLOCKS)  # fmt: skip
                     tokens = merge_rows(member, rows, status, view, layout, sampling.temperature_ptr, scratch.target, scratch.raw,
-                                        scratch.stats, scale, num_leaves, LEAVES)  # fmt: skip
+                                        scratch.stats, scale, num_blocks, BLOCKS)  # fmt: skip
                     if PROPOSAL is not None:
                         if map_progress is not None:
                             await_map(map_progress.ready_ptr, map_parts)
                         PROPOSAL.draft_stats(
                             member, tl.where(member < length, rows, -1), tokens, view, draft, scratch.draft, scratch.stats,
-                            draft_scale, draft_temperature, num_leaves, PROPOSAL, LEAVES, CANDIDATES,
+                            draft_scale, draft_temperature, num_blocks, PROPOSAL, BLOCKS, CANDIDATES,
                         )  # fmt: skip
                     if arrive(counters.requests_ptr + request, length // GROUP + 1):
                         every = tl.arange(0, WIDTH)
@@ -195,7 +195,7 @@ def accept_chain_kernel(
                             tl.atomic_xchg(state_ptr, tl.where(wants, NEEDS_RESIDUAL, DONE), sem="release", scope="gpu")
                         else:
                             _conclude(request, accepted, wants, view, layout, draft, sampling, outputs, scratch, scales, sizes,
-                                      PROPOSAL, DRAWS, TWO_PHASES, PAIRS, CANDIDATES, LEAVES, WIDTH)  # fmt: skip
+                                      PROPOSAL, DRAWS, TWO_PHASES, PAIRS, CANDIDATES, BLOCKS, WIDTH)  # fmt: skip
     elif phase == 1:
         if TWO_PHASES:
             if length >= 0:
@@ -214,7 +214,7 @@ def accept_chain_kernel(
                         inside = verified < accepted
                     if inside:
                         PROPOSAL.residual_sums(part, verified, (row0 + verified).to(tl.int64), view, draft, scratch, scales,
-                                               num_leaves, PROPOSAL, PAIRS, LEAVES, CANDIDATES)  # fmt: skip
+                                               num_blocks, PROPOSAL, PAIRS, BLOCKS, CANDIDATES)  # fmt: skip
                 if arrive(counters.residuals_ptr + request, second_items):
                     tl.store(counters.states_ptr + request, PENDING)
                     wants = state == NEEDS_RESIDUAL
@@ -224,10 +224,10 @@ def accept_chain_kernel(
                             anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + row0))
                             stop = accepted
                             accepted = SELECT(every, (row0 + every).to(tl.int64), stop, scratch.stats, scratch.residual_ptr,
-                                              num_leaves, tl.load(sampling.seed_ptr + slot), anchor, WIDTH, LEAVES)  # fmt: skip
+                                              num_blocks, tl.load(sampling.seed_ptr + slot), anchor, WIDTH, BLOCKS)  # fmt: skip
                             wants = accepted < stop
                     _conclude(request, accepted, wants, view, layout, draft, sampling, outputs, scratch, scales, sizes,
-                              PROPOSAL, DRAWS, TWO_PHASES, PAIRS, CANDIDATES, LEAVES, WIDTH)  # fmt: skip
+                              PROPOSAL, DRAWS, TWO_PHASES, PAIRS, CANDIDATES, BLOCKS, WIDTH)  # fmt: skip
                     if map_progress is not None:
                         map_used(map_progress, num_requests, map_parts)
 
@@ -236,7 +236,7 @@ _RULES = {"token": verify_token, "block": verify_block, "match": verify_match, "
 _PROPOSALS = {"none": None, "sparse": sparse.SPARSE, "stored": dense.STORED, "mapped": dense.MAPPED}
 
 
-def launch_accept_chain(items, args, *, rule, proposal, two_phases, draws, joint, candidates, leaves, groups, width, config):
+def launch_accept_chain(items, args, *, rule, proposal, two_phases, draws, joint, candidates, blocks, groups, width, config):
     """Launch one program per item (a part of a map to invert, a first- or second-phase part of a request)."""
     accept_chain_kernel[(items,)](
         *args,
@@ -249,7 +249,7 @@ def launch_accept_chain(items, args, *, rule, proposal, two_phases, draws, joint
         GROUP=config.group,
         CHUNK=config.chunk,
         CANDIDATES=candidates,
-        LEAVES=leaves,
+        BLOCKS=blocks,
         GROUPS=groups,
         WIDTH=width,
         LAG=config.lag,

@@ -1,22 +1,19 @@
 """Drafts of a dense proposal: one logit per column, and columns are ids or mapped to ids, each id at most once.
 
 A map is inverted at the start of the launch, by work items that all others wait for where they ask for a column. Symbols: S state
-slots, K drafts, Vd draft vocabulary. Hooks: proposals.py. Oracle: reference/accept.py.
+slots, K drafts, Vd draft vocabulary. Hooks: proposals.py. Reference: reference/accept.py.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives.fence import stores_done
-from ..primitives.leaves import first_leaf, first_of, leaf_masses, merge_leaves
-from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, masses
-from ..primitives.ticket import arrive
+from ..primitives.constants import LOG2E, MAP_COLUMNS, NEG_INF, POS_INF, RESIDUAL_ONE, SUMEXP_ONE, VOCAB_BLOCK
+from ..primitives.sumexp import fixed_sums
+from ..primitives.sync import arrive, stores_done
+from ..primitives.vocab_blocks import block_sums, first_block, first_of, merge_blocks
 from .args import ChainProposal, Distribution
-from .proposals import RESIDUAL_ONE, as_point, read_row_pair, store_draft_stats, target_probs
-from .rows import LOG2E, NOBODY, SOFTMAX, finite_or_zero, load_leaf, soft_prob
-
-MAP_COLUMNS = tl.constexpr(4096)  # of a draft vocabulary's map per item that inverts it
-
+from .proposals import as_point, read_row_pair, store_draft_stats, target_probs
+from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, soft_prob
 
 # --- columns and ids --------------------------------------------------------------------------------------------------
 
@@ -76,35 +73,35 @@ def map_used(progress, num_requests, parts):
 
 
 @triton.jit
-def sweep_draft(i, leaf, keep, view, draft, partials, draft_scale, num_leaves, PAIRS: tl.constexpr):
-    """First pass on leaves of draft rows whose log-sum-exp is not stored: maximum and mass over their columns."""
-    columns = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+def sweep_draft(i, block, keep, view, draft, partials, draft_scale, num_blocks, PAIRS: tl.constexpr):
+    """First pass on blocks of draft rows whose log-sum-exp is not stored: maximum and sum of exponentials over their columns."""
+    columns = block[:, None] * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)[None, :]
     draft_rows = draft.logits_ptr + view.slot * draft.stride_slot + i.to(tl.int64)[:, None] * draft.stride_row
-    top, mass = leaf_masses(load_leaf(draft_rows, columns, keep[:, None] & (columns < draft.width)), draft_scale, PAIRS)
-    where = (view.row0 + i).to(tl.int64) * num_leaves + leaf
+    top, sumexp = block_sums(load_block(draft_rows, columns, keep[:, None] & (columns < draft.width)), draft_scale, PAIRS)
+    where = (view.row0 + i).to(tl.int64) * num_blocks + block
     tl.store(partials.max_ptr + where, top, mask=keep)
-    tl.store(partials.sumexp_ptr + where, mass, mask=keep)
+    tl.store(partials.sumexp_ptr + where, sumexp, mask=keep)
 
 
 @triton.jit
 def draft_stats(
-    i, rows, token, view, draft, partials, stats, draft_scale, draft_temperature, num_leaves,
-    PROPOSAL: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+    i, rows, token, view, draft, partials, stats, draft_scale, draft_temperature, num_blocks,
+    PROPOSAL: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """rows, token (the draft): [GROUP], rows -1 where no draft is verified."""
     row_ptrs = draft.logits_ptr + view.slot * draft.stride_slot + tl.where(rows >= 0, i, 0).to(tl.int64) * draft.stride_row
     column, inside = PROPOSAL.column_of(draft, token, view.vocab)
-    x = load_leaf(row_ptrs, column, (rows >= 0) & inside)
+    x = load_block(row_ptrs, column, (rows >= 0) & inside)
     if draft.lse_ptr is None:
-        top, mass, words, tops = merge_leaves(partials.max_ptr, partials.sumexp_ptr, rows, num_leaves, draft_scale, LEAVES)
+        top, sumexp, words, tops = merge_blocks(partials.max_ptr, partials.sumexp_ptr, rows, num_blocks, draft_scale, BLOCKS)
         point = tl.full(rows.shape, SOFTMAX, tl.int32)
         if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
-            columns = first_leaf(tops, top, LEAVES)
-            logits = load_leaf(row_ptrs[:, None], columns, columns < draft.width)
+            columns = first_block(tops, top, BLOCKS)
+            logits = load_block(row_ptrs[:, None], columns, columns < draft.width)
             hot = id_of_column(draft, first_of(logits, columns, top, draft.width), view.vocab)
             point = tl.where(top == POS_INF, hot, point)
         point = tl.where(top == NEG_INF, NOBODY, point)
-        factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+        factor = 1.0 / tl.maximum(sumexp, 1).to(tl.float32) * SUMEXP_ONE
         _store(rows, token, x, Distribution(point, finite_or_zero(top), factor), stats, draft_scale, draft_temperature)
     else:
         _stats_from_lse(i, rows, token, x, view, draft, stats, draft_scale, draft_temperature)
@@ -139,29 +136,33 @@ def _residual(view, i, draft, ids, pair, scales, PROPOSAL: tl.constexpr):
     """Of ids [WIDTH] of row i."""
     column, inside = PROPOSAL.column_of(draft, ids, view.vocab)
     draft_row = draft.logits_ptr + view.slot * draft.stride_slot + i.to(tl.int64) * draft.stride_row
-    draft_prob = soft_prob(load_leaf(draft_row, column, inside), ids, pair.draft, scales.draft)
+    draft_prob = soft_prob(load_block(draft_row, column, inside), ids, pair.draft, scales.draft)
     return tl.maximum(pair.prefix_prob * target_probs(view, i, ids, pair.target, scales.target) - draft_prob, 0.0)
 
 
 @triton.jit
 def residual_sums(
-    item, i, row, view, draft, scratch, scales, num_leaves,
-    PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+    item, i, row, view, draft, scratch, scales, num_blocks,
+    PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Item: PAIRS leaves of a row."""
-    leaf = item * PAIRS + tl.arange(0, PAIRS)
+    """Item: PAIRS blocks of a row."""
+    block = item * PAIRS + tl.arange(0, PAIRS)
     pair = read_row_pair(scratch.stats, row)
-    ids = item * PAIRS * LEAF + tl.arange(0, PAIRS * LEAF)
+    ids = item * PAIRS * VOCAB_BLOCK + tl.arange(0, PAIRS * VOCAB_BLOCK)
     residual = _residual(view, i, draft, ids, pair, scales, PROPOSAL)
-    tl.store(scratch.residual_ptr + row * num_leaves + leaf, masses(residual, PAIRS, LEAF, RESIDUAL_ONE), mask=leaf < num_leaves)
+    tl.store(
+        scratch.residual_ptr + row * num_blocks + block,
+        fixed_sums(residual, PAIRS, VOCAB_BLOCK, RESIDUAL_ONE),
+        mask=block < num_blocks,
+    )
 
 
 @triton.jit
 def residual_in_block(
-    leaf, i, row, request, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
+    block, i, row, request, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
 ):  # fmt: skip
     pair = read_row_pair(scratch.stats, row)
-    return _residual(view, i, draft, leaf * LEAF + tl.arange(0, LEAF), pair, scales, PROPOSAL)
+    return _residual(view, i, draft, block * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK), pair, scales, PROPOSAL)
 
 
 STORED = ChainProposal(draft_stats, residual_sums, residual_in_block, column_is_id)

@@ -1,42 +1,46 @@
 """What a request emits: the correction or bonus token, drawn or named, and every output of acceptance.
 
-Draws are races of exponential clocks in two levels, between leaves by their masses and inside the winning leaf by id, so that noise
-is drawn for NL + 1024 entries alone and only the winning leaf is read again. Symbols: R requests, K drafts, V vocabulary, NL
-leaves of 1024 ids. Oracle: reference/accept.py.
+Draws are races of exponential clocks in two levels, between blocks by their sums and inside the winning block by id, so that noise
+is drawn for NB + 1024 entries alone and only the winning block is read again. Symbols: R requests, K drafts, V vocabulary, NB
+blocks of 1024 ids. Reference: reference/accept.py.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives.leaves import MASS_BITS
-from ..primitives.mass import LEAF, NEG_INF, POS_INF, below_max
-from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
-from ..primitives.race import pack, unpack_id
-from .rows import (
+from ..primitives.constants import (
     BAD_TOKEN_ID,
-    DRAFT_PROB,
     EMPTY_RESIDUAL,
-    FIRST,
-    IDS,
-    INVERSE,
+    LN2,
     LOG2E,
     MISSING_DRAFT,
     NAN,
+    NEG_INF,
     NONFINITE_ROW,
-    RAW_LOG,
-    RAW_TOP,
+    POS_INF,
+    ROW_IDS,
+    ROW_VALUES,
+    VOCAB_BLOCK,
+)
+from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
+from ..primitives.race import pack, unpack_id
+from ..primitives.sumexp import below_max
+from ..primitives.vocab_blocks import SUMEXP_BITS
+from .rows import (
+    DRAFT_PROB,
+    FIRST,
+    INV_SUMEXP,
+    RAW_LOG_SUMEXP,
+    RAW_MAX,
+    ROW_MAX,
     SOFTMAX,
     STATUS,
     TARGET_OF,
-    TOP,
-    VALUES,
     finite_or_zero,
-    load_leaf,
+    load_block,
 )
 from .rules import read_drafts
 from .target import read_each, read_row
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -55,39 +59,39 @@ def log2_weight(weight):
 
 @triton.jit
 def draw(
-    i, row, request, wants_residual, seed, position, anchor, view, draft, scratch, scales, num_leaves,
-    PROPOSAL: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+    i, row, request, wants_residual, seed, position, anchor, view, draft, scratch, scales, num_blocks,
+    PROPOSAL: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Draw after row i of a request from its residual, or, where that is not wanted or empty, from the target distribution.
 
     Gives the token int64 and whether a wanted residual was empty.
     """
-    leaf = tl.arange(0, LEAVES)
-    of_leaf = row * num_leaves + leaf
-    there = leaf < num_leaves
-    row_top = finite_or_zero(tl.load(scratch.stats.values_ptr + row * VALUES + TOP, volatile=True))
-    target_of = tl.load(scratch.stats.ids_ptr + row * IDS + TARGET_OF, volatile=True)
-    tops = tl.load(scratch.target.max_ptr + of_leaf, mask=there, other=NEG_INF, volatile=True)
-    mass = tl.load(scratch.target.sumexp_ptr + of_leaf, mask=there, other=0, volatile=True) & MASS_BITS
-    weight = log2_weight(mass) + below_max(tops, row_top) * scales.target
+    block = tl.arange(0, BLOCKS)
+    of_block = row * num_blocks + block
+    there = block < num_blocks
+    row_top = finite_or_zero(tl.load(scratch.stats.values_ptr + row * ROW_VALUES + ROW_MAX, volatile=True))
+    target_of = tl.load(scratch.stats.ids_ptr + row * ROW_IDS + TARGET_OF, volatile=True)
+    tops = tl.load(scratch.target.max_ptr + of_block, mask=there, other=NEG_INF, volatile=True)
+    sumexp = tl.load(scratch.target.sumexp_ptr + of_block, mask=there, other=0, volatile=True) & SUMEXP_BITS
+    weight = log2_weight(sumexp) + below_max(tops, row_top) * scales.target
     from_residual = wants_residual
     if PROPOSAL is not None:
         if wants_residual:
-            residual = tl.load(scratch.residual_ptr + of_leaf, mask=there, other=0, volatile=True)
+            residual = tl.load(scratch.residual_ptr + of_block, mask=there, other=0, volatile=True)
             from_residual = tl.max(residual, axis=0) > 0
             weight = tl.where(from_residual, log2_weight(residual), weight)
     weight = tl.where(there, weight, NEG_INF)
     token = target_of.to(tl.int64)
     if from_residual | (target_of == SOFTMAX):
-        winner = _race(weight, leaf, tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, LEAVES)
-        ids = winner * LEAF + tl.arange(0, LEAF)
+        winner = _race(weight, block, tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, BLOCKS)
+        ids = winner * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)
         x = read_row(view, i, ids.to(tl.int32), ids < view.vocab)
         inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scales.target)
         if PROPOSAL is not None:
             if from_residual:
                 inner = log2_weight(PROPOSAL.residual_in_block(winner.to(tl.int32), i, row, request, view, draft, scratch, scales,
                                                          PROPOSAL, CANDIDATES))  # fmt: skip
-        token = _race(inner, ids, winner * LEAF, seed, position, anchor, CORRECT, LEAF)
+        token = _race(inner, ids, winner * VOCAB_BLOCK, seed, position, anchor, CORRECT, VOCAB_BLOCK)
     return token, wants_residual & (from_residual == 0)
 
 
@@ -108,19 +112,19 @@ def _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_f
 @triton.jit
 def token_log_probs(i, rows, tokens, emitted, greedy, view, raw, stats, scale):
     """ln of the probability of each emitted token in its row: processed, or raw where the first pass summed that, too."""
-    values, ids_of = stats.values_ptr + rows * VALUES, stats.ids_ptr + rows * IDS
+    values, ids_of = stats.values_ptr + rows * ROW_VALUES, stats.ids_ptr + rows * ROW_IDS
     if raw is not None:
-        x = load_leaf(view.logits_ptr + rows * view.stride, tokens, emitted)
-        top = tl.load(values + RAW_TOP, mask=emitted, other=0.0, volatile=True)
-        mass = tl.load(values + RAW_LOG, mask=emitted, other=0.0, volatile=True)
-        soft = below_max(x, top) - mass * LN2
+        x = load_block(view.logits_ptr + rows * view.stride, tokens, emitted)
+        top = tl.load(values + RAW_MAX, mask=emitted, other=0.0, volatile=True)
+        sumexp = tl.load(values + RAW_LOG_SUMEXP, mask=emitted, other=0.0, volatile=True)
+        soft = below_max(x, top) - sumexp * LN2
         point = tl.where(x == POS_INF, 0.0, NEG_INF)
         is_point = tl.abs(top) == POS_INF
     else:
         x = read_each(view, tl.where(emitted, i, 0), tl.where(emitted, tokens, 0).to(tl.int32), emitted)
-        top = tl.load(values + TOP, mask=emitted, other=0.0, volatile=True)
-        inverse = tl.load(values + INVERSE, mask=emitted, other=1.0, volatile=True)
-        soft = (below_max(x, top) * (scale / LOG2E)) + tl.log2(inverse) * LN2
+        top = tl.load(values + ROW_MAX, mask=emitted, other=0.0, volatile=True)
+        inv_sumexp = tl.load(values + INV_SUMEXP, mask=emitted, other=1.0, volatile=True)
+        soft = (below_max(x, top) * (scale / LOG2E)) + tl.log2(inv_sumexp) * LN2
         first = tl.load(ids_of + FIRST, mask=emitted, other=0, volatile=True)
         point = tl.where((tokens == first) & (x > NEG_INF), 0.0, NEG_INF)
         is_point = tl.where(greedy, emitted, tl.abs(top) == POS_INF)
@@ -138,10 +142,10 @@ def write_outputs(
     rows = (view.row0 + i).to(tl.int64)
     draft, inside, missing = read_drafts(i, rows, length, layout, view.vocab)
     here = i == accepted
-    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= accepted, other=0, volatile=True)
+    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= accepted, other=0, volatile=True)
     bad = (i < length) & (inside == 0) & (missing == 0)
     if SUPPORT:
-        draft_prob = tl.load(stats.values_ptr + rows * VALUES + DRAFT_PROB, mask=here & (i < length), other=1.0, volatile=True)
+        draft_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + DRAFT_PROB, mask=here & (i < length), other=1.0, volatile=True)
         bad = bad | tl.where(sampled, (i < length) & (missing == 0) & (draft_prob <= 0.0), i < 0)
     flags = tl.where(tl.max(status & NAN, axis=0) > 0, NAN, 0)
     flags |= tl.max(tl.where(here, status & NONFINITE_ROW, 0), axis=0)

@@ -7,41 +7,38 @@
     column_of          the column of an id in dense draft logits
 
 dense.py: logits [S, K, Vd], ids are columns, or columns are mapped to ids. sparse.py: C candidates with logits, or the draft alone
-(one-hot). P_i: prefix probability of the block rule, 1 under the token rule. Oracle: reference/accept.py.
+(one-hot). P_i: prefix probability of the block rule, 1 under the token rule. Reference: reference/accept.py.
 """
 
 import triton
 import triton.language as tl
 
+from ..primitives.constants import ROW_IDS, ROW_VALUES
 from .args import Distribution, RowPair
 from .rows import (
     DRAFT_OF,
     DRAFT_PROB,
     FACTOR,
-    IDS,
-    INVERSE,
+    INV_SUMEXP,
     NOBODY,
     PREFIX_PROB,
     REFERENCE,
+    ROW_MAX,
     TARGET_OF,
-    TOP,
-    VALUES,
     finite_or_zero,
     soft_prob,
 )
 from .target import read_row
 
-RESIDUAL_ONE = tl.constexpr(1152921504606846976.0)  # 2^60: residual sums of a row add up to at most 1
-
 
 @triton.jit
 def read_row_pair(stats, row):
     """Both distributions of a row, and its prefix probability."""
-    values, ids_of = stats.values_ptr + row * VALUES, stats.ids_ptr + row * IDS
+    values, ids_of = stats.values_ptr + row * ROW_VALUES, stats.ids_ptr + row * ROW_IDS
     target = Distribution(
         tl.load(ids_of + TARGET_OF, volatile=True),
-        finite_or_zero(tl.load(values + TOP, volatile=True)),
-        tl.load(values + INVERSE, volatile=True),
+        finite_or_zero(tl.load(values + ROW_MAX, volatile=True)),
+        tl.load(values + INV_SUMEXP, volatile=True),
     )
     draft = Distribution(
         tl.load(ids_of + DRAFT_OF, volatile=True),
@@ -54,7 +51,7 @@ def read_row_pair(stats, row):
 @triton.jit
 def store_draft_stats(stats, rows, draft, draft_prob):
     """rows [GROUP], -1 = none; draft: their distributions."""
-    values, ids_of = stats.values_ptr + rows * VALUES, stats.ids_ptr + rows * IDS
+    values, ids_of = stats.values_ptr + rows * ROW_VALUES, stats.ids_ptr + rows * ROW_IDS
     live = rows >= 0
     tl.store(values + REFERENCE, draft.reference, mask=live)
     tl.store(values + FACTOR, draft.factor, mask=live)

@@ -6,15 +6,15 @@ block    P_i = min(1, P_{i-1} target_prob / draft_prob); Z_i = sum [P_i * target
 match    accept while the draft is the row's own token: its first maximum (greedy), or the one that the noise shared with the
          draft gives (coupled; Daliri et al., arXiv 2408.07978)
 forced   accept while u < rate: load tests
-Greedy requests match under each rule but `forced`. Symbols: L drafts of the request, u acceptance uniforms. Oracle: reference/accept.py.
-"""
+Greedy requests match under each rule but `forced`. Symbols: L drafts of the request, u acceptance uniforms. Reference:
+reference/accept.py."""
 
 import triton
 import triton.language as tl
 
+from ..primitives.constants import NONFINITE_ROW, RESIDUAL_ONE, ROW_IDS, ROW_VALUES
 from ..primitives.philox import ACCEPT, acceptance_words, uniform
-from .proposals import RESIDUAL_ONE
-from .rows import DRAFT_PROB, FIRST, IDS, NONFINITE_ROW, PREFIX_PROB, STATUS, TARGET_PROB, VALUES
+from .rows import DRAFT_PROB, FIRST, PREFIX_PROB, STATUS, TARGET_PROB
 
 # State of a request between its phases.
 PENDING = tl.constexpr(0)
@@ -45,21 +45,21 @@ def _while_true(i, length, accept):
 
 @triton.jit
 def _matches(i, rows, length, draft, inside, stats):
-    first = tl.load(stats.ids_ptr + rows * IDS + FIRST, mask=i < length, other=-1, volatile=True)
+    first = tl.load(stats.ids_ptr + rows * ROW_IDS + FIRST, mask=i < length, other=-1, volatile=True)
     return _while_true(i, length, inside & (draft == first))
 
 
 @triton.jit
 def verify_match(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
     """Every rule gives the drafts that stay, and whether a residual has to be summed before a token can be drawn."""
-    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
+    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
     return _matches(i, rows, _stop(i, length, status), draft, inside, stats), length < 0
 
 
 @triton.jit
 def verify_forced(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
-    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
+    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
     u = uniform(acceptance_words(seed, anchor + 1 + i, anchor, ACCEPT))
     rate = tl.load(rates_ptr + i, mask=i < length, other=0.0)
@@ -68,13 +68,13 @@ def verify_forced(i, rows, length, layout, stats, rates_ptr, sampled, seed, anch
 
 @triton.jit
 def verify_token(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
-    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
+    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
     stop = _stop(i, length, status)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
     accepted = _matches(i, rows, stop, draft, inside, stats)
     if sampled:
-        draft_prob = tl.load(stats.values_ptr + rows * VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
-        target_prob = tl.load(stats.values_ptr + rows * VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
+        draft_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
+        target_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
         u = uniform(acceptance_words(seed, anchor + 1 + i, anchor, ACCEPT))
         accepted = _while_true(i, stop, inside & (draft_prob > 0.0) & (u * draft_prob < target_prob))
     verified = tl.max(tl.where((i == accepted) & (i < stop) & (missing == 0), 1, 0), axis=0) > 0
@@ -84,13 +84,13 @@ def verify_token(i, rows, length, layout, stats, rates_ptr, sampled, seed, ancho
 @triton.jit
 def verify_block(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
     """Sampled: the rows that count, their P_i into the statistics; `select_block_length` decides after the residuals."""
-    status = tl.load(stats.ids_ptr + rows * IDS + STATUS, mask=i <= length, other=0, volatile=True)
+    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
     stop = _stop(i, length, status)
     draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
     accepted = _matches(i, rows, stop, draft, inside, stats)
     if sampled:
-        draft_prob = tl.load(stats.values_ptr + rows * VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
-        target_prob = tl.load(stats.values_ptr + rows * VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
+        draft_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
+        target_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
         possible = inside & (draft_prob > 0.0)
         ratio = tl.where(possible, target_prob / tl.where(possible, draft_prob, 1.0), 0.0)
         ratio = tl.minimum(ratio, 1e30)  # a product with 0 stays 0
@@ -99,23 +99,23 @@ def verify_block(i, rows, length, layout, stats, rates_ptr, sampled, seed, ancho
         for k in range(stop):
             so_far = tl.minimum(1.0, so_far * tl.sum(tl.where(i == k, ratio, 0.0), axis=0))
             prefix_prob = tl.where(i == k + 1, so_far, prefix_prob)
-        tl.store(stats.values_ptr + rows * VALUES + PREFIX_PROB, prefix_prob, mask=i <= stop)
+        tl.store(stats.values_ptr + rows * ROW_VALUES + PREFIX_PROB, prefix_prob, mask=i <= stop)
         accepted = stop
     return accepted, sampled & (stop > 0)
 
 
 @triton.jit
-def select_block_length(i, rows, stop, stats, residual_ptr, num_leaves, seed, anchor, WIDTH: tl.constexpr, LEAVES: tl.constexpr):
-    """The largest index that passes, from the residual masses of rows 0 .. stop - 1."""
-    BLOCK: tl.constexpr = 64 if LEAVES > 64 else LEAVES
+def select_block_length(i, rows, stop, stats, residual_ptr, num_blocks, seed, anchor, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """The largest index that passes, from the residual sums of rows 0 .. stop - 1."""
+    BLOCK: tl.constexpr = 64 if BLOCKS > 64 else BLOCKS
     total = tl.zeros([WIDTH], tl.int64)
-    for first in range(0, num_leaves, BLOCK):
-        leaf = first + tl.arange(0, BLOCK)[None, :]
-        inside = (i < stop)[:, None] & (leaf < num_leaves)
-        total += tl.sum(tl.load(residual_ptr + rows[:, None] * num_leaves + leaf, mask=inside, other=0, volatile=True), axis=1)
-    mass = total.to(tl.float32) * (1.0 / RESIDUAL_ONE)
-    prefix_prob = tl.load(stats.values_ptr + rows * VALUES + PREFIX_PROB, mask=i <= stop, other=0.0, volatile=True)
-    rest = mass + (1.0 - prefix_prob)
+    for first in range(0, num_blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)[None, :]
+        inside = (i < stop)[:, None] & (block < num_blocks)
+        total += tl.sum(tl.load(residual_ptr + rows[:, None] * num_blocks + block, mask=inside, other=0, volatile=True), axis=1)
+    residual_prob = total.to(tl.float32) * (1.0 / RESIDUAL_ONE)
+    prefix_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + PREFIX_PROB, mask=i <= stop, other=0.0, volatile=True)
+    rest = residual_prob + (1.0 - prefix_prob)
     u = uniform(acceptance_words(seed, anchor + i, anchor, ACCEPT))
-    passes = tl.where(i < stop, (u * rest < mass) | (rest <= 0.0), u < prefix_prob)
+    passes = tl.where(i < stop, (u * rest < residual_prob) | (rest <= 0.0), u < prefix_prob)
     return tl.max(tl.where(passes & (prefix_prob > 0.0) & (i >= 1) & (i <= stop), i, 0), axis=0)

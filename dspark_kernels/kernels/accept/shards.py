@@ -3,29 +3,30 @@
 normalise  a rank's part of every row (shards_rows.py)
 residual   dense proposals: every rank verifies from the gathered parts (shards_verify.py), and sums [P_i * target - draft]+ of
            its ids in the rows that need it
-draw       every rank verifies, races the leaves, and those with ids in the winning leaf race inside it
+draw       every rank verifies, races the blocks, and those with ids in the winning block race inside it
 finish     the best word of all ranks is the token
 
-Where the proposal is one-hot or sparse, the residual needs no phase of its own: leaf masses without the candidates come with the
-parts, and a candidate adds [P_i * target - draft]+ to its leaf, from its gathered logit. Symbols: R requests, K drafts, C
-candidates, L logit rows, W ids of a shard, N ranks, NL leaves of 1024 ids that a shard can touch. Rules: rules.py. Oracle:
+Where the proposal is one-hot or sparse, the residual needs no phase of its own: block sums without the candidates come with the
+parts, and a candidate adds [P_i * target - draft]+ to its block, from its gathered logit. Symbols: R requests, K drafts, C
+candidates, L logit rows, W ids of a shard, N ranks, NB blocks of 1024 ids that a shard can touch. Rules: rules.py. Reference:
 reference/accept.py on whole rows.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives.fence import stores_done
-from ..primitives.mass import LEAF, NEG_INF, ONE, below_max, log2_scale, masses, numbers
+from ..primitives.constants import NEG_INF, NONFINITE_ROW, RESIDUAL_ONE, ROW_IDS, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from ..primitives.race import pack, unpack_id
+from ..primitives.sumexp import below_max, fixed_sums, log2_scale, numbers
+from ..primitives.sync import stores_done
 from .args import Columns, Scales, Sizes, View
 from .outputs import log2_weight, write_no_outputs, write_outputs
-from .proposals import RESIDUAL_ONE, read_row_pair
-from .rows import FIRST, IDS, NONFINITE_ROW, SOFTMAX, STATUS, soft_prob
+from .proposals import read_row_pair
+from .rows import FIRST, SOFTMAX, STATUS, soft_prob
 from .rules import select_block_length, verify_block, verify_match, verify_token
 from .shards_rows import accept_normalise_kernel, is_here, request_of, temperatures_of
-from .shards_verify import merged_leaves, own_stats, verify
+from .shards_verify import merged_blocks, own_stats, verify
 from .sparse import distinct, list_end
 from .target import read_row
 
@@ -41,7 +42,7 @@ def _residual(x, draft_row, ids, inside, start, pair, scales):
     return tl.where(inside, tl.maximum(pair.prefix_prob * target_prob - draft_prob, 0.0), 0.0)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "start", "held", "first_leaf"])
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "start", "held", "first_block"])
 def accept_residual_kernel(
     target,  # Target [L, W]
     layout,  # Layout
@@ -49,31 +50,31 @@ def accept_residual_kernel(
     dense,  # DraftShard
     sampling,  # Sampling
     slots_ptr,  # int32 [R] or None
-    residual_ptr,  # int64 of the part: [R, NL], where every row may be needed [L, NL]
+    residual_ptr,  # int64 of the part: [R, NB], where every row may be needed [L, NB]
     stats,  # RowStats [programs, WIDTH, ...]
-    num_requests, num_slots, num_rows, num_drafts, shards, start, held, first_leaf, num_leaves, vocab,
+    num_requests, num_slots, num_rows, num_drafts, shards, start, held, first_block, num_blocks, vocab,
     VERIFY: tl.constexpr, EVERY_ROW: tl.constexpr,
     WIDTH: tl.constexpr, SHARDS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Item = leaves of a request. Each item verifies for itself, from L2: dearer in loads than in waiting for one that does."""
-    chunks = tl.cdiv(num_leaves, CHUNK)
+    """Item = blocks of a request. Each item verifies for itself, from L2: dearer in loads than in waiting for one that does."""
+    chunks = tl.cdiv(num_blocks, CHUNK)
     request = tl.program_id(0) // chunks
     item = tl.program_id(0) % chunks
     slot, row0, length = request_of(request, slots_ptr, layout.cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
     if length >= 0:
-        columns = Columns(start, held, first_leaf, num_leaves)
+        columns = Columns(start, held, first_block, num_blocks)
         own = own_stats(stats, row0, WIDTH)
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
         scales = Scales(log2_scale(temperature), log2_scale(draft_temperature))
         accepted, wants, _anchor = verify(
             slot, row0, length, temperature, draft_temperature, gathered, dense, layout, sampling.seed_ptr, own,
-            shards, num_leaves, vocab, VERIFY, WIDTH, SHARDS, BLOCK,
+            shards, num_blocks, vocab, VERIFY, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip
         # On this rank's columns: ids are global, and the rank's alone may be read.
         view = View(target.logits_ptr - start, target.stride, vocab, target.adjustments, layout.token_ids_ptr, None,
                     layout.logits_indices_ptr, row0, slot, length, None)  # fmt: skip
-        leaf = item * CHUNK + tl.arange(0, CHUNK)
-        ids = (first_leaf + item * CHUNK) * LEAF + tl.arange(0, CHUNK * LEAF)
+        block = item * CHUNK + tl.arange(0, CHUNK)
+        ids = (first_block + item * CHUNK) * VOCAB_BLOCK + tl.arange(0, CHUNK * VOCAB_BLOCK)
         inside = is_here(ids, columns)
         begin = accepted
         end = tl.where(wants, accepted + 1, accepted)
@@ -85,37 +86,37 @@ def accept_residual_kernel(
             pair = read_row_pair(own, row)
             draft_row = dense.logits_ptr + slot * dense.stride_slot + tl.cast(i, tl.int64) * dense.stride_row
             x = read_row(view, i, ids, inside)
-            mass = masses(_residual(x, draft_row, ids, inside, start, pair, scales), CHUNK, LEAF, RESIDUAL_ONE)
+            sumexp = fixed_sums(_residual(x, draft_row, ids, inside, start, pair, scales), CHUNK, VOCAB_BLOCK, RESIDUAL_ONE)
             at = request.to(tl.int64)
             if EVERY_ROW:
                 at = row
-            tl.store(residual_ptr + at * num_leaves + leaf, mass, mask=leaf < num_leaves)
+            tl.store(residual_ptr + at * num_blocks + block, sumexp, mask=block < num_blocks)
 
 
-# --- residual masses of every leaf of a row -------------------------------------------------------------------------
+# --- residual sums of every block of a row -------------------------------------------------------------------------
 
 
 @triton.jit
-def _unlisted(mass, tops, pair, point, scale, LEAVES: tl.constexpr):
-    """P_i * target_prob of leaves whose masses are without the candidates; point: whether a point mass is none of these."""
+def _unlisted(sumexp, tops, pair, point, scale, BLOCKS: tl.constexpr):
+    """P_i * target_prob of blocks whose sums are without the candidates; point: whether a point mass is none of these."""
     target = pair.target
-    unlisted = mass.to(tl.float32) * tl.exp2(below_max(tops, target.reference) * scale) * (target.factor * (1.0 / ONE))
+    unlisted = sumexp.to(tl.float32) * tl.exp2(below_max(tops, target.reference) * scale) * (target.factor * (1.0 / SUMEXP_ONE))
     if target.point != SOFTMAX:
-        unlisted = tl.where(tl.arange(0, LEAVES) == tl.where(point, target.point // LEAF, -1), 1.0, 0.0)
+        unlisted = tl.where(tl.arange(0, BLOCKS) == tl.where(point, target.point // VOCAB_BLOCK, -1), 1.0, 0.0)
     return (pair.prefix_prob * unlisted * RESIDUAL_ONE).to(tl.int64)
 
 
 @triton.jit
-def _without_draft(gathered, row, pair, cut, shards, vocab, scale, LEAVES: tl.constexpr, SHARDS: tl.constexpr):
+def _without_draft(gathered, row, pair, cut, shards, vocab, scale, BLOCKS: tl.constexpr, SHARDS: tl.constexpr):
     """Of a row whose draft stands for itself: the target's, less the draft's octet without it."""
     part = gathered.part
     draft_of = pair.draft.point
     shard = tl.arange(0, SHARDS).to(tl.int64)
     removed = tl.load(part.words_ptr + shard * gathered.stride + row * 4 + 2, mask=shard < shards, other=0)
-    listed = tl.where(draft_of < vocab, draft_of, -1)
-    tops, mass = merged_leaves(part.target.max_ptr, part.target.sumexp_ptr, gathered.stride, row, cut, vocab, scale, listed,
-                               tl.max(removed, axis=0), LEAVES)  # fmt: skip
-    return _unlisted(mass, tops, pair, listed != pair.target.point, scale, LEAVES)
+    in_list = tl.where(draft_of < vocab, draft_of, -1)
+    tops, sumexp = merged_blocks(part.target.max_ptr, part.target.sumexp_ptr, gathered.stride, row, cut, vocab, scale, in_list,
+                               tl.max(removed, axis=0), BLOCKS)  # fmt: skip
+    return _unlisted(sumexp, tops, pair, in_list != pair.target.point, scale, BLOCKS)
 
 
 @triton.jit
@@ -132,37 +133,37 @@ def _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, vocab,
 
 @triton.jit
 def _without_list(draft, slot, i, gathered, row, pair, cut, added_ptr, vocab, scales,
-                  LEAVES: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
+                  BLOCKS: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
     """Of row i of a sparse proposal: the target's without the candidates, and what each of these adds."""
     part = gathered.part
-    leaf = tl.arange(0, LEAVES)
-    tl.store(added_ptr + leaf, tl.zeros([LEAVES], tl.int64))
+    block = tl.arange(0, BLOCKS)
+    tl.store(added_ptr + block, tl.zeros([BLOCKS], tl.int64))
     stores_done()
-    listed = tl.zeros((), tl.int32)
+    in_list = tl.zeros((), tl.int32)
     for begin in range(0, list_end(draft, pair.draft), ENTRIES):
         ids, residual, first_id = _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, vocab, scales, ENTRIES)
-        tl.atomic_add(added_ptr + ids // LEAF, (residual * RESIDUAL_ONE).to(tl.int64), mask=first_id, sem="relaxed")
-        listed = tl.maximum(listed, tl.max(tl.where(ids == pair.target.point, 1, 0), axis=0))
+        tl.atomic_add(added_ptr + ids // VOCAB_BLOCK, (residual * RESIDUAL_ONE).to(tl.int64), mask=first_id, sem="relaxed")
+        in_list = tl.maximum(in_list, tl.max(tl.where(ids == pair.target.point, 1, 0), axis=0))
     stores_done()
-    added = tl.load(added_ptr + leaf, volatile=True)
+    added = tl.load(added_ptr + block, volatile=True)
     tl.debug_barrier()
     nobody = tl.full((), -1, tl.int32)
-    tops, rest = merged_leaves(part.target.max_ptr, part.lists.rest_ptr, gathered.stride, row, cut, vocab, scales.target, nobody,
-                               tl.zeros((), tl.int64), LEAVES)  # fmt: skip
-    return _unlisted(rest, tops, pair, listed == 0, scales.target, LEAVES) + added
+    tops, rest = merged_blocks(part.target.max_ptr, part.lists.rest_ptr, gathered.stride, row, cut, vocab, scales.target, nobody,
+                               tl.zeros((), tl.int64), BLOCKS)  # fmt: skip
+    return _unlisted(rest, tops, pair, in_list == 0, scales.target, BLOCKS) + added
 
 
 @triton.jit
 def _inner_list(x, draft, slot, i, ids, inside, gathered, row, pair, cut, patch_ptr, vocab, scales, ENTRIES: tl.constexpr):
-    """[P_i * target_prob - draft_prob]+ of a leaf's ids with target logits x, 0 outside; of row i of a sparse proposal."""
-    at = tl.arange(0, LEAF)
+    """[P_i * target_prob - draft_prob]+ of a block's ids with target logits x, 0 outside; of row i of a sparse proposal."""
+    at = tl.arange(0, VOCAB_BLOCK)
     first = tl.min(ids, axis=0)
-    # Listed ids find their places in the leaf through memory; -1 = not listed.
+    # Listed ids find their places in the block through memory; -1 = not listed.
     tl.store(patch_ptr + at, at * 0.0 - 1.0)
     stores_done()
     for begin in range(0, list_end(draft, pair.draft), ENTRIES):
         own, residual, first_id = _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, vocab, scales, ENTRIES)
-        tl.store(patch_ptr + own % LEAF, residual, mask=first_id & (own // LEAF == first // LEAF))
+        tl.store(patch_ptr + own % VOCAB_BLOCK, residual, mask=first_id & (own // VOCAB_BLOCK == first // VOCAB_BLOCK))
     stores_done()
     changed = tl.load(patch_ptr + at, volatile=True)
     unlisted = pair.prefix_prob * soft_prob(x, ids, pair.target, scales.target)
@@ -170,32 +171,33 @@ def _inner_list(x, draft, slot, i, ids, inside, gathered, row, pair, cut, patch_
 
 
 @triton.jit
-def _summed(residual_ptr, stride_residual, row, cut, vocab, LEAVES: tl.constexpr):
+def _summed(residual_ptr, stride_residual, row, cut, vocab, BLOCKS: tl.constexpr):
     """From the pieces of all ranks, where these have been summed."""
-    leaf = tl.arange(0, LEAVES)
-    first = leaf * LEAF // cut.width
-    mass = tl.zeros([LEAVES], tl.int64)
+    block = tl.arange(0, BLOCKS)
+    first = block * VOCAB_BLOCK // cut.width
+    sumexp = tl.zeros([BLOCKS], tl.int64)
     for n in range(cut.pieces):
         shard = first + n
-        here = shard * cut.width < tl.minimum((leaf + 1) * LEAF, vocab)
-        where = row * cut.blocks + (leaf - shard * cut.width // LEAF)
-        mass += tl.load(residual_ptr + shard.to(tl.int64) * stride_residual + where, mask=here, other=0)
-    return mass
+        here = shard * cut.width < tl.minimum((block + 1) * VOCAB_BLOCK, vocab)
+        where = row * cut.blocks + (block - shard * cut.width // VOCAB_BLOCK)
+        sumexp += tl.load(residual_ptr + shard.to(tl.int64) * stride_residual + where, mask=here, other=0)
+    return sumexp
 
 
 @triton.jit
-def _residual_leaves(
+def _residual_blocks(
     i, row, slot, at, draft, gathered, residual_ptr, stride_residual, pair, cut, added_ptr, shards, vocab, scales,
-    LEAVES: tl.constexpr, SHARDS: tl.constexpr, ENTRIES: tl.constexpr,
+    BLOCKS: tl.constexpr, SHARDS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Residual mass of every leaf of row i of a request, int64 [LEAVES]; at: its row where they have been summed."""
+    """Residual sum of exponentials of every block of row i of a request, int64 [BLOCKS]; at: its row where they have been
+    summed."""
     if draft.dense is not None:
-        mass = _summed(residual_ptr, stride_residual, at, cut, vocab, LEAVES)
+        sumexp = _summed(residual_ptr, stride_residual, at, cut, vocab, BLOCKS)
     elif draft.sparse is not None:
-        mass = _without_list(draft.sparse, slot, i, gathered, row, pair, cut, added_ptr, vocab, scales, LEAVES, ENTRIES)
+        sumexp = _without_list(draft.sparse, slot, i, gathered, row, pair, cut, added_ptr, vocab, scales, BLOCKS, ENTRIES)
     else:
-        mass = _without_draft(gathered, row, pair, cut, shards, vocab, scales.target, LEAVES, SHARDS)
-    return mass
+        sumexp = _without_draft(gathered, row, pair, cut, shards, vocab, scales.target, BLOCKS, SHARDS)
+    return sumexp
 
 
 # --- the draw -------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def accept_draw_kernel(
     layout,  # Layout
     gathered,  # Gathered: parts of the first phase
     draft,  # ShardedDraft
-    residual_ptr,  # int64 [N, R, NL], where every row may be needed [N, L, NL]; None: no dense proposal
+    residual_ptr,  # int64 [N, R, NB], where every row may be needed [N, L, NB]; None: no dense proposal
     sampling,  # Sampling
     slots_ptr,  # int32 [R] or None
     drawn,  # Drawn: of the part
@@ -223,9 +225,9 @@ def accept_draw_kernel(
     cut,  # Cut
     num_requests, num_slots, num_rows, num_drafts, shards, start, held, vocab, stride_residual,
     VERIFY: tl.constexpr, SELECT: tl.constexpr,
-    WIDTH: tl.constexpr, SHARDS: tl.constexpr, LEAVES: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+    WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Request = program. The race over leaves is the same on every rank; inside the winning leaf each rank races its ids."""
+    """Request = program. The race over blocks is the same on every rank; inside the winning block each rank races its ids."""
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
     request = tl.program_id(0)
     slot, row0, length = request_of(request, slots_ptr, layout.cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
@@ -237,8 +239,8 @@ def accept_draw_kernel(
         own = own_stats(scratch.stats, row0, WIDTH)
         added_ptr, patch_ptr = scratch.added_ptr, scratch.patch_ptr
         if draft.sparse is not None:
-            added_ptr += request.to(tl.int64) * LEAVES
-            patch_ptr += request.to(tl.int64) * LEAF
+            added_ptr += request.to(tl.int64) * BLOCKS
+            patch_ptr += request.to(tl.int64) * VOCAB_BLOCK
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
         scales = Scales(log2_scale(temperature), log2_scale(draft_temperature))
         # On this rank's columns: ids are global, and the rank's alone may be read.
@@ -257,51 +259,52 @@ def accept_draw_kernel(
                 for verified in range(0, accepted):
                     row = (row0 + verified).to(tl.int64)
                     pair = read_row_pair(own, row)
-                    mass = _residual_leaves(
+                    sumexp = _residual_blocks(
                         verified, row, slot, row, draft, gathered, residual_ptr, stride_residual, pair, cut, added_ptr, shards,
-                        vocab, scales, LEAVES, SHARDS, ENTRIES,
+                        vocab, scales, BLOCKS, SHARDS, ENTRIES,
                     )  # fmt: skip
-                    tl.store(total_ptr + row, tl.sum(mass, axis=0))
+                    tl.store(total_ptr + row, tl.sum(sumexp, axis=0))
                 stores_done()
                 stop = accepted
                 accepted = SELECT(i, rows, stop, own, total_ptr, 1, seed, anchor, WIDTH, 4)
                 wants = accepted < stop
 
         row = (row0 + accepted).to(tl.int64)
-        word = pack(tl.zeros((), tl.float32), tl.load(own.ids_ptr + row * IDS + FIRST, volatile=True).to(tl.int64))
-        finite = (tl.load(own.ids_ptr + row * IDS + STATUS, volatile=True) & NONFINITE_ROW) == 0
+        word = pack(tl.zeros((), tl.float32), tl.load(own.ids_ptr + row * ROW_IDS + FIRST, volatile=True).to(tl.int64))
+        finite = (tl.load(own.ids_ptr + row * ROW_IDS + STATUS, volatile=True) & NONFINITE_ROW) == 0
         if (temperature > 0.0) & finite:
             pair = read_row_pair(own, row)
             row_top = pair.target.reference
             sums = gathered.part.target
-            tops, mass = merged_leaves(sums.max_ptr, sums.sumexp_ptr, gathered.stride, row, cut, vocab, scales.target,
-                                       tl.full((), -1, tl.int32), tl.zeros((), tl.int64), LEAVES)  # fmt: skip
-            leaf = tl.arange(0, LEAVES)
-            weight = log2_weight(mass) + below_max(tops, row_top) * scales.target
+            tops, sumexp = merged_blocks(sums.max_ptr, sums.sumexp_ptr, gathered.stride, row, cut, vocab, scales.target,
+                                       tl.full((), -1, tl.int32), tl.zeros((), tl.int64), BLOCKS)  # fmt: skip
+            block = tl.arange(0, BLOCKS)
+            weight = log2_weight(sumexp) + below_max(tops, row_top) * scales.target
             from_residual = wants
             if wants:
                 at = request.to(tl.int64)
                 if SELECT is not None:
                     at = row
-                residual = _residual_leaves(
+                residual = _residual_blocks(
                     accepted, row, slot, at, draft, gathered, residual_ptr, stride_residual, pair, cut, added_ptr, shards,
-                    vocab, scales, LEAVES, SHARDS, ENTRIES,
+                    vocab, scales, BLOCKS, SHARDS, ENTRIES,
                 )  # fmt: skip
                 from_residual = tl.max(residual, axis=0) > 0
                 weight = tl.where(from_residual, log2_weight(residual), weight)
             if from_residual | (pair.target.point == SOFTMAX):
                 position = anchor + accepted + 1
-                here = leaf * LEAF < vocab
+                here = block * VOCAB_BLOCK < vocab
                 weight = tl.where(here, weight, NEG_INF)
-                first_leaf = tl.zeros((), tl.int32)
-                winner = unpack_id(_race(weight, leaf, here, first_leaf, seed, position, anchor, LEAF_STREAM, LEAVES))
-                ids = winner * LEAF + tl.arange(0, LEAF)
+                first_block = tl.zeros((), tl.int32)
+                winner = unpack_id(_race(weight, block, here, first_block, seed, position, anchor, LEAF_STREAM, BLOCKS))
+                ids = winner * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)
                 inside = is_here(ids, columns)
                 x = read_row(view, accepted, ids, inside)
                 inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scales.target)
                 if from_residual:
                     if draft.sparse is not None:
-                        inner = log2_weight(_inner_list(x, draft.sparse, slot, accepted, ids, inside, gathered, row, pair, cut, patch_ptr,
+                        inner = log2_weight(_inner_list(x, draft.sparse, slot, accepted, ids, inside,
+                                                        gathered, row, pair, cut, patch_ptr,
                                                   vocab, scales, ENTRIES))  # fmt: skip
                     else:
                         draft_row = None
@@ -309,7 +312,7 @@ def accept_draw_kernel(
                             draft_rows = draft.dense.logits_ptr + slot * draft.dense.stride_slot
                             draft_row = draft_rows + accepted.to(tl.int64) * draft.dense.stride_row
                         inner = log2_weight(_residual(x, draft_row, ids, inside, start, pair, scales))
-                word = _race(inner, ids, inside, winner * LEAF, seed, position, anchor, CORRECT, LEAF)
+                word = _race(inner, ids, inside, winner * VOCAB_BLOCK, seed, position, anchor, CORRECT, VOCAB_BLOCK)
             empty = tl.where(wants & (from_residual == 0), 1, 0).to(tl.int64)
     tl.store(drawn.word_ptr + request, word)
     tl.store(drawn.verdict_ptr + request * 2, accepted.to(tl.int64))
@@ -326,20 +329,20 @@ def accept_finish_kernel(
     slots_ptr,  # int32 [R] or None
     outputs,  # Outputs
     stats,  # RowStats [R, WIDTH, ...]
-    num_requests, num_slots, num_rows, num_forward, num_drafts, shards, num_leaves, vocab, stride_drawn,
+    num_requests, num_slots, num_rows, num_forward, num_drafts, shards, num_blocks, vocab, stride_drawn,
     WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Request = program: everything follows from the gathered parts, so every rank writes the same."""
     request = tl.program_id(0)
     slot, row0, length = request_of(request, slots_ptr, layout.cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
-    sizes = Sizes(num_requests, num_forward, num_drafts, num_leaves)
+    sizes = Sizes(num_requests, num_forward, num_drafts, num_blocks)
     if length < 0:
         write_no_outputs(request, slot, layout, outputs, sizes, WIDTH)
     else:
         own = own_stats(stats, row0, WIDTH)
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
         accepted, _wants, anchor = verify(
-            slot, row0, length, temperature, draft_temperature, gathered, dense, layout, None, own, shards, num_leaves, vocab,
+            slot, row0, length, temperature, draft_temperature, gathered, dense, layout, None, own, shards, num_blocks, vocab,
             verify_match, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip
         empty = length < 0
@@ -350,7 +353,7 @@ def accept_finish_kernel(
             accepted = tl.load(drawn.verdict_ptr + request * 2).to(tl.int32)
             empty = tl.load(drawn.verdict_ptr + request * 2 + 1) > 0
         else:
-            token = tl.load(own.ids_ptr + (row0 + accepted).to(tl.int64) * IDS + FIRST, volatile=True).to(tl.int64)
+            token = tl.load(own.ids_ptr + (row0 + accepted).to(tl.int64) * ROW_IDS + FIRST, volatile=True).to(tl.int64)
         view = View(None, None, vocab, None, None, None, None, row0, slot, length, None)  # no logits are read
         write_outputs(request, accepted, token, empty, anchor, temperature > 0.0, view, layout, outputs, None, own,
                       log2_scale(temperature), sizes, drawn.word_ptr is not None, WIDTH)  # fmt: skip
@@ -365,13 +368,13 @@ def _options(config):
 
 
 def launch_accept_normalise(items, args, *, noisy, candidates, config):
-    """Launch one program per item (rows x leaves of a request)."""
+    """Launch one program per item (rows x blocks of a request)."""
     constants = dict(NOISY=noisy, GROUP=config.group, CHUNK=config.chunk, CANDIDATES=candidates)
     accept_normalise_kernel[(items,)](*args, **constants, **_options(config))
 
 
 def launch_accept_residual(items, args, *, rule, config, **sizes):
-    """Launch one program per item (leaves of a request)."""
+    """Launch one program per item (blocks of a request)."""
     constants = dict(VERIFY=_RULES[rule], EVERY_ROW=rule == "block", CHUNK=config.chunk, BLOCK=config.block)
     accept_residual_kernel[(items,)](*args, **constants, **sizes, **_options(config))
 

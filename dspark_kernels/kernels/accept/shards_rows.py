@@ -1,21 +1,22 @@
 """What a rank makes of its columns in acceptance on vocabulary shards: one pass over the logits, parts of every row.
 
-Of each leaf that the rank has ids of, maximum and integer mass; of each row the best word and the logits of its draft; of a row
-with candidates their logits, and the masses of its leaves without them. What an id contributes depends on the id, never on
-the rank that has it. Symbols: R requests, K drafts, C candidates, L logit rows, W ids of a shard, NL leaves of 1024 ids that a
-shard can touch. Oracle: kernels/accept/rows.py on whole rows.
+Of each block that the rank has ids of, maximum and integer sum of exponentials; of each row the best word and the logits of its
+draft; of a row with candidates their logits, and the sums of its blocks without them. What an id contributes depends on the id,
+never on the rank that has it. Symbols: R requests, K drafts, C candidates, L logit rows, W ids of a shard, NB blocks of 1024 ids
+that a shard can touch. Reference: kernels/accept/rows.py on whole rows.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives.leaves import leaf_masses
-from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers, octet_sums
+from ..primitives.constants import NAN, NEG_INF, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.race import pack
 from ..primitives.slots import state_slots
-from ..primitives.ticket import arrive
+from ..primitives.sumexp import below_max, log2_scale, numbers, octet_sums
+from ..primitives.sync import arrive
+from ..primitives.vocab_blocks import block_sums
 from .args import Columns, Distribution, Scales, View
-from .rows import NAN, coupled_keys
+from .rows import coupled_keys
 from .sparse import distinct, distributions, list_end
 from .target import read_each, read_raw, read_row, read_rows, read_tile
 
@@ -54,7 +55,7 @@ def is_here(ids, columns):
 
 @triton.jit
 def _best_words(key, ids, inside, GROUP: tl.constexpr, CHUNK: tl.constexpr):
-    """Best word per row of pairs [GROUP * CHUNK, LEAF]: int64 [GROUP]."""
+    """Best word per row of pairs [GROUP * CHUNK, VOCAB_BLOCK]: int64 [GROUP]."""
     return tl.max(tl.reshape(tl.max(tl.where(inside, pack(key, ids), 0), axis=1), [GROUP, CHUNK]), axis=1)
 
 
@@ -64,7 +65,7 @@ def _write_lists(
 ):  # fmt: skip
     """Of rows [GROUP] with a draft: the distributions of their candidates, and what this rank has of these.
 
-    Their logits, -inf for those of other ranks, and their octets' masses with and without them: the same tree, hence the same bits.
+    Their logits, -inf for those of other ranks, and their octets' sums with and without them: the same tree, hence the same bits.
     """
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
     length, lists = view.length, part.lists
@@ -95,13 +96,13 @@ def _write_lists(
             octet = (ids >> 3)[:, None] * 8 + slots
             inside = (ids >= 0)[:, None] & is_here(octet, columns)
             touched = tl.max(inside.to(tl.int32), axis=1) > 0
-            of_leaf = row * columns.blocks + (ids // LEAF - columns.first_block)
-            top = tl.load(part.target.max_ptr + of_leaf, mask=touched, other=0.0, volatile=True)
+            of_block = row * columns.blocks + (ids // VOCAB_BLOCK - columns.first_block)
+            top = tl.load(part.target.max_ptr + of_block, mask=touched, other=0.0, volatile=True)
             e = tl.exp2(below_max(read_tile(view, member, octet, inside), top[:, None]) * scales.target)
             counts = tl.where(slots < 4, found.low[:, None], found.high[:, None]) >> ((slots & 3) * 16)
             rest = octet_sums(tl.where((counts & 65535) > 0, 0.0, e), ENTRIES)
-            removed = (octet_sums(e, ENTRIES) * ONE).to(tl.int64) - (rest * ONE).to(tl.int64)
-            tl.atomic_add(lists.rest_ptr + of_leaf, -removed, mask=found.first_octet & touched, sem="relaxed")
+            removed = (octet_sums(e, ENTRIES) * SUMEXP_ONE).to(tl.int64) - (rest * SUMEXP_ONE).to(tl.int64)
+            tl.atomic_add(lists.rest_ptr + of_block, -removed, mask=found.first_octet & touched, sem="relaxed")
 
 
 @triton.jit
@@ -137,17 +138,20 @@ def _write_rows(
         octet = (id // 8 * 8)[:, None] + tl.arange(0, 8)[None, :]
         x = read_rows(view, there, octet, here[:, None] & is_here(octet, columns))
         top = tl.load(
-            part.target.max_ptr + rows * columns.blocks + id // LEAF - columns.first_block, mask=here, other=0.0, volatile=True
+            part.target.max_ptr + rows * columns.blocks + id // VOCAB_BLOCK - columns.first_block,
+            mask=here,
+            other=0.0,
+            volatile=True,
         )
         e = tl.exp2(below_max(x, top[:, None]) * scales.target)
-        whole = (octet_sums(e, GROUP) * ONE).to(tl.int64)
-        rest = (octet_sums(tl.where(octet == id[:, None], 0.0, e), GROUP) * ONE).to(tl.int64)
+        whole = (octet_sums(e, GROUP) * SUMEXP_ONE).to(tl.int64)
+        rest = (octet_sums(tl.where(octet == id[:, None], 0.0, e), GROUP) * SUMEXP_ONE).to(tl.int64)
         removed = tl.where(here, whole - rest, 0)
     tl.store(part.logits_ptr + rows * 2 + 1, drafted, mask=own)
     tl.store(words + 2, removed, mask=own)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "start", "held", "first_leaf"])
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "start", "held", "first_block"])
 def accept_normalise_kernel(
     target,  # Target [L, W]
     layout,  # Layout
@@ -156,17 +160,17 @@ def accept_normalise_kernel(
     slots_ptr,  # int32 [R] or None
     part,  # Part
     arriving,  # ArrivingRows
-    num_requests, num_slots, num_rows, num_drafts, start, held, first_leaf, num_leaves, vocab,
+    num_requests, num_slots, num_rows, num_drafts, start, held, first_block, num_blocks, vocab,
     NOISY: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Item = rows x leaves of a request; the last item of a group of rows writes what is known of each row."""
+    """Item = rows x blocks of a request; the last item of a group of rows writes what is known of each row."""
     PAIRS: tl.constexpr = GROUP * CHUNK
-    chunks = tl.cdiv(num_leaves, CHUNK)
+    chunks = tl.cdiv(num_blocks, CHUNK)
     groups = tl.cdiv(num_drafts + 1, GROUP)
     request = tl.program_id(0) // (groups * chunks)
     item = tl.program_id(0) % (groups * chunks)
     group = item // chunks
-    columns = Columns(start, held, first_leaf, num_leaves)
+    columns = Columns(start, held, first_block, num_blocks)
     slot, row0, length = request_of(request, slots_ptr, layout.cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
     if group * GROUP <= length:
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
@@ -176,10 +180,10 @@ def accept_normalise_kernel(
                     layout.logits_indices_ptr, row0, slot, length, None)  # fmt: skip
         pair = tl.arange(0, PAIRS)
         i = group * GROUP + pair // CHUNK
-        leaf = (item % chunks) * CHUNK + pair % CHUNK
-        keep = (i <= length) & (leaf < num_leaves)
+        block = (item % chunks) * CHUNK + pair % CHUNK
+        keep = (i <= length) & (block < num_blocks)
         row = (row0 + i).to(tl.int64)
-        ids = (first_leaf + leaf)[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+        ids = (first_block + block)[:, None] * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)[None, :]
         inside = keep[:, None] & is_here(ids, columns)
         raw = read_raw(view, i, ids, inside)
         x = numbers(raw)
@@ -197,17 +201,17 @@ def accept_normalise_kernel(
             if NOISY:
                 position = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + row0)) + 1 + i
                 seed = tl.load(sampling.seed_ptr + slot)
-                key = coupled_keys(x, first_leaf + leaf, position, temperature, seed, scales.target, PAIRS)
+                key = coupled_keys(x, first_block + block, position, temperature, seed, scales.target, PAIRS)
             tl.atomic_max(arriving.best_ptr + own_rows, _best_words(key, ids, inside, GROUP, CHUNK), mask=own, sem="relaxed")
         else:
-            top, mass = leaf_masses(x, scales.target, PAIRS)
-            tl.store(part.target.max_ptr + row * num_leaves + leaf, top, mask=keep)
-            tl.store(part.target.sumexp_ptr + row * num_leaves + leaf, mass, mask=keep)
+            top, sumexp = block_sums(x, scales.target, PAIRS)
+            tl.store(part.target.max_ptr + row * num_blocks + block, top, mask=keep)
+            tl.store(part.target.sumexp_ptr + row * num_blocks + block, sumexp, mask=keep)
             if part.lists.rest_ptr is not None:
-                tl.store(part.lists.rest_ptr + row * num_leaves + leaf, mass, mask=keep)
-            # The arg-max is needed for greedy rows and for rows without a proper law.
-            first_id = (first_leaf + leaf) * LEAF
-            some = keep & (first_id < start + held) & (first_id + LEAF > start)
+                tl.store(part.lists.rest_ptr + row * num_blocks + block, sumexp, mask=keep)
+            # The arg-max is needed for greedy rows and for rows without a proper distribution.
+            first_id = (first_block + block) * VOCAB_BLOCK
+            some = keep & (first_id < start + held) & (first_id + VOCAB_BLOCK > start)
             need = tl.max(tl.where(some & (tl.abs(top) == POS_INF), 1, 0), axis=0)
             need |= tl.where((temperature > 0.0) == 0, 1, 0)
             if need > 0:
@@ -218,9 +222,9 @@ def accept_normalise_kernel(
             dense = draft.dense
             draft_rows = dense.logits_ptr + slot * dense.stride_slot + i.to(tl.int64)[:, None] * dense.stride_row
             x = numbers(tl.load(draft_rows + ids - start, mask=inside, other=NEG_INF).to(tl.float32))
-            top, mass = leaf_masses(x, scales.draft, PAIRS)
-            tl.store(part.draft.max_ptr + row * num_leaves + leaf, top, mask=keep)
-            tl.store(part.draft.sumexp_ptr + row * num_leaves + leaf, mass, mask=keep)
+            top, sumexp = block_sums(x, scales.draft, PAIRS)
+            tl.store(part.draft.max_ptr + row * num_blocks + block, top, mask=keep)
+            tl.store(part.draft.sumexp_ptr + row * num_blocks + block, sumexp, mask=keep)
             if tl.max(tl.where(keep & (top == POS_INF), 1, 0), axis=0) > 0:
                 tl.atomic_max(
                     arriving.draft_best_ptr + own_rows, _best_words(x, ids, inside, GROUP, CHUNK), mask=own, sem="relaxed"

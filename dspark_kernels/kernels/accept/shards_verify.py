@@ -1,36 +1,32 @@
 """What every rank knows once the parts of all rows are gathered: the statistics of a request's rows, and what the rule says.
 
-Everything follows from gathered bytes and what is the same on all ranks, so all decide the same, and the same as kernels/accept/chain.py
-on whole rows as long as no leaf is cut. A cut leaf is two pieces with maxima of their own, merged by one rounding of each mass.
-Symbols: N ranks, L logit rows, NL leaves of 1024 ids that a shard can touch. Rules: rules.py.
+Everything follows from gathered bytes and what is the same on all ranks, so all decide the same, and the same as
+kernels/accept/chain.py on whole rows as long as no block is cut. A cut block is two pieces with maxima of their own, merged by one
+rounding of each sum of exponentials. Symbols: N ranks, L logit rows, NB blocks of 1024 ids that a shard can touch. Rules: rules.py.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives.fence import stores_done
-from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, log2_scale
+from ..primitives.constants import LOG2E, NAN, NEG_INF, NONFINITE_ROW, POS_INF, ROW_IDS, ROW_VALUES, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.race import unpack_id
+from ..primitives.sumexp import below_max, log2_scale
+from ..primitives.sync import stores_done
 from .args import Distribution, RowStats
 from .rows import (
     DRAFT_OF,
     DRAFT_PROB,
     FACTOR,
     FIRST,
-    IDS,
-    INVERSE,
-    LOG2E,
-    NAN,
+    INV_SUMEXP,
     NOBODY,
-    NONFINITE_ROW,
     PREFIX_PROB,
     REFERENCE,
+    ROW_MAX,
     SOFTMAX,
     STATUS,
     TARGET_OF,
     TARGET_PROB,
-    TOP,
-    VALUES,
     finite_or_zero,
     soft_prob,
 )
@@ -39,34 +35,34 @@ from .shards_rows import FINITE
 
 
 @triton.jit
-def _row_masses(sums, stride, rows, has_row, shards, num_leaves, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum and integer mass (relative to it) of rows from the pieces of all ranks."""
-    pieces = shards * num_leaves
+def _row_sumexps(sums, stride, rows, has_row, shards, num_blocks, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Maximum and integer sum of exponentials (relative to it) of rows from the pieces of all ranks."""
+    pieces = shards * num_blocks
     # Reduced after the loops, not in them: Triton 3.6's pass for such loops fails where the result is used twice.
     tall = tl.full([WIDTH, BLOCK], float("-inf"), tl.float32)
     for first in range(0, pieces, BLOCK):
         piece = first + tl.arange(0, BLOCK)
-        where = rows[:, None] * num_leaves + (piece % num_leaves)[None, :]
+        where = rows[:, None] * num_blocks + (piece % num_blocks)[None, :]
         inside = has_row[:, None] & (piece < pieces)[None, :]
-        shard = (piece // num_leaves).to(tl.int64)[None, :]
+        shard = (piece // num_blocks).to(tl.int64)[None, :]
         tops = tl.load(sums.max_ptr + shard * (2 * stride) + where, mask=inside, other=NEG_INF)
         tall = tl.maximum(tall, tops)
     top = tl.max(tall, axis=1)
-    mass = tl.zeros([WIDTH, BLOCK], tl.int64)
+    sumexp = tl.zeros([WIDTH, BLOCK], tl.int64)
     for first in range(0, pieces, BLOCK):
         piece = first + tl.arange(0, BLOCK)
-        where = rows[:, None] * num_leaves + (piece % num_leaves)[None, :]
+        where = rows[:, None] * num_blocks + (piece % num_blocks)[None, :]
         inside = has_row[:, None] & (piece < pieces)[None, :]
-        shard = (piece // num_leaves).to(tl.int64)[None, :]
+        shard = (piece // num_blocks).to(tl.int64)[None, :]
         tops = tl.load(sums.max_ptr + shard * (2 * stride) + where, mask=inside, other=NEG_INF)
         own = tl.load(sums.sumexp_ptr + shard * stride + where, mask=inside, other=0)
-        mass += (own.to(tl.float32) * tl.exp2(below_max(tops, top[:, None]) * scale)).to(tl.int64)
-    return top, tl.sum(mass, axis=1)
+        sumexp += (own.to(tl.float32) * tl.exp2(below_max(tops, top[:, None]) * scale)).to(tl.int64)
+    return top, tl.sum(sumexp, axis=1)
 
 
 @triton.jit
 def _row_stats(
-    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, stats, shards, num_leaves, vocab,
+    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, stats, shards, num_blocks, vocab,
     WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The statistics (rows.py) of all rows of a request, from the parts of all ranks."""
@@ -74,7 +70,7 @@ def _row_stats(
     i = tl.arange(0, WIDTH)
     rows = (row0 + i).to(tl.int64)
     live = i <= length
-    values, ids_of = stats.values_ptr + rows * VALUES, stats.ids_ptr + rows * IDS
+    values, ids_of = stats.values_ptr + rows * ROW_VALUES, stats.ids_ptr + rows * ROW_IDS
     shard = tl.arange(0, SHARDS).to(tl.int64)[None, :]
     there = live[:, None] & (shard < shards)
     words = part.words_ptr + shard * stride + rows[:, None] * 4
@@ -86,22 +82,23 @@ def _row_stats(
     tl.store(ids_of + STATUS, status, mask=live)
     if part.target.max_ptr is not None:
         scale = log2_scale(temperature)
-        top, mass = _row_masses(part.target, stride, rows, live, shards, num_leaves, scale, WIDTH, BLOCK)
-        inverse = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
-        mass_of = tl.where((top == POS_INF) | ((status & NONFINITE_ROW) > 0), first, SOFTMAX)
+        top, sumexp = _row_sumexps(part.target, stride, rows, live, shards, num_blocks, scale, WIDTH, BLOCK)
+        inv_sumexp = 1.0 / tl.maximum(sumexp, 1).to(tl.float32) * SUMEXP_ONE
+        point_mass_id = tl.where((top == POS_INF) | ((status & NONFINITE_ROW) > 0), first, SOFTMAX)
         draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
         logits = part.logits_ptr + shard * (2 * stride) + rows[:, None] * 2
         logit = tl.max(tl.load(logits, mask=there, other=NEG_INF), axis=1)
-        target_prob = soft_prob(logit, draft, Distribution(mass_of, finite_or_zero(top), inverse), scale)
-        tl.store(values + TOP, top, mask=live)
-        tl.store(values + INVERSE, inverse, mask=live)
+        target_prob = soft_prob(logit, draft, Distribution(point_mass_id, finite_or_zero(top), inv_sumexp), scale)
+        tl.store(values + ROW_MAX, top, mask=live)
+        tl.store(values + INV_SUMEXP, inv_sumexp, mask=live)
         tl.store(values + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
-        tl.store(ids_of + TARGET_OF, mass_of, mask=live)
+        tl.store(ids_of + TARGET_OF, point_mass_id, mask=live)
 
-        # The draft's distribution: one-hot, by its lse, by the sums of its own leaves, or, of candidates, as each rank has written it.
+        # The draft's distribution: one-hot, by its lse, by the sums of its own blocks, or, of candidates, as each rank has written
+        # it.
         has_draft = i < length
         own = tl.where((draft >= 0) & (draft < 2147483647), draft, NOBODY).to(tl.int32)
-        mass_of = own
+        point_mass_id = own
         reference = tl.zeros([WIDTH], tl.float32)
         factor = tl.full([WIDTH], 1.0, tl.float32)
         x = tl.full([WIDTH], float("-inf"), tl.float32)
@@ -110,10 +107,10 @@ def _row_stats(
             x = tl.max(tl.load(logits + 1, mask=there, other=NEG_INF), axis=1)
             soft = tl.full([WIDTH], SOFTMAX, tl.int32)
             if dense.lse_ptr is None:
-                draft_top, draft_mass = _row_masses(part.draft, stride, rows, has_draft, shards, num_leaves, draft_scale,
+                draft_top, draft_sumexp = _row_sumexps(part.draft, stride, rows, has_draft, shards, num_blocks, draft_scale,
                                                     WIDTH, BLOCK)  # fmt: skip
                 reference = finite_or_zero(draft_top)
-                factor = 1.0 / tl.maximum(draft_mass, 1).to(tl.float32) * ONE
+                factor = 1.0 / tl.maximum(draft_sumexp, 1).to(tl.float32) * SUMEXP_ONE
                 infinite = unpack_id(tl.max(tl.load(words + 1, mask=there, other=0), axis=1)).to(tl.int32)
             else:
                 draft_top = tl.load(dense.lse_ptr + slot * dense.stride_lse + i, mask=has_draft, other=0.0)
@@ -122,29 +119,29 @@ def _row_stats(
                 # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
                 infinite = tl.where(x == POS_INF, own, NOBODY)
             soft = tl.where(draft_top == POS_INF, infinite, tl.where(draft_top == NEG_INF, NOBODY, soft))
-            mass_of = tl.where(draft_temperature > 0.0, soft, own)
-        mass_of = tl.where(missing, NOBODY, mass_of)
-        draft_prob = soft_prob(x, draft, Distribution(mass_of, reference, factor), draft_scale)
+            point_mass_id = tl.where(draft_temperature > 0.0, soft, own)
+        point_mass_id = tl.where(missing, NOBODY, point_mass_id)
+        draft_prob = soft_prob(x, draft, Distribution(point_mass_id, reference, factor), draft_scale)
         if part.lists.rest_ptr is not None:
             of_row = part.lists.distributions_ptr + rows * 3
             reference = tl.load(of_row, mask=has_draft, other=0.0)
             factor = tl.load(of_row + 1, mask=has_draft, other=1.0)
             draft_prob = tl.load(of_row + 2, mask=has_draft, other=0.0)
-            mass_of = tl.load(part.lists.points_ptr + rows, mask=has_draft, other=NOBODY)
+            point_mass_id = tl.load(part.lists.points_ptr + rows, mask=has_draft, other=NOBODY)
         tl.store(values + REFERENCE, reference, mask=live)
         tl.store(values + FACTOR, factor, mask=live)
         tl.store(values + DRAFT_PROB, draft_prob, mask=live)
         tl.store(values + PREFIX_PROB, tl.full([WIDTH], 1.0, tl.float32), mask=live)
-        tl.store(ids_of + DRAFT_OF, mass_of, mask=live)
+        tl.store(ids_of + DRAFT_OF, point_mass_id, mask=live)
 
 
 @triton.jit
 def verify(
-    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, stats, shards, num_leaves, vocab,
+    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, stats, shards, num_blocks, vocab,
     VERIFY: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the rule says, see rules.py, beside the anchor's position."""
-    _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, layout, stats, shards, num_leaves, vocab,
+    _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, layout, stats, shards, num_blocks, vocab,
                WIDTH, SHARDS, BLOCK)  # fmt: skip
     stores_done()
     anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + row0))
@@ -161,31 +158,32 @@ def verify(
 def own_stats(stats, row0, WIDTH: tl.constexpr):
     """This program's statistics, addressed by row: programs of one request verify at the same time, each for itself."""
     shift = tl.program_id(0).to(tl.int64) * WIDTH - row0
-    return RowStats(stats.values_ptr + shift * VALUES, stats.ids_ptr + shift * IDS)
+    return RowStats(stats.values_ptr + shift * ROW_VALUES, stats.ids_ptr + shift * ROW_IDS)
 
 
 @triton.jit
-def merged_leaves(max_ptr, sumexp_ptr, stride, row, cut, vocab, scale, excluded, removed, LEAVES: tl.constexpr):
-    """Maximum and mass of every leaf of a row from its pieces, without what `excluded` (-1 = nobody) adds to its own."""
-    leaf = tl.arange(0, LEAVES)
-    first = leaf * LEAF // cut.width
-    top = tl.full([LEAVES], float("-inf"), tl.float32)
+def merged_blocks(max_ptr, sumexp_ptr, stride, row, cut, vocab, scale, excluded, removed, BLOCKS: tl.constexpr):
+    """Maximum and sum of exponentials of every block of a row from its pieces, without what `excluded` (-1 = nobody) adds to its
+    own."""
+    block = tl.arange(0, BLOCKS)
+    first = block * VOCAB_BLOCK // cut.width
+    top = tl.full([BLOCKS], float("-inf"), tl.float32)
     for n in range(cut.pieces):
         shard = first + n
-        here = shard * cut.width < tl.minimum((leaf + 1) * LEAF, vocab)
-        where = row * cut.blocks + (leaf - shard * cut.width // LEAF)
+        here = shard * cut.width < tl.minimum((block + 1) * VOCAB_BLOCK, vocab)
+        where = row * cut.blocks + (block - shard * cut.width // VOCAB_BLOCK)
         tops = tl.load(max_ptr + shard.to(tl.int64) * (2 * stride) + where, mask=here, other=NEG_INF)
         top = tl.maximum(top, tops)
-    mass = tl.zeros([LEAVES], tl.int64)
+    sumexp = tl.zeros([BLOCKS], tl.int64)
     for n in range(cut.pieces):
         shard = first + n
-        here = shard * cut.width < tl.minimum((leaf + 1) * LEAF, vocab)
-        where = row * cut.blocks + (leaf - shard * cut.width // LEAF)
+        here = shard * cut.width < tl.minimum((block + 1) * VOCAB_BLOCK, vocab)
+        where = row * cut.blocks + (block - shard * cut.width // VOCAB_BLOCK)
         tops = tl.load(max_ptr + shard.to(tl.int64) * (2 * stride) + where, mask=here, other=NEG_INF)
         own = tl.load(sumexp_ptr + shard.to(tl.int64) * stride + where, mask=here, other=0)
-        owner = (leaf == tl.where(excluded >= 0, excluded // LEAF, -1)) & (shard == excluded // cut.width)
+        owner = (block == tl.where(excluded >= 0, excluded // VOCAB_BLOCK, -1)) & (shard == excluded // cut.width)
         own -= tl.where(owner, removed, 0)
-        # The piece that has the maximum keeps its integer, so that a leaf of one piece is that piece.
+        # The piece that has the maximum keeps its integer, so that a block of one piece is that piece.
         scaled = (own.to(tl.float32) * tl.exp2(below_max(tops, top) * scale)).to(tl.int64)
-        mass += tl.where(tops == top, own, scaled)
-    return top, mass
+        sumexp += tl.where(tops == top, own, scaled)
+    return top, sumexp

@@ -1,7 +1,7 @@
 """Drafts of a sparse proposal (C candidates with logits) or a one-hot one (the draft alone).
 
 The target's sums per vocabulary block stay, less the octets of the candidates, computed again with and without them: the same tree,
-hence the same bits. Symbols: S state slots, K drafts, C candidates. Hooks: proposals.py. Oracle: reference/accept.py.
+hence the same bits. Symbols: S state slots, K drafts, C candidates. Hooks: proposals.py. Reference: reference/accept.py.
 """
 
 from typing import Any, NamedTuple
@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..primitives.fence import stores_done
-from ..primitives.leaves import MASS_BITS
-from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, numbers, octet_sums
+from ..primitives.constants import NEG_INF, POS_INF, RESIDUAL_ONE, SUMEXP_ONE, VOCAB_BLOCK
+from ..primitives.sumexp import below_max, numbers, octet_sums
+from ..primitives.sync import stores_done
+from ..primitives.vocab_blocks import SUMEXP_BITS
 from .args import ChainProposal, Distribution
-from .proposals import RESIDUAL_ONE, as_point, read_row_pair, store_draft_stats, target_probs
-from .rows import NOBODY, SOFTMAX, finite_or_zero, load_leaf, soft_prob
+from .proposals import as_point, read_row_pair, store_draft_stats, target_probs
+from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, soft_prob
 from .target import read_row, read_tile
 
 
@@ -31,11 +32,11 @@ class Distinct(NamedTuple):
 
 
 class EntrySums(NamedTuple):
-    """Of candidates [ENTRIES]: int64 sums removed from their leaves (of an octet, where its first entry is) and added (where the
+    """Of candidates [ENTRIES]: int64 sums removed from their blocks (of an octet, where its first entry is) and added (where the
     first entry of an id is)."""
 
     ids: Any
-    leaf: Any
+    block: Any
     removed: Any
     added: Any
     first_octet: Any
@@ -54,7 +55,7 @@ def entries(draft, slot, i, c, drawn_from, draft_scale, vocab):
             candidate = tl.load(draft.ids_ptr + slot * draft.stride_ids_slot + at * draft.stride_ids_row + c, mask=there, other=-1)
             candidate = candidate.to(tl.int64)
             ids = tl.where((candidate >= 0) & (candidate < vocab), candidate, -1).to(tl.int32)
-            x = load_leaf(draft.logits_ptr + slot * draft.stride_slot + at * draft.stride_row, c, there)
+            x = load_block(draft.logits_ptr + slot * draft.stride_slot + at * draft.stride_row, c, there)
             prob = tl.exp2((x - drawn_from.reference) * draft_scale) * drawn_from.factor
     inside = (ids >= 0) & (ids < vocab)
     return tl.where(inside, ids, -1), tl.where(inside, prob, 0.0)
@@ -114,13 +115,13 @@ def distributions(i, rows, token, slot, draft, draft_scale, draft_temperature, v
             ids = tl.load(ids_ptrs, mask=inside, other=-1).to(tl.int64)
             top = tl.max(x, axis=1)
             reference = finite_or_zero(top)
-            mass = tl.sum((tl.exp2(below_max(x, top[:, None]) * draft_scale) * ONE).to(tl.int64), axis=1)
-            factor = 1.0 / tl.maximum(mass, 1).to(tl.float32) * ONE
+            sumexp = tl.sum((tl.exp2(below_max(x, top[:, None]) * draft_scale) * SUMEXP_ONE).to(tl.int64), axis=1)
+            factor = 1.0 / tl.maximum(sumexp, 1).to(tl.float32) * SUMEXP_ONE
             # The draft's entries, relative to the best of them: an improbable draft keeps its bits.
             own_x = tl.where(ids == token[:, None], x, NEG_INF)
             own_top = tl.max(own_x, axis=1)
-            own_mass = tl.sum((tl.exp2(below_max(own_x, own_top[:, None]) * draft_scale) * ONE).to(tl.int64), axis=1)
-            soft = own_mass.to(tl.float32) * (1.0 / ONE) * tl.exp2(below_max(own_top, top) * draft_scale) * factor
+            own_sumexp = tl.sum((tl.exp2(below_max(own_x, own_top[:, None]) * draft_scale) * SUMEXP_ONE).to(tl.int64), axis=1)
+            soft = own_sumexp.to(tl.float32) * (1.0 / SUMEXP_ONE) * tl.exp2(below_max(own_top, top) * draft_scale) * factor
             place = tl.min(tl.where(x == POS_INF, c, CANDIDATES), axis=1)
             hot = tl.sum(tl.where(c == place[:, None], ids, 0), axis=1)
             hot = tl.where((hot >= 0) & (hot < vocab), hot, NOBODY).to(tl.int32)
@@ -132,8 +133,8 @@ def distributions(i, rows, token, slot, draft, draft_scale, draft_temperature, v
 
 @triton.jit
 def draft_stats(
-    i, rows, token, view, draft, partials, stats, draft_scale, draft_temperature, num_leaves,
-    PROPOSAL: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+    i, rows, token, view, draft, partials, stats, draft_scale, draft_temperature, num_blocks,
+    PROPOSAL: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """rows, token (the draft): [GROUP], rows -1 where no draft is verified."""
     drawn_from, draft_prob = distributions(i, rows, token, view.slot, draft, draft_scale, draft_temperature, view.vocab, CANDIDATES)
@@ -150,95 +151,97 @@ def list_end(draft, drawn_from):
 
 
 @triton.jit
-def _entry_masses(start, i, row, view, draft, partials, pair, scales, num_leaves, ENTRIES: tl.constexpr):
-    """What candidates take from the masses of their leaves, and what they add as a residual of their own."""
+def _entry_sums(start, i, row, view, draft, partials, pair, scales, num_blocks, ENTRIES: tl.constexpr):
+    """What candidates take from the sums of their blocks, and what they add as a residual of their own."""
     found = distinct(start, draft, view.slot, i, pair.draft, scales.draft, view.vocab, ENTRIES)
     ids = found.ids
-    own_leaf = ids // LEAF
+    own_block = ids // VOCAB_BLOCK
     slots = tl.arange(0, 8)[None, :]
     octet = (ids >> 3)[:, None] * 8 + slots
     inside = (ids >= 0)[:, None] & (octet < view.vocab)
-    own_top = tl.load(partials.max_ptr + row * num_leaves + own_leaf, mask=ids >= 0, other=0.0, volatile=True)
+    own_top = tl.load(partials.max_ptr + row * num_blocks + own_block, mask=ids >= 0, other=0.0, volatile=True)
     e = tl.exp2(below_max(read_tile(view, i, octet, inside), own_top[:, None]) * scales.target)
     counts = tl.where(slots < 4, found.low[:, None], found.high[:, None]) >> ((slots & 3) * 16)
     rest = octet_sums(tl.where((counts & 65535) > 0, 0.0, e), ENTRIES)
-    removed = (octet_sums(e, ENTRIES) * ONE).to(tl.int64) - (rest * ONE).to(tl.int64)
+    removed = (octet_sums(e, ENTRIES) * SUMEXP_ONE).to(tl.int64) - (rest * SUMEXP_ONE).to(tl.int64)
     x = read_row(view, i, ids, ids >= 0)
     target_prob = soft_prob(x, ids, pair.target, scales.target)
     added = (tl.maximum(pair.prefix_prob * target_prob - found.prob, 0.0) * RESIDUAL_ONE).to(tl.int64)
-    return EntrySums(ids, own_leaf, removed, added, found.first_octet, found.first_id)
+    return EntrySums(ids, own_block, removed, added, found.first_octet, found.first_id)
 
 
 @triton.jit
 def residual_sums(
-    item, i, row, view, draft, scratch, scales, num_leaves,
-    PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr,
+    item, i, row, view, draft, scratch, scales, num_blocks,
+    PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Item: all leaves of a row."""
+    """Item: all blocks of a row."""
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
     partials, residual_ptr, removed_ptr = scratch.target, scratch.residual_ptr, scratch.sparse.removed_ptr
-    leaf = tl.arange(0, LEAVES)
-    there = leaf < num_leaves
-    of_leaf = row * num_leaves + leaf
+    block = tl.arange(0, BLOCKS)
+    there = block < num_blocks
+    of_block = row * num_blocks + block
     pair = read_row_pair(scratch.stats, row)
     target = pair.target
     if CANDIDATES == 1:
-        # A list of one needs no memory to find its leaf.
-        sums = _entry_masses(0, i, row, view, draft, partials, pair, scales, num_leaves, ENTRIES)
-        mine = (leaf == tl.max(sums.leaf, axis=0)) & (leaf < tl.where(tl.max(sums.ids, axis=0) >= 0, LEAVES, 0))
+        # A list of one needs no memory to find its block.
+        sums = _entry_sums(0, i, row, view, draft, partials, pair, scales, num_blocks, ENTRIES)
+        mine = (block == tl.max(sums.block, axis=0)) & (block < tl.where(tl.max(sums.ids, axis=0) >= 0, BLOCKS, 0))
         taken = tl.where(mine, tl.sum(sums.removed, axis=0), 0)
         extra = tl.where(mine, tl.sum(sums.added, axis=0), 0)
-        listed = tl.max(tl.where(sums.ids == target.point, 1, 0), axis=0)
+        in_list = tl.max(tl.where(sums.ids == target.point, 1, 0), axis=0)
     else:
-        tl.store(removed_ptr + of_leaf, tl.zeros([LEAVES], tl.int64), mask=there)
-        tl.store(residual_ptr + of_leaf, tl.zeros([LEAVES], tl.int64), mask=there)
+        tl.store(removed_ptr + of_block, tl.zeros([BLOCKS], tl.int64), mask=there)
+        tl.store(residual_ptr + of_block, tl.zeros([BLOCKS], tl.int64), mask=there)
         stores_done()
-        listed = tl.zeros((), tl.int32)
+        in_list = tl.zeros((), tl.int32)
         for start in range(0, list_end(draft, pair.draft), ENTRIES):
-            sums = _entry_masses(start, i, row, view, draft, partials, pair, scales, num_leaves, ENTRIES)
-            tl.atomic_add(removed_ptr + row * num_leaves + sums.leaf, sums.removed, mask=sums.first_octet, sem="relaxed")
-            tl.atomic_add(residual_ptr + row * num_leaves + sums.leaf, sums.added, mask=sums.first_id, sem="relaxed")
-            listed = tl.maximum(listed, tl.max(tl.where(sums.ids == target.point, 1, 0), axis=0))
+            sums = _entry_sums(start, i, row, view, draft, partials, pair, scales, num_blocks, ENTRIES)
+            tl.atomic_add(removed_ptr + row * num_blocks + sums.block, sums.removed, mask=sums.first_octet, sem="relaxed")
+            tl.atomic_add(residual_ptr + row * num_blocks + sums.block, sums.added, mask=sums.first_id, sem="relaxed")
+            in_list = tl.maximum(in_list, tl.max(tl.where(sums.ids == target.point, 1, 0), axis=0))
         stores_done()
-        taken = tl.load(removed_ptr + of_leaf, mask=there, other=0, volatile=True)
-        extra = tl.load(residual_ptr + of_leaf, mask=there, other=0, volatile=True)
+        taken = tl.load(removed_ptr + of_block, mask=there, other=0, volatile=True)
+        extra = tl.load(residual_ptr + of_block, mask=there, other=0, volatile=True)
         tl.debug_barrier()
-    tops = tl.load(partials.max_ptr + of_leaf, mask=there, other=NEG_INF, volatile=True)
-    mass = (tl.load(partials.sumexp_ptr + of_leaf, mask=there, other=0, volatile=True) & MASS_BITS) - taken
-    unlisted = mass.to(tl.float32) * tl.exp2(below_max(tops, target.reference) * scales.target) * (target.factor * (1.0 / ONE))
+    tops = tl.load(partials.max_ptr + of_block, mask=there, other=NEG_INF, volatile=True)
+    sumexp = (tl.load(partials.sumexp_ptr + of_block, mask=there, other=0, volatile=True) & SUMEXP_BITS) - taken
+    unlisted = (
+        sumexp.to(tl.float32) * tl.exp2(below_max(tops, target.reference) * scales.target) * (target.factor * (1.0 / SUMEXP_ONE))
+    )
     if target.point != SOFTMAX:
-        unlisted = tl.where(leaf == tl.where(listed == 0, target.point // LEAF, -1), 1.0, 0.0)
+        unlisted = tl.where(block == tl.where(in_list == 0, target.point // VOCAB_BLOCK, -1), 1.0, 0.0)
     residual = (pair.prefix_prob * unlisted * RESIDUAL_ONE).to(tl.int64) + extra
-    tl.store(residual_ptr + of_leaf, residual, mask=there)
+    tl.store(residual_ptr + of_block, residual, mask=there)
     stores_done()
 
 
 @triton.jit
 def residual_in_block(
-    leaf, i, row, request, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
+    block, i, row, request, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
 ):  # fmt: skip
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
     pair = read_row_pair(scratch.stats, row)
-    at = tl.arange(0, LEAF)
+    at = tl.arange(0, VOCAB_BLOCK)
     if CANDIDATES == 1:
         ids, _prob = entries(draft, view.slot, i, tl.arange(0, 1), pair.draft, scales.draft, view.vocab)
-        unlisted = pair.prefix_prob * target_probs(view, i, leaf * LEAF + at, pair.target, scales.target)
+        unlisted = pair.prefix_prob * target_probs(view, i, block * VOCAB_BLOCK + at, pair.target, scales.target)
         # P_i * target <= 1 = the draft's: nothing of it is left.
-        residual = tl.where(leaf * LEAF + at == tl.max(ids, axis=0), 0.0, unlisted)
+        residual = tl.where(block * VOCAB_BLOCK + at == tl.max(ids, axis=0), 0.0, unlisted)
     else:
-        # Listed ids find their places in the leaf through memory; -1 = not listed.
-        patch = scratch.sparse.patch_ptr + request.to(tl.int64) * LEAF
+        # Listed ids find their places in the block through memory; -1 = not listed.
+        patch = scratch.sparse.patch_ptr + request.to(tl.int64) * VOCAB_BLOCK
         tl.store(patch + at, at * 0.0 - 1.0)
         stores_done()
         for start in range(0, list_end(draft, pair.draft), ENTRIES):
             found = distinct(start, draft, view.slot, i, pair.draft, scales.draft, view.vocab, ENTRIES)
             ids = found.ids
-            listed = target_probs(view, i, tl.maximum(ids, 0), pair.target, scales.target)
-            mine = found.first_id & (ids // LEAF == leaf)
-            tl.store(patch + ids % LEAF, tl.maximum(pair.prefix_prob * listed - found.prob, 0.0), mask=mine)
+            in_list = target_probs(view, i, tl.maximum(ids, 0), pair.target, scales.target)
+            mine = found.first_id & (ids // VOCAB_BLOCK == block)
+            tl.store(patch + ids % VOCAB_BLOCK, tl.maximum(pair.prefix_prob * in_list - found.prob, 0.0), mask=mine)
         stores_done()
         changed = tl.load(patch + at, volatile=True)
-        unlisted = pair.prefix_prob * target_probs(view, i, leaf * LEAF + at, pair.target, scales.target)
+        unlisted = pair.prefix_prob * target_probs(view, i, block * VOCAB_BLOCK + at, pair.target, scales.target)
         residual = tl.where(changed >= 0.0, changed, unlisted)
     return residual
 

@@ -2,7 +2,7 @@
 
 A row's path is the drafts before it; in a tree, where row i is node i, the nodes from the anchor to it, not their siblings. The
 support of a row is two scalars, found by the row's last arriver from maxima of groups of 128 ids, so that nothing is written back.
-Records: args.py (View, Limits). Oracle: reference/sampling.py.
+Records: args.py (View, Limits). Reference: reference/sampling.py.
 """
 
 from typing import Any, NamedTuple
@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 
 from ..primitives.adjust import adjusted
-from ..primitives.filters import BLOCK, EVERYTHING, filter_is_on, filter_row, keep_masses, kept
-from ..primitives.mass import NEG_INF, POS_INF, numbers
+from ..primitives.constants import FILTER_LIST, MAX_GROUP, NEG_INF, POS_INF
+from ..primitives.filters import EVERYTHING, filter_is_on, filter_row, kept, sums_in_support
+from ..primitives.sumexp import numbers
 from .args import View
-
-GROUP_IDS = tl.constexpr(128)  # ids per stored maximum
 
 
 class Path(NamedTuple):
@@ -122,11 +121,11 @@ def _load(ids, inside, source):
 
 @triton.jit
 def limit_row(
-    i, row, view, filters, partials, top, mass, limits, scratch, scale, num_leaves,
-    JOINT: tl.constexpr, GROUPS: tl.constexpr, LEAVES: tl.constexpr,
+    i, row, view, filters, partials, top, sumexp, limits, scratch, scale, num_blocks,
+    JOINT: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Find the support of a row and sum its leaves again over that. view: without limits. Gives whether anything is left out."""
-    num_groups = tl.cdiv(view.vocab, GROUP_IDS)
+    """Find the support of a row and sum its blocks again over that. view: without limits. Gives whether anything is left out."""
+    num_groups = tl.cdiv(view.vocab, MAX_GROUP)
     top_k = _setting(filters.top_k_ptr, view.slot, 0)
     top_p = _setting(filters.top_p_ptr, view.slot, 1.0)
     min_p = _setting(filters.min_p_ptr, view.slot, 0.0)
@@ -136,13 +135,13 @@ def limit_row(
     if limited:
         source = RowSource(view, i)
         groups_ptr = scratch.groups_ptr + row * num_groups
-        list_ptr = scratch.lists_ptr + row * 2 * BLOCK
+        list_ptr = scratch.lists_ptr + row * 2 * FILTER_LIST
         threshold, cut, reached = filter_row(
-            _load, source, view.vocab, scratch.maxima_ptr + row * num_groups, num_groups, groups_ptr, list_ptr, list_ptr + BLOCK,
-            top, mass, scale, top_k, top_p, min_p, JOINT, GROUP_IDS, GROUPS,
+            _load, source, view.vocab, scratch.maxima_ptr + row * num_groups, num_groups, groups_ptr, list_ptr, list_ptr + FILTER_LIST,
+            top, sumexp, scale, top_k, top_p, min_p, JOINT, MAX_GROUP, GROUPS,
         )  # fmt: skip
-        keep_masses(_load, source, view.vocab, groups_ptr, reached, threshold, cut, partials.max_ptr + row * num_leaves,
-                    partials.sumexp_ptr + row * num_leaves, num_leaves, scale, GROUP_IDS, LEAVES)  # fmt: skip
+        sums_in_support(_load, source, view.vocab, groups_ptr, reached, threshold, cut, partials.max_ptr + row * num_blocks,
+                    partials.sumexp_ptr + row * num_blocks, num_blocks, scale, MAX_GROUP, BLOCKS)  # fmt: skip
     tl.store(limits.threshold_ptr + row, threshold)
     tl.store(limits.cut_ptr + row, cut)
     return limited

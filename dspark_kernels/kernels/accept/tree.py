@@ -2,32 +2,32 @@
 
     walk       y ~ p_v, go to the child whose token is y, else emit y (greedy: y = argmax p_v)
     recursive  accept child c while u q_c(x) < p(x), else p <- norm [p - q_c]+; after the last child y ~ p
-    traversal  leaf to root: accept while u < P, then y ~ M; else P M <- [P M - q_c]+ / (Z + 1 - P) at the parent
+    traversal  block to root: accept while u < P, then y ~ M; else P M <- [P M - q_c]+ / (Z + 1 - P) at the parent
 
-Symbols: R requests, M nodes, V vocabulary, leaf = 1024 ids, NL leaves; v a node, c a child of it, x its token; p, q target and draft
-distribution; P probability that v's prefix is kept, M its residual distribution, Z = sum [P M - q_c]+. Oracle: reference/tree.py. Sources:
-SpecInfer arXiv 2305.09781, Sequoia arXiv 2402.12374, traversal arXiv 2505.12398.
+Symbols: R requests, M nodes, V vocabulary, block = 1024 ids, NB blocks; v a node, c a child of it, x its token; p, q target and
+draft distribution; P probability that v's prefix is kept, M its residual distribution, Z = sum [P M - q_c]+. Reference:
+reference/tree.py. Sources: SpecInfer arXiv 2305.09781, Sequoia arXiv 2402.12374, traversal arXiv 2505.12398.
 
-First phase, an item = nodes x leaves of a request, as in accept.py: maximum and integer mass of each leaf. The last item of a node
-group merges its rows (tree_rows.py), the last group of a request decides (tree_rules.py). Where a child is rejected, the residual
-at its parent is summed over the vocabulary by a sweep, whose last item decides on: sweep s of a request waits for what publishes
-it, an earlier ticket. A node is rejected at most once, so M - 1 sweeps suffice; those that are not needed end at once.
+First phase, an item = nodes x blocks of a request, as in accept.py: maximum and integer sum of exponentials of each block. The last
+item of a node group merges its rows (tree_rows.py), the last group of a request decides (tree_rules.py). Where a child is rejected,
+the residual at its parent is summed over the vocabulary by a sweep, whose last item decides on: sweep s of a request waits for what
+publishes it, an earlier ticket. A node is rejected at most once, so M - 1 sweeps suffice; those that are not needed end at once.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives.mass import LEAF, ONE, log2_scale, masses
+from ..primitives.constants import RESIDUAL_ONE, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.slots import state_slots
-from ..primitives.ticket import arrive
+from ..primitives.sumexp import fixed_sums, log2_scale
+from ..primitives.sync import arrive
 from . import tree_proposals
 from .args import Lineage, Scales, Sizes, View
 from .dense import invert_map, map_used, sweep_draft
-from .proposals import RESIDUAL_ONE
 from .rows import sweep_rows
 from .tree_outputs import write_no_outputs
 from .tree_rows import has_children, merge_nodes, node_distributions
-from .tree_rules import DONE, WALK, decide, left_in_leaves
+from .tree_rules import DECIDED, WALK, decide, left_in_blocks
 from .tree_state import load_rejected
 
 
@@ -37,8 +37,8 @@ def _sweep(
     PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, CANDIDATES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """SPAN times TILE leaves of the residual at the node that a request's decision waits for."""
-    state, num_leaves = scratch.state, sizes.num_blocks
+    """SPAN times TILE blocks of the residual at the node that a request's decision waits for."""
+    state, num_blocks = scratch.state, sizes.num_blocks
     m = tl.arange(0, WIDTH)
     has_row = m <= view.length
     node = tl.load(state.current_ptr + request * 2, volatile=True)
@@ -48,17 +48,17 @@ def _sweep(
     rejected = load_rejected(state, request, node, has_row & (parent == node), tokens, m, WIDTH)
     target, drawn_from = node_distributions(view.row0.to(tl.int64) + node, node >= 0, scratch.stats)
     for span in range(SPAN):
-        leaf = (item * SPAN + span) * TILE + tl.arange(0, TILE)
-        at = request.to(tl.int64) * num_leaves + leaf
-        left, weight = left_in_leaves(node, leaf, target, drawn_from, rejected, view, draft, scales, m,
+        block = (item * SPAN + span) * TILE + tl.arange(0, TILE)
+        at = request.to(tl.int64) * num_blocks + block
+        left, weight = left_in_blocks(node, block, target, drawn_from, rejected, view, draft, scales, m,
                                       PROPOSAL, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
-        tl.store(scratch.residual.target_ptr + at, masses(left, TILE, LEAF, RESIDUAL_ONE), mask=leaf < num_leaves)
+        tl.store(scratch.residual.target_ptr + at, fixed_sums(left, TILE, VOCAB_BLOCK, RESIDUAL_ONE), mask=block < num_blocks)
         if WITHOUT and PROPOSAL.sum_left is None:
             if PROPOSAL.weights_left is not None:
                 weight = PROPOSAL.weights_left(
-                    node, leaf, view.slot, draft, drawn_from, rejected.taken, tokens, scales.draft, m, WIDTH
+                    node, block, view.slot, draft, drawn_from, rejected.taken, tokens, scales.draft, m, WIDTH
                 )
-            tl.store(scratch.residual.draft_ptr + at, masses(weight, TILE, LEAF, ONE), mask=leaf < num_leaves)
+            tl.store(scratch.residual.draft_ptr + at, fixed_sums(weight, TILE, VOCAB_BLOCK, SUMEXP_ONE), mask=block < num_blocks)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward"])
@@ -73,17 +73,17 @@ def accept_tree_kernel(
     counters,  # TreeCounters
     map_progress,  # MapProgress, or None
     scratch,  # TreeScratch
-    num_requests, num_slots, num_rows, num_forward, num_nodes, vocab, num_leaves, map_parts,
+    num_requests, num_slots, num_rows, num_forward, num_nodes, vocab, num_blocks, map_parts,
     RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, JOINT: tl.constexpr, GROUP: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, CANDIDATES: tl.constexpr, BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = GROUP * CHUNK
     SWEEPS: tl.constexpr = RULE != WALK
-    chunks = tl.cdiv(num_leaves, CHUNK)
+    chunks = tl.cdiv(num_blocks, CHUNK)
     num_groups = tl.cdiv(num_nodes, GROUP)
     first_items = num_groups * chunks
-    parts = tl.cdiv(num_leaves, TILE * SPAN)
+    parts = tl.cdiv(num_blocks, TILE * SPAN)
     sweeps = 0
     if SWEEPS:
         sweeps = num_nodes - 1
@@ -129,7 +129,7 @@ def accept_tree_kernel(
                 draft_scale = log2_scale(draft_temperature)
                 walks = tl.where((temperature > 0.0) & (draft_temperature > 0.0), 0, 1)
     scales = Scales(scale, draft_scale)
-    sizes = Sizes(num_requests, num_forward, num_nodes, num_leaves)
+    sizes = Sizes(num_requests, num_forward, num_nodes, num_blocks)
     lineage = None
     if ancestors_ptr is not None:
         lineage = Lineage(ancestors_ptr, num_nodes)
@@ -149,31 +149,31 @@ def accept_tree_kernel(
         else:
             group = item // chunks
             if group * GROUP <= length:
-                # Leaves of this item: PAIRS (node, leaf) pairs.
+                # Blocks of this item: PAIRS (node, block) pairs.
                 pair = tl.arange(0, PAIRS)
                 i = group * GROUP + pair // CHUNK
-                leaf = (item % chunks) * CHUNK + pair % CHUNK
-                keep = (i <= length) & (leaf < num_leaves)
-                sweep_rows(i, leaf, keep, unlimited, layout, sampling, scratch.target, scratch.raw, scratch.filters, scale,
-                           num_leaves, PAIRS)  # fmt: skip
+                block = (item % chunks) * CHUNK + pair % CHUNK
+                keep = (i <= length) & (block < num_blocks)
+                sweep_rows(i, block, keep, unlimited, layout, sampling, scratch.target, scratch.raw, scratch.filters, scale,
+                           num_blocks, PAIRS)  # fmt: skip
                 if scratch.draft is not None:
                     inner = has_children(i, slot, length, parents_ptr, num_nodes, WIDTH)
-                    sweep_draft(i, leaf, keep & inner, view, draft, scratch.draft, draft_scale, num_leaves, PAIRS)
+                    sweep_draft(i, block, keep & inner, view, draft, scratch.draft, draft_scale, num_blocks, PAIRS)
                 if arrive(counters.groups_ptr + request * num_groups + group, chunks):
                     merge_nodes(
                         group * GROUP, unlimited, view, layout, draft, sampling, parents_ptr, scratch, walks, scales, sizes,
-                        PROPOSAL, JOINT, GROUP, GROUPS, CANDIDATES, LEAVES, WIDTH,
+                        PROPOSAL, JOINT, GROUP, GROUPS, CANDIDATES, BLOCKS, WIDTH,
                     )  # fmt: skip
                     if arrive(counters.requests_ptr + request, length // GROUP + 1):
                         decides = 1
     elif SWEEPS:
-        state = tl.full((), DONE, tl.int32)
+        state = tl.full((), DECIDED, tl.int32)
         if (length >= 0) & (number >= 0):
             state = tl.atomic_add(counters.published_ptr + request, 0, sem="acquire", scope="gpu")
             while state <= number:
                 state = tl.atomic_add(counters.published_ptr + request, 0, sem="acquire", scope="gpu")
             tl.debug_barrier()
-        if state < DONE:
+        if state < DECIDED:
             _sweep(request, item, view, layout, draft, parents_ptr, scratch, scales, sizes,
                    PROPOSAL, WITHOUT, TILE, SPAN, CANDIDATES, WIDTH)  # fmt: skip
             if arrive(counters.sweeps_ptr + request, parts):
@@ -182,7 +182,7 @@ def accept_tree_kernel(
     if decides > 0:
         decide(
             request, sweep, view, layout, draft, parents_ptr, sampling, outputs, scratch, counters.published_ptr, map_progress,
-            map_parts, walks, scales, sizes, RULE, PROPOSAL, WITHOUT, CANDIDATES, LEAVES, WIDTH,
+            map_parts, walks, scales, sizes, RULE, PROPOSAL, WITHOUT, CANDIDATES, BLOCKS, WIDTH,
         )  # fmt: skip
     if SWEEPS:
         if number >= 0:
@@ -194,7 +194,7 @@ def accept_tree_kernel(
 _PROPOSALS = {"none": None, "stored": tree_proposals.STORED, "mapped": tree_proposals.MAPPED, "sparse": tree_proposals.SPARSE}
 
 
-def launch_accept_tree(items, args, *, rule, proposal, without_replacement, joint, candidates, leaves, groups, width, config):
+def launch_accept_tree(items, args, *, rule, proposal, without_replacement, joint, candidates, blocks, groups, width, config):
     """Launch one program per item (a part of a map to invert, a first-phase part of a request, or a part of a sweep)."""
     accept_tree_kernel[(items,)](
         *args,
@@ -207,7 +207,7 @@ def launch_accept_tree(items, args, *, rule, proposal, without_replacement, join
         TILE=config.tile,
         SPAN=config.span,
         CANDIDATES=candidates,
-        LEAVES=leaves,
+        BLOCKS=blocks,
         GROUPS=groups,
         WIDTH=width,
         num_warps=config.num_warps,

@@ -1,13 +1,13 @@
 """Every output of tree acceptance: the accepted path, the token after it, and which rows stay.
 
-Symbols: R requests, M nodes of a tree, N forward rows. Oracle: reference/tree.py.
+Symbols: R requests, M nodes of a tree, N forward rows. Reference: reference/tree.py.
 """
 
 import triton
 import triton.language as tl
 
+from ..primitives.constants import BAD_TOKEN_ID, EMPTY_RESIDUAL, NAN, NONFINITE_ROW
 from .outputs import token_log_probs
-from .rows import BAD_TOKEN_ID, EMPTY_RESIDUAL, NAN, NONFINITE_ROW
 from .tree_proposals import pick
 
 

@@ -6,17 +6,18 @@
     weights_left, sum_left  what is left for the next child that is drawn without replacement
 
 Dense: logits [S, M, Vd], ids are columns, or columns are mapped to ids, each id at most once. Sparse: C ids with logits, entries
-of one id add up. Ids outside the vocabulary keep their weight. Symbols: S state slots, M nodes. Oracle: reference/tree.py.
+of one id add up. Ids outside the vocabulary keep their weight. Symbols: S state slots, M nodes. Reference: reference/tree.py.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives.leaves import first_leaf, first_of, merge_leaves
-from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, numbers
+from ..primitives.constants import NEG_INF, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
+from ..primitives.sumexp import below_max, numbers
+from ..primitives.vocab_blocks import first_block, first_of, merge_blocks
 from .args import Distribution, TreeProposal, Weights
 from .dense import column_is_id, column_of_id, id_of_column
-from .rows import NOBODY, SOFTMAX, finite_or_zero, load_leaf, soft_prob
+from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, soft_prob
 
 ENTRIES = tl.constexpr(16)  # of a list that are compared with all nodes at once
 
@@ -37,30 +38,30 @@ def next_of(mask, after, i, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _dense_stats(i, rows, slot, vocab, draft, partials, draft_scale, num_leaves, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr):
+def _dense_stats(i, rows, slot, vocab, draft, partials, draft_scale, num_blocks, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr):
     """rows: [GROUP], -1 where a node has no children."""
-    top, mass, words, tops = merge_leaves(partials.max_ptr, partials.sumexp_ptr, rows, num_leaves, draft_scale, LEAVES)
-    mass_of = tl.where(top == NEG_INF, NOBODY, tl.full(rows.shape, SOFTMAX, tl.int32))
+    top, sumexp, words, tops = merge_blocks(partials.max_ptr, partials.sumexp_ptr, rows, num_blocks, draft_scale, BLOCKS)
+    point_mass_id = tl.where(top == NEG_INF, NOBODY, tl.full(rows.shape, SOFTMAX, tl.int32))
     if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
-        columns = first_leaf(tops, top, LEAVES)
+        columns = first_block(tops, top, BLOCKS)
         row_ptrs = draft.logits_ptr + slot * draft.stride_slot + tl.where(rows >= 0, i, 0).to(tl.int64) * draft.stride_row
-        x = load_leaf(row_ptrs[:, None], columns, columns < draft.width)
+        x = load_block(row_ptrs[:, None], columns, columns < draft.width)
         hot = id_of_column(draft, first_of(x, columns, top, draft.width), vocab)
-        mass_of = tl.where(top == POS_INF, hot, mass_of)
-    return Weights(mass_of, finite_or_zero(top)), mass
+        point_mass_id = tl.where(top == POS_INF, hot, point_mass_id)
+    return Weights(point_mass_id, finite_or_zero(top)), sumexp
 
 
 @triton.jit
 def _dense_weights(node, ids, slot, vocab, draft, drawn_from, draft_scale, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr):
     column, inside = PROPOSAL.column_of(draft, ids, vocab)
-    y = load_leaf(draft.logits_ptr + slot * draft.stride_slot + node.to(tl.int64) * draft.stride_row, column, inside)
+    y = load_block(draft.logits_ptr + slot * draft.stride_slot + node.to(tl.int64) * draft.stride_row, column, inside)
     return soft_prob(y, ids, Distribution(drawn_from.point, drawn_from.reference, 1.0), draft_scale)
 
 
 @triton.jit
 def _dense_weight_at(nodes, ids, inside, slot, vocab, draft, drawn_from, draft_scale, PROPOSAL: tl.constexpr):
     column, found = PROPOSAL.column_of(draft, ids, vocab)
-    y = load_leaf(draft.logits_ptr + slot * draft.stride_slot + nodes.to(tl.int64) * draft.stride_row, column, inside & found)
+    y = load_block(draft.logits_ptr + slot * draft.stride_slot + nodes.to(tl.int64) * draft.stride_row, column, inside & found)
     weight = soft_prob(y, ids, Distribution(drawn_from.point, drawn_from.reference, 1.0), draft_scale)
     return tl.where(inside & found, weight, 0.0)
 
@@ -79,7 +80,7 @@ def _entries(node, c, slot, draft):
 
 
 @triton.jit
-def _sparse_stats(i, rows, slot, vocab, draft, partials, draft_scale, num_leaves, LEAVES: tl.constexpr, CANDIDATES: tl.constexpr):
+def _sparse_stats(i, rows, slot, vocab, draft, partials, draft_scale, num_blocks, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr):
     c = tl.arange(0, CANDIDATES)[None, :]
     ids, x = _entries(tl.where(rows >= 0, i, -1)[:, None], c, slot, draft)
     top = tl.max(x, axis=1)
@@ -87,8 +88,8 @@ def _sparse_stats(i, rows, slot, vocab, draft, partials, draft_scale, num_leaves
     place = tl.min(tl.where(x == POS_INF, c, CANDIDATES), axis=1)
     hot = tl.sum(tl.where(c == place[:, None], ids, 0), axis=1)
     hot = tl.where((hot >= 0) & (hot < vocab), hot, NOBODY).to(tl.int32)
-    mass_of = tl.where(top == POS_INF, hot, tl.where(top == NEG_INF, NOBODY, SOFTMAX))
-    return Weights(mass_of, finite_or_zero(top)), tl.sum((weight * ONE).to(tl.int64), axis=1)
+    point_mass_id = tl.where(top == POS_INF, hot, tl.where(top == NEG_INF, NOBODY, SOFTMAX))
+    return Weights(point_mass_id, finite_or_zero(top)), tl.sum((weight * SUMEXP_ONE).to(tl.int64), axis=1)
 
 
 @triton.jit
@@ -123,10 +124,10 @@ def _sparse_weight_at(nodes, ids, inside, slot, vocab, draft, drawn_from, draft_
 
 
 @triton.jit
-def _weights_left(node, leaf, slot, draft, drawn_from, taken, tokens, draft_scale, i, WIDTH: tl.constexpr):
-    """Weights of columns in leaves [PAIRS] but for those of the taken tokens. By column: some ids are none of the vocabulary."""
-    column = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-    y = load_leaf(draft.logits_ptr + slot * draft.stride_slot + node.to(tl.int64) * draft.stride_row, column, column < draft.width)
+def _weights_left(node, block, slot, draft, drawn_from, taken, tokens, draft_scale, i, WIDTH: tl.constexpr):
+    """Weights of columns in blocks [PAIRS] but for those of the taken tokens. By column: some ids are none of the vocabulary."""
+    column = block[:, None] * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)[None, :]
+    y = load_block(draft.logits_ptr + slot * draft.stride_slot + node.to(tl.int64) * draft.stride_row, column, column < draft.width)
     ids = tl.load(draft.id_map.to_target_ptr + column, mask=column < draft.width, other=-1)
     row = Distribution(drawn_from.point, drawn_from.reference, 1.0)
     weight = soft_prob(y, tl.where(ids >= 0, ids, SOFTMAX), row, draft_scale)
@@ -143,7 +144,7 @@ def _sum_left(node, slot, draft, drawn_from, taken, tokens, draft_scale, i, CAND
         ids = tl.where(c == 0, drawn_from.point, -1).to(tl.int64)
         weight = tl.where(ids >= 0, 1.0, 0.0)
     weight = without(weight, ids, taken, tokens, i, WIDTH)
-    return tl.sum((weight * ONE).to(tl.int64), axis=0)
+    return tl.sum((weight * SUMEXP_ONE).to(tl.int64), axis=0)
 
 
 @triton.jit

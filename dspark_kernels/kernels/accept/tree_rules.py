@@ -2,34 +2,34 @@
 
     walk       go to the first child whose token is the one drawn at its parent
     recursive  child c: node <- c while u q_c(x) < p(x), else p <- norm [p - q_c]+ and the next child
-    traversal  down to a leaf; accept while u < P, else P M <- [P M - q_c]+ / (Z + 1 - P) at the parent and the next child
+    traversal  down to a block; accept while u < P, else P M <- [P M - q_c]+ / (Z + 1 - P) at the parent and the next child
 
-Symbols: WIDTH nodes of a tree (padded), NL leaves of 1024 ids; p, q target and draft distribution, P probability that a node's prefix is
-kept, M its residual distribution, Z = sum [P M - q_c]+. What lies behind a residual is never stored: an id's remaining weight is computed again from
-p, q and a few numbers per rejected sibling. Siblings are in the order of their nodes. Oracle: reference/tree.py.
-"""
+Symbols: WIDTH nodes of a tree (padded), NB blocks of 1024 ids; p, q target and draft distribution, P probability that a node's
+prefix is kept, M its residual distribution, Z = sum [P M - q_c]+. What lies behind a residual is never stored: an id's remaining
+weight is computed again from p, q and a few numbers per rejected sibling. Siblings are in the order of their nodes. Reference:
+reference/tree.py."""
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..primitives.fence import stores_done
-from ..primitives.leaves import merge_leaves, race_ids, race_leaves
-from ..primitives.mass import LEAF, NEG_INF, ONE
+from ..primitives.constants import NEG_INF, NONFINITE_ROW, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.philox import ACCEPT, acceptance_words, uniform
+from ..primitives.sync import stores_done
+from ..primitives.vocab_blocks import merge_blocks, race_blocks, race_ids
 from .dense import await_map, map_used
-from .rows import NONFINITE_ROW, SOFTMAX, soft_prob
+from .rows import SOFTMAX, soft_prob
 from .target import read_each, read_rows
 from .tree_outputs import write_outputs
 from .tree_proposals import next_of, pick
-from .tree_rows import first_token, id_weights, leaf_weights, node_distributions, node_status
+from .tree_rows import blocks_weights, first_token, id_weights, node_distributions, node_status
 from .tree_state import Nodes, Rejected, load_nodes, store_nodes
 
 WALK = tl.constexpr(0)
 RECURSIVE = tl.constexpr(1)
 TRAVERSAL = tl.constexpr(2)
-DONE = tl.constexpr(1 << 20)  # published instead of the number of sweeps
+DECIDED = tl.constexpr(1 << 20)  # published instead of the number of sweeps
 
 
 @triton.jit
@@ -58,13 +58,13 @@ def _remaining(target_prob, draft_weight, ids, rejected, i, WITHOUT: tl.constexp
 
 
 @triton.jit
-def left_in_leaves(
-    node, leaf, target, drawn_from, rejected, view, draft, scales, i,
+def left_in_blocks(
+    node, block, target, drawn_from, rejected, view, draft, scales, i,
     PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What is left in leaves [PAIRS] of a node's distribution and of its children's draft weights: fp32 [PAIRS, LEAF]."""
-    ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-    x = read_rows(view, node + leaf * 0, ids, ids < view.vocab)
+    """What is left in blocks [PAIRS] of a node's distribution and of its children's draft weights: fp32 [PAIRS, VOCAB_BLOCK]."""
+    ids = block[:, None] * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)[None, :]
+    x = read_rows(view, node + block * 0, ids, ids < view.vocab)
     target_prob = rejected.entry * soft_prob(x, ids, target, scales.target)
     weight = PROPOSAL.block_weights(node, ids, view.slot, view.vocab, draft, drawn_from, scales.draft, PROPOSAL, CANDIDATES)
     return _remaining(target_prob, weight, ids, rejected, i, WITHOUT, WIDTH)
@@ -81,14 +81,15 @@ class Resumed(NamedTuple):
 
 @triton.jit
 def _resume(
-    request, sweep, tree, view, draft, scratch, scales, num_leaves, i,
-    RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, CANDIDATES: tl.constexpr, LEAVES: tl.constexpr,
+    request, sweep, tree, view, draft, scratch, scales, num_blocks, i,
+    RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, CANDIDATES: tl.constexpr, BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The state that the last sweep was asked for with, and the sweep's sums in it; at first that of a tree that nobody looked at."""
+    """The state that the last sweep was asked for with, and the sweep's sums in it; at first that of a tree that nobody looked
+    at."""
     numerator = tl.full([WIDTH], 1.0, tl.float32)
     denominator = tl.full([WIDTH], 1.0, tl.float32)
-    lack = tl.zeros([WIDTH], tl.float32)
+    complement = tl.zeros([WIDTH], tl.float32)
     entry = tl.full([WIDTH], 1.0, tl.float32)
     multiplier = tl.full([WIDTH], 1.0, tl.float32)
     factor = tl.zeros([WIDTH], tl.float32)
@@ -101,23 +102,23 @@ def _resume(
     if sweep > 0:
         nodes = load_nodes(scratch.state, request, i, WIDTH)
         entry, factor, rejected, foul = nodes.entry, nodes.factor, nodes.rejected, nodes.foul
-        numerator, denominator, lack, multiplier = nodes.numerator, nodes.denominator, nodes.lack, nodes.multiplier
+        numerator, denominator, complement, multiplier = nodes.numerator, nodes.denominator, nodes.complement, nodes.multiplier
         rest = nodes.rest
         node = tl.load(scratch.state.current_ptr + request * 2, volatile=True)
         child = tl.load(scratch.state.current_ptr + request * 2 + 1, volatile=True)
-        leaf = tl.arange(0, LEAVES)
-        at = request.to(tl.int64) * num_leaves + leaf
-        sums = tl.load(scratch.residual.target_ptr + at, mask=leaf < num_leaves, other=0, volatile=True)
+        block = tl.arange(0, BLOCKS)
+        at = request.to(tl.int64) * num_blocks + block
+        sums = tl.load(scratch.residual.target_ptr + at, mask=block < num_blocks, other=0, volatile=True)
         total = tl.sum(sums, axis=0)
-        mass = total.to(tl.float32) * 8.673617379884035e-19  # 2^-60
+        residual_prob = total.to(tl.float32) * 8.673617379884035e-19  # 2^-60
         if RULE == RECURSIVE:
-            multiplier = tl.where(i == child, 1.0 / tl.where(total > 0, mass, float("inf")), multiplier)
+            multiplier = tl.where(i == child, 1.0 / tl.where(total > 0, residual_prob, float("inf")), multiplier)
         else:
-            below = mass + pick(lack, node, i)
+            below = residual_prob + pick(complement, node, i)
             scale_up = 1.0 / tl.where(below > 0.0, below, float("inf"))
             multiplier = tl.where(i == child, scale_up, multiplier)
-            lack = tl.where(i == node, lack * scale_up, lack)
-            numerator = tl.where(i == node, mass, numerator)
+            complement = tl.where(i == node, complement * scale_up, complement)
+            numerator = tl.where(i == node, residual_prob, numerator)
             denominator = tl.where(i == node, below, denominator)
         some = tl.where(total > 0, 1, 0)
         if WITHOUT:
@@ -126,10 +127,10 @@ def _resume(
                 taken = tree.is_child & (tree.parent == node) & (rejected > 0)
                 whole = PROPOSAL.sum_left(node, view.slot, draft, weights, taken, tree.tokens, scales.draft, i, CANDIDATES, WIDTH)
             else:
-                lost = tl.load(scratch.residual.draft_ptr + at, mask=leaf < num_leaves, other=0, volatile=True)
+                lost = tl.load(scratch.residual.draft_ptr + at, mask=block < num_blocks, other=0, volatile=True)
                 whole = tl.sum(lost, axis=0)
             rest = tl.where(i == child, whole, rest)
-    return Resumed(node, child, some, Nodes(numerator, denominator, lack, entry, multiplier, factor, rejected, foul, rest))
+    return Resumed(node, child, some, Nodes(numerator, denominator, complement, entry, multiplier, factor, rejected, foul, rest))
 
 
 class Found(NamedTuple):
@@ -147,7 +148,7 @@ def _search(state, tree, target_prob, draft_weight, row_rest, u, i, RULE: tl.con
     token has in its parent's row, the sum of its children's draft weights, its acceptance uniform."""
     nodes = state.nodes
     node, child = state.node, state.child
-    numerator, lack, entry = nodes.numerator, nodes.lack, nodes.entry
+    numerator, complement, entry = nodes.numerator, nodes.complement, nodes.entry
     factor, foul = nodes.factor, nodes.foul
     final = tl.zeros((), tl.int32)
     swept = tl.zeros((), tl.int32)
@@ -165,7 +166,7 @@ def _search(state, tree, target_prob, draft_weight, row_rest, u, i, RULE: tl.con
             if WITHOUT:
                 elder = tl.max(tl.where(taken, i, -1), axis=0)
                 left = tl.where(elder >= 0, pick(nodes.rest, elder, i), left)
-            own_factor = tl.where(left > 0, 1.0 / tl.maximum(left, 1).to(tl.float32) * ONE, 0.0)
+            own_factor = tl.where(left > 0, 1.0 / tl.maximum(left, 1).to(tl.float32) * SUMEXP_ONE, 0.0)
             draft_prob = weight * own_factor
             possible = (pick(tl.where(tree.inside, 1, 0), child, i) > 0) & (draft_prob > 0.0)
             factor = tl.where(i == child, own_factor, factor)
@@ -179,7 +180,7 @@ def _search(state, tree, target_prob, draft_weight, row_rest, u, i, RULE: tl.con
                 short = tl.where(possible, tl.maximum(draft_prob - prob, 0.0) / tl.where(possible, draft_prob, 1.0), 1.0)
                 numerator = tl.where(i == child, ratio, numerator)
                 entry = tl.where(i == child, ratio, entry)
-                lack = tl.where(i == child, short, lack)
+                complement = tl.where(i == child, short, complement)
                 node = child
         else:
             below = pick(nodes.denominator, node, i)
@@ -190,32 +191,32 @@ def _search(state, tree, target_prob, draft_weight, row_rest, u, i, RULE: tl.con
             swept = tl.where(passes, 0, 1)
             child = node
             node = tl.where(passes, node, pick(tree.parent, node, i))
-    after = Nodes(numerator, nodes.denominator, lack, entry, nodes.multiplier, factor, nodes.rejected, foul, nodes.rest)
+    after = Nodes(numerator, nodes.denominator, complement, entry, nodes.multiplier, factor, nodes.rejected, foul, nodes.rest)
     return Found(final, node, child, after)
 
 
 @triton.jit
 def _draw(
     request, node, row, position, anchor, seed, from_residual, target, drawn_from, rejected, view, draft, scratch, scales,
-    num_leaves, i,
-    PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, LEAVES: tl.constexpr, WIDTH: tl.constexpr,
+    num_blocks, i,
+    PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A token from what is left of a node's distribution, or from all of it: int64."""
     one = tl.zeros([1], tl.int32)
     partials = scratch.target
-    top, _mass, words, tops = merge_leaves(partials.max_ptr, partials.sumexp_ptr, row + one, num_leaves, scales.target, LEAVES)
-    weight = leaf_weights(tops, words, top, scales.target)
+    top, _residual, words, tops = merge_blocks(partials.max_ptr, partials.sumexp_ptr, row + one, num_blocks, scales.target, BLOCKS)
+    weight = blocks_weights(tops, words, top, scales.target)
     if from_residual:
-        leaf = tl.arange(0, LEAVES)[None, :]
-        at = request.to(tl.int64) * num_leaves + leaf
-        mass = tl.load(scratch.residual.target_ptr + at, mask=leaf < num_leaves, other=0, volatile=True)
-        weight = tl.where(mass > 0, tl.log2(tl.maximum(mass, 1).to(tl.float32)), NEG_INF)
+        block = tl.arange(0, BLOCKS)[None, :]
+        at = request.to(tl.int64) * num_blocks + block
+        residual_prob = tl.load(scratch.residual.target_ptr + at, mask=block < num_blocks, other=0, volatile=True)
+        weight = tl.where(residual_prob > 0, tl.log2(tl.maximum(residual_prob, 1).to(tl.float32)), NEG_INF)
     position = tl.full([1, 1], 0, tl.int64) + position
     at = tl.zeros([1, 1], tl.int32) + node
-    winner = race_leaves(weight, seed, position, anchor, at, 1, LEAVES)
+    winner = race_blocks(weight, seed, position, anchor, at, 1, BLOCKS)
     inner = id_weights(view, node + one, winner, top, scales.target)
     if from_residual:
-        left, _weight = left_in_leaves(node, winner, target, drawn_from, rejected, view, draft, scales, i,
+        left, _weight = left_in_blocks(node, winner, target, drawn_from, rejected, view, draft, scales, i,
                                        PROPOSAL, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
         inner = tl.where(left > 0.0, tl.log2(tl.where(left > 0.0, left, 1.0)), NEG_INF)
     return tl.sum(race_ids(inner, winner, seed, position, anchor, at, 1), axis=0).to(tl.int64)
@@ -234,10 +235,10 @@ class Tree(NamedTuple):
 def decide(
     request, sweep, view, layout, draft, parents_ptr, sampling, outputs, scratch, published_ptr, map_progress, map_parts, walks,
     scales, sizes, RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, CANDIDATES: tl.constexpr,
-    LEAVES: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Decide from what is known after `sweep` sweeps: publish the next one, or write the outputs."""
-    row0, length, slot, num_leaves, stats = view.row0, view.length, view.slot, sizes.num_blocks, scratch.stats
+    row0, length, slot, num_blocks, stats = view.row0, view.length, view.slot, sizes.num_blocks, scratch.stats
     i = tl.arange(0, WIDTH)
     has_row = i <= length
     rows = (row0 + i).to(tl.int64)
@@ -279,8 +280,8 @@ def decide(
             target_prob = soft_prob(x, ids, target, scales.target)
             draft_weight = PROPOSAL.weight_at(parent_at, ids, verified, slot, view.vocab, draft, drawn_from, scales.draft, PROPOSAL)
             row_rest = tl.load(stats.draft_sum_ptr + rows, mask=has_row, other=0, volatile=True)
-            state = _resume(request, sweep, tree, view, draft, scratch, scales, num_leaves, i,
-                            RULE, PROPOSAL, WITHOUT, CANDIDATES, LEAVES, WIDTH)  # fmt: skip
+            state = _resume(request, sweep, tree, view, draft, scratch, scales, num_blocks, i,
+                            RULE, PROPOSAL, WITHOUT, CANDIDATES, BLOCKS, WIDTH)  # fmt: skip
             found = _search(state, tree, target_prob, draft_weight, row_rest, u, i, RULE, WITHOUT, WIDTH)
             final, last, nodes = found.final, found.node, found.nodes
             bad = is_child & (nodes.foul > 0)
@@ -290,7 +291,8 @@ def decide(
                 rejected = tl.where(i == found.child, 1, nodes.rejected)
                 store_nodes(
                     scratch.state, request,
-                    Nodes(nodes.numerator, nodes.denominator, nodes.lack, nodes.entry, nodes.multiplier, nodes.factor, rejected,
+                    Nodes(nodes.numerator, nodes.denominator, nodes.complement, nodes.entry,
+                          nodes.multiplier, nodes.factor, rejected,
                           nodes.foul, nodes.rest),
                     i, WIDTH,
                 )  # fmt: skip
@@ -308,7 +310,7 @@ def decide(
                     rejected = Rejected(taken, tokens, pick(nodes.entry, last, i), nodes.multiplier, nodes.factor)
                     token = _draw(
                         request, last, row, pick(depth, last, i) + 1, anchor, seed, from_residual, last_target, last_weights,
-                        rejected, view, draft, scratch, scales, num_leaves, i, PROPOSAL, CANDIDATES, WITHOUT, LEAVES, WIDTH,
+                        rejected, view, draft, scratch, scales, num_blocks, i, PROPOSAL, CANDIDATES, WITHOUT, BLOCKS, WIDTH,
                     )  # fmt: skip
     if final > 0:
         status = node_status(rows, has_row, stats)
@@ -318,4 +320,4 @@ def decide(
             map_used(map_progress, sizes.num_requests, map_parts)
     if RULE != WALK:
         stores_done()
-        tl.atomic_xchg(published_ptr + request, tl.where(final > 0, DONE, sweep + 1), sem="release", scope="gpu")
+        tl.atomic_xchg(published_ptr + request, tl.where(final > 0, DECIDED, sweep + 1), sem="release", scope="gpu")

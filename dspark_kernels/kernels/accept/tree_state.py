@@ -1,9 +1,9 @@
 """What a request's decision keeps of its nodes between sweeps.
 
-Per node v: P, the probability that the prefix up to it is kept, as a fraction; 1 - P (exact where P is near 1); P when v was entered.
-Per rejected child: what the parent's remaining distribution was multiplied by after it, what its draft weights are multiplied by to be
-probabilities, and the draft weight that is left for its younger siblings. Symbols: WIDTH nodes of a tree (padded). Oracle:
-reference/tree.py.
+Per node v: P, the probability that the prefix up to it is kept, as a fraction; 1 - P (exact where P is near 1); P when v was
+entered. Per rejected child: what the parent's remaining distribution was multiplied by after it, what its draft weights are
+multiplied by to be probabilities, and the draft weight that is left for its younger siblings. Symbols: WIDTH nodes of a tree
+(padded). Reference: reference/tree.py.
 """
 
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..primitives.constants import NODE_IDS, NODE_VALUES
+
 # fp32 [NODE_VALUES, WIDTH] and int32 [NODE_IDS, WIDTH] per request.
-NODE_VALUES = tl.constexpr(6)
-NODE_IDS = tl.constexpr(2)
 _NUMERATOR = tl.constexpr(0)
 _DENOMINATOR = tl.constexpr(1)
-_LACK = tl.constexpr(2)
+_COMPLEMENT = tl.constexpr(2)
 _ENTRY = tl.constexpr(3)
 _MULTIPLIER = tl.constexpr(4)
 _FACTOR = tl.constexpr(5)
@@ -29,7 +29,7 @@ class Nodes(NamedTuple):
 
     numerator: Any
     denominator: Any
-    lack: Any  # 1 - P
+    complement: Any  # 1 - P
     entry: Any
     multiplier: Any
     factor: Any
@@ -45,7 +45,7 @@ def load_nodes(state, request, i, WIDTH: tl.constexpr):
     return Nodes(
         tl.load(values + _NUMERATOR * WIDTH, volatile=True),
         tl.load(values + _DENOMINATOR * WIDTH, volatile=True),
-        tl.load(values + _LACK * WIDTH, volatile=True),
+        tl.load(values + _COMPLEMENT * WIDTH, volatile=True),
         tl.load(values + _ENTRY * WIDTH, volatile=True),
         tl.load(values + _MULTIPLIER * WIDTH, volatile=True),
         tl.load(values + _FACTOR * WIDTH, volatile=True),
@@ -61,7 +61,7 @@ def store_nodes(state, request, nodes, i, WIDTH: tl.constexpr):
     ids = state.ids_ptr + (request.to(tl.int64) * NODE_IDS) * WIDTH + i
     tl.store(values + _NUMERATOR * WIDTH, nodes.numerator)
     tl.store(values + _DENOMINATOR * WIDTH, nodes.denominator)
-    tl.store(values + _LACK * WIDTH, nodes.lack)
+    tl.store(values + _COMPLEMENT * WIDTH, nodes.complement)
     tl.store(values + _ENTRY * WIDTH, nodes.entry)
     tl.store(values + _MULTIPLIER * WIDTH, nodes.multiplier)
     tl.store(values + _FACTOR * WIDTH, nodes.factor)

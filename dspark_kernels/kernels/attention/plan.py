@@ -1,13 +1,14 @@
 """The work table of attention: the context of every request cut into parts, and which rows each part is for, in one launch.
 
 An item is a part of a tile's keys; a tile holds BLOCK_M packed rows of one request. A part is as long as an even share of all
-work, or of the request's own context alone. Records: args.py. Symbols: R requests, S state slots, N rows, G = Hq / Hkv. Oracle:
+work, or of the request's own context alone. Records: args.py. Symbols: R requests, S state slots, N rows, G = Hq / Hkv. Reference:
 reference/attention.py. Source: split-KV decoding (Flash-Decoding, Dao et al. 2023).
 """
 
 import triton
 import triton.language as tl
 
+from ..primitives.constants import PLAN_COLUMNS
 from ..primitives.packing import owner_of
 from ..primitives.slots import state_slots
 from .args import PlanTile
@@ -26,7 +27,6 @@ PARTS = tl.constexpr(6)
 KEY_BEGIN = tl.constexpr(7)
 KEY_END = tl.constexpr(8)
 PARTIAL = tl.constexpr(9)
-COLUMNS = tl.constexpr(10)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "max_items", "max_keys", "partial_rows"])
@@ -66,7 +66,7 @@ def plan_attention_kernel(
         # By the request's own context alone.
         parts = tl.minimum(tl.cdiv(blocks, MIN_BLOCKS), INVARIANT_PARTS)
     else:
-        # An even share of all blocks per program, or a fraction of it where that leaves fewer programs waiting at the end.
+        # An even share of all blocks per program, or a fraction of it where that blocks fewer programs waiting at the end.
         total = tl.sum(tiles.to(tl.int64) * blocks, axis=0)
         share = tl.maximum(tl.cdiv(total * KV_HEADS, PROGRAMS), 1).to(tl.int32)
         parts = tl.zeros([REQUESTS], tl.int32)
@@ -118,7 +118,7 @@ def plan_attention_kernel(
         key_begin = tl.maximum(key_begin, tl.maximum(of_context - window + behind, 0) // BLOCK_N * BLOCK_N)
     packed = tl.minimum(of_rows * GROUP - tile * BLOCK_M, BLOCK_M)
     first = tl.gather(partial, owner, axis=0) + of_parts * tile * BLOCK_M + part * packed
-    item = table.items_ptr + n * COLUMNS
+    item = table.items_ptr + n * PLAN_COLUMNS
     tl.store(item + SLOT, tl.where(used, tl.gather(slots, owner, axis=0), -1), mask=inside)
     tl.store(item + CONTEXT, tl.where(used, of_context, 0), mask=inside)
     tl.store(item + FIRST_ROW, tl.where(used, tl.gather(start, owner, axis=0), 0), mask=inside)

@@ -5,7 +5,7 @@
 A tile holds BLOCK_M packed rows of one request and one KV head: forward row x group head, so that keys are read once for a group
 and once for all rows. A request's context is cut into parts by the work table; each part is an item, the last part of a tile also
 has the request's own rows. The item that arrives last merges the parts of a tile in their order. Symbols: R requests, S state
-slots, N rows, Hq/Hkv query and KV heads, G = Hq / Hkv, D head size, M tree slots. Oracle: reference/attention.py. Sources:
+slots, N rows, Hq/Hkv query and KV heads, G = Hq / Hkv, D head size, M tree slots. Reference: reference/attention.py. Sources:
 FlashAttention (arXiv 2205.14135), split-KV decoding (Flash-Decoding, Dao et al. 2023), tree masks (SpecInfer, arXiv 2305.09781).
 """
 
@@ -13,27 +13,12 @@ import triton
 import triton.language as tl
 
 from ..primitives.activations import tanh
-from ..primitives.ticket import arrive
+from ..primitives.constants import LN2, LOG2E, NEG_INF, PLAN_COLUMNS
+from ..primitives.sync import arrive
 from ..primitives.widen import as_stored, fp8_by_bits, fp8_by_cast
 from .args import Ancestors, AttentionTile, Cache, Pages, Rows
-from .plan import (
-    COLUMNS,
-    CONTEXT,
-    FIRST_ROW,
-    KEY_BEGIN,
-    KEY_END,
-    PART,
-    PARTIAL,
-    PARTS,
-    ROW_TILE,
-    ROWS,
-    SLOT,
-    TREE_SLOTS,
-)
+from .plan import CONTEXT, FIRST_ROW, KEY_BEGIN, KEY_END, PART, PARTIAL, PARTS, ROW_TILE, ROWS, SLOT, TREE_SLOTS
 
-NEG_INF = tl.constexpr(float("-inf"))
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -51,7 +36,7 @@ def _depths(words):
 
 @triton.jit
 def _join(q, k, v, seen, scale, softcap, acc, top, total):
-    """One block of keys joins the running softmax: scores in units of log2, `top` their maximum, `total` the sum of 2^score.
+    """One block of keys joins the running softmax: scores in sub-blocks of log2, `top` their maximum, `total` the sum of 2^score.
 
     q [BLOCK_M, HEAD], k, v [BLOCK_N, HEAD], seen [BLOCK_M, BLOCK_N].
     """
@@ -112,7 +97,7 @@ def _attend(
     for work in range(tl.program_id(0), count * KV_HEADS, tl.num_programs(0)):
         kv_head = (work % KV_HEADS).to(tl.int64)
         number = work // KV_HEADS
-        item = table.items_ptr + number * COLUMNS
+        item = table.items_ptr + number * PLAN_COLUMNS
         slot = tl.load(item + SLOT).to(tl.int64)
         context = tl.load(item + CONTEXT)
         first_row = tl.load(item + FIRST_ROW).to(tl.int64)

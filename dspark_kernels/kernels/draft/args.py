@@ -56,7 +56,7 @@ class Head(NamedTuple):
     rank: int  # r
 
 
-class Mixer(NamedTuple):
+class Projection(NamedTuple):
     """What a gated or rnn head adds: its weights, and the scratch of its latents. In a draft tree positions are nodes."""
 
     weight_ptr: Pointer  # [O, columns]
@@ -144,8 +144,8 @@ class BlockScratch(NamedTuple):
     best_ptr: Pointer  # int64 [K, R], the winners' packed keys, zero before and after
     status_ptr: Pointer  # int32 [R], zero before and after
     barrier_ptr: Pointer  # int32 [1]
-    unit_max_ptr: Pointer  # fp32 [R, K, U]
-    unit_sumexp_ptr: Pointer  # int64 [R, K, U]
+    sub_block_max_ptr: Pointer  # fp32 [R, K, U]
+    sub_block_sumexp_ptr: Pointer  # int64 [R, K, U]
 
 
 class BlockWidths(NamedTuple):
@@ -209,8 +209,8 @@ class ShardPart(NamedTuple):
 
     words_ptr: Pointer  # int64 [R], the best packed key
     status_ptr: Pointer  # int64 [R]
-    unit_max_ptr: Pointer | None  # fp32 [R, U]
-    unit_sumexp_ptr: Pointer | None  # int64 [R, U]
+    sub_block_max_ptr: Pointer | None  # fp32 [R, U]
+    sub_block_sumexp_ptr: Pointer | None  # int64 [R, U]
 
 
 class ShardCounters(NamedTuple):
@@ -241,8 +241,8 @@ class GatheredParts(NamedTuple):
 
     words_ptr: Pointer  # int64 [N, R]
     status_ptr: Pointer  # int64 [N, R]
-    unit_max_ptr: Pointer | None  # fp32 [N, R, U]
-    unit_sumexp_ptr: Pointer | None  # int64 [N, R, U]
+    sub_block_max_ptr: Pointer | None  # fp32 [N, R, U]
+    sub_block_sumexp_ptr: Pointer | None  # int64 [N, R, U]
 
 
 class FinishTensors(NamedTuple):
@@ -259,7 +259,7 @@ class FinishWidths(NamedTuple):
     """Sizes of a finish."""
 
     shards: int  # N
-    num_units: int  # U
+    num_sub_blocks: int  # U
     hidden: int  # H
 
 
@@ -360,7 +360,7 @@ class Selection(NamedTuple):
     """Scratch in which the C best of every row are found; U vocabulary sub-blocks, padded."""
 
     keys_ptr: Pointer | None  # int32 [R, K, U], keys of the sub-blocks' maxima
-    units_ptr: Pointer | None  # int32 [R, K, C], the best sub-blocks
+    sub_blocks_ptr: Pointer | None  # int32 [R, K, C], the best sub-blocks
     ids_ptr: Pointer  # int32 [R, K, C], the best ids, ascending
     bounds_ptr: Pointer | None  # int32 [R, K, 2]: least key among them, and the last id with it
 
@@ -406,7 +406,7 @@ class SelectionTile(NamedTuple):
 
     BLOCK: int  # ids of a chunk
     GROUP: int  # ids of a sub-block
-    UNITS: int  # padded number of sub-blocks of a row
+    SUB_BLOCKS: int  # padded number of sub-blocks of a row
     CHOSEN: int  # padded number of sub-blocks that are read again
     WIDTH: int  # padded number of candidates
     SHIFT: int  # low bits that no key sets

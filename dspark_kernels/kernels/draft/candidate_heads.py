@@ -4,7 +4,7 @@
     rnn: (gate, candidate, output) = chunks of J [s; W1[x]; h] + b, s' = sig(gate) s + (1 - sig(gate)) tanh(candidate), tanh(output)
 
 The products with h are made for all positions at once (`hidden_products`), the rest follows the drafts. Symbols: x = the previous
-token, r = rank, O = r (gated) or 3 r (rnn) outputs, s = state, zero at first. Oracle: reference/heads.py. Source: DSpark, arXiv
+token, r = rank, O = r (gated) or 3 r (rnn) outputs, s = state, zero at first. Reference: reference/heads.py. Source: DSpark, arXiv
 2607.05147.
 """
 
@@ -13,9 +13,8 @@ import triton.language as tl
 from triton.language.target_info import is_cuda
 
 from ..primitives.activations import sigmoid, tanh
+from ..primitives.constants import DOT_ROWS
 from ..primitives.widen import fp8_by_bits
-
-ROWS = tl.constexpr(16)  # of the first factor of every dot
 
 
 @triton.jit
@@ -37,7 +36,7 @@ def _in_rows(x):
     x -= high.to(tl.float32)
     middle = x.to(tl.bfloat16)
     low = (x - middle.to(tl.float32)).to(tl.bfloat16)
-    row = tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, DOT_ROWS)[:, None]
     x = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
     return tl.where(row < 3, x, 0.0).to(tl.bfloat16)
 
@@ -76,7 +75,7 @@ def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, B
 @triton.jit
 def weighted_rows(rows, scales, there, latent_ptr, known, head, BLOCK_R: tl.constexpr):
     """fp32 [WIDTH]: rows of W2 . latent, 0 where nothing is `there`. rows, scales: offsets of each row and of its scale."""
-    total = tl.zeros([ROWS, rows.shape[0]], tl.float32)
+    total = tl.zeros([DOT_ROWS, rows.shape[0]], tl.float32)
     total = _product(total, head.w2_ptr, rows, there, 0, head.rank, latent_ptr, known, BLOCK_R)
     bias = tl.sum(total, axis=0)
     if head.scale_ptr is not None:
@@ -146,7 +145,7 @@ def advance_gated(
     tl.debug_barrier()  # the latent of k - 1 has been read
     for first in range(0, rank, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
-        total = tl.zeros([ROWS, BLOCK_O], tl.float32)
+        total = tl.zeros([DOT_ROWS, BLOCK_O], tl.float32)
         rows = o.to(tl.int64) * latent.stride_weight
         total = _product(total, latent.weight_ptr, rows, o < rank, hidden.size, rank, embedded_ptr, known, BLOCK_J)
         z = tl.sum(total, axis=0) + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
@@ -180,7 +179,7 @@ def advance_rnn(
         old = tl.load(old_ptr + o, mask=o < rank, other=0.0)
         gate = old
         for part in range(3):  # gate, candidate, output
-            total = tl.zeros([ROWS, BLOCK_O], tl.float32)
+            total = tl.zeros([DOT_ROWS, BLOCK_O], tl.float32)
             rows = (part * rank + o).to(tl.int64) * latent.stride_weight
             total = _product(total, latent.weight_ptr, rows, o < rank, 0, rank, old_ptr, rank, BLOCK_J)
             total = _product(total, latent.weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J)

@@ -3,9 +3,9 @@
 The C best of a row are among the C best of each rank, so one part has all that a block needs: of every (request, position) the
 rank's C best ids in ascending order, their logits, their keys after penalties, bias and mask, their target ids where those are
 others, and their rows of W2 where no rank has all. The finish keeps the C largest keys (ties: lowest ids, which are the lowest
-ranks' entries) and walks the positions as kernels/draft/candidates.py does, on the same numbers in the same order: the bits do not depend
-on the cut. Symbols: N ranks, R requests, K positions, W ids of a shard, C candidates, r rank of the head, S state slots, U units.
-Oracle: the op on the whole vocabulary (reference/candidates.py). Source: DSpark, arXiv 2607.05147.
+ranks' entries) and walks the positions as kernels/draft/candidates.py does, on the same numbers in the same order: the bits do not
+depend on the cut. Symbols: N ranks, R requests, K positions, W ids of a shard, C candidates, r rank of the head, S state slots, U
+sub-blocks. Reference: the op on the whole vocabulary (reference/candidates.py). Source: DSpark, arXiv 2607.05147.
 """
 
 from typing import NamedTuple
@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from ..primitives.adjust import no_path
-from ..primitives.mass import numbers
+from ..primitives.constants import NAN
 from ..primitives.select import ABSENT, ordered_key, select
-from ..primitives.ticket import arrive
+from ..primitives.sumexp import numbers
+from ..primitives.sync import arrive
 from .args import BaseLogits, Merged, RowSettings, WalkSizes
 from .candidates import (
     _awaited as awaited,
@@ -26,14 +27,13 @@ from .candidates import (
     _keep_best as keep_best,
     _latent_item as latent_item,
     _slot as slot_of,
-    _store_unit_keys as store_unit_keys,
+    _store_sub_block_keys as store_sub_block_keys,
     _walk as walk,
     latent_programs as latent_programs,
-    padded_units,
+    padded_sub_blocks,
     selection_tile,
     walk_options,
 )
-from .rows import NAN
 
 COPIED = tl.constexpr(32)  # ranks of W2 copied at a time
 
@@ -95,8 +95,8 @@ def candidates_partial_kernel(
     c = tl.arange(0, TILE.WIDTH)
     if slot >= 0:
         chunks = tl.cdiv(held, TILE.BLOCK)
-        nan = store_unit_keys(
-            row_ptr, selection.keys_ptr + row * padded_units(tl.cdiv(held, TILE.GROUP)), settings, piece * chunks // parts,
+        nan = store_sub_block_keys(
+            row_ptr, selection.keys_ptr + row * padded_sub_blocks(tl.cdiv(held, TILE.GROUP)), settings, piece * chunks // parts,
             (piece + 1) * chunks // parts, held, TILE.BLOCK, TILE.GROUP, TILE.SHIFT, start,
         )  # fmt: skip
         if nan > 0:

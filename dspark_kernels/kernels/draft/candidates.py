@@ -2,34 +2,35 @@
 
 x_k = argmax over v in S_k of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(base_k +
 bias(x_{k-1})), S_k = the C ids of the largest base_k (ties: lowest ids) and the B ids listed for x_{k-1}. Symbols: R requests, K
-positions, V vocabulary, C candidates, r rank, H hidden size, S state slots, U units of GROUP ids. Oracle: reference/candidates.py.
-Source: DSpark, arXiv 2607.05147.
+positions, V vocabulary, C candidates, r rank, H hidden size, S state slots, U sub-blocks of GROUP ids. Reference:
+reference/candidates.py. Source: DSpark, arXiv 2607.05147.
 
-Three steps, each begun by the last to arrive from the one before. A part of a row: the key of the largest logit of each unit, one
-pass over the logits. A row: its C largest units hold its C largest logits (each has one at least as large as any other
-unit), so C * GROUP logits are read again and the C largest kept. A request: the walk over its positions, on the rows of W2 that its
-candidates need, which are fetched a position ahead. What a head multiplies with hidden states is done by programs of its own,
-for all positions, before the walk.
+Three steps, each begun by the last to arrive from the one before. A part of a row: the key of the largest logit of each sub-block,
+one pass over the logits. A row: its C largest sub-blocks hold its C largest logits (each has one at least as large as any other
+sub-block), so C * GROUP logits are read again and the C largest kept. A request: the walk over its positions, on the rows of W2
+that its candidates need, which are fetched a position ahead. What a head multiplies with hidden states is done by programs of its
+own, for all positions, before the walk.
 """
 
 import triton
 import triton.language as tl
 
 from ..primitives.adjust import adjusted, no_path
-from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, numbers
+from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE
 from ..primitives.ordered_sum import ordered_sum
 from ..primitives.philox import COUPLED, DRAFT, log2_exponential, words_at
 from ..primitives.race import pack, unpack_id
 from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.slots import state_slots
+from ..primitives.sumexp import below_max, log2_scale, numbers
 from ..primitives.support import last_kept
-from ..primitives.ticket import arrive
+from ..primitives.sync import arrive
 from .args import RowSettings, SelectionTile, Turn, WalkOptions, WalkSizes
 from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted, weighted_rows
-from .rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, log_sum_exp
+from .rows import log_sum_exp
 
 SCORE_RANKS = tl.constexpr(256)  # ranks of the confidence head at a time
-UNIT_COLUMNS = tl.constexpr(64)
+SUB_BLOCK_COLUMNS = tl.constexpr(64)
 PAIRS = tl.constexpr(16)  # (request, position) pairs that share one product with hidden states
 
 
@@ -39,9 +40,9 @@ def _slot(slots_ptr, request, num_requests, num_slots):
 
 
 @triton.jit
-def padded_units(num_units):
-    """int32 words between the units of two rows: whole vectors, however many units there are."""
-    return tl.cdiv(num_units, 16) * 16
+def padded_sub_blocks(num_sub_blocks):
+    """int32 words between the sub-blocks of two rows: whole vectors, however many sub-blocks there are."""
+    return tl.cdiv(num_sub_blocks, 16) * 16
 
 
 @triton.jit
@@ -83,12 +84,12 @@ def _judged(x, ids, inside, settings, path, path_max, PATH: tl.constexpr, first_
 
 
 @triton.jit
-def _store_unit_keys(
+def _store_sub_block_keys(
     row_ptr, keys_ptr, settings, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
     first_target=0,
 ):  # fmt: skip
-    """Key of the largest logit of each unit of chunks first .. end - 1 of a row; returns whether a logit is NaN."""
-    unit = tl.arange(0, BLOCK // GROUP)
+    """Key of the largest logit of each sub-block of chunks first .. end - 1 of a row; returns whether a logit is NaN."""
+    sub_block = tl.arange(0, BLOCK // GROUP)
     nan = tl.zeros([BLOCK], tl.int1)
     loaded = _chunk(row_ptr, first, end, vocab, BLOCK)
     for chunk in range(first, end):
@@ -98,7 +99,7 @@ def _store_unit_keys(
         x, _, _ = _judged(x, ids, ids < vocab, settings, tl.zeros([1], tl.int64), 0, no_path, first_target)
         nan = nan | (x != x)
         keys = ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
-        here = chunk * (BLOCK // GROUP) + unit
+        here = chunk * (BLOCK // GROUP) + sub_block
         tl.store(keys_ptr + here, keys, mask=here < tl.cdiv(vocab, GROUP))
     return tl.max(nan.to(tl.int32), axis=0)
 
@@ -118,18 +119,21 @@ def _hidden_score(hidden_ptr, weight_ptr, hidden_size):
 def _keep_best(row, row_ptr, settings, head, selection, num_rows, vocab, num_candidates, TILE: tl.constexpr, first_target=0):
     """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
     GROUP: tl.constexpr = TILE.GROUP
-    num_units = tl.cdiv(vocab, GROUP)
-    unit = tl.arange(0, TILE.UNITS // UNIT_COLUMNS)[:, None] * UNIT_COLUMNS + tl.arange(0, UNIT_COLUMNS)[None, :]
+    num_sub_blocks = tl.cdiv(vocab, GROUP)
+    sub_block = (
+        tl.arange(0, TILE.SUB_BLOCKS // SUB_BLOCK_COLUMNS)[:, None] * SUB_BLOCK_COLUMNS + tl.arange(0, SUB_BLOCK_COLUMNS)[None, :]
+    )
     keys = tl.load(
-        selection.keys_ptr + row * padded_units(num_units) + unit, mask=unit < num_units, other=ABSENT, volatile=True
+        selection.keys_ptr + row * padded_sub_blocks(num_sub_blocks) + sub_block,
+        mask=sub_block < num_sub_blocks, other=ABSENT, volatile=True
     )  # fmt: skip
-    wanted = tl.minimum(num_candidates, num_units)
+    wanted = tl.minimum(num_candidates, num_sub_blocks)
     _, selected, place = select(keys, wanted)
-    tl.store(selection.units_ptr + row * num_candidates + place, unit, mask=selected)
+    tl.store(selection.sub_blocks_ptr + row * num_candidates + place, sub_block, mask=selected)
     tl.debug_barrier()
     c = tl.arange(0, TILE.CHOSEN)
-    units = tl.load(selection.units_ptr + row * num_candidates + c, mask=c < wanted, other=0, volatile=True)
-    ids = tl.multiple_of(units * GROUP, GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    sub_blocks = tl.load(selection.sub_blocks_ptr + row * num_candidates + c, mask=c < wanted, other=0, volatile=True)
+    ids = tl.multiple_of(sub_blocks * GROUP, GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     inside = (c < wanted)[:, None] & (ids < vocab)
     x = tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32)
     x, _, _ = _judged(x, ids, inside, settings, tl.zeros([1], tl.int64), 0, no_path, first_target)
@@ -154,7 +158,7 @@ def _best_ids(ids_ptr, row, end, c, num_candidates, vocab):
 
 
 @triton.jit
-def _listed_ids(ids, c, successors, previous, row_ptr, settings, bounds_ptr, row, num_candidates, vocab, SHIFT: tl.constexpr):
+def _with_successors(ids, c, successors, previous, row_ptr, settings, bounds_ptr, row, num_candidates, vocab, SHIFT: tl.constexpr):
     """ids [WIDTH] with the successors listed for `previous` behind the C best, those that are there already left out (-1)."""
     count = tl.where((previous >= 0) & (previous < successors.vocab), successors.count, 0)
     list_ptr = successors.ptr + previous * successors.stride
@@ -285,7 +289,7 @@ def _walk(
         next_ids = _best_ids(selection.ids_ptr, row + 1, end, c, num_candidates, vocab)
         settings = RowSettings(map_ptr, sizes.num_targets, adjust, slot, slot * num_drafts + k)
         if successors is not None:
-            ids = _listed_ids(
+            ids = _with_successors(
                 ids, c, successors, previous, k_ptr, settings, selection.bounds_ptr, row, num_candidates, vocab, OPTIONS.SHIFT
             )
 
@@ -352,7 +356,7 @@ def _walk(
         if state.temperature_ptr is not None:
             if out.lse_ptr is not None:
                 top = tl.max(x, axis=0)
-                sumexp = tl.sum((tl.exp2(below_max(x, top) * scale) * ONE).to(tl.int64), axis=0)
+                sumexp = tl.sum((tl.exp2(below_max(x, top) * scale) * SUMEXP_ONE).to(tl.int64), axis=0)
                 tl.store(out.lse_ptr + slot * out.stride_lse + column + k, log_sum_exp(top, sumexp, scale))
             words = words_at(seed, targets, anchor + (sizes.first_draft + k + 1), noise_anchor, OPTIONS.STREAM)
             key = tl.where(temperature > 0.0, x * scale - log2_exponential(words), x)
@@ -465,8 +469,8 @@ def draft_candidates_kernel(
             wide_row = row.to(tl.int64)
             chunks = tl.cdiv(vocab, TILE.BLOCK)
             settings = RowSettings(map_ptr, widths.num_targets, adjust, slot, slot * num_drafts + k)
-            nan = _store_unit_keys(
-                row_ptr, selection.keys_ptr + wide_row * padded_units(tl.cdiv(vocab, TILE.GROUP)), settings,
+            nan = _store_sub_block_keys(
+                row_ptr, selection.keys_ptr + wide_row * padded_sub_blocks(tl.cdiv(vocab, TILE.GROUP)), settings,
                 part * chunks // parts, (part + 1) * chunks // parts, vocab, TILE.BLOCK, TILE.GROUP, TILE.SHIFT,
             )  # fmt: skip
             if nan > 0:
@@ -504,7 +508,7 @@ def latent_programs(rows, outputs):
 
 def selection_tile(config, shift) -> SelectionTile:
     return SelectionTile(
-        BLOCK=config.block, GROUP=config.group, UNITS=config.units, CHOSEN=config.chosen, WIDTH=config.width, SHIFT=shift
+        BLOCK=config.block, GROUP=config.group, SUB_BLOCKS=config.sub_blocks, CHOSEN=config.chosen, WIDTH=config.width, SHIFT=shift
     )
 
 

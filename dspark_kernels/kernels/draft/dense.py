@@ -1,17 +1,17 @@
 """Dense draft block: K positions of a block drafted left to right under the sequential head, in one persistent launch.
 
 x_k = argmax_v of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(adjust(base_k +
-bias(x_{k-1}))). Symbols: R requests, K positions, V vocabulary of the head, r rank, H hidden size, S state slots, U units of 64
-ids.
+bias(x_{k-1}))). Symbols: R requests, K positions, V vocabulary of the head, r rank, H hidden size, S state slots, U sub-blocks of
+64 ids.
 
 The block is a row of phases with a grid barrier between any two:
-    [hoist]  the products of a gated or rnn head with the hidden states of all positions (kernels/draft/heads.py)
+    [project_hidden]  the products of a gated or rnn head with the hidden states of all positions (kernels/draft/heads.py)
     per position:  [latents]  of a gated or rnn head;  vocabulary: every program takes tiles of ids for the whole batch, so that W2
         is read once per position, and one integer atomic maximum per request and tile finds the winner;  [filter]  one program
         per request finds the support and the winner in it (kernels/draft/filters.py)
     finish   log-sum-exp, confidence, last draft, flags (kernels/draft/rows.py)
 A launch runs the phases [first_phase, end_phase): all of them in a cooperative launch, or one after the other where launches of a
-graph cost less than a barrier. Both run the same code on the same tiles, so they give the same bits. Oracle: reference/draft.py.
+graph cost less than a barrier. Both run the same code on the same tiles, so they give the same bits. Reference: reference/draft.py.
 Source: DSpark, arXiv 2607.05147.
 """
 
@@ -22,15 +22,16 @@ import triton.language as tl
 
 from ..args import Pointer
 from ..primitives.adjust import adjusted
-from ..primitives.barrier import grid_barrier
-from ..primitives.mass import NEG_INF, ONE, below_max, log2_scale, masses, numbers
+from ..primitives.constants import DOT_ROWS, NAN, NEG_INF, NO_ID, SUB_BLOCK, SUMEXP_ONE
 from ..primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, words_at
-from ..primitives.race import NOBODY, pack
+from ..primitives.race import pack
 from ..primitives.slots import state_slots
+from ..primitives.sumexp import below_max, fixed_sums, log2_scale, numbers
+from ..primitives.sync import grid_barrier
 from .args import BaseLogits, BlockSizes, DraftOutputs, Hidden, RequestState
 from .filters import filter_rows, mask_rows
-from .heads import DOT_ROWS, block_tile, head_kind, hoist, keep_state, low_rank_bias, w2_tile
-from .rows import NAN, UNIT, finish, previous_tokens, settle
+from .heads import block_tile, head_kind, keep_state, low_rank_bias, project_hidden, w2_tile
+from .rows import finish, previous_tokens, settle
 
 
 class BlockOptions(NamedTuple):
@@ -54,7 +55,7 @@ class BlockPath(NamedTuple):
 
 
 @triton.jit
-def latents(k, state, best_ptr, head, mixer, sizes, KIND: tl.constexpr, TILE: tl.constexpr):
+def latents(k, state, best_ptr, head, projection, sizes, KIND: tl.constexpr, TILE: tl.constexpr):
     """Latents of position k, rounded to the type of the W2 product: a program takes BLOCK_J of r for DOT_ROWS requests."""
     BLOCK_J: tl.constexpr = TILE.BLOCK_J
     rank, num_requests = head.rank, sizes.num_requests
@@ -67,10 +68,10 @@ def latents(k, state, best_ptr, head, mixer, sizes, KIND: tl.constexpr, TILE: tl
         previous = previous_tokens(state, best_ptr, requests, slots, k, num_requests)
         known = live & (previous >= 0) & (previous < head.vocab)
         latent = KIND.latent(
-            mixer, head, j, requests, live, previous, known, k, num_requests, sizes.num_drafts, TILE.BLOCK_S, KIND.mix_type
+            projection, head, j, requests, live, previous, known, k, num_requests, sizes.num_drafts, TILE.BLOCK_S, KIND.mix_type
         )  # fmt: skip
-        at = mixer.latent_ptr + requests.to(tl.int64)[None, :] * rank + j[:, None]
-        tl.store(at, latent.to(mixer.latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
+        at = projection.latent_ptr + requests.to(tl.int64)[None, :] * rank + j[:, None]
+        tl.store(at, latent.to(projection.latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def _adjusted(x, tokens, inside, slots, requests, k, state, best_ptr, out, adjus
 
 @triton.jit
 def _draft_tile(
-    tile, ids, first_request, k, base, state, map_ptr, head, mixer, adjust, out, scratch, sizes,
+    tile, ids, first_request, k, base, state, map_ptr, head, projection, adjust, out, scratch, sizes,
     KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """ROWS requests of one tile of ids at position k: logits, proposal, sub-blocks' sums of exponentials, winner so far."""
@@ -106,14 +107,14 @@ def _draft_tile(
         # The dot always has DOT_ROWS columns; ROWS of them are this tile's requests, the others stay zero.
         columns = first_request + tl.arange(0, DOT_ROWS)
         column_slots = state_slots(state.slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), sizes.num_slots)
-        if mixer is None:
+        if projection is None:
             previous = previous_tokens(state, scratch.best_ptr, columns, column_slots, k, num_requests)
             known = (column_slots >= 0) & (previous >= 0) & (previous < head.vocab)
             bias = low_rank_bias(tile, head, head.w1_ptr, previous * head.stride_w1, known, ids, vocab, KIND, TILE.BLOCK_R)
         else:
             known = column_slots >= 0
             bias = low_rank_bias(
-                tile, head, mixer.latent_ptr, columns.to(tl.int64) * head.rank, known, ids, vocab, KIND, TILE.BLOCK_R
+                tile, head, projection.latent_ptr, columns.to(tl.int64) * head.rank, known, ids, vocab, KIND, TILE.BLOCK_R
             )  # fmt: skip
         bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
         if ROWS < DOT_ROWS:
@@ -164,27 +165,27 @@ def _draft_tile(
         noisy = x * scale[:, None] - log2_exponential(words)
         key = tl.where((temperature > 0.0)[:, None], noisy, x)
 
-        units = tl.reshape(x, [ROWS, BLOCK_V // UNIT, UNIT])
-        top = tl.max(units, axis=2)
-        e = tl.exp2(below_max(units, top[:, :, None]) * scale[:, None, None])
-        sumexp = tl.reshape(masses(e, ROWS * BLOCK_V // UNIT, UNIT, ONE), [ROWS, BLOCK_V // UNIT])
-        unit = tl.min(ids, axis=0) // UNIT + tl.arange(0, BLOCK_V // UNIT)
-        num_units = tl.cdiv(vocab, UNIT)
-        where = (requests.to(tl.int64) * sizes.num_drafts + k)[:, None] * num_units + unit[None, :]
-        keep = live[:, None] & (unit < num_units)[None, :]
-        tl.store(scratch.unit_max_ptr + where, top, mask=keep)
-        tl.store(scratch.unit_sumexp_ptr + where, sumexp, mask=keep)
+        sub_blocks = tl.reshape(x, [ROWS, BLOCK_V // SUB_BLOCK, SUB_BLOCK])
+        top = tl.max(sub_blocks, axis=2)
+        e = tl.exp2(below_max(sub_blocks, top[:, :, None]) * scale[:, None, None])
+        sumexp = tl.reshape(fixed_sums(e, ROWS * BLOCK_V // SUB_BLOCK, SUB_BLOCK, SUMEXP_ONE), [ROWS, BLOCK_V // SUB_BLOCK])
+        sub_block = tl.min(ids, axis=0) // SUB_BLOCK + tl.arange(0, BLOCK_V // SUB_BLOCK)
+        num_sub_blocks = tl.cdiv(vocab, SUB_BLOCK)
+        where = (requests.to(tl.int64) * sizes.num_drafts + k)[:, None] * num_sub_blocks + sub_block[None, :]
+        keep = live[:, None] & (sub_block < num_sub_blocks)[None, :]
+        tl.store(scratch.sub_block_max_ptr + where, top, mask=keep)
+        tl.store(scratch.sub_block_sumexp_ptr + where, sumexp, mask=keep)
 
     words = pack(key, tokens[None, :])
     if map_ptr is not None:
-        words = tl.where(used[None, :], words, NOBODY)
+        words = tl.where(used[None, :], words, NO_ID)
     best = tl.max(tl.where(inside, words, 0), axis=1)
     tl.atomic_max(scratch.best_ptr + k * num_requests + requests, best, mask=live, sem="relaxed")
 
 
 @triton.jit
 def _draft_block(
-    first_phase, end_phase, base, state, map_ptr, head, mixer, adjust, support, hidden, confidence, out, scratch, sizes,
+    first_phase, end_phase, base, state, map_ptr, head, projection, adjust, support, hidden, confidence, out, scratch, sizes,
     KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The phases [first_phase, end_phase) of a block."""
@@ -197,7 +198,9 @@ def _draft_block(
     end_blocks = MIXED + num_drafts * STAGES
     if KIND.latent is not None:
         if first_phase == 0:
-            hoist(mixer, head, hidden, state.slots_ptr, num_requests, num_slots, num_drafts, sizes.first_draft, KIND, TILE)
+            project_hidden(
+                projection, head, hidden, state.slots_ptr, num_requests, num_slots, num_drafts, sizes.first_draft, KIND, TILE
+            )
     for k in range(tl.maximum(first_phase - MIXED, 0) // STAGES, tl.cdiv(tl.minimum(end_phase, end_blocks) - MIXED, STAGES)):
         phase = MIXED + k * STAGES
         if phase > first_phase:
@@ -209,7 +212,7 @@ def _draft_block(
                     mask_rows(k - 1, state, support, out, sizes, TILE)
         if KIND.latent is not None:
             if phase >= first_phase:
-                latents(k, state, scratch.best_ptr, head, mixer, sizes, KIND, TILE)
+                latents(k, state, scratch.best_ptr, head, projection, sizes, KIND, TILE)
             phase += 1
             if (phase > first_phase) & (phase < end_phase):
                 grid_barrier(scratch.barrier_ptr)
@@ -221,12 +224,12 @@ def _draft_block(
                     tile = w2_tile(head, ids, vocab, TILE.BLOCK_R)
                 if OPTIONS.ONE_TILE:
                     _draft_tile(
-                        tile, ids, 0, k, base, state, map_ptr, head, mixer, adjust, out, scratch, sizes, KIND, OPTIONS, TILE
+                        tile, ids, 0, k, base, state, map_ptr, head, projection, adjust, out, scratch, sizes, KIND, OPTIONS, TILE
                     )  # fmt: skip
                 else:
                     for first_request in range(0, num_requests, TILE.ROWS):
                         _draft_tile(
-                            tile, ids, first_request, k, base, state, map_ptr, head, mixer, adjust, out, scratch, sizes,
+                            tile, ids, first_request, k, base, state, map_ptr, head, projection, adjust, out, scratch, sizes,
                             KIND, OPTIONS, TILE,
                         )  # fmt: skip
         if support is not None:
@@ -245,7 +248,7 @@ def _draft_block(
             state, head, confidence, hidden, out, out.lse_ptr if support is None else None, scratch, sizes, OPTIONS.WITH_MARKOV
         )  # fmt: skip
         if KIND.parts == 3:
-            keep_state(mixer, head, state.slots_ptr, num_requests, num_slots, num_drafts, TILE.BLOCK_N)
+            keep_state(projection, head, state.slots_ptr, num_requests, num_slots, num_drafts, TILE.BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["first_phase", "end_phase", "num_requests", "num_slots", "num_drafts", "first_draft", "column"])
@@ -253,7 +256,7 @@ def draft_dense_kernel(
     # Records of kernels/draft/args.py and kernels/args.py; those of constants are of kernels/draft/heads.py and of this file.
     inputs,  # BlockInputs
     head,  # Head or None
-    mixer,  # Mixer of a gated or rnn head, or None
+    projection,  # Projection of a gated or rnn head, or None
     adjust,  # Adjustments or None
     support,  # Support, with filters, or None
     hidden_ptr,  # [R, K, H] or None
@@ -280,7 +283,7 @@ def draft_dense_kernel(
         ),
         inputs.map_ptr,
         head,
-        mixer,
+        projection,
         adjust,
         support,
         Hidden(hidden_ptr, strides.hidden_request, strides.hidden_position, widths.hidden),
@@ -297,18 +300,19 @@ def draft_dense_kernel(
     )  # fmt: skip
 
 
-def phases(mixer, drafts: int, filtered: bool) -> int:
-    """How many phases a block of `drafts` positions has; mixer None, "gated" or "rnn"."""
-    mixed = mixer is not None
+def phases(projection, drafts: int, filtered: bool) -> int:
+    """How many phases a block of `drafts` positions has; projection None, "gated" or "rnn"."""
+    mixed = projection is not None
     return mixed + drafts * (1 + mixed + filtered) + 1
 
 
 def launch_draft_dense(
-    programs, args, tail, *, drafts, mixer, widening, dot_type, mix_type, coupled, with_markov, one_tile, joint, groups, filtered,
+    programs, args, tail, *, drafts, projection, widening, dot_type, mix_type, coupled, with_markov, one_tile, joint, groups,
+    filtered,
     rows, config,
 ):  # fmt: skip
     """One launch of all phases (its programs must all be resident), or one for each. args, tail: before and after the range."""
-    end = phases(mixer, drafts, filtered)
+    end = phases(projection, drafts, filtered)
     spans = [(0, end)] if config.one_launch or programs == 1 else [(phase, phase + 1) for phase in range(end)]
     stream = COUPLED if coupled else DRAFT
     for span in spans:
@@ -316,7 +320,7 @@ def launch_draft_dense(
             *args,
             *span,
             *tail,
-            KIND=head_kind(mixer, widening, dot_type, mix_type),
+            KIND=head_kind(projection, widening, dot_type, mix_type),
             OPTIONS=BlockOptions(STREAM=stream, WITH_MARKOV=with_markov, ONE_TILE=one_tile, JOINT=joint, GROUPS=groups),
             TILE=block_tile(rows, config),
             num_warps=config.num_warps,

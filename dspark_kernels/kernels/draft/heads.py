@@ -11,13 +11,13 @@ hidden size. Every product is a dot of [BLOCK, BLOCK] by [BLOCK, 16] whatever th
 same bits in any batch. Latents are summed and activated in fp32 and rounded once, to the type of the W2 product: that of W1 where
 W2 has the same or is quantised (e4m3 and int8 are exact in bf16 and fp16), else fp32. vanilla needs no rounding.
 
-Where gated and rnn latents are made. The products with h do not depend on drafts: `hoist` does them for all positions in one phase
-before the first. What is left, r x r weights of a gated head, 6 r x r of an rnn, is needed by every program of the vocabulary
-phase. If each computed it, all of them would read those weights at once from L2, whose share per multiprocessor is about 40 bytes
-per nanosecond on an H200: 3 us at r = 256 gated in bf16, 50 us at r = 1024, six times that for rnn, and 2 r^2 R operations each
-(8.4 million at R = 64). Spread over the programs it is 48 KB or less for each at r = 256, and costs a barrier, 1 to 2 us: cheaper
-from a rank of about 180 on, for any R, and published ranks are 256. So latents have a phase of their own. (Counted, not measured.)
-Sources: DSpark, arXiv 2607.05147.
+Where gated and rnn latents are made. The products with h do not depend on drafts: `project_hidden` does them for all positions in
+one phase before the first. What is left, r x r weights of a gated head, 6 r x r of an rnn, is needed by every program of the
+vocabulary phase. If each computed it, all of them would read those weights at once from L2, whose share per multiprocessor is about
+40 bytes per nanosecond on an H200: 3 us at r = 256 gated in bf16, 50 us at r = 1024, six times that for rnn, and 2 r^2 R operations
+each (8.4 million at R = 64). Spread over the programs it is 48 KB or less for each at r = 256, and costs a barrier, 1 to 2 us:
+cheaper from a rank of about 180 on, for any R, and published ranks are 256. So latents have a phase of their own. (Counted, not
+measured.) Sources: DSpark, arXiv 2607.05147.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,9 @@ import triton.language as tl
 
 from ..args import functions_key
 from ..primitives.activations import sigmoid, tanh
+from ..primitives.constants import DOT_ROWS
 from ..primitives.slots import state_slots
 from ..primitives.widen import by_cast, fp8_by_bits, fp8_by_cast
-
-DOT_ROWS = tl.constexpr(16)  # requests per dot; unused columns are zero
 
 
 class HeadKind(NamedTuple):
@@ -97,12 +96,12 @@ def low_rank_bias(tile, head, latent_ptr, offsets, known, ids, vocab, KIND: tl.c
 
 
 # --- latents of gated and rnn -----------------------------------------------------------------------------------------
-# mixer: Mixer (kernels/draft/args.py), KIND: HeadKind.
+# projection: Projection (kernels/draft/args.py), KIND: HeadKind.
 
 
 @triton.jit
-def hoist_rows(
-    program, programs, mixer, head, hidden, rows, num_drafts, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr
+def project_hidden_rows(
+    program, programs, projection, head, hidden, rows, num_drafts, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """The products with h for rows (request, position), shared out over `programs`."""
     outputs = KIND.parts * head.rank
@@ -112,7 +111,7 @@ def hoist_rows(
         row = item // tiles * DOT_ROWS + tl.arange(0, DOT_ROWS)
         starts = (row // num_drafts).to(tl.int64) * hidden.stride_request
         starts = starts + (row % num_drafts).to(tl.int64) * hidden.stride_position
-        weight_rows = mixer.weight_ptr + n.to(tl.int64)[:, None] * mixer.stride_weight + mixer.hidden_column
+        weight_rows = projection.weight_ptr + n.to(tl.int64)[:, None] * projection.stride_weight + projection.hidden_column
         total = tl.zeros([BLOCK_N, DOT_ROWS], tl.float32)
         for first in range(0, hidden.size, BLOCK_H):
             i = first + tl.arange(0, BLOCK_H)
@@ -120,117 +119,123 @@ def hoist_rows(
             weight = tl.load(weight_rows + i[None, :], mask=(n < outputs)[:, None] & there[None, :], other=0.0)
             h = tl.load(hidden.ptr + starts[None, :] + i[:, None], mask=there[:, None] & (row < rows)[None, :], other=0.0)
             total = tl.dot(weight.to(KIND.mix_type), h.to(KIND.mix_type), total, input_precision="ieee")
-        total += tl.load(mixer.bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
-        at = mixer.hoisted_ptr + row.to(tl.int64)[None, :] * outputs + n[:, None]
+        total += tl.load(projection.bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+        at = projection.hoisted_ptr + row.to(tl.int64)[None, :] * outputs + n[:, None]
         tl.store(at, total, mask=(n < outputs)[:, None] & (row < rows)[None, :])
 
 
 @triton.jit
-def hoist(mixer, head, hidden, slots_ptr, num_requests, num_slots, num_drafts, first_draft, KIND: tl.constexpr, TILE: tl.constexpr):
+def project_hidden(
+    projection, head, hidden, slots_ptr, num_requests, num_slots, num_drafts, first_draft, KIND: tl.constexpr, TILE: tl.constexpr
+):
     """The products with h for all positions, and the state before the first: carried from earlier drafts, else 0."""
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     rank = head.rank
     program, programs = tl.program_id(0), tl.num_programs(0)
-    hoist_rows(program, programs, mixer, head, hidden, num_requests * num_drafts, num_drafts, KIND, BLOCK_N, TILE.BLOCK_S)
-    if mixer.state_ptr is not None:
+    project_hidden_rows(
+        program, programs, projection, head, hidden, num_requests * num_drafts, num_drafts, KIND, BLOCK_N, TILE.BLOCK_S
+    )
+    if projection.state_ptr is not None:
         for request in range(program, num_requests, programs):
             slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
             carried = tl.where((slot >= 0) & (first_draft > 0), rank, 0)  # how much of a state there is to take over
             for first in range(0, rank, BLOCK_N):
                 j = first + tl.arange(0, BLOCK_N)
                 state = tl.zeros([BLOCK_N], tl.float32)
-                if mixer.carried_ptr is not None:
-                    state = tl.load(mixer.carried_ptr + slot * mixer.stride_carried + j, mask=j < carried, other=0.0)
-                tl.store(mixer.state_ptr + tl.cast(request, tl.int64) * rank + j, state, mask=j < rank)
+                if projection.carried_ptr is not None:
+                    state = tl.load(projection.carried_ptr + slot * projection.stride_carried + j, mask=j < carried, other=0.0)
+                tl.store(projection.state_ptr + tl.cast(request, tl.int64) * rank + j, state, mask=j < rank)
 
 
 @triton.jit
-def keep_state(mixer, head, slots_ptr, num_requests, num_slots, num_drafts, BLOCK: tl.constexpr):
+def keep_state(projection, head, slots_ptr, num_requests, num_slots, num_drafts, BLOCK: tl.constexpr):
     """The states after the last draft, to the caller's [S, r]."""
     rank = head.rank
-    if mixer.carried_ptr is not None:
+    if projection.carried_ptr is not None:
         for request in range(tl.program_id(0), num_requests, tl.num_programs(0)):
             slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
             there = tl.where(slot >= 0, rank, 0)
-            last_ptr = mixer.state_ptr + (tl.cast(num_drafts % 2, tl.int64) * num_requests + request) * rank
+            last_ptr = projection.state_ptr + (tl.cast(num_drafts % 2, tl.int64) * num_requests + request) * rank
             for first in range(0, rank, BLOCK):
                 j = first + tl.arange(0, BLOCK)
                 state = tl.load(last_ptr + j, mask=j < there, other=0.0, volatile=True)
-                tl.store(mixer.carried_ptr + slot * mixer.stride_carried + j, state, mask=j < there)
+                tl.store(projection.carried_ptr + slot * projection.stride_carried + j, state, mask=j < there)
 
 
 @triton.jit
 def _mixed(
-    part: tl.constexpr, mixer, head, j, live, previous, known, row, state_row,
+    part: tl.constexpr, projection, head, j, live, previous, known, row, state_row,
     PARTS: tl.constexpr, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Outputs j of one part, the product with h included: fp32 [BLOCK_J, DOT_ROWS]. row, state_row int64 [DOT_ROWS]: of the
     hoisted products, and of the state before (-1: it is 0)."""
     rank = head.rank
-    at = mixer.hoisted_ptr + row[None, :] * (PARTS * rank) + (part * rank + j)[:, None]
+    at = projection.hoisted_ptr + row[None, :] * (PARTS * rank) + (part * rank + j)[:, None]
     total = tl.load(at, mask=(j < rank)[:, None] & live[None, :], other=0.0, volatile=True)
-    weight_rows = mixer.weight_ptr + (part * rank + j).to(tl.int64)[:, None] * mixer.stride_weight
+    weight_rows = projection.weight_ptr + (part * rank + j).to(tl.int64)[:, None] * projection.stride_weight
     for first in range(0, rank, BLOCK_S):
         i = first + tl.arange(0, BLOCK_S)
-        weight = tl.load(weight_rows + (mixer.w1_column + i)[None, :], mask=(j < rank)[:, None] & (i < rank)[None, :], other=0.0)
+        weight = tl.load(
+            weight_rows + (projection.w1_column + i)[None, :], mask=(j < rank)[:, None] & (i < rank)[None, :], other=0.0
+        )
         latent = _latent_block(head.w1_ptr, previous * head.stride_w1, known, rank, first, BLOCK_S)
         total = tl.dot(weight.to(MIX_TYPE), latent.to(MIX_TYPE), total, input_precision="ieee")
-    if mixer.state_ptr is not None:
+    if projection.state_ptr is not None:
         # The state is fp32 and stays so: a rounded one would drift along the block.
         for first in range(0, rank, BLOCK_S):
             i = first + tl.arange(0, BLOCK_S)
             weight = tl.load(weight_rows + i[None, :], mask=(j < rank)[:, None] & (i < rank)[None, :], other=0.0)
             inside = (i < rank)[:, None] & (live & (state_row >= 0))[None, :]
-            state = tl.load(mixer.state_ptr + state_row[None, :] * rank + i[:, None], mask=inside, other=0.0, volatile=True)
+            state = tl.load(projection.state_ptr + state_row[None, :] * rank + i[:, None], mask=inside, other=0.0, volatile=True)
             total = tl.dot(weight.to(tl.float32), state, total, input_precision="ieee")
     return total
 
 
 @triton.jit
-def gated_rows(mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr):
+def gated_rows(projection, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr):
     """Latents j of DOT_ROWS rows, fp32 [BLOCK_J, DOT_ROWS]."""
-    z = _mixed(0, mixer, head, j, live, previous, known, row, state_row, 1, BLOCK_S, MIX_TYPE)
+    z = _mixed(0, projection, head, j, live, previous, known, row, state_row, 1, BLOCK_S, MIX_TYPE)
     inside = (j < head.rank)[:, None] & known[None, :]
     embedding = tl.load(head.w1_ptr + j[:, None] + (previous * head.stride_w1)[None, :], mask=inside, other=0.0)
     return sigmoid(z) * embedding.to(tl.float32)
 
 
 @triton.jit
-def rnn_rows(mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr):
+def rnn_rows(projection, head, j, live, previous, known, row, state_row, next_row, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr):
     """The same, and the next state to next_row: other programs are reading state_row."""
     rank = head.rank
-    z = _mixed(0, mixer, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
+    z = _mixed(0, projection, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
     gate = sigmoid(z)
-    z = _mixed(1, mixer, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
+    z = _mixed(1, projection, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
     inside = (j < rank)[:, None] & live[None, :]
-    before = mixer.state_ptr + state_row[None, :] * rank + j[:, None]
+    before = projection.state_ptr + state_row[None, :] * rank + j[:, None]
     state = tl.load(before, mask=inside & (state_row >= 0)[None, :], other=0.0, volatile=True)
     state = gate * state + (1.0 - gate) * tanh(z)
-    tl.store(mixer.state_ptr + next_row[None, :] * rank + j[:, None], state, mask=inside)
-    z = _mixed(2, mixer, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
+    tl.store(projection.state_ptr + next_row[None, :] * rank + j[:, None], state, mask=inside)
+    z = _mixed(2, projection, head, j, live, previous, known, row, state_row, 3, BLOCK_S, MIX_TYPE)
     return tanh(z)
 
 
 @triton.jit
 def gated_latent(
-    mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts,
+    projection, head, j, requests, live, previous, known, k, num_requests, num_drafts,
     BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Latents of position k of a block."""
     row = requests.to(tl.int64) * num_drafts + k
-    return gated_rows(mixer, head, j, live, previous, known, row, row, row, BLOCK_S, MIX_TYPE)
+    return gated_rows(projection, head, j, live, previous, known, row, row, row, BLOCK_S, MIX_TYPE)
 
 
 @triton.jit
 def rnn_latent(
-    mixer, head, j, requests, live, previous, known, k, num_requests, num_drafts,
+    projection, head, j, requests, live, previous, known, k, num_requests, num_drafts,
     BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
     """The same; the states of k and k + 1 are in two buffers that take turns."""
     row = requests.to(tl.int64) * num_drafts + k
     state_row = (k % 2).to(tl.int64) * num_requests + requests
     next_row = ((k + 1) % 2).to(tl.int64) * num_requests + requests
-    return rnn_rows(mixer, head, j, live, previous, known, row, state_row, next_row, BLOCK_S, MIX_TYPE)
+    return rnn_rows(projection, head, j, live, previous, known, row, state_row, next_row, BLOCK_S, MIX_TYPE)
 
 
 # --- what a launch chooses --------------------------------------------------------------------------------------------
@@ -239,9 +244,9 @@ _LATENTS = {None: (None, 0), "gated": (gated_latent, 1), "rnn": (rnn_latent, 3)}
 WIDENINGS = {"by_cast": by_cast, "fp8_by_cast": fp8_by_cast, "fp8_by_bits": fp8_by_bits}
 
 
-def head_kind(mixer, widening, dot_type, mix_type) -> HeadKind:
-    """mixer: None, "gated" or "rnn"; the others are names of a device function and of types."""
-    latent, parts = _LATENTS[mixer]
+def head_kind(projection, widening, dot_type, mix_type) -> HeadKind:
+    """projection: None, "gated" or "rnn"; the others are names of a device function and of types."""
+    latent, parts = _LATENTS[projection]
     return HeadKind(
         latent=latent,
         parts=parts,

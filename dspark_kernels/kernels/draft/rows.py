@@ -1,23 +1,17 @@
 """What a draft block computes per request rather than per tile of ids: drafts, flags, log-sum-exp, confidence.
 
 lse_k = ln sum exp(logit / T), confidence_k = sigmoid((w . [h_k; W1[x_{k-1}]] + b) / T_k). Symbols: R requests, K positions, r
-rank, H hidden size, U units of 64 ids. Oracle: reference/draft.py. Source: DSpark, arXiv 2607.05147.
+rank, H hidden size, U sub-blocks of 64 ids. Reference: reference/draft.py. Source: DSpark, arXiv 2607.05147.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives.mass import NEG_INF, POS_INF, below_max, log2_scale
+from ..primitives.constants import BAD_TOKEN_ID, NEG_INF, NONFINITE_ROW, POS_INF, SUB_BLOCK
 from ..primitives.ordered_sum import ordered_sum
 from ..primitives.race import unpack_id, unpack_key
 from ..primitives.slots import state_slots
-
-UNIT = tl.constexpr(64)  # ids per stored (maximum, mass) pair: fine enough to balance tiles over programs
-
-# Bits of `flags`; the public names are dspark_kernels.types.Flag (a test keeps both equal).
-NONFINITE_ROW = tl.constexpr(1)
-NAN = tl.constexpr(2)
-BAD_TOKEN_ID = tl.constexpr(4)
+from ..primitives.sumexp import below_max, log2_scale
 
 
 @triton.jit
@@ -87,25 +81,31 @@ def settle(k, base, state, map_ptr, head, adjust, out, scratch, sizes):
 
 
 @triton.jit
-def row_mass(unit_max_ptr, unit_mass_ptr, row, num_units, scale, BLOCK: tl.constexpr):
-    """(maximum fp32, sum of exponentials int64, 2^40 for the maximum) of a row from its units, in any order the same bits."""
+def row_sumexp(sub_block_max_ptr, sub_block_sumexp_ptr, row, num_sub_blocks, scale, BLOCK: tl.constexpr):
+    """(maximum fp32, sum of exponentials int64, 2^40 for the maximum) of a row from its sub-blocks, in any order the same bits."""
     top = tl.full((), float("-inf"), tl.float32)
-    for first in range(0, num_units, BLOCK):
-        unit = first + tl.arange(0, BLOCK)
-        m = tl.load(unit_max_ptr + row * num_units + unit, mask=unit < num_units, other=NEG_INF, volatile=True)
+    for first in range(0, num_sub_blocks, BLOCK):
+        sub_block = first + tl.arange(0, BLOCK)
+        m = tl.load(
+            sub_block_max_ptr + row * num_sub_blocks + sub_block, mask=sub_block < num_sub_blocks, other=NEG_INF, volatile=True
+        )
         top = tl.maximum(top, tl.max(m, axis=0))
     total = tl.zeros((), tl.int64)
-    for first in range(0, num_units, BLOCK):
-        unit = first + tl.arange(0, BLOCK)
-        m = tl.load(unit_max_ptr + row * num_units + unit, mask=unit < num_units, other=NEG_INF, volatile=True)
-        mass = tl.load(unit_mass_ptr + row * num_units + unit, mask=unit < num_units, other=0, volatile=True)
-        total += tl.sum((mass.to(tl.float32) * tl.exp2(below_max(m, top) * scale)).to(tl.int64), axis=0)
+    for first in range(0, num_sub_blocks, BLOCK):
+        sub_block = first + tl.arange(0, BLOCK)
+        m = tl.load(
+            sub_block_max_ptr + row * num_sub_blocks + sub_block, mask=sub_block < num_sub_blocks, other=NEG_INF, volatile=True
+        )
+        sumexp = tl.load(
+            sub_block_sumexp_ptr + row * num_sub_blocks + sub_block, mask=sub_block < num_sub_blocks, other=0, volatile=True
+        )
+        total += tl.sum((sumexp.to(tl.float32) * tl.exp2(below_max(m, top) * scale)).to(tl.int64), axis=0)
     return top, total
 
 
 @triton.jit
 def log_sum_exp(top, total, scale):
-    """ln sum exp(logit / T) of what `row_mass` gives."""
+    """ln sum exp(logit / T) of what `row_sumexp` gives."""
     lse = (top * scale + tl.log2(tl.maximum(total, 1).to(tl.float32) * 9.094947017729282e-13)) * 0.6931471805599453
     return tl.where((top == NEG_INF) | (top == POS_INF), top, lse)
 
@@ -145,8 +145,10 @@ def finish(state, head, confidence, hidden, out, lse_ptr, scratch, sizes, WITH_M
             if lse_ptr is not None:
                 scale = log2_scale(tl.load(state.temperature_ptr + slot))
                 row = request.to(tl.int64) * num_drafts + k
-                num_units = tl.cdiv(sizes.vocab, UNIT)
-                row_max, sumexp = row_mass(scratch.unit_max_ptr, scratch.unit_sumexp_ptr, row, num_units, scale, 1024)
+                num_sub_blocks = tl.cdiv(sizes.vocab, SUB_BLOCK)
+                row_max, sumexp = row_sumexp(
+                    scratch.sub_block_max_ptr, scratch.sub_block_sumexp_ptr, row, num_sub_blocks, scale, 1024
+                )
                 tl.store(lse_ptr + slot * out.stride_lse + column + k, log_sum_exp(row_max, sumexp, scale))
             if confidence is not None:
                 previous = tl.load(state.anchors_ptr + slot * state.stride_anchors).to(tl.int64)

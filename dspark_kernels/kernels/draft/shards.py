@@ -1,9 +1,10 @@
 """Dense draft block on vocabulary shards: one position's part of a rank, and its finish from the parts of all ranks.
 
-x_k = argmax over ranks of argmax_{v of the rank} key_k(v), key and logits as in kernels/draft/dense.py; lse_k from the (maximum, mass)
-pairs of all ranks' units of 64 ids. Symbols: R requests, K positions, W ids of a shard, r rank of the head, S state slots, N ranks,
-U units that a shard can touch. Ids, units and noise lanes are global, so that the word of an id does not depend on which rank has
-it. Oracle: the op on the whole vocabulary (reference/draft.py). Source: DSpark, arXiv 2607.05147.
+x_k = argmax over ranks of argmax_{v of the rank} key_k(v), key and logits as in kernels/draft/dense.py; lse_k from the (maximum,
+sum of exponentials) pairs of all ranks' sub-blocks of 64 ids. Symbols: R requests, K positions, W ids of a shard, r rank of the
+head, S state slots, N ranks, U sub-blocks that a shard can touch. Ids, sub-blocks and noise lanes are global, so that the word of
+an id does not depend on which rank has it. Reference: the op on the whole vocabulary (reference/draft.py). Source: DSpark, arXiv
+2607.05147.
 
 Latents of gated and rnn heads are the same on every rank, each makes them for itself: the products with hidden states, a grid
 barrier, the latents, a barrier, the vocabulary, all in the launch of the part. An rnn's state goes from position to position in
@@ -17,15 +18,15 @@ import triton.language as tl
 
 from ..args import Pointer
 from ..primitives.adjust import adjusted
-from ..primitives.barrier import grid_barrier
-from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale, masses, numbers
+from ..primitives.constants import BAD_TOKEN_ID, DOT_ROWS, NAN, NEG_INF, NO_ID, NONFINITE_ROW, POS_INF, SUB_BLOCK, SUMEXP_ONE
 from ..primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, words_at
-from ..primitives.race import NOBODY, pack, unpack_id, unpack_key
+from ..primitives.race import pack, unpack_id, unpack_key
 from ..primitives.slots import state_slots
-from ..primitives.ticket import arrive
+from ..primitives.sumexp import below_max, fixed_sums, log2_scale, numbers
+from ..primitives.sync import arrive, grid_barrier
 from .args import BaseLogits, Hidden, RequestState
-from .heads import DOT_ROWS, block_tile, head_kind, hoist, keep_state, low_rank_bias, w2_tile
-from .rows import BAD_TOKEN_ID, NAN, NONFINITE_ROW, UNIT, _confidence_logit as confidence_logit, log_sum_exp
+from .heads import block_tile, head_kind, keep_state, low_rank_bias, project_hidden, w2_tile
+from .rows import _confidence_logit as confidence_logit, log_sum_exp
 
 FINITE = tl.constexpr(256)  # a finite logit was seen; beside the bits of `flags`
 PHASES = tl.constexpr(3)  # of a part: hoisted products, latents, vocabulary
@@ -56,8 +57,8 @@ class ShardColumns(NamedTuple):
     start: int  # id of the first column
     held: int  # columns with an id of the vocabulary
     width: int  # W
-    first_unit: int  # number of the first sub-block
-    num_units: int  # U
+    first_sub_block: int  # number of the first sub-block
+    num_sub_blocks: int  # U
 
 
 class ShardPlace(NamedTuple):
@@ -95,7 +96,7 @@ def _drafted(j, path):
 
 
 @triton.jit
-def _latents(state, out, head, mixer, place, KIND: tl.constexpr, TILE: tl.constexpr):
+def _latents(state, out, head, projection, place, KIND: tl.constexpr, TILE: tl.constexpr):
     """kernels/draft/dense.py's phase of latents where a block has this one position."""
     BLOCK_J: tl.constexpr = TILE.BLOCK_J
     k, num_requests, rank = place.k, place.num_requests, head.rank
@@ -108,15 +109,15 @@ def _latents(state, out, head, mixer, place, KIND: tl.constexpr, TILE: tl.conste
         previous = _previous(state, out, slots, k, place.column)
         known = live & (previous >= 0) & (previous < head.vocab)
         latent = KIND.latent(
-            mixer, head, j, requests, live, previous, known, k * 0, num_requests, 1, TILE.BLOCK_S, KIND.mix_type
+            projection, head, j, requests, live, previous, known, k * 0, num_requests, 1, TILE.BLOCK_S, KIND.mix_type
         )  # fmt: skip
-        at = mixer.latent_ptr + requests.to(tl.int64)[None, :] * rank + j[:, None]
-        tl.store(at, latent.to(mixer.latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
+        at = projection.latent_ptr + requests.to(tl.int64)[None, :] * rank + j[:, None]
+        tl.store(at, latent.to(projection.latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
 
 
 @triton.jit
 def _shard_tile(
-    tile, ids, local, first_request, base, state, map_ptr, head, mixer, adjust, out, part, counters, place, columns,
+    tile, ids, local, first_request, base, state, map_ptr, head, projection, adjust, out, part, counters, place, columns,
     KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """ROWS requests of one tile: `ids` global, `local` their columns in the shard (`width` where they are in none).
@@ -135,14 +136,14 @@ def _shard_tile(
         # The dot always has DOT_ROWS columns; ROWS of them are this tile's requests, the others stay zero.
         dot_requests = first_request + tl.arange(0, DOT_ROWS)
         dot_slots = state_slots(state.slots_ptr, dot_requests, tl.minimum(num_requests, first_request + ROWS), place.num_slots)
-        if mixer is None:
+        if projection is None:
             previous = _previous(state, out, dot_slots, k, column)
             known = (dot_slots >= 0) & (previous >= 0) & (previous < head.vocab)
             bias = low_rank_bias(tile, head, head.w1_ptr, previous * head.stride_w1, known, local, held, KIND, TILE.BLOCK_R)
         else:
             known = dot_slots >= 0
             at = dot_requests.to(tl.int64) * head.rank
-            bias = low_rank_bias(tile, head, mixer.latent_ptr, at, known, local, held, KIND, TILE.BLOCK_R)
+            bias = low_rank_bias(tile, head, projection.latent_ptr, at, known, local, held, KIND, TILE.BLOCK_R)
         bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
         if ROWS < DOT_ROWS:
             # Keep the first ROWS columns; the others are zero and adding zeros is exact.
@@ -193,27 +194,27 @@ def _shard_tile(
             words = words_at(seed[:, None], tokens[None, :], position[:, None], anchor[:, None], OPTIONS.STREAM)
         noisy = x * scale[:, None] - log2_exponential(words)
         key = tl.where((temperature > 0.0)[:, None], noisy, x)
-        if part.unit_max_ptr is not None:
-            units = tl.reshape(x, [ROWS, BLOCK_V // UNIT, UNIT])
-            top = tl.max(units, axis=2)
-            e = tl.exp2(below_max(units, top[:, :, None]) * scale[:, None, None])
-            sumexp = tl.reshape(masses(e, ROWS * BLOCK_V // UNIT, UNIT, ONE), [ROWS, BLOCK_V // UNIT])
-            unit = tl.min(ids, axis=0) // UNIT - columns.first_unit + tl.arange(0, BLOCK_V // UNIT)
-            where = requests.to(tl.int64)[:, None] * columns.num_units + unit[None, :]
-            keep = (requests < num_requests)[:, None] & (unit < columns.num_units)[None, :]
-            tl.store(part.unit_max_ptr + where, top, mask=keep)
-            tl.store(part.unit_sumexp_ptr + where, sumexp, mask=keep)
+        if part.sub_block_max_ptr is not None:
+            sub_blocks = tl.reshape(x, [ROWS, BLOCK_V // SUB_BLOCK, SUB_BLOCK])
+            top = tl.max(sub_blocks, axis=2)
+            e = tl.exp2(below_max(sub_blocks, top[:, :, None]) * scale[:, None, None])
+            sumexp = tl.reshape(fixed_sums(e, ROWS * BLOCK_V // SUB_BLOCK, SUB_BLOCK, SUMEXP_ONE), [ROWS, BLOCK_V // SUB_BLOCK])
+            sub_block = tl.min(ids, axis=0) // SUB_BLOCK - columns.first_sub_block + tl.arange(0, BLOCK_V // SUB_BLOCK)
+            where = requests.to(tl.int64)[:, None] * columns.num_sub_blocks + sub_block[None, :]
+            keep = (requests < num_requests)[:, None] & (sub_block < columns.num_sub_blocks)[None, :]
+            tl.store(part.sub_block_max_ptr + where, top, mask=keep)
+            tl.store(part.sub_block_sumexp_ptr + where, sumexp, mask=keep)
 
     words = pack(key, tokens[None, :])
     if map_ptr is not None:
-        words = tl.where(used[None, :], words, NOBODY)
+        words = tl.where(used[None, :], words, NO_ID)
     best = tl.max(tl.where(inside, words, 0), axis=1)
     tl.atomic_max(counters.best_ptr + requests, best, mask=live, sem="relaxed")
 
 
 @triton.jit
 def _draft_part(
-    first_phase, end_phase, base, state, map_ptr, head, mixer, adjust, hidden, out, part, counters, place, columns,
+    first_phase, end_phase, base, state, map_ptr, head, projection, adjust, hidden, out, part, counters, place, columns,
     KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The phases [first_phase, end_phase) of a rank's part of one position."""
@@ -222,21 +223,21 @@ def _draft_part(
     if KIND.latent is not None:
         if first_phase == 0:
             own_ptr = hidden.ptr + tl.cast(k, tl.int64) * hidden.stride_position
-            hoist(
-                mixer, head, Hidden(own_ptr, hidden.stride_request, hidden.stride_position, hidden.size), state.slots_ptr,
+            project_hidden(
+                projection, head, Hidden(own_ptr, hidden.stride_request, hidden.stride_position, hidden.size), state.slots_ptr,
                 num_requests, num_slots, 1, place.first_draft + k, KIND, TILE,
             )  # fmt: skip
         if (first_phase < 1) & (end_phase > 1):
             grid_barrier(counters.barrier_ptr)
         if (first_phase <= 1) & (end_phase > 1):
-            _latents(state, out, head, mixer, place, KIND, TILE)
+            _latents(state, out, head, projection, place, KIND, TILE)
         if (first_phase <= 1) & (end_phase > 2):
             grid_barrier(counters.barrier_ptr)
     if end_phase > 2:
         if KIND.parts == 3:
-            keep_state(mixer, head, state.slots_ptr, num_requests, num_slots, k * 0 + 1, TILE.BLOCK_N)
-        for first_id in range(tl.program_id(0) * TILE.BLOCK_V, columns.num_units * UNIT, programs * TILE.BLOCK_V):
-            ids = columns.first_unit * UNIT + first_id + tl.arange(0, TILE.BLOCK_V)
+            keep_state(projection, head, state.slots_ptr, num_requests, num_slots, k * 0 + 1, TILE.BLOCK_N)
+        for first_id in range(tl.program_id(0) * TILE.BLOCK_V, columns.num_sub_blocks * SUB_BLOCK, programs * TILE.BLOCK_V):
+            ids = columns.first_sub_block * SUB_BLOCK + first_id + tl.arange(0, TILE.BLOCK_V)
             in_shard = (ids >= columns.start) & (ids - columns.start < columns.width)
             local = tl.where(in_shard, ids - columns.start, columns.width)
             tile = ids
@@ -244,13 +245,13 @@ def _draft_part(
                 tile = w2_tile(head, local, columns.held, TILE.BLOCK_R)
             if OPTIONS.ONE_TILE:
                 _shard_tile(
-                    tile, ids, local, 0, base, state, map_ptr, head, mixer, adjust, out, part, counters, place, columns,
+                    tile, ids, local, 0, base, state, map_ptr, head, projection, adjust, out, part, counters, place, columns,
                     KIND, OPTIONS, TILE,
                 )  # fmt: skip
             else:
                 for first_request in range(0, num_requests, TILE.ROWS):
                     _shard_tile(
-                        tile, ids, local, first_request, base, state, map_ptr, head, mixer, adjust, out, part, counters, place,
+                        tile, ids, local, first_request, base, state, map_ptr, head, projection, adjust, out, part, counters, place,
                         columns, KIND, OPTIONS, TILE,
                     )  # fmt: skip
         if arrive(counters.arrivals_ptr, programs):
@@ -271,26 +272,27 @@ def _draft_part(
 
 @triton.jit(
     do_not_specialize=[
-        "first_phase", "end_phase", "k", "num_requests", "num_slots", "num_drafts", "start", "held", "first_unit", "first_draft",
+        "first_phase", "end_phase", "k", "num_requests", "num_slots", "num_drafts", "start", "held", "first_sub_block", "first_draft",
         "column",
     ]
 )  # fmt: skip
 def draft_partial_kernel(
     # Records of kernels/draft/args.py and kernels/args.py.
     inputs,  # ShardInputs
-    head, mixer,  # Head with W2 and its scales of the shard, Mixer of a gated or rnn head, or None
+    head, projection,  # Head with W2 and its scales of the shard, Projection of a gated or rnn head, or None
     adjust,  # Adjustments, by target id; or None
     tensors,  # ShardTensors
     part,  # ShardPart
     counters,  # ShardCounters
-    first_phase, end_phase, k, num_requests, num_slots, num_drafts, num_targets, start, held, width, first_unit, num_units,
+    first_phase, end_phase, k, num_requests, num_slots, num_drafts, num_targets, start, held, width, first_sub_block,
+    num_sub_blocks,
     hidden_size, first_draft, column,
     strides,  # ShardStrides
     KIND: tl.constexpr,  # HeadKind
     OPTIONS: tl.constexpr,  # ShardOptions
     TILE: tl.constexpr,  # BlockTile
 ):  # fmt: skip
-    """Position k on this rank's ids start .. start + held - 1; ids from first_unit * UNIT on are walked, others are masked.
+    """Position k on this rank's ids start .. start + held - 1; ids from first_sub_block * SUB_BLOCK on are walked, others are masked.
 
     A launch runs the phases [first_phase, end_phase) of PHASES; the first two are those of latents. The records are made in the
     call: a variable would hold a stride of 1 as a number that the compiler does not know.
@@ -305,14 +307,14 @@ def draft_partial_kernel(
         ),
         inputs.map_ptr,
         head,
-        mixer,
+        projection,
         adjust,
         Hidden(tensors.hidden_ptr, strides.hidden_request, strides.hidden_position, hidden_size),
         ShardOutputs(tensors.tokens_ptr, strides.tokens, tensors.logits_ptr, strides.logits, strides.logits_position),
         part,
         counters,
         ShardPlace(k, num_requests, num_slots, num_drafts, first_draft, column),
-        ShardColumns(num_targets, start, held, width, first_unit, num_units),
+        ShardColumns(num_targets, start, held, width, first_sub_block, num_sub_blocks),
         KIND,
         OPTIONS,
         TILE,
@@ -320,24 +322,27 @@ def draft_partial_kernel(
 
 
 @triton.jit
-def _row_mass(gathered, stride_max, stride_sumexp, row, num_units, shards, scale, BLOCK: tl.constexpr):
-    """Maximum and sum of exponentials of a row from the units of all ranks: integers, so their order and number do not matter."""
+def _row_sumexp(gathered, stride_max, stride_sumexp, row, num_sub_blocks, shards, scale, BLOCK: tl.constexpr):
+    """Maximum and sum of exponentials of a row from the sub-blocks of all ranks: integers, so their order and number do not
+    matter."""
     top = tl.full((), float("-inf"), tl.float32)
-    for first in range(0, shards * num_units, BLOCK):
+    for first in range(0, shards * num_sub_blocks, BLOCK):
         piece = first + tl.arange(0, BLOCK)
-        where = row * num_units + piece % num_units
-        inside = piece < shards * num_units
-        m = tl.load(gathered.unit_max_ptr + (piece // num_units).to(tl.int64) * stride_max + where, mask=inside, other=NEG_INF)
+        where = row * num_sub_blocks + piece % num_sub_blocks
+        inside = piece < shards * num_sub_blocks
+        m = tl.load(
+            gathered.sub_block_max_ptr + (piece // num_sub_blocks).to(tl.int64) * stride_max + where, mask=inside, other=NEG_INF
+        )
         top = tl.maximum(top, tl.max(m, axis=0))
     total = tl.zeros((), tl.int64)
-    for first in range(0, shards * num_units, BLOCK):
+    for first in range(0, shards * num_sub_blocks, BLOCK):
         piece = first + tl.arange(0, BLOCK)
-        where = row * num_units + piece % num_units
-        inside = piece < shards * num_units
-        shard = (piece // num_units).to(tl.int64)
-        m = tl.load(gathered.unit_max_ptr + shard * stride_max + where, mask=inside, other=NEG_INF)
-        mass = tl.load(gathered.unit_sumexp_ptr + shard * stride_sumexp + where, mask=inside, other=0)
-        total += tl.sum((mass.to(tl.float32) * tl.exp2(below_max(m, top) * scale)).to(tl.int64), axis=0)
+        where = row * num_sub_blocks + piece % num_sub_blocks
+        inside = piece < shards * num_sub_blocks
+        shard = (piece // num_sub_blocks).to(tl.int64)
+        m = tl.load(gathered.sub_block_max_ptr + shard * stride_max + where, mask=inside, other=NEG_INF)
+        sumexp = tl.load(gathered.sub_block_sumexp_ptr + shard * stride_sumexp + where, mask=inside, other=0)
+        total += tl.sum((sumexp.to(tl.float32) * tl.exp2(below_max(m, top) * scale)).to(tl.int64), axis=0)
     return top, total
 
 
@@ -382,8 +387,8 @@ def draft_finish_kernel(
         tl.store(tensors.tokens_ptr + slot * strides.tokens + column + k, unpack_id(word))
         if tensors.lse_ptr is not None:
             scale = log2_scale(tl.load(tensors.temperature_ptr + slot))
-            row_max, sumexp = _row_mass(
-                gathered, stride_max, stride_part, request.to(tl.int64), widths.num_units, widths.shards, scale, 1024
+            row_max, sumexp = _row_sumexp(
+                gathered, stride_max, stride_part, request.to(tl.int64), widths.num_sub_blocks, widths.shards, scale, 1024
             )
             tl.store(tensors.lse_ptr + slot * strides.lse + column + k, log_sum_exp(row_max, sumexp, scale))
         if confidence is not None:
@@ -400,22 +405,22 @@ def draft_finish_kernel(
             tl.store(scores_ptr, 1.0 / (1.0 + tl.exp(-logit)))
 
 
-def launch_draft_partial(programs, args, tail, *, mixer, widening, dot_type, mix_type, coupled, one_tile, rows, config):
-    """Without a mixer nobody waits for another. With one, a cooperative launch, or one for each phase. args, tail: before and after
-    the range of phases."""
+def launch_draft_partial(programs, args, tail, *, projection, widening, dot_type, mix_type, coupled, one_tile, rows, config):
+    """Without a projection nobody waits for another. With one, a cooperative launch, or one for each phase. args, tail: before and
+    after the range of phases."""
     end = PHASES.value
-    apart = mixer is not None and programs > 1 and not config.one_launch
+    apart = projection is not None and programs > 1 and not config.one_launch
     for span in [(phase, phase + 1) for phase in range(end)] if apart else [(0, end)]:
         draft_partial_kernel[(programs,)](
             *args,
             *span,
             *tail,
-            KIND=head_kind(mixer, widening, dot_type, mix_type),
+            KIND=head_kind(projection, widening, dot_type, mix_type),
             OPTIONS=ShardOptions(STREAM=COUPLED if coupled else DRAFT, ONE_TILE=one_tile),
             TILE=block_tile(rows, config),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            launch_cooperative_grid=mixer is not None and programs > 1 and config.one_launch,
+            launch_cooperative_grid=projection is not None and programs > 1 and config.one_launch,
             enable_fp_fusion=False,
             **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
         )

@@ -1,29 +1,27 @@
 """The children that a depth of a draft tree gives its nodes, and the links of a finished tree.
 
-A node's children are the first words of all leaves' lists together, sorted; or, i.i.d., a draw each: leaf = arg-max log2(mass of
-leaf) - log2(Exp), then id = arg-max log2(weight) - log2(Exp) inside it, on the noise of the child's own slot. Nodes of a depth in
-order, a node's children in order, until the request has no room. Symbols as in kernels/draft_tree/static.py; n nodes a tree has.
-Records: state TreeState, tree StaticTree, distributions NodeLogits, scratch StaticScratch, step DepthStep, sizes TreeSizes (args.py).
-"""
+A node's children are the first words of all blocks' lists together, sorted; or, i.i.d., a draw each: block = arg-max log2(sum of
+exponentials of block) - log2(Exp), then id = arg-max log2(weight) - log2(Exp) inside it, on the noise of the child's own slot.
+Nodes of a depth in order, a node's children in order, until the request has no room. Symbols as in kernels/draft_tree/static.py; n
+nodes a tree has. Records: state TreeState, tree StaticTree, distributions NodeLogits, scratch StaticScratch, step DepthStep, sizes
+TreeSizes (args.py)."""
 
 import triton
 import triton.language as tl
 
-from ..primitives.leaves import first_leaf, first_of, merge_leaves, race_ids, race_leaves
-from ..primitives.mass import LEAF, NEG_INF, POS_INF, below_max, log2_scale, numbers
+from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NONFINITE_ROW, POS_INF, VOCAB_BLOCK
 from ..primitives.philox import DRAFT, DRAFT_LEAF
 from ..primitives.race import unpack_id
 from ..primitives.slots import state_slots
+from ..primitives.sumexp import below_max, log2_scale, numbers
+from ..primitives.vocab_blocks import first_block, first_of, merge_blocks, race_blocks, race_ids
 
 TOP_K = tl.constexpr(0)
 IID = tl.constexpr(1)
 WITHOUT_REPLACEMENT = tl.constexpr(2)
 
-# Bits of `flags`; the public names are dspark_kernels.types.Flag (a test keeps both equal). Of a row's status: NAN, SAW_FINITE.
-NONFINITE_ROW = tl.constexpr(1)
-NAN = tl.constexpr(2)
-BAD_TOKEN_ID = tl.constexpr(4)
-SAW_FINITE = tl.constexpr(1)
+# Of the status of a row, beside the bit NAN.
+HAS_FINITE = tl.constexpr(1)
 
 
 @triton.jit
@@ -63,17 +61,17 @@ def frontier(requests, slots, step, state, tree, scratch, num_nodes, WIDTH: tl.c
 
 @triton.jit
 def _merge_lists(request, count, step, scratch, sizes, TILE: tl.constexpr):
-    """The best words of each row, sorted, from the sorted lists of its leaves; and how many there are."""
+    """The best words of each row, sorted, from the sorted lists of its blocks; and how many there are."""
     wanted = step.wanted
     ROWS: tl.constexpr = TILE.ROWS
-    LEAVES: tl.constexpr = TILE.LEAVES
-    leaf = tl.arange(0, LEAVES)[None, :]
+    BLOCKS: tl.constexpr = TILE.BLOCKS
+    block = tl.arange(0, BLOCKS)[None, :]
     for first in range(0, count, ROWS):
         f = first + tl.arange(0, ROWS)
         row = request.to(tl.int64) * step.width + f
-        inside = (f < count)[:, None] & (leaf < sizes.chunks)
-        heads_ptr = scratch.lists_ptr + (row[:, None] * sizes.chunks + leaf) * wanted
-        taken = tl.zeros([ROWS, LEAVES], tl.int32)
+        inside = (f < count)[:, None] & (block < sizes.chunks)
+        heads_ptr = scratch.lists_ptr + (row[:, None] * sizes.chunks + block) * wanted
+        taken = tl.zeros([ROWS, BLOCKS], tl.int32)
         words = tl.load(heads_ptr, mask=inside, other=0, volatile=True)
         found = tl.zeros([ROWS], tl.int32)
         for j in range(wanted):
@@ -90,12 +88,12 @@ def _merge_lists(request, count, step, scratch, sizes, TILE: tl.constexpr):
 @triton.jit
 def _count_draws(request, count, step, scratch, sizes, TILE: tl.constexpr):
     """All wanted i.i.d. children for a row that has any token, none for another."""
-    leaf = tl.arange(0, TILE.LEAVES)[None, :]
+    block = tl.arange(0, TILE.BLOCKS)[None, :]
     for first in range(0, count, TILE.ROWS):
         f = first + tl.arange(0, TILE.ROWS)
         row = request.to(tl.int64) * step.width + f
-        inside = (f < count)[:, None] & (leaf < sizes.chunks)
-        tops = tl.load(scratch.block_max_ptr + row[:, None] * sizes.chunks + leaf, mask=inside, other=NEG_INF, volatile=True)
+        inside = (f < count)[:, None] & (block < sizes.chunks)
+        tops = tl.load(scratch.block_max_ptr + row[:, None] * sizes.chunks + block, mask=inside, other=NEG_INF, volatile=True)
         found = tl.where(tl.max(tops, axis=1) > NEG_INF, step.wanted, 0)
         tl.store(scratch.found_ptr + request.to(tl.int64) * sizes.num_nodes + f, found, mask=f < count)
 
@@ -108,7 +106,7 @@ def _draw_children(
     """Tokens of the i.i.d. children total .. total + new - 1, PAIRS at a time. f [WIDTH]: row of each node's parent."""
     vocab = sizes.vocab
     PAIRS: tl.constexpr = TILE.PAIRS
-    LEAVES: tl.constexpr = TILE.LEAVES
+    BLOCKS: tl.constexpr = TILE.BLOCKS
     seed = tl.load(state.seed_ptr + slot)
     anchor = tl.load(state.positions_ptr + slot * state.stride_positions).to(tl.int64)
     position = tl.full([1, 1], 1, tl.int64) + anchor + at_depth
@@ -120,20 +118,20 @@ def _draw_children(
         row_ptrs = distributions.ptr + slot * distributions.stride_slot
         row_ptrs = row_ptrs + tl.where(there, start + row, 0).to(tl.int64) * distributions.stride_node
         rows = tl.where(there, request.to(tl.int64) * width + row, -1)
-        top, _, words, tops = merge_leaves(
-            scratch.block_max_ptr, scratch.block_sumexp_ptr, rows, sizes.chunks, scale, LEAVES
+        top, _, words, tops = merge_blocks(
+            scratch.block_max_ptr, scratch.block_sumexp_ptr, rows, sizes.chunks, scale, BLOCKS
         )  # fmt: skip
         weight = tl.log2(tl.maximum(words, 1).to(tl.float32)) + below_max(tops, top[:, None]) * scale
         weight = tl.where(words > 0, weight, NEG_INF)
-        leaf = race_leaves(weight, seed, position, anchor, node[:, None], PAIRS, LEAVES, DRAFT_LEAF)
-        ids = leaf[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+        block = race_blocks(weight, seed, position, anchor, node[:, None], PAIRS, BLOCKS, DRAFT_LEAF)
+        ids = block[:, None] * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)[None, :]
         x = tl.load(row_ptrs[:, None] + ids, mask=there[:, None] & (ids < vocab), other=NEG_INF, volatile=True)
         x = numbers(x.to(tl.float32))
         weight = tl.where(x == NEG_INF, NEG_INF, below_max(x, top[:, None]) * scale)
-        token = race_ids(weight, leaf, seed, position, anchor, node[:, None], PAIRS, DRAFT)
+        token = race_ids(weight, block, seed, position, anchor, node[:, None], PAIRS, DRAFT)
         infinite = there & (top == POS_INF)
         if tl.max(tl.where(infinite, 1, 0), axis=0) > 0:
-            ids = first_leaf(tops, top, LEAVES)
+            ids = first_block(tops, top, BLOCKS)
             x = numbers(tl.load(row_ptrs[:, None] + ids, mask=ids < vocab, other=NEG_INF).to(tl.float32))
             token = tl.where(infinite, first_of(x, ids, top, vocab), token)
         tl.store(tokens_ptr + slot * sizes.num_nodes + node, token.to(tl.int64), mask=there)
@@ -206,11 +204,11 @@ def append(
         flags = tl.load(tree.flags_ptr + request)
     if grows:
         rows = request * width + i
-        status = tl.load(row_status_ptr + rows, mask=i < count, other=SAW_FINITE, volatile=True)
+        status = tl.load(row_status_ptr + rows, mask=i < count, other=HAS_FINITE, volatile=True)
         tl.debug_barrier()  # every warp has read what is put back to zero
         tl.store(row_status_ptr + rows, tl.zeros([WIDTH], tl.int32), mask=i < count)
         flags |= tl.max(status & NAN, axis=0)
-        flags |= tl.where(tl.min(status & SAW_FINITE, axis=0) == 0, NONFINITE_ROW, 0)
+        flags |= tl.where(tl.min(status & HAS_FINITE, axis=0) == 0, NONFINITE_ROW, 0)
         draws = tl.zeros((), tl.int32)
         scale = tl.full((), 1.0, tl.float32)
         if METHOD == IID:

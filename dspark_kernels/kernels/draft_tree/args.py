@@ -95,7 +95,7 @@ class DepthStep(NamedTuple):
 class TreeTile(NamedTuple):
     """Sizes of the tiles of a tree of static shape, one constexpr."""
 
-    LEAVES: int  # padded number of vocabulary blocks
+    BLOCKS: int  # padded number of vocabulary blocks
     KEEP: int  # padded number of children
     PAIRS: int  # rows that are weighed or drawn at a time
     ROWS: int  # rows whose lists are merged at a time
@@ -185,7 +185,7 @@ class PathSizes(NamedTuple):
 class PathTile(NamedTuple):
     """Sizes of the tiles in which a tree of paths grows, one constexpr."""
 
-    LEAVES: int  # padded number of vocabulary blocks
+    BLOCKS: int  # padded number of vocabulary blocks
     NODES: int
     WIDTH: int  # padded number of candidates
     PIECE: int  # candidates at a time
@@ -197,7 +197,7 @@ class PathTile(NamedTuple):
 # --- the same over the whole vocabulary -------------------------------------------------------------------------------
 
 
-class WaveCounters(NamedTuple):
+class PhaseCounters(NamedTuple):
     """Counters of the phases, int32 [R], zero before and after."""
 
     products_ptr: Pointer
@@ -224,18 +224,18 @@ class DepthScratch(NamedTuple):
 class RowScratch(NamedTuple):
     """Rows of the depth at hand, of all requests or from one row on; ROWS = C = max(1, M - 1), U sub-blocks of 256 ids."""
 
-    unit_max_ptr: Pointer  # fp32 [R, ROWS, U]
-    unit_sumexp_ptr: Pointer  # int64 [R, ROWS, U]
+    sub_block_max_ptr: Pointer  # fp32 [R, ROWS, U]
+    sub_block_sumexp_ptr: Pointer  # int64 [R, ROWS, U]
     groups_ptr: Pointer  # fp32 [R, ROWS, G], maxima of groups, then logits of the chosen
     chosen_ptr: Pointer  # int32 [R, ROWS, C], groups
     keys_ptr: Pointer  # fp32 [R, ROWS, C], survivals of children
     ids_ptr: Pointer  # int32 [R, ROWS, C]
 
 
-class WaveTile(NamedTuple):
+class PhaseTile(NamedTuple):
     """Sizes of the tiles in which a tree of paths grows over the whole vocabulary, one constexpr."""
 
-    UNITS: int  # padded number of sub-blocks
+    SUB_BLOCKS: int  # padded number of sub-blocks
     GROUPS: int  # padded number of groups
     NODES: int
     CHILDREN: int  # padded number of children of a row

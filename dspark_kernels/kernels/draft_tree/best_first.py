@@ -3,12 +3,12 @@
     survival(child) = survival(node) c(node) q(child | node),  q = softmax over the C best of (base + bias(node's token)) / T
 
 Without a head q is the same after every node of a depth, and may be that of the whole vocabulary: of its children M - 1 are enough
-then. Symbols: R requests, K positions, V vocabulary, C candidates, M nodes, r rank, H hidden size, S state slots, U units of GROUP
-ids, leaf = 1024 ids. Oracle: reference/tree_draft.py. Source: DSpark, arXiv 2607.05147.
+then. Symbols: R requests, K positions, V vocabulary, C candidates, M nodes, r rank, H hidden size, S state slots, U sub-blocks of
+GROUP ids, block = 1024 ids. Reference: reference/tree_draft.py. Source: DSpark, arXiv 2607.05147.
 
-As in candidates.py: a part of a row keeps the key of the largest logit of each unit, the last part of a row keeps its C best, and
-the last row of a request grows the tree, a depth at a time: all its nodes of the depth get their children in one product, and the
-best nodes stay (nodes.py). That takes K steps, where a best-first search takes one per node.
+As in candidates.py: a part of a row keeps the key of the largest logit of each sub-block, the last part of a row keeps its C best,
+and the last row of a request grows the tree, a depth at a time: all its nodes of the depth get their children in one product, and
+the best nodes stay (nodes.py). That takes K steps, where a best-first search takes one per node.
 """
 
 import triton
@@ -24,43 +24,40 @@ from ..draft.candidates import (
     _keep_best,
     _slot,
     latent_programs,
-    padded_units,
+    padded_sub_blocks,
     selection_tile,
 )
-from ..primitives.leaves import SAW_FINITE, leaf_masses, merge_leaves
-from ..primitives.mass import LEAF, NEG_INF, ONE, POS_INF, below_max, numbers
+from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NODE_FIELDS, NONFINITE_ROW, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.select import ordered_key
 from ..primitives.slots import state_slots
-from ..primitives.ticket import arrive
+from ..primitives.sumexp import below_max, numbers
+from ..primitives.sync import arrive
+from ..primitives.vocab_blocks import SAW_FINITE, block_sums, merge_blocks
 from .args import BlockSums, PathScratch, PathSizes, PathTile
 from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
 from .nodes import (
-    BAD_TOKEN_ID,
     DEPTH,
-    FIELDS,
-    NAN,
-    NONFINITE_ROW,
     ORIGIN,
     SEEN,
     TOKEN,
-    emit_tree,
     field,
+    init_tree,
     log_confidence,
     log_shares,
     merge_children,
-    plant,
     row_scale,
     survivals,
+    write_tree,
 )
 
 __all__ = ["latent_programs", "launch_draft_paths"]
 
 
 @triton.jit
-def _store_keys(row_ptr, keys_ptr, leaves, first, end, vocab, scale, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
-    """Key of the largest logit of each unit of chunks first .. end - 1 of a row, and where they count the leaves' maxima and
-    masses; returns whether a logit is NaN."""
-    unit = tl.arange(0, BLOCK // GROUP)
+def _store_keys(row_ptr, keys_ptr, blocks, first, end, vocab, scale, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
+    """Key of the largest logit of each sub-block of chunks first .. end - 1 of a row, and where they count the blocks' maxima and
+    sums; returns whether a logit is NaN."""
+    sub_block = tl.arange(0, BLOCK // GROUP)
     nan = tl.zeros([BLOCK], tl.int1)
     loaded = _chunk(row_ptr, first, end, vocab, BLOCK)
     for chunk in range(first, end):
@@ -69,15 +66,15 @@ def _store_keys(row_ptr, keys_ptr, leaves, first, end, vocab, scale, BLOCK: tl.c
         nan = nan | (x != x)
         x = numbers(x)
         keys = ordered_key(tl.max(tl.reshape(x, [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
-        here = chunk * (BLOCK // GROUP) + unit
+        here = chunk * (BLOCK // GROUP) + sub_block
         tl.store(keys_ptr + here, keys, mask=here < tl.cdiv(vocab, GROUP))
-        if leaves is not None:
-            x = tl.reshape(x, [BLOCK // LEAF, LEAF])
-            block_max, sumexp = leaf_masses(x, scale, BLOCK // LEAF)
+        if blocks is not None:
+            x = tl.reshape(x, [BLOCK // VOCAB_BLOCK, VOCAB_BLOCK])
+            block_max, sumexp = block_sums(x, scale, BLOCK // VOCAB_BLOCK)
             sumexp |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
-            leaf = chunk * (BLOCK // LEAF) + tl.arange(0, BLOCK // LEAF)
-            tl.store(leaves.max_ptr + leaf, block_max, mask=leaf < tl.cdiv(vocab, LEAF))
-            tl.store(leaves.sumexp_ptr + leaf, sumexp, mask=leaf < tl.cdiv(vocab, LEAF))
+            block = chunk * (BLOCK // VOCAB_BLOCK) + tl.arange(0, BLOCK // VOCAB_BLOCK)
+            tl.store(blocks.max_ptr + block, block_max, mask=block < tl.cdiv(vocab, VOCAB_BLOCK))
+            tl.store(blocks.sumexp_ptr + block, sumexp, mask=block < tl.cdiv(vocab, VOCAB_BLOCK))
     return tl.max(nan.to(tl.int32), axis=0)
 
 
@@ -108,18 +105,18 @@ def _node_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, size
 
 
 @triton.jit
-def _node_masses(x_ptr, top, live, scale, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    mass = tl.zeros([NODES], tl.int64)
+def _node_sumexps(x_ptr, top, live, scale, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    sumexp = tl.zeros([NODES], tl.int64)
     for first in range(0, WIDTH, PIECE):
         where = x_ptr + tl.arange(0, NODES)[:, None] * WIDTH + (first + tl.arange(0, PIECE))[None, :]
         x = tl.load(where, mask=live[:, None], other=NEG_INF, volatile=True)
-        mass += tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * ONE).to(tl.int64), axis=1)
-    return mass
+        sumexp += tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * SUMEXP_ONE).to(tl.int64), axis=1)
+    return sumexp
 
 
 @triton.jit
 def _expand(
-    d, count, nan, row, row_ptr, head, latent, hidden, confidence, leaves, ids_ptr, own, scale, sizes,
+    d, count, nan, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, scale, sizes,
     ADVANCE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Children for all nodes of depth d; returns how many nodes there are then. own: PathScratch of the request."""
@@ -146,16 +143,16 @@ def _expand(
         )  # fmt: skip
     else:
         top, some_nan, finite = _node_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE)
-    if leaves is None:
-        mass = _node_masses(x_ptr, top, live, scale, NODES, WIDTH, TILE.PIECE)
+    if blocks is None:
+        sumexp = _node_sumexps(x_ptr, top, live, scale, NODES, WIDTH, TILE.PIECE)
     else:
         one = tl.zeros([1], tl.int64)
-        whole_top, whole, words, _ = merge_leaves(
-            leaves.max_ptr, leaves.sumexp_ptr, row + one, tl.cdiv(sizes.vocab, LEAF), scale, TILE.LEAVES
+        whole_top, whole, words, _ = merge_blocks(
+            blocks.max_ptr, blocks.sumexp_ptr, row + one, tl.cdiv(sizes.vocab, VOCAB_BLOCK), scale, TILE.BLOCKS
         )  # fmt: skip
         finite += tl.max((words & SAW_FINITE) >> 60, axis=1).to(tl.int32)
         top = whole_top + tl.zeros([NODES], tl.float32)
-        mass = whole + tl.zeros([NODES], tl.int64)
+        sumexp = whole + tl.zeros([NODES], tl.int64)
     seen = nan | tl.where(some_nan > 0, NAN, 0) | tl.where(finite > 0, 0, NONFINITE_ROW)
     tl.store(kept_ptr + SEEN * NODES + i, seen, mask=live)
     reached = survivals(kept_ptr, i, count, NODES)
@@ -168,7 +165,7 @@ def _expand(
         c = first + tl.arange(0, TILE.PIECE)
         x = tl.load(x_ptr + i[:, None] * WIDTH + c[None, :], mask=live[:, None], other=NEG_INF, volatile=True)
         ids = tl.maximum(_best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab), 0)
-        share = log_shares(x, ids[None, :], top, mass, scale)
+        share = log_shares(x, ids[None, :], top, sumexp, scale)
         keys = tl.where((live & (row_nodes >= 0))[:, None], reached[:, None] + share, NEG_INF)
         every = ids[None, :] + tl.zeros([NODES, 1], tl.int32)
         count, row_nodes = merge_children(kept_ptr, count, sizes.num_nodes, d + 1, keys, every, row_nodes, NODES)
@@ -177,7 +174,7 @@ def _expand(
 
 @triton.jit
 def _grow(
-    request, slot, base, state, head, latent, hidden, confidence, out, leaves, ids_ptr, scratch, status_ptr, sizes,
+    request, slot, base, state, head, latent, hidden, confidence, out, blocks, ids_ptr, scratch, status_ptr, sizes,
     ADVANCE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The tree of one request, whose candidates are there."""
@@ -186,7 +183,7 @@ def _grow(
     stride_anchors = state.stride_anchors
     products_ptr, latent_ptr, states_ptr = scratch.products_ptr, scratch.latent_ptr, scratch.states_ptr
     wide = request.to(tl.int64)
-    kept_ptr = scratch.kept_ptr + wide * (FIELDS * NODES)
+    kept_ptr = scratch.kept_ptr + wide * (NODE_FIELDS * NODES)
     if latent is not None:
         products_ptr += wide * num_drafts * latent.outputs
         latent_ptr += wide * (NODES * head.rank)
@@ -197,7 +194,7 @@ def _grow(
     )  # fmt: skip
     anchor = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
     scale = row_scale(state.temperature_ptr, slot)
-    plant(kept_ptr, anchor, NODES)
+    init_tree(kept_ptr, anchor, NODES)
     count = tl.full((), 1, tl.int32)
     i = tl.arange(0, NODES)
     for d in range(num_drafts):
@@ -207,12 +204,12 @@ def _grow(
         if (tl.max(open_nodes.to(tl.int32), axis=0) > 0) & (num_nodes > 1):
             row_ptr = base.ptr + wide * base.stride_request + tl.cast(d, tl.int64) * base.stride_position
             count = _expand(
-                d, count, nan, row, row_ptr, head, latent, hidden, confidence, leaves, ids_ptr, own, scale, sizes, ADVANCE, TILE
+                d, count, nan, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, scale, sizes, ADVANCE, TILE
             )  # fmt: skip
     flags = tl.zeros((), tl.int32)
     if head is not None:
         flags = tl.where((anchor < 0) | (anchor >= head.vocab), BAD_TOKEN_ID, 0)
-    emit_tree(kept_ptr, count, state.budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
+    write_tree(kept_ptr, count, state.budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "num_nodes", "latent_items", "parts"])
@@ -225,7 +222,7 @@ def draft_paths_kernel(
     hidden,  # Hidden or None
     confidence,  # NodeConfidence or None
     out,  # PathTree
-    leaves,  # BlockSums where distributions are those of the whole vocabulary, or None
+    blocks,  # BlockSums where distributions are those of the whole vocabulary, or None
     selection,  # Selection
     scratch,  # PathScratch
     counters,  # PathCounters
@@ -262,13 +259,14 @@ def draft_paths_kernel(
             row_ptr = base.ptr + request.to(tl.int64) * base.stride_request + k.to(tl.int64) * base.stride_position
             wide_row = row.to(tl.int64)
             chunks = tl.cdiv(vocab, SELECTION.BLOCK)
-            own_leaves = None
-            if leaves is not None:
-                own_leaves = BlockSums(
-                    leaves.max_ptr + wide_row * tl.cdiv(vocab, LEAF), leaves.sumexp_ptr + wide_row * tl.cdiv(vocab, LEAF)
+            own_blocks = None
+            if blocks is not None:
+                own_blocks = BlockSums(
+                    blocks.max_ptr + wide_row * tl.cdiv(vocab, VOCAB_BLOCK),
+                    blocks.sumexp_ptr + wide_row * tl.cdiv(vocab, VOCAB_BLOCK)
                 )  # fmt: skip
             nan = _store_keys(
-                row_ptr, selection.keys_ptr + wide_row * padded_units(tl.cdiv(vocab, SELECTION.GROUP)), own_leaves,
+                row_ptr, selection.keys_ptr + wide_row * padded_sub_blocks(tl.cdiv(vocab, SELECTION.GROUP)), own_blocks,
                 part * chunks // parts, (part + 1) * chunks // parts, vocab, row_scale(state.temperature_ptr, slot),
                 SELECTION.BLOCK, SELECTION.GROUP, SELECTION.SHIFT,
             )  # fmt: skip
@@ -296,7 +294,7 @@ def draft_paths_kernel(
                 awaited += tiles * tl.cdiv(latent.outputs, 16)
             if arrive(counters.request_ptr + request, awaited):
                 _grow(
-                    request, slot, base, state, head, latent, hidden, confidence, out, leaves, selection.ids_ptr, scratch,
+                    request, slot, base, state, head, latent, hidden, confidence, out, blocks, selection.ids_ptr, scratch,
                     counters.status_ptr, PathSizes(num_rows, num_drafts, num_nodes, vocab, num_candidates), ADVANCE, TILE,
                 )  # fmt: skip
 
@@ -304,14 +302,14 @@ def draft_paths_kernel(
 _ADVANCE = {None: None, "vanilla": None, "gated": advance_gated_nodes, "rnn": advance_rnn_nodes}
 
 
-def launch_draft_paths(programs, args, *, kind, leaves, shift, config):
+def launch_draft_paths(programs, args, *, kind, blocks, shift, config):
     """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
     draft_paths_kernel[(programs,)](
         *args,
         ADVANCE=_ADVANCE[kind],
         SELECTION=selection_tile(config, shift),
         TILE=PathTile(
-            LEAVES=leaves,
+            BLOCKS=blocks,
             NODES=config.nodes,
             WIDTH=config.width,
             PIECE=min(config.width, config.piece),

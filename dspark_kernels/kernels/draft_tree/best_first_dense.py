@@ -2,14 +2,14 @@
 
     survival(child) = survival(node) c(node) q(child | node),  q = softmax of (base + bias(node's token)) / T
 
-Symbols: R requests, S state slots, K positions, V vocabulary, M nodes, r rank, H hidden size, unit = 256 ids, group = 32 ids, row =
-a node of the depth at hand. Oracle: reference/tree_draft.py. Source: DSpark, arXiv 2607.05147.
+Symbols: R requests, S state slots, K positions, V vocabulary, M nodes, r rank, H hidden size, sub-block = 256 ids, group = 32 ids,
+row = a node of the depth at hand. Reference: reference/tree_draft.py. Source: DSpark, arXiv 2607.05147.
 
-Depth by depth, in two waves. A sweep: items are parts of the vocabulary; each reads its part of W2 once, for all nodes of the depth
-that are among the best so far, and keeps the maximum and the integer mass of every unit and the maximum of every group. Then an
-item per row: the row's normaliser, and its M - 1 largest groups, which hold its M - 1 best children: only their logits are
-computed again. The last row of a request merges what the rows found into the best nodes (nodes.py) and opens the next depth.
-Every wave waits for what the last item of the one before publishes, an earlier ticket: no barrier, no co-residency.
+Depth by depth, in two phases. A sweep: items are parts of the vocabulary; each reads its part of W2 once, for all nodes of the
+depth that are among the best so far, and keeps the maximum and the integer sum of exponentials of every sub-block and the maximum
+of every group. Then an item per row: the row's normaliser, and its M - 1 largest groups, which hold its M - 1 best children: only
+their logits are computed again. The last row of a request merges what the rows found into the best nodes (nodes.py) and opens the
+next depth. Every phase waits for what the last item of the one before publishes, an earlier ticket: no barrier, no co-residency.
 """
 
 import triton
@@ -17,55 +17,59 @@ import triton.language as tl
 
 from ..draft.candidate_heads import hidden_products, weighted
 from ..draft.candidates import PAIRS, _hidden_score, _slot, latent_programs
-from ..primitives.fence import stores_done
-from ..primitives.leaves import SAW_FINITE, SAW_NAN, merge_leaves
-from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, masses, numbers
+from ..primitives.constants import (
+    BAD_TOKEN_ID,
+    DOT_ROWS,
+    NAN,
+    NEG_INF,
+    NODE_FIELDS,
+    NONFINITE_ROW,
+    POS_INF,
+    SUMEXP_ONE,
+    TREE_MAX_GROUP,
+    TREE_SUB_BLOCK,
+)
 from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.slots import state_slots
-from ..primitives.ticket import arrive
-from .args import DepthScratch, RowScratch, WaveTile
+from ..primitives.sumexp import below_max, fixed_sums, numbers
+from ..primitives.sync import arrive, stores_done
+from ..primitives.vocab_blocks import SAW_FINITE, SAW_NAN, merge_blocks
+from .args import DepthScratch, PhaseTile, RowScratch
 from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
 from .nodes import (
-    BAD_TOKEN_ID,
     DEPTH,
-    FIELDS,
-    NAN,
-    NONFINITE_ROW,
     ORIGIN,
     SEEN,
     TOKEN,
-    emit_tree,
     field,
+    init_tree,
     log_confidence,
     log_shares,
     merge_children,
-    plant,
     row_scale,
     survivals,
+    write_tree,
 )
 
-__all__ = ["GROUP", "UNIT", "latent_programs", "launch_draft_paths_dense"]
+__all__ = ["latent_programs", "launch_draft_paths_dense"]
 
-UNIT = tl.constexpr(256)  # ids whose mass is summed relative to their own maximum: part of what a mass is
-GROUP = tl.constexpr(32)  # ids of which the maximum is kept
-ROWS = tl.constexpr(16)  # nodes of a tile
-DONE = tl.constexpr(1 << 20)  # published instead of a number of waves
+GROWN = tl.constexpr(1 << 20)  # published instead of a number of phases
 
 
 @triton.jit
-def _await(published_ptr, wave):
-    """What is published, once it is at least `wave`."""
+def _await(published_ptr, phase):
+    """What is published, once it is at least `phase`."""
     now = tl.atomic_add(published_ptr, 0, sem="acquire", scope="gpu")
-    while now < wave:
+    while now < phase:
         now = tl.atomic_add(published_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
     return now
 
 
 @triton.jit
-def _publish(published_ptr, wave):
+def _publish(published_ptr, phase):
     stores_done()
-    tl.atomic_xchg(published_ptr, wave, sem="release", scope="gpu")
+    tl.atomic_xchg(published_ptr, phase, sem="release", scope="gpu")
 
 
 @triton.jit
@@ -82,8 +86,8 @@ def _open(
     size = tl.sum(live.to(tl.int32), axis=0)
     if (d == num_drafts) | (size == 0) | (num_nodes == 1):
         flags = tl.where((anchor < 0) | (anchor >= head.vocab), BAD_TOKEN_ID, 0)
-        emit_tree(kept_ptr, count, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
-        _publish(published_ptr, DONE)
+        write_tree(kept_ptr, count, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES)
+        _publish(published_ptr, GROWN)
     else:
         tl.store(own.sizes_ptr + d, size)
         tl.store(own.sizes_ptr + num_drafts, count)
@@ -124,17 +128,17 @@ def _latents_of(rows, there, head, latent, own):
 
 @triton.jit
 def _sweep(
-    size, part, parts, row_ptr, head, latent, own, unit_max_ptr, unit_sumexp_ptr, groups_ptr, stride_groups, scale, vocab,
+    size, part, parts, row_ptr, head, latent, own, sub_block_max_ptr, sub_block_sumexp_ptr, groups_ptr, stride_groups, scale, vocab,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Units and groups of one part of the vocabulary, for all rows of the depth."""
-    units = tl.cdiv(vocab, UNIT)
-    for unit in range(part * units // parts, (part + 1) * units // parts):
-        ids = unit * UNIT + tl.arange(0, UNIT)
+    sub_blocks = tl.cdiv(vocab, TREE_SUB_BLOCK)
+    for sub_block in range(part * sub_blocks // parts, (part + 1) * sub_blocks // parts):
+        ids = sub_block * TREE_SUB_BLOCK + tl.arange(0, TREE_SUB_BLOCK)
         used = ids < vocab
         base = tl.load(row_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)
-        for first in range(0, size, ROWS):
-            rows = (first + tl.arange(0, ROWS)).to(tl.int64)
+        for first in range(0, size, DOT_ROWS):
+            rows = (first + tl.arange(0, DOT_ROWS)).to(tl.int64)
             there = rows < size
             row_ptrs, known = _latents_of(rows, there, head, latent, own)
             x = base[None, :] + node_bias(ids, used, row_ptrs, known, head, BLOCK_R)
@@ -142,15 +146,15 @@ def _sweep(
             nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
             x = tl.where(inside, numbers(x), NEG_INF)
             top = tl.max(x, axis=1)
-            sumexp = masses(tl.exp2(below_max(x, top[:, None]) * scale), ROWS, UNIT, ONE)
+            sumexp = fixed_sums(tl.exp2(below_max(x, top[:, None]) * scale), DOT_ROWS, TREE_SUB_BLOCK, SUMEXP_ONE)
             sumexp |= tl.where(nan > 0, SAW_NAN, 0)
             sumexp |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
-            tl.store(unit_max_ptr + rows * units + unit, top, mask=there)
-            tl.store(unit_sumexp_ptr + rows * units + unit, sumexp, mask=there)
-            best = tl.max(tl.reshape(x, [ROWS, UNIT // GROUP, GROUP]), axis=2)
-            group = unit * (UNIT // GROUP) + tl.arange(0, UNIT // GROUP)
+            tl.store(sub_block_max_ptr + rows * sub_blocks + sub_block, top, mask=there)
+            tl.store(sub_block_sumexp_ptr + rows * sub_blocks + sub_block, sumexp, mask=there)
+            best = tl.max(tl.reshape(x, [DOT_ROWS, TREE_SUB_BLOCK // TREE_MAX_GROUP, TREE_MAX_GROUP]), axis=2)
+            group = sub_block * (TREE_SUB_BLOCK // TREE_MAX_GROUP) + tl.arange(0, TREE_SUB_BLOCK // TREE_MAX_GROUP)
             where = groups_ptr + rows[:, None] * stride_groups + group[None, :]
-            tl.store(where, best, mask=there[:, None] & (group < tl.cdiv(vocab, GROUP))[None, :])
+            tl.store(where, best, mask=there[:, None] & (group < tl.cdiv(vocab, TREE_MAX_GROUP))[None, :])
 
 
 @triton.jit
@@ -160,9 +164,11 @@ def _best_of_row(row, node, row_ptr, head, latent, own, of_row, scale, vocab, ch
     own: DepthScratch of the request; of_row: RowScratch of the row.
     """
     CHILDREN: tl.constexpr = TILE.CHILDREN
-    units, num_groups = tl.cdiv(vocab, UNIT), tl.cdiv(vocab, GROUP)
+    sub_blocks, num_groups = tl.cdiv(vocab, TREE_SUB_BLOCK), tl.cdiv(vocab, TREE_MAX_GROUP)
     one = tl.zeros([1], tl.int64)
-    top, mass, words, _ = merge_leaves(of_row.unit_max_ptr, of_row.unit_sumexp_ptr, one, units, scale, TILE.UNITS)
+    top, sumexp, words, _ = merge_blocks(
+        of_row.sub_block_max_ptr, of_row.sub_block_sumexp_ptr, one, sub_blocks, scale, TILE.SUB_BLOCKS
+    )
     seen = tl.where(tl.max(tl.max(words & SAW_NAN, axis=1), axis=0) > 0, NAN, 0)
     seen |= tl.where(tl.max(tl.max(words & SAW_FINITE, axis=1), axis=0) > 0, 0, NONFINITE_ROW)
     tl.store(own.kept_ptr + SEEN * TILE.NODES + node, seen)
@@ -177,10 +183,13 @@ def _best_of_row(row, node, row_ptr, head, latent, own, of_row, scale, vocab, ch
     # The maxima have been read: their place takes the logits of the chosen groups.
     row_ptr_of_latent, known = _latents_of(row, row >= 0, head, latent, own)
     known_ranks = tl.where(known, head.rank, 0)
-    for first in range(0, wanted * GROUP, TILE.PIECE):
+    for first in range(0, wanted * TREE_MAX_GROUP, TILE.PIECE):
         at = first + tl.arange(0, TILE.PIECE)
-        there = at < wanted * GROUP
-        ids = tl.load(of_row.chosen_ptr + at // GROUP, mask=there, other=0, volatile=True) * GROUP + at % GROUP
+        there = at < wanted * TREE_MAX_GROUP
+        ids = (
+            tl.load(of_row.chosen_ptr + at // TREE_MAX_GROUP, mask=there, other=0, volatile=True) * TREE_MAX_GROUP
+            + at % TREE_MAX_GROUP
+        )
         there = there & (ids < vocab)
         x = tl.load(row_ptr + ids, mask=there, other=NEG_INF).to(tl.float32)
         x += weighted(tl.where(there, ids, -1), row_ptr_of_latent, known_ranks, head, TILE.BLOCK_R)
@@ -188,10 +197,10 @@ def _best_of_row(row, node, row_ptr, head, latent, own, of_row, scale, vocab, ch
     tl.debug_barrier()
     c = tl.arange(0, CHILDREN)
     chosen = tl.load(of_row.chosen_ptr + c, mask=c < wanted, other=0, volatile=True)
-    inner = tl.arange(0, GROUP)
-    ids = chosen[:, None] * GROUP + inner[None, :]
+    inner = tl.arange(0, TREE_MAX_GROUP)
+    ids = chosen[:, None] * TREE_MAX_GROUP + inner[None, :]
     there = (c < wanted)[:, None] & (ids < vocab)
-    x = tl.load(of_row.groups_ptr + c[:, None] * GROUP + inner[None, :], mask=there, other=NEG_INF, volatile=True)
+    x = tl.load(of_row.groups_ptr + c[:, None] * TREE_MAX_GROUP + inner[None, :], mask=there, other=NEG_INF, volatile=True)
     keys = tl.where(x > NEG_INF, ordered_key(x, 0), ABSENT)
     wanted = tl.minimum(children, tl.sum((keys != ABSENT).to(tl.int32)))
     tl.store(of_row.keys_ptr + c, tl.full([CHILDREN], NEG_INF, tl.float32), mask=(c >= wanted) & (c < children))
@@ -199,7 +208,7 @@ def _best_of_row(row, node, row_ptr, head, latent, own, of_row, scale, vocab, ch
     every = tl.zeros([CHILDREN], tl.int64)
     # A +inf among them has the lowest id that any has, as it must.
     first_id = tl.min(tl.min(tl.where(x == POS_INF, ids, 2147483647), axis=1), axis=0)
-    share = log_shares(x, ids, top + every.to(tl.float32), mass + every, scale)
+    share = log_shares(x, ids, top + every.to(tl.float32), sumexp + every, scale)
     share = tl.where((x == POS_INF) & (ids != first_id), NEG_INF, share)
     reached = tl.load(own.entries_ptr + row, volatile=True)
     tl.store(of_row.keys_ptr + place_in_list, reached + share, mask=taken)
@@ -228,7 +237,7 @@ def draft_paths_dense_kernel(
     stride_anchors = state.stride_anchors
     children = tl.maximum(num_nodes - 1, 1)
     ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
-    items = num_drafts * parts + 1 + (num_drafts - 1) * children  # of all waves of a request
+    items = num_drafts * parts + 1 + (num_drafts - 1) * children  # of all phases of a request
     if ticket == latent_items + num_requests * (1 + items) - 1:
         tl.store(ticket_ptr, 0)
     if ticket < latent_items:
@@ -246,9 +255,9 @@ def draft_paths_dense_kernel(
             for request in range(first, end):
                 tl.atomic_add(counters.products_ptr + request, 1, sem="release", scope="gpu")
     else:
-        # Which wave, -1 for the start; waves of depth d: 2 d sweeps, 2 d + 1 finds the best of rows.
+        # Which phase, -1 for the start; phases of depth d: 2 d sweeps, 2 d + 1 finds the best of rows.
         number = ticket - latent_items
-        wave = tl.full((), -1, tl.int32)
+        phase = tl.full((), -1, tl.int32)
         request = number
         item = number * 0
         if number >= num_requests:
@@ -262,9 +271,9 @@ def draft_paths_dense_kernel(
                 d = 1 + (number - first_depth) // later
                 inside = (number - first_depth) % later
                 rows = children
-            wave = tl.where(inside < num_requests * parts, 2 * d, 2 * d + 1)
+            phase = tl.where(inside < num_requests * parts, 2 * d, 2 * d + 1)
             inside = tl.where(inside < num_requests * parts, inside, inside - num_requests * parts)
-            per_request = tl.where(wave % 2 == 0, parts, rows)
+            per_request = tl.where(phase % 2 == 0, parts, rows)
             request = inside // per_request
             item = inside % per_request
         slot = _slot(state.slots_ptr, request, num_requests, num_slots)
@@ -275,7 +284,7 @@ def draft_paths_dense_kernel(
             latent_ptr += wide * (NODES * head.rank)
             states_ptr += wide * (2 * NODES * head.rank)
         own = DepthScratch(
-            depths.kept_ptr + wide * (FIELDS * NODES), depths.frontier_ptr + wide * NODES,
+            depths.kept_ptr + wide * (NODE_FIELDS * NODES), depths.frontier_ptr + wide * NODES,
             depths.sizes_ptr + wide * (num_drafts + 1), depths.entries_ptr + wide * NODES, depths.tokens_ptr + wide * NODES,
             depths.score_ptr + wide * num_drafts, products_ptr, latent_ptr, states_ptr,
         )  # fmt: skip
@@ -284,9 +293,9 @@ def draft_paths_dense_kernel(
         anchor = tl.zeros((), tl.int64)
         if slot >= 0:
             anchor = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
-        if wave < 0:
+        if phase < 0:
             if slot >= 0:
-                plant(own.kept_ptr, anchor, NODES)
+                init_tree(own.kept_ptr, anchor, NODES)
                 if confidence is not None:
                     for k in range(num_drafts):
                         row_ptr = hidden.ptr + wide * hidden.stride_request + tl.cast(k, tl.int64) * hidden.stride_position
@@ -300,27 +309,28 @@ def draft_paths_dense_kernel(
                 _await(counters.products_ptr + request, tiles * tl.cdiv(latent.outputs, 16))
                 tl.store(counters.products_ptr + request, 0)
         elif slot >= 0:
-            now = _await(counters.published_ptr + request, wave + 1)
-            if now < DONE:
-                d = wave // 2
+            now = _await(counters.published_ptr + request, phase + 1)
+            if now < GROWN:
+                d = phase // 2
                 size = tl.load(own.sizes_ptr + d, volatile=True)
                 scale = row_scale(state.temperature_ptr, slot)
                 row_ptr = base.ptr + wide * base.stride_request + d.to(tl.int64) * base.stride_position
-                units = tl.cdiv(vocab, UNIT)
+                sub_blocks = tl.cdiv(vocab, TREE_SUB_BLOCK)
                 first_row = wide * children
-                if wave % 2 == 0:
+                if phase % 2 == 0:
                     _sweep(
-                        size, item, parts, row_ptr, head, latent, own, rows_of.unit_max_ptr + first_row * units,
-                        rows_of.unit_sumexp_ptr + first_row * units, rows_of.groups_ptr + first_row * stride_groups, stride_groups,
+                        size, item, parts, row_ptr, head, latent, own, rows_of.sub_block_max_ptr + first_row * sub_blocks,
+                        rows_of.sub_block_sumexp_ptr + first_row * sub_blocks, rows_of.groups_ptr + first_row * stride_groups,
+                        stride_groups,
                         scale, vocab, TILE.BLOCK_R,
                     )  # fmt: skip
                     if arrive(counters.chunks_ptr + request, parts):
-                        _publish(counters.published_ptr + request, wave + 2)
+                        _publish(counters.published_ptr + request, phase + 2)
                 elif item < size:
                     row = first_row + item
                     node = tl.load(own.frontier_ptr + item, volatile=True)
                     of_row = RowScratch(
-                        rows_of.unit_max_ptr + row * units, rows_of.unit_sumexp_ptr + row * units,
+                        rows_of.sub_block_max_ptr + row * sub_blocks, rows_of.sub_block_sumexp_ptr + row * sub_blocks,
                         rows_of.groups_ptr + row * stride_groups, rows_of.chosen_ptr + row * children,
                         rows_of.keys_ptr + row * children, rows_of.ids_ptr + row * children,
                     )  # fmt: skip
@@ -341,7 +351,7 @@ def draft_paths_dense_kernel(
                 opens, count, request, slot, anchor, state.budgets_ptr, head, latent, hidden, confidence, own, out,
                 counters.published_ptr + request, num_nodes, num_drafts, ADVANCE, TILE,
             )  # fmt: skip
-        if (wave >= 0) & (slot >= 0):
+        if (phase >= 0) & (slot >= 0):
             if arrive(counters.items_ptr + request, items):
                 tl.store(counters.published_ptr + request, 0)
 
@@ -350,12 +360,12 @@ _ADVANCE = {"vanilla": None, "gated": advance_gated_nodes, "rnn": advance_rnn_no
 
 
 def launch_draft_paths_dense(items, args, *, kind, config):
-    """Launch one program per item: products of gated and rnn heads, a start per request, then the waves."""
+    """Launch one program per item: products of gated and rnn heads, a start per request, then the phases."""
     draft_paths_dense_kernel[(items,)](
         *args,
         ADVANCE=_ADVANCE[kind],
-        TILE=WaveTile(
-            UNITS=config.units,
+        TILE=PhaseTile(
+            SUB_BLOCKS=config.sub_blocks,
             GROUPS=config.groups,
             NODES=config.nodes,
             CHILDREN=config.children,

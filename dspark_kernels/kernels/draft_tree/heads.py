@@ -5,7 +5,7 @@
 
 Every node has a state of its own, made from its parent's. The products with h are those of the depth (`hidden_products`). Latents
 stay in fp32: nothing of a tree is stored from which they could be rebuilt. Symbols: ROWS nodes, x = a node's token, r = rank, s =
-state, zero at the anchor. Oracle: reference/heads.py. Source: DSpark, arXiv 2607.05147.
+state, zero at the anchor. Reference: reference/heads.py. Source: DSpark, arXiv 2607.05147.
 """
 
 import triton

@@ -5,19 +5,15 @@
 No child is better than its parent, and the order of two nodes depends on nothing but them and their ancestors. So the best n
 nodes of the first d depths hold every node of the first d depths that is among the best n of all, and a node that is not among
 them needs no children. Nodes are kept in that order, which is that of a best-first search; node 0 is the anchor. Symbols: NODES
-nodes, padded; row = a node that gets children; log2 throughout. Oracle: reference/tree_draft.py.
+nodes, padded; row = a node that gets children; log2 throughout. Reference: reference/tree_draft.py.
 """
 
 import triton
 import triton.language as tl
 
-from ..primitives.mass import NEG_INF, ONE, POS_INF, below_max, log2_scale
+from ..primitives.constants import LOG2E, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE
 from ..primitives.select import ABSENT, ordered_key, select
-
-# Bits of `flags`; the public names are dspark_kernels.types.Flag (a test keeps both equal).
-NONFINITE_ROW = tl.constexpr(1)
-NAN = tl.constexpr(2)
-BAD_TOKEN_ID = tl.constexpr(4)
+from ..primitives.sumexp import below_max, log2_scale
 
 # What is kept of a node: rows of int32 [FIELDS, NODES] per request.
 TOKEN = tl.constexpr(0)
@@ -27,9 +23,7 @@ SURVIVAL = tl.constexpr(3)  # log2, fp32 bits
 SEEN = tl.constexpr(4)  # flags that the distribution of its children showed
 ORIGIN = tl.constexpr(5)  # the row that its parent was expanded in
 NEW = tl.constexpr(6)  # children about to be merged: key, row, token
-FIELDS = tl.constexpr(9)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 STRIP = tl.constexpr(16)  # nodes that are compared with all others at a time
 SCORE_RANKS = tl.constexpr(64)  # ranks of the confidence head at a time
 
@@ -47,7 +41,7 @@ def survivals(kept_ptr, i, count, NODES: tl.constexpr):
 
 
 @triton.jit
-def plant(kept_ptr, anchor, NODES: tl.constexpr):
+def init_tree(kept_ptr, anchor, NODES: tl.constexpr):
     """The tree of the anchor alone. anchor: int64; a token that no table has becomes -1."""
     i = tl.arange(0, NODES)
     first = i == 0
@@ -81,15 +75,15 @@ def log_confidence(token, live, score, depth, confidence, hidden_size, NODES: tl
         logit += tl.load(confidence.bias_ptr).to(tl.float32)
     if confidence.sts_ptr is not None:
         logit = logit / tl.load(confidence.sts_ptr + depth)
-    decay = tl.exp2(tl.abs(logit) * -LOG2_E)
-    found = tl.minimum(logit, 0.0) * LOG2_E - tl.log2(1.0 + decay)
+    decay = tl.exp2(tl.abs(logit) * -LOG2E)
+    found = tl.minimum(logit, 0.0) * LOG2E - tl.log2(1.0 + decay)
     return tl.where(logit == logit, found, NEG_INF)
 
 
 @triton.jit
-def log_shares(x, ids, top, mass, scale):
-    """log2 softmax fp32 [ROWS, N], never above 0, from rows' maxima and masses [ROWS]; all on the first of several +inf."""
-    total = tl.log2(tl.maximum(mass, 1).to(tl.float32) * (1.0 / ONE))
+def log_shares(x, ids, top, sumexp, scale):
+    """log2 softmax fp32 [ROWS, N], never above 0, from rows' maxima and sums [ROWS]; all on the first of several +inf."""
+    total = tl.log2(tl.maximum(sumexp, 1).to(tl.float32) * (1.0 / SUMEXP_ONE))
     share = tl.minimum(below_max(x, top[:, None]) * scale - total[:, None], 0.0)
     first = tl.min(tl.where(x == POS_INF, ids, 2147483647), axis=1)
     share = tl.where((top == POS_INF)[:, None], tl.where(ids == first[:, None], 0.0, NEG_INF), share)
@@ -188,7 +182,7 @@ def _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES: tl.
 
 
 @triton.jit
-def emit_tree(kept_ptr, found, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES: tl.constexpr):
+def write_tree(kept_ptr, found, budgets_ptr, slot, anchor, request, flags, out, num_nodes, num_drafts, NODES: tl.constexpr):
     """Every element of a slot's tree: the first nodes found, as many as its budget lets it have, and the survival of all of them.
 
     out: PathTree. flags: what is known beside the distributions of the nodes that a search for so many expands.

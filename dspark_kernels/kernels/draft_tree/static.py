@@ -2,28 +2,29 @@
 
     top_k                the best logits of a row
     without_replacement  the best keys logit / T - ln E of one race per row
-    iid                  draws in two races: leaf by its mass, then id inside it (kernels/draft_tree/append.py)
+    iid                  draws in two races: block by its sum of exponentials, then id inside it (kernels/draft_tree/append.py)
 
-Symbols: R requests, S state slots, M nodes, V vocabulary, leaf = 1024 ids, F nodes of a depth at most, B children of each.
-Oracle: reference/tree_draft.py. Sources: EAGLE arXiv 2401.15077, SpecInfer arXiv 2305.09781, Sequoia arXiv 2402.12374.
+Symbols: R requests, S state slots, M nodes, V vocabulary, block = 1024 ids, F nodes of a depth at most, B children of each.
+Reference: reference/tree_draft.py. Sources: EAGLE arXiv 2401.15077, SpecInfer arXiv 2305.09781, Sequoia arXiv 2402.12374.
 
-Every depth is up to three waves (primitives/waves.py): latents of a gated or rnn head for its nodes; rows, an item = 16 (request,
-node) pairs of the batch x a leaf of ids, so that W2 is read once for 16 nodes, whoever they belong to; children, an item =
-a request. An item of rows leaves the B best words of its leaf for each row, sorted, and what is needed of a distribution.
+Every depth is up to three phases (primitives/phases.py): latents of a gated or rnn head for its nodes; rows, an item = 16 (request,
+node) pairs of the batch x a block of ids, so that W2 is read once for 16 nodes, whoever they belong to; children, an item =
+a request. An item of rows blocks the B best words of its block for each row, sorted, and what is needed of a distribution.
 """
 
 import triton
 import triton.language as tl
 
-from ..draft.heads import DOT_ROWS, WIDENINGS, HeadKind, gated_rows, hoist_rows, low_rank_bias, rnn_rows, w2_tile
+from ..draft.heads import WIDENINGS, HeadKind, gated_rows, low_rank_bias, project_hidden_rows, rnn_rows, w2_tile
 from ..primitives.adjust import adjusted, no_path
-from ..primitives.leaves import leaf_masses
-from ..primitives.mass import LEAF, NEG_INF, POS_INF, log2_scale, numbers
+from ..primitives.constants import DOT_ROWS, NAN, NEG_INF, POS_INF, VOCAB_BLOCK
 from ..primitives.philox import DRAFT, lane_words, log2_exponential, words_at
 from ..primitives.race import pack
 from ..primitives.slots import state_slots
-from ..primitives.waves import finish_item, take_item, wait_for
-from .append import IID, NAN, SAW_FINITE, TOP_K, WITHOUT_REPLACEMENT, append, frontier
+from ..primitives.sumexp import log2_scale, numbers
+from ..primitives.sync import finish_item, take_item, wait_for
+from ..primitives.vocab_blocks import block_sums
+from .append import HAS_FINITE, IID, TOP_K, WITHOUT_REPLACEMENT, append, frontier
 from .args import DepthStep, TreeSizes, TreeTile
 
 DEPTHS_PER_WORD = tl.constexpr(5)  # numbers below 64 in an int32
@@ -72,7 +73,7 @@ def _tokens_of(slots, node, live, state, tree, num_nodes):
 
 
 @triton.jit
-def _latents_item(item, step, state, head, mixer, tree, scratch, sizes, depths, KIND: tl.constexpr, TILE: tl.constexpr):
+def _latents_item(item, step, state, head, projection, tree, scratch, sizes, depths, KIND: tl.constexpr, TILE: tl.constexpr):
     """BLOCK_J latents of 16 rows; a node's state goes on from its parent's."""
     rank, width, num_nodes = head.rank, step.width, sizes.num_nodes
     BLOCK_J: tl.constexpr = TILE.BLOCK_J
@@ -92,17 +93,17 @@ def _latents_item(item, step, state, head, mixer, tree, scratch, sizes, depths, 
         state_row = tl.where(parent >= 0, own + parent, -1)
         row = requests.to(tl.int64) * depths + step.depth
         latent = KIND.latent(
-            mixer, head, j, live, previous, known, row, state_row, own + node, TILE.BLOCK_S, KIND.mix_type
+            projection, head, j, live, previous, known, row, state_row, own + node, TILE.BLOCK_S, KIND.mix_type
         )  # fmt: skip
-        at = mixer.latent_ptr + columns.to(tl.int64)[None, :] * rank + j[:, None]
-        tl.store(at, latent.to(mixer.latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
+        at = projection.latent_ptr + columns.to(tl.int64)[None, :] * rank + j[:, None]
+        tl.store(at, latent.to(projection.latent_ptr.dtype.element_ty), mask=(j < rank)[:, None] & live[None, :])
 
 
 @triton.jit
-def _weigh_leaf(group, chunk, step, state, tree, distributions, scratch, sizes, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
+def _weigh_block(group, chunk, step, state, tree, distributions, scratch, sizes, PAIRS: tl.constexpr, WIDTH: tl.constexpr):
     """Maximum and sum of exponentials of a block of the 16 distributions whose logits this program has just stored."""
     width = step.width
-    ids = chunk * LEAF + tl.arange(0, LEAF)
+    ids = chunk * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)
     for first in range(0, DOT_ROWS, PAIRS):
         columns = group * DOT_ROWS + first + tl.arange(0, PAIRS)
         requests = columns // width
@@ -114,7 +115,7 @@ def _weigh_leaf(group, chunk, step, state, tree, distributions, scratch, sizes, 
         inside = live[:, None] & (ids < sizes.vocab)[None, :]
         x = tl.load(row_ptrs[:, None] + ids[None, :], mask=inside, other=NEG_INF, volatile=True).to(tl.float32)
         scale = log2_scale(tl.load(state.temperature_ptr + slots, mask=live, other=0.0))
-        block_max, sumexp = leaf_masses(x, scale[:, None], PAIRS)
+        block_max, sumexp = block_sums(x, scale[:, None], PAIRS)
         row = columns.to(tl.int64) * sizes.chunks + chunk
         tl.store(scratch.block_max_ptr + row, block_max, mask=live)
         tl.store(scratch.block_sumexp_ptr + row, sumexp, mask=live)
@@ -122,10 +123,10 @@ def _weigh_leaf(group, chunk, step, state, tree, distributions, scratch, sizes, 
 
 @triton.jit
 def _rows_item(
-    group, chunk, step, tile, base, state, head, mixer, settings, tree, distributions, scratch, row_status_ptr, sizes,
+    group, chunk, step, tile, base, state, head, projection, settings, tree, distributions, scratch, row_status_ptr, sizes,
     METHOD: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One leaf of ids of 16 rows. tile: of W2, for the first ids."""
+    """One block of ids of 16 rows. tile: of W2, for the first ids."""
     width, wanted, num_nodes, vocab = step.width, step.wanted, sizes.num_nodes, sizes.vocab
     KEEP: tl.constexpr = TILE.KEEP
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
@@ -144,13 +145,13 @@ def _rows_item(
             offsets += f.to(tl.int64) * base.stride_position
         known = live
         if head is not None:
-            if mixer is None:
+            if projection is None:
                 token = _tokens_of(slots, node, live, state, tree, num_nodes)
                 known = live & (token >= 0) & (token < head.vocab)
                 latent_ptr = head.w1_ptr
                 latents = token * head.stride_w1
             else:
-                latent_ptr = mixer.latent_ptr
+                latent_ptr = projection.latent_ptr
                 latents = columns.to(tl.int64) * head.rank
         scale = tl.full([DOT_ROWS], 1.4426950408889634, tl.float32)
         sampled = live & (slots < 0)
@@ -166,8 +167,8 @@ def _rows_item(
         entry = tl.arange(0, KEEP)[None, :] + tl.zeros([DOT_ROWS, 1], tl.int64)
         running = tl.where(entry < wanted, entry, NO_ENTRY)
         seen = tl.zeros([DOT_ROWS], tl.int32)
-        first_id = chunk * LEAF
-        last_id = tl.minimum(first_id + LEAF, vocab)
+        first_id = chunk * VOCAB_BLOCK
+        last_id = tl.minimum(first_id + VOCAB_BLOCK, vocab)
         for first in range(first_id, last_id, BLOCK_V):
             ids = first + tl.arange(0, BLOCK_V)
             inside = live[:, None] & (ids < last_id)[None, :]
@@ -192,7 +193,7 @@ def _rows_item(
                 row_offsets = slots * distributions.stride_slot + node * distributions.stride_node
                 tl.store(distributions.ptr + row_offsets[:, None] + ids[None, :], stored, mask=inside)
                 x = stored.to(tl.float32)
-            seen |= tl.max(tl.where(nan, NAN, 0), axis=1) | tl.max(tl.where(finite, SAW_FINITE, 0), axis=1)
+            seen |= tl.max(tl.where(nan, NAN, 0), axis=1) | tl.max(tl.where(finite, HAS_FINITE, 0), axis=1)
             key = x
             if METHOD == WITHOUT_REPLACEMENT:
                 slot_of_node = node.to(tl.int32)[:, None]
@@ -213,7 +214,7 @@ def _rows_item(
         if METHOD == IID:
             if tl.max(tl.where(sampled, 1, 0), axis=0) > 0:
                 tl.debug_barrier()
-                _weigh_leaf(group, chunk, step, state, tree, distributions, scratch, sizes, TILE.PAIRS, TILE.WIDTH)
+                _weigh_block(group, chunk, step, state, tree, distributions, scratch, sizes, TILE.PAIRS, TILE.WIDTH)
 
 
 @triton.jit(do_not_specialize=["branching", "level", "num_requests", "num_slots", "num_nodes", "depths", "items"])
@@ -222,7 +223,7 @@ def draft_tree_kernel(
     base,  # BaseLogits [R, K, V], or [R, F, V] of the nodes of `level`
     state,  # TreeState
     head,  # Head or None
-    mixer,  # Mixer of a gated or rnn head, with latents [R F, r] and states [R M, r], or None
+    projection,  # Projection of a gated or rnn head, with latents [R F, r] and states [R M, r], or None
     hidden,  # Hidden or None
     settings,  # NodeSettings
     tree,  # StaticTree
@@ -237,8 +238,8 @@ def draft_tree_kernel(
     TILE: tl.constexpr,  # TreeTile
 ):  # fmt: skip
     item = take_item(counters.ticket_ptr)
-    chunks = tl.cdiv(vocab, LEAF)
-    # The depth whose waves the item is in: its first item, nodes per request, and all nodes up to it, at most.
+    chunks = tl.cdiv(vocab, VOCAB_BLOCK)
+    # The depth whose phases the item is in: its first item, nodes per request, and all nodes up to it, at most.
     depth = tl.zeros((), tl.int32)
     before = depth
     tiles = depth
@@ -260,10 +261,12 @@ def draft_tree_kernel(
     sizes = TreeSizes(num_requests, num_slots, num_nodes, vocab, chunks)
     if KIND.latent is not None:
         if hoisting:
-            hoist_rows(item, before, mixer, head, hidden, num_requests * depths, depths, KIND, TILE.BLOCK_N, TILE.BLOCK_S)
+            project_hidden_rows(
+                item, before, projection, head, hidden, num_requests * depths, depths, KIND, TILE.BLOCK_N, TILE.BLOCK_S
+            )
         elif item < before + groups * tiles:
             wait_for(counters.finished_ptr, before)
-            _latents_item(item - before, step, state, head, mixer, tree, scratch, sizes, depths, KIND, TILE)
+            _latents_item(item - before, step, state, head, projection, tree, scratch, sizes, depths, KIND, TILE)
     before += groups * tiles
     item -= before
     if item < 0:
@@ -272,11 +275,11 @@ def draft_tree_kernel(
         chunk = item // groups
         tile = chunk
         if head is not None:
-            # W2 depends on no node: it is on its way while earlier waves end.
-            tile = w2_tile(head, chunk * LEAF + tl.arange(0, TILE.BLOCK_V), vocab, TILE.BLOCK_R)
+            # W2 depends on no node: it is on its way while earlier phases end.
+            tile = w2_tile(head, chunk * VOCAB_BLOCK + tl.arange(0, TILE.BLOCK_V), vocab, TILE.BLOCK_R)
         wait_for(counters.finished_ptr, before)
         _rows_item(
-            item % groups, chunk, step, tile, base, state, head, mixer, settings, tree, distributions, scratch,
+            item % groups, chunk, step, tile, base, state, head, projection, settings, tree, distributions, scratch,
             counters.row_status_ptr, sizes, METHOD, KIND, TILE,
         )  # fmt: skip
     else:
@@ -299,9 +302,9 @@ def words_of_branching(branching):
     return tuple(sum(wanted << 6 * i for i, wanted in enumerate(part)) for part in parts)
 
 
-def launch_draft_tree(items, args, *, method, mixer, widen, leaves, keep, width, block_r, dot_type, mix_type, config):
-    """Launch one program per item of all waves. mixer: None, "gated" or "rnn"."""
-    latent, parts = _LATENTS[mixer]
+def launch_draft_tree(items, args, *, method, projection, widen, blocks, keep, width, block_r, dot_type, mix_type, config):
+    """Launch one program per item of all phases. projection: None, "gated" or "rnn"."""
+    latent, parts = _LATENTS[projection]
     draft_tree_kernel[(items,)](
         *args,
         items,
@@ -314,7 +317,7 @@ def launch_draft_tree(items, args, *, method, mixer, widen, leaves, keep, width,
             mix_type=getattr(tl, mix_type),
         ),
         TILE=TreeTile(
-            LEAVES=leaves,
+            BLOCKS=blocks,
             KEEP=keep,
             PAIRS=config.pairs,
             ROWS=config.rows,

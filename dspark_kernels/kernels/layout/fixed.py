@@ -1,14 +1,15 @@
 """Packed rows of a forward pass for lengths chosen elsewhere, for trees, and for the drafter's own block, one launch each.
 
-The rows themselves: layout/rows.py. Symbols: R requests, K drafts, M tree nodes, N rows allocated, S state slots. Oracle:
+The rows themselves: layout/rows.py. Symbols: R requests, K drafts, M tree nodes, N rows allocated, S state slots. Reference:
 reference/layout.py.
 """
 
 import triton
 import triton.language as tl
 
+from ..primitives.constants import MISSING_DRAFT
 from .args import AnchorRows, BlockTables, Depths, Drafts
-from .rows import MISSING_DRAFT, made_drafts, read_requests, write_rows
+from .rows import made_drafts, read_requests, write_rows
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "max_pages"])

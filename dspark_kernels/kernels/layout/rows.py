@@ -8,11 +8,9 @@ requests, K drafts, N rows allocated, S state slots.
 import triton
 import triton.language as tl
 
+from ..primitives.constants import BAD_TOKEN_ID
 from ..primitives.packing import owner_of
 from ..primitives.slots import state_slots
-
-BAD_TOKEN_ID = tl.constexpr(4)
-MISSING_DRAFT = tl.constexpr(8)
 
 
 @triton.jit

@@ -6,17 +6,17 @@ All programs schedule the whole batch, which is small, and each writes its own t
 stores meanwhile is the same from every program, each kind in a place of its own, so none waits for another. The drafts are
 [K, R] values: -1 what may not be admitted, else the survival in units of 2^-24, FORCED for the first min_len of a request; their
 order is by value, descending, then by index k R + r. A length comes from the rank of a draft in that order, a number of drafts from
-tests between neighbours; all in integers. Symbols: R requests, K drafts, N rows allocated, S state slots. Oracle:
+tests between neighbours; all in integers. Symbols: R requests, K drafts, N rows allocated, S state slots. Reference:
 reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
 """
 
 import triton
 import triton.language as tl
 
+from ..primitives.constants import MISSING_DRAFT, NAN
 from .args import AnchorRows, BlockTables, Depths, Drafts, ScheduleTile
-from .rows import MISSING_DRAFT, fixed_rows, made_drafts, read_requests, write_rows
+from .rows import fixed_rows, made_drafts, read_requests, write_rows
 
-NAN = tl.constexpr(2)
 SURVIVAL_ONE = tl.constexpr(1 << 24)
 FORCED = tl.constexpr(1 << 25)
 ABOVE = tl.constexpr(1 << 26)  # every value

@@ -2,16 +2,15 @@
 
 x = x / repetition (x > 0) or x * repetition, where the token is listed or on the path; x -= frequency * n and, if n > 0,
 x -= presence, n = listed count + occurrences on the path; x += bias; -inf where the mask has a 0. Symbols: S state slots, T listed
-tokens of a slot, path = the drafts before a row. Oracle: reference/sampling.py.
+tokens of a slot, path = the drafts before a row. Reference: reference/sampling.py.
 """
 
 import triton
 import triton.language as tl
 
-from .mass import NEG_INF
+from .constants import NEG_INF, NO_ID
 
-LISTED = tl.constexpr(64)  # listed tokens compared at once: with 128 the draft block spills registers on sm_120
-NOBODY = tl.constexpr(2147483647)
+PENALISED_AT_ONCE = tl.constexpr(64)  # listed tokens compared at once: with 128 the draft block spills registers on sm_120
 
 
 @triton.jit
@@ -39,8 +38,8 @@ def _of_slot(pointer, slots, neutral):
 
 @triton.jit
 def _penalised_tokens(penalties, slots, first):
-    """int32 [ROWS, LISTED]: tokens first .. of each row's list, -1 where there is none."""
-    entry = first + tl.arange(0, LISTED)
+    """int32 [ROWS, PENALISED_AT_ONCE]: tokens first .. of each row's list, -1 where there is none."""
+    entry = first + tl.arange(0, PENALISED_AT_ONCE)
     inside = (slots >= 0)[:, None] & (entry < penalties.num_tokens)[None, :]
     return tl.load(penalties.token_ids_ptr + slots[:, None] * penalties.stride_ids + entry[None, :], mask=inside, other=-1).to(
         tl.int32
@@ -61,23 +60,23 @@ def _with_penalties(x, ids, inside, slots, penalties, path, path_max, PATH: tl.c
     presence = _of_slot(penalties.presence_ptr, slots, 0.0)
     frequency = _of_slot(penalties.frequency_ptr, slots, 0.0)
     ids = ids.to(tl.int32)
-    low = tl.min(tl.where(inside, ids, NOBODY), axis=1)
+    low = tl.min(tl.where(inside, ids, NO_ID), axis=1)
     high = tl.max(tl.where(inside, ids, -1), axis=1)
     # A token of the list is looked for in the tile only where it lies between the tile's ids: a few per tile.
-    for first in range(0, penalties.num_tokens, LISTED):
+    for first in range(0, penalties.num_tokens, PENALISED_AT_ONCE):
         token = _penalised_tokens(penalties, slots, first)
         hit = (token >= low[:, None]) & (token <= high[:, None]) & (token >= 0)
         if tl.max(tl.max(hit.to(tl.int32), axis=1), axis=0) > 0:
-            entry = first + tl.arange(0, LISTED)
+            entry = first + tl.arange(0, PENALISED_AT_ONCE)
             count = tl.load(penalties.counts_ptr + slots[:, None] * penalties.stride_counts + entry[None, :], mask=hit, other=0)
-            left = tl.where(hit, token, NOBODY)
+            left = tl.where(hit, token, NO_ID)
             current = tl.min(left, axis=1)
-            while tl.min(current, axis=0) < NOBODY:
+            while tl.min(current, axis=0) < NO_ID:
                 here = left == current[:, None]
                 n = tl.sum(tl.where(here & hit, count, 0), axis=1) + _occurrences(current, path, path_max, PATH)
                 changed = _penalised(x, repetition, presence, frequency, n[:, None])
                 x = tl.where((ids == current[:, None]) & inside, changed, x)
-                left = tl.where(here, NOBODY, left)
+                left = tl.where(here, NO_ID, left)
                 current = tl.min(left, axis=1)
     for j in range(path_max):
         token = PATH(j, path).to(tl.int32)
@@ -86,7 +85,7 @@ def _with_penalties(x, ids, inside, slots, penalties, path, path_max, PATH: tl.c
             known = tl.where(near, 0, 1)
             for i in range(j):
                 known = known | tl.where(PATH(i, path).to(tl.int32) == token, 1, 0)
-            for first in range(0, penalties.num_tokens, LISTED):
+            for first in range(0, penalties.num_tokens, PENALISED_AT_ONCE):
                 same = _penalised_tokens(penalties, slots, first) == token[:, None]
                 known = known | tl.max(same.to(tl.int32), axis=1)
             n = _occurrences(token, path, path_max, PATH)

@@ -1,13 +1,13 @@
 """A sum of floats whose bits depend on nothing but the floats: not on the tile's layout, the number of warps or the launch.
 
-`tl.sum` adds floats in the order in which the compiler spreads a tile over threads. Integers may be added in any order, so the terms become
-integers first: 2^40 for the power of two at or below the largest one.
+`tl.sum` adds floats in the order in which the compiler spreads a tile over threads. Integers may be added in any order, so the
+terms become integers first: 2^40 for the power of two at or below the largest one.
 """
 
 import triton
 import triton.language as tl
 
-from .mass import ONE
+from .constants import SUMEXP_ONE
 
 
 @triton.jit
@@ -18,6 +18,6 @@ def ordered_sum(x):
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)  # powers of two: products with them are exact
     up = (exponent << 23).to(tl.float32, bitcast=True)
-    total = tl.sum((x * down * ONE).to(tl.int64), axis=0)
-    exact = total.to(tl.float32) * (1.0 / ONE) * up
+    total = tl.sum((x * down * SUMEXP_ONE).to(tl.int64), axis=0)
+    exact = total.to(tl.float32) * (1.0 / SUMEXP_ONE) * up
     return tl.where(tl.abs(plain) < float("inf"), exact, plain)

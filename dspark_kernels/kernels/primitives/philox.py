@@ -1,7 +1,7 @@
 """Random words addressed by meaning: Philox 4x32-10 with key = seed, counter = (lane >> 2, position, anchor, stream | node << 8).
 
-The draw of a lane is output word lane & 3, so four neighbouring lanes share one Philox call. Symbols: lane = token id, leaf
-index or 0; position = the sequence position being decided; node = slot of a draft tree, 0 in chains. Oracle:
+The draw of a lane is output word lane & 3, so four neighbouring lanes share one Philox call. Symbols: lane = token id, block
+index or 0; position = the sequence position being decided; node = slot of a draft tree, 0 in chains. Reference:
 reference/philox.py. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 

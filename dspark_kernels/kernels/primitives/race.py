@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 # Token 0 below every key (its own key unpacks as NaN): what an entry that stands for no token takes part with.
-NOBODY = tl.constexpr(2147483647)
 
 
 @triton.jit

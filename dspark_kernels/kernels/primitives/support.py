@@ -1,15 +1,16 @@
-"""top-k, top-p and min-p of a law on a few entries, all of which one program holds: sort, then count from the top.
+"""top-k, top-p and min-p of a distribution on a few entries, all of which one program holds: sort, then count from the top.
 
-kept <=> among the first n in the order (key descending, id ascending), n the least that any filter leaves: k; the fewest whose
-mass reaches p of what top-k left ("joint": of all); as many as have min_p times the largest probability. Masses are integers,
-2^40 for the largest, as in primitives/filters.py. Oracle: reference/sampling.py.
+kept <=> among the first n in the order (key descending, id ascending), n the least that any filter blocks: k; the fewest whose
+sum of exponentials reaches p of what top-k left ("joint": of all); as many as have min_p times the largest probability. Sums are
+integers, 2^40 for the largest, as in primitives/filters.py. Reference: reference/sampling.py.
 """
 
 import triton
 import triton.language as tl
 
-from .mass import NEG_INF, ONE, below_max
+from .constants import NEG_INF, SUMEXP_ONE
 from .race import unpack_key
+from .sumexp import below_max
 
 
 @triton.jit
@@ -34,17 +35,17 @@ def last_kept(words, top, scale, top_k, top_p, min_p, JOINT: tl.constexpr, SIZE:
     words = sorted_words(words, SIZE, LOG_SIZE)
     rank = tl.arange(0, SIZE)
     x = tl.where(words > 0, unpack_key(words), NEG_INF)
-    mass = (tl.exp2(below_max(x, top) * scale) * ONE).to(tl.int64)
+    sumexp = (tl.exp2(below_max(x, top) * scale) * SUMEXP_ONE).to(tl.int64)
     keep = tl.sum((x > NEG_INF).to(tl.int32), axis=0)
     by_k = tl.where(top_k > 0, tl.minimum(keep, top_k), keep)
     if top_p < 1.0:
         counted = by_k
         if JOINT:
             counted = keep
-        total = tl.sum(tl.where(rank < counted, mass, 0), axis=0)
+        total = tl.sum(tl.where(rank < counted, sumexp, 0), axis=0)
         wanted = tl.maximum((total.to(tl.float32) * top_p).to(tl.int64), 1)
         # The entry that crosses is kept.
-        keep = tl.minimum(keep, 1 + tl.sum((tl.cumsum(mass, axis=0) < wanted).to(tl.int32), axis=0))
+        keep = tl.minimum(keep, 1 + tl.sum((tl.cumsum(sumexp, axis=0) < wanted).to(tl.int32), axis=0))
     keep = tl.minimum(keep, by_k)
     least = tl.log2(tl.minimum(tl.maximum(min_p, 1e-30), 1.0))
     by_p = tl.sum(((x - top) * scale >= least).to(tl.int32), axis=0)

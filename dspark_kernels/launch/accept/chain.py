@@ -10,8 +10,8 @@ from ..table import find
 
 @dataclasses.dataclass(frozen=True)
 class AcceptConfig:
-    """group x chunk: rows x leaves of 1024 ids per item (more than one row only where an item covers a row's leaves all);
-    lag: requests between the waves; max_registers: per thread, None = the compiler's choice; num_stages: of loads before a dot."""
+    """group x chunk: rows x blocks of 1024 ids per item (more than one row only where an item covers a row's blocks all);
+    lag: requests between the phases; max_registers: per thread, None = the compiler's choice; num_stages: of loads before a dot."""
 
     group: int
     chunk: int
@@ -21,14 +21,14 @@ class AcceptConfig:
     num_stages: int = 3
 
 
-def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, adjusted: bool = False,
+def pick(arch: Arch, num_blocks: int, num_drafts: int, heavy: bool, adjusted: bool = False,
          filtered: bool = False) -> AcceptConfig:  # fmt: skip
-    """The configuration for rows of `num_leaves` leaves.
+    """The configuration for rows of `num_blocks` blocks.
 
     heavy: whether fp32 logits, lists or swept draft rows take more registers. adjusted: whether logits get penalties, bias
     or masks, whose tiles are spread over eight warps, as are those of filtered rows.
 
-    Four leaves an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
+    Four blocks an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
     multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
     resident than the loads in flight need; the caps are the smallest at which no architecture spills (bench/compile).
     """
@@ -38,6 +38,6 @@ def pick(arch: Arch, num_leaves: int, num_drafts: int, heavy: bool, adjusted: bo
     else:
         tuned = dict(find(arch, "accept", law="wide" if adjusted or filtered else "heavy" if heavy else "light").config)
     pairs = tuned.pop("pairs")
-    chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
-    group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
+    chunk = min(pairs, 1 << (num_blocks - 1).bit_length())
+    group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_blocks else 1
     return AcceptConfig(group, chunk, **tuned)

@@ -9,7 +9,7 @@ from ..arch import Arch
 
 @dataclasses.dataclass(frozen=True)
 class AcceptShardsConfig:
-    """group x chunk: rows x leaves of 1024 ids per item of the first phase; block: pieces of leaves that a decision loads at once;
+    """group x chunk: rows x blocks of 1024 ids per item of the first phase; block: pieces of blocks that a decision loads at once;
     max_registers: per thread, None = the compiler's choice."""
 
     group: int
@@ -19,16 +19,16 @@ class AcceptShardsConfig:
     max_registers: int | None
 
 
-def pick(arch: Arch, num_leaves: int, num_drafts: int, adjusted: bool = False) -> AcceptShardsConfig:
-    """The configuration for shards of `num_leaves` leaves. Not measured on a GPU yet.
+def pick(arch: Arch, num_blocks: int, num_drafts: int, adjusted: bool = False) -> AcceptShardsConfig:
+    """The configuration for shards of `num_blocks` blocks. Not measured on a GPU yet.
 
-    Four leaves an item, as for whole rows: with a vocabulary of 151936 ids on 8 ranks, a row is 5 items on each. A thread
+    Four blocks an item, as for whole rows: with a vocabulary of 151936 ids on 8 ranks, a row is 5 items on each. A thread
     may use every register: fewer spill (bench/compile). adjusted: whether logits get penalties, bias or masks, whose tiles are
     half as large and spread over twice the warps.
     """
     # The interpreter pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
     pairs = 16 if arch.vendor == "interpreter" else 2 if adjusted else 4
-    chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
-    group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_leaves else 1
+    chunk = min(pairs, 1 << (num_blocks - 1).bit_length())
+    group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_blocks else 1
     registers = 255 if arch.vendor == "nvidia" else None
     return AcceptShardsConfig(group, chunk, 64, num_warps=8 if adjusted else 4, max_registers=registers)

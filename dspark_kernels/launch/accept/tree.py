@@ -9,8 +9,8 @@ from ..arch import Arch
 
 @dataclasses.dataclass(frozen=True)
 class TreeConfig:
-    """group x chunk: nodes x leaves of 1024 ids per item (more than one node only where an item covers all leaves of a row); tile x
-    span: leaves at once x steps of an item of a sweep; max_registers: per thread, None = the compiler's choice."""
+    """group x chunk: nodes x blocks of 1024 ids per item (more than one node only where an item covers all blocks of a row); tile x
+    span: blocks at once x steps of an item of a sweep; max_registers: per thread, None = the compiler's choice."""
 
     group: int
     chunk: int
@@ -20,19 +20,19 @@ class TreeConfig:
     max_registers: int | None
 
 
-def pick(arch: Arch, num_leaves: int, num_nodes: int, sweeps: bool, settings: bool = False) -> TreeConfig:
-    """The configuration for rows of `num_leaves` leaves. Not measured on a GPU yet.
+def pick(arch: Arch, num_blocks: int, num_nodes: int, sweeps: bool, settings: bool = False) -> TreeConfig:
+    """The configuration for rows of `num_blocks` blocks. Not measured on a GPU yet.
 
-    Items of wave 1 as in launch/accept/chain.py. A sweep has fewer, larger items: all of M - 1 possible sweeps are launched, most of
-    which end at once; its tile is smaller, because target and draft are in registers at a time. With sweeps, items of several nodes
-    spill on sm_80 (bench/compile). With settings that change logits, half as many elements per thread, and every register.
+    Items of phase 1 as in launch/accept/chain.py. A sweep has fewer, larger items: all of M - 1 possible sweeps are launched, most
+    of which end at once; its tile is smaller, because target and draft are in registers at a time. With sweeps, items of several
+    nodes spill on sm_80 (bench/compile). With settings that change logits, half as many elements per thread, and every register.
     """
     interpreted = arch.vendor == "interpreter"
     pairs = 16 if interpreted else 4
-    chunk = min(pairs, 1 << (num_leaves - 1).bit_length())
-    grouped = chunk >= num_leaves and (interpreted or not sweeps)
+    chunk = min(pairs, 1 << (num_blocks - 1).bit_length())
+    grouped = chunk >= num_blocks and (interpreted or not sweeps)
     group = min(pairs // chunk, 1 << (num_nodes - 1).bit_length()) if grouped else 1
-    tile = min(pairs if interpreted else 2, 1 << (num_leaves - 1).bit_length())
-    span = min(16 // tile, -(-num_leaves // tile))
+    tile = min(pairs if interpreted else 2, 1 << (num_blocks - 1).bit_length())
+    span = min(16 // tile, -(-num_blocks // tile))
     limit = 255 if settings and arch.vendor == "nvidia" else None
     return TreeConfig(group, chunk, tile, span, num_warps=8 if settings else 4, max_registers=limit)

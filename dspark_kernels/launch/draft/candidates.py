@@ -7,19 +7,19 @@ import dataclasses
 from ..arch import Arch
 
 MAX_CANDIDATES = 256
-MAX_LISTED = 128  # successors per token in a bigram table
-MOST_UNITS = 8192  # units of a row, all of which one program holds at once
+MAX_SUCCESSORS = 128  # successors per token in a bigram table
+MOST_SUB_BLOCKS = 8192  # sub-blocks of a row, all of which one program holds at once
 
 
 @dataclasses.dataclass(frozen=True)
 class CandidatesConfig:
-    """block: ids of a chunk; group: ids of a unit; units: units of a row, and chosen: units read again, both padded; width:
+    """block: ids of a chunk; group: ids of a sub-block; sub_blocks: of a row, and chosen: those read again, both padded; width:
     entries of a position, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_j:
     what such a dot sums; drafts: positions, padded; max_registers: per thread, None = the compiler's choice."""
 
     block: int
     group: int
-    units: int
+    sub_blocks: int
     chosen: int
     width: int
     block_r: int
@@ -35,10 +35,10 @@ def padded(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def unit_ids(vocab: int, candidates: int) -> int:
-    """Ids of a unit: few units to search through against few logits to read again (candidates x this)."""
+def sub_block_ids(vocab: int, candidates: int) -> int:
+    """Ids of a sub-block: few sub-blocks to search through against few logits to read again (candidates x this)."""
     group = 128 if candidates <= 32 else 64 if candidates <= 128 else 32
-    while -(-vocab // group) > MOST_UNITS:
+    while -(-vocab // group) > MOST_SUB_BLOCKS:
         group *= 2
     return group
 
@@ -49,24 +49,24 @@ def parts(arch: Arch, rows: int, chunks: int) -> int:
 
 
 def pick(
-    arch: Arch, drafts: int, vocab: int, candidates: int, listed: int, rank: int, weights: str, outputs: int, settings: bool
+    arch: Arch, drafts: int, vocab: int, candidates: int, successors: int, rank: int, weights: str, outputs: int, settings: bool
 ) -> CandidatesConfig:
     """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
 
     weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. settings: penalties, bias, mask, filters or an
     id map are in play. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
     """
-    width = max(16, padded(candidates + listed))
+    width = max(16, padded(candidates + successors))
     padded_rank, padded_drafts = max(16, padded(rank)), padded(drafts)
     if arch.vendor == "interpreter":
-        group = 16 if vocab <= 16 * MOST_UNITS else unit_ids(vocab, candidates)
-        units = max(64, padded(-(-vocab // group)))
-        chosen = padded(min(candidates, units))
+        group = 16 if vocab <= 16 * MOST_SUB_BLOCKS else sub_block_ids(vocab, candidates)
+        sub_blocks = max(64, padded(-(-vocab // group)))
+        chosen = padded(min(candidates, sub_blocks))
         block = min(65536, max(group, padded(vocab)))
-        return CandidatesConfig(block, group, units, chosen, width, padded_rank, padded_rank, 4096, padded_drafts, 1, 1, None)
-    group = unit_ids(vocab, candidates)
-    units = max(64, padded(-(-vocab // group)))
-    chosen = padded(min(candidates, units))
+        return CandidatesConfig(block, group, sub_blocks, chosen, width, padded_rank, padded_rank, 4096, padded_drafts, 1, 1, None)
+    group = sub_block_ids(vocab, candidates)
+    sub_blocks = max(64, padded(-(-vocab // group)))
+    chosen = padded(min(candidates, sub_blocks))
     # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
     # one reads logits while the other selects or walks; what needs more gets it (bench/compile).
     warps = 8 if arch.vendor == "nvidia" else 4
@@ -78,7 +78,7 @@ def pick(
     block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
     block_o, block_j = (64, 128) if plain else (32, 32)
     registers = 128 if capped else None
-    return CandidatesConfig(block, group, units, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)
+    return CandidatesConfig(block, group, sub_blocks, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)
 
 
 def list_config(arch: Arch, config: CandidatesConfig, adjusted: bool, mapped: bool) -> CandidatesConfig:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from ...kernels.sizes import TREE_MAX_GROUP, TREE_SUB_BLOCK, VOCAB_BLOCK
 from ..arch import Arch
 
 MAX_CANDIDATES = 256
-MOST_UNITS = 8192  # units of a row, all of which one program holds at once
-LEAF = 1024  # ids per leaf, as in kernels/primitives/mass.py
-UNIT, GROUP = 256, 32  # ids, as in kernels/draft_tree/best_first_dense.py
+MOST_SUB_BLOCKS = 8192  # sub-blocks of a row, all of which one program holds at once
 MOST_GROUPS = 16384  # groups of a row, all of which one program holds at once
 
 
@@ -19,13 +18,13 @@ def padded(n: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PathsConfig:
-    """block: ids of a chunk; group: ids of a unit; units: units of a row, and chosen: units read again, both padded; width:
-    candidates, padded, of which `piece` at a time are judged; nodes: of a tree, padded; block_r: ranks of W2 at a time; block_o:
+    """block: ids of a chunk; group: ids of a sub-block; sub_blocks: of a row, and chosen: those read again, both padded; width:
+    candidates, padded, of which `piece` at a time are tested; nodes: of a tree, padded; block_r: ranks of W2 at a time; block_o:
     outputs of a latent at a time; block_j: what such a dot sums; max_registers: per thread, None = the compiler's choice."""
 
     block: int
     group: int
-    units: int
+    sub_blocks: int
     chosen: int
     width: int
     piece: int
@@ -41,33 +40,47 @@ class PathsConfig:
 def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str, outputs: int, group: int) -> PathsConfig:
     """The configuration for the C best of `vocab` ids. Not measured on a GPU yet.
 
-    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. group: ids of a unit. Nothing here may
+    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. group: ids of a sub-block. Nothing here may
     depend on the batch: sums over ranks take the order that these blocks give them.
     """
     width, nodes = max(16, padded(candidates)), max(16, padded(num_nodes))
     rank = max(16, padded(rank))
     if arch.vendor == "interpreter":
-        group = 16 if vocab <= 16 * MOST_UNITS else group
-        units = max(64, padded(-(-vocab // group)))
-        block = min(65536, max(LEAF, padded(vocab)))
-        return PathsConfig(block, group, units, padded(min(candidates, units)), width, 256, nodes, rank, rank, 4096, 1, 1, None)
-    units = max(64, padded(-(-vocab // group)))
+        group = 16 if vocab <= 16 * MOST_SUB_BLOCKS else group
+        sub_blocks = max(64, padded(-(-vocab // group)))
+        block = min(65536, max(VOCAB_BLOCK, padded(vocab)))
+        return PathsConfig(
+            block, group, sub_blocks, padded(min(candidates, sub_blocks)), width, 256, nodes, rank, rank, 4096, 1, 1, None
+        )
+    sub_blocks = max(64, padded(-(-vocab // group)))
     warps = 8 if arch.vendor == "nvidia" else 4
     # Larger ones spill on sm_90 (bench/compile), with an rnn on sm_120.
     small = outputs > 0 or width > 128
     block, piece = (4096, 32) if small else (8192, 64)
     block_j = 64 if weights == "bfloat16" and outputs <= rank else 32
     return PathsConfig(
-        block, group, units, padded(min(candidates, units)), width, piece, nodes, min(rank, 32), 32, block_j, warps, 1, None
+        block,
+        group,
+        sub_blocks,
+        padded(min(candidates, sub_blocks)),
+        width,
+        piece,
+        nodes,
+        min(rank, 32),
+        32,
+        block_j,
+        warps,
+        1,
+        None,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class DensePathsConfig:
-    """units, groups: of a row, nodes: of a tree, children: of a node, all padded; piece: ids whose logits are computed again at a
-    time; the rest as in PathsConfig."""
+    """sub_blocks, groups: of a row, nodes: of a tree, children: of a node, all padded; piece: ids whose logits are computed again
+    at a time; the rest as in PathsConfig."""
 
-    units: int
+    sub_blocks: int
     groups: int
     nodes: int
     children: int
@@ -80,21 +93,22 @@ class DensePathsConfig:
     max_registers: int | None
 
 
-def dense_parts(arch: Arch, requests: int, units: int) -> int:
-    """Programs per sweep of a request: two for every multiprocessor, and no less than a unit each."""
-    return max(1, min(units, -(-arch.multiprocessors * 2 // requests)))
+def dense_parts(arch: Arch, requests: int, sub_blocks: int) -> int:
+    """Programs per sweep of a request: two for every multiprocessor, and no less than a sub-block each."""
+    return max(1, min(sub_blocks, -(-arch.multiprocessors * 2 // requests)))
 
 
 def pick_dense(arch: Arch, vocab: int, num_nodes: int, rank: int, weights: str, mixes: bool) -> DensePathsConfig:
-    """The configuration for laws of the whole vocabulary. Not measured on a GPU yet. As in `pick`, the batch plays no part.
+    """The configuration for distributions of the whole vocabulary. Not measured on a GPU yet. As in `pick`, the batch plays no
+    part.
 
     mixes: the head is gated or rnn, whose latents spill with larger blocks on sm_100 and sm_120 (bench/compile).
     """
-    units, groups = max(16, padded(-(-vocab // UNIT))), max(64, padded(-(-vocab // GROUP)))
+    sub_blocks, groups = max(16, padded(-(-vocab // TREE_SUB_BLOCK))), max(64, padded(-(-vocab // TREE_MAX_GROUP)))
     nodes, children, rank = max(16, padded(num_nodes)), max(16, padded(num_nodes - 1)), max(16, padded(rank))
     if arch.vendor == "interpreter":
-        return DensePathsConfig(units, groups, nodes, children, 2048, rank, rank, rank, 1, 1, None)
+        return DensePathsConfig(sub_blocks, groups, nodes, children, 2048, rank, rank, rank, 1, 1, None)
     plain = weights == "bfloat16" and not mixes
     block_r, block_o, block_j = (min(rank, 64), 32, 64) if plain else (min(rank, 32), 32, 32)
     warps = 8 if arch.vendor == "nvidia" else 4
-    return DensePathsConfig(units, groups, nodes, children, 128, block_r, block_o, block_j, warps, 2, None)
+    return DensePathsConfig(sub_blocks, groups, nodes, children, 128, block_r, block_o, block_j, warps, 2, None)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from ...kernels.sizes import DOT_ROWS, VOCAB_BLOCK
 from ..arch import Arch
-
-LEAF = 1024  # ids per item, as in kernels/primitives/mass.py
-ROWS_PER_ITEM = 16  # (request, node) pairs per item, as in kernels/draft/heads.py
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeDraftConfig:
-    """block_v: ids at a time; pairs: rows whose leaves a program weighs, and children it draws, at once; rows: lists merged at
+    """block_v: ids at a time; pairs: rows whose blocks a program weighs, and children it draws, at once; rows: lists merged at
     once; max_registers: per thread, None = the compiler's choice. Of gated and rnn heads: block_j: latents per program, block_n:
     hoisted products per program, block_s: inputs per dot of these."""
 
@@ -40,12 +38,12 @@ def depths_of(branching, drafts: int, nodes: int) -> list[tuple[int, int]]:
     return depths or [(1, 1)]
 
 
-def items_of(config: TreeDraftConfig, depths, requests: int, leaves: int, rank: int, parts: int) -> int:
+def items_of(config: TreeDraftConfig, depths, requests: int, blocks: int, rank: int, parts: int) -> int:
     """Programs of a launch: the products of a head with `parts` of r outputs and hidden states (0: it has none), then for every
-    depth the latents of its rows, rows by leaves, and a request's children."""
-    hoisted = -(-parts * rank // config.block_n) * -(-requests * len(depths) // ROWS_PER_ITEM)
-    per_group = leaves + (-(-rank // config.block_j) if parts else 0)
-    return hoisted + sum(-(-requests * width // ROWS_PER_ITEM) * per_group + requests for width, _ in depths)
+    depth the latents of its rows, rows by blocks, and a request's children."""
+    hoisted = -(-parts * rank // config.block_n) * -(-requests * len(depths) // DOT_ROWS)
+    per_group = blocks + (-(-rank // config.block_j) if parts else 0)
+    return hoisted + sum(-(-requests * width // DOT_ROWS) * per_group + requests for width, _ in depths)
 
 
 # Of W2 per dot, in 16 bits: more would take the registers of a second program on a multiprocessor (bench/compile).
@@ -61,6 +59,6 @@ def pick(arch: Arch, vocab: int, rank: int, wide: bool) -> TreeDraftConfig:
     """
     if arch.vendor == "interpreter":
         few = min(512, max(16, 1 << (rank - 1).bit_length()))
-        return TreeDraftConfig(min(LEAF, max(64, 1 << (vocab - 1).bit_length())), 16, 16, few, 4 * few, few, 1, 1, None)
+        return TreeDraftConfig(min(VOCAB_BLOCK, max(64, 1 << (vocab - 1).bit_length())), 16, 16, few, 4 * few, few, 1, 1, None)
     registers = 255 if arch.vendor == "nvidia" and not wide else None
     return TreeDraftConfig(64, 2, rows=4, block_j=16, block_n=64, block_s=32, num_warps=4, num_stages=2, max_registers=registers)

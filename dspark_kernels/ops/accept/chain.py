@@ -2,7 +2,7 @@
 
 Token rule: accept while u * draft_prob(x) < target_prob(x), then draw from [target - draft]+ or, after the last draft, from the
 target. Block rule: accept the longest prefix whose acceptance uniform passes; coupled rule: follow the token that the noise shared
-with the draft gives. Oracle: reference/accept.py. Sources: arXiv 2211.17192 and 2302.01318; 2403.10444; 2408.07978.
+with the draft gives. Reference: reference/accept.py. Sources: arXiv 2211.17192 and 2302.01318; 2403.10444; 2408.07978.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ...kernels.accept.args import (
     SparseScratch,
     Target,
 )
+from ...kernels.sizes import FILTER_LIST, MAP_COLUMNS, MAX_GROUP, ROW_IDS, ROW_VALUES, VOCAB_BLOCK
 from ...launch import arch
 from ...launch.accept import chain as accept_launch
 from ...library import Out
@@ -50,10 +51,6 @@ from .checks import (
 )
 
 OP = "accept_chain"
-LEAF = 1024  # ids per leaf, as in kernels/primitives/mass.py
-VALUES, IDS = 12, 4  # numbers per row, as in kernels/accept/rows.py
-GROUP_IDS, LISTED = 128, 2048  # of kernels/accept/target.py: ids per group; numbers kept of a row's candidates
-MAP_COLUMNS = 4096  # per item that inverts a draft vocabulary's map, as in kernels/accept/dense.py
 
 
 def counters_of(take, requests: int, drafts: int) -> tuple[ChainCounters, Tensor]:
@@ -63,11 +60,11 @@ def counters_of(take, requests: int, drafts: int) -> tuple[ChainCounters, Tensor
     return counters, take(2, torch.int32)
 
 
-def scratch_of(take, requests: int, rows: int, leaves: int) -> tuple[ChainScratch, Tensor]:
+def scratch_of(take, requests: int, rows: int, blocks: int) -> tuple[ChainScratch, Tensor]:
     """Everything that any call needs, and the inverse of an id map."""
-    tops = [take(rows * leaves, torch.float32) for _ in range(3)]
-    sums = [take(rows * leaves, torch.int64) for _ in range(4)]
-    groups = rows * leaves * (LEAF // GROUP_IDS)
+    tops = [take(rows * blocks, torch.float32) for _ in range(3)]
+    sums = [take(rows * blocks, torch.int64) for _ in range(4)]
+    groups = rows * blocks * (VOCAB_BLOCK // MAX_GROUP)
     residual = sums[2]
     scratch = ChainScratch(
         # Best keys are needed where no residual is; sums of draft rows where no sparse proposal is.
@@ -75,19 +72,19 @@ def scratch_of(take, requests: int, rows: int, leaves: int) -> tuple[ChainScratc
         raw=BlockPartials(tops[2], sums[3]),
         draft=BlockPartials(tops[1], sums[1]),
         residual_ptr=residual,
-        stats=RowStats(take(VALUES * rows, torch.float32), take(IDS * rows, torch.int32)),
-        sparse=SparseScratch(sums[1], take(requests * LEAF, torch.float32)),
+        stats=RowStats(take(ROW_VALUES * rows, torch.float32), take(ROW_IDS * rows, torch.int32)),
+        sparse=SparseScratch(sums[1], take(requests * VOCAB_BLOCK, torch.float32)),
         accepted_ptr=take(requests, torch.int32),
-        filters=FilterScratch(take(groups, torch.float32), take(groups, torch.int32), take(rows * LISTED, torch.int32)),
+        filters=FilterScratch(take(groups, torch.float32), take(groups, torch.int32), take(rows * 2 * FILTER_LIST, torch.int32)),
         limits=Limits(take(rows, torch.int64), take(rows, torch.int32)),
     )
-    return scratch, take(leaves * LEAF, torch.int32)
+    return scratch, take(blocks * VOCAB_BLOCK, torch.int32)
 
 
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     rows = requests * (drafts + 1)
-    scratch = workspaces.measured(scratch_of, requests, rows, -(-vocab // LEAF))
+    scratch = workspaces.measured(scratch_of, requests, rows, -(-vocab // VOCAB_BLOCK))
     return workspaces.measured(counters_of, requests, drafts), scratch
 
 
@@ -120,8 +117,8 @@ def accept_chain(
             target_logits, penalties see the drafts before a row as emitted.
         rule: "token", "block" or "coupled"; greedy rows are greedy under each.
         logprobs: "raw" (softmax of target_logits as they came, at temperature 1) or "processed" (the distribution that
-            tokens were drawn from; greedy: all probability on the arg-max) adds `Acceptance.logprobs`: ln of the probability of each
-            emitted token, -inf for a token without probability (a row without any finite logit, a forced draft), 0 beyond
+            tokens were drawn from; greedy: all probability on the arg-max) adds `Acceptance.logprobs`: ln of the probability of
+            each emitted token, -inf for a token without probability (a row without any finite logit, a forced draft), 0 beyond
             num_emitted.
         synthetic_rates: fp32 [K], for load tests: draft k is accepted with this probability, given its predecessors, as the
             ACCEPT uniforms decide, whatever both distributions are (not beyond a row without finite logits, nor an id outside the
@@ -162,8 +159,10 @@ def accept_chain(
     if sampling is None or rule == "coupled" or synthetic_rates is not None:
         draft = logits = None  # these do not ask how a draft was drawn
     sparse, dense = isinstance(draft, SparseProposal), isinstance(draft, DenseProposal)
-    leaves = _leaves(vocab, None if sparse else logits)
-    counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, leaves * LEAF, device)
+    blocks = _blocks(vocab, None if sparse else logits)
+    counters, scratch = workspaces.lend(
+        OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, blocks * VOCAB_BLOCK, device
+    )
     arguments = Arguments(
         target_logits=target_logits,
         layout=layout_arrays(layout),
@@ -203,8 +202,8 @@ def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal |
     return proposal
 
 
-def _leaves(vocab: int, draft_logits: Tensor | None) -> int:
-    return -(-max(vocab, 0 if draft_logits is None else draft_logits.shape[2]) // LEAF)
+def _blocks(vocab: int, draft_logits: Tensor | None) -> int:
+    return -(-max(vocab, 0 if draft_logits is None else draft_logits.shape[2]) // VOCAB_BLOCK)
 
 
 class Arguments(NamedTuple):
@@ -240,19 +239,19 @@ def _accept_chain(a: Arguments):
     requests, drafts = a.emitted.tokens.shape[0], a.emitted.tokens.shape[1] - 1
     plan = _plan(a, drafts)
     kind, dense = plan.proposal, plan.dense
-    leaves = _leaves(vocab, a.draft_logits if dense else None)
+    blocks = _blocks(vocab, a.draft_logits if dense else None)
     swept = dense and a.draft_lse is None
     heavy = swept or a.draft_ids is not None or a.target_logits.dtype == torch.float32
     filtered = flat.filters is not None
-    config = accept_launch.pick(arch.current(device), leaves, drafts, heavy, flat.adjusts, filtered)
-    parts = -(-leaves // (config.group * config.chunk)) if dense else 1
+    config = accept_launch.pick(arch.current(device), blocks, drafts, heavy, flat.adjusts, filtered)
+    parts = -(-blocks // (config.group * config.chunk)) if dense else 1
     map_parts = -(-a.draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
-    items = -(-(drafts + 1) // config.group) * -(-leaves // config.chunk)
+    items = -(-(drafts + 1) // config.group) * -(-blocks // config.chunk)
     if plan.two_phases:
         items += parts * (drafts if plan.rule == "block" else 1)
 
     arrivals, map_progress = counters_of(workspaces.Carver(a.counters, workspaces.RESERVED).take, requests, drafts)
-    scratch, inverse = scratch_of(workspaces.Carver(a.scratch).take, requests, rows, leaves)
+    scratch, inverse = scratch_of(workspaces.Carver(a.scratch).take, requests, rows, blocks)
     keyed = a.rule == "coupled" and a.sampling.temperature is not None
     scratch = scratch._replace(
         target=scratch.target if keyed else scratch.target._replace(best_ptr=None),
@@ -288,7 +287,7 @@ def _accept_chain(a: Arguments):
             arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
             MapProgress(map_progress, map_progress[1:]) if kind == "mapped" else None,
             scratch,
-            requests, num_slots, rows, a.commit_mask.shape[0], drafts, vocab, leaves, parts, map_parts,
+            requests, num_slots, rows, a.commit_mask.shape[0], drafts, vocab, blocks, parts, map_parts,
         ),
         rule=plan.rule,
         proposal=kind,
@@ -296,8 +295,8 @@ def _accept_chain(a: Arguments):
         draws=plan.draws,
         joint=flat.joint and filtered,
         candidates=candidates,
-        leaves=max(4, 1 << (leaves - 1).bit_length()),
-        groups=1 << (leaves * (LEAF // GROUP_IDS) - 1).bit_length() if filtered else 1,
+        blocks=max(4, 1 << (blocks - 1).bit_length()),
+        groups=1 << (blocks * (VOCAB_BLOCK // MAX_GROUP) - 1).bit_length() if filtered else 1,
         width=max(2, 1 << drafts.bit_length()),
         config=config,
     )  # fmt: skip

@@ -30,12 +30,12 @@ from ...kernels.accept.args import (
     SparseDraft,
     Target,
 )
+from ...kernels.sizes import ROW_IDS, ROW_VALUES, VOCAB_BLOCK
 from ...launch import arch
 from ...launch.accept import shards as accept_launch
 from ...library import Out
 from .. import sampling as sampling_args
 from ..shards import Fields, Shard
-from . import chain as accept
 from .checks import Emitted, LayoutArrays
 
 OP = "accept_partial"
@@ -43,15 +43,15 @@ OP = "accept_partial"
 
 def _stats(take, programs: int, drafts: int) -> RowStats:
     count = programs * _width(drafts)
-    return RowStats(take(accept.VALUES * count, torch.float32), take(accept.IDS * count, torch.int32))
+    return RowStats(take(ROW_VALUES * count, torch.float32), take(ROW_IDS * count, torch.int32))
 
 
 def _draw_scratch(take, requests: int, drafts: int, vocab: int) -> DrawScratch:
     return DrawScratch(
         _stats(take, requests, drafts),
         total_ptr=take(requests * _width(drafts), torch.int64),
-        added_ptr=take(requests * _leaves(vocab), torch.int64),
-        patch_ptr=take(requests * accept.LEAF, torch.float32),
+        added_ptr=take(requests * _blocks(vocab), torch.int64),
+        patch_ptr=take(requests * VOCAB_BLOCK, torch.float32),
     )
 
 
@@ -63,8 +63,8 @@ def _counters(take, requests: int, rows: int, drafts: int) -> ArrivingRows:
 
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    # A program verifies with statistics of its own: at most one per request and two leaves.
-    programs = requests * -(-(vocab // accept.LEAF + 2) // 2)
+    # A program verifies with statistics of its own: at most one per request and two blocks.
+    programs = requests * -(-(vocab // VOCAB_BLOCK + 2) // 2)
     scratch = max(workspaces.measured(_stats, programs, drafts), workspaces.measured(_draw_scratch, requests, drafts, vocab))
     return workspaces.measured(_counters, requests, requests * (drafts + 1), drafts), scratch
 
@@ -73,30 +73,30 @@ def _width(drafts: int) -> int:
     return max(2, 1 << drafts.bit_length())
 
 
-def _leaves(vocab: int) -> int:
-    return max(4, _power(-(-vocab // accept.LEAF)))
+def _blocks(vocab: int) -> int:
+    return max(4, _power(-(-vocab // VOCAB_BLOCK)))
 
 
 def _power(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def fields_of(phase: str, requests: int, rows: int, shard: Shard, masses: bool, draft_masses: bool, every_row: bool,
+def fields_of(phase: str, requests: int, rows: int, shard: Shard, sums: bool, draft_sums: bool, every_row: bool,
             candidates: int) -> Fields:  # fmt: skip
-    """What a part of `phase` holds: masses where the rule draws, draft_masses where the proposal is summed here; candidates of a
+    """What a part of `phase` holds: sums where the rule draws, draft_sums where the proposal is summed here; candidates of a
     list, 0 = no list."""
-    leaves = shard.blocks(accept.LEAF)
+    blocks = shard.blocks(VOCAB_BLOCK)
     if phase == "normalise":
         fields = dict(row_words=(torch.int64, (rows, 4)), row_logits=(torch.float32, (rows, 2)))
-        if masses:
-            fields |= dict(mass=(torch.int64, (rows, leaves)), top=(torch.float32, (rows, leaves)))
-        if draft_masses:
-            fields |= dict(draft_mass=(torch.int64, (rows, leaves)), draft_top=(torch.float32, (rows, leaves)))
+        if sums:
+            fields |= dict(sumexp=(torch.int64, (rows, blocks)), top=(torch.float32, (rows, blocks)))
+        if draft_sums:
+            fields |= dict(draft_sumexp=(torch.int64, (rows, blocks)), draft_top=(torch.float32, (rows, blocks)))
         if candidates:
-            fields |= dict(rest=(torch.int64, (rows, leaves)), listed=(torch.float32, (rows, candidates)))
+            fields |= dict(rest=(torch.int64, (rows, blocks)), listed=(torch.float32, (rows, candidates)))
             fields |= dict(laws=(torch.float32, (rows, 3)), owners=(torch.int32, (rows,)))
     elif phase == "residual":
-        fields = dict(residual=(torch.int64, (rows if every_row else requests, leaves)))
+        fields = dict(residual=(torch.int64, (rows if every_row else requests, blocks)))
     else:
         fields = dict(word=(torch.int64, (requests,)), verdict=(torch.int64, (requests, 2)))
     return Fields(**fields)
@@ -123,8 +123,8 @@ def _part(fields: Fields, part: Tensor) -> Part:
 
     return Part(
         *view("row_words", "row_logits"),
-        target=ShardSums(*view("top", "mass")),
-        draft=ShardSums(*view("draft_top", "draft_mass")),
+        target=ShardSums(*view("top", "sumexp")),
+        draft=ShardSums(*view("draft_top", "draft_sumexp")),
         lists=ShardLists(*view("rest", "listed", "laws", "owners")),
     )
 
@@ -143,7 +143,7 @@ class _Sizes:
 
     def __init__(self, draft: DraftArguments, requests: int, rows: int, shard: Shard, rule: str):
         self.kernel_draft = _draft(draft)
-        self.leaves = shard.blocks(accept.LEAF)
+        self.blocks = shard.blocks(VOCAB_BLOCK)
         self.draws = rule != "match"
         self.candidates = 0 if draft.draft_ids is None else draft.draft_ids.shape[2]
         self._sums = self.kernel_draft.dense is not None and draft.draft_lse is None
@@ -188,19 +188,19 @@ def accept_partial(a: PartialArguments):
     rows, width = a.target_logits.shape
     shard = Shard(a.vocab_start, width, a.vocab_shards, a.vocab_size)
     call = _Sizes(a.draft, a.requests, rows, shard, a.rule)
-    draft, leaves = call.kernel_draft, call.leaves
-    config = accept_launch.pick(arch.current(device), leaves, a.drafts, flat.adjusts)
+    draft, blocks = call.kernel_draft, call.blocks
+    config = accept_launch.pick(arch.current(device), blocks, a.drafts, flat.adjusts)
     num_slots = flat.temperature.shape[0] if flat.temperature is not None else 2**31 - 1
     target = Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
     layout = Layout(None, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions)
     settings = Sampling(a.draft.draft_temperature, flat.temperature, flat.seed)
     sizes = (a.requests, num_slots, rows, a.drafts)
-    columns = (shard.start, shard.held, shard.start // accept.LEAF, leaves, shard.vocab)
+    columns = (shard.start, shard.held, shard.start // VOCAB_BLOCK, blocks, shard.vocab)
     if a.phase == "normalise":
         arriving = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, a.requests, rows, a.drafts)
         part = _part(call.fields("normalise"), a.part)
         kernels.launch_accept_normalise(
-            a.requests * -(-(a.drafts + 1) // config.group) * -(-leaves // config.chunk),
+            a.requests * -(-(a.drafts + 1) // config.group) * -(-blocks // config.chunk),
             (target, layout, draft, settings, a.state_indices, part, arriving, *sizes, *columns),
             noisy=not call.draws and flat.temperature is not None,
             candidates=_power(max(call.candidates, 1)),
@@ -211,7 +211,7 @@ def accept_partial(a: PartialArguments):
     constants = dict(rule=a.rule, WIDTH=_width(a.drafts), SHARDS=_power(shard.count), config=config)
     take, view = workspaces.Carver(a.scratch).take, call.fields(a.phase).view
     if a.phase == "residual":
-        programs = a.requests * -(-leaves // config.chunk)
+        programs = a.requests * -(-blocks // config.chunk)
         residual, stats = view(a.part, "residual"), _stats(take, programs, a.drafts)
         kernels.launch_accept_residual(
             programs,
@@ -227,10 +227,10 @@ def accept_partial(a: PartialArguments):
         a.requests,
         (
             target, layout, first, draft, residual, settings, a.state_indices,
-            Drawn(view(a.part, "word"), view(a.part, "verdict")), scratch, Cut(width, leaves, shard.pieces(accept.LEAF)),
+            Drawn(view(a.part, "word"), view(a.part, "verdict")), scratch, Cut(width, blocks, shard.pieces(VOCAB_BLOCK)),
             *sizes, shard.count, shard.start, shard.held, shard.vocab, _stride(residual, 0),
         ),
-        LEAVES=_leaves(shard.vocab),
+        BLOCKS=_blocks(shard.vocab),
         CANDIDATES=_power(max(call.candidates, 1)),
         **constants,
     )  # fmt: skip
@@ -282,10 +282,10 @@ def accept_finish(a: FinishArguments):
                 Anchors(a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0)),
             ),
             _stats(workspaces.Carver(a.scratch).take, requests, drafts),
-            requests, a.slots, a.rows, a.commit_mask.shape[0], drafts, shard.count, call.leaves, shard.vocab,
+            requests, a.slots, a.rows, a.commit_mask.shape[0], drafts, shard.count, call.blocks, shard.vocab,
             a.gathered[-1].stride(0),
         ),
         WIDTH=_width(drafts),
         SHARDS=_power(shard.count),
-        config=accept_launch.pick(arch.current(device), call.leaves, drafts),
+        config=accept_launch.pick(arch.current(device), call.blocks, drafts),
     )  # fmt: skip

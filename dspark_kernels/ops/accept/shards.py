@@ -1,7 +1,7 @@
 """accept_partial, accept_finish: lossless acceptance where every rank has the logits of a shard of the vocabulary.
 
-In phases, each one launch per rank with one gather behind it; the finish is one launch, the same on every rank. Oracle: the op on
-the whole vocabulary, to the bit where shards start at multiples of 1024 ids. Sources: arXiv 2211.17192, 2302.01318, 2408.07978.
+In phases, each one launch per rank with one gather behind it; the finish is one launch, the same on every rank. Reference: the op
+on the whole vocabulary, to the bit where shards start at multiples of 1024 ids. Sources: arXiv 2211.17192, 2302.01318, 2408.07978.
 
     gathered = ()
     for phase in accept_phases(proposal, sampling=sampling, rule=rule):
@@ -12,11 +12,11 @@ the whole vocabulary, to the bit where shards start at multiples of 1024 ids. So
 | rows, rule | gathers | int64 words per rank: (n)ormalise, (r)esidual, (d)raw |
 | --- | --- | --- |
 | greedy (sampling=None), coupled | 1 | n: 5 per row |
-| token, block; one-hot proposal or none | 2 | n: 5 per row and 1.5 per leaf of each; d: 3 per request |
-| token, block; sparse proposal, the same on every rank | 2 | n: 7 and 0.5 per candidate of each row, 2.5 per leaf; d: the same |
-| token, block; dense proposal | 3 | the same (without lse 3 per leaf); r: 1 per leaf of one row a request (block: of every row) |
+| token, block; one-hot proposal or none | 2 | n: 5 per row and 1.5 per block of each; d: 3 per request |
+| token, block; sparse proposal, the same on every rank | 2 | n: 7 and 0.5 per candidate of each row, 2.5 per block; d: the same |
+| token, block; dense proposal | 3 | the same (without lse 3 per block); r: 1 per block of one row a request (block: of every row) |
 
-Rows are logit rows, leaves those of 1024 ids that a shard can touch: a row of 151936 ids on 8 ranks has 20, 280 bytes a rank, and
+Rows are logit rows, blocks those of 1024 ids that a shard can touch: a row of 151936 ids on 8 ranks has 20, 280 bytes a rank, and
 with 64 candidates 712. Bias, bit mask and penalties take no gather: each rank applies them to its ids.
 
 Filters are refused. The threshold of a row is global: it takes the maxima of groups of 128 ids (0.5 word a group, so 75 a row on 8

@@ -34,12 +34,12 @@ from ...kernels.accept.args import (
     TreeRowStats,
     TreeScratch,
 )
+from ...kernels.sizes import FILTER_LIST, MAP_COLUMNS, MAX_GROUP, NODE_IDS, NODE_VALUES, ROW_IDS, ROW_VALUES, VOCAB_BLOCK
 from ...launch import arch
 from ...launch.accept import tree as tree_launch
 from ...library import Out
 from ...types import Acceptance, DenseProposal, DraftTree, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
-from .chain import GROUP_IDS, IDS, LEAF, LISTED, MAP_COLUMNS, VALUES
 from .checks import (
     Emitted,
     LayoutArrays,
@@ -53,7 +53,6 @@ from .checks import (
 
 OP = "accept_tree"
 RULES = ("walk", "recursive", "traversal")  # in the order of the kernel's constants
-NODE_VALUES, NODE_IDS = 6, 2  # numbers per node between sweeps, as in kernels/accept/tree_state.py
 
 
 def _width(nodes: int) -> int:
@@ -67,19 +66,19 @@ def _counters(take, requests: int, nodes: int) -> tuple[TreeCounters, Tensor]:
     return counters, take(2, torch.int32)
 
 
-def _scratch(take, requests: int, rows: int, nodes: int, leaves: int) -> tuple[TreeScratch, Tensor]:
+def _scratch(take, requests: int, rows: int, nodes: int, blocks: int) -> tuple[TreeScratch, Tensor]:
     """Everything that any call needs, and the inverse of an id map."""
-    tops = [take(rows * leaves, torch.float32) for _ in range(3)]
-    sums = [take(rows * leaves, torch.int64) for _ in range(3)]
+    tops = [take(rows * blocks, torch.float32) for _ in range(3)]
+    sums = [take(rows * blocks, torch.int64) for _ in range(3)]
     places = requests * _width(nodes)
-    groups = rows * leaves * (LEAF // GROUP_IDS)
+    groups = rows * blocks * (VOCAB_BLOCK // MAX_GROUP)
     scratch = TreeScratch(
         target=BlockPartials(tops[0], sums[0]),
         draft=BlockPartials(tops[1], sums[1]),
         raw=BlockPartials(tops[2], sums[2]),
-        residual=TreeResidual(take(requests * leaves, torch.int64), take(requests * leaves, torch.int64)),
+        residual=TreeResidual(take(requests * blocks, torch.int64), take(requests * blocks, torch.int64)),
         stats=TreeRowStats(
-            RowStats(take(VALUES * rows, torch.float32), take(IDS * rows, torch.int32)),
+            RowStats(take(ROW_VALUES * rows, torch.float32), take(ROW_IDS * rows, torch.int32)),
             draft_sum_ptr=take(rows, torch.int64),
             token_ptr=take(rows, torch.int32),
         ),
@@ -87,16 +86,16 @@ def _scratch(take, requests: int, rows: int, nodes: int, leaves: int) -> tuple[T
             take(NODE_VALUES * places, torch.float32), take(NODE_IDS * places, torch.int32), take(places, torch.int64),
             take(2 * requests, torch.int32),
         ),
-        filters=FilterScratch(take(groups, torch.float32), take(groups, torch.int32), take(rows * LISTED, torch.int32)),
+        filters=FilterScratch(take(groups, torch.float32), take(groups, torch.int32), take(rows * 2 * FILTER_LIST, torch.int32)),
         limits=Limits(take(rows, torch.int64), take(rows, torch.int32)),
     )  # fmt: skip
-    return scratch, take(leaves * LEAF, torch.int32)
+    return scratch, take(blocks * VOCAB_BLOCK, torch.int32)
 
 
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     nodes = drafts + 1
-    scratch = workspaces.measured(_scratch, requests, requests * nodes, nodes, -(-vocab // LEAF))
+    scratch = workspaces.measured(_scratch, requests, requests * nodes, nodes, -(-vocab // VOCAB_BLOCK))
     return workspaces.measured(_counters, requests, nodes), scratch
 
 
@@ -163,8 +162,8 @@ def accept_tree(
     if sampling is None or rule == "walk" or nodes == 1:
         draft = None
     dense = isinstance(draft, DenseProposal)
-    leaves = -(-max(vocab, draft.logits.shape[2] if dense else 0) // LEAF)
-    counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // nodes)), nodes - 1, leaves * LEAF, device)
+    blocks = -(-max(vocab, draft.logits.shape[2] if dense else 0) // VOCAB_BLOCK)
+    counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // nodes)), nodes - 1, blocks * VOCAB_BLOCK, device)
     arguments = Arguments(
         target_logits=target_logits,
         layout=layout_arrays(layout),
@@ -246,15 +245,15 @@ def _accept_tree(a: Arguments):
         kind = "sparse" if a.draft_ids is not None else "stored" if a.draft_to_target is None else "mapped"
         wide = a.draft_logits.shape[2]
     dense, filtered = kind in ("stored", "mapped"), flat.filters is not None
-    leaves = -(-max(vocab, wide if dense else 0) // LEAF)
-    config = tree_launch.pick(arch.current(device), leaves, nodes, a.rule > 0, filtered or flat.adjusts)
+    blocks = -(-max(vocab, wide if dense else 0) // VOCAB_BLOCK)
+    config = tree_launch.pick(arch.current(device), blocks, nodes, a.rule > 0, filtered or flat.adjusts)
     map_parts = -(-wide // MAP_COLUMNS) if kind == "mapped" else 0
-    items = -(-nodes // config.group) * -(-leaves // config.chunk)
+    items = -(-nodes // config.group) * -(-blocks // config.chunk)
     if a.rule > 0:
-        items += (nodes - 1) * -(-leaves // (config.tile * config.span))
+        items += (nodes - 1) * -(-blocks // (config.tile * config.span))
 
     arrivals, map_progress = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, requests, nodes)
-    scratch, inverse = _scratch(workspaces.Carver(a.scratch).take, requests, rows, nodes, leaves)
+    scratch, inverse = _scratch(workspaces.Carver(a.scratch).take, requests, rows, nodes, blocks)
     scratch = scratch._replace(
         raw=scratch.raw if a.logprobs == "raw" else None,
         draft=scratch.draft if dense else None,
@@ -289,15 +288,15 @@ def _accept_tree(a: Arguments):
             arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
             MapProgress(map_progress, map_progress[1:]) if kind == "mapped" else None,
             scratch,
-            requests, a.parents.shape[0], rows, a.commit_mask.shape[0], nodes, vocab, leaves, map_parts,
+            requests, a.parents.shape[0], rows, a.commit_mask.shape[0], nodes, vocab, blocks, map_parts,
         ),
         rule=a.rule,
         proposal=kind,
         without_replacement=a.without_replacement and a.rule > 0,
         joint=flat.joint and filtered,
         candidates=candidates,
-        leaves=max(4, 1 << (leaves - 1).bit_length()),
-        groups=1 << (leaves * (LEAF // GROUP_IDS) - 1).bit_length() if filtered else 1,
+        blocks=max(4, 1 << (blocks - 1).bit_length()),
+        groups=1 << (blocks * (VOCAB_BLOCK // MAX_GROUP) - 1).bit_length() if filtered else 1,
         width=_width(nodes),
         config=config,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""plan_attention: the keys of all requests shared out over the GPU, in one launch. Oracle: reference/attention.py.
+"""plan_attention: the keys of all requests shared out over the GPU, in one launch. Reference: reference/attention.py.
 
 Source: Flash-Decoding (Dao et al. 2023).
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 from ... import library, workspace as workspaces
 from ...checks import LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
 from ...kernels.attention.args import AttentionScratch, PlanInputs, WorkTable
+from ...kernels.sizes import PLAN_COLUMNS
 from ...launch import arch, attention as attention_launch
 from ...library import Out
 from ...types import AttentionPlan, PagedKV, VerifyLayout
 from ...workspace import Workspace
 
 OP = "tree_attention"  # which the workspace is for
-ITEM_COLUMNS = 10  # of AttentionPlan.items, as in kernels/attention/plan.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
     if out is None:
         new = torch.empty if requests and rows else torch.zeros  # without rows nothing is launched
         out = AttentionPlan(
-            new(sizes.max_items, ITEM_COLUMNS, dtype=torch.int32, device=device),
+            new(sizes.max_items, PLAN_COLUMNS, dtype=torch.int32, device=device),
             new(3, dtype=torch.int32, device=device),
             **facts,
         )
@@ -219,7 +219,7 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
         for name, fact in facts.items():
             if getattr(out, name) != fact:
                 raise ValueError(f"out.{name}: expected {fact}, got {getattr(out, name)}")
-        check_tensor("out.items", out.items, shape=(sizes.max_items, ITEM_COLUMNS), device=device)
+        check_tensor("out.items", out.items, shape=(sizes.max_items, PLAN_COLUMNS), device=device)
     return out, config
 
 

@@ -2,7 +2,7 @@
 
     out_i = sum over visible j of exp(score_{i,j} - lse_i) v_j,  score = softcap(scale q_i . k_j)
 
-A chain, a block that sees itself in both directions, or a tree given by ancestor words. Oracle: reference/attention.py. Sources:
+A chain, a block that sees itself in both directions, or a tree given by ancestor words. Reference: reference/attention.py. Sources:
 arXiv 2211.17192 (chains), arXiv 2305.09781 (tree masks), Flash-Decoding (Dao et al. 2023).
 """
 

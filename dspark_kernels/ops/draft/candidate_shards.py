@@ -1,7 +1,7 @@
 """draft_block_partial, draft_block_finish with `candidates`: a whole block on vocabulary shards with one gather.
 
 The part lists the rank's C best of every position, the finish merges the lists and walks the positions, the same on every rank.
-Oracle: the op on the whole vocabulary, to the bit whatever the cut. Source: DSpark, arXiv 2607.05147.
+Reference: the op on the whole vocabulary, to the bit whatever the cut. Source: DSpark, arXiv 2607.05147.
 
 | gathered, once | bytes per rank, request and position, C candidates |
 | --- | --- |
@@ -307,7 +307,7 @@ def _draft_candidates_finish(a: FinishArguments):
         (
             lists, whole.request_state(a.anchors, a.anchor_positions, a.state_indices, sampling),
             adjust, filters, head, walk.latent, walk.hidden, walk.confidence, a.results.outputs(),
-            Selection(keys_ptr=None, units_ptr=None, ids_ptr=best, bounds_ptr=None), walk.scratch, places, request_count,
+            Selection(keys_ptr=None, sub_blocks_ptr=None, ids_ptr=best, bounds_ptr=None), walk.scratch, places, request_count,
             rows, a.anchors.shape[0], drafts,
             CandidateWidths(vocab=a.vocab_size, num_targets=a.targets, num_candidates=a.candidates),
             a.first_draft, a.column, latent_items, a.gathered.shape[0], a.gathered.shape[1],

@@ -1,7 +1,7 @@
 """draft_block on candidates: each position restricted to its C best base logits, and to listed successors of the draft before it.
 
 S_k = the C ids of the largest base_k (ties: lowest ids) and bigrams[x_{k-1}],  x_k ~ softmax over S_k of (base_k + bias) / T.
-The proposal is sparse by construction. Oracle: reference/candidates.py. Source: DSpark, arXiv 2607.05147.
+The proposal is sparse by construction. Reference: reference/candidates.py. Source: DSpark, arXiv 2607.05147.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ from .args import (
 from .outputs import allocate, check_out
 
 NEEDS = "draft_block candidates"
-LEAST_GROUP = 16  # ids of the smallest unit of any configuration
+LEAST_GROUP = 16  # ids of the smallest sub-block of any configuration
 
 
-def _units(vocab: int, group: int) -> int:
-    """Words per row for the keys of its units, as kernels/draft/candidates.py has them."""
+def _sub_block_words(vocab: int, group: int) -> int:
+    """Words per row for the keys of its sub-blocks, as kernels/draft/candidates.py has them."""
     return -(-vocab // (16 * group)) * 16
 
 
 def selection_of(take, positions: int, vocab: int, group: int, candidates: int) -> Selection:
-    """What finds the best of every position, its units of `group` ids."""
+    """What finds the best of every position, its sub-blocks of `group` ids."""
     return Selection(
-        keys_ptr=take(positions * _units(vocab, group), torch.int32),
-        units_ptr=take(positions * candidates, torch.int32),
+        keys_ptr=take(positions * _sub_block_words(vocab, group), torch.int32),
+        sub_blocks_ptr=take(positions * candidates, torch.int32),
         ids_ptr=take(positions * candidates, torch.int32),
         bounds_ptr=take(2 * positions, torch.int32),
     )
@@ -130,10 +130,10 @@ def _check_bigrams(bigrams, device) -> int:
     if bigrams is None:
         return 0
     check_tensor("bigrams", bigrams, dtype=INT_DTYPES, shape=("V", "B"), device=device, last_contiguous=True)
-    listed = bigrams.shape[1]
-    if not 1 <= listed <= launch.MAX_LISTED:
-        raise ValueError(f"bigrams: expected 1 to {launch.MAX_LISTED} successors per token, got {listed}")
-    return listed
+    successors = bigrams.shape[1]
+    if not 1 <= successors <= launch.MAX_SUCCESSORS:
+        raise ValueError(f"bigrams: expected 1 to {launch.MAX_SUCCESSORS} successors per token, got {successors}")
+    return successors
 
 
 # Low bits that no value of a dtype sets in fp32: keys of such logits are told apart without them.
@@ -169,12 +169,12 @@ def _draft_candidates(a: Arguments):
     device, sampling = a.base_logits.device, a.sampling
     kernels = library.kernels("draft.candidates", device)
     rows, drafts, vocab = a.base_logits.shape
-    listed_after = 0 if a.bigrams is None else a.bigrams.shape[1]
+    successors_after = 0 if a.bigrams is None else a.bigrams.shape[1]
     adjust, filters = adjust_settings(sampling) if sampling.adjusts else None, sampling.filters
     gpu = arch.current(device)
     weights, outputs = weights_name(a.head.w2), a.head.outputs
     settings = adjust is not None or filters is not None or a.draft_to_target is not None
-    config = launch.pick(gpu, drafts, vocab, a.candidates, listed_after, a.head.rank, weights, outputs, settings)
+    config = launch.pick(gpu, drafts, vocab, a.candidates, successors_after, a.head.rank, weights, outputs, settings)
 
     positions = rows * drafts
     counters = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, drafts)
@@ -183,7 +183,7 @@ def _draft_candidates(a: Arguments):
     walk = walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scores, take)
     successors = None
     if a.bigrams is not None:
-        successors = Successors(ptr=a.bigrams, stride=a.bigrams.stride(0), vocab=a.bigrams.shape[0], count=listed_after)
+        successors = Successors(ptr=a.bigrams, stride=a.bigrams.stride(0), vocab=a.bigrams.shape[0], count=successors_after)
     latent_items = kernels.latent_programs(positions, outputs)
     parts = launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_candidates(

@@ -1,7 +1,7 @@
 """draft_block: a whole block of drafts under the sequential head in one launch.
 
 x_k ~ softmax((base_k + bias(x_{k-1})) / T), k = 1..K, x_0 = the anchor; confidence_k = sigmoid((w . [h_k; W1[x_{k-1}]] + b) /
-T_k). Oracle: reference/draft.py. Source: DSpark, arXiv 2607.05147, sections on the sequential and the confidence head.
+T_k). Reference: reference/draft.py. Source: DSpark, arXiv 2607.05147, sections on the sequential and the confidence head.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from ...kernels.draft.args import (
     BlockWidths,
     Confidence,
     Head,
-    Mixer,
+    Projection,
     Support,
 )
+from ...kernels.sizes import FILTER_LIST, MAX_GROUP, SUB_BLOCK
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...library import Out
@@ -46,9 +47,6 @@ from .candidates import draft_candidates
 from .outputs import allocate, check_out
 
 OP = "draft_block"
-UNIT = 64  # ids per stored (maximum, mass) pair, as in kernels/draft/rows.py
-GROUP = 128  # ids per group of a filter, as in kernels/draft/filters.py
-LIST = 1024  # kept ids that a filter lists, as in kernels/primitives/filters.py
 
 
 def _counters(take, requests: int, drafts: int) -> tuple[Tensor, Tensor]:
@@ -58,8 +56,8 @@ def _counters(take, requests: int, drafts: int) -> tuple[Tensor, Tensor]:
 
 def _scratch(take, requests: int, drafts: int, vocab: int) -> tuple[Tensor, Tensor, Support]:
     """Maxima and sums of sub-blocks, and what filters find out about a row, without their settings."""
-    rows, units, groups = requests * drafts, -(-vocab // UNIT), -(-vocab // GROUP)
-    unit_max, unit_sumexp = take(rows * units, torch.float32), take(rows * units, torch.int64)
+    rows, sub_blocks, groups = requests * drafts, -(-vocab // SUB_BLOCK), -(-vocab // MAX_GROUP)
+    sub_block_max, sub_block_sumexp = take(rows * sub_blocks, torch.float32), take(rows * sub_blocks, torch.int64)
     support = Support(
         None,
         None,
@@ -68,10 +66,10 @@ def _scratch(take, requests: int, drafts: int, vocab: int) -> tuple[Tensor, Tens
         cut_ptr=take(requests, torch.int32),
         maxima_ptr=take(requests * groups, torch.float32),
         groups_ptr=take(requests * groups, torch.int32),
-        keys_ptr=take(requests * LIST, torch.int32),
-        ids_ptr=take(requests * LIST, torch.int32),
+        keys_ptr=take(requests * FILTER_LIST, torch.int32),
+        ids_ptr=take(requests * FILTER_LIST, torch.int32),
     )
-    return unit_max, unit_sumexp, support
+    return sub_block_max, sub_block_sumexp, support
 
 
 @workspaces.declare(OP)
@@ -341,16 +339,17 @@ def _draft_block(a: Arguments):
 
     counters, take = workspaces.Carver(a.counters), workspaces.Carver(a.scratch).take
     barrier = counters.take(2 * workspaces.RESERVED, torch.int32)
-    unit_max, unit_sumexp, support = _scratch(take, rows, drafts, vocab)
+    sub_block_max, sub_block_sumexp, support = _scratch(take, rows, drafts, vocab)
     best, status = _counters(counters.take, rows, drafts)
     memory = BlockScratch(
-        best_ptr=best, status_ptr=status, barrier_ptr=barrier, unit_max_ptr=unit_max, unit_sumexp_ptr=unit_sumexp
+        best_ptr=best, status_ptr=status, barrier_ptr=barrier, sub_block_max_ptr=sub_block_max,
+        sub_block_sumexp_ptr=sub_block_sumexp
     )  # fmt: skip
-    kind, mixer, mix_type = mixer_record(a.head, a.hidden, a.head_state, rows * drafts, rows, 2 * rows, dot_type, take)
+    kind, projection, mix_type = projection_record(a.head, a.hidden, a.head_state, rows * drafts, rows, 2 * rows, dot_type, take)
     if filtered:
         top_k, top_p, min_p = sampling.filters
         support = support._replace(top_k_ptr=top_k, top_p_ptr=top_p, min_p_ptr=min_p)
-    groups = -(-vocab // GROUP)
+    groups = -(-vocab // MAX_GROUP)
     kernels.launch_draft_dense(
         min(-(-vocab // config.block_v), gpu.multiprocessors * config.programs_per_sm),
         (
@@ -358,7 +357,7 @@ def _draft_block(a: Arguments):
                 base_ptr=a.base_logits, anchors_ptr=a.anchors, positions_ptr=a.anchor_positions, slots_ptr=a.state_indices,
                 map_ptr=a.draft_to_target,
             ),
-            head, mixer, adjust, support if filtered else None, a.hidden,
+            head, projection, adjust, support if filtered else None, a.hidden,
             confidence_record(a.confidence_head, a.confidence, a.confidence_logits),
             BlockSampling(temperature_ptr=sampling.temperature, seed_ptr=sampling.seed),
             BlockResults(tokens_ptr=a.tokens, logits_ptr=a.logits, lse_ptr=a.lse, flags_ptr=a.flags), memory,
@@ -375,7 +374,7 @@ def _draft_block(a: Arguments):
             ),
         ),
         drafts=drafts,
-        mixer=kind,
+        projection=kind,
         widening=widening,
         dot_type=type_name(dot_type),
         mix_type=type_name(mix_type),
@@ -406,8 +405,8 @@ def head_record(head: MixedHead) -> tuple[Head | None, torch.dtype, str]:
     return record, dot_type, widening
 
 
-def mixer_record(head: MixedHead, hidden, head_state, products: int, latents: int, states: int, dot_type, take):
-    """(kind, Mixer, type of its products) of a head with latents.
+def projection_record(head: MixedHead, hidden, head_state, products: int, latents: int, states: int, dot_type, take):
+    """(kind, Projection, type of its products) of a head with latents.
 
     products, latents, states: rows of its scratch, as `workspaces.latents_of` takes them with `take`.
     """
@@ -419,7 +418,7 @@ def mixer_record(head: MixedHead, hidden, head_state, products: int, latents: in
     # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
     hidden_column, w1_column = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
     hoisted, latent, state = workspaces.latents_of(take, products, latents, states, rank, parts, dot_type)
-    mixer = Mixer(
+    projection = Projection(
         weight_ptr=head.mix_weight,
         bias_ptr=head.mix_bias,
         stride_weight=head.mix_weight.stride(0),
@@ -432,7 +431,7 @@ def mixer_record(head: MixedHead, hidden, head_state, products: int, latents: in
         stride_carried=stride_of(head_state, 0),
     )
     same = head.mix_weight.dtype == head.w1.dtype == hidden.dtype
-    return kind, mixer, head.mix_weight.dtype if same else torch.float32
+    return kind, projection, head.mix_weight.dtype if same else torch.float32
 
 
 def confidence_record(head: ConfidenceWeights, confidence: Tensor | None, confidence_logits: Tensor | None) -> Confidence | None:

@@ -21,13 +21,14 @@ from ...kernels.draft.args import (
     ShardStrides,
     ShardTensors,
 )
+from ...kernels.sizes import SUB_BLOCK
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...library import Out
 from ..sampling import Flat, adjust_settings
 from ..shards import Fields, Shard
 from .args import ConfidenceWeights, MixedHead, stride_of, type_name
-from .dense import UNIT, confidence_record, head_record, mixer_record
+from .dense import confidence_record, head_record, projection_record
 
 OP = "draft_block_partial"
 
@@ -46,8 +47,8 @@ def fields_of(requests: int, shard: Shard, with_lse: bool) -> Fields:
     """What a part of a position holds."""
     fields = dict(words=(torch.int64, (requests,)), status=(torch.int64, (requests,)))
     if with_lse:
-        units = (requests, shard.blocks(UNIT))
-        fields |= dict(unit_mass=(torch.int64, units), unit_max=(torch.float32, units))
+        sub_blocks = (requests, shard.blocks(SUB_BLOCK))
+        fields |= dict(sub_block_sumexp=(torch.int64, sub_blocks), sub_block_max=(torch.float32, sub_blocks))
     return Fields(**fields)
 
 
@@ -89,18 +90,18 @@ def draft_block_partial(a: PartialArguments):
     adjust = adjust_settings(sampling) if sampling.adjusts else None
     request_tile = draft_launch.request_tile(rows, sampling.adjusts)
     one_tile = rows <= request_tile
-    units = shard.blocks(UNIT)
+    sub_blocks = shard.blocks(SUB_BLOCK)
     head, dot_type, widening = head_record(a.head)
     rank = 1 if head is None else head.rank
     # As for the whole vocabulary: how many ranks a dot takes is part of what its sums are.
     ranks = draft_launch.ranks_per_dot(a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts)
-    config = draft_launch.pick(gpu, units * UNIT, rank, dot_type.itemsize, one_tile, ranks)
+    config = draft_launch.pick(gpu, sub_blocks * SUB_BLOCK, rank, dot_type.itemsize, one_tile, ranks)
     if a.head.mix_weight is not None and gpu.vendor == "amd":
         config = dataclasses.replace(config, num_stages=1)  # with more, an rnn head with settings spills on gfx950
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
     take = workspaces.Carver(a.scratch).take
-    kind, mixer, mix_type = mixer_record(a.head, a.hidden, a.head_state, rows, rows, 2 * rows, dot_type, take)
+    kind, projection, mix_type = projection_record(a.head, a.hidden, a.head_state, rows, rows, 2 * rows, dot_type, take)
     best, seen = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
     counted = ShardCounters(
         best_ptr=best,
@@ -112,16 +113,16 @@ def draft_block_partial(a: PartialArguments):
     own = ShardPart(
         words_ptr=view(a.part, "words"),
         status_ptr=view(a.part, "status"),
-        unit_max_ptr=view(a.part, "unit_max"),
-        unit_sumexp_ptr=view(a.part, "unit_mass"),
+        sub_block_max_ptr=view(a.part, "sub_block_max"),
+        sub_block_sumexp_ptr=view(a.part, "sub_block_sumexp"),
     )
     kernels.launch_draft_partial(
-        min(-(-units * UNIT // config.block_v), gpu.multiprocessors * config.programs_per_sm),
+        min(-(-sub_blocks * SUB_BLOCK // config.block_v), gpu.multiprocessors * config.programs_per_sm),
         (
             ShardInputs(
                 base_ptr=a.base_logits, anchors_ptr=a.anchors, positions_ptr=a.anchor_positions, map_ptr=a.draft_to_target
             ),
-            head, mixer, adjust,
+            head, projection, adjust,
             ShardTensors(
                 hidden_ptr=a.hidden, temperature_ptr=sampling.temperature, seed_ptr=sampling.seed, slots_ptr=a.state_indices,
                 tokens_ptr=a.tokens, logits_ptr=a.logits,
@@ -129,8 +130,8 @@ def draft_block_partial(a: PartialArguments):
             own, counted,
         ),
         (
-            a.position, rows, a.anchors.shape[0], drafts, a.targets, shard.start, shard.held, width, shard.start // UNIT,
-            units, 0 if a.hidden is None else a.hidden.shape[2], a.first_draft, a.column,
+            a.position, rows, a.anchors.shape[0], drafts, a.targets, shard.start, shard.held, width, shard.start // SUB_BLOCK,
+            sub_blocks, 0 if a.hidden is None else a.hidden.shape[2], a.first_draft, a.column,
             ShardStrides(
                 base_request=a.base_logits.stride(0), base_position=a.base_logits.stride(1), anchors=a.anchors.stride(0),
                 positions=a.anchor_positions.stride(0), hidden_request=stride_of(a.hidden, 0),
@@ -138,7 +139,7 @@ def draft_block_partial(a: PartialArguments):
                 logits_position=stride_of(a.logits, 1),
             ),
         ),
-        mixer=kind,
+        projection=kind,
         widening=widening,
         dot_type=type_name(dot_type),
         mix_type=type_name(mix_type),
@@ -184,8 +185,8 @@ def draft_block_finish(a: FinishArguments):
     parts = GatheredParts(
         words_ptr=view(a.gathered, "words"),
         status_ptr=view(a.gathered, "status"),
-        unit_max_ptr=view(a.gathered, "unit_max"),
-        unit_sumexp_ptr=view(a.gathered, "unit_mass"),
+        sub_block_max_ptr=view(a.gathered, "sub_block_max"),
+        sub_block_sumexp_ptr=view(a.gathered, "sub_block_sumexp"),
     )
     hidden_size = 0 if a.hidden is None else a.hidden.shape[2]
     kernels.launch_draft_finish(
@@ -196,7 +197,7 @@ def draft_block_finish(a: FinishArguments):
                 temperature_ptr=a.temperature, slots_ptr=a.state_indices, tokens_ptr=a.tokens, lse_ptr=a.lse, flags_ptr=a.flags
             ),
             a.position, rows, a.tokens.shape[0],
-            FinishWidths(shards=a.vocab_shards, num_units=shard.blocks(UNIT), hidden=hidden_size),
+            FinishWidths(shards=a.vocab_shards, num_sub_blocks=shard.blocks(SUB_BLOCK), hidden=hidden_size),
             a.first_draft, a.column, a.gathered.stride(0), 2 * a.gathered.stride(0),
             FinishStrides(
                 anchors=a.anchors.stride(0), hidden_request=stride_of(a.hidden, 0), hidden_position=stride_of(a.hidden, 1),

@@ -1,7 +1,7 @@
 """draft_block_partial, draft_block_finish: the draft block where every rank has a shard of the vocabulary.
 
 Dense form, per position: a part per rank (its best word, and what the log-sum-exp needs), one gather, a finish that is the same on
-every rank. With `candidates`: the same once for the whole block (ops/draft/candidate_shards.py). Oracle: the op on the whole
+every rank. With `candidates`: the same once for the whole block (ops/draft/candidate_shards.py). Reference: the op on the whole
 vocabulary, to the bit where shards start at multiples of 64 ids, with candidates whatever the cut. Source: DSpark, arXiv
 2607.05147.
 
@@ -16,9 +16,9 @@ vocabulary, to the bit where shards start at multiples of 64 ids, with candidate
 | gathered per position, dense | int64 words per rank and request |
 | --- | --- |
 | greedy, or a proposal without lse | 2: best word (ordered key, inverted id), what the row showed |
-| sampled, with lse | 2, and 1.5 per unit of 64 ids: mass and maximum |
+| sampled, with lse | 2, and 1.5 per sub-block of 64 ids: sum of exponentials and maximum |
 
-Without lse acceptance sums the proposal itself (`accept_partial`), at 1.5 words per leaf of 1024 ids.
+Without lse acceptance sums the proposal itself (`accept_partial`), at 1.5 words per block of 1024 ids.
 
 A rank has its own rows of what is by id of the head's vocabulary: columns of base logits, W2 and its scales, `draft_to_target`. The
 rest is whole on every rank: W1, what mixes latents, hidden states, the confidence head, and by target id bias, mask and penalties.

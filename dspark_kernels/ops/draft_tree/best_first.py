@@ -1,6 +1,6 @@
 """draft_tree by the probability of paths: methods "best_first" and "conditioned".
 
-Oracle: reference/tree_draft.py.
+Reference: reference/tree_draft.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from ...kernels.draft_tree.args import (
     PathScratch,
     PathState,
     PathTree,
+    PhaseCounters,
     RowScratch,
-    WaveCounters,
 )
+from ...kernels.sizes import NODE_FIELDS, TREE_MAX_GROUP, TREE_SUB_BLOCK, VOCAB_BLOCK
 from ...launch import arch
 from ...launch.draft import candidates as candidates_launch
 from ...launch.draft_tree import best_first as launch
@@ -46,8 +47,6 @@ from .inputs import Nodes, TreeCall, nodes_of
 
 OP = "draft_tree"
 NEEDS, NEEDS_DENSE = "draft_tree paths", "draft_tree dense paths"
-FIELDS = 9  # int32 words per node, as in kernels/draft_tree/nodes.py
-LEAF = launch.LEAF
 
 
 def _counters(take, requests: int, drafts: int) -> PathCounters:
@@ -59,10 +58,10 @@ def _scratch(
     take, requests: int, drafts: int, vocab: int, group: int, candidates: int, nodes: int, width: int
 ) -> tuple[Selection, BlockSums, PathScratch]:
     """nodes, width: of a tree and candidates of a node, padded. Latents are not among it."""
-    positions, leaves = requests * drafts, -(-vocab // LEAF)
+    positions, blocks = requests * drafts, -(-vocab // VOCAB_BLOCK)
     selection = selection_of(take, positions, vocab, group, candidates)
-    scores, kept = take(positions, torch.float32), take(requests * FIELDS * nodes, torch.int32)
-    sums = BlockSums(max_ptr=take(positions * leaves, torch.float32), sumexp_ptr=take(positions * leaves, torch.int64))
+    scores, kept = take(positions, torch.float32), take(requests * NODE_FIELDS * nodes, torch.int32)
+    sums = BlockSums(max_ptr=take(positions * blocks, torch.float32), sumexp_ptr=take(positions * blocks, torch.int64))
     logits = take(requests * nodes * width, torch.float32)
     return selection, sums, PathScratch(scores, kept, logits, products_ptr=None, latent_ptr=None, states_ptr=None)
 
@@ -73,15 +72,15 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     return workspaces.measured(_counters, requests, drafts), workspaces.measured(_scratch, requests, drafts, vocab, *most)
 
 
-def _dense_counters(take, requests: int) -> WaveCounters:
-    return WaveCounters(*(take(requests, torch.int32) for _ in WaveCounters._fields))
+def _dense_counters(take, requests: int) -> PhaseCounters:
+    return PhaseCounters(*(take(requests, torch.int32) for _ in PhaseCounters._fields))
 
 
 def _dense_scratch(take, requests: int, drafts: int, vocab: int, nodes: int, children: int) -> tuple[DepthScratch, RowScratch]:
     """nodes: of a tree, padded; children: of a depth at most. Latents are not among it."""
-    rows, units = requests * children, -(-vocab // launch.UNIT)
+    rows, sub_blocks = requests * children, -(-vocab // TREE_SUB_BLOCK)
     depths = DepthScratch(
-        kept_ptr=take(requests * FIELDS * nodes, torch.int32),
+        kept_ptr=take(requests * NODE_FIELDS * nodes, torch.int32),
         frontier_ptr=take(requests * nodes, torch.int32),
         sizes_ptr=take(requests * (drafts + 1), torch.int32),
         entries_ptr=take(requests * nodes, torch.float32),
@@ -92,8 +91,8 @@ def _dense_scratch(take, requests: int, drafts: int, vocab: int, nodes: int, chi
         states_ptr=None,
     )
     return depths, RowScratch(
-        unit_max_ptr=take(rows * units, torch.float32),
-        unit_sumexp_ptr=take(rows * units, torch.int64),
+        sub_block_max_ptr=take(rows * sub_blocks, torch.float32),
+        sub_block_sumexp_ptr=take(rows * sub_blocks, torch.int64),
         groups_ptr=take(rows * _row_words(vocab, children), torch.float32),
         chosen_ptr=take(rows * children, torch.int32),
         keys_ptr=take(rows * children, torch.float32),
@@ -109,7 +108,7 @@ def _dense_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
 
 def _row_words(vocab: int, children: int) -> int:
     """Maxima of a row's groups, or the logits of as many groups as it has children."""
-    return max(-(-vocab // launch.GROUP), children * launch.GROUP)
+    return max(-(-vocab // TREE_MAX_GROUP), children * TREE_MAX_GROUP)
 
 
 def by_probability(call: TreeCall, out: DraftTree, workspace: Workspace | None) -> None:
@@ -121,8 +120,8 @@ def by_probability(call: TreeCall, out: DraftTree, workspace: Workspace | None) 
         check_int("candidates", call.candidates, low=1, high=launch.MAX_CANDIDATES)
     rows, drafts, vocab = call.base_logits.shape
     dense = head is not None and call.candidates is None
-    if dense and vocab > launch.GROUP * launch.MOST_GROUPS:
-        not_yet(OP, "base_logits", f"a vocabulary of more than {launch.GROUP * launch.MOST_GROUPS} ids without candidates is")
+    if dense and vocab > TREE_MAX_GROUP * launch.MOST_GROUPS:
+        not_yet(OP, "base_logits", f"a vocabulary of more than {TREE_MAX_GROUP * launch.MOST_GROUPS} ids without candidates is")
     device = call.base_logits.device
     if out.survival is not None:
         check_tensor("out.survival", out.survival, shape=tuple(out.tokens.shape), device=device)
@@ -208,12 +207,14 @@ def _draft_paths(arguments: CandidateArguments):
     nodes, positions = a.tree.tokens.shape[1], rows * drafts
     whole = candidates == 0
     if whole:
-        candidates = max(1, nodes - 1)  # a node can get no more children, and their law needs the mass alone
+        candidates = max(
+            1, nodes - 1
+        )  # a node can get no more children, and their distribution needs the sum of exponentials alone
     candidates = min(candidates, vocab)
     kind, head, latent = head_records(a.head)
     outputs = a.head.outputs
     gpu = arch.current(device)
-    group = candidates_launch.unit_ids(vocab, candidates)
+    group = candidates_launch.sub_block_ids(vocab, candidates)
     config = launch.pick(gpu, vocab, candidates, nodes, a.head.rank, weights_name(a.head.w2), outputs, group)
 
     counters = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, drafts)
@@ -230,7 +231,7 @@ def _draft_paths(arguments: CandidateArguments):
             counters, rows, a.anchors.shape[0], drafts, nodes, vocab, candidates, latent_items, parts,
         ),
         kind=kind,
-        leaves=launch.padded(-(-vocab // LEAF)) if whole else 0,
+        blocks=launch.padded(-(-vocab // VOCAB_BLOCK)) if whole else 0,
         shift=unused_bits(a.base_logits, None),
         config=config,
     )  # fmt: skip
@@ -249,7 +250,7 @@ def _draft_paths_dense(a: PathArguments):
     take, children = workspaces.Carver(a.scratch).take, max(1, nodes - 1)
     depths, row_scratch = _dense_scratch(take, rows, drafts, vocab, config.nodes, children)
     latent_items = kernels.latent_programs(rows * drafts, outputs)
-    parts = launch.dense_parts(gpu, rows, -(-vocab // launch.UNIT))
+    parts = launch.dense_parts(gpu, rows, -(-vocab // TREE_SUB_BLOCK))
     kernels.launch_draft_paths_dense(
         latent_items + rows * (2 + drafts * parts + (drafts - 1) * children),
         (

@@ -114,15 +114,15 @@ def target_ids(call) -> int:
 def allocate(
     slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str, ids: Tensor | None, device, survival: bool = False
 ) -> DraftTree:
-    """A tree in which no slot has a node yet. laws: logits [..., V] like the laws of the nodes, None where none are kept; ids:
-    `draft_to_target` of these."""
+    """A tree in which no slot has a node yet. laws: logits [..., V] like the distributions of the nodes, None where none are kept;
+    ids: `draft_to_target` of these."""
 
     def filled(*shape, fill=-1, dtype=torch.int32):
         return torch.full(shape, fill, dtype=dtype, device=device)
 
     proposal = OneHotProposal()
     if laws is not None:
-        # A node without children has no law: its row is zero.
+        # A node without children has no distribution: its row is zero.
         proposal = DenseProposal(torch.zeros(slots, nodes, laws.shape[-1], dtype=laws.dtype, device=device), draft_to_target=ids)
     return DraftTree(
         tokens=filled(slots, nodes, dtype=torch.int64),

@@ -1,7 +1,7 @@
 """draft_tree and expand_tree: trees of drafts, each in one launch.
 
-Children of a node: its best tokens, independent draws from its law, or the best keys of one race on it; or the paths of greatest
-probability. Oracle: reference/tree_draft.py. Sources: EAGLE arXiv 2401.15077, SpecInfer arXiv 2305.09781, Sequoia arXiv
+Children of a node: its best tokens, independent draws from its distribution, or the best keys of one race on it; or the paths of
+greatest probability. Reference: reference/tree_draft.py. Sources: EAGLE arXiv 2401.15077, SpecInfer arXiv 2305.09781, Sequoia arXiv
 2402.12374, DSpark arXiv 2607.05147.
 """
 
@@ -16,6 +16,7 @@ from ... import library, workspace as workspaces
 from ...checks import check_tensor, not_yet
 from ...kernels.args import Adjustments, Bias
 from ...kernels.draft_tree.args import NodeLogits, NodeSettings, StaticCounters, StaticScratch, StaticTree, TreeState
+from ...kernels.sizes import VOCAB_BLOCK
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...launch.draft_tree import static as tree_launch
@@ -59,7 +60,8 @@ def draft_tree(
         anchors: int64 or int32 [S] (R without `state_indices`), the last emitted token of each request: node 0.
         head: MarkovHead, GatedMarkovHead, RnnMarkovHead or None: a node's children follow its own token.
         anchor_positions: int64 or int32 [S]; a node of depth k is decided for position + k.
-        method: "top_k": the branching[d] best tokens after a node of depth d; "iid": as many independent draws from its law;
+        method: "top_k": the branching[d] best tokens after a node of depth d; "iid": as many independent draws from its
+        distribution;
             "without_replacement": the best keys of one Gumbel race on it; "best_first": the nodes of greatest product of
             probabilities, positions independent; "conditioned": the same under the head. Ties: the lowest node, then the lowest id.
         num_nodes: 1 to 64.
@@ -125,7 +127,8 @@ def expand_tree(
         tree: a tree that ends with its nodes of `depth`; it has room for M nodes. Without nodes (num_nodes 0) it stays so.
         node_logits: [R, F, V] bf16, fp16 or fp32, last dimension contiguous; row f belongs to the request's f-th node of `depth`.
         depth, branching: of the nodes that get children, and how many each.
-        anchor_positions, method, sampling, node_budgets, draft_to_target, state_indices: as in `draft_tree`. The laws of nodes of
+        anchor_positions, method, sampling, node_budgets, draft_to_target, state_indices: as in `draft_tree`. The distributions of
+        nodes of
             other depths stay as they are.
         out: where to write. `tree` itself is extended in place, in one launch and without a copy; any other is made equal to
             `tree` first.
@@ -158,7 +161,7 @@ def expand_tree(
 
 
 def _copied(tree: DraftTree, out: DraftTree | None, laws: Tensor | None, method: str, ids: Tensor | None) -> DraftTree:
-    """A tree with the content of `tree` and room for the laws of new children: `out`, checked, or a new one."""
+    """A tree with the content of `tree` and room for the distributions of new children: `out`, checked, or a new one."""
     slots, nodes = tree.tokens.shape
     drawn = method if laws is not None else "one_hot"
     shape = (slots, tree.flags.shape[0], nodes, laws, drawn, ids, tree.tokens.device)
@@ -200,9 +203,9 @@ def _launch(
     if draft_to_target is not None and method == "iid":
         not_yet(op, "draft_to_target", "with method 'iid' it is")
     rows, vocab, device = base_logits.shape[0], base_logits.shape[2], base_logits.device
-    nodes, by_mass = out.tokens.shape[1], method == "iid"
+    nodes, by_sumexp = out.tokens.shape[1], method == "iid"
     needed = workspaces.measured(_counters, rows, nodes)
-    words = workspaces.measured(_scratch, rows, nodes, vocab, *_largest(depths), by_mass)
+    words = workspaces.measured(_scratch, rows, nodes, vocab, *_largest(depths), by_sumexp)
     room = latent_room(head, rows, max(1, nodes - 1), workspaces.node_latent_words)
     message = workspaces.room_for(rows, nodes - 1, vocab, room["rank"])
     counters, scratch = workspaces.lend_words(workspace, needed, words + room["latents"], device, message)
@@ -243,16 +246,16 @@ def _counters(take, requests: int, nodes: int) -> tuple[Tensor, Tensor]:
     return take(2, torch.int32), take(requests * nodes, torch.int32)
 
 
-def _scratch(take, requests: int, nodes: int, vocab: int, width: int, children: int, by_mass: bool) -> StaticScratch:
-    """width, children: of `_largest`; by_mass: children are drawn independently."""
-    leaves = -(-vocab // tree_launch.LEAF)
+def _scratch(take, requests: int, nodes: int, vocab: int, width: int, children: int, by_sumexp: bool) -> StaticScratch:
+    """width, children: of `_largest`; by_sumexp: children are drawn independently."""
+    blocks = -(-vocab // VOCAB_BLOCK)
     return StaticScratch(
-        lists_ptr=take(requests * children * leaves, torch.int64),
+        lists_ptr=take(requests * children * blocks, torch.int64),
         best_ptr=take(requests * children, torch.int64),
         found_ptr=take(requests * nodes, torch.int32),
         record_ptr=take(3 * requests, torch.int32),
-        block_max_ptr=take(requests * width * leaves, torch.float32) if by_mass else None,
-        block_sumexp_ptr=take(requests * width * leaves, torch.int64) if by_mass else None,
+        block_max_ptr=take(requests * width * blocks, torch.float32) if by_sumexp else None,
+        block_sumexp_ptr=take(requests * width * blocks, torch.int64) if by_sumexp else None,
     )
 
 
@@ -298,7 +301,7 @@ def _draft_tree(a: Arguments):
     rows, _, vocab = a.base_logits.shape
     slots, nodes = a.tree.tokens.shape
     gpu = arch.current(device)
-    leaves = -(-vocab // tree_launch.LEAF)
+    blocks = -(-vocab // VOCAB_BLOCK)
     shape = list(zip(a.widths, a.branching, strict=True))
     most, children = _largest(shape)
 
@@ -308,13 +311,13 @@ def _draft_tree(a: Arguments):
     head, dot_type, widening = draft.head_record(a.head)
     rank = 1 if head is None else head.rank
     latents = (rows * len(shape), rows * most, rows * nodes)
-    kind, mixer, mix_type = draft.mixer_record(a.head, a.hidden, None, *latents, dot_type, take)
+    kind, projection, mix_type = draft.projection_record(a.head, a.hidden, None, *latents, dot_type, take)
     bias = None if a.logit_bias is None else Adjustments(Bias(a.logit_bias, a.logit_bias.stride(0)), None, None)
     if widening == "fp8":
         widening = "fp8_by_cast" if gpu.family in draft_launch._NATIVE_FP8 else "fp8_by_bits"
     config = tree_launch.pick(gpu, vocab, rank, a.head.w1 is not None and dot_type == torch.float32)
     kernels.launch_draft_tree(
-        tree_launch.items_of(config, shape, rows, leaves, rank, a.head.outputs // rank),
+        tree_launch.items_of(config, shape, rows, blocks, rank, a.head.outputs // rank),
         (
             base_record(a.base_logits),
             TreeState(
@@ -322,7 +325,7 @@ def _draft_tree(a: Arguments):
                 stride_positions=a.anchor_positions.stride(0), slots_ptr=a.state_indices, temperature_ptr=a.temperature,
                 seed_ptr=a.seed, budgets_ptr=a.node_budgets,
             ),
-            head, mixer, hidden_states(a.hidden),
+            head, projection, hidden_states(a.hidden),
             NodeSettings(map_ptr=a.draft_to_target, num_targets=a.targets, adjust=bias),
             StaticTree(**a.tree.pointers(), flags_ptr=a.flags),
             None if a.law is None else NodeLogits(ptr=a.law, stride_slot=a.law.stride(0), stride_node=a.law.stride(1)),
@@ -330,9 +333,9 @@ def _draft_tree(a: Arguments):
             kernels.words_of_branching(a.branching), a.level, rows, slots, nodes, vocab, a.widths[0], len(shape),
         ),
         method=a.method,
-        mixer=kind,
+        projection=kind,
         widen=widening,
-        leaves=max(4, 1 << (leaves - 1).bit_length()),
+        blocks=max(4, 1 << (blocks - 1).bit_length()),
         keep=max(2, 1 << (max(a.branching) - 1).bit_length()),
         width=max(2, 1 << (nodes - 1).bit_length()),
         block_r=draft_launch.rank_block(gpu, rank, dot_type.itemsize, tree_launch.RANKS),

@@ -2,7 +2,7 @@
 
     row i of a request: its anchor (i = 0) or its draft i, at position anchor_position + i (in a tree: + depth of node i)
 
-Oracle: reference/layout.py. Source: the ragged verification batch of DSpark, arXiv 2607.05147; tree rows: arXiv 2305.09781.
+Reference: reference/layout.py. Source: the ragged verification batch of DSpark, arXiv 2607.05147; tree rows: arXiv 2305.09781.
 """
 
 from __future__ import annotations

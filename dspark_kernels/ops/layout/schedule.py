@@ -2,7 +2,7 @@
 
     survival a_{r,k} = product of c_{r,i} for i <= k,  admit in descending order of a while tau_n cost_{n-1} > tau_{n-1} cost_n
 
-Oracle: reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
+Reference: reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .fixed import Packed, Requests, batch_rows, check_batch, output, packed_of,
 OP = "schedule_prefixes"
 POLICIES = ("causal", "budget")
 MAX_CANDIDATES = 16384  # drafts of a batch, requests and drafts each padded to a power of two: what one program can hold
-UNIT = 1 << 24  # of survival
+SURVIVAL_ONE = 1 << 24  # of survival
 _BYPASS_UNIT = 1 << 20
 
 
@@ -132,7 +132,7 @@ def schedule_prefixes(
             page_size=page_size or 1,
             min_len=min(min_len, drafts),
             max_len=drafts if max_len is None else min(max_len, drafts),
-            least=max(1, math.floor(survival_floor * UNIT)),
+            least=max(1, math.floor(survival_floor * SURVIVAL_ONE)),
             bypass=0 if bypass is None else _BYPASS_UNIT + math.ceil(bypass * _BYPASS_UNIT),
         )
         _schedule_prefixes(*library.flat(arguments))

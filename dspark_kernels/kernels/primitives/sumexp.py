@@ -1,16 +1,13 @@
 """Sums of exponentials that do not depend on how the vocabulary is cut: fixed octets in fp32, everything above in int64.
 
-mass = sum over octets of trunc(2^40 * octet), octet = ((e0+e1)+(e2+e3)) + ((e4+e5)+(e6+e7)), e = exp2((logit - max) * scale).
-Integer sums commute, so chunks, programs, waves and shards give the same bits. An octet is 8 neighbouring ids from a multiple of 8.
-"""
+sum of exponentials = sum over octets of trunc(2^40 * octet), octet = ((e0+e1)+(e2+e3)) + ((e4+e5)+(e6+e7)), e = exp2((logit - max)
+* scale). Integer sums commute, so chunks, programs, phases and shards give the same bits. An octet is 8 neighbouring ids from a
+multiple of 8."""
 
 import triton
 import triton.language as tl
 
-ONE = tl.constexpr(1099511627776.0)  # 2^40: an octet sum of 1.0
-LEAF = tl.constexpr(1024)  # ids per leaf of the two-level race
-NEG_INF = tl.constexpr(float("-inf"))
-POS_INF = tl.constexpr(float("inf"))
+from .constants import NEG_INF, POS_INF
 
 
 @triton.jit
@@ -23,10 +20,10 @@ def octet_sums(e, COUNT: tl.constexpr):
 
 
 @triton.jit
-def masses(e, UNITS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr):
+def fixed_sums(e, SUB_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr):
     """fp32 [UNITS * WIDTH] elements -> int64 [UNITS], WIDTH a multiple of 8."""
-    fixed = (octet_sums(e, UNITS * WIDTH // 8) * SCALE).to(tl.int64)
-    return tl.sum(tl.reshape(fixed, [UNITS, WIDTH // 8]), axis=1)
+    fixed = (octet_sums(e, SUB_BLOCKS * WIDTH // 8) * SCALE).to(tl.int64)
+    return tl.sum(tl.reshape(fixed, [SUB_BLOCKS, WIDTH // 8]), axis=1)
 
 
 @triton.jit
