@@ -90,13 +90,24 @@ def _argument(value, parameter) -> str:
     return type(value).__name__
 
 
+def _flat(constants: dict) -> dict:
+    """Constants with those of a NamedTuple under the names of its fields."""
+    found = {}
+    for name, value in constants.items():
+        found |= _flat(value._asdict()) if hasattr(value, "_asdict") else {name: value}
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One captured launch: what it is compiled from, its IR, and, if it was compiled, the result and the time it took."""
+    """One captured launch: what it is compiled from, its grid and constants, its IR, and, if it was compiled, the result and the
+    time it took."""
 
     kernel: str
     source: str
     launch: str
+    grid: tuple[int, ...] = ()
+    constants: dict = dataclasses.field(default_factory=dict)  # constexprs of the kernel; a record's by the names of its fields
     ir: str = ""
     compiled: object = None
     seconds: float = 0.0
@@ -134,7 +145,10 @@ def capture(arch: str, compiled: bool, ir: bool = False):
         if compiled and key not in done:
             started = time.perf_counter()
             done[key] = compile_it(), time.perf_counter() - started
-        launches.append(Launch(self.fn.__name__, source, launch, made.get(key, ""), *done.get(key, ())))
+        constants = {p.name: bound.arguments[p.name] for p in self.params if p.is_constexpr}
+        launches.append(
+            Launch(self.fn.__name__, source, launch, tuple(grid), _flat(constants), made.get(key, ""), *done.get(key, ()))
+        )
 
     JITFunction.run = run
     if compiled or ir:
