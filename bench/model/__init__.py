@@ -1,0 +1,1 @@
+"""python -m bench.model: what every hot kernel costs, from what it compiles to, without a GPU."""

@@ -1,0 +1,159 @@
+"""What every hot kernel costs, from what it compiles to, without a GPU: a model, not a measurement.
+
+Each op of a step is compiled at V = 151936, K = 7, rank 256, bf16 for a GPU that need not be there. From the SASS come the instructions
+and barriers of the hot loop per logit, registers and shared memory, so how many programs are resident; from these, from the bytes that
+must move and from the steps that follow (bench/model/ops.py) a time with a range. Where a CUDA GPU is, its time stands beside it.
+
+    python -m bench.model                            all of it; bench/results/model/h200.csv
+    python -m bench.model --op accept_chain          one op (repeatable); --case dense_r64 one case
+    python -m bench.model --check                    are the committed rows those of the code, and none worse than the baseline?
+    python -m bench.model --baseline                 as without, and the rows become the baseline
+    python -m bench.model --compare OLD.csv NEW.csv  which hot parts grew by more than 5 %?
+    python -m bench.model --blocks --op accept_chain --case dense_r64
+                                                     loops of the SASS and what loads: for who updates bench/model/ops.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.model import measured, ops, report
+from bench.model.check import KEY, grown, stale
+from bench.model.constants import MACHINES
+from bench.model.flow import Flow
+from bench.model.sass import disassemble
+from bench.shared import rows
+from bench.shared.arguments import BadArgument, Parser
+
+PEERS = ("vllm", "sglang")
+
+
+def parser() -> argparse.ArgumentParser:
+    first, rest = __doc__.split("\n", 1)
+    p = Parser(prog="python -m bench.model", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--op", action="append", metavar="NAME", help="only this op (repeatable)")
+    p.add_argument("--case", action="append", metavar="NAME", help="only cases of this name (repeatable)")
+    p.add_argument("--arch", choices=MACHINES, default="sm_90", help="architecture (default: %(default)s)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="the CSV file (default: bench/results/model/<gpu>.csv)")
+    p.add_argument(
+        "--check", action="store_true", help="compare the committed rows with the code and the baseline; compile nothing"
+    )
+    p.add_argument("--baseline", action="store_true", help="the new rows become those that --check compares with")
+    p.add_argument("--compare", type=Path, nargs=2, metavar=("OLD.csv", "NEW.csv"), help="compare two reports; compile nothing")
+    p.add_argument("--blocks", action="store_true", help="print what the SASS consists of, and stop")
+    return p
+
+
+def choose(kernels: Sequence[ops.Kernel], names, cases) -> list[ops.Kernel]:
+    """The kernels asked for. Raises BadArgument where there is none."""
+    chosen = [k for k in kernels if (not names or k.case.op in names) and (not cases or k.case.name in cases)]
+    if not chosen:
+        there = ", ".join(f"{k.case.op} {k.case.name}" for k in kernels)
+        raise BadArgument(f"--op, --case: expected one of {there}, got none of them")
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 1: rows are stale, or a hot part has grown; 2: a bad argument."""
+    try:
+        arguments = parser().parse_args(argv)
+        if arguments.compare:
+            return told(grown(*(rows.read(path) for path in arguments.compare)), "no hot part has grown")
+        kernels = choose(ops.kernels(), arguments.op, arguments.case)
+    except (BadArgument, OSError) as error:
+        print(f"bench.model: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    out = arguments.out or report.FOLDER / (MACHINES[arguments.arch].name.lower().replace(" ", "-") + ".csv")
+    if arguments.check:
+        return check(kernels, out, arguments)
+    if arguments.blocks:
+        for kernel in kernels:
+            blocks(kernel, arguments.arch)
+        return 0
+    return model(kernels, out, arguments)
+
+
+def told(found: Sequence[str], otherwise: str) -> int:
+    print("\n".join(found) or otherwise)
+    return 1 if found else 0
+
+
+def check(kernels, out: Path, arguments) -> int:
+    """Of the rows of this architecture those that were chosen, or all."""
+    code = {(k.case.op, k.case.name, arguments.arch): report.digests(k, arguments.arch) for k in kernels}
+    every = not arguments.op and not arguments.case
+    committed = [row for row in _read(out) if row["arch"] == arguments.arch and (every or _key(row) in code)]
+    found = stale(code, committed) + grown(_read(report.BASELINE), committed)
+    return told(found, f"{len(committed)} rows are fresh, and none is worse than the baseline")
+
+
+def _key(row) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def model(kernels, out: Path, arguments) -> int:
+    """Model every kernel; each line is printed as soon as it is there."""
+    machine = MACHINES[arguments.arch]
+    print(
+        f"MODELLED, not measured: {machine.name}, {machine.multiprocessors} multiprocessors at {machine.clock} GHz, a copy moves"
+        f" {machine.bandwidth / 1e12:g} TB/s; instructions per element of the hot part, barriers per 8 KB"
+    )
+    # Before anything is compiled for a GPU that is not there: the compiled kernels of a process are kept by device.
+    times = measured.microseconds([k.case for k in kernels], arguments.arch)
+    print(report.HEADER + ("   measured (/ modelled)" if times else ""))
+    done = []
+    for kernel in kernels:
+        row = report.row_of(kernel, arguments.arch)
+        done.append(row)
+        time = times.get((row.op, row.case))
+        beside = "" if time is None else f"   {time:.1f} ({time / row.us:.2f})" if isinstance(time, float) else f"   {time}"
+        print(report.lines(row) + beside, flush=True)
+    print("; ".join(f"{name}: {'not modelled' if importlib.util.find_spec(name) else 'not installed'}" for name in PEERS))
+    report.write(out, done)
+    print(f"written to {out}")
+    if arguments.baseline:
+        report.write(report.BASELINE, done)
+    new = [{name: rows.cell(value) for name, value in dataclasses.asdict(row).items()} for row in done]
+    return told(grown(_read(report.BASELINE), new), "none is worse than the baseline")
+
+
+def _read(path: Path) -> list[dict]:
+    """The rows of a report, none where there is no file yet."""
+    return rows.read(path) if path.exists() else []
+
+
+def blocks(kernel: ops.Kernel, arch: str) -> None:
+    """Loops, and blocks with loads, barriers or products: address, instructions by class, how deep, behind how many branches."""
+    launch = report.captured(kernel, arch, compiled=True)
+    flow = Flow(disassemble(launch.compiled.asm["cubin"]))
+    hot, tile, tile_from = report.hot_part(kernel, launch, flow)
+    inside = {i.address for i in hot.turn}
+    print(f"\n{kernel.case.op} {kernel.case.name}: {launch.kernel}, grid {launch.grid}; hot: a {hot.how} of {len(hot.counted)}")
+    print(f"instructions, {tile:g} x {kernel.element} a turn (from its {tile_from})")
+    for loop in flow.loops:
+        turn = flow.of_a_turn(loop)
+        every, all_of_it = (sum(len(flow.blocks[b]) for b in part) for part in (turn, loop.blocks))
+        print(f"loop at {flow.blocks[loop.head][0].address:05x}: {every} instructions every turn, {all_of_it} in all")
+    for number, block in enumerate(flow.blocks[:-1]):
+        classes = collections.Counter(i.kind for i in block)
+        loaded = sum(i.loaded for i in block)
+        if loaded or classes["barrier"] or classes["tensor"]:
+            depth = sum(number in loop.blocks for loop in flow.loops)
+            where = "hot" if block[0].address in inside else ""
+            text = " ".join(f"{kind} {count}" for kind, count in classes.most_common())
+            print(
+                f"  {block[0].address:05x} {where:3} {depth} loops, {flow.conditions(number)} branches, {loaded} B a lane: {text}"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""What the model is told about each op: what a tile is, and what follows the hot part. Everything else is read from the binary.
+
+Whoever rewrites a kernel looks here: `python -m bench.model --blocks OP CASE` lists the loops of what it compiles to, from which the
+counts of `after` are taken. Symbols: R requests, K drafts, V vocabulary, P positions = R K, c constants of the launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from bench.model.estimate import Phase, Steps
+from bench.shared.cases.accept import Accept
+from bench.shared.cases.attention import Attention
+from bench.shared.cases.candidates import Candidates
+from bench.shared.cases.case import BF16, DRAFTS, RANK, VOCAB, Case, Target
+from bench.shared.cases.draft import Draft
+from bench.shared.cases.layout import Schedule
+from bench.shared.cases.registry import registry
+from bench.shared.cases.trees import AcceptTrees, Compact, DraftTrees
+from bench.shared.offline import calls
+
+
+class Kernel(NamedTuple):
+    """An op at one shape.
+
+    call: the launch, to be captured. case: sizes, bytes, target. element, elements: what streams, and how many of them in a launch.
+    tile(c): elements of a turn of the hot loop, or of a pass. element_bytes: what a turn loads per element, at least. share: of the
+    launch's programs, those that stream. turns: of the hot loop in a program; None = elements / (programs that stream x tile).
+    """
+
+    case: Case
+    call: Callable[[], object]
+    element: str
+    elements: float
+    tile: Callable[[Mapping[str, int]], int]
+    element_bytes: float
+    after: tuple[Phase, ...]
+    share: float = 1
+    turns: float | None = None
+
+
+def _target(op: str, spec, otherwise: Target | None) -> Target | None:
+    """That of bench.kernels, where it has the case."""
+    return next((case.target for case in registry() if case.op == op and case.spec == spec), otherwise)
+
+
+def _case(op: str, name: str, spec, otherwise: Target | None = None) -> Case:
+    return Case(op, name, spec, _target(op, spec, otherwise))
+
+
+# --- acceptance: an item = GROUP rows x CHUNK blocks of 1024 ids ------------------------------------------------------
+
+_MERGED_ROW = Steps(l2=5, fences=1, atomics=1, barriers=17, instructions=400)
+_DRAWN = Steps(l2=11, barriers=17, instructions=1750)
+_END = {
+    "greedy": Steps(l2=6, instructions=280),
+    "one_hot": _DRAWN,
+    "dense": Steps(l2=13, fences=1, atomics=2, spins=1, barriers=20, instructions=1690),
+}
+_RESIDUAL = Steps(starts=1, atomics=2, l2=2, dram=1, fences=1, barriers=8, instructions=670)  # an item of the second phase
+
+
+def _accept(kind: str, requests: int) -> Kernel:
+    proposal = "dense" if kind == "dense" else "one_hot"
+    spec = Accept(requests, proposal, sampled=kind != "greedy")
+    after = (Phase(_MERGED_ROW), Phase(_END[kind]))
+    share = 1.0
+    if kind == "dense":
+        # As many items as a row has, for the one row of a request that may need a residual.
+        share = (DRAFTS + 1) / (DRAFTS + 2)
+        after = (Phase(_RESIDUAL, programs=requests * 38), *after)
+    return Kernel(
+        _case("accept_chain", f"{kind}_r{requests}", spec, Target(floors=1.25) if requests >= 32 else None),
+        functools.partial(calls.accept_call, requests, proposal="lse" if kind == "dense" else proposal, sampled=spec.sampled),
+        "logit", spec.rows * VOCAB, _accept_tile, BF16, after, share,
+    )  # fmt: skip
+
+
+def _accept_tile(c) -> int:
+    return c["GROUP"] * c["CHUNK"] * 1024
+
+
+def _accept_tree(requests: int) -> Kernel:
+    spec = AcceptTrees(requests)
+    return Kernel(
+        _case("accept_tree", f"walk_m32_r{requests}", spec), functools.partial(calls.accept_tree_call, requests),
+        "logit", spec.rows * VOCAB, _accept_tile, BF16, (Phase(_MERGED_ROW), Phase(_DRAWN)),
+    )  # fmt: skip
+
+
+# --- drafting, dense: a turn = ROWS requests x BLOCK_V ids; W2 is read in the same turn if ROWS are all requests ------
+
+_GRID_BARRIER = Steps(fences=1, atomics=1, spins=1, l2=2)
+
+
+def _draft(requests: int, sampled: bool) -> Kernel:
+    spec = Draft(requests, sampled)
+    finish = Steps(l2=6, instructions=600) if sampled else Steps(l2=4)
+    element_bytes = BF16 + (BF16 * RANK / requests if requests <= 16 else 0)
+    return Kernel(
+        _case("draft_block", f"{'sampled' if sampled else 'greedy'}_r{requests}", spec),
+        functools.partial(calls.draft_call, requests, sampled=sampled),
+        "logit", spec.logits, lambda c: c["ROWS"] * c["BLOCK_V"], element_bytes,
+        (Phase(_GRID_BARRIER.times(DRAFTS + 1)), Phase(finish, programs=requests * DRAFTS)),
+    )  # fmt: skip
+
+
+# --- drafting on candidates: BLOCK ids a turn, the row's last program selects, the request's last walks K positions ---
+
+_SELECT = Steps(l2=4, fences=1, atomics=1, barriers=32 + 28 * 5, instructions=970 + 28 * 67)  # two searches of 14 steps
+_POSITION = Steps(l2=3, barriers=21, instructions=495)
+_TREE_NODE = Steps(l2=8, barriers=88, instructions=1075)
+
+
+def _candidates(requests: int) -> Kernel:
+    spec = Candidates(requests)
+    walk = Steps(*(a + b for a, b in zip(_POSITION.times(DRAFTS), Steps(l2=5), strict=True)))
+    return Kernel(
+        _case("draft_candidates", f"c64_r{requests}", spec), functools.partial(calls.candidates_call, requests),
+        "logit", requests * DRAFTS * VOCAB, lambda c: c["BLOCK"], BF16,
+        (Phase(_SELECT, programs=requests * DRAFTS), Phase(walk, programs=requests)),
+    )  # fmt: skip
+
+
+def _draft_tree(requests: int) -> Kernel:
+    spec = DraftTrees(requests)
+    return Kernel(
+        _case("draft_tree", f"c64_r{requests}", spec), functools.partial(calls.draft_paths_call, requests, candidates=64),
+        "logit", requests * DRAFTS * VOCAB, lambda c: c["BLOCK"], BF16,
+        (Phase(_SELECT, programs=requests * DRAFTS), Phase(_TREE_NODE.times(spec.nodes), programs=requests)),
+    )  # fmt: skip
+
+
+# --- layouts, attention, compaction -----------------------------------------------------------------------------------
+
+
+def _schedule(requests: int) -> Kernel:
+    spec = Schedule(requests, "causal")
+    rounds = {1: 0, 64: 2, 256: 4}[requests]  # blocks of sorted keys that are gone through one after another
+    return Kernel(
+        _case("schedule_prefixes", f"causal_r{requests}", spec), functools.partial(calls.schedule_call, requests),
+        "draft", requests * DRAFTS, lambda c: requests * DRAFTS, 1 << 20,
+        (Phase(Steps(l2=3, barriers=8, instructions=500).times(rounds)),), turns=1,
+    )  # fmt: skip
+
+
+def _attention(requests: int, context: int) -> Kernel:
+    """An element is a key of a key-value head, with its value."""
+    spec = Attention(requests, context)
+    return Kernel(
+        _case("tree_attention", f"r{requests}_c{context}_q8", spec, Target(floors=1 / 0.85)),
+        functools.partial(calls.attention_call, requests),
+        "key", requests * context * spec.kv_heads, lambda c: c["BLOCK_N"], 2 * BF16 * spec.head_dim,
+        (Phase(Steps(l2=4, fences=1, atomics=1, barriers=16, instructions=255)),),
+    )  # fmt: skip
+
+
+def _compact(requests: int) -> Kernel:
+    """An element is a byte of a key or value that moves; a unit has UNIT bytes."""
+    spec = Compact(requests)
+    moved = requests * spec.accepted * spec.layers * 2 * spec.kv_heads * spec.head_dim * BF16
+    return Kernel(
+        _case("compact_kv", f"r{requests}", spec), functools.partial(calls.compact_call, requests),
+        "byte", moved, lambda c: c["UNIT"] * c["ROWS"] * c["CHUNK"], 1, (), turns=1,
+    )  # fmt: skip
+
+
+def kernels() -> list[Kernel]:
+    """Every op and shape of the report."""
+    found = [_accept(kind, requests) for kind in ("greedy", "one_hot", "dense") for requests in (1, 8, 64)]
+    found += [_draft(requests, sampled) for sampled in (True, False) for requests in (1, 8, 64)]
+    found += [_candidates(requests) for requests in (1, 8, 64)]
+    found += [_schedule(requests) for requests in (1, 64, 256)]
+    found += [_accept_tree(requests) for requests in (1, 64)]
+    return found + [_draft_tree(1), _attention(1, 8192), _attention(64, 8192), _compact(64)]
