@@ -123,7 +123,9 @@ def model(kernels, out: Path, arguments) -> int:
     if arguments.baseline:
         report.write(report.BASELINE, done)
     new = [{name: rows.cell(value) for name, value in dataclasses.asdict(row).items()} for row in done]
-    return told(grown(_read(report.BASELINE), new), "none is worse than the baseline")
+    baseline = _read(report.BASELINE)
+    compared = {_key(row) for row in baseline} & {_key(row) for row in new}
+    return told(grown(baseline, new), f"{len(compared)} rows are compared with the baseline, and none is worse")
 
 
 def _read(path: Path) -> list[dict]:
@@ -137,7 +139,7 @@ def blocks(kernel: ops.Kernel, arch: str) -> None:
     flow = Flow(disassemble(launch.compiled.asm["cubin"]))
     hot, tile, tile_from = report.hot_part(kernel, launch, flow)
     inside = {i.address for i in hot.turn}
-    print(f"\n{kernel.case.op} {kernel.case.name}: {launch.kernel}, grid {launch.grid}; hot: a {hot.how} of {len(hot.counted)}")
+    print(f"\n{kernel.case.op} {kernel.case.name}: {launch.kernel}, grid {launch.grid}; hot: a {hot.how} of {hot.instructions:g}")
     print(f"instructions, {tile:g} x {kernel.element} a turn (from its {tile_from})")
     for loop in flow.loops:
         turn = flow.of_a_turn(loop)

@@ -5,6 +5,7 @@
     issue = instructions of all turns / (issue slots x share of them that is reached), or the slowest pipe's time
     lives = life of a program x max(1, programs / programs that the GPU holds)
     life  = start + what a program does around its turns + turns x a turn
+    turn  = of the hot loop, and its share of the loop around; pessimistic: with all that not every turn meets
 
 Nothing here was measured.
 """
@@ -86,7 +87,7 @@ def estimate(hot: Hot, load: Load, machine: Machine) -> list[Time]:
 def _at(level: int, hot: Hot, load: Load, machine: Machine) -> Time:
     seat = machine.multiprocessors * load.resident
     whole = pace.microseconds(hot.whole, level, load.warps, machine.clock, hot.wide)
-    turn = pace.of_a_turn(hot.turn, level, load.warps, machine.clock, hot.wide) if hot.loops else 0.0
+    turn = turn_of(hot, level, load.warps, machine.clock) if hot.loops else 0.0
     life = START[level] + (max(0.0, whole - turn) + load.turns * turn if hot.loops else load.turns * whole)
     dram = 1e6 * load.must_move / machine.bandwidth
     issue = issued(hot, load, machine) / constants.ISSUED[level]
@@ -94,6 +95,14 @@ def _at(level: int, hot: Hot, load: Load, machine: Machine) -> Time:
     after = sum(p.steps.microseconds(level, machine.clock) * max(1.0, p.programs / seat) for p in load.after)
     total = constants.LAUNCH[level] + max(dram, issue, lives) + after
     return Time(turn, life, dram, issue, lives, after, total)
+
+
+def turn_of(hot: Hot, level: int, warps: int, clock: float) -> float:
+    """Microseconds."""
+    turn = pace.of_a_turn(hot.turn, level, warps, clock, hot.wide)
+    if LEVELS[level] == "pessimistic":
+        turn *= 1 + hot.others / len(hot.turn)
+    return turn + (pace.of_a_turn(hot.around, level, warps, clock, hot.wide) / hot.inner if hot.inner else 0.0)
 
 
 def issued(hot: Hot, load: Load, machine: Machine) -> float:

@@ -12,7 +12,7 @@ import functools
 
 from bench.model.sass import Instruction
 
-_ENDS = ("BRA", "EXIT", "RET", "BSYNC")
+_ENDS = ("BRA", "CALL", "EXIT", "RET", "BSYNC")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,10 @@ class Flow:
         """The smallest loop that the block is in."""
         return min((loop for loop in self.loops if block in loop.blocks), key=lambda loop: len(loop.blocks), default=None)
 
+    def around(self, loop: Loop) -> Loop | None:
+        """The smallest loop that holds another."""
+        return min((other for other in self.loops if loop.blocks < other.blocks), key=lambda other: len(other.blocks), default=None)
+
     def of_a_turn(self, loop: Loop) -> frozenset[int]:
         """Blocks that every turn of a loop passes through."""
         return frozenset.intersection(*(self.dominators[latch] for latch in loop.latches)) & loop.blocks
@@ -110,7 +114,7 @@ def _successors(block, last: Instruction, number: dict[int, int], end: int, inst
         # The point of reconvergence stands in the BSSY before it that names the same barrier.
         opened = [i.target for i in instructions if i.name == "BSSY" and i.address < last.address and _barrier(i) == _barrier(last)]
         return [number[opened[-1]]] if opened else [on]
-    if last.name == "BRA" and last.target in number:
+    if last.name in ("BRA", "CALL") and last.target in number:
         conditional = last.predicate or ".DIV" in last.opcode or "P" in last.operands.split("0x")[0]
         return sorted({number[last.target], on}) if conditional else [number[last.target]]
     return [on]

@@ -11,7 +11,7 @@ and not as instructions of every lane.
 
 from __future__ import annotations
 
-import collections
+from collections.abc import Callable
 from typing import NamedTuple
 
 from bench.model.flow import Flow
@@ -22,44 +22,50 @@ _TURNS = 3
 
 
 class Hot(NamedTuple):
-    """turn: instructions of a turn of the loop, or of the pass. whole: those of the program that makes one turn, from start to end.
-    of_one: addresses of what a single thread does. others: instructions of the loop that not every turn meets. wide: bytes from which
-    on a lane's load streams."""
+    """turn: instructions of a turn of the loop, or of the pass. around: of a turn of the loop around it, without it. whole: of a program
+    that makes one turn, from start to end. of_one: addresses of what a single thread does. others: instructions of the loop that not
+    every turn meets, without those of loops inside. wide: bytes from which on a lane's load streams. inner: turns per turn of the loop
+    around; 0 = that one turns so rarely that it does not count."""
 
     how: str
     turn: list[Instruction]
+    around: list[Instruction]
     whole: list[Instruction]
     of_one: frozenset[int]
     others: int
     wide: int
+    inner: float = 0
 
     @property
     def loops(self) -> bool:
         return self.how == "loop"
 
-    @property
-    def counted(self) -> list[Instruction]:
-        """Instructions of a turn that every lane executes."""
-        return [i for i in self.turn if i.address not in self.of_one]
+    def per_turn(self, count: Callable[[Instruction], float]) -> float:
+        """The sum of count(instruction) over what every lane executes in a turn, with the turn's share of the loop around."""
+        of_turn, around = (sum(count(i) for i in part if i.address not in self.of_one) for part in (self.turn, self.around))
+        return of_turn + (around / self.inner if self.inner else 0)
 
-    def classes(self) -> dict[str, int]:
-        """How many of each class."""
-        found = collections.Counter(i.kind for i in self.counted)
-        return {kind: found[kind] for kind in CLASSES}
-
-    @property
-    def barriers(self) -> int:
-        return sum(i.name == "BAR" for i in self.counted)
+    def classes(self) -> dict[str, float]:
+        """Instructions of a turn by class."""
+        return {kind: self.per_turn(lambda i, kind=kind: i.kind == kind) for kind in CLASSES}
 
     @property
-    def moved(self) -> int:
-        """Bytes that a lane loads and stores in a turn."""
-        return sum(i.loaded + i.stored for i in self.counted)
+    def instructions(self) -> float:
+        return self.per_turn(lambda i: 1)
 
     @property
-    def streamed(self) -> int:
+    def barriers(self) -> float:
+        return self.per_turn(lambda i: i.name == "BAR")
+
+    @property
+    def moved(self) -> float:
+        """Bytes that a lane loads and stores."""
+        return self.per_turn(lambda i: i.loaded + i.stored)
+
+    @property
+    def streamed(self) -> float:
         """Bytes of its wide loads alone."""
-        return sum(i.loaded for i in self.counted if i.loaded >= self.wide)
+        return self.per_turn(lambda i: i.loaded * (i.loaded >= self.wide))
 
 
 def find(flow: Flow, lanes: int, tile_bytes: int) -> Hot:
@@ -89,14 +95,18 @@ def _part(flow: Flow, block: int, wide: int) -> Hot:
     every = flow.of_a_pass(block)
     alone = _of_one(flow, every)
     loop = flow.innermost(block)
+    whole = _in_order(flow, every, block, alone)
     if loop is None:
-        whole = _in_order(flow, every, block, alone)
-        return Hot("pass", whole, whole, _addresses(flow, alone), 0, wide)
+        return Hot("pass", whole, [], whole, _addresses(flow, alone), 0, wide)
     turn = flow.of_a_turn(loop)
     inside = _of_one(flow, turn) & loop.blocks
-    others = sum(len(flow.blocks[b]) for b in loop.blocks - turn - inside)
-    whole = _in_order(flow, every, block, alone)
-    return Hot("loop", _in_order(flow, turn, max(loop.latches), inside), whole, _addresses(flow, alone | inside), others, wide)
+    below = frozenset().union(*(other.blocks for other in flow.loops if other.blocks < loop.blocks))
+    others = sum(len(flow.blocks[b]) for b in loop.blocks - turn - inside - below)
+    around, above = [], flow.around(loop)
+    if above is not None:
+        around = _in_order(flow, flow.of_a_turn(above) - loop.blocks, max(above.latches), ())
+    of_one = _addresses(flow, alone | inside)
+    return Hot("loop", _in_order(flow, turn, max(loop.latches), inside), around, whole, of_one, others, wide)
 
 
 def _of_one(flow: Flow, part: frozenset[int]) -> frozenset[int]:

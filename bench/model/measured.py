@@ -30,9 +30,10 @@ def microseconds(cases: Sequence[Case], arch: str) -> dict[tuple[str, str], floa
         capture=timing.graph_of,
         facts=lambda: facts_of(device),
     )
-    return {(case.op, case.name): _of(case, bench) for case in cases}
+    return {(case.op, case.name): median(case, bench) for case in cases}
 
 
-def _of(case: Case, bench: Bench) -> float | str:
+def median(case: Case, bench: Bench) -> float | str:
+    """Microseconds, or why there is no time."""
     done = run(case, bench)
     return next((row.p50_us for row in done if (row.call, row.cache) == ("graph", "cold")), done[0].status)

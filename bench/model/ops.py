@@ -27,7 +27,8 @@ class Kernel(NamedTuple):
 
     call: the launch, to be captured. case: sizes, bytes, target. element, elements: what streams, and how many of them in a launch.
     tile(c): elements of a turn of the hot loop, or of a pass. element_bytes: what a turn loads per element, at least. share: of the
-    launch's programs, those that stream. turns: of the hot loop in a program; None = elements / (programs that stream x tile).
+    launch's programs, those that stream. turns: of the hot loop in a program; None = elements / (programs that stream x tile). inner(c):
+    turns of the hot loop per turn of the loop around it, 0 = the loop around does not count.
     """
 
     case: Case
@@ -39,6 +40,7 @@ class Kernel(NamedTuple):
     after: tuple[Phase, ...]
     share: float = 1
     turns: float | None = None
+    inner: Callable[[Mapping[str, int]], float] = lambda c: 0
 
 
 def _target(op: str, spec, otherwise: Target | None) -> Target | None:
@@ -90,7 +92,7 @@ def _accept_tree(requests: int) -> Kernel:
     )  # fmt: skip
 
 
-# --- drafting, dense: a turn = ROWS requests x BLOCK_V ids; W2 is read in the same turn if ROWS are all requests ------
+# --- drafting, dense: a turn = ROWS requests x BLOCK_V ids; W2 is read in the loop around it if that is not all of them -
 
 _GRID_BARRIER = Steps(fences=1, atomics=1, spins=1, l2=2)
 
@@ -104,6 +106,7 @@ def _draft(requests: int, sampled: bool) -> Kernel:
         functools.partial(calls.draft_call, requests, sampled=sampled),
         "logit", spec.logits, lambda c: c["ROWS"] * c["BLOCK_V"], element_bytes,
         (Phase(_GRID_BARRIER.times(DRAFTS + 1)), Phase(finish, programs=requests * DRAFTS)),
+        inner=lambda c: 0 if requests <= c["ROWS"] else -(-requests // c["ROWS"]),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.model import estimate
@@ -105,16 +105,18 @@ def captured(kernel: Kernel, arch: str, *, compiled: bool = False, ir: bool = Fa
 def hot_part(kernel: Kernel, launch: Launch, flow: Flow) -> tuple[Hot, float, str]:
     """(hot part, elements of a turn, where these are from)."""
     lanes = 32 * launch.compiled.metadata.num_warps
-    tile = _tile(kernel, launch.constants)
+    tile = _constant(kernel.tile, launch.constants)
     hot = find(flow, lanes, math.ceil(kernel.element_bytes * (tile or 1)))
+    hot = hot._replace(inner=_constant(kernel.inner, launch.constants) or 0)
     if tile is None:
         return hot, hot.streamed * lanes / kernel.element_bytes, "loads"
     return hot, tile, "constants"
 
 
-def _tile(kernel: Kernel, constants: Mapping) -> float | None:
+def _constant(count: Callable[[Mapping], float], constants: Mapping) -> float | None:
+    """What a record counts from a launch's constants, None where they have other names now."""
     try:
-        return kernel.tile(constants)
+        return count(constants)
     except KeyError:
         return None
 

@@ -36,6 +36,7 @@ _BY_NAME = {
 }  # fmt: skip
 _CLASS = {name: kind for kind, names in _BY_NAME.items() for name in names.split()}
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.M)
+_BYTES = 16  # of an instruction
 _WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
@@ -58,9 +59,11 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch leads; the address of a reconvergence point."""
-        found = re.findall(r"0x[0-9a-f]+", self.operands) if self.name in ("BRA", "BSSY") else []
-        return int(found[-1], 16) if found else None
+        """Where a branch leads; the address of a reconvergence point. A call over the one branch behind it is how ptxas leaves a loop,
+        and a branch; other calls come back."""
+        found = re.findall(r"0x[0-9a-f]+", self.operands) if self.name in ("BRA", "BSSY", "CALL") else []
+        address = int(found[-1], 16) if found else None
+        return None if self.name == "CALL" and address != self.address + 2 * _BYTES else address
 
     @property
     def loaded(self) -> int:

@@ -2,13 +2,16 @@
 its checks refuse."""
 
 import pytest
+import torch
 
-from bench.model import constants, estimate, hot, pace
+from bench.model import constants, estimate, hot, measured, pace
 from bench.model.check import Digests, grown, stale
 from bench.model.constants import MACHINES
 from bench.model.flow import Flow
 from bench.model.occupancy import resident
 from bench.model.sass import parse
+from bench.shared.cases.case import Case
+from bench.shared.measure import Row
 
 CENTRAL = constants.LEVELS.index("central")
 
@@ -105,6 +108,16 @@ def test_the_loop_and_what_every_turn_meets():
     addresses = [i.address for block in sorted(flow.of_a_turn(loop)) for i in flow.blocks[block]]
     assert addresses == [*range(0x40, 0x90, 16), *range(0xB0, 0x110, 16)]  # without the rare path at 0x90
     assert flow.conditions(loop.head) == 1 and flow.conditions(0) == 0
+
+
+def test_a_loop_that_is_left_by_a_call():
+    left = STREAMING.replace(" @P0 BRA {head}\n", " @!P0 CALL.REL.NOINC {after}\n BRA {head}\n")
+    (loop,) = flow_of(left).loops
+    assert hot.find(flow_of(left), 128, 16 * 128).turn[-1].name == "BRA" and len(loop.blocks) == 4
+    subroutine = STREAMING.replace(" IADD3 R0", " CALL.REL.NOINC {trap}\n IADD3 R0").replace(
+        "trap:\n BRA {trap}", "trap:\n RET.REL.NODEC R18 0x0"
+    )
+    assert [i.name for i in hot.find(flow_of(subroutine), 128, 16 * 128).turn][-5:] == ["CALL", "IADD3", "IMAD", "ISETP", "BRA"]
 
 
 def test_the_hot_loop_is_the_one_that_streams():
@@ -215,8 +228,30 @@ def test_issue_counts_slots_and_slow_pipes():
     load = estimate.Load(must_move=0, programs=132, turns=1000, warps=4, resident=1, after=())
     slots = hot.find(flow_of(STREAMING), 128, 16 * 128)
     assert estimate.issued(slots, load, h200) == pytest.approx(1000 * 11 / 1700)  # a warp on each of the four schedulers
+    assert estimate.issued(slots._replace(around=slots.turn[:4], inner=2), load, h200) == pytest.approx(1000 * 13 / 1700)
     special = slots._replace(turn=[i for i in slots.turn if i.name == "MUFU"] * 3)
     assert estimate.issued(special, load, h200) == pytest.approx(1000 * 3 * 8 / 1700)
+
+
+# --- beside a GPU -----------------------------------------------------------------------------------------------------
+
+
+def test_the_measured_time_is_that_of_cold_graphs(monkeypatch):
+    case = Case("accept_chain", "r1", None)
+
+    def rows(*times):
+        return [Row("accept_chain", "r1", "kernel", call, cache, status, p50_us=time) for call, cache, status, time in times]
+
+    done = rows(("graph", "warm", "ok", 1.0), ("graph", "cold", "ok", 2.0), ("eager", "cold", "ok", 3.0))
+    monkeypatch.setattr(measured, "run", lambda case, bench: done)
+    assert measured.median(case, None) == 2.0
+    monkeypatch.setattr(measured, "run", lambda case, bench: rows(("", "", "red: differs", None)))
+    assert measured.median(case, None) == "red: differs"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_no_time():
+    assert measured.microseconds([Case("accept_chain", "r1", None)], "sm_90") == {}
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
