@@ -1,8 +1,9 @@
 """What every hot kernel costs, from what it compiles to, without a GPU: a model, not a measurement.
 
-Each op of a step is compiled at V = 151936, K = 7, rank 256, bf16 for a GPU that need not be there. From the SASS come the instructions
-and barriers of the hot loop per logit, registers and shared memory, so how many programs are resident; from these, from the bytes that
-must move and from the steps that follow (bench/model/ops.py) a time with a range. Where a CUDA GPU is, its time stands beside it.
+Each op of a step is compiled at V = 151936, K = 7, rank 256, bf16 for a GPU that need not be there. From the SASS come the
+instructions and barriers of the hot loop per logit, registers and shared memory, so how many programs are resident; from these,
+from the bytes that must move and from the steps that follow (bench/model/ops.py) a time with a range. Where a CUDA GPU is, its
+time stands beside it.
 
     python -m bench.model                            all of it; bench/results/model/h200.csv
     python -m bench.model --op accept_chain          one op (repeatable); --case dense_r64 one case

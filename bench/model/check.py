@@ -35,8 +35,8 @@ def stale(code: Mapping[tuple[str, str, str], Digests], committed: Sequence[Mapp
 
 
 def grown(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]:
-    """Where a hot part has more instructions per element or more barriers than its old row allows. Rows of one IR are equal, and rows
-    without an old one are new."""
+    """Where a hot part has more instructions per element or more barriers than its old row allows. Rows of one IR are equal, and
+    rows without an old one are new."""
     before = {tuple(row[name] for name in KEY): row for row in old}
     found = []
     for row in new:

@@ -1,7 +1,8 @@
 """What the model assumes: GPUs, and how long their steps take. Three values each: optimistic, central, pessimistic.
 
-Refit these, and nothing else, when a GPU has measured something. Latencies are from public microbenchmarks of Ampere and Hopper (global
-memory 550 to 800 ns and the L2 cache 200 to 300 ns in a loaded machine, dependent arithmetic 4 to 6 cycles), the rest is assumed:
+Refit these, and nothing else, when a GPU has measured something. Latencies are from public microbenchmarks of Ampere and Hopper
+(global memory 550 to 800 ns and the L2 cache 200 to 300 ns in a loaded machine, dependent arithmetic 4 to 6 cycles), the rest is
+assumed:
 
     launch      a kernel of a CUDA graph, from the end of the kernel before it to its first instruction
     start       of a program on a multiprocessor: its arguments, its first instructions
@@ -28,7 +29,8 @@ LEVELS = Range._fields
 
 class Machine(NamedTuple):
     """clock: GHz under load. bandwidth: bytes per second of a device copy. The last five are of a multiprocessor (CUDA programming
-    guide, technical specifications per compute capability); reserved: bytes of shared memory that each program takes beside its own."""
+    guide, technical specifications per compute capability); reserved: bytes of shared memory that each program takes beside its
+    own."""
 
     name: str
     multiprocessors: int
@@ -41,8 +43,8 @@ class Machine(NamedTuple):
     registers: int = 65536
 
 
-# Bandwidth: of an H200 what a copy was measured to move (bench/shared/roofline.py), else 90 % of the data sheet's. Clocks: under load,
-# somewhat below the highest; assumed.
+# Bandwidth: of an H200 what a copy was measured to move (bench/shared/roofline.py), else 90 % of the data sheet's. Clocks: under
+# load, somewhat below the highest; assumed.
 MACHINES = {
     "sm_80": Machine("A100-80", 108, 1.41, 1.75e12, 164 * 1024, 64, 32),
     "sm_86": Machine("A40", 84, 1.7, 0.63e12, 100 * 1024, 48, 16),
@@ -71,6 +73,6 @@ TENSOR = Range(24, 33, 40)
 PACE = Range(2.0, 3.0, 4.0)
 
 ISSUED = Range(0.9, 0.75, 0.6)
-# Cycles that a warp's instruction keeps a quarter of a multiprocessor's pipe busy (CUDA guide, throughput of instructions): 16 special
-# functions a clock, 32 lanes a clock of shared memory and shuffles.
+# Cycles that a warp's instruction keeps a quarter of a multiprocessor's pipe busy (CUDA guide, throughput of instructions): 16
+# special functions a clock, 32 lanes a clock of shared memory and shuffles.
 PIPES = {"special": 8, "shared": 4, "exchange": 4}

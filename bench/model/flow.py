@@ -1,8 +1,8 @@
 """Flow of control: basic blocks, which of them every way passes through, loops.
 
-A block dominates another if every way from the start to the other passes through it; it post-dominates another if every way from the
-other to the end does. A loop is the target of a branch that it dominates, and all blocks from which that branch is reached without
-passing the target again.
+A block dominates another if every way from the start to the other passes through it; it post-dominates another if every way from
+the other to the end does. A loop is the target of a branch that it dominates, and all blocks from which that branch is reached
+without passing the target again.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class Flow:
         return self.dominators[block] | self.post_dominators[block]
 
     def conditions(self, block: int) -> int:
-        """How many branches decide, on the shortest chain of decisions, whether the block is reached: dominators with several ways on
-        that the block does not post-dominate."""
+        """How many branches decide, on the shortest chain of decisions, whether the block is reached: dominators with several ways
+        on that the block does not post-dominate."""
         return sum(len(self.after[d]) > 1 and block not in self.post_dominators[d] for d in self.dominators[block] - {block})
 
 

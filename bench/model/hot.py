@@ -1,12 +1,12 @@
 """The hot part of a kernel: the loop that streams, or where nothing loops, one pass of a program.
 
-The rule. A candidate is a block with loads that are at least as wide as the kernel's widest (narrower ones are tried where these give
-none), whose part, a turn of its innermost loop, or without a loop a pass of the program, asks for at least the bytes of a tile. The hot
-one is that which runs most often, if every branch on the way to a block is taken half of the time and every loop around it turns three
-times: a loop counts for more than the condition that guards it, and for less than two. Of equals it is the one that loads most, then the
-first. In a turn and in a pass, blocks count that every way through them meets; what else the loop holds is counted apart. A block with
-an atomic or a fence that is skipped by a branch of its own is one that a single thread takes while its program waits: it counts as time,
-and not as instructions of every lane.
+The rule. A candidate is a block with loads that are at least as wide as the kernel's widest (narrower ones are tried where these
+give none), whose part, a turn of its innermost loop, or without a loop a pass of the program, asks for at least the bytes of a
+tile. The hot one is that which runs most often, if every branch on the way to a block is taken half of the time and every loop
+around it turns three times: a loop counts for more than the condition that guards it, and for less than two. Of equals it is the
+one that loads most, then the first. In a turn and in a pass, blocks count that every way through them meets; what else the loop
+holds is counted apart. A block with an atomic or a fence that is skipped by a branch of its own is one that a single thread takes
+while its program waits: it counts as time, and not as instructions of every lane.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _TURNS = 3
 
 
 class Hot(NamedTuple):
-    """turn: instructions of a turn of the loop, or of the pass. around: of a turn of the loop around it, without it. whole: of a program
-    that makes one turn, from start to end. of_one: addresses of what a single thread does. others: instructions of the loop that not
-    every turn meets, without those of loops inside. wide: bytes from which on a lane's load streams. inner: turns per turn of the loop
-    around; 0 = that one turns so rarely that it does not count."""
+    """turn: instructions of a turn of the loop, or of the pass. around: of a turn of the loop around it, without it. whole: of a
+    program that makes one turn, from start to end. of_one: addresses of what a single thread does. others: instructions of the
+    loop that not every turn meets, without those of loops inside. wide: bytes from which on a lane's load streams. inner: turns
+    per turn of the loop around; 0 = that one turns so rarely that it does not count."""
 
     how: str
     turn: list[Instruction]
@@ -125,7 +125,8 @@ def _addresses(flow: Flow, blocks) -> frozenset[int]:
 
 
 def _in_order(flow: Flow, part, through: int, alone) -> list[Instruction]:
-    """Instructions of blocks that dominate `through` or post-dominate it, in the order of execution, those of `alone` between them."""
+    """Instructions of blocks that dominate `through` or post-dominate it, in the order of execution, those of `alone` between
+    them."""
 
     def place(block):
         before = block in flow.dominators[through]

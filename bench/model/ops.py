@@ -1,7 +1,7 @@
 """What the model is told about each op: what a tile is, and what follows the hot part. Everything else is read from the binary.
 
-Whoever rewrites a kernel looks here: `python -m bench.model --blocks OP CASE` lists the loops of what it compiles to, from which the
-counts of `after` are taken. Symbols: R requests, K drafts, V vocabulary, P positions = R K, c constants of the launch.
+Whoever rewrites a kernel looks here: `python -m bench.model --blocks --op OP --case CASE` lists the loops of what it compiles to,
+from which the counts of `after` are taken. Symbols: R requests, K drafts, V vocabulary, P positions = R K, c constants of the launch.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from bench.shared.offline import calls
 class Kernel(NamedTuple):
     """An op at one shape.
 
-    call: the launch, to be captured. case: sizes, bytes, target. element, elements: what streams, and how many of them in a launch.
-    tile(c): elements of a turn of the hot loop, or of a pass. element_bytes: what a turn loads per element, at least. share: of the
-    launch's programs, those that stream. turns: of the hot loop in a program; None = elements / (programs that stream x tile). inner(c):
-    turns of the hot loop per turn of the loop around it, 0 = the loop around does not count.
+    call: the launch, to be captured. case: sizes, bytes, target. element, elements: what streams, and how many of them in a
+    launch. tile(c): elements of a turn of the hot loop, or of a pass. element_bytes: what a turn loads per element, at least.
+    share: of the launch's programs, those that stream. turns: of the hot loop in a program; None = elements / (programs that
+    stream x tile). inner(c): turns of the hot loop per turn of the loop around it, 0 = the loop around does not count.
     """
 
     case: Case

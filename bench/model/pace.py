@@ -1,8 +1,8 @@
 """How long a warp takes for a row of instructions: they issue in order, and each waits for its operands.
 
-A load keeps nobody waiting until its value is used, so what is asked for early enough costs nothing. The warps of a program share four
-schedulers and go side by side; what other programs do on the same multiprocessor is not here (bench/model/estimate.py bounds it by the
-issue slots). Wide loads come from DRAM, others from the L2 cache.
+A load keeps nobody waiting until its value is used, so what is asked for early enough costs nothing. The warps of a program share
+four schedulers and go side by side; what other programs do on the same multiprocessor is not here (bench/model/estimate.py bounds
+it by the issue slots). Wide loads come from DRAM, others from the L2 cache.
 """
 
 from __future__ import annotations

@@ -173,14 +173,14 @@ def lines(row: Row) -> str:
     target = "" if row.target_us is None else f"{row.target_us:.0f}" if row.target_us >= 10 else f"{row.target_us:.1f}"
     span = f"{row.us:.0f} ({row.low_us:.0f}-{row.high_us:.0f})"
     return (
-        f"{row.label:30}{row.hot:>5}{row.per_element:8.1f}/{row.element:<6}{row.barriers_per_8kb:7.1f}{row.registers:6}{row.resident:4}"
-        f"{row.waves:7.1f}{span:>18}{row.floor_us:8.1f}{target:>8}  {row.bound}"
+        f"{row.label:30}{row.hot:>5}{row.per_element:8.1f}/{row.element:<6}{row.barriers_per_8kb:7.1f}{row.registers:6}"
+        f"{row.resident:4}{row.waves:7.1f}{span:>18}{row.floor_us:8.1f}{target:>8}  {row.bound}"
     )
 
 
 HEADER = (
-    f"{'':30}{'hot':>5}{'instructions':>15}{'bars':>7}{'regs':>6}{'res':>4}{'waves':>7}{'microseconds':>18}{'floor':>8}{'target':>8}"
-    "  bound"
+    f"{'':30}{'hot':>5}{'instructions':>15}{'bars':>7}{'regs':>6}{'res':>4}{'waves':>7}{'microseconds':>18}{'floor':>8}"
+    f"{'target':>8}  bound"
 )
 
 

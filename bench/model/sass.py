@@ -25,7 +25,7 @@ from pathlib import Path
 CLASSES = ("fp", "integer", "special", "global", "shared", "exchange", "tensor", "barrier", "atomic", "control")
 
 _BY_NAME = {
-    "fp": "FADD FMUL FFMA FMNMX FMNMX3 FSETP FSEL FSET FCHK FSWZADD HADD2 HMUL2 HFMA2 HMNMX2 HSETP2 HSET2 F2FP DADD DMUL DFMA DSETP",
+    "fp": "FADD FMUL FFMA FMNMX FMNMX3 FSETP FSEL FSET FCHK FSWZADD F2FP HADD2 HMUL2 HFMA2 HMNMX2 HSETP2 HSET2 DADD DMUL DFMA",
     "special": "MUFU I2F F2I F2F FRND POPC FLO UFLO UPOPC",
     "global": "LDG STG LD ST LDGSTS UBLKCP UTMALDG UTMASTG LDGDEPBAR LDL STL",
     "shared": "LDS STS LDSM STSM ATOMS",
@@ -59,8 +59,8 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch leads; the address of a reconvergence point. A call over the one branch behind it is how ptxas leaves a loop,
-        and a branch; other calls come back."""
+        """Where a branch leads; the address of a reconvergence point. A call over the one branch behind it is how ptxas leaves a
+        loop, and a branch; other calls come back."""
         found = re.findall(r"0x[0-9a-f]+", self.operands) if self.name in ("BRA", "BSSY", "CALL") else []
         address = int(found[-1], 16) if found else None
         return None if self.name == "CALL" and address != self.address + 2 * _BYTES else address

@@ -1,5 +1,5 @@
-"""bench.model's reading of SASS: a listing written by hand, whose loops, classes and waits are known; occupancy counted by hand; what
-its checks refuse."""
+"""bench.model's reading of SASS: a listing written by hand, whose loops, classes and waits are known; occupancy counted by hand;
+what its checks refuse."""
 
 import pytest
 import torch

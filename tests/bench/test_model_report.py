@@ -1,4 +1,5 @@
-"""bench.model's report is that of the code and not worse than the baseline; the command models a kernel again as it is committed."""
+"""bench.model's report is that of the code and not worse than the baseline; the command models a kernel again as it is
+committed."""
 
 import csv
 import os
