@@ -112,12 +112,19 @@ def test_the_loop_and_what_every_turn_meets():
 
 def test_a_loop_that_is_left_by_a_call():
     left = STREAMING.replace(" @P0 BRA {head}\n", " @!P0 CALL.REL.NOINC {after}\n BRA {head}\n")
-    (loop,) = flow_of(left).loops
+    flow = flow_of(left)
+    (loop,) = flow.loops
+    assert {on for block in loop.blocks for on in flow.after[block]} - loop.blocks, "the loop ends"
     assert hot.find(flow_of(left), 128, 16 * 128).turn[-1].name == "BRA" and len(loop.blocks) == 4
     subroutine = STREAMING.replace(" IADD3 R0", " CALL.REL.NOINC {trap}\n IADD3 R0").replace(
         "trap:\n BRA {trap}", "trap:\n RET.REL.NODEC R18 0x0"
     )
     assert [i.name for i in hot.find(flow_of(subroutine), 128, 16 * 128).turn][-5:] == ["CALL", "IADD3", "IMAD", "ISETP", "BRA"]
+
+
+def test_a_way_back_is_no_loop():
+    text = " @P0 BRA {late}\nearly:\n FADD R1, R2, R3\n EXIT\nlate:\n FMUL R1, R2, R3\n BRA {early}\n"
+    assert flow_of(text).loops == []
 
 
 def test_the_hot_loop_is_the_one_that_streams():
@@ -194,7 +201,7 @@ def test_occupancy():
     h200, a40 = MACHINES["sm_90"], MACHINES["sm_86"]
     assert resident(h200, 32, 4, 0) == 16  # 64 warps
     assert resident(h200, 128, 4, 0) == 4  # 65536 / (128 x 128)
-    assert resident(h200, 129, 4, 0) == 3  # registers are given by eights: 136
+    assert resident(h200, 81, 4, 0) == 5  # registers are given by eights: 65536 / (88 x 128)
     assert resident(h200, 32, 8, 40 * 1024) == 5  # 228 / (40 + 1) KB
     assert resident(h200, 255, 8, 227 * 1024) == 1
     assert resident(h200, 16, 1, 0) == 32  # programs
@@ -221,6 +228,14 @@ def test_a_time_is_its_largest_bound_and_what_follows():
     later = estimate.estimate(found, nothing._replace(after=(tail,)), h200)[CENTRAL]
     assert later.after == pytest.approx(2 * (2 * constants.L2.central + 170 * constants.PACE.central / 1700))
     assert later.bound == "life x waves" if later.lives > later.after else later.bound == "what follows"
+
+
+def test_what_not_every_turn_meets_is_in_the_pessimistic_time_alone():
+    found = hot.find(flow_of(STREAMING), 128, 16 * 128)
+    assert found.others == 2 and len(found.turn) == 11
+    for level, longer in zip(range(3), (1, 1, 1 + 2 / 11), strict=True):
+        alone = estimate.turn_of(found._replace(others=0), level, 4, 1.7)
+        assert estimate.turn_of(found, level, 4, 1.7) == pytest.approx(longer * alone)
 
 
 def test_issue_counts_slots_and_slow_pipes():
