@@ -27,8 +27,8 @@ class Kernel(NamedTuple):
 
     call: the launch, to be captured. case: sizes, bytes, target. element, elements: what streams, and how many of them in a
     launch. tile(c): elements of a turn of the hot loop, or of a pass. element_bytes: what a turn loads per element, at least.
-    share: of the launch's programs, those that stream. turns: of the hot loop in a program; None = elements / (programs that
-    stream x tile). inner(c): turns of the hot loop per turn of the loop around it, 0 = the loop around does not count.
+    apart: programs of the launch that do not stream. turns: of the hot loop in a program; None = elements / (programs that stream
+    x tile). inner(c): turns of the hot loop per turn of the loop around it, 0 = the loop around does not count.
     """
 
     case: Case
@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
     tile: Callable[[Mapping[str, int]], int]
     element_bytes: float
     after: tuple[Phase, ...]
-    share: float = 1
+    apart: int = 0
     turns: float | None = None
     inner: Callable[[Mapping[str, int]], float] = lambda c: 0
 
@@ -68,15 +68,15 @@ def _accept(kind: str, requests: int) -> Kernel:
     proposal = "dense" if kind == "dense" else "one_hot"
     spec = Accept(requests, proposal, sampled=kind != "greedy")
     after = (Phase(_MERGED_ROW), Phase(_END[kind]))
-    share = 1.0
+    apart = 0
     if kind == "dense":
         # As many items as a row has, for the one row of a request that may need a residual.
-        share = (DRAFTS + 1) / (DRAFTS + 2)
-        after = (Phase(_RESIDUAL, programs=requests * 38), *after)
+        apart = requests * 38
+        after = (Phase(_RESIDUAL, programs=apart), *after)
     return Kernel(
         _case("accept_chain", f"{kind}_r{requests}", spec, Target(floors=1.25) if requests >= 32 else None),
         functools.partial(calls.accept_call, requests, proposal="lse" if kind == "dense" else proposal, sampled=spec.sampled),
-        "logit", spec.rows * VOCAB, _accept_tile, BF16, after, share,
+        "logit", spec.rows * VOCAB, _accept_tile, BF16, after, apart,
     )  # fmt: skip
 
 

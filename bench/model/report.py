@@ -135,8 +135,8 @@ def row_of(kernel: Kernel, arch: str) -> Row:
     if not seats:
         raise ValueError(f"{case.op} {case.name}: {metadata.shared} bytes of shared memory do not fit {machine.name}")
     programs = math.prod(launch.grid)
-    turns = kernel.turns or kernel.elements / (programs * kernel.share * tile)
-    load = estimate.Load(case.spec.bytes, programs * kernel.share, turns, warps, seats, kernel.after)
+    turns = kernel.turns or kernel.elements / ((programs - kernel.apart) * tile)
+    load = estimate.Load(case.spec.bytes, programs - kernel.apart, turns, warps, seats, kernel.after)
     low, central, high = estimate.estimate(hot, load, machine)
     per = {kind: 32 * warps * count / tile for kind, count in hot.classes().items()}
     floor = 1e6 * case.spec.bytes / machine.bandwidth

@@ -6,7 +6,7 @@ A class says which part of a multiprocessor an instruction keeps busy:
     integer     integers, bits, predicates, moves, addresses; the uniform path too
     special     special functions, and conversions that the same slow pipe makes
     global      loads, stores and asynchronous copies of global memory
-    shared      loads and stores of shared memory
+    shared      loads and stores of shared memory, and of tensor memory
     exchange    between lanes of a warp: shuffles, votes, reductions
     tensor      matrix products
     barrier     barriers of a block
@@ -25,12 +25,13 @@ from pathlib import Path
 CLASSES = ("fp", "integer", "special", "global", "shared", "exchange", "tensor", "barrier", "atomic", "control")
 
 _BY_NAME = {
-    "fp": "FADD FMUL FFMA FMNMX FMNMX3 FSETP FSEL FSET FCHK FSWZADD F2FP HADD2 HMUL2 HFMA2 HMNMX2 HSETP2 HSET2 DADD DMUL DFMA",
+    "fp": "FADD FMUL FFMA FADD2 FMUL2 FFMA2 FHADD FMNMX FMNMX3 FSETP FSEL FSET FCHK FSWZADD F2FP HADD2 HMUL2 HFMA2 HMNMX2 HSETP2"
+    " HSET2 DADD DMUL DFMA DSETP",
     "special": "MUFU I2F F2I F2F FRND POPC FLO UFLO UPOPC",
     "global": "LDG STG LD ST LDGSTS UBLKCP UTMALDG UTMASTG LDGDEPBAR LDL STL",
-    "shared": "LDS STS LDSM STSM ATOMS",
-    "exchange": "SHFL REDUX VOTE VOTEU MATCH",
-    "barrier": "BAR SYNCS",
+    "shared": "LDS STS LDSM STSM ATOMS LDTM STTM",
+    "exchange": "SHFL REDUX CREDUX VOTE VOTEU MATCH ELECT",
+    "barrier": "BAR SYNCS UTCBAR",
     "atomic": "ATOM ATOMG RED REDG MEMBAR CCTL CCTLL ERRBAR CGAERRBAR FENCE",
     "control": "BRA BRX JMP EXIT CALL RET BSSY BSYNC BREAK BMOV WARPSYNC ENDCOLLECTIVE NOP NANOSLEEP YIELD KILL DEPBAR WARPGROUP",
 }  # fmt: skip
