@@ -1,8 +1,8 @@
 """What the model assumes: GPUs, and how long their steps take. Three values each: optimistic, central, pessimistic.
 
-Refit these, and nothing else, when a GPU has measured something. Latencies are from public microbenchmarks of Ampere and Hopper
-(global memory 550 to 800 ns and the L2 cache 200 to 300 ns in a loaded machine, dependent arithmetic 4 to 6 cycles), the rest is
-assumed:
+Refit these, and nothing else, when a GPU has measured something: none of the times was measured by this project. Latencies are
+assumed for a GPU under load, where a load takes 550 to 800 ns and an atomic up to a microsecond; of an idle GPU see the
+microbenchmarks of Ampere, Ada and Hopper in arXiv 2402.13499. What else is assumed:
 
     launch      a kernel of a CUDA graph, from the end of the kernel before it to its first instruction
     start       of a program on a multiprocessor: its arguments, its first instructions
