@@ -1,7 +1,8 @@
 """What the model is told about each op: what a tile is, and what follows the hot part. Everything else is read from the binary.
 
 Whoever rewrites a kernel looks here: `python -m bench.model --blocks --op OP --case CASE` lists the loops of what it compiles to,
-from which the counts of `after` are taken. Symbols: R requests, K drafts, V vocabulary, P positions = R K, c constants of the launch.
+from which the counts of `after` are taken by hand; nothing checks these. Symbols: R requests, K drafts, V vocabulary, P positions
+= R K, c constants of the launch.
 """
 
 from __future__ import annotations
