@@ -269,11 +269,11 @@ def test_any_batch(kind):
 
 
 def test_any_cut_of_the_vocabulary(monkeypatch):
-    """Chunks of another size, several a program or one, and larger units: all integers below, so the same bits."""
+    """Chunks of another size, several a program or one, and larger sub-blocks: all integers below, so the same bits."""
     case = cases.draft_case(seed=51, requests=2, drafts=2, vocab=1300, rank=16, dtype=torch.bfloat16)
     want = dk.draft_block(**case.arguments(), candidates=40)
     pick = launch.pick
-    for change, parts in ((dict(block=128), 3), (dict(block=256, group=64, units=64, chosen=32), 6), (dict(group=32), 1)):
+    for change, parts in ((dict(block=128), 3), (dict(block=256, group=64, sub_blocks=64, chosen=32), 6), (dict(group=32), 1)):
         monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), **change))  # noqa: B023
         monkeypatch.setattr(launch, "parts", lambda *a: parts)  # noqa: B023
         assert same(bits(dk.draft_block(**case.arguments(), candidates=40), slice(None)), bits(want, slice(None)))

@@ -302,7 +302,7 @@ def test_the_same_bits_however_the_work_is_cut(options, monkeypatch):
     pick, pick_dense = launch.pick, launch.pick_dense
     monkeypatch.setattr(candidates_launch, "parts", lambda arch, rows, chunks: chunks)
     monkeypatch.setattr(launch, "pick", lambda *args: dataclasses.replace(pick(*args), block=1024, piece=16))
-    monkeypatch.setattr(launch, "dense_parts", lambda arch, requests, units: units)
+    monkeypatch.setattr(launch, "dense_parts", lambda arch, requests, sub_blocks: sub_blocks)
     monkeypatch.setattr(launch, "pick_dense", lambda *args: dataclasses.replace(pick_dense(*args), piece=64))
     have = dk.draft_tree(**arguments_of(case, **options))
     assert all(torch.equal(getattr(have, name), getattr(want, name)) for name in (*FIELDS, "survival", "flags"))

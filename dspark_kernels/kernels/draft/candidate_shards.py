@@ -19,21 +19,8 @@ from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.sumexp import numbers
 from ..primitives.sync import arrive
 from .args import BaseLogits, Merged, RowSettings, WalkSizes
-from .candidates import (
-    _awaited as awaited,
-    _best_ids as best_ids,
-    _hidden_score as hidden_score,
-    _judged as judged,
-    _keep_best as keep_best,
-    _latent_item as latent_item,
-    _slot as slot_of,
-    _store_sub_block_keys as store_sub_block_keys,
-    _walk as walk,
-    latent_programs as latent_programs,
-    padded_sub_blocks,
-    selection_tile,
-    walk_options,
-)
+from .candidates import awaited, hidden_score, latent_item, latent_programs as latent_programs, walk, walk_options
+from .selection import best_ids, keep_best, padded_sub_blocks, selection_tile, slot_of, store_sub_block_keys, target_logits
 
 COPIED = tl.constexpr(32)  # ranks of W2 copied at a time
 
@@ -54,7 +41,7 @@ def _write_list(row, row_ptr, ids, start, settings, weights, part, num_candidate
     kept = c < num_candidates
     x = tl.load(row_ptr + ids, mask=there, other=0.0)
     tl.store(part.logits_ptr + entry, x, mask=kept)
-    x, targets, used = judged(x.to(tl.float32), ids, there, settings, tl.zeros([1], tl.int64), 0, no_path, start)
+    x, targets, used = target_logits(x.to(tl.float32), ids, there, settings, tl.zeros([1], tl.int64), 0, no_path, start)
     tl.store(part.ids_ptr + entry, tl.where(there, ids + start, -1), mask=kept)
     tl.store(part.keys_ptr + entry, tl.where(there, ordered_key(numbers(x), SHIFT), ABSENT), mask=kept)
     if part.targets_ptr is not None:
@@ -96,8 +83,8 @@ def candidates_partial_kernel(
     if slot >= 0:
         chunks = tl.cdiv(held, TILE.BLOCK)
         nan = store_sub_block_keys(
-            row_ptr, selection.keys_ptr + row * padded_sub_blocks(tl.cdiv(held, TILE.GROUP)), settings, piece * chunks // parts,
-            (piece + 1) * chunks // parts, held, TILE.BLOCK, TILE.GROUP, TILE.SHIFT, start,
+            row_ptr, selection.keys_ptr + row * padded_sub_blocks(tl.cdiv(held, TILE.GROUP)), settings, None, 1.0,
+            piece * chunks // parts, (piece + 1) * chunks // parts, held, TILE, start,
         )  # fmt: skip
         if nan > 0:
             tl.atomic_or(seen_ptr + row, NAN, sem="relaxed")

@@ -15,97 +15,35 @@ own, for all positions, before the walk.
 import triton
 import triton.language as tl
 
-from ..primitives.adjust import adjusted, no_path
 from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE
 from ..primitives.ordered_sum import ordered_sum
 from ..primitives.philox import COUPLED, DRAFT, log2_exponential, words_at
-from ..primitives.race import pack, unpack_id
-from ..primitives.select import ABSENT, ordered_key, select
+from ..primitives.race import pack, unpack_id, unpack_key
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, log2_scale, numbers
 from ..primitives.support import last_kept
 from ..primitives.sync import arrive
-from .args import RowSettings, SelectionTile, Turn, WalkOptions, WalkSizes
-from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted, weighted_rows
+from .args import RowSettings, Turn, WalkOptions, WalkSizes
+from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, weighted, weighted_rows
 from .rows import log_sum_exp
+from .selection import (
+    best_ids,
+    keep_best,
+    padded_sub_blocks,
+    selection_tile,
+    slot_of,
+    store_sub_block_keys,
+    target_logits,
+    with_settings,
+    with_successors,
+)
 
 SCORE_RANKS = tl.constexpr(256)  # ranks of the confidence head at a time
-SUB_BLOCK_COLUMNS = tl.constexpr(64)
 PAIRS = tl.constexpr(16)  # (request, position) pairs that share one product with hidden states
 
 
 @triton.jit
-def _slot(slots_ptr, request, num_requests, num_slots):
-    return tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
-
-
-@triton.jit
-def padded_sub_blocks(num_sub_blocks):
-    """int32 words between the sub-blocks of two rows: whole vectors, however many sub-blocks there are."""
-    return tl.cdiv(num_sub_blocks, 16) * 16
-
-
-@triton.jit
-def _chunk(row_ptr, chunk, end, vocab, BLOCK: tl.constexpr):
-    ids = chunk * BLOCK + tl.arange(0, BLOCK)
-    return tl.load(row_ptr + ids, mask=ids < tl.where(chunk < end, vocab, 0), other=NEG_INF)
-
-
-@triton.jit
-def _with_settings(x, targets, inside, settings, path, path_max, PATH: tl.constexpr):
-    """x fp32 of target ids after penalties, bias and mask. settings: RowSettings."""
-    if settings.adjust is not None:
-        SIZE: tl.constexpr = x.numel
-        one = tl.zeros([1], tl.int64)
-        wide = tl.reshape(x, [1, SIZE])
-        wide = adjusted(
-            wide, tl.reshape(targets, [1, SIZE]), tl.reshape(inside, [1, SIZE]), one + settings.slot, one + settings.mask_row,
-            settings.adjust, path, path_max, PATH,
-        )  # fmt: skip
-        x = tl.reshape(wide, x.shape)
-    return x
-
-
-@triton.jit
-def _judged(x, ids, inside, settings, path, path_max, PATH: tl.constexpr, first_target=0):
-    """(x fp32 after penalties, bias and mask, -inf where there is no token; target ids int32; where there is a token).
-
-    settings: RowSettings. first_target: of id 0, where there is no map.
-    """
-    targets = ids + first_target
-    if settings.map_ptr is not None:
-        mapped = tl.load(settings.map_ptr + ids, mask=inside, other=-1)
-        inside = inside & (mapped >= 0) & (mapped < settings.num_targets)
-        targets = tl.where(inside, mapped, 0).to(tl.int32)
-    x = _with_settings(x, targets, inside, settings, path, path_max, PATH)
-    if settings.map_ptr is not None:
-        x = tl.where(inside, x, NEG_INF)
-    return x, targets, inside
-
-
-@triton.jit
-def _store_sub_block_keys(
-    row_ptr, keys_ptr, settings, first, end, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
-    first_target=0,
-):  # fmt: skip
-    """Key of the largest logit of each sub-block of chunks first .. end - 1 of a row; returns whether a logit is NaN."""
-    sub_block = tl.arange(0, BLOCK // GROUP)
-    nan = tl.zeros([BLOCK], tl.int1)
-    loaded = _chunk(row_ptr, first, end, vocab, BLOCK)
-    for chunk in range(first, end):
-        x = loaded.to(tl.float32)
-        loaded = _chunk(row_ptr, chunk + 1, end, vocab, BLOCK)  # on its way while this one is reduced
-        ids = chunk * BLOCK + tl.arange(0, BLOCK)
-        x, _, _ = _judged(x, ids, ids < vocab, settings, tl.zeros([1], tl.int64), 0, no_path, first_target)
-        nan = nan | (x != x)
-        keys = ordered_key(tl.max(tl.reshape(numbers(x), [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
-        here = chunk * (BLOCK // GROUP) + sub_block
-        tl.store(keys_ptr + here, keys, mask=here < tl.cdiv(vocab, GROUP))
-    return tl.max(nan.to(tl.int32), axis=0)
-
-
-@triton.jit
-def _hidden_score(hidden_ptr, weight_ptr, hidden_size):
+def hidden_score(hidden_ptr, weight_ptr, hidden_size):
     BLOCK: tl.constexpr = 1024
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, hidden_size, BLOCK):
@@ -113,68 +51,6 @@ def _hidden_score(hidden_ptr, weight_ptr, hidden_size):
         h = tl.load(hidden_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
         total += h * tl.load(weight_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
     return ordered_sum(total)
-
-
-@triton.jit
-def _keep_best(row, row_ptr, settings, head, selection, num_rows, vocab, num_candidates, TILE: tl.constexpr, first_target=0):
-    """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
-    GROUP: tl.constexpr = TILE.GROUP
-    num_sub_blocks = tl.cdiv(vocab, GROUP)
-    sub_block = (
-        tl.arange(0, TILE.SUB_BLOCKS // SUB_BLOCK_COLUMNS)[:, None] * SUB_BLOCK_COLUMNS + tl.arange(0, SUB_BLOCK_COLUMNS)[None, :]
-    )
-    keys = tl.load(
-        selection.keys_ptr + row * padded_sub_blocks(num_sub_blocks) + sub_block,
-        mask=sub_block < num_sub_blocks, other=ABSENT, volatile=True
-    )  # fmt: skip
-    wanted = tl.minimum(num_candidates, num_sub_blocks)
-    _, selected, place = select(keys, wanted)
-    tl.store(selection.sub_blocks_ptr + row * num_candidates + place, sub_block, mask=selected)
-    tl.debug_barrier()
-    c = tl.arange(0, TILE.CHOSEN)
-    sub_blocks = tl.load(selection.sub_blocks_ptr + row * num_candidates + c, mask=c < wanted, other=0, volatile=True)
-    ids = tl.multiple_of(sub_blocks * GROUP, GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
-    inside = (c < wanted)[:, None] & (ids < vocab)
-    x = tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32)
-    x, _, _ = _judged(x, ids, inside, settings, tl.zeros([1], tl.int64), 0, no_path, first_target)
-    keys = tl.where(inside, ordered_key(numbers(x), TILE.SHIFT), ABSENT)
-    bound, selected, place = select(keys, tl.minimum(num_candidates, vocab))
-    tl.store(selection.ids_ptr + row * num_candidates + place, ids, mask=selected)
-    tl.store(selection.bounds_ptr + row * 2, bound)
-    tl.store(selection.bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1)))
-    if head is not None:
-        # The walk needs these rows of W2, and one of the same rows of W1: where memory has nothing else to do, it gets them all.
-        tl.debug_barrier()
-        best = _best_ids(selection.ids_ptr, row, num_rows, tl.arange(0, TILE.WIDTH), num_candidates, vocab)
-        line: tl.constexpr = 1024 // head.w2_ptr.dtype.element_ty.primitive_bitwidth
-        prefetch_rows(head.w2_ptr, head.stride_w2, best, head.rank, 4, line)
-
-
-@triton.jit
-def _best_ids(ids_ptr, row, end, c, num_candidates, vocab):
-    """Entry c of the C best of a row below `end`: an id, or -1 where there is none."""
-    there = c < tl.where(row < end, tl.minimum(num_candidates, vocab), 0)
-    return tl.load(ids_ptr + row * num_candidates + c, mask=there, other=-1, volatile=True)
-
-
-@triton.jit
-def _with_successors(ids, c, successors, previous, row_ptr, settings, bounds_ptr, row, num_candidates, vocab, SHIFT: tl.constexpr):
-    """ids [WIDTH] with the successors listed for `previous` behind the C best, those that are there already left out (-1)."""
-    count = tl.where((previous >= 0) & (previous < successors.vocab), successors.count, 0)
-    list_ptr = successors.ptr + previous * successors.stride
-    i = c - num_candidates
-    more = tl.load(list_ptr + i, mask=(i >= 0) & (i < count), other=-1)
-    more = tl.where((more >= 0) & (more < vocab), more, -1).to(tl.int32)
-    x = tl.load(row_ptr + more, mask=more >= 0, other=NEG_INF).to(tl.float32)
-    x, _, _ = _judged(x, more, more >= 0, settings, tl.zeros([1], tl.int64), 0, no_path)
-    key = ordered_key(numbers(x), SHIFT)
-    bound = tl.load(bounds_ptr + row * 2, volatile=True)
-    cut = tl.load(bounds_ptr + row * 2 + 1, volatile=True)
-    more = tl.where((key > bound) | ((key == bound) & (more <= cut)), -1, more)
-    for j in range(count):
-        earlier = tl.load(list_ptr + j)
-        more = tl.where((more == earlier) & (i > j), -1, more)
-    return tl.where(i >= 0, more, ids)
 
 
 @triton.jit
@@ -242,7 +118,7 @@ def _weighted(ids, ranks, entries, row, merged, head, latent_ptr, known, num_can
 
 
 @triton.jit
-def _walk(
+def walk(
     request, slot, status_ptr, base, state, successors, map_ptr, merged, adjust, filters, head, latent, hidden, confidence, out,
     selection, scratch, sizes, OPTIONS: tl.constexpr,
 ):  # fmt: skip
@@ -281,15 +157,16 @@ def _walk(
     first = request.to(tl.int64) * num_drafts
     row_ptr = base.ptr + request.to(tl.int64) * base.stride_request
     end = first + num_drafts  # the rows beyond are another request's, which may not be there yet
-    ids = _best_ids(selection.ids_ptr, first, end, c, num_candidates, vocab)
+    ids = best_ids(selection.ids_ptr, first, end, c, num_candidates, vocab)
+    nan = tl.zeros([WIDTH], tl.int1)
     for k in range(num_drafts):
         # Candidates do not depend on drafts: those of k + 1 are on the way while k is decided.
         row = first + k
         k_ptr = row_ptr + tl.cast(k, tl.int64) * base.stride_position
-        next_ids = _best_ids(selection.ids_ptr, row + 1, end, c, num_candidates, vocab)
+        next_ids = best_ids(selection.ids_ptr, row + 1, end, c, num_candidates, vocab)
         settings = RowSettings(map_ptr, sizes.num_targets, adjust, slot, slot * num_drafts + k)
         if successors is not None:
-            ids = _with_successors(
+            ids = with_successors(
                 ids, c, successors, previous, k_ptr, settings, selection.bounds_ptr, row, num_candidates, vocab, OPTIONS.SHIFT
             )
 
@@ -319,7 +196,7 @@ def _walk(
                 x += _weighted(ids, ranks, entries, row, merged, head, own_ptr, head.rank, num_candidates, BLOCK_R)
 
         if merged is None:
-            x, targets, used = _judged(
+            x, targets, used = target_logits(
                 x, ids, there, settings, out.tokens_ptr + slot * out.stride_tokens, column + k, _drafted
             )  # fmt: skip
         else:
@@ -330,12 +207,10 @@ def _walk(
                 targets = tl.load(merged.targets_ptr + at, mask=there, other=-1)
                 used = (targets >= 0) & (targets < sizes.num_targets)
                 targets = tl.where(used, targets, 0)
-            x = _with_settings(x, targets, used, settings, out.tokens_ptr + slot * out.stride_tokens, column + k, _drafted)
+            x = with_settings(x, targets, used, settings, out.tokens_ptr + slot * out.stride_tokens, column + k, _drafted)
             x = tl.where(used, x, NEG_INF)
 
-        flags = flags | tl.max(tl.where(used & (x != x), NAN, 0), axis=0)
-        finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
-        flags = flags | tl.where(finite == 0, NONFINITE_ROW, 0)
+        nan = nan | (used & (x != x))
         # Rounded once; everything below reads the rounded value.
         stored = tl.where(used, numbers(x), NEG_INF).to(base.ptr.dtype.element_ty)
         x = stored.to(tl.float32)
@@ -361,11 +236,15 @@ def _walk(
             words = words_at(seed, targets, anchor + (sizes.first_draft + k + 1), noise_anchor, OPTIONS.STREAM)
             key = tl.where(temperature > 0.0, x * scale - log2_exponential(words), x)
         word = tl.max(tl.where(used, pack(key, targets), 0), axis=0)
+        if ~(tl.abs(unpack_key(word)) < POS_INF):  # only then can the row lack finite logits
+            finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
+            flags = flags | tl.where(finite == 0, NONFINITE_ROW, 0)
         previous = tl.where(word > 0, unpack_id(word), 0)
         tl.store(out.tokens_ptr + slot * out.stride_tokens + column + k, previous)
         if adjust is not None:
             tl.debug_barrier()  # the path of k + 1 reads it
         ids = next_ids
+    flags = flags | tl.max(tl.where(nan, NAN, 0), axis=0)
     tl.store(out.flags_ptr + request, flags)
     if confidence is not None:
         tl.debug_barrier()
@@ -401,7 +280,7 @@ def _score(request, slot, state, head, hidden, confidence, out, score_ptr, sizes
 
 
 @triton.jit
-def _latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests, num_slots, num_drafts, BLOCK_J: tl.constexpr):
+def latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests, num_slots, num_drafts, BLOCK_J: tl.constexpr):
     """The products with hidden states that are this program's; returns the first request they are for, and how many requests."""
     outputs = tl.cdiv(latent.outputs, 16)
     pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
@@ -414,7 +293,7 @@ def _latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests,
 
 
 @triton.jit
-def _awaited(request, latent, num_drafts):
+def awaited(request, latent, num_drafts):
     """How many programs a request's walk waits for: its rows, and those that multiply its hidden states."""
     total = num_drafts
     if latent is not None:
@@ -454,7 +333,7 @@ def draft_candidates_kernel(
     count = tl.zeros((), tl.int32)
     if program < latent_items:
         if latent is not None:
-            first, count = _latent_item(
+            first, count = latent_item(
                 program, state.slots_ptr, latent, hidden, scratch.products_ptr, num_requests, num_slots, num_drafts, OPTIONS.BLOCK_J
             )
     else:
@@ -463,24 +342,24 @@ def draft_candidates_kernel(
         part = item % parts
         request = row // num_drafts
         k = row % num_drafts
-        slot = _slot(state.slots_ptr, request, num_requests, num_slots)
+        slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             row_ptr = base.ptr + request.to(tl.int64) * base.stride_request + k.to(tl.int64) * base.stride_position
             wide_row = row.to(tl.int64)
             chunks = tl.cdiv(vocab, TILE.BLOCK)
             settings = RowSettings(map_ptr, widths.num_targets, adjust, slot, slot * num_drafts + k)
-            nan = _store_sub_block_keys(
+            nan = store_sub_block_keys(
                 row_ptr, selection.keys_ptr + wide_row * padded_sub_blocks(tl.cdiv(vocab, TILE.GROUP)), settings,
-                part * chunks // parts, (part + 1) * chunks // parts, vocab, TILE.BLOCK, TILE.GROUP, TILE.SHIFT,
+                None, 1.0, part * chunks // parts, (part + 1) * chunks // parts, vocab, TILE,
             )  # fmt: skip
             if nan > 0:
                 tl.atomic_or(counters.status_ptr + request, NAN, sem="relaxed")
             if confidence is not None:
                 if part == 0:
                     own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
-                    tl.store(scratch.score_ptr + row, _hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
+                    tl.store(scratch.score_ptr + row, hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
             if arrive(counters.row_ptr + row, parts):
-                _keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, widths.num_candidates, TILE)
+                keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, widths.num_candidates, TILE)
                 first = request
                 count = tl.full((), 1, tl.int32)
         else:
@@ -489,10 +368,10 @@ def draft_candidates_kernel(
 
     sizes = WalkSizes(num_drafts, vocab, widths.num_targets, widths.num_candidates, first_draft, column)
     for request in range(first, first + count):
-        slot = _slot(state.slots_ptr, request, num_requests, num_slots)
+        slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            if arrive(counters.request_ptr + request, _awaited(request, latent, num_drafts)):
-                _walk(
+            if arrive(counters.request_ptr + request, awaited(request, latent, num_drafts)):
+                walk(
                     request, slot, counters.status_ptr, base, state, successors, map_ptr, None, adjust, filters, head, latent,
                     hidden, confidence, out, selection, scratch, sizes, OPTIONS,
                 )  # fmt: skip
@@ -504,12 +383,6 @@ _ADVANCES = {None: no_latent, "vanilla": no_latent, "gated": advance_gated, "rnn
 def latent_programs(rows, outputs):
     """How many programs multiply `outputs` weights with the hidden states of `rows` positions."""
     return -(-rows // PAIRS.value) * -(-outputs // 16)
-
-
-def selection_tile(config, shift) -> SelectionTile:
-    return SelectionTile(
-        BLOCK=config.block, GROUP=config.group, SUB_BLOCKS=config.sub_blocks, CHOSEN=config.chosen, WIDTH=config.width, SHIFT=shift
-    )
 
 
 def walk_options(kind, coupled, with_markov, joint, shift, config) -> WalkOptions:

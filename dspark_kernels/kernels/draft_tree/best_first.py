@@ -16,23 +16,13 @@ import triton.language as tl
 
 from ..draft.args import RowSettings
 from ..draft.candidate_heads import hidden_products
-from ..draft.candidates import (
-    PAIRS,
-    _best_ids,
-    _chunk,
-    _hidden_score,
-    _keep_best,
-    _slot,
-    latent_programs,
-    padded_sub_blocks,
-    selection_tile,
-)
+from ..draft.candidates import PAIRS, hidden_score, latent_programs
+from ..draft.selection import best_ids, keep_best, padded_sub_blocks, selection_tile, slot_of, store_sub_block_keys
 from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NODE_FIELDS, NONFINITE_ROW, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
-from ..primitives.select import ordered_key
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, numbers
 from ..primitives.sync import arrive
-from ..primitives.vocab_blocks import SAW_FINITE, block_sums, merge_blocks
+from ..primitives.vocab_blocks import SAW_FINITE, merge_blocks
 from .args import BlockSums, PathScratch, PathSizes, PathTile
 from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
 from .nodes import (
@@ -54,31 +44,6 @@ __all__ = ["latent_programs", "launch_draft_paths"]
 
 
 @triton.jit
-def _store_keys(row_ptr, keys_ptr, blocks, first, end, vocab, scale, BLOCK: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr):
-    """Key of the largest logit of each sub-block of chunks first .. end - 1 of a row, and where they count the blocks' maxima and
-    sums; returns whether a logit is NaN."""
-    sub_block = tl.arange(0, BLOCK // GROUP)
-    nan = tl.zeros([BLOCK], tl.int1)
-    loaded = _chunk(row_ptr, first, end, vocab, BLOCK)
-    for chunk in range(first, end):
-        x = loaded.to(tl.float32)
-        loaded = _chunk(row_ptr, chunk + 1, end, vocab, BLOCK)  # on its way while this one is reduced
-        nan = nan | (x != x)
-        x = numbers(x)
-        keys = ordered_key(tl.max(tl.reshape(x, [BLOCK // GROUP, GROUP]), axis=1), SHIFT)
-        here = chunk * (BLOCK // GROUP) + sub_block
-        tl.store(keys_ptr + here, keys, mask=here < tl.cdiv(vocab, GROUP))
-        if blocks is not None:
-            x = tl.reshape(x, [BLOCK // VOCAB_BLOCK, VOCAB_BLOCK])
-            block_max, sumexp = block_sums(x, scale, BLOCK // VOCAB_BLOCK)
-            sumexp |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
-            block = chunk * (BLOCK // VOCAB_BLOCK) + tl.arange(0, BLOCK // VOCAB_BLOCK)
-            tl.store(blocks.max_ptr + block, block_max, mask=block < tl.cdiv(vocab, VOCAB_BLOCK))
-            tl.store(blocks.sumexp_ptr + block, sumexp, mask=block < tl.cdiv(vocab, VOCAB_BLOCK))
-    return tl.max(nan.to(tl.int32), axis=0)
-
-
-@triton.jit
 def _node_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE: tl.constexpr):
     """Logits of the candidates after each live node, to x [NODES, WIDTH]; (maxima, whether NaN, whether finite) int32 [NODES]."""
     NODES: tl.constexpr = TILE.NODES
@@ -89,7 +54,7 @@ def _node_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, size
     finite = tl.zeros([NODES], tl.int32)
     for first in range(0, WIDTH, TILE.PIECE):
         c = first + tl.arange(0, TILE.PIECE)
-        ids = _best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab)
+        ids = best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab)
         used = ids >= 0
         x = tl.load(row_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)[None, :] + tl.zeros([NODES, 1], tl.float32)
         if head is not None:
@@ -164,7 +129,7 @@ def _expand(
     for first in range(0, WIDTH, TILE.PIECE):
         c = first + tl.arange(0, TILE.PIECE)
         x = tl.load(x_ptr + i[:, None] * WIDTH + c[None, :], mask=live[:, None], other=NEG_INF, volatile=True)
-        ids = tl.maximum(_best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab), 0)
+        ids = tl.maximum(best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab), 0)
         share = log_shares(x, ids[None, :], top, sumexp, scale)
         keys = tl.where((live & (row_nodes >= 0))[:, None], reached[:, None] + share, NEG_INF)
         every = ids[None, :] + tl.zeros([NODES, 1], tl.int32)
@@ -254,7 +219,7 @@ def draft_paths_kernel(
         part = item % parts
         request = row // num_drafts
         k = row % num_drafts
-        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        slot = slot_of(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             row_ptr = base.ptr + request.to(tl.int64) * base.stride_request + k.to(tl.int64) * base.stride_position
             wide_row = row.to(tl.int64)
@@ -265,20 +230,19 @@ def draft_paths_kernel(
                     blocks.max_ptr + wide_row * tl.cdiv(vocab, VOCAB_BLOCK),
                     blocks.sumexp_ptr + wide_row * tl.cdiv(vocab, VOCAB_BLOCK)
                 )  # fmt: skip
-            nan = _store_keys(
-                row_ptr, selection.keys_ptr + wide_row * padded_sub_blocks(tl.cdiv(vocab, SELECTION.GROUP)), own_blocks,
-                part * chunks // parts, (part + 1) * chunks // parts, vocab, row_scale(state.temperature_ptr, slot),
-                SELECTION.BLOCK, SELECTION.GROUP, SELECTION.SHIFT,
+            settings = RowSettings(None, 0, None, slot, 0)
+            nan = store_sub_block_keys(
+                row_ptr, selection.keys_ptr + wide_row * padded_sub_blocks(tl.cdiv(vocab, SELECTION.GROUP)), settings, own_blocks,
+                row_scale(state.temperature_ptr, slot), part * chunks // parts, (part + 1) * chunks // parts, vocab, SELECTION,
             )  # fmt: skip
             if nan > 0:
                 tl.atomic_or(counters.status_ptr + row, NAN, sem="relaxed")
             if confidence is not None:
                 if part == 0:
                     own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
-                    tl.store(scratch.score_ptr + row, _hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
+                    tl.store(scratch.score_ptr + row, hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
             if arrive(counters.row_ptr + row, parts):
-                settings = RowSettings(None, 0, None, slot, 0)
-                _keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, num_candidates, SELECTION)
+                keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, num_candidates, SELECTION)
                 first = request
                 count = tl.full((), 1, tl.int32)
         else:
@@ -286,7 +250,7 @@ def draft_paths_kernel(
                 tl.store(out.flags_ptr + request, 0)
 
     for request in range(first, first + count):
-        slot = _slot(slots_ptr, request, num_requests, num_slots)
+        slot = slot_of(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             awaited = num_drafts
             if latent is not None:

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from ..draft.candidate_heads import hidden_products, weighted
-from ..draft.candidates import PAIRS, _hidden_score, _slot, latent_programs
+from ..draft.candidates import PAIRS, hidden_score, latent_programs
+from ..draft.selection import slot_of
 from ..primitives.constants import (
     BAD_TOKEN_ID,
     DOT_ROWS,
@@ -276,7 +277,7 @@ def draft_paths_dense_kernel(
             per_request = tl.where(phase % 2 == 0, parts, rows)
             request = inside // per_request
             item = inside % per_request
-        slot = _slot(state.slots_ptr, request, num_requests, num_slots)
+        slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
         wide = request.to(tl.int64)
         products_ptr, latent_ptr, states_ptr = depths.products_ptr, depths.latent_ptr, depths.states_ptr
         if latent is not None:
@@ -299,7 +300,7 @@ def draft_paths_dense_kernel(
                 if confidence is not None:
                     for k in range(num_drafts):
                         row_ptr = hidden.ptr + wide * hidden.stride_request + tl.cast(k, tl.int64) * hidden.stride_position
-                        tl.store(own.score_ptr + k, _hidden_score(row_ptr, confidence.weight_ptr, hidden.size))
+                        tl.store(own.score_ptr + k, hidden_score(row_ptr, confidence.weight_ptr, hidden.size))
                     tl.debug_barrier()
                 opens = opens * 0
             else:

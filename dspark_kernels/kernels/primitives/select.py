@@ -1,8 +1,10 @@
-"""The n largest of a block of keys, ties to the lowest index: a threshold found by bisection, then one scan for ranks and places.
+"""The n largest of a block of keys, ties to the lowest index: a threshold found by search, then one scan for ranks and places.
 
     selected <=> key > t, or key = t and fewer than n - |{key > t}| equal keys stand before it
 
-The threshold search ends as soon as exactly n keys reach it. Symbols: key = int32 in the order of an fp32 value.
+A step of the search counts the keys at or above two thresholds at once, in one sum over the block, and leaves a third of the range:
+what it costs is the barriers of that sum. It ends as soon as exactly n keys reach a threshold. Symbols: key = int32 in the order of
+an fp32 value.
 """
 
 import triton
@@ -19,22 +21,35 @@ def ordered_key(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def threshold(keys, wanted):
-    """A key t with at least `wanted` of the keys at t or above, and with fewer above it. wanted >= 1 keys are not ABSENT."""
-    low = tl.min(keys)
-    high = tl.max(keys)
+def threshold(keys, wanted, least=None):
+    """A key t with at least `wanted` of the keys, at most 2^14, at t or above, and with fewer above it.
+
+    wanted >= 1 keys are not ABSENT. least: a key that so many keys reach, where one is known.
+    """
+    high = tl.max(keys).to(tl.int64)
+    if least is None:
+        low = tl.min(tl.where(keys == ABSENT, 2147483647, keys)).to(tl.int64)
+    else:
+        low = least.to(tl.int64)
     while low < high:
-        middle = (low | high) - ((low ^ high) >> 1)  # of the two, rounded up, without overflow
-        count = tl.sum((keys >= middle).to(tl.int32))
-        high = tl.where(count > wanted, high, tl.where(count == wanted, middle, middle - 1))
-        low = tl.where(count >= wanted, middle, low)
-    return low
+        # low < first <= second <= high; both counts fit in one word.
+        third = (high - low + 2) // 3
+        first = low + third
+        second = tl.minimum(first + third, high)
+        reached = (keys >= first.to(tl.int32)).to(tl.int32) + ((keys >= second.to(tl.int32)).to(tl.int32) << 16)
+        counts = tl.sum(reached)
+        of_first = counts & 0xFFFF
+        of_second = counts >> 16
+        low = tl.where(of_second >= wanted, second, tl.where(of_first >= wanted, first, low))
+        above = tl.where(of_second >= wanted, high, tl.where(of_first >= wanted, second - 1, first - 1))
+        high = tl.where((of_second == wanted) | (of_first == wanted), low, above)
+    return low.to(tl.int32)
 
 
 @triton.jit
-def select(keys, wanted):
+def select(keys, wanted, least=None):
     """(threshold, selected bool, place int32 of the selected in index order) of keys [M, N], row by row, at most 2^14."""
-    t = threshold(keys, wanted)
+    t = threshold(keys, wanted, least)
     above = (keys > t).to(tl.int32)
     tied = (keys == t).to(tl.int32)
     both = above + (tied << 16)  # two counts in one scan: inside rows, then over rows
