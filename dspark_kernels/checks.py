@@ -29,20 +29,25 @@ def check_tensor(name, value, *, dtype=None, shape=None, device=None, last_conti
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
         if value.dtype not in dtypes:
             raise TypeError(f"{name}: expected dtype {_dtype_names(dtypes)}, got {_dtype_names((value.dtype,))}")
-    if shape is not None:
-        fits = value.dim() == len(shape) and all(
-            not isinstance(want, int) or have == want for have, want in zip(value.shape, shape, strict=False)
-        )
-        if not fits:
-            wanted = ", ".join("*" if s is None else str(s) for s in shape)
-            raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
+    if shape is not None and not _fits(value.shape, shape):
+        wanted = ", ".join("*" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
     if contiguous and not value.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
-    if last_contiguous and value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if last_contiguous and value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel():
         raise ValueError(f"{name}: expected the last dimension to be contiguous, got strides {list(value.stride())}")
     return value
+
+
+def _fits(have, shape) -> bool:
+    if len(have) != len(shape):
+        return False
+    for size, want in zip(have, shape):  # noqa: B905  a loop of few words: an op checks about ten tensors
+        if isinstance(want, int) and size != want:
+            return False
+    return True
 
 
 def check_optional(name, value, **rules):

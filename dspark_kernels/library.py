@@ -1,8 +1,9 @@
 """Registration of the ops with torch.library (namespace `dspark`) and the way to their kernels.
 
 One definition per op: a schema that lists every tensor written, one implementation for all devices, and a fake that does
-nothing because outputs are passed in. That passes opcheck and torch.compile(fullgraph=True) at the lowest call overhead. An op's
-arguments stand once, as a NamedTuple:
+nothing because outputs are passed in. That passes opcheck and torch.compile(fullgraph=True). Where nothing would see the call
+(no compiler, mode or transform, plain tensors only) the implementation is called without torch's dispatcher, which takes longer
+to carry forty arguments than the implementation does to launch. An op's arguments stand once, as a NamedTuple:
 
     class Arguments(NamedTuple):
         logits: Tensor
@@ -12,7 +13,7 @@ arguments stand once, as a NamedTuple:
         tokens: Out[Tensor]         # written
 
     @register("accept", Arguments)
-    def _accept(arguments): ...     # _accept(*flat(Arguments(...)))
+    def _accept(arguments): ...     # _accept(Arguments(...)); _accept.op is torch.ops.dspark.accept.default
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import functools
 import importlib
 import string
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -64,19 +66,23 @@ def _leaves(record: type):
             yield name, annotation
 
 
-def flat(arguments: tuple) -> tuple:
-    """A record's values in the order of the schema."""
-    values = []
-    for value in arguments:
-        if isinstance(value, tuple):
-            values += flat(value)
+def flattener(record: type) -> Callable[[tuple], tuple]:
+    """The function from a record to its values in the order of the schema."""
+    # One expression, `lambda record: (record[0], record[1][0], ...)`: a walk over forty values takes ten times as long.
+    return eval(f"lambda record: ({', '.join(_places(record, 'record'))},)")
+
+
+def _places(record: type, place: str):
+    for index, annotation in enumerate(typing.get_type_hints(record, include_extras=True).values()):
+        inside = f"{place}[{index}]"
+        if hasattr(annotation, "_fields"):
+            yield from _places(annotation, inside)
         else:
-            values.append(value)
-    return tuple(values)
+            yield inside
 
 
 def _rebuilder(record: type) -> Callable:
-    """The function from an iterator of flat values to the record."""
+    """The function from an iterator of values in the order of the schema to the record."""
     inner = [
         _rebuilder(annotation) if hasattr(annotation, "_fields") else next
         for annotation in typing.get_type_hints(record, include_extras=True).values()
@@ -84,16 +90,55 @@ def _rebuilder(record: type) -> Callable:
     return lambda values: record(*[make(values) for make in inner])
 
 
+# Who takes down launches instead of making them: a function of a launcher, its arguments and its options (`prepare`).
+recording: ContextVar[Callable | None] = ContextVar("recording", default=None)
+
+# What the values of a call may be for torch's dispatcher to have nothing to add.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, str, int, float, bool, type(None)))
+
+
+def unseen() -> bool:
+    """Whether no compiler, mode or transform of torch sees what is called now."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def plain(values: Sequence) -> bool:
+    """Whether they are numbers, words, and tensors of no subclass (fake, distributed, ...) that have memory."""
+    kinds = set(map(type, values))
+    if list in kinds:
+        kinds.remove(list)
+        kinds.update(type(element) for value in values if type(value) is list for element in value)
+    tensor = next(value for value in values if isinstance(value, Tensor))  # checked: all are on one device
+    return kinds <= _PLAIN and not tensor.is_meta
+
+
 def register(name: str, record: type):
     """Define `dspark::<name>`, its arguments the record's fields, with the decorated function, which takes the record, as
-    implementation; returns the op's callable overload."""
-    rebuild = _rebuilder(record)
+    implementation; returns a function of the record, whose `op` is torch's callable overload, a function of its values."""
+    flatten, rebuild = flattener(record), _rebuilder(record)
 
     def decorate(implementation):
         _LIBRARY.define(f"{name}({schema_of(record)}) -> ()")
         _LIBRARY.impl(name, lambda *values: implementation(rebuild(iter(values))), "CompositeExplicitAutograd")
         torch.library.register_fake(f"dspark::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
-        return getattr(torch.ops.dspark, name).default
+        op = getattr(torch.ops.dspark, name).default
+
+        @functools.wraps(implementation)
+        def call(arguments):
+            values = flatten(arguments)
+            direct = unseen() and plain(values)
+            if direct or (not torch.compiler.is_compiling() and recording.get() is not None):
+                implementation(arguments)
+            else:
+                op(*values)
+
+        call.op = op
+        return call
 
     return decorate
 
@@ -134,7 +179,7 @@ def patch_tuples() -> None:
 
 
 def kernels(stem: str, device: torch.device):
-    """The module kernels/<stem>.py, ready to launch on `device`.
+    """The module kernels/<stem>.py, ready to launch on `device`; its functions launch_* do.
 
     RuntimeError where Triton is missing, or for CPU tensors when its interpreter is off.
     """
@@ -144,7 +189,21 @@ def kernels(stem: str, device: torch.device):
             "dspark_kernels: CPU tensors run in Triton's interpreter only; set TRITON_INTERPRET=1 in the environment "
             "before importing triton and dspark_kernels"
         )
-    return module
+    record = recording.get()
+    return module if record is None else _Recorded(module, record)
+
+
+class _Recorded:
+    """A module of kernels whose launches are taken down."""
+
+    def __init__(self, module, record: Callable):
+        self._module, self._record = module, record
+
+    def __getattr__(self, name: str):
+        member = getattr(self._module, name)
+        if not name.startswith("launch_"):
+            return member
+        return lambda *args, **options: self._record(member, args, options)
 
 
 def _interpreted(module, triton) -> bool:

@@ -22,6 +22,7 @@ _HEAD_NEEDS: dict[str, Callable[..., tuple[int, int]]] = {}
 
 # int64 words at the start of `counters` that keep their place in every launch: the grid barrier.
 RESERVED = 2
+MOST_REGIONS = 4096  # that a workspace keeps, about 1 KB each on the host: launches of every batch size on a few sizes of rows
 
 
 def declare(op: str):
@@ -86,6 +87,7 @@ class Workspace:
         self.counters = torch.zeros(counters, dtype=torch.int64, device=device)
         scratch = max(words for _, words in needs) + node_latent_words(max_requests, max_drafts, markov_rank)
         self.scratch = torch.empty(scratch, dtype=torch.int64, device=device)
+        self.counters.regions, self.scratch.regions = {}, {}  # see Carver
 
     def reset(self) -> None:
         """Make the workspace clean again after a launch that did not finish."""
@@ -182,12 +184,28 @@ class Carver:
 
     def __init__(self, memory: Tensor, start: int = 0):
         self._memory, self._next = memory, start
+        # Regions of a workspace's memory are kept: a launch takes about twenty, each of which costs more to cut than to look up.
+        self._regions = getattr(memory, "regions", None)
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        words = words_of(count, dtype)
-        region = self._memory[self._next : self._next + words]
-        self._next += words
-        return region if dtype == torch.int64 else region.view(dtype)
+        if self._regions is None:
+            region, self._next = self._cut(self._memory, count, dtype)
+            return region
+        place = self._next, count, dtype
+        found = self._regions.get(place)
+        if found is None:
+            if len(self._regions) >= MOST_REGIONS:
+                self._regions.clear()
+            # Of a tensor that shares the memory: what is cut refers to what it is cut from, which must not refer to it.
+            found = self._regions[place] = self._cut(self._memory.detach(), count, dtype)
+        region, self._next = found
+        return region
+
+    def _cut(self, memory: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """(region, where the next one begins)."""
+        end = self._next + words_of(count, dtype)
+        region = memory[self._next : end]
+        return region if dtype == torch.int64 else region.view(dtype), end
 
 
 def words_of(count: int, dtype: torch.dtype) -> int:

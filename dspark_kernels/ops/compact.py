@@ -64,7 +64,7 @@ def compact_kv(layers: KVLayers, acceptance: Acceptance, layout: VerifyLayout, *
             num_accepted=acceptance.num_accepted,
             extra=extra,
         )
-        _compact_kv(*library.flat(arguments))
+        _compact_kv(arguments)
 
 
 @functools.lru_cache(maxsize=16)

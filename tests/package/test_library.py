@@ -1,13 +1,18 @@
 """Registration: schemas from records, opcheck, torch.compile(fullgraph=True), meta tensors, and the public constants that kernels repeat."""
 
+import dataclasses
+import gc
+import weakref
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dspark_kernels as dk
-from dspark_kernels import library, scheduling
+from dspark_kernels import library, scheduling, workspace as workspaces
 from dspark_kernels.launch import arch
 from dspark_kernels.ops import compact
 from dspark_kernels.ops.accept import chain as accept, tree
@@ -49,17 +54,18 @@ def test_an_op_has_the_fields_of_its_record():
     parsed = torch._C.parse_schema(f"op({library.schema_of(_Arguments)}) -> ()")
     assert [a.name for a in parsed.arguments if a.alias_info and a.alias_info.is_write] == ["scores", "caches", "tokens"]
     values = (1, _Inner(2, 3), [4, 5], [], [6], 7, "r", None, 8, None, 0.5, None, True)
-    flat = library.flat(_Arguments(*values))
+    flat = library.flattener(_Arguments)(_Arguments(*values))
     assert flat == (1, 2, 3, [4, 5], [], [6], 7, "r", None, 8, None, 0.5, None, True)
     assert library._rebuilder(_Arguments)(iter(flat)) == values
 
 
 def _calls(monkeypatch, module, name, run):
-    """The raw arguments with which `run` reaches a registered op."""
+    """An op as torch knows it, and the values with which `run` reaches it."""
     seen, registered = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args: (seen.append(args), registered(*args))[1])
+    flat = lambda arguments: library.flattener(type(arguments))(arguments)  # noqa: E731
+    monkeypatch.setattr(module, name, lambda arguments: (seen.append(flat(arguments)), registered(arguments))[1])
     run()
-    return registered, seen
+    return registered.op, seen
 
 
 def _draft(**case):
@@ -417,3 +423,113 @@ def test_a_record_of_functions_names_their_source():
     kind = heads.HeadKind(latent=Function(), parts=1, widen=Function(), dot_type="bf16", mix_type="fp32")
     assert kind.cache_key == "digest of the source-1-digest of the source-bf16-fp32"
     assert args.WalkOptions(Function(), *range(10)).cache_key.startswith("digest of the source-0-1")
+
+
+# --- around the dispatcher --------------------------------------------------------------------------------------------
+
+
+class _Ops(TorchDispatchMode):
+    """The names of this package's ops that go through torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name()] if func.namespace == "dspark" else []
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class _Wrapped(torch.Tensor):
+    pass
+
+
+def _through_dispatcher(monkeypatch, run):
+    """How many calls of accept_chain's op `run` takes through torch's dispatcher, and how many around it."""
+    through, inside = [], []
+    stock = accept.library.kernels
+    monkeypatch.setattr(accept.library, "kernels", lambda *args: (inside.append(args), stock(*args))[1])
+    op = accept._accept_chain.op
+    cells = dict(zip(accept._accept_chain.__code__.co_freevars, accept._accept_chain.__closure__, strict=True))
+    monkeypatch.setattr(cells["op"], "cell_contents", lambda *values: (through.append(values), op(*values))[1])
+    run()
+    return len(through), len(inside) - len(through)
+
+
+def test_a_plain_call_goes_around_the_dispatcher(monkeypatch):
+    assert _through_dispatcher(monkeypatch, _accept()) == (0, 1)
+
+
+@pytest.mark.parametrize("mode", [_Ops, _Functions, lambda: torch.device("cpu")])
+def test_a_mode_sees_the_op(monkeypatch, mode):
+    with mode():
+        assert _through_dispatcher(monkeypatch, _accept()) == (1, 0)
+    with _Ops() as seen:
+        _accept()()
+    assert seen.names == ["dspark::accept_chain"]
+
+
+def test_subclasses_and_transforms_go_through_the_dispatcher(monkeypatch):
+    case = cases.accept_case(requests=2, drafts=2, vocab=130)
+    sampling = dataclasses.replace(case.sampling, seed=case.sampling.seed.as_subclass(_Wrapped))
+    assert _through_dispatcher(monkeypatch, lambda: dk.accept_chain(**case.arguments() | dict(sampling=sampling))) == (1, 0)
+
+    def mapped(x):
+        dk.accept_chain(**case.arguments())
+        return x
+
+    assert _through_dispatcher(monkeypatch, lambda: torch.vmap(mapped)(torch.zeros(2))) == (1, 0)
+    assert _through_dispatcher(monkeypatch, lambda: mapped(torch.zeros(2))) == (0, 1)
+
+
+def test_meta_tensors_launch_nothing():
+    meta = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+    block = dk.draft_block(meta(2, 3, 130), meta(2, dtype=torch.int64), anchor_positions=meta(2, dtype=torch.int64))
+    assert block.tokens.shape == (2, 3) and block.tokens.is_meta
+
+
+def test_parameters_that_require_grad_are_plain_tensors():
+    case = cases.draft_case(seed=3, requests=2, drafts=2, vocab=130)
+    head = dk.MarkovHead(torch.nn.Parameter(case.head.w1), torch.nn.Parameter(case.head.w2))
+    logits = case.base_logits.clone().requires_grad_()
+    want = dk.draft_block(**case.arguments())
+    have = dk.draft_block(**case.arguments() | dict(head=head, base_logits=logits))
+    assert torch.equal(have.tokens, want.tokens) and torch.equal(have.proposal.logits, want.proposal.logits)
+    assert not have.proposal.logits.requires_grad
+
+
+# --- scratch memory ---------------------------------------------------------------------------------------------------
+
+
+def test_regions_of_a_workspace_are_cut_once():
+    workspace = dk.Workspace(2, 3, 100, "cpu")
+    regions = [workspaces.Carver(workspace.scratch).take(5, torch.float32) for _ in range(2)]
+    assert regions[0] is regions[1] and regions[0].data_ptr() == workspace.scratch.data_ptr() and regions[0].shape == (8,)
+    carver = workspaces.Carver(workspace.scratch)
+    for (count, dtype), start in zip(((5, torch.float32), (3, torch.int64), (1, torch.int32)), (0, 4, 8), strict=True):
+        region = carver.take(count, dtype)
+        assert region.dtype == dtype and region.data_ptr() == workspace.scratch[start:].data_ptr()
+        assert torch.equal(region, workspaces.Carver(workspace.scratch.clone(), start).take(count, dtype))
+
+
+def test_a_workspace_keeps_a_bounded_number_of_regions(monkeypatch):
+    monkeypatch.setattr(workspaces, "MOST_REGIONS", 3)
+    workspace = dk.Workspace(2, 3, 100, "cpu")
+    for start in range(0, 20, 2):
+        assert workspaces.Carver(workspace.scratch, start).take(2, torch.int64).data_ptr() == workspace.scratch[start:].data_ptr()
+        assert len(workspace.scratch.regions) <= 3
+
+
+def test_regions_do_not_keep_a_workspace_alive():
+    workspace = dk.Workspace(2, 3, 100, "cpu")
+    dk.accept_chain(**cases.accept_case(requests=2, drafts=2, vocab=100).arguments(), workspace=workspace)
+    assert workspace.scratch.regions
+    memory = weakref.ref(workspace.scratch)
+    del workspace
+    gc.collect()
+    assert memory() is None

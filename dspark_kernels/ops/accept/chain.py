@@ -185,7 +185,7 @@ def accept_chain(
         counters=counters,
         scratch=scratch,
     )
-    _accept_chain(*library.flat(arguments))
+    _accept_chain(arguments)
     return out
 
 

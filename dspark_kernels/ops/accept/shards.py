@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import library, workspace as workspaces
+from ... import workspace as workspaces
 from ...checks import check_choice, check_tensor, check_type, not_yet
 from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
@@ -129,7 +129,7 @@ def accept_partial(
         vocab_shards=call.shard.count,
         vocab_size=call.shard.vocab,
     )
-    _accept_partial(*library.flat(arguments))
+    _accept_partial(arguments)
     return part
 
 
@@ -189,7 +189,7 @@ def accept_finish(
         vocab_size=call.shard.vocab,
         rule=rule if call.draws else "match",
     )
-    _accept_finish(*library.flat(arguments))
+    _accept_finish(arguments)
     return out
 
 

@@ -189,7 +189,7 @@ def accept_tree(
         without_replacement=tree.drawn == "without_replacement",
         logprobs=logprobs,
     )
-    _accept_tree(*library.flat(arguments))
+    _accept_tree(arguments)
     return out
 
 

@@ -148,7 +148,7 @@ def plan_attention(
         partial_rows=plan.partial_rows,
         window=window,
     )
-    _plan_attention(*library.flat(arguments))
+    _plan_attention(arguments)
     return plan
 
 

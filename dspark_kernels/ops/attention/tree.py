@@ -157,7 +157,7 @@ def tree_attention(
         programs=plan.programs,
         partial_rows=plan.partial_rows,
     )
-    _tree_attention(*library.flat(arguments))
+    _tree_attention(arguments)
     return (result, lse) if return_lse else result
 
 

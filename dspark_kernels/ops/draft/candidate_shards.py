@@ -155,7 +155,7 @@ def partial(base_logits, slots, head, *, shard, block, sampling, confidence, can
         candidates=candidates,
         targets=targets,
     )
-    _draft_candidates_partial(*library.flat(arguments))
+    _draft_candidates_partial(arguments)
     return part, block
 
 
@@ -194,7 +194,7 @@ def finish(
         column=column,
         coupled=noise == "coupled",
     )
-    _draft_candidates_finish(*library.flat(arguments))
+    _draft_candidates_finish(arguments)
     return block
 
 

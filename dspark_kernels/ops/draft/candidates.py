@@ -122,7 +122,7 @@ def draft_candidates(
         column=column,
         coupled=noise == "coupled",
     )
-    _draft_candidates(*library.flat(arguments))
+    _draft_candidates(arguments)
     return out
 
 

@@ -194,7 +194,7 @@ def draft_block(
         column=column,
         coupled=noise == "coupled",
     )
-    _draft_block(*library.flat(arguments))
+    _draft_block(arguments)
     return out
 
 

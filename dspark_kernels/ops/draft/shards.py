@@ -29,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import library, workspace as workspaces
+from ... import workspace as workspaces
 from ...checks import check_choice, check_int, check_optional, check_tensor, check_type, not_yet
 from ...types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, RnnMarkovHead, SamplingTensors
 from ..sampling import flatten, needs_no
@@ -173,7 +173,7 @@ def draft_block_partial(
         column=column,
         coupled=noise == "coupled",
     )
-    _draft_block_partial(*library.flat(arguments))
+    _draft_block_partial(arguments)
     return part, block
 
 
@@ -272,7 +272,7 @@ def draft_block_finish(
         first_draft=first_draft,
         column=column,
     )
-    _draft_block_finish(*library.flat(arguments))
+    _draft_block_finish(arguments)
     return block
 
 

@@ -147,10 +147,10 @@ def by_probability(call: TreeCall, out: DraftTree, workspace: Workspace | None) 
         scratch=scratch,
     )
     if dense:
-        _draft_paths_dense(*library.flat(arguments))
+        _draft_paths_dense(arguments)
     else:
         candidates = 0 if call.candidates is None else call.candidates
-        _draft_paths(*library.flat(CandidateArguments(arguments, candidates)))
+        _draft_paths(CandidateArguments(arguments, candidates))
 
 
 class PathArguments(NamedTuple):

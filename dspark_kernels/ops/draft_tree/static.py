@@ -233,7 +233,7 @@ def _launch(
         level=level,
         targets=targets,
     )
-    _draft_tree(*library.flat(arguments))
+    _draft_tree(arguments)
 
 
 def _largest(depths) -> tuple[int, int]:

@@ -78,7 +78,7 @@ def fixed_layout(
             packed=packed_of(out),
             page_size=page_size or 1,
         )
-        _fixed_layout(*library.flat(arguments))
+        _fixed_layout(arguments)
     return out
 
 
@@ -127,7 +127,7 @@ def tree_layout(
             packed=packed_of(out),
             page_size=page_size or 1,
         )
-        _fixed_layout(*library.flat(arguments))
+        _fixed_layout(arguments)
     return out
 
 
@@ -175,7 +175,7 @@ def draft_layout(
             mask_token_id=mask_token_id,
             silent_rows=int(not anchor_first),
         )
-        _draft_layout(*library.flat(arguments))
+        _draft_layout(arguments)
     return out
 
 

@@ -135,7 +135,7 @@ def schedule_prefixes(
             least=max(1, math.floor(survival_floor * SURVIVAL_ONE)),
             bypass=0 if bypass is None else _BYPASS_UNIT + math.ceil(bypass * _BYPASS_UNIT),
         )
-        _schedule_prefixes(*library.flat(arguments))
+        _schedule_prefixes(arguments)
     return out
 
 
