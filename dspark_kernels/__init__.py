@@ -15,6 +15,7 @@ from .ops.draft.shards import draft_block_finish, draft_block_partial
 from .ops.draft_tree.static import draft_tree, expand_tree
 from .ops.layout.fixed import draft_layout, fixed_layout, tree_layout
 from .ops.layout.schedule import schedule_prefixes
+from .prepare import prepare
 from .quantise import quantise_head
 from .types import (
     Acceptance,

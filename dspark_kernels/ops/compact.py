@@ -91,6 +91,10 @@ def _compact_kv(a: Arguments):
     kernels = library.kernels("compact", device)
     planes, table, unit = [*a.caches, *a.extra], a.table, a.unit
     # torch.compile may hand over copies of the caches: then the table made for the originals does not hold.
+    if a.extra and library.recording.get() is not None:
+        raise NotImplementedError(
+            "prepare: compact_kv: extra: expected none, since its addresses are read at every call; see KVLayers"
+        )
     if a.extra or any(cache.data_ptr() != pointer for cache, pointer in zip(a.caches, a.pointers, strict=True)):
         rows, unit = slot_rows(planes, "caches")
         table = _table(tuple(rows), device)
