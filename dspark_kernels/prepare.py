@@ -39,7 +39,7 @@ def prepare(op: Callable, /, **example) -> Prepared:
 
     Raises:
         TypeError, ValueError, RuntimeError: what `op` raises for the example.
-        NotImplementedError: a call that does more than launch kernels, as on an empty batch.
+        NotImplementedError: a call that does more than launch kernels, as on an empty batch; `draft_block_partial`.
         TypeError, ValueError, of the function: an argument, named, that is not of the example's kind, or that the example has
             without tensors or not at all.
 
@@ -53,7 +53,10 @@ class Prepared:
     """What `prepare` returns. out: where calls without an `out` of their own write."""
 
     def __init__(self, op: Callable, example: dict):
-        self._op, self._example, self._names = op, example, frozenset(inspect.signature(op).parameters)
+        signature = inspect.signature(op)
+        self._op, self._example, self._names = op, example, frozenset(signature.parameters)
+        if "out" in self._names and signature.parameters["out"].annotation != f"{signature.return_annotation} | None":
+            raise NotImplementedError(f"prepare: {op.__name__}: expected an op that returns its `out`")
         self._arguments: dict[str, _Argument] = {}  # those with tensors
         self._tensors: list[Tensor] = []  # of the example, in the order of the arguments
         for name, value in example.items():

@@ -285,6 +285,37 @@ def test_compacting_moves_the_caches_of_the_example():
         dk.prepare(dk.compact_kv, layers=layers, acceptance=case.acceptance, layout=case.layout, extra=case.caches)
 
 
+def test_acceptance_on_shards():
+    """Every phase and the finish, prepared; as the plain ones and as accept_chain."""
+    of_shards = ("target_logits", "layout", "proposal", "sampling", "rule")
+
+    def run(partial, finish, seed):
+        given = {name: value for name, value in _accept()[1](seed).items() if name in of_shards}
+        gathered = ()
+        for phase in dk.accept_phases(given["proposal"], sampling=given["sampling"], rule=given["rule"]):
+            gathered += (partial(phase, **given, gathered=gathered)[None],)
+        return finish(**given, gathered=gathered)
+
+    where, made = dict(vocab_start=0, vocab_shards=1), {}
+
+    def partial(phase, **given):
+        return dk.accept_partial(phase=phase, **given, **where)
+
+    def prepared_partial(phase, **given):
+        made.setdefault(phase, dk.prepare(dk.accept_partial, phase=phase, **given, **where))
+        return made[phase](**changing(given))
+
+    def prepared_finish(**given):
+        made.setdefault("finish", dk.prepare(dk.accept_finish, **given, **where))
+        return made["finish"](**changing(given))
+
+    for seed in (1, 2, 1):
+        have = run(prepared_partial, prepared_finish, seed)
+        same_bits(have, run(partial, lambda **given: dk.accept_finish(**given, **where), seed))
+        same_bits(have.tokens, dk.accept_chain(**_accept()[1](seed)).tokens)
+    assert len(made) == 4
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +412,16 @@ def test_an_example_is_checked_as_the_call():
         assert errors[0] == errors[1]
     with pytest.raises(TypeError, match="target_logit"):
         dk.prepare(op, target_logit=torch.zeros(3))
+
+
+def test_every_op_but_one_can_be_prepared():
+    ops = {op for op in vars(dk).values() if getattr(op, "__module__", "").startswith("dspark_kernels.ops.")}
+    refused = []
+    for op in ops - {dk.accept_phases}:
+        with pytest.raises((NotImplementedError, TypeError)) as caught:
+            dk.prepare(op)
+        refused += [op] if caught.type is NotImplementedError else []
+    assert refused == [dk.draft_block_partial]
 
 
 def test_an_empty_batch_is_no_example():

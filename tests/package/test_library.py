@@ -533,3 +533,51 @@ def test_regions_do_not_keep_a_workspace_alive():
     del workspace
     gc.collect()
     assert memory() is None
+
+
+def test_one_workspace_serves_calls_of_all_sizes():
+    """In turns, so that regions of one call lie over those of another."""
+    workspace = dk.Workspace(3, 4, 300, "cpu")
+    sizes = dict(a=dict(requests=2, drafts=2, vocab=130), b=dict(requests=3, drafts=4, vocab=300))
+    for size in "abab":
+        drafted, accepted = cases.draft_case(**sizes[size]), cases.accept_case(**sizes[size], rule="block")
+        for op, case in ((dk.draft_block, drafted), (dk.accept_chain, accepted)):
+            have, want = op(**case.arguments(), workspace=workspace), op(**case.arguments())
+            assert torch.equal(have.tokens, want.tokens) and torch.equal(have.flags, want.flags)
+
+
+def test_a_call_is_checked_every_time():
+    """After calls with the same memory that were right, what is wrong is refused in the words of a first call."""
+    case = cases.accept_case(requests=2, drafts=2, vocab=130)
+    right, replace = case.arguments(), dataclasses.replace
+    proposal, sampling, logits = case.proposal, case.sampling, case.target_logits
+    wrong = [
+        dict(target_logits=logits[:, :0]),
+        dict(target_logits=logits.int()),
+        dict(target_logits=logits.t().contiguous().t()),
+        dict(target_logits=logits.to("meta")),
+        dict(rule="best"),
+        dict(logprobs="all"),
+        dict(layout=replace(case.layout, max_drafts=3)),
+        dict(layout=replace(case.layout, logits_indices=case.layout.logits_indices[:2])),
+        dict(proposal=replace(proposal, logits=proposal.logits[:1], lse=None)),
+        dict(proposal=torch.zeros(2)),
+        dict(sampling=dk.SamplingTensors(sampling.temperature[:1], sampling.seed[:1])),
+        dict(anchors=torch.zeros(3, dtype=torch.int64)),
+        dict(anchors=torch.zeros(2)),
+        dict(state_indices=torch.zeros(2, dtype=torch.int64)),
+        dict(synthetic_rates=torch.zeros(9)),
+        dict(workspace=dk.Workspace(1, 1, 130, "cpu")),
+    ]
+
+    def refusal(change, **memory):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            dk.accept_chain(**right | memory | change)
+        return caught.type, str(caught.value)
+
+    first = [refusal(change) for change in wrong]
+    workspace = dk.Workspace(2, 2, 130, "cpu")
+    out = dk.accept_chain(**right, workspace=workspace)
+    for change, words in zip(wrong, first, strict=True):
+        dk.accept_chain(**right, out=out, workspace=workspace)
+        assert refusal(change, out=out, workspace=workspace) == words, change
