@@ -79,7 +79,7 @@ class Prepared:
             for name, value in given.items():
                 argument = self._arguments[name]
                 found, facts = argument.read(value)
-                fits = fits and facts == argument.facts and list(map(_kind, found)) == argument.kinds
+                fits = fits and facts == argument.facts and _kinds(found) == argument.kinds
                 tensors[argument.start : argument.end] = found
             fits = fits and library.plain(tensors) and all(tensors[place] is self._tensors[place] for place in self._held)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):  # of reading what is no such record
@@ -147,7 +147,7 @@ class _Argument:
         # One expression, as in library.flattener: a value -> (its tensors, its other facts).
         self.read = eval(f"lambda value: ([{', '.join(places)}], [{', '.join(others)}])")
         found, self.facts = self.read(value)
-        self.kinds = list(map(_kind, found))
+        self.kinds = _kinds(found)
         self.places = [name + place.removeprefix("value") for place in places]
         self.start, self.end = start, start + len(places)
 
@@ -167,8 +167,8 @@ def _leaves(place: str, value):
         yield place, value
 
 
-def _kind(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _kinds(tensors: list[Tensor]) -> list[tuple]:
+    return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
 
 
 def _check_like(place: str, value, like) -> None:
@@ -177,7 +177,7 @@ def _check_like(place: str, value, like) -> None:
     if not (isinstance(value, Tensor) if kind is Tensor else type(value) is kind):
         raise TypeError(f"{place}: expected {kind.__name__}, as in the example, got {type(value).__name__}")
     if kind is Tensor:
-        if _kind(value) != _kind(like):
+        if _kinds([value]) != _kinds([like]):
             raise ValueError(f"{place}: expected {_shown(like)}, as in the example, got {_shown(value)}")
     elif dataclasses.is_dataclass(like):
         for field in dataclasses.fields(like):

@@ -12,6 +12,7 @@ Without a GPU, or with TRITON_INTERPRET=1, small versions of the cases run in Tr
     python -m bench.kernels --check                  compare with the reference, take no times
     python -m bench.kernels --counters               without a GPU: instructions and bytes per logit of the compiled kernels,
                                                      counted while they run on a CPU (bench/kernels/counters.py); 1, 8 and 64 requests
+    python -m bench.kernels --host                   without a GPU: CPU time of a call before its launch (bench/kernels/host.py)
 
 Rows of other cases stay in the output file. Times are microseconds; share = floor / median, the floor being the bytes that must
 move once over the bandwidth of a device copy measured in the same run. Targets were set for one NVIDIA H200.
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--check", action="store_true", help="compare with the reference and take no times")
     p.add_argument("--small", action="store_true", help="small versions of the cases (always without a GPU)")
     p.add_argument("--counters", action="store_true", help="count instructions and bytes of the compiled kernels, without a GPU")
+    p.add_argument("--host", action="store_true", help="time what calls cost the CPU before their launches, without a GPU")
     p.add_argument("--requests", type=int, action="append", metavar="R", help="with --counters: this many requests (repeatable)")
     p.add_argument("--list", action="store_true", help="print the cases with their bytes and operations, and stop")
     return p
@@ -74,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
         if arguments.counters:
             return count_all(arguments)
+        if arguments.host:
+            return time_host(arguments)
         interpreted = prepare_triton()
         cases = choose(registry(), arguments.op, arguments.case)
     except BadArgument as error:
@@ -97,6 +101,16 @@ def count_all(arguments) -> int:
     cases = choose(cases if arguments.op or arguments.case else counters.chosen(cases), arguments.op, arguments.case)
     out = Path(arguments.out) if arguments.out else counters.RESULT
     return counters.main(cases, out, arguments.requests or counters.REQUESTS)
+
+
+def time_host(arguments) -> int:
+    """--host: compiled kernels are wanted, and none is launched."""
+    if torch.cuda.is_available():
+        raise BadArgument("--host: times calls on a machine without a GPU")
+    os.environ.pop("TRITON_INTERPRET", None)
+    from bench.kernels import host
+
+    return host.main(host.choose(arguments.op, arguments.case), Path(arguments.out) if arguments.out else host.RESULT)
 
 
 def check_all(cases, device, small: bool, interpreted: bool) -> int:

@@ -154,7 +154,7 @@ def capture(arch: str, compiled: bool, ir: bool = False):
     if compiled or ir:
         number = arch.removeprefix("sm_")
         target = GPUTarget("cuda", int(number), 32) if number.isdigit() else GPUTarget("hip", arch, 64)
-        driver.set_active(_stub_driver(target))
+        driver.set_active(stub_driver(target))
     try:
         with archs.override(arch):
             yield launches
@@ -167,7 +167,7 @@ _COMPILED: dict[str, dict[str, tuple]] = {}  # arch -> launch -> (kernel, second
 _IR: dict[str, dict[str, str]] = {}  # arch -> launch -> digest
 
 
-def _stub_driver(target):
+def stub_driver(target):
     """A driver for a GPU that is not there, enough to compile."""
     from triton.backends.driver import DriverBase
 
