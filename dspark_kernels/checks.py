@@ -29,9 +29,15 @@ def check_tensor(name, value, *, dtype=None, shape=None, device=None, last_conti
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
         if value.dtype not in dtypes:
             raise TypeError(f"{name}: expected dtype {_dtype_names(dtypes)}, got {_dtype_names((value.dtype,))}")
-    if shape is not None and not _fits(value.shape, shape):
-        wanted = ", ".join("*" if s is None else str(s) for s in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
+    if shape is not None:
+        have = value.shape
+        fits = len(have) == len(shape)
+        for size, want in zip(have, shape, strict=False):
+            if isinstance(want, int) and size != want:
+                fits = False
+        if not fits:
+            wanted = ", ".join("*" if s is None else str(s) for s in shape)
+            raise ValueError(f"{name}: expected shape [{wanted}], got {list(have)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
     if contiguous and not value.is_contiguous():
@@ -39,15 +45,6 @@ def check_tensor(name, value, *, dtype=None, shape=None, device=None, last_conti
     if last_contiguous and value.stride(-1) != 1 and value.shape[-1] > 1 and value.numel():
         raise ValueError(f"{name}: expected the last dimension to be contiguous, got strides {list(value.stride())}")
     return value
-
-
-def _fits(have, shape) -> bool:
-    if len(have) != len(shape):
-        return False
-    for size, want in zip(have, shape):  # noqa: B905  a loop of few words: an op checks about ten tensors
-        if isinstance(want, int) and size != want:
-            return False
-    return True
 
 
 def check_optional(name, value, **rules):

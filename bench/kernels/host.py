@@ -1,7 +1,6 @@
 """What a call costs the host: CPU time of eager and of prepared calls before their kernels are launched, without a GPU.
 
-The calls have full-size arguments, `out` and, where the op takes scratch memory, a workspace; they are those of an engine that
-captures no graph. Launch configurations are those of sm_90. Times are the least of many short runs on one core.
+The calls have arguments of full size, `out` and `workspace`, as those of an engine that captures no graph. Launch configurations are those of sm_90. Times are the least of many short runs on one core.
 
     plain         the op: checks, choice of a launch, its arguments; Triton's launch is replaced by nothing
     prepared      the same call by `dk.prepare`, every tensor of it another than in the example
@@ -14,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import inspect
 import platform
@@ -41,13 +41,14 @@ from bench.shared.offline.calls import (
     layout_call,
     schedule_call,
 )
+from bench.shared.offline.calls.inputs import RANK, VOCAB
 from bench.shared.offline.capture import stub_driver
 from bench.shared.paths import RESULTS
 from dspark_kernels.launch import arch as archs
 
 RESULT = RESULTS / "host.csv"
 ARCH = "sm_90"
-RUNS, CALLS = 200, 20  # runs of so many calls each
+RUNS, CALLS = 1000, 10  # runs of so many calls each
 
 # op -> case -> the call, with arguments that are never touched.
 CASES: dict[str, dict[str, Callable[[], object]]] = {
@@ -120,6 +121,8 @@ def measure(op: str, case: str, runs: int = RUNS) -> Cost:
     function = getattr(dk, op)
     arguments = arguments_of(op, CASES[op][case])
     with archs.override(ARCH):
+        if arguments.get("workspace") is None:
+            arguments["workspace"] = workspace()
         with mock.patch.object(JITFunction, "run", lambda self, *args, **options: None):
             arguments["out"] = function(**arguments)
             prepared = dk.prepare(function, **arguments)
@@ -133,6 +136,13 @@ def measure(op: str, case: str, runs: int = RUNS) -> Cost:
         op, case, plain, all_new, repeated, with_triton - repeated, cpu(), platform.python_version(),
         torch.__version__, triton.__version__,
     )  # fmt: skip
+
+
+@functools.cache
+def workspace() -> dk.Workspace:
+    """Scratch for every call that brings none."""
+    heads = dict(query_heads=32, kv_heads=8, head_dim=128, max_rows=64 * 64)
+    return dk.Workspace(64, 31, VOCAB, "cpu", markov_rank=RANK, **heads)
 
 
 def arguments_of(op: str, call: Callable[[], object]) -> dict:

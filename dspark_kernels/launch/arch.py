@@ -11,16 +11,17 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Arch:
-    """name: "sm_90", "gfx942", ... or "interpreter". shared_memory: bytes a program may use. multiprocessors: how many."""
+    """name: "sm_90", "gfx942", ... or "interpreter". shared_memory: bytes a program may use. multiprocessors: how many. vendor:
+    "nvidia", "amd" or "interpreter"."""
 
     name: str
     shared_memory: int
     multiprocessors: int
     cooperative: bool = True
+    vendor: str = dataclasses.field(init=False)  # no property: every launch asks several times
 
-    @property
-    def vendor(self) -> str:
-        return {"s": "nvidia", "g": "amd"}.get(self.name[0], "interpreter")
+    def __post_init__(self):
+        object.__setattr__(self, "vendor", {"s": "nvidia", "g": "amd"}.get(self.name[0], "interpreter"))
 
     @property
     def family(self) -> str:

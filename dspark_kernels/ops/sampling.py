@@ -34,12 +34,13 @@ class Flat(NamedTuple):
     @property
     def filters(self) -> FilterSettings | None:
         """The filters where any of them is given."""
-        given = FilterSettings(self.top_k, self.top_p, self.min_p)
-        return None if all(tensor is None for tensor in given) else given
+        if self.top_k is None and self.top_p is None and self.min_p is None:
+            return None
+        return FilterSettings(self.top_k, self.top_p, self.min_p)
 
     @property
     def adjusts(self) -> bool:
-        return any(tensor is not None for tensor in (self.logit_bias, self.token_bitmask, self.listed))
+        return not (self.logit_bias is None and self.token_bitmask is None and self.listed is None)
 
 
 def flatten(sampling: SamplingTensors | None) -> Flat:

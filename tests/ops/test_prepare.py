@@ -424,6 +424,12 @@ def test_every_op_but_one_can_be_prepared():
     assert refused == [dk.draft_block_partial]
 
 
+def test_validation_on_the_host_is_not_repeated():
+    op, arguments = _attention()
+    with pytest.raises(NotImplementedError, match="prepare: tree_attention: this call computes"):
+        dk.prepare(op, **arguments(1), validate=True)
+
+
 def test_an_empty_batch_is_no_example():
     layout = dict(block=block_of(torch.zeros(0, 3)), draft_lens=torch.zeros(0, dtype=torch.int32), **anchored(0))
     with pytest.raises(NotImplementedError, match="prepare: fixed_layout: this call computes"):
