@@ -27,6 +27,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from .launch import arch
 
@@ -102,9 +103,14 @@ def unseen() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and not _default_device_alone())
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def _default_device_alone() -> bool:
+    """Whether the only modes of functions are default devices, which ops, naming theirs, do not heed."""
+    return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def plain(values: Sequence) -> bool:

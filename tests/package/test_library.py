@@ -465,7 +465,13 @@ def test_a_plain_call_goes_around_the_dispatcher(monkeypatch):
     assert _through_dispatcher(monkeypatch, _accept()) == (0, 1)
 
 
-@pytest.mark.parametrize("mode", [_Ops, _Functions, lambda: torch.device("cpu")])
+def test_a_default_device_is_no_mode_that_sees(monkeypatch):
+    case = cases.accept_case(requests=2, drafts=2, vocab=130)
+    with torch.device("meta"):
+        assert _through_dispatcher(monkeypatch, lambda: dk.accept_chain(**case.arguments())) == (0, 1)
+
+
+@pytest.mark.parametrize("mode", [_Ops, _Functions])
 def test_a_mode_sees_the_op(monkeypatch, mode):
     with mode():
         assert _through_dispatcher(monkeypatch, _accept()) == (1, 0)
