@@ -125,7 +125,8 @@ def plain(values: Sequence) -> bool:
 
 def register(name: str, record: type):
     """Define `dspark::<name>`, its arguments the record's fields, with the decorated function, which takes the record, as
-    implementation; returns a function of the record, whose `op` is torch's callable overload, a function of its values."""
+    implementation; returns a function of the record. Its `op` is torch's callable overload, a function of the values that its
+    `values` makes of a record."""
     flatten, rebuild = flattener(record), _rebuilder(record)
 
     def decorate(implementation):
@@ -143,7 +144,7 @@ def register(name: str, record: type):
             else:
                 op(*values)
 
-        call.op = op
+        call.op, call.values = op, flatten
         return call
 
     return decorate

@@ -195,12 +195,12 @@ def test_opcheck(monkeypatch, options):
     calls = []
     for name in ("_draft_candidates_partial", "_draft_candidates_finish"):
         registered = getattr(candidate_shards, name)
-        keep = lambda *args, registered=registered: (calls.append((registered, args)), registered(*args))[1]  # noqa: E731
+        keep = lambda given, do=registered: (calls.append((do.op, do.values(given))), do(given))[1]  # noqa: E731
         monkeypatch.setattr(candidate_shards, name, keep)
     shards.draft_candidates(cases.draft_case(requests=2, drafts=1, vocab=130, **options), 1, 130, 5)
     assert len(calls) == 2, "one launch per call"
-    for registered, arguments in calls:
-        torch.library.opcheck(registered, arguments, test_utils=("test_schema", "test_faketensor"))
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def _block(base_logits, anchors, positions, temperature, seed, w1, w2):

@@ -215,12 +215,12 @@ def test_opcheck(monkeypatch):
     calls = []
     for name in ("_draft_block_partial", "_draft_block_finish"):
         registered = getattr(draft_shards, name)
-        keep = lambda *args, registered=registered: (calls.append((registered, args)), registered(*args))[1]  # noqa: E731
+        keep = lambda given, do=registered: (calls.append((do.op, do.values(given))), do(given))[1]  # noqa: E731
         monkeypatch.setattr(draft_shards, name, keep)
     shards.draft(cases.draft_case(requests=2, drafts=1, vocab=130), 1, 130)
     assert len(calls) == 2, "one launch per call"
-    for registered, arguments in calls:
-        torch.library.opcheck(registered, arguments)
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments)
 
 
 def _block(base_logits, anchors, positions, temperature, seed, w1, w2):
