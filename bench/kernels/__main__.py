@@ -110,7 +110,11 @@ def time_host(arguments) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from bench.kernels import host
 
-    return host.main(host.choose(arguments.op, arguments.case), Path(arguments.out) if arguments.out else host.RESULT)
+    cases = host.choose(arguments.op, arguments.case)
+    if arguments.list:
+        print("\n".join(" ".join(case) for case in cases))
+        return 0
+    return host.main(cases, Path(arguments.out) if arguments.out else host.RESULT)
 
 
 def check_all(cases, device, small: bool, interpreted: bool) -> int:

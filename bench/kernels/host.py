@@ -111,7 +111,10 @@ def choose(ops: Sequence[str] | None, names: Sequence[str] | None) -> list[tuple
         for name in given or ():
             if name not in known:
                 raise BadArgument(f"{option}: expected one of {', '.join(dict.fromkeys(known))}, got {name!r}")
-    return [(op, name) for op, made in CASES.items() for name in made if (not ops or op in ops) and (not names or name in names)]
+    chosen = [(op, name) for op, made in CASES.items() for name in made if (not ops or op in ops) and (not names or name in names)]
+    if not chosen:
+        raise BadArgument(f"--case: expected one of {', '.join(name for op in ops for name in CASES[op])}, got {', '.join(names)}")
+    return chosen
 
 
 def measure(op: str, case: str, runs: int = RUNS) -> Cost:
