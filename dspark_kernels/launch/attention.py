@@ -27,6 +27,7 @@ class AttentionConfig:
     finer: int
     invariant_parts: int
     native_fp8: bool
+    pages_ahead: bool  # a block's pages are loaded with the block before
     max_registers: int | None
 
 
@@ -56,7 +57,7 @@ def pick(arch: Arch, packed_rows: int | None, head_dim: int, element_size: int, 
     if arch.vendor == "interpreter":
         # Every operation costs the same whatever its size: large blocks, and no parts, of which each repeats all operations.
         block_m = 64 if packed_rows is None else min(256, max(16, 1 << max(0, packed_rows - 1).bit_length()))
-        return AttentionConfig(block_m, 128, 1, 1, 64, 1, 1, 1 << 20, 4, 16, native, None)
+        return AttentionConfig(block_m, 128, 1, 1, 64, 1, 1, 1 << 20, 4, 16, native, True, None)
     kind = f"{8 * element_size}-bit queries, {8 * cached_size}-bit keys"
     rows = ANY_ROWS if packed_rows is None else packed_rows
     # Nothing but the tile and head size decides, or the plan's tile would not be found again (and a tile always finds itself).
@@ -69,6 +70,8 @@ def pick(arch: Arch, packed_rows: int | None, head_dim: int, element_size: int, 
         finer=4,
         invariant_parts=max(1, 128 // kv_heads),  # one long request fills a GPU of 132 multiprocessors
         native_fp8=native,
+        # Three stages are two blocks on their way, if no load of pages stands between; tiles of 64 rows have no registers for it.
+        pages_ahead=tuned["num_stages"] > 2 and entry.shape["block_m"] < 64,
         **tuned,
     )
 

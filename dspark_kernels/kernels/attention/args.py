@@ -155,5 +155,6 @@ class AttentionTile(NamedTuple):
     BLOCK_M: int  # packed rows of a tile
     BLOCK_N: int  # keys of a block
     STAGES: int  # of the loop over the context
+    PAGES_AHEAD: bool  # pages of a block are loaded with the block before
     OWN_STAGES: int  # of the loop over own rows
     OWN_BLOCK: int  # own rows at a time
