@@ -14,7 +14,7 @@ from torch import Tensor
 import dspark_kernels as dk
 from bench.shared.cases.case import BF16, DRAFTS, HIDDEN, NOISE, RANK, SUM_EXP, VOCAB, Case, Target
 from bench.shared.cases.checks import ULP, by_request, close, largest, require
-from bench.shared.cases.draft_laws import latents_of, unfiltered
+from bench.shared.cases.draft_logits import latents_of, unfiltered
 from reference import cases, draft
 from reference.equality import assert_equal_or_tied
 
