@@ -52,14 +52,14 @@ def _bound(keys: Tensor, weights: Tensor, wanted: int) -> int:
 class _Row:
     """Elements of the groups that reach the bound, and a count of the passes over them."""
 
-    def __init__(self, x: Tensor, keys: Tensor, masses: Tensor, top: Tensor, scale: float, low: int):
-        self.x, self.keys, self.masses, self.top, self.scale = x, keys, masses, top, scale
+    def __init__(self, x: Tensor, keys: Tensor, sums: Tensor, top: Tensor, scale: float, low: int):
+        self.x, self.keys, self.sums, self.top, self.scale = x, keys, sums, top, scale
         self.low, self.high, self.passes, self.whole = low, int(_keys(top[None])[0]) + 1, 0, None
         self.held = (0, 0)  # keys of the list
 
-    def largest(self, wanted: int, by_mass: bool) -> tuple[int, int]:
+    def largest(self, wanted: int, by_sum: bool) -> tuple[int, int]:
         """The largest key whose F reaches `wanted`, and F above it."""
-        weights = self.masses if by_mass else torch.ones_like(self.masses)
+        weights = self.sums if by_sum else torch.ones_like(self.sums)
         low, high = self.low, self.high
         inside = lambda: int(((self.keys >= max(low, 1)) & (self.keys < high)).sum())  # noqa: E731
         if self.whole is None:
@@ -91,7 +91,7 @@ def read_again(row: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, join
         alive = x > -math.inf
         return torch.where(alive, _keys(x), 0), torch.where(alive, (torch.exp2((x - top) * scale) * ONE).long(), 0)
 
-    group_keys, group_masses = keyed(maxima)
+    group_keys, group_sums = keyed(maxima)
     use_k, use_p = 0 < top_k < vocab, top_p < 1
     after_k = use_k and use_p and not joint
     wanted = max(int(keyed(x)[1].sum().float() * top_p), 1)
@@ -102,7 +102,7 @@ def read_again(row: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, join
         fails = int(_keys(top + torch.tensor([least / scale]))[0]) - 1 if bool((failing < least).any()) else LOWEST - 1
     bound = max(
         _bound(group_keys, torch.ones_like(group_keys), top_k) if use_k else 0,
-        _bound(group_keys, group_masses, wanted) if use_p and not after_k else 0,
+        _bound(group_keys, group_sums, wanted) if use_p and not after_k else 0,
         0 if after_k else fails + 1,
         1,
     )
@@ -114,9 +114,9 @@ def read_again(row: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, join
         t, above = state.largest(top_k, False)
         if after_k:
             state.passes += 0 if state.whole else 1
-            mass = int(state.masses[state.keys > t].sum())
-            least_mass = int(keyed(_logit(max(t, LOWEST))[None])[1][0]) if t > 0 else 0
-            wanted = max(int(torch.tensor(mass + (top_k - above) * least_mass).float() * top_p), 1)
+            total = int(state.sums[state.keys > t].sum())
+            least_sum = int(keyed(_logit(max(t, LOWEST))[None])[1][0]) if t > 0 else 0
+            wanted = max(int(torch.tensor(total + (top_k - above) * least_sum).float() * top_p), 1)
         if t > threshold:
             threshold, ties = t, top_k - above
     if use_p:

@@ -175,7 +175,7 @@ def _error(share: float, count: float) -> float:
 
 
 def acceptance_curves(figure, rounds: dict) -> None:
-    """Left: chance that draft k is accepted given the ones before it; right: that it is reached and accepted."""
+    """Left: probability that draft k is accepted given the ones before it; right: that it is reached and accepted."""
     figure.set_size_inches(9, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (domain, found) in enumerate(rounds.items()):

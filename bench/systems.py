@@ -6,16 +6,16 @@
     python -m bench.systems --readme         write them into bench/assets/README.md
 
     decoded         tau = tokens / rounds of `reference.loop` at temperatures 1 and 0, up to 7 drafts, error: jackknife over prompts
-    teacher-forced  tau = 1 + mean over cuts of sum_k prod_{j <= k} a_j,  a_j = 1 - |q_j - p_j|_1 / 2, the chance that draft j is
-                    accepted where all tokens before it are the text's: what plain decoding wrote at temperature 1
+    teacher-forced  tau = 1 + mean over cuts of sum_k prod_{j <= k} a_j,  a_j = 1 - |q_j - p_j|_1 / 2, the probability that draft j
+                    is accepted where all tokens before it are the text's: what plain decoding wrote at temperature 1
     by position     mean of prod_{j <= k} a_j over mean of prod_{j < k} a_j: acceptance of draft k given those before it
     draft time      median over cuts of taking in what the target emitted and making k drafts, one request, plain PyTorch, one
                     thread, in CPU milliseconds
     calibration     expected calibration error of the survival of DSpark's drafts without temperatures, and with temperatures that
                     were fitted on another domain (rounds of bench/shared/acceptance.py)
 
-The laws of the drafters are computed here from base logits and head in plain PyTorch; the oracle is `reference.draft` with
-`reference.heads`. All but the times depends on the weights and seeds alone.
+The distributions of the drafters are computed here from base logits and head in plain PyTorch; the reference is `reference.draft`
+with `reference.heads`. All but the times depends on the weights and seeds alone.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def read(seed: int = 0, packages: int | None = None) -> Corpus:
         for name in order:
             if name in sources and domain == "docs":
                 continue
-            # A package that is most of what may be held out would be all that is judged.
+            # A package that is most of what may be held out would be all that is evaluated.
             if taken < HELD_OUT * whole and _size(by_package[name]) < max(HELD_OUT, 1.5 / len(order)) * whole:
                 apart.append(name)
                 taken += _size(by_package[name])

@@ -6,7 +6,7 @@
                      ctx = norm(fc [h_l1; ...; h_lm]);  logits_k = norm(row k) E^T + bias(token k - 1)
 
 Symbols: B sequences of T tokens, A anchors in each, K drafts, d hidden size, E the target's embedding (shared, not trained). The
-oracle is `reference.model` with `reference.drafters`, which serve what is trained here: a test compares them.
+reference is `reference.model` with `reference.drafters`, which serve what is trained here; a test compares them.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Plan:
     # text of the target's own
     prompt: int = 64
     sequences: int = 8192
-    evaluated: int = 96  # sequences from held-out prompts, to judge drafters by while they are trained
+    evaluated: int = 96  # sequences from held-out prompts, to evaluate drafters on while they are trained
     # drafters
     feature_layers: tuple[int, ...] = (1, 3, 4)
     draft_model: tuple[int, ...] = (96, 256, 2, 3, 1, 32)

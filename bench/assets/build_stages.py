@@ -123,7 +123,7 @@ def target(context) -> dict:
 
 
 def text(context) -> dict:
-    """Prompts of the corpus continued by the target: training text from training prompts, judging text from held-out ones."""
+    """Prompts of the corpus continued by the target: training text from training prompts, evaluation text from held-out ones."""
     plan, sizes, folder = context.plan, _sizes(context), context.folder("text")
     tensors = _weights(context, "target")
     prompts = {
@@ -183,12 +183,12 @@ def _train_drafter(context, stage: str, tensors: dict[str, Tensor], loss: Callab
 
     trainer = Trainer(stage, tensors, step, context.folder(stage))
     spent = trainer.run(Budget(seconds, context.recorded.get(stage)), lambda found: f"teacher-forced tau {train.tau(found):.3f}")
-    judged, generator = [], seeded(context.seed, "anchors")
+    scores, generator = [], seeded(context.seed, "anchors")
     with torch.no_grad():
         for sequences in held_out.split(plan.batch):
             anchors = train.anchors_of(len(sequences), plan.anchors, plan.length, plan.drafts, generator)
-            judged.append(compute(sequences, teacher(sequences), anchors)[1])
-    found = torch.cat(judged)
+            scores.append(compute(sequences, teacher(sequences), anchors)[1])
+    found = torch.cat(scores)
     _finish(context, stage, tensors)
     return {
         **spent,

@@ -1,8 +1,8 @@
 """Training of the embedded models: losses, optimisers, and a loop that resumes where it was stopped.
 
     target          cross-entropy of the next token
-    drafters        0.1 CE + 0.9 |q - p|_1 (+ BCE of the confidence against 1 - |q - p|_1 / 2), q the drafter's law, p the target's;
-                    draft k of a block weighs exp(-(k - 1) / 4)
+    drafters        0.1 CE + 0.9 |q - p|_1 (+ BCE of the confidence against 1 - |q - p|_1 / 2), q the
+                    drafter's distribution, p the target's; draft k of a block weighs exp(-(k - 1) / 4)
     matrices        Muon (momentum, then the nearest orthogonal matrix by Newton-Schulz); everything else AdamW
     learning rate   a short warm-up, constant, a linear cool-down over the second half
 
@@ -107,7 +107,7 @@ def rate(done: float) -> float:
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def judged(drafted: Tensor, targeted: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def compared(drafted: Tensor, targeted: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, acceptance [...]) of draft and target logits [..., V], the text's tokens [...], weights that sum to 1 [...]."""
     distance = (drafted.softmax(-1) - targeted.softmax(-1)).abs().sum(-1)
     entropy = F.cross_entropy(drafted.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
@@ -143,7 +143,7 @@ def draft_model_loss(tensors, sizes: Sizes, teacher: Teacher, sequences: Tensor,
     hidden = models.language_model(tensors, sizes, sequences[:, :-1]).hidden
     drafted = models.logits(hidden, tensors["model.embed_tokens.weight"])
     targeted = models.logits(passed.hidden[:, :-1], teacher.embedding)
-    loss, acceptance = judged(drafted, targeted, sequences[:, 1:], torch.tensor(1 / hidden[..., 0].numel()))
+    loss, acceptance = compared(drafted, targeted, sequences[:, 1:], torch.tensor(1 / hidden[..., 0].numel()))
     return loss, acceptance.flatten()[:, None]
 
 
@@ -151,7 +151,7 @@ def mtp_loss(tensors, sizes: Sizes, teacher: Teacher, sequences: Tensor, passed:
     hidden = models.mtp_hidden(tensors, sizes, teacher.embedding, sequences[:, 1:-1], passed.pre_norm[:, :-2])
     drafted = models.logits(hidden, teacher.embedding)
     targeted = models.logits(passed.hidden[:, 1:-1], teacher.embedding)
-    loss, acceptance = judged(drafted, targeted, sequences[:, 2:], torch.tensor(1 / hidden[..., 0].numel()))
+    loss, acceptance = compared(drafted, targeted, sequences[:, 2:], torch.tensor(1 / hidden[..., 0].numel()))
     return loss, acceptance.flatten()[:, None]
 
 
@@ -174,7 +174,7 @@ def block_loss(
         hidden = hidden.view(*shape, -1)
         bias, known = models.transition(tensors, kind, hidden, sequences.gather(1, positions).view(shape))
         drafted = drafted + bias.float()
-    loss, acceptance = judged(drafted, targeted, sequences.gather(1, positions + 1).view(shape), weights)
+    loss, acceptance = compared(drafted, targeted, sequences.gather(1, positions + 1).view(shape), weights)
     if kind is not None:
         said = models.confidence(tensors, hidden, known).float()
         loss = loss + (F.binary_cross_entropy_with_logits(said, acceptance, reduction="none") * weights).sum()

@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "c64_rank1024": lambda: candidates_call(64, rank=1024),
         "c64_int8": lambda: candidates_call(64, w2_dtype=torch.int8),
         "c64_rnn": lambda: candidates_call(64, kind="rnn"),
-        "c56_bigrams8": lambda: candidates_call(64, 56, listed=8),
+        "c56_bigrams8": lambda: candidates_call(64, 56, successors=8),
         "c64_coupled_map": lambda: candidates_call(64, vocab=32000, mapped=True, noise="coupled"),
         "c64_greedy": lambda: candidates_call(64, sampled=False),
         "c64_adjusted": lambda: candidates_call(64, adjusted=True),

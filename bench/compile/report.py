@@ -22,7 +22,7 @@ def problems(row: dict) -> list[str]:
     """What a row may not show: registers kept in memory, or more shared memory than there is.
 
     AMD's scalar registers (kernels with many arguments run out of them) spill into lanes of vector registers, not into
-    memory, as long as the stack is empty; they are reported and not judged.
+    memory, as long as the stack is empty; they are reported and have no limit.
     """
     where = " ".join(row[name] for name in KEY)
     found = []

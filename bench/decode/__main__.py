@@ -142,18 +142,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary.row(run.system.label, summary.Summary.of(run.generations)) for run in runs if run.temperature == temperature
         ]
         print(f"\n{summary.table(f'T = {temperature:g}', rows)}")
-    judged = verdicts(arguments, models, runs, prompts)
-    if judged:
+    checked = verdicts(arguments, models, runs, prompts)
+    if checked:
         print("\nlossless:")
-        width = max(len(label) for label, _ in judged)
-        for label, verdict in judged:
+        width = max(len(label) for label, _ in checked)
+        for label, verdict in checked:
             print(f"  {'ok ' if verdict.passed else 'NOT'}  {label.ljust(width)}  {verdict.text}")
     if arguments.show:
         print()
         print(show(runs[-1], models, prompts))
     if arguments.out is not None:
         Path(arguments.out).write_text(json.dumps(as_json(arguments, runs)) + "\n")
-    return 0 if all(verdict.passed for _, verdict in judged) else 1
+    return 0 if all(verdict.passed for _, verdict in checked) else 1
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 Greedy: identical to plain decoding up to a step whose two best logits are closer than twice the error of such logits, measured
 against fp64. Sampled, two tests of the likelihood ln p(token) under the target, each within LIMIT standard errors:
-    against its own distribution:   sum over tokens of ln p(x) - E ln p has mean 0 where x ~ p (a martingale: its variance is the sum
-                             of squares)
+    against its own distribution:   sum over tokens of ln p(x) - E ln p has mean 0 where x ~ p (a martingale: its variance is the
+                             sum of squares)
     against plain decoding:  d_i = mean ln p of prompt i minus that of plain decoding; mean d
-The first does not need plain decoding's noise and sees smaller differences. The second judges from FEWEST_PROMPTS prompts on.
+The first does not need plain decoding's noise and sees smaller differences. The second needs at least FEWEST_PROMPTS prompts.
 Source of the definitions: docs/randomness.md, "Equality".
 """
 
@@ -20,8 +20,8 @@ import torch
 from reference.loop import Generation
 from reference.model import Rows, Target
 
-LIMIT = 4.0  # standard errors; beyond, by chance once in some thousand rows of 16 prompts
-# A standard error from a few prompts is itself too uncertain to judge by: with three, one row in seventeen is beyond 4 of them.
+LIMIT = 4.0  # standard errors; exceeded at random once in some thousand rows of 16 prompts
+# A standard error from a few prompts is itself too uncertain for a verdict: with three, one row in seventeen is beyond 4 of them.
 FEWEST_PROMPTS = 8
 
 
@@ -38,7 +38,7 @@ def _last_logits(target: Target, token_ids: Sequence[int]) -> torch.Tensor:
 
 
 def greedy(generations: Sequence[Generation], plain: Sequence[Generation], target: Target, exact: Target) -> Verdict:
-    """Texts against those of plain decoding; `exact` is the target in fp64, which judges where they part."""
+    """Texts against those of plain decoding; `exact` is the target in fp64, which decides where they differ."""
     ties, wrong = 0, []
     for index, (have, want) in enumerate(zip(generations, plain, strict=True)):
         if have.output_ids == want.output_ids:
@@ -47,9 +47,9 @@ def greedy(generations: Sequence[Generation], plain: Sequence[Generation], targe
         if at is None:
             wrong.append(f"prompt {index} has another length")
             continue
-        judged, computed = _last_logits(exact, want.output_ids[:at]), _last_logits(target, want.output_ids[:at])
-        error = (judged - computed).abs().max().item()
-        gap = (judged.max() - judged[have.output_ids[at]]).item()
+        wanted, computed = _last_logits(exact, want.output_ids[:at]), _last_logits(target, want.output_ids[:at])
+        error = (wanted - computed).abs().max().item()
+        gap = (wanted.max() - wanted[have.output_ids[at]]).item()
         if gap <= 2 * error:
             ties += 1
         else:

@@ -1,4 +1,4 @@
-"""Every system decodes every prompt; then its output is judged against the target's own and the reference's."""
+"""Every system decodes every prompt; then its output is compared with the target's own and the reference's."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The draft trees of bench.decode: what shape each drafter's have, and the chain that verifies as many rows.
 
-    walk       nodes chosen without chance: "conditioned" for a sequential head, "best_first" for independent positions, and for a
-               drafter with a pass per depth `comb`, its best tokens
-    sampled    nodes drawn, each law without what it gave before, in the shape of `comb`; rule "traversal"; the same as greedy
+    walk       nodes chosen deterministically: "conditioned" for a sequential head, "best_first" for independent positions, and for
+               a drafter with a pass per depth `comb`, its best tokens
+    sampled    nodes drawn without replacement, in the shape of `comb`; rule "traversal"; the same as greedy
 
     comb of width w: the w best (or drawn) first tokens and a chain after each, of (M - 1) / w drafts
 
@@ -24,7 +24,7 @@ MAX_NODES = 64
 
 
 def shapes(drafter: Drafter, num_nodes: int) -> list[TreeShape]:
-    """The trees of a drafter: without chance, and drawn."""
+    """The trees of a drafter: deterministic ones and sampled ones."""
     by_pass = isinstance(drafter, MTP)
     branching = comb(num_nodes, MAX_NODES if by_pass else drafter.max_drafts)
     if by_pass:

@@ -96,8 +96,8 @@ def _times(path: Path) -> list[str]:
             text.append(f"| {' | '.join(row[name] for name in names)} |")
         else:
             text.append(f"| {row['op']} | {row['case']} | {_cell(row['status'])} |" + " |" * 6)
-    judged = [row["met"] for row in wanted if row["met"]]
-    return [*text, "", f"Targets met: {judged.count('yes')} of {len(judged)}."]
+    met = [row["met"] for row in wanted if row["met"]]
+    return [*text, "", f"Targets met: {met.count('yes')} of {len(met)}."]
 
 
 def _beside(path: Path) -> list[str]:

@@ -150,7 +150,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """All chance of a simulation, the same for every policy.
+    """All random numbers of a simulation, the same for every policy.
 
     pick: fp64 [steps, N], which round a slot draws; domain, length: [N, requests], of the requests that come into a slot, in turn.
     """

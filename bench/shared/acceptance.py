@@ -7,8 +7,8 @@ drafts K tokens after it, all K are verified. One round per cut, at every token 
 wanders off to its own kind of text within a few rounds, and would make all domains alike (foreign text: 2.1 tokens per round at
 cuts of the text itself, 2.5 when 96 tokens are continued).
 
-The number accepted under any shorter length L is min(accepted, L): the token rule judges draft k by its own coin and the two
-probabilities of that one draft, and neither knows how many drafts follow.
+The number accepted under any shorter length L is min(accepted, L): the token rule decides draft k with an acceptance uniform of its
+own and the two probabilities of that one draft, and neither knows how many drafts follow.
 """
 
 from __future__ import annotations

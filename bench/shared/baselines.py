@@ -1,9 +1,9 @@
 """What the kernels are compared with: the same steps in plain PyTorch, as functions of tensors.
 
 They do what an engine without kernels does: a loop over draft positions, a softmax of whole rows, a sort and cumulative sums. They
-draw their own noise (so their tokens differ from the ops' while their law does not), take full blocks only (every draft of every
-request verified), set no flags and know neither padding rows nor NaN: all of that is left out in their favour. Nothing here waits
-for the device, so each can be captured in a CUDA graph, compiled by torch.compile, or called as it is.
+draw their own noise (so their tokens differ from the ops' while their distribution does not), take full blocks only (every draft of
+every request verified), set no flags and know neither padding rows nor NaN: all of that is left out in their favour. Nothing here
+waits for the device, so each can be captured in a CUDA graph, compiled by torch.compile, or called as it is.
 
 Symbols: R requests, K drafts, V vocabulary, r rank, H hidden size, N rows of the target's pass.
 """
@@ -30,7 +30,10 @@ class Baseline:
 
 
 def _draw(probabilities: Tensor, noise: Tensor | None) -> Tensor:
-    """An id per row, with chance proportional to its entry: the smallest of exponential clocks. noise: their times at rate 1."""
+    """An id per row, with probability proportional to its entry: the smallest of exponential clocks.
+
+    noise: their times at rate 1.
+    """
     noise = torch.empty_like(probabilities).exponential_() if noise is None else noise
     return (probabilities / noise).argmax(-1)
 
@@ -48,8 +51,8 @@ def _filtered(row, temperature, top_k, top_p):
     """Logits with -inf outside top_k, then top_p, by a sort of the row."""
     values, order = row.float().sort(dim=-1, descending=True, stable=True)
     keep = torch.arange(row.shape[1], device=row.device) < top_k[:, None]
-    chances = (values / temperature[:, None]).masked_fill(~keep, -torch.inf).softmax(-1)
-    keep &= (chances.cumsum(-1) - chances < top_p[:, None]) | (top_p[:, None] >= 1)
+    probs = (values / temperature[:, None]).masked_fill(~keep, -torch.inf).softmax(-1)
+    keep &= (probs.cumsum(-1) - probs < top_p[:, None]) | (top_p[:, None] >= 1)
     return row.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -torch.inf)
 
 
@@ -86,8 +89,8 @@ def draft_block(base_logits, anchors, w1, w2, hidden, weight, bias, sts_temperat
         raw = torch.stack(features, 1) @ weight
         raw = raw.float() if bias is None else (raw + bias).float()
         confidence = torch.sigmoid(raw if sts_temperatures is None else raw / sts_temperatures)
-    law = (torch.stack(logits, 1), torch.stack(lses, 1)) if logits else (None, None)
-    return torch.stack(tokens, 1), *law, confidence
+    stacked = (torch.stack(logits, 1), torch.stack(lses, 1)) if logits else (None, None)
+    return torch.stack(tokens, 1), *stacked, confidence
 
 
 def _draft_arguments(inputs):
@@ -144,11 +147,11 @@ def _candidate_arguments(inputs):
     return base_logits, inputs["candidates"], *others
 
 
-def accept_chain(target_logits, drafts, draft_logits, lse, temperature, coins=None, noise=None):
+def accept_chain(target_logits, drafts, draft_logits, lse, temperature, uniforms=None, noise=None):
     """Token rule over full blocks: tokens int64 [R, K + 1] (-1 behind the last) and num_accepted [R].
 
-    target_logits: [R (K + 1), V]. drafts: [R, K]. draft_logits [R, K, V] and lse [R, K], or None: drafts chosen without chance.
-    temperature None: greedy. coins: [R, K] uniforms, noise: [R, V] exponential times, or drawn here.
+    target_logits: [R (K + 1), V]. drafts: [R, K]. draft_logits [R, K, V] and lse [R, K], or None: deterministic drafts.
+    temperature None: greedy. uniforms: [R, K] uniforms, noise: [R, V] exponential times, or drawn here.
     """
     requests, width = drafts.shape
     rows = target_logits.view(requests, width + 1, -1)
@@ -158,21 +161,21 @@ def accept_chain(target_logits, drafts, draft_logits, lse, temperature, coins=No
         token = best.gather(1, accepted[:, None])
         return _emitted(drafts, accepted, token), accepted
     target = (rows.float() / temperature[:, None, None]).softmax(-1)
-    chance = target[:, :-1].gather(2, drafts[..., None])[..., 0]
-    coins = torch.rand_like(chance) if coins is None else coins
+    drafted = target[:, :-1].gather(2, drafts[..., None])[..., 0]
+    uniforms = torch.rand_like(drafted) if uniforms is None else uniforms
     if draft_logits is None:
-        passes = coins < chance
+        passes = uniforms < drafted
     else:
         drawn = draft_logits.gather(2, drafts[..., None])[..., 0].float() / temperature[:, None]
-        passes = coins * (drawn - lse).exp() < chance
+        passes = uniforms * (drawn - lse).exp() < drafted
     accepted = passes.long().cumprod(1).sum(1)
     each = torch.arange(requests, device=drafts.device)
     last, rejected = target[each, accepted], accepted.clamp(max=width - 1)
     if draft_logits is None:
         residual = last.scatter(1, drafts[each, rejected][:, None], 0.0)
     else:
-        law = (draft_logits[each, rejected].float() / temperature[:, None] - lse[each, rejected][:, None]).exp()
-        residual = (last - law).clamp(min=0)
+        proposed = (draft_logits[each, rejected].float() / temperature[:, None] - lse[each, rejected][:, None]).exp()
+        residual = (last - proposed).clamp(min=0)
     weights = torch.where((accepted == width)[:, None], last, residual)
     return _emitted(drafts, accepted, _draw(weights, noise)[:, None]), accepted
 

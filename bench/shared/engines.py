@@ -5,8 +5,8 @@
 
 What is timed: the function and, for acceptance, the target's softmax with temperature in front of it, which an engine must do too
 (the names say "softmax +"), its random numbers and its outputs. Not timed, in an engine's favour: the draft's probabilities, which
-the draft step leaves behind as it leaves its law to the op; attention's plan, as the op's own; own keys and values written into the
-pages. Full blocks only, like plain PyTorch.
+the draft step leaves behind as it leaves its proposal to the op; attention's plan, as the op's own; own keys and values written
+into the pages. Full blocks only, like plain PyTorch.
 
 An engine is timed only after it gave the tokens that point masses leave no choice about (rejections at several places, and blocks
 that pass whole), or the attention that plain PyTorch gives, also on values of the own rows alone: among thousands of context keys a
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from bench.shared.baselines import BASELINES, Baseline, _draw, _emitted
-from bench.shared.cases import attention as attention_cases  # noqa: F401  its PyTorch baseline judges attention
+from bench.shared.cases import attention as attention_cases  # noqa: F401  its PyTorch baseline checks attention
 from bench.shared.cases.checks import require
 
 FAR = -1e4  # a logit whose probability is 0 beside one of 0, in fp16, too
@@ -176,7 +176,7 @@ def _vllm_accept(sampler) -> Baseline:
 
 
 def _sglang_accept(sgl_kernel) -> Baseline:
-    """A chain as a tree. The rule judges drafts as if chosen without chance; draft_probs, where there is one, is its scratch."""
+    """A chain as a tree. The rule treats drafts as deterministic; draft_probs, where there is one, is its scratch."""
 
     def call(rows, temperature, ids, tree):
         requests, width = ids.shape
@@ -188,14 +188,14 @@ def _sglang_accept(sgl_kernel) -> Baseline:
             sgl_kernel.verify_tree_greedy(**given, target_predict=rows.argmax(-1).view(requests, width))
             return predicts, index, accepted
         target_probs = _softmax(rows, temperature).view(requests, width, -1)
-        coins = torch.rand(requests, width + 1, device=ids.device)
+        uniforms = torch.rand(requests, width + 1, device=ids.device)
         function = sgl_kernel.tree_speculative_sampling_target_only
         if "draft_probs" in inspect.signature(function).parameters:
             given["draft_probs"] = torch.zeros_like(target_probs)
         function(
             **given,
-            uniform_samples=coins[:, :-1].contiguous(),
-            uniform_samples_for_final_sampling=coins[:, -1].contiguous(),
+            uniform_samples=uniforms[:, :-1].contiguous(),
+            uniform_samples_for_final_sampling=uniforms[:, -1].contiguous(),
             target_probs=target_probs,
         )
         return predicts, index, accepted
@@ -239,8 +239,8 @@ def _check_accept(baseline: Baseline, inputs: dict) -> None:
         given = inputs | dict(target_logits=_points(inputs["target_logits"], best))
         if _is_dense(inputs):
             proposal = inputs["proposal"]
-            law = dataclasses.replace(proposal, logits=_points(proposal.logits, drafts), lse=torch.zeros_like(proposal.lse))
-            given["proposal"] = law
+            points = dataclasses.replace(proposal, logits=_points(proposal.logits, drafts), lse=torch.zeros_like(proposal.lse))
+            given["proposal"] = points
         tokens, accepted = _emitted_tokens(baseline.function(*baseline.arguments(given)))
         want = _emitted(drafts, stops, best.gather(1, stops[:, None]))
         require(tokens.shape == want.shape, f"tokens of shape {tuple(tokens.shape)}, expected {tuple(want.shape)}")
@@ -341,10 +341,10 @@ def _attention_fits(inputs) -> bool:
 
 def _check_attention(baseline: Baseline, inputs: dict) -> None:
     """Within two roundings of each to the type of the result, relative to its largest element."""
-    judge, kv = BASELINES["tree_attention"], inputs["kv"]
+    checker, kv = BASELINES["tree_attention"], inputs["kv"]
     own = dataclasses.replace(kv, v_cache=torch.zeros_like(kv.v_cache))
     for what, given in (("", inputs), (" over own rows", inputs | dict(kv=own))):
-        out, want = (b.function(*b.arguments(given)) for b in (baseline, judge))
+        out, want = (b.function(*b.arguments(given)) for b in (baseline, checker))
         require(out.shape == want.shape, f"attention of shape {tuple(out.shape)}, expected {tuple(want.shape)}")
         bound = 4 * torch.finfo(want.dtype).eps * want.abs().max().item()
         error = (out.float() - want.float()).abs().max().item()

@@ -1,7 +1,7 @@
 """Time a case, and what does the same in PyTorch or an engine, after the case equals the reference.
 
-A case that differs gives no time. CUDA-graph replays and eager calls are timed, on inputs that have left the cache (cold) and on the
-same ones again (warm). What a captured graph writes is compared with the checked result, bit by bit, before it is timed.
+A case that differs gives no time. CUDA-graph replays and eager calls are timed, on inputs that have left the cache (cold) and on
+the same ones again (warm). What a captured graph writes is compared with the checked result, bit by bit, before it is timed.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _measured(case, spec, name, how, cache, calls, flush, bench: Bench) -> Row:
 
 
 def _another(spec, inputs, seed: int, device) -> dict:
-    """Further inputs: of another seed where there are few requests, whose course is chance, and where addresses are among the
+    """Further inputs: of another seed where there are few requests, whose course is random, and where addresses are among the
     inputs; else the same in other memory."""
     if spec.requests < 8 or hasattr(spec, "call"):
         return inputs_of(spec, seed, device)

@@ -92,7 +92,7 @@ def draft_seconds(requests: int, context: int, machine=Machine(), model=Decoder(
     products = max(weights * size / machine.bytes_per_second, 2 * model.draft_parameters * rows / machine.flops)
     transition = model.drafts * model.vocab * model.rank * size / machine.bytes_per_second
     transition = max(transition, 2 * rows * model.vocab * model.rank / machine.flops)
-    moved = 3 * rows * model.vocab * size  # base logits written and read, the draft law written
+    moved = 3 * rows * model.vocab * size  # base logits written and read, the draft logits written
     moved += requests * model.cache_bytes(model.draft_layers, context)
     gaps = (model.draft_layers * model.kernels_per_layer + 1) * machine.kernel_gap
     return gaps + products + transition + moved / machine.bytes_per_second

@@ -13,7 +13,7 @@ def _panels(figure, names: Sequence[str]) -> list:
 
 
 def systems_position(figure, found: dict) -> None:
-    """A panel per domain: chance that draft k is accepted given the ones before it, teacher-forced, a line per system."""
+    """A panel per domain: probability that draft k is accepted given the ones before it, teacher-forced, a line per system."""
     rows = found["teacher_forced"]
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     for panel, domain in zip(_panels(figure, domains), domains, strict=True):

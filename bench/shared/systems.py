@@ -1,7 +1,7 @@
 """The embedded systems side by side: tokens per round, acceptance by position, draft times, calibration across domains.
 
-What each number is: bench/systems.py. The laws of the drafters are computed here from base logits and head in plain PyTorch; the
-oracle is `reference.draft` with `reference.heads`. All but the times depends on the weights and seeds alone.
+What each number is: bench/systems.py. The distributions of the drafters are computed here from base logits and head in plain
+PyTorch; the reference is `reference.draft` with `reference.heads`. All but the times depends on the weights and seeds alone.
 """
 
 from __future__ import annotations
@@ -110,20 +110,20 @@ def biases(
 
 
 class PlainOps:
-    """A draft op in plain PyTorch that keeps the laws: greedy, or, where `forced` [R, K] is given, these tokens."""
+    """A draft op in plain PyTorch that keeps the logits: greedy, or, where `forced` [R, K] is given, these tokens."""
 
     def __init__(self):
         self.forced: Tensor | None = None
-        self.laws: list[Tensor] = []  # [R, V] per draft, logits
+        self.logits: list[Tensor] = []  # [R, V] per draft
 
     def draft_block(self, base_logits, anchors, head=None, *, hidden=None, first_draft=0, state_indices=None, **_) -> DraftBlock:
         slots = state_indices.long()
         previous, state, tokens = anchors[slots], None, []
         for k in range(base_logits.shape[1]):
             bias, state = biases(head, previous, None if hidden is None else hidden[:, k], state)
-            law = base_logits[:, k] + bias
-            self.laws.append(law)
-            previous = law.argmax(-1) if self.forced is None else self.forced[:, first_draft + k]
+            logits = base_logits[:, k] + bias
+            self.logits.append(logits)
+            previous = logits.argmax(-1) if self.forced is None else self.forced[:, first_draft + k]
             tokens.append(previous)
         placed = torch.full((anchors.shape[0], len(tokens)), -1)
         placed[slots] = torch.stack(tokens, 1)
@@ -131,7 +131,7 @@ class PlainOps:
 
 
 def cuts(target: Target, drafter: Drafter, texts: Tensor, first: int, *, drafts: int = DRAFTS, stride: int = STRIDE) -> Iterator:
-    """(laws [R, K, V], the target's logits [R, K, V], seconds of drafting) where the anchor stands at first, first + stride, ...
+    """(logits [R, K, V], the target's logits [R, K, V], seconds of drafting) where the anchor stands at first, first + stride, ...
 
     texts: int64 [R, T]. drafts: at most the drafter's own number. Rows before the anchor are committed as in the loop; the drafts
     are the texts' own tokens.
@@ -140,7 +140,7 @@ def cuts(target: Target, drafter: Drafter, texts: Tensor, first: int, *, drafts:
     drafts = min(drafts, drafter.max_drafts)
     rows = Rows.of([(slot, 0, length) for slot in range(count)], target.device)
     output = target.forward(texts.flatten(), rows, target.new_cache(count), drafter.feature_layers)
-    judged = target.logits(output.hidden).view(count, length, -1)
+    wanted = target.logits(output.hidden).view(count, length, -1)
     pre_norm = output.pre_norm.view(count, length, -1)
     features = None if output.features is None else output.features.view(count, length, -1)
     drafter.start(count)
@@ -156,34 +156,34 @@ def cuts(target: Target, drafter: Drafter, texts: Tensor, first: int, *, drafts:
             None if features is None else features[:, taken].flatten(0, 1),
         )
         anchors = Anchors.of(texts[:, anchor], torch.full((count,), anchor), slots)
-        ops.forced, ops.laws = texts[:, anchor + 1 : anchor + 1 + drafts], []
+        ops.forced, ops.logits = texts[:, anchor + 1 : anchor + 1 + drafts], []
         begun = time.process_time()
         drafter.commit(committed)
         drafter.propose(anchors, drafts=drafts, sampling=None, noise="draft", ops=ops)
         seconds = time.process_time() - begun
-        yield torch.stack(ops.laws, 1), judged[:, anchor : anchor + drafts], seconds
+        yield torch.stack(ops.logits, 1), wanted[:, anchor : anchor + drafts], seconds
         done = anchor
 
 
 @torch.inference_mode()
 def accepted(target: Target, drafter: Drafter, texts: Tensor, first: int) -> Tensor:
-    """Chance that draft k is accepted after the text's own tokens, fp64 [R, cuts, K]."""
+    """Probability that draft k is accepted after the text's own tokens, fp64 [R, cuts, K]."""
     found = []
-    for laws, judged, _ in cuts(target, drafter, texts, first):
-        distance = (laws.double().softmax(-1) - judged.double().softmax(-1)).abs().sum(-1)
+    for drafted, targeted, _ in cuts(target, drafter, texts, first):
+        distance = (drafted.double().softmax(-1) - targeted.double().softmax(-1)).abs().sum(-1)
         found.append(1 - distance / 2)
     return torch.stack(found, 1)
 
 
-def teacher_forced(chances: Tensor) -> dict:
-    """chances: [R, cuts, K]."""
-    reached = chances.cumprod(-1)
+def teacher_forced(probs: Tensor) -> dict:
+    """probs: acceptance probabilities [R, cuts, K]."""
+    reached = probs.cumprod(-1)
     by_text = (1 + reached.sum(-1)).mean(1)
     by_position = reached.mean((0, 1)).tolist()
     given = [now / before for now, before in zip(by_position, [1.0, *by_position], strict=False)]
     tau, error = ratio(by_text.tolist(), [1.0] * len(by_text))
     return {
-        "cuts": chances.shape[0] * chances.shape[1],
+        "cuts": probs.shape[0] * probs.shape[1],
         "tau": round(tau, 4),
         "error": round(error, 4),
         "acceptance": [round(share, 4) for share in given],
@@ -224,14 +224,14 @@ def calibration(rounds: dict[str, acceptance.Rounds]) -> list[dict]:
     found = []
     for fitted, source in rounds.items():
         temperatures = fit_sts(source.logits, source.survived)
-        for domain, judged in rounds.items():
+        for domain, observed in rounds.items():
             if domain == fitted:
                 continue
-            row = {"fitted": fitted, "domain": domain, "rounds": len(judged)}
+            row = {"fitted": fitted, "domain": domain, "rounds": len(observed)}
             for name, used in (("before", None), ("after", temperatures)):
-                predicted = survival(judged.logits, used)
-                bins = reliability(predicted, judged.survived, bins=10)
-                row[name] = round(acceptance.mean_ece(predicted, judged.survived), 5)
+                predicted = survival(observed.logits, used)
+                bins = reliability(predicted, observed.survived, bins=10)
+                row[name] = round(acceptance.mean_ece(predicted, observed.survived), 5)
                 row[f"{name}_bins"] = [
                     [round(p, 4), round(o, 4), int(n)]
                     for p, o, n in zip(bins.predicted.tolist(), bins.survived.tolist(), bins.counts.tolist(), strict=True)

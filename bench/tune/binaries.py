@@ -46,8 +46,8 @@ class Binary:
     def resident(self, arch: Arch) -> int:
         """Programs of which one multiprocessor can hold the registers, shared memory and warps."""
         if arch.vendor == "amd":
-            waves = 4 * min(8, 512 // max(1, self.registers))  # four units of 512 registers a lane
-            warps, shared = waves // self.num_warps, arch.shared_memory
+            wavefronts = 4 * min(8, 512 // max(1, self.registers))  # four units of 512 registers a lane
+            warps, shared = wavefronts // self.num_warps, arch.shared_memory
         else:
             registers = 32 * self.num_warps * -(-max(1, self.registers) // 8) * 8
             most = 48 if arch.family in ("sm_86", "sm_89", "sm_120") else 64  # CUDA guide, compute capabilities

@@ -114,8 +114,8 @@ def small():
     return types.SimpleNamespace(target=target, tensors=tensors, texts=texts, teacher=teacher, passed=passed)
 
 
-def laws(small, drafter, **options):
-    """Laws that the served drafter has, [R, cuts, K, V], and the target's."""
+def distributions(small, drafter, **options):
+    """Distributions of the served drafter, [R, cuts, K, V], and the target's."""
     with torch.inference_mode():
         found = list(systems.cuts(small.target, drafter, small.texts, 5, **options))
     return tuple(torch.stack([cut[which] for cut in found], 1).softmax(-1) for which in (0, 1))
@@ -123,11 +123,11 @@ def laws(small, drafter, **options):
 
 def test_the_target_is_trained_as_it_is_served(small):
     drafter = DraftModel(SIZES.config() | {"tie_word_embeddings": True, "max_drafts": DRAFTS}, small.tensors, small.target)
-    drafted, judged = laws(small, drafter, drafts=DRAFTS, stride=2)
-    assert torch.allclose(drafted, judged, atol=1e-5)  # the same model in its own caches, forced along the text
+    drafted, targeted = distributions(small, drafter, drafts=DRAFTS, stride=2)
+    assert torch.allclose(drafted, targeted, atol=1e-5)  # the same model in its own caches, forced along the text
     hidden = build_models.logits(small.passed.hidden, small.teacher.embedding).softmax(-1)
     want = torch.stack([hidden[:, anchor : anchor + DRAFTS] for anchor in range(5, 30 - DRAFTS, 2)], 1)
-    assert torch.allclose(judged, want, atol=1e-5) and want.max() > 0.3
+    assert torch.allclose(targeted, want, atol=1e-5) and want.max() > 0.3
     logits = build_models.logits(small.passed.hidden[:, :-1], small.teacher.embedding)
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), small.texts[:, 1:].flatten())
     assert torch.allclose(build_train.target_loss(small.tensors, SIZES, small.texts)[0], nats)
@@ -136,12 +136,12 @@ def test_the_target_is_trained_as_it_is_served(small):
 def test_mtp_is_trained_as_it_is_served(small):
     sizes = dataclasses.replace(SIZES, layers=1)
     tensors = loud(build_models.new_mtp(small.tensors, SIZES), 2)
-    drafted, judged = laws(small, MTP({"max_drafts": 1}, tensors, small.target), drafts=1, stride=1)
+    drafted, targeted = distributions(small, MTP({"max_drafts": 1}, tensors, small.target), drafts=1, stride=1)
     hidden = build_models.mtp_hidden(tensors, sizes, small.teacher.embedding, small.texts[:, 1:-1], small.passed.pre_norm[:, :-2])
     want = build_models.logits(hidden, small.teacher.embedding).softmax(-1)  # of tokens 2, 3, ...
     assert torch.allclose(drafted[:, :, 0], want[:, 4 : 4 + drafted.shape[1]], atol=1e-5) and want.max() > 0.3
     _, found = build_train.mtp_loss(tensors, sizes, small.teacher, small.texts, small.passed, None)
-    overlap = torch.minimum(drafted, judged).sum(-1)[:, :, 0]
+    overlap = torch.minimum(drafted, targeted).sum(-1)[:, :, 0]
     assert torch.allclose(found.view(2, -1)[:, 4 : 4 + overlap.shape[1]], overlap, atol=1e-5)
 
 
@@ -149,9 +149,9 @@ def test_the_draft_model_is_trained_as_it_is_served(small):
     sizes = build_models.Sizes(16, 24, 1, 2, 1, 8, vocab=300)
     tensors = loud(build_models.new_language_model(sizes, torch.Generator()), 6)
     drafter = DraftModel(sizes.config() | {"tie_word_embeddings": True, "max_drafts": 1}, tensors, small.target)
-    drafted, judged = laws(small, drafter, drafts=1, stride=1)
+    drafted, targeted = distributions(small, drafter, drafts=1, stride=1)
     _, found = build_train.draft_model_loss(tensors, sizes, small.teacher, small.texts, small.passed, None)
-    overlap = torch.minimum(drafted, judged).sum(-1)[:, :, 0]
+    overlap = torch.minimum(drafted, targeted).sum(-1)[:, :, 0]
     assert torch.allclose(found.view(2, -1)[:, 5 : 5 + overlap.shape[1]], overlap, atol=1e-5)
 
 
@@ -182,9 +182,9 @@ def test_block_drafters_are_trained_as_they_are_served(small, kind):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(systems.PlainOps, "draft_block", listening)
-            drafted, judged = laws(small, drafter, stride=3)
+            drafted, targeted = distributions(small, drafter, stride=3)
     else:
-        drafted, judged = laws(small, drafter, stride=3)
+        drafted, targeted = distributions(small, drafter, stride=3)
     anchors = torch.arange(5, 30 - DRAFTS, 3).expand(2, -1)
     blocks = build_models.Blocks(anchors, DRAFTS)
     hidden = build_models.block_hidden(tensors, sizes, small.teacher.embedding, small.texts, small.passed.features, blocks)
@@ -198,11 +198,11 @@ def test_block_drafters_are_trained_as_they_are_served(small, kind):
         have = build_models.confidence(tensors, hidden.view(*shape, -1), known)
         assert torch.allclose(have, torch.tensor(said).transpose(0, 1).float(), atol=1e-4)
     assert torch.allclose(drafted, logits.softmax(-1), atol=1e-5) and drafted.max() > 0.3
-    # The loss: acceptance is the overlap of the two laws.
+    # The loss: acceptance is the overlap of the two distributions.
     loss, found = build_train.block_loss(
         tensors, sizes, small.teacher, small.texts, small.passed, anchors, drafts=DRAFTS, kind=kind
     )
-    overlap = torch.minimum(drafted, judged).sum(-1)
+    overlap = torch.minimum(drafted, targeted).sum(-1)
     assert torch.allclose(found, overlap.flatten(0, 1), atol=1e-5)
     want, whole = 0.0, 0.0
     for sequence, places in enumerate(anchors.tolist()):
@@ -211,14 +211,14 @@ def test_block_drafters_are_trained_as_they_are_served(small, kind):
                 cell = sequence, number, k
                 part = -0.1 * drafted[cell][small.texts[sequence, anchor + k + 1]].log() + 0.9 * 2 * (1 - overlap[cell])
                 if kind is not None:
-                    chance = have[cell].sigmoid()
-                    part -= overlap[cell] * chance.log() + (1 - overlap[cell]) * (1 - chance).log()
+                    predicted = have[cell].sigmoid()
+                    part -= overlap[cell] * predicted.log() + (1 - overlap[cell]) * (1 - predicted).log()
                 want, whole = want + math.exp(-k / 4) * part, whole + math.exp(-k / 4)
     assert loss.item() == pytest.approx(float(want / whole), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", build_models.HEADS)
-def test_plain_laws_are_the_references(kind):
+def test_plain_logits_are_the_references(kind):
     vanilla = build_models.new_vanilla(SIZES, 6, torch.Generator())
     tensors = loud(vanilla | build_models.new_head(kind, vanilla, SIZES, torch.Generator()), 5)
     from reference.drafters.dspark import _sequential_head
@@ -231,7 +231,7 @@ def test_plain_laws_are_the_references(kind):
     want = draft_block(base, anchors, head, keep_logits=True, **shared)
     have = ops.draft_block(base, anchors, head, **shared)
     assert torch.equal(have.tokens, want.tokens)
-    assert torch.allclose(torch.stack(ops.laws, 1), want.proposal.logits[[2, 0]], atol=1e-4)
+    assert torch.allclose(torch.stack(ops.logits, 1), want.proposal.logits[[2, 0]], atol=1e-4)
 
 
 def test_new_heads_start_where_the_vanilla_one_ended():
@@ -244,7 +244,7 @@ def test_new_heads_start_where_the_vanilla_one_ended():
         assert (have - want).norm() < 0.1 * want.norm(), kind
 
 
-def test_written_text_follows_the_targets_law(small):
+def test_written_text_follows_the_targets_distribution(small):
     whole = build_models.logits(small.passed.hidden, small.teacher.embedding)
     writer = build_text._Writer(small.tensors, SIZES, 2, 30)
     with torch.inference_mode():
@@ -343,7 +343,7 @@ def test_a_drafter_learns(tmp_path):
     target, tokenizer = Target(config, weights), assets.tokenizer()
     prompts = torch.tensor([tokenizer.encode(text)[:24] for text in assets.prompts()])
     text = build_text.continued(weights, sizes, prompts, 88, build_train.seeded("learns"))
-    training, judged = text[8:], text[:8]
+    training, tested = text[8:], text[:8]
     teacher = build_train.Teacher(weights, sizes, features)
     tensors = build_models.new_block(weights, sizes, 1, 1) | build_models.new_vanilla(sizes, 16, build_train.seeded("head"))
     one = dataclasses.replace(sizes, layers=1)
@@ -354,7 +354,7 @@ def test_a_drafter_learns(tmp_path):
 
     def tau():
         drafter = DSpark(served, {name: tensor.detach() for name, tensor in tensors.items()}, target)
-        return systems.teacher_forced(systems.accepted(target, drafter, judged, 24))
+        return systems.teacher_forced(systems.accepted(target, drafter, tested, 24))
 
     def loss(step):
         generator = build_train.seeded("learns", step)
@@ -395,7 +395,7 @@ def test_a_finished_stage_is_skipped_until_what_it_reads_changes(built):
     assert done(built) == everything
     assert done(dataclasses.replace(built, seed=1)) == set()
     changed = dataclasses.replace(SMALL, head_seconds=0.25)
-    # What comes after these is judged by what they wrote, which is as it was.
+    # What comes after these depends on what they wrote, which is as it was.
     assert done(dataclasses.replace(built, plan=changed)) == everything - {"dspark", "head_vanilla", "head_gated", "head_rnn"}
     assert done(dataclasses.replace(built, recorded=built.recorded | {"mtp": 4})) == everything - {"mtp"}
     record = json.loads((built.folder("block") / "done.json").read_text())
@@ -509,8 +509,8 @@ def test_refusals(arguments, message, tmp_path, monkeypatch, capsys):
 
 
 def test_tau_and_its_error():
-    chances = torch.tensor([[[0.5, 0.5], [1.0, 0.0]], [[0.25, 1.0], [0.25, 1.0]]], dtype=torch.float64)
-    found = systems.teacher_forced(chances)
+    probs = torch.tensor([[[0.5, 0.5], [1.0, 0.0]], [[0.25, 1.0], [0.25, 1.0]]], dtype=torch.float64)
+    found = systems.teacher_forced(probs)
     assert found["tau"] == round(((1.75 + 2.0) / 2 + 1.5) / 2, 4) and found["by_text"] == [1.875, 1.5]
     assert found["error"] == round(abs(1.875 - 1.5) / 2, 4)  # of a mean of two
     assert found["acceptance"] == [0.5, round((0.25 + 0 + 0.25 + 0.25) / 4 / 0.5, 4)]
@@ -526,7 +526,7 @@ def test_calibration_crosses_domains():
         rounds[domain] = acceptance.Rounds(sharp * truth, taken.int().cumprod(1).sum(1), torch.arange(4000))
     calm, bold = systems.calibration(rounds)
     assert (calm["fitted"], calm["domain"]) == ("calm", "bold")
-    # Temperatures of the honest domain change nothing of the bold one; those of the bold one spoil the honest one.
+    # Temperatures of the honest domain change nothing of the bold one; those of the bold one worsen the honest one.
     assert calm["before"] > 0.1 and abs(calm["after"] - calm["before"]) < 0.02
     assert bold["before"] < 0.02 and bold["after"] > 0.05
     assert sum(count for _, _, count in bold["after_bins"]) == 8000

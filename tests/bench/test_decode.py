@@ -366,7 +366,7 @@ def _decode(models, drafter, temperature, **options):
     return loop.decode(models.target, drafter, requests, **options)
 
 
-def test_sampled_check_convicts_biased_acceptance(models):
+def test_sampled_check_detects_biased_acceptance(models):
     """Every draft accepted: what comes out is the drafter's text."""
     greedy_gift = loop.REFERENCE_OPS.accept_chain
 
@@ -385,7 +385,7 @@ def test_sampled_check_convicts_biased_acceptance(models):
     assert not lossless.sampled(_decode(models, models.drafter, 1.0, ops=ops), plain).passed
 
 
-def test_greedy_check_convicts_a_second_best_token(models):
+def test_greedy_check_detects_a_second_best_token(models):
     plain = _decode(models, Autoregressive(), 0.0)
     same = lossless.greedy(plain, plain, models.target, models.exact)
     assert same.passed and same.text.startswith("8 of 8 texts identical")

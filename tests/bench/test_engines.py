@@ -1,4 +1,4 @@
-"""bench/shared/engines.py against stand-ins of the engines' modules: right ones, ones that err, other signatures, and none at all."""
+"""bench/shared/engines.py with stand-ins for the engines' modules: correct ones, wrong ones, other signatures, and none at all."""
 
 import inspect
 import sys
@@ -23,7 +23,7 @@ DENSE, ONE_HOT, GREEDY = (Accept(3, *rest, drafts=2, vocab=50) for rest in (("de
 
 
 def accepted_by(target, draft, ids):
-    """[R, W] of the token rule for laws [R, W, V] and [R, K, V] and drafts [R, K], row by row."""
+    """[R, W] of the token rule for probabilities [R, W, V] and [R, K, V] and drafts [R, K], row by row."""
     found = torch.full((ids.shape[0], ids.shape[1] + 1), -1)
     for r, drafts in enumerate(ids.long().tolist()):
         for k, token in enumerate(drafts):
@@ -60,8 +60,8 @@ def rejection(target, drafts, lens, longest, ends, draft_probs, bonus):
     assert ends.tolist() == [longest * (r + 1) for r in range(len(lens))] and drafts.dtype == bonus.dtype == torch.int32
     ids = drafts.view(len(lens), longest)
     target = target.view(len(lens), longest, -1)
-    law = one_hot(ids, target.shape[2]) if draft_probs is None else draft_probs.view_as(target)
-    return accepted_by(torch.cat([target, one_hot(bonus, target.shape[2])], 1), law, ids).int()
+    drafted = one_hot(ids, target.shape[2]) if draft_probs is None else draft_probs.view_as(target)
+    return accepted_by(torch.cat([target, one_hot(bonus, target.shape[2])], 1), drafted, ids).int()
 
 
 def of_probabilities(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_probs,
@@ -70,33 +70,41 @@ def of_probabilities(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_dra
         target_probs = one_hot(target_probs.argmax(-1), target_probs.shape[1])
     else:
         assert torch.allclose(target_probs.sum(-1), torch.ones(()))
-    law = target_probs
-    return rejection(law, draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, bonus_token_ids)
+    return rejection(
+        target_probs, draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, bonus_token_ids
+    )
 
 
 def of_logits(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits, bonus_token_ids,
               sampling_metadata, synthetic_mode=False):  # fmt: skip
-    law = target_logits.softmax(-1)
-    return rejection(law, draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, bonus_token_ids)
+    return rejection(
+        target_logits.softmax(-1),
+        draft_token_ids,
+        num_draft_tokens,
+        max_spec_len,
+        cu_num_draft_tokens,
+        draft_probs,
+        bonus_token_ids,
+    )
 
 
 def walk(predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token, retrive_next_sibling, target):
-    """The way down a tree whose nodes have one child, each taken by chance; then a token of what is left."""
+    """The way down a tree whose nodes have one child, each taken with its probability; then a token from the residual."""
     nodes = candidates.shape[1]
     assert (retrive_next_token == torch.tensor([*range(1, nodes), -1])).all() and (retrive_next_sibling == -1).all()
     for r in range(candidates.shape[0]):
         node, count = 0, 0
         accept_index[r, 0] = retrive_index[r, 0]
         while True:
-            child, law = int(retrive_next_token[r, node]), target[r, node].clone()
-            if child < 0 or torch.rand(()) >= law[candidates[r, child]]:
+            child, probs = int(retrive_next_token[r, node]), target[r, node].clone()
+            if child < 0 or torch.rand(()) >= probs[candidates[r, child]]:
                 break
             predicts[retrive_index[r, node]] = candidates[r, child]
             node, count = child, count + 1
             accept_index[r, count] = retrive_index[r, node]
         if child >= 0:
-            law[candidates[r, child]] = 0
-        predicts[retrive_index[r, node]] = torch.multinomial(law, 1)[0]
+            probs[candidates[r, child]] = 0
+        predicts[retrive_index[r, node]] = torch.multinomial(probs, 1)[0]
         accept_token_num[r] = count
 
 

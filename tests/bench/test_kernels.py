@@ -1,4 +1,4 @@
-"""bench.kernels: costs by hand, a gate that turns red, timing by a clock that tells what it is told, baselines by law or value."""
+"""bench.kernels: costs by hand, the check before timing, timing with a fake clock, baselines by distribution or value."""
 
 import csv
 import dataclasses
@@ -32,7 +32,7 @@ def test_costs_of_a_draft_block_by_hand():
     spec = Draft(1, drafts=2, vocab=10, rank=4, hidden=3)
     read = 40 + 8 + 8 + 160 + 16  # logits, anchor, position, W2 twice, rows of W1
     read += 12 + 14 + 2 + 8 + 4 + 8  # hidden, w, b, T_k; temperature, seed
-    written = 16 + 4 + 16 + 40 + 8  # drafts, flags, confidences, law, lse
+    written = 16 + 4 + 16 + 40 + 8  # drafts, flags, confidences, logits, lse
     assert spec.bytes == read + written
     assert spec.flops == 20 * (2 * 4 + 1) + 2 * 2 * 7 + 20 * 4
     assert spec.instructions == 20 * 103
@@ -51,7 +51,7 @@ def test_costs_of_acceptance_by_hand():
     spec = Accept(2, drafts=3, vocab=10)
     rows = 8
     read = 2 * rows * 10 + rows * 12 + 2 * 12 + 2 * 8  # logits, ids and logit rows, starts, positions
-    read += 2 * 12 + 2 * 2 * 10 + 2 * 3 * 4  # temperature and seed, law, lse
+    read += 2 * 12 + 2 * 2 * 10 + 2 * 3 * 4  # temperature and seed, logits, lse
     written = rows * 8 + rows + 2 * (4 * 4 + 8 + 4 + 8 + 8)
     assert spec.bytes == read + written
     assert spec.flops == 4 * 80 and spec.instructions == 10 * 80
@@ -177,12 +177,12 @@ def bench_of(**changes):
 
 def wrong_draft(what):
     def op(base_logits, **options):
-        if what == "base":  # drafts and lse are those of the stored law, which is not the right one
+        if what == "base":  # drafts and lse are those of the stored logits, which are wrong
             return right_draft(base_logits + 0.125, **options)
         block = right_draft(base_logits, **options)
         if what == "tokens":  # the last one, on which no other row depends
             block.tokens[0, -1] = (block.tokens[0, -1] + 1) % base_logits.shape[2]
-        elif what == "law":
+        elif what == "logits":
             block.proposal.logits[0, 1, 3] += 1.0
         elif what == "lse":
             block.proposal.lse[0, 1] += 1e-3
@@ -216,7 +216,7 @@ def wrong_accept(what):
     return op
 
 
-@pytest.mark.parametrize("what", ["tokens", "base", "law", "lse", "nan", "raw", "confidence"])
+@pytest.mark.parametrize("what", ["tokens", "base", "logits", "lse", "nan", "raw", "confidence"])
 def test_a_wrong_draft_turns_the_gate_red(monkeypatch, what):
     monkeypatch.setattr(dk, "draft_block", wrong_draft(what))
     assert_red("draft_block sampled_r1")
@@ -504,8 +504,8 @@ def test_the_list(capsys):
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
-def chi_square(counts, law):
-    expected = law * counts.sum()
+def chi_square(counts, probs):
+    expected = probs * counts.sum()
     inside = expected > 0
     assert (counts[~inside] == 0).all()
     return float(((counts - expected)[inside] ** 2 / expected[inside]).sum())
@@ -525,7 +525,7 @@ def test_the_draft_loop_greedy_is_the_reference(kind):
     assert torch.allclose(confidence, want.confidence, atol=1e-5)
 
 
-def test_the_draft_loop_keeps_the_law_it_draws_from():
+def test_the_draft_loop_keeps_the_logits_it_draws_from():
     case = cases.draft_case(seed=6, requests=5, drafts=4, vocab=300, temperatures=(0.7,))
     tokens, logits, lse, confidence = call("draft_block", case.arguments())
     for r in range(5):
@@ -547,7 +547,7 @@ def test_the_draft_loop_filters_as_the_reference():
     assert (logits.gather(2, tokens[:, :, None]) > -torch.inf).all()
 
 
-def test_the_loop_on_candidates_keeps_the_law_it_draws_from():
+def test_the_loop_on_candidates_keeps_the_logits_it_draws_from():
     case = cases.draft_case(seed=6, requests=5, drafts=4, vocab=300, temperatures=(0.7,))
     inputs = case.arguments() | dict(candidates=20)
     tokens, ids, logits, lse, confidence = call("draft_candidates", inputs)
@@ -570,7 +570,7 @@ def test_costs_of_a_block_on_candidates_by_hand():
     assert spec.flops == 6 * (11 + 5 * 13 + 2 * 11)
 
 
-def test_the_draft_loop_draws_from_its_law():
+def test_the_draft_loop_draws_from_its_distribution():
     """Both positions of 50000 requests with the same logits: chi-square with 24 degrees of freedom, seldom above 60."""
     case = cases.draft_case(seed=3, requests=1, drafts=2, vocab=5, rank=4, confidence=None, temperatures=(1.3,))
     inputs, count = case.arguments(), 50000
@@ -587,7 +587,7 @@ def test_the_draft_loop_draws_from_its_law():
 
 
 @pytest.mark.parametrize("proposal", ["dense", "one_hot"])
-def test_acceptance_emits_the_law_of_the_target(proposal):
+def test_acceptance_emits_the_distribution_of_the_target(proposal):
     """First token and, after an accepted draft, the second; how many pass is the sum of the smaller probabilities."""
     count, vocab, temperature = 50000, 5, 0.8
     g = torch.Generator().manual_seed(1)
@@ -599,13 +599,13 @@ def test_acceptance_emits_the_law_of_the_target(proposal):
     else:
         drafts = torch.tensor([[2, 4]]).expand(count, 2)
         q = torch.nn.functional.one_hot(drafts[0], vocab).double()
-    law = (None, None)
+    drawn_from = (None, None)
     if proposal == "dense":
         lse = (proposed / temperature).logsumexp(-1)
-        law = (proposed.expand(count, -1, -1), lse.expand(count, -1))
+        drawn_from = (proposed.expand(count, -1, -1), lse.expand(count, -1))
     torch.manual_seed(0)
     rows = target.expand(count, -1, -1).reshape(3 * count, vocab)
-    tokens, accepted = baselines.accept_chain(rows, drafts, *law, torch.full((count,), temperature))
+    tokens, accepted = baselines.accept_chain(rows, drafts, *drawn_from, torch.full((count,), temperature))
     assert chi_square(torch.bincount(tokens[:, 0], minlength=vocab).double(), p[0]) < 25
     passed = torch.minimum(p[:2], q).sum(-1)
     assert float((accepted >= 1).double().mean()) == pytest.approx(float(passed[0]), abs=0.01)

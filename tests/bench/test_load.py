@@ -1,4 +1,4 @@
-"""The load simulator, `python -m bench.load`: a simulation by hand, its chance, policies, rounds, files and refusals."""
+"""The load simulator, `python -m bench.load`: a simulation by hand, its random numbers, policies, rounds, files and refusals."""
 
 import csv
 import itertools
@@ -98,7 +98,7 @@ def test_warm_steps_are_run_and_not_counted(source):
     assert late.tokens.tolist() == whole.tokens[10:].tolist() and len(late.seconds) == 20
 
 
-def test_every_policy_meets_the_same_chance(source):
+def test_every_policy_meets_the_same_random_numbers(source):
     """The whole block twice over, under two names: every number is the same."""
     one, other = (simulated(name, source, steep()) for name in ("fixed-7", "threshold-0"))
     for field in ("tokens", "seconds", "verified"):

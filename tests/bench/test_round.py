@@ -63,13 +63,13 @@ def test_a_round_equals_the_reference():
     assert ops.check(SMALL, CPU) == 3 + SMALL.layers
 
 
-def planted(op, spoil):
-    """The ops, of which one spoils its result."""
+def with_fault(op, corrupt):
+    """The ops, of which one corrupts its result."""
     right = getattr(dk, op)
 
     def wrong(*args, **kwargs):
         result = right(*args, **kwargs)
-        spoil(result)
+        corrupt(result)
         return result
 
     names = (*OPS,)
@@ -77,7 +77,7 @@ def planted(op, spoil):
 
 
 @pytest.mark.parametrize(
-    "op, spoil",
+    "op, corrupt",
     [
         ("draft_block", lambda block: block.tokens.add_(1)),
         ("schedule_prefixes", lambda layout: layout.positions.add_(1)),
@@ -85,9 +85,9 @@ def planted(op, spoil):
         ("accept_chain", lambda result: result.num_accepted.add_(1)),
     ],
 )
-def test_a_planted_error_is_found(op, spoil):
+def test_a_corrupted_result_is_found(op, corrupt):
     with pytest.raises(AssertionError):
-        ops.check(SMALL, CPU, planted(op, spoil))
+        ops.check(SMALL, CPU, with_fault(op, corrupt))
 
 
 def test_what_a_round_writes_into_given_memory_is_compared(given, monkeypatch):
@@ -183,14 +183,14 @@ def test_times_are_reported_with_predictions_beside(tmp_path, monkeypatch, capsy
 def test_a_wrong_round_gives_no_time_and_hides_no_other(tmp_path, monkeypatch, capsys):
     def measured(sizes, bench):
         if sizes.requests == 2:
-            raise AssertionError("planted")
+            raise AssertionError("deliberate")
         return {op: timing.Timing(1.0, 2.0, 3.0, 4) for op in (*OPS, GRAPH)}
 
     monkeypatch.setattr(job, "check", lambda sizes, device: 5)
     monkeypatch.setattr(job, "measure", measured)
     path = tmp_path / "round.csv"
     assert job.report([SMALL, dataclasses.replace(SMALL, requests=1)], ENGINE, bench_of([]), path) == 1
-    assert "R = 2: RED: planted" in capsys.readouterr().out
+    assert "R = 2: RED: deliberate" in capsys.readouterr().out
     with open(path, newline="") as file:
         assert {row["requests"] for row in csv.DictReader(file)} == {"1"}
 
@@ -203,9 +203,9 @@ def test_without_a_gpu_it_predicts_compares_and_says_so(monkeypatch, capsys):
     assert out.startswith("MODELLED, not measured: bytes at 4300 GB/s") and "R = 64, K = 7" in out
     assert "target as given, backbone MODELLED" in out and "[1/1] small round, R = 1: 4 calls equal the reference" in out
     assert out.endswith("no times were taken\n")
-    monkeypatch.setattr(job, "check", lambda *_: (_ for _ in ()).throw(AssertionError("planted")))
+    monkeypatch.setattr(job, "check", lambda *_: (_ for _ in ()).throw(AssertionError("deliberate")))
     assert job.main(["--requests", "1"]) == 1
-    assert "RED: planted" in capsys.readouterr().out
+    assert "RED: deliberate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_costs_by_hand():
     assert accept.parents == [-1, 0, 1] and accept.rows == 6
     assert accept.bytes == 2 * 60 + 6 * 33 + 2 * 12 + 2 * 52 + 2 * 12
     drawn = dataclasses.replace(accept, drawn="without_replacement", rule="traversal")
-    assert drawn.bytes == accept.bytes + 2 * 10 * 2 * 2  # the laws of two nodes
+    assert drawn.bytes == accept.bytes + 2 * 10 * 2 * 2  # the logits of two nodes
     assert accept.flops == 4 * 60 and accept.instructions == 10 * 60
     move = tc.Compact(2, nodes=6, accepted=2, layers=3, kv_heads=2, head_dim=5)
     assert move.bytes == 2 * 4 * 3 * 2 * 10 * 2 + 48 * 6 + 8 + 4 * 6 + 64

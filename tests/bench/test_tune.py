@@ -38,7 +38,7 @@ def test_a_step_changes_one_parameter():
         ("sm_86", 16, 0, 8, 6),  # 48 warps
         ("sm_90", 32, 100 * 1024, 4, 2),  # 228 KB
         ("sm_90", 32, 120 * 1024, 4, 1),
-        ("gfx942", 128, 0, 4, 4),  # 4 waves on each of 4 units
+        ("gfx942", 128, 0, 4, 4),  # 4 wavefronts on each of 4 SIMD units
         ("gfx942", 64, 32 * 1024, 4, 2),
     ],
 )

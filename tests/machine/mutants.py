@@ -3,9 +3,10 @@
     python tests/machine/mutants.py --list                 the mutants
     python tests/machine/mutants.py accept                 those of files whose path holds "accept"
 
-Mutants: a block barrier, a fence before a release or a grid barrier left out; a release, an acquire or both made relaxed; the volatile
-loads of a file made plain. Each is made in a copy of the tree and runs the tests that TESTS names for its file, every launch in all
-modes. Seen: a test fails. A mutant that no mode sees is named in UNSEEN with the reason why the order holds without it, or it is a gap.
+Mutants: a block barrier, a fence before a release or a grid barrier left out; a release, an acquire or both made relaxed; the
+volatile loads of a file made plain. Each is made in a copy of the tree and runs the tests that TESTS names for its file, every
+launch in all modes. Seen: a test fails. A mutant that no mode sees is named in UNSEEN with the reason why the order holds without
+it, or it is a gap.
 """
 
 from __future__ import annotations
@@ -76,13 +77,13 @@ def changed(text: str, mutant: Mutant) -> str:
 # What tests of tests/ops a mutant of a file runs, by the longest prefix of its path: few binaries, all phases of the kernel.
 TESTS = {
     "": ("test_accept.py::test_many_uniforms_of_the_block_rule",),
-    "accept/chain": ("test_accept.py::test_many_uniforms_of_the_block_rule", "test_accept.py::test_any_lag_between_the_waves"),
+    "accept/chain": ("test_accept.py::test_many_uniforms_of_the_block_rule", "test_accept.py::test_any_lag_between_the_phases"),
     "accept/dense": ("test_accept.py::test_draft_and_target_widths_differ",),
     "accept/outputs": ("test_accept.py::test_sampling_settings_act_inside",),
     "accept/rows": ("test_accept.py::test_sampling_settings_act_inside", "test_accept.py::test_odd_logits"),
     "accept/shards": (
         "test_shards_accept.py::test_any_cut_draws_what_the_reference_draws",
-        "test_shards_accept.py::test_listed_ids_share_octets_with_each_other_and_with_another_rank",
+        "test_shards_accept.py::test_entries_share_octets_with_each_other_and_with_another_rank",
         "test_shards_accept.py::test_one_workspace_for_all_phases_stays_clean",
     ),
     "accept/sparse": ("test_accept.py::test_entries_that_share_ids_and_octets", "test_accept.py::test_odd_lists"),

@@ -8,12 +8,14 @@ import dataclasses
 
 @dataclasses.dataclass
 class Settings:
-    """Per launch. Chances are per mille."""
+    """Per launch. Probabilities are per mille."""
 
     # The schedule: warps take turns in a seeded random order.
     seed: int = 1  # advances by one per launch
     quantum: int = 40  # mean instructions that a warp runs before another one may go on
-    run_ahead: int = 0  # above 0, warps have priorities that change with this chance per turn: one runs far ahead of the others
+    run_ahead: int = (
+        0  # above 0, warps have priorities that change with this probability per turn: one runs far ahead of the others
+    )
     resident: int = 6  # programs at a time; a cooperative launch has all of them
     shuffle: bool = False  # programs start in a random order
     # What is checked.
@@ -22,8 +24,8 @@ class Settings:
     uninitialised: bool = False  # count reads of shared memory that nobody wrote
     # The memory model.
     weak: bool = False  # store buffers and incoherent first-level caches, one of each per program
-    flush: int = 150  # weak: chance per turn that one buffered word becomes visible to the other programs
-    evict: int = 20  # weak: chance per load that the cached line is fetched anew
+    flush: int = 150  # weak: probability per turn that one buffered word becomes visible to the other programs
+    evict: int = 20  # weak: probability per load that the cached line is fetched anew
     copies: str = "either"  # when an asynchronous copy lands: "at_once", "at_the_wait" or "either"
     # What is counted, and limits.
     sectors: bool = True  # count memory sectors (32 bytes) of every access

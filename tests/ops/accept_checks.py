@@ -32,12 +32,14 @@ def check(case, acceptance=None, exempt=True, **advanced):
 
     exempt=False: no near tie may excuse a difference. advanced: anchors and positions, which the kernel alone is to advance.
     """
-    op, oracle = (dk.accept_tree, tree.accept_tree) if isinstance(case, AcceptTreeCase) else (dk.accept_chain, accept.accept_chain)
+    op, reference = (
+        (dk.accept_tree, tree.accept_tree) if isinstance(case, AcceptTreeCase) else (dk.accept_chain, accept.accept_chain)
+    )
     arguments = case.arguments()
     acceptance = op(**arguments, **advanced) if acceptance is None else acceptance
 
     def run(decisions):
-        return outcome(oracle(**arguments, decisions=decisions), case.layout)
+        return outcome(reference(**arguments, decisions=decisions), case.layout)
 
     assert_equal_or_tied(run, outcome(acceptance, case.layout), exempt=exempt)
     assert not acceptance.commit_mask[case.layout.batch_indices < 0].any(), "a padding row was committed"

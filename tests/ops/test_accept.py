@@ -121,9 +121,9 @@ def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
     case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
 
-    def pick(arch, num_leaves, num_drafts, heavy, adjusted, filtered):
+    def pick(arch, num_blocks, num_drafts, heavy, adjusted, filtered):
         chunk = min(pairs, 16)
-        group = 2 if chunk >= num_leaves else 1
+        group = 2 if chunk >= num_blocks else 1
         return launch.AcceptConfig(group, chunk, lag=1, num_warps=1, max_registers=None)
 
     monkeypatch.setattr(launch, "pick", pick)
@@ -133,7 +133,7 @@ def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("lag", [0, 1, 2, 100])
-def test_any_lag_between_the_waves(monkeypatch, lag, rule):
+def test_any_lag_between_the_phases(monkeypatch, lag, rule):
     case = cases.accept_case(seed=32, requests=5, drafts=3, vocab=5000, closeness=0.3, rule=rule)
     pick = launch.pick
     monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), lag=lag))
@@ -164,7 +164,7 @@ def test_draft_and_target_widths_differ(draft_vocab, mapped, rule):
 def test_map_of_a_batch_without_a_live_request():
     """The counters of the inverted map come back to zero whoever is there; what its scratch held does not matter."""
     case = cases.accept_case(seed=2, vocab=900, draft_vocab=300, mapped=True, scattered=True, requests=20, drafts=1)
-    case.proposal.logits[..., 0] += 12  # column 0, to which a scratch of zeros leads, holds nearly all mass
+    case.proposal.logits[..., 0] += 12  # column 0, to which a scratch of zeros leads, holds nearly all of the probability
     workspace = dk.Workspace(20, 1, 900, "cpu")
     want = check(case)
     for indices in (torch.full((20,), -1, dtype=torch.int32), case.state_indices):
@@ -303,9 +303,9 @@ def test_draft_outside_the_support_of_its_distribution():
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-@pytest.mark.parametrize("content", ["one id", "nowhere", "no mass", "infinite", "octet"])
+@pytest.mark.parametrize("content", ["one id", "nowhere", "no probability", "infinite", "octet"])
 def test_odd_lists(content, rule):
-    """Lists of one id repeated, of ids outside the vocabulary, without mass, with a +inf, and with whole octets of ids."""
+    """Lists of one id repeated, of ids outside the vocabulary, of probability 0, with a +inf, and with whole octets of ids."""
     case = cases.accept_case(seed=29, requests=5, drafts=2, vocab=1300, proposal="sparse", candidates=16, closeness=0.9, rule=rule,
                              lengths=torch.full((5,), 2), temperatures=(1.0, 0.0), dtype=torch.float32)  # fmt: skip
     ids, logits = case.proposal.ids, case.proposal.logits
@@ -313,7 +313,7 @@ def test_odd_lists(content, rule):
         ids[:] = ids[..., :1].clone()
     elif content == "nowhere":
         ids[..., ::2] = torch.tensor([-1, 1300, 2**31, 2**40, -(2**40), 2**62, -7, 1301])
-    elif content == "no mass":
+    elif content == "no probability":
         logits[:, 0] = float("-inf")
     elif content == "infinite":
         logits[..., [3, 5]] = float("inf")
@@ -323,7 +323,7 @@ def test_odd_lists(content, rule):
 
 
 def test_entries_that_share_ids_and_octets():
-    """Most of the target's mass lies in the octets of the lists, and two entries make an id's probability."""
+    """Most of the target's probability lies in the octets of the lists, and two entries make an id's probability."""
     case = cases.accept_case(seed=7, requests=40, drafts=1, vocab=1100, proposal="sparse", candidates=16, closeness=0.9,
                              lengths=torch.ones(40), temperatures=(1.0,), dtype=torch.float32, sharpness=1.0)  # fmt: skip
     g = torch.Generator().manual_seed(7)

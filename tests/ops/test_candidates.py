@@ -17,39 +17,39 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")
 
 
-def options_of(case, candidates, listed=0, seed=0):
+def options_of(case, candidates, successors=0, seed=0):
     """Arguments of a call; the bigram table has unused entries, ids beyond the vocabulary, and repeats."""
     arguments = arguments_of(case) | dict(candidates=candidates)
-    if listed:
+    if successors:
         vocab, tokens = case.base_logits.shape[2], 1 + int(case.anchors.max())
         tokens = tokens if case.head is None else case.head.w1.shape[0]
         g = torch.Generator().manual_seed(seed)
-        table = torch.randint(-1, vocab + 3, (max(1, tokens - 2), listed), generator=g)
+        table = torch.randint(-1, vocab + 3, (max(1, tokens - 2), successors), generator=g)
         table[:, -1] = table[:, 0]
         arguments["bigrams"] = table.to(torch.int32)
     return arguments
 
 
-def check(case, candidates, listed=0, block=None, exempt=True):
+def check(case, candidates, successors=0, block=None, exempt=True):
     """A block on candidates against the reference, every output."""
     state = None
     if block is None:
-        arguments = options_of(case, candidates, listed)
+        arguments = options_of(case, candidates, successors)
         block, state = dk.draft_block(**arguments, keep_logits=True), arguments["head_state"]
     rows, (batch, drafts) = rows_of(case), case.base_logits.shape[:2]
-    kept = torch.zeros(batch, drafts, candidates + listed, dtype=case.base_logits.dtype, device=case.base_logits.device)
+    kept = torch.zeros(batch, drafts, candidates + successors, dtype=case.base_logits.dtype, device=case.base_logits.device)
     for r, slot in rows:
         kept[r] = block.proposal.logits[slot]
     stored = kept
     if filters_of(case):
-        stored = unfiltered(case, candidates, listed, block)
+        stored = unfiltered(case, candidates, successors, block)
 
     def outcome(block, slot, r):
         support = (block.proposal.logits[slot] > -INF).tolist()
         return block.tokens[slot].tolist(), int(block.flags[r]), block.proposal.ids[slot].tolist(), support
 
     def run(decisions):
-        again = options_of(case, candidates, listed)
+        again = options_of(case, candidates, successors)
         want = reference.draft_block(**again, keep_logits=True, stored_logits=stored, decisions=decisions)
         return {r: outcome(want, slot, r) for r, slot in rows}
 
@@ -84,19 +84,19 @@ def check_logits(case, r, slot, previous, targets, stored, state):
         excess_error(state[slot], states[1], states[0], f"state of request {r}")
 
 
-def unfiltered(case, candidates, listed, block):
+def unfiltered(case, candidates, successors, block):
     """The sums [R, K, W] that the filters of a call were given: the same drafts once more, one position a call, without filters."""
     slots, (batch, drafts) = case.anchors.shape[0], case.base_logits.shape[:2]
     width = max(2, case.first_draft + drafts)
-    arguments = options_of(case, candidates, listed) | dict(confidence=None)
+    arguments = options_of(case, candidates, successors) | dict(confidence=None)
     sampling = dataclasses.replace(case.sampling, top_k=None, top_p=None, min_p=None)
-    shape, dtype = (slots, width, candidates + listed), case.base_logits.dtype
+    shape, dtype = (slots, width, candidates + successors), case.base_logits.dtype
     out = dk.DraftBlock(
         tokens=torch.full((slots, width), -1),
         proposal=dk.SparseProposal(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=dtype)),
         flags=torch.zeros(batch, dtype=torch.int32),
     )
-    rows = torch.zeros(batch, drafts, candidates + listed, dtype=dtype)
+    rows = torch.zeros(batch, drafts, candidates + successors, dtype=dtype)
     for k in range(drafts):
         now = sampling
         if now.token_bitmask is not None:
@@ -360,7 +360,7 @@ def test_proposal_of_a_greedy_block():
     assert isinstance(kept, dk.SparseProposal) and (kept.temperature == 0).all() and kept.lse is None
 
 
-def test_listed_successors_join_once():
+def test_successors_join_once():
     """Entry by entry: one of the candidates, an unused one, an id of no token, a new one, the same again."""
     case = cases.draft_case(seed=5, requests=1, drafts=1, vocab=100, rank=0, confidence=None)
     case.base_logits[0, 0] = -torch.arange(100.0)
@@ -475,7 +475,7 @@ def chi_square(tokens, ids, probs):
 
 
 def test_acceptance_reads_the_proposal():
-    """Entries without a candidate (id 0 with -inf, beside a candidate 0 that has mass) and listed successors, as stored."""
+    """Entries without a candidate (id 0 with -inf, beside a candidate 0 of positive probability) and successors, as stored."""
     case = cases.draft_case(seed=14, requests=4, drafts=3, vocab=40, rank=4, dtype=torch.bfloat16, confidence=None)
     case.base_logits[:, :, 0] += 3.0
     options = options_of(case, 50, 3)

@@ -92,7 +92,7 @@ def test_offsets_become_ids_once():
 
 
 BASE = torch.zeros(3, 4, 300)
-LAW = dk.DenseProposal(BASE)
+PROPOSAL = dk.DenseProposal(BASE)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ LAW = dk.DenseProposal(BASE)
             "head.w2: expected at least vocab_size = 300 rows, got 299",
         ),
         (
-            dict(draft_to_target=torch.arange(300), out=dk.DraftBlock(torch.zeros(3, 4).long(), LAW, torch.zeros(3).int())),
+            dict(draft_to_target=torch.arange(300), out=dk.DraftBlock(torch.zeros(3, 4).long(), PROPOSAL, torch.zeros(3).int())),
             ValueError,
             "out.proposal.draft_to_target: expected the map of this call",
         ),

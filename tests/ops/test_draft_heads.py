@@ -44,7 +44,7 @@ def test_equals_reference(data):
 
 
 def test_ranks_beyond_one_dot_and_pieces_of_latents(monkeypatch):
-    """W2 and the mixing weights summed in pieces, latents and hoisted products made by several tiles."""
+    """W2 and the mixing weights summed in pieces, latents and precomputed products made by several tiles."""
     pick = launch.pick
     small = dict(block_r=32, block_j=16, block_n=32, block_s=16, block_v=64)
     monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), **small))

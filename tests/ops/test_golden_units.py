@@ -43,32 +43,32 @@ def arrays(source: str) -> dict[str, np.ndarray]:
         return {key: file[key] for key in file.files}
 
 
-def unit_of(source: str, name: str) -> dict[str, torch.Tensor]:
+def golden_of(source: str, name: str) -> dict[str, torch.Tensor]:
     everything = arrays(source)
     prefix = name + "."
-    unit = {key.removeprefix(prefix): torch.from_numpy(a) for key, a in everything.items() if key.startswith(prefix)}
-    assert unit, f"{name} is missing in {FILES[source].name}"
-    return unit
+    golden = {key.removeprefix(prefix): torch.from_numpy(a) for key, a in everything.items() if key.startswith(prefix)}
+    assert golden, f"{name} is missing in {FILES[source].name}"
+    return golden
 
 
-def head_of(name: str, unit) -> MarkovHead:
-    w1, w2 = unit["head.markov_w1.weight"], unit["head.markov_w2.weight"]
+def head_of(name: str, golden) -> MarkovHead:
+    w1, w2 = golden["head.markov_w1.weight"], golden["head.markov_w2.weight"]
     if name.startswith("gated"):
-        return GatedMarkovHead(w1, w2, gate_weight=unit["head.gate_proj.weight"], gate_bias=unit["head.gate_proj.bias"])
+        return GatedMarkovHead(w1, w2, gate_weight=golden["head.gate_proj.weight"], gate_bias=golden["head.gate_proj.bias"])
     if name.startswith("rnn"):
-        return RnnMarkovHead(w1, w2, joint_weight=unit["head.joint_proj.weight"], joint_bias=unit["head.joint_proj.bias"])
+        return RnnMarkovHead(w1, w2, joint_weight=golden["head.joint_proj.weight"], joint_bias=golden["head.joint_proj.bias"])
     return MarkovHead(w1, w2)
 
 
-def arguments_of(name: str, unit) -> dict:
-    weight, bias = unit["confidence.proj.weight"], unit["confidence.proj.bias"]
-    anchors = unit["anchor"]
+def arguments_of(name: str, golden) -> dict:
+    weight, bias = golden["confidence.proj.weight"], golden["confidence.proj.bias"]
+    anchors = golden["anchor"]
     return dict(
-        base_logits=unit["base_logits"],
+        base_logits=golden["base_logits"],
         anchors=anchors,
-        head=head_of(name, unit),
+        head=head_of(name, golden),
         anchor_positions=torch.full_like(anchors, 5),
-        hidden=unit["hidden"],
+        hidden=golden["hidden"],
         confidence=ConfidenceHead(weight[0], bias),
         keep_logits=True,
     )
@@ -78,30 +78,30 @@ def arguments_of(name: str, unit) -> dict:
 def test_nothing_is_left_out(source):
     kinds = ("vanilla", "gated", "rnn", "residual")
     assert {key.split(".")[0] for key in arrays(source) if key.startswith(kinds)} == set(INSIDE[source])
-    units = [unit_of(*where) for where in HEADS if where[0] == source]
-    changed = [bool((unit["greedy_tokens"] != unit["base_logits"].argmax(-1)).any()) for unit in units]
+    found = [golden_of(*where) for where in HEADS if where[0] == source]
+    changed = [bool((golden["greedy_tokens"] != golden["base_logits"].argmax(-1)).any()) for golden in found]
     assert sum(changed) >= len(changed) - 1, "heads that decide nothing"
 
 
 @pytest.mark.parametrize(("source", "name"), HEADS)
 def test_reference_heads(source, name):
-    unit = unit_of(source, name)
-    block = draft_block(**arguments_of(name, unit))
-    check(block, unit)
+    golden = golden_of(source, name)
+    block = draft_block(**arguments_of(name, golden))
+    check(block, golden)
 
 
 @pytest.mark.parametrize(("source", "name"), HEADS)
 def test_draft_kernel(source, name):
-    unit = unit_of(source, name)
-    block = dk.draft_block(**arguments_of(name, unit))
-    check(block, unit)
+    golden = golden_of(source, name)
+    block = dk.draft_block(**arguments_of(name, golden))
+    check(block, golden)
 
 
-def check(block, unit):
-    assert torch.equal(block.tokens, unit["greedy_tokens"])
+def check(block, golden):
+    assert torch.equal(block.tokens, golden["greedy_tokens"])
     assert int(block.flags.abs().sum()) == 0
-    torch.testing.assert_close(block.proposal.logits, unit["corrected_logits"], **LOGITS)
-    torch.testing.assert_close(block.confidence_logits, unit["confidence_logits"], **CONFIDENCES)
+    torch.testing.assert_close(block.proposal.logits, golden["corrected_logits"], **LOGITS)
+    torch.testing.assert_close(block.confidence_logits, golden["confidence_logits"], **CONFIDENCES)
 
 
 class Refusing:
@@ -117,8 +117,8 @@ class Refusing:
 
 @pytest.mark.parametrize(("source", "name"), RESIDUALS)
 def test_residual_of_the_token_rule(source, name):
-    unit = unit_of(source, name)
-    target, draft, want = (unit[key].double() for key in ("target_probs", "draft_probs", "residual_probs"))
+    golden = golden_of(source, name)
+    target, draft, want = (golden[key].double() for key in ("target_probs", "draft_probs", "residual_probs"))
     empty = []
     for row in range(len(target)):
         refusing = Refusing()

@@ -212,7 +212,7 @@ def test_draft_tree_in_any_batch(method, kind):
 
 @pytest.mark.parametrize("method, kind", [("top_k", "vanilla"), ("iid", "gated")])
 def test_draft_tree_with_all_programs_at_once(method, kind):
-    """The waves: programs that wait for the ones before them."""
+    """The phases: programs that wait for the ones before them."""
     from dspark_kernels.testing import interpreter
 
     if not interpreter.interpreting():

@@ -102,7 +102,7 @@ def test_a_steep_table_admits_nothing():
 
 
 def test_a_draft_that_gains_exactly_nothing_is_not_admitted():
-    """1.5 tokens in 1.5 times the time, which is rounded to 100 ns; a whole unit less decides otherwise."""
+    """1.5 tokens in 1.5 times the time, which is rounded to 100 ns; 100 ns less decides otherwise."""
     for seconds, lens in (([1, 1e-4, 1.5e-4], [0]), ([1, 1e-4, 1.4996e-4], [0]), ([1, 1e-4, 1.499e-4], [1])):
         given = dict(block=block_of([[0.5]]), cost=dk.CostTable(torch.tensor(seconds)), **anchored(1))
         assert check(given).draft_lens.tolist() == lens
@@ -111,7 +111,7 @@ def test_a_draft_that_gains_exactly_nothing_is_not_admitted():
 
 
 def test_survival_is_rounded_down():
-    """0.1 in fp32 is 1677721.625 units: below a floor of 1677722."""
+    """0.1 in fp32 is 1677721.625 steps of 2^-24: below a floor of 1677722."""
     for floor, lens in ((1677721 / 2**24, [1]), (1677722 / 2**24, [0])):
         given = dict(block=block_of([[0.1]]), cost=table("flat"), survival_floor=floor, **anchored(1))
         assert check(given).draft_lens.tolist() == lens

@@ -1,4 +1,4 @@
-"""Acceptance on vocabulary shards: the bits of the whole op where leaves are whole, the reference's draws for any cut."""
+"""Acceptance on vocabulary shards: the bits of the whole op where no vocabulary block is cut, the reference's draws for any cut."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def equal_on_all_ranks(case, count, width, exact=True, **options):
 
 @settings(max_examples=8, deadline=None)
 @given(st.data())
-def test_whole_leaves_give_the_bits_of_the_whole_op(data):
+def test_whole_blocks_give_the_bits_of_the_whole_op(data):
     draw = data.draw
     vocab, count, width = draw(st.sampled_from([
         (1500, 1, 1500), (1500, 2, 1024), (5000, 2, 3072), (5000, 3, 2048), (2100, 4, 1024), (3000, 8, 1024),
@@ -156,8 +156,8 @@ def test_empty_residual_draws_from_the_target(width=375):
     assert acceptance.flags.tolist() == [int(dk.Flag.BAD_TOKEN_ID | dk.Flag.EMPTY_RESIDUAL)] * 2
 
 
-def test_a_rejected_draft_leaves_its_leaf(width=700):
-    """Half the mass is on the draft, the other half on one id of another leaf, which every rejection must give."""
+def test_a_rejected_draft_leaves_its_block(width=700):
+    """The target has half its probability on the draft, half on one id of another block, which every rejection must give."""
     case = cases.accept_case(
         seed=23, requests=8, drafts=1, vocab=1400, proposal="one_hot", lengths=torch.ones(8), temperatures=(1.0,)
     )
@@ -170,8 +170,8 @@ def test_a_rejected_draft_leaves_its_leaf(width=700):
 
 
 @pytest.mark.parametrize("width, exact", [(1024, True), (1029, False)])
-def test_listed_ids_share_octets_with_each_other_and_with_another_rank(width, exact):
-    """All listed ids are in one octet, which a cut at 1029 divides; two entries make an id. What the list leaves is elsewhere."""
+def test_entries_share_octets_with_each_other_and_with_another_rank(width, exact):
+    """The entries share one octet, which a cut at 1029 divides, and two of them make an id. The residual lies elsewhere."""
     case = cases.accept_case(seed=7, requests=12, drafts=1, vocab=1100, proposal="sparse", candidates=16,
                              lengths=torch.ones(12), temperatures=(1.0,), dtype=torch.float32, sharpness=1.0)  # fmt: skip
     case.target_logits[:, 1024:1032] += 5
@@ -185,8 +185,8 @@ def test_listed_ids_share_octets_with_each_other_and_with_another_rank(width, ex
     assert 3 < int(rejected.sum()) < 10 and (acceptance.next_token[rejected] < 1024).sum() > 2
 
 
-def test_a_rank_without_listed_ids_draws_what_the_list_leaves():
-    """Half the mass is on the list, all on the first rank; a rejection must give the one id of the second that has the rest."""
+def test_a_rank_without_entries_draws_from_the_residual():
+    """Half the probability is on the entries, all on rank 0; a rejection must give the one id of rank 1 that has the rest."""
     case = cases.accept_case(seed=24, requests=8, drafts=1, vocab=1400, proposal="sparse", candidates=3,
                              lengths=torch.ones(8), temperatures=(1.0,))  # fmt: skip
     case.target_logits[:] = -INF

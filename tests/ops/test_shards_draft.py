@@ -1,4 +1,4 @@
-"""The draft block on vocabulary shards: the bits of the whole op for cuts at units of 64 ids, the reference's for others."""
+"""The draft block on vocabulary shards: the bits of the whole op for cuts at multiples of 64 ids, the reference's for others."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def without_lse(block):
 
 @settings(max_examples=6, deadline=None)
 @given(st.data())
-def test_whole_units_give_the_bits_of_the_whole_op(data):
+def test_whole_sub_blocks_give_the_bits_of_the_whole_op(data):
     """On a dyadic grid, where the host's matrix product is exact whatever the tile it is given."""
     draw = data.draw
     vocab, count, width = draw(st.sampled_from([
@@ -157,7 +157,7 @@ def test_anchor_out_of_range(anchor):
     assert equal_on_all_ranks(case, 3, 128).flags.tolist() == [0, int(dk.Flag.BAD_TOKEN_ID)]
 
 
-def test_columns_without_an_id_get_no_mass_and_the_workspace_stays_clean():
+def test_columns_without_an_id_get_no_probability_and_the_workspace_stays_clean():
     case = cases.draft_case(seed=10, requests=2, drafts=2, vocab=300)
     workspace = dk.Workspace(2, 2, 300, "cpu")
     blocks, _ = shards.draft(case, 4, 128, workspace=workspace)

@@ -30,7 +30,7 @@ from dspark_kernels.calibration import (
     survival,
 )
 from dspark_kernels.types import ConfidenceHead
-from reference import calibration as oracle
+from reference import calibration as reference
 
 HERE = Path(__file__).resolve().parents[1]
 GOLDEN = {
@@ -47,7 +47,7 @@ def generator_of(seed):
 
 
 def make_rounds(count, seed, temperatures=TRUE_TEMPERATURES):
-    """fp32 logits and survival [count, K]: draft k survives, given its prefix, with chance sigmoid(logit_k / T_k)."""
+    """fp32 logits and survival [count, K]: draft k survives, given its prefix, with probability sigmoid(logit_k / T_k)."""
     generator = generator_of(seed)
     scores = 1.5 + 1.2 * torch.randn(count, len(temperatures), generator=generator, dtype=torch.float64)
     accepted = torch.rand(scores.shape, generator=generator, dtype=torch.float64) < scores.sigmoid()
@@ -59,8 +59,8 @@ def prefix(lens, drafts):
 
 
 def errors(logits, survived, temperatures=None):
-    chances = survival(logits, temperatures)
-    return [expected_calibration_error(chances[:, k], survived[:, k]) for k in range(logits.shape[1])]
+    probs = survival(logits, temperatures)
+    return [expected_calibration_error(probs[:, k], survived[:, k]) for k in range(logits.shape[1])]
 
 
 # Measures
@@ -74,8 +74,8 @@ def test_golden_numbers(source):
         golden = {key: torch.from_numpy(file[key]) for key in file.files if key.startswith("calib.")}
     confidence, survived = golden["calib.confidence"], golden["calib.survived"]
     assert confidence.shape == survived.shape == (400, 7)
-    chances = survival(confidence.logit())
-    torch.testing.assert_close(chances, confidence.cumprod(1), rtol=1e-14, atol=0)
+    probs = survival(confidence.logit())
+    torch.testing.assert_close(probs, confidence.cumprod(1), rtol=1e-14, atol=0)
     for k in range(7):
         for measure, key in zip((expected_calibration_error, auc, brier), ("ece", "auc", "brier"), strict=True):
             assert measure(confidence.cumprod(1)[:, k], survived[:, k]) == pytest.approx(
@@ -87,7 +87,7 @@ def test_golden_numbers(source):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (13,), (1009,), (7, 31, 3)])
 def test_measures_equal_the_reference(measure, dtype, shape):
-    ours, theirs = getattr(calibration, measure), getattr(oracle, measure)
+    ours, theirs = getattr(calibration, measure), getattr(reference, measure)
     for seed in range(4):
         generator = generator_of(seed)
         probs = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_survival_by_hand():
 
 
 def test_the_grid_is_the_reference_one():
-    assert STS_GRID == oracle.STS_GRID
+    assert STS_GRID == reference.STS_GRID
     assert len(set(STS_GRID)) == 193
 
 
@@ -161,7 +161,7 @@ def test_fit_equals_the_reference(bins, count, censored):
             survived = survived * observed
         ours = fit_sts(logits, survived, bins=bins, observed=observed)
         assert ours.dtype == torch.float32 and ours.shape == (5,)
-        assert torch.equal(ours, oracle.fit_sts(logits, survived, bins=bins, observed=observed)), seed
+        assert torch.equal(ours, reference.fit_sts(logits, survived, bins=bins, observed=observed)), seed
         assert torch.equal(ours, fit_sts(logits, survived.bool(), bins=bins, observed=observed))
 
 
@@ -174,7 +174,7 @@ def test_the_fit_does_not_depend_on_its_chunks(monkeypatch):
         assert torch.equal(fit_sts(logits, survived), want)
 
 
-@pytest.mark.parametrize("fit", [fit_sts, oracle.fit_sts])
+@pytest.mark.parametrize("fit", [fit_sts, reference.fit_sts])
 def test_rounding_does_not_choose_between_equal_errors(fit):
     # A mirrored pair of logits has mean probability 1/2 at every temperature, up to rounding, and one bin sees only means.
     half = torch.randn(100, 1, generator=generator_of(0), dtype=torch.float64)
@@ -185,7 +185,7 @@ def test_rounding_does_not_choose_between_equal_errors(fit):
         assert fit(logits[order], survived, bins=1).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("fit", [fit_sts, oracle.fit_sts])
+@pytest.mark.parametrize("fit", [fit_sts, reference.fit_sts])
 def test_the_fit_works_in_fp64(fit):
     """At one logit the temperatures 1 and 2^(1/24) miss the share of survivors equally; 1e-9 beside it one is better."""
     sigmoid = lambda x: torch.tensor(x, dtype=torch.float64).sigmoid().item()  # noqa: E731
@@ -199,7 +199,7 @@ def test_the_fit_works_in_fp64(fit):
         assert fit(logits, survived, bins=1).item() == pytest.approx(temperature, rel=1e-6)
 
 
-@pytest.mark.parametrize("fit", [fit_sts, oracle.fit_sts])
+@pytest.mark.parametrize("fit", [fit_sts, reference.fit_sts])
 def test_the_smaller_of_two_temperatures_equally_near_to_one(fit):
     """A pair +-x, outcomes 1 and 0, in three bins. From T = 2^(64/24) on both are in the middle bin, where the pair's
     errors cancel; below they are in different bins, and err by exp(-x / T) each, which is 1e-12 from 2^(-64/24) down."""

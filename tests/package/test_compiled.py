@@ -25,7 +25,7 @@ PARTS = {
     "heads": ("whatever_the_launch or many_requests or goes_on or ranks_beyond or large_ranks", ["draft_heads"]),
     "sampling": ("", ["sampling"]),
     "candidates": (
-        "equals_reference or equal_reference or filters_see or acceptance_reads or any_batch or listed_successors or step_by_step",
+        "equals_reference or equal_reference or filters_see or acceptance_reads or any_batch or successors_join or step_by_step",
         ["candidates"],
     ),
     "acceptance": (
@@ -39,7 +39,7 @@ PARTS = {
         ["tree_draft", "tree_paths"],
     ),
     "shards of acceptance": ("any_cut or block_rule or one_gather", ["shards_accept"]),
-    "shards of drafts": ("latents or any_cut or whole_units", ["shards_draft", "shards_candidates"]),
+    "shards of drafts": ("latents or any_cut or whole_sub_blocks", ["shards_draft", "shards_candidates"]),
     "batches": ("draft_block_in_any_batch or draft_tree_in_any_batch", ["invariance"]),
 }
 

@@ -1,7 +1,8 @@
 """Kernels as Triton's frontend takes them: faults of a kind that the interpreter, which runs the source as Python, cannot see.
 
 - A loop carries what its body rebinds. The frontend finds the carried names by comparing values before and after one pass over the
-  body: a name that holds another one's value before the loop, and takes that one's over in the body, looks unchanged and is dropped.
+  body: a name that holds another one's value before the loop, and takes that one's over in the body, looks unchanged and is
+  dropped.
 - A name has one type in a function, `_` too: where a branch or a loop that runs or not binds it again, both must agree.
 - Memory is ordered: who releases has waited for its warps, who acquired lets its warps wait, and where there is nobody to wait for
   the warps of the program still wait for each other.
@@ -24,9 +25,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "dspark_kernels" / "kernels").rglob("*.py"))
 
-# --- loops: every launch of bench/compile/cases.py, and a planted one, as far as the first IR -------------------------
+# --- loops: every launch of bench/compile/cases.py, and a deliberately wrong one, as far as the first IR -----------------
 
-PLANTED = """
+WRONG_KERNEL = """
 import triton
 import triton.language as tl
 
@@ -96,7 +97,7 @@ class _Made(Exception):
 
 
 def scan(folder: str) -> dict:
-    """In a process of its own: what is found in a planted kernel and in every launch, and how many launches there were."""
+    """In a process of its own: what is found in the wrong kernel and in every launch, and how many launches there were."""
     from triton.compiler import compiler
 
     from bench.compile.cases import CASES
@@ -127,27 +128,27 @@ def scan(folder: str) -> dict:
     compiler.ASTSource.make_ir = stop
     with capture("sm_80", True):
         sys.path.insert(0, folder)
-        import planted
         import torch
+        import wrong
 
         ints = torch.zeros(16, dtype=torch.int32)
-        planted_found = {
-            name: dropped_carries(lambda constants=constants: until_ir(lambda: planted.follow[(1,)](ints, ints, *constants), "planted"))
+        wrong_found = {
+            name: dropped_carries(lambda constants=constants: until_ir(lambda: wrong.follow[(1,)](ints, ints, *constants), "wrong"))
             for name, constants in dict(
                 right=(False, False, False), pair_right=(False, True, False), alias=(True, False, False), alias_for=(True, False, True),
                 pair=(True, True, False),
             ).items()
         }  # fmt: skip
-        planted_made = len(made)
+        wrong_made = len(made)
         found = dropped_carries(every_case)
     cases = {op: len(calls) for op, calls in CASES.items()}
-    return dict(planted=planted_found, found=found, launches=len(made) - planted_made, cases=cases, errors=errors)
+    return dict(wrong=wrong_found, found=found, launches=len(made) - wrong_made, cases=cases, errors=errors)
 
 
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("planted")
-    (folder / "planted.py").write_text(PLANTED)
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "wrong.py").write_text(WRONG_KERNEL)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
@@ -163,7 +164,7 @@ def test_loops_carry_what_their_bodies_rebind(scanned):
 
 
 def test_a_dropped_carry_is_seen(scanned):
-    found = {name: [place.rsplit("/", 1)[-1].split(" ")[1] for place in places] for name, places in scanned["planted"].items()}
+    found = {name: [place.rsplit("/", 1)[-1].split(" ")[1] for place in places] for name, places in scanned["wrong"].items()}
     assert found == dict(right=[], pair_right=[], alias=["node"], alias_for=["node"], pair=["pair"])
 
 

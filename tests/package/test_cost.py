@@ -120,7 +120,7 @@ def test_devices():
         assert {table.seconds.device.type, table.draft_seconds.device.type} == {"meta"}
         assert table.info == {"n": 1} and table.seconds.shape == (3,)
     assert CostTable.from_curve([1], [1.0]).to("meta").draft_seconds is None
-    # A curve is judged on the host, whatever device the table is for.
+    # A curve is checked on the host, whatever device the table is for.
     with pytest.raises(ValueError, match="seconds"):
         CostTable.from_curve([1], [-1.0], device="meta")
 

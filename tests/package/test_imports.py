@@ -198,7 +198,7 @@ def test_no_module_of_the_reference_imports_itself_by_way_of_others():
     assert circles(ROOT, "reference") == []
 
 
-def test_a_planted_circle_is_found(tmp_path):
+def test_a_circle_is_found(tmp_path):
     (tmp_path / "reference" / "cases").mkdir(parents=True)
     for name, code in {
         "a": "from .b import B",
@@ -263,7 +263,7 @@ def test_a_planted_circle_is_found(tmp_path):
         ("reference/huggingface.py", "import transformers"),
     ],
 )
-def test_a_planted_violation_is_found(tmp_path, path, code):
+def test_a_violation_is_found(tmp_path, path, code):
     kernels = [f"kernels/{folder}" for folder in ("accept", "draft", "draft_tree", "layout", "primitives")]
     for package in ("", "kernels", *kernels, "launch", "ops", "testing", "testing/chain", "testing/tree"):
         folder = tmp_path / PACKAGE / package

@@ -336,13 +336,13 @@ def test_threads_run_the_programs_of_a_grid_together():
 @triton.jit
 def _fails(counter_ptr):
     if tl.program_id(0) == 1:
-        tl.static_assert(False, "planted")
+        tl.static_assert(False, "deliberate")
     while tl.atomic_add(counter_ptr, 0) == 0:
         pass
 
 
 def test_an_error_in_one_thread_ends_the_launch():
-    with interpreter.threads(3), pytest.raises(Exception, match="planted"):
+    with interpreter.threads(3), pytest.raises(Exception, match="deliberate"):
         _fails[(3,)](torch.zeros(1, dtype=torch.int32))
 
 

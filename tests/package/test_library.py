@@ -1,4 +1,4 @@
-"""Registration: schemas from records, opcheck, torch.compile(fullgraph=True), meta tensors, and the public constants that kernels repeat."""
+"""Registration: schemas from records, opcheck, torch.compile(fullgraph=True), meta tensors, constants that kernels repeat."""
 
 import dataclasses
 import gc
@@ -72,9 +72,9 @@ def _draft(**case):
     return lambda: dk.draft_block(**cases.draft_case(requests=2, drafts=2, vocab=130, **case).arguments(), keep_logits=True)
 
 
-def _candidates(listed=0, **case):
+def _candidates(successors=0, **case):
     made = cases.draft_case(requests=2, drafts=2, vocab=130, **case)
-    options = dict(candidates=5, bigrams=torch.zeros(130, listed, dtype=torch.int32) if listed else None)
+    options = dict(candidates=5, bigrams=torch.zeros(130, successors, dtype=torch.int32) if successors else None)
     return lambda: dk.draft_block(**made.arguments(), **options, keep_logits=True)
 
 
@@ -408,9 +408,9 @@ def test_tuples_with_a_none_can_be_compared_on_old_tritons(monkeypatch):
     found = code_generator._unwrap_if_constexpr(values)
     assert found.values[0] is None and found.values[1].values == [3, None] and found.type == values.type
     assert code_generator._unwrap_if_constexpr(core.constexpr(7)) == 7 and code_generator._unwrap_if_constexpr(5) == 5
-    mended = code_generator._unwrap_if_constexpr
+    patched = code_generator._unwrap_if_constexpr
     library.patch_tuples()
-    assert code_generator._unwrap_if_constexpr is mended, "mended twice"
+    assert code_generator._unwrap_if_constexpr is patched, "patched twice"
 
 
 def test_a_record_of_functions_names_their_source():

@@ -20,24 +20,24 @@ INF, NAN = math.inf, math.nan
 ANCHOR = 40
 
 
-def laws(*rows):
+def probs_of(*rows):
     return torch.tensor(rows, dtype=torch.float64) / 8
 
 
 # Drafts [1, 0] have p/q = 3/4 and 1/4.
-TARGET = laws((4, 3, 1), (1, 4, 3), (1, 1, 6))
-DRAFT = laws((2, 4, 2), (4, 3, 1))
+TARGET = probs_of((4, 3, 1), (1, 4, 3), (1, 1, 6))
+DRAFT = probs_of((2, 4, 2), (4, 3, 1))
 
 
 class Script:
-    """Coins and Gumbel noise by position, written down; a draw keeps its weights and gives their largest."""
+    """Acceptance uniforms and Gumbel noise by position, written down; a draw keeps its weights and gives their largest."""
 
-    def __init__(self, coins=None, noise=None):
-        self.coins, self.noise, self.asked, self.drawn = coins or {}, noise or {}, [], None
+    def __init__(self, uniforms=None, noise=None):
+        self.uniforms, self.noise, self.asked, self.drawn = uniforms or {}, noise or {}, [], None
 
     def accepts(self, position, denominator, numerator):
         self.asked.append(position)
-        return self.coins[position] * denominator < numerator
+        return self.uniforms[position] * denominator < numerator
 
     def draw(self, position, weights):
         assert self.drawn is None, "one draw ends a round"
@@ -48,8 +48,8 @@ class Script:
         return int((log_weights + torch.tensor(self.noise[position], dtype=torch.float64)).argmax())
 
 
-def judge(rule, coins=(), drafts=(1, 0), target=TARGET, draft=DRAFT):
-    script = Script({ANCHOR + 1 + i: coin for i, coin in enumerate(coins)})
+def verify(rule, uniforms=(), drafts=(1, 0), target=TARGET, draft=DRAFT):
+    script = Script({ANCHOR + 1 + i: u for i, u in enumerate(uniforms)})
     verdict = RULES[rule](target, draft, list(drafts), script, ANCHOR)
     return verdict, script
 
@@ -58,17 +58,17 @@ def judge(rule, coins=(), drafts=(1, 0), target=TARGET, draft=DRAFT):
 
 
 @pytest.mark.parametrize(
-    ("coins", "accepted", "weights"),
+    ("uniforms", "accepted", "weights"),
     [
         ((0.75, 0.0), 0, (2, 0, 0)),  # 0.75 * 4/8 = 3/8 is not below 3/8
         ((0.7499999, 0.25), 1, (0, 1, 2)),
         ((0.7499999, 0.2499999), 2, (1, 1, 6)),
         ((0.0, 0.0), 2, (1, 1, 6)),
-        ((0.99, 0.0), 0, (2, 0, 0)),  # the second coin saves nothing
+        ((0.99, 0.0), 0, (2, 0, 0)),  # the second uniform changes nothing
     ],
 )
-def test_token_rule(coins, accepted, weights):
-    verdict, script = judge("token", coins)
+def test_token_rule(uniforms, accepted, weights):
+    verdict, script = verify("token", uniforms)
     assert verdict == Verdict(accepted, weights.index(max(weights)))
     assert script.drawn == (ANCHOR + accepted + 1, list(weights))
     assert script.asked == [ANCHOR + 1 + i for i in range(min(accepted + 1, 2))]
@@ -76,34 +76,34 @@ def test_token_rule(coins, accepted, weights):
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_no_drafts_is_plain_sampling(rule):
-    verdict, script = judge(rule, drafts=())
+    verdict, script = verify(rule, drafts=())
     assert verdict == Verdict(0, 0) and script.drawn == (ANCHOR + 1, [4, 3, 1]) and script.asked == []
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_a_coin_of_zero_accepts_nothing_impossible(rule):
-    """The target gives the draft no mass: 0 < 0 fails."""
-    verdict, script = judge(rule, (0.0,), [1], laws((5, 0, 3), (8, 0, 0)), laws((4, 4, 0)))
+def test_a_uniform_of_zero_accepts_nothing_impossible(rule):
+    """The target gives the draft probability 0: 0 < 0 fails."""
+    verdict, script = verify(rule, (0.0,), [1], probs_of((5, 0, 3), (8, 0, 0)), probs_of((4, 4, 0)))
     assert verdict == Verdict(0, 2) and script.drawn == (ANCHOR + 1, [1, 0, 3])
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize(
-    ("draft", "law", "bad", "missing", "weights"),
+    ("draft", "proposed", "bad", "missing", "weights"),
     [
-        (-1, None, False, True, (4, 3, 1)),  # nothing was proposed: the target's own law
-        (-1, (2, 4, 2), False, True, None),  # even where a law is at hand the draft is missing
+        (-1, None, False, True, (4, 3, 1)),  # nothing was proposed: the target's own distribution
+        (-1, (2, 4, 2), False, True, None),  # even where a distribution is given the draft is missing
         (-2, (2, 4, 2), True, False, (2, 0, 0)),
         (3, (2, 4, 2), True, False, (2, 0, 0)),
-        (1, (6, 0, 2), True, False, (0, 3, 0)),  # outside the support of its own law
+        (1, (6, 0, 2), True, False, (0, 3, 0)),  # outside the support of its own distribution
         (3, (0, 0, 0), True, False, (4, 3, 1)),  # a one-hot draft outside the vocabulary takes nothing away
         (1, None, False, True, (4, 3, 1)),
     ],
 )
-def test_drafts_that_cannot_be_accepted(rule, draft, law, bad, missing, weights):
-    """No coin decides them, not even 0."""
-    proposed = [None if law is None else laws(law)[0]]
-    verdict, script = judge(rule, (0.0,), [draft], TARGET, proposed)
+def test_drafts_that_cannot_be_accepted(rule, draft, proposed, bad, missing, weights):
+    """No acceptance uniform decides them, not even 0."""
+    draft_probs = [None if proposed is None else probs_of(proposed)[0]]
+    verdict, script = verify(rule, (0.0,), [draft], TARGET, draft_probs)
     assert (verdict.num_accepted, verdict.bad_draft, verdict.missing_draft) == (0, bad, missing)
     assert not verdict.empty_residual
     assert script.drawn == (ANCHOR + 1, list((4, 3, 1) if weights is None else weights))
@@ -112,15 +112,15 @@ def test_drafts_that_cannot_be_accepted(rule, draft, law, bad, missing, weights)
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_empty_residual_draws_from_the_target(rule):
-    """p = q and a draft of chance 0 in both: rejected, and the residual has no mass."""
-    verdict, script = judge(rule, (0.0,), [2], laws((5, 3, 0), (8, 0, 0)), laws((5, 3, 0)))
+    """p = q and a draft of probability 0 in both: rejected, and the residual is zero."""
+    verdict, script = verify(rule, (0.0,), [2], probs_of((5, 3, 0), (8, 0, 0)), probs_of((5, 3, 0)))
     assert verdict == Verdict(0, 0, empty_residual=True, bad_draft=True)
     assert script.drawn == (ANCHOR + 1, [5, 3, 0])
 
 
 # P = 1, 3/4, 3/16; Z_1 = [3/4 (1, 4, 3) - (4, 3, 1)]+ / 8 = 5/32, h_1 = 5/32 / (5/32 + 1/4) = 5/13; h_2 = 3/16.
 @pytest.mark.parametrize(
-    ("coins", "accepted", "weights"),
+    ("uniforms", "accepted", "weights"),
     [
         ((0.384, 0.1875), 1, (0, 0, 1.25)),  # 3/16 is not below 3/16
         ((0.385, 0.1875), 0, (2, 0, 0)),
@@ -128,45 +128,45 @@ def test_empty_residual_draws_from_the_target(rule):
         ((0.384, 0.1874), 2, (1, 1, 6)),
     ],
 )
-def test_block_rule(coins, accepted, weights):
-    verdict, script = judge("block", coins)
+def test_block_rule(uniforms, accepted, weights):
+    verdict, script = verify("block", uniforms)
     assert verdict == Verdict(accepted, weights.index(max(weights)))
     assert script.drawn == (ANCHOR + accepted + 1, list(weights))
 
 
 def test_block_rule_of_one_draft_is_the_token_rule():
-    for coin in (0.0, 0.2, 0.7499, 0.75, 0.8):
-        one = dict(coins=(coin,), drafts=(1,), target=TARGET[:2], draft=DRAFT[:1])
-        (block, script), (token, other) = judge("block", **one), judge("token", **one)
+    for u in (0.0, 0.2, 0.7499, 0.75, 0.8):
+        one = dict(uniforms=(u,), drafts=(1,), target=TARGET[:2], draft=DRAFT[:1])
+        (block, script), (token, other) = verify("block", **one), verify("token", **one)
         assert block == token and script.drawn == other.drawn
 
 
 def test_block_rule_caps_the_product_at_one():
     """x_1 = 0 has p/q = 2: P_1 = 1, not 2, and h_1 = Z_1/Z_1. P_2 = 1/4 (2/4 without the cap)."""
-    verdict, script = judge("block", (0.9999, 0.25), (0, 0))
+    verdict, script = verify("block", (0.9999, 0.25), (0, 0))
     assert verdict == Verdict(1, 2) and script.drawn == (ANCHOR + 2, [0, 1, 2])
-    verdict, _ = judge("block", (0.9999, 0.2499), (0, 0))
+    verdict, _ = verify("block", (0.9999, 0.2499), (0, 0))
     assert verdict.num_accepted == 2
 
 
 def test_block_rule_zero_over_zero_passes():
-    """P_1 = 1 and p_2 = q_2: Z_1 = 0, h_1 = 0/0 = 1, and no coin is read."""
-    equal = laws((4, 3, 1), (4, 3, 1), (8, 0, 0))
-    verdict, script = judge("block", (0.9999, 0.9999), (0, 1), equal, laws((2, 4, 2), (4, 3, 1)))
+    """P_1 = 1 and p_2 = q_2: Z_1 = 0, h_1 = 0/0 = 1, and no acceptance uniform is read."""
+    equal = probs_of((4, 3, 1), (4, 3, 1), (8, 0, 0))
+    verdict, script = verify("block", (0.9999, 0.9999), (0, 1), equal, probs_of((2, 4, 2), (4, 3, 1)))
     assert verdict == Verdict(2, 0) and script.asked == [ANCHOR + 2]
 
 
 def test_block_rule_before_a_missing_draft_ends_there():
-    """Nothing proposed for x_2: [P_1 p_2 - 0]+ has mass P_1, so h_1 = P_1 as in a block of one draft."""
-    for coin, accepted, weights in ((0.7499, 1, (0.75, 3, 2.25)), (0.75, 0, (2, 0, 0))):
-        verdict, script = judge("block", (coin, 0.0), (1, -1), draft=[DRAFT[0], None])
+    """Nothing proposed for x_2: [P_1 p_2 - 0]+ sums to P_1, so h_1 = P_1 as in a block of one draft."""
+    for u, accepted, weights in ((0.7499, 1, (0.75, 3, 2.25)), (0.75, 0, (2, 0, 0))):
+        verdict, script = verify("block", (u, 0.0), (1, -1), draft=[DRAFT[0], None])
         assert verdict == Verdict(accepted, weights.index(max(weights)), missing_draft=accepted == 1)
         assert script.drawn == (ANCHOR + accepted + 1, list(weights))
 
 
 def test_block_rule_keeps_nothing_behind_an_impossible_draft():
     """q_1(x_1) = 0 makes P zero from there on, whatever comes next."""
-    verdict, script = judge("block", (0.0, 0.0), (1, 0), draft=laws((6, 0, 2), (4, 3, 1)))
+    verdict, script = verify("block", (0.0, 0.0), (1, 0), draft=probs_of((6, 0, 2), (4, 3, 1)))
     assert verdict == Verdict(0, 1, bad_draft=True) and script.drawn == (ANCHOR + 1, [0, 3, 0])
 
 
@@ -209,7 +209,7 @@ def test_greedy_rule(drafts, verdict):
 
 
 def test_greedy_rule_takes_the_lowest_of_equals():
-    assert RULES["greedy"](laws((1, 3, 3), (2, 2, 2)), None, [1], Script(), 0) == Verdict(1, 0)
+    assert RULES["greedy"](probs_of((1, 3, 3), (2, 2, 2)), None, [1], Script(), 0) == Verdict(1, 0)
 
 
 # --- decisions and their margins
@@ -239,18 +239,18 @@ def test_pick():
 
 def test_below_is_strict_and_its_margin_a_log_ratio():
     decisions = Decisions()
-    assert not decisions.below(0, "coin", 0.5, 0.5, 0.25)
-    assert decisions.below(0, "coin", 0.5, 0.5, 0.5)
-    assert not decisions.below(0, "coin", 0.5, 1.0, 0.25)
-    assert not decisions.below(0, "coin", 0.0, 1.0, 0.0)
-    assert decisions.below(0, "coin", 0.0, 1.0, 1e-30)
+    assert not decisions.below(0, "accept", 0.5, 0.5, 0.25)
+    assert decisions.below(0, "accept", 0.5, 0.5, 0.5)
+    assert not decisions.below(0, "accept", 0.5, 1.0, 0.25)
+    assert not decisions.below(0, "accept", 0.0, 1.0, 0.0)
+    assert decisions.below(0, "accept", 0.0, 1.0, 1e-30)
     margins = [margin for _, margin, _ in decisions.margins.values()]
     assert margins == [0.0, pytest.approx(math.log(2)), pytest.approx(math.log(2)), INF, INF]
     assert decisions.near() == [(0, 0)]
 
 
 def test_near_and_flips():
-    """Near within 2^-17 * max(1, |key|); a flip takes the runner-up, or the other side of the coin."""
+    """Near within 2^-17 * max(1, |key|); a flip takes the runner-up, or the other side of the uniform."""
     assert NEAR == 2.0**-17
 
     def decide(decisions):
@@ -260,7 +260,7 @@ def test_near_and_flips():
             torch.tensor([0.5 + NEAR, 0.5], dtype=torch.float64),
         ]
         picks = [decisions.pick(7, "key", key) for key in keys]
-        return picks, decisions.below(7, "coin", 0.5 * (1 + NEAR / 2), 1.0, 0.5), decisions.pick(8, "key", keys[0])
+        return picks, decisions.below(7, "accept", 0.5 * (1 + NEAR / 2), 1.0, 0.5), decisions.pick(8, "key", keys[0])
 
     decisions = Decisions()
     assert decide(decisions) == ([1, 1, 0], False, 1)
@@ -310,33 +310,33 @@ def tensors(temperatures, seeds=None):
     return SamplingTensors(torch.tensor(temperatures, dtype=torch.float32), torch.tensor(seeds or list(range(len(temperatures)))))
 
 
-def logits_of(law):
-    return law.log().float()
+def logits_of(probs):
+    return probs.log().float()
 
 
 def rows_of(*rows):
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def chances(seed, position, anchor):
-    """The coin of a draft, and -ln E of ids 0..2 for a correction (one leaf: its race has one runner)."""
-    coin = philox.uniform(philox.words(seed, torch.zeros(1, dtype=torch.int64), position, anchor, Stream.ACCEPT))
-    return float(coin), philox.gumbel(seed, torch.arange(3), position, anchor, Stream.CORRECT)
+def uniform_and_noise(seed, position, anchor):
+    """The acceptance uniform of a draft, and -ln E of ids 0..2 for a correction (one vocabulary block: its race has one runner)."""
+    u = philox.uniform(philox.words(seed, torch.zeros(1, dtype=torch.int64), position, anchor, Stream.ACCEPT))
+    return float(u), philox.gumbel(seed, torch.arange(3), position, anchor, Stream.CORRECT)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("kind", ["dense", "one_hot", "none"])
 def test_philox_decides_as_the_script_does(rule, kind):
-    """Coin of draft i at anchor + i; correction or bonus after n at anchor + n + 1: the rule on these numbers."""
+    """Acceptance uniform of draft i at anchor + i; correction or bonus after n at anchor + n + 1: the rule on these numbers."""
     ends = set()
     for seed in range(-60, 60):
         anchor = 1000 + seed
-        coins = {anchor + 1 + i: chances(seed, anchor + 1 + i, anchor)[0] for i in range(2)}
-        script = Script(coins)
-        shapes = dict(dense=DRAFT, one_hot=laws((0, 8, 0), (8, 0, 0)), none=laws((0, 8, 0), (8, 0, 0)))
+        uniforms = {anchor + 1 + i: uniform_and_noise(seed, anchor + 1 + i, anchor)[0] for i in range(2)}
+        script = Script(uniforms)
+        shapes = dict(dense=DRAFT, one_hot=probs_of((0, 8, 0), (8, 0, 0)), none=probs_of((0, 8, 0), (8, 0, 0)))
         verdict = RULES[rule](TARGET, shapes[kind], [1, 0], script, anchor)
         position, weights = script.drawn
-        want = int((torch.tensor(weights).log() + chances(seed, position, anchor)[1]).argmax())
+        want = int((torch.tensor(weights).log() + uniform_and_noise(seed, position, anchor)[1]).argmax())
         proposal = dict(dense=DenseProposal(logits_of(DRAFT)[None]), one_hot=OneHotProposal(), none=None)[kind]
         have = accept_chain(
             logits_of(TARGET),
@@ -371,7 +371,7 @@ def test_coupled_philox_does_not_know_the_anchor():
 
 
 class Spy:
-    """Takes the place of a rule and shows the laws that it was given; accepts nothing."""
+    """Takes the place of a rule and shows the distributions that it was given; accepts nothing."""
 
     def __init__(self, monkeypatch):
         monkeypatch.setitem(accept.RULES, "token", self)
@@ -380,7 +380,7 @@ class Spy:
         self.drafts, self.anchor_position = drafts, anchor_position
         self.target = [target_probs[i].tolist() for i in range(len(drafts) + 1)]
         self.draft = [draft_probs[i] for i in range(len(drafts))]
-        self.draft = [law if law is None else law.tolist() for law in self.draft]
+        self.draft = [row if row is None else row.tolist() for row in self.draft]
         return Verdict(0, 0)
 
 
@@ -389,7 +389,7 @@ def softmax(*logits, scale=1.0):
     return pytest.approx([w / sum(weights) for w in weights], rel=1e-12, abs=0.0)
 
 
-def test_target_law(monkeypatch):
+def test_target_distribution(monkeypatch):
     spy = Spy(monkeypatch)
     rows = rows_of((1.0, 2.0, -3.0), (NAN, 0.5, -INF), (0.0, INF, INF), (-1.0, 3.0, NAN))
     accept_chain(rows, pack(chain(0, 1, 2)), sampling=tensors([0.5]))
@@ -402,7 +402,7 @@ def test_target_law(monkeypatch):
     assert spy.target == [[0, 1, 0]]  # 1/T is at most 1e30: no overflow
 
 
-def test_dense_draft_law(monkeypatch):
+def test_dense_draft_distribution(monkeypatch):
     spy = Spy(monkeypatch)
     target = torch.zeros(5, 3)
     drafted = rows_of((1.0, 2.0, -3.0), (NAN, 0.5, -INF), (0.0, INF, INF), (-INF, -INF, NAN))
@@ -425,7 +425,7 @@ def test_dense_draft_law(monkeypatch):
     assert seen(OneHotProposal(), (2, 1, 3, -1)) == seen(None, (2, 1, 3, -1)) == [[0, 0, 1], [0, 1, 0], [0, 0, 0], None]
 
 
-def test_draft_laws_of_another_width(monkeypatch):
+def test_draft_distributions_of_another_width(monkeypatch):
     spy = Spy(monkeypatch)
     narrow, wide = rows_of((1.0, 2.0)), rows_of((1.0, 2.0, -1.0, 3.0))
 
@@ -435,7 +435,7 @@ def test_draft_laws_of_another_width(monkeypatch):
 
     e = [math.exp(x) for x in (1, 2, -1, 3)]
     assert seen(DenseProposal(narrow[None])) == pytest.approx([e[0] / sum(e[:2]), e[1] / sum(e[:2]), 0], rel=1e-12)
-    # Ids beyond the target's keep their mass in the normaliser.
+    # Ids beyond the target's stay in the normaliser.
     assert seen(DenseProposal(wide[None])) == pytest.approx([x / sum(e) for x in e[:3]], rel=1e-12)
     mapped = DenseProposal(wide[None], draft_to_target=torch.tensor([2, 0, 7, -1]))
     assert seen(mapped) == pytest.approx([e[1] / sum(e), 0, e[0] / sum(e)], rel=1e-12)
@@ -473,7 +473,7 @@ def test_greedy_rows_under_every_rule(rule, temperature, drafts, tokens, flags):
     [(-1, Flag.MISSING_DRAFT), (3, Flag.BAD_TOKEN_ID), (2, Flag.BAD_TOKEN_ID), (-3, Flag.BAD_TOKEN_ID)],
 )
 def test_flags_of_impossible_drafts(seed, rule, draft, flags):
-    """Draft 2 has chance 0 in its own law. The draft behind it is not judged."""
+    """Draft 2 has probability 0 in its own distribution. The draft behind it is not verified."""
     proposal = DenseProposal(rows_of((0.0, 0.0, -INF), (0.0, 0.0, 0.0))[None])
     have = accept_chain(ROWS, pack(chain(draft, 0)), proposal, sampling=tensors([1.0], [seed]), rule=rule)
     assert int(have.num_accepted) == 0 and int(have.flags) == flags
@@ -603,7 +603,7 @@ def test_a_mixed_batch():
     assert positions.tolist() == [32, 201, 51, 203, 12, 62, 206]
 
 
-def test_sampling_settings_and_laws_are_found_by_slot(monkeypatch):
+def test_sampling_settings_and_distributions_are_found_by_slot(monkeypatch):
     spy = Spy(monkeypatch)
     drafted = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(1))
     layout = pack((10, [7, 1, 2], 3), (60, [5, 2], 2))
@@ -638,7 +638,7 @@ def test_an_empty_batch():
 
 
 def test_margins_are_recorded_and_flips_obeyed():
-    """Greedy: two logits closer than fp32 resolves; sampled: the coin of draft 1."""
+    """Greedy: two logits closer than fp32 resolves; sampled: the acceptance uniform of draft 1."""
     rows = ROWS.double()
     rows[1, 2] += 2.0**-18
     decisions = Decisions()
@@ -651,9 +651,9 @@ def test_margins_are_recorded_and_flips_obeyed():
     sampled = dict(proposal=DenseProposal(logits_of(DRAFT)[None]), sampling=tensors([1.0], [5]))
     decisions = Decisions()
     have = accept_chain(logits_of(TARGET), pack(chain(1, 0)), **sampled, decisions=decisions)
-    coin = chances(5, ANCHOR + 1, ANCHOR)[0]
+    u = uniform_and_noise(5, ANCHOR + 1, ANCHOR)[0]
     kind, margin, scale = decisions.margins[0, 0]
-    assert (kind, scale) == ("accept", 1.0) and margin == pytest.approx(abs(math.log(coin / 0.75)), rel=1e-6)
+    assert (kind, scale) == ("accept", 1.0) and margin == pytest.approx(abs(math.log(u / 0.75)), rel=1e-6)
     other = accept_chain(logits_of(TARGET), pack(chain(1, 0)), **sampled, decisions=Decisions(frozenset([(0, 0)])))
     assert (int(have.num_accepted) > 0) != (int(other.num_accepted) > 0)
 

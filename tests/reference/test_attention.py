@@ -232,7 +232,7 @@ def test_no_rows():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("rules", [dict(), dict(window=2), dict(mask="tree", ancestors=ancestor_words(PARENTS))], ids=str)
 def test_unseen_keys_do_not_leak(rules, value):
-    """A broken key or value spoils exactly the rows that see it; everyone else keeps the same result."""
+    """A broken key or value corrupts exactly the rows that see it; everyone else keeps the same result."""
     arguments = inputs(len(PARENTS), 4)
     before = dense_attention(*arguments, **rules)
     for position in range(4 + len(PARENTS)):

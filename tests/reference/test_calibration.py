@@ -75,7 +75,7 @@ TRUE_TEMPERATURES = (2.5, 1.0, 0.5, 3.0, 1.6)
 
 
 def rounds(count, seed):
-    """Rounds whose draft k survives, given its prefix, with chance sigmoid(score_k); logits are score_k * T_k."""
+    """Rounds whose draft k survives, given its prefix, with probability sigmoid(score_k); logits are score_k * T_k."""
     generator = torch.Generator().manual_seed(seed)
     scores = 1.5 + 1.2 * torch.randn(count, len(TRUE_TEMPERATURES), generator=generator, dtype=torch.float64)
     accepted = torch.rand(scores.shape, generator=generator, dtype=torch.float64) < scores.sigmoid()

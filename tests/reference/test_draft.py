@@ -156,11 +156,11 @@ def test_sampled_distribution_along_the_block():
     observed = torch.bincount(drawn @ torch.tensor([9, 3, 1]), minlength=27).double()
     expected = torch.zeros(27, dtype=torch.float64)
     for index in range(27):
-        tokens, chance, before = (index // 9, index // 3 % 3, index % 3), 1.0, 1
+        tokens, probability, before = (index // 9, index // 3 % 3, index % 3), 1.0, 1
         for k, token in enumerate(tokens):
-            law = torch.softmax((rows[k].double() + head.w2[:, before].double()) / 1.3, 0)
-            chance, before = chance * float(law[token]), token
-        expected[index] = chance * seeds
+            probs = torch.softmax((rows[k].double() + head.w2[:, before].double()) / 1.3, 0)
+            probability, before = probability * float(probs[token]), token
+        expected[index] = probability * seeds
     statistic = float(((observed - expected) ** 2 / expected).sum())
     assert float(torch.special.gammaincc(torch.tensor(13.0).double(), torch.tensor(statistic / 2).double())) >= 1e-6
 

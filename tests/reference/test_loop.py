@@ -438,8 +438,8 @@ def test_logprobs_are_those_of_the_sampling_distribution(temperature):
     requests = requests_of(temperature=temperature)
     for result in decode(TARGET, make_dspark(TARGET), requests, batch_size=4, confidence_threshold=0.4):
         ids, begin = result.output_ids, len(result.output_ids) - result.new_tokens
-        laws = torch.log_softmax(all_logits(TARGET, ids) / (temperature or 1.0), -1)
-        want = [float(laws[i - 1, ids[i]]) for i in range(begin, len(ids))]
+        log_probs = torch.log_softmax(all_logits(TARGET, ids) / (temperature or 1.0), -1)
+        want = [float(log_probs[i - 1, ids[i]]) for i in range(begin, len(ids))]
         assert result.logprobs == pytest.approx(want, abs=1e-4)
 
 
@@ -536,24 +536,24 @@ def test_coupled_text_is_that_of_plain_sampling(name):
     assert any(any(result.accepted) for result in drafted)
 
 
-# Law of the first three tokens: the prefill's, and two that come from rounds. 4 ids, so 64 texts.
-LAW_VOCAB, LAW_TOKENS, LAW_TEMPERATURE, LAW_SEEDS = 4, 3, 2.0, 500
-LAW_PROMPT = [1, 3, 0]
+# Distribution of the first three tokens: the prefill's, and two that come from rounds. 4 ids, so 64 texts.
+DIST_VOCAB, DIST_TOKENS, DIST_TEMPERATURE, DIST_SEEDS = 4, 3, 2.0, 500
+DIST_PROMPT = [1, 3, 0]
 
 
-def law_target():
-    return make_target(LAW_VOCAB, seed=21)
+def dist_target():
+    return make_target(DIST_VOCAB, seed=21)
 
 
 def exact_distribution(target):
-    """Probability of every text of LAW_TOKENS tokens after the prompt."""
-    law = {}
-    for text in itertools.product(range(LAW_VOCAB), repeat=LAW_TOKENS):
-        logits = all_logits(target, LAW_PROMPT + list(text)).double() / LAW_TEMPERATURE
-        rows = torch.log_softmax(logits, -1)[len(LAW_PROMPT) - 1 :]
-        law[text] = math.exp(sum(float(rows[i, token]) for i, token in enumerate(text)))
-    assert math.isclose(sum(law.values()), 1.0, abs_tol=1e-9)
-    return law
+    """Probability of every text of DIST_TOKENS tokens after the prompt."""
+    found = {}
+    for text in itertools.product(range(DIST_VOCAB), repeat=DIST_TOKENS):
+        logits = all_logits(target, DIST_PROMPT + list(text)).double() / DIST_TEMPERATURE
+        rows = torch.log_softmax(logits, -1)[len(DIST_PROMPT) - 1 :]
+        found[text] = math.exp(sum(float(rows[i, token]) for i, token in enumerate(text)))
+    assert math.isclose(sum(found.values()), 1.0, abs_tol=1e-9)
+    return found
 
 
 def misfit(target, results):
@@ -564,7 +564,7 @@ def misfit(target, results):
     expected = {text: probability * len(results) for text, probability in exact_distribution(target).items()}
     counts = dict.fromkeys(expected, 0)
     for result in results:
-        counts[tuple(result.output_ids[len(LAW_PROMPT) :])] += 1
+        counts[tuple(result.output_ids[len(DIST_PROMPT) :])] += 1
     common = [text for text in expected if expected[text] >= 5]
     cells = [(counts[text], expected[text]) for text in common]
     rest = len(results) - sum(n for n, _ in cells), len(results) - sum(m for _, m in cells)
@@ -574,27 +574,27 @@ def misfit(target, results):
     return statistic / (freedom * (1 - 2 / (9 * freedom) + 4.753 * math.sqrt(2 / (9 * freedom))) ** 3)
 
 
-def law_results(target, drafter, **options):
-    requests = [Request(LAW_PROMPT, LAW_TOKENS, LAW_TEMPERATURE, seed=seed) for seed in range(LAW_SEEDS)]
+def dist_results(target, drafter, **options):
+    requests = [Request(DIST_PROMPT, DIST_TOKENS, DIST_TEMPERATURE, seed=seed) for seed in range(DIST_SEEDS)]
     return decode(target, drafter, requests, batch_size=64, **options)
 
 
-def law_dspark(target):
+def dist_dspark(target):
     return make_dspark(target, seed=12, mask_token_id=3, block_size=3)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_distribution_of_dspark_with_threshold(rule):
-    target = law_target()
-    results = law_results(target, law_dspark(target), rule=rule, confidence_threshold=0.45)
+    target = dist_target()
+    results = dist_results(target, dist_dspark(target), rule=rule, confidence_threshold=0.45)
     assert {length for result in results for length in result.proposal_lengths} == {0, 1, 2, 3}
     assert misfit(target, results) < 1
 
 
 def test_distribution_of_dspark_with_costs():
-    target = law_target()
+    target = dist_target()
     cost = CostTable(seconds=1e-3 * (1.0 + 0.01 * torch.arange(300.0)))
-    results = law_results(target, law_dspark(target), cost=cost, policy="budget")
+    results = dist_results(target, dist_dspark(target), cost=cost, policy="budget")
     assert len({length for result in results for length in result.proposal_lengths}) >= 3
     assert misfit(target, results) < 1
 
@@ -607,9 +607,9 @@ def test_distribution_test_detects_a_proposal_that_is_not_the_sampled_distributi
         wrong = DenseProposal(block.proposal.logits)  # at the sampling temperature
         return dataclasses.replace(block, proposal=wrong)
 
-    target = law_target()
+    target = dist_target()
     ops = SimpleNamespace(**{**vars(REFERENCE_OPS), "draft_block": draft_block})
-    results = law_results(target, law_dspark(target), confidence_threshold=0.45, ops=ops)
+    results = dist_results(target, dist_dspark(target), confidence_threshold=0.45, ops=ops)
     assert misfit(target, results) > 1
 
 

@@ -17,9 +17,9 @@ from tests.reference.test_loop import (
     TARGET,
     VOCAB,
     all_logits,
-    law_dspark,
-    law_results,
-    law_target,
+    dist_dspark,
+    dist_results,
+    dist_target,
     make_block,
     make_draft_model,
     make_dspark,
@@ -100,9 +100,9 @@ def test_a_request_does_not_depend_on_its_batch(name):
         (alone,) = decode(TARGET, drafter, [request], tree=shape)
         for field in ("output_ids", "acceptance_lengths", "proposal_lengths", "proposal_depths", "draft_passes", "accepted"):
             assert getattr(result, field) == getattr(alone, field), field
-        laws = torch.log_softmax(all_logits(TARGET, result.output_ids) / (request.temperature or 1.0), -1)
+        log_probs = torch.log_softmax(all_logits(TARGET, result.output_ids) / (request.temperature or 1.0), -1)
         begin = len(request.prompt)
-        want = [float(laws[i - 1, result.output_ids[i]]) for i in range(begin, len(result.output_ids))]
+        want = [float(log_probs[i - 1, result.output_ids[i]]) for i in range(begin, len(result.output_ids))]
         assert result.logprobs == pytest.approx(want, abs=1e-4)
 
 
@@ -210,8 +210,8 @@ def _mtp_logits(drafter: MTP, ids: list[int], path: list[int]):
 )
 def test_distribution_of_three_tokens(shape):
     """The prompt's token and two from rounds, of three of which some texts need all."""
-    target = law_target()
-    results = law_results(target, law_dspark(target), tree=shape)
+    target = dist_target()
+    results = dist_results(target, dist_dspark(target), tree=shape)
     assert misfit(target, results) < 1
     assert {length for result in results for length in result.acceptance_lengths} >= {1, 2, 3}
 
@@ -224,9 +224,9 @@ def test_distribution_test_detects_a_tree_that_is_not_the_drawn_one():
         best = REFERENCE_OPS.draft_tree(*arguments, method="top_k", **options)
         return dataclasses.replace(best, proposal=DenseProposal(drawn.proposal.logits), drawn="iid")
 
-    target = law_target()
+    target = dist_target()
     ops = watching([], draft_tree=draft_tree)
-    results = law_results(target, law_dspark(target), tree=TreeShape(3, "iid", (1, 1), rule="recursive"), ops=ops)
+    results = dist_results(target, dist_dspark(target), tree=TreeShape(3, "iid", (1, 1), rule="recursive"), ops=ops)
     assert misfit(target, results) > 1
 
 

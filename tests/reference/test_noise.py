@@ -179,15 +179,15 @@ class Recorder:
     """A Decisions that keeps what it is asked."""
 
     def __init__(self):
-        self.picks, self.coins = [], []
+        self.picks, self.uniforms = [], []
 
     def pick(self, request, kind, keys):
         self.picks.append((request, kind, keys))
         return int(keys.argmax())
 
-    def below(self, request, kind, coin, denominator, numerator):
-        self.coins.append((request, kind, coin, denominator, numerator))
-        return coin * denominator < numerator
+    def below(self, request, kind, u, denominator, numerator):
+        self.uniforms.append((request, kind, u, denominator, numerator))
+        return u * denominator < numerator
 
 
 def plain_gumbel(*address):
@@ -203,10 +203,10 @@ def test_source_addresses():
     """Which stream, lane, position and anchor each random decision reads."""
     recorder = Recorder()
     source = PhiloxSource(-77, 100, recorder, request=3)
-    assert source.accepts(104, 2.0, 1.5) and not source.accepts(104, 2.0, 1.25)  # the coin is 0.698
+    assert source.accepts(104, 2.0, 1.5) and not source.accepts(104, 2.0, 1.25)  # the uniform is 0.698
     want = (plain_word(-77, 0, 104, 100, 2) + 0.5) * 2.0**-32
-    coin = pytest.approx(want, rel=1e-15)
-    assert recorder.coins == [(3, "accept", coin, 2.0, 1.5), (3, "accept", coin, 2.0, 1.25)]
+    u = pytest.approx(want, rel=1e-15)
+    assert recorder.uniforms == [(3, "accept", u, 2.0, 1.5), (3, "accept", u, 2.0, 1.25)]
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.5], dtype=torch.float64)
     source.draft(105, logits)
     source.coupled(106, logits)
@@ -215,25 +215,25 @@ def test_source_addresses():
 
 
 def test_source_draws_in_two_levels():
-    """ln of each leaf's sum races on LEAF with the leaf as lane, then ln of each weight on CORRECT with the id."""
+    """ln of each vocabulary block's sum races on LEAF with the block as lane, then ln of each weight on CORRECT with the id."""
     weights = torch.zeros(2100, dtype=torch.float64)
     weights[[3, 700, 1024, 1500, 2047, 2048, 2099]] = torch.tensor([1.0, 2, 4, 0.5, 1, 3, 0.25], dtype=torch.float64)
     winners = set()
     for seed in range(40):
         recorder = Recorder()
         token = PhiloxSource(seed, 8, recorder).draw(11, weights)
-        (_, leaf_kind, leaf_keys), (_, token_kind, token_keys) = recorder.picks
-        assert (leaf_kind, token_kind) == ("block", "token")
+        (_, block_kind, block_keys), (_, token_kind, token_keys) = recorder.picks
+        assert (block_kind, token_kind) == ("block", "token")
         sums = (3.0, 5.5, 3.25)
-        assert close(leaf_keys, [math.log(x) + plain_gumbel(seed, i, 11, 8, 3) for i, x in enumerate(sums)])
-        leaf = int(leaf_keys.argmax())
-        ids = range(leaf * 1024, min(2100, leaf * 1024 + 1024))
+        assert close(block_keys, [math.log(x) + plain_gumbel(seed, i, 11, 8, 3) for i, x in enumerate(sums)])
+        block = int(block_keys.argmax())
+        ids = range(block * 1024, min(2100, block * 1024 + 1024))
         inside = {i: math.log(weights[i]) + plain_gumbel(seed, i, 11, 8, 4) for i in ids if weights[i] > 0}
         assert len(token_keys) == len(ids)
-        assert close(token_keys[[i - leaf * 1024 for i in inside]], list(inside.values()))
+        assert close(token_keys[[i - block * 1024 for i in inside]], list(inside.values()))
         assert int(token_keys.isfinite().sum()) == len(inside)
         assert token == max(inside, key=inside.get)
-        winners.add(leaf)
+        winners.add(block)
     assert winners == {0, 1, 2}
 
 
@@ -248,7 +248,7 @@ if triton is not None:
         tl.store(out_ptr + row * LANES + tl.arange(0, LANES)[None, :], word.to(tl.int64))
 
     @triton.jit
-    def _coins(out_ptr, seed_ptr, position_ptr, anchor_ptr, STREAM: tl.constexpr, ROWS: tl.constexpr):
+    def _uniforms(out_ptr, seed_ptr, position_ptr, anchor_ptr, STREAM: tl.constexpr, ROWS: tl.constexpr):
         row = tl.arange(0, ROWS)
         word = primitive.acceptance_words(tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(anchor_ptr + row), STREAM)
         tl.store(out_ptr + row, word.to(tl.int64))
@@ -280,12 +280,12 @@ def test_kernel_words(kernels, stream, integer):
     ]
     out = torch.zeros(4, 16, dtype=torch.int64)
     _lanes[(1,)](out, *tensors, int(stream), 4, 16)
-    coins = torch.zeros(4, dtype=torch.int64)
-    _coins[(1,)](coins, tensors[0], *tensors[2:], int(stream), 4)
+    uniforms = torch.zeros(4, dtype=torch.int64)
+    _uniforms[(1,)](uniforms, tensors[0], *tensors[2:], int(stream), 4)
     for row, (seed, first, position, anchor) in enumerate(zip(seeds, firsts, positions, anchors, strict=True)):
         lanes = torch.arange(first, first + 16)
         assert torch.equal(out[row], noise.words(seed, lanes, position, anchor, stream)), row
-        assert int(coins[row]) == int(noise.words(seed, lanes[:1] * 0, position, anchor, stream)), row
+        assert int(uniforms[row]) == int(noise.words(seed, lanes[:1] * 0, position, anchor, stream)), row
 
 
 def test_kernel_uniform_and_exponential(kernels):

@@ -1,4 +1,4 @@
-"""reference/schedule.py against hand-made layouts, a brute-force algorithm 1 in fractions, and the target's law."""
+"""reference/schedule.py against hand-made layouts, a brute-force algorithm 1 in fractions, and the target's distribution."""
 
 from __future__ import annotations
 
@@ -98,19 +98,19 @@ def test_cost_beyond_the_table():
 # --- the causal policy ----------------------------------------------------------------------------
 
 
-def first_token_law(policy_length):
-    """Chance of emitting A first: target (0.7, 0.3), draft (0.5, 0.5), c_1 = 0.8, c_2 = 0.9 after A and 0 after B."""
+def first_token_probability(policy_length):
+    """Probability of emitting A first: target (0.7, 0.3), draft (0.5, 0.5), c_1 = 0.8, c_2 = 0.9 after A and 0 after B."""
     target, draft = {"A": Fraction(7, 10), "B": Fraction(3, 10)}, {"A": Fraction(1, 2), "B": Fraction(1, 2)}
     emitted = Fraction(0)
-    for first, chance in draft.items():
+    for first, probability in draft.items():
         length = policy_length([[0.8, 0.9 if first == "A" else 0.0]])
         if length == 0:
-            emitted += chance * target["A"]
+            emitted += probability * target["A"]
             continue
         accept = min(Fraction(1), target[first] / draft[first])
         residual = {token: max(Fraction(0), target[token] - draft[token]) for token in target}
-        emitted += chance * accept * (first == "A")
-        emitted += chance * (1 - accept) * (residual["A"] / sum(residual.values()))
+        emitted += probability * accept * (first == "A")
+        emitted += probability * (1 - accept) * (residual["A"] / sum(residual.values()))
     return emitted
 
 
@@ -127,9 +127,9 @@ def global_maximum_length(confidence):
 def test_counterexample_of_the_global_maximum():
     assert lengths([[0.8, 0.9]], COUNTEREXAMPLE) == [0]
     assert lengths([[0.8, 0.0]], COUNTEREXAMPLE) == [0]
-    assert first_token_law(lambda c: lengths(c, COUNTEREXAMPLE)[0]) == Fraction(7, 10)
+    assert first_token_probability(lambda c: lengths(c, COUNTEREXAMPLE)[0]) == Fraction(7, 10)
     assert [global_maximum_length([[0.8, c]]) for c in (0.9, 0.0)] == [2, 0]
-    assert first_token_law(global_maximum_length) == Fraction(85, 100)
+    assert first_token_probability(global_maximum_length) == Fraction(85, 100)
 
 
 def test_flat_cost_verifies_everything():
@@ -611,56 +611,56 @@ def test_admission_does_not_look_ahead(case, data):
         assert min(before[request], known) == min(after[request], known), policy
 
 
-def sequence_law(target, draft, length_of):
-    """Exact law of the first three tokens, alphabet {0, 1}: one round of the token rule with K = 2, then plain
+def sequence_probs(target, draft, length_of):
+    """Exact distribution of the first three tokens, alphabet {0, 1}: one round of the token rule with K = 2, then plain
     sampling.
 
-    target, draft: prefix -> chance of token 0. length_of(x1, x2) -> number of drafts verified.
+    target, draft: prefix -> probability of token 0. length_of(x1, x2) -> number of drafts verified.
     """
-    law = {}
+    probs = {}
 
-    def chance(source, prefix, token):
+    def prob(source, prefix, token):
         return source[prefix] if token == 0 else 1 - source[prefix]
 
     def continue_from(prefix, weight):
         if weight == 0:
             return
         if len(prefix) == 3:
-            law[prefix] = law.get(prefix, 0) + weight
+            probs[prefix] = probs.get(prefix, 0) + weight
             return
         for token in (0, 1):
-            continue_from((*prefix, token), weight * chance(target, prefix, token))
+            continue_from((*prefix, token), weight * prob(target, prefix, token))
 
     for drafts in itertools.product((0, 1), repeat=2):
-        weight = chance(draft, (), drafts[0]) * chance(draft, drafts[:1], drafts[1])
+        weight = prob(draft, (), drafts[0]) * prob(draft, drafts[:1], drafts[1])
         prefix = ()
         for token in drafts[: length_of(*drafts)]:
-            p, q = chance(target, prefix, token), chance(draft, prefix, token)
+            p, q = prob(target, prefix, token), prob(draft, prefix, token)
             accept = min(Fraction(1), p / q)
             # With two tokens a rejected one leaves all of the residual to the other.
             continue_from((*prefix, 1 - token), weight * (1 - accept))
             weight *= accept
             prefix = (*prefix, token)
         continue_from(prefix, weight)
-    return law
+    return probs
 
 
 def distance_from_target(target, draft, length_of):
-    law = sequence_law(target, draft, length_of)
+    probs = sequence_probs(target, draft, length_of)
     plain = {}
     for tokens in itertools.product((0, 1), repeat=3):
-        chance = Fraction(1)
+        probability = Fraction(1)
         for i, token in enumerate(tokens):
-            chance *= target[tokens[:i]] if token == 0 else 1 - target[tokens[:i]]
-        plain[tokens] = chance
-    return sum(abs(law.get(tokens, 0) - chance) for tokens, chance in plain.items()) / 2
+            probability *= target[tokens[:i]] if token == 0 else 1 - target[tokens[:i]]
+        plain[tokens] = probability
+    return sum(abs(probs.get(tokens, 0) - probability) for tokens, probability in plain.items()) / 2
 
 
 PREFIXES = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize("policy", ["causal", "budget", "stale", "bypass"])
-def test_emitted_law_is_the_targets(policy):
+def test_emitted_distribution_is_the_targets(policy):
     """Of two requests the first is followed exactly; its c_2 depends on its first draft, as it may."""
     rng = random.Random(5)
     various, biased = 0, 0
@@ -690,7 +690,7 @@ def test_emitted_law_is_the_targets(policy):
         various += len({length_of(x1, 0) for x1 in (0, 1)}) > 1
         biased += distance_from_target(target, draft, looks_ahead) > 0
         assert distance_from_target(target, draft, length_of) == 0
-    assert biased > 0  # the same drafts, scheduled by the global maximum, are convicted
+    assert biased > 0  # the same drafts, scheduled by the global maximum, are detected
     assert various > 0 or policy == "bypass"
 
 

@@ -72,7 +72,7 @@ def test_three_rounds_of_one_seed(rule):
 
 @pytest.mark.parametrize("rule", SAMPLED)
 def test_impossible_tokens(rule):
-    """Laws with zeros: no impossible token is emitted, and no draft that cannot be drawn is met."""
+    """Distributions with zeros: no impossible token is emitted, and no draft that cannot be drawn is met."""
     parents = SHAPES["second"]
     toy = TreeDecoder(
         random_distribution(4, 31, zeros=True), random_distribution(4, 32, zeros=True), RULES[rule], parents, ("iid",) * 5
@@ -129,7 +129,7 @@ def test_traversal_is_the_block_rule_on_a_chain():
 
 
 @pytest.mark.parametrize("shape", ["siblings", "odd", "full"])
-def test_rules_agree_on_trees_made_without_chance(shape):
+def test_rules_agree_on_deterministic_trees(shape):
     """Walk, recursive, traversal: one distribution of what a round emits, and so of how much."""
     want, *others = (emitted_distribution(decoder(rule, shape, 3, "one_hot"), PROMPT) for rule in SAMPLED)
     assert all(total_variation(other, want) <= EXACT for other in others)

@@ -1,4 +1,4 @@
-"""reference/tree_draft.py: trees against brute force over all paths, shapes by hand, and laws that children were drawn from."""
+"""reference/tree_draft.py: trees against brute force over all paths, shapes by hand, distributions of the children."""
 
 import itertools
 
@@ -37,19 +37,19 @@ def paths(tree, slot=0):
 def test_best_first_trees_hold_the_most_probable_paths(method, nodes):
     given = arguments(3)
     tree = draft_tree(**given, method=method, num_nodes=nodes)
-    chances = {}
+    probabilities = {}
     w2 = heads.output_weights(given["head"])
     for depth in range(1, DRAFTS + 1):
         for path in itertools.product(range(VOCAB), repeat=depth):
-            chance, previous = 1.0, int(given["anchors"][0])
+            probability, previous = 1.0, int(given["anchors"][0])
             for k, token in enumerate(path):
                 logits = given["base_logits"][0, k].double()
                 if method == "conditioned":
                     logits = logits + w2 @ given["head"].w1[previous].double()
-                chance *= float(torch.softmax(logits / float(given["sampling"].temperature[0]), 0)[token])
+                probability *= float(torch.softmax(logits / float(given["sampling"].temperature[0]), 0)[token])
                 previous = token
-            chances[path] = chance
-    best = sorted(chances, key=lambda path: -chances[path])[: nodes - 1]
+            probabilities[path] = probability
+    best = sorted(probabilities, key=lambda path: -probabilities[path])[: nodes - 1]
     have = paths(tree)
     assert int(tree.num_nodes[0]) == nodes and [have[node] for node in range(1, nodes)] == best
     assert tree.drawn == "one_hot"
@@ -98,7 +98,7 @@ def test_candidates_limit_the_children():
 
 @pytest.mark.parametrize("method", ["iid", "without_replacement"])
 def test_sampled_children(method):
-    """Every child is the winner of a race on the noise of its address; the law kept for a node is what its children raced with."""
+    """Every child wins a race on the noise of its address; the logits kept for a node are those its children raced with."""
     given = arguments(7, requests=4)
     given["sampling"].temperature[3] = 0.0
     tree = draft_tree(**given, method=method, num_nodes=9, branching=(2, 3))
@@ -126,9 +126,9 @@ def test_survival_ranks_by_confidence():
     found = {(): 1.0}
     for path in itertools.chain.from_iterable(itertools.product(range(VOCAB), repeat=n) for n in range(1, DRAFTS + 1)):
         k, before = len(path) - 1, (int(given["anchors"][0]), *path)[-2]
-        law = ((given["base_logits"][0, k].double() + w2 @ head.w1[before].double()) / 0.7).softmax(0)
+        probs = ((given["base_logits"][0, k].double() + w2 @ head.w1[before].double()) / 0.7).softmax(0)
         raw = torch.cat([hidden[0, k], head.w1[before]]).double() @ confidence.weight.double() + 0.2
-        found[path] = found[path[:-1]] * float(torch.sigmoid(raw / confidence.sts_temperatures[k])) * float(law[path[-1]])
+        found[path] = found[path[:-1]] * float(torch.sigmoid(raw / confidence.sts_temperatures[k])) * float(probs[path[-1]])
     tree = draft_tree(**given, num_nodes=14, hidden=hidden, confidence=confidence)
     best = sorted(found, key=lambda path: -found[path])[:14]
     assert [paths(tree).get(node, ()) for node in range(14)] == best

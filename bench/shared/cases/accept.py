@@ -1,7 +1,7 @@
 """Cases of accept_chain: dense, sparse and one-hot proposals, three rules, settings that change logits.
 
-Symbols: R requests, K drafts, V vocabulary, N = R (K + 1) rows. Inputs: reference/cases.py; oracle: reference/accept.py, integers
-exactly, draws up to near ties (reference/equality.py).
+Symbols: R requests, K drafts, V vocabulary, N = R (K + 1) rows. Inputs: reference/cases.py; reference: reference/accept.py,
+integers exactly, draws up to near ties (reference/equality.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Accept:
             count += self.requests * (4 + 8)
             drafts = self.requests * self.drafts
             if self.rule == "coupled":
-                pass  # reads no law
+                pass  # reads no proposal
             elif self.proposal == "dense":
                 count += BF16 * self.vocab * (drafts if self.rule == "block" else self.requests) + 4 * drafts
             elif self.proposal == "sparse":

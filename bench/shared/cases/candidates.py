@@ -1,6 +1,7 @@
 """Cases of draft_block on the C best base logits of each position.
 
-Symbols: R requests, K drafts, V vocabulary, r rank, H hidden size, C candidates. Inputs: reference/cases.py; oracle: reference/draft.py.
+Symbols: R requests, K drafts, V vocabulary, r rank, H hidden size, C candidates. Inputs: reference/cases.py;
+reference: reference/draft.py.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Candidates:
         count += BF16 * positions * self.rank * (self.candidates + 1)  # rows of W2, a row of W1
         count += BF16 * (positions * self.hidden + self.hidden + self.rank + 1) + 4 * self.drafts  # hidden, confidence head
         count += slots * (8 + 8 + 4 + 4 + 8)  # anchors, their positions, flags, temperature, seed
-        # Drafts, confidence twice, lse; ids and logits of the law.
+        # Drafts, confidence twice, lse; ids and logits of the proposal.
         return count + positions * (8 + 2 * 4 + 4 + (8 + BF16) * self.candidates)
 
     @property
@@ -73,24 +74,24 @@ class Candidates:
         return dk.draft_block(**inputs), None
 
     def compare(self, inputs: dict, block: dk.DraftBlock, _) -> None:
-        """Candidates exactly, drafts from the stored law, that law and its confidences."""
-        law = block.proposal
+        """Candidates exactly, drafts from the stored proposal, that proposal and its confidences."""
+        proposal = block.proposal
 
         def reference(decisions):
-            want = draft.draft_block(**inputs, stored_logits=law.logits, decisions=decisions)
+            want = draft.draft_block(**inputs, stored_logits=proposal.logits, decisions=decisions)
             return by_request(want.tokens, want.flags, want.proposal.ids)
 
-        assert_equal_or_tied(reference, by_request(block.tokens, block.flags, law.ids))
+        assert_equal_or_tied(reference, by_request(block.tokens, block.flags, proposal.ids))
         for r in range(self.requests):
-            base, head = inputs["base_logits"][r].gather(1, law.ids[r]), inputs["head"]
+            base, head = inputs["base_logits"][r].gather(1, proposal.ids[r]), inputs["head"]
             latent = head.w1[torch.cat([inputs["anchors"][r : r + 1], block.tokens[r, :-1]])]
-            rows = head.w2[law.ids[r]]  # [K, C, r]
+            rows = head.w2[proposal.ids[r]]  # [K, C, r]
             exact = base.double() + (rows.double() @ latent.double()[..., None])[..., 0]
             eager = base.float() + (rows.float() @ latent.float()[..., None])[..., 0]
-            own = (eager.to(law.logits.dtype).double() - exact).abs().max().item()
-            close(law.logits[r], exact, 2 * own + ULP * largest(exact), f"draft_block: logits of request {r}")
-            stored = law.logits[r].double()
-            close(law.lse[r], stored.logsumexp(-1), ULP / 2 * (6 * largest(stored) + 2), f"draft_block: lse of request {r}")
+            own = (eager.to(proposal.logits.dtype).double() - exact).abs().max().item()
+            close(proposal.logits[r], exact, 2 * own + ULP * largest(exact), f"draft_block: logits of request {r}")
+            stored = proposal.logits[r].double()
+            close(proposal.lse[r], stored.logsumexp(-1), ULP / 2 * (6 * largest(stored) + 2), f"draft_block: lse of request {r}")
             confidence = inputs["confidence"]
             terms = torch.cat([inputs["hidden"][r], latent], -1).double() * confidence.weight.double()
             raw = terms.sum(-1) + (0.0 if confidence.bias is None else confidence.bias.double())

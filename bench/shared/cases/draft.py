@@ -1,7 +1,7 @@
 """Cases of draft_block over the whole vocabulary: sampled, greedy, without a head, gated, rnn, quantised, filtered.
 
-Symbols: R requests, K drafts, V vocabulary, r rank, H hidden size. Inputs: reference/cases.py; checks: the reference, draw by draw up to near
-ties (reference/equality.py), floats within the roundings that lead to them.
+Symbols: R requests, K drafts, V vocabulary, r rank, H hidden size. Inputs: reference/cases.py; checks: the reference, draw by draw
+up to near ties (reference/equality.py), floats within the roundings that lead to them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Draft:
             inputs, outputs = self.mixing
             count += BF16 * (inputs + 1) * outputs + (4 * slots * self.rank if self.kind == "rnn" else 0)  # and the state, written
         if self.sampled:
-            count += BF16 * self.logits + 4 * positions + slots * (4 + 8)  # law and its lse; temperature, seed
+            count += BF16 * self.logits + 4 * positions + slots * (4 + 8)  # logits of the proposal and their lse; temperature, seed
             count += slots * (4 + 4) if self.filtered else 0
         return count
 
@@ -115,12 +115,15 @@ class Draft:
         return block, (block if self.sampled else dk.draft_block(**inputs, keep_logits=True)).proposal.logits
 
     def compare(self, inputs: dict, block: dk.DraftBlock, stored: Tensor) -> None:
-        """Drafts and their support chosen from the stored law, that law, its lse and the confidences."""
+        """Drafts and their support chosen from the stored logits, those logits, their lse and the confidences."""
         kept = block.proposal.logits if self.sampled else stored
-        require(torch.equal(torch.where(kept > -torch.inf, stored, -torch.inf), kept), "draft_block: filters change the law")
+        require(
+            torch.equal(torch.where(kept > -torch.inf, stored, -torch.inf), kept),
+            "draft_block: filters change logits that they keep",
+        )
 
-        def outcome(block, law):
-            return by_request(block.tokens, block.flags, *((law > -torch.inf,) if self.filtered else ()))
+        def outcome(block, logits):
+            return by_request(block.tokens, block.flags, *((logits > -torch.inf,) if self.filtered else ()))
 
         def reference(decisions):
             want = draft.draft_block(**inputs, keep_logits=True, stored_logits=stored, decisions=decisions)
@@ -128,9 +131,9 @@ class Draft:
 
         assert_equal_or_tied(reference, outcome(block, kept))
         for r in range(self.requests):
-            self._compare_law(r, inputs, block, stored[r], kept[r])
+            self._compare_request(r, inputs, block, stored[r], kept[r])
 
-    def _compare_law(self, r: int, inputs: dict, block: dk.DraftBlock, stored: Tensor, kept: Tensor) -> None:
+    def _compare_request(self, r: int, inputs: dict, block: dk.DraftBlock, stored: Tensor, kept: Tensor) -> None:
         """Request r given its drafts, [K, V]: fp64, beside eager PyTorch in fp32."""
         base, head = inputs["base_logits"][r], inputs["head"]
         exact, eager = base.double(), base.float()
@@ -147,10 +150,10 @@ class Draft:
         own = (eager.to(stored.dtype).double() - exact).abs().max().item()
         close(stored, exact, 2 * own + ULP * largest(exact), f"draft_block: logits of request {r}")
         if self.sampled:
-            law = kept.double() / float(inputs["sampling"].temperature[r])
+            scaled = kept.double() / float(inputs["sampling"].temperature[r])
             # Six roundings of half an ulp on the way to the largest value, and the sum's near 1 (tests/ops/test_draft.py).
-            bound = ULP / 2 * (6 * largest(law[law > -torch.inf]) + 2)
-            close(block.proposal.lse[r], law.logsumexp(-1), bound, f"draft_block: lse of request {r}")
+            bound = ULP / 2 * (6 * largest(scaled[scaled > -torch.inf]) + 2)
+            close(block.proposal.lse[r], scaled.logsumexp(-1), bound, f"draft_block: lse of request {r}")
         confidence = inputs["confidence"]
         if confidence is not None:
             terms = torch.cat([inputs["hidden"][r], embedded], -1).double() * confidence.weight.double()

@@ -1,4 +1,4 @@
-"""What the check of a draft block needs beside the reference: latents of a head in one precision, and a law before its filters."""
+"""What the check of a draft block needs beside the reference: latents of a head in one precision, and the logits before filters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def latents_of(head, embedded: Tensor, hidden: Tensor, dtype: torch.dtype) -> Te
 
 
 def unfiltered(inputs: dict, block: dk.DraftBlock) -> Tensor:
-    """The logits that filters judged: the same drafts once more, a position a call, without filters."""
+    """The logits that the filters were applied to: the same drafts again, one position per call, without filters."""
     given = inputs | dict(sampling=dataclasses.replace(inputs["sampling"], top_k=None, top_p=None), confidence=None)
     rows = []
     for k in range(block.tokens.shape[1]):

@@ -2,7 +2,7 @@
 
     bytes  what a layout reads once and writes once, as bench/shared/cases/case.py has it
 
-Symbols: R requests, K drafts, M nodes of a tree. Oracles: reference/schedule.py, reference/layout.py; all in integers, exactly.
+Symbols: R requests, K drafts, M nodes of a tree. References: reference/schedule.py, reference/layout.py; all in integers, exactly.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Cases of draft trees for bench.kernels: draft_tree, accept_tree, compact_kv.
 
     bytes  what must move once: of drafting the base logits and the candidates' rows of W2, of acceptance the logits of all nodes
-           and the laws that children were drawn from, of compaction every moved slot, read and written
+           and the distributions that children were drawn from, of compaction every moved slot, read and written
 
-Trees of acceptance are combs (bench/shared/comb.py), filled up with first tokens; those of 8 nodes have the rows of accept_chain's cases.
-Symbols: R requests, M nodes, K drafts, C candidates. Oracles: reference/tree_draft.py, reference/tree.py, reference/compact.py.
+Trees of acceptance are combs (bench/shared/comb.py), filled up with first tokens; those of 8 nodes have the rows of accept_chain's
+cases.
+
+Symbols: R requests, M nodes, K drafts, C candidates. References: reference/tree_draft.py, reference/tree.py, reference/compact.py.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ class AcceptTrees:
 
     @property
     def bytes(self) -> int:
-        """The target's logits once; of drawn trees the laws of all nodes that have children."""
+        """The target's logits once; of sampled trees the distributions of all nodes that have children."""
         count = BF16 * self.rows * self.vocab
         count += self.rows * (8 + 4 + 4 + 8 + 4 + 4 + 1)  # ids, logit rows, parents; tokens, path, sources, commit mask
         # Starts of rows and of logits, anchor's position; four counts and rows, next token, flags, anchor and position.

@@ -52,9 +52,9 @@ def draft_call(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.b
 
 
 def candidates_call(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.bfloat16,
-                w2_dtype=None, sampled=True, confidence=True, slots=None, listed=0, mapped=False, adjusted=False, filtered=False,
+                w2_dtype=None, sampled=True, confidence=True, slots=None, successors=0, mapped=False, adjusted=False, filtered=False,
                 **options):  # fmt: skip
-    size, width = requests if slots is None else slots, candidates + listed
+    size, width = requests if slots is None else slots, candidates + successors
     head = head_of(kind, vocab, vocab, rank, dtype, w2_dtype) if rank else None
     confidence_head = None
     if confidence:
@@ -71,7 +71,7 @@ def candidates_call(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, v
         hidden=empty(requests, drafts, HIDDEN, dtype=dtype) if confidence or kind != "vanilla" else None,
         confidence=confidence_head,
         candidates=candidates,
-        bigrams=ints(vocab, listed, dtype=torch.int32) if listed else None,
+        bigrams=ints(vocab, successors, dtype=torch.int32) if successors else None,
         draft_to_target=ints(vocab) if mapped else None,
         head_state=empty(size, rank, dtype=torch.float32) if kind == "rnn" else None,
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),

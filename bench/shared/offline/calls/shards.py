@@ -69,20 +69,20 @@ def draft_shard_call(requests, candidates=None, *, shards=8, dtype=torch.bfloat1
 def accept_shard_call(requests, phase, *, shards=8, dtype=torch.bfloat16, proposal="lse", sampled=True, rule="token", adjust=False):
     """A phase of acceptance on a rank, or its finish."""
     width = -(-VOCAB // shards)
-    law = None
+    made = None
     if proposal == "sparse":
-        law = dk.SparseProposal(ints(requests, DRAFTS, 64), empty(requests, DRAFTS, 64, dtype=dtype))
+        made = dk.SparseProposal(ints(requests, DRAFTS, 64), empty(requests, DRAFTS, 64, dtype=dtype))
     elif proposal != "one_hot":
         lse = empty(requests, DRAFTS, dtype=torch.float32) if proposal == "lse" else None
-        law = dk.DenseProposal(empty(requests, DRAFTS, width, dtype=dtype), lse=lse)
+        made = dk.DenseProposal(empty(requests, DRAFTS, width, dtype=dtype), lse=lse)
     sampling = settings_of(requests, (requests * (DRAFTS + 1),), VOCAB, adjust, False) if sampled else None
     common = dict(sampling=sampling, rule=rule) | _cut(shards)
     logits, layout = empty(requests * (DRAFTS + 1), width, dtype=dtype), rows_of(requests, DRAFTS)
-    phases = dk.accept_phases(law, sampling=common["sampling"], rule=rule)
+    phases = dk.accept_phases(made, sampling=common["sampling"], rule=rule)
     before = phases if phase == "finish" else phases[: phases.index(phase)]
-    gathered = tuple(ints(shards, accept_shards.part_words(logits, layout, law, phase=name, **common)) for name in before)
+    gathered = tuple(ints(shards, accept_shards.part_words(logits, layout, made, phase=name, **common)) for name in before)
     if phase == "finish":
         anchors = dict(anchors=ints(requests), anchor_positions=ints(requests))
-        return dk.accept_finish(logits, layout, law, gathered=gathered, **anchors, **common)
+        return dk.accept_finish(logits, layout, made, gathered=gathered, **anchors, **common)
     workspace = dk.Workspace(requests, DRAFTS, VOCAB, "cpu")
-    return dk.accept_partial(logits, layout, law, phase=phase, gathered=gathered, workspace=workspace, **common)
+    return dk.accept_partial(logits, layout, made, phase=phase, gathered=gathered, workspace=workspace, **common)

@@ -27,8 +27,8 @@ def draft_tree_call(requests, method, branching, *, nodes=32, drafts=DRAFTS, voc
     sampling = sampling_of(size) if sampled or biased else None
     if biased:
         sampling = dataclasses.replace(sampling, logit_bias=empty(size, vocab, dtype=torch.float32))
-    law = dk.DenseProposal(empty(size, nodes, vocab, dtype=dtype)) if sampled else dk.OneHotProposal()
-    out = tree_of(size, nodes, law, method if sampled else "one_hot")
+    proposal = dk.DenseProposal(empty(size, nodes, vocab, dtype=dtype)) if sampled else dk.OneHotProposal()
+    out = tree_of(size, nodes, proposal, method if sampled else "one_hot")
     dk.draft_tree(
         empty(requests, drafts, vocab, dtype=dtype),
         ints(size),
@@ -65,9 +65,9 @@ def draft_paths_call(requests, *, method="conditioned", candidates=None, kind="v
 
 
 def expand_tree_call(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCAB, dtype=torch.bfloat16, mapped=False):
-    ids, laws = ints(vocab) if mapped else None, empty(requests, nodes, vocab, dtype=dtype)
-    law = dk.OneHotProposal() if method == "top_k" else dk.DenseProposal(laws, draft_to_target=ids)
-    tree = tree_of(requests, nodes, law, "one_hot" if method == "top_k" else method)
+    ids, logits = ints(vocab) if mapped else None, empty(requests, nodes, vocab, dtype=dtype)
+    proposal = dk.OneHotProposal() if method == "top_k" else dk.DenseProposal(logits, draft_to_target=ids)
+    tree = tree_of(requests, nodes, proposal, "one_hot" if method == "top_k" else method)
     dk.expand_tree(
         tree,
         empty(requests, width, vocab, dtype=dtype),
