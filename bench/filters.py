@@ -64,18 +64,18 @@ class _Row:
         inside = lambda: int(((self.keys >= max(low, 1)) & (self.keys < high)).sum())  # noqa: E731
         if self.whole is None:
             self.passes, self.whole = self.passes + 1, inside() <= BLOCK
-        listed = self.whole
+        fits = self.whole
         least = self.top - 40.0 / torch.tensor(self.scale, dtype=torch.float32)
-        while not listed and high - low > 1:
+        while not fits and high - low > 1:
             left = torch.maximum(_logit(max(low, LOWEST)), least) if low > 0 else least
             x = left + (_logit(high - 1) - left) * torch.tensor([0.25, 0.5, 0.75])
             at = [min(max(t, low + 1), high - 1) for t in (*_keys(x).tolist(), low + (high - low) // 2)]
             reaches = [int(weights[self.keys >= t].sum()) >= wanted for t in at]
             low = max([low] + [t for t, r in zip(at, reaches, strict=True) if r])
             high = min([high] + [t for t, r in zip(at, reaches, strict=True) if not r])
-            listed = inside() <= BLOCK
-            self.passes += 2 if listed else 1
-        self.held = (low, high) if listed else (0, 0)
+            fits = inside() <= BLOCK
+            self.passes += 2 if fits else 1
+        self.held = (low, high) if fits else (0, 0)
         found = max(_bound(self.keys, weights, wanted), low)
         return found, int(weights[self.keys > found].sum())
 

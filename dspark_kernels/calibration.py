@@ -3,11 +3,11 @@
     survival of draft k = product over i <= k of sigmoid(logit_i / T_i);   T_k = argmin over a grid of ECE(survival_k)
     ECE = sum over bins of (share of samples in the bin) * |mean predicted - mean observed|
 
-Symbols: N rounds, K draft positions, R requests in the batch, S state slots of the engine; T the temperatures of
+Symbols: N rounds, K draft positions, R requests in the batch, S request slots of the engine; T the temperatures of
 sequential temperature scaling (STS); ECE the expected calibration error over equal-width bins of [0, 1].
 
 Host side, plain torch, fp64, on whatever device the tensors are; everything here may wait for the device but
-`OnlineCalibration.update`. The oracle is reference/calibration.py.
+`OnlineCalibration.update`. The reference is reference/calibration.py.
 
 Sources: STS: "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation", arXiv 2607.05147;
 ECE, temperature scaling and reliability diagrams: Guo et al., "On Calibration of Modern Neural Networks", arXiv
@@ -90,7 +90,7 @@ def expected_calibration_error(probs: Tensor, outcomes: Tensor, bins: int = 20) 
 
 
 def auc(probs: Tensor, outcomes: Tensor, bins: int = 1000) -> float:
-    """Chance that a survivor had a higher probability than a non-survivor, ties counted half; NaN without both kinds.
+    """Probability that a survivor had a higher probability than a non-survivor, ties counted half; NaN without both kinds.
 
     From histograms: probabilities in the same of `bins` equal-width bins count as tied. Arguments and errors as in
     `expected_calibration_error`.
@@ -110,7 +110,7 @@ def brier(probs: Tensor, outcomes: Tensor) -> float:
 
 
 def survival(logits: Tensor, temperatures: Tensor | None = None) -> Tensor:
-    """Chance that draft k and every draft before it survive: cumulative product of sigmoid(logit / T), fp64 [..., K].
+    """Probability that draft k and every draft before it survive: cumulative product of sigmoid(logit / T), fp64 [..., K].
 
     logits: raw confidence logits [..., K], any float dtype; temperatures: float [K], None = 1. Raises TypeError or
     ValueError that names the argument, for temperatures that are not finite and positive too. Source: arXiv 2607.05147.
@@ -345,7 +345,7 @@ class OnlineCalibration:
             confidence_logits: fp32 [S, K] (R without `state_indices`), `DraftBlock.confidence_logits`: raw.
             draft_lens: int32 or int64 [R], drafts verified (`VerifyLayout.draft_lens`).
             num_accepted: int32 or int64 [R] (`Acceptance.num_accepted`).
-            state_indices: int32 or int64 [R], state slot of each row, -1 = padding row.
+            state_indices: int32 or int64 [R], request slot of each row, -1 = padding row.
 
         Nothing is recorded for padding rows, for slots outside [0, S), for requests that verified no draft, and for
         rounds with a NaN among their verified logits, which would make the window useless. Lengths above K count as K,

@@ -6,7 +6,7 @@
 Symbols: B rows of the target's step (anchors, prefill rows and admitted drafts); R requests that are drafted for.
 
 Source: "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation", arXiv 2607.05147: the
-engine's measured steps per second at B tokens; `seconds` is the inverse. The oracle of how a table is read is
+engine's measured steps per second at B tokens; `seconds` is the inverse. The reference for how a table is read is
 reference/schedule.py.
 """
 
@@ -314,7 +314,7 @@ def _table(sizes: list[int], seconds: list[float], captured: Sequence[int] = ())
     return torch.tensor([0.0, *map(at, range(1, sizes[-1] + 1))], dtype=torch.float32, device="cpu")
 
 
-def _listed(name: str, values) -> list:
+def _as_list(name: str, values) -> list:
     if isinstance(values, Tensor):
         values = values.tolist()
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
@@ -323,7 +323,7 @@ def _listed(name: str, values) -> list:
 
 
 def _sizes(name: str, values, allow_empty=False) -> list[int]:
-    sizes = _listed(name, values)
+    sizes = _as_list(name, values)
     if not sizes and not allow_empty:
         raise ValueError(f"{name}: expected at least one size, got none")
     last = 0
@@ -343,7 +343,7 @@ def _captured(captured, sizes: list[int]) -> list[int]:
 
 
 def _times(name: str, values, sizes: list[int]) -> list[float]:
-    times = _listed(name, values)
+    times = _as_list(name, values)
     if len(times) != len(sizes):
         raise ValueError(f"{name}: expected {len(sizes)} times, one per size, got {len(times)}")
     _check_times(name, times)

@@ -44,25 +44,25 @@ def schema_of(record: type) -> str:
     """The arguments of an op as torch.library writes them."""
     letters = iter(string.ascii_lowercase)
     parts = []
-    for name, annotation in _leaves(record):
+    for name, annotation in _flat_fields(record):
         written = typing.get_origin(annotation) is typing.Annotated
         kind = typing.get_args(annotation)[0] if written else annotation
         optional = type(None) in typing.get_args(kind)
         if optional:
             (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-        listed = typing.get_origin(kind) is list
-        if listed:
+        is_list = typing.get_origin(kind) is list
+        if is_list:
             (kind,) = typing.get_args(kind)
-        text = _TYPES[kind] + (f"({next(letters)}!)" if written else "") + ("[]" if listed else "") + ("?" if optional else "")
+        text = _TYPES[kind] + (f"({next(letters)}!)" if written else "") + ("[]" if is_list else "") + ("?" if optional else "")
         parts.append(f"{text} {name}")
     return ", ".join(parts)
 
 
-def _leaves(record: type):
+def _flat_fields(record: type):
     """(name, annotation) of a record's fields, those of records inside it in their place."""
     for name, annotation in typing.get_type_hints(record, include_extras=True).items():
         if hasattr(annotation, "_fields"):
-            yield from _leaves(annotation)
+            yield from _flat_fields(annotation)
         else:
             yield name, annotation
 

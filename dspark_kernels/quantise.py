@@ -39,7 +39,11 @@ def quantise_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantise_head(head: MarkovHead, dtype: torch.dtype) -> MarkovHead:
-    """The same head (any kind) with W2 as `dtype` and `w2_scale`. Raises ValueError where W2 is quantised already."""
+    """The same head (of any kind) with W2 [Vd, r] in `dtype` and its `w2_scale` fp32 [Vd].
+
+    dtype: torch.int8 or torch.float8_e4m3fn. Raises TypeError or ValueError for another argument, weights that are not finite, and
+    a W2 that is quantised already.
+    """
     check_type("head", head, MarkovHead)
     if head.w2_scale is not None:
         raise ValueError(f"head.w2: expected weights that are not quantised, got {head.w2.dtype} with scales")

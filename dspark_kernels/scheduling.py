@@ -4,7 +4,7 @@
     node_budgets: the n nodes of greatest older survival, for trees
     survival a_{r,k} = product of c_{r,i} for i <= k
 
-Symbols: S state slots, R requests, K drafts, B anchor and prompt rows. The integers are those of `schedule_prefixes`: survival
+Symbols: S request slots, R requests, K drafts, B anchor and prompt rows. The integers are those of `schedule_prefixes`: survival
 floor(a 2^24) with a product rounded to fp32 after each factor, cost in 100 ns, tau in 2^-24, so host and device agree exactly.
 Source: DSpark, arXiv 2607.05147, asynchronous scheduling: confidences of two rounds ago decide how much is verified now, so that
 the engine knows the size of its next step without waiting for the drafts.
@@ -72,7 +72,7 @@ def node_budgets(
         stale_survival: fp32 [S, M], `DraftTree.survival` of older rounds, 1.0 in every node for a new request. NaN = 0.
         budget: nodes of the whole batch, the anchors included: an int, or int32 [1] on the device.
         max_nodes: of one request, M where None.
-        state_indices: int32 or int64 [R], state slot of each row, -1 = a padding row (0 nodes).
+        state_indices: int32 or int64 [R], request slot of each row, -1 = a padding row (0 nodes).
 
     The `budget` best nodes of all requests, ties by request, then node; at least the anchor of each. A node's survival counts as
     no more than those of the nodes before it, and one of 0 is never taken. No synchronisation, no shape that depends on data.
@@ -260,7 +260,7 @@ def _best(tau: Tensor, costs: Tensor, first: int) -> int:
 
 
 class ConfidenceHistory:
-    """Confidences by state slot as they were `lag` rounds ago, on the device and, without a wait, on the host.
+    """Confidences by request slot as they were `lag` rounds ago, on the device and, without a wait, on the host.
 
         history = ConfidenceHistory(slots, drafts)
         every step:  history.reset(new_slots)                       requests that came into a slot since the last step

@@ -1,8 +1,10 @@
-"""The tensors that draft and verify steps exchange, as frozen dataclasses that check themselves when made.
+"""The tensors that the draft and verify steps exchange, as frozen dataclasses that check themselves when they are made.
 
-Symbols: R requests in the batch; S state slots of the engine (S = R where no `state_indices` is used); K draft positions;
+Symbols: R requests in the batch; S request slots of the engine (S = R where no `state_indices` are used); K draft positions;
 V vocabulary (Vd the draft head's); C candidates; H hidden size; r Markov rank; N rows of the target's forward pass (N_max
 allocated); M nodes of a draft tree; Hq/Hkv query and key-value heads; D head size.
+
+A tensor of another dtype, shape, device or stride raises TypeError or ValueError with the name of the field.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _QUANTISED = (torch.float8_e4m3fn, torch.int8)
 
 
 class Flag(enum.IntFlag):
-    """What an op met on the device, one bit each, per request (int32 [R] `flags`)."""
+    """What an op met on the device, one bit each. Ops return the bits of every request as int32 [R] `flags`."""
 
     NONFINITE_ROW = 1  # a row without any finite logit: the lowest allowed id (else 0) was emitted, abort the request
     NAN = 2  # a NaN logit was read as -inf
@@ -33,25 +35,30 @@ class Flag(enum.IntFlag):
 
 
 class Stream(enum.IntEnum):
-    """Purpose of a random word, the low byte of Philox counter word 3 (the tree node is above it)."""
+    """What a random word is used for: the low byte of word 3 of the Philox counter. The tree node is in the bits above it."""
 
     DRAFT = 1  # per-token noise of a draft position
     ACCEPT = 2  # the acceptance uniform of a draft
     LEAF = 3  # race between vocabulary blocks of 1024 ids, correction and bonus
     CORRECT = 4  # race inside the winning block
-    COUPLED = 5  # noise shared by draft and target on purpose (anchor position word 0)
+    COUPLED = 5  # noise shared by draft and target on purpose (the word of the anchor position is 0)
     DRAFT_LEAF = 6  # race between vocabulary blocks of a draft position
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Penalties(Checked):
-    """Repetition, presence and frequency penalties over sparse token counts.
+    """Repetition, presence and frequency penalties, stored for the tokens that have a count.
 
-    token_ids: int64 or int32 [S, T], each token at most once a slot, -1 = unused. counts: int32 [S, T], how often the request
-    has emitted it, the anchor included; 0 for a token that only the prompt holds. repetition (> 0), presence, frequency: fp32 [S]
-    or None. For a listed token and one drafted earlier in this round, x becomes x / repetition (x > 0) or x * repetition; then
-    frequency * n and, if n > 0, presence are taken off, n = count + occurrences among the drafts before. Sources: repetition,
-    Keskar et al. arXiv 1909.05858; presence and frequency, the OpenAI API reference.
+        token_ids     int64 or int32 [S, T], each token at most once per slot, -1 = unused entry
+        counts        int32 [S, T], how often the request has emitted the token, the anchor included; 0 for prompt tokens
+        repetition    fp32 [S] (> 0) or None
+        presence      fp32 [S] or None
+        frequency     fp32 [S] or None
+
+    A token is penalised if it is in token_ids or was drafted earlier in this round. Its logit x becomes x / repetition where x > 0
+    and x * repetition elsewhere. Then frequency * n is subtracted, and presence where n > 0; n is its count plus its occurrences
+    among the drafts before this position. Sources: repetition, Keskar et al., arXiv 1909.05858; presence and frequency, the OpenAI
+    API reference.
     """
 
     token_ids: Tensor
@@ -69,14 +76,22 @@ class Penalties(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SamplingTensors(Checked):
-    """Per-request sampling settings.
+    """Sampling settings per request slot.
 
-    temperature: fp32 [S], 0 = greedy. seed: int64 [S], the Philox key. Optional: top_k int32 [S] (off: <= 0 or >= V; 1 is
-    greedy), top_p fp32 [S] (off: >= 1), min_p fp32 [S] (off: <= 0), filter_order "top_k_first" or "joint", logit_bias
-    [S, V], token_bitmask int32 [rows, ceil(V/32)] (bit 1 = allowed, lowest bit first; rows = rows of target logits in
-    acceptance, [S, K] in drafting), penalties.
-    Order: penalties and bias, mask, temperature, top_k (ties: lowest ids), renormalise, top_p (with the crossing token),
-    renormalise, min_p against the maximum; "joint" applies top_k and top_p to the unfiltered distribution.
+        temperature     fp32 [S], 0 = greedy
+        seed            int64 [S], the Philox key
+        top_k           int32 [S] or None; off where <= 0 or >= V; 1 is greedy
+        top_p           fp32 [S] or None; off where >= 1
+        min_p           fp32 [S] or None; off where <= 0
+        filter_order    "top_k_first" or "joint"
+        logit_bias      bf16, fp16 or fp32 [S, V] or None
+        token_bitmask   int32 [rows, ceil(V / 32)] or None; bit 1 = allowed, lowest bit first. One row per row of target logits in
+                        acceptance; [S, K, ceil(V / 32)] in drafting
+        penalties       `Penalties` or None
+
+    Order of application: penalties and bias, mask, temperature, top_k (ties keep the lowest ids), renormalise, top_p (the token
+    that crosses the threshold stays), renormalise, min_p relative to the maximum. "joint" applies both top_k and top_p to the
+    distribution before filters.
     """
 
     temperature: Tensor
@@ -105,9 +120,11 @@ class SamplingTensors(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MarkovHead(Checked):
-    """Vanilla sequential head, bias = W1[previous] W2^T (DSpark, arXiv 2607.05147).
+    """Vanilla sequential head of DSpark (arXiv 2607.05147): bias [Vd] = W1[previous] W2^T.
 
-    w1: [V, r]; w2: [Vd, r], bf16, fp16 or fp32, or fp8 e4m3 / int8 with `w2_scale` fp32 [Vd].
+    w1         bf16, fp16 or fp32 [V, r], r >= 1
+    w2         bf16, fp16 or fp32 [Vd, r], or fp8 e4m3 or int8 with w2_scale
+    w2_scale   fp32 [Vd], or None for an unquantised w2
     """
 
     w1: Tensor
@@ -130,7 +147,10 @@ class MarkovHead(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GatedMarkovHead(MarkovHead):
-    """Gated head: g = sigmoid(G [h; W1[previous]] + b), bias = (g * W1[previous]) W2^T. gate_weight [r, H+r], gate_bias [r]."""
+    """Gated head: g = sigmoid(G [h; W1[previous]] + b), bias = (g * W1[previous]) W2^T.
+
+    w1, w2, w2_scale: as in `MarkovHead`. gate_weight G: [r, H + r]; gate_bias b: [r]; both bf16, fp16 or fp32.
+    """
 
     gate_weight: Tensor = None
     gate_bias: Tensor = None
@@ -143,10 +163,11 @@ class GatedMarkovHead(MarkovHead):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RnnMarkovHead(MarkovHead):
-    """Recurrent head: z = [state; W1[previous]; h], (gate, candidate, output) = chunks of J z + b.
+    """Recurrent head: z = [state; W1[previous]; h], (gate, candidate, output) = the three chunks of J z + b.
 
-    state' = sigmoid(gate) * state + (1 - sigmoid(gate)) * tanh(candidate); bias = tanh(output) W2^T; state_0 = 0.
-    joint_weight [3r, 2r+H], joint_bias [3r].
+    The state becomes sigmoid(gate) * state + (1 - sigmoid(gate)) * tanh(candidate), from 0 before the first draft; the bias is
+    tanh(output) W2^T. w1, w2, w2_scale: as in `MarkovHead`. joint_weight J: [3r, 2r + H]; joint_bias b: [3r]; both bf16, fp16 or
+    fp32.
     """
 
     joint_weight: Tensor = None
@@ -160,9 +181,11 @@ class RnnMarkovHead(MarkovHead):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConfidenceHead(Checked):
-    """Survival score c_k = sigmoid((w . [h_k; W1[x_{k-1}]] + b) / T_k).
+    """Probability that draft k is accepted, given that the drafts before it are: c_k = sigmoid((w . [h_k; W1[x_{k-1}]] + b) / T_k).
 
-    weight: [H] or [H+r]; bias: [1] or None; sts_temperatures: fp32 [K] or None (sequential temperature scaling).
+    weight             bf16, fp16 or fp32 [H + r], or [H] where the previous token is not an input
+    bias               [1] or None
+    sts_temperatures   fp32 [K] or None: T_k of sequential temperature scaling (`calibration.fit_sts`), None = 1
     """
 
     weight: Tensor
@@ -177,7 +200,7 @@ class ConfidenceHead(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneHotProposal(Checked):
-    """The drafts were chosen deterministically (greedy, n-gram, ...): all probability is on the draft itself."""
+    """The drafts were chosen deterministically (greedy, n-gram, ...): the draft itself has probability 1."""
 
     def _check(self):
         pass
@@ -185,11 +208,12 @@ class OneHotProposal(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseProposal(Checked):
-    """The distribution that the drafts were drawn from, as stored logits.
+    """The distribution that the drafts were drawn from, as stored logits over the vocabulary.
 
-    logits: [S, K, V or Vd], before temperature, -inf outside a filtered support. lse: fp32 [S, K], ln sum exp(logits /
-    temperature), or None. temperature: fp32 [S] (None = the sampling temperature; 0 = one-hot). draft_to_target: int64 [Vd], the
-    target's id of each column, each id at most once, in any order.
+    logits            bf16, fp16 or fp32 [S, K, V or Vd], before temperature, -inf outside the support left by filters
+    lse               fp32 [S, K], ln sum exp(logits / temperature), or None
+    temperature       fp32 [S]; None = the sampling temperature; 0 = one-hot on the largest logit
+    draft_to_target   int64 [Vd] or None: the target's id of each column, each id at most once, in any order
     """
 
     logits: Tensor
@@ -207,10 +231,15 @@ class DenseProposal(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseProposal(Checked):
-    """The distribution that the drafts were drawn from, on C candidates. ids [S, K, C], logits [S, K, C].
+    """The distribution that the drafts were drawn from, on C candidates per position.
 
-    Ids in any order; entries of one id add up, ids outside the vocabulary (-1 = unused) keep their probability. lse: acceptance
-    does not need it.
+        ids           int64 or int32 [S, K, C], in any order
+        logits        bf16, fp16 or fp32 [S, K, C], before temperature
+        lse           fp32 [S, K] or None; acceptance does not read it
+        temperature   fp32 [S]; None = the sampling temperature; 0 = one-hot on the largest logit
+
+    The probabilities of entries with the same id add up. Entries outside the vocabulary (-1 = unused) stay in the normalisation;
+    give an unused entry the logit -inf.
     """
 
     ids: Tensor
@@ -230,10 +259,13 @@ Proposal = OneHotProposal | DenseProposal | SparseProposal
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DraftBlock(Checked):
-    """Drafts of a block.
+    """The drafts of a block.
 
-    tokens: int64 [S, K]; confidence (calibrated) and confidence_logits (raw): fp32 [S, K] or None; proposal: the
-    distribution that the drafts were drawn from; flags: int32 [R].
+    tokens              int64 [S, K], -1 = no draft
+    proposal            the distribution that the drafts were drawn from
+    flags               int32 [R], bits of `Flag`
+    confidence          fp32 [S, K] or None: calibrated probability that draft k is accepted, given the drafts before it
+    confidence_logits   fp32 [S, K] or None: its logit before calibration
     """
 
     tokens: Tensor
@@ -252,12 +284,19 @@ class DraftBlock(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VerifyLayout(Checked):
-    """Which rows the target computes for which request.
+    """Which rows of its forward pass the target computes for which request.
 
-    Per request: draft_lens int32 [R]; query_start_loc int32 [R+1] (forward rows); cu_num_logits int32 [R+1] (logit rows);
-    flags int32 [R]. Per forward row [N_max]: token_ids int64, positions int64, batch_indices int32 (padding -1),
-    slot_mapping int64 (padding -1) or None. Per logit row: logits_indices int32 (forward row). num_rows int32 [1].
-    max_drafts: static bound of draft_lens, or None when unknown.
+    draft_lens         int32 [R], drafts of each request
+    query_start_loc    int32 [R + 1], first forward row of each request, then the end
+    cu_num_logits      int32 [R + 1], first row of logits of each request, then the end
+    token_ids          int64 [N_max], by forward row
+    positions          int64 [N_max], by forward row
+    batch_indices      int32 [N_max], request of the forward row, -1 = padding
+    logits_indices     int32 [L], the forward row that each row of logits comes from
+    num_rows           int32 [1], forward rows in use
+    flags              int32 [R], bits of `Flag`
+    slot_mapping       int64 [N_max], cache slot of the forward row, -1 = padding; or None
+    max_drafts         the largest possible entry of draft_lens, or None where it is unknown
     """
 
     draft_lens: Tensor
@@ -291,12 +330,18 @@ class VerifyLayout(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DraftTree(Checked):
-    """A draft tree per slot; node 0 is the anchor, parents come before children, elder siblings first, -1 = none.
+    """A draft tree per request slot. Node 0 is the anchor; parents come before children, elder siblings before younger ones.
 
-    tokens int64, parents, depths, first_child, next_sibling int32, ancestors int64 (bit s = node s), all [S, M], M <= 64;
-    num_nodes int32 [S]; proposal: row m = the distribution of node m's children; drawn: how ("one_hot", "iid",
-    "without_replacement"); flags int32 [R]; survival fp32 [S, M] or None: the probability that a node is reached and accepted, 1
-    for the anchor, also of the nodes that a budget cut off, 0 where there is none.
+    tokens         int64 [S, M], M <= 64
+    parents        int32 [S, M], -1 = none; so for first_child and next_sibling, int32 [S, M]
+    depths         int32 [S, M], 0 for the anchor
+    ancestors      int64 [S, M], bit s is set where node s is the node itself or an ancestor of it
+    num_nodes      int32 [S]
+    proposal       row m is the distribution of the children of node m
+    drawn          how children were chosen: "one_hot" (deterministically), "iid" or "without_replacement"
+    flags          int32 [R], bits of `Flag`
+    survival       fp32 [S, M] or None: probability that a node is reached and accepted, 1 for the anchor. Nodes that a budget
+                   cut off keep theirs; entries without a node are 0
     """
 
     tokens: Tensor
@@ -328,10 +373,12 @@ class DraftTree(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PagedKV(Checked):
-    """A layer's paged key-value cache.
+    """The paged key-value cache of one layer.
 
-    k_cache, v_cache: [pages, page_size, Hkv, D], any strides but the last; bf16, fp16, fp32 or fp8 e4m3 with k_scale,
-    v_scale fp32 [1] or [Hkv]. block_tables: int32 [S, max_pages]; context_lens: int32 or int64 [S] (this step's rows not counted).
+    k_cache, v_cache   bf16, fp16, fp32 or fp8 e4m3 [pages, page_size, Hkv, D], any strides but the last
+    block_tables       int32 [S, max_pages], pages of each request slot
+    context_lens       int32 or int64 [S], cached tokens before this step's rows
+    k_scale, v_scale   fp32 [1] or [Hkv]; needed for fp8
     """
 
     k_cache: Tensor
@@ -357,11 +404,14 @@ class PagedKV(Checked):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KVLayers(Checked):
-    """The caches of all layers, and where they are, for `compact_kv`; made once by `KVLayers.of`.
+    """The caches of all layers and their addresses, for `compact_kv`. Make it once, with `KVLayers.of`.
 
-    caches: tensors [pages, page_size, ...], keys and values of every layer, any strides but the last. table: int64 [P, 6] on their
-    device, a row per cache: address, then in units of `unit` bytes the strides of a page, of a slot and of the dimension that may
-    lie apart (heads), how many of those there are, and the units of one. pointers: the addresses, for the host.
+    caches     tensors [pages, page_size, ...]: keys and values of every layer, any strides but the last
+    table      int64 [P, 6] on their device, one row per cache: its address; then, counted in pieces of `unit` bytes, the
+               strides of a page, of a cache slot and of the dimension that may lie apart (heads); the size of that dimension;
+               and the pieces of one entry of it
+    pointers   the addresses again, for the host
+    unit       bytes of a piece, 1 to 8
     """
 
     caches: tuple[Tensor, ...]
@@ -371,9 +421,11 @@ class KVLayers(Checked):
 
     @classmethod
     def of(cls, layers) -> KVLayers:
-        """layers: per layer its (k_cache, v_cache), a `PagedKV`, or a tuple of any number of caches (MLA: one).
+        """The layers' caches with their table.
 
-        Copies the addresses to the device: do it once, not in every step. The caches must stay where they are.
+        layers: for each layer its (k_cache, v_cache), a `PagedKV`, or a tuple of any number of caches (MLA: one). The addresses are
+        copied to the device, so call this once and not in every step; the caches must keep their addresses. Raises TypeError or
+        ValueError where caches differ in device or page size, or a cache slot is not made of contiguous parts with one stride.
         """
         caches = []
         for layer in layers:
@@ -391,7 +443,10 @@ class KVLayers(Checked):
 
 
 def check_slotted(caches, name: str, like: Tensor | None = None) -> None:
-    """Tensors [pages, page_size, ...] of the device and page size of `like` (None: the first). Raises TypeError or ValueError."""
+    """Raise TypeError or ValueError unless all are [pages, page_size, ...] with the device and page size of `like`.
+
+    like: None = the first of them.
+    """
     for number, cache in enumerate(caches):
         like = check_tensor(f"{name}[{number}]", cache) if like is None else like
         check_tensor(f"{name}[{number}]", cache, device=like.device)
@@ -401,7 +456,7 @@ def check_slotted(caches, name: str, like: Tensor | None = None) -> None:
 
 
 def slot_rows(caches, name: str) -> tuple[list[tuple[int, ...]], int]:
-    """(rows of a table as in `KVLayers`, bytes of its unit: the largest power of two up to 8 that divides everything)."""
+    """(rows of the table of `KVLayers`, bytes of its unit: the largest power of two up to 8 that divides them all)."""
     check_slotted(caches, name)
     rows, together = [], 8
     for number, cache in enumerate(caches):
@@ -429,13 +484,19 @@ def slot_rows(caches, name: str) -> tuple[list[tuple[int, ...]], int]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Acceptance(Checked):
-    """What a step emits.
+    """What a verify step emits.
 
-    tokens: int64 [R, K+1], accepted drafts, correction or bonus, then -1. num_accepted, num_emitted, num_rejected: int32
-    [R]. next_token: int64 [R]. last_row: int32 [R], the forward row whose logits gave next_token. commit_mask: bool
-    [N_max], rows whose keys and values stay. flags: int32 [R]. logprobs: fp32 [R, K+1] or None, of the emitted tokens, 0 beyond
-    them. For trees: path, kv_source
-    int32 [R, M].
+    tokens         int64 [R, K + 1]: the accepted drafts, then the correction or bonus token, then -1
+    num_accepted   int32 [R], accepted drafts
+    num_emitted    int32 [R], entries of tokens in use
+    num_rejected   int32 [R], verified drafts that were not accepted
+    next_token     int64 [R], the last emitted token: the anchor of the next round
+    last_row       int32 [R], the forward row whose logits gave next_token
+    commit_mask    bool [N_max], forward rows whose keys and values stay
+    flags          int32 [R], bits of `Flag`
+    logprobs       fp32 [R, K + 1] of the emitted tokens, 0 beyond them; or None
+    path           int32 [R, M], for trees: the accepted nodes; else None
+    kv_source      int32 [R, M], for trees: where `compact_kv` finds the rows to keep; else None
     """
 
     tokens: Tensor
@@ -466,10 +527,12 @@ class Acceptance(Checked):
 class AttentionPlan(Checked):
     """The work table of `tree_attention`, made by `plan_attention` once per step and read by all layers.
 
-    items: int32 [max_items, 10], one row per part of work: state slot (-1 = a padding request), context length, first
-    forward row of the request, its rows, query tile, part of the keys, number of parts, first context key, end of the context
-    keys, first row of partial results. counts: int32 [3], items in use, first forward row in use, end of those in use. The rest is
-    what the table was made for, and what a launch that reads it must be compiled with.
+        items    int32 [max_items, 10], one row per work item: request slot (-1 = a padding request), context length, first forward
+                 row of the request, number of its rows, query tile, part of the keys, number of parts, first context key, end of
+                 the context keys, first row of partial results
+        counts   int32 [3]: items in use; first forward row in use; end of the forward rows in use
+
+    The other fields are what the table was made for. A launch that reads it must be compiled for the same values.
     """
 
     items: Tensor

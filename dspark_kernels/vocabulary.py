@@ -9,9 +9,10 @@ from .checks import INT_DTYPES, check_tensor
 
 
 def ids_from_offsets(offsets: Tensor) -> Tensor:
-    """`draft_to_target` ids int64 [V] from a table of offsets: target id = draft id + offset, as in EAGLE-3's `d2t`.
+    """`draft_to_target` int64 [Vd] from a table of offsets: target id = draft id + offset, as in EAGLE-3's `d2t`.
 
-    To be called once, when a checkpoint is loaded. Raises ValueError where an id would be negative.
+    offsets: int64 or int32 [Vd]. Call it once, when a checkpoint is loaded: it waits for the device. Raises TypeError or ValueError
+    for another dtype or shape, and ValueError where a target id would be negative.
     """
     check_tensor("offsets", offsets, dtype=INT_DTYPES, shape=("V",))
     ids = torch.arange(offsets.shape[0], device=offsets.device) + offsets

@@ -46,16 +46,22 @@ def declare_heads(op: str):
 
 
 class Workspace:
-    """Scratch for batches of at most max_requests x max_drafts over vocab_size.
+    """Scratch memory for the ops of one stream. With `out=` and `workspace=` an op allocates nothing.
 
-    markov_rank: of a gated or rnn head of `draft_block` or `draft_tree`, which keeps latents; other heads need none.
+    Launches (and CUDA graphs) that may run at the same time must not share a workspace. Every launch that finishes leaves it clean;
+    call `reset()` after one that was aborted.
 
-    One per stream, never shared by launches (or CUDA graphs) that may run at the same time. Clean after every launch that
-    finished; call `reset()` after one that was aborted. With `out=` and `workspace=` an op allocates nothing.
+    Args:
+        max_requests, max_drafts, vocab_size: the largest batch that it serves: R, K (for trees M - 1) and V.
+        device: where the memory lies.
+        query_heads, kv_heads, head_dim: of the attention layers; give them if `tree_attention` is to use the workspace. Layers
+            with different heads need one workspace for each kind, as the smaller head can need more.
+        max_rows: forward rows of `tree_attention`; default max_requests * (max_drafts + 1).
+        batch_invariant: whether `tree_attention` will be called with it, which takes more scratch: see `plan_attention`.
+        markov_rank: rank of a gated or rnn head of `draft_block` or `draft_tree`; 0 for other heads, which need no room.
 
-    For `tree_attention` too: query_heads, kv_heads and head_dim of the layers (where they differ: one workspace for each kind, as
-    the smaller head can need more), max_rows forward rows (default max_requests * (max_drafts + 1)), and whether batch_invariant
-    will be asked for: that takes scratch for max_rows rows in all their parts, see `plan_attention`.
+    Raises:
+        TypeError, ValueError: a size that is not an integer in its range.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class Workspace:
         self.counters.regions, self.scratch.regions = {}, {}  # see Carver
 
     def reset(self) -> None:
-        """Make the workspace clean again after a launch that did not finish."""
+        """Zero the counters again, after a launch that did not finish."""
         self.counters.zero_()
 
     @property
@@ -101,10 +107,12 @@ class Workspace:
 def latents_of(
     take, products: int, latents: int, states: int, rank: int, parts: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a head with latents keeps beside the rest: so many rows of hoisted products of `parts` ranks (1 for a gated head, 3 for
-    an rnn), of latents, and of an rnn's states."""
-    hoisted, latent = take(products * parts * rank, torch.float32), take(latents * rank, dtype)
-    return hoisted, latent, take(states * rank, torch.float32) if parts == 3 else None
+    """Scratch of a head with latents: rows of precomputed products, of latents, and of states (None unless it is an rnn head).
+
+    products, latents, states: how many rows of each. parts: ranks per row of products, 1 for a gated head and 3 for an rnn head.
+    """
+    precomputed, latent = take(products * parts * rank, torch.float32), take(latents * rank, dtype)
+    return precomputed, latent, take(states * rank, torch.float32) if parts == 3 else None
 
 
 def latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> int:

@@ -2,7 +2,7 @@
 
     row i of a request: its anchor (i = 0) or its draft i, at position anchor_position + i (in a tree: + depth of node i)
 
-Symbols: R requests, S state slots, K drafts per request, M tree nodes, N rows allocated. Keys and values of row i go to
+Symbols: R requests, S request slots, K drafts per request, M tree nodes, N rows allocated. Keys and values of row i go to
 the cache slot of anchor_position + i, in a tree too: siblings share a position but not a cache slot.
 
 Source of the ragged verification batch: "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive

@@ -1,6 +1,6 @@
 """What a request's sampling settings do to a row of logits, in this order:
 
-    penalties   of a penalised token (listed or on the path): x / repetition (x > 0) or x * repetition; x - frequency n;
+    penalties   of a penalised token (one with a count, or on the path): x / repetition (x > 0) or x * repetition; x - frequency n;
                 x - presence if n > 0
     bias, mask  x + logit_bias; -inf where the bit mask has a 0
     top_k       the k largest logits, ties to the lowest ids

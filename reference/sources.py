@@ -2,8 +2,8 @@
 
     accept: u * denominator < numerator;   draw: arg-max over blocks of (ln of the block's sum + G), then inside it of (ln w + G)
 
-Symbols: u acceptance uniform, G Gumbel noise, w weights, V vocabulary. Vocabulary blocks have 1024 ids (the package's streams LEAF
-and DRAFT_LEAF address them). Source: the addressing is this project's (README, "Randomness").
+Symbols: u acceptance uniform, G Gumbel noise, w weights, V vocabulary. Vocabulary blocks have 1024 ids (the package's streams
+`LEAF` and `DRAFT_LEAF` address them). Source: the addressing is this project's (docs/randomness.md).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     recursive  (SpecInfer, arXiv 2305.09781; without replacement Sequoia, arXiv 2402.12374): child j is accepted while
                u q_j(x) < p(x); else p <- norm [p - q_j]+ and the next child is tried; after the last child y ~ p.
     traversal  (arXiv 2505.12398): depth first, from the leaves to the root; a node has (P_v, M_v), at first (P_root = 1, p_v);
-               P_child = min(1, P_v M_v(x) / q_j(x)). A leaf is accepted while u < P, then y ~ M. A rejected child is deleted:
-               Z = sum [P_v M_v - q_j]+, M_v <- [P_v M_v - q_j]+ / Z, P_v <- Z / (Z + 1 - P_v) (0/0 = 1).
+               P_child = min(1, P_v M_v(x) / q_j(x)). A node without children left is accepted while u < P, then y ~ M. A rejected
+               child is deleted: Z = sum [P_v M_v - q_j]+, M_v <- [P_v M_v - q_j]+ / Z, P_v <- Z / (Z + 1 - P_v) (0/0 = 1).
     greedy     the walk with y = argmax p_v.
 
 Symbols: p_v target distribution after node v (after temperature), q_j the distribution that child j was drawn from given its elder
@@ -113,7 +113,7 @@ def recursive_rule(target_probs, draft_probs, tree: Nodes, source: Source, ancho
 
 
 def traversal_rule(target_probs, draft_probs, tree: Nodes, source: Source, anchor_position: int) -> TreeVerdict:
-    """Test leaves, deepest first; a node becomes a leaf when all its children were rejected."""
+    """Test nodes without children, deepest first; a node is tested when all its children were rejected."""
 
     def visit(path: tuple[int, ...], prefix_prob: float) -> TreeVerdict | None:
         """The verdict where the subtree of path[-1] has an accepted node; None where all of it is rejected."""

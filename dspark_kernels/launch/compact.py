@@ -9,7 +9,7 @@ from .arch import Arch
 
 @dataclasses.dataclass(frozen=True)
 class CompactConfig:
-    """rows x chunk: slots x units of a slot that a program has in flight."""
+    """rows x chunk: cache slots, and units of a slot, that a program has in flight."""
 
     rows: int
     chunk: int

@@ -24,18 +24,18 @@ OP = "compact_kv"
 
 
 def compact_kv(layers: KVLayers, acceptance: Acceptance, layout: VerifyLayout, *, extra: Sequence[Tensor] = ()) -> None:
-    """Move what the accepted path left in the caches to the slots behind the context, in place, in one launch.
+    """Move the keys and values of the accepted path to the cache slots behind the context, in place, in one launch.
 
-    A tree's rows are cached by node (`tree_layout`); after it, slot anchor_position + j holds the j-th token of the path, as if a
-    chain had been verified. What lies behind the path is left as it is. Correct where sources and destinations overlap; bytes are
-    moved as they are, so any dtype does, fp8 too.
+    A tree's rows are cached by node (`tree_layout`). Afterwards slot anchor_position + j holds the j-th token of the path, as if a
+    chain had been verified. Slots behind the path keep their content. Sources and destinations may overlap. Bytes are moved
+    unchanged, so every dtype works, fp8 included.
 
     Args:
         layers: caches of all layers, made once by `KVLayers.of`.
         acceptance: of `accept_tree`; kv_source int32 [R, M] names the forward rows of the path.
         layout: of the verified rows, with slot_mapping.
-        extra: more tensors [pages, page_size, ...] that hold state by cache slot (a drafter's cache, MLA's latents). A table of
-            their addresses is made, and copied to the device, at the first call with them: before a graph is captured.
+        extra: more tensors [pages, page_size, ...] that hold state by cache slot (a drafter's cache, MLA's latents). The first
+            call with them copies a table of their addresses to the device, so make it before a graph is captured.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.

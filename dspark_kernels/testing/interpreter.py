@@ -12,7 +12,7 @@ Fast:
 - no integer overflow checks, and triton.language is patched once per launch instead of at every device function call.
 
 `threads(n)` runs the programs of a launch at the same time, which a grid barrier or a wait between programs needs. Not
-repaired: fp8e4b15, bf16 atomics, `tl.fma` (rounds twice before triton 3.9). Oracle of the casts: torch.
+repaired: fp8e4b15, bf16 atomics, `tl.fma` (rounds twice before triton 3.9). Reference for the casts: torch.
 """
 
 from __future__ import annotations

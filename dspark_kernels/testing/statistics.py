@@ -7,8 +7,8 @@ G is compared with chi-square of d degrees, whose tail is the regularised incomp
 gamma distribution of its exact mean and variance. Cells that are too rare are made one. Power: under another distribution with
 differences delta_i the statistic is noncentral chi-square with lambda = N sum delta_i^2 / p_i, and by Cauchy's inequality lambda >=
 4 N TV^2 whatever the differences look like. Rare events: Poisson. Symbols: O observed and E = N p expected counts of k cells, N
-samples, TV total variation. Oracles: exact sums and simulation (tests/package/test_testing_statistics.py). Sources: Pearson 1900;
-Haldane 1937 (variance); Williams 1976.
+samples, TV total variation. References: exact sums and simulation (tests/package/test_testing_statistics.py). Sources: Pearson
+1900; Haldane 1937 (variance); Williams 1976.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _upper(shape, x) -> Tensor:
 def compare(what: str, observed: Tensor, probs: Tensor, level: float) -> list[Finding]:
     """Counts [k] against probabilities [k]: chi-square and G, and the bias that would have been seen at `level`.
 
-    A count where the distribution has no mass is a p-value of 0.
+    A count where the distribution is 0 is a p-value of 0.
     """
     observed, probs = observed.double().flatten(), probs.double().flatten()
     if impossible := int(observed[probs <= 0].sum()):

@@ -8,7 +8,7 @@ A function under test takes a padded batch, all tensors on one device,
 
     target_logits [R, K+1, V]  row i verifies draft i + 1, the row behind the last admitted draft gives the bonus, others: garbage
     draft_tokens  [R, K] int64 drafts (-1: none was made); draft_logits [R, K, Vd] what they were drawn from, None: one-hot
-    temperature   [R] fp32     of target and draft, 0 = greedy; -inf logits have no mass
+    temperature   [R] fp32     of target and draft, 0 = greedy; -inf logits have probability 0
     seeds         [R] int64    of the function's noise; a function that keeps its own generator is checked with unseeded=True
     draft_lens    [R] int32    how many drafts are admitted
     anchor_positions [R] int64 position of the last emitted token; draft i is decided for the i-th position behind it

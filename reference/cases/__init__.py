@@ -3,11 +3,11 @@
     case = draft_case(seed, requests=3, dtype=torch.bfloat16);  draft_block(**case.arguments())
 
 A specification (`DraftSpec`, `AcceptSpec`, `AcceptTreeSpec`, `AttentionSpec`) lists the axes of an op with their defaults; its
-function (`draft_case`, ...) takes the same names and returns the arguments of one call. A case with state slots has S = R + 3
+function (`draft_case`, ...) takes the same names and returns the arguments of one call. A case with request slots has S = R + 3
 slots in shuffled order; everything that lives by slot is made [S, ...], and slots outside the batch hold values that a wrong read
 would show.
 
-Symbols: R requests, S state slots, K drafts, M tree nodes, V vocabulary, r rank, H hidden size.
+Symbols: R requests, S request slots, K drafts, M tree nodes, V vocabulary, r rank, H hidden size.
 """
 
 from .accept import AcceptCase, AcceptSpec, accept_case

@@ -2,7 +2,7 @@
 
     draft logits = closeness * target logits + (1 - closeness) * noise;   x ~ softmax(draft logits / T)
 
-Symbols: R requests, S state slots, K drafts, V vocabulary (Vd the drafter's), C candidates of a sparse proposal, T temperature.
+Symbols: R requests, S request slots, K drafts, V vocabulary (Vd the drafter's), C candidates of a sparse proposal, T temperature.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     row i of a request stands at context + i, in a tree at context + its number of proper ancestors
 
-Symbols: R requests, S state slots, N packed rows, Hq/Hkv query and key-value heads, D head size, M tree nodes.
+Symbols: R requests, S request slots, N packed rows, Hq/Hkv query and key-value heads, D head size, M tree nodes.
 """
 
 from __future__ import annotations

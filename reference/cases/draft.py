@@ -2,7 +2,7 @@
 
     base ~ 2 N(0, 1);  W1 ~ N(0, 1);  W2 ~ N(0, 1 / r)
 
-Symbols: R requests, S state slots, K drafts, V vocabulary, r rank, H hidden size. Source: DSpark, arXiv 2607.05147.
+Symbols: R requests, S request slots, K drafts, V vocabulary, r rank, H hidden size. Source: DSpark, arXiv 2607.05147.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     greedy requests stand among sampled ones; every filter is off in some slots; lists of penalised tokens have unused entries
 
-Symbols: S state slots, V vocabulary. Source: `dspark_kernels.types.SamplingTensors`.
+Symbols: S request slots, V vocabulary. Source: `dspark_kernels.types.SamplingTensors`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     target logits = closeness * draft logits + (1 - closeness) * noise;   children of v ~ softmax(draft logits of v / T)
 
-Symbols: R requests, S state slots, M nodes, V vocabulary, W columns of a draft row, T temperature.
+Symbols: R requests, S request slots, M nodes, V vocabulary, W columns of a draft row, T temperature.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ A drafter is made from (config, tensors, target). The loop then calls
 A request begins with a commit of its prompt. After any commit the slot's rows are 0 .. anchor_position - 1, one per
 token of the sequence but the anchor.
 
-Symbols: R requests of the batch, S state slots, K drafts, M tree nodes, n rows, d hidden size, V vocabulary, m chosen layers.
+Symbols: R requests of the batch, S request slots, K drafts, M tree nodes, n rows, d hidden size, V vocabulary, m chosen layers.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ tokens:
 With a tree the drafter makes up to M - 1 drafts, several of which may follow the same token. All of them are verified, each at the
 position of its depth and seeing its ancestors alone. Afterwards the cached rows of the accepted path move next to each other.
 
-Every request has a state slot, and everything that outlives a round is indexed by slot; the batch consists of the busy slots. All
+Every request has a request slot, and everything that outlives a round is indexed by slot; the batch consists of the busy slots. All
 random numbers are addressed by the request's own seed and positions, never by slot or batch row.
 
 Files: sequence.py (a request and its measurements), chains.py (the steps of a round for chains), trees.py (the same for trees).

@@ -2,8 +2,8 @@
 
     row i of a request: its anchor (i = 0) or its draft i
 
-Symbols: R requests of the batch, S state slots, K drafts, N rows of the target's pass, L logit rows, V vocabulary. Source: DSpark,
-arXiv 2607.05147.
+Symbols: R requests of the batch, S request slots, K drafts, N rows of the target's pass, L logit rows, V vocabulary. Source:
+DSpark, arXiv 2607.05147.
 """
 
 from __future__ import annotations

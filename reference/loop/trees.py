@@ -2,7 +2,7 @@
 
     row m stands at anchor_position + depth of node m and sees its ancestors
 
-Symbols: S state slots, M nodes, N rows of the target's pass. Source: tree verification of SpecInfer, arXiv 2305.09781.
+Symbols: S request slots, M nodes, N rows of the target's pass. Source: tree verification of SpecInfer, arXiv 2305.09781.
 """
 
 from __future__ import annotations

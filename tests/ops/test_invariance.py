@@ -17,7 +17,7 @@ from tests.ops.schedule_cases import arguments as schedule_arguments
 
 
 def _take_draft(case, rows):
-    """The requests `rows` of a draft case without state slots, as a batch of their own."""
+    """The requests `rows` of a draft case without request slots, as a batch of their own."""
     rows = torch.tensor(rows)
     pick = lambda t: None if t is None else t[rows]  # noqa: E731
     sampling = case.sampling

@@ -3,10 +3,13 @@
 Each check is a function of a folder or a text, so that the tests below it can also show that it finds what is wrong.
 """
 
+import ast
 import collections
 import csv
+import io
 import json
 import re
+import tokenize
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -274,9 +277,32 @@ def old_words(text):
     return found
 
 
+def prose_of(source):
+    """Docstrings and comments of a Python file, each on its line."""
+    lines, kept = source.splitlines(), {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            kept |= {number: lines[number - 1] for number in range(docstring.lineno, docstring.end_lineno + 1)}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            kept[token.start[0]] = token.string
+    return "\n".join(kept.get(number, "") for number in range(1, len(lines) + 1))
+
+
+# Python files whose docstrings and comments are held to the table, and those that are not.
+HELD = ("dspark_kernels", "reference", "bench", "examples", "tests")
+EXEMPT = ("dspark_kernels/kernels/", "tests/package/test_docs.py")
+
+
 def texts():
-    """Name -> text of everything whose words are held to the table. Public docstrings can join here."""
-    return {str(document.relative_to(ROOT)): document.read_text(encoding="utf-8") for document in documents(ROOT)}
+    """Name -> text of everything whose words are held to the table."""
+    found = {str(document.relative_to(ROOT)): document.read_text(encoding="utf-8") for document in documents(ROOT)}
+    for path in sorted(path for folder in HELD for path in (ROOT / folder).rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if not name.startswith(EXEMPT):
+            found[name] = prose_of(path.read_text(encoding="utf-8"))
+    return found
 
 
 @pytest.mark.parametrize("name", texts())

@@ -215,7 +215,7 @@ def test_source_addresses():
 
 
 def test_source_draws_in_two_levels():
-    """ln of each vocabulary block's sum races on LEAF with the block as lane, then ln of each weight on CORRECT with the id."""
+    """ln of each vocabulary block's sum races on `LEAF` with the block as lane, then ln of each weight on `CORRECT` with the id."""
     weights = torch.zeros(2100, dtype=torch.float64)
     weights[[3, 700, 1024, 1500, 2047, 2048, 2099]] = torch.tensor([1.0, 2, 4, 0.5, 1, 3, 0.25], dtype=torch.float64)
     winners = set()

@@ -51,7 +51,7 @@ def parts(arch: Arch, rows: int, chunks: int) -> int:
 def pick(
     arch: Arch, drafts: int, vocab: int, candidates: int, successors: int, rank: int, weights: str, outputs: int, settings: bool
 ) -> CandidatesConfig:
-    """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
+    """The configuration for the C best of `vocab` ids and `listed` successors of the token before. Not measured on a GPU yet.
 
     weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. settings: penalties, bias, mask, filters or an
     id map are in play. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.

@@ -13,8 +13,8 @@ class DraftConfig:
     """block_v: ids per tile (a multiple of 64); block_r: ranks per dot; programs_per_sm: resident programs; max_registers: per
     thread, None = the compiler's choice; one_launch: all phases in one cooperative launch, else a launch for each.
 
-    Of gated and rnn heads: block_j: latents per program, block_n: hoisted products per program, block_s: inputs per dot of these
-    and of the state.
+    Of gated and rnn heads: block_j: latents per program, block_n: precomputed products per program, block_s: inputs per dot of
+    these and of the state.
     """
 
     block_v: int

@@ -12,7 +12,7 @@ from ..arch import Arch
 class TreeDraftConfig:
     """block_v: ids at a time; pairs: rows whose blocks a program weighs, and children it draws, at once; rows: lists merged at
     once; max_registers: per thread, None = the compiler's choice. Of gated and rnn heads: block_j: latents per program, block_n:
-    hoisted products per program, block_s: inputs per dot of these."""
+    precomputed products per program, block_s: inputs per dot of these."""
 
     block_v: int
     pairs: int
@@ -41,9 +41,9 @@ def depths_of(branching, drafts: int, nodes: int) -> list[tuple[int, int]]:
 def items_of(config: TreeDraftConfig, depths, requests: int, blocks: int, rank: int, parts: int) -> int:
     """Programs of a launch: the products of a head with `parts` of r outputs and hidden states (0: it has none), then for every
     depth the latents of its rows, rows by blocks, and a request's children."""
-    hoisted = -(-parts * rank // config.block_n) * -(-requests * len(depths) // DOT_ROWS)
+    precomputed = -(-parts * rank // config.block_n) * -(-requests * len(depths) // DOT_ROWS)
     per_group = blocks + (-(-rank // config.block_j) if parts else 0)
-    return hoisted + sum(-(-requests * width // DOT_ROWS) * per_group + requests for width, _ in depths)
+    return precomputed + sum(-(-requests * width // DOT_ROWS) * per_group + requests for width, _ in depths)
 
 
 # Of W2 per dot, in 16 bits: more would take the registers of a second program on a multiprocessor (bench/compile).

@@ -54,14 +54,14 @@ OP = "accept_chain"
 
 
 def counters_of(take, requests: int, drafts: int) -> tuple[ChainCounters, Tensor]:
-    """Arrivals, and the two counters of an id map. The ticket is one of the reserved words."""
+    """Arrival counters, and the two counters of an id map. The ticket is one of the reserved words."""
     groups = take(requests * (drafts + 1), torch.int32)  # at most one per row
     counters = ChainCounters(None, groups, *(take(requests, torch.int32) for _ in range(3)))
     return counters, take(2, torch.int32)
 
 
 def scratch_of(take, requests: int, rows: int, blocks: int) -> tuple[ChainScratch, Tensor]:
-    """Everything that any call needs, and the inverse of an id map."""
+    """Scratch of a call with every option, and the inverse of an id map."""
     tops = [take(rows * blocks, torch.float32) for _ in range(3)]
     sums = [take(rows * blocks, torch.int64) for _ in range(4)]
     groups = rows * blocks * (VOCAB_BLOCK // MAX_GROUP)
@@ -108,23 +108,22 @@ def accept_chain(
     Args:
         target_logits: [L, V] bf16, fp16 or fp32, last dimension contiguous; row j belongs to layout.logits_indices[j].
         layout: which rows and drafts belong to which request (drafts are read from layout.token_ids).
-        proposal: the distribution that the drafts were drawn from; None = one-hot. Dense: its logits [S, K, Vd] and, if given, its
-            lse; columns beyond V, or that draft_to_target maps to no id, have probability that the target cannot emit. Sparse: 1
-            to 512 candidates in any order; entries of one id count as one id with their sum, ids outside the vocabulary keep
-            their probability.
-            The coupled rule and forced acceptance read none.
-        sampling: settings per slot; None = every row greedy. All of them act inside: token_bitmask has a row per row of
-            target_logits, penalties see the drafts before a row as emitted.
-        rule: "token", "block" or "coupled"; greedy rows are greedy under each.
-        logprobs: "raw" (softmax of target_logits as they came, at temperature 1) or "processed" (the distribution that
-            tokens were drawn from; greedy: all probability on the arg-max) adds `Acceptance.logprobs`: ln of the probability of
-            each emitted token, -inf for a token without probability (a row without any finite logit, a forced draft), 0 beyond
-            num_emitted.
-        synthetic_rates: fp32 [K], for load tests: draft k is accepted with this probability, given its predecessors, as the
-            ACCEPT uniforms decide, whatever both distributions are (not beyond a row without finite logits, nor an id outside the
-            vocabulary); the token that follows is drawn as after a last draft, from the target distribution. Not lossless.
+        proposal: the distribution that the drafts were drawn from; None = one-hot. Dense: logits [S, K, Vd] and, if given, lse;
+            columns beyond V, and columns that draft_to_target maps to no id, are part of the draft distribution but can never be
+            accepted. Sparse: 1 to 512 candidates in any order; the probabilities of entries with the same id add up, and ids
+            outside the vocabulary stay in the normalisation. The coupled rule and forced acceptance do not read the proposal.
+        sampling: settings per slot; None = every row greedy. The op applies them to target_logits: token_bitmask has a row per
+            row of target_logits, and penalties count the drafts before a row as emitted.
+        rule: "token", "block" or "coupled". Greedy requests are verified greedily under every rule.
+        logprobs: adds `Acceptance.logprobs`, ln of the probability of each emitted token: under "raw" by softmax(target_logits) at
+            temperature 1, before any setting; under "processed" by the distribution that tokens are drawn from (greedy: the
+            arg-max has probability 1). A token of probability 0 has -inf (a row without any finite logit, a forced draft);
+            entries from num_emitted on are 0.
+        synthetic_rates: fp32 [K], for load tests, not lossless: draft k is accepted with the probability of its entry, given that
+            the drafts before it were, whatever the two distributions are. The token that follows is drawn from the target
+            distribution. Acceptance still ends at a row without a finite logit and at an id outside the vocabulary.
         anchors, anchor_positions: int64 or int32 [S], advanced in place to the next round's anchor if given.
-        state_indices: int32 [R], state slot of each row, -1 = padding row.
+        state_indices: int32 [R], request slot of each row, -1 = padding row.
         out, workspace: with both, nothing is allocated.
 
     Returns:
@@ -190,7 +189,7 @@ def accept_chain(
 
 
 def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal | None:
-    """The proposal; None where the drafts stand for themselves."""
+    """The proposal; None where it is one-hot."""
     if proposal is None or isinstance(proposal, OneHotProposal):
         return None
     check_type("proposal", proposal, (DenseProposal, SparseProposal))

@@ -93,8 +93,8 @@ def fields_of(phase: str, requests: int, rows: int, shard: Shard, sums: bool, dr
         if draft_sums:
             fields |= dict(draft_sumexp=(torch.int64, (rows, blocks)), draft_top=(torch.float32, (rows, blocks)))
         if candidates:
-            fields |= dict(rest=(torch.int64, (rows, blocks)), listed=(torch.float32, (rows, candidates)))
-            fields |= dict(laws=(torch.float32, (rows, 3)), owners=(torch.int32, (rows,)))
+            fields |= dict(rest=(torch.int64, (rows, blocks)), candidate_logits=(torch.float32, (rows, candidates)))
+            fields |= dict(distributions=(torch.float32, (rows, 3)), points=(torch.int32, (rows,)))
     elif phase == "residual":
         fields = dict(residual=(torch.int64, (rows if every_row else requests, blocks)))
     else:
@@ -125,7 +125,7 @@ def _part(fields: Fields, part: Tensor) -> Part:
         *view("row_words", "row_logits"),
         target=ShardSums(*view("top", "sumexp")),
         draft=ShardSums(*view("draft_top", "draft_sumexp")),
-        lists=ShardLists(*view("rest", "listed", "laws", "owners")),
+        lists=ShardLists(*view("rest", "candidate_logits", "distributions", "points")),
     )
 
 

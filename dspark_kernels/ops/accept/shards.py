@@ -1,7 +1,8 @@
 """accept_partial, accept_finish: lossless acceptance where every rank has the logits of a shard of the vocabulary.
 
-In phases, each one launch per rank with one gather behind it; the finish is one launch, the same on every rank. Reference: the op
-on the whole vocabulary, to the bit where shards start at multiples of 1024 ids. Sources: arXiv 2211.17192, 2302.01318, 2408.07978.
+Acceptance runs in phases: each is one launch per rank, followed by one gather; the finish is one launch, the same on every rank.
+Reference: the op on the whole vocabulary; the results are equal to the bit where shards start at multiples of 1024 ids.
+Sources: arXiv 2211.17192, 2302.01318, 2408.07978.
 
     gathered = ()
     for phase in accept_phases(proposal, sampling=sampling, rule=rule):
@@ -19,9 +20,9 @@ on the whole vocabulary, to the bit where shards start at multiples of 1024 ids.
 Rows are logit rows, blocks those of 1024 ids that a shard can touch: a row of 151936 ids on 8 ranks has 20, 280 bytes a rank, and
 with 64 candidates 712. Bias, bit mask and penalties take no gather: each rank applies them to its ids.
 
-Filters are refused. The threshold of a row is global: it takes the maxima of groups of 128 ids (0.5 word a group, so 75 a row on 8
-ranks) in the first part, a phase that searches the elements above the bound they give (each rank its counts and sums per
-interval of keys, two or three gathers to fix 32 bits), and one more for the sums over the support, before `draw`. A draft
+Filters are refused. The threshold of a row is global: it would take the maxima of max-groups (128 ids, 0.5 word each, so 75 words a
+row on 8 ranks) in the first part, a phase that searches the elements above their bound (counts and sums per interval of keys from
+each rank, two or three gathers to fix 32 bits), and one more phase for the sums over the support, before `draw`. A draft
 vocabulary with a map is refused: the columns of its ids lie on other ranks than the ids.
 """
 
@@ -55,7 +56,7 @@ def accept_phases(
     sampling: SamplingTensors | None = None,
     rule: str = "token",
 ) -> tuple[str, ...]:
-    """The phases of `accept_partial` in their order: one launch and one gather each."""
+    """The names of the phases of `accept_partial`, in their order; each is one launch and one gather. Launches nothing."""
     check_choice("rule", rule, ("token", "block", "coupled"))
     if sampling is None or rule == "coupled":
         return PHASES[:1]
@@ -87,13 +88,13 @@ def accept_partial(
         proposal: as in `accept_chain`; dense: this rank's columns of the logits [S, K, W], lse of whole rows; sparse: the same on
             every rank.
         phase: one of `accept_phases(proposal, sampling=sampling, rule=rule)`.
-        gathered: the parts of the phases before, of all ranks: int64 [vocab_shards, words] each.
+        gathered: for each phase before this one, the parts of all ranks: int64 [vocab_shards, words].
         vocab_start, vocab_shards, vocab_size: first id of this rank, number of ranks, ids in all (default W * vocab_shards).
-        out: int64 part to write. What no rank reads (rows of no request, residuals that nobody needs) is left alone.
-        workspace: for a sparse proposal one made for all of the vocabulary, else for a shard is enough.
+        out: int64 part to write. Elements that no rank reads (rows of no request, residuals that are not needed) keep their values.
+        workspace: made for the whole vocabulary if the proposal is sparse, else for a shard.
 
     Returns:
-        The part, to be gathered over ranks into [vocab_shards, words], in the order of their ids.
+        The part, int64 [words], to be gathered over ranks into [vocab_shards, words], in the order of their ids.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument of the wrong type, dtype, shape, device or stride, or of a kind that
@@ -150,13 +151,13 @@ def accept_finish(
     out: Acceptance | None = None,
     workspace: workspaces.Workspace | None = None,
 ) -> Acceptance:
-    """What every request emits, from the parts of all ranks, in one launch, the same bits on every rank.
+    """What every request emits, from the parts of all ranks, in one launch. Every rank gets the same bits.
 
     Args:
         gathered: int64 [vocab_shards, words] of every phase, in the order of `accept_phases`.
         anchors, anchor_positions: as in `accept_chain`, advanced in place if given.
         out: an Acceptance to write.
-        The rest as in `accept_partial`; the logits themselves are not read.
+        The rest, and the errors: as in `accept_partial`. The elements of target_logits are not read.
 
     Returns:
         Acceptance.
@@ -201,7 +202,7 @@ def part_words(target_logits, layout, proposal=None, *, phase, vocab_start, voca
 
 
 class _Call:
-    """What the arguments of a call say about sizes."""
+    """The sizes of a call."""
 
     def __init__(self, requests, rows, drafts, slots, shard, proposal, phases, rule, device):
         self.requests, self.rows, self.drafts, self.slots = requests, rows, drafts, slots

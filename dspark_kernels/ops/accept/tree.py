@@ -1,6 +1,6 @@
 """accept_tree: lossless acceptance of draft trees from raw target logits, in one launch.
 
-Rules walk, recursive, traversal: reference/tree.py, which is the oracle. Sources: SpecInfer arXiv 2305.09781, Sequoia arXiv
+Rules walk, recursive, traversal: reference/tree.py, which is the reference. Sources: SpecInfer arXiv 2305.09781, Sequoia arXiv
 2402.12374, traversal verification arXiv 2505.12398.
 """
 
@@ -60,14 +60,14 @@ def _width(nodes: int) -> int:
 
 
 def _counters(take, requests: int, nodes: int) -> tuple[TreeCounters, Tensor]:
-    """Arrivals, and the two counters of an id map. The ticket is one of the reserved words."""
+    """Arrival counters, and the two counters of an id map. The ticket is one of the reserved words."""
     groups = take(requests * nodes, torch.int32)  # at most one per node
     counters = TreeCounters(None, groups, *(take(requests, torch.int32) for _ in range(4)))
     return counters, take(2, torch.int32)
 
 
 def _scratch(take, requests: int, rows: int, nodes: int, blocks: int) -> tuple[TreeScratch, Tensor]:
-    """Everything that any call needs, and the inverse of an id map."""
+    """Scratch of a call with every option, and the inverse of an id map."""
     tops = [take(rows * blocks, torch.float32) for _ in range(3)]
     sums = [take(rows * blocks, torch.int64) for _ in range(3)]
     places = requests * _width(nodes)
@@ -113,29 +113,30 @@ def accept_tree(
     out: Acceptance | None = None,
     workspace: workspaces.Workspace | None = None,
 ) -> Acceptance:
-    """Find every request's accepted path through its tree and emit what follows, in one launch.
+    """Verify every request's draft tree, and emit the tokens of the accepted path and the next token, in one launch.
 
     Args:
         target_logits: [L, V] bf16, fp16 or fp32, last dimension contiguous; row j belongs to layout.logits_indices[j].
         layout: of `tree_layout`: node m of a request is its m-th row, with the token of layout.token_ids; nodes without a row
             do not exist.
-        tree: parents, with penalties ancestors, and for "recursive" and "traversal" of sampled trees the distribution of
-            every node's children: a dense or sparse proposal, row m for node m, and how they were drawn.
-        sampling: settings per slot; None = every row greedy. All of them act inside, along each node's own path: token_bitmask has
-            a row per row of target_logits, penalties see the nodes from the anchor's child to the row's as emitted, and no sibling.
+        tree: its parents; its ancestors where there are penalties; and for "recursive" and "traversal" of sampled trees a dense
+            or sparse proposal, whose row m is the distribution of the children of node m, and `drawn`.
+        sampling: settings per slot; None = every row greedy. The op applies them to target_logits along each node's own path:
+            token_bitmask has a row per row of target_logits, and penalties count the nodes from the anchor's child to the row's
+            own node as emitted, never a sibling.
         rule: "walk", "recursive" or "traversal". Use "walk" for deterministic trees: it samples at each node and follows the
             child that matches. Greedy requests and deterministic trees are walked under every rule: all three then have the same
             distribution, and none accepts more.
-        logprobs: "raw" (softmax of target_logits as they came, at temperature 1) or "processed" (the target
-            distribution after all settings; greedy: all probability on the arg-max) adds `Acceptance.logprobs` [R, M]: ln of the
-            probability of each emitted token, -inf for a token without probability, 0 beyond num_emitted.
+        logprobs: adds `Acceptance.logprobs` [R, M], ln of the probability of each emitted token: under "raw" by
+            softmax(target_logits) at temperature 1, before any setting; under "processed" by the target distribution after all
+            settings (greedy: the arg-max has probability 1). A token of probability 0 has -inf; entries from num_emitted on are 0.
         anchors, anchor_positions: int64 or int32 [S], advanced in place to the next round's anchor if given.
-        state_indices: int32 [R], state slot of each request, -1 = padding row.
+        state_indices: int32 [R], request slot of each request, -1 = padding row.
         out, workspace: with both, nothing is allocated. A workspace of max_drafts >= M - 1.
 
     Returns:
-        Acceptance with tokens, path and kv_source [R, M]: path[r, j] is the j-th node of the accepted path (0 = the anchor),
-        kv_source[r, j] its forward row; -1 behind. num_rejected counts the other drafted nodes.
+        Acceptance with tokens, path and kv_source [R, M]: path[r, j] is the j-th node of the accepted path (j = 0: the anchor)
+        and kv_source[r, j] its forward row, -1 behind the path. num_rejected counts the drafted nodes that are not on it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
@@ -194,7 +195,7 @@ def accept_tree(
 
 
 def _check_proposal(tree, slots, nodes, device) -> DenseProposal | SparseProposal | None:
-    """How the children of a sampled tree were drawn; None where the nodes stand for themselves."""
+    """The proposal of a sampled tree; None where the tree is deterministic."""
     proposal = tree.proposal
     if isinstance(proposal, OneHotProposal) or tree.drawn == "one_hot":
         return None

@@ -25,7 +25,7 @@ OP = "tree_attention"  # which the workspace is for
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """What a plan is made for, from facts that the host knows."""
+    """The sizes that a plan is made for, all known on the host."""
 
     config: attention_launch.AttentionConfig
     max_items: int
@@ -35,7 +35,7 @@ class _Sizes:
 def _sizes(
     here, requests, rows, most_rows, query_heads, kv_heads, head_dim, element_size, cached_size, max_keys, invariant
 ) -> _Sizes:
-    """Bounds of the work table. most_rows: rows of one request at most, None = not known; max_keys: of one context, or None."""
+    """Bounds of the work table. most_rows: largest number of rows of a request, None = unknown; max_keys: of keys of a context."""
     group = query_heads // kv_heads
     packed = None if invariant else group * (rows if most_rows is None else min(rows, most_rows))
     config = attention_launch.pick(here, packed, head_dim, element_size, cached_size, kv_heads)
@@ -96,27 +96,27 @@ def plan_attention(
     out: AttentionPlan | None = None,
     workspace: Workspace | None = None,
 ) -> AttentionPlan:
-    """Share the keys of all requests out over the GPU, in one launch and without knowing a length on the host.
+    """Divide the keys of all requests among the programs of `tree_attention`, in one launch. The host need not know any length.
 
-    One plan serves every layer of a step with these heads and this window: the table depends on the rows of each request and on
-    its context length, never on keys. A part of a context is as long as an even share of all work, or up to four times
-    shorter where that balances better; with batch_invariant its length is decided by the request's own context length alone.
+    One plan serves every layer of a step with these heads and this window: it depends on the rows of each request and on its
+    context length, not on keys. A part of a context is as long as an even share of all work, or up to four times shorter where that
+    balances better. With batch_invariant its length depends on the request's own context length alone.
 
     Args:
         layout: the rows of each request (layout.max_drafts bounds the tile, where it is known).
         kv: lengths from kv.context_lens; sizes and dtype of the cache.
         query_heads: Hq, a multiple of the cache's Hkv.
         dtype: of the queries; default the cache's, bf16 for an fp8 cache.
-        window: as it will be given to tree_attention.
-        max_programs: programs of the attention launch at most (to leave multiprocessors to a collective).
-        state_indices: int32 [R], slot of each request in kv.context_lens and kv.block_tables, -1 = padding.
+        window: as in `tree_attention`.
+        max_programs: largest number of programs of the attention launch (to leave multiprocessors to a collective).
+        state_indices: int32 [R], slot of each request in kv.context_lens and kv.block_tables, -1 = padding request.
         out: an AttentionPlan made for the same sizes; nothing else is allocated.
         workspace: accepted for uniformity; this op needs no scratch memory.
 
     tree_attention with this plan needs 4 * partial_rows * Hkv * (D + 2) bytes of scratch, D rounded up to a power of two of at
     least 16. plan.partial_rows is bounded by the size of the GPU, except with batch_invariant: there it is rows * Hq / Hkv *
-    parts, with up to 128 / Hkv parts, whatever the lengths turn out to be. Hence Hq = 32, Hkv = 8, D = 128, 16 parts: 266 KB
-    per row. Prompts of thousands of rows are better given to another launch, without batch_invariant.
+    parts, with up to 128 / Hkv parts, whatever the lengths are. Example: 266 KB per row for Hq = 32, Hkv = 8, D = 128 and 16
+    parts. Give prompts of thousands of rows to another launch, without batch_invariant.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
@@ -163,7 +163,7 @@ def empty_plan(
     max_programs: int | None = None,
     state_indices: Tensor | None = None,
 ) -> AttentionPlan:
-    """Room for a plan of these sizes, `out` of plan_attention: nothing is launched."""
+    """An uninitialised plan of these sizes, for `out` of plan_attention. Launches nothing."""
     return _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, None, None)[0]
 
 

@@ -63,23 +63,25 @@ def tree_attention(
         kv: the layer's cache, in q's dtype or fp8 e4m3; Hq must be a multiple of its Hkv.
         layout: which rows belong to which request. Rows of no request, and rows of a padding request, get 0 and lse -inf.
         mask: how a request's own rows see each other: "chain" (causal), "full" (both directions), "tree" (ancestors).
-        ancestors: with "tree": int64 [N_max] by forward row, or [S, M] or a DraftTree by slot, M <= 64. Bit s = sees own row
-            s; a row counts itself. Depth is the number of bits less one. A request of more than 64 rows is no tree: its rows
-            are a chain (a piece of a prompt).
+        ancestors: with "tree": int64 [N_max] by forward row, or [S, M] by slot, or a DraftTree; M <= 64. Bit s is set where a row
+            sees row s of its request, itself included; a row's depth is the number of its bits minus 1. The rows of a request
+            with more than 64 rows (a piece of a prompt) are a chain.
         k_new, v_new: [N_max, Hkv, D] in q's dtype, keys and values of the rows themselves (an fp8 cache's scales do not
             apply to them); None = already in the cache, at layout.slot_mapping.
-        scale: of the scores, default 1 / sqrt(D). softcap: cap * tanh(score / cap). sinks: [Hq] float, logits without value.
-        window: visible keys counted by depth, a row itself included; nothing ahead of a row is hidden by it. A NaN or inf among
-            a hidden context key's values may still reach a row, where another row of the same request sees that key.
+        scale: factor of the scores, default 1 / sqrt(D).
+        softcap: cap; a score becomes cap * tanh(score / cap). None = off.
+        sinks: [Hq] float, per head a logit that takes part in the softmax without a value.
+        window: a row sees the last `window` keys, counted by depth, itself included; keys after a row stay visible. A NaN or inf
+            among the values of a hidden context key may still reach a row if another row of the same request sees that key.
         return_lse: also ln of the sum of exponentials, sinks included, fp32 [N_max, Hq].
         batch_invariant: a request's bits depend on nothing else in the batch, nor on the sizes of batch and layout.
-        plan: plan_attention(...) of this step, shared by all layers; None = one is made here, by a launch of its own before
-            the attention, with memory of its own.
-        state_indices: int32 [R], slot of each request, -1 = padding. Where a plan is given, it has the slots already, and only
-            validate needs them again (without slots: 0 to R - 1).
+        plan: plan_attention(...) of this step, shared by all layers. None = the op makes one by a launch of its own before the
+            attention, and allocates it.
+        state_indices: int32 [R], slot of each request, -1 = padding request. A plan has the slots already; with a plan, only
+            validate reads them (None: 0 to R - 1).
         out: [N_max, Hq, D], or with return_lse the pair. With plan, out and workspace nothing is allocated.
-        validate: read lengths, page ids and ancestor words back and raise for what cannot be (waits for the GPU). Without,
-            a page id out of range, a slot of -1 or a word's bit beyond the request's rows hides the key and no more.
+        validate: read lengths, page ids and ancestor words back and raise ValueError for impossible ones (waits for the GPU).
+            Without it, a page id out of range, a slot of -1 or an ancestor bit beyond the request's rows hides that key.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
@@ -232,7 +234,7 @@ def _outputs(out, return_lse, q) -> tuple[Tensor, Tensor | None]:
 
 
 def _validate(layout, kv, words, state_indices, from_cache):
-    """What only the device knows, read back: raises ValueError for what a kernel would silently hide."""
+    """Read back what only the device knows, and raise ValueError for what a kernel would silently hide."""
     starts = layout.query_start_loc.tolist()
     requests = len(starts) - 1
     slots = range(requests) if state_indices is None else state_indices.tolist()

@@ -1,4 +1,5 @@
-"""draft_block on candidates: each position restricted to its C best base logits, and to listed successors of the draft before it.
+"""draft_block on candidates: each position restricted to its C best base logits, and to the successors (`bigrams`) of the draft
+before it.
 
 S_k = the C ids of the largest base_k (ties: lowest ids) and bigrams[x_{k-1}],  x_k ~ softmax over S_k of (base_k + bias) / T.
 The proposal is sparse by construction. Reference: reference/candidates.py. Source: DSpark, arXiv 2607.05147.

@@ -55,7 +55,7 @@ def _counters(take, requests: int, drafts: int) -> tuple[Tensor, Tensor]:
 
 
 def _scratch(take, requests: int, drafts: int, vocab: int) -> tuple[Tensor, Tensor, Support]:
-    """Maxima and sums of sub-blocks, and what filters find out about a row, without their settings."""
+    """Maxima and sums of sub-blocks, and the thresholds that filters find for a row."""
     rows, sub_blocks, groups = requests * drafts, -(-vocab // SUB_BLOCK), -(-vocab // MAX_GROUP)
     sub_block_max, sub_block_sumexp = take(rows * sub_blocks, torch.float32), take(rows * sub_blocks, torch.int64)
     support = Support(
@@ -102,38 +102,39 @@ def draft_block(
 
     Args:
         base_logits: [R, K, V] bf16, fp16 or fp32, last dimension contiguous: the backbone's logits.
-        anchors: int64 or int32 [S] (R without `state_indices`), the last emitted token of each request. A call with first_draft
-            > 0 takes the token drafted last in its place.
+        anchors: int64 or int32 [S] (R without `state_indices`), the last emitted token of each request; where first_draft > 0,
+            the token of draft first_draft instead.
         head: MarkovHead, GatedMarkovHead, RnnMarkovHead (w1 [V1, r] by target id, w2 [V, r]) or None for independent positions.
         anchor_positions: int64 or int32 [S], absolute position of the anchor; draft k is decided for position + k.
-        sampling: per slot; None = every row greedy. Temperature <= 0 makes a row greedy. Penalties, bias and mask act on base
-            logits + bias of the head before they are rounded; the penalties' path is the drafts of this call before a position,
-            and with an `out` that is wider the earlier columns, too. Bias and mask are by target id; token_bitmask is
-            [S, K, words] for the positions of this call. The proposal holds -inf outside what filters leave.
+        sampling: settings per slot; None = every row greedy, and so is a row of temperature <= 0. Penalties, logit_bias and mask
+            are applied to base logits + bias of the head, before these are rounded. Penalties count the drafts of this call
+            before a position and, where `out` is wider than K, those in the columns before. logit_bias and mask are by target
+            id; token_bitmask is [S, K, words] for the positions of this call. The proposal holds -inf where filters removed an id.
         hidden: [R, K, H], needed by `confidence`, gated and rnn heads.
         confidence: ConfidenceHead; its weight is [H], or [H + r] with the Markov input.
-        candidates: restrict each position to its C best base logits after penalties, bias and mask (1 to 256; ties: lowest ids);
-            the proposal is sparse, and its noise is that of the dense form.
-        bigrams: int32 or int64 [V, B] with `candidates`: for a token before a position, ids of the head's vocabulary (-1 = unused)
-            that join the candidates; a position then has C + B entries.
+        candidates: C, 1 to 256: restrict each position to its C best base logits after penalties, logit_bias and mask (ties keep
+            the lowest ids). The proposal is then sparse. An id gets the same noise as without `candidates`.
+        bigrams: int32 or int64 [V, B], with `candidates` only: row x has the successors of token x, ids of the head's vocabulary
+            (-1 = unused) that join the candidates of a position after x. A position then has C + B entries.
         draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; a negative entry stands for no token.
-            Tokens come out, W1 and the noise are addressed, and ties go to the lowest, by target ids. For a table of offsets
-            (target = draft + offset, as in EAGLE-3's d2t) see `ids_from_offsets`.
-        vocab_size: the first so many columns of base_logits, and rows of w2, are the vocabulary; the rest is padding, never
-            read. None: all are.
-        first_draft: positions already drafted; K = 1 with first_draft = 0, 1, 2, ... serves step-wise drafters.
+            The tokens of the block, the rows of W1, the addresses of the noise and the order of ties are target ids. For a table
+            of offsets (target = draft + offset, as in EAGLE-3's d2t) see `ids_from_offsets`.
+        vocab_size: the vocabulary is the first vocab_size columns of base_logits and rows of w2; the rest is padding and never
+            read. None = all of them.
+        first_draft: number of positions drafted before this call; drafters with a pass per draft call with K = 1 and
+            first_draft = 0, 1, 2, ...
         head_state: fp32 [S, r], the state of an rnn head: written by every call, read where first_draft > 0.
         noise: "draft", or "coupled" where acceptance uses the coupled rule.
-        state_indices: int32 [R], state slot of each row, -1 = padding row.
-        keep_logits: keep the logits of a greedy block too (proposal is then dense with temperature 0).
-        out: a DraftBlock to write, [S, K] (or wider: then draft k goes to column first_draft + k - 1).
+        state_indices: int32 [R], request slot of each row, -1 = padding row.
+        keep_logits: store the logits of a greedy block too; its proposal is then dense with temperature 0.
+        out: a DraftBlock to write, [S, K]; or wider, and draft first_draft + k goes to column first_draft + k - 1.
         workspace: scratch memory; with `out` and `workspace` nothing is allocated. A gated or rnn head needs one with room for
             its latents: Workspace(..., markov_rank=r).
 
     Returns:
         DraftBlock. Its proposal is dense (logits in base_logits' dtype, lse) with `sampling`, one-hot without. With `candidates` it
-        is sparse instead: ids in ascending order of the head's vocabulary, then listed successors; an entry without a candidate
-        (V < C, an unused or repeated successor, an id that stands for no token) is id 0 with -inf.
+        is sparse instead: ids in ascending order of the head's vocabulary, then the successors. An entry without a candidate
+        (V < C, an unused or repeated successor, an id that stands for no token) is id 0 with logit -inf.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
@@ -227,7 +228,7 @@ def _check_inputs(base_logits, anchors, anchor_positions, state_indices):
 
 
 def _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device) -> int:
-    """How many ids of the target all tables know; an entry of `draft_to_target` at or above stands for no token."""
+    """Number of target ids that all tables have; an entry of `draft_to_target` at or above it stands for no token."""
     known = [2**31 - 1 if draft_to_target is not None else vocab]
     if sampling is not None:
         check_type("sampling", sampling, SamplingTensors)
@@ -417,14 +418,14 @@ def projection_record(head: MixedHead, hidden, head_state, products: int, latent
     kind = "gated" if parts == 1 else "rnn"
     # Input order: [h; W1[x]] of a gated head, [state; W1[x]; h] of an rnn.
     hidden_column, w1_column = (0, hidden.shape[2]) if kind == "gated" else (2 * rank, rank)
-    hoisted, latent, state = workspaces.latents_of(take, products, latents, states, rank, parts, dot_type)
+    precomputed, latent, state = workspaces.latents_of(take, products, latents, states, rank, parts, dot_type)
     projection = Projection(
         weight_ptr=head.mix_weight,
         bias_ptr=head.mix_bias,
         stride_weight=head.mix_weight.stride(0),
         hidden_column=hidden_column,
         w1_column=w1_column,
-        hoisted_ptr=hoisted,
+        hoisted_ptr=precomputed,
         latent_ptr=latent,
         state_ptr=state,
         carried_ptr=head_state,

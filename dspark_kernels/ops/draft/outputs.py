@@ -26,13 +26,13 @@ def allocate(
     if sampling is not None or keep_logits:
         width = base_logits.shape[2] if candidates is None else candidates
         logits = new(slots, drafts, width, dtype=base_logits.dtype, device=device)
-        law = dict(lse=floats())
+        more = dict(lse=floats())
         if sampling is None:
-            law = dict(temperature=torch.zeros(slots, dtype=torch.float32, device=device))
+            more = dict(temperature=torch.zeros(slots, dtype=torch.float32, device=device))
         if candidates is None:
-            proposal = DenseProposal(logits, draft_to_target=draft_to_target, **law)
+            proposal = DenseProposal(logits, draft_to_target=draft_to_target, **more)
         else:
-            proposal = SparseProposal(new(slots, drafts, width, dtype=torch.int64, device=device), logits, **law)
+            proposal = SparseProposal(new(slots, drafts, width, dtype=torch.int64, device=device), logits, **more)
     return DraftBlock(
         tokens=torch.full((slots, drafts), -1, dtype=torch.int64, device=device),
         proposal=proposal,
@@ -75,7 +75,9 @@ def check_out(out, base_logits, slots, rows, sampling, confidence, first_draft, 
         if proposal.lse is not None:
             raise ValueError("out.proposal.lse: expected None for a greedy block, got a tensor")
         if proposal.temperature is None:
-            raise ValueError("out.proposal.temperature: expected zeros [S] for a greedy block (its law is one-hot), got None")
+            raise ValueError(
+                "out.proposal.temperature: expected zeros [S] for a greedy block (its distribution is one-hot), got None"
+            )
     elif proposal.lse is not None:
         check_tensor("out.proposal.lse", proposal.lse, shape=(slots, columns), device=device)
     return column

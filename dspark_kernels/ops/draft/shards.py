@@ -89,22 +89,23 @@ def draft_block_partial(
         anchors, anchor_positions, hidden, first_draft, noise, state_indices, keep_logits: as in `draft_block`.
         head: a head of `draft_block` with the whole w1 [V1, r] and this rank's rows w2 [W, r] (and w2_scale [W]). With `candidates`
             w2 may also be whole [vocab_size, r], on every rank: then no rows of it are gathered.
-        position: 0 .. K - 1, whose drafts before it are read from `block`; None with `candidates`.
+        position: 0 .. K - 1; the drafts before it are read from `block`. None with `candidates`.
         vocab_start, vocab_shards, vocab_size: first id of this rank, number of ranks, ids in all (default W * vocab_shards).
         block: what the call at position 0 returned, or a DraftBlock to write, whose proposal has this rank's columns
-            [S, K, W] (with `candidates` all of [S, K, C]); None at position 0 allocates.
-        sampling: as in `draft_block`, whole on every rank. Filters with `candidates` only: in the dense form their threshold would
-            be searched for over rows that no rank has.
-        confidence: given where the block is to have confidences.
+            [S, K, W] (with `candidates` all of [S, K, C]). None allocates one, at position 0 only.
+        sampling: as in `draft_block`, for the whole vocabulary on every rank. Filters need `candidates`: in the dense form no rank
+            has a whole row to find their threshold in.
+        confidence: as in `draft_block`; needed where the block is to have confidences.
         candidates: restrict each position to its C best base logits, as in `draft_block`.
-        bigrams: not on shards: the successors of a draft are known only when it is, a gather per position.
-        draft_to_target: int64 [W], this rank's entries. The dense proposal has them, too.
-        head_state: fp32 [S, r], the state of an rnn head. In the dense form it is needed, because the state is kept there between
-            positions, and each call moves it on; with `candidates` the finish does.
+        bigrams: refused on shards. The successors are known only after the draft before them, so they would need a gather per
+            position.
+        draft_to_target: int64 [W], this rank's entries; the dense proposal needs the same.
+        head_state: fp32 [S, r], the state of an rnn head. The dense form needs it: it keeps the state between positions, and each
+            call advances it. With `candidates` the finish advances it.
         out: int64 part to write.
 
     Returns:
-        (part, block): part is to be gathered over ranks into [vocab_shards, words], in the order of their ids.
+        (part, block). part: int64 [words], to be gathered over ranks into [vocab_shards, words], in the order of their ids.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument of the wrong type, dtype, shape, device or stride, or of a kind that
@@ -201,17 +202,17 @@ def draft_block_finish(
     num_drafts: int | None = None,
     workspace: workspaces.Workspace | None = None,
 ) -> DraftBlock:
-    """Draft `position`, or with `candidates` all drafts, from the parts of all ranks, in one launch, the same bits on every rank.
+    """Draft `position`, or with `candidates` all drafts, from the parts of all ranks, in one launch. Every rank gets the same bits.
 
     Args:
         gathered: int64 [vocab_shards, words], the ranks' parts of this position in the order of their ids.
-        block: the block of `draft_block_partial`; its token, lse, confidence and flags of this position are written, with
-            `candidates` all of it.
+        block: the block of `draft_block_partial`. Its token, lse, confidence and flags of this position are written; with
+            `candidates`, all of it.
         anchors, head, sampling, hidden, confidence, first_draft, state_indices: as in `draft_block_partial`.
         vocab_start, vocab_shards, vocab_size: as in `draft_block_partial`.
-        candidates, and with it base_logits (for its type and sizes), anchor_positions, draft_to_target, head_state, noise: as in
-            `draft_block_partial`.
-        num_drafts: K of the dense form, where the block has more columns than that (default: the columns of block.tokens).
+        candidates, base_logits, anchor_positions, draft_to_target, head_state, noise: with `candidates` only, as in
+            `draft_block_partial`. Of base_logits only dtype and sizes are used.
+        num_drafts: K of the dense form, where the block has more columns than K; default: the columns of block.tokens.
         workspace: scratch memory, for `candidates`.
 
     Returns:

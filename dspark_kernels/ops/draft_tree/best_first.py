@@ -268,8 +268,8 @@ def _with_latents(
     scratch: PathScratch | DepthScratch, take, head: CandidateHead | None, latent: Latent | None, products: int, nodes: int
 ) -> PathScratch | DepthScratch:
     """The scratch with room for a gated or rnn head: so many rows of products with hidden states, and nodes of all trees."""
-    hoisted = latents = states = scratch.score_ptr  # without a latent nobody reads them
+    precomputed = latents = states = scratch.score_ptr  # without a latent nobody reads them
     if latent is not None:
         sizes = (products, nodes, 2 * nodes, head.rank, latent.outputs // head.rank)
-        hoisted, latents, states = workspaces.latents_of(take, *sizes)
-    return scratch._replace(products_ptr=hoisted, latent_ptr=latents, states_ptr=latents if states is None else states)
+        precomputed, latents, states = workspaces.latents_of(take, *sizes)
+    return scratch._replace(products_ptr=precomputed, latent_ptr=latents, states_ptr=latents if states is None else states)

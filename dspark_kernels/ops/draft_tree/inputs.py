@@ -1,6 +1,6 @@
 """What the ops that make draft trees share: a call with its arguments checked, and the tree it is written to.
 
-Symbols: R requests, S state slots, K positions, V vocabulary, H hidden size, M nodes.
+Symbols: R requests, S request slots, K positions, V vocabulary, H hidden size, M nodes.
 """
 
 from __future__ import annotations
@@ -112,18 +112,18 @@ def target_ids(call) -> int:
 
 
 def allocate(
-    slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str, ids: Tensor | None, device, survival: bool = False
+    slots: int, rows: int, nodes: int, like: Tensor | None, drawn: str, ids: Tensor | None, device, survival: bool = False
 ) -> DraftTree:
-    """A tree in which no slot has a node yet. laws: logits [..., V] like the distributions of the nodes, None where none are kept;
-    ids: `draft_to_target` of these."""
+    """A tree in which no slot has a node yet. like: logits [..., V] of the dtype and width that the nodes' distributions are kept
+    in, None where none are; ids: `draft_to_target` of these."""
 
     def filled(*shape, fill=-1, dtype=torch.int32):
         return torch.full(shape, fill, dtype=dtype, device=device)
 
     proposal = OneHotProposal()
-    if laws is not None:
+    if like is not None:
         # A node without children has no distribution: its row is zero.
-        proposal = DenseProposal(torch.zeros(slots, nodes, laws.shape[-1], dtype=laws.dtype, device=device), draft_to_target=ids)
+        proposal = DenseProposal(torch.zeros(slots, nodes, like.shape[-1], dtype=like.dtype, device=device), draft_to_target=ids)
     return DraftTree(
         tokens=filled(slots, nodes, dtype=torch.int64),
         parents=filled(slots, nodes),
@@ -139,19 +139,19 @@ def allocate(
     )
 
 
-def check_out(out, slots: int, rows: int, nodes: int, laws: Tensor | None, drawn: str, ids: Tensor | None, device) -> DraftTree:
+def check_out(out, slots: int, rows: int, nodes: int, like: Tensor | None, drawn: str, ids: Tensor | None, device) -> DraftTree:
     """A caller's tree, fit to be written by a call whose `allocate` would be given the same arguments."""
     check_type("out", out, DraftTree)
     check_tensor("out.tokens", out.tokens, shape=(slots, nodes), device=device)
     check_tensor("out.flags", out.flags, shape=(rows,), device=device, contiguous=True)
     if out.drawn != drawn:
         raise ValueError(f"out.drawn: expected {drawn!r}, got {out.drawn!r}")
-    if laws is None:
+    if like is None:
         check_type("out.proposal", out.proposal, OneHotProposal)
     else:
         check_type("out.proposal", out.proposal, DenseProposal)
-        shape = (slots, nodes, laws.shape[-1])
-        check_tensor("out.proposal.logits", out.proposal.logits, dtype=laws.dtype, shape=shape, device=device)
+        shape = (slots, nodes, like.shape[-1])
+        check_tensor("out.proposal.logits", out.proposal.logits, dtype=like.dtype, shape=shape, device=device)
         if (out.proposal.draft_to_target is None) != (ids is None):
             raise ValueError(f"out.proposal.draft_to_target: expected {'None' if ids is None else 'the map'}, as in this call")
     return out

@@ -60,23 +60,25 @@ def draft_tree(
         anchors: int64 or int32 [S] (R without `state_indices`), the last emitted token of each request: node 0.
         head: MarkovHead, GatedMarkovHead, RnnMarkovHead or None: a node's children follow its own token.
         anchor_positions: int64 or int32 [S]; a node of depth k is decided for position + k.
-        method: "top_k": the branching[d] best tokens after a node of depth d; "iid": as many independent draws from its
-        distribution;
-            "without_replacement": the best keys of one Gumbel race on it; "best_first": the nodes of greatest product of
-            probabilities, positions independent; "conditioned": the same under the head. Ties: the lowest node, then the lowest id.
+        method: how the nodes are chosen; ties go to the lowest node, then to the lowest id.
+            "top_k": the branching[d] best tokens after a node of depth d.
+            "iid": branching[d] independent draws from the node's distribution.
+            "without_replacement": the branching[d] best keys of one Gumbel race on the node's distribution.
+            "best_first": the nodes whose paths have the largest product of probabilities, positions independent.
+            "conditioned": as "best_first", with the head's bias after each node's own token.
         num_nodes: 1 to 64.
-        branching: children of a node by its depth, for the first three methods; depth by depth, cut at num_nodes. A depth that
-            begins with a full tree is not looked at.
-        node_budgets: int32 [R], nodes of each request (clamped to [1, num_nodes]). For the sampled methods they must not depend on
-            this round's draws.
-        sampling: temperature and seed per slot, and logit_bias for the first three methods. A greedy request of a sampled method
-            gets its best tokens. Paths are compared at the sampling temperature (greedy: 1).
+        branching: children per node, by the node's depth, for the first three methods. Children are made depth by depth until the
+            tree has num_nodes nodes; the entries of deeper depths are not read.
+        node_budgets: int32 [R], nodes of each request (clamped to [1, num_nodes]). Under "iid" and "without_replacement" they must
+            not depend on this round's draws.
+        sampling: temperature and seed per slot, and logit_bias for the first three methods. Under "iid" and "without_replacement" a
+            greedy request gets its best tokens. Probabilities of paths are at the sampling temperature (greedy: 1).
         hidden: [R, K, H], needed by `confidence`, gated and rnn heads.
         confidence: ConfidenceHead, for "best_first" and "conditioned".
-        candidates: children come from the C best base logits of their position alone.
+        candidates: C: only the C best base logits of a position can become nodes.
         draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; a negative entry stands for no token. For
             "top_k" and "without_replacement".
-        state_indices: int32 [R], state slot of each row, -1 = padding row.
+        state_indices: int32 [R], request slot of each row, -1 = padding row.
         out: a DraftTree to write. Rows of its proposal that belong to nodes without children keep what they held.
         workspace: scratch memory of max_drafts >= num_nodes - 1 (and markov_rank for a gated or rnn head); with `out` and
             `workspace` nothing is allocated.
@@ -95,8 +97,8 @@ def draft_tree(
     )  # fmt: skip
     tree_inputs.check_call(OP, call)
     drawn = method if method in SAMPLED else "one_hot"
-    laws = base_logits if method in SAMPLED else None
-    shape = (anchors.shape[0], base_logits.shape[0], num_nodes, laws, drawn, draft_to_target)
+    kept = base_logits if method in SAMPLED else None
+    shape = (anchors.shape[0], base_logits.shape[0], num_nodes, kept, drawn, draft_to_target)
     if out is None:
         out = tree_inputs.allocate(*shape, base_logits.device, survival=method not in STATIC)
     else:
@@ -124,18 +126,17 @@ def expand_tree(
     """Give `branching` children to each node of one depth, for drafters with a forward pass per depth (MTP, EAGLE).
 
     Args:
-        tree: a tree that ends with its nodes of `depth`; it has room for M nodes. Without nodes (num_nodes 0) it stays so.
+        tree: a tree whose deepest nodes are those of `depth`, with room for M nodes. A slot with num_nodes 0 gets no nodes.
         node_logits: [R, F, V] bf16, fp16 or fp32, last dimension contiguous; row f belongs to the request's f-th node of `depth`.
-        depth, branching: of the nodes that get children, and how many each.
-        anchor_positions, method, sampling, node_budgets, draft_to_target, state_indices: as in `draft_tree`. The distributions of
-        nodes of
-            other depths stay as they are.
-        out: where to write. `tree` itself is extended in place, in one launch and without a copy; any other is made equal to
-            `tree` first.
+        depth: depth of the nodes that get children; branching: children of each.
+        anchor_positions, method, sampling, node_budgets, draft_to_target, state_indices: as in `draft_tree`. The stored
+            distributions of nodes of other depths stay as they are.
+        out: where to write. With `out=tree` the tree is extended in place, in one launch and without a copy; any other tree is
+            made equal to `tree` first.
         workspace: scratch memory of max_drafts >= M - 1.
 
     Returns:
-        DraftTree, its flags those of `tree` and of this call.
+        DraftTree. Its flags have the bits of `tree` and those of this call.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or stride.
@@ -160,20 +161,20 @@ def expand_tree(
     return out
 
 
-def _copied(tree: DraftTree, out: DraftTree | None, laws: Tensor | None, method: str, ids: Tensor | None) -> DraftTree:
+def _copied(tree: DraftTree, out: DraftTree | None, like: Tensor | None, method: str, ids: Tensor | None) -> DraftTree:
     """A tree with the content of `tree` and room for the distributions of new children: `out`, checked, or a new one."""
     slots, nodes = tree.tokens.shape
-    drawn = method if laws is not None else "one_hot"
-    shape = (slots, tree.flags.shape[0], nodes, laws, drawn, ids, tree.tokens.device)
+    drawn = method if like is not None else "one_hot"
+    shape = (slots, tree.flags.shape[0], nodes, like, drawn, ids, tree.tokens.device)
     if out is None:
         out = tree_inputs.allocate(*shape)
     else:
         tree_inputs.check_out(out, *shape)
     sources = [(getattr(tree, name), getattr(out, name)) for name in (*Nodes._fields, "flags")]
-    if laws is not None and isinstance(tree.proposal, DenseProposal):
-        law = tree.proposal.logits
-        check_tensor("tree.proposal.logits", law, dtype=laws.dtype, shape=(slots, nodes, laws.shape[-1]), device=laws.device)
-        sources.append((law, out.proposal.logits))
+    if like is not None and isinstance(tree.proposal, DenseProposal):
+        logits = tree.proposal.logits
+        check_tensor("tree.proposal.logits", logits, dtype=like.dtype, shape=(slots, nodes, like.shape[-1]), device=like.device)
+        sources.append((logits, out.proposal.logits))
     for source, target in sources:
         if source is not target:
             target.copy_(source)

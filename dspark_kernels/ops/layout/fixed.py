@@ -44,11 +44,11 @@ def fixed_layout(
         draft_lens: int32 or int64 [R], clamped to [0, K] and cut before the first draft below 0 (flag MISSING_DRAFT).
         anchors, anchor_positions: int64 or int32 [S], last emitted token and its absolute position.
         max_rows: rows allocated (a graph bucket); default R * (K + 1). Drafts that do not fit are cut, later requests first.
-        num_prefill_tokens: int32 or int64 [R]; a request with any brings that many prompt rows (token ids 0, the engine fills
-            them) instead of an anchor and drafts.
+        num_prefill_tokens: int32 or int64 [R]; where it is above 0, the request has that many prompt rows instead of an anchor and
+            drafts. Their token ids are 0: the engine fills them in.
         emits: bool or int32 [R]; False = no logit row (a prefill chunk before the last).
-        block_tables, page_size: int32 [S, max_pages] and the rows of a page: then slot_mapping is written.
-        state_indices: int32 [R], state slot of each request, -1 = padding (no rows).
+        block_tables, page_size: int32 [S, max_pages] and the cache slots of a page; with both, slot_mapping is written.
+        state_indices: int32 [R], request slot of each request, -1 = padding (no rows).
         out: a VerifyLayout to write; nothing else is allocated.
         workspace: accepted for uniformity; this op needs no scratch memory.
 
@@ -98,14 +98,14 @@ def tree_layout(
     """Pack the nodes of every request's draft tree into rows, in one launch.
 
     Row m of a request is node m of its tree, at anchor_position + depth of m; its keys and values go to the cache slot of
-    anchor_position + m, because siblings share a position but no slot. Every row gives logits. draft_lens counts the nodes
-    but the anchor.
+    anchor_position + m, because siblings share a position but not a cache slot. Every row gives logits. draft_lens counts the
+    nodes without the anchor.
 
     Args:
         tree: nodes [S, M]; node 0 is the anchor. num_nodes is clamped to [1, M] and cut before the first token below 0 (flag
-            MISSING_DRAFT): parents come before their children, so what is left is a tree.
+            MISSING_DRAFT). Parents come before their children, so the remaining nodes form a tree.
         max_rows: rows allocated; default R * M. Nodes that do not fit are cut, later requests first.
-        anchor_positions and the others: as in `fixed_layout`, and so are the errors.
+        The other arguments, and the errors: as in `fixed_layout`.
     """
     check_type("tree", tree, DraftTree)
     slots, nodes = tree.tokens.shape
@@ -146,14 +146,15 @@ def draft_layout(
 ) -> VerifyLayout:
     """Rows of the drafter's own block of K = block_size drafts, in one launch.
 
-    anchor_first=True (DSpark): the anchor and K - 1 masks, every row predicts. anchor_first=False (DFlash): the anchor and K
-    masks, only the masks predict. Row i sits at anchor_position + i. draft_lens and max_drafts count the masks, so that a
-    request has draft_lens + 1 rows as in any layout; the logit rows are the K that predict.
+    anchor_first=True (DSpark): the anchor and K - 1 mask tokens; every row predicts a draft. anchor_first=False (DFlash): the
+    anchor and K mask tokens; only the mask rows predict. Row i has the position anchor_position + i. draft_lens and max_drafts
+    count the mask tokens, so a request has draft_lens + 1 rows as in any layout. The logit rows are the K rows that predict.
 
     Args:
         anchors, anchor_positions: int64 or int32 [S]; an anchor below 0 is written as 0 (flag BAD_TOKEN_ID).
-        block_size: K >= 1. mask_token_id: >= 0.
-        The others, and the errors, as in `fixed_layout`.
+        block_size: K >= 1.
+        mask_token_id: token id of the mask rows, >= 0.
+        The other arguments, and the errors: as in `fixed_layout`.
     """
     check_int("block_size", block_size, low=1)
     check_int("mask_token_id", mask_token_id, low=0, high=(1 << 31) - 1)
@@ -183,7 +184,7 @@ def draft_layout(
 
 
 def batch_rows(state_indices: Tensor | None, slots: int) -> int:
-    """R: the rows of the batch, which are the state slots where nothing else is said."""
+    """R: the rows of the batch; without `state_indices` the request slots."""
     if state_indices is None:
         return slots
     return check_tensor("state_indices", state_indices, dtype=torch.int32, shape=("R",)).shape[0]
@@ -208,7 +209,7 @@ def check_batch(
 
 
 def row_count(max_rows, requests, drafts, num_prefill_tokens, out) -> int:
-    """Rows to allocate. Raises ValueError where the host cannot know."""
+    """Rows to allocate. Raises ValueError where the host cannot know the number."""
     if max_rows is None:
         if out is not None:
             return check_type("out", out, VerifyLayout).token_ids.shape[0]
@@ -276,7 +277,7 @@ def padded(count: int, least: int = 1) -> int:
 
 
 class Requests(NamedTuple):
-    """What the requests of a batch bring to a layout, as torch.library knows it."""
+    """The per-request inputs of a layout, as torch.library knows them."""
 
     anchors: Tensor
     anchor_positions: Tensor

@@ -54,11 +54,11 @@ def schedule_prefixes(
 ) -> VerifyLayout:
     """Choose how many drafts of each request the target verifies, and pack the rows of its pass, in one launch.
 
-    Drafts of requests that decode and emit are taken by survival, descending, ties by position, then by request, so that a
-    request's share is always a prefix. A draft takes part up to max_len, before the first draft below 0 (flag MISSING_DRAFT), with
-    survival > 0 and not below survival_floor. The first min_len drafts of each request come before all others and are not
-    tested. Nothing is admitted beyond max_rows rows in all. Both policies are lossless, as long as what is passed for them was not
-    computed from this round's drafts: whether draft k is verified then depends on nothing that knows draft k or later ones.
+    Drafts of requests that decode and emit are admitted in descending order of survival (ties by position, then by request), so
+    that each request gets a prefix of its drafts. Only drafts up to max_len, before the first draft below 0 (flag MISSING_DRAFT)
+    and with a survival above 0 and at least survival_floor take part. The first min_len drafts of each request come first and are
+    admitted untested. No draft is admitted beyond max_rows rows in all. Both policies are lossless if the arguments were not
+    computed from this round's drafts: whether draft k is verified then depends neither on draft k nor on later ones.
 
     Args:
         block: tokens and calibrated confidence [S, K]. R * K, each padded to a power of two, at most 16384.
@@ -171,7 +171,7 @@ def _scratch(take, candidates: int) -> ScheduleScratch:
 
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    """Nothing is counted; values are kept where they are not sorted at once."""
+    """No counters; scratch for the values of batches that are not sorted in one piece."""
     return 0, workspaces.measured(_scratch, min(_candidates(requests, drafts), MAX_CANDIDATES))
 
 

@@ -24,7 +24,7 @@ EXTREME_DRAWS = (
     5440943, 51604212, 67862186, 68919831, 73581764, 85600725, 98331357, 102135511, 3453547, 11116009, 14103637, 19735793, 35882025,
     60878372, 68637947, 129745419,
 )  # fmt: skip
-TAIL = 4096  # tokens that share the tail's mass
+TAIL = 4096  # tokens that share the tail's probability
 
 
 def _round(run, what, model, num_drafts, **options):
@@ -157,15 +157,15 @@ def _rare_tokens(run):
     each = max(2.0**-24, 24.0 / requests / TAIL)
     row = torch.zeros(TAIL + 1)
     row[1:] = torch.tensor(each / (1 - each * TAIL)).log() if each * TAIL < 0.5 else 0.0
-    mass = float(torch.softmax(row.double(), 0)[1:].sum())
-    each = mass / TAIL
+    total = float(torch.softmax(row.double(), 0)[1:].sum())
+    each = total / TAIL
     count, chunk = 0, (1 << 24) // (TAIL + 1)
     seeds = run.seeds("rare tokens", requests)
     for part in seeds.split(chunk):
         rows = row.to(run.device).expand(len(part), 2, -1)
         out = run.call_rows(rows, torch.zeros(len(part), 1, dtype=torch.int64), rows[:, :1], part, lens=0)
         count += int((out[:, 0] > 0).sum())
-    return rare(f"tokens of {each:.1e}", count, mass * requests)
+    return rare(f"tokens of {each:.1e}", count, total * requests)
 
 
 def _rare_drafts(run):

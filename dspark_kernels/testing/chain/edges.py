@@ -1,6 +1,6 @@
 """Tests of an acceptance function on batches whose output is known in advance, token by token.
 
-Where a target row puts all mass on one id, every lossless rule must say it, and every draft of that id is accepted: rows that
+Where a target row gives one id all probability, every lossless rule must say it, and every draft of that id is accepted: rows that
 are read in the wrong place, ids beyond the vocabulary and lengths that are not respected show without any statistics. A test raises
 `Detected`; `run` is a `suite.Run`.
 """
@@ -32,7 +32,7 @@ def expect(what: str, tokens: torch.Tensor, wanted: torch.Tensor):
 
 
 def _points(ids: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Logits [..., vocab] with all mass on the ids."""
+    """Logits [..., vocab] with all probability on the ids."""
     return torch.nn.functional.one_hot(ids, vocab) * SURE
 
 

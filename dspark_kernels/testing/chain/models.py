@@ -7,7 +7,7 @@ A model is a table of logits by last token, so that the exact distribution of th
 and the distribution of a window is a sum over the others. `Play` lets an acceptance function decode from there: draft K tokens
 with the seeds' own noise, choose how many are verified, accept, go on from what was emitted; what the last round left open is
 completed by the target with noise of the suite. Symbols: R requests, K drafts, V vocabulary, T tokens, p target distribution.
-Logits lie on a grid of 1/8, exact in bf16. Oracle: reference/enumeration.py.
+Logits lie on a grid of 1/8, exact in bf16. Reference: reference/enumeration.py.
 """
 
 from __future__ import annotations

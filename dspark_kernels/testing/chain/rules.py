@@ -8,7 +8,7 @@
 
 `token`, `block`, `coupled` and `greedy` are acceptance functions as the suite takes them (see `suite.check`). Symbols: R requests,
 K drafts, V vocabulary, L admitted drafts, p target distribution, q draft distribution, x drafts, u acceptance uniforms, G Gumbel
-noise. Everything is fp64, every random word addressed by the request's seed, position and anchor position. Oracles:
+noise. Everything is fp64, every random word addressed by the request's seed, position and anchor position. References:
 reference/accept.py and reference/philox.py. Sources: arXiv 2211.17192, 2302.01318, 2403.10444, 2408.07978; Salmon et al., SC 2011
 (Philox).
 """
@@ -95,7 +95,7 @@ def readable(logits: Tensor) -> Tensor:
 
 
 def probs_of(logits: Tensor, temperature: Tensor) -> Tensor:
-    """softmax(logits / temperature) over the last dimension; +inf takes all, a row of -inf has no mass.
+    """softmax(logits / temperature) over the last dimension; +inf takes all, a row of -inf has probability 0 everywhere.
 
     temperature: [R], above 0; logits [R, ..., V], readable.
     """
@@ -172,9 +172,9 @@ def block_terms(batch: Batch) -> tuple[Tensor, Tensor]:
         prefix_probs.append(ratio.clamp(max=1.0))
         whole = prefix_probs[-1]
         if i + 1 < batch.num_drafts:
-            mass = (prefix_probs[-1][:, None] * batch.target[:, i + 1] - batch.draft[:, i + 1]).clamp(min=0).sum(1)
-            rest = mass + 1.0 - prefix_probs[-1]
-            part = torch.where(rest > 0, mass / torch.where(rest > 0, rest, 1.0), 1.0)
+            total = (prefix_probs[-1][:, None] * batch.target[:, i + 1] - batch.draft[:, i + 1]).clamp(min=0).sum(1)
+            rest = total + 1.0 - prefix_probs[-1]
+            part = torch.where(rest > 0, total / torch.where(rest > 0, rest, 1.0), 1.0)
             whole = torch.where(batch.lens > i + 1, part, prefix_probs[-1])
         accept_probs.append(whole)
     return torch.stack(prefix_probs, 1), torch.stack(accept_probs, 1)

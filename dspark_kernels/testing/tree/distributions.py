@@ -196,14 +196,14 @@ def _rare_tokens(run):
     each = max(2.0**-24, 24.0 / requests / chain_distributions.TAIL)
     row = torch.zeros(chain_distributions.TAIL + 1)
     row[1:] = torch.tensor(each / (1 - each * chain_distributions.TAIL)).log() if each * chain_distributions.TAIL < 0.5 else 0.0
-    mass = float(torch.softmax(row.double(), 0)[1:].sum())
+    total = float(torch.softmax(row.double(), 0)[1:].sum())
     count, chunk, drawn = 0, (1 << 24) // (chain_distributions.TAIL + 1), run.drawn[0]
     for part in run.seeds("rare tokens", requests).split(chunk):
         rows = row.to(run.device).expand(len(part), 1, -1)
         tokens = torch.zeros(len(part), 1, dtype=torch.int64)
         out = run.call_rows(rows, tokens, tokens.int() - 1, None if drawn == "one_hot" else rows, drawn, part)
         count += int((out[:, 0] > 0).sum())
-    return rare(f"tokens of {mass / chain_distributions.TAIL:.1e}", count, mass * requests)
+    return rare(f"tokens of {total / chain_distributions.TAIL:.1e}", count, total * requests)
 
 
 def _rare_children(run):

@@ -1,7 +1,7 @@
 """Tests of a tree acceptance function on batches whose output is known in advance, token by token.
 
-Where a node's row puts all mass on one id, every lossless rule must go to the child with that id, or else say it: rows that are
-read in the wrong place, nodes that do not exist and paths that are none show without any statistics. `run` is a `run.TreeRun`.
+Where a node's row gives one id all probability, every lossless rule must go to the child with that id, or else say it: rows that
+are read in the wrong place, nodes that do not exist and paths that are none show without any statistics. `run` is a `run.TreeRun`.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ _on(
     "Acceptance uniforms addressed by position alone: siblings and cousins share.",
     noise=_OneUniformPerDepth,
 )
-_on("traversal", "one_uniform_per_tree", "One acceptance uniform for all leaves.", noise=_OneUniformPerTree)
+_on("traversal", "one_uniform_per_tree", "One acceptance uniform for all nodes.", noise=_OneUniformPerTree)
 _on("traversal", "noise_by_row", "Noise that depends on the batch row.", noise=_ByRow)
 _on("walk", "low_word_of_seed", "Seeds cut to 32 bits.", noise=_LowWord)
 _on("walk", "gumbel_floor", "Gumbel noise with a floor: rare tokens are never drawn.", noise=_GumbelFloor)
@@ -271,8 +271,8 @@ def equality_passes(trees: Trees):
 
 
 class _DividedByTheChild(Traversal):
-    def normaliser(self, mass, prefix_prob, node):
-        return mass + 1.0 - self.at(self.prefix_prob, node)
+    def normaliser(self, total, prefix_prob, node):
+        return total + 1.0 - self.at(self.prefix_prob, node)
 
 
 class _Restarts(Traversal):
@@ -294,7 +294,7 @@ class _WithoutPrefixProb(Traversal):
 
 
 class _LeavesOnly(Traversal):
-    """A rejected leaf ends at its parent, whose other children are not looked at."""
+    """After a rejected node, verification ends at its parent; the other children are not tried."""
 
     def delete(self, where):
         parent = torch.where(where, self.at(self.trees.parents, self.node), -1)
@@ -310,7 +310,7 @@ def traversal_divided_by_the_child(trees: Trees):
 
 @known_bad_rule("traversal")
 def traversal_restarts(trees: Trees):
-    """After a rejected leaf the rest of the tree is verified as if there had been none."""
+    """After a rejected node, the rest of the tree is verified as if that node had not been there."""
     return _Restarts(trees).run()
 
 

@@ -4,7 +4,7 @@
 
 A tree has one of a few shapes, which may depend on the request and the round but not on what the round draws; where `cut`, a node
 has children only if the confidence of its own token says so. Children are independent draws (iid), the best keys of one race
-(without_replacement) or the drafter's best tokens (one_hot). Symbols as for chains; M nodes, node 0 the last token. Oracle:
+(without_replacement) or the drafter's best tokens (one_hot). Symbols as for chains; M nodes, node 0 the last token. Reference:
 reference/tree_enumeration.py.
 """
 

@@ -10,7 +10,7 @@
 Under each rule, rows of temperature 0 are greedy and deterministic trees are walked. `walk`, `recursive`, `traversal` and
 `greedy` are tree acceptance functions as the suite takes them (see `suite.check`). Symbols: R requests, M nodes, V vocabulary, p
 target distribution, q_c what child c was drawn from given its elder siblings, x its token, u acceptance uniforms. Everything is
-fp64, every random word addressed by the request's seed, position, anchor position and node. Oracle: reference/tree.py. Sources:
+fp64, every random word addressed by the request's seed, position, anchor position and node. Reference: reference/tree.py. Sources:
 SpecInfer arXiv 2305.09781, Sequoia arXiv 2402.12374, traversal verification arXiv 2505.12398.
 """
 
@@ -95,8 +95,8 @@ class Trees:
             return proposed
         ids = torch.arange(proposed.shape[1], device=tokens.device)
         rest = torch.where(ids == tokens[:, None], 0.0, proposed)
-        mass = rest.sum(1, keepdim=True)
-        return torch.where(mass > 0, rest / torch.where(mass > 0, mass, 1.0), rest)
+        total = rest.sum(1, keepdim=True)
+        return torch.where(total > 0, rest / torch.where(total > 0, total, 1.0), rest)
 
     def residual(self, target_probs: Tensor, proposed: Tensor) -> Tensor:
         """[target_probs - proposed]+ over the target's ids."""
@@ -112,8 +112,8 @@ class Trees:
 
 
 def normalised(weights: Tensor) -> Tensor:
-    mass = weights.sum(1, keepdim=True)
-    return torch.where(mass > 0, weights / torch.where(mass > 0, mass, 1.0), weights)
+    total = weights.sum(1, keepdim=True)
+    return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), weights)
 
 
 def follow(trees: Trees, says: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,19 +213,19 @@ class Traversal:
         self.set(self.open, node, where, torch.zeros_like(where))
         prefix_prob, proposed = self.at(self.prefix_prob, parent), self.at(self.proposed, parent)
         rest = self.trees.residual(prefix_prob[:, None] * self.at(self.target_probs, parent), proposed)
-        mass = rest.sum(1)
-        whole = self.normaliser(mass, prefix_prob, node)
+        total = rest.sum(1)
+        whole = self.normaliser(total, prefix_prob, node)
         self.set(self.target_probs, parent, where, normalised(rest))
         self.set(self.proposed, parent, where, self.trees.next_probs(proposed, self.at(self.trees.tokens, node)))
-        self.set(self.above, parent, where, mass)
+        self.set(self.above, parent, where, total)
         self.set(self.below, parent, where, whole)
         self.set(
-            self.prefix_prob, parent, where, torch.where(whole > 0, mass / torch.where(whole > 0, whole, 1.0), 1.0).clamp(max=1.0)
+            self.prefix_prob, parent, where, torch.where(whole > 0, total / torch.where(whole > 0, whole, 1.0), 1.0).clamp(max=1.0)
         )
         self.node = torch.where(where, self.back(parent), node)
 
-    def normaliser(self, mass: Tensor, prefix_prob: Tensor, node: Tensor) -> Tensor:
-        return mass + 1.0 - prefix_prob
+    def normaliser(self, total: Tensor, prefix_prob: Tensor, node: Tensor) -> Tensor:
+        return total + 1.0 - prefix_prob
 
     def back(self, parent: Tensor) -> Tensor:
         return parent
