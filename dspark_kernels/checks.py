@@ -18,10 +18,10 @@ def _dtype_names(dtypes) -> str:
 
 
 def check_tensor(name, value, *, dtype=None, shape=None, device=None, last_contiguous=False, contiguous=False):
-    """Check one tensor argument.
+    """Check one tensor argument and return it.
 
-    dtype: a dtype or a tuple of them. shape: a tuple whose entries are an int (that size), a str (any size, the name is
-    used in the message) or None (any size). Raises TypeError for what it is, ValueError for how it is laid out.
+    dtype: a dtype or a tuple of them. shape: a tuple whose entries are an int (that size), a str (any size; the message uses it as
+    a name) or None (any size). Raises TypeError for another type or dtype, ValueError for another shape, device or stride.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -99,5 +99,5 @@ class Checked:
 
 
 def not_yet(op, name, what):
-    """A variant of the documented interface that this version does not run."""
+    """Raise NotImplementedError for a variant of the documented interface that this version does not support."""
     raise NotImplementedError(f"{op}: {name}: {what} not supported by this version")

@@ -59,7 +59,7 @@ def schema_of(record: type) -> str:
 
 
 def _flat_fields(record: type):
-    """(name, annotation) of a record's fields, those of records inside it in their place."""
+    """(name, annotation) of a record's fields; a record inside is replaced by its own fields."""
     for name, annotation in typing.get_type_hints(record, include_extras=True).items():
         if hasattr(annotation, "_fields"):
             yield from _flat_fields(annotation)
@@ -124,9 +124,10 @@ def plain(values: Sequence) -> bool:
 
 
 def register(name: str, record: type):
-    """Define `dspark::<name>`, its arguments the record's fields, with the decorated function, which takes the record, as
-    implementation; returns a function of the record. Its `op` is torch's callable overload, a function of the values that its
-    `values` makes of a record."""
+    """Decorator: define `dspark::<name>` with the record's fields as arguments and the decorated function, which takes the record,
+    as implementation. Returns a function of the record; its `op` is torch's callable overload, a function of the values that its
+    `values` makes of a record.
+    """
     flatten, rebuild = flattener(record), _rebuilder(record)
 
     def decorate(implementation):

@@ -5,7 +5,7 @@
 Where a sum of probabilities decides (top_p), margins are shares of the whole sum, and a decision is near below 2^-19, the error of
 such a sum in fp32. `flips` names decisions (request, ordinal) to take the other way, so that the reference can go on from the
 alternative that a kernel took. Symbols: u acceptance uniform, p target probability, q draft probability. Source: the definition of
-equality in the README.
+equality in docs/randomness.md.
 """
 
 from __future__ import annotations

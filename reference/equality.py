@@ -3,8 +3,8 @@
     equal, or equal to the reference with one or two near ties of the same request taken the other way
 
 Where every margin exceeds the resolution of fp32, the results must be the same. Where a kernel differs, a near tie of the same
-request, taken the other way, must explain it. Near ties may not be much more frequent than their expected number. Source: the
-README.
+request, taken the other way, must explain it. Near ties may not be much more frequent than their expected number. Source:
+docs/randomness.md.
 """
 
 import itertools

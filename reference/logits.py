@@ -2,7 +2,8 @@
 
     scale = min(1 / T, 1e30), 0 for a greedy row;  NaN is read as -inf;  settings act on a row by the target's ids
 
-Symbols: T temperature, V ids of a row, W1 the embedding of a sequential head. Source: this project's edge values (README).
+Symbols: T temperature, V ids of a row, W1 the embedding of a sequential head. Source: this project's edge values
+(docs/edge-values.md).
 """
 
 from __future__ import annotations

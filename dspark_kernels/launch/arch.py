@@ -25,7 +25,7 @@ class Arch:
 
     @property
     def family(self) -> str:
-        """The known name whose rules hold: its own, or that of the nearest older GPU of its kind."""
+        """The known architecture whose rules apply: this one, or the nearest older one of its kind."""
         if self.vendor == "interpreter" or self.name in KNOWN:
             return self.name
         if self.vendor == "amd":

@@ -10,10 +10,10 @@ from .table import find
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """block_m: packed rows (forward row x group head) per tile; block_n: keys per block. programs: how many share the work.
+    """block_m: packed rows (forward row x group head) per tile. block_n: keys per block. programs: number of programs.
 
-    min_blocks: blocks of keys that a part has at least. finer: a part may be that many times shorter than an even share of
-    all work. invariant_parts: parts of a context at most, where only its own length may decide. native_fp8: the GPU casts e4m3.
+    min_blocks: fewest blocks of keys in a part. finer: how many times shorter than an even share of all work a part may be.
+    invariant_parts: largest number of parts of a context under batch_invariant. native_fp8: whether the GPU casts e4m3.
     """
 
     block_m: int
@@ -49,9 +49,9 @@ def head_tile(head_dim: int) -> int:
 
 
 def pick(arch: Arch, packed_rows: int | None, head_dim: int, element_size: int, cached_size: int, kv_heads: int) -> AttentionConfig:
-    """The configuration for requests of up to `packed_rows` packed rows; None = whatever comes, always the largest tile.
+    """The configuration for requests of up to `packed_rows` packed rows; None = unknown, and then the largest tile.
 
-    Parts of at least 256 keys: below that a part's partial result is no smaller than its keys.
+    A part has at least 256 keys: the partial result of a shorter part is as large as its keys.
     """
     native = arch.family in _NATIVE_FP8
     if arch.vendor == "interpreter":

@@ -9,7 +9,7 @@ from .arch import Arch
 
 @dataclasses.dataclass(frozen=True)
 class CompactConfig:
-    """rows x chunk: cache slots, and units of a slot, that a program has in flight."""
+    """rows x chunk: cache slots x units of a slot that a program copies at once."""
 
     rows: int
     chunk: int
@@ -17,10 +17,10 @@ class CompactConfig:
 
 
 def pick(arch: Arch, width: int) -> CompactConfig:
-    """The configuration for slots of up to `width` units. Not measured on a GPU yet.
+    """The configuration for cache slots of up to `width` units. Not measured on a GPU yet.
 
-    An accepted path is rarely longer than eight tokens; 2 KB (8 heads of 128 in bf16) is 256 units of 8 bytes. Eight rows of
-    that are 16 KB in flight per program, of which there are two per layer and request.
+    An accepted path is rarely longer than eight tokens, and 2 KB (8 heads of 128 in bf16) are 256 units of 8 bytes. Eight such
+    slots are 16 KB in flight per program, and there are two programs per layer and request.
     """
     wide = 1 << max(0, width - 1).bit_length()
     if arch.vendor == "interpreter":

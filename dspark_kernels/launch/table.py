@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "tables"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """shape: what it was chosen for. config: launch parameters by name. why: the measurement that justifies them."""
+    """shape: what the configuration was chosen for. config: launch parameters by name. why: the measurement behind the choice."""
 
     shape: dict
     config: dict
@@ -46,7 +46,7 @@ _said: set[str] = set()
 
 
 def find(arch: Arch, kernel: str, **shape: int | str | bool) -> Entry:
-    """The entry nearest to `shape`. A GPU without a table of its own takes its family's, and says so once."""
+    """The entry nearest to `shape`. A GPU without a table uses that of its family, and says so once."""
     if kernel in _trials:
         return _trials[kernel]
     name = arch.name
@@ -83,7 +83,7 @@ def nearest(entries: tuple[Entry, ...], shape: dict, where: str) -> Entry:
 
 
 def _distance(have: dict, want: dict) -> int | None:
-    """Doublings between two shapes, None where they are of different kinds."""
+    """Doublings between two shapes; None where they are of different kinds."""
     total = 0
     for name, value in want.items():
         other = have[name]
@@ -101,7 +101,7 @@ def _doublings(size: int) -> int:
 
 @contextlib.contextmanager
 def trial(kernel: str, shape: dict, config: dict):
-    """Within it `kernel` runs with `config`, chosen for `shape`, on every GPU: to compile and to time it."""
+    """Context in which `kernel` runs with `config`, chosen for `shape`, on every GPU: to compile and to time it."""
     _trials[kernel] = Entry(shape, config, {})
     try:
         yield

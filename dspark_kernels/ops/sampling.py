@@ -33,7 +33,7 @@ class Flat(NamedTuple):
 
     @property
     def filters(self) -> FilterSettings | None:
-        """The filters where any of them is given."""
+        """The filters; None if none is given."""
         if self.top_k is None and self.top_p is None and self.min_p is None:
             return None
         return FilterSettings(self.top_k, self.top_p, self.min_p)
@@ -63,7 +63,7 @@ def flatten(sampling: SamplingTensors | None) -> Flat:
 
 
 def adjust_settings(sampling: SamplingTensors | Flat | None) -> Adjustments:
-    """What kernels do to logits before temperature."""
+    """The settings that kernels apply to logits before temperature."""
     flat = sampling if isinstance(sampling, Flat) else flatten(sampling)
     bias = None if flat.logit_bias is None else Bias(flat.logit_bias, flat.logit_bias.stride(0))
     mask = None
@@ -99,7 +99,7 @@ def check_sampling(sampling: SamplingTensors | None, *, slots: int | None, vocab
 
 
 def needs_no(op: str, sampling: SamplingTensors | None, fields: tuple[str, ...], why: str) -> None:
-    """Refuse settings that an op's variant cannot obey."""
+    """Refuse settings that an op's variant does not support."""
     for name in fields:
         if sampling is not None and getattr(sampling, name) is not None:
             raise NotImplementedError(f"{op}: sampling.{name}: not supported {why}")

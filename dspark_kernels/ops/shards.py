@@ -26,16 +26,16 @@ class Shard:
 
     @property
     def held(self) -> int:
-        """Ids of the vocabulary that this rank has: its first columns."""
+        """Number of vocabulary ids that this rank has: its first columns."""
         return max(0, min(self.width, self.vocab - self.start))
 
     def blocks(self, size: int) -> int:
-        """Blocks of `size` neighbouring ids (from a multiple of it) that any rank's ids can touch at most."""
+        """Largest number of aligned blocks of `size` ids that any rank's ids touch."""
         whole = self.width // size
         return whole if self.width % size == 0 else (self.width + size - 2) // size + 1
 
     def pieces(self, size: int) -> int:
-        """Ranks that can share a block of `size` ids at most."""
+        """Largest number of ranks that share a block of `size` ids."""
         return 1 if self.width % size == 0 else min(self.count, -(-(size - 1) // self.width) + 1)
 
 

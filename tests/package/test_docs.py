@@ -6,6 +6,7 @@ Each check is a function of a folder or a text, so that the tests below it can a
 import ast
 import collections
 import csv
+import functools
 import io
 import json
 import re
@@ -295,6 +296,7 @@ HELD = ("dspark_kernels", "reference", "bench", "examples", "tests")
 EXEMPT = ("dspark_kernels/kernels/", "tests/package/test_docs.py")
 
 
+@functools.cache
 def texts():
     """Name -> text of everything whose words are held to the table."""
     found = {str(document.relative_to(ROOT)): document.read_text(encoding="utf-8") for document in documents(ROOT)}

@@ -10,8 +10,10 @@ from ..table import find
 
 @dataclasses.dataclass(frozen=True)
 class AcceptConfig:
-    """group x chunk: rows x blocks of 1024 ids per item (more than one row only where an item covers a row's blocks all);
-    lag: requests between the phases; max_registers: per thread, None = the compiler's choice; num_stages: of loads before a dot."""
+    """group x chunk: rows x blocks of 1024 ids of a work item; more than one row only where an item covers whole rows. lag:
+    requests by which the second phase follows the first. max_registers: per thread, None = the compiler's choice. num_stages: of
+    loads before a dot.
+    """
 
     group: int
     chunk: int
@@ -25,12 +27,12 @@ def pick(arch: Arch, num_blocks: int, num_drafts: int, heavy: bool, adjusted: bo
          filtered: bool = False) -> AcceptConfig:  # fmt: skip
     """The configuration for rows of `num_blocks` blocks.
 
-    heavy: whether fp32 logits, lists or swept draft rows take more registers. adjusted: whether logits get penalties, bias
-    or masks, whose tiles are spread over eight warps, as are those of filtered rows.
+    heavy: whether fp32 logits, sparse proposals or draft rows that are read again take more registers. adjusted, filtered: whether
+    penalties, bias or masks change logits, and whether there are filters; the tiles of both are spread over eight warps.
 
-    Four blocks an item: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
-    multiprocessor of any GPU in launch/arch.py but the largest. Left alone, ptxas spills in the tails to keep more programs
-    resident than the loads in flight need; the caps are the smallest at which no architecture spills (bench/compile).
+    An item has four blocks: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
+    multiprocessor of any GPU in launch/arch.py but the largest. Without a limit ptxas spills in the tails, to keep more programs
+    resident than the loads in flight need; the limits are the smallest at which no architecture spills (bench/compile).
     """
     if arch.vendor == "interpreter":
         # It pays per operation, not per element: as few, large items as the grid of small vocabularies allows.

@@ -9,8 +9,9 @@ from ..arch import Arch
 
 @dataclasses.dataclass(frozen=True)
 class AcceptShardsConfig:
-    """group x chunk: rows x blocks of 1024 ids per item of the first phase; block: pieces of blocks that a decision loads at once;
-    max_registers: per thread, None = the compiler's choice."""
+    """group x chunk: rows x blocks of 1024 ids of a work item of the first phase. block: pieces of vocabulary blocks that a
+    decision loads at once. max_registers: per thread, None = the compiler's choice.
+    """
 
     group: int
     chunk: int
@@ -22,9 +23,9 @@ class AcceptShardsConfig:
 def pick(arch: Arch, num_blocks: int, num_drafts: int, adjusted: bool = False) -> AcceptShardsConfig:
     """The configuration for shards of `num_blocks` blocks. Not measured on a GPU yet.
 
-    Four blocks an item, as for whole rows: with a vocabulary of 151936 ids on 8 ranks, a row is 5 items on each. A thread
-    may use every register: fewer spill (bench/compile). adjusted: whether logits get penalties, bias or masks, whose tiles are
-    half as large and spread over twice the warps.
+    An item has four blocks, as for whole rows: with a vocabulary of 151936 ids on 8 ranks, each rank has 5 items per row. A thread
+    may use every register, because fewer spill (bench/compile). adjusted: whether penalties, bias or masks change logits; their
+    tiles are half as large and spread over twice the warps.
     """
     # The interpreter pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
     pairs = 16 if arch.vendor == "interpreter" else 2 if adjusted else 4

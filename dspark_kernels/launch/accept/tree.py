@@ -9,8 +9,9 @@ from ..arch import Arch
 
 @dataclasses.dataclass(frozen=True)
 class TreeConfig:
-    """group x chunk: nodes x blocks of 1024 ids per item (more than one node only where an item covers all blocks of a row); tile x
-    span: blocks at once x steps of an item of a sweep; max_registers: per thread, None = the compiler's choice."""
+    """group x chunk: nodes x blocks of 1024 ids of a work item; more than one node only where an item covers whole rows. tile x
+    span: blocks at once x steps of an item of a sweep. max_registers: per thread, None = the compiler's choice.
+    """
 
     group: int
     chunk: int
@@ -23,9 +24,10 @@ class TreeConfig:
 def pick(arch: Arch, num_blocks: int, num_nodes: int, sweeps: bool, settings: bool = False) -> TreeConfig:
     """The configuration for rows of `num_blocks` blocks. Not measured on a GPU yet.
 
-    Items of phase 1 as in launch/accept/chain.py. A sweep has fewer, larger items: all of M - 1 possible sweeps are launched, most
-    of which end at once; its tile is smaller, because target and draft are in registers at a time. With sweeps, items of several
-    nodes spill on sm_80 (bench/compile). With settings that change logits, half as many elements per thread, and every register.
+    Items of the first phase are those of launch/accept/chain.py. A sweep has fewer and larger items, because all M - 1 possible
+    sweeps are launched and most of them end at once. Its tile is smaller, because target and draft are in registers at the same
+    time. With sweeps, items of several nodes spill on sm_80 (bench/compile). Settings that change logits take half as many elements
+    per thread and every register.
     """
     interpreted = arch.vendor == "interpreter"
     pairs = 16 if interpreted else 4

@@ -13,9 +13,10 @@ MOST_SUB_BLOCKS = 8192  # sub-blocks of a row, all of which one program holds at
 
 @dataclasses.dataclass(frozen=True)
 class CandidatesConfig:
-    """block: ids of a chunk; group: ids of a sub-block; sub_blocks: of a row, and chosen: those read again, both padded; width:
-    entries of a position, padded; block_r: ranks of W2 at a time; block_o: outputs of a latent at a time; block_j:
-    what such a dot sums; drafts: positions, padded; max_registers: per thread, None = the compiler's choice."""
+    """block: ids of a chunk. group: ids of a sub-block. sub_blocks: of a row, and chosen: those that are read again, both padded.
+    width: entries of a position, padded. block_r: ranks of W2 at a time. block_o: outputs of a latent at a time. block_j: inputs
+    that one dot sums. drafts: positions, padded. max_registers: per thread, None = the compiler's choice.
+    """
 
     block: int
     group: int
@@ -36,7 +37,7 @@ def padded(n: int) -> int:
 
 
 def sub_block_ids(vocab: int, candidates: int) -> int:
-    """Ids of a sub-block: few sub-blocks to search through against few logits to read again (candidates x this)."""
+    """Ids of a sub-block: a balance between sub-blocks to search (fewer if large) and logits to read again (candidates x this)."""
     group = 128 if candidates <= 32 else 64 if candidates <= 128 else 32
     while -(-vocab // group) > MOST_SUB_BLOCKS:
         group *= 2
@@ -44,17 +45,18 @@ def sub_block_ids(vocab: int, candidates: int) -> int:
 
 
 def parts(arch: Arch, rows: int, chunks: int) -> int:
-    """Programs per row of logits: some rounds of programs for every multiprocessor, and no less than a chunk each."""
+    """Programs per row of logits: a few programs for every multiprocessor, each with at least one chunk."""
     return max(1, min(chunks, arch.multiprocessors * 8 // rows))
 
 
 def pick(
     arch: Arch, drafts: int, vocab: int, candidates: int, successors: int, rank: int, weights: str, outputs: int, settings: bool
 ) -> CandidatesConfig:
-    """The configuration for the C best of `vocab` ids and `listed` successors of the token before. Not measured on a GPU yet.
+    """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
 
-    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. settings: penalties, bias, mask, filters or an
-    id map are in play. Nothing here may depend on the batch: sums over ranks take the order that these blocks give them.
+    weights: dtype of W2. outputs: rows of the weights of a gated or rnn head, else 0. settings: whether there are penalties, bias,
+    mask, filters or an id map. Nothing here may depend on the batch, because these blocks decide the order of sums over ranks of
+    W2.
     """
     width = max(16, padded(candidates + successors))
     padded_rank, padded_drafts = max(16, padded(rank)), padded(drafts)
@@ -82,10 +84,10 @@ def pick(
 
 
 def list_config(arch: Arch, config: CandidatesConfig, adjusted: bool, mapped: bool) -> CandidatesConfig:
-    """For a rank's lists on vocabulary shards: smaller chunks where both penalties and an id map take registers."""
+    """For a rank's lists on vocabulary shards: smaller chunks where penalties and an id map both take registers."""
     return dataclasses.replace(config, block=4096) if adjusted and mapped and arch.vendor != "interpreter" else config
 
 
 def merge_config(arch: Arch, config: CandidatesConfig) -> CandidatesConfig:
-    """For the walk on shards: all registers there are. Left to itself the compiler for sm_120 takes 128 and spills."""
+    """For the walk on shards: every register. With its own choice of 128 the compiler spills on sm_120."""
     return dataclasses.replace(config, max_registers=255 if arch.vendor == "nvidia" else None)

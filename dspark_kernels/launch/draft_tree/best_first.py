@@ -18,9 +18,11 @@ def padded(n: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PathsConfig:
-    """block: ids of a chunk; group: ids of a sub-block; sub_blocks: of a row, and chosen: those read again, both padded; width:
-    candidates, padded, of which `piece` at a time are tested; nodes: of a tree, padded; block_r: ranks of W2 at a time; block_o:
-    outputs of a latent at a time; block_j: what such a dot sums; max_registers: per thread, None = the compiler's choice."""
+    """block: ids of a chunk. group: ids of a sub-block. sub_blocks: of a row, and chosen: those that are read again, both padded.
+    width: candidates, padded, which are tested `piece` at a time. nodes: of a tree, padded. block_r: ranks of W2 at a time.
+    block_o: outputs of a latent at a time. block_j: inputs that one dot sums. max_registers: per thread, None = the compiler's
+    choice.
+    """
 
     block: int
     group: int
@@ -40,8 +42,8 @@ class PathsConfig:
 def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, weights: str, outputs: int, group: int) -> PathsConfig:
     """The configuration for the C best of `vocab` ids. Not measured on a GPU yet.
 
-    weights: dtype of W2. outputs: of the weights of a gated or rnn head, else 0. group: ids of a sub-block. Nothing here may
-    depend on the batch: sums over ranks take the order that these blocks give them.
+    weights: dtype of W2. outputs: rows of the weights of a gated or rnn head, else 0. group: ids of a sub-block. Nothing here may
+    depend on the batch, because these blocks decide the order of sums over ranks of W2.
     """
     width, nodes = max(16, padded(candidates)), max(16, padded(num_nodes))
     rank = max(16, padded(rank))
@@ -77,8 +79,9 @@ def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, wei
 
 @dataclasses.dataclass(frozen=True)
 class DensePathsConfig:
-    """sub_blocks, groups: of a row, nodes: of a tree, children: of a node, all padded; piece: ids whose logits are computed again
-    at a time; the rest as in PathsConfig."""
+    """sub_blocks, groups: of a row; nodes: of a tree; children: of a node; all padded. piece: ids whose logits are computed again
+    at a time. The rest as in PathsConfig.
+    """
 
     sub_blocks: int
     groups: int
@@ -94,13 +97,13 @@ class DensePathsConfig:
 
 
 def dense_parts(arch: Arch, requests: int, sub_blocks: int) -> int:
-    """Programs per sweep of a request: two for every multiprocessor, and no less than a sub-block each."""
+    """Programs per sweep of a request: two for every multiprocessor, each with at least one sub-block."""
     return max(1, min(sub_blocks, -(-arch.multiprocessors * 2 // requests)))
 
 
 def pick_dense(arch: Arch, vocab: int, num_nodes: int, rank: int, weights: str, mixes: bool) -> DensePathsConfig:
-    """The configuration for distributions of the whole vocabulary. Not measured on a GPU yet. As in `pick`, the batch plays no
-    part.
+    """The configuration for distributions over the whole vocabulary. Not measured on a GPU yet. Independent of the batch, as
+    `pick`.
 
     mixes: the head is gated or rnn, whose latents spill with larger blocks on sm_100 and sm_120 (bench/compile).
     """

@@ -10,9 +10,10 @@ from ..arch import Arch
 
 @dataclasses.dataclass(frozen=True)
 class TreeDraftConfig:
-    """block_v: ids at a time; pairs: rows whose blocks a program weighs, and children it draws, at once; rows: lists merged at
-    once; max_registers: per thread, None = the compiler's choice. Of gated and rnn heads: block_j: latents per program, block_n:
-    precomputed products per program, block_s: inputs per dot of these."""
+    """block_v: ids at a time. pairs: rows whose blocks a program sums, and children that it draws, at once. rows: lists that are
+    merged at once. max_registers: per thread, None = the compiler's choice. For gated and rnn heads, block_j: latents per program;
+    block_n: precomputed products per program; block_s: inputs per dot of these.
+    """
 
     block_v: int
     pairs: int
@@ -26,7 +27,7 @@ class TreeDraftConfig:
 
 
 def depths_of(branching, drafts: int, nodes: int) -> list[tuple[int, int]]:
-    """(nodes, children of each) of every depth whose nodes get children, at most; one depth at least."""
+    """(largest number of nodes, children of each) for every depth whose nodes get children; at least one depth."""
     depths, width, total = [], 1, 1
     for wanted in branching[:drafts]:
         if total == nodes:
@@ -39,8 +40,9 @@ def depths_of(branching, drafts: int, nodes: int) -> list[tuple[int, int]]:
 
 
 def items_of(config: TreeDraftConfig, depths, requests: int, blocks: int, rank: int, parts: int) -> int:
-    """Programs of a launch: the products of a head with `parts` of r outputs and hidden states (0: it has none), then for every
-    depth the latents of its rows, rows by blocks, and a request's children."""
+    """Programs of a launch: those of the precomputed products of a head with `parts` of r outputs (0: there are none); then for
+    every depth those of the latents of its rows, one per row and block, and one per request for its children.
+    """
     precomputed = -(-parts * rank // config.block_n) * -(-requests * len(depths) // DOT_ROWS)
     per_group = blocks + (-(-rank // config.block_j) if parts else 0)
     return precomputed + sum(-(-requests * width // DOT_ROWS) * per_group + requests for width, _ in depths)
@@ -53,9 +55,9 @@ RANKS = 64
 def pick(arch: Arch, vocab: int, rank: int, wide: bool) -> TreeDraftConfig:
     """wide: a head whose products are of fp32. Not measured on a GPU yet.
 
-    With 4 warps of 255 registers two programs share a multiprocessor, so that all items of a row of Qwen3's length run at once on
-    an H100 or H200. Left to itself the compiler spills to have a third one on some GPUs, except
-    where products are wide.
+    With 4 warps of 255 registers two programs share a multiprocessor, so that all items of a row of Qwen3's vocabulary run at once
+    on an H100 or H200. With its own choice the compiler spills on some GPUs to make room for a third program, except where products
+    are wide.
     """
     if arch.vendor == "interpreter":
         few = min(512, max(16, 1 << (rank - 1).bit_length()))

@@ -10,8 +10,7 @@ from ..table import find
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """block: rows per program. sort: drafts that are put in order at a time. max_registers: per thread, None = the compiler's
-    choice."""
+    """block: rows per program. sort: drafts that are sorted at a time. max_registers: per thread, None = the compiler's choice."""
 
     block: int
     sort: int
@@ -22,8 +21,9 @@ class ScheduleConfig:
 def pick(arch: Arch, candidates: int, rows: int) -> ScheduleConfig:
     """The configuration for `candidates` drafts (requests x drafts, each padded to a power of two).
 
-    Every program schedules the whole batch for itself, so few of them: what another one saves is writing rows. 2048 drafts are
-    a batch of 256 with 7 or 8 each, in order at once: 8 a thread for 8 warps, 66 exchanges through 8 KB of shared memory.
+    Every program schedules the whole batch by itself, so there are few programs: another one would only share the writing of rows.
+    2048 drafts, a batch of 256 with 7 or 8 each, are sorted in one piece: 8 per thread of 8 warps, 66 exchanges through 8 KB of
+    shared memory.
     """
     if arch.vendor == "interpreter":
         return ScheduleConfig(1 << (rows - 1).bit_length(), 2048, 1, None)

@@ -83,8 +83,10 @@ def _power(count: int) -> int:
 
 def fields_of(phase: str, requests: int, rows: int, shard: Shard, sums: bool, draft_sums: bool, every_row: bool,
             candidates: int) -> Fields:  # fmt: skip
-    """What a part of `phase` holds: sums where the rule draws, draft_sums where the proposal is summed here; candidates of a
-    list, 0 = no list."""
+    """What a part of `phase` holds.
+
+    sums: the rule draws. draft_sums: the proposal is summed here. candidates: of a sparse proposal, else 0.
+    """
     blocks = shard.blocks(VOCAB_BLOCK)
     if phase == "normalise":
         fields = dict(row_words=(torch.int64, (rows, 4)), row_logits=(torch.float32, (rows, 2)))
@@ -139,7 +141,7 @@ def _draft(draft: DraftArguments) -> ShardedDraft:
 
 
 class _Sizes:
-    """What the arguments of a registered op say about its parts."""
+    """The sizes of parts, from the arguments of a registered op."""
 
     def __init__(self, draft: DraftArguments, requests: int, rows: int, shard: Shard, rule: str):
         self.kernel_draft = _draft(draft)

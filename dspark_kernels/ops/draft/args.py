@@ -48,7 +48,7 @@ class LatentHead(NamedTuple):
 
 
 def weights_of(head: MarkovHead | None) -> tuple[Tensor | None, ...]:
-    """The values of a MixedHead or a LatentHead."""
+    """The fields of a MixedHead or a LatentHead for this head."""
     if head is None:
         return (None,) * 5
     return head.w1, head.w2, head.w2_scale, *mixing(head)
@@ -68,7 +68,7 @@ def has_latents(head: MarkovHead | None) -> bool:
 
 
 def latent_room(head: MarkovHead | None, requests: int, drafts: int, words=workspaces.latent_words) -> dict[str, int]:
-    """What `workspace.lend` is told of a head: the rank of its latents, and the scratch that they need by `words`."""
+    """What `workspace.lend` must know of a head: the rank of its latents, and the scratch that they need by `words`."""
     weight, _ = mixing(head)
     if weight is None:
         return dict(rank=0, latents=0)
@@ -142,12 +142,12 @@ def stride_of(tensor: Tensor | None, dim: int) -> int:
 
 
 def product_type(w1: Tensor, w2: Tensor) -> torch.dtype:
-    """Type of the operands of latent x W2: W1's, where W2 has the same or is exact in it, else fp32."""
+    """Type of the operands of latent x W2: that of W1 where W2 has the same or is exact in it, else fp32."""
     return w1.dtype if w2.dtype in (w1.dtype, torch.int8, torch.float8_e4m3fn) else torch.float32
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """As launch configurations and kernels name a type."""
+    """The name of a dtype in launch configurations and kernels."""
     return str(dtype).removeprefix("torch.")
 
 

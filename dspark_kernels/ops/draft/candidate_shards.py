@@ -49,7 +49,7 @@ MOST_ENTRIES = 2**14  # of the lists of all ranks: what one program selects from
 
 
 def _part_counters(take, positions: int) -> tuple[Tensor, Tensor]:
-    """Arrivals at a row, and what it showed."""
+    """Arrival counters and flags of rows."""
     return take(positions, torch.int32), take(positions, torch.int32)
 
 
@@ -79,7 +79,7 @@ NAMES = ("ids", "keys", "logits", "targets", "rows", "scales", "status")  # of t
 
 
 def _fields(requests, drafts, candidates, dtype, w2, scaled, mapped) -> Fields:
-    """w2: of the rank, where its rows travel, else None."""
+    """w2: this rank's rows, where they are gathered; else None."""
     rows = (requests, drafts, candidates)
     fields = dict(ids=(torch.int32, rows), keys=(torch.int32, rows), logits=(dtype, rows), status=(torch.int32, (requests, drafts)))
     if mapped:
@@ -106,7 +106,7 @@ def part_words(base_logits, head, *, candidates, draft_to_target=None) -> int:
 
 
 def check_candidates(head, candidates, shard, device) -> int:
-    """Arguments that both calls have; returns rows that head.w2 is expected to have."""
+    """Check the arguments that both calls have; returns the number of rows that head.w2 must have."""
     check_int("candidates", candidates, low=1, high=launch.MAX_CANDIDATES)
     entries = launch.padded(shard.count) * max(16, launch.padded(candidates))
     if entries > MOST_ENTRIES:
@@ -125,7 +125,7 @@ def check_candidates(head, candidates, shard, device) -> int:
 
 def partial(base_logits, slots, head, *, shard, block, sampling, confidence, candidates, draft_to_target, targets, first_draft,
             state_indices, keep_logits, out, workspace):  # fmt: skip
-    """ops.draft.shards.draft_block_partial where `candidates` is given, its other arguments checked."""
+    """`draft_block_partial` with `candidates`, its other arguments checked."""
     device, (rows, drafts, width) = base_logits.device, base_logits.shape
     check_candidates(head, candidates, shard, device)
     common = (base_logits, slots, rows, sampling, confidence)
@@ -163,7 +163,7 @@ def finish(
     gathered, block, base_logits, anchors, head, *, anchor_positions, shard, sampling, hidden, confidence, candidates,
     draft_to_target, targets, first_draft, head_state, noise, state_indices, workspace,
 ) -> DraftBlock:  # fmt: skip
-    """ops.draft.shards.draft_block_finish where `candidates` is given, its other arguments checked."""
+    """`draft_block_finish` with `candidates`, its other arguments checked."""
     device, (rows, drafts, _) = base_logits.device, base_logits.shape
     slots = anchors.shape[0]
     column = check_out(block, base_logits, slots, rows, sampling, confidence, first_draft, candidates=candidates)
@@ -199,7 +199,7 @@ def finish(
 
 
 def _config(gpu, base_logits, candidates, w2, outputs, sampling, mapped):
-    """As for the whole vocabulary: how many ranks a dot takes is part of what its sums are."""
+    """As for the whole vocabulary: the number of ranks of W2 in a dot decides the bits of its sums."""
     settings = sampling.adjusts or sampling.filters is not None or mapped
     rank = 0 if w2 is None else w2.shape[1]
     _, drafts, width = base_logits.shape
@@ -207,7 +207,7 @@ def _config(gpu, base_logits, candidates, w2, outputs, sampling, mapped):
 
 
 class PartialArguments(NamedTuple):
-    """`draft_candidates_partial` as torch.library knows it. w2, w2_scale: of the rank, where their rows travel."""
+    """`draft_candidates_partial` as torch.library knows it. w2, w2_scale: this rank's, where their rows are gathered."""
 
     base_logits: Tensor
     w2: Tensor | None

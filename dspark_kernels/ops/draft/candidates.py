@@ -52,12 +52,12 @@ LEAST_GROUP = 16  # ids of the smallest sub-block of any configuration
 
 
 def _sub_block_words(vocab: int, group: int) -> int:
-    """Words per row for the keys of its sub-blocks, as kernels/draft/candidates.py has them."""
+    """Words per row for the keys of its sub-blocks, packed as in kernels/draft/candidates.py."""
     return -(-vocab // (16 * group)) * 16
 
 
 def selection_of(take, positions: int, vocab: int, group: int, candidates: int) -> Selection:
-    """What finds the best of every position, its sub-blocks of `group` ids."""
+    """Scratch for finding the best ids of every position, with sub-blocks of `group` ids."""
     return Selection(
         keys_ptr=take(positions * _sub_block_words(vocab, group), torch.int32),
         sub_blocks_ptr=take(positions * candidates, torch.int32),
@@ -72,7 +72,7 @@ def _counters(take, requests: int, drafts: int) -> CandidateCounters:
 
 
 def _scratch(take, positions: int, vocab: int, group: int, candidates: int) -> tuple[Selection, Tensor]:
-    """What finds the candidates, and the confidence head's products with hidden states."""
+    """Scratch for finding the candidates, and the confidence head's products with hidden states."""
     return selection_of(take, positions, vocab, group, candidates), take(positions, torch.float32)
 
 
@@ -86,8 +86,7 @@ def draft_candidates(
     base_logits, anchors, head, *, anchor_positions, sampling, hidden, confidence, candidates, bigrams, draft_to_target,
     targets, first_draft, head_state, noise, state_indices, keep_logits, out, workspace,
 ) -> DraftBlock:  # fmt: skip
-    """ops.draft.draft_block where `candidates` is given, its other arguments checked. targets: how many target ids there
-    are."""
+    """`draft_block` with `candidates`, its other arguments checked. targets: number of target ids."""
     check_int("candidates", candidates, low=1, high=launch.MAX_CANDIDATES)
     rows, drafts, vocab = base_logits.shape
     device, slots = base_logits.device, anchors.shape[0]
@@ -208,7 +207,7 @@ def _draft_candidates(a: Arguments):
 
 
 def unused_bits(base_logits: Tensor, adjust) -> int:
-    """Low bits that no key of a candidate sets; adjusted logits are fp32."""
+    """Low bits that are 0 in every key of a candidate; adjusted logits are fp32."""
     return 0 if adjust is not None else _UNUSED_BITS[base_logits.dtype]
 
 
@@ -231,7 +230,7 @@ def hidden_states(hidden: Tensor | None) -> Hidden | None:
 
 
 def head_records(head: LatentHead, head_state=None) -> tuple[str | None, CandidateHead | None, Latent | None]:
-    """(kind of head, its record, that of a gated or rnn head), each None where the call has no such thing."""
+    """(kind of head, its record, the record of a gated or rnn head); None where the call has no such head."""
     w1, w2, weight, rank = head.w1, head.w2, head.latent_weight, head.rank
     if w1 is None:
         return None, None, None
@@ -253,7 +252,7 @@ def head_records(head: LatentHead, head_state=None) -> tuple[str | None, Candida
 
 
 class Walk(NamedTuple):
-    """What the walk over a request's positions takes of a head and of confidence."""
+    """The head and the confidence head, as the walk over a request's positions takes them."""
 
     kind: str | None
     head: CandidateHead | None
@@ -266,7 +265,7 @@ class Walk(NamedTuple):
 def walk_records(
     head: LatentHead, hidden, confidence_head: ConfidenceWeights, results: SparseResults, head_state, rows, drafts, scores, take
 ) -> Walk:
-    """scores: fp32 [R, K] of the scratch; what a gated or rnn head needs beside it comes from `take`."""
+    """scores: fp32 [R, K] of the scratch. `take` gives what a gated or rnn head needs beside it."""
     kind, record, latent = head_records(head, head_state)
     products = latents = states = None
     if latent is not None:

@@ -1,4 +1,4 @@
-"""The DraftBlock that drafting writes: made for a call, or the caller's, checked against it.
+"""The DraftBlock that a draft op writes: a new one, or the caller's, checked against the call.
 
 Dense: logits [S, K, V]; sparse, with candidates: ids and logits [S, K, C]; one-hot where a greedy call keeps no logits.
 """

@@ -34,7 +34,7 @@ OP = "draft_block_partial"
 
 
 def _counters(take, requests: int) -> tuple[Tensor, Tensor]:
-    """The rank's best packed keys, and what rows showed. Arrivals and barrier are the reserved words."""
+    """The rank's best packed keys and the flags of rows. Arrivals and barrier are the reserved words."""
     return take(requests, torch.int64), take(requests, torch.int32)
 
 

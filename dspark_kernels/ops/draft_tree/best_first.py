@@ -57,7 +57,7 @@ def _counters(take, requests: int, drafts: int) -> PathCounters:
 def _scratch(
     take, requests: int, drafts: int, vocab: int, group: int, candidates: int, nodes: int, width: int
 ) -> tuple[Selection, BlockSums, PathScratch]:
-    """nodes, width: of a tree and candidates of a node, padded. Latents are not among it."""
+    """Scratch on candidates, without latents. nodes: of a tree, width: candidates of a node, both padded."""
     positions, blocks = requests * drafts, -(-vocab // VOCAB_BLOCK)
     selection = selection_of(take, positions, vocab, group, candidates)
     scores, kept = take(positions, torch.float32), take(requests * NODE_FIELDS * nodes, torch.int32)
@@ -77,7 +77,7 @@ def _dense_counters(take, requests: int) -> PhaseCounters:
 
 
 def _dense_scratch(take, requests: int, drafts: int, vocab: int, nodes: int, children: int) -> tuple[DepthScratch, RowScratch]:
-    """nodes: of a tree, padded; children: of a depth at most. Latents are not among it."""
+    """Scratch on the whole vocabulary, without latents. nodes: of a tree, padded; children: largest number per depth."""
     rows, sub_blocks = requests * children, -(-vocab // TREE_SUB_BLOCK)
     depths = DepthScratch(
         kept_ptr=take(requests * NODE_FIELDS * nodes, torch.int32),
@@ -107,12 +107,12 @@ def _dense_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
 
 
 def _row_words(vocab: int, children: int) -> int:
-    """Maxima of a row's groups, or the logits of as many groups as it has children."""
+    """Words per row: maxima of its max-groups, or the logits of as many groups as the node has children."""
     return max(-(-vocab // TREE_MAX_GROUP), children * TREE_MAX_GROUP)
 
 
 def by_probability(call: TreeCall, out: DraftTree, workspace: Workspace | None) -> None:
-    """Write the trees of a checked call with R >= 1 to `out`, whose slots may hold anything."""
+    """Write the trees of a checked call with R >= 1 to `out`, whose content may be anything before."""
     if call.draft_to_target is not None:
         not_yet(OP, "draft_to_target", "a reduced draft vocabulary in trees of paths is")
     head = None if call.method == "best_first" else call.head
@@ -192,7 +192,7 @@ class PathArguments(NamedTuple):
 
 
 class CandidateArguments(NamedTuple):
-    """`draft_paths` as torch.library knows it. candidates: 0 = every id is one."""
+    """`draft_paths` as torch.library knows it. candidates: 0 = every id is a candidate."""
 
     paths: PathArguments
     candidates: int
@@ -267,7 +267,7 @@ def _draft_paths_dense(a: PathArguments):
 def _with_latents(
     scratch: PathScratch | DepthScratch, take, head: CandidateHead | None, latent: Latent | None, products: int, nodes: int
 ) -> PathScratch | DepthScratch:
-    """The scratch with room for a gated or rnn head: so many rows of products with hidden states, and nodes of all trees."""
+    """The scratch with room for a gated or rnn head: products with all hidden states, and latents of the nodes of all trees."""
     precomputed = latents = states = scratch.score_ptr  # without a latent nobody reads them
     if latent is not None:
         sizes = (products, nodes, 2 * nodes, head.rank, latent.outputs // head.rank)

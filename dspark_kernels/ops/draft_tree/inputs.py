@@ -24,7 +24,7 @@ METHODS = ("conditioned", "best_first", *STATIC)
 
 @dataclasses.dataclass(frozen=True)
 class TreeCall:
-    """Checked arguments of `draft_tree`, as its docstring has them; R, K, V >= 1."""
+    """The checked arguments of `draft_tree`, documented there; R, K, V >= 1."""
 
     base_logits: Tensor
     anchors: Tensor
@@ -54,7 +54,7 @@ class Nodes(NamedTuple):
     num_nodes: Out[Tensor]
 
     def pointers(self) -> dict[str, Tensor]:
-        """As kernels name them."""
+        """The same tensors under the names that kernels use."""
         return {f"{name}_ptr": tensor for name, tensor in self._asdict().items()}
 
 
@@ -63,7 +63,7 @@ def nodes_of(tree: DraftTree) -> Nodes:
 
 
 def check_call(op: str, call: TreeCall) -> None:
-    """Every argument of a `draft_tree`; what a method cannot do it refuses itself."""
+    """Check every argument of `draft_tree`. What a method does not support, the method refuses itself."""
     rows, drafts, vocab = draft._check_inputs(call.base_logits, call.anchors, call.anchor_positions, call.state_indices)
     device, slots = call.base_logits.device, call.anchors.shape[0]
     check_choice("method", call.method, METHODS)
@@ -105,7 +105,7 @@ def check_settings(op: str, sampling: SamplingTensors | None, method: str, slots
 
 
 def target_ids(call) -> int:
-    """How many target ids head, bias and map know, of a call with `sampling`, `head`, `draft_to_target`."""
+    """Number of target ids that head, bias and map have; of a call with `sampling`, `head`, `draft_to_target`."""
     logits = call.base_logits
     slots, drafts, vocab = call.anchors.shape[0], *logits.shape[1:]
     return draft._check_sampling(call.sampling, call.head, call.draft_to_target, slots, drafts, vocab, logits.device)
@@ -140,7 +140,7 @@ def allocate(
 
 
 def check_out(out, slots: int, rows: int, nodes: int, like: Tensor | None, drawn: str, ids: Tensor | None, device) -> DraftTree:
-    """A caller's tree, fit to be written by a call whose `allocate` would be given the same arguments."""
+    """Check a caller's tree against what `allocate` would make from the same arguments."""
     check_type("out", out, DraftTree)
     check_tensor("out.tokens", out.tokens, shape=(slots, nodes), device=device)
     check_tensor("out.flags", out.flags, shape=(rows,), device=device, contiguous=True)
@@ -159,7 +159,7 @@ def check_out(out, slots: int, rows: int, nodes: int, like: Tensor | None, drawn
 
 def check_expansion(op, tree, node_logits, depth, branching, anchor_positions, method, sampling, node_budgets, draft_to_target,
                     state_indices) -> None:  # fmt: skip
-    """Every argument of an `expand_tree`."""
+    """Check every argument of `expand_tree`."""
     check_type("tree", tree, DraftTree)
     check_tensor("node_logits", node_logits, dtype=draft.LOGIT_DTYPES, shape=("R", "F", "V"), last_contiguous=True)
     rows, width, vocab = node_logits.shape

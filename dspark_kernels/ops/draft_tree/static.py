@@ -200,7 +200,10 @@ def _launch(
     op, base_logits, head, hidden, *, anchors, anchor_positions, sampling, node_budgets, draft_to_target, state_indices, out,
     workspace, method, depths, level, targets,
 ) -> None:  # fmt: skip
-    """depths: (nodes, children of each) of every depth; level: the depth where base_logits belong to nodes of one."""
+    """depths: (nodes, children of each) of every depth.
+
+    level: the depth whose nodes base_logits have a row each for; None = a row per position.
+    """
     if draft_to_target is not None and method == "iid":
         not_yet(op, "draft_to_target", "with method 'iid' it is")
     rows, vocab, device = base_logits.shape[0], base_logits.shape[2], base_logits.device
@@ -238,17 +241,17 @@ def _launch(
 
 
 def _largest(depths) -> tuple[int, int]:
-    """Most nodes, and most children of all nodes, that a depth has."""
+    """The largest number of nodes, and of children of all nodes, of any depth."""
     return max(width for width, _ in depths), max(width * wanted for width, wanted in depths)
 
 
 def _counters(take, requests: int, nodes: int) -> tuple[Tensor, Tensor]:
-    """The ticket and how many finished, and what rows showed."""
+    """The ticket, the counter of finished items, and the flags of rows."""
     return take(2, torch.int32), take(requests * nodes, torch.int32)
 
 
 def _scratch(take, requests: int, nodes: int, vocab: int, width: int, children: int, by_sumexp: bool) -> StaticScratch:
-    """width, children: of `_largest`; by_sumexp: children are drawn independently."""
+    """width, children: of `_largest`. by_sumexp: children are drawn independently."""
     blocks = -(-vocab // VOCAB_BLOCK)
     return StaticScratch(
         lists_ptr=take(requests * children * blocks, torch.int64),
