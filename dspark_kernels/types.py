@@ -142,6 +142,7 @@ class MarkovHead(Checked):
 
     @property
     def rank(self) -> int:
+        """r, columns of W1 and W2."""
         return self.w1.shape[1]
 
 

@@ -101,6 +101,7 @@ class Workspace:
 
     @property
     def bytes(self) -> int:
+        """Device memory that it holds."""
         return 8 * (self.counters.numel() + self.scratch.numel())
 
 

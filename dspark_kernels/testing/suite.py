@@ -135,7 +135,12 @@ def tests_of(rule: str) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Verdict of a test ("pass", "FAIL", "skip"), what it found, the p-value of its most extreme finding, the bias it sees."""
+    """What one test of the suite found.
+
+    name, verdict ("pass", "FAIL" or "skip"), text: the line that `print` shows. p_value: of the most extreme finding, None if
+    nothing was counted. sees: the total variation that every distribution of the test would have detected, None if unknown.
+    findings: how many statistics were computed. seconds: run time.
+    """
 
     name: str
     verdict: str
@@ -151,12 +156,18 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
+    """The results of a run of the suite; `print` shows a line per test and a summary.
+
+    rule: the rule that was tested. requests: samples of each distribution.
+    """
+
     results: tuple[Result, ...]
     rule: str
     requests: int
 
     @property
     def passed(self) -> bool:
+        """Whether no test failed and at least one passed."""
         return not self.detected_by and any(result.verdict == "pass" for result in self.results)
 
     @property
@@ -168,6 +179,7 @@ class Report:
         return "\n".join([*map(str, self.results), self.summary()])
 
     def summary(self) -> str:
+        """The last line of the printed report."""
         done = [result for result in self.results if result.verdict != "skip"]
         good = sum(result.verdict == "pass" for result in done)
         seconds = sum(result.seconds for result in done)
@@ -197,24 +209,28 @@ def check(
     drawn: Iterable[str] | None = None,
     progress: Callable[[Result], None] | None = None,
 ) -> Report:
-    """Test an acceptance function.
+    """Test whether an acceptance function emits the target's distribution.
 
     Args:
-        function: see the head of this module.
+        function: the acceptance function; its arguments and result are described at the head of this module.
         rule: "token", "block", "coupled" (draft and target share their noise) or "greedy"; of functions on trees "walk",
             "recursive", "traversal" or "greedy_tree"; default: function.rule, else "token".
         tests: names from TESTS (trees: TREE_TESTS); default: all that the rule has.
-        requests: samples of each distribution; default: function.max_requests where that is less, else REQUESTS (quick: QUICK).
-        quick: fewer samples, so only larger biases are seen.
-        seed: another choice of all seeds.
-        dtype: of the logits: the model tables are exact in it.
-        draft, schedule: the drafter's sampler and the scheduler, where they are to be tested too.
-        unseeded: the function's noise does not come from `seeds`: tests that call twice with the same seeds are left out.
-        drawn: how the children of trees may come about; default: function.drawn, else all of tree.rules.DRAWN.
-        progress: called with each result.
+        requests: samples of each distribution; default: REQUESTS (with quick: QUICK), at most function.max_requests.
+        quick: take fewer samples, which detects only larger biases.
+        seed: chooses all seeds of the run.
+        device: where the tensors of the calls are.
+        dtype: of the logits; the model tables are exact in bf16, fp16 and fp32.
+        draft, schedule: a sampler and a scheduler to be tested together with the function; default: the suite's own.
+        unseeded: the function's noise does not come from `seeds`; tests that call twice with the same seeds are skipped.
+        drawn: the ways of making the children of trees to test; default: function.drawn, else all of tree.rules.DRAWN.
+        progress: called with each Result.
+
+    Returns:
+        Report.
 
     Raises:
-        ValueError, TypeError: an argument that is none of these. Errors of the function fail the test they happen in.
+        ValueError, TypeError: an argument that is none of these. An error of the function fails the test that it happens in.
     """
     rule = check_choice("rule", getattr(function, "rule", "token") if rule is None else rule, RULES)
     of_form = tests_of(rule)

@@ -7,16 +7,19 @@ import ast
 import collections
 import csv
 import functools
+import inspect
 import io
 import json
 import re
 import tokenize
+import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
 import dspark_kernels as dk
+from dspark_kernels import testing
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("dspark_kernels", "reference", "tests", "bench", "examples", "docs", ".ci")
@@ -307,6 +310,35 @@ def texts():
     return found
 
 
+def undocumented(module):
+    """Public classes and functions of a module, and public methods of its classes, that have no docstring of their own."""
+    found = []
+    for name, value in vars(module).items():
+        if name.startswith("_") or not getattr(value, "__module__", "").startswith("dspark_kernels."):
+            continue
+        # A dataclass without a docstring gets its signature as one.
+        found += [name] if not value.__doc__ or value.__doc__.startswith(f"{name}(") else []
+        for method, code in vars(value).items() if inspect.isclass(value) else ():
+            code = getattr(code, "fget", getattr(code, "__func__", code))
+            if not method.startswith("_") and inspect.isfunction(code) and not code.__doc__:
+                found.append(f"{name}.{method}")
+    return found
+
+
+@pytest.mark.parametrize("module", [dk, testing], ids=["dspark_kernels", "testing"])
+def test_public_names_have_docstrings(module):
+    assert undocumented(module) == []
+
+
+def test_missing_docstrings_are_found():
+    class Bare:
+        def method(self):
+            pass
+
+    Bare.__module__ = "dspark_kernels.types"
+    assert undocumented(types.SimpleNamespace(Bare=Bare, _private=Bare, Workspace=dk.Workspace)) == ["Bare", "Bare.method"]
+
+
 @pytest.mark.parametrize("name", texts())
 def test_words(name):
     assert old_words(texts()[name]) == []
@@ -327,3 +359,10 @@ def test_words(name):
 )
 def test_old_words_are_found_and_others_are_not(text, words):
     assert sorted(word for _, word, _ in old_words(text)) == sorted(words)
+
+
+def test_prose_of_python_is_docstrings_and_comments():
+    source = '"""One line."""\n\nlaw = "coin"  # a comment\n\n\ndef judge(leaf):\n    """Two\n    lines."""\n    return leaf\n'
+    assert (
+        prose_of(source).splitlines() == ['"""One line."""', "", "# a comment", "", "", "", '    """Two', '    lines."""', ""][:-1]
+    )
