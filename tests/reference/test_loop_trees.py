@@ -13,22 +13,19 @@ from reference import compact
 from reference.drafters import MTP, Autoregressive, TreeShape
 from reference.loop import REFERENCE_OPS, Request, decode
 from reference.model import KVCache, Rows, rms_norm, run_layers
-from tests.reference.test_loop import (
+from tests.reference.test_loop import dist_dspark, dist_results, dist_target, misfit
+from tests.reference.test_paged import _paged_ops
+from tests.reference.toy_models import (
     TARGET,
     VOCAB,
     all_logits,
-    dist_dspark,
-    dist_results,
-    dist_target,
     make_block,
     make_draft_model,
     make_dspark,
     make_mtp,
-    misfit,
     plain_greedy,
     requests_of,
 )
-from tests.reference.test_paged import _paged_ops
 
 TREES = {
     "DSpark": (make_dspark, TreeShape(12)),

@@ -9,7 +9,7 @@ import torch
 from reference import attention, loop
 from reference.model import Rows
 from reference.paged import PagedCache
-from tests.reference.test_loop import SYSTEMS, TARGET, make_dspark, requests_of
+from tests.reference.toy_models import SYSTEMS, TARGET, make_dspark, requests_of
 
 
 def _paged_ops(**changes):
