@@ -264,8 +264,8 @@ WORDS = {
     r"mend(s|ed|ing)?": "patch",
     r"state slots?": "request slot",
 }
-# Where such a word is the field's own.
-FIELD = ("point mass", "probability mass")
+# Where such a word is the field's own (waves: rounds of programs that fill a GPU).
+FIELD = ("point mass", "probability mass", "turns, waves", "waves? of programs")
 
 
 def old_words(text):
