@@ -1,10 +1,11 @@
-"""What the filters of a row read again: the share of its groups that reach the bound, and the passes over these.
+"""How much of a row its filters read again: the share of its groups that reach the bound, and the passes over these.
 
     python -m bench.filters [--vocab 151936] [--temperature 1.0]
 
-The integers of kernels/primitives/filters.py on the host: a pass lists what reaches the bound; where that is too much, each pass
-looks at four keys between the ends of what is left, until it fits; the last one sums what is kept. A test holds the kernel to
-these passes. Rows: logits N(0, spread^2); spread 1 is flat, 4 is peaked, as a trained model's.
+The command repeats the integers of kernels/primitives/filters.py on the host. A pass lists the elements that reach the bound; where
+they are too many for the list, each further pass tests four keys inside the remaining interval, until they fit; the last pass sums
+the support. A test compares the kernel with these passes. Rows: logits N(0, spread^2); spread 1 is flat, 4 is peaked, as a trained
+model's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ONE = 2.0**40
 
 
 class Again(NamedTuple):
-    """share: of a row's groups that are read again; passes: over them; rows: what that makes in rows read."""
+    """share: of a row's groups that are read again. passes: over these groups. rows: the product, in whole rows read."""
 
     share: float
     passes: int
@@ -81,7 +82,7 @@ class _Row:
 
 
 def read_again(row: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, joint=False, group=GROUP) -> Again:
-    """Of a row of logits [V] whose settings leave something out."""
+    """For a row of logits [V] whose settings remove something."""
     x = torch.where(row.isnan(), -math.inf, row.float())
     top, scale, vocab = x.max(), 1.4426950408889634 / temperature, x.shape[0]
     padded = torch.nn.functional.pad(x, (0, -vocab % group), value=-math.inf).view(-1, group)

@@ -4,7 +4,7 @@
 
 Its standard error is that of the mean over texts, since two cuts of one text share most of their context. Reference path on the
 CPU, token rule at temperature 1, one round per cut (bench/shared/acceptance.py). The embedded weights are int8 by rows already
-(bench/assets/quantise.py), with this very scale: int8 gives them back, so its line shows what rounding to bf16 does.
+(bench/assets/quantise.py) with the same scale, so int8 restores them exactly and its line shows the effect of rounding to bf16.
 
     python -m bench.quantised --texts 8        writes bench/results/quantised.csv
 """
@@ -28,7 +28,7 @@ COLUMNS = ("domain", "w2", "texts", "rounds", "tokens_per_round", "difference", 
 
 
 def stored(head: MarkovHead, w2: str) -> MarkovHead:
-    """The head as W2's type leaves it, in fp32: what is compared is the weights, not the arithmetic on them."""
+    """The head with W2 rounded to its type, in fp32: the weights are compared, not the arithmetic on them."""
     if w2 == "bf16":
         rounded = head.w2.bfloat16().float()
     else:

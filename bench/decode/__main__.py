@@ -1,9 +1,9 @@
 """Compare ways of decoding on real text: plain, speculative with a draft model, MTP, blockwise parallel, DSpark.
 
-All systems run the same loop, target, prompts and sampling; only the drafter differs, or that it drafts a tree, of nodes that are
-chosen and walked or of nodes that are drawn ("sampled"), beside the chain that verifies as many rows. Without arguments the
-embedded demo models continue held-out Python source. A table per temperature, then whether each system's output is the target's
-own. What a checkpoint holds: python -m bench.inspect DIR.
+All systems run the same loop, target, prompts and sampling; they differ in the drafter and in whether it drafts a chain or a tree.
+The nodes of a tree are chosen deterministically and verified by the walk, or drawn ("sampled"); beside each tree is the chain that
+verifies as many rows. Without arguments the embedded demo models continue held-out Python source. The command prints a table per
+temperature, then whether each system's output is the target's own. To see what a checkpoint holds: python -m bench.inspect DIR.
 """
 
 from __future__ import annotations

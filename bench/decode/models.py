@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 class naming:
-    """Whatever goes wrong inside is a BadArgument of this option."""
+    """Turn every error inside into a BadArgument of this option."""
 
     def __init__(self, option: str, what: str = ""):
         self.option, self.what = option, what

@@ -1,4 +1,4 @@
-"""What is written beside the table: runs as JSON, and texts with accepted drafts told apart."""
+"""What is written beside the table: runs as JSON, and texts in which accepted drafts are marked."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def as_json(arguments, runs: Sequence[Run]) -> dict:
 
 
 def show(run: Run, models: Models, prompts: Sequence[list[int]]) -> str:
-    """Texts with accepted drafts and the target's own tokens told apart: by colour, or by brackets where there is none."""
+    """Texts in which accepted drafts and the target's own tokens differ by colour, or by brackets where there is no colour."""
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     paint = {True: ("\033[32m", "\033[0m"), False: ("\033[1;31m", "\033[0m")} if coloured else {True: ("", ""), False: ("[", "]")}
     parts = [f"{run.system.label}, T = {run.temperature:g}: accepted drafts " + ("green" if coloured else "plain")]

@@ -1,4 +1,4 @@
-"""Defaults of bench.decode, and arguments that cannot be."""
+"""Defaults of bench.decode, and refusals of impossible arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTERPRETED = dict(max_new_tokens=32, num_prompts=4, tree_nodes=[16])  # with --
 
 
 def check(arguments) -> None:
-    """Fill in defaults and refuse what cannot be. Raises BadArgument."""
+    """Fill in defaults. Raises BadArgument for impossible arguments."""
     a = arguments
     a.temperature = DEFAULTS["temperature"] if a.temperature is None else list(dict.fromkeys(a.temperature))
     if a.confidence_threshold is None:

@@ -4,12 +4,11 @@ N requests decode at once, all the time: where one ends, the next takes its slot
 round of its domain (bench/shared/acceptance.py: confidences, and how many of 7 drafts were accepted); with length L it emits
 min(accepted, L) + 1 tokens. That is exact for the token rule, where each draft is accepted or rejected by its own uniform,
 whatever follows it. A step
-takes cost(N anchors + admitted drafts) + the time of drafting for N requests, which is due whatever is verified; without
+takes cost(N anchors + admitted drafts) + the time of drafting for N requests, however many drafts are verified; without
 speculation there is no drafting. Draws, domains and lengths of requests are the same for every policy.
 
-Left out: prompts, the host, correlation between the rounds of a request other than by its domain. A round that was cut leads to
-another next anchor than the measured one; the draws do not know that. As in bench.decode, the last round of a request is not
-clipped.
+The simulation leaves out prompts, the host, and correlation between the rounds of a request beyond its domain. It also draws the
+next round of a request independently of where the last one was cut. As in bench.decode, the last round of a request is not clipped.
 
 policies:
   none           no speculation
@@ -104,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(arguments) -> None:
-    """Fill in defaults and refuse what cannot be. Raises BadArgument."""
+    """Fill in defaults. Raises BadArgument for impossible arguments."""
     a = arguments
     try:
         a.concurrency = sorted({int(n) for n in a.concurrency.split(",")})

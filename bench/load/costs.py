@@ -27,8 +27,9 @@ class Costs:
 
 
 def measure_demo(progress: Callable[[int, int], object] | None = None, repeats: int = 15) -> CostTable:
-    """Times of the embedded target's and drafter's step on this CPU (reference code, fp32, one thread: two of them that wait for
-    each other beside other processes take ten times as long every now and then).
+    """Times of the embedded target's and drafter's step on this CPU: reference code, fp32, one thread.
+
+    Two threads that wait for each other beside other processes sometimes take ten times as long.
 
     A step of n rows is ceil(n / 8) requests of up to 8 rows at 64 tokens of context. The reference attends request by request, so
     a row that is a request of its own costs more than the table says.

@@ -5,12 +5,12 @@
 
 What is timed: the function and, for acceptance, the target's softmax with temperature in front of it, which an engine must do too
 (the names say "softmax +"), its random numbers and its outputs. Not timed, in an engine's favour: the draft's probabilities, which
-the draft step leaves behind as it leaves its proposal to the op; attention's plan, as the op's own; own keys and values written
+the draft step has stored, as it has stored the op's proposal; the plan of attention, as for the op; and writing own keys and values
 into the pages. Full blocks only, like plain PyTorch.
 
-An engine is timed only after it gave the tokens that point masses leave no choice about (rejections at several places, and blocks
-that pass whole), or the attention that plain PyTorch gives, also on values of the own rows alone: among thousands of context keys a
-wrong mask would not show. Distributions are not tested here.
+An engine is timed only after its results were right. Acceptance gets point masses, under which only one output is possible
+(rejections at several places, and blocks that pass whole). Attention must equal plain PyTorch's, also with values on the own rows
+alone, because a wrong mask would not show among thousands of context keys. Distributions are not tested here.
 
 Signatures as of: flashinfer-ai/flashinfer fb28d72 (flashinfer/sampling.py, flashinfer/prefill.py); sgl-project/sglang 01fe7c2 and
 6bfad8f (sgl-kernel/python/sgl_kernel/speculative.py, without and with draft_probs); vllm-project/vllm 7f6fc1c

@@ -156,8 +156,8 @@ def _measured(case, spec, name, how, cache, calls, flush, bench: Bench) -> Row:
 
 
 def _another(spec, inputs, seed: int, device) -> dict:
-    """Further inputs: of another seed where there are few requests, whose course is random, and where addresses are among the
-    inputs; else the same in other memory."""
+    """Further inputs: from another seed where there are few requests, because their time depends on the draws, and where inputs
+    hold addresses; otherwise copies of the same in other memory."""
     if spec.requests < 8 or hasattr(spec, "call"):
         return inputs_of(spec, seed, device)
     return mapped(inputs, torch.clone)

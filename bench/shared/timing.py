@@ -69,7 +69,7 @@ class DeviceClock:
 
 
 class Flush:
-    """Takes `size` bytes of cache from others by reading: written lines would have to be written back while others run."""
+    """Evicts `size` bytes from the cache by reading; written lines would have to be written back during later work."""
 
     def __init__(self, size: int, device):
         self._buffer = torch.randn(size // 4, device=device) if size >= 4 else None

@@ -4,15 +4,15 @@
     python -m bench.tune --predict          the same, and configurations one step away, ranked by prediction
     python -m bench.tune                    on a GPU: time entries and what is one step away from them, keep what is faster
 
-A step changes one parameter; what decides in which order a request's numbers are summed is none, since bits may not depend on the
-batch. Configurations that spill registers or exceed shared memory are out. The others are ranked by
+A step changes one parameter. Parameters that decide the order in which a request's numbers are summed are never changed, since bits
+may not depend on the batch. Configurations that spill registers or exceed shared memory are excluded. The others are ranked by
 
     time = bytes / bandwidth * max(1, bandwidth * LATENCY / (multiprocessors * resident * bytes on the way per program))
 
 with the bytes of bench.kernels' case and resident programs from registers, shared memory and warps of the binary. A prediction
-changes no table: only a time does, of a case that equals the reference, if it is GAIN faster than the entry it replaces. Times are
-medians of CUDA-graph replays on cold inputs. Entries are timed most important first and each is written as soon as it is known, so
-that the command, started again, goes on where it was.
+changes no table. An entry is replaced only by a configuration that was timed, on a case that equals the reference, and was faster
+by GAIN. Times are medians of CUDA-graph replays on cold inputs. The most important entries are timed first and each is written at
+once, so that the command, started again, continues where it stopped.
 """
 
 from __future__ import annotations
