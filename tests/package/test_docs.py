@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/ agree with the repository: links, paths, commands, code, names of ops; and their words.
+"""README.md, CONTRIBUTING.md and docs/ agree with the repository: links, paths, commands, names of ops; words, in docstrings too.
 
 Each check is a function of a folder or a text, so that the tests below it can also show that it finds what is wrong.
 """
