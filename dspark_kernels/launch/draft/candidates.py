@@ -76,7 +76,7 @@ def pick(
     plain, hopper = weights == "bfloat16", arch.family == "sm_90"
     narrow = plain or weights == "int8" or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
     capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
-    most = 32 if capped and not (plain and hopper) else 64 if width < 32 else 128
+    most = 64 if capped and plain and hopper else 32 if capped else 64 if width < 32 else 128
     block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
     block_o, block_j = (64, 128) if plain else (32, 32)
     registers = 128 if capped else None
