@@ -1,6 +1,6 @@
 """Records that kernels of several folders take: pointers, each with its strides beside it. Needs no Triton: ops build them.
 
-A record is one kernel argument. A field that is None compiles to nothing, and its branches are left out. Symbols: S state slots,
+A record is one kernel argument. A field that is None compiles to nothing, and its branches are left out. Symbols: S request slots,
 V vocabulary, T penalised tokens of a slot, N forward rows, L logit rows, R requests.
 """
 

@@ -1,6 +1,6 @@
 """Records that the kernels of attention take. Needs no Triton: ops build them, or a kernel builds them from its arguments.
 
-Symbols: R requests, S state slots, N rows, Hq/Hkv query and KV heads, D head size, HEAD the same padded, M tree slots. None where
+Symbols: R requests, S request slots, N rows, Hq/Hkv query and KV heads, D head size, HEAD the same padded, M tree slots. None where
 a call has no such thing.
 """
 

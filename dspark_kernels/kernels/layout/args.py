@@ -1,6 +1,6 @@
 """Records that the kernels of layouts take. Needs no Triton: ops build them, or a kernel builds them from its arguments.
 
-Symbols: R requests, K drafts, N rows allocated, S state slots. None where a call has no such thing.
+Symbols: R requests, K drafts, N rows allocated, S request slots. None where a call has no such thing.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """Packed rows of a forward pass for lengths chosen elsewhere, for trees, and for the drafter's own block, one launch each.
 
-The rows themselves: layout/rows.py. Symbols: R requests, K drafts, M tree nodes, N rows allocated, S state slots. Reference:
+The rows themselves: layout/rows.py. Symbols: R requests, K drafts, M tree nodes, N rows allocated, S request slots. Reference:
 reference/layout.py.
 """
 

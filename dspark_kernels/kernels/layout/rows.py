@@ -2,7 +2,7 @@
 
 A request's rows are its anchor row, then its drafts (or the rows of a prompt, ids left to the engine). Every program scans the
 lengths of the whole batch, a few kilobytes, and writes its own tile of rows, so that no program waits for another. Symbols: R
-requests, K drafts, N rows allocated, S state slots.
+requests, K drafts, N rows allocated, S request slots.
 """
 
 import triton
@@ -15,7 +15,7 @@ from ..primitives.slots import state_slots
 
 @triton.jit
 def read_requests(r, inputs, stride_anchors, num_requests, num_slots, num_rows):
-    """Per request [REQUESTS]: state slot (-1 = padding), prompt rows, whether it emits, and the flag of its anchor.
+    """Per request [REQUESTS]: request slots (-1 = padding), prompt rows, whether it emits, and the flag of its anchor.
 
     inputs: LayoutInputs. A prompt longer than all rows there are counts as one row longer, which is as much too long.
     """

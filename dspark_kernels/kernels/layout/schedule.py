@@ -6,7 +6,7 @@ All programs schedule the whole batch, which is small, and each writes its own t
 stores meanwhile is the same from every program, each kind in a place of its own, so none waits for another. The drafts are
 [K, R] values: -1 what may not be admitted, else the survival in units of 2^-24, FORCED for the first min_len of a request; their
 order is by value, descending, then by index k R + r. A length comes from the rank of a draft in that order, a number of drafts from
-tests between neighbours; all in integers. Symbols: R requests, K drafts, N rows allocated, S state slots. Reference:
+tests between neighbours; all in integers. Symbols: R requests, K drafts, N rows allocated, S request slots. Reference:
 reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
 """
 

@@ -1,7 +1,7 @@
 """What a request asks to be done to a logit before temperature: penalties, additive bias, bit mask, in this order, in fp32.
 
-x = x / repetition (x > 0) or x * repetition, where the token is listed or on the path; x -= frequency * n and, if n > 0,
-x -= presence, n = listed count + occurrences on the path; x += bias; -inf where the mask has a 0. Symbols: S state slots, T listed
+x = x / repetition (x > 0) or x * repetition, where the token is penalised or on the path; x -= frequency * n and, if n > 0,
+x -= presence, n = its count + occurrences on the path; x += bias; -inf where the mask has a 0. Symbols: S request slots, T penalised
 tokens of a slot, path = the drafts before a row. Reference: reference/sampling.py.
 """
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .constants import NEG_INF, NO_ID
 
-PENALISED_AT_ONCE = tl.constexpr(64)  # listed tokens compared at once: with 128 the draft block spills registers on sm_120
+PENALISED_AT_ONCE = tl.constexpr(64)  # penalised tokens compared at once: with 128 the draft block spills registers on sm_120
 
 
 @triton.jit

@@ -161,7 +161,7 @@ def _largest(wanted, low, high, total, elements, lists, width, top, scale, LOAD:
 
 @triton.jit
 def _sumexp_above(t, total, elements, lists, width, top, scale, LOAD: tl.constexpr, source, GROUP: tl.constexpr):
-    """Mass of the elements with keys above t, from the list if it holds them all."""
+    """Sum of exponentials of the elements with keys above t, from the list if it holds them all."""
     groups_ptr, num_groups = elements
     keys_ptr, ids_ptr = lists
     sumexp = tl.zeros((), tl.int64)

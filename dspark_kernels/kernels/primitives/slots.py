@@ -1,4 +1,4 @@
-"""State slots of batch rows."""
+"""Request slots of batch rows."""
 
 import triton
 import triton.language as tl

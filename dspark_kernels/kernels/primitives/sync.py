@@ -1,7 +1,7 @@
 """How programs of one launch tell each other that something is stored: a fence, a last-block counter, phases, a grid barrier.
 
 A release by one thread covers the stores of its own warp, and on NVIDIA those of every warp that reached the barrier before
-it. On AMD the barrier does not wait for stores on their way to L2, so each wave waits for its own first.
+it. On AMD the barrier does not wait for stores on their way to L2, so each wavefront waits for its own first.
 """
 
 import triton
@@ -13,7 +13,7 @@ from triton.language.target_info import is_hip
 def stores_done():
     """What a program stored, by all of its warps, before it tells others: to be followed by a release from any one thread."""
     if is_hip():
-        # A value for every lane of every wave, so that each of them executes the wait.
+        # A value for every lane of every wavefront, so that each of them executes the wait.
         lanes = tl.arange(0, 64)
         tl.inline_asm_elementwise("s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [lanes], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
