@@ -84,7 +84,7 @@ KERNELS = {
         call=lambda calls, shape: calls.accept_call(64, **_ACCEPT[shape["law"]]),
         # bench.kernels has no case without the proposal's lse.
         spec=lambda shape: Accept(64) if shape["law"] == "light" else None,
-        space=dict(pairs=(2, 4, 8), num_warps=(4, 8), lag=(1, 2, 4), max_registers=(96, 128, 168)),
+        space=dict(pairs=(2, 4, 8), num_warps=(4, 8), lag=(2, 3, 4), max_registers=(96, 128, 168)),
         flight=lambda shape, config: 2 * 1024 * config["pairs"],
         importance=lambda shape: 8.5,
     ),

@@ -346,6 +346,23 @@ class Weights(NamedTuple):
     reference: Number
 
 
+class Drafts(NamedTuple):
+    """Of rows of a request: the drafts that they verify."""
+
+    ids: Any  # int64, 0 where there is none
+    inside: Any  # whether they are ids of the vocabulary
+    missing: Any  # whether they were never made
+
+
+class Known(NamedTuple):
+    """What a decision needs to know of a request besides its rows."""
+
+    anchor: Number  # position of its anchor
+    sampled: Number  # whether its temperature is above 0
+    seed: Number
+    drafts: Drafts
+
+
 class RowPair(NamedTuple):
     """A row as the residual sees it: both distributions, and P_i of the block rule (1 under the token rule)."""
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from ..primitives.constants import LOG2E, MAP_COLUMNS, NEG_INF, POS_INF, RESIDUAL_ONE, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.sumexp import fixed_sums
 from ..primitives.sync import arrive, stores_done
-from ..primitives.vocab_blocks import block_sums, first_block, first_of, merge_blocks
+from ..primitives.vocab_blocks import first_block, first_of, merge_blocks
 from .args import ChainProposal, Distribution
 from .proposals import as_point, read_row_pair, store_draft_stats, target_probs
 from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, soft_prob
@@ -73,17 +73,6 @@ def map_used(progress, num_requests, parts):
 
 
 @triton.jit
-def sweep_draft(i, block, keep, view, draft, partials, draft_scale, num_blocks, PAIRS: tl.constexpr):
-    """First pass on blocks of draft rows whose log-sum-exp is not stored: maximum and sum of exponentials over their columns."""
-    columns = block[:, None] * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)[None, :]
-    draft_rows = draft.logits_ptr + view.slot * draft.stride_slot + i.to(tl.int64)[:, None] * draft.stride_row
-    top, sumexp = block_sums(load_block(draft_rows, columns, keep[:, None] & (columns < draft.width)), draft_scale, PAIRS)
-    where = (view.row0 + i).to(tl.int64) * num_blocks + block
-    tl.store(partials.max_ptr + where, top, mask=keep)
-    tl.store(partials.sumexp_ptr + where, sumexp, mask=keep)
-
-
-@triton.jit
 def draft_stats(
     i, rows, token, view, draft, partials, stats, draft_scale, draft_temperature, num_blocks,
     PROPOSAL: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
@@ -142,19 +131,17 @@ def _residual(view, i, draft, ids, pair, scales, PROPOSAL: tl.constexpr):
 
 @triton.jit
 def residual_sums(
-    item, i, row, view, draft, scratch, scales, num_blocks,
+    part, span, i, row, view, draft, scratch, scales, num_blocks,
     PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Item: PAIRS blocks of a row."""
-    block = item * PAIRS + tl.arange(0, PAIRS)
+    """A part: `span` times PAIRS blocks of a row."""
     pair = read_row_pair(scratch.stats, row)
-    ids = item * PAIRS * VOCAB_BLOCK + tl.arange(0, PAIRS * VOCAB_BLOCK)
-    residual = _residual(view, i, draft, ids, pair, scales, PROPOSAL)
-    tl.store(
-        scratch.residual_ptr + row * num_blocks + block,
-        fixed_sums(residual, PAIRS, VOCAB_BLOCK, RESIDUAL_ONE),
-        mask=block < num_blocks,
-    )
+    for step in range(span):
+        first = (part * span + step) * PAIRS
+        block = first + tl.arange(0, PAIRS)
+        residual = _residual(view, i, draft, first * VOCAB_BLOCK + tl.arange(0, PAIRS * VOCAB_BLOCK), pair, scales, PROPOSAL)
+        sums = fixed_sums(residual, PAIRS, VOCAB_BLOCK, RESIDUAL_ONE)
+        tl.store(scratch.residual_ptr + row * num_blocks + block, sums, mask=block < num_blocks)
 
 
 @triton.jit

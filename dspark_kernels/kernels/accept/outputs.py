@@ -39,7 +39,6 @@ from .rows import (
     finite_or_zero,
     load_block,
 )
-from .rules import read_drafts
 from .target import read_each, read_row
 
 
@@ -133,30 +132,30 @@ def token_log_probs(i, rows, tokens, emitted, greedy, view, raw, stats, scale):
 
 @triton.jit
 def write_outputs(
-    request, accepted, token, empty, anchor, sampled, view, layout, outputs, raw, stats, scale, sizes,
+    request, accepted, token, empty, known, view, layout, outputs, raw, stats, scale, sizes,
     SUPPORT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Every output of a request with rows. SUPPORT: whether a draft without probability is flagged."""
     length = view.length
     i = tl.arange(0, WIDTH)
     rows = (view.row0 + i).to(tl.int64)
-    draft, inside, missing = read_drafts(i, rows, length, layout, view.vocab)
+    drafts = known.drafts
     here = i == accepted
     status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= accepted, other=0, volatile=True)
-    bad = (i < length) & (inside == 0) & (missing == 0)
+    bad = (i < length) & (drafts.inside == 0) & (drafts.missing == 0)
     if SUPPORT:
         draft_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + DRAFT_PROB, mask=here & (i < length), other=1.0, volatile=True)
-        bad = bad | tl.where(sampled, (i < length) & (missing == 0) & (draft_prob <= 0.0), i < 0)
+        bad = bad | tl.where(known.sampled, (i < length) & (drafts.missing == 0) & (draft_prob <= 0.0), i < 0)
     flags = tl.where(tl.max(status & NAN, axis=0) > 0, NAN, 0)
     flags |= tl.max(tl.where(here, status & NONFINITE_ROW, 0), axis=0)
     flags |= tl.max(tl.where(here & bad, BAD_TOKEN_ID, 0), axis=0)
-    flags |= tl.max(tl.where(here & missing, MISSING_DRAFT, 0), axis=0)
+    flags |= tl.max(tl.where(here & drafts.missing, MISSING_DRAFT, 0), axis=0)
     flags |= tl.where(empty, EMPTY_RESIDUAL, 0)
-    tokens = tl.where(i < accepted, draft, tl.where(here, token, -1))
+    tokens = tl.where(i < accepted, drafts.ids, tl.where(here, token, -1))
     of_token = request.to(tl.int64) * (sizes.num_drafts + 1) + i
     tl.store(outputs.tokens_ptr + of_token, tokens, mask=i <= sizes.num_drafts)
     if outputs.log_probs_ptr is not None:
-        log_probs = token_log_probs(i, rows, tokens, i <= accepted, sampled == 0, view, raw, stats, scale)
+        log_probs = token_log_probs(i, rows, tokens, i <= accepted, known.sampled == 0, view, raw, stats, scale)
         tl.store(outputs.log_probs_ptr + of_token, log_probs, mask=i <= sizes.num_drafts)
     tl.store(outputs.accepted_ptr + request, accepted)
     tl.store(outputs.emitted_ptr + request, accepted + 1)
@@ -169,7 +168,7 @@ def write_outputs(
     if anchors.ids_ptr is not None:
         tl.store(anchors.ids_ptr + view.slot * anchors.stride_ids, token)
     if anchors.positions_ptr is not None:
-        tl.store(anchors.positions_ptr + view.slot * anchors.stride_positions, anchor + accepted + 1)
+        tl.store(anchors.positions_ptr + view.slot * anchors.stride_positions, known.anchor + accepted + 1)
     _commit(outputs.commit_ptr, layout.query_start_ptr, request, sizes.num_requests, last_row, sizes.num_forward, 128)
 
 

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from ..primitives.constants import (
     LOG2E,
-    MAX_GROUP,
     NAN,
     NEG_INF,
     NONFINITE_ROW,
@@ -26,9 +25,9 @@ from ..primitives.philox import COUPLED, lane_words, log2_exponential
 from ..primitives.race import pack, unpack_id
 from ..primitives.sumexp import numbers
 from ..primitives.sync import stores_done
-from ..primitives.vocab_blocks import SAW_FINITE, SAW_NAN, block_sums, first_block, first_of, merge_blocks
+from ..primitives.vocab_blocks import SAW_FINITE, SAW_NAN, first_block, first_of, merge_blocks
 from .args import Distribution
-from .target import limit_row, read_each, read_raw, read_row, read_rows
+from .target import limit_row, read_each, read_row, read_rows
 
 # Who has the probability mass of a row: nobody, everybody by softmax, or (any id >= 0) that id alone.
 NOBODY = tl.constexpr(-2)
@@ -71,44 +70,6 @@ def soft_prob(x, ids, distribution, scale):
 def finite_or_zero(x):
     """An infinite maximum read as 0: such a row's distribution is a point, and no difference with it is taken."""
     return tl.where(tl.abs(x) == POS_INF, 0.0, x)
-
-
-@triton.jit
-def sweep_rows(i, block, keep, view, layout, sampling, partials, raw, filters, scale, num_blocks, PAIRS: tl.constexpr):
-    """First pass on PAIRS pairs of a row (i-th of its request) and a block: maximum and sum of exponentials, one pass over the
-    logits.
-
-    Coupled: the block's best key of logit * scale + noise, too. Raw log-probabilities: maximum and sum of exponentials of what the
-    target gave, at temperature 1. Filters: maxima of groups of ids.
-    """
-    row = (view.row0 + i).to(tl.int64)
-    ids = block[:, None] * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)[None, :]
-    inside = keep[:, None] & (ids < view.vocab)
-    adjusted = read_raw(view, i, ids, inside)
-    x = numbers(adjusted)
-    top, sumexp = block_sums(x, scale, PAIRS)
-    sumexp |= tl.where(tl.max(tl.where(adjusted != adjusted, 1, 0), axis=1) > 0, SAW_NAN, 0)
-    sumexp |= tl.where(tl.max(tl.where(tl.abs(x) < POS_INF, 1, 0), axis=1) > 0, SAW_FINITE, 0)
-    where = row * num_blocks + block
-    tl.store(partials.max_ptr + where, top, mask=keep)
-    tl.store(partials.sumexp_ptr + where, sumexp, mask=keep)
-    if filters is not None:
-        maxima = tl.max(tl.reshape(x, [PAIRS, VOCAB_BLOCK // MAX_GROUP, MAX_GROUP]), axis=2)
-        group = block[:, None] * (VOCAB_BLOCK // MAX_GROUP) + tl.arange(0, VOCAB_BLOCK // MAX_GROUP)[None, :]
-        num_groups = tl.cdiv(view.vocab, MAX_GROUP)
-        tl.store(filters.maxima_ptr + row[:, None] * num_groups + group, maxima, mask=keep[:, None] & (group < num_groups))
-    if raw is not None:
-        raw_x = x
-        if view.adjustments is not None:
-            raw_x = numbers(tl.load(view.logits_ptr + row[:, None] * view.stride + ids, mask=inside, other=NEG_INF).to(tl.float32))
-        raw_max, raw_sumexp = block_sums(raw_x, LOG2E, PAIRS)
-        tl.store(raw.max_ptr + where, raw_max, mask=keep)
-        tl.store(raw.sumexp_ptr + where, raw_sumexp, mask=keep)
-    if partials.best_ptr is not None:
-        position = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + view.row0)) + 1 + i
-        temperature, seed = tl.load(sampling.temperature_ptr + view.slot), tl.load(sampling.seed_ptr + view.slot)
-        key = coupled_keys(x, block, position, temperature, seed, scale, PAIRS)
-        tl.store(partials.best_ptr + where, tl.max(tl.where(inside, pack(key, ids), 0), axis=1), mask=keep)
 
 
 @triton.jit
@@ -170,11 +131,8 @@ def limit_rows(
 
 
 @triton.jit
-def rows_status(rows, sumexp_ptr, num_blocks, BLOCKS: tl.constexpr):
-    """What the logits of rows [GROUP] showed, before filters."""
-    block = tl.arange(0, BLOCKS)[None, :]
-    inside = (rows >= 0)[:, None] & (block < num_blocks)
-    words = tl.load(sumexp_ptr + rows[:, None] * num_blocks + block, mask=inside, other=0, volatile=True)
+def _status(words):
+    """What the logits of rows showed, from the words of their blocks [ROWS, BLOCKS]."""
     status = tl.where(tl.max(words & SAW_FINITE, axis=1) > 0, 0, NONFINITE_ROW)
     return status | tl.where(tl.max(words & SAW_NAN, axis=1) > 0, NAN, 0)
 
@@ -190,11 +148,12 @@ class MergedRows(NamedTuple):
 
 
 @triton.jit
-def merge_target(i, rows, status, view, temperature_ptr, partials, raw, stats, scale, num_blocks, BLOCKS: tl.constexpr):
+def merge_target(i, rows, view, sampled, partials, raw, stats, scale, num_blocks, BLOCKS: tl.constexpr):
     """All blocks of rows [GROUP] (-1 = none) are there: the target's part of their statistics."""
     live = rows >= 0
     row_of = tl.minimum(i, view.length)  # a row of this group: another group's limits may still be on their way
     top, sumexp, words, tops = merge_blocks(partials.max_ptr, partials.sumexp_ptr, rows, num_blocks, scale, BLOCKS)
+    status = _status(words)
     point = (top == POS_INF) | ((status & NONFINITE_ROW) > 0)
     if partials.best_ptr is not None:
         block = tl.arange(0, BLOCKS)[None, :]
@@ -204,12 +163,7 @@ def merge_target(i, rows, status, view, temperature_ptr, partials, raw, stats, s
     else:
         # The first maximum is needed for greedy rows and for rows without a proper distribution.
         first = tl.zeros(rows.shape, tl.int32)
-        need = tl.where(live & point, 1, 0)
-        if temperature_ptr is None:
-            need = tl.where(live, 1, 0)
-        else:
-            need = need | tl.where((tl.load(temperature_ptr + view.slot) > 0.0) == 0, 1, 0)
-        if tl.max(need, axis=0) > 0:
+        if (tl.max(tl.where(live & point, 1, 0), axis=0) > 0) | (sampled == 0):
             ids = first_block(tops, top, BLOCKS)
             first = first_of(read_rows(view, row_of, ids, live[:, None] & (ids < view.vocab)), ids, top, view.vocab)
     point_mass_id = tl.where(point, first, SOFTMAX)
@@ -228,19 +182,10 @@ def merge_target(i, rows, status, view, temperature_ptr, partials, raw, stats, s
 
 
 @triton.jit
-def merge_rows(i, rows, status, view, layout, temperature_ptr, partials, raw, stats, scale, num_blocks, BLOCKS: tl.constexpr):
-    """The target's part of the statistics, with the probability of the drafts that rows [GROUP] (-1 = none) verify.
-
-    Gives those drafts, int64 [GROUP], -1 where there is none.
-    """
-    merged = merge_target(i, rows, status, view, temperature_ptr, partials, raw, stats, scale, num_blocks, BLOCKS)
-    target = merged.target
-    live = rows >= 0
-    has_draft = live & (i < view.length)
-    forward = tl.load(layout.logits_indices_ptr + rows + 1, mask=has_draft, other=0)
-    draft = tl.load(layout.token_ids_ptr + forward, mask=has_draft, other=-1)
-    inside = has_draft & (draft >= 0) & (draft < view.vocab)
-    x = read_each(view, tl.minimum(i, view.length), tl.where(inside, draft, 0).to(tl.int32), inside)
-    target_prob = soft_prob(x, draft, Distribution(target.point, finite_or_zero(target.reference), target.factor), scale)
-    tl.store(stats.values_ptr + rows * ROW_VALUES + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
-    return draft
+def merge_rows(i, rows, view, drafts, sampled, partials, raw, stats, scale, num_blocks, BLOCKS: tl.constexpr):
+    """The target's part of the statistics, with the probability of the drafts that rows [GROUP] (-1 = none) verify."""
+    x = read_each(view, tl.minimum(i, view.length), tl.where(drafts.inside, drafts.ids, 0).to(tl.int32), drafts.inside)
+    target = merge_target(i, rows, view, sampled, partials, raw, stats, scale, num_blocks, BLOCKS).target
+    finite = Distribution(target.point, finite_or_zero(target.reference), target.factor)
+    target_prob = tl.where(drafts.inside, soft_prob(x, drafts.ids, finite, scale), 0.0)
+    tl.store(stats.values_ptr + rows * ROW_VALUES + TARGET_PROB, target_prob, mask=rows >= 0)

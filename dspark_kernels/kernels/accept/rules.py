@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..primitives.constants import NONFINITE_ROW, RESIDUAL_ONE, ROW_IDS, ROW_VALUES
 from ..primitives.philox import ACCEPT, acceptance_words, uniform
+from .args import Drafts
 from .rows import DRAFT_PROB, FIRST, PREFIX_PROB, STATUS, TARGET_PROB
 
 # State of a request between its phases.
@@ -23,12 +24,21 @@ DONE = tl.constexpr(2)
 
 
 @triton.jit
-def read_drafts(i, rows, length, layout, vocab):
-    """Drafts int64 (0 where there is none) that rows i of a request verify; whether they are ids, and whether never made."""
+def draft_rows(i, rows, length, layout):
+    """Forward rows of the drafts that rows i of a request verify."""
+    return tl.load(layout.logits_indices_ptr + rows + 1, mask=i < length, other=0)
+
+
+@triton.jit
+def drafts_at(forward, i, length, layout, vocab):
     has_draft = i < length
-    forward = tl.load(layout.logits_indices_ptr + rows + 1, mask=has_draft, other=0)
     draft = tl.load(layout.token_ids_ptr + forward, mask=has_draft, other=0)
-    return draft, has_draft & (draft >= 0) & (draft < vocab), has_draft & (draft == -1)
+    return Drafts(draft, has_draft & (draft >= 0) & (draft < vocab), has_draft & (draft == -1))
+
+
+@triton.jit
+def read_drafts(i, rows, length, layout, vocab):
+    return drafts_at(draft_rows(i, rows, length, layout), i, length, layout, vocab)
 
 
 @triton.jit
@@ -44,54 +54,50 @@ def _while_true(i, length, accept):
 
 
 @triton.jit
-def _matches(i, rows, length, draft, inside, stats):
+def _matches(i, rows, length, drafts, stats):
     first = tl.load(stats.ids_ptr + rows * ROW_IDS + FIRST, mask=i < length, other=-1, volatile=True)
-    return _while_true(i, length, inside & (draft == first))
+    return _while_true(i, length, drafts.inside & (drafts.ids == first))
 
 
 @triton.jit
-def verify_match(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
+def verify_match(i, rows, length, known, stats, rates_ptr):
     """Every rule gives the drafts that stay, and whether a residual has to be summed before a token can be drawn."""
     status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
-    draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
-    return _matches(i, rows, _stop(i, length, status), draft, inside, stats), length < 0
+    return _matches(i, rows, _stop(i, length, status), known.drafts, stats), length < 0
 
 
 @triton.jit
-def verify_forced(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
+def verify_forced(i, rows, length, known, stats, rates_ptr):
     status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
-    draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
-    u = uniform(acceptance_words(seed, anchor + 1 + i, anchor, ACCEPT))
+    u = uniform(acceptance_words(known.seed, known.anchor + 1 + i, known.anchor, ACCEPT))
     rate = tl.load(rates_ptr + i, mask=i < length, other=0.0)
-    return _while_true(i, _stop(i, length, status), inside & (u < rate)), length < 0
+    return _while_true(i, _stop(i, length, status), known.drafts.inside & (u < rate)), length < 0
 
 
 @triton.jit
-def verify_token(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
+def verify_token(i, rows, length, known, stats, rates_ptr):
     status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
     stop = _stop(i, length, status)
-    draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
-    accepted = _matches(i, rows, stop, draft, inside, stats)
-    if sampled:
+    accepted = _matches(i, rows, stop, known.drafts, stats)
+    if known.sampled:
         draft_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
         target_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
-        u = uniform(acceptance_words(seed, anchor + 1 + i, anchor, ACCEPT))
-        accepted = _while_true(i, stop, inside & (draft_prob > 0.0) & (u * draft_prob < target_prob))
-    verified = tl.max(tl.where((i == accepted) & (i < stop) & (missing == 0), 1, 0), axis=0) > 0
-    return accepted, verified & sampled
+        u = uniform(acceptance_words(known.seed, known.anchor + 1 + i, known.anchor, ACCEPT))
+        accepted = _while_true(i, stop, known.drafts.inside & (draft_prob > 0.0) & (u * draft_prob < target_prob))
+    verified = tl.max(tl.where((i == accepted) & (i < stop) & (known.drafts.missing == 0), 1, 0), axis=0) > 0
+    return accepted, verified & known.sampled
 
 
 @triton.jit
-def verify_block(i, rows, length, layout, stats, rates_ptr, sampled, seed, anchor, vocab):
+def verify_block(i, rows, length, known, stats, rates_ptr):
     """Sampled: the rows that count, their P_i into the statistics; `select_block_length` decides after the residuals."""
     status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
     stop = _stop(i, length, status)
-    draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
-    accepted = _matches(i, rows, stop, draft, inside, stats)
-    if sampled:
+    accepted = _matches(i, rows, stop, known.drafts, stats)
+    if known.sampled:
         draft_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
         target_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
-        possible = inside & (draft_prob > 0.0)
+        possible = known.drafts.inside & (draft_prob > 0.0)
         ratio = tl.where(possible, target_prob / tl.where(possible, draft_prob, 1.0), 0.0)
         ratio = tl.minimum(ratio, 1e30)  # a product with 0 stays 0
         prefix_prob = tl.full(i.shape, 1.0, tl.float32)
@@ -101,7 +107,7 @@ def verify_block(i, rows, length, layout, stats, rates_ptr, sampled, seed, ancho
             prefix_prob = tl.where(i == k + 1, so_far, prefix_prob)
         tl.store(stats.values_ptr + rows * ROW_VALUES + PREFIX_PROB, prefix_prob, mask=i <= stop)
         accepted = stop
-    return accepted, sampled & (stop > 0)
+    return accepted, known.sampled & (stop > 0)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def accept_residual_kernel(
         own = own_stats(stats, row0, WIDTH)
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
         scales = Scales(log2_scale(temperature), log2_scale(draft_temperature))
-        accepted, wants, _anchor = verify(
+        accepted, wants, _known = verify(
             slot, row0, length, temperature, draft_temperature, gathered, dense, layout, sampling.seed_ptr, own,
             shards, num_blocks, vocab, VERIFY, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip
@@ -246,11 +246,10 @@ def accept_draw_kernel(
         # On this rank's columns: ids are global, and the rank's alone may be read.
         view = View(target.logits_ptr - start, target.stride, vocab, target.adjustments, layout.token_ids_ptr, None,
                     layout.logits_indices_ptr, row0, slot, length, None)  # fmt: skip
-        accepted, wants, anchor = verify(
+        accepted, wants, known = verify(
             slot, row0, length, temperature, draft_temperature, gathered, draft.dense, layout, sampling.seed_ptr, own,
             shards, cut.blocks, vocab, VERIFY, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip
-        seed = tl.load(sampling.seed_ptr + slot)
         if SELECT is not None:
             if wants:
                 i = tl.arange(0, WIDTH)
@@ -266,7 +265,7 @@ def accept_draw_kernel(
                     tl.store(total_ptr + row, tl.sum(sumexp, axis=0))
                 stores_done()
                 stop = accepted
-                accepted = SELECT(i, rows, stop, own, total_ptr, 1, seed, anchor, WIDTH, 4)
+                accepted = SELECT(i, rows, stop, own, total_ptr, 1, known.seed, known.anchor, WIDTH, 4)
                 wants = accepted < stop
 
         row = (row0 + accepted).to(tl.int64)
@@ -292,11 +291,11 @@ def accept_draw_kernel(
                 from_residual = tl.max(residual, axis=0) > 0
                 weight = tl.where(from_residual, log2_weight(residual), weight)
             if from_residual | (pair.target.point == SOFTMAX):
-                position = anchor + accepted + 1
+                position = known.anchor + accepted + 1
                 here = block * VOCAB_BLOCK < vocab
                 weight = tl.where(here, weight, NEG_INF)
                 first_block = tl.zeros((), tl.int32)
-                winner = unpack_id(_race(weight, block, here, first_block, seed, position, anchor, LEAF_STREAM, BLOCKS))
+                winner = unpack_id(_race(weight, block, here, first_block, known.seed, position, known.anchor, LEAF_STREAM, BLOCKS))
                 ids = winner * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)
                 inside = is_here(ids, columns)
                 x = read_row(view, accepted, ids, inside)
@@ -312,7 +311,7 @@ def accept_draw_kernel(
                             draft_rows = draft.dense.logits_ptr + slot * draft.dense.stride_slot
                             draft_row = draft_rows + accepted.to(tl.int64) * draft.dense.stride_row
                         inner = log2_weight(_residual(x, draft_row, ids, inside, start, pair, scales))
-                word = _race(inner, ids, inside, winner * VOCAB_BLOCK, seed, position, anchor, CORRECT, VOCAB_BLOCK)
+                word = _race(inner, ids, inside, winner * VOCAB_BLOCK, known.seed, position, known.anchor, CORRECT, VOCAB_BLOCK)
             empty = tl.where(wants & (from_residual == 0), 1, 0).to(tl.int64)
     tl.store(drawn.word_ptr + request, word)
     tl.store(drawn.verdict_ptr + request * 2, accepted.to(tl.int64))
@@ -341,7 +340,7 @@ def accept_finish_kernel(
     else:
         own = own_stats(stats, row0, WIDTH)
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
-        accepted, _wants, anchor = verify(
+        accepted, _wants, known = verify(
             slot, row0, length, temperature, draft_temperature, gathered, dense, layout, None, own, shards, num_blocks, vocab,
             verify_match, WIDTH, SHARDS, BLOCK,
         )  # fmt: skip
@@ -355,7 +354,7 @@ def accept_finish_kernel(
         else:
             token = tl.load(own.ids_ptr + (row0 + accepted).to(tl.int64) * ROW_IDS + FIRST, volatile=True).to(tl.int64)
         view = View(None, None, vocab, None, None, None, None, row0, slot, length, None)  # no logits are read
-        write_outputs(request, accepted, token, empty, anchor, temperature > 0.0, view, layout, outputs, None, own,
+        write_outputs(request, accepted, token, empty, known, view, layout, outputs, None, own,
                       log2_scale(temperature), sizes, drawn.word_ptr is not None, WIDTH)  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from ..primitives.constants import LOG2E, NAN, NEG_INF, NONFINITE_ROW, POS_INF, 
 from ..primitives.race import unpack_id
 from ..primitives.sumexp import below_max, log2_scale
 from ..primitives.sync import stores_done
-from .args import Distribution, RowStats
+from .args import Distribution, Known, RowStats
 from .rows import (
     DRAFT_OF,
     DRAFT_PROB,
@@ -62,7 +62,7 @@ def _row_sumexps(sums, stride, rows, has_row, shards, num_blocks, scale, WIDTH: 
 
 @triton.jit
 def _row_stats(
-    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, stats, shards, num_blocks, vocab,
+    slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, stats, shards, num_blocks,
     WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The statistics (rows.py) of all rows of a request, from the parts of all ranks."""
@@ -85,7 +85,7 @@ def _row_stats(
         top, sumexp = _row_sumexps(part.target, stride, rows, live, shards, num_blocks, scale, WIDTH, BLOCK)
         inv_sumexp = 1.0 / tl.maximum(sumexp, 1).to(tl.float32) * SUMEXP_ONE
         point_mass_id = tl.where((top == POS_INF) | ((status & NONFINITE_ROW) > 0), first, SOFTMAX)
-        draft, inside, missing = read_drafts(i, rows, length, layout, vocab)
+        draft, inside, missing = drafts.ids, drafts.inside, drafts.missing
         logits = part.logits_ptr + shard * (2 * stride) + rows[:, None] * 2
         logit = tl.max(tl.load(logits, mask=there, other=NEG_INF), axis=1)
         target_prob = soft_prob(logit, draft, Distribution(point_mass_id, finite_or_zero(top), inv_sumexp), scale)
@@ -140,18 +140,21 @@ def verify(
     slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, stats, shards, num_blocks, vocab,
     VERIFY: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the rule says, see rules.py, beside the anchor's position."""
-    _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, layout, stats, shards, num_blocks, vocab,
-               WIDTH, SHARDS, BLOCK)  # fmt: skip
-    stores_done()
-    anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + row0))
+    """What the rule says, see rules.py, beside what is known of the request."""
     i = tl.arange(0, WIDTH)
+    rows = (row0 + i).to(tl.int64)
     seed = tl.zeros((), tl.int64)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr + slot)
-    accepted, wants = VERIFY(i, (row0 + i).to(tl.int64), length, layout, stats, None, temperature > 0.0, seed, anchor, vocab)
+    drafts = read_drafts(i, rows, length, layout, vocab)
+    anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + row0))
+    known = Known(anchor, temperature > 0.0, seed, drafts)
+    _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, stats, shards, num_blocks,
+               WIDTH, SHARDS, BLOCK)  # fmt: skip
     stores_done()
-    return accepted, wants, anchor
+    accepted, wants = VERIFY(i, rows, length, known, stats, None)
+    stores_done()
+    return accepted, wants, known
 
 
 @triton.jit

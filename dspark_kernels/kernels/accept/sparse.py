@@ -172,10 +172,10 @@ def _entry_sums(start, i, row, view, draft, partials, pair, scales, num_blocks, 
 
 @triton.jit
 def residual_sums(
-    item, i, row, view, draft, scratch, scales, num_blocks,
+    part, span, i, row, view, draft, scratch, scales, num_blocks,
     PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Item: all blocks of a row."""
+    """The only part: all blocks of a row."""
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
     partials, residual_ptr, removed_ptr = scratch.target, scratch.residual_ptr, scratch.sparse.removed_ptr
     block = tl.arange(0, BLOCKS)

@@ -23,8 +23,8 @@ from ..primitives.sumexp import fixed_sums, log2_scale
 from ..primitives.sync import arrive
 from . import tree_proposals
 from .args import Lineage, Scales, Sizes, View
-from .dense import invert_map, map_used, sweep_draft
-from .rows import sweep_rows
+from .dense import invert_map, map_used
+from .first_pass import item_of, sweep_draft, sweep_target
 from .tree_outputs import write_no_outputs
 from .tree_rows import has_children, merge_nodes, node_distributions
 from .tree_rules import DECIDED, WALK, decide, left_in_blocks
@@ -61,7 +61,7 @@ def _sweep(
             tl.store(scratch.residual.draft_ptr + at, fixed_sums(weight, TILE, VOCAB_BLOCK, SUMEXP_ONE), mask=block < num_blocks)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward"])
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward", "steps"])
 def accept_tree_kernel(
     target,  # Target
     layout,  # Layout
@@ -73,14 +73,15 @@ def accept_tree_kernel(
     counters,  # TreeCounters
     map_progress,  # MapProgress, or None
     scratch,  # TreeScratch
-    num_requests, num_slots, num_rows, num_forward, num_nodes, vocab, num_blocks, map_parts,
+    num_requests, num_slots, num_rows, num_forward, num_nodes, vocab, num_blocks,
+    steps,  # chunks of a first-phase item
+    map_parts,
     RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, JOINT: tl.constexpr, GROUP: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, CANDIDATES: tl.constexpr, BLOCKS: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    PAIRS: tl.constexpr = GROUP * CHUNK
     SWEEPS: tl.constexpr = RULE != WALK
-    chunks = tl.cdiv(num_blocks, CHUNK)
+    chunks = tl.cdiv(num_blocks, CHUNK * steps)
     num_groups = tl.cdiv(num_nodes, GROUP)
     first_items = num_groups * chunks
     parts = tl.cdiv(num_blocks, TILE * SPAN)
@@ -149,16 +150,11 @@ def accept_tree_kernel(
         else:
             group = item // chunks
             if group * GROUP <= length:
-                # Blocks of this item: PAIRS (node, block) pairs.
-                pair = tl.arange(0, PAIRS)
-                i = group * GROUP + pair // CHUNK
-                block = (item % chunks) * CHUNK + pair % CHUNK
-                keep = (i <= length) & (block < num_blocks)
-                sweep_rows(i, block, keep, unlimited, layout, sampling, scratch.target, scratch.raw, scratch.filters, scale,
-                           num_blocks, PAIRS)  # fmt: skip
+                part = item_of(group, item % chunks, steps, GROUP, CHUNK)
+                sweep_target(part, unlimited, layout, sampling, scratch, scale, num_blocks, CHUNK)
                 if scratch.draft is not None:
-                    inner = has_children(i, slot, length, parents_ptr, num_nodes, WIDTH)
-                    sweep_draft(i, block, keep & inner, view, draft, scratch.draft, draft_scale, num_blocks, PAIRS)
+                    inner = has_children(part.i, slot, length, parents_ptr, num_nodes, WIDTH)
+                    sweep_draft(part, (part.i <= length) & inner, view, draft, scratch.draft, draft_scale, num_blocks, CHUNK)
                 if arrive(counters.groups_ptr + request * num_groups + group, chunks):
                     merge_nodes(
                         group * GROUP, unlimited, view, layout, draft, sampling, parents_ptr, scratch, walks, scales, sizes,

@@ -25,7 +25,6 @@ from .rows import (
     finite_or_zero,
     limit_rows,
     merge_target,
-    rows_status,
 )
 from .target import read_rows
 
@@ -65,15 +64,17 @@ def merge_nodes(
     i = first_node + tl.arange(0, GROUP)
     rows = tl.where(i <= view.length, view.row0 + i, -1).to(tl.int64)
     live = rows >= 0
-    status = rows_status(rows, scratch.target.sumexp_ptr, sizes.num_blocks, BLOCKS)
+    sampled = view.length < 0
+    if sampling.temperature_ptr is not None:
+        sampled = tl.load(sampling.temperature_ptr + view.slot) > 0.0
     if scratch.limits is not None:
         limit_rows(first_node, unlimited, view, layout, sampling, scratch.target, scratch.filters, scales.target,
                    sizes.num_blocks, JOINT, GROUP, GROUPS, BLOCKS)  # fmt: skip
-    merged = merge_target(i, rows, status, view, sampling.temperature_ptr, scratch.target, scratch.raw, stats.row,
+    merged = merge_target(i, rows, view, sampled, scratch.target, scratch.raw, stats.row,
                           scales.target, sizes.num_blocks, BLOCKS)  # fmt: skip
     target, token = merged.target, merged.first
     if sampling.temperature_ptr is not None:
-        if (tl.load(sampling.temperature_ptr + view.slot) > 0.0) & (walks > 0):
+        if sampled & (walks > 0):
             forward = tl.load(layout.logits_indices_ptr + rows, mask=live, other=0)
             position = (tl.load(layout.positions_ptr + forward, mask=live, other=0) + 1)[:, None]
             anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + view.row0))

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .constants import FILTER_LIST, NEG_INF, SUMEXP_ONE, VOCAB_BLOCK
 from .sumexp import below_max, fixed_sums
+from .vocab_blocks import SUMEXP_BITS
 
 EVERYTHING = tl.constexpr(0)  # a threshold below every key
 LOWEST = tl.constexpr(8388608)  # key of the least finite logit
@@ -284,13 +285,15 @@ def filter_row(LOAD: tl.constexpr, source, width, group_max_ptr, num_groups, gro
 @triton.jit
 def sums_in_support(LOAD: tl.constexpr, source, width, groups_ptr, num_reached, threshold, cut, block_max_ptr, block_sumexp_ptr,
                 num_blocks, scale, GROUP: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """Block sums of a row again, of the kept ids alone: a kept block's maximum is kept, so they stay relative to it.
+    """Block sums of a row again, of the kept ids alone: a kept block's maximum is kept, so they stay relative to it. What a block showed stays.
 
     groups_ptr, num_reached, threshold, cut: from `filter_row`. block_max_ptr fp32, block_sumexp_ptr int64 [num_blocks].
     """
     TILE: tl.constexpr = FILTER_LIST // GROUP
     block = tl.arange(0, BLOCKS)
-    tl.store(block_sumexp_ptr + block, tl.zeros([BLOCKS], tl.int64), mask=block < num_blocks)
+    seen = tl.load(block_sumexp_ptr + block, mask=block < num_blocks, other=0, volatile=True) & ~SUMEXP_BITS
+    tl.debug_barrier()
+    tl.store(block_sumexp_ptr + block, seen, mask=block < num_blocks)
     tl.debug_barrier()
     for b in range(tl.cdiv(num_reached, TILE)):
         which = b * TILE + tl.arange(0, TILE)

@@ -6,13 +6,14 @@ import dataclasses
 
 from ..arch import Arch
 from ..table import find
+from .items import steps
 
 
 @dataclasses.dataclass(frozen=True)
 class AcceptConfig:
-    """group x chunk: rows x blocks of 1024 ids of a work item; more than one row only where an item covers whole rows. lag:
-    requests by which the second phase follows the first. max_registers: per thread, None = the compiler's choice. num_stages: of
-    loads before a dot.
+    """group x chunk: rows x blocks of 1024 ids of a chunk, which is worked on at once; more than one row only where a chunk covers
+    whole rows. lag: requests by which the second phase follows the first. max_registers: per thread, None = the compiler's choice.
+    num_stages: of loads before a dot. steps, span: chunks of a work item of the first and of the second phase, one after the other.
     """
 
     group: int
@@ -21,18 +22,22 @@ class AcceptConfig:
     num_warps: int
     max_registers: int | None
     num_stages: int = 3
+    steps: int = 1
+    span: int = 1
 
 
-def pick(arch: Arch, num_blocks: int, num_drafts: int, heavy: bool, adjusted: bool = False,
-         filtered: bool = False) -> AcceptConfig:  # fmt: skip
-    """The configuration for rows of `num_blocks` blocks.
+def pick(arch: Arch, num_requests: int, num_blocks: int, num_drafts: int, residual_rows: int, heavy: bool,
+         adjusted: bool = False, filtered: bool = False) -> AcceptConfig:  # fmt: skip
+    """The configuration for requests with rows of `num_blocks` blocks.
 
-    heavy: whether fp32 logits, sparse proposals or draft rows that are read again take more registers. adjusted, filtered: whether
-    penalties, bias or masks change logits, and whether there are filters; the tiles of both are spread over eight warps.
+    residual_rows: rows of a request whose residuals the second phase sums block by block. heavy: whether fp32 logits, sparse
+    proposals or draft rows that are read again take more registers. adjusted, filtered: whether penalties, bias or masks change
+    logits, and whether there are filters; the tiles of both are spread over eight warps.
 
-    An item has four blocks: at V = 151936 a row is 38 items, so one request with 7 drafts gives 304 items, more than two per
-    multiprocessor of any GPU in launch/arch.py but the largest. Without a limit ptxas spills in the tails, to keep more programs
-    resident than the loads in flight need; the limits are the smallest at which no architecture spills (bench/compile).
+    A chunk has four blocks: at V = 151936 a row is 38 chunks, so one request with 7 drafts gives 304 items of one chunk, more than
+    two per multiprocessor of any GPU in launch/arch.py but the largest; with more requests an item has more chunks (items.py).
+    Without a limit ptxas spills in the tails, to keep more programs resident than the loads in flight need; the limits are the
+    smallest at which no architecture spills (bench/compile).
     """
     if arch.vendor == "interpreter":
         # It pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
@@ -42,4 +47,8 @@ def pick(arch: Arch, num_blocks: int, num_drafts: int, heavy: bool, adjusted: bo
     pairs = tuned.pop("pairs")
     chunk = min(pairs, 1 << (num_blocks - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_blocks else 1
-    return AcceptConfig(group, chunk, **tuned)
+    program = arch, tuned["num_warps"], tuned["max_registers"]
+    first = steps(*program, num_requests * -(-(num_drafts + 1) // group), -(-num_blocks // chunk))
+    second = steps(*program, num_requests * residual_rows, -(-num_blocks // (group * chunk)))
+    lag = tuned.pop("lag") * first  # as many items between the phases as with one chunk an item
+    return AcceptConfig(group, chunk, lag, steps=first, span=second, **tuned)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from ..arch import Arch
+from .items import steps
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeConfig:
-    """group x chunk: nodes x blocks of 1024 ids of a work item; more than one node only where an item covers whole rows. tile x
-    span: blocks at once x steps of an item of a sweep. max_registers: per thread, None = the compiler's choice.
+    """group x chunk: nodes x blocks of 1024 ids of a chunk, which is worked on at once; more than one node only where a chunk covers
+    whole rows. tile x span: blocks at once x steps of an item of a sweep. max_registers: per thread, None = the compiler's choice.
+    steps: chunks of a work item of the first phase, one after the other.
     """
 
     group: int
@@ -19,10 +21,11 @@ class TreeConfig:
     span: int
     num_warps: int
     max_registers: int | None
+    steps: int = 1
 
 
-def pick(arch: Arch, num_blocks: int, num_nodes: int, sweeps: bool, settings: bool = False) -> TreeConfig:
-    """The configuration for rows of `num_blocks` blocks. Not measured on a GPU yet.
+def pick(arch: Arch, num_requests: int, num_blocks: int, num_nodes: int, sweeps: bool, settings: bool = False) -> TreeConfig:
+    """The configuration for requests with rows of `num_blocks` blocks. Not measured on a GPU yet.
 
     Items of the first phase are those of launch/accept/chain.py. A sweep has fewer and larger items, because all M - 1 possible
     sweeps are launched and most of them end at once. Its tile is smaller, because target and draft are in registers at the same
@@ -37,4 +40,6 @@ def pick(arch: Arch, num_blocks: int, num_nodes: int, sweeps: bool, settings: bo
     tile = min(pairs if interpreted else 2, 1 << (num_blocks - 1).bit_length())
     span = min(16 // tile, -(-num_blocks // tile))
     limit = 255 if settings and arch.vendor == "nvidia" else None
-    return TreeConfig(group, chunk, tile, span, num_warps=8 if settings else 4, max_registers=limit)
+    warps = 8 if settings else 4
+    chunks = steps(arch, warps, limit, num_requests * -(-num_nodes // group), -(-num_blocks // chunk))
+    return TreeConfig(group, chunk, tile, span, num_warps=warps, max_registers=limit, steps=chunks)

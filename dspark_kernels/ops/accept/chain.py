@@ -242,12 +242,13 @@ def _accept_chain(a: Arguments):
     swept = dense and a.draft_lse is None
     heavy = swept or a.draft_ids is not None or a.target_logits.dtype == torch.float32
     filtered = flat.filters is not None
-    config = accept_launch.pick(arch.current(device), blocks, drafts, heavy, flat.adjusts, filtered)
-    parts = -(-blocks // (config.group * config.chunk)) if dense else 1
+    residual_rows = (drafts if plan.rule == "block" else 1) if plan.two_phases else 0
+    swept_rows = residual_rows if dense else 0  # of a sparse proposal one item sums a row
+    config = accept_launch.pick(arch.current(device), requests, blocks, drafts, swept_rows, heavy, flat.adjusts, filtered)
+    parts = -(-blocks // (config.group * config.chunk * config.span)) if dense else 1
     map_parts = -(-a.draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
-    items = -(-(drafts + 1) // config.group) * -(-blocks // config.chunk)
-    if plan.two_phases:
-        items += parts * (drafts if plan.rule == "block" else 1)
+    items = -(-(drafts + 1) // config.group) * -(-blocks // (config.chunk * config.steps))
+    items += parts * residual_rows
 
     arrivals, map_progress = counters_of(workspaces.Carver(a.counters, workspaces.RESERVED).take, requests, drafts)
     scratch, inverse = scratch_of(workspaces.Carver(a.scratch).take, requests, rows, blocks)
@@ -286,7 +287,8 @@ def _accept_chain(a: Arguments):
             arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
             MapProgress(map_progress, map_progress[1:]) if kind == "mapped" else None,
             scratch,
-            requests, num_slots, rows, a.commit_mask.shape[0], drafts, vocab, blocks, parts, map_parts,
+            requests, num_slots, rows, a.commit_mask.shape[0], drafts, vocab, blocks,
+            config.steps, config.lag, config.span, parts, map_parts,
         ),
         rule=plan.rule,
         proposal=kind,

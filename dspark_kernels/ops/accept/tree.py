@@ -247,9 +247,9 @@ def _accept_tree(a: Arguments):
         wide = a.draft_logits.shape[2]
     dense, filtered = kind in ("stored", "mapped"), flat.filters is not None
     blocks = -(-max(vocab, wide if dense else 0) // VOCAB_BLOCK)
-    config = tree_launch.pick(arch.current(device), blocks, nodes, a.rule > 0, filtered or flat.adjusts)
+    config = tree_launch.pick(arch.current(device), requests, blocks, nodes, a.rule > 0, filtered or flat.adjusts)
     map_parts = -(-wide // MAP_COLUMNS) if kind == "mapped" else 0
-    items = -(-nodes // config.group) * -(-blocks // config.chunk)
+    items = -(-nodes // config.group) * -(-blocks // (config.chunk * config.steps))
     if a.rule > 0:
         items += (nodes - 1) * -(-blocks // (config.tile * config.span))
 
@@ -289,7 +289,7 @@ def _accept_tree(a: Arguments):
             arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
             MapProgress(map_progress, map_progress[1:]) if kind == "mapped" else None,
             scratch,
-            requests, a.parents.shape[0], rows, a.commit_mask.shape[0], nodes, vocab, blocks, map_parts,
+            requests, a.parents.shape[0], rows, a.commit_mask.shape[0], nodes, vocab, blocks, config.steps, map_parts,
         ),
         rule=a.rule,
         proposal=kind,
