@@ -37,7 +37,13 @@ LAYERS = {
     "dspark_kernels.kernels": SHARED,
     "dspark_kernels.launch.arch": (),
     "dspark_kernels.launch.table": ("dspark_kernels.launch.arch",),
-    "dspark_kernels.launch": ("dspark_kernels.launch.arch", "dspark_kernels.launch.table", "dspark_kernels.kernels.sizes"),
+    "dspark_kernels.launch.accept.items": ("dspark_kernels.launch.arch",),
+    "dspark_kernels.launch": (
+        "dspark_kernels.launch.arch",
+        "dspark_kernels.launch.table",
+        "dspark_kernels.launch.accept.items",
+        "dspark_kernels.kernels.sizes",
+    ),
     "dspark_kernels.ops": (
         "dspark_kernels.types",
         "dspark_kernels.checks",

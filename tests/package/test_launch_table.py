@@ -113,7 +113,7 @@ def test_the_tables_hold_what_was_chosen_before_there_were_tables():
                 found = draft.pick(known, 151936, rank, size, one_tile, ranks)
                 assert (found.block_v, found.num_warps, found.num_stages, found.programs_per_sm) == (64, 8, stages, 1)
                 assert found.block_r == (32 if size == 4 or rank == 20 else min(256, ranks))
-        assert accept.pick(known, 149, 7, False).chunk == 4 and accept.pick(known, 2, 7, True).group == 2
+        assert accept.pick(known, 1, 149, 7, 1, False).chunk == 4 and accept.pick(known, 1, 2, 7, 1, True).group == 2
     for name, cases in ATTENTION.items():
         for (rows, *rest), want in cases.items():
             found = attention.pick(arch.KNOWN[name], rows, *rest, 8)

@@ -346,7 +346,7 @@ class Weights(NamedTuple):
     reference: Number
 
 
-class Drafts(NamedTuple):
+class RowDrafts(NamedTuple):
     """Of rows of a request: the drafts that they verify."""
 
     ids: Any  # int64, 0 where there is none
@@ -360,7 +360,7 @@ class Known(NamedTuple):
     anchor: Number  # position of its anchor
     sampled: Number  # whether its temperature is above 0
     seed: Number
-    drafts: Drafts
+    drafts: RowDrafts
 
 
 class RowPair(NamedTuple):

@@ -95,7 +95,7 @@ def _conclude(
                   scales.target, sizes, PROPOSAL is not None, WIDTH)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward", "steps", "lag", "span"])
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward", "steps", "lag", "span", "parts"])
 def accept_chain_kernel(
     target,  # Target
     layout,  # Layout

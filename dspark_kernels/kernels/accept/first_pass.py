@@ -20,7 +20,7 @@ from .rows import coupled_keys, load_block
 from .target import read_raw
 
 
-class Item(NamedTuple):
+class ItemBlocks(NamedTuple):
     """Rows of a request, and the blocks of the first chunk."""
 
     i: Any  # [PAIRS]
@@ -30,9 +30,9 @@ class Item(NamedTuple):
 
 @triton.jit
 def item_of(group, item, steps, GROUP: tl.constexpr, CHUNK: tl.constexpr):
-    """Item number `item` of a group of rows."""
+    """What work item `item` of a group of rows goes through."""
     pair = tl.arange(0, GROUP * CHUNK)
-    return Item(group * GROUP + pair // CHUNK, item * steps * CHUNK + pair % CHUNK, steps)
+    return ItemBlocks(group * GROUP + pair // CHUNK, item * steps * CHUNK + pair % CHUNK, steps)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..primitives.constants import NONFINITE_ROW, RESIDUAL_ONE, ROW_IDS, ROW_VALUES
 from ..primitives.philox import ACCEPT, acceptance_words, uniform
-from .args import Drafts
+from .args import RowDrafts
 from .rows import DRAFT_PROB, FIRST, PREFIX_PROB, STATUS, TARGET_PROB
 
 # State of a request between its phases.
@@ -33,7 +33,7 @@ def draft_rows(i, rows, length, layout):
 def drafts_at(forward, i, length, layout, vocab):
     has_draft = i < length
     draft = tl.load(layout.token_ids_ptr + forward, mask=has_draft, other=0)
-    return Drafts(draft, has_draft & (draft >= 0) & (draft < vocab), has_draft & (draft == -1))
+    return RowDrafts(draft, has_draft & (draft >= 0) & (draft < vocab), has_draft & (draft == -1))
 
 
 @triton.jit
