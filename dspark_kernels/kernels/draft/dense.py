@@ -22,16 +22,16 @@ import triton.language as tl
 
 from ..args import Pointer
 from ..primitives.adjust import adjusted
-from ..primitives.constants import DOT_ROWS, NAN, NEG_INF, NO_ID, SUB_BLOCK, SUMEXP_ONE
-from ..primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, words_at
-from ..primitives.race import pack
+from ..primitives.constants import DOT_ROWS, NAN, NEG_INF, NO_ID, SUB_BLOCK
+from ..primitives.philox import COUPLED, DRAFT
 from ..primitives.slots import state_slots
-from ..primitives.sumexp import below_max, fixed_sums, log2_scale, numbers
+from ..primitives.sumexp import numbers
 from ..primitives.sync import grid_barrier
 from .args import BaseLogits, BlockSizes, DraftOutputs, Hidden, RequestState
 from .filters import filter_rows, mask_rows
-from .heads import block_tile, head_kind, keep_state, low_rank_bias, project_hidden, w2_tile
+from .heads import block_tile, head_kind, keep_state, project_hidden, w2_tile
 from .rows import finish, previous_tokens, settle
+from .tile import better, dot_requests, noisy_keys, store_sub_blocks, sweep_range, tile_bias, tile_latents, tile_requests, winners
 
 
 class BlockOptions(NamedTuple):
@@ -39,7 +39,6 @@ class BlockOptions(NamedTuple):
 
     STREAM: int  # of the noise
     WITH_MARKOV: bool  # the confidence head reads W1[x], too
-    ONE_TILE: bool  # ROWS covers all requests
     JOINT: bool  # filters judge jointly, not one after another
     GROUPS: int  # padded number of groups of a row, with filters
 
@@ -95,92 +94,94 @@ def _adjusted(x, tokens, inside, slots, requests, k, state, best_ptr, out, adjus
 
 
 @triton.jit
-def _draft_tile(
-    tile, ids, first_request, k, base, state, map_ptr, head, projection, adjust, out, scratch, sizes,
-    KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """ROWS requests of one tile of ids at position k: logits, proposal, sub-blocks' sums of exponentials, winner so far."""
-    num_requests, vocab, column = sizes.num_requests, sizes.vocab, sizes.column
-    ROWS: tl.constexpr = TILE.ROWS
-    BLOCK_V: tl.constexpr = TILE.BLOCK_V
-    if head is not None:
-        # The dot always has DOT_ROWS columns; ROWS of them are this tile's requests, the others stay zero.
-        columns = first_request + tl.arange(0, DOT_ROWS)
-        column_slots = state_slots(state.slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), sizes.num_slots)
-        if projection is None:
-            previous = previous_tokens(state, scratch.best_ptr, columns, column_slots, k, num_requests)
-            known = (column_slots >= 0) & (previous >= 0) & (previous < head.vocab)
-            bias = low_rank_bias(tile, head, head.w1_ptr, previous * head.stride_w1, known, ids, vocab, KIND, TILE.BLOCK_R)
-        else:
-            known = column_slots >= 0
-            bias = low_rank_bias(
-                tile, head, projection.latent_ptr, columns.to(tl.int64) * head.rank, known, ids, vocab, KIND, TILE.BLOCK_R
-            )  # fmt: skip
-        bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
-        if ROWS < DOT_ROWS:
-            # Keep the first ROWS columns; the others are zero and adding zeros is exact.
-            bias = tl.sum(tl.reshape(bias, [DOT_ROWS // ROWS, ROWS, BLOCK_V]), axis=0)
+def _base_logits(base, requests, k, ids, vocab):
+    """[ROWS, BLOCK_V] as stored, 0 outside."""
+    rows = requests.rows.to(tl.int64) * base.stride_request + tl.cast(k, tl.int64) * base.stride_position
+    inside = (requests.slots >= 0)[:, None] & ((ids >= 0) & (ids < vocab))[None, :]
+    return tl.load(base.ptr + rows[:, None] + ids[None, :], mask=inside, other=0.0)
 
-    requests = first_request + tl.arange(0, ROWS)
-    slots = state_slots(state.slots_ptr, requests, num_requests, sizes.num_slots)
+
+@triton.jit
+def _draft_tile(
+    base_logits, bias, first_id, requests, k, state, map_ptr, adjust, out, scratch, sizes, OPTIONS: tl.constexpr, TILE: tl.constexpr
+):
+    """One tile of ids at position k: proposal and sub-blocks are stored; keys, ids that can win, and where a NaN was."""
+    vocab, column = sizes.vocab, sizes.column
+    slots = requests.slots
     live = slots >= 0
+    ids = first_id + tl.arange(0, TILE.BLOCK_V)
     inside = live[:, None] & (ids < vocab)[None, :]
-    rows = requests.to(tl.int64) * base.stride_request + tl.cast(k, tl.int64) * base.stride_position
-    x = tl.load(base.ptr + rows[:, None] + ids[None, :], mask=inside, other=0.0).to(tl.float32)
-    if head is not None:
+    x = base_logits.to(tl.float32)
+    if bias is not None:
         x += bias
     tokens = ids  # in the target's vocabulary
+    can_win = tl.where(ids < vocab, ids, NO_ID)
     if map_ptr is not None:
         mapped = tl.load(map_ptr + ids, mask=ids < vocab, other=-1)
         used = (mapped >= 0) & (mapped < sizes.num_targets)
         tokens = tl.where(used, mapped, 0).to(tl.int32)
+        can_win = tl.where(used, tokens, NO_ID)
     if adjust is not None:
-        x = _adjusted(x, tokens, inside, slots, requests, k, state, scratch.best_ptr, out, adjust, sizes)
+        x = _adjusted(x, tokens, inside, slots, requests.rows, k, state, scratch.best_ptr, out, adjust, sizes)
     if map_ptr is not None:
         x = tl.where(used[None, :], x, NEG_INF)  # else an id that stands for no token
-    nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
-    tl.atomic_or(scratch.status_ptr + requests, NAN, mask=live & (nan > 0), sem="relaxed")
-    stored = numbers(x).to(base.ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
+    nan = inside & (x != x)
+    stored = numbers(x).to(base_logits.dtype)  # rounded once; everything below reads the rounded value
     x = tl.where(inside, stored.to(tl.float32), NEG_INF)
     if out.logits_ptr is not None:
         at = out.logits_ptr + slots[:, None] * out.stride_logits
         at = at + (column + k).to(tl.int64) * out.stride_logits_position + ids[None, :]
         tl.store(at, stored, mask=inside)
-
     key = x
     if state.temperature_ptr is not None:
-        temperature = tl.load(state.temperature_ptr + slots, mask=live, other=0.0)
-        scale = log2_scale(temperature)
-        seed = tl.load(state.seed_ptr + slots, mask=live, other=0)
-        anchor = tl.load(state.positions_ptr + slots * state.stride_positions, mask=live, other=0).to(tl.int64)
-        position = anchor + (sizes.first_draft + k + 1)
-        if OPTIONS.STREAM == COUPLED:
-            anchor = anchor * 0
-        if map_ptr is None:
-            words = lane_words(
-                seed[:, None], tl.min(ids, axis=0), position[:, None], anchor[:, None], OPTIONS.STREAM, ROWS, BLOCK_V
-            )
-        else:
-            words = words_at(seed[:, None], tokens[None, :], position[:, None], anchor[:, None], OPTIONS.STREAM)
-        noisy = x * scale[:, None] - log2_exponential(words)
-        key = tl.where((temperature > 0.0)[:, None], noisy, x)
-
-        sub_blocks = tl.reshape(x, [ROWS, BLOCK_V // SUB_BLOCK, SUB_BLOCK])
-        top = tl.max(sub_blocks, axis=2)
-        e = tl.exp2(below_max(sub_blocks, top[:, :, None]) * scale[:, None, None])
-        sumexp = tl.reshape(fixed_sums(e, ROWS * BLOCK_V // SUB_BLOCK, SUB_BLOCK, SUMEXP_ONE), [ROWS, BLOCK_V // SUB_BLOCK])
-        sub_block = tl.min(ids, axis=0) // SUB_BLOCK + tl.arange(0, BLOCK_V // SUB_BLOCK)
+        key = noisy_keys(x, first_id, tokens, requests, map_ptr is not None, OPTIONS.STREAM, TILE)
         num_sub_blocks = tl.cdiv(vocab, SUB_BLOCK)
-        where = (requests.to(tl.int64) * sizes.num_drafts + k)[:, None] * num_sub_blocks + sub_block[None, :]
-        keep = live[:, None] & (sub_block < num_sub_blocks)[None, :]
-        tl.store(scratch.sub_block_max_ptr + where, top, mask=keep)
-        tl.store(scratch.sub_block_sumexp_ptr + where, sumexp, mask=keep)
+        first_row = (requests.rows.to(tl.int64) * sizes.num_drafts + k) * num_sub_blocks
+        store_sub_blocks(
+            scratch.sub_block_max_ptr, scratch.sub_block_sumexp_ptr, x, first_row, requests.scale, live,
+            first_id // SUB_BLOCK, num_sub_blocks, TILE,
+        )  # fmt: skip
+    return key, can_win, nan
 
-    words = pack(key, tokens[None, :])
-    if map_ptr is not None:
-        words = tl.where(used[None, :], words, NO_ID)
-    best = tl.max(tl.where(inside, words, 0), axis=1)
-    tl.atomic_max(scratch.best_ptr + k * num_requests + requests, best, mask=live, sem="relaxed")
+
+@triton.jit
+def _sweep(
+    first_request, k, base, state, map_ptr, head, projection, adjust, out, scratch, sizes,
+    KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """This program's tiles of ids for ROWS requests at position k, and its winner of each."""
+    ROWS: tl.constexpr = TILE.ROWS
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
+    num_requests, num_slots, vocab = sizes.num_requests, sizes.num_slots, sizes.vocab
+    requests = tile_requests(first_request, state, num_requests, num_slots, sizes.first_draft + k + 1, OPTIONS.STREAM, ROWS)
+    if head is not None:
+        columns, slots = dot_requests(first_request, state, num_requests, num_slots, ROWS)
+        previous = columns.to(tl.int64)
+        if projection is None:
+            previous = previous_tokens(state, scratch.best_ptr, columns, slots, k, num_requests)
+        latents = tile_latents(head, projection, columns, slots, previous, KIND, TILE)
+    first, step, tiles = sweep_range(vocab, k * tl.cdiv(num_requests, ROWS) + first_request // ROWS, BLOCK_V)
+    ahead = _base_logits(base, requests, k, first + tl.arange(0, BLOCK_V), vocab)
+    best_key = tl.full([ROWS, BLOCK_V], NEG_INF, tl.float32)
+    best_id = tl.full([ROWS, BLOCK_V], NO_ID, tl.int32)
+    nans = tl.zeros([ROWS, BLOCK_V], tl.int32)
+    for tile in tl.range(0, tiles, num_stages=TILE.STAGES):
+        first_id = first + tile * step
+        ids = first_id + tl.arange(0, BLOCK_V)
+        base_logits = ahead
+        ahead = _base_logits(base, requests, k, ids + step, vocab)  # on its way while this tile is looked at
+        bias = None
+        if head is not None:
+            bias = tile_bias(w2_tile(head, ids, vocab, TILE.BLOCK_R), latents, head, ids, vocab, KIND, TILE)
+        key, can_win, nan = _draft_tile(
+            base_logits, bias, first_id, requests, k, state, map_ptr, adjust, out, scratch, sizes, OPTIONS, TILE
+        )  # fmt: skip
+        best_key, best_id = better(key, can_win[None, :], best_key, best_id)
+        nans = tl.where(nan, 1, nans)
+    live = requests.slots >= 0
+    tl.atomic_or(scratch.status_ptr + requests.rows, NAN, mask=live & (tl.max(nans, axis=1) > 0), sem="relaxed")
+    at = scratch.best_ptr + k * num_requests + requests.rows
+    tl.atomic_max(at, winners(best_key, best_id), mask=live, sem="relaxed")
 
 
 @triton.jit
@@ -189,12 +190,9 @@ def _draft_block(
     KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The phases [first_phase, end_phase) of a block."""
-    num_requests, num_slots, num_drafts, vocab = sizes.num_requests, sizes.num_slots, sizes.num_drafts, sizes.vocab
-    BLOCK_V: tl.constexpr = TILE.BLOCK_V
+    num_requests, num_slots, num_drafts = sizes.num_requests, sizes.num_slots, sizes.num_drafts
     MIXED: tl.constexpr = 0 if KIND.latent is None else 1
     STAGES: tl.constexpr = MIXED + (1 if support is None else 2)  # phases per position
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
     end_blocks = MIXED + num_drafts * STAGES
     if KIND.latent is not None:
         if first_phase == 0:
@@ -217,21 +215,10 @@ def _draft_block(
             if (phase > first_phase) & (phase < end_phase):
                 grid_barrier(scratch.barrier_ptr)
         if (phase >= first_phase) & (phase < end_phase):
-            for first_id in range(program * BLOCK_V, vocab, programs * BLOCK_V):
-                ids = first_id + tl.arange(0, BLOCK_V)
-                tile = ids
-                if head is not None:
-                    tile = w2_tile(head, ids, vocab, TILE.BLOCK_R)
-                if OPTIONS.ONE_TILE:
-                    _draft_tile(
-                        tile, ids, 0, k, base, state, map_ptr, head, projection, adjust, out, scratch, sizes, KIND, OPTIONS, TILE
-                    )  # fmt: skip
-                else:
-                    for first_request in range(0, num_requests, TILE.ROWS):
-                        _draft_tile(
-                            tile, ids, first_request, k, base, state, map_ptr, head, projection, adjust, out, scratch, sizes,
-                            KIND, OPTIONS, TILE,
-                        )  # fmt: skip
+            for first_request in range(0, num_requests, TILE.ROWS):
+                _sweep(
+                    first_request, k, base, state, map_ptr, head, projection, adjust, out, scratch, sizes, KIND, OPTIONS, TILE
+                )  # fmt: skip
         if support is not None:
             phase += 1
             if (phase > first_phase) & (phase < end_phase):
@@ -307,9 +294,8 @@ def phases(projection, drafts: int, filtered: bool) -> int:
 
 
 def launch_draft_dense(
-    programs, args, tail, *, drafts, projection, widening, dot_type, mix_type, coupled, with_markov, one_tile, joint, groups,
-    filtered,
-    rows, config,
+    programs, args, tail, *, drafts, projection, widening, dot_type, mix_type, coupled, with_markov, one_dot, joint, groups,
+    filtered, rows, config,
 ):  # fmt: skip
     """One launch of all phases (its programs must all be resident), or one for each. args, tail: before and after the range."""
     end = phases(projection, drafts, filtered)
@@ -321,8 +307,8 @@ def launch_draft_dense(
             *span,
             *tail,
             KIND=head_kind(projection, widening, dot_type, mix_type),
-            OPTIONS=BlockOptions(STREAM=stream, WITH_MARKOV=with_markov, ONE_TILE=one_tile, JOINT=joint, GROUPS=groups),
-            TILE=block_tile(rows, config),
+            OPTIONS=BlockOptions(STREAM=stream, WITH_MARKOV=with_markov, JOINT=joint, GROUPS=groups),
+            TILE=block_tile(rows, one_dot, config),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             launch_cooperative_grid=config.one_launch and programs > 1,

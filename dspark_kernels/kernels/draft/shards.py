@@ -18,15 +18,26 @@ import triton.language as tl
 
 from ..args import Pointer
 from ..primitives.adjust import adjusted
-from ..primitives.constants import BAD_TOKEN_ID, DOT_ROWS, NAN, NEG_INF, NO_ID, NONFINITE_ROW, POS_INF, SUB_BLOCK, SUMEXP_ONE
-from ..primitives.philox import COUPLED, DRAFT, lane_words, log2_exponential, words_at
-from ..primitives.race import pack, unpack_id, unpack_key
+from ..primitives.constants import BAD_TOKEN_ID, DOT_ROWS, NAN, NEG_INF, NO_ID, NONFINITE_ROW, POS_INF, SUB_BLOCK
+from ..primitives.philox import COUPLED, DRAFT
+from ..primitives.race import unpack_id, unpack_key
 from ..primitives.slots import state_slots
-from ..primitives.sumexp import below_max, fixed_sums, log2_scale, numbers
+from ..primitives.sumexp import below_max, log2_scale, numbers
 from ..primitives.sync import arrive, grid_barrier
 from .args import BaseLogits, Hidden, RequestState
-from .heads import block_tile, head_kind, keep_state, low_rank_bias, project_hidden, w2_tile
+from .heads import block_tile, head_kind, keep_state, project_hidden, w2_tile
 from .rows import _confidence_logit as confidence_logit, log_sum_exp
+from .tile import (
+    better,
+    dot_requests,
+    noisy_keys,
+    store_sub_blocks,
+    sweep_range,
+    tile_bias,
+    tile_latents,
+    tile_requests,
+    winners,
+)
 
 FINITE = tl.constexpr(256)  # a finite logit was seen; beside the bits of `flags`
 PHASES = tl.constexpr(3)  # of a part: hoisted products, latents, vocabulary
@@ -76,7 +87,6 @@ class ShardOptions(NamedTuple):
     """Choices of a part, one constexpr."""
 
     STREAM: int  # of the noise
-    ONE_TILE: bool  # ROWS covers all requests
 
 
 @triton.jit
@@ -116,100 +126,117 @@ def _latents(state, out, head, projection, place, KIND: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
+def _local(ids, columns):
+    """Columns of global ids in the shard, `width` where they are in none."""
+    local = ids - columns.start
+    return tl.where((local >= 0) & (local < columns.width), local, columns.width)
+
+
+@triton.jit
+def _base_logits(base, requests, k, local, columns):
+    """[ROWS, BLOCK_V] as stored, 0 outside."""
+    rows = requests.rows.to(tl.int64) * base.stride_request + tl.cast(k, tl.int64) * base.stride_position
+    inside = (requests.slots >= 0)[:, None] & (local < columns.held)[None, :]
+    return tl.load(base.ptr + rows[:, None] + local[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _shard_tile(
-    tile, ids, local, first_request, base, state, map_ptr, head, projection, adjust, out, part, counters, place, columns,
-    KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
+    base_logits, bias, first_id, requests, state, map_ptr, adjust, out, part, place, columns,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS requests of one tile: `ids` global, `local` their columns in the shard (`width` where they are in none).
+    """One tile of ids: logits and sub-blocks are stored; keys, ids that can win, and what was seen of a row.
 
     Columns from `held` on have no id of the vocabulary: the distribution gives them nothing.
     """
-    ROWS: tl.constexpr = TILE.ROWS
-    BLOCK_V: tl.constexpr = TILE.BLOCK_V
-    k, num_requests, held, column = place.k, place.num_requests, columns.held, place.column
-    requests = first_request + tl.arange(0, ROWS)
-    slots = state_slots(state.slots_ptr, requests, num_requests, place.num_slots)
+    k, column = place.k, place.column
+    slots = requests.slots
     live = slots >= 0
-    inside = live[:, None] & (local < held)[None, :]
-    x = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    if head is not None:
-        # The dot always has DOT_ROWS columns; ROWS of them are this tile's requests, the others stay zero.
-        dot_requests = first_request + tl.arange(0, DOT_ROWS)
-        dot_slots = state_slots(state.slots_ptr, dot_requests, tl.minimum(num_requests, first_request + ROWS), place.num_slots)
-        if projection is None:
-            previous = _previous(state, out, dot_slots, k, column)
-            known = (dot_slots >= 0) & (previous >= 0) & (previous < head.vocab)
-            bias = low_rank_bias(tile, head, head.w1_ptr, previous * head.stride_w1, known, local, held, KIND, TILE.BLOCK_R)
-        else:
-            known = dot_slots >= 0
-            at = dot_requests.to(tl.int64) * head.rank
-            bias = low_rank_bias(tile, head, projection.latent_ptr, at, known, local, held, KIND, TILE.BLOCK_R)
-        bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
-        if ROWS < DOT_ROWS:
-            # Keep the first ROWS columns; the others are zero and adding zeros is exact.
-            bias = tl.sum(tl.reshape(bias, [DOT_ROWS // ROWS, ROWS, BLOCK_V]), axis=0)
+    ids = first_id + tl.arange(0, TILE.BLOCK_V)
+    local = _local(ids, columns)
+    held = local < columns.held
+    inside = live[:, None] & held[None, :]
+    base_x = base_logits.to(tl.float32)
+    x = base_x
+    if bias is not None:
         x += bias
-    rows = requests.to(tl.int64) * base.stride_request + tl.cast(k, tl.int64) * base.stride_position
-    base_x = tl.load(base.ptr + rows[:, None] + local[None, :], mask=inside, other=0.0).to(tl.float32)
-    x += base_x
     tokens = ids  # in the target's vocabulary
+    can_win = tl.where(held, ids, NO_ID)
     if map_ptr is not None:
-        mapped = tl.load(map_ptr + local, mask=local < held, other=-1)
+        mapped = tl.load(map_ptr + local, mask=held, other=-1)
         used = (mapped >= 0) & (mapped < columns.num_targets)
         tokens = tl.where(used, mapped, 0).to(tl.int32)
+        can_win = tl.where(used, tokens, NO_ID)
     if adjust is not None:
         path = ShardPath(out.tokens_ptr, out.stride_tokens, slots)
         x = adjusted(x, tokens[None, :], inside, slots, slots * place.num_drafts + k, adjust, path, column + k, _drafted)
     if map_ptr is not None:
         x = tl.where(used[None, :], x, NEG_INF)  # else an id that stands for no token
         base_x = tl.where(used[None, :], base_x, NEG_INF)
-    nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)
-    stored = numbers(x).to(base.ptr.dtype.element_ty)  # rounded once; everything below reads the rounded value
+    nan = inside & (x != x)
+    stored = numbers(x).to(base_logits.dtype)  # rounded once; everything below reads the rounded value
     x = tl.where(inside, stored.to(tl.float32), NEG_INF)
     if adjust is not None:
         base_x = x
-    finite = tl.max(tl.where(inside & (tl.abs(base_x) < POS_INF), 1, 0), axis=1)
-    tl.atomic_or(
-        counters.seen_ptr + requests, tl.where(nan > 0, NAN, 0) | tl.where(finite > 0, FINITE, 0), mask=live, sem="relaxed"
-    )
+    seen = tl.where(nan, NAN, 0) | tl.where(inside & (tl.abs(base_x) < POS_INF), FINITE, 0)
     if out.logits_ptr is not None:
         at = out.logits_ptr + slots[:, None] * out.stride_logits
         at = at + tl.cast(column + k, tl.int64) * out.stride_logits_position + local[None, :]
         tl.store(at, tl.where(inside, stored, NEG_INF), mask=live[:, None] & (local < columns.width)[None, :])
-
     key = x
     if state.temperature_ptr is not None:
-        temperature = tl.load(state.temperature_ptr + slots, mask=live, other=0.0)
-        scale = log2_scale(temperature)
-        seed = tl.load(state.seed_ptr + slots, mask=live, other=0)
-        anchor = tl.load(state.positions_ptr + slots * state.stride_positions, mask=live, other=0).to(tl.int64)
-        position = anchor + (place.first_draft + k + 1)
-        if OPTIONS.STREAM == COUPLED:
-            anchor = anchor * 0
-        if map_ptr is None:
-            words = lane_words(
-                seed[:, None], tl.min(ids, axis=0), position[:, None], anchor[:, None], OPTIONS.STREAM, ROWS, BLOCK_V
-            )
-        else:
-            words = words_at(seed[:, None], tokens[None, :], position[:, None], anchor[:, None], OPTIONS.STREAM)
-        noisy = x * scale[:, None] - log2_exponential(words)
-        key = tl.where((temperature > 0.0)[:, None], noisy, x)
+        key = noisy_keys(x, first_id, tokens, requests, map_ptr is not None, OPTIONS.STREAM, TILE)
         if part.sub_block_max_ptr is not None:
-            sub_blocks = tl.reshape(x, [ROWS, BLOCK_V // SUB_BLOCK, SUB_BLOCK])
-            top = tl.max(sub_blocks, axis=2)
-            e = tl.exp2(below_max(sub_blocks, top[:, :, None]) * scale[:, None, None])
-            sumexp = tl.reshape(fixed_sums(e, ROWS * BLOCK_V // SUB_BLOCK, SUB_BLOCK, SUMEXP_ONE), [ROWS, BLOCK_V // SUB_BLOCK])
-            sub_block = tl.min(ids, axis=0) // SUB_BLOCK - columns.first_sub_block + tl.arange(0, BLOCK_V // SUB_BLOCK)
-            where = requests.to(tl.int64)[:, None] * columns.num_sub_blocks + sub_block[None, :]
-            keep = (requests < num_requests)[:, None] & (sub_block < columns.num_sub_blocks)[None, :]
-            tl.store(part.sub_block_max_ptr + where, top, mask=keep)
-            tl.store(part.sub_block_sumexp_ptr + where, sumexp, mask=keep)
+            first_row = requests.rows.to(tl.int64) * columns.num_sub_blocks
+            store_sub_blocks(
+                part.sub_block_max_ptr, part.sub_block_sumexp_ptr, x, first_row, requests.scale, requests.rows < place.num_requests,
+                first_id // SUB_BLOCK - columns.first_sub_block, columns.num_sub_blocks, TILE,
+            )  # fmt: skip
+    return key, can_win, seen
 
-    words = pack(key, tokens[None, :])
-    if map_ptr is not None:
-        words = tl.where(used[None, :], words, NO_ID)
-    best = tl.max(tl.where(inside, words, 0), axis=1)
-    tl.atomic_max(counters.best_ptr + requests, best, mask=live, sem="relaxed")
+
+@triton.jit
+def _sweep(
+    first_request, base, state, map_ptr, head, projection, adjust, out, part, counters, place, columns,
+    KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """This program's tiles of the shard's ids for ROWS requests, and its winner of each."""
+    ROWS: tl.constexpr = TILE.ROWS
+    BLOCK_V: tl.constexpr = TILE.BLOCK_V
+    k, num_requests, num_slots = place.k, place.num_requests, place.num_slots
+    requests = tile_requests(first_request, state, num_requests, num_slots, place.first_draft + k + 1, OPTIONS.STREAM, ROWS)
+    if head is not None:
+        dot_rows, slots = dot_requests(first_request, state, num_requests, num_slots, ROWS)
+        previous = dot_rows.to(tl.int64)
+        if projection is None:
+            previous = _previous(state, out, slots, k, place.column)
+        latents = tile_latents(head, projection, dot_rows, slots, previous, KIND, TILE)
+    sweep = k * tl.cdiv(num_requests, ROWS) + first_request // ROWS
+    first, step, tiles = sweep_range(columns.num_sub_blocks * SUB_BLOCK, sweep, BLOCK_V)
+    first += columns.first_sub_block * SUB_BLOCK
+    ahead = _base_logits(base, requests, k, _local(first + tl.arange(0, BLOCK_V), columns), columns)
+    best_key = tl.full([ROWS, BLOCK_V], NEG_INF, tl.float32)
+    best_id = tl.full([ROWS, BLOCK_V], NO_ID, tl.int32)
+    seen_all = tl.zeros([ROWS, BLOCK_V], tl.int32)
+    for tile in tl.range(0, tiles, num_stages=TILE.STAGES):
+        first_id = first + tile * step
+        ids = first_id + tl.arange(0, BLOCK_V)
+        base_logits = ahead
+        ahead = _base_logits(base, requests, k, _local(ids + step, columns), columns)  # on its way while this tile is looked at
+        bias = None
+        if head is not None:
+            local = _local(ids, columns)
+            w2 = w2_tile(head, local, columns.held, TILE.BLOCK_R)
+            bias = tile_bias(w2, latents, head, local, columns.held, KIND, TILE)
+        key, can_win, seen = _shard_tile(
+            base_logits, bias, first_id, requests, state, map_ptr, adjust, out, part, place, columns, OPTIONS, TILE
+        )  # fmt: skip
+        best_key, best_id = better(key, can_win[None, :], best_key, best_id)
+        seen_all |= seen
+    status = tl.max(seen_all & NAN, axis=1) | tl.max(seen_all & FINITE, axis=1)
+    live = requests.slots >= 0
+    tl.atomic_or(counters.seen_ptr + requests.rows, status, mask=live, sem="relaxed")
+    tl.atomic_max(counters.best_ptr + requests.rows, winners(best_key, best_id), mask=live, sem="relaxed")
 
 
 @triton.jit
@@ -236,24 +263,10 @@ def _draft_part(
     if end_phase > 2:
         if KIND.parts == 3:
             keep_state(projection, head, state.slots_ptr, num_requests, num_slots, k * 0 + 1, TILE.BLOCK_N)
-        for first_id in range(tl.program_id(0) * TILE.BLOCK_V, columns.num_sub_blocks * SUB_BLOCK, programs * TILE.BLOCK_V):
-            ids = columns.first_sub_block * SUB_BLOCK + first_id + tl.arange(0, TILE.BLOCK_V)
-            in_shard = (ids >= columns.start) & (ids - columns.start < columns.width)
-            local = tl.where(in_shard, ids - columns.start, columns.width)
-            tile = ids
-            if head is not None:
-                tile = w2_tile(head, local, columns.held, TILE.BLOCK_R)
-            if OPTIONS.ONE_TILE:
-                _shard_tile(
-                    tile, ids, local, 0, base, state, map_ptr, head, projection, adjust, out, part, counters, place, columns,
-                    KIND, OPTIONS, TILE,
-                )  # fmt: skip
-            else:
-                for first_request in range(0, num_requests, TILE.ROWS):
-                    _shard_tile(
-                        tile, ids, local, first_request, base, state, map_ptr, head, projection, adjust, out, part, counters, place,
-                        columns, KIND, OPTIONS, TILE,
-                    )  # fmt: skip
+        for first_request in range(0, num_requests, TILE.ROWS):
+            _sweep(
+                first_request, base, state, map_ptr, head, projection, adjust, out, part, counters, place, columns, KIND, OPTIONS, TILE
+            )  # fmt: skip
         if arrive(counters.arrivals_ptr, programs):
             for first_request in range(0, num_requests, 128):
                 requests = first_request + tl.arange(0, 128)
@@ -405,7 +418,7 @@ def draft_finish_kernel(
             tl.store(scores_ptr, 1.0 / (1.0 + tl.exp(-logit)))
 
 
-def launch_draft_partial(programs, args, tail, *, projection, widening, dot_type, mix_type, coupled, one_tile, rows, config):
+def launch_draft_partial(programs, args, tail, *, projection, widening, dot_type, mix_type, coupled, one_dot, rows, config):
     """Without a projection nobody waits for another. With one, a cooperative launch, or one for each phase. args, tail: before and
     after the range of phases."""
     end = PHASES.value
@@ -416,8 +429,8 @@ def launch_draft_partial(programs, args, tail, *, projection, widening, dot_type
             *span,
             *tail,
             KIND=head_kind(projection, widening, dot_type, mix_type),
-            OPTIONS=ShardOptions(STREAM=COUPLED if coupled else DRAFT, ONE_TILE=one_tile),
-            TILE=block_tile(rows, config),
+            OPTIONS=ShardOptions(STREAM=COUPLED if coupled else DRAFT),
+            TILE=block_tile(rows, one_dot, config),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             launch_cooperative_grid=projection is not None and programs > 1 and config.one_launch,

@@ -381,7 +381,7 @@ def _draft_block(a: Arguments):
         mix_type=type_name(mix_type),
         coupled=a.coupled,
         with_markov=a.confidence_head.with_markov(a.hidden),
-        one_tile=one_tile,
+        one_dot=rank <= config.block_r,
         joint=sampling.joint and filtered,
         groups=max(2, 1 << (groups - 1).bit_length()) if filtered else 2,
         filtered=filtered,

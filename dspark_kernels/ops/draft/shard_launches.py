@@ -144,7 +144,7 @@ def draft_block_partial(a: PartialArguments):
         dot_type=type_name(dot_type),
         mix_type=type_name(mix_type),
         coupled=a.coupled,
-        one_tile=one_tile,
+        one_dot=rank <= config.block_r,
         rows=request_tile,
         config=config,
     )  # fmt: skip

@@ -1,0 +1,134 @@
+"""What one tile of ids does to the requests of a dense draft block, on the whole vocabulary and on its shards.
+
+key = logit / T - log E (greedy: the logit), the sums of exponentials of sub-blocks of 64 ids, and the best key so far. What does
+not depend on the tile, a request's settings and the latents of the position, is loaded before the first one. Symbols: R requests,
+K positions, V vocabulary of the head, S state slots. Reference: reference/draft.py.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..primitives.constants import DOT_ROWS, NO_ID, SUB_BLOCK, SUMEXP_ONE
+from ..primitives.philox import COUPLED, lane_words, log2_exponential, words_at
+from ..primitives.race import pack
+from ..primitives.slots import state_slots
+from ..primitives.sumexp import below_max, fixed_sums, log2_scale
+from .heads import bias_of, latents_at
+
+
+class TileRequests(NamedTuple):
+    """ROWS requests and how each samples one position; all zero where every row is greedy."""
+
+    rows: Any  # int32 [ROWS], of the batch
+    slots: Any  # int64 [ROWS], -1: a padding row
+    temperature: Any  # fp32 [ROWS]
+    scale: Any  # fp32 [ROWS], log2(e) / temperature
+    seed: Any  # int64 [ROWS]
+    position: Any  # int64 [ROWS], the position that is decided
+    anchor: Any  # int64 [ROWS], the anchor's position in the address of the noise
+
+
+@triton.jit
+def sweep_range(width, sweep, BLOCK_V: tl.constexpr):
+    """(first id, step, number) of this program's tiles of `width` ids in a sweep: those at program_id + i * num_programs.
+
+    Every other sweep goes backwards: it starts with the tiles of W2 that the last one ended with, which L2 still has.
+    """
+    first = tl.program_id(0) * BLOCK_V
+    step = tl.num_programs(0) * BLOCK_V
+    tiles = tl.cdiv(width - first, step)
+    backwards = sweep % 2 == 1
+    return tl.where(backwards, first + (tiles - 1) * step, first), tl.where(backwards, -step, step), tiles
+
+
+@triton.jit
+def tile_requests(first_request, state, num_requests, num_slots, draft, STREAM: tl.constexpr, ROWS: tl.constexpr):
+    """TileRequests from first_request on. draft: number of the draft in its round, from 1."""
+    rows = first_request + tl.arange(0, ROWS)
+    slots = state_slots(state.slots_ptr, rows, num_requests, num_slots)
+    temperature = tl.zeros([ROWS], tl.float32)
+    seed = tl.zeros([ROWS], tl.int64)
+    anchor = tl.zeros([ROWS], tl.int64)
+    if state.temperature_ptr is not None:
+        live = slots >= 0
+        temperature = tl.load(state.temperature_ptr + slots, mask=live, other=0.0)
+        seed = tl.load(state.seed_ptr + slots, mask=live, other=0)
+        anchor = tl.load(state.positions_ptr + slots * state.stride_positions, mask=live, other=0).to(tl.int64)
+    position = anchor + draft
+    if STREAM == COUPLED:
+        anchor = tl.zeros([ROWS], tl.int64)
+    return TileRequests(rows, slots, temperature, log2_scale(temperature), seed, position, anchor)
+
+
+@triton.jit
+def dot_requests(first_request, state, num_requests, num_slots, ROWS: tl.constexpr):
+    """(rows int32, slots int64) of the DOT_ROWS columns of a product with W2: ROWS of them are the tile's requests, the others
+    have no slot."""
+    columns = first_request + tl.arange(0, DOT_ROWS)
+    return columns, state_slots(state.slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), num_slots)
+
+
+@triton.jit
+def tile_latents(head, projection, columns, slots, previous, KIND: tl.constexpr, TILE: tl.constexpr):
+    """Latents of the columns of `dot_requests`. previous int64 [DOT_ROWS]: the tokens that the position follows."""
+    if projection is None:
+        known = (slots >= 0) & (previous >= 0) & (previous < head.vocab)
+        latents = latents_at(head.w1_ptr, previous * head.stride_w1, known, head, KIND, TILE.BLOCK_R)
+    else:
+        latents = latents_at(projection.latent_ptr, columns.to(tl.int64) * head.rank, slots >= 0, head, KIND, TILE.BLOCK_R)
+    return latents
+
+
+@triton.jit
+def tile_bias(w2, latents, head, columns, vocab, KIND: tl.constexpr, TILE: tl.constexpr):
+    """fp32 [ROWS, BLOCK_V]. columns: of W2, `vocab` of them are there."""
+    bias = tl.trans(bias_of(w2, latents, head, columns, vocab, KIND, TILE.BLOCK_R, TILE.ONE_DOT))  # [DOT_ROWS, BLOCK_V]
+    if TILE.ROWS < DOT_ROWS:
+        # Keep the first ROWS columns; the others are zero and adding zeros is exact.
+        bias = tl.sum(tl.reshape(bias, [DOT_ROWS // TILE.ROWS, TILE.ROWS, TILE.BLOCK_V]), axis=0)
+    return bias
+
+
+@triton.jit
+def noisy_keys(x, first_id, tokens, requests, MAPPED: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr):
+    """Keys of logits x fp32 [ROWS, BLOCK_V] in units of log2. tokens: the tile's, from first_id on where no map
+    makes them others."""
+    seed, position, anchor = requests.seed[:, None], requests.position[:, None], requests.anchor[:, None]
+    if MAPPED:
+        words = words_at(seed, tokens[None, :], position, anchor, STREAM)
+    else:
+        words = lane_words(seed, first_id, position, anchor, STREAM, TILE.ROWS, TILE.BLOCK_V)
+    noisy = x * requests.scale[:, None] - log2_exponential(words)
+    return tl.where((requests.temperature > 0.0)[:, None], noisy, x)
+
+
+@triton.jit
+def store_sub_blocks(max_ptr, sumexp_ptr, x, first_row, scale, live, sub_block, num_sub_blocks, TILE: tl.constexpr):
+    """Maxima and sums of exponentials of a tile. first_row int64 [ROWS]: where each request's sub-blocks start; sub_block: of the
+    tile's first id."""
+    ROWS: tl.constexpr = TILE.ROWS
+    COUNT: tl.constexpr = TILE.BLOCK_V // SUB_BLOCK
+    sub_blocks = tl.reshape(x, [ROWS, COUNT, SUB_BLOCK])
+    top = tl.max(sub_blocks, axis=2)
+    e = tl.exp2(below_max(sub_blocks, top[:, :, None]) * scale[:, None, None])
+    sumexp = tl.reshape(fixed_sums(e, ROWS * COUNT, SUB_BLOCK, SUMEXP_ONE), [ROWS, COUNT])
+    sub_block = sub_block + tl.arange(0, COUNT)
+    where = first_row[:, None] + sub_block[None, :]
+    keep = live[:, None] & (sub_block < num_sub_blocks)[None, :]
+    tl.store(max_ptr + where, top, mask=keep)
+    tl.store(sumexp_ptr + where, sumexp, mask=keep)
+
+
+@triton.jit
+def better(key, ids, best_key, best_id):
+    """Of two entries the greater key, of equal keys the lower id. An entry that cannot win has key -inf and id NO_ID."""
+    wins = (key > best_key) | ((key == best_key) & (ids < best_id))
+    return tl.where(wins, key, best_key), tl.where(wins, ids, best_id)
+
+
+@triton.jit
+def winners(best_key, best_id):
+    """int64 [ROWS]: the packed key of each row's best entry; NO_ID, token 0 below every key, where none can win."""
+    return tl.max(tl.where(best_id == NO_ID, NO_ID, pack(best_key, best_id)), axis=1)
