@@ -15,14 +15,16 @@ graph cost less than a barrier. Both run the same code on the same tiles, so the
 Source: DSpark, arXiv 2607.05147.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..args import Pointer
+from ..args import Pointer, functions_key
 from ..primitives.adjust import adjusted
 from ..primitives.constants import DOT_ROWS, NAN, NEG_INF, NO_ID, SUB_BLOCK
+from ..primitives.gumbel import log2_approx, log2_of
 from ..primitives.philox import COUPLED, DRAFT
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import numbers
@@ -38,9 +40,12 @@ class BlockOptions(NamedTuple):
     """Choices of a dense block, one constexpr."""
 
     STREAM: int  # of the noise
+    LOG2: Callable  # of the noise, of primitives/gumbel.py
     WITH_MARKOV: bool  # the confidence head reads W1[x], too
     JOINT: bool  # filters judge jointly, not one after another
     GROUPS: int  # padded number of groups of a row, with filters
+
+    cache_key = functions_key
 
 
 class BlockPath(NamedTuple):
@@ -134,7 +139,7 @@ def _draft_tile(
         tl.store(at, stored, mask=inside)
     key = x
     if state.temperature_ptr is not None:
-        key = noisy_keys(x, first_id, tokens, requests, map_ptr is not None, OPTIONS.STREAM, TILE)
+        key = noisy_keys(x, first_id, tokens, requests, map_ptr is not None, OPTIONS, TILE)
         num_sub_blocks = tl.cdiv(vocab, SUB_BLOCK)
         first_row = (requests.rows.to(tl.int64) * sizes.num_drafts + k) * num_sub_blocks
         store_sub_blocks(
@@ -295,7 +300,7 @@ def phases(projection, drafts: int, filtered: bool) -> int:
 
 def launch_draft_dense(
     programs, args, tail, *, drafts, projection, widening, dot_type, mix_type, coupled, with_markov, one_dot, joint, groups,
-    filtered, rows, config,
+    filtered, rows, fast_log2, config,
 ):  # fmt: skip
     """One launch of all phases (its programs must all be resident), or one for each. args, tail: before and after the range."""
     end = phases(projection, drafts, filtered)
@@ -307,7 +312,9 @@ def launch_draft_dense(
             *span,
             *tail,
             KIND=head_kind(projection, widening, dot_type, mix_type),
-            OPTIONS=BlockOptions(STREAM=stream, WITH_MARKOV=with_markov, JOINT=joint, GROUPS=groups),
+            OPTIONS=BlockOptions(
+                STREAM=stream, LOG2=log2_approx if fast_log2 else log2_of, WITH_MARKOV=with_markov, JOINT=joint, GROUPS=groups
+            ),
             TILE=block_tile(rows, one_dot, config),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

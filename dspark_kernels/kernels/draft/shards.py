@@ -11,14 +11,16 @@ barrier, the latents, a barrier, the vocabulary, all in the launch of the part. 
 the caller's [S, r].
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..args import Pointer
+from ..args import Pointer, functions_key
 from ..primitives.adjust import adjusted
 from ..primitives.constants import BAD_TOKEN_ID, DOT_ROWS, NAN, NEG_INF, NO_ID, NONFINITE_ROW, POS_INF, SUB_BLOCK
+from ..primitives.gumbel import log2_approx, log2_of
 from ..primitives.philox import COUPLED, DRAFT
 from ..primitives.race import unpack_id, unpack_key
 from ..primitives.slots import state_slots
@@ -87,6 +89,9 @@ class ShardOptions(NamedTuple):
     """Choices of a part, one constexpr."""
 
     STREAM: int  # of the noise
+    LOG2: Callable  # of the noise, of primitives/gumbel.py
+
+    cache_key = functions_key
 
 
 @triton.jit
@@ -185,7 +190,7 @@ def _shard_tile(
         tl.store(at, tl.where(inside, stored, NEG_INF), mask=live[:, None] & (local < columns.width)[None, :])
     key = x
     if state.temperature_ptr is not None:
-        key = noisy_keys(x, first_id, tokens, requests, map_ptr is not None, OPTIONS.STREAM, TILE)
+        key = noisy_keys(x, first_id, tokens, requests, map_ptr is not None, OPTIONS, TILE)
         if part.sub_block_max_ptr is not None:
             first_row = requests.rows.to(tl.int64) * columns.num_sub_blocks
             store_sub_blocks(
@@ -418,7 +423,9 @@ def draft_finish_kernel(
             tl.store(scores_ptr, 1.0 / (1.0 + tl.exp(-logit)))
 
 
-def launch_draft_partial(programs, args, tail, *, projection, widening, dot_type, mix_type, coupled, one_dot, rows, config):
+def launch_draft_partial(
+    programs, args, tail, *, projection, widening, dot_type, mix_type, coupled, one_dot, rows, fast_log2, config
+):
     """Without a projection nobody waits for another. With one, a cooperative launch, or one for each phase. args, tail: before and
     after the range of phases."""
     end = PHASES.value
@@ -429,7 +436,7 @@ def launch_draft_partial(programs, args, tail, *, projection, widening, dot_type
             *span,
             *tail,
             KIND=head_kind(projection, widening, dot_type, mix_type),
-            OPTIONS=ShardOptions(STREAM=COUPLED if coupled else DRAFT),
+            OPTIONS=ShardOptions(STREAM=COUPLED if coupled else DRAFT, LOG2=log2_approx if fast_log2 else log2_of),
             TILE=block_tile(rows, one_dot, config),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

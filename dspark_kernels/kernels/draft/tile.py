@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import DOT_ROWS, NO_ID, SUB_BLOCK, SUMEXP_ONE
-from ..primitives.philox import COUPLED, lane_words, log2_exponential, words_at
+from ..primitives.gumbel import gumbel_keys
+from ..primitives.philox import COUPLED, lane_words, words_at
 from ..primitives.race import pack
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, fixed_sums, log2_scale
@@ -92,15 +93,15 @@ def tile_bias(w2, latents, head, columns, vocab, KIND: tl.constexpr, TILE: tl.co
 
 
 @triton.jit
-def noisy_keys(x, first_id, tokens, requests, MAPPED: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr):
+def noisy_keys(x, first_id, tokens, requests, MAPPED: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """Keys of logits x fp32 [ROWS, BLOCK_V] in units of log2. tokens: the tile's, from first_id on where no map
     makes them others."""
     seed, position, anchor = requests.seed[:, None], requests.position[:, None], requests.anchor[:, None]
     if MAPPED:
-        words = words_at(seed, tokens[None, :], position, anchor, STREAM)
+        words = words_at(seed, tokens[None, :], position, anchor, OPTIONS.STREAM)
     else:
-        words = lane_words(seed, first_id, position, anchor, STREAM, TILE.ROWS, TILE.BLOCK_V)
-    noisy = x * requests.scale[:, None] - log2_exponential(words)
+        words = lane_words(seed, first_id, position, anchor, OPTIONS.STREAM, TILE.ROWS, TILE.BLOCK_V)
+    noisy = gumbel_keys(x, requests.scale[:, None], words, OPTIONS.LOG2)
     return tl.where((requests.temperature > 0.0)[:, None], noisy, x)
 
 

@@ -386,6 +386,7 @@ def _draft_block(a: Arguments):
         groups=max(2, 1 << (groups - 1).bit_length()) if filtered else 2,
         filtered=filtered,
         rows=request_tile,
+        fast_log2=gpu.vendor == "nvidia",
         config=config,
     )  # fmt: skip
 

@@ -146,6 +146,7 @@ def draft_block_partial(a: PartialArguments):
         coupled=a.coupled,
         one_dot=rank <= config.block_r,
         rows=request_tile,
+        fast_log2=gpu.vendor == "nvidia",
         config=config,
     )  # fmt: skip
 
