@@ -91,11 +91,20 @@ ATTENTION = {
     "sm_100": {(32, 128, 2, 2): (32, 64, 4, 3, 16, 1, 296, 4)},
     "gfx942": {(64, 128, 2, 2): (32, 64, 4, 1, 16, 1, 304, 4), (None, 256, 2, 2): (32, 32, 8, 1, 16, 1, 304, 8)},
 }
-# stages of the draft block for one tile of requests and for more
-STAGES = {
-    "sm_80": (2, 2), "sm_86": (2, 2), "sm_89": (2, 2), "sm_90": (3, 2), "sm_100": (3, 1), "sm_120": (2, 2), "gfx942": (1, 1),
-    "gfx950": (2, 2),
-}  # fmt: skip
+# warps, stages and programs per multiprocessor of the draft block in 16 bits: for one tile of requests, and for more
+DRAFT = {
+    "sm_80": ((4, 3, 2), (8, 3, 1)),
+    "sm_86": ((4, 3, 1), (8, 3, 1)),
+    "sm_89": ((4, 3, 1), (8, 3, 1)),
+    "sm_90": ((4, 3, 2), (8, 3, 1)),
+    "sm_100": ((4, 3, 2), (8, 3, 1)),
+    "sm_120": ((4, 3, 1), (8, 3, 1)),
+    "gfx942": ((4, 2, 1), (8, 1, 1)),
+    "gfx950": ((4, 2, 1), (8, 2, 1)),
+}
+# the same in 32 bits, whose dots take 32 ranks and are not pipelined
+DRAFT_FP32 = {"gfx942": ((8, 1, 1), (8, 1, 1)), "gfx950": ((8, 2, 1), (8, 2, 1))}
+NVIDIA_FP32 = ((8, 2, 1), (8, 1, 1))
 
 
 def test_the_tables_hold_what_was_chosen_before_there_were_tables():
@@ -108,10 +117,11 @@ def test_the_tables_hold_what_was_chosen_before_there_were_tables():
         plans = [attention.pick_plan(known, n) for n in (1, 128, 512, 513)]
         few = attention.PlanConfig(128, 8 if known.name == "sm_89" else 4)  # 4 warps have a stack there at 256 requests
         assert plans == [attention.PlanConfig(128, 4)] * 2 + [few, attention.PlanConfig(512, 16)]
-        for one_tile, stages in zip((True, False), STAGES[known.name], strict=True):
-            for size, rank, ranks in ((2, 256, 256), (2, 1000, 64), (4, 256, 256), (2, 20, 256)):
+        for size, rank, ranks in ((2, 256, 256), (2, 1000, 64), (4, 256, 256), (2, 20, 256)):
+            want = DRAFT[known.name] if size == 2 else DRAFT_FP32.get(known.name, NVIDIA_FP32)
+            for one_tile, numbers in zip((True, False), want, strict=True):
                 found = draft.pick(known, 151936, rank, size, one_tile, ranks)
-                assert (found.block_v, found.num_warps, found.num_stages, found.programs_per_sm) == (64, 8, stages, 1)
+                assert (found.num_warps, found.num_stages, found.programs_per_sm) == numbers and found.block_v == 64
                 assert found.block_r == (32 if size == 4 or rank == 20 else min(256, ranks))
         assert accept.pick(known, 1, 149, 7, 1, False).chunk == 4 and accept.pick(known, 1, 2, 7, 1, True).group == 2
     for name, cases in ATTENTION.items():

@@ -24,14 +24,14 @@ import triton.language as tl
 from ..args import Pointer, functions_key
 from ..primitives.adjust import adjusted
 from ..primitives.constants import DOT_ROWS, NAN, NEG_INF, NO_ID, SUB_BLOCK
-from ..primitives.gumbel import log2_approx, log2_of
+from ..primitives.exponential import log2_approx, log2_of
 from ..primitives.philox import COUPLED, DRAFT
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import numbers
 from ..primitives.sync import grid_barrier
 from .args import BaseLogits, BlockSizes, DraftOutputs, Hidden, RequestState
 from .filters import filter_rows, mask_rows
-from .heads import block_tile, head_kind, keep_state, project_hidden, w2_tile
+from .heads import all_latents, block_tile, head_kind, keep_state, project_hidden, w2_tile
 from .rows import finish, previous_tokens, settle
 from .tile import better, dot_requests, noisy_keys, store_sub_blocks, sweep_range, tile_bias, tile_latents, tile_requests, winners
 
@@ -40,7 +40,7 @@ class BlockOptions(NamedTuple):
     """Choices of a dense block, one constexpr."""
 
     STREAM: int  # of the noise
-    LOG2: Callable  # of the noise, of primitives/gumbel.py
+    LOG2: Callable  # of the noise, of primitives/exponential.py
     WITH_MARKOV: bool  # the confidence head reads W1[x], too
     JOINT: bool  # filters judge jointly, not one after another
     GROUPS: int  # padded number of groups of a row, with filters
@@ -164,7 +164,10 @@ def _sweep(
         previous = columns.to(tl.int64)
         if projection is None:
             previous = previous_tokens(state, scratch.best_ptr, columns, slots, k, num_requests)
-        latents = tile_latents(head, projection, columns, slots, previous, KIND, TILE)
+        latents = tile_latents(head, projection, columns, slots, previous)
+        loaded = None
+        if TILE.ONE_DOT:
+            loaded = all_latents(latents.ptr, latents.offsets, latents.known, head, KIND, TILE.BLOCK_R)
     first, step, tiles = sweep_range(vocab, k * tl.cdiv(num_requests, ROWS) + first_request // ROWS, BLOCK_V)
     ahead = _base_logits(base, requests, k, first + tl.arange(0, BLOCK_V), vocab)
     best_key = tl.full([ROWS, BLOCK_V], NEG_INF, tl.float32)
@@ -177,7 +180,7 @@ def _sweep(
         ahead = _base_logits(base, requests, k, ids + step, vocab)  # on its way while this tile is looked at
         bias = None
         if head is not None:
-            bias = tile_bias(w2_tile(head, ids, vocab, TILE.BLOCK_R), latents, head, ids, vocab, KIND, TILE)
+            bias = tile_bias(w2_tile(head, ids, vocab, TILE.BLOCK_R), latents, loaded, head, ids, vocab, KIND, TILE)
         key, can_win, nan = _draft_tile(
             base_logits, bias, first_id, requests, k, state, map_ptr, adjust, out, scratch, sizes, OPTIONS, TILE
         )  # fmt: skip

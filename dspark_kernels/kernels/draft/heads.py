@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..args import Pointer, functions_key
+from ..args import functions_key
 from ..primitives.activations import sigmoid, tanh
 from ..primitives.constants import DOT_ROWS
 from ..primitives.slots import state_slots
@@ -58,15 +58,6 @@ class BlockTile(NamedTuple):
     STAGES: int  # tiles of W2 that are on their way or in use
 
 
-class Latents(NamedTuple):
-    """Latents of the DOT_ROWS columns of a product with W2."""
-
-    ptr: Pointer
-    offsets: Any  # int64 [DOT_ROWS], where each one starts
-    known: Any  # int1 [DOT_ROWS]: it has one; elsewhere the bias is 0
-    first: Any  # [BLOCK_R, DOT_ROWS], their first BLOCK_R ranks in the type of the product
-
-
 # --- the product with W2 ----------------------------------------------------------------------------------------------
 # head: Head (kernels/draft/args.py).
 
@@ -92,30 +83,36 @@ def w2_tile(head, ids, vocab, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def latents_at(latent_ptr, offsets, known, head, KIND: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Latents from where they are stored."""
-    first = _latent_block(latent_ptr, offsets, known, head.rank, 0, BLOCK_R)
-    return Latents(latent_ptr, offsets, known, first.to(KIND.dot_type))
+def low_rank_bias(tile, head, latent_ptr, offsets, known, ids, vocab, KIND: tl.constexpr, BLOCK_R: tl.constexpr):
+    """fp32 [BLOCK_V, DOT_ROWS]. offsets int64 [DOT_ROWS]: where each request's latent starts; known: where it has one (elsewhere
+    the bias is 0)."""
+    latent = _latent_block(latent_ptr, offsets, known, head.rank, 0, BLOCK_R)
+    bias = tl.dot(KIND.widen(tile, KIND.dot_type), latent.to(KIND.dot_type), input_precision="ieee")
+    for first_rank in range(BLOCK_R, head.rank, BLOCK_R):
+        more = _w2_block(head, ids, vocab, first_rank, BLOCK_R)
+        latent = _latent_block(latent_ptr, offsets, known, head.rank, first_rank, BLOCK_R)
+        bias = tl.dot(KIND.widen(more, KIND.dot_type), latent.to(KIND.dot_type), bias, input_precision="ieee")
+    return _scaled(bias, head, ids, vocab)
 
 
 @triton.jit
-def bias_of(tile, latents, head, ids, vocab, KIND: tl.constexpr, BLOCK_R: tl.constexpr, ONE_DOT: tl.constexpr):
-    """fp32 [BLOCK_V, DOT_ROWS]. ONE_DOT: `tile` and `latents` have all ranks, so that nothing of other ranks is compiled."""
-    bias = tl.dot(KIND.widen(tile, KIND.dot_type), latents.first, input_precision="ieee")
-    if not ONE_DOT:
-        for first_rank in range(BLOCK_R, head.rank, BLOCK_R):
-            more = _w2_block(head, ids, vocab, first_rank, BLOCK_R)
-            latent = _latent_block(latents.ptr, latents.offsets, latents.known, head.rank, first_rank, BLOCK_R)
-            bias = tl.dot(KIND.widen(more, KIND.dot_type), latent.to(KIND.dot_type), bias, input_precision="ieee")
+def all_latents(latent_ptr, offsets, known, head, KIND: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[BLOCK_R, DOT_ROWS] in the type of the product, where BLOCK_R covers the rank: the same for every tile of W2."""
+    return _latent_block(latent_ptr, offsets, known, head.rank, 0, BLOCK_R).to(KIND.dot_type)
+
+
+@triton.jit
+def one_dot_bias(tile, latents, head, ids, vocab, KIND: tl.constexpr):
+    """low_rank_bias from `all_latents`: no loop over ranks is compiled, so that a loop over tiles can be pipelined."""
+    bias = tl.dot(KIND.widen(tile, KIND.dot_type), latents, input_precision="ieee")
+    return _scaled(bias, head, ids, vocab)
+
+
+@triton.jit
+def _scaled(bias, head, ids, vocab):
     if head.scale_ptr is not None:
         bias *= tl.load(head.scale_ptr + ids, mask=ids < vocab, other=0.0)[:, None]
     return bias
-
-
-@triton.jit
-def low_rank_bias(tile, head, latent_ptr, offsets, known, ids, vocab, KIND: tl.constexpr, BLOCK_R: tl.constexpr):
-    """bias_of, with the latents loaded for this tile."""
-    return bias_of(tile, latents_at(latent_ptr, offsets, known, head, KIND, BLOCK_R), head, ids, vocab, KIND, BLOCK_R, False)
 
 
 # --- latents of gated and rnn -----------------------------------------------------------------------------------------

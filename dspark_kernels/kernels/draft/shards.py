@@ -20,14 +20,14 @@ import triton.language as tl
 from ..args import Pointer, functions_key
 from ..primitives.adjust import adjusted
 from ..primitives.constants import BAD_TOKEN_ID, DOT_ROWS, NAN, NEG_INF, NO_ID, NONFINITE_ROW, POS_INF, SUB_BLOCK
-from ..primitives.gumbel import log2_approx, log2_of
+from ..primitives.exponential import log2_approx, log2_of
 from ..primitives.philox import COUPLED, DRAFT
 from ..primitives.race import unpack_id, unpack_key
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, log2_scale, numbers
 from ..primitives.sync import arrive, grid_barrier
 from .args import BaseLogits, Hidden, RequestState
-from .heads import block_tile, head_kind, keep_state, project_hidden, w2_tile
+from .heads import all_latents, block_tile, head_kind, keep_state, project_hidden, w2_tile
 from .rows import _confidence_logit as confidence_logit, log_sum_exp
 from .tile import (
     better,
@@ -89,7 +89,7 @@ class ShardOptions(NamedTuple):
     """Choices of a part, one constexpr."""
 
     STREAM: int  # of the noise
-    LOG2: Callable  # of the noise, of primitives/gumbel.py
+    LOG2: Callable  # of the noise, of primitives/exponential.py
 
     cache_key = functions_key
 
@@ -215,7 +215,10 @@ def _sweep(
         previous = dot_rows.to(tl.int64)
         if projection is None:
             previous = _previous(state, out, slots, k, place.column)
-        latents = tile_latents(head, projection, dot_rows, slots, previous, KIND, TILE)
+        latents = tile_latents(head, projection, dot_rows, slots, previous)
+        loaded = None
+        if TILE.ONE_DOT:
+            loaded = all_latents(latents.ptr, latents.offsets, latents.known, head, KIND, TILE.BLOCK_R)
     sweep = k * tl.cdiv(num_requests, ROWS) + first_request // ROWS
     first, step, tiles = sweep_range(columns.num_sub_blocks * SUB_BLOCK, sweep, BLOCK_V)
     first += columns.first_sub_block * SUB_BLOCK
@@ -232,7 +235,7 @@ def _sweep(
         if head is not None:
             local = _local(ids, columns)
             w2 = w2_tile(head, local, columns.held, TILE.BLOCK_R)
-            bias = tile_bias(w2, latents, head, local, columns.held, KIND, TILE)
+            bias = tile_bias(w2, latents, loaded, head, local, columns.held, KIND, TILE)
         key, can_win, seen = _shard_tile(
             base_logits, bias, first_id, requests, state, map_ptr, adjust, out, part, place, columns, OPTIONS, TILE
         )  # fmt: skip

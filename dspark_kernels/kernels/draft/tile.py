@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..args import Pointer
 from ..primitives.constants import DOT_ROWS, NO_ID, SUB_BLOCK, SUMEXP_ONE
-from ..primitives.gumbel import gumbel_keys
+from ..primitives.exponential import log2_exponential_fast
 from ..primitives.philox import COUPLED, lane_words, words_at
 from ..primitives.race import pack
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, fixed_sums, log2_scale
-from .heads import bias_of, latents_at
+from .heads import low_rank_bias, one_dot_bias
 
 
 class TileRequests(NamedTuple):
@@ -27,8 +28,16 @@ class TileRequests(NamedTuple):
     temperature: Any  # fp32 [ROWS]
     scale: Any  # fp32 [ROWS], log2(e) / temperature
     seed: Any  # int64 [ROWS]
-    position: Any  # int64 [ROWS], the position that is decided
-    anchor: Any  # int64 [ROWS], the anchor's position in the address of the noise
+    position: Any  # uint32 [ROWS], the position that is decided, in the address of the noise
+    anchor: Any  # uint32 [ROWS], the anchor's position there
+
+
+class Latents(NamedTuple):
+    """Latents of the DOT_ROWS columns of a product with W2."""
+
+    ptr: Pointer
+    offsets: Any  # int64 [DOT_ROWS], where each one starts
+    known: Any  # int1 [DOT_ROWS]: it has one; elsewhere the bias is 0
 
 
 @triton.jit
@@ -57,10 +66,10 @@ def tile_requests(first_request, state, num_requests, num_slots, draft, STREAM: 
         temperature = tl.load(state.temperature_ptr + slots, mask=live, other=0.0)
         seed = tl.load(state.seed_ptr + slots, mask=live, other=0)
         anchor = tl.load(state.positions_ptr + slots * state.stride_positions, mask=live, other=0).to(tl.int64)
-    position = anchor + draft
+    position = (anchor + draft).to(tl.uint32)
     if STREAM == COUPLED:
         anchor = tl.zeros([ROWS], tl.int64)
-    return TileRequests(rows, slots, temperature, log2_scale(temperature), seed, position, anchor)
+    return TileRequests(rows, slots, temperature, log2_scale(temperature), seed, position, anchor.to(tl.uint32))
 
 
 @triton.jit
@@ -72,20 +81,24 @@ def dot_requests(first_request, state, num_requests, num_slots, ROWS: tl.constex
 
 
 @triton.jit
-def tile_latents(head, projection, columns, slots, previous, KIND: tl.constexpr, TILE: tl.constexpr):
-    """Latents of the columns of `dot_requests`. previous int64 [DOT_ROWS]: the tokens that the position follows."""
+def tile_latents(head, projection, columns, slots, previous):
+    """Where the latents of the columns of `dot_requests` are. previous int64 [DOT_ROWS]: the tokens that the position follows."""
     if projection is None:
         known = (slots >= 0) & (previous >= 0) & (previous < head.vocab)
-        latents = latents_at(head.w1_ptr, previous * head.stride_w1, known, head, KIND, TILE.BLOCK_R)
+        latents = Latents(head.w1_ptr, previous * head.stride_w1, known)
     else:
-        latents = latents_at(projection.latent_ptr, columns.to(tl.int64) * head.rank, slots >= 0, head, KIND, TILE.BLOCK_R)
+        latents = Latents(projection.latent_ptr, columns.to(tl.int64) * head.rank, slots >= 0)
     return latents
 
 
 @triton.jit
-def tile_bias(w2, latents, head, columns, vocab, KIND: tl.constexpr, TILE: tl.constexpr):
-    """fp32 [ROWS, BLOCK_V]. columns: of W2, `vocab` of them are there."""
-    bias = tl.trans(bias_of(w2, latents, head, columns, vocab, KIND, TILE.BLOCK_R, TILE.ONE_DOT))  # [DOT_ROWS, BLOCK_V]
+def tile_bias(w2, latents, loaded, head, columns, vocab, KIND: tl.constexpr, TILE: tl.constexpr):
+    """fp32 [ROWS, BLOCK_V]. loaded: `all_latents` with ONE_DOT, else None. columns: of W2, `vocab` of them are there."""
+    if TILE.ONE_DOT:
+        bias = one_dot_bias(w2, loaded, head, columns, vocab, KIND)
+    else:
+        bias = low_rank_bias(w2, head, latents.ptr, latents.offsets, latents.known, columns, vocab, KIND, TILE.BLOCK_R)
+    bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
     if TILE.ROWS < DOT_ROWS:
         # Keep the first ROWS columns; the others are zero and adding zeros is exact.
         bias = tl.sum(tl.reshape(bias, [DOT_ROWS // TILE.ROWS, TILE.ROWS, TILE.BLOCK_V]), axis=0)
@@ -96,12 +109,14 @@ def tile_bias(w2, latents, head, columns, vocab, KIND: tl.constexpr, TILE: tl.co
 def noisy_keys(x, first_id, tokens, requests, MAPPED: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """Keys of logits x fp32 [ROWS, BLOCK_V] in units of log2. tokens: the tile's, from first_id on where no map
     makes them others."""
-    seed, position, anchor = requests.seed[:, None], requests.position[:, None], requests.anchor[:, None]
+    # The condition never holds. Without it the keys of ten rounds are kept from tile to tile, in 20 registers.
+    seed = tl.where(first_id < 0, 0, requests.seed)[:, None]
+    position, anchor = requests.position[:, None], requests.anchor[:, None]
     if MAPPED:
         words = words_at(seed, tokens[None, :], position, anchor, OPTIONS.STREAM)
     else:
         words = lane_words(seed, first_id, position, anchor, OPTIONS.STREAM, TILE.ROWS, TILE.BLOCK_V)
-    noisy = gumbel_keys(x, requests.scale[:, None], words, OPTIONS.LOG2)
+    noisy = tl.fma(x, requests.scale[:, None], -log2_exponential_fast(words, OPTIONS.LOG2))
     return tl.where((requests.temperature > 0.0)[:, None], noisy, x)
 
 

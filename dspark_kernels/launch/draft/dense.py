@@ -41,10 +41,17 @@ def request_tile(requests: int, settings: bool) -> int:
     return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
 
 
-def ranks_per_dot(mixed: bool, widened: bool, adjusted: bool, filtered: bool = False) -> int:
-    """Of W2 in 16 bits: fewer where registers are needed for the latents of a gated or rnn head, to widen a quantised W2, for
-    penalties, bias and mask, or for filters (bench/compile: no spills)."""
-    return 64 if mixed or adjusted else 128 if widened or filtered else 256
+def is_one_tile(requests: int) -> bool:
+    """Whether a batch is one tile of requests, small enough for programs of few warps, two on a multiprocessor; a tile of 16 needs
+    the registers of more."""
+    return requests <= 8
+
+
+def ranks_per_dot(rank: int, mixed: bool, widened: bool, adjusted: bool) -> int:
+    """Of W2 in 16 bits: all of them where 256 are enough, so that a tile of W2 is one asynchronous copy. Beyond, fewer where
+    registers are needed for the latents of a gated or rnn head, to widen a quantised W2, or for penalties, bias and mask, whose
+    loops keep W2 from being copied ahead at any rank (bench/compile: no spills)."""
+    return 64 if adjusted or (mixed and rank > 256) else 128 if rank > 256 else 256
 
 
 def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
@@ -56,7 +63,7 @@ def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
 def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, ranks: int = 256) -> DraftConfig:
     """The configuration for W2 of [vocab, rank] whose products take `element_size` bytes an operand.
 
-    one_tile: the batch fits one tile of requests. ranks: from `ranks_per_dot`.
+    one_tile: from `is_one_tile`. ranks: from `ranks_per_dot`.
     """
     block_r = rank_block(arch, rank, element_size, ranks)
     native = arch.family in _NATIVE_FP8

@@ -330,10 +330,10 @@ def _draft_block(a: Arguments):
     adjust = adjust_settings(sampling) if sampling.adjusts else None
     filtered = sampling.filters is not None
     request_tile = draft_launch.request_tile(rows, sampling.adjusts or filtered)
-    one_tile = rows <= request_tile
+    one_tile = draft_launch.is_one_tile(rows)
     head, dot_type, widening = head_record(a.head)
     rank = 1 if head is None else head.rank
-    ranks = draft_launch.ranks_per_dot(a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts, filtered)
+    ranks = draft_launch.ranks_per_dot(rank, a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts)
     config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"

@@ -89,12 +89,12 @@ def draft_block_partial(a: PartialArguments):
     gpu = arch.current(device)
     adjust = adjust_settings(sampling) if sampling.adjusts else None
     request_tile = draft_launch.request_tile(rows, sampling.adjusts)
-    one_tile = rows <= request_tile
+    one_tile = draft_launch.is_one_tile(rows)
     sub_blocks = shard.blocks(SUB_BLOCK)
     head, dot_type, widening = head_record(a.head)
     rank = 1 if head is None else head.rank
     # As for the whole vocabulary: how many ranks a dot takes is part of what its sums are.
-    ranks = draft_launch.ranks_per_dot(a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts)
+    ranks = draft_launch.ranks_per_dot(rank, a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts)
     config = draft_launch.pick(gpu, sub_blocks * SUB_BLOCK, rank, dot_type.itemsize, one_tile, ranks)
     if a.head.mix_weight is not None and gpu.vendor == "amd":
         config = dataclasses.replace(config, num_stages=1)  # with more, an rnn head with settings spills on gfx950

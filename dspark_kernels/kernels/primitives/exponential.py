@@ -1,12 +1,12 @@
-"""Gumbel keys with two hardware logarithms: a scaled logit - log2 of an Exp(1) variate.
+"""log2 of an Exp(1) variate with two hardware logarithms, for noise that is drawn for every id of a vocabulary.
 
 E = -ln(1 - v), v = min((word + 1/2) 2^-32, 1 - 2^-24):  v * p(v) for v < 1/2, else -ln 2 * log2(1 - v);
 log2 E = e + log2 m,  E = m * 2^e,  m in [0.707, 1.415)
 
-Where each part is small its hardware logarithm is near: `lg2.approx` is off by 2^-22 at most between 1/2 and 2, and by 2^-22 of
-its result elsewhere (PTX ISA). p, of degree 8, is off by 2.3e-8 of its value. So log2 E is off by 7.6e-7 at most, 5.3e-7 in natural
-units, where equality with the reference allows 3.8e-6 per key (docs/randomness.md). Below 1/2 the logarithm of 1 - v would be off
-by 2^-22 / v, which is why it is not taken there. Reference: reference/philox.py.
+`lg2.approx` is off by 2^-22 at most between 1/2 and 2, and by 2^-22 of its result elsewhere (PTX ISA): hence m apart from e, and a
+polynomial where log2(1 - v) would be near 0. p, of degree 8, is off by 2.3e-8 of its value. So log2 E is off by 7.6e-7 and the
+rounding of its sum, together 1.8e-6 at most, 1.2e-6 in natural units, where equality with the reference leaves a key 3.8e-6 (docs/
+randomness.md). Reference: reference/philox.py.
 """
 
 import triton
@@ -28,8 +28,8 @@ def log2_of(x):
 
 
 @triton.jit
-def gumbel_keys(x, scale, words, LOG2: tl.constexpr):
-    """x * scale - log2 E of the words, uint32 of the shape of x. LOG2: log2_approx or log2_of."""
+def log2_exponential_fast(words, LOG2: tl.constexpr):
+    """philox.log2_exponential of uint32 words. LOG2: log2_approx or log2_of."""
     signed = words.to(tl.int32, bitcast=True)
     nearer = tl.where(signed < 0, ~signed, signed)  # the word or its complement: v or 1 - v, whichever is below 1/2
     u = tl.fma(nearer.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
@@ -45,4 +45,4 @@ def gumbel_keys(x, scale, words, LOG2: tl.constexpr):
     bits = exponential.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    return tl.fma(x, scale, -exponent.to(tl.float32)) - LOG2(mantissa)
+    return exponent.to(tl.float32) + LOG2(mantissa)
