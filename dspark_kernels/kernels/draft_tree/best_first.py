@@ -44,14 +44,11 @@ __all__ = ["latent_programs", "launch_draft_paths"]
 
 
 @triton.jit
-def _node_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE: tl.constexpr):
-    """Logits of the candidates after each live node, to x [NODES, WIDTH]; (maxima, whether NaN, whether finite) int32 [NODES]."""
+def _store_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE: tl.constexpr):
+    """Logits of the candidates after each live node, to x [NODES, WIDTH]; -inf where there is no candidate."""
     NODES: tl.constexpr = TILE.NODES
     WIDTH: tl.constexpr = TILE.WIDTH
     i = tl.arange(0, NODES)
-    top = tl.full([NODES], NEG_INF, tl.float32)
-    nan = tl.zeros([NODES], tl.int32)
-    finite = tl.zeros([NODES], tl.int32)
     for first in range(0, WIDTH, TILE.PIECE):
         c = first + tl.arange(0, TILE.PIECE)
         ids = best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab)
@@ -59,38 +56,58 @@ def _node_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, size
         x = tl.load(row_ptr + ids, mask=used, other=NEG_INF).to(tl.float32)[None, :] + tl.zeros([NODES, 1], tl.float32)
         if head is not None:
             x += node_bias(ids, used, row_ptrs, known, head, TILE.BLOCK_R)
-        inside = used[None, :] & live[:, None]
-        nan = tl.maximum(nan, tl.max(tl.where(inside & (x != x), 1, 0), axis=1))
-        finite = tl.maximum(finite, tl.max(tl.where(inside & (tl.abs(x) < POS_INF), 1, 0), axis=1))
-        x = tl.where(used[None, :], numbers(x), NEG_INF)
-        top = tl.maximum(top, tl.max(x, axis=1))
+        x = tl.where(used[None, :], x, NEG_INF)
         tl.store(x_ptr + i[:, None] * WIDTH + c[None, :], x, mask=live[:, None])
     tl.debug_barrier()
-    return top, nan, finite
 
 
 @triton.jit
-def _node_sumexps(x_ptr, top, live, scale, NODES: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    sumexp = tl.zeros([NODES], tl.int64)
-    for first in range(0, WIDTH, PIECE):
-        where = x_ptr + tl.arange(0, NODES)[:, None] * WIDTH + (first + tl.arange(0, PIECE))[None, :]
-        x = tl.load(where, mask=live[:, None], other=NEG_INF, volatile=True)
-        sumexp += tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * SUMEXP_ONE).to(tl.int64), axis=1)
-    return sumexp
+def _logits(x_ptr, live, first, TILE: tl.constexpr):
+    """PIECE of the logits of each live node from `first` on, NaN where they are: fp32 [NODES, PIECE]."""
+    where = tl.arange(0, TILE.NODES)[:, None] * TILE.WIDTH + (first + tl.arange(0, TILE.PIECE))[None, :]
+    return tl.load(x_ptr + where, mask=live[:, None], other=NEG_INF, volatile=True)
+
+
+@triton.jit
+def _maxima(x):
+    """Of rows of logits: (maxima, how many are finite and, in the high half, how many are NaN)."""
+    seen = (tl.abs(x) < POS_INF).to(tl.int32) + ((x != x).to(tl.int32) << 16)
+    return tl.max(numbers(x), axis=1), tl.sum(seen, axis=1)
+
+
+@triton.jit
+def _sumexps(x, top, scale):
+    return tl.sum((tl.exp2(below_max(numbers(x), top[:, None]) * scale) * SUMEXP_ONE).to(tl.int64), axis=1)
+
+
+@triton.jit
+def _merge_piece(
+    x, first, reached, live, top, sumexp, scale, row_nodes, ids_ptr, row, kept_ptr, count, depth, sizes, TILE: tl.constexpr
+):  # fmt: skip
+    """Merge the children among PIECE candidates, whose logits are x."""
+    NODES: tl.constexpr = TILE.NODES
+    c = first + tl.arange(0, TILE.PIECE)
+    ids = tl.maximum(best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab), 0)
+    share = log_shares(numbers(x), ids[None, :], top, sumexp, scale)
+    keys = tl.where((live & (row_nodes >= 0))[:, None], reached[:, None] + share, NEG_INF)
+    every = ids[None, :] + tl.zeros([NODES, 1], tl.int32)
+    return merge_children(kept_ptr, count, sizes.num_nodes, depth, keys, every, row_nodes, NODES)
 
 
 @triton.jit
 def _expand(
-    d, count, nan, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, scale, sizes,
+    d, count, live, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, nan, scale, sizes,
     ADVANCE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Children for all nodes of depth d; returns how many nodes there are then. own: PathScratch of the request."""
+    """Children for all nodes of depth d, which are `live`; returns how many nodes there are then. own: PathScratch of the request.
+    nan: a flag where the base logits have one."""
     kept_ptr, x_ptr = own.kept_ptr, own.logits_ptr
     NODES: tl.constexpr = TILE.NODES
     WIDTH: tl.constexpr = TILE.WIDTH
+    PIECE: tl.constexpr = TILE.PIECE
     i = tl.arange(0, NODES)
-    live = (i < count) & (field(kept_ptr, DEPTH, i, count, NODES) == d)
     token = field(kept_ptr, TOKEN, i, count, NODES)
+    reached = survivals(kept_ptr, i, count, NODES)
     row_ptrs = x_ptr + i
     known = live
     if head is not None:
@@ -103,13 +120,23 @@ def _expand(
             own.states_ptr, head.rank, TILE.BLOCK_O, TILE.BLOCK_J,
         )  # fmt: skip
         tl.debug_barrier()
-        top, some_nan, finite = _node_logits(
-            ids_ptr, row, row_ptr, x_ptr, head, own.latent_ptr + i.to(tl.int64) * head.rank, live, live, sizes, TILE
-        )  # fmt: skip
+        latent_ptrs = own.latent_ptr + i.to(tl.int64) * head.rank
+        _store_logits(ids_ptr, row, row_ptr, x_ptr, head, latent_ptrs, live, live, sizes, TILE)
     else:
-        top, some_nan, finite = _node_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE)
+        _store_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE)
+
+    # Read back, so that a warp has whole rows: what follows needs no barrier then.
+    x = _logits(x_ptr, live, 0, TILE)
+    top, seen = _maxima(x)
+    for first in range(PIECE, WIDTH, PIECE):
+        more_top, more_seen = _maxima(_logits(x_ptr, live, first, TILE))
+        top = tl.maximum(top, more_top)
+        seen += more_seen
+    some_nan, finite = seen >> 16, seen & 0xFFFF
     if blocks is None:
-        sumexp = _node_sumexps(x_ptr, top, live, scale, NODES, WIDTH, TILE.PIECE)
+        sumexp = _sumexps(x, top, scale)
+        for first in range(PIECE, WIDTH, PIECE):
+            sumexp += _sumexps(_logits(x_ptr, live, first, TILE), top, scale)
     else:
         one = tl.zeros([1], tl.int64)
         whole_top, whole, words, _ = merge_blocks(
@@ -118,22 +145,21 @@ def _expand(
         finite += tl.max((words & SAW_FINITE) >> 60, axis=1).to(tl.int32)
         top = whole_top + tl.zeros([NODES], tl.float32)
         sumexp = whole + tl.zeros([NODES], tl.int64)
-    seen = nan | tl.where(some_nan > 0, NAN, 0) | tl.where(finite > 0, 0, NONFINITE_ROW)
-    tl.store(kept_ptr + SEEN * NODES + i, seen, mask=live)
-    reached = survivals(kept_ptr, i, count, NODES)
+    flags = nan | tl.where(some_nan > 0, NAN, 0) | tl.where(finite > 0, 0, NONFINITE_ROW)
+    tl.store(kept_ptr + SEEN * NODES + i, flags, mask=live)
     if confidence is not None:
         score = tl.load(own.score_ptr + d, volatile=True)
         reached += log_confidence(token, live, score, d, confidence, hidden.size, NODES)
     tl.debug_barrier()
     row_nodes = i
-    for first in range(0, WIDTH, TILE.PIECE):
-        c = first + tl.arange(0, TILE.PIECE)
-        x = tl.load(x_ptr + i[:, None] * WIDTH + c[None, :], mask=live[:, None], other=NEG_INF, volatile=True)
-        ids = tl.maximum(best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab), 0)
-        share = log_shares(x, ids[None, :], top, sumexp, scale)
-        keys = tl.where((live & (row_nodes >= 0))[:, None], reached[:, None] + share, NEG_INF)
-        every = ids[None, :] + tl.zeros([NODES, 1], tl.int32)
-        count, row_nodes = merge_children(kept_ptr, count, sizes.num_nodes, d + 1, keys, every, row_nodes, NODES)
+    count, row_nodes = _merge_piece(
+        x, 0, reached, live, top, sumexp, scale, row_nodes, ids_ptr, row, kept_ptr, count, d + 1, sizes, TILE
+    )  # fmt: skip
+    for first in range(PIECE, WIDTH, PIECE):
+        x = _logits(x_ptr, live, first, TILE)
+        count, row_nodes = _merge_piece(
+            x, first, reached, live, top, sumexp, scale, row_nodes, ids_ptr, row, kept_ptr, count, d + 1, sizes, TILE
+        )  # fmt: skip
     return count
 
 
@@ -164,13 +190,17 @@ def _grow(
     i = tl.arange(0, NODES)
     for d in range(num_drafts):
         row = wide * num_drafts + d
-        nan = tl.atomic_xchg(status_ptr + row, 0, sem="relaxed")
-        open_nodes = (i < count) & (field(kept_ptr, DEPTH, i, count, NODES) == d)
-        if (tl.max(open_nodes.to(tl.int32), axis=0) > 0) & (num_nodes > 1):
+        nan = tl.load(status_ptr + row, volatile=True)
+        live = (i < count) & (field(kept_ptr, DEPTH, i, count, NODES) == d)
+        if (tl.max(live.to(tl.int32), axis=0) > 0) & (num_nodes > 1):
             row_ptr = base.ptr + wide * base.stride_request + tl.cast(d, tl.int64) * base.stride_position
             count = _expand(
-                d, count, nan, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, scale, sizes, ADVANCE, TILE
+                d, count, live, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, nan, scale, sizes, ADVANCE,
+                TILE,
             )  # fmt: skip
+    tl.debug_barrier()
+    for d in range(num_drafts):
+        tl.store(status_ptr + wide * num_drafts + d, 0)
     flags = tl.zeros((), tl.int32)
     if head is not None:
         flags = tl.where((anchor < 0) | (anchor >= head.vocab), BAD_TOKEN_ID, 0)

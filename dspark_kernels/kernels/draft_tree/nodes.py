@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import LOG2E, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE
-from ..primitives.select import ABSENT, ordered_key, select
+from ..primitives.select import ABSENT, ordered_key
 from ..primitives.sumexp import below_max, log2_scale
 
 # What is kept of a node: rows of int32 [FIELDS, NODES] per request.
@@ -24,7 +24,8 @@ SEEN = tl.constexpr(4)  # flags that the distribution of its children showed
 ORIGIN = tl.constexpr(5)  # the row that its parent was expanded in
 NEW = tl.constexpr(6)  # children about to be merged: key, row, token
 
-STRIP = tl.constexpr(16)  # nodes that are compared with all others at a time
+LEAST = tl.constexpr(-2139095040)  # the key of the least fp32 number
+NOWHERE = tl.constexpr(-9223372036854775808)  # in the order of nodes, behind all of them
 SCORE_RANKS = tl.constexpr(64)  # ranks of the confidence head at a time
 
 
@@ -94,91 +95,135 @@ def log_shares(x, ids, top, sumexp, scale):
 def merge_children(kept_ptr, count, room, depth, keys, ids, row_nodes, NODES: tl.constexpr):
     """Merge children of `depth` into the best nodes: (how many there are then, at most `room`; row_nodes as they are then).
 
-    keys fp32 [ROWS, N]: log2 survival, -inf = no child; ids int32 [ROWS, N], ascending in a row; row_nodes [NODES]: the node of a
-    row, ascending, -1 = none any more.
+    keys fp32 [ROWS, N]: log2 survival, at most 0, -inf = no child; ids int32 [ROWS, N], ascending in a row and from one merge of
+    a row to the next; row_nodes [NODES]: the node of a row, ascending, -1 = none any more.
     """
     i = tl.arange(0, NODES)
-    old_key = ordered_key(survivals(kept_ptr, i, count, NODES), 0)
+    bits = field(kept_ptr, SURVIVAL, i, count, NODES)
+    parent = field(kept_ptr, PARENT, i, count, NODES)
+    token = field(kept_ptr, TOKEN, i, count, NODES)
+    old_depth = field(kept_ptr, DEPTH, i, count, NODES)
+    seen = field(kept_ptr, SEEN, i, count, NODES)
+    origin = field(kept_ptr, ORIGIN, i, count, NODES)
+    there = i < count
+    old_key = ordered_key(tl.where(there, bits.to(tl.float32, bitcast=True), NEG_INF), 0)
     # The last of a full tree is the least that a child must reach.
-    least = tl.where(count == room, tl.min(tl.where(i < count, old_key, 2147483647), axis=0), ABSENT)
+    least = tl.where(count == room, tl.min(tl.where(there, old_key, 2147483647), axis=0), LEAST)
     words = ordered_key(keys, 0)
     words = tl.where((keys > NEG_INF) & (words >= least), words, ABSENT)
-    wanted = tl.minimum(tl.sum((words != ABSENT).to(tl.int32)), room - 1)
+    found = tl.sum((words != ABSENT).to(tl.int32))
+    wanted = tl.minimum(found, room - 1)
     if wanted > 0:
-        _, selected, place = select(words, wanted)
+        selected, place = _best_children(words, found, wanted, least)
         row = tl.arange(0, keys.shape[0])[:, None] + tl.zeros_like(ids)
         new_ptr = kept_ptr + NEW * NODES
         tl.store(new_ptr + place, words, mask=selected)
         tl.store(new_ptr + NODES + place, row, mask=selected)
         tl.store(new_ptr + 2 * NODES + place, ids, mask=selected)
         tl.debug_barrier()
-        count, row_nodes = _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES)
+        added = i < wanted
+        key = tl.load(new_ptr + i, mask=added, other=ABSENT, volatile=True)
+        row = tl.load(new_ptr + NODES + i, mask=added, other=0, volatile=True)
+        new_token = tl.load(new_ptr + 2 * NODES + i, mask=added, other=0, volatile=True)
+        new_parent = tl.gather(row_nodes, row, axis=0)
+        place, new_place = _places(old_key, parent, there, key, new_parent, added, NODES)
+        tl.debug_barrier()
+
+        stays = there & (place < room)
+        to_ptr = kept_ptr + place
+        tl.store(to_ptr + TOKEN * NODES, token, mask=stays)
+        moved = tl.where(i == 0, -1, tl.gather(place, tl.maximum(parent, 0), axis=0))
+        tl.store(to_ptr + PARENT * NODES, moved, mask=stays)
+        tl.store(to_ptr + DEPTH * NODES, old_depth, mask=stays)
+        tl.store(to_ptr + SURVIVAL * NODES, bits, mask=stays)
+        tl.store(to_ptr + SEEN * NODES, seen, mask=stays)
+        tl.store(to_ptr + ORIGIN * NODES, origin, mask=stays)
+        comes = added & (new_place < room)
+        to_ptr = kept_ptr + new_place
+        tl.store(to_ptr + TOKEN * NODES, new_token, mask=comes)
+        tl.store(to_ptr + PARENT * NODES, tl.gather(place, new_parent, axis=0), mask=comes)
+        tl.store(to_ptr + DEPTH * NODES, i * 0 + depth, mask=comes)
+        tl.store(to_ptr + SURVIVAL * NODES, tl.where(key < 0, key ^ 0x7FFFFFFF, key), mask=comes)
+        tl.store(to_ptr + SEEN * NODES, i * 0, mask=comes)
+        tl.store(to_ptr + ORIGIN * NODES, row, mask=comes)
+        rest = tl.gather(tl.where(stays, place, -1), tl.maximum(row_nodes, 0), axis=0)
+        row_nodes = tl.where(row_nodes < 0, -1, rest)
+        count = tl.minimum(count + wanted, room)
         tl.debug_barrier()
     return count, row_nodes
 
 
 @triton.jit
-def _tie(parent, token):
-    return (parent.to(tl.int64) << 32) + tl.maximum(token, 0).to(tl.int64)
+def _threshold(words, wanted, low):
+    """A word that at least `wanted` of the words, at most 2^14, reach and fewer exceed, unless just so many reach it.
+
+    More than `wanted` of them reach `low`; none is above 0. A step counts those that reach each of four words, in one sum, and
+    leaves a fifth of the range.
+    """
+    high = wanted * 0
+    while low < high:
+        step = (high - low) // 5 + 1
+        first = low + step
+        second = tl.minimum(first + step, high)
+        third = tl.minimum(second + step, high)
+        fourth = tl.minimum(third + step, high)
+        left = (words >= first).to(tl.int32) + ((words >= second).to(tl.int32) << 16)
+        right = (words >= third).to(tl.int32) + ((words >= fourth).to(tl.int32) << 16)
+        counts = tl.sum(left.to(tl.int64) + (right.to(tl.int64) << 32))
+        of_first = (counts & 0xFFFF).to(tl.int32)
+        of_second = ((counts >> 16) & 0xFFFF).to(tl.int32)
+        of_third = ((counts >> 32) & 0xFFFF).to(tl.int32)
+        of_fourth = (counts >> 48).to(tl.int32)
+        to_third = of_third >= wanted
+        to_first = of_first >= wanted
+        upper = tl.where(of_fourth >= wanted, fourth, third)
+        lower = tl.where(of_second >= wanted, second, first)
+        above_upper = tl.where(of_fourth >= wanted, high, fourth - 1)
+        above_lower = tl.where(of_second >= wanted, third - 1, second - 1)
+        reached = tl.where(to_third, tl.where(of_fourth >= wanted, of_fourth, of_third), 0)
+        reached = tl.where(to_third, reached, tl.where(of_second >= wanted, of_second, of_first))
+        low = tl.where(to_third, upper, tl.where(to_first, lower, low))
+        high = tl.where(to_third, above_upper, tl.where(to_first, above_lower, first - 1))
+        high = tl.where(reached == wanted, low, high)
+    return low
 
 
 @triton.jit
-def _insert(kept_ptr, count, room, depth, old_key, wanted, row_nodes, NODES: tl.constexpr):
-    i = tl.arange(0, NODES)
-    there = i < count
-    token = field(kept_ptr, TOKEN, i, count, NODES)
-    parent = field(kept_ptr, PARENT, i, count, NODES)
-    old_depth = field(kept_ptr, DEPTH, i, count, NODES)
-    bits = field(kept_ptr, SURVIVAL, i, count, NODES)
-    seen = field(kept_ptr, SEEN, i, count, NODES)
-    origin = field(kept_ptr, ORIGIN, i, count, NODES)
-    added = i < wanted
-    new_ptr = kept_ptr + NEW * NODES + i
-    key = tl.load(new_ptr, mask=added, other=ABSENT, volatile=True)
-    row = tl.load(new_ptr + NODES, mask=added, other=0, volatile=True)
-    new_token = tl.load(new_ptr + 2 * NODES, mask=added, other=0, volatile=True)
-    new_parent = tl.gather(row_nodes, row, axis=0)
-    # Where each goes: the number of those before it, counted a few at a time. Children come in the order of (parent, id), which
-    # decides ties among them.
-    place = i
-    new_place = tl.zeros([NODES], tl.int32)
-    tie = _tie(parent, token)
-    new_tie = _tie(new_parent, new_token)
-    for first in range(0, NODES, STRIP):
-        o = first + tl.arange(0, STRIP)
-        key_o = ordered_key(survivals(kept_ptr, o, count, NODES), 0)[:, None]
-        tie_o = _tie(field(kept_ptr, PARENT, o, count, NODES), field(kept_ptr, TOKEN, o, count, NODES))[:, None]
-        before = (o < count)[:, None] & ((key_o > key[None, :]) | ((key_o == key[None, :]) & (tie_o < new_tie[None, :])))
-        new_place += tl.sum(before.to(tl.int32), axis=0)
-        key_n = field(kept_ptr, NEW, o, wanted, NODES)[:, None]
-        parent_n = tl.gather(row_nodes, tl.maximum(field(kept_ptr, NEW + 1, o, wanted, NODES), 0), axis=0)
-        tie_n = _tie(parent_n, field(kept_ptr, NEW + 2, o, wanted, NODES))[:, None]
-        is_new = (o < wanted)[:, None]
-        before = is_new & ((key_n > key[None, :]) | ((key_n == key[None, :]) & (o[:, None] < i[None, :])))
-        new_place += tl.sum(before.to(tl.int32), axis=0)
-        before = is_new & ((key_n > old_key[None, :]) | ((key_n == old_key[None, :]) & (tie_n < tie[None, :])))
-        place += tl.sum(before.to(tl.int32), axis=0)
-    tl.debug_barrier()
+def _best_children(words, found, wanted, least):
+    """(selected bool, place int32 of the selected in index order) of the `wanted` largest words [ROWS, N], ties to the lowest
+    index; `found` of them are not ABSENT and reach `least`."""
+    ROWS: tl.constexpr = words.shape[0]
+    left = wanted * 0  # of the words at the threshold, how many are taken
+    if found > wanted:
+        threshold = _threshold(words, wanted, least)
+        left = wanted - tl.sum((words > threshold).to(tl.int32))
+    else:
+        threshold = least * 0 + ABSENT
+    above = (words > threshold).to(tl.int32)
+    both = above + ((words == threshold).to(tl.int32) << 16)  # two counts in one scan
+    rows = tl.sum(both, axis=1)
+    r = tl.arange(0, ROWS)
+    before = tl.sum(tl.where(r[None, :] < r[:, None], rows[None, :], 0), axis=1)
+    ranks = tl.cumsum(both, axis=1) + before[:, None]
+    tied_rank = ranks >> 16
+    selected = (above == 1) | ((words == threshold) & (tied_rank <= left))
+    return selected, (ranks & 0xFFFF) + tl.minimum(tied_rank, left) - 1
 
-    stays = there & (place < room)
-    to_ptr = kept_ptr + place
-    tl.store(to_ptr + TOKEN * NODES, token, mask=stays)
-    moved = tl.where(i == 0, -1, tl.gather(place, tl.maximum(parent, 0), axis=0))
-    tl.store(to_ptr + PARENT * NODES, moved, mask=stays)
-    tl.store(to_ptr + DEPTH * NODES, old_depth, mask=stays)
-    tl.store(to_ptr + SURVIVAL * NODES, bits, mask=stays)
-    tl.store(to_ptr + SEEN * NODES, seen, mask=stays)
-    tl.store(to_ptr + ORIGIN * NODES, origin, mask=stays)
-    comes = added & (new_place < room)
-    to_ptr = kept_ptr + new_place
-    tl.store(to_ptr + TOKEN * NODES, new_token, mask=comes)
-    tl.store(to_ptr + PARENT * NODES, tl.gather(place, new_parent, axis=0), mask=comes)
-    tl.store(to_ptr + DEPTH * NODES, i * 0 + depth, mask=comes)
-    tl.store(to_ptr + SURVIVAL * NODES, tl.where(key < 0, key ^ 0x7FFFFFFF, key), mask=comes)
-    tl.store(to_ptr + SEEN * NODES, i * 0, mask=comes)
-    tl.store(to_ptr + ORIGIN * NODES, row, mask=comes)
-    rest = tl.gather(tl.where(stays, place, -1), tl.maximum(row_nodes, 0), axis=0)
-    return tl.minimum(count + wanted, room), tl.where(row_nodes < 0, -1, rest)
+
+@triton.jit
+def _places(old_key, old_parent, there, key, parent, added, NODES: tl.constexpr):
+    """Where old nodes, in order, and new ones, in the order of (parent, id), go: int32 [NODES] each.
+
+    By (key descending, parent); children of one parent by id, in which they come. So one word orders all of them, and old words
+    order themselves.
+    """
+    i = tl.arange(0, NODES)
+    old = tl.where(there, (old_key.to(tl.int64) << 32) - (old_parent + 1) * (2 * NODES), NOWHERE)
+    new = tl.where(added, (key.to(tl.int64) << 32) - (parent + 1) * (2 * NODES) - 1 - i, NOWHERE)
+    # Nodes before a new one, and in the high half new ones before an old one.
+    before = (old[None, :] > new[:, None]).to(tl.int32) + (new[None, :] > new[:, None]).to(tl.int32)
+    counts = tl.sum(before + ((new[None, :] > old[:, None]).to(tl.int32) << 16), axis=1)
+    return i + (counts >> 16), counts & 0xFFFF
 
 
 @triton.jit
