@@ -62,10 +62,20 @@ def _store_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, siz
 
 
 @triton.jit
-def _logits(x_ptr, live, first, TILE: tl.constexpr):
-    """PIECE of the logits of each live node from `first` on, NaN where they are: fp32 [NODES, PIECE]."""
+def _read_logits(x_ptr, live, first, TILE: tl.constexpr):
+    """PIECE of the logits of each live node from `first` on, NaN where they are: fp32 [NODES, PIECE], a warp having whole rows."""
     where = tl.arange(0, TILE.NODES)[:, None] * TILE.WIDTH + (first + tl.arange(0, TILE.PIECE))[None, :]
     return tl.load(x_ptr + where, mask=live[:, None], other=NEG_INF, volatile=True)
+
+
+@triton.jit
+def _logits(all_x, x_ptr, live, first, TILE: tl.constexpr):
+    """The same, from registers where all_x [NODES, WIDTH] is there."""
+    if all_x is not None:
+        x = all_x
+    else:
+        x = _read_logits(x_ptr, live, first, TILE)
+    return x
 
 
 @triton.jit
@@ -78,20 +88,6 @@ def _maxima(x):
 @triton.jit
 def _sumexps(x, top, scale):
     return tl.sum((tl.exp2(below_max(numbers(x), top[:, None]) * scale) * SUMEXP_ONE).to(tl.int64), axis=1)
-
-
-@triton.jit
-def _merge_piece(
-    x, first, reached, live, top, sumexp, scale, row_nodes, ids_ptr, row, kept_ptr, count, depth, sizes, TILE: tl.constexpr
-):  # fmt: skip
-    """Merge the children among PIECE candidates, whose logits are x."""
-    NODES: tl.constexpr = TILE.NODES
-    c = first + tl.arange(0, TILE.PIECE)
-    ids = tl.maximum(best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab), 0)
-    share = log_shares(numbers(x), ids[None, :], top, sumexp, scale)
-    keys = tl.where((live & (row_nodes >= 0))[:, None], reached[:, None] + share, NEG_INF)
-    every = ids[None, :] + tl.zeros([NODES, 1], tl.int32)
-    return merge_children(kept_ptr, count, sizes.num_nodes, depth, keys, every, row_nodes, NODES)
 
 
 @triton.jit
@@ -125,18 +121,21 @@ def _expand(
     else:
         _store_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE)
 
-    # Read back, so that a warp has whole rows: what follows needs no barrier then.
-    x = _logits(x_ptr, live, 0, TILE)
-    top, seen = _maxima(x)
-    for first in range(PIECE, WIDTH, PIECE):
-        more_top, more_seen = _maxima(_logits(x_ptr, live, first, TILE))
-        top = tl.maximum(top, more_top)
-        seen += more_seen
+    # Read back, so that a warp has whole rows: what follows needs no barrier then. One piece stays in registers.
+    all_x = None
+    if WIDTH == PIECE:
+        all_x = _read_logits(x_ptr, live, 0, TILE)
+    top = tl.full([NODES], NEG_INF, tl.float32)
+    seen = tl.zeros([NODES], tl.int32)
+    for first in range(0, WIDTH, PIECE):
+        piece_top, piece_seen = _maxima(_logits(all_x, x_ptr, live, first, TILE))
+        top = tl.maximum(top, piece_top)
+        seen += piece_seen
     some_nan, finite = seen >> 16, seen & 0xFFFF
     if blocks is None:
-        sumexp = _sumexps(x, top, scale)
-        for first in range(PIECE, WIDTH, PIECE):
-            sumexp += _sumexps(_logits(x_ptr, live, first, TILE), top, scale)
+        sumexp = tl.zeros([NODES], tl.int64)
+        for first in range(0, WIDTH, PIECE):
+            sumexp += _sumexps(_logits(all_x, x_ptr, live, first, TILE), top, scale)
     else:
         one = tl.zeros([1], tl.int64)
         whole_top, whole, words, _ = merge_blocks(
@@ -152,14 +151,14 @@ def _expand(
         reached += log_confidence(token, live, score, d, confidence, hidden.size, NODES)
     tl.debug_barrier()
     row_nodes = i
-    count, row_nodes = _merge_piece(
-        x, 0, reached, live, top, sumexp, scale, row_nodes, ids_ptr, row, kept_ptr, count, d + 1, sizes, TILE
-    )  # fmt: skip
-    for first in range(PIECE, WIDTH, PIECE):
-        x = _logits(x_ptr, live, first, TILE)
-        count, row_nodes = _merge_piece(
-            x, first, reached, live, top, sumexp, scale, row_nodes, ids_ptr, row, kept_ptr, count, d + 1, sizes, TILE
-        )  # fmt: skip
+    for first in range(0, WIDTH, PIECE):
+        x = _logits(all_x, x_ptr, live, first, TILE)
+        c = first + tl.arange(0, PIECE)
+        ids = tl.maximum(best_ids(ids_ptr, row, sizes.num_rows, c, sizes.num_candidates, sizes.vocab), 0)
+        share = log_shares(numbers(x), ids[None, :], top, sumexp, scale)
+        keys = tl.where((live & (row_nodes >= 0))[:, None], reached[:, None] + share, NEG_INF)
+        every = ids[None, :] + tl.zeros([NODES, 1], tl.int32)
+        count, row_nodes = merge_children(kept_ptr, count, sizes.num_nodes, d + 1, keys, every, row_nodes, NODES)
     return count
 
 

@@ -123,4 +123,5 @@ class ScheduleTile(NamedTuple):
     DRAFTS: int
     SORT: int  # values that are sorted at once
     LOG_SORT: int
+    LOG_DRAFTS: int
     BLOCK: int  # rows of a program

@@ -129,23 +129,82 @@ def _value_of_rank(values, stored_ptr, tiles, number, SORT: tl.constexpr, CANDID
 
 
 @triton.jit
-def _sorted(values, SORT: tl.constexpr, LOG_SORT: tl.constexpr):
-    """values [SORT] in descending order: a bitonic network in a loop. tl.sort writes out every step of it, thousands of
-    instructions that a launch fetches once and that compile for a minute."""
-    i = tl.arange(0, SORT)
-    for stage in range(1, LOG_SORT + 1):
-        for step in range(stage):
-            distance = 1 << (stage - 1 - step)
-            other = tl.gather(values, i ^ distance, axis=0)
-            larger = ((i >> stage) & 1) == ((i & distance) != 0).to(tl.int32)
-            values = tl.where(larger, tl.maximum(values, other), tl.minimum(values, other))
+def _column_index(column, low, ROWS: tl.constexpr):
+    """The index of what stands in row 0 of a column, in a tile whose rows are numbered by the bits of the index from `low` on."""
+    return ((column >> low) * ROWS << low) | (column & ((1 << low) - 1))
+
+
+@triton.jit
+def _place_in_tile(index, low, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where an index stands in such a tile, row by row."""
+    column = ((index >> low) // ROWS << low) | (index & ((1 << low) - 1))
+    return ((index >> low) % ROWS) * COLUMNS + column
+
+
+@triton.jit
+def _exchange(tile, BIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The larger of two rows, whose numbers differ in one bit, to the first of them."""
+    pairs = tl.reshape(tile, [ROWS >> (BIT + 1), 2, 1 << BIT, COLUMNS])
+    first = (tl.arange(0, 2) == 0)[None, :, None, None]
+    pairs = tl.where(first, tl.max(pairs, axis=1, keep_dims=True), tl.min(pairs, axis=1, keep_dims=True))
+    return tl.reshape(pairs, [ROWS, COLUMNS])
+
+
+@triton.jit
+def _sorted(values, SORT: tl.constexpr, LOG_SORT: tl.constexpr, LOG_RUN: tl.constexpr):
+    """values [SORT] in descending order; value i stands at (i % RUN) SORT / RUN + i / RUN, each RUN = 2^LOG_RUN descending already.
+
+    A bitonic network in a loop: tl.sort writes out every step of it, thousands of instructions that a launch fetches once and that
+    compile for a minute. A column of the tile [ROWS, COLUMNS] belongs to a thread, so steps between its rows exchange nothing
+    with other threads; rows are numbered by the bits of the index that the next steps compare.
+    """
+    COLUMNS: tl.constexpr = SORT if SORT <= 128 else 128 if SORT <= 512 else 256
+    ROWS: tl.constexpr = SORT // COLUMNS
+    if LOG_RUN < LOG_SORT:
+        i = tl.arange(0, SORT)
+        if LOG_RUN > 0:
+            # Every other run the other way round, as a network expects.
+            run = i >> LOG_RUN
+            inside = (i & ((1 << LOG_RUN) - 1)) ^ ((run & 1) * ((1 << LOG_RUN) - 1))
+            values = tl.gather(values, inside * (SORT >> LOG_RUN) + run, axis=0)
+        if ROWS == 1:
+            for stage in range(LOG_RUN + 1, LOG_SORT + 1):
+                for step in range(stage):
+                    distance = 1 << (stage - 1 - step)
+                    other = tl.gather(values, i ^ distance, axis=0)
+                    larger = ((i >> stage) & 1) == ((i & distance) != 0).to(tl.int32)
+                    values = tl.where(larger, tl.maximum(values, other), tl.minimum(values, other))
+        else:
+            ROW_BITS: tl.constexpr = 1 if ROWS == 2 else 2 if ROWS == 4 else 3
+            column = tl.arange(0, COLUMNS)
+            row = tl.arange(0, ROWS)
+            before = LOG_SORT - ROW_BITS  # as the values come
+            for stage in range(LOG_RUN + 1, LOG_SORT + 1):
+                for turn in range((stage + ROW_BITS - 1) // ROW_BITS):
+                    top = stage - 1 - turn * ROW_BITS
+                    low = tl.maximum(top - (ROW_BITS - 1), 0)
+                    index = _column_index(column, low, ROWS)
+                    source = _place_in_tile(index, before, ROWS, COLUMNS)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+                    for bit in tl.static_range(ROW_BITS):
+                        step = _place_in_tile(1 << (low + bit), before, ROWS, COLUMNS)
+                        source += tl.where(((row >> bit) & 1) != 0, step, 0)[:, None]
+                    tile = tl.reshape(tl.gather(values, tl.reshape(source, [SORT]), axis=0), [ROWS, COLUMNS])
+                    # Complements of what is to ascend, which descend.
+                    ascending = -((index >> stage) & 1)[None, :]
+                    tile ^= ascending
+                    for step in tl.static_range(ROW_BITS):
+                        if low + (ROW_BITS - 1 - step) <= top:
+                            tile = _exchange(tile, ROW_BITS - 1 - step, ROWS, COLUMNS)
+                    values = tl.reshape(tile ^ ascending, [SORT])
+                    before = low
+            values = tl.reshape(tl.trans(tl.reshape(values, [ROWS, COLUMNS])), [SORT])
     return values
 
 
 @triton.jit
 def _in_order(
     values, stored_ptr, gathered_ptr, tiles, first, upto, before,
-    SORT: tl.constexpr, LOG_SORT: tl.constexpr, CANDIDATES: tl.constexpr,
+    SORT: tl.constexpr, LOG_SORT: tl.constexpr, LOG_DRAFTS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """(values int32 [SORT] of the ranks first .. upto - 1 in order, -1 beyond; the last of them). before: the value of the rank
     before them.
@@ -167,7 +226,8 @@ def _in_order(
         rank = first + tl.arange(0, SORT)
         found = tl.load(gathered_ptr + rank, mask=(rank >= begin) & (rank < end), other=0)
         values = tl.where(rank < begin, before, tl.where(rank < end, found, tl.where(rank < upto, last, -1)))
-    return _sorted(values, SORT, LOG_SORT), last
+    # Drafts of a request never become likelier; what was gathered comes in any order.
+    return _sorted(values, SORT, LOG_SORT, LOG_DRAFTS if SORT == CANDIDATES else 0), last
 
 
 @triton.jit
@@ -205,7 +265,7 @@ def _better(tau, cost, number, other_tau, other_cost, other_number):
 @triton.jit
 def _number_of_drafts(
     values, stored_ptr, gathered_ptr, tiles, total, forced_tau, tau, rows, seconds_ptr, last_cost, drafting_cost,
-    BEST: tl.constexpr, SORT: tl.constexpr, LOG_SORT: tl.constexpr, CANDIDATES: tl.constexpr,
+    BEST: tl.constexpr, SORT: tl.constexpr, LOG_SORT: tl.constexpr, LOG_DRAFTS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """(how many of the first `total` drafts to take, the value of the last of them): up to the first that does not raise
     tau / cost, or, with BEST, the smallest number that makes it largest (and no value). The forced ones come first and are not
@@ -234,6 +294,7 @@ def _number_of_drafts(
             last,
             SORT,
             LOG_SORT,
+            LOG_DRAFTS,
             CANDIDATES,
         )
         n = first + tl.arange(0, SORT)  # drafts before this one
@@ -321,7 +382,8 @@ def schedule_prefixes_kernel(
         flags |= tl.where(takes, nan, 0)
         number, _ = _number_of_drafts(
             older, scratch.older_ptr, scratch.gathered_ptr, tiles, tl.minimum(older_count, room), forced_tau, tau, rows,
-            chosen_from.seconds_ptr, last_cost, drafting_cost, True, SORT, LOG_SORT, CANDIDATES,
+            chosen_from.seconds_ptr, last_cost, drafting_cost, True, SORT, LOG_SORT,
+            TILE.LOG_DRAFTS, CANDIDATES,
         )  # fmt: skip
     values, count, forced_tau, nan = _read_values(
         chosen_from.confidence_ptr,
@@ -342,7 +404,7 @@ def schedule_prefixes_kernel(
     if (chosen_from.stale_ptr is None) and (chosen_from.budget_ptr is None):
         number, value = _number_of_drafts(
             values, scratch.stored_ptr, scratch.gathered_ptr, tiles, total, forced_tau, tau, rows, chosen_from.seconds_ptr,
-            last_cost, drafting_cost, False, SORT, LOG_SORT, CANDIDATES,
+            last_cost, drafting_cost, False, SORT, LOG_SORT, TILE.LOG_DRAFTS, CANDIDATES,
         )  # fmt: skip
     else:
         if chosen_from.budget_ptr is not None:
@@ -371,6 +433,7 @@ def launch_schedule_prefixes(programs, args, *, log_requests, drafts, sort, bloc
             DRAFTS=drafts,
             SORT=sort,
             LOG_SORT=sort.bit_length() - 1,
+            LOG_DRAFTS=drafts.bit_length() - 1,
             BLOCK=block,
         ),
         num_warps=num_warps,

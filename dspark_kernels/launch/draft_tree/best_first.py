@@ -58,7 +58,8 @@ def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, wei
     warps = 8 if arch.vendor == "nvidia" else 4
     # Larger ones spill on sm_90 (bench/compile), with an rnn on sm_120.
     small = outputs > 0 or width > 128
-    block, piece = (4096, 32) if small else (8192, 64)
+    block, children = (4096, 1024) if small else (8192, 2048)
+    piece = max(16, min(64, children // nodes))
     block_j = 64 if weights == "bfloat16" and outputs <= rank else 32
     return PathsConfig(
         block,

@@ -22,7 +22,7 @@ def pick(arch: Arch, candidates: int, rows: int) -> ScheduleConfig:
     """The configuration for `candidates` drafts (requests x drafts, each padded to a power of two).
 
     Every program schedules the whole batch by itself, so there are few programs: another one would only share the writing of rows.
-    2048 drafts, a batch of 256 with 7 or 8 each, are sorted in one piece: 8 per thread of 8 warps, 66 exchanges through 8 KB of
+    2048 drafts, a batch of 256 with 7 or 8 each, are sorted in one piece: 8 per thread of 8 warps, 23 exchanges through 8 KB of
     shared memory.
     """
     if arch.vendor == "interpreter":
