@@ -1,7 +1,7 @@
 """A call of an op worked out once, to be made again and again with other tensors of the same kind.
 
-`prepare` makes the call without launching anything, and takes down each launch: the launcher, its records of tensors and numbers, and
-which of the tensors is which argument. Numbers follow from shapes, strides, dtypes, devices and Python values alone, since no
+`prepare` makes the call without launching anything, and takes down each launch: the launcher, its records of tensors and numbers,
+and which of the tensors is which argument. Numbers follow from shapes, strides, dtypes, devices and Python values alone, since no
 op reads a tensor on the host. A prepared call compares these, puts its tensors in their places, and launches.
 """
 

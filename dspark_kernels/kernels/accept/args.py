@@ -1,6 +1,6 @@
 """What acceptance passes around, by name. Needs no Triton: ops build the records that are kernel arguments.
 
-Symbols: R requests, K drafts of a chain, M nodes of a tree, L logit rows, N_max forward rows, S state slots, V vocabulary, NB
+Symbols: R requests, K drafts of a chain, M nodes of a tree, L logit rows, N_max forward rows, S request slots, V vocabulary, NB
 vocabulary blocks of 1024 ids, C candidates of a sparse proposal. Functions that have two-dimensional tiles say so.
 """
 
@@ -166,7 +166,7 @@ class BlockPartials(NamedTuple):
 class FilterScratch(NamedTuple):
     """What a filter keeps of a row while it looks for its support."""
 
-    maxima_ptr: Pointer  # fp32 [L, G], of groups of 128 ids
+    maxima_ptr: Pointer  # fp32 [L, G], of max-groups (128 ids)
     groups_ptr: Pointer  # int32 [L, G]
     lists_ptr: Pointer  # int32 [L, 2 * 1024]
 

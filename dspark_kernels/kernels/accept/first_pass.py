@@ -1,9 +1,10 @@
 """The first pass over logits: maximum and sum of exponentials of every vocabulary block. Chains and trees share it.
 
-An item = `steps` chunks, one after the other, each of CHUNK blocks of GROUP rows. Rows of which nothing else is asked are streamed: a
-warp owns whole blocks, the next chunk's loads are on their way while this one is summed, and no logit is looked at twice. A NaN or
-+inf shows in what is kept of the maxima, and then the general pass goes over the item again. What is stored of a block depends
-neither on `steps` nor on which of the two passes it was. Symbols: PAIRS = GROUP * CHUNK pairs of a row and a block, block = 1024 ids.
+An item = `steps` chunks, one after the other, each of CHUNK blocks of GROUP rows. Rows of which nothing else is asked are streamed:
+a warp owns whole blocks, the next chunk's loads are on their way while this one is summed, and no logit is looked at twice. A NaN
+or +inf shows in what is kept of the maxima, and then the general pass goes over the item again. What is stored of a block depends
+neither on `steps` nor on which of the two passes it was. Symbols: PAIRS = GROUP * CHUNK pairs of a row and a block, block = 1024
+ids.
 """
 
 from typing import Any, NamedTuple
@@ -104,7 +105,8 @@ def _stream(item, row_ptrs, width, has_row, rows, partials, scale, num_blocks, C
 
 @triton.jit
 def _load(row_ptrs, block, has_row, width, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Blocks [PAIRS] of rows as [PARTS, PAIRS, WIDTH], as bits: floats that a loop carries are taken apart and put together again."""
+    """Blocks [PAIRS] of rows as [PARTS, PAIRS, WIDTH], as bits: floats that a loop carries are taken apart and put together
+    again."""
     ids = block[None, :, None] * VOCAB_BLOCK + tl.arange(0, PARTS)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     x = tl.load(row_ptrs[None, :, None] + ids, mask=has_row[None, :, None] & (ids < width), other=NEG_INF)
     return x.to(tl.int32 if x.dtype == tl.float32 else tl.int16, bitcast=True)

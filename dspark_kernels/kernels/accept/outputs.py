@@ -96,7 +96,8 @@ def draw(
 
 @triton.jit
 def _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_forward, BLOCK: tl.constexpr):
-    """commit_mask of a request's forward rows: True up to row `committed`; the last request also clears the padding rows."""
+    """commit_mask of a request's forward rows: True up to row `committed`; the last request also writes False for the padding
+    rows."""
     start = tl.load(query_start_ptr + request)
     end = tl.minimum(tl.load(query_start_ptr + request + 1), num_forward)
     for first in range(start, end, BLOCK):

@@ -1,8 +1,8 @@
 """What acceptance asks of how drafts were drawn, as functions that a kernel takes as one constexpr (args.ChainProposal).
 
     draft_stats        the draft's part of a row's statistics: its distribution, and the draft's probability under it
-    residual_sums      sums per vocabulary block of [P_i * target - draft]+ (in units of 2^-60), one of the parts of a row that the second
-                       phase, or of a row at once
+    residual_sums      sums per vocabulary block of [P_i * target - draft]+ (in units of 2^-60), one of the parts of a row
+                       that the second phase sums, or of a row at once
     residual_in_block  that residual inside one block, fp32 [1024]
     column_of          the column of an id in dense draft logits
 

@@ -1,8 +1,8 @@
 """Rows of target logits in acceptance: partial results per block, and what a request's decision needs to know of each row.
 
 prob(id) = exp2((logit - top) * scale) * inverse, inverse = 2^40 / sum of exponentials; a row whose maximum is +inf, or that has no
-finite logit, has all its mass on its first maximum instead. Symbols: R requests, L rows, V vocabulary, block = 1024 ids, NB blocks.
-Reference: reference/accept.py.
+finite logit, has probability 1 at its first maximum instead. Symbols: R requests, L rows, V vocabulary, block = 1024 ids, NB
+blocks. Reference: reference/accept.py.
 """
 
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ RAW_LOG_SUMEXP = tl.constexpr(8)  # log2 of the raw row's sum of exponentials at
 # And int32 [L, ROW_IDS].
 FIRST = tl.constexpr(0)  # lowest id of the maximum; under the coupled rule the token that the row emits
 STATUS = tl.constexpr(1)
-TARGET_OF = tl.constexpr(2)  # the id that has the target's whole mass
+TARGET_OF = tl.constexpr(2)  # the id that has all of the target's probability
 DRAFT_OF = tl.constexpr(3)  # and the draft's
 
 

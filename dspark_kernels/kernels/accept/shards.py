@@ -158,7 +158,7 @@ def _inner_list(x, draft, slot, i, ids, inside, gathered, row, pair, cut, patch_
     """[P_i * target_prob - draft_prob]+ of a block's ids with target logits x, 0 outside; of row i of a sparse proposal."""
     at = tl.arange(0, VOCAB_BLOCK)
     first = tl.min(ids, axis=0)
-    # Listed ids find their places in the block through memory; -1 = not listed.
+    # Entries find their places in the block through memory; -1 = no entry.
     tl.store(patch_ptr + at, at * 0.0 - 1.0)
     stores_done()
     for begin in range(0, list_end(draft, pair.draft), ENTRIES):

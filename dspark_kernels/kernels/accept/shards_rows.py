@@ -25,7 +25,7 @@ FINITE = tl.constexpr(256)  # a row showed a finite logit; beside the bits of `f
 
 @triton.jit
 def request_of(request, slots_ptr, cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts):
-    """State slot, first logit row, number of drafts (-1: no logit rows, or a padding row) of a request."""
+    """Request slot, first logit row, number of drafts (-1: no logit rows, or a padding row) of a request."""
     slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
     row0 = tl.load(cu_logits_ptr + request)
     length = tl.minimum(tl.minimum(tl.load(cu_logits_ptr + request + 1), num_rows) - row0 - 1, num_drafts)
@@ -92,7 +92,7 @@ def _write_lists(
             tl.store(
                 lists.logits_ptr + row * draft.count + c, read_row(view, member, ids, is_here(ids, columns)), mask=c < draft.count
             )
-            # An octet that is cut belongs to both ranks, whoever has the listed id.
+            # An octet that is cut belongs to both ranks, whoever has the entry's id.
             octet = (ids >> 3)[:, None] * 8 + slots
             inside = (ids >= 0)[:, None] & is_here(octet, columns)
             touched = tl.max(inside.to(tl.int32), axis=1) > 0

@@ -1,7 +1,7 @@
 """Drafts of a sparse proposal (C candidates with logits) or a one-hot one (the draft alone).
 
 The target's sums per vocabulary block stay, less the octets of the candidates, computed again with and without them: the same tree,
-hence the same bits. Symbols: S state slots, K drafts, C candidates. Hooks: proposals.py. Reference: reference/accept.py.
+hence the same bits. Symbols: S request slots, K drafts, C candidates. Hooks: proposals.py. Reference: reference/accept.py.
 """
 
 from typing import Any, NamedTuple
@@ -229,7 +229,7 @@ def residual_in_block(
         # P_i * target <= 1 = the draft's: nothing of it is left.
         residual = tl.where(block * VOCAB_BLOCK + at == tl.max(ids, axis=0), 0.0, unlisted)
     else:
-        # Listed ids find their places in the block through memory; -1 = not listed.
+        # Entries find their places in the block through memory; -1 = no entry.
         patch = scratch.sparse.patch_ptr + request.to(tl.int64) * VOCAB_BLOCK
         tl.store(patch + at, at * 0.0 - 1.0)
         stores_done()

@@ -1,8 +1,8 @@
 """Target logits as acceptance sees them: after penalties, bias and mask, and -inf outside what top-k, top-p and min-p keep.
 
 A row's path is the drafts before it; in a tree, where row i is node i, the nodes from the anchor to it, not their siblings. The
-support of a row is two scalars, found by the row's last arriver from maxima of groups of 128 ids, so that nothing is written back.
-Records: args.py (View, Limits). Reference: reference/sampling.py.
+support of a row is two scalars, found by the row's last arriver from maxima of max-groups (128 ids), so that nothing is written
+back. Records: args.py (View, Limits). Reference: reference/sampling.py.
 """
 
 from typing import Any, NamedTuple

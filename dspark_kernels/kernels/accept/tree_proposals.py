@@ -6,7 +6,7 @@
     weights_left, sum_left  what is left for the next child that is drawn without replacement
 
 Dense: logits [S, M, Vd], ids are columns, or columns are mapped to ids, each id at most once. Sparse: C ids with logits, entries
-of one id add up. Ids outside the vocabulary keep their weight. Symbols: S state slots, M nodes. Reference: reference/tree.py.
+of one id add up. Ids outside the vocabulary keep their weight. Symbols: S request slots, M nodes. Reference: reference/tree.py.
 """
 
 import triton
@@ -98,13 +98,13 @@ def _sparse_weights(node, ids, slot, vocab, draft, drawn_from, draft_scale, PROP
     found = tl.where(ids == drawn_from.point, 1.0, 0.0)
     if drawn_from.point == SOFTMAX:
         c = tl.arange(0, CANDIDATES)
-        listed, x = _entries(node, c, slot, draft)
+        entry_ids, x = _entries(node, c, slot, draft)
         weight = tl.exp2((x - drawn_from.reference) * draft_scale)
         low, high = tl.min(tl.min(ids, axis=1), axis=0), tl.max(tl.max(ids, axis=1), axis=0)
-        near = (listed >= low) & (listed <= high) & (listed < vocab)
+        near = (entry_ids >= low) & (entry_ids <= high) & (entry_ids < vocab)
         k = next_of(near, -1, c, CANDIDATES)
         while k < CANDIDATES:
-            found += tl.where(ids == pick(listed, k, c), pick(weight, k, c), 0.0)
+            found += tl.where(ids == pick(entry_ids, k, c), pick(weight, k, c), 0.0)
             k = next_of(near, k, c, CANDIDATES)
     return found
 
@@ -114,9 +114,9 @@ def _sparse_weight_at(nodes, ids, inside, slot, vocab, draft, drawn_from, draft_
     found = tl.zeros(nodes.shape, tl.float32)
     for begin in range(0, draft.count, ENTRIES):
         c = begin + tl.arange(0, ENTRIES)[None, :]
-        listed, x = _entries(tl.where(inside, nodes, -1)[:, None], c, slot, draft)
+        entry_ids, x = _entries(tl.where(inside, nodes, -1)[:, None], c, slot, draft)
         weight = tl.exp2((x - drawn_from.reference[:, None]) * draft_scale)
-        found += tl.sum(tl.where((listed == ids[:, None]) & (c < draft.count), weight, 0.0), axis=1)
+        found += tl.sum(tl.where((entry_ids == ids[:, None]) & (c < draft.count), weight, 0.0), axis=1)
     return tl.where(inside, tl.where(drawn_from.point == SOFTMAX, found, tl.where(ids == drawn_from.point, 1.0, 0.0)), 0.0)
 
 

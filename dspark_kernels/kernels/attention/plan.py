@@ -1,8 +1,8 @@
 """The work table of attention: the context of every request cut into parts, and which rows each part is for, in one launch.
 
 An item is a part of a tile's keys; a tile holds BLOCK_M packed rows of one request. A part is as long as an even share of all
-work, or of the request's own context alone. Records: args.py. Symbols: R requests, S request slots, N rows, G = Hq / Hkv. Reference:
-reference/attention.py. Source: split-KV decoding (Flash-Decoding, Dao et al. 2023).
+work, or of the request's own context alone. Records: args.py. Symbols: R requests, S request slots, N rows, G = Hq / Hkv.
+Reference: reference/attention.py. Source: split-KV decoding (Flash-Decoding, Dao et al. 2023).
 """
 
 import triton

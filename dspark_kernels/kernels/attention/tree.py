@@ -110,8 +110,8 @@ def _join_context(
 ):  # fmt: skip
     """A part of the context.
 
-    PAGES_AHEAD: the pages of a block are loaded with the block before. Then two blocks of keys and values are on their way at a time,
-    where loads of pages in between would leave one.
+    PAGES_AHEAD: the pages of a block are loaded with the block before. Then two blocks of keys and values are on their way at a
+    time, where loads of pages in between would leave one.
     """
     dtype: tl.constexpr = rows.q.dtype
     n = tl.arange(0, TILE.BLOCK_N)
@@ -211,7 +211,8 @@ def _join_own(
 
 @triton.jit
 def _merge_parts(running, rows, item, kv_head, scratch, TILE: tl.constexpr):
-    """(Running of all parts of a tile, whether this program writes it): the last part to arrive adds all up again, in their order."""
+    """(Running of all parts of a tile, whether this program writes it): the last part to arrive adds all up again, in their
+    order."""
     m = tl.arange(0, TILE.BLOCK_M)
     d = tl.arange(0, TILE.HEAD)
     acc, top, total = running.acc, running.top, running.total

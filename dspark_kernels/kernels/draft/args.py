@@ -1,6 +1,6 @@
 """Records that the kernels of a draft block take. Needs no Triton: ops build them, or a kernel builds them from its arguments.
 
-Symbols: R requests, K positions, V vocabulary of the head, V1 rows of W1, r rank, H hidden size, S state slots, C candidates, N
+Symbols: R requests, K positions, V vocabulary of the head, V1 rows of W1, r rank, H hidden size, S request slots, C candidates, N
 ranks, O outputs of a gated (r) or rnn (3 r) head, U vocabulary blocks of a row. None where a call has no such thing.
 """
 
@@ -21,7 +21,7 @@ class BaseLogits(NamedTuple):
 
 
 class RequestState(NamedTuple):
-    """What a request brings, by state slot."""
+    """What a request brings, by request slot."""
 
     anchors_ptr: Pointer  # int [S]
     stride_anchors: int
@@ -64,7 +64,7 @@ class Projection(NamedTuple):
     stride_weight: int
     hidden_column: int  # first column of the hidden state
     w1_column: int  # first column of W1[x]
-    hoisted_ptr: Pointer  # fp32 [R, K, O], the products with hidden states
+    precomputed_ptr: Pointer  # fp32 [R, K, O], the products with hidden states
     latent_ptr: Pointer  # [R, r], in the type of the product with W2
     state_ptr: Pointer | None  # fp32 [2, R, r] of an rnn: two tables that take turns
     carried_ptr: Pointer | None  # fp32 [S, r]: the state of earlier and for later drafts
@@ -84,7 +84,7 @@ class Confidence(NamedTuple):
 
 
 class Support(NamedTuple):
-    """Filters of a dense block and the support that they leave of a row; G groups of 128 ids."""
+    """Filters of a dense block and the support that they leave of a row; G max-groups (128 ids)."""
 
     top_k_ptr: Pointer | None  # int32 [S]
     top_p_ptr: Pointer | None  # fp32 [S]
@@ -341,7 +341,7 @@ class RowSettings(NamedTuple):
 
 
 class SparseOutputs(NamedTuple):
-    """What a block on candidates writes; C includes listed successors."""
+    """What a block on candidates writes; C includes successors."""
 
     tokens_ptr: Pointer  # int64 [S, K]
     stride_tokens: int
@@ -418,7 +418,7 @@ class WalkOptions(NamedTuple):
     ADVANCE: Callable  # of kernels/draft/candidate_heads.py: the latent of the next position
     STREAM: int  # of the noise
     WITH_MARKOV: bool  # the confidence head reads W1[x], too
-    JOINT: bool  # filters judge jointly, not one after another
+    JOINT: bool  # filters apply jointly, not one after another
     LOG_WIDTH: int
     WIDTH: int  # padded number of candidates and successors
     SHIFT: int  # low bits that no key sets

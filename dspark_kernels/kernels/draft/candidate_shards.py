@@ -4,7 +4,7 @@ The C best of a row are among the C best of each rank, so one part has all that 
 rank's C best ids in ascending order, their logits, their keys after penalties, bias and mask, their target ids where those are
 others, and their rows of W2 where no rank has all. The finish keeps the C largest keys (ties: lowest ids, which are the lowest
 ranks' entries) and walks the positions as kernels/draft/candidates.py does, on the same numbers in the same order: the bits do not
-depend on the cut. Symbols: N ranks, R requests, K positions, W ids of a shard, C candidates, r rank of the head, S state slots, U
+depend on the cut. Symbols: N ranks, R requests, K positions, W ids of a shard, C candidates, r rank of the head, S request slots, U
 sub-blocks. Reference: the op on the whole vocabulary (reference/candidates.py). Source: DSpark, arXiv 2607.05147.
 """
 

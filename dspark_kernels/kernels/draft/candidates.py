@@ -2,7 +2,7 @@
 
 x_k = argmax over v in S_k of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(base_k +
 bias(x_{k-1})), S_k = the C ids of the largest base_k (ties: lowest ids) and the B ids listed for x_{k-1}. Symbols: R requests, K
-positions, V vocabulary, C candidates, r rank, H hidden size, S state slots, U sub-blocks of GROUP ids. Reference:
+positions, V vocabulary, C candidates, r rank, H hidden size, S request slots, U sub-blocks of GROUP ids. Reference:
 reference/candidates.py. Source: DSpark, arXiv 2607.05147.
 
 Three steps, each begun by the last to arrive from the one before. A part of a row: the key of the largest logit of each sub-block,

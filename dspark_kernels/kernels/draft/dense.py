@@ -1,7 +1,7 @@
 """Dense draft block: K positions of a block drafted left to right under the sequential head, in one persistent launch.
 
 x_k = argmax_v of logits_k(v) (greedy) or of logits_k(v) / T - ln E_k(v) (sampled), logits_k = round(adjust(base_k +
-bias(x_{k-1}))). Symbols: R requests, K positions, V vocabulary of the head, r rank, H hidden size, S state slots, U sub-blocks of
+bias(x_{k-1}))). Symbols: R requests, K positions, V vocabulary of the head, r rank, H hidden size, S request slots, U sub-blocks of
 64 ids.
 
 The block is a row of phases with a grid barrier between any two:
@@ -42,7 +42,7 @@ class BlockOptions(NamedTuple):
     STREAM: int  # of the noise
     LOG2: Callable  # of the noise, of primitives/exponential.py
     WITH_MARKOV: bool  # the confidence head reads W1[x], too
-    JOINT: bool  # filters judge jointly, not one after another
+    JOINT: bool  # filters apply jointly, not one after another
     GROUPS: int  # padded number of groups of a row, with filters
 
     cache_key = functions_key

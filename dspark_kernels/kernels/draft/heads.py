@@ -140,7 +140,7 @@ def project_hidden_rows(
             h = tl.load(hidden.ptr + starts[None, :] + i[:, None], mask=there[:, None] & (row < rows)[None, :], other=0.0)
             total = tl.dot(weight.to(KIND.mix_type), h.to(KIND.mix_type), total, input_precision="ieee")
         total += tl.load(projection.bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
-        at = projection.hoisted_ptr + row.to(tl.int64)[None, :] * outputs + n[:, None]
+        at = projection.precomputed_ptr + row.to(tl.int64)[None, :] * outputs + n[:, None]
         tl.store(at, total, mask=(n < outputs)[:, None] & (row < rows)[None, :])
 
 
@@ -188,9 +188,9 @@ def _mixed(
     PARTS: tl.constexpr, BLOCK_S: tl.constexpr, MIX_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Outputs j of one part, the product with h included: fp32 [BLOCK_J, DOT_ROWS]. row, state_row int64 [DOT_ROWS]: of the
-    hoisted products, and of the state before (-1: it is 0)."""
+    precomputed products, and of the state before (-1: it is 0)."""
     rank = head.rank
-    at = projection.hoisted_ptr + row[None, :] * (PARTS * rank) + (part * rank + j)[:, None]
+    at = projection.precomputed_ptr + row[None, :] * (PARTS * rank) + (part * rank + j)[:, None]
     total = tl.load(at, mask=(j < rank)[:, None] & live[None, :], other=0.0, volatile=True)
     weight_rows = projection.weight_ptr + (part * rank + j).to(tl.int64)[:, None] * projection.stride_weight
     for first in range(0, rank, BLOCK_S):

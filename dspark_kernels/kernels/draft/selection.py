@@ -1,8 +1,8 @@
 """The C best of a row of logits, as ids in ascending order, without sorting the row.
 
-A part of a row: the key of the largest logit of each sub-block, one pass over the logits. Then the last part to arrive: the C largest
-sub-blocks hold the C largest logits (each has one at least as large as any in another sub-block), so C * GROUP logits are read again
-and the C largest kept; ties go to the lowest ids. Symbols: V vocabulary, C candidates, sub-block = GROUP ids. Reference:
+A part of a row: the key of the largest logit of each sub-block, one pass over the logits. Then the last part to arrive: the C
+largest sub-blocks hold the C largest logits (each has one at least as large as any in another sub-block), so C * GROUP logits are
+read again and the C largest kept; ties go to the lowest ids. Symbols: V vocabulary, C candidates, sub-block = GROUP ids. Reference:
 reference/candidates.py.
 """
 

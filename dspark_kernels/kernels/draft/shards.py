@@ -2,7 +2,7 @@
 
 x_k = argmax over ranks of argmax_{v of the rank} key_k(v), key and logits as in kernels/draft/dense.py; lse_k from the (maximum,
 sum of exponentials) pairs of all ranks' sub-blocks of 64 ids. Symbols: R requests, K positions, W ids of a shard, r rank of the
-head, S state slots, N ranks, U sub-blocks that a shard can touch. Ids, sub-blocks and noise lanes are global, so that the word of
+head, S request slots, N ranks, U sub-blocks that a shard can touch. Ids, sub-blocks and noise lanes are global, so that the word of
 an id does not depend on which rank has it. Reference: the op on the whole vocabulary (reference/draft.py). Source: DSpark, arXiv
 2607.05147.
 
@@ -42,7 +42,7 @@ from .tile import (
 )
 
 FINITE = tl.constexpr(256)  # a finite logit was seen; beside the bits of `flags`
-PHASES = tl.constexpr(3)  # of a part: hoisted products, latents, vocabulary
+PHASES = tl.constexpr(3)  # of a part: precomputed products, latents, vocabulary
 
 
 class ShardOutputs(NamedTuple):
@@ -313,7 +313,8 @@ def draft_partial_kernel(
     OPTIONS: tl.constexpr,  # ShardOptions
     TILE: tl.constexpr,  # BlockTile
 ):  # fmt: skip
-    """Position k on this rank's ids start .. start + held - 1; ids from first_sub_block * SUB_BLOCK on are walked, others are masked.
+    """Position k on this rank's ids start .. start + held - 1; ids from first_sub_block * SUB_BLOCK on are walked, others are
+    masked.
 
     A launch runs the phases [first_phase, end_phase) of PHASES; the first two are those of latents. The records are made in the
     call: a variable would hold a stride of 1 as a number that the compiler does not know.

@@ -2,7 +2,7 @@
 
 key = logit / T - log E (greedy: the logit), the sums of exponentials of sub-blocks of 64 ids, and the best key so far. What does
 not depend on the tile, a request's settings and the latents of the position, is loaded before the first one. Symbols: R requests,
-K positions, V vocabulary of the head, S state slots. Reference: reference/draft.py.
+K positions, V vocabulary of the head, S request slots. Reference: reference/draft.py.
 """
 
 from typing import Any, NamedTuple

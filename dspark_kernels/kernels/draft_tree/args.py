@@ -1,6 +1,6 @@
 """Records that the kernels of draft trees take. Needs no Triton: ops build them, or a kernel builds them from its arguments.
 
-Heads, hidden states and base logits are the records of kernels/draft/args.py. Symbols: R requests, S state slots, K positions, M
+Heads, hidden states and base logits are the records of kernels/draft/args.py. Symbols: R requests, S request slots, K positions, M
 nodes, V vocabulary, F nodes of a depth at most, B children of each at most, C candidates, r rank, H hidden size, O outputs of a
 gated (r) or rnn (3 r) head, L vocabulary blocks of 1024 ids, NODES nodes padded. None where a call has no such thing.
 """
@@ -13,7 +13,7 @@ from ..args import Adjustments, Pointer
 
 
 class TreeState(NamedTuple):
-    """What a request of a static tree brings, by state slot; budgets by request."""
+    """What a request of a static tree brings, by request slot; budgets by request."""
 
     anchors_ptr: Pointer | None  # int [S]
     stride_anchors: int
@@ -111,7 +111,7 @@ class TreeTile(NamedTuple):
 
 
 class PathState(NamedTuple):
-    """What a request of a tree of paths brings, by state slot; budgets by request."""
+    """What a request of a tree of paths brings, by request slot; budgets by request."""
 
     anchors_ptr: Pointer  # int [S]
     stride_anchors: int

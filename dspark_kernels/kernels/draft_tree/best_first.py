@@ -3,7 +3,7 @@
     survival(child) = survival(node) c(node) q(child | node),  q = softmax over the C best of (base + bias(node's token)) / T
 
 Without a head q is the same after every node of a depth, and may be that of the whole vocabulary: of its children M - 1 are enough
-then. Symbols: R requests, K positions, V vocabulary, C candidates, M nodes, r rank, H hidden size, S state slots, U sub-blocks of
+then. Symbols: R requests, K positions, V vocabulary, C candidates, M nodes, r rank, H hidden size, S request slots, U sub-blocks of
 GROUP ids, block = 1024 ids. Reference: reference/tree_draft.py. Source: DSpark, arXiv 2607.05147.
 
 As in candidates.py: a part of a row keeps the key of the largest logit of each sub-block, the last part of a row keeps its C best,

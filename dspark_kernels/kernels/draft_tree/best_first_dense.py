@@ -2,8 +2,8 @@
 
     survival(child) = survival(node) c(node) q(child | node),  q = softmax of (base + bias(node's token)) / T
 
-Symbols: R requests, S state slots, K positions, V vocabulary, M nodes, r rank, H hidden size, sub-block = 256 ids, group = 32 ids,
-row = a node of the depth at hand. Reference: reference/tree_draft.py. Source: DSpark, arXiv 2607.05147.
+Symbols: R requests, S request slots, K positions, V vocabulary, M nodes, r rank, H hidden size, sub-block = 256 ids, group = 32
+ids, row = a node of the depth at hand. Reference: reference/tree_draft.py. Source: DSpark, arXiv 2607.05147.
 
 Depth by depth, in two phases. A sweep: items are parts of the vocabulary; each reads its part of W2 once, for all nodes of the
 depth that are among the best so far, and keeps the maximum and the integer sum of exponentials of every sub-block and the maximum
@@ -132,7 +132,7 @@ def _sweep(
     size, part, parts, row_ptr, head, latent, own, sub_block_max_ptr, sub_block_sumexp_ptr, groups_ptr, stride_groups, scale, vocab,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Units and groups of one part of the vocabulary, for all rows of the depth."""
+    """Sub-blocks and groups of one part of the vocabulary, for all rows of the depth."""
     sub_blocks = tl.cdiv(vocab, TREE_SUB_BLOCK)
     for sub_block in range(part * sub_blocks // parts, (part + 1) * sub_blocks // parts):
         ids = sub_block * TREE_SUB_BLOCK + tl.arange(0, TREE_SUB_BLOCK)
@@ -227,12 +227,12 @@ def draft_paths_dense_kernel(
     confidence,  # NodeConfidence or None
     out,  # PathTree
     ticket_ptr,  # int32 [1], zero before and after
-    counters,  # WaveCounters
+    counters,  # PhaseCounters
     depths,  # DepthScratch
     rows_of,  # RowScratch
     num_requests, num_slots, num_drafts, num_nodes, vocab, stride_groups, latent_items, parts,
     ADVANCE: tl.constexpr,
-    TILE: tl.constexpr,  # WaveTile
+    TILE: tl.constexpr,  # PhaseTile
 ):  # fmt: skip
     NODES: tl.constexpr = TILE.NODES
     stride_anchors = state.stride_anchors

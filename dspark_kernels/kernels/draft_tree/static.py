@@ -4,7 +4,7 @@
     without_replacement  the best keys logit / T - ln E of one race per row
     iid                  draws in two races: block by its sum of exponentials, then id inside it (kernels/draft_tree/append.py)
 
-Symbols: R requests, S state slots, M nodes, V vocabulary, block = 1024 ids, F nodes of a depth at most, B children of each.
+Symbols: R requests, S request slots, M nodes, V vocabulary, block = 1024 ids, F nodes of a depth at most, B children of each.
 Reference: reference/tree_draft.py. Sources: EAGLE arXiv 2401.15077, SpecInfer arXiv 2305.09781, Sequoia arXiv 2402.12374.
 
 Every depth is up to three phases (primitives/phases.py): latents of a gated or rnn head for its nodes; rows, an item = 16 (request,
@@ -247,7 +247,7 @@ def draft_tree_kernel(
         tiles += tl.cdiv(head.rank, TILE.BLOCK_J)
         # Products with hidden states.
         before += tl.cdiv(KIND.parts * head.rank, TILE.BLOCK_N) * tl.cdiv(num_requests * depths, DOT_ROWS)
-    hoisting = item < before
+    precomputing = item < before
     width = depth + first_width
     total = width
     groups = tl.cdiv(num_requests * width, DOT_ROWS)
@@ -260,7 +260,7 @@ def draft_tree_kernel(
     step = DepthStep(depth, width, _children_of(branching, depth), level)
     sizes = TreeSizes(num_requests, num_slots, num_nodes, vocab, chunks)
     if KIND.latent is not None:
-        if hoisting:
+        if precomputing:
             project_hidden_rows(
                 item, before, projection, head, hidden, num_requests * depths, depths, KIND, TILE.BLOCK_N, TILE.BLOCK_S
             )

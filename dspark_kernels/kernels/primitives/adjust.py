@@ -1,8 +1,8 @@
 """What a request asks to be done to a logit before temperature: penalties, additive bias, bit mask, in this order, in fp32.
 
 x = x / repetition (x > 0) or x * repetition, where the token is penalised or on the path; x -= frequency * n and, if n > 0,
-x -= presence, n = its count + occurrences on the path; x += bias; -inf where the mask has a 0. Symbols: S request slots, T penalised
-tokens of a slot, path = the drafts before a row. Reference: reference/sampling.py.
+x -= presence, n = its count + occurrences on the path; x += bias; -inf where the mask has a 0. Symbols: S request slots, T
+penalised tokens of a slot, path = the drafts before a row. Reference: reference/sampling.py.
 """
 
 import triton

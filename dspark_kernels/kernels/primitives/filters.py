@@ -285,7 +285,8 @@ def filter_row(LOAD: tl.constexpr, source, width, group_max_ptr, num_groups, gro
 @triton.jit
 def sums_in_support(LOAD: tl.constexpr, source, width, groups_ptr, num_reached, threshold, cut, block_max_ptr, block_sumexp_ptr,
                 num_blocks, scale, GROUP: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """Block sums of a row again, of the kept ids alone: a kept block's maximum is kept, so they stay relative to it. What a block showed stays.
+    """Block sums of a row again, of the kept ids alone: a kept block's maximum is kept, so they stay relative to it. What a block
+    showed stays.
 
     groups_ptr, num_reached, threshold, cut: from `filter_row`. block_max_ptr fp32, block_sumexp_ptr int64 [num_blocks].
     """

@@ -6,8 +6,8 @@ import functools
 
 from ..arch import Arch
 
-# Latency of a program's start and end (ticket, layout, first load, fence, arrival), in units of a chunk of 8 KB that it streams while
-# its multiprocessor is full: 4 to 5 microseconds against 1. Modelled (bench/model), not measured on a GPU yet.
+# Latency of a program's start and end (ticket, layout, first load, fence, arrival), in units of a chunk of 8 KB that it streams
+# while its multiprocessor is full: 4 to 5 microseconds against 1. Modelled (bench/model), not measured on a GPU yet.
 START = 4
 
 REGISTERS, LANES = 65536, 32  # of a multiprocessor, of a warp
@@ -16,8 +16,8 @@ REGISTERS, LANES = 65536, 32  # of a multiprocessor, of a warp
 def steps(arch: Arch, num_warps: int, max_registers: int | None, groups: int, chunks: int) -> int:
     """Chunks of an item, for `groups` row groups of a batch, of `chunks` chunks each. Results do not depend on it.
 
-    Few items fit into one round of resident programs; many short ones spend their time on starts, and of long ones the last round is
-    the longer.
+    Few items fit into one round of resident programs; many short ones spend their time on starts, and of long ones the last round
+    is the longer.
     """
     if arch.vendor == "interpreter":
         return min(2, chunks)  # tests see more than one, and a last item with fewer

@@ -10,9 +10,9 @@ from .items import steps
 
 @dataclasses.dataclass(frozen=True)
 class TreeConfig:
-    """group x chunk: nodes x blocks of 1024 ids of a chunk, which is worked on at once; more than one node only where a chunk covers
-    whole rows. tile x span: blocks at once x steps of an item of a sweep. max_registers: per thread, None = the compiler's choice.
-    steps: chunks of a work item of the first phase, one after the other.
+    """group x chunk: nodes x blocks of 1024 ids of a chunk, which is worked on at once; more than one node only where a chunk
+    covers whole rows. tile x span: blocks at once x steps of an item of a sweep. max_registers: per thread, None = the compiler's
+    choice. steps: chunks of a work item of the first phase, one after the other.
     """
 
     group: int

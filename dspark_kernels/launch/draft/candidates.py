@@ -52,7 +52,7 @@ def parts(arch: Arch, rows: int, chunks: int) -> int:
 def pick(
     arch: Arch, drafts: int, vocab: int, candidates: int, successors: int, rank: int, weights: str, outputs: int, settings: bool
 ) -> CandidatesConfig:
-    """The configuration for the C best of `vocab` ids and `listed` successors. Not measured on a GPU yet.
+    """The configuration for the C best of `vocab` ids and `successors` more. Not measured on a GPU yet.
 
     weights: dtype of W2. outputs: rows of the weights of a gated or rnn head, else 0. settings: whether there are penalties, bias,
     mask, filters or an id map. Nothing here may depend on the batch, because these blocks decide the order of sums over ranks of

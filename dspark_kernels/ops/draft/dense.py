@@ -426,7 +426,7 @@ def projection_record(head: MixedHead, hidden, head_state, products: int, latent
         stride_weight=head.mix_weight.stride(0),
         hidden_column=hidden_column,
         w1_column=w1_column,
-        hoisted_ptr=precomputed,
+        precomputed_ptr=precomputed,
         latent_ptr=latent,
         state_ptr=state,
         carried_ptr=head_state,
