@@ -21,6 +21,8 @@ from bench.shared.cases.layout import Schedule
 from bench.shared.cases.registry import registry
 from bench.shared.cases.trees import AcceptTrees, Compact, DraftTrees
 from bench.shared.offline import calls
+from dspark_kernels.launch import arch as archs
+from dspark_kernels.launch.accept import chain as accept_launch
 
 
 class Kernel(NamedTuple):
@@ -53,8 +55,9 @@ def _case(op: str, name: str, spec, otherwise: Target | None = None) -> Case:
     return Case(op, name, spec, _target(op, spec, otherwise))
 
 
-# --- acceptance: an item = GROUP rows x CHUNK blocks of 1024 ids ------------------------------------------------------
+# --- acceptance: an item = `steps` chunks, a chunk = GROUP rows x CHUNK blocks of 1024 ids ----------------------------
 
+H200, _BLOCKS = archs.KNOWN["sm_90"], -(-VOCAB // 1024)
 _MERGED_ROW = Steps(l2=5, fences=1, atomics=1, barriers=17, instructions=400)
 _DRAWN = Steps(l2=11, barriers=17, instructions=1750)
 _END = {
@@ -71,8 +74,9 @@ def _accept(kind: str, requests: int) -> Kernel:
     after = (Phase(_MERGED_ROW), Phase(_END[kind]))
     apart = 0
     if kind == "dense":
-        # As many items as a row has, for the one row of a request that may need a residual.
-        apart = requests * 38
+        # The items of a second-phase row, for the one row of a request that may need a residual.
+        config = accept_launch.pick(H200, requests, _BLOCKS, DRAFTS, 1, heavy=False)
+        apart = requests * -(-_BLOCKS // (config.group * config.chunk * config.span))
         after = (Phase(_RESIDUAL, programs=apart), *after)
     return Kernel(
         _case("accept_chain", f"{kind}_r{requests}", spec, Target(floors=1.25) if requests >= 32 else None),
