@@ -29,6 +29,6 @@ def steps(arch: Arch, num_warps: int, max_registers: int | None, groups: int, ch
 def _steps(programs: int, groups: int, chunks: int) -> int:
     def time(count):
         rounds = -(-groups * -(-chunks // count) // programs)
-        return rounds * (START + count) + count / 2
+        return rounds * (START + count) + count
 
     return min(range(1, chunks + 1), key=time)
