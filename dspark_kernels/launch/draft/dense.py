@@ -82,3 +82,10 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
         native_fp8=native,
         **tuned,
     )
+
+
+def decode_fp8(config: DraftConfig, one_tile: bool) -> tuple[str, DraftConfig]:
+    """(how W2 in fp8 is widened, the configuration for it): decoding by bits takes the registers of a third stage (sm_80)."""
+    if config.native_fp8:
+        return "fp8_by_cast", config
+    return "fp8_by_bits", config if one_tile else dataclasses.replace(config, num_stages=min(config.num_stages, 2))

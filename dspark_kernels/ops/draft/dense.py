@@ -336,7 +336,7 @@ def _draft_block(a: Arguments):
     ranks = draft_launch.ranks_per_dot(rank, a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts)
     config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
     if widening == "fp8":
-        widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
+        widening, config = draft_launch.decode_fp8(config, one_tile)
 
     counters, take = workspaces.Carver(a.counters), workspaces.Carver(a.scratch).take
     barrier = counters.take(2 * workspaces.RESERVED, torch.int32)

@@ -99,7 +99,7 @@ def draft_block_partial(a: PartialArguments):
     if a.head.mix_weight is not None and gpu.vendor == "amd":
         config = dataclasses.replace(config, num_stages=1)  # with more, an rnn head with settings spills on gfx950
     if widening == "fp8":
-        widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
+        widening, config = draft_launch.decode_fp8(config, one_tile)
     take = workspaces.Carver(a.scratch).take
     kind, projection, mix_type = projection_record(a.head, a.hidden, a.head_state, rows, rows, 2 * rows, dot_type, take)
     best, seen = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
