@@ -92,15 +92,6 @@ class ShardedDraft(NamedTuple):
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-class Anchors(NamedTuple):
-    """The next round's anchors and their positions, int64 or int32 [S], advanced in place; or None."""
-
-    ids_ptr: Pointer | None
-    stride_ids: int
-    positions_ptr: Pointer | None
-    stride_positions: int
-
-
 class Outputs(NamedTuple):
     """The fields of Acceptance: tokens int64 [R, K + 1] (of a tree [R, M]), the others [R], commit_mask [N_max]."""
 
@@ -113,7 +104,10 @@ class Outputs(NamedTuple):
     commit_ptr: Pointer
     flags_ptr: Pointer
     log_probs_ptr: Pointer | None  # fp32, as tokens
-    anchors: Anchors
+    anchors_ptr: Pointer | None  # the next round's anchors, int64 or int32 [S], advanced in place
+    stride_anchors: int
+    anchor_positions_ptr: Pointer | None  # and their positions
+    stride_anchor_positions: int
 
 
 class TreeOutputs(NamedTuple):

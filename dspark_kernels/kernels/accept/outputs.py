@@ -165,11 +165,10 @@ def write_outputs(
     tl.store(outputs.next_token_ptr + request, token)
     last_row = tl.load(layout.logits_indices_ptr + view.row0 + accepted)
     tl.store(outputs.last_row_ptr + request, last_row)
-    anchors = outputs.anchors
-    if anchors.ids_ptr is not None:
-        tl.store(anchors.ids_ptr + view.slot * anchors.stride_ids, token)
-    if anchors.positions_ptr is not None:
-        tl.store(anchors.positions_ptr + view.slot * anchors.stride_positions, known.anchor + accepted + 1)
+    if outputs.anchors_ptr is not None:
+        tl.store(outputs.anchors_ptr + view.slot * outputs.stride_anchors, token)
+    if outputs.anchor_positions_ptr is not None:
+        tl.store(outputs.anchor_positions_ptr + view.slot * outputs.stride_anchor_positions, known.anchor + accepted + 1)
     _commit(outputs.commit_ptr, layout.query_start_ptr, request, sizes.num_requests, last_row, sizes.num_forward, 128)
 
 

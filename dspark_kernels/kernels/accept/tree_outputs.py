@@ -55,11 +55,10 @@ def write_outputs(
     tl.store(out.last_row_ptr + request, pick(forward, last, i))
     tl.store(out.flags_ptr + request, flags)
     root = pick(forward, 0, i)
-    anchors = out.anchors
-    if anchors.ids_ptr is not None:
-        tl.store(anchors.ids_ptr + view.slot * anchors.stride_ids, token)
-    if anchors.positions_ptr is not None:
-        where = anchors.positions_ptr + view.slot * anchors.stride_positions
+    if out.anchors_ptr is not None:
+        tl.store(out.anchors_ptr + view.slot * out.stride_anchors, token)
+    if out.anchor_positions_ptr is not None:
+        where = out.anchor_positions_ptr + view.slot * out.stride_anchor_positions
         tl.store(where, tl.load(layout.positions_ptr + root) + accepted + 1)
     # Rows before the anchor's are a prompt's and stay; rows of nodes that are not on the path go.
     tl.store(out.commit_ptr + forward, kept, mask=i <= length)

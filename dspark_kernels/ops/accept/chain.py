@@ -15,7 +15,6 @@ from torch import Tensor
 from ... import library, workspace as workspaces
 from ...checks import check_choice, check_tensor, check_type
 from ...kernels.accept.args import (
-    Anchors,
     BlockPartials,
     ChainCounters,
     ChainScratch,
@@ -282,7 +281,7 @@ def _accept_chain(a: Arguments):
             a.state_indices,
             Outputs(
                 *a.emitted, a.commit_mask, a.flags,
-                a.log_probs, Anchors(a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0)),
+                a.log_probs, a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0),
             ),
             arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
             MapProgress(map_progress, map_progress[1:]) if kind == "mapped" else None,

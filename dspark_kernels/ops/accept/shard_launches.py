@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...kernels.accept.args import (
-    Anchors,
     ArrivingRows,
     Cut,
     DraftShard,
@@ -281,7 +280,7 @@ def accept_finish(a: FinishArguments):
             a.state_indices,
             Outputs(
                 *a.emitted, a.commit_mask, a.flags, None,
-                Anchors(a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0)),
+                a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0),
             ),
             _stats(workspaces.Carver(a.scratch).take, requests, drafts),
             requests, a.slots, a.rows, a.commit_mask.shape[0], drafts, shard.count, call.blocks, shard.vocab,

@@ -14,7 +14,6 @@ from torch import Tensor
 from ... import library, workspace as workspaces
 from ...checks import check_choice, check_tensor, check_type
 from ...kernels.accept.args import (
-    Anchors,
     BlockPartials,
     DenseDraft,
     FilterScratch,
@@ -281,7 +280,7 @@ def _accept_tree(a: Arguments):
             TreeOutputs(
                 Outputs(
                     *a.emitted, a.commit_mask, a.flags,
-                    a.log_probs, Anchors(a.anchors, _stride(a.anchors), a.anchor_positions, _stride(a.anchor_positions)),
+                    a.log_probs, a.anchors, _stride(a.anchors), a.anchor_positions, _stride(a.anchor_positions),
                 ),
                 a.path,
                 a.kv_source,
