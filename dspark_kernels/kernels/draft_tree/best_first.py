@@ -141,9 +141,10 @@ def _expand(
         whole_top, whole, words, _ = merge_blocks(
             blocks.max_ptr, blocks.sumexp_ptr, row + one, tl.cdiv(sizes.vocab, VOCAB_BLOCK), scale, TILE.BLOCKS
         )  # fmt: skip
-        finite += tl.max((words & SAW_FINITE) >> 60, axis=1).to(tl.int32)
-        top = whole_top + tl.zeros([NODES], tl.float32)
-        sumexp = whole + tl.zeros([NODES], tl.int64)
+        # By way of scalars, which have no layout: that of the blocks would give every warp all rows.
+        finite += tl.max(tl.max((words & SAW_FINITE) >> 60, axis=1), axis=0).to(tl.int32)
+        top = tl.max(whole_top, axis=0) + tl.zeros([NODES], tl.float32)
+        sumexp = tl.max(whole, axis=0) + tl.zeros([NODES], tl.int64)
     flags = nan | tl.where(some_nan > 0, NAN, 0) | tl.where(finite > 0, 0, NONFINITE_ROW)
     tl.store(kept_ptr + SEEN * NODES + i, flags, mask=live)
     if confidence is not None:

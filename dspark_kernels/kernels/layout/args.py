@@ -115,6 +115,14 @@ class ScheduleStrides(NamedTuple):
     block_tables: int
 
 
+class StepCosts(NamedTuple):
+    """What a step costs by its rows."""
+
+    seconds_ptr: Pointer | None  # fp32
+    last: int  # index of the last entry
+    slope: int  # int64, what an entry beyond it adds
+
+
 class ScheduleTile(NamedTuple):
     """Padded sizes of a schedule, one constexpr."""
 

@@ -19,40 +19,56 @@ def read_requests(r, inputs, stride_anchors, num_requests, num_slots, num_rows):
 
     inputs: LayoutInputs. A prompt longer than all rows there are counts as one row longer, which is as much too long.
     """
-    slots = state_slots(inputs.slots_ptr, r, num_requests, num_slots)
-    live = slots >= 0
+    # Per request, not per slot: these loads need not wait for the slots.
+    batch = r < num_requests
     prompt = tl.zeros(r.shape, tl.int32)
     if inputs.prefill_ptr is not None:
-        prompt = tl.load(inputs.prefill_ptr + r, mask=live, other=0)
-        prompt = tl.minimum(tl.maximum(prompt, 0), num_rows + 1).to(tl.int32)
-    emits = live
+        prompt = tl.load(inputs.prefill_ptr + r, mask=batch, other=0)
+    emits = batch
     if inputs.emits_ptr is not None:
-        emits = tl.load(inputs.emits_ptr + r, mask=live, other=0).to(tl.int32) != 0
+        emits = tl.load(inputs.emits_ptr + r, mask=batch, other=0)
+    slots = state_slots(inputs.slots_ptr, r, num_requests, num_slots)
+    live = slots >= 0
     anchor = tl.load(inputs.anchors_ptr + slots * stride_anchors, mask=live, other=0).to(tl.int64)
+    if inputs.prefill_ptr is not None:
+        prompt = tl.where(live, tl.minimum(tl.maximum(prompt, 0), num_rows + 1).to(tl.int32), 0)
+    emits = live & (emits.to(tl.int32) != 0)
     flags = tl.where((anchor < 0) & (prompt == 0), BAD_TOKEN_ID, 0)
     return slots, prompt, emits, flags
 
 
 @triton.jit
-def _made(drafts_ptr, slots, k, num_drafts, stride_ds, made):
-    here = tl.where(k < num_drafts, slots, -1)
-    token = tl.load(drafts_ptr + here * stride_ds + k, mask=here >= 0, other=0)
-    return tl.where(token < 0, k, made)
+def _draft(drafts_ptr, slots, k, num_drafts, stride_ds):
+    """Token k, or beyond the last draft that one's: a condition per load would have them wait for one another."""
+    here = tl.where(num_drafts > 0, slots, -1)
+    return tl.load(drafts_ptr + here * stride_ds + tl.minimum(k, num_drafts - 1), mask=here >= 0, other=0)
 
 
 @triton.jit
-def made_drafts(drafts_ptr, slots, num_drafts, stride_ds, DRAFTS: tl.constexpr, UNROLL: tl.constexpr = True):
-    """How many drafts come before the first below 0, which was never made: nothing from there on can be verified.
+def read_drafts(drafts_ptr, slots, num_drafts, stride_ds, DRAFTS: tl.constexpr):
+    """Each draft's tokens, [REQUESTS]."""
+    tokens = ()
+    for k in tl.static_range(DRAFTS):
+        tokens += (_draft(drafts_ptr, slots, k, num_drafts, stride_ds),)
+    return tokens
 
-    UNROLL: all loads at once, which takes registers for each.
-    """
+
+@triton.jit
+def first_missing(tokens, slots, num_drafts, DRAFTS: tl.constexpr):
+    """How many drafts come before the first below 0, which was never made: nothing from there on can be verified."""
     made = tl.where(slots >= 0, num_drafts, 0)
-    if UNROLL:
-        for back in tl.static_range(DRAFTS):
-            made = _made(drafts_ptr, slots, DRAFTS - 1 - back, num_drafts, stride_ds, made)
-    else:
-        for back in range(num_drafts):
-            made = _made(drafts_ptr, slots, num_drafts - 1 - back, num_drafts, stride_ds, made)
+    for back in tl.static_range(DRAFTS):
+        made = tl.where(tokens[DRAFTS - 1 - back] < 0, DRAFTS - 1 - back, made)
+    return made
+
+
+@triton.jit
+def made_drafts(drafts_ptr, slots, num_drafts, stride_ds):
+    """The same without registers for every draft."""
+    made = tl.where(slots >= 0, num_drafts, 0)
+    for back in range(num_drafts):
+        k = num_drafts - 1 - back
+        made = tl.where(_draft(drafts_ptr, slots, k, num_drafts, stride_ds) < 0, k, made)
     return made
 
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import MISSING_DRAFT, NAN
-from .args import AnchorRows, BlockTables, Depths, Drafts, ScheduleTile
-from .rows import fixed_rows, made_drafts, read_requests, write_rows
+from .args import AnchorRows, BlockTables, Depths, Drafts, ScheduleTile, StepCosts
+from .rows import first_missing, fixed_rows, made_drafts, read_drafts, read_requests, write_rows
 
 SURVIVAL_ONE = tl.constexpr(1 << 24)
 FORCED = tl.constexpr(1 << 25)
@@ -38,29 +38,50 @@ def _cost_units(seconds):
 
 
 @triton.jit
-def _entry(table_ptr, last, index):
-    """Entry `index` int64, beyond the table on the line through its last two measured entries, which never falls."""
-    at_end = _cost_units(tl.load(table_ptr + last)).to(tl.int64)
-    slope = tl.maximum(at_end - _cost_units(tl.load(table_ptr + tl.maximum(last - 1, 0))).to(tl.int64), 0)
-    slope = tl.where(last >= 2, slope, 0)  # entry 0 is no measurement
+def _slope(table_ptr, last):
+    """What an entry beyond the table adds, int64: a line through its last two measured entries, which never falls."""
+    at_end = tl.load(table_ptr + last)
+    before = tl.load(table_ptr + tl.maximum(last - 1, 0))
+    slope = tl.maximum(_cost_units(at_end).to(tl.int64) - _cost_units(before).to(tl.int64), 0)
+    return tl.where(last >= 2, slope, 0)  # entry 0 is no measurement
+
+
+@triton.jit
+def _entry(table_ptr, last, slope, index):
+    """Entry `index` int64, beyond the table by its slope."""
     beyond = tl.maximum(index - last, 0)
     inside = _cost_units(tl.load(table_ptr + tl.minimum(index, last))).to(tl.int64)
     return tl.minimum(inside + beyond * slope, COST_LIMIT)
 
 
 @triton.jit
-def _step_cost(seconds_ptr, last, drafting_cost, rows):
-    return tl.minimum(_entry(seconds_ptr, last, rows) + drafting_cost, COST_LIMIT)
+def _step_cost(costs, drafting_cost, rows):
+    """costs: StepCosts."""
+    return tl.minimum(_entry(costs.seconds_ptr, costs.last, costs.slope, rows) + drafting_cost, COST_LIMIT)
 
 
 # --- values and their order -------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _value(confidence_ptr, slots, limits, i, num_drafts, min_len, least, stride_cs, product):
+def _confidence(confidence_ptr, slots, i, num_drafts, stride_cs):
+    """Of draft i, or beyond the last of that: a condition per load would have them wait for one another."""
+    here = tl.where(num_drafts > 0, slots, -1)
+    return tl.load(confidence_ptr + here * stride_cs + tl.minimum(i, num_drafts - 1), mask=here >= 0, other=0.0)
+
+
+@triton.jit
+def _confidences(confidence_ptr, slots, num_drafts, stride_cs, DRAFTS: tl.constexpr):
+    """Of each draft, [REQUESTS]."""
+    loaded = ()
+    for i in tl.static_range(DRAFTS):
+        loaded += (_confidence(confidence_ptr, slots, i, num_drafts, stride_cs),)
+    return loaded
+
+
+@triton.jit
+def _value(confidence, limits, i, min_len, least, product):
     """Of draft i of every request [REQUESTS]: (the product of confidences so far, its value, survival int32, NaN flag)."""
-    here = tl.where(i < num_drafts, slots, -1)
-    confidence = tl.load(confidence_ptr + here * stride_cs + i, mask=here >= 0, other=0.0)
     nan = tl.where(confidence != confidence, NAN, 0)
     confidence = tl.where(confidence > 0.0, confidence, 0.0)  # NaN, too
     product = product * tl.where(confidence < 1.0, confidence, 1.0)
@@ -72,12 +93,13 @@ def _value(confidence_ptr, slots, limits, i, num_drafts, min_len, least, stride_
 
 @triton.jit
 def _read_values(
-    confidence_ptr, slots, limits, num_drafts, min_len, least, stride_cs, stored_ptr, tiles,
+    confidences, confidence_ptr, slots, limits, num_drafts, min_len, least, stride_cs, stored_ptr, tiles,
     REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, SORT: tl.constexpr,
 ):  # fmt: skip
     """(values int32 [SORT] in the order of index, how many there are, what the forced ones add to tau, NaN flag [REQUESTS]).
 
-    Where SORT does not cover all drafts their values are in `stored` instead.
+    confidences: what `_confidences` loaded. Where SORT does not cover all drafts they are loaded here, and their values are in
+    `stored` instead.
     """
     r = tl.arange(0, REQUESTS)
     product = tl.full([REQUESTS], 1.0, tl.float32)
@@ -88,7 +110,7 @@ def _read_values(
         k = tl.arange(0, DRAFTS)[:, None]
         tile = tl.zeros([DRAFTS, REQUESTS], tl.int32)
         for i in tl.static_range(DRAFTS):
-            product, value, survival, bad = _value(confidence_ptr, slots, limits, i, num_drafts, min_len, least, stride_cs, product)
+            product, value, survival, bad = _value(confidences[i], limits, i, min_len, least, product)
             tile = tl.where(k == i, value[None, :], tile)
             count += (value >= 0).to(tl.int32)
             forced_tau += tl.where(value == FORCED, survival, 0).to(tl.int64)
@@ -97,7 +119,8 @@ def _read_values(
     else:
         # Rows of padding are stored, too. (tiles is not known to the compiler, which therefore keeps the loop.)
         for i in range(tiles * SORT // REQUESTS):
-            product, value, survival, bad = _value(confidence_ptr, slots, limits, i, num_drafts, min_len, least, stride_cs, product)
+            confidence = _confidence(confidence_ptr, slots, i, num_drafts, stride_cs)
+            product, value, survival, bad = _value(confidence, limits, i, min_len, least, product)
             tl.store(stored_ptr + i * REQUESTS + r, value)
             count += (value >= 0).to(tl.int32)
             forced_tau += tl.where(value == FORCED, survival, 0).to(tl.int64)
@@ -264,7 +287,7 @@ def _better(tau, cost, number, other_tau, other_cost, other_number):
 
 @triton.jit
 def _number_of_drafts(
-    values, stored_ptr, gathered_ptr, tiles, total, forced_tau, tau, rows, seconds_ptr, last_cost, drafting_cost,
+    values, stored_ptr, gathered_ptr, tiles, total, forced_tau, tau, rows, costs, drafting_cost,
     BEST: tl.constexpr, SORT: tl.constexpr, LOG_SORT: tl.constexpr, LOG_DRAFTS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """(how many of the first `total` drafts to take, the value of the last of them): up to the first that does not raise
@@ -278,7 +301,7 @@ def _number_of_drafts(
     tau += forced_tau
     # Values of their own: the loop would not carry a name that holds another one's value before it (Triton up to 3.9).
     best_tau, best_number = tau + 0, forced + 0
-    best_cost = _step_cost(seconds_ptr, last_cost, drafting_cost, rows + forced)
+    best_cost = _step_cost(costs, drafting_cost, rows + forced)
     number = total
     first = total * 0
     last = first + ABOVE
@@ -301,13 +324,13 @@ def _number_of_drafts(
         tested = (n >= forced) & (n < total)
         gain = tl.where(tested, ranked, 0).to(tl.int64)
         after = tau + tl.cumsum(gain, axis=0)
-        cost_after = _step_cost(seconds_ptr, last_cost, drafting_cost, rows + n + 1)
+        cost_after = _step_cost(costs, drafting_cost, rows + n + 1)
         if BEST:
             fraction = tl.where(tested, after, 0), tl.where(tested, cost_after, 1), tl.where(tested, n + 1, 2147483647)
             found_tau, found_cost, found_number = tl.reduce(fraction, 0, _better)
             best_tau, best_cost, best_number = _better(best_tau, best_cost, best_number, found_tau, found_cost, found_number)
         else:
-            cost_before = _step_cost(seconds_ptr, last_cost, drafting_cost, rows + n)
+            cost_before = _step_cost(costs, drafting_cost, rows + n)
             fails = tested & (after * cost_before <= (after - gain) * cost_after)
             number = tl.minimum(number, tl.min(tl.where(fails, n, total), axis=0))
             if first < number:
@@ -344,14 +367,32 @@ def schedule_prefixes_kernel(
     SORT: tl.constexpr = TILE.SORT
     LOG_SORT: tl.constexpr = TILE.LOG_SORT
     r = tl.arange(0, REQUESTS)
+    # Tables need nothing else, so they are asked for first.
+    slope = tl.zeros((), tl.int64)
+    draft_slope = tl.zeros((), tl.int64)
+    if chosen_from.seconds_ptr is not None:
+        slope = _slope(chosen_from.seconds_ptr, last_cost)
+    if chosen_from.draft_seconds_ptr is not None:
+        draft_slope = _slope(chosen_from.draft_seconds_ptr, last_draft_cost)
+    costs = StepCosts(chosen_from.seconds_ptr, last_cost, slope)
     slots, prompt, emits, flags = read_requests(r, inputs, strides.anchors, num_requests, num_slots, num_rows)
+    # All that is read of a request, then a barrier: without one the compiler has each load wait where it is used.
+    tokens, confidences, older_confidences = (), (), ()
+    if SORT == REQUESTS * DRAFTS:
+        tokens = read_drafts(chosen_from.drafts_ptr, slots, num_drafts, strides.drafts, DRAFTS)
+        confidences = _confidences(chosen_from.confidence_ptr, slots, num_drafts, strides.confidence, DRAFTS)
+        if chosen_from.stale_ptr is not None:
+            older_confidences = _confidences(chosen_from.stale_ptr, slots, num_drafts, strides.stale, DRAFTS)
+        tl.debug_barrier()
+        made = first_missing(tokens, slots, num_drafts, DRAFTS)
+    else:
+        made = made_drafts(chosen_from.drafts_ptr, slots, num_drafts, strides.drafts)
     takes = (slots >= 0) & (prompt == 0) & (emits != 0)
     caps = tl.full([REQUESTS], max_len, tl.int32)
     if chosen_from.max_lens_ptr is not None:
-        caps = tl.load(chosen_from.max_lens_ptr + r, mask=takes, other=0)
+        caps = tl.load(chosen_from.max_lens_ptr + r, mask=slots >= 0, other=0)
         caps = tl.minimum(tl.maximum(caps, 0), num_drafts).to(tl.int32)
     caps = tl.where(takes, tl.minimum(caps, num_drafts), 0)
-    made = made_drafts(chosen_from.drafts_ptr, slots, num_drafts, strides.drafts, DRAFTS, SORT == REQUESTS * DRAFTS)
     flags |= tl.where(caps > made, MISSING_DRAFT, 0)
     # The step without drafts, and the cost of drafting, which is paid whatever is verified.
     rows = tl.sum(fixed_rows(slots, prompt).to(tl.int64), axis=0)
@@ -360,13 +401,12 @@ def schedule_prefixes_kernel(
     room = tl.maximum(num_rows - rows, 0).to(tl.int32)
     drafting_cost = tl.zeros_like(tau)
     if chosen_from.draft_seconds_ptr is not None:
-        drafting_cost = tl.where(
-            drafting > 0, _entry(chosen_from.draft_seconds_ptr, last_draft_cost, drafting.to(tl.int64)), 0
-        )  # fmt: skip
+        cost = _entry(chosen_from.draft_seconds_ptr, last_draft_cost, draft_slope, drafting.to(tl.int64))
+        drafting_cost = tl.where(drafting > 0, cost, 0)
     if chosen_from.seconds_ptr is not None:
         with_all = rows + drafting * num_drafts
-        cost_with_all = _step_cost(chosen_from.seconds_ptr, last_cost, drafting_cost, with_all)
-        cost_without = _step_cost(chosen_from.seconds_ptr, last_cost, drafting_cost, rows)
+        cost_with_all = _step_cost(costs, drafting_cost, with_all)
+        cost_without = _step_cost(costs, drafting_cost, rows)
         cheap = (bypass >= 1 << 20) & (drafting > 0) & (with_all <= num_rows)
         cheap = cheap & (cost_with_all * (1 << 20) <= cost_without * bypass)
         min_len = tl.where(cheap, num_drafts, min_len)
@@ -376,16 +416,17 @@ def schedule_prefixes_kernel(
     if chosen_from.stale_ptr is not None:
         # The number comes from older rounds alone: not even what this round's drafts are missing counts.
         older, older_count, forced_tau, nan = _read_values(
-            chosen_from.stale_ptr, slots, caps, num_drafts, min_len, least, strides.stale, scratch.older_ptr, tiles,
+            older_confidences, chosen_from.stale_ptr, slots, caps, num_drafts, min_len, least, strides.stale, scratch.older_ptr, tiles,
             REQUESTS, DRAFTS, SORT,
         )  # fmt: skip
         flags |= tl.where(takes, nan, 0)
         number, _ = _number_of_drafts(
             older, scratch.older_ptr, scratch.gathered_ptr, tiles, tl.minimum(older_count, room), forced_tau, tau, rows,
-            chosen_from.seconds_ptr, last_cost, drafting_cost, True, SORT, LOG_SORT,
+            costs, drafting_cost, True, SORT, LOG_SORT,
             TILE.LOG_DRAFTS, CANDIDATES,
         )  # fmt: skip
     values, count, forced_tau, nan = _read_values(
+        confidences,
         chosen_from.confidence_ptr,
         slots,
         tl.minimum(caps, made),
@@ -403,8 +444,7 @@ def schedule_prefixes_kernel(
     total = tl.minimum(count, room)
     if (chosen_from.stale_ptr is None) and (chosen_from.budget_ptr is None):
         number, value = _number_of_drafts(
-            values, scratch.stored_ptr, scratch.gathered_ptr, tiles, total, forced_tau, tau, rows, chosen_from.seconds_ptr,
-            last_cost, drafting_cost, False, SORT, LOG_SORT, TILE.LOG_DRAFTS, CANDIDATES,
+            values, scratch.stored_ptr, scratch.gathered_ptr, tiles, total, forced_tau, tau, rows, costs, drafting_cost, False, SORT, LOG_SORT, TILE.LOG_DRAFTS, CANDIDATES,
         )  # fmt: skip
     else:
         if chosen_from.budget_ptr is not None:
