@@ -120,7 +120,9 @@ def _draft(requests: int, sampled: bool) -> Kernel:
 # Two searches for a threshold; on bf16 logits of a normal distribution they take 5 and 4 steps.
 _SELECT = Steps(l2=4, fences=1, atomics=1, barriers=32 + 9 * 3, instructions=970 + 9 * 152)
 _POSITION = Steps(l2=3, barriers=15, instructions=470)
-_TREE_NODE = Steps(l2=8, barriers=88, instructions=1075)
+# A depth of a tree of paths: 8 dots over the rank, each of which waits for its rows of W2; where not all children fit, two steps of
+# a search (on logits of a normal distribution); some 6 loads one after another.
+_TREE_DEPTH = Steps(l2=14, barriers=52, instructions=2103)
 
 
 def _candidates(requests: int) -> Kernel:
@@ -138,7 +140,7 @@ def _draft_tree(requests: int) -> Kernel:
     return Kernel(
         _case("draft_tree", f"c64_r{requests}", spec), functools.partial(calls.draft_paths_call, requests, candidates=64),
         "logit", requests * DRAFTS * VOCAB, lambda c: c["BLOCK"], BF16,
-        (Phase(_SELECT, programs=requests * DRAFTS), Phase(_TREE_NODE.times(spec.nodes), programs=requests)),
+        (Phase(_SELECT, programs=requests * DRAFTS), Phase(_TREE_DEPTH.times(DRAFTS), programs=requests)),
     )  # fmt: skip
 
 
@@ -147,11 +149,13 @@ def _draft_tree(requests: int) -> Kernel:
 
 def _schedule(requests: int) -> Kernel:
     spec = Schedule(requests, "causal")
-    rounds = {1: 0, 64: 2, 256: 4}[requests]  # blocks of sorted keys that are gone through one after another
+    # Turns of the sort, of which the pass has one, and the tests of all ranks, which a batch without drafts would skip.
+    turn = Steps(barriers=2, instructions=145 if requests == 256 else 84).times({1: 0, 64: 20, 256: 22}[requests])
+    tests = Steps(l2=1, barriers=0 if requests == 1 else 11, instructions={1: 180, 64: 707, 256: 1515}[requests])
     return Kernel(
         _case("schedule_prefixes", f"causal_r{requests}", spec), functools.partial(calls.schedule_call, requests),
         "draft", requests * DRAFTS, lambda c: requests * DRAFTS, 1 << 20,
-        (Phase(Steps(l2=3, barriers=8, instructions=500).times(rounds)),), turns=1,
+        (Phase(turn), Phase(tests)), turns=1,
     )  # fmt: skip
 
 
