@@ -61,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if len(found) > 1 else 0
 
     rows, found = [], []
+    # Rows of cases that are gone go too.
+    others = [row for row in committed if not is_selected(row) and row["case"] in CASES.get(row["op"], ())]
+    kept = [row for row in committed if is_selected(row) and row["case"] in CASES.get(row["op"], ())]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max(1, options.jobs), mp_context=context) as pool:
         pending = {
@@ -75,12 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
                 found.append(f"{' '.join(pending[future])}: {type(error).__name__}: {error}")
                 continue
             rows += new
+            kept = [row for row in kept if (row["op"], row["arch"]) != pending[future]]
+            write(options.out, others + kept + rows)  # as they come: a run that is stopped keeps what it has
             for row in new:
                 print(" ".join(f"{row[name]:>{width}}" for name, width in _SHOWN.items()), flush=True)
                 found += problems(row)
-    # Rows of cases that are gone go too.
-    others = [row for row in committed if not is_selected(row) and row["case"] in CASES.get(row["op"], ())]
-    write(options.out, others + rows)
+    write(options.out, others + kept + rows)
     print("\n".join(found) or f"{len(rows)} launches: no spill, shared memory within limits", file=sys.stderr)
     return 1 if found else 0
 
