@@ -97,7 +97,7 @@ DRAFT = {
     "sm_86": ((4, 3, 1), (8, 3, 1)),
     "sm_89": ((4, 3, 1), (8, 3, 1)),
     "sm_90": ((4, 3, 2), (8, 3, 1)),
-    "sm_100": ((4, 3, 2), (8, 3, 1)),
+    "sm_100": ((8, 3, 1), (8, 3, 1)),
     "sm_120": ((4, 3, 1), (8, 3, 1)),
     "gfx942": ((4, 2, 1), (8, 1, 1)),
     "gfx950": ((4, 2, 1), (8, 2, 1)),
@@ -113,7 +113,9 @@ def test_the_tables_hold_what_was_chosen_before_there_were_tables():
             registers = 255 if known.vendor == "nvidia" else None
             assert schedule.pick(known, candidates, rows) == schedule.ScheduleConfig(block, sort, warps, registers)
     for known in arch.KNOWN.values():
-        assert [layout.pick(known, n) for n in (1, 512, 513)] == [layout.LayoutConfig(128, 4)] * 2 + [layout.LayoutConfig(256, 8)]
+        limit = 255 if known.vendor == "nvidia" else None
+        few, many = layout.LayoutConfig(128, 4, limit), layout.LayoutConfig(256, 8, limit)
+        assert [layout.pick(known, n) for n in (1, 512, 513)] == [few, few, many]
         plans = [attention.pick_plan(known, n) for n in (1, 128, 512, 513)]
         few = attention.PlanConfig(128, 8 if known.name == "sm_89" else 4)  # 4 warps have a stack there at 256 requests
         assert plans == [attention.PlanConfig(128, 4)] * 2 + [few, attention.PlanConfig(512, 16)]
@@ -162,6 +164,6 @@ def test_every_entry_has_its_reason():
 def test_a_trial_replaces_the_table_and_ends():
     before = layout.pick(SM_90, 64)
     with table.trial("layout", {"requests": 64}, {"block": 32, "num_warps": 2}):
-        assert layout.pick(SM_90, 3) == layout.pick(GFX942, 999) == layout.LayoutConfig(32, 2)
+        assert layout.pick(SM_90, 3) == layout.LayoutConfig(32, 2, 255) and layout.pick(GFX942, 999) == layout.LayoutConfig(32, 2)
         assert schedule.pick(SM_86, 512, 512).block == 256
     assert layout.pick(SM_90, 64) == before

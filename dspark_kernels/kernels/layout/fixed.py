@@ -65,26 +65,28 @@ def draft_layout_kernel(
     )  # fmt: skip
 
 
-def launch_fixed_layout(programs, args, *, log_requests, drafts, block, num_warps):
+def launch_fixed_layout(programs, args, *, log_requests, drafts, config):
     """Launch one program per `block` rows."""
     fixed_layout_kernel[(programs,)](
         *args,
         REQUESTS=1 << log_requests,
         LOG_REQUESTS=log_requests,
         DRAFTS=drafts,
-        BLOCK=block,
-        num_warps=num_warps,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
         enable_fp_fusion=False,
+        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
     )
 
 
-def launch_draft_layout(programs, args, *, log_requests, block, num_warps):
+def launch_draft_layout(programs, args, *, log_requests, config):
     """Launch one program per `block` rows."""
     draft_layout_kernel[(programs,)](
         *args,
         REQUESTS=1 << log_requests,
         LOG_REQUESTS=log_requests,
-        BLOCK=block,
-        num_warps=num_warps,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
         enable_fp_fusion=False,
+        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
     )

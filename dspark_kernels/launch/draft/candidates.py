@@ -72,7 +72,7 @@ def pick(
     # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
     # one reads logits while the other selects or walks; what needs more gets it (bench/compile).
     warps = 8 if arch.vendor == "nvidia" else 4
-    block = 4096 if arch.vendor == "amd" and settings else 8192
+    block = 4096 if settings else 8192
     plain, hopper = weights == "bfloat16", arch.family == "sm_90"
     narrow = plain or weights == "int8" or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
     capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
@@ -84,8 +84,12 @@ def pick(
 
 
 def list_config(arch: Arch, config: CandidatesConfig, adjusted: bool, mapped: bool) -> CandidatesConfig:
-    """For a rank's lists on vocabulary shards: smaller chunks where penalties and an id map both take registers."""
-    return dataclasses.replace(config, block=4096) if adjusted and mapped and arch.vendor != "interpreter" else config
+    """For a rank's lists on vocabulary shards: smaller chunks where penalties and an id map both take registers, and a few registers
+    more, with which rows of W2 are copied without a spill on sm_80."""
+    if arch.vendor == "interpreter":
+        return config
+    registers = None if config.max_registers is None else max(168, config.max_registers)
+    return dataclasses.replace(config, block=4096 if adjusted and mapped else config.block, max_registers=registers)
 
 
 def merge_config(arch: Arch, config: CandidatesConfig) -> CandidatesConfig:

@@ -336,11 +336,10 @@ def _fixed_layout(a: FixedArguments):
     device, given, packed = a.drafts.device, a.requests, a.packed
     kernels = library.kernels("layout.fixed", device)
     requests, rows = packed.draft_lens.shape[0], packed.token_ids.shape[0]
-    config = layout_launch.pick(arch.current(device), requests)
-    block = min(config.block, padded(rows))
+    config = layout_launch.pick(arch.current(device), requests, rows)
     max_pages, stride_pages = pages(given.block_tables)
     kernels.launch_fixed_layout(
-        -(-rows // block),
+        -(-rows // config.block),
         (
             a.lens, a.drafts, a.depths, given.inputs(), packed.outputs(),
             requests, a.drafts.shape[0], rows, a.drafts.shape[1], max_pages, a.page_size,
@@ -351,8 +350,7 @@ def _fixed_layout(a: FixedArguments):
         ),
         log_requests=(requests - 1).bit_length(),
         drafts=padded(a.drafts.shape[1]),
-        block=block,
-        num_warps=config.num_warps,
+        config=config,
     )  # fmt: skip
 
 
@@ -375,17 +373,15 @@ def _draft_layout(a: DraftArguments):
     device, packed = a.anchors.device, a.packed
     kernels = library.kernels("layout.fixed", device)
     requests, rows = packed.draft_lens.shape[0], packed.token_ids.shape[0]
-    config = layout_launch.pick(arch.current(device), requests)
-    block = min(config.block, padded(rows))
+    config = layout_launch.pick(arch.current(device), requests, rows)
     max_pages, stride_pages = pages(a.block_tables)
     kernels.launch_draft_layout(
-        -(-rows // block),
+        -(-rows // config.block),
         (
             Requests(a.anchors, a.anchor_positions, None, None, a.block_tables, a.state_indices).inputs(), packed.outputs(),
             requests, a.anchors.shape[0], rows, a.masks, max_pages, a.page_size, a.mask_token_id, a.silent_rows,
             DraftLayoutStrides(anchors=a.anchors.stride(0), positions=a.anchor_positions.stride(0), block_tables=stride_pages),
         ),
         log_requests=(requests - 1).bit_length(),
-        block=block,
-        num_warps=config.num_warps,
+        config=config,
     )  # fmt: skip
