@@ -72,7 +72,7 @@ def pick(
     # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
     # one reads logits while the other selects or walks; what needs more gets it (bench/compile).
     warps = 8 if arch.vendor == "nvidia" else 4
-    block = 4096 if settings else 8192
+    block = 4096 if settings and (arch.vendor == "amd" or arch.family == "sm_100") else 8192
     plain, hopper = weights == "bfloat16", arch.family == "sm_90"
     narrow = plain or weights == "int8" or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
     capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
