@@ -18,8 +18,18 @@ def rows_of(arch: str, op: str, compiled: bool, cases: list[str] | None = None, 
     return [row_of(arch, op, case, call, compiled, ir) for case, call in CASES[op].items() if cases is None or case in cases]
 
 
-# Bytes of spill code that are known: the search of filters beside tiles of 8 requests, on Blackwell.
-SPILLS = {("draft_block", "filtered_r64", "sm_100"): 272, ("draft_block", "filtered_r64", "sm_120"): 272}
+# Launches that keep registers in memory, and at most how many bytes (of stores, loads, or the stack): known, and to go.
+SPILLS = {
+    ("accept_tree", "traversal", "sm_120"): 52,
+    ("draft_block", "filtered_r64", "sm_100"): 328,
+    ("draft_block", "filtered_r64", "sm_120"): 164,
+    ("draft_block", "int8_r64", "gfx942"): 236,
+    ("draft_block", "int8_r64", "gfx950"): 152,
+    ("draft_block", "rnn_r64", "gfx950"): 36,
+    ("draft_candidates", "c64_adjusted", "sm_120"): 88,
+    ("draft_candidates", "c64_int8", "sm_120"): 8,
+    ("draft_candidates_partial", "c64_adjusted_map", "sm_100"): 144,
+}
 
 
 def problems(row: dict) -> list[str]:
