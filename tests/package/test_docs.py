@@ -205,9 +205,8 @@ def test_figures_are_those_of_the_reports():
     """What the README says in passing; the table of bench.decode is run again in test_bench_decode.py."""
     readme, page = _flat("README.md"), _flat("docs", "benchmarks.md")
     compiled = _rows("compile.csv")
-    spilling = [row for row in compiled if any(int(row[name]) for name in ("spill_stores", "spill_loads", "stack"))]
-    assert f"| {len(compiled) - len(spilling)} of {len(compiled)}, eight GPU architectures |" in readme
-    assert all(f"`{row['op']}` {row['case']} on {row['arch']}" in page for row in spilling)
+    assert not any(int(row[name]) for row in compiled for name in ("spill_stores", "spill_loads", "stack"))
+    assert f"| {len(compiled)} of {len(compiled)}, eight GPU architectures |" in readme
     assert f"{len(compiled)} launches of the ops in their default configurations ({len(compiled) // 8} cases" in page
 
     ops = ("draft_block", "schedule_prefixes", "accept_chain")

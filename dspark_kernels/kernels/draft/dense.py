@@ -208,7 +208,10 @@ def _draft_block(
             project_hidden(
                 projection, head, hidden, state.slots_ptr, num_requests, num_slots, num_drafts, sizes.first_draft, KIND, TILE
             )
-    for k in range(tl.maximum(first_phase - MIXED, 0) // STAGES, tl.cdiv(tl.minimum(end_phase, end_blocks) - MIXED, STAGES)):
+    begin = tl.maximum(first_phase - MIXED, 0) // STAGES
+    end = tl.cdiv(tl.minimum(end_phase, end_blocks) - MIXED, STAGES)
+    # Without hoisting: what one phase computes anew at every position would fill the registers of the others.
+    for k in tl.range(begin, end, num_stages=1, disable_licm=True):
         phase = MIXED + k * STAGES
         if phase > first_phase:
             grid_barrier(scratch.barrier_ptr)

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import FILTER_LIST, MAX_GROUP, NEG_INF, NO_ID, POS_INF, SUB_BLOCK, SUMEXP_ONE
+from ..primitives.exponential import log2_exponential_fast
 from ..primitives.filters import EVERYTHING, filter_is_on, filter_row, kept
-from ..primitives.philox import COUPLED, log2_exponential, words_at
+from ..primitives.philox import COUPLED, words_at
 from ..primitives.race import pack, unpack_id
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, fixed_sums, log2_scale
@@ -67,7 +68,7 @@ def filter_rows(k, state, map_ptr, support, out, scratch, sizes, OPTIONS: tl.con
     """Support, distribution and winner of position k."""
     num_requests, vocab, column = sizes.num_requests, sizes.vocab, sizes.column
     num_sub_blocks, num_groups = tl.cdiv(vocab, SUB_BLOCK), tl.cdiv(vocab, MAX_GROUP)
-    for request in range(tl.program_id(0), num_requests, tl.num_programs(0)):
+    for request in tl.range(tl.program_id(0), num_requests, tl.num_programs(0), num_stages=1, disable_licm=True):
         slot = tl.max(state_slots(state.slots_ptr, request + tl.arange(0, 1), num_requests, sizes.num_slots), axis=0)
         if slot >= 0:
             temperature = tl.load(state.temperature_ptr + slot)
@@ -121,7 +122,7 @@ def filter_rows(k, state, map_ptr, support, out, scratch, sizes, OPTIONS: tl.con
                             b, row_ptr, own_groups_ptr, reached, map_ptr, sizes.num_targets, vocab, threshold, cut
                         )
                         words = words_at(zeros + seed, tokens, zeros + position, zeros + anchor, OPTIONS.STREAM)
-                        key = x * scale - log2_exponential(words)
+                        key = tl.fma(x, scale, -log2_exponential_fast(words, OPTIONS.LOG2))
                         word = tl.maximum(word, tl.max(tl.where(keep, pack(key, tokens), NO_ID), axis=0))
                     tl.store(scratch.best_ptr + k * num_requests + request, word)
             tl.store(support.threshold_ptr + request, threshold)

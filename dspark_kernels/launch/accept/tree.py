@@ -30,7 +30,7 @@ def pick(arch: Arch, num_requests: int, num_blocks: int, num_nodes: int, sweeps:
     Items of the first phase are those of launch/accept/chain.py. A sweep has fewer and larger items, because all M - 1 possible
     sweeps are launched and most of them end at once. Its tile is smaller, because target and draft are in registers at the same
     time. With sweeps, items of several nodes spill on sm_80 (bench/compile). Settings that change logits take half as many elements
-    per thread and every register.
+    per thread and every register; on sm_120 the compiler would rather spill than give sweeps more than 128.
     """
     interpreted = arch.vendor == "interpreter"
     pairs = 16 if interpreted else 4
@@ -39,7 +39,7 @@ def pick(arch: Arch, num_requests: int, num_blocks: int, num_nodes: int, sweeps:
     group = min(pairs // chunk, 1 << (num_nodes - 1).bit_length()) if grouped else 1
     tile = min(pairs if interpreted else 2, 1 << (num_blocks - 1).bit_length())
     span = min(16 // tile, -(-num_blocks // tile))
-    limit = 255 if settings and arch.vendor == "nvidia" else None
+    limit = 255 if settings and arch.vendor == "nvidia" else 168 if sweeps and arch.family == "sm_120" else None
     warps = 8 if settings else 4
     chunks = steps(arch, warps, limit, num_requests * -(-num_nodes // group), -(-num_blocks // chunk))
     return TreeConfig(group, chunk, tile, span, num_warps=warps, max_registers=limit, steps=chunks)

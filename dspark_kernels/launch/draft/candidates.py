@@ -72,9 +72,13 @@ def pick(
     # 8 warps of 32 lanes, 4 of 64: the same work per lane. With at most 128 registers two programs share a multiprocessor, so that
     # one reads logits while the other selects or walks; what needs more gets it (bench/compile).
     warps = 8 if arch.vendor == "nvidia" else 4
-    block = 4096 if settings and (arch.vendor == "amd" or arch.family == "sm_100") else 8192
+    block = 4096 if settings and (arch.vendor == "amd" or arch.family in ("sm_100", "sm_120")) else 8192
     plain, hopper = weights == "bfloat16", arch.family == "sm_90"
-    narrow = plain or weights == "int8" or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
+    narrow = (
+        plain
+        or (weights == "int8" and arch.family != "sm_120")
+        or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
+    )
     capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
     most = 64 if capped and plain and hopper else 32 if capped else 64 if width < 32 else 128
     block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
@@ -89,7 +93,8 @@ def list_config(arch: Arch, config: CandidatesConfig, adjusted: bool, mapped: bo
     if arch.vendor == "interpreter":
         return config
     registers = None if config.max_registers is None else max(168, config.max_registers)
-    return dataclasses.replace(config, block=4096 if adjusted and mapped else config.block, max_registers=registers)
+    block = 2048 if arch.family == "sm_100" else 4096
+    return dataclasses.replace(config, block=block if adjusted and mapped else config.block, max_registers=registers)
 
 
 def merge_config(arch: Arch, config: CandidatesConfig) -> CandidatesConfig:

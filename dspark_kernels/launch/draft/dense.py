@@ -47,11 +47,14 @@ def is_one_tile(requests: int) -> bool:
     return requests <= 8
 
 
-def ranks_per_dot(rank: int, mixed: bool, widened: bool, adjusted: bool) -> int:
-    """Of W2 in 16 bits: all of them where 256 are enough, so that a tile of W2 is one asynchronous copy. Beyond, fewer where
-    registers are needed for the latents of a gated or rnn head, to widen a quantised W2, or for penalties, bias and mask, whose
-    loops keep W2 from being copied ahead at any rank (bench/compile: no spills)."""
-    return 64 if adjusted or (mixed and rank > 256) else 128 if rank > 256 else 256
+def ranks_per_dot(arch: Arch, rank: int, mixed: bool, widened: bool, adjusted: bool, filtered: bool = False) -> int:
+    """Of W2 in 16 bits: all of them where 256 are enough, so that a tile of W2 is one asynchronous copy. Beyond, and on AMD, fewer
+    where registers are needed for the latents of a gated or rnn head, to widen a quantised W2, or for penalties, bias and mask,
+    whose loops keep W2 from being copied ahead at any rank; on sm_100 for filters (bench/compile: no spills)."""
+    amd = arch.vendor == "amd"
+    if adjusted or (mixed and (rank > 256 or amd)) or (widened and amd):
+        return 64
+    return 128 if rank > 256 or (filtered and arch.family == "sm_100") else 256
 
 
 def rank_block(arch: Arch, rank: int, element_size: int, ranks: int) -> int:
@@ -82,6 +85,11 @@ def pick(arch: Arch, vocab: int, rank: int, element_size: int, one_tile: bool, r
         native_fp8=native,
         **tuned,
     )
+
+
+def beside_filters(arch: Arch, config: DraftConfig) -> DraftConfig:
+    """`config` for a block with filters, whose search leaves no registers for a pipeline on sm_100."""
+    return dataclasses.replace(config, num_stages=1) if arch.family == "sm_100" else config
 
 
 def decode_fp8(config: DraftConfig, one_tile: bool) -> tuple[str, DraftConfig]:

@@ -333,8 +333,11 @@ def _draft_block(a: Arguments):
     one_tile = draft_launch.is_one_tile(rows)
     head, dot_type, widening = head_record(a.head)
     rank = 1 if head is None else head.rank
-    ranks = draft_launch.ranks_per_dot(rank, a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts)
+    mixed, widened = a.head.mix_weight is not None, a.head.w2_scale is not None
+    ranks = draft_launch.ranks_per_dot(gpu, rank, mixed, widened, sampling.adjusts, filtered)
     config = draft_launch.pick(gpu, vocab, rank, dot_type.itemsize, one_tile, ranks)
+    if filtered:
+        config = draft_launch.beside_filters(gpu, config)
     if widening == "fp8":
         widening, config = draft_launch.decode_fp8(config, one_tile)
 

@@ -94,7 +94,7 @@ def draft_block_partial(a: PartialArguments):
     head, dot_type, widening = head_record(a.head)
     rank = 1 if head is None else head.rank
     # As for the whole vocabulary: how many ranks a dot takes is part of what its sums are.
-    ranks = draft_launch.ranks_per_dot(rank, a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts)
+    ranks = draft_launch.ranks_per_dot(gpu, rank, a.head.mix_weight is not None, a.head.w2_scale is not None, sampling.adjusts)
     config = draft_launch.pick(gpu, sub_blocks * SUB_BLOCK, rank, dot_type.itemsize, one_tile, ranks)
     if a.head.mix_weight is not None and gpu.vendor == "amd":
         config = dataclasses.replace(config, num_stages=1)  # with more, an rnn head with settings spills on gfx950
