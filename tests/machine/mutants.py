@@ -104,6 +104,12 @@ TESTS = {
         "test_candidates.py::test_programs_at_once_with_one_workspace",
         "test_candidates.py::test_ties_go_to_the_lowest_ids",
     ),
+    "draft/selection": (
+        "test_candidates.py::test_any_batch",
+        "test_candidates.py::test_penalties_follow_the_path",
+        "test_candidates.py::test_programs_at_once_with_one_workspace",
+        "test_candidates.py::test_ties_go_to_the_lowest_ids",
+    ),
     "draft/candidate_shards": (
         "test_shards_candidates.py::test_the_bits_of_the_whole_op",
         "test_shards_candidates.py::test_settings_maps_and_heads",
@@ -138,7 +144,6 @@ PLAIN_LOADS = (
 UNSEEN: dict[tuple[str, str, str], str] = {
     ("accept/chain.py", "accept_chain_kernel", "without tl.debug_barrier"): BEHIND_A_SPIN,
     ("accept/chain.py", "", "volatile loads made plain"): PLAIN_LOADS,
-    ("accept/dense.py", "await_map", "without tl.debug_barrier"): BEHIND_A_SPIN,
     ("accept/outputs.py", "", "volatile loads made plain"): PLAIN_LOADS,
     ("accept/proposals.py", "", "volatile loads made plain"): PLAIN_LOADS,
 }

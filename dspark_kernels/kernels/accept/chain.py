@@ -13,10 +13,10 @@ import triton.language as tl
 from ..primitives.constants import NONFINITE_ROW, ROW_IDS
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import log2_scale
-from ..primitives.sync import arrive, stores_done
+from ..primitives.sync import arrive, stores_done, wait_for
 from . import dense, sparse
 from .args import Known, Scales, Sizes, View
-from .dense import await_map, invert_map, map_used
+from .dense import invert_map, map_used
 from .first_pass import item_of, sweep_draft, sweep_target
 from .outputs import draw, write_no_outputs, write_outputs
 from .rows import FIRST, STATUS, limit_rows, merge_rows
@@ -195,7 +195,7 @@ def accept_chain_kernel(
                                BLOCKS)  # fmt: skip
                     if PROPOSAL is not None:
                         if map_progress is not None:
-                            await_map(map_progress.ready_ptr, map_parts)
+                            wait_for(map_progress.ready_ptr, map_parts)
                         PROPOSAL.draft_stats(
                             member, tl.where(member < length, rows, -1), own.ids, view, draft, scratch.draft, scratch.stats,
                             draft_scale, draft_temperature, num_blocks, PROPOSAL, BLOCKS, CANDIDATES,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..primitives.constants import LOG2E, MAP_COLUMNS, NEG_INF, POS_INF, RESIDUAL_ONE, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.sumexp import fixed_sums
-from ..primitives.sync import arrive, stores_done
+from ..primitives.sync import arrive, stores_done, wait_for
 from ..primitives.vocab_blocks import first_block, first_of, merge_blocks
 from .args import ChainProposal, Distribution
 from .proposals import as_point, read_row_pair, store_draft_stats, target_probs
@@ -53,19 +53,10 @@ def invert_map(part, draft, vocab, ready_ptr):
 
 
 @triton.jit
-def await_map(ready_ptr, parts):
-    """All parts have earlier tickets."""
-    done = tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu")
-    while done < parts:
-        done = tl.atomic_add(ready_ptr, 0, sem="acquire", scope="gpu")
-    tl.debug_barrier()
-
-
-@triton.jit
 def map_used(progress, num_requests, parts):
-    """Called once per request: the last one puts the map's counter back."""
+    """Called once per request: the last one puts the map's counter back. All parts of the map have earlier tickets."""
     if arrive(progress.finished_ptr, num_requests):
-        await_map(progress.ready_ptr, parts)
+        wait_for(progress.ready_ptr, parts)
         tl.store(progress.ready_ptr, 0)
 
 

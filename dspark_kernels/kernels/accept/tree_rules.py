@@ -16,9 +16,9 @@ import triton.language as tl
 
 from ..primitives.constants import NEG_INF, NONFINITE_ROW, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.philox import ACCEPT, acceptance_words, uniform
-from ..primitives.sync import stores_done
+from ..primitives.sync import stores_done, wait_for
 from ..primitives.vocab_blocks import merge_blocks, race_blocks, race_ids
-from .dense import await_map, map_used
+from .dense import map_used
 from .rows import SOFTMAX, soft_prob
 from .target import read_each, read_rows
 from .tree_outputs import write_outputs
@@ -267,7 +267,7 @@ def decide(
     if RULE != WALK:
         if walks == 0:
             if map_progress is not None:
-                await_map(map_progress.ready_ptr, map_parts)
+                wait_for(map_progress.ready_ptr, map_parts)
             seed = tl.load(sampling.seed_ptr + slot)
             depth = tl.load(layout.positions_ptr + forward, mask=has_row, other=0)
             anchor = pick(depth, 0, i)

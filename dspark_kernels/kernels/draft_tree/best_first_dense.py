@@ -33,7 +33,7 @@ from ..primitives.constants import (
 from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, fixed_sums, numbers
-from ..primitives.sync import arrive, stores_done
+from ..primitives.sync import arrive, stores_done, wait_for
 from ..primitives.vocab_blocks import SAW_FINITE, SAW_NAN, merge_blocks
 from .args import DepthScratch, PhaseTile, RowScratch
 from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
@@ -55,16 +55,6 @@ from .nodes import (
 __all__ = ["latent_programs", "launch_draft_paths_dense"]
 
 GROWN = tl.constexpr(1 << 20)  # published instead of a number of phases
-
-
-@triton.jit
-def _await(published_ptr, phase):
-    """What is published, once it is at least `phase`."""
-    now = tl.atomic_add(published_ptr, 0, sem="acquire", scope="gpu")
-    while now < phase:
-        now = tl.atomic_add(published_ptr, 0, sem="acquire", scope="gpu")
-    tl.debug_barrier()
-    return now
 
 
 @triton.jit
@@ -307,10 +297,10 @@ def draft_paths_dense_kernel(
                 tl.store(out.flags_ptr + request, 0)
             if latent is not None:
                 tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
-                _await(counters.products_ptr + request, tiles * tl.cdiv(latent.outputs, 16))
+                wait_for(counters.products_ptr + request, tiles * tl.cdiv(latent.outputs, 16))
                 tl.store(counters.products_ptr + request, 0)
         elif slot >= 0:
-            now = _await(counters.published_ptr + request, phase + 1)
+            now = wait_for(counters.published_ptr + request, phase + 1)
             if now < GROWN:
                 d = phase // 2
                 size = tl.load(own.sizes_ptr + d, volatile=True)

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import LOG2E, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE
-from ..primitives.select import ABSENT, ordered_key
+from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.sumexp import below_max, log2_scale
 
-# What is kept of a node: rows of int32 [FIELDS, NODES] per request.
+# What is kept of a node: rows of int32 [NODE_FIELDS, NODES] per request.
 TOKEN = tl.constexpr(0)
 PARENT = tl.constexpr(1)
 DEPTH = tl.constexpr(2)
@@ -114,7 +114,7 @@ def merge_children(kept_ptr, count, room, depth, keys, ids, row_nodes, NODES: tl
     found = tl.sum((words != ABSENT).to(tl.int32))
     wanted = tl.minimum(found, room - 1)
     if wanted > 0:
-        selected, place = _best_children(words, found, wanted, least)
+        _, selected, place = select(words, wanted, least, found)
         row = tl.arange(0, keys.shape[0])[:, None] + tl.zeros_like(ids)
         new_ptr = kept_ptr + NEW * NODES
         tl.store(new_ptr + place, words, mask=selected)
@@ -151,63 +151,6 @@ def merge_children(kept_ptr, count, room, depth, keys, ids, row_nodes, NODES: tl
         count = tl.minimum(count + wanted, room)
         tl.debug_barrier()
     return count, row_nodes
-
-
-@triton.jit
-def _threshold(words, wanted, low):
-    """A word that at least `wanted` of the words, at most 2^14, reach and fewer exceed, unless just so many reach it.
-
-    More than `wanted` of them reach `low`; none is above 0. A step counts those that reach each of four words, in one sum, and
-    leaves a fifth of the range.
-    """
-    high = wanted * 0
-    while low < high:
-        step = (high - low) // 5 + 1
-        first = low + step
-        second = tl.minimum(first + step, high)
-        third = tl.minimum(second + step, high)
-        fourth = tl.minimum(third + step, high)
-        left = (words >= first).to(tl.int32) + ((words >= second).to(tl.int32) << 16)
-        right = (words >= third).to(tl.int32) + ((words >= fourth).to(tl.int32) << 16)
-        counts = tl.sum(left.to(tl.int64) + (right.to(tl.int64) << 32))
-        of_first = (counts & 0xFFFF).to(tl.int32)
-        of_second = ((counts >> 16) & 0xFFFF).to(tl.int32)
-        of_third = ((counts >> 32) & 0xFFFF).to(tl.int32)
-        of_fourth = (counts >> 48).to(tl.int32)
-        to_third = of_third >= wanted
-        to_first = of_first >= wanted
-        upper = tl.where(of_fourth >= wanted, fourth, third)
-        lower = tl.where(of_second >= wanted, second, first)
-        above_upper = tl.where(of_fourth >= wanted, high, fourth - 1)
-        above_lower = tl.where(of_second >= wanted, third - 1, second - 1)
-        reached = tl.where(to_third, tl.where(of_fourth >= wanted, of_fourth, of_third), 0)
-        reached = tl.where(to_third, reached, tl.where(of_second >= wanted, of_second, of_first))
-        low = tl.where(to_third, upper, tl.where(to_first, lower, low))
-        high = tl.where(to_third, above_upper, tl.where(to_first, above_lower, first - 1))
-        high = tl.where(reached == wanted, low, high)
-    return low
-
-
-@triton.jit
-def _best_children(words, found, wanted, least):
-    """(selected bool, place int32 of the selected in index order) of the `wanted` largest words [ROWS, N], ties to the lowest
-    index; `found` of them are not ABSENT and reach `least`."""
-    ROWS: tl.constexpr = words.shape[0]
-    left = wanted * 0  # of the words at the threshold, how many are taken
-    if found > wanted:
-        threshold = _threshold(words, wanted, least)
-        left = wanted - tl.sum((words > threshold).to(tl.int32))
-    else:
-        threshold = least * 0 + ABSENT
-    above = (words > threshold).to(tl.int32)
-    both = above + ((words == threshold).to(tl.int32) << 16)  # two counts in one scan
-    rows = tl.sum(both, axis=1)
-    r = tl.arange(0, ROWS)
-    before = tl.sum(tl.where(r[None, :] < r[:, None], rows[None, :], 0), axis=1)
-    ranks = tl.cumsum(both, axis=1) + before[:, None]
-    tied_rank = ranks >> 16
-    selected = (above == 1) | ((words == threshold) & (tied_rank <= left))
-    return selected, (ranks & 0xFFFF) + tl.minimum(tied_rank, left) - 1
 
 
 @triton.jit

@@ -265,7 +265,8 @@ def draft_tree_kernel(
                 item, before, projection, head, hidden, num_requests * depths, depths, KIND, TILE.BLOCK_N, TILE.BLOCK_S
             )
         elif item < before + groups * tiles:
-            wait_for(counters.finished_ptr, before)
+            if before > 0:
+                wait_for(counters.finished_ptr, before)
             _latents_item(item - before, step, state, head, projection, tree, scratch, sizes, depths, KIND, TILE)
     before += groups * tiles
     item -= before
@@ -277,7 +278,8 @@ def draft_tree_kernel(
         if head is not None:
             # W2 depends on no node: it is on its way while earlier phases end.
             tile = w2_tile(head, chunk * VOCAB_BLOCK + tl.arange(0, TILE.BLOCK_V), vocab, TILE.BLOCK_R)
-        wait_for(counters.finished_ptr, before)
+        if before > 0:
+            wait_for(counters.finished_ptr, before)
         _rows_item(
             item % groups, chunk, step, tile, base, state, head, projection, settings, tree, distributions, scratch,
             counters.row_status_ptr, sizes, METHOD, KIND, TILE,

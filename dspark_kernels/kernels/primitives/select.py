@@ -47,15 +47,25 @@ def threshold(keys, wanted, least=None):
 
 
 @triton.jit
-def select(keys, wanted, least=None):
-    """(threshold, selected bool, place int32 of the selected in index order) of keys [M, N], row by row, at most 2^14."""
-    t = threshold(keys, wanted, least)
+def select(keys, wanted, least=None, found=None):
+    """(threshold, selected bool, place int32 of the selected in index order) of keys [M, N], row by row, at most 2^14.
+
+    least: as of `threshold`. found: how many keys are not ABSENT, where that is known; nothing is searched if all are wanted.
+    """
+    if found is None:
+        t = threshold(keys, wanted, least)
+    else:
+        t = tl.full((), ABSENT, tl.int32)
+        if found > wanted:
+            t = threshold(keys, wanted, least)
     above = (keys > t).to(tl.int32)
     tied = (keys == t).to(tl.int32)
     both = above + (tied << 16)  # two counts in one scan: inside rows, then over rows
     rows = tl.sum(both, axis=1)
     ranks = tl.cumsum(both, axis=1) + (tl.cumsum(rows, axis=0) - rows)[:, None]
     left = wanted - tl.sum(above)
+    if found is not None:
+        left = tl.where(found > wanted, left, 0)
     tied_rank = ranks >> 16
     selected = (above == 1) | ((tied == 1) & (tied_rank <= left))
     return t, selected, (ranks & 0xFFFF) + tl.minimum(tied_rank, left) - 1

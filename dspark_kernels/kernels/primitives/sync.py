@@ -48,13 +48,13 @@ def take_item(ticket_ptr):
 
 
 @triton.jit
-def wait_for(finished_ptr, items):
-    """Until the first `items` items are finished; what they stored is visible then."""
-    if items > 0:
-        done = tl.atomic_add(finished_ptr, 0, sem="acquire", scope="gpu")
-        while done < items:
-            done = tl.atomic_add(finished_ptr, 0, sem="acquire", scope="gpu")
-        tl.debug_barrier()
+def wait_for(counter_ptr, least):
+    """What a counter has once it is at least `least`; what was stored before it got there is visible then."""
+    now = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    while now < least:
+        now = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+    return now
 
 
 @triton.jit
