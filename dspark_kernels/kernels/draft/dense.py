@@ -210,8 +210,9 @@ def _draft_block(
             )
     begin = tl.maximum(first_phase - MIXED, 0) // STAGES
     end = tl.cdiv(tl.minimum(end_phase, end_blocks) - MIXED, STAGES)
-    # Without hoisting: what one phase computes anew at every position would fill the registers of the others.
-    for k in tl.range(begin, end, num_stages=1, disable_licm=True):
+    # The search of filters and the sweep would fill each other's registers with what could be hoisted out of the positions.
+    FILTERED: tl.constexpr = support is not None
+    for k in tl.range(begin, end, disable_licm=FILTERED):
         phase = MIXED + k * STAGES
         if phase > first_phase:
             grid_barrier(scratch.barrier_ptr)

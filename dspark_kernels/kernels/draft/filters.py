@@ -68,7 +68,7 @@ def filter_rows(k, state, map_ptr, support, out, scratch, sizes, OPTIONS: tl.con
     """Support, distribution and winner of position k."""
     num_requests, vocab, column = sizes.num_requests, sizes.vocab, sizes.column
     num_sub_blocks, num_groups = tl.cdiv(vocab, SUB_BLOCK), tl.cdiv(vocab, MAX_GROUP)
-    for request in tl.range(tl.program_id(0), num_requests, tl.num_programs(0), num_stages=1, disable_licm=True):
+    for request in tl.range(tl.program_id(0), num_requests, tl.num_programs(0), disable_licm=True):
         slot = tl.max(state_slots(state.slots_ptr, request + tl.arange(0, 1), num_requests, sizes.num_slots), axis=0)
         if slot >= 0:
             temperature = tl.load(state.temperature_ptr + slot)
