@@ -29,30 +29,23 @@ LEVELS = Range._fields
 
 
 class Machine(NamedTuple):
-    """clock: GHz under load. bandwidth: bytes per second of a device copy. The last five are of a multiprocessor (CUDA programming
-    guide, technical specifications per compute capability); reserved: bytes of shared memory that each program takes beside its
-    own."""
+    """clock: GHz under load. bandwidth: bytes per second of a device copy."""
 
     name: str
     multiprocessors: int
     clock: float
     bandwidth: float
-    shared: int
-    warps: int
-    programs: int
-    reserved: int = 1024
-    registers: int = 65536
 
 
 # Bandwidth: of an H200 what a copy was measured to move (bench/shared/roofline.py), else 90 % of the data sheet's. Clocks: under
 # load, somewhat below the highest; assumed.
 MACHINES = {
-    "sm_80": Machine("A100-80", KNOWN["sm_80"].multiprocessors, 1.41, 1.75e12, 164 * 1024, 64, 32),
-    "sm_86": Machine("A40", KNOWN["sm_86"].multiprocessors, 1.7, 0.63e12, 100 * 1024, 48, 16),
-    "sm_89": Machine("L40S", KNOWN["sm_89"].multiprocessors, 2.3, 0.78e12, 100 * 1024, 48, 24),
-    "sm_90": Machine("H200", KNOWN["sm_90"].multiprocessors, 1.7, roofline.Machine().bytes_per_second, 228 * 1024, 64, 32),
-    "sm_100": Machine("B200", KNOWN["sm_100"].multiprocessors, 1.8, 7.2e12, 228 * 1024, 64, 32),
-    "sm_120": Machine("RTX 5090", KNOWN["sm_120"].multiprocessors, 2.3, 1.6e12, 100 * 1024, 48, 24),
+    "sm_80": Machine("A100-80", KNOWN["sm_80"].multiprocessors, 1.41, 1.75e12),
+    "sm_86": Machine("A40", KNOWN["sm_86"].multiprocessors, 1.7, 0.63e12),
+    "sm_89": Machine("L40S", KNOWN["sm_89"].multiprocessors, 2.3, 0.78e12),
+    "sm_90": Machine("H200", KNOWN["sm_90"].multiprocessors, 1.7, roofline.Machine().bytes_per_second),
+    "sm_100": Machine("B200", KNOWN["sm_100"].multiprocessors, 1.8, 7.2e12),
+    "sm_120": Machine("RTX 5090", KNOWN["sm_120"].multiprocessors, 2.3, 1.6e12),
 }
 
 # Microseconds.

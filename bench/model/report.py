@@ -23,13 +23,14 @@ from bench.model.check import KEY, Digests
 from bench.model.constants import MACHINES, Machine
 from bench.model.flow import Flow
 from bench.model.hot import Hot, find
-from bench.model.occupancy import resident
 from bench.model.ops import Kernel
 from bench.model.sass import disassemble
 from bench.shared import rows
+from bench.shared.occupancy import resident
 from bench.shared.offline.binary import inspect_binary
 from bench.shared.offline.capture import Launch, capture
 from bench.shared.paths import RESULTS
+from dspark_kernels.launch.arch import KNOWN
 
 FOLDER = RESULTS / "model"
 REPORT, BASELINE = FOLDER / "h200.csv", FOLDER / "baseline.csv"
@@ -131,7 +132,7 @@ def row_of(kernel: Kernel, arch: str) -> Row:
     if not tile:
         raise ValueError(f"{case.op} {case.name}: the constants of its tile are gone (bench/model/ops.py), and nothing streams")
     warps = metadata.num_warps
-    seats = resident(machine, binary["registers"], warps, metadata.shared)
+    seats = resident(KNOWN[arch], binary["registers"], warps, metadata.shared)
     if not seats:
         raise ValueError(f"{case.op} {case.name}: {metadata.shared} bytes of shared memory do not fit {machine.name}")
     programs = math.prod(launch.grid)

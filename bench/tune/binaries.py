@@ -9,6 +9,7 @@ import dataclasses
 
 import torch
 
+from bench.shared import occupancy
 from bench.tune.kernels import KERNELS
 from dspark_kernels.launch import table
 from dspark_kernels.launch.arch import Arch
@@ -45,15 +46,7 @@ class Binary:
 
     def resident(self, arch: Arch) -> int:
         """Programs of which one multiprocessor can hold the registers, shared memory and warps."""
-        if arch.vendor == "amd":
-            wavefronts = 4 * min(8, 512 // max(1, self.registers))  # four units of 512 registers a lane
-            warps, shared = wavefronts // self.num_warps, arch.shared_memory
-        else:
-            registers = 32 * self.num_warps * -(-max(1, self.registers) // 8) * 8
-            most = 48 if arch.family in ("sm_86", "sm_89", "sm_120") else 64  # CUDA guide, compute capabilities
-            warps, shared = min(65536 // registers, most // self.num_warps), arch.shared_memory + 1024
-        held = shared // (self.shared + (1024 if arch.vendor == "nvidia" else 0)) if self.shared else warps
-        return min(warps, held, 16 if arch.vendor == "amd" else 32)
+        return occupancy.resident(arch, self.registers, self.num_warps, self.shared)
 
 
 def predicted(size: int, flight: int, binary: Binary, arch: Arch) -> float:

@@ -8,10 +8,11 @@ from bench.model import constants, estimate, hot, measured, pace
 from bench.model.check import Digests, grown, stale
 from bench.model.constants import MACHINES
 from bench.model.flow import Flow
-from bench.model.occupancy import resident
 from bench.model.sass import parse
 from bench.shared.cases.case import Case
 from bench.shared.measure import Row
+from bench.shared.occupancy import resident
+from dspark_kernels.launch.arch import KNOWN
 
 CENTRAL = constants.LEVELS.index("central")
 
@@ -198,7 +199,7 @@ def test_what_an_instruction_writes_and_reads(text, written, read):
 
 
 def test_occupancy():
-    h200, a40 = MACHINES["sm_90"], MACHINES["sm_86"]
+    h200, a40 = KNOWN["sm_90"], KNOWN["sm_86"]
     assert resident(h200, 32, 4, 0) == 16  # 64 warps
     assert resident(h200, 128, 4, 0) == 4  # 65536 / (128 x 128)
     assert resident(h200, 81, 4, 0) == 5  # registers are given by eights: 65536 / (88 x 128)
