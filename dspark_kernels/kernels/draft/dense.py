@@ -210,7 +210,7 @@ def _draft_block(
             )
     begin = tl.maximum(first_phase - MIXED, 0) // STAGES
     end = tl.cdiv(tl.minimum(end_phase, end_blocks) - MIXED, STAGES)
-    # The search of filters and the sweep would fill each other's registers with what could be hoisted out of the positions.
+    # The search of filters and the sweep would fill each other's registers with what the compiler can move out of this loop.
     FILTERED: tl.constexpr = support is not None
     for k in tl.range(begin, end, disable_licm=FILTERED):
         phase = MIXED + k * STAGES

@@ -70,7 +70,7 @@ def pick(arch: Arch, vocab: int, candidates: int, num_nodes: int, rank: int, wei
         piece,
         nodes,
         min(rank, 32),
-        32,
+        16 if arch.family == "sm_120" else 32,
         block_j,
         warps,
         1,
