@@ -27,7 +27,7 @@ def small_tiles(monkeypatch):
         dict(requests=19, drafts=2, rank=8),  # two tiles of requests, each with sweeps of its own
         dict(requests=1, kind="gated", w2_dtype=torch.int8),
         dict(kind="rnn", target_vocab=900, noise="coupled"),
-        dict(sampled=False, dtype=torch.bfloat16, adjust={"bias", "mask"}),
+        dict(sampled=False, dtype=torch.bfloat16, adjust=("bias", "mask")),
     ],
     ids=str,
 )
