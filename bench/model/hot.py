@@ -18,7 +18,7 @@ from bench.model.flow import Flow
 from bench.model.sass import CLASSES, Instruction
 
 WIDTHS = (16, 8, 4, 2)  # bytes of a lane's load
-_TURNS = 3
+_TURNS = 8
 
 
 class Hot(NamedTuple):
@@ -79,7 +79,7 @@ def find(flow: Flow, lanes: int, tile_bytes: int) -> Hot:
             here = sum(i.loaded for i in flow.blocks[block] if i.loaded >= wide)
             if here:
                 hot = _part(flow, block, wide)
-                if hot.streamed * lanes >= tile_bytes:
+                if hot.per_turn(lambda i: i.loaded) * lanes >= tile_bytes:
                     candidates.append((_executions(flow, block), here, -block, hot))
         if candidates:
             return max(candidates, key=lambda found: found[:3])[3]

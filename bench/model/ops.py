@@ -97,7 +97,7 @@ def _accept_tree(requests: int) -> Kernel:
     )  # fmt: skip
 
 
-# --- drafting, dense: a turn = ROWS requests x BLOCK_V ids; W2 is read in the loop around it if that is not all of them -
+# --- drafting, dense: a turn = ROWS requests x BLOCK_V ids and the rows of W2 of these ids --------------------------------
 
 _GRID_BARRIER = Steps(fences=1, atomics=1, spins=1, l2=2)
 
@@ -105,13 +105,11 @@ _GRID_BARRIER = Steps(fences=1, atomics=1, spins=1, l2=2)
 def _draft(requests: int, sampled: bool) -> Kernel:
     spec = Draft(requests, sampled)
     finish = Steps(l2=6, instructions=600) if sampled else Steps(l2=4)
-    element_bytes = BF16 + (BF16 * RANK / requests if requests <= 16 else 0)
     return Kernel(
         _case("draft_block", f"{'sampled' if sampled else 'greedy'}_r{requests}", spec),
         functools.partial(calls.draft_call, requests, sampled=sampled),
-        "logit", spec.logits, lambda c: c["ROWS"] * c["BLOCK_V"], element_bytes,
+        "logit", spec.logits, lambda c: c["ROWS"] * c["BLOCK_V"], BF16 + BF16 * RANK / requests,
         (Phase(_GRID_BARRIER.times(DRAFTS + 1)), Phase(finish, programs=requests * DRAFTS)),
-        inner=lambda c: 0 if requests <= c["ROWS"] else -(-requests // c["ROWS"]),
     )  # fmt: skip
 
 

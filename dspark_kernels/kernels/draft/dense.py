@@ -34,7 +34,18 @@ from .args import BaseLogits, BlockSizes, DraftOutputs, Hidden, RequestState
 from .filters import filter_rows, mask_rows
 from .heads import all_latents, block_tile, head_kind, keep_state, project_hidden, w2_tile
 from .rows import finish, previous_tokens, settle
-from .tile import better, dot_requests, noisy_keys, store_sub_blocks, sweep_range, tile_bias, tile_latents, tile_requests, winners
+from .tile import (
+    best_with,
+    dot_requests,
+    no_best,
+    noisy_keys,
+    store_sub_blocks,
+    sweep_range,
+    tile_bias,
+    tile_latents,
+    tile_requests,
+    winners,
+)
 
 
 class BlockOptions(NamedTuple):
@@ -171,9 +182,7 @@ def _sweep(
             loaded = all_latents(latents.ptr, latents.offsets, latents.known, head, KIND, TILE.BLOCK_R)
     first, step, tiles = sweep_range(vocab, k * tl.cdiv(num_requests, ROWS) + first_request // ROWS, BLOCK_V)
     ahead = _base_logits(base, requests, k, first + tl.arange(0, BLOCK_V), vocab)
-    best_key = tl.full([ROWS, BLOCK_V], NEG_INF, tl.float32)
-    best_id = tl.full([ROWS, BLOCK_V], NO_ID, tl.int32)
-    nans = tl.zeros([ROWS, BLOCK_V], tl.int32)
+    best = no_best(ROWS, BLOCK_V)
     for tile in tl.range(0, tiles, num_stages=TILE.STAGES):
         first_id = first + tile * step
         ids = first_id + tl.arange(0, BLOCK_V)
@@ -185,12 +194,12 @@ def _sweep(
         key, can_win, nan = _draft_tile(
             base_logits, bias, first_id, requests, k, state, map_ptr, adjust, out, scratch, sizes, OPTIONS, TILE
         )  # fmt: skip
-        best_key, best_id = better(key, can_win[None, :], best_key, best_id)
-        nans = tl.where(nan, 1, nans)
+        best = best_with(best, key, can_win[None, :] + tl.zeros([ROWS, BLOCK_V], tl.int32), tl.where(nan, NAN, 0), ROWS, BLOCK_V)
     live = requests.slots >= 0
-    tl.atomic_or(scratch.status_ptr + requests.rows, NAN, mask=live & (tl.max(nans, axis=1) > 0), sem="relaxed")
+    nans = tl.max(best.seen, axis=1)
+    tl.atomic_or(scratch.status_ptr + requests.rows, nans, mask=live & (nans > 0), sem="relaxed")
     at = scratch.best_ptr + k * num_requests + requests.rows
-    tl.atomic_max(at, winners(best_key, best_id), mask=live, sem="relaxed")
+    tl.atomic_max(at, winners(best), mask=live, sem="relaxed")
 
 
 @triton.jit

@@ -30,8 +30,9 @@ from .args import BaseLogits, Hidden, RequestState
 from .heads import all_latents, block_tile, head_kind, keep_state, project_hidden, w2_tile
 from .rows import _confidence_logit as confidence_logit, log_sum_exp
 from .tile import (
-    better,
+    best_with,
     dot_requests,
+    no_best,
     noisy_keys,
     store_sub_blocks,
     sweep_range,
@@ -223,9 +224,7 @@ def _sweep(
     first, step, tiles = sweep_range(columns.num_sub_blocks * SUB_BLOCK, sweep, BLOCK_V)
     first += columns.first_sub_block * SUB_BLOCK
     ahead = _base_logits(base, requests, k, _local(first + tl.arange(0, BLOCK_V), columns), columns)
-    best_key = tl.full([ROWS, BLOCK_V], NEG_INF, tl.float32)
-    best_id = tl.full([ROWS, BLOCK_V], NO_ID, tl.int32)
-    seen_all = tl.zeros([ROWS, BLOCK_V], tl.int32)
+    best = no_best(ROWS, BLOCK_V)
     for tile in tl.range(0, tiles, num_stages=TILE.STAGES):
         first_id = first + tile * step
         ids = first_id + tl.arange(0, BLOCK_V)
@@ -239,12 +238,11 @@ def _sweep(
         key, can_win, seen = _shard_tile(
             base_logits, bias, first_id, requests, state, map_ptr, adjust, out, part, place, columns, OPTIONS, TILE
         )  # fmt: skip
-        best_key, best_id = better(key, can_win[None, :], best_key, best_id)
-        seen_all |= seen
-    status = tl.max(seen_all & NAN, axis=1) | tl.max(seen_all & FINITE, axis=1)
+        best = best_with(best, key, can_win[None, :] + tl.zeros([ROWS, BLOCK_V], tl.int32), seen, ROWS, BLOCK_V)
+    status = tl.max(best.seen & NAN, axis=1) | tl.max(best.seen & FINITE, axis=1)
     live = requests.slots >= 0
     tl.atomic_or(counters.seen_ptr + requests.rows, status, mask=live, sem="relaxed")
-    tl.atomic_max(counters.best_ptr + requests.rows, winners(best_key, best_id), mask=live, sem="relaxed")
+    tl.atomic_max(counters.best_ptr + requests.rows, winners(best), mask=live, sem="relaxed")
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..args import Pointer
-from ..primitives.constants import DOT_ROWS, NO_ID, SUB_BLOCK, SUMEXP_ONE
+from ..primitives.constants import DOT_ROWS, NEG_INF, NO_ID, SUB_BLOCK, SUMEXP_ONE
 from ..primitives.exponential import log2_exponential_fast
 from ..primitives.philox import COUPLED, lane_words, words_at
 from ..primitives.race import pack
@@ -33,11 +33,19 @@ class TileRequests(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """Latents of the DOT_ROWS columns of a product with W2."""
+    """Latents of the C columns of a product with W2."""
 
     ptr: Pointer
-    offsets: Any  # int64 [DOT_ROWS], where each one starts
-    known: Any  # int1 [DOT_ROWS]: it has one; elsewhere the bias is 0
+    offsets: Any  # int64 [C], where each one starts
+    known: Any  # int1 [C]: it has one; elsewhere the bias is 0
+
+
+class Best(NamedTuple):
+    """Of the ids that a program has seen, the best of each row in every column, [ROWS, columns]."""
+
+    key: Any  # fp32
+    id: Any  # int32
+    seen: Any  # int32, bits
 
 
 @triton.jit
@@ -74,15 +82,16 @@ def tile_requests(first_request, state, num_requests, num_slots, draft, STREAM: 
 
 @triton.jit
 def dot_requests(first_request, state, num_requests, num_slots, ROWS: tl.constexpr):
-    """(rows int32, slots int64) of the DOT_ROWS columns of a product with W2: ROWS of them are the tile's requests, the others
-    have no slot."""
-    columns = first_request + tl.arange(0, DOT_ROWS)
+    """(rows int32, slots int64) of the columns of a product with W2, DOT_ROWS at least: ROWS of them are the tile's requests, the
+    others have no slot."""
+    COLUMNS: tl.constexpr = max(ROWS, DOT_ROWS)
+    columns = first_request + tl.arange(0, COLUMNS)
     return columns, state_slots(state.slots_ptr, columns, tl.minimum(num_requests, first_request + ROWS), num_slots)
 
 
 @triton.jit
 def tile_latents(head, projection, columns, slots, previous):
-    """Where the latents of the columns of `dot_requests` are. previous int64 [DOT_ROWS]: the tokens that the position follows."""
+    """Where the latents of the columns of `dot_requests` are. previous int64 [C]: the tokens that the position follows."""
     if projection is None:
         known = (slots >= 0) & (previous >= 0) & (previous < head.vocab)
         latents = Latents(head.w1_ptr, previous * head.stride_w1, known)
@@ -98,11 +107,24 @@ def tile_bias(w2, latents, loaded, head, columns, vocab, KIND: tl.constexpr, TIL
         bias = one_dot_bias(w2, loaded, head, columns, vocab, KIND)
     else:
         bias = low_rank_bias(w2, head, latents.ptr, latents.offsets, latents.known, columns, vocab, KIND, TILE.BLOCK_R)
-    bias = tl.trans(bias)  # [DOT_ROWS, BLOCK_V]
+    bias = tl.trans(bias)  # [C, BLOCK_V]
     if TILE.ROWS < DOT_ROWS:
         # Keep the first ROWS columns; the others are zero and adding zeros is exact.
         bias = tl.sum(tl.reshape(bias, [DOT_ROWS // TILE.ROWS, TILE.ROWS, TILE.BLOCK_V]), axis=0)
+    if TILE.ROWS > DOT_ROWS:
+        bias = _neighbours_together(bias, TILE.ROWS, TILE.BLOCK_V)
     return bias
+
+
+@triton.jit
+def _neighbours_together(x, ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """x, taken apart and put together again."""
+    a, b = tl.split(tl.reshape(x, [ROWS, BLOCK_V // 8, 4, 2]))
+    a0, a1 = tl.split(tl.reshape(a, [ROWS, BLOCK_V // 8, 2, 2]))
+    b0, b1 = tl.split(tl.reshape(b, [ROWS, BLOCK_V // 8, 2, 2]))
+    a = tl.reshape(tl.join(a0, a1), [ROWS, BLOCK_V // 8, 4])
+    b = tl.reshape(tl.join(b0, b1), [ROWS, BLOCK_V // 8, 4])
+    return tl.reshape(tl.join(a, b), [ROWS, BLOCK_V])
 
 
 @triton.jit
@@ -138,6 +160,41 @@ def store_sub_blocks(max_ptr, sumexp_ptr, x, first_row, scale, live, sub_block, 
 
 
 @triton.jit
+def no_best(ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Best, before the first tile."""
+    WIDTH: tl.constexpr = BLOCK_V // 8 if ROWS > DOT_ROWS else BLOCK_V
+    key = tl.full([ROWS, WIDTH], NEG_INF, tl.float32)
+    return Best(key, tl.full([ROWS, WIDTH], NO_ID, tl.int32), tl.zeros([ROWS, WIDTH], tl.int32))
+
+
+@triton.jit
+def best_with(best, key, ids, seen, ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Best after one more tile of keys fp32, ids and seen int32 [ROWS, BLOCK_V]."""
+    if ROWS > DOT_ROWS:
+        # A thread has eight neighbouring ids of a row, of which it keeps one: registers for the latents of all requests.
+        key, ids, seen = _best_of_pairs(key, ids, seen, ROWS, BLOCK_V)
+        key, ids, seen = _best_of_pairs(key, ids, seen, ROWS, BLOCK_V // 2)
+        key, ids, seen = _best_of_pairs(key, ids, seen, ROWS, BLOCK_V // 4)
+    key, ids = better(key, ids, best.key, best.id)
+    return Best(key, ids, best.seen | seen)
+
+
+@triton.jit
+def _best_of_pairs(key, ids, seen, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, WIDTH] -> [ROWS, WIDTH / 2], of neighbours the better one and what was seen of both."""
+    left_key, right_key = _pairs(key, ROWS, WIDTH)
+    left_id, right_id = _pairs(ids, ROWS, WIDTH)
+    left_seen, right_seen = _pairs(seen, ROWS, WIDTH)
+    key, ids = better(left_key, left_id, right_key, right_id)
+    return key, ids, left_seen | right_seen
+
+
+@triton.jit
+def _pairs(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
+
+
+@triton.jit
 def better(key, ids, best_key, best_id):
     """Of two entries the greater key, of equal keys the lower id. An entry that cannot win has key -inf and id NO_ID."""
     wins = (key > best_key) | ((key == best_key) & (ids < best_id))
@@ -145,6 +202,6 @@ def better(key, ids, best_key, best_id):
 
 
 @triton.jit
-def winners(best_key, best_id):
+def winners(best):
     """int64 [ROWS]: the packed key of each row's best entry; NO_ID, token 0 below every key, where none can win."""
-    return tl.max(tl.where(best_id == NO_ID, NO_ID, pack(best_key, best_id)), axis=1)
+    return tl.max(tl.where(best.id == NO_ID, NO_ID, pack(best.key, best.id)), axis=1)

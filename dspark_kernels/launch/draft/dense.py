@@ -38,7 +38,7 @@ _NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx950", "interpreter")
 def request_tile(requests: int, settings: bool) -> int:
     """Requests whose noise a program computes at once. 4 would do for 3 and 4, but there the compiler runs out of registers, as it
     does at 16 with `settings` (penalties, bias, mask or filters)."""
-    return next(tile for tile in (1, 2, 8, 16) if tile >= min(requests, 8 if settings else 16))
+    return next(tile for tile in (1, 2, 8, 16, 32, 64) if tile >= min(requests, 8 if settings else 64))
 
 
 def is_one_tile(requests: int) -> bool:
