@@ -45,8 +45,9 @@ def _same(have, want):
 
 
 @pytest.mark.parametrize("sampled", [True, False])
-def test_draft_block_in_any_batch(sampled):
-    case = cases.draft_case(seed=50, requests=21, drafts=3, vocab=1300, rank=24, dtype=torch.bfloat16, sampled=sampled)
+@pytest.mark.parametrize("requests", [21, 40])
+def test_draft_block_in_any_batch(requests, sampled):
+    case = cases.draft_case(seed=50, requests=requests, drafts=3, vocab=1300, rank=24, dtype=torch.bfloat16, sampled=sampled)
     whole = dk.draft_block(**case.arguments(), keep_logits=True)
     for rows in ([4], [20, 4, 11], list(range(20, -1, -1)), list(range(3, 16))):
         part = dk.draft_block(**_take_draft(case, rows).arguments(), keep_logits=True)

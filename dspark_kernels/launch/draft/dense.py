@@ -35,15 +35,32 @@ _STEPPED = ("gfx942", "gfx950")
 _NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx950", "interpreter")
 
 
-def request_tile(requests: int, settings: bool) -> int:
-    """Requests whose noise a program computes at once. 4 would do for 3 and 4, but there the compiler runs out of registers, as it
-    does at 16 with `settings` (penalties, bias, mask or filters)."""
-    return next(tile for tile in (1, 2, 8, 16, 32, 64) if tile >= min(requests, 8 if settings else 64))
+MOST_OF_A_SHARD = 16  # requests a turn: what a shard looks at besides takes the registers of more
+
+
+def most_requests(arch: Arch, settings: bool, narrow: bool) -> int:
+    """How many requests a turn may take. settings: penalties, bias, mask or filters. narrow: a product with W2 that needs registers
+    of its own, over ranks in a loop or from fp8 by bits.
+
+    More than 16 leave AMD's matrix instructions of 16 x 16 for others, whose sums are others. 64 need shared memory for as many
+    latents beside the tiles of W2. The rest is what compiles without spills (bench/compile).
+    """
+    if settings:
+        return 8
+    if arch.vendor == "amd":
+        return 16
+    return 64 if arch.shared_memory >= 160 * 1024 and not narrow else 32
+
+
+def request_tile(requests: int, most: int) -> int:
+    """Requests a turn: what a program computes at once from one tile of W2. 4 would do for 3 and 4, but there the compiler runs out
+    of registers."""
+    return next(tile for tile in (1, 2, 8, 16, 32, 64) if tile >= min(requests, most))
 
 
 def is_one_tile(requests: int) -> bool:
-    """Whether a batch is one tile of requests, small enough for programs of few warps, two on a multiprocessor; a tile of 16 needs
-    the registers of more."""
+    """Whether a batch is one tile of requests, small enough for programs of few warps, two on a multiprocessor; a tile of 16 or
+    more needs the registers of more."""
     return requests <= 8
 
 

@@ -329,7 +329,6 @@ def _draft_block(a: Arguments):
     gpu = arch.current(device)
     adjust = adjust_settings(sampling) if sampling.adjusts else None
     filtered = sampling.filters is not None
-    request_tile = draft_launch.request_tile(rows, sampling.adjusts or filtered)
     one_tile = draft_launch.is_one_tile(rows)
     head, dot_type, widening = head_record(a.head)
     rank = 1 if head is None else head.rank
@@ -340,6 +339,8 @@ def _draft_block(a: Arguments):
         config = draft_launch.beside_filters(gpu, config)
     if widening == "fp8":
         widening, config = draft_launch.decode_fp8(config, one_tile)
+    one_dot = rank <= config.block_r
+    most = draft_launch.most_requests(gpu, sampling.adjusts or filtered, not one_dot or widening == "fp8_by_bits")
 
     counters, take = workspaces.Carver(a.counters), workspaces.Carver(a.scratch).take
     barrier = counters.take(2 * workspaces.RESERVED, torch.int32)
@@ -384,11 +385,11 @@ def _draft_block(a: Arguments):
         mix_type=type_name(mix_type),
         coupled=a.coupled,
         with_markov=a.confidence_head.with_markov(a.hidden),
-        one_dot=rank <= config.block_r,
+        one_dot=one_dot,
         joint=sampling.joint and filtered,
         groups=max(2, 1 << (groups - 1).bit_length()) if filtered else 2,
         filtered=filtered,
-        rows=request_tile,
+        rows=draft_launch.request_tile(rows, most),
         fast_log2=gpu.vendor == "nvidia",
         config=config,
     )  # fmt: skip

@@ -88,7 +88,7 @@ def draft_block_partial(a: PartialArguments):
     shard = Shard(a.vocab_start, width, a.vocab_shards, a.vocab_size)
     gpu = arch.current(device)
     adjust = adjust_settings(sampling) if sampling.adjusts else None
-    request_tile = draft_launch.request_tile(rows, sampling.adjusts)
+    most = min(draft_launch.MOST_OF_A_SHARD, draft_launch.most_requests(gpu, sampling.adjusts, False))
     one_tile = draft_launch.is_one_tile(rows)
     sub_blocks = shard.blocks(SUB_BLOCK)
     head, dot_type, widening = head_record(a.head)
@@ -145,7 +145,7 @@ def draft_block_partial(a: PartialArguments):
         mix_type=type_name(mix_type),
         coupled=a.coupled,
         one_dot=rank <= config.block_r,
-        rows=request_tile,
+        rows=draft_launch.request_tile(rows, most),
         fast_log2=gpu.vendor == "nvidia",
         config=config,
     )  # fmt: skip
