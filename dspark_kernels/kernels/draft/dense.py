@@ -6,7 +6,7 @@ bias(x_{k-1}))). Symbols: R requests, K positions, V vocabulary of the head, r r
 
 The block is a row of phases with a grid barrier between any two:
     [project_hidden]  the products of a gated or rnn head with the hidden states of all positions (kernels/draft/heads.py)
-    per position:  [latents]  of a gated or rnn head;  vocabulary: every program sweeps its tiles of ids for up to 16 requests at
+    per position:  [latents]  of a gated or rnn head;  vocabulary: every program sweeps its tiles of ids for up to 64 requests at
         once, while the next tiles of W2 and of the base logits are on their way, and tells its winners by one integer atomic
         maximum per request (kernels/draft/tile.py);  [filter]  one program per request finds the support and the winner in it
         (kernels/draft/filters.py)
