@@ -96,12 +96,14 @@ def measure(
     stride: int = STRIDE,
     change_head: Callable[[MarkovHead], MarkovHead] | None = None,
     folder: Path = assets.FOLDER,
+    observe: Callable[[Tensor, Tensor, MarkovHead, Tensor], None] | None = None,
 ) -> Rounds:
     """Decode one round at every cut of the domain's texts (only those of these numbers).
 
     Reference ops in fp32, one request at a time, so that a round depends on nothing but its own text and cut. Every cut has a
     seed of its own. progress: called with the number of rounds done since the last call. change_head: gives the sequential head to
-    draft with from the drafter's own. folder: where the models are.
+    draft with from the drafter's own. folder: where the models are. observe: called with base logits [1, K, V], anchors [1], the head
+    and the drafts [1, K] of every block.
     """
     target = Target(*assets.weights("target", folder))
     drafter = DSpark(*assets.weights("dspark", folder), target)
@@ -113,6 +115,8 @@ def measure(
     def draft_block(*arguments, **options):
         block = loop.REFERENCE_OPS.draft_block(*arguments, **options)
         logits.append(block.confidence_logits[0])
+        if observe is not None:
+            observe(*arguments[:3], block.tokens)
         return block
 
     ops = SimpleNamespace(**{**vars(loop.REFERENCE_OPS), "draft_block": draft_block})
