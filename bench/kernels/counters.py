@@ -81,13 +81,13 @@ def elements_of(spec) -> tuple[str, int]:
     return "logit", rows * spec.vocab
 
 
-def start_machine():
-    """The machine, installed in this process. Raises RuntimeError where there is no compiler for it."""
+def start_machine(arch: str = "sm_80"):
+    """The machine, installed in this process for `arch`. Raises RuntimeError where there is no compiler for it."""
     from tests import machine
 
     if (reason := machine.available()) is not None:
         raise RuntimeError(reason)
-    machine.install()
+    machine.install(arch)
     torch.set_num_threads(1)
     return machine
 

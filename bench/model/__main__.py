@@ -12,6 +12,8 @@ time stands beside it.
     python -m bench.model --compare OLD.csv NEW.csv  which hot parts grew by more than 5 %?
     python -m bench.model --blocks --op accept_chain --case dense_r64
                                                      loops of the SASS and what loads: for who updates bench/model/ops.py
+    python -m bench.model --machine                  the rows' instructions per element beside those that compiled kernels execute
+                                                     on the machine of tests/machine; bench/results/model/machine.csv
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from bench.model import measured, ops, report
+from bench.model import machine, measured, ops, report
 from bench.model.check import KEY, grown, stale
 from bench.model.constants import MACHINES
 from bench.model.flow import Flow
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--baseline", action="store_true", help="the new rows become those that --check compares with")
     p.add_argument("--compare", type=Path, nargs=2, metavar=("OLD.csv", "NEW.csv"), help="compare two reports; compile nothing")
+    p.add_argument("--machine", action="store_true", help="compare instructions with those that compiled kernels execute on a CPU")
     p.add_argument("--blocks", action="store_true", help="print what the SASS consists of, and stop")
     return p
 
@@ -76,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = arguments.out or report.FOLDER / (MACHINES[arguments.arch].name.lower().replace(" ", "-") + ".csv")
     if arguments.check:
         return check(kernels, out, arguments)
+    if arguments.machine:
+        return counted(kernels, out, arguments)
     if arguments.blocks:
         for kernel in kernels:
             blocks(kernel, arguments.arch)
@@ -103,10 +108,10 @@ def _key(row) -> tuple[str, ...]:
 
 def model(kernels, out: Path, arguments) -> int:
     """Model every kernel; each line is printed as soon as it is there."""
-    machine = MACHINES[arguments.arch]
+    gpu = MACHINES[arguments.arch]
     print(
-        f"MODELLED, not measured: {machine.name}, {machine.multiprocessors} multiprocessors at {machine.clock} GHz, a copy moves"
-        f" {machine.bandwidth / 1e12:g} TB/s; instructions per element of the hot part, barriers per 8 KB"
+        f"MODELLED, not measured: {gpu.name}, {gpu.multiprocessors} multiprocessors at {gpu.clock} GHz, a copy moves"
+        f" {gpu.bandwidth / 1e12:g} TB/s; instructions per element of the hot part, barriers per 8 KB"
     )
     # Before anything is compiled for a GPU that is not there: the compiled kernels of a process are kept by device.
     times = measured.microseconds([k.case for k in kernels], arguments.arch)
@@ -127,6 +132,23 @@ def model(kernels, out: Path, arguments) -> int:
     baseline = _read(report.BASELINE)
     compared = {_key(row) for row in baseline} & {_key(row) for row in new}
     return told(grown(baseline, new), f"{len(compared)} rows are compared with the baseline, and none is worse")
+
+
+def counted(kernels, out: Path, arguments) -> int:
+    """The report's instructions beside those of the machine; each line is printed and written as soon as it is there."""
+    print(f"{'':30}{'modelled (SASS)':>16}{'counted (PTX)':>16}{'ratio':>8}")
+    done = []
+    try:
+        for row in machine.compared(kernels, _read(out), arguments.arch):
+            done.append(row)
+            why = "no reason is named" if row.reason is None else row.reason
+            print(f"{row.op + ' ' + row.case:30}{row.modelled:16.1f}{row.counted:16.1f}{row.ratio:8.2f}  {why}", flush=True)
+            machine.write([row])
+    except (RuntimeError, ValueError) as error:
+        print(f"bench.model: --machine: {error}", file=sys.stderr)
+        return 2
+    apart = [f"{row.op} {row.case}: {row.ratio:.2f} times, and no reason is named" for row in done if row.reason is None]
+    return told(apart, f"written to {machine.FILE}")
 
 
 def _read(path: Path) -> list[dict]:

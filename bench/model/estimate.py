@@ -5,7 +5,7 @@
     issue = instructions of all turns / (issue slots x share of them that is reached), or the slowest pipe's time
     lives = life of a program x max(1, programs / programs that the GPU holds)
     life  = start + what a program does around its turns + turns x a turn
-    turn  = of the hot loop, and its share of the loop around; pessimistic: with all that not every turn meets
+    turn  = of the hot loop; pessimistic: with all that not every turn meets
 
 Nothing here was measured.
 """
@@ -102,7 +102,7 @@ def turn_of(hot: Hot, level: int, warps: int, clock: float) -> float:
     turn = pace.of_a_turn(hot.turn, level, warps, clock, hot.wide)
     if LEVELS[level] == "pessimistic":
         turn *= 1 + hot.others / len(hot.turn)
-    return turn + (pace.of_a_turn(hot.around, level, warps, clock, hot.wide) / hot.inner if hot.inner else 0.0)
+    return turn
 
 
 def issued(hot: Hot, load: Load, machine: Machine) -> float:

@@ -88,10 +88,6 @@ class Flow:
         """The smallest loop that the block is in."""
         return min((loop for loop in self.loops if block in loop.blocks), key=lambda loop: len(loop.blocks), default=None)
 
-    def around(self, loop: Loop) -> Loop | None:
-        """The smallest loop that holds another."""
-        return min((other for other in self.loops if loop.blocks < other.blocks), key=lambda other: len(other.blocks), default=None)
-
     def of_a_turn(self, loop: Loop) -> frozenset[int]:
         """Blocks that every turn of a loop passes through."""
         return frozenset.intersection(*(self.dominators[latch] for latch in loop.latches)) & loop.blocks

@@ -22,28 +22,24 @@ _TURNS = 8
 
 
 class Hot(NamedTuple):
-    """turn: instructions of a turn of the loop, or of the pass. around: of a turn of the loop around it, without it. whole: of a
-    program that makes one turn, from start to end. of_one: addresses of what a single thread does. others: instructions of the
-    loop that not every turn meets, without those of loops inside. wide: bytes from which on a lane's load streams. inner: turns
-    per turn of the loop around; 0 = that one turns so rarely that it does not count."""
+    """turn: instructions of a turn of the loop, or of the pass. whole: of a program that makes one turn, from start to end. of_one:
+    addresses of what a single thread does. others: instructions of the loop that not every turn meets, without those of loops
+    inside. wide: bytes from which on a lane's load streams."""
 
     how: str
     turn: list[Instruction]
-    around: list[Instruction]
     whole: list[Instruction]
     of_one: frozenset[int]
     others: int
     wide: int
-    inner: float = 0
 
     @property
     def loops(self) -> bool:
         return self.how == "loop"
 
     def per_turn(self, count: Callable[[Instruction], float]) -> float:
-        """The sum of count(instruction) over what every lane executes in a turn, with the turn's share of the loop around."""
-        of_turn, around = (sum(count(i) for i in part if i.address not in self.of_one) for part in (self.turn, self.around))
-        return of_turn + (around / self.inner if self.inner else 0)
+        """The sum of count(instruction) over what every lane executes in a turn."""
+        return sum(count(i) for i in self.turn if i.address not in self.of_one)
 
     def classes(self) -> dict[str, float]:
         """Instructions of a turn by class."""
@@ -97,16 +93,13 @@ def _part(flow: Flow, block: int, wide: int) -> Hot:
     loop = flow.innermost(block)
     whole = _in_order(flow, every, block, alone)
     if loop is None:
-        return Hot("pass", whole, [], whole, _addresses(flow, alone), 0, wide)
+        return Hot("pass", whole, whole, _addresses(flow, alone), 0, wide)
     turn = flow.of_a_turn(loop)
     inside = _of_one(flow, turn) & loop.blocks
     below = frozenset().union(*(other.blocks for other in flow.loops if other.blocks < loop.blocks))
     others = sum(len(flow.blocks[b]) for b in loop.blocks - turn - inside - below)
-    around, above = [], flow.around(loop)
-    if above is not None:
-        around = _in_order(flow, flow.of_a_turn(above) - loop.blocks, max(above.latches), ())
     of_one = _addresses(flow, alone | inside)
-    return Hot("loop", _in_order(flow, turn, max(loop.latches), inside), around, whole, of_one, others, wide)
+    return Hot("loop", _in_order(flow, turn, max(loop.latches), inside), whole, of_one, others, wide)
 
 
 def _of_one(flow: Flow, part: frozenset[int]) -> frozenset[int]:

@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
     call: the launch, to be captured. case: sizes, bytes, target. element, elements: what streams, and how many of them in a
     launch. tile(c): elements of a turn of the hot loop, or of a pass. element_bytes: what a turn loads per element, at least.
     apart: programs of the launch that do not stream. turns: of the hot loop in a program; None = elements / (programs that stream
-    x tile). inner(c): turns of the hot loop per turn of the loop around it, 0 = the loop around does not count.
+    x tile).
     """
 
     case: Case
@@ -43,7 +43,6 @@ class Kernel(NamedTuple):
     after: tuple[Phase, ...]
     apart: int = 0
     turns: float | None = None
-    inner: Callable[[Mapping[str, int]], float] = lambda c: 0
 
 
 def _target(op: str, spec, otherwise: Target | None) -> Target | None:

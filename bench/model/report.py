@@ -108,7 +108,6 @@ def hot_part(kernel: Kernel, launch: Launch, flow: Flow) -> tuple[Hot, float, st
     lanes = 32 * launch.compiled.metadata.num_warps
     tile = _constant(kernel.tile, launch.constants)
     hot = find(flow, lanes, math.ceil(kernel.element_bytes * (tile or 1)))
-    hot = hot._replace(inner=_constant(kernel.inner, launch.constants) or 0)
     if tile is None:
         return hot, hot.streamed * lanes / kernel.element_bytes, "loads"
     return hot, tile, "constants"

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench.model import machine  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "bench" / "results" / "model"
 REPORT, BASELINE = FOLDER / "h200.csv", FOLDER / "baseline.csv"
@@ -42,6 +44,17 @@ def test_every_row_says_that_it_is_modelled():
     # Streaming kernels ask for what must move at least, but for what stays in registers or what is stored.
     streaming = [row for row in rows if row["element"] == "logit"]
     assert all(float(row["moved"]) > 0.9 * float(row["must_move"]) for row in streaming)
+
+
+def test_the_machine_executes_what_the_model_counts():
+    """Instructions per element of SASS and of the PTX that was executed, within 15 % or with a reason."""
+    modelled = {(row["op"], row["case"]): row for row in _read(REPORT) if row["element"] in ("logit", "key")}
+    found = {(row["op"], row["case"]): row for row in _read(machine.FILE)}
+    assert found.keys() == modelled.keys(), "run python -m bench.model --machine"
+    for key, row in found.items():
+        assert row["modelled"] == modelled[key]["per_element"], f"{key}: run python -m bench.model --machine"
+        apart = abs(float(row["counted"]) / float(row["modelled"]) - 1)
+        assert apart <= machine.WITHIN or key in machine.REASONS, f"{key}: {row['ratio']}"
 
 
 def test_a_kernel_is_modelled(tmp_path):
