@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.model import machine  # noqa: E402
+from bench.model import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "bench" / "results" / "model"
