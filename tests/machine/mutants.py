@@ -135,14 +135,12 @@ TESTS = {
     ),
 }
 
-BEHIND_A_SPIN = "as Triton compiles it, a scalar atomic ends with a block barrier, by which its result reaches all warps"
 PLAIN_LOADS = (
     "the acquire before these loads orders plain loads, too; volatile keeps the compiler from taking an earlier value again"
 )
 
 # Mutants that no mode sees, (file, function, change) -> why the order holds without it.
 UNSEEN: dict[tuple[str, str, str], str] = {
-    ("accept/chain.py", "accept_chain_kernel", "without tl.debug_barrier"): BEHIND_A_SPIN,
     ("accept/chain.py", "", "volatile loads made plain"): PLAIN_LOADS,
     ("accept/outputs.py", "", "volatile loads made plain"): PLAIN_LOADS,
     ("accept/proposals.py", "", "volatile loads made plain"): PLAIN_LOADS,

@@ -32,13 +32,22 @@ class Layout(NamedTuple):
     positions_ptr: Pointer  # int64 [N_max]
 
 
+class NodeLinks(NamedTuple):
+    """How the nodes of trees hang together, [S, M]."""
+
+    parents_ptr: Pointer  # int32
+    ancestors_ptr: Pointer | None  # int64, as bits; None: no setting asks for a node's path
+
+
 class Sampling(NamedTuple):
-    """Settings per slot; temperature None = every row is greedy."""
+    """Settings per slot, and the slots of requests; temperature None = every row is greedy."""
 
     draft_temperature_ptr: Pointer | None  # fp32 [S]; None = the temperature
     temperature_ptr: Pointer | None  # fp32 [S]
     seed_ptr: Pointer | None  # int64 [S]
     filters: FilterSettings | None = None
+    rates_ptr: Pointer | None = None  # fp32 [K], of forced acceptance
+    slots_ptr: Pointer | None = None  # int32 [R]; None: a request's slot is its row
 
 
 class IdMap(NamedTuple):
@@ -87,6 +96,36 @@ class ShardedDraft(NamedTuple):
 
     dense: DraftShard | None
     sparse: SparseDraft | None
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------------
+
+
+class Extent(NamedTuple):
+    """Sizes that stay from step to step, so that what is compiled may know which of them are multiples of 16."""
+
+    num_drafts: int  # K; of a tree its nodes, M
+    vocab: int  # V
+    num_blocks: int  # NB
+
+
+class AcceptTile(NamedTuple):
+    """Sizes of the tiles of acceptance, one constexpr."""
+
+    GROUP: int  # rows at a time
+    CHUNK: int  # blocks of them at a time
+    CANDIDATES: int  # padded number of candidates of a sparse proposal
+    BLOCKS: int  # padded number of blocks
+    GROUPS: int  # padded number of max-groups
+    WIDTH: int  # padded number of rows of a request
+    JOINT: bool  # whether top-p counts what top-k leaves out
+
+
+class SweepTile(NamedTuple):
+    """Sizes of an item that sums a tree's residual, one constexpr."""
+
+    PAIRS: int  # blocks at a time
+    SPAN: int  # how often
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -143,10 +182,11 @@ class TreeCounters(NamedTuple):
 
 
 class MapProgress(NamedTuple):
-    """int32 [1] each, zero before and after: parts of the map that are inverted, requests that need it no more."""
+    """Of inverting an id map; counters int32 [1], zero before and after a launch."""
 
-    ready_ptr: Pointer
-    finished_ptr: Pointer
+    ready_ptr: Pointer  # parts that are inverted
+    finished_ptr: Pointer  # requests that need it no more
+    parts: int  # items that invert the map
 
 
 class BlockPartials(NamedTuple):
@@ -388,6 +428,22 @@ class Sizes(NamedTuple):
     num_blocks: Number
 
 
+class RequestRows(NamedTuple):
+    """Where a request is: its slot (-1: a padding row), its first logit row, how many logit rows it has."""
+
+    slot: Number
+    row0: Number
+    count: Number
+
+
+class Temperatures(NamedTuple):
+    """What a request's temperatures say."""
+
+    scales: Scales
+    sampled: Number  # whether the target's is above 0
+    draft: Number  # the draft's
+
+
 # --- what depends on the kind of proposal -----------------------------------------------------------------------------
 
 
@@ -398,6 +454,17 @@ class ChainProposal(NamedTuple):
     residual_sums: Any  # sums of [P_i * target - draft]+ of vocabulary blocks
     residual_in_block: Any  # that residual inside one block, fp32 [1024]
     column_of: Any  # column of an id in the draft's logits; None: sparse
+
+    cache_key = functions_key
+
+
+class ChainRule(NamedTuple):
+    """Functions of rules.py, and what a call asks of the launch; one constexpr."""
+
+    VERIFY: Any  # drafts that stay, as far as their own probabilities say
+    SELECT: Any  # from residual sums, how many of these stay; None: all
+    DRAWS: bool  # whether the token after the drafts is drawn
+    TWO_PHASES: bool  # whether residuals of whole rows are summed by further work items
 
     cache_key = functions_key
 

@@ -53,10 +53,10 @@ def invert_map(part, draft, vocab, ready_ptr):
 
 
 @triton.jit
-def map_used(progress, num_requests, parts):
+def map_used(progress, num_requests):
     """Called once per request: the last one puts the map's counter back. All parts of the map have earlier tickets."""
     if arrive(progress.finished_ptr, num_requests):
-        wait_for(progress.ready_ptr, parts)
+        wait_for(progress.ready_ptr, progress.parts)
         tl.store(progress.ready_ptr, 0)
 
 

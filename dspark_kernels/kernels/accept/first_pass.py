@@ -38,7 +38,7 @@ def item_of(group, item, steps, GROUP: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def sweep_target(item, view, layout, sampling, scratch, scale, num_blocks, CHUNK: tl.constexpr):
-    """The item's part of scratch.target, .raw and .filters. view: without limits."""
+    """The item's part of scratch.target, .raw and .filters."""
     has_row = item.i <= view.length
     rows = (view.row0 + item.i).to(tl.int64)
     again = True

@@ -110,7 +110,7 @@ def _best_in_support(i, row, view, layout, sampling, best_ptr, scale, num_blocks
 
 @triton.jit
 def limit_rows(
-    first_row, view, limited_view, layout, sampling, partials, scratch, scale, num_blocks,
+    first_row, view, layout, sampling, partials, scratch, scale, num_blocks,
     JOINT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The support of each of GROUP rows, its block sums and best keys without the rest."""
@@ -121,12 +121,13 @@ def limit_rows(
         tops, sums, words, blocks = merge_blocks(partials.max_ptr, partials.sumexp_ptr, one_row, num_blocks, scale, BLOCKS)
         top, sumexp = tl.max(tops, axis=0), tl.max(sums, axis=0)
         top = tl.where(sampled, top, NEG_INF)  # a greedy row keeps all
-        limited = limit_row(i, row, view, sampling.filters, partials, top, sumexp, limited_view.limits, scratch, scale, num_blocks,
-                            JOINT, GROUPS, BLOCKS)  # fmt: skip
+        limited = limit_row(
+            i, row, view, sampling.filters, partials, top, sumexp, scratch, scale, num_blocks, JOINT, GROUPS, BLOCKS
+        )
         stores_done()
         if partials.best_ptr is not None:
             if limited:
-                _best_in_support(i, row, limited_view, layout, sampling, partials.best_ptr, scale, num_blocks, BLOCKS)
+                _best_in_support(i, row, view, layout, sampling, partials.best_ptr, scale, num_blocks, BLOCKS)
                 stores_done()
 
 

@@ -116,15 +116,18 @@ class RowSource(NamedTuple):
 
 @triton.jit
 def _load(ids, inside, source):
-    return read_row(source.view, source.i, ids, inside)
+    """Ids [WIDTH] of the row, whose support is not known yet."""
+    WIDTH: tl.constexpr = ids.shape[0]
+    x = numbers(read_raw(source.view, source.i + tl.zeros([1], tl.int32), ids[None, :], inside[None, :]))
+    return tl.reshape(x, [WIDTH])
 
 
 @triton.jit
 def limit_row(
-    i, row, view, filters, partials, top, sumexp, limits, scratch, scale, num_blocks,
+    i, row, view, filters, partials, top, sumexp, scratch, scale, num_blocks,
     JOINT: tl.constexpr, GROUPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Find the support of a row and sum its blocks again over that. view: without limits. Gives whether anything is left out."""
+    """Find the support of a row and sum its blocks again over that. Gives whether anything is left out."""
     num_groups = tl.cdiv(view.vocab, MAX_GROUP)
     top_k = _setting(filters.top_k_ptr, view.slot, 0)
     top_p = _setting(filters.top_p_ptr, view.slot, 1.0)
@@ -142,6 +145,6 @@ def limit_row(
         )  # fmt: skip
         sums_in_support(_load, source, view.vocab, groups_ptr, reached, threshold, cut, partials.max_ptr + row * num_blocks,
                     partials.sumexp_ptr + row * num_blocks, num_blocks, scale, MAX_GROUP, BLOCKS)  # fmt: skip
-    tl.store(limits.threshold_ptr + row, threshold)
-    tl.store(limits.cut_ptr + row, cut)
+    tl.store(view.limits.threshold_ptr + row, threshold)
+    tl.store(view.limits.cut_ptr + row, cut)
     return limited

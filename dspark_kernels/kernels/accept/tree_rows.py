@@ -55,11 +55,12 @@ def id_weights(view, i, block, top, scale):
 
 @triton.jit
 def merge_nodes(
-    first_node, unlimited, view, layout, draft, sampling, parents_ptr, scratch, walks, scales, sizes,
-    PROPOSAL: tl.constexpr, JOINT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, CANDIDATES: tl.constexpr,
-    BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    first_node, view, layout, draft, sampling, parents_ptr, scratch, walks, scales, sizes,
+    PROPOSAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """All blocks of GROUP nodes are there: their statistics."""
+    GROUP: tl.constexpr = TILE.GROUP
+    BLOCKS: tl.constexpr = TILE.BLOCKS
     stats = scratch.stats
     i = first_node + tl.arange(0, GROUP)
     rows = tl.where(i <= view.length, view.row0 + i, -1).to(tl.int64)
@@ -68,8 +69,8 @@ def merge_nodes(
     if sampling.temperature_ptr is not None:
         sampled = tl.load(sampling.temperature_ptr + view.slot) > 0.0
     if scratch.limits is not None:
-        limit_rows(first_node, unlimited, view, layout, sampling, scratch.target, scratch.filters, scales.target,
-                   sizes.num_blocks, JOINT, GROUP, GROUPS, BLOCKS)  # fmt: skip
+        limit_rows(first_node, view, layout, sampling, scratch.target, scratch.filters, scales.target, sizes.num_blocks,
+                   TILE.JOINT, GROUP, TILE.GROUPS, BLOCKS)  # fmt: skip
     merged = merge_target(i, rows, view, sampled, scratch.target, scratch.raw, stats.row,
                           scales.target, sizes.num_blocks, BLOCKS)  # fmt: skip
     target, token = merged.target, merged.first
@@ -86,9 +87,9 @@ def merge_nodes(
             token = tl.where(target.point == SOFTMAX, drawn, merged.first)
     tl.store(stats.token_ptr + rows, token, mask=live)
     if PROPOSAL is not None:
-        inner = has_children(i, view.slot, view.length, parents_ptr, sizes.num_drafts, WIDTH)
+        inner = has_children(i, view.slot, view.length, parents_ptr, sizes.num_drafts, TILE.WIDTH)
         drawn_from, rest = PROPOSAL.draft_stats(i, tl.where(inner, rows, -1), view.slot, view.vocab, draft, scratch.draft,
-                                                scales.draft, sizes.num_blocks, BLOCKS, CANDIDATES)  # fmt: skip
+                                                scales.draft, sizes.num_blocks, BLOCKS, TILE.CANDIDATES)  # fmt: skip
         rest = tl.where(drawn_from.point == SOFTMAX, rest, tl.where(drawn_from.point == NOBODY, 0, 1099511627776))
         tl.store(stats.row.values_ptr + rows * ROW_VALUES + REFERENCE, drawn_from.reference, mask=live)
         tl.store(stats.row.ids_ptr + rows * ROW_IDS + DRAFT_OF, drawn_from.point, mask=live)

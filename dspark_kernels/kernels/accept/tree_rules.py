@@ -18,7 +18,7 @@ from ..primitives.constants import NEG_INF, NONFINITE_ROW, SUMEXP_ONE, VOCAB_BLO
 from ..primitives.philox import ACCEPT, acceptance_words, uniform
 from ..primitives.sync import stores_done, wait_for
 from ..primitives.vocab_blocks import merge_blocks, race_blocks, race_ids
-from .dense import map_used
+from .requests import release_map
 from .rows import SOFTMAX, soft_prob
 from .target import read_each, read_rows
 from .tree_outputs import write_outputs
@@ -82,11 +82,11 @@ class Resumed(NamedTuple):
 @triton.jit
 def _resume(
     request, sweep, tree, view, draft, scratch, scales, num_blocks, i,
-    RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, CANDIDATES: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The state that the last sweep was asked for with, and the sweep's sums in it; at first that of a tree that nobody looked
     at."""
+    WIDTH: tl.constexpr = TILE.WIDTH
     numerator = tl.full([WIDTH], 1.0, tl.float32)
     denominator = tl.full([WIDTH], 1.0, tl.float32)
     complement = tl.zeros([WIDTH], tl.float32)
@@ -106,7 +106,7 @@ def _resume(
         rest = nodes.rest
         node = tl.load(scratch.state.current_ptr + request * 2, volatile=True)
         child = tl.load(scratch.state.current_ptr + request * 2 + 1, volatile=True)
-        block = tl.arange(0, BLOCKS)
+        block = tl.arange(0, TILE.BLOCKS)
         at = request.to(tl.int64) * num_blocks + block
         sums = tl.load(scratch.residual.target_ptr + at, mask=block < num_blocks, other=0, volatile=True)
         total = tl.sum(sums, axis=0)
@@ -125,7 +125,9 @@ def _resume(
             if PROPOSAL.sum_left is not None:
                 _target, weights = node_distributions(view.row0.to(tl.int64) + node, node >= 0, scratch.stats)
                 taken = tree.is_child & (tree.parent == node) & (rejected > 0)
-                whole = PROPOSAL.sum_left(node, view.slot, draft, weights, taken, tree.tokens, scales.draft, i, CANDIDATES, WIDTH)
+                whole = PROPOSAL.sum_left(
+                    node, view.slot, draft, weights, taken, tree.tokens, scales.draft, i, TILE.CANDIDATES, WIDTH
+                )
             else:
                 lost = tl.load(scratch.residual.draft_ptr + at, mask=block < num_blocks, other=0, volatile=True)
                 whole = tl.sum(lost, axis=0)
@@ -198,10 +200,10 @@ def _search(state, tree, target_prob, draft_weight, row_rest, u, i, RULE: tl.con
 @triton.jit
 def _draw(
     request, node, row, position, anchor, seed, from_residual, target, drawn_from, rejected, view, draft, scratch, scales,
-    num_blocks, i,
-    PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr, WITHOUT: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    num_blocks, i, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A token from what is left of a node's distribution, or from all of it: int64."""
+    BLOCKS: tl.constexpr = TILE.BLOCKS
     one = tl.zeros([1], tl.int32)
     partials = scratch.target
     top, _residual, words, tops = merge_blocks(partials.max_ptr, partials.sumexp_ptr, row + one, num_blocks, scales.target, BLOCKS)
@@ -217,7 +219,7 @@ def _draw(
     inner = id_weights(view, node + one, winner, top, scales.target)
     if from_residual:
         left, _weight = left_in_blocks(node, winner, target, drawn_from, rejected, view, draft, scales, i,
-                                       PROPOSAL, CANDIDATES, WITHOUT, WIDTH)  # fmt: skip
+                                       PROPOSAL, TILE.CANDIDATES, WITHOUT, TILE.WIDTH)  # fmt: skip
         inner = tl.where(left > 0.0, tl.log2(tl.where(left > 0.0, left, 1.0)), NEG_INF)
     return tl.sum(race_ids(inner, winner, seed, position, anchor, at, 1), axis=0).to(tl.int64)
 
@@ -233,16 +235,16 @@ class Tree(NamedTuple):
 
 @triton.jit
 def decide(
-    request, sweep, view, layout, draft, parents_ptr, sampling, outputs, scratch, published_ptr, map_progress, map_parts, walks,
-    scales, sizes, RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, CANDIDATES: tl.constexpr,
-    BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    request, sweep, view, layout, links, draft, sampling, outputs, scratch, published_ptr, map_progress, walks, scales, sizes,
+    RULE: tl.constexpr, PROPOSAL: tl.constexpr, WITHOUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Decide from what is known after `sweep` sweeps: publish the next one, or write the outputs."""
+    WIDTH: tl.constexpr = TILE.WIDTH
     row0, length, slot, num_blocks, stats = view.row0, view.length, view.slot, sizes.num_blocks, scratch.stats
     i = tl.arange(0, WIDTH)
     has_row = i <= length
     rows = (row0 + i).to(tl.int64)
-    parent = tl.load(parents_ptr + slot * sizes.num_drafts + i, mask=has_row & (i > 0), other=-1)
+    parent = tl.load(links.parents_ptr + slot * sizes.num_drafts + i, mask=has_row & (i > 0), other=-1)
     forward = tl.load(layout.logits_indices_ptr + rows, mask=has_row, other=0)
     tokens = tl.load(layout.token_ids_ptr + forward, mask=has_row, other=-1)
     inside = has_row & (tokens >= 0) & (tokens < view.vocab)
@@ -267,7 +269,7 @@ def decide(
     if RULE != WALK:
         if walks == 0:
             if map_progress is not None:
-                wait_for(map_progress.ready_ptr, map_parts)
+                wait_for(map_progress.ready_ptr, map_progress.parts)
             seed = tl.load(sampling.seed_ptr + slot)
             depth = tl.load(layout.positions_ptr + forward, mask=has_row, other=0)
             anchor = pick(depth, 0, i)
@@ -280,8 +282,9 @@ def decide(
             target_prob = soft_prob(x, ids, target, scales.target)
             draft_weight = PROPOSAL.weight_at(parent_at, ids, verified, slot, view.vocab, draft, drawn_from, scales.draft, PROPOSAL)
             row_rest = tl.load(stats.draft_sum_ptr + rows, mask=has_row, other=0, volatile=True)
-            state = _resume(request, sweep, tree, view, draft, scratch, scales, num_blocks, i,
-                            RULE, PROPOSAL, WITHOUT, CANDIDATES, BLOCKS, WIDTH)  # fmt: skip
+            state = _resume(
+                request, sweep, tree, view, draft, scratch, scales, num_blocks, i, RULE, PROPOSAL, WITHOUT, TILE
+            )  # fmt: skip
             found = _search(state, tree, target_prob, draft_weight, row_rest, u, i, RULE, WITHOUT, WIDTH)
             final, last, nodes = found.final, found.node, found.nodes
             bad = is_child & (nodes.foul > 0)
@@ -310,14 +313,13 @@ def decide(
                     rejected = Rejected(taken, tokens, pick(nodes.entry, last, i), nodes.multiplier, nodes.factor)
                     token = _draw(
                         request, last, row, pick(depth, last, i) + 1, anchor, seed, from_residual, last_target, last_weights,
-                        rejected, view, draft, scratch, scales, num_blocks, i, PROPOSAL, CANDIDATES, WITHOUT, BLOCKS, WIDTH,
+                        rejected, view, draft, scratch, scales, num_blocks, i, PROPOSAL, WITHOUT, TILE,
                     )  # fmt: skip
     if final > 0:
         status = node_status(rows, has_row, stats)
         write_outputs(request, last, parent, token, status, bad, empty, tokens, forward, i, sampled, view, layout, outputs,
                       scratch.raw, stats, scales.target, sizes, WIDTH)  # fmt: skip
-        if map_progress is not None:
-            map_used(map_progress, sizes.num_requests, map_parts)
+        release_map(map_progress, sizes.num_requests)
     if RULE != WALK:
         stores_done()
         tl.atomic_xchg(published_ptr + request, tl.where(final > 0, DECIDED, sweep + 1), sem="release", scope="gpu")
