@@ -132,7 +132,10 @@ class SweepTile(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The fields of Acceptance: tokens int64 [R, K + 1] (of a tree [R, M]), the others [R], commit_mask [N_max]."""
+    """The fields of Acceptance: tokens int64 [R, K + 1] (of a tree [R, M]), the others [R], commit_mask [N_max].
+
+    One record for chains and trees: Triton 3.6 does not take a record with None inside another one.
+    """
 
     tokens_ptr: Pointer
     accepted_ptr: Pointer
@@ -147,14 +150,8 @@ class Outputs(NamedTuple):
     stride_anchors: int
     anchor_positions_ptr: Pointer | None  # and their positions
     stride_anchor_positions: int
-
-
-class TreeOutputs(NamedTuple):
-    """Besides: the accepted nodes, and the forward rows whose keys stay, int32 [R, M]."""
-
-    request: Outputs
-    path_ptr: Pointer
-    source_ptr: Pointer
+    path_ptr: Pointer | None = None  # of a tree, the accepted nodes, int32 [R, M]
+    source_ptr: Pointer | None = None  # and the forward rows whose keys stay
 
 
 # --- scratch ----------------------------------------------------------------------------------------------------------

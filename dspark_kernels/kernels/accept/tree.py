@@ -144,7 +144,7 @@ def accept_tree_kernel(
     links,  # NodeLinks
     draft,  # of the children: DenseDraft or SparseDraft; None = a deterministic tree
     sampling,  # Sampling
-    outputs,  # TreeOutputs
+    outputs,  # Outputs
     counters,  # TreeCounters
     map_progress,  # MapProgress, or None
     scratch,  # TreeScratch

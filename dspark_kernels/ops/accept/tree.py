@@ -30,7 +30,6 @@ from ...kernels.accept.args import (
     SparseDraft,
     Target,
     TreeCounters,
-    TreeOutputs,
     TreeResidual,
     TreeRowStats,
     TreeScratch,
@@ -277,13 +276,9 @@ def _accept_tree(a: Arguments):
             NodeLinks(a.parents, a.ancestors if flat.listed is not None else None),
             draft,
             Sampling(a.draft_temperature, flat.temperature, flat.seed, flat.filters, slots_ptr=a.state_indices),
-            TreeOutputs(
-                Outputs(
-                    *a.emitted, a.commit_mask, a.flags,
-                    a.log_probs, a.anchors, _stride(a.anchors), a.anchor_positions, _stride(a.anchor_positions),
-                ),
-                a.path,
-                a.kv_source,
+            Outputs(
+                *a.emitted, a.commit_mask, a.flags,
+                a.log_probs, a.anchors, _stride(a.anchors), a.anchor_positions, _stride(a.anchor_positions), a.path, a.kv_source,
             ),
             arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
             MapProgress(map_progress, map_progress[1:], map_parts) if kind == "mapped" else None,
