@@ -128,6 +128,14 @@ class SweepTile(NamedTuple):
     SPAN: int  # how often
 
 
+class VerifyTile(NamedTuple):
+    """Sizes of the tiles in which every rank verifies, one constexpr."""
+
+    WIDTH: int  # padded number of rows of a request
+    SHARDS: int  # padded number of ranks
+    BLOCK: int  # vocabulary blocks at a time
+
+
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
@@ -297,9 +305,17 @@ class Part(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """The parts of all ranks, one behind the other. stride: int64 words from one to the next."""
+    """The parts of all ranks, one behind the other."""
 
     part: Part
+    stride: int  # int64 words from one to the next
+    shards: int  # ranks
+
+
+class GatheredSums(NamedTuple):
+    """Residual sums of all ranks: int64 [N, R, NB], where every row may be needed [N, L, NB]."""
+
+    ptr: Pointer
     stride: int
 
 
@@ -329,11 +345,12 @@ class DrawScratch(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How the vocabulary is cut: ids and vocabulary blocks of a shard, ranks that can share a block."""
+    """How the vocabulary is cut."""
 
-    width: int
-    blocks: int
-    pieces: int
+    width: int  # ids of a shard
+    blocks: int  # vocabulary blocks of a shard
+    pieces: int  # ranks that can share a block
+    vocab: int
 
 
 # --- inside kernels ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_e
 from ..primitives.race import pack, unpack_id
 from ..primitives.sumexp import below_max, fixed_sums, log2_scale, numbers
 from ..primitives.sync import stores_done
-from .args import Columns, Scales, Sizes, View
+from .args import Columns, Scales, Sizes, VerifyTile, View
 from .outputs import log2_weight, write_no_outputs, write_outputs
 from .proposals import read_row_pair
 from .rows import FIRST, SOFTMAX, STATUS, soft_prob
@@ -49,26 +49,26 @@ def accept_residual_kernel(
     gathered,  # Gathered: parts of the first phase
     dense,  # DraftShard
     sampling,  # Sampling
-    slots_ptr,  # int32 [R] or None
     residual_ptr,  # int64 of the part: [R, NB], where every row may be needed [L, NB]
     stats,  # RowStats [programs, WIDTH, ...]
-    num_requests, num_slots, num_rows, num_drafts, shards, start, held, first_block, num_blocks, vocab,
-    VERIFY: tl.constexpr, EVERY_ROW: tl.constexpr,
-    WIDTH: tl.constexpr, SHARDS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    num_requests, num_slots, num_rows, num_drafts, start, held, first_block, num_blocks, vocab,
+    VERIFY: tl.constexpr,  # of ChainRule
+    EVERY_ROW: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr,  # VerifyTile
 ):  # fmt: skip
     """Item = blocks of a request. Each item verifies for itself, from L2: dearer in loads than in waiting for one that does."""
     chunks = tl.cdiv(num_blocks, CHUNK)
     request = tl.program_id(0) // chunks
     item = tl.program_id(0) % chunks
-    slot, row0, length = request_of(request, slots_ptr, layout.cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
+    slot, row0, length = request_of(request, sampling, layout, num_requests, num_slots, num_rows, num_drafts)
     if length >= 0:
         columns = Columns(start, held, first_block, num_blocks)
-        own = own_stats(stats, row0, WIDTH)
+        own = own_stats(stats, row0, TILE.WIDTH)
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
         scales = Scales(log2_scale(temperature), log2_scale(draft_temperature))
         accepted, wants, _known = verify(
             slot, row0, length, temperature, draft_temperature, gathered, dense, layout, sampling.seed_ptr, own,
-            shards, num_blocks, vocab, VERIFY, WIDTH, SHARDS, BLOCK,
+            num_blocks, vocab, VERIFY, TILE,
         )  # fmt: skip
         # On this rank's columns: ids are global, and the rank's alone may be read.
         view = View(target.logits_ptr - start, target.stride, vocab, target.adjustments, layout.token_ids_ptr, None,
@@ -107,22 +107,22 @@ def _unlisted(sumexp, tops, pair, point, scale, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _without_draft(gathered, row, pair, cut, shards, vocab, scale, BLOCKS: tl.constexpr, SHARDS: tl.constexpr):
+def _without_draft(gathered, row, pair, cut, scale, BLOCKS: tl.constexpr, SHARDS: tl.constexpr):
     """Of a row whose draft stands for itself: the target's, less the draft's octet without it."""
     part = gathered.part
     draft_of = pair.draft.point
     shard = tl.arange(0, SHARDS).to(tl.int64)
-    removed = tl.load(part.words_ptr + shard * gathered.stride + row * 4 + 2, mask=shard < shards, other=0)
-    in_list = tl.where(draft_of < vocab, draft_of, -1)
-    tops, sumexp = merged_blocks(part.target.max_ptr, part.target.sumexp_ptr, gathered.stride, row, cut, vocab, scale, in_list,
+    removed = tl.load(part.words_ptr + shard * gathered.stride + row * 4 + 2, mask=shard < gathered.shards, other=0)
+    in_list = tl.where(draft_of < cut.vocab, draft_of, -1)
+    tops, sumexp = merged_blocks(part.target.max_ptr, part.target.sumexp_ptr, gathered.stride, row, cut, scale, in_list,
                                tl.max(removed, axis=0), BLOCKS)  # fmt: skip
     return _unlisted(sumexp, tops, pair, in_list != pair.target.point, scale, BLOCKS)
 
 
 @triton.jit
-def _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, vocab, scales, ENTRIES: tl.constexpr):
+def _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, scales, ENTRIES: tl.constexpr):
     """Candidates begin, begin + 1, ... of a row: ids, [P_i * target_prob - draft_prob]+, which are the first of their id."""
-    found = distinct(begin, draft, slot, i, pair.draft, scales.draft, vocab, ENTRIES)
+    found = distinct(begin, draft, slot, i, pair.draft, scales.draft, cut.vocab, ENTRIES)
     owner = tl.where(found.first_id, found.ids // cut.width, 0).to(tl.int64)
     logits_ptr = gathered.part.lists.logits_ptr
     where = logits_ptr + owner * (2 * gathered.stride) + row * draft.count + begin + tl.arange(0, ENTRIES)
@@ -132,8 +132,7 @@ def _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, vocab,
 
 
 @triton.jit
-def _without_list(draft, slot, i, gathered, row, pair, cut, added_ptr, vocab, scales,
-                  BLOCKS: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
+def _without_list(draft, slot, i, gathered, row, pair, cut, added_ptr, scales, BLOCKS: tl.constexpr, ENTRIES: tl.constexpr):
     """Of row i of a sparse proposal: the target's without the candidates, and what each of these adds."""
     part = gathered.part
     block = tl.arange(0, BLOCKS)
@@ -141,20 +140,20 @@ def _without_list(draft, slot, i, gathered, row, pair, cut, added_ptr, vocab, sc
     stores_done()
     in_list = tl.zeros((), tl.int32)
     for begin in range(0, list_end(draft, pair.draft), ENTRIES):
-        ids, residual, first_id = _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, vocab, scales, ENTRIES)
+        ids, residual, first_id = _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, scales, ENTRIES)
         tl.atomic_add(added_ptr + ids // VOCAB_BLOCK, (residual * RESIDUAL_ONE).to(tl.int64), mask=first_id, sem="relaxed")
         in_list = tl.maximum(in_list, tl.max(tl.where(ids == pair.target.point, 1, 0), axis=0))
     stores_done()
     added = tl.load(added_ptr + block, volatile=True)
     tl.debug_barrier()
     nobody = tl.full((), -1, tl.int32)
-    tops, rest = merged_blocks(part.target.max_ptr, part.lists.rest_ptr, gathered.stride, row, cut, vocab, scales.target, nobody,
+    tops, rest = merged_blocks(part.target.max_ptr, part.lists.rest_ptr, gathered.stride, row, cut, scales.target, nobody,
                                tl.zeros((), tl.int64), BLOCKS)  # fmt: skip
     return _unlisted(rest, tops, pair, in_list == 0, scales.target, BLOCKS) + added
 
 
 @triton.jit
-def _inner_list(x, draft, slot, i, ids, inside, gathered, row, pair, cut, patch_ptr, vocab, scales, ENTRIES: tl.constexpr):
+def _inner_list(x, draft, slot, i, ids, inside, gathered, row, pair, cut, patch_ptr, scales, ENTRIES: tl.constexpr):
     """[P_i * target_prob - draft_prob]+ of a block's ids with target logits x, 0 outside; of row i of a sparse proposal."""
     at = tl.arange(0, VOCAB_BLOCK)
     first = tl.min(ids, axis=0)
@@ -162,7 +161,7 @@ def _inner_list(x, draft, slot, i, ids, inside, gathered, row, pair, cut, patch_
     tl.store(patch_ptr + at, at * 0.0 - 1.0)
     stores_done()
     for begin in range(0, list_end(draft, pair.draft), ENTRIES):
-        own, residual, first_id = _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, vocab, scales, ENTRIES)
+        own, residual, first_id = _candidate_residuals(begin, draft, slot, i, row, gathered, pair, cut, scales, ENTRIES)
         tl.store(patch_ptr + own % VOCAB_BLOCK, residual, mask=first_id & (own // VOCAB_BLOCK == first // VOCAB_BLOCK))
     stores_done()
     changed = tl.load(patch_ptr + at, volatile=True)
@@ -171,32 +170,32 @@ def _inner_list(x, draft, slot, i, ids, inside, gathered, row, pair, cut, patch_
 
 
 @triton.jit
-def _summed(residual_ptr, stride_residual, row, cut, vocab, BLOCKS: tl.constexpr):
-    """From the pieces of all ranks, where these have been summed."""
+def _summed(residual, row, cut, BLOCKS: tl.constexpr):
+    """From the pieces of all ranks, where these have been summed. residual: GatheredSums."""
     block = tl.arange(0, BLOCKS)
     first = block * VOCAB_BLOCK // cut.width
     sumexp = tl.zeros([BLOCKS], tl.int64)
     for n in range(cut.pieces):
         shard = first + n
-        here = shard * cut.width < tl.minimum((block + 1) * VOCAB_BLOCK, vocab)
+        here = shard * cut.width < tl.minimum((block + 1) * VOCAB_BLOCK, cut.vocab)
         where = row * cut.blocks + (block - shard * cut.width // VOCAB_BLOCK)
-        sumexp += tl.load(residual_ptr + shard.to(tl.int64) * stride_residual + where, mask=here, other=0)
+        sumexp += tl.load(residual.ptr + shard.to(tl.int64) * residual.stride + where, mask=here, other=0)
     return sumexp
 
 
 @triton.jit
 def _residual_blocks(
-    i, row, slot, at, draft, gathered, residual_ptr, stride_residual, pair, cut, added_ptr, shards, vocab, scales,
+    i, row, slot, at, draft, gathered, residual, pair, cut, added_ptr, scales,
     BLOCKS: tl.constexpr, SHARDS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Residual sum of exponentials of every block of row i of a request, int64 [BLOCKS]; at: its row where they have been
     summed."""
     if draft.dense is not None:
-        sumexp = _summed(residual_ptr, stride_residual, at, cut, vocab, BLOCKS)
+        sumexp = _summed(residual, at, cut, BLOCKS)
     elif draft.sparse is not None:
-        sumexp = _without_list(draft.sparse, slot, i, gathered, row, pair, cut, added_ptr, vocab, scales, BLOCKS, ENTRIES)
+        sumexp = _without_list(draft.sparse, slot, i, gathered, row, pair, cut, added_ptr, scales, BLOCKS, ENTRIES)
     else:
-        sumexp = _without_draft(gathered, row, pair, cut, shards, vocab, scales.target, BLOCKS, SHARDS)
+        sumexp = _without_draft(gathered, row, pair, cut, scales.target, BLOCKS, SHARDS)
     return sumexp
 
 
@@ -217,26 +216,26 @@ def accept_draw_kernel(
     layout,  # Layout
     gathered,  # Gathered: parts of the first phase
     draft,  # ShardedDraft
-    residual_ptr,  # int64 [N, R, NB], where every row may be needed [N, L, NB]; None: no dense proposal
+    summed,  # GatheredSums, or None: no dense proposal
     sampling,  # Sampling
-    slots_ptr,  # int32 [R] or None
     drawn,  # Drawn: of the part
     scratch,  # DrawScratch
     cut,  # Cut
-    num_requests, num_slots, num_rows, num_drafts, shards, start, held, vocab, stride_residual,
-    VERIFY: tl.constexpr, SELECT: tl.constexpr,
-    WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+    num_requests, num_slots, num_rows, num_drafts, start, held,
+    VERIFY: tl.constexpr, SELECT: tl.constexpr,  # of ChainRule
+    BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
+    TILE: tl.constexpr,  # VerifyTile
 ):  # fmt: skip
     """Request = program. The race over blocks is the same on every rank; inside the winning block each rank races its ids."""
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
     request = tl.program_id(0)
-    slot, row0, length = request_of(request, slots_ptr, layout.cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
+    slot, row0, length = request_of(request, sampling, layout, num_requests, num_slots, num_rows, num_drafts)
     word = tl.zeros((), tl.int64)
     accepted = tl.zeros((), tl.int32)
     empty = word
     if length >= 0:
         columns = Columns(start, held, 0, cut.blocks)
-        own = own_stats(scratch.stats, row0, WIDTH)
+        own = own_stats(scratch.stats, row0, TILE.WIDTH)
         added_ptr, patch_ptr = scratch.added_ptr, scratch.patch_ptr
         if draft.sparse is not None:
             added_ptr += request.to(tl.int64) * BLOCKS
@@ -244,28 +243,40 @@ def accept_draw_kernel(
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
         scales = Scales(log2_scale(temperature), log2_scale(draft_temperature))
         # On this rank's columns: ids are global, and the rank's alone may be read.
-        view = View(target.logits_ptr - start, target.stride, vocab, target.adjustments, layout.token_ids_ptr, None,
+        view = View(target.logits_ptr - start, target.stride, cut.vocab, target.adjustments, layout.token_ids_ptr, None,
                     layout.logits_indices_ptr, row0, slot, length, None)  # fmt: skip
         accepted, wants, known = verify(
             slot, row0, length, temperature, draft_temperature, gathered, draft.dense, layout, sampling.seed_ptr, own,
-            shards, cut.blocks, vocab, VERIFY, WIDTH, SHARDS, BLOCK,
+            cut.blocks, cut.vocab, VERIFY, TILE,
         )  # fmt: skip
         if SELECT is not None:
             if wants:
-                i = tl.arange(0, WIDTH)
+                i = tl.arange(0, TILE.WIDTH)
                 rows = (row0 + i).to(tl.int64)
-                total_ptr = scratch.total_ptr + (request.to(tl.int64) * WIDTH - row0)
+                total_ptr = scratch.total_ptr + (request.to(tl.int64) * TILE.WIDTH - row0)
                 for verified in range(0, accepted):
                     row = (row0 + verified).to(tl.int64)
                     pair = read_row_pair(own, row)
                     sumexp = _residual_blocks(
-                        verified, row, slot, row, draft, gathered, residual_ptr, stride_residual, pair, cut, added_ptr, shards,
-                        vocab, scales, BLOCKS, SHARDS, ENTRIES,
-                    )  # fmt: skip
+                        verified,
+                        row,
+                        slot,
+                        row,
+                        draft,
+                        gathered,
+                        summed,
+                        pair,
+                        cut,
+                        added_ptr,
+                        scales,
+                        BLOCKS,
+                        TILE.SHARDS,
+                        ENTRIES,
+                    )
                     tl.store(total_ptr + row, tl.sum(sumexp, axis=0))
                 stores_done()
                 stop = accepted
-                accepted = SELECT(i, rows, stop, own, total_ptr, 1, known.seed, known.anchor, WIDTH, 4)
+                accepted = SELECT(i, rows, stop, own, total_ptr, 1, known.seed, known.anchor, TILE.WIDTH, 4)
                 wants = accepted < stop
 
         row = (row0 + accepted).to(tl.int64)
@@ -275,7 +286,7 @@ def accept_draw_kernel(
             pair = read_row_pair(own, row)
             row_top = pair.target.reference
             sums = gathered.part.target
-            tops, sumexp = merged_blocks(sums.max_ptr, sums.sumexp_ptr, gathered.stride, row, cut, vocab, scales.target,
+            tops, sumexp = merged_blocks(sums.max_ptr, sums.sumexp_ptr, gathered.stride, row, cut, scales.target,
                                        tl.full((), -1, tl.int32), tl.zeros((), tl.int64), BLOCKS)  # fmt: skip
             block = tl.arange(0, BLOCKS)
             weight = log2_weight(sumexp) + below_max(tops, row_top) * scales.target
@@ -285,14 +296,13 @@ def accept_draw_kernel(
                 if SELECT is not None:
                     at = row
                 residual = _residual_blocks(
-                    accepted, row, slot, at, draft, gathered, residual_ptr, stride_residual, pair, cut, added_ptr, shards,
-                    vocab, scales, BLOCKS, SHARDS, ENTRIES,
-                )  # fmt: skip
+                    accepted, row, slot, at, draft, gathered, summed, pair, cut, added_ptr, scales, BLOCKS, TILE.SHARDS, ENTRIES
+                )
                 from_residual = tl.max(residual, axis=0) > 0
                 weight = tl.where(from_residual, log2_weight(residual), weight)
             if from_residual | (pair.target.point == SOFTMAX):
                 position = known.anchor + accepted + 1
-                here = block * VOCAB_BLOCK < vocab
+                here = block * VOCAB_BLOCK < cut.vocab
                 weight = tl.where(here, weight, NEG_INF)
                 first_block = tl.zeros((), tl.int32)
                 winner = unpack_id(_race(weight, block, here, first_block, known.seed, position, known.anchor, LEAF_STREAM, BLOCKS))
@@ -302,9 +312,11 @@ def accept_draw_kernel(
                 inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scales.target)
                 if from_residual:
                     if draft.sparse is not None:
-                        inner = log2_weight(_inner_list(x, draft.sparse, slot, accepted, ids, inside,
-                                                        gathered, row, pair, cut, patch_ptr,
-                                                  vocab, scales, ENTRIES))  # fmt: skip
+                        inner = log2_weight(
+                            _inner_list(
+                                x, draft.sparse, slot, accepted, ids, inside, gathered, row, pair, cut, patch_ptr, scales, ENTRIES
+                            )
+                        )
                     else:
                         draft_row = None
                         if draft.dense is not None:
@@ -325,29 +337,28 @@ def accept_finish_kernel(
     dense,  # DraftShard, whose logits are not read; or None
     drawn,  # Drawn: of all ranks [N, ...]
     sampling,  # Sampling, without seeds
-    slots_ptr,  # int32 [R] or None
     outputs,  # Outputs
     stats,  # RowStats [R, WIDTH, ...]
-    num_requests, num_slots, num_rows, num_forward, num_drafts, shards, num_blocks, vocab, stride_drawn,
-    WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+    num_requests, num_slots, num_rows, num_forward, num_drafts, num_blocks, vocab, stride_drawn,
+    TILE: tl.constexpr,  # VerifyTile
 ):  # fmt: skip
     """Request = program: everything follows from the gathered parts, so every rank writes the same."""
     request = tl.program_id(0)
-    slot, row0, length = request_of(request, slots_ptr, layout.cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
+    slot, row0, length = request_of(request, sampling, layout, num_requests, num_slots, num_rows, num_drafts)
     sizes = Sizes(num_requests, num_forward, num_drafts, num_blocks)
     if length < 0:
-        write_no_outputs(request, slot, layout, outputs, sizes, WIDTH)
+        write_no_outputs(request, slot, layout, outputs, sizes, TILE.WIDTH)
     else:
-        own = own_stats(stats, row0, WIDTH)
+        own = own_stats(stats, row0, TILE.WIDTH)
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
         accepted, _wants, known = verify(
-            slot, row0, length, temperature, draft_temperature, gathered, dense, layout, None, own, shards, num_blocks, vocab,
-            verify_match, WIDTH, SHARDS, BLOCK,
+            slot, row0, length, temperature, draft_temperature, gathered, dense, layout, None, own, num_blocks, vocab,
+            verify_match, TILE,
         )  # fmt: skip
         empty = length < 0
         if drawn.word_ptr is not None:
-            shard = tl.arange(0, SHARDS).to(tl.int64)
-            words = tl.load(drawn.word_ptr + shard * stride_drawn + request, mask=shard < shards, other=0)
+            shard = tl.arange(0, TILE.SHARDS).to(tl.int64)
+            words = tl.load(drawn.word_ptr + shard * stride_drawn + request, mask=shard < gathered.shards, other=0)
             token = unpack_id(tl.max(words, axis=0))
             accepted = tl.load(drawn.verdict_ptr + request * 2).to(tl.int32)
             empty = tl.load(drawn.verdict_ptr + request * 2 + 1) > 0
@@ -355,7 +366,7 @@ def accept_finish_kernel(
             token = tl.load(own.ids_ptr + (row0 + accepted).to(tl.int64) * ROW_IDS + FIRST, volatile=True).to(tl.int64)
         view = View(None, None, vocab, None, None, None, None, row0, slot, length, None)  # no logits are read
         write_outputs(request, accepted, token, empty, known, view, layout, outputs, None, own,
-                      log2_scale(temperature), sizes, drawn.word_ptr is not None, WIDTH)  # fmt: skip
+                      log2_scale(temperature), sizes, drawn.word_ptr is not None, TILE.WIDTH)  # fmt: skip
 
 
 _RULES = {"token": verify_token, "block": verify_block}
@@ -372,18 +383,19 @@ def launch_accept_normalise(items, args, *, noisy, candidates, config):
     accept_normalise_kernel[(items,)](*args, **constants, **_options(config))
 
 
-def launch_accept_residual(items, args, *, rule, config, **sizes):
+def launch_accept_residual(items, args, *, rule, config, **tile):
     """Launch one program per item (blocks of a request)."""
-    constants = dict(VERIFY=_RULES[rule], EVERY_ROW=rule == "block", CHUNK=config.chunk, BLOCK=config.block)
-    accept_residual_kernel[(items,)](*args, **constants, **sizes, **_options(config))
+    constants = dict(VERIFY=_RULES[rule], EVERY_ROW=rule == "block", CHUNK=config.chunk)
+    accept_residual_kernel[(items,)](*args, **constants, TILE=VerifyTile(BLOCK=config.block, **tile), **_options(config))
 
 
-def launch_accept_draw(requests, args, *, rule, config, **sizes):
+def launch_accept_draw(requests, args, *, rule, blocks, candidates, config, **tile):
     """Launch one program per request."""
-    constants = dict(VERIFY=_RULES[rule], SELECT=select_block_length if rule == "block" else None, BLOCK=config.block)
-    accept_draw_kernel[(requests,)](*args, **constants, **sizes, **_options(config))
+    select = select_block_length if rule == "block" else None
+    constants = dict(VERIFY=_RULES[rule], SELECT=select, BLOCKS=blocks, CANDIDATES=candidates)
+    accept_draw_kernel[(requests,)](*args, **constants, TILE=VerifyTile(BLOCK=config.block, **tile), **_options(config))
 
 
-def launch_accept_finish(requests, args, *, config, **sizes):
+def launch_accept_finish(requests, args, *, config, **tile):
     """Launch one program per request."""
-    accept_finish_kernel[(requests,)](*args, BLOCK=config.block, **sizes, **_options(config))
+    accept_finish_kernel[(requests,)](*args, TILE=VerifyTile(BLOCK=config.block, **tile), **_options(config))

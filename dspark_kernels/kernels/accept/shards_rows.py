@@ -11,11 +11,11 @@ import triton.language as tl
 
 from ..primitives.constants import NAN, NEG_INF, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.race import pack
-from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, log2_scale, numbers, octet_sums
 from ..primitives.sync import arrive
 from ..primitives.vocab_blocks import block_sums
 from .args import Columns, Distribution, Scales, View
+from .requests import rows_of
 from .rows import coupled_keys
 from .sparse import distinct, distributions, list_end
 from .target import read_each, read_raw, read_row, read_rows, read_tile
@@ -24,13 +24,11 @@ FINITE = tl.constexpr(256)  # a row showed a finite logit; beside the bits of `f
 
 
 @triton.jit
-def request_of(request, slots_ptr, cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts):
+def request_of(request, sampling, layout, num_requests, num_slots, num_rows, num_drafts):
     """Request slot, first logit row, number of drafts (-1: no logit rows, or a padding row) of a request."""
-    slot = tl.max(state_slots(slots_ptr, request + tl.arange(0, 1), num_requests, num_slots), axis=0)
-    row0 = tl.load(cu_logits_ptr + request)
-    length = tl.minimum(tl.minimum(tl.load(cu_logits_ptr + request + 1), num_rows) - row0 - 1, num_drafts)
-    length = tl.where(slot < 0, -1, length)
-    return slot, row0, length
+    rows = rows_of(request, sampling, layout, num_requests, num_slots, num_rows)
+    length = tl.minimum(rows.count - 1, num_drafts)
+    return rows.slot, rows.row0, tl.where(rows.slot < 0, -1, length)
 
 
 @triton.jit
@@ -157,7 +155,6 @@ def accept_normalise_kernel(
     layout,  # Layout
     draft,  # ShardedDraft
     sampling,  # Sampling
-    slots_ptr,  # int32 [R] or None
     part,  # Part
     arriving,  # ArrivingRows
     num_requests, num_slots, num_rows, num_drafts, start, held, first_block, num_blocks, vocab,
@@ -171,7 +168,7 @@ def accept_normalise_kernel(
     item = tl.program_id(0) % (groups * chunks)
     group = item // chunks
     columns = Columns(start, held, first_block, num_blocks)
-    slot, row0, length = request_of(request, slots_ptr, layout.cu_logits_ptr, num_requests, num_slots, num_rows, num_drafts)
+    slot, row0, length = request_of(request, sampling, layout, num_requests, num_slots, num_rows, num_drafts)
     if group * GROUP <= length:
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
         scales = Scales(log2_scale(temperature), log2_scale(draft_temperature))

@@ -35,9 +35,12 @@ from .shards_rows import FINITE
 
 
 @triton.jit
-def _row_sumexps(sums, stride, rows, has_row, shards, num_blocks, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _row_sumexps(sums, gathered, rows, has_row, num_blocks, scale, TILE: tl.constexpr):
     """Maximum and integer sum of exponentials (relative to it) of rows from the pieces of all ranks."""
-    pieces = shards * num_blocks
+    WIDTH: tl.constexpr = TILE.WIDTH
+    BLOCK: tl.constexpr = TILE.BLOCK
+    stride = gathered.stride
+    pieces = gathered.shards * num_blocks
     # Reduced after the loops, not in them: Triton 3.6's pass for such loops fails where the result is used twice.
     tall = tl.full([WIDTH, BLOCK], float("-inf"), tl.float32)
     for first in range(0, pieces, BLOCK):
@@ -62,17 +65,17 @@ def _row_sumexps(sums, stride, rows, has_row, shards, num_blocks, scale, WIDTH: 
 
 @triton.jit
 def _row_stats(
-    slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, stats, shards, num_blocks,
-    WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+    slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, stats, num_blocks, TILE: tl.constexpr,
 ):  # fmt: skip
     """The statistics (rows.py) of all rows of a request, from the parts of all ranks."""
+    WIDTH: tl.constexpr = TILE.WIDTH
     part, stride = gathered.part, gathered.stride
     i = tl.arange(0, WIDTH)
     rows = (row0 + i).to(tl.int64)
     live = i <= length
     values, ids_of = stats.values_ptr + rows * ROW_VALUES, stats.ids_ptr + rows * ROW_IDS
-    shard = tl.arange(0, SHARDS).to(tl.int64)[None, :]
-    there = live[:, None] & (shard < shards)
+    shard = tl.arange(0, TILE.SHARDS).to(tl.int64)[None, :]
+    there = live[:, None] & (shard < gathered.shards)
     words = part.words_ptr + shard * stride + rows[:, None] * 4
     best = tl.max(tl.load(words, mask=there, other=0), axis=1)
     first = tl.where(best > 0, unpack_id(best), 0).to(tl.int32)
@@ -82,7 +85,7 @@ def _row_stats(
     tl.store(ids_of + STATUS, status, mask=live)
     if part.target.max_ptr is not None:
         scale = log2_scale(temperature)
-        top, sumexp = _row_sumexps(part.target, stride, rows, live, shards, num_blocks, scale, WIDTH, BLOCK)
+        top, sumexp = _row_sumexps(part.target, gathered, rows, live, num_blocks, scale, TILE)
         inv_sumexp = 1.0 / tl.maximum(sumexp, 1).to(tl.float32) * SUMEXP_ONE
         point_mass_id = tl.where((top == POS_INF) | ((status & NONFINITE_ROW) > 0), first, SOFTMAX)
         draft, inside, missing = drafts.ids, drafts.inside, drafts.missing
@@ -107,8 +110,7 @@ def _row_stats(
             x = tl.max(tl.load(logits + 1, mask=there, other=NEG_INF), axis=1)
             soft = tl.full([WIDTH], SOFTMAX, tl.int32)
             if dense.lse_ptr is None:
-                draft_top, draft_sumexp = _row_sumexps(part.draft, stride, rows, has_draft, shards, num_blocks, draft_scale,
-                                                    WIDTH, BLOCK)  # fmt: skip
+                draft_top, draft_sumexp = _row_sumexps(part.draft, gathered, rows, has_draft, num_blocks, draft_scale, TILE)
                 reference = finite_or_zero(draft_top)
                 factor = 1.0 / tl.maximum(draft_sumexp, 1).to(tl.float32) * SUMEXP_ONE
                 infinite = unpack_id(tl.max(tl.load(words + 1, mask=there, other=0), axis=1)).to(tl.int32)
@@ -137,11 +139,11 @@ def _row_stats(
 
 @triton.jit
 def verify(
-    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, stats, shards, num_blocks, vocab,
-    VERIFY: tl.constexpr, WIDTH: tl.constexpr, SHARDS: tl.constexpr, BLOCK: tl.constexpr,
+    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, stats, num_blocks, vocab,
+    VERIFY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What the rule says, see rules.py, beside what is known of the request."""
-    i = tl.arange(0, WIDTH)
+    i = tl.arange(0, TILE.WIDTH)
     rows = (row0 + i).to(tl.int64)
     seed = tl.zeros((), tl.int64)
     if seed_ptr is not None:
@@ -149,8 +151,7 @@ def verify(
     drafts = read_drafts(i, rows, length, layout, vocab)
     anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + row0))
     known = Known(anchor, temperature > 0.0, seed, drafts)
-    _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, stats, shards, num_blocks,
-               WIDTH, SHARDS, BLOCK)  # fmt: skip
+    _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, stats, num_blocks, TILE)
     stores_done()
     accepted, wants = VERIFY(i, rows, length, known, stats, None)
     stores_done()
@@ -165,7 +166,7 @@ def own_stats(stats, row0, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def merged_blocks(max_ptr, sumexp_ptr, stride, row, cut, vocab, scale, excluded, removed, BLOCKS: tl.constexpr):
+def merged_blocks(max_ptr, sumexp_ptr, stride, row, cut, scale, excluded, removed, BLOCKS: tl.constexpr):
     """Maximum and sum of exponentials of every block of a row from its pieces, without what `excluded` (-1 = nobody) adds to its
     own."""
     block = tl.arange(0, BLOCKS)
@@ -173,14 +174,14 @@ def merged_blocks(max_ptr, sumexp_ptr, stride, row, cut, vocab, scale, excluded,
     top = tl.full([BLOCKS], float("-inf"), tl.float32)
     for n in range(cut.pieces):
         shard = first + n
-        here = shard * cut.width < tl.minimum((block + 1) * VOCAB_BLOCK, vocab)
+        here = shard * cut.width < tl.minimum((block + 1) * VOCAB_BLOCK, cut.vocab)
         where = row * cut.blocks + (block - shard * cut.width // VOCAB_BLOCK)
         tops = tl.load(max_ptr + shard.to(tl.int64) * (2 * stride) + where, mask=here, other=NEG_INF)
         top = tl.maximum(top, tops)
     sumexp = tl.zeros([BLOCKS], tl.int64)
     for n in range(cut.pieces):
         shard = first + n
-        here = shard * cut.width < tl.minimum((block + 1) * VOCAB_BLOCK, vocab)
+        here = shard * cut.width < tl.minimum((block + 1) * VOCAB_BLOCK, cut.vocab)
         where = row * cut.blocks + (block - shard * cut.width // VOCAB_BLOCK)
         tops = tl.load(max_ptr + shard.to(tl.int64) * (2 * stride) + where, mask=here, other=NEG_INF)
         own = tl.load(sumexp_ptr + shard.to(tl.int64) * stride + where, mask=here, other=0)

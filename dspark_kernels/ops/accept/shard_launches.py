@@ -18,6 +18,7 @@ from ...kernels.accept.args import (
     Drawn,
     DrawScratch,
     Gathered,
+    GatheredSums,
     Layout,
     Outputs,
     Part,
@@ -155,7 +156,7 @@ class _Sizes:
         return fields_of(phase, requests, rows, shard, self.draws, self._sums, every_row, self.candidates)
 
     def gathered(self, part: Tensor) -> Gathered:
-        return Gathered(_part(self.fields("normalise"), part), part.stride(0))
+        return Gathered(_part(self.fields("normalise"), part), part.stride(0), self._call[2].count)
 
 
 class PartialArguments(NamedTuple):
@@ -194,7 +195,7 @@ def accept_partial(a: PartialArguments):
     num_slots = flat.temperature.shape[0] if flat.temperature is not None else 2**31 - 1
     target = Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
     layout = Layout(None, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions)
-    settings = Sampling(a.draft.draft_temperature, flat.temperature, flat.seed)
+    settings = Sampling(a.draft.draft_temperature, flat.temperature, flat.seed, slots_ptr=a.state_indices)
     sizes = (a.requests, num_slots, rows, a.drafts)
     columns = (shard.start, shard.held, shard.start // VOCAB_BLOCK, blocks, shard.vocab)
     if a.phase == "normalise":
@@ -202,7 +203,7 @@ def accept_partial(a: PartialArguments):
         part = _part(call.fields("normalise"), a.part)
         kernels.launch_accept_normalise(
             a.requests * -(-(a.drafts + 1) // config.group) * -(-blocks // config.chunk),
-            (target, layout, draft, settings, a.state_indices, part, arriving, *sizes, *columns),
+            (target, layout, draft, settings, part, arriving, *sizes, *columns),
             noisy=not call.draws and flat.temperature is not None,
             candidates=_power(max(call.candidates, 1)),
             config=config,
@@ -216,23 +217,25 @@ def accept_partial(a: PartialArguments):
         residual, stats = view(a.part, "residual"), _stats(take, programs, a.drafts)
         kernels.launch_accept_residual(
             programs,
-            (target, layout, first, draft.dense, settings, a.state_indices, residual, stats, *sizes, shard.count, *columns),
+            (target, layout, first, draft.dense, settings, residual, stats, *sizes, *columns),
             **constants,
         )
         return
-    residual = call.fields("residual").view(a.gathered[1], "residual") if len(a.gathered) > 1 else None
+    summed = None
+    if len(a.gathered) > 1:
+        residual = call.fields("residual").view(a.gathered[1], "residual")
+        summed = GatheredSums(residual, residual.stride(0))
     scratch = _draw_scratch(take, a.requests, a.drafts, shard.vocab if call.candidates else 0)
     if not call.candidates:
         scratch = scratch._replace(added_ptr=None, patch_ptr=None)
     kernels.launch_accept_draw(
         a.requests,
         (
-            target, layout, first, draft, residual, settings, a.state_indices,
-            Drawn(view(a.part, "word"), view(a.part, "verdict")), scratch, Cut(width, blocks, shard.pieces(VOCAB_BLOCK)),
-            *sizes, shard.count, shard.start, shard.held, shard.vocab, _stride(residual, 0),
+            target, layout, first, draft, summed, settings, Drawn(view(a.part, "word"), view(a.part, "verdict")), scratch,
+            Cut(width, blocks, shard.pieces(VOCAB_BLOCK), shard.vocab), *sizes, shard.start, shard.held,
         ),
-        BLOCKS=_blocks(shard.vocab),
-        CANDIDATES=_power(max(call.candidates, 1)),
+        blocks=_blocks(shard.vocab),
+        candidates=_power(max(call.candidates, 1)),
         **constants,
     )  # fmt: skip
 
@@ -276,14 +279,13 @@ def accept_finish(a: FinishArguments):
             call.gathered(a.gathered[0]),
             call.kernel_draft.dense,
             drawn,
-            Sampling(a.draft.draft_temperature, a.temperature, None),
-            a.state_indices,
+            Sampling(a.draft.draft_temperature, a.temperature, None, slots_ptr=a.state_indices),
             Outputs(
                 *a.emitted, a.commit_mask, a.flags, None,
                 a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0),
             ),
             _stats(workspaces.Carver(a.scratch).take, requests, drafts),
-            requests, a.slots, a.rows, a.commit_mask.shape[0], drafts, shard.count, call.blocks, shard.vocab,
+            requests, a.slots, a.rows, a.commit_mask.shape[0], drafts, call.blocks, shard.vocab,
             a.gathered[-1].stride(0),
         ),
         WIDTH=_width(drafts),
