@@ -168,9 +168,10 @@ def _store_links(slot, n, tree, num_nodes, WIDTH: tl.constexpr):
 @triton.jit
 def append(
     request, step, last, state, head, tree, distributions, scratch, row_status_ptr, sizes,
-    METHOD: tl.constexpr, TILE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Children of one request's nodes of a depth, whose rows are there. last: no other depth follows."""
+    METHOD: tl.constexpr = TILE.METHOD
     depth, width, num_nodes = step.depth, step.width, sizes.num_nodes
     WIDTH: tl.constexpr = TILE.WIDTH
     requests = request + tl.arange(0, 1)

@@ -5,9 +5,9 @@ nodes, V vocabulary, F nodes of a depth at most, B children of each at most, C c
 gated (r) or rnn (3 r) head, L vocabulary blocks of 1024 ids, NODES nodes padded. None where a call has no such thing.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..args import Adjustments, Pointer
+from ..args import Adjustments, Pointer, functions_key
 
 # --- trees of a static shape ------------------------------------------------------------------------------------------
 
@@ -83,6 +83,13 @@ class TreeSizes(NamedTuple):
     chunks: int  # L
 
 
+class TreeWidths(NamedTuple):
+    """Sizes of a tree of static shape that stay from step to step."""
+
+    vocab: int  # V
+    first: int  # nodes of the first depth that get children
+
+
 class DepthStep(NamedTuple):
     """The depth whose nodes get children."""
 
@@ -93,8 +100,9 @@ class DepthStep(NamedTuple):
 
 
 class TreeTile(NamedTuple):
-    """Sizes of the tiles of a tree of static shape, one constexpr."""
+    """How a tree of static shape is drawn, and in tiles of which sizes; one constexpr."""
 
+    METHOD: int  # of append.py
     BLOCKS: int  # padded number of vocabulary blocks
     KEEP: int  # padded number of children
     PAIRS: int  # rows that are weighed or drawn at a time
@@ -182,9 +190,17 @@ class PathSizes(NamedTuple):
     num_candidates: int  # C
 
 
-class PathTile(NamedTuple):
-    """Sizes of the tiles in which a tree of paths grows, one constexpr."""
+class PathWidths(NamedTuple):
+    """Sizes of a tree of paths that stay from step to step."""
 
+    vocab: int  # V
+    num_candidates: int  # C
+
+
+class PathTile(NamedTuple):
+    """How a tree of paths grows, and in tiles of which sizes; one constexpr."""
+
+    ADVANCE: Any  # latents of the nodes of a depth: a function of heads.py, None without latents
     BLOCKS: int  # padded number of vocabulary blocks
     NODES: int
     WIDTH: int  # padded number of candidates
@@ -192,6 +208,8 @@ class PathTile(NamedTuple):
     BLOCK_R: int  # ranks of W2 at a time
     BLOCK_O: int  # outputs of a latent at a time
     BLOCK_J: int  # columns of its weight at a time
+
+    cache_key = functions_key
 
 
 # --- the same over the whole vocabulary -------------------------------------------------------------------------------
@@ -233,8 +251,9 @@ class RowScratch(NamedTuple):
 
 
 class PhaseTile(NamedTuple):
-    """Sizes of the tiles in which a tree of paths grows over the whole vocabulary, one constexpr."""
+    """How a tree of paths grows over the whole vocabulary, and in tiles of which sizes; one constexpr."""
 
+    ADVANCE: Any  # as in PathTile
     SUB_BLOCKS: int  # padded number of sub-blocks
     GROUPS: int  # padded number of groups
     NODES: int
@@ -243,3 +262,5 @@ class PhaseTile(NamedTuple):
     BLOCK_R: int  # ranks of W2 at a time
     BLOCK_O: int  # outputs of a latent at a time
     BLOCK_J: int  # columns of its weight at a time
+
+    cache_key = functions_key

@@ -15,11 +15,9 @@ import triton
 import triton.language as tl
 
 from ..draft.args import RowSettings
-from ..draft.candidate_heads import hidden_products
-from ..draft.candidates import PAIRS, hidden_score, latent_programs
+from ..draft.candidates import awaited, hidden_score, latent_item, latent_programs
 from ..draft.selection import best_ids, keep_best, padded_sub_blocks, selection_tile, slot_of, store_sub_block_keys
 from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NODE_FIELDS, NONFINITE_ROW, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
-from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, numbers
 from ..primitives.sync import arrive
 from ..primitives.vocab_blocks import SAW_FINITE, merge_blocks
@@ -92,8 +90,7 @@ def _sumexps(x, top, scale):
 
 @triton.jit
 def _expand(
-    d, count, live, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, nan, scale, sizes,
-    ADVANCE: tl.constexpr, TILE: tl.constexpr,
+    d, count, live, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, nan, scale, sizes, TILE: tl.constexpr,
 ):  # fmt: skip
     """Children for all nodes of depth d, which are `live`; returns how many nodes there are then. own: PathScratch of the request.
     nan: a flag where the base logits have one."""
@@ -111,7 +108,7 @@ def _expand(
         known = live & (token >= 0) & (token < head.vocab)
     if latent is not None:
         origin = field(kept_ptr, ORIGIN, i, count, NODES)
-        ADVANCE(
+        TILE.ADVANCE(
             d, live, row_ptrs, known, origin, latent, hidden.size, own.products_ptr + d * latent.outputs, own.latent_ptr,
             own.states_ptr, head.rank, TILE.BLOCK_O, TILE.BLOCK_J,
         )  # fmt: skip
@@ -165,8 +162,7 @@ def _expand(
 
 @triton.jit
 def _grow(
-    request, slot, base, state, head, latent, hidden, confidence, out, blocks, ids_ptr, scratch, status_ptr, sizes,
-    ADVANCE: tl.constexpr, TILE: tl.constexpr,
+    request, slot, base, state, head, latent, hidden, confidence, out, blocks, ids_ptr, scratch, status_ptr, sizes, TILE: tl.constexpr,
 ):  # fmt: skip
     """The tree of one request, whose candidates are there."""
     num_drafts, num_nodes = sizes.num_drafts, sizes.num_nodes
@@ -195,9 +191,8 @@ def _grow(
         if (tl.max(live.to(tl.int32), axis=0) > 0) & (num_nodes > 1):
             row_ptr = base.ptr + wide * base.stride_request + tl.cast(d, tl.int64) * base.stride_position
             count = _expand(
-                d, count, live, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, nan, scale, sizes, ADVANCE,
-                TILE,
-            )  # fmt: skip
+                d, count, live, row, row_ptr, head, latent, hidden, confidence, blocks, ids_ptr, own, nan, scale, sizes, TILE
+            )
     tl.debug_barrier()
     for d in range(num_drafts):
         tl.store(status_ptr + wide * num_drafts + d, 0)
@@ -221,12 +216,13 @@ def draft_paths_kernel(
     selection,  # Selection
     scratch,  # PathScratch
     counters,  # PathCounters
-    num_requests, num_slots, num_drafts, num_nodes, vocab, num_candidates, latent_items, parts,
-    ADVANCE: tl.constexpr,
+    num_requests, num_slots, num_drafts, num_nodes,
+    widths,  # PathWidths
+    latent_items, parts,
     SELECTION: tl.constexpr,  # SelectionTile
     TILE: tl.constexpr,  # PathTile
 ):  # fmt: skip
-    slots_ptr = state.slots_ptr
+    vocab, slots_ptr = widths.vocab, state.slots_ptr
     num_rows = num_requests * num_drafts
     program = tl.program_id(0)
     # Requests that this program arrives at when its part is done, and how many parts a request has.
@@ -234,15 +230,9 @@ def draft_paths_kernel(
     count = tl.zeros((), tl.int32)
     if program < latent_items:
         if latent is not None:
-            outputs = tl.cdiv(latent.outputs, 16)
-            pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
-            requests = pairs // num_drafts
-            slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-            hidden_products(
-                pairs, requests, slots, program % outputs, latent, hidden, scratch.products_ptr, num_drafts, TILE.BLOCK_J
-            )  # fmt: skip
-            first = program // outputs * PAIRS // num_drafts
-            count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
+            first, count = latent_item(
+                program, slots_ptr, latent, hidden, scratch.products_ptr, num_requests, num_slots, num_drafts, TILE.BLOCK_J
+            )
     else:
         item = program - latent_items
         row = item // parts
@@ -272,7 +262,7 @@ def draft_paths_kernel(
                     own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
                     tl.store(scratch.score_ptr + row, hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
             if arrive(counters.row_ptr + row, parts):
-                keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, num_candidates, SELECTION)
+                keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, widths.num_candidates, SELECTION)
                 first = request
                 count = tl.full((), 1, tl.int32)
         else:
@@ -282,14 +272,10 @@ def draft_paths_kernel(
     for request in range(first, first + count):
         slot = slot_of(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            awaited = num_drafts
-            if latent is not None:
-                tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
-                awaited += tiles * tl.cdiv(latent.outputs, 16)
-            if arrive(counters.request_ptr + request, awaited):
+            if arrive(counters.request_ptr + request, awaited(request, latent, num_drafts)):
                 _grow(
                     request, slot, base, state, head, latent, hidden, confidence, out, blocks, selection.ids_ptr, scratch,
-                    counters.status_ptr, PathSizes(num_rows, num_drafts, num_nodes, vocab, num_candidates), ADVANCE, TILE,
+                    counters.status_ptr, PathSizes(num_rows, num_drafts, num_nodes, vocab, widths.num_candidates), TILE,
                 )  # fmt: skip
 
 
@@ -300,9 +286,9 @@ def launch_draft_paths(programs, args, *, kind, blocks, shift, config):
     """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
     draft_paths_kernel[(programs,)](
         *args,
-        ADVANCE=_ADVANCE[kind],
         SELECTION=selection_tile(config, shift),
         TILE=PathTile(
+            ADVANCE=_ADVANCE[kind],
             BLOCKS=blocks,
             NODES=config.nodes,
             WIDTH=config.width,

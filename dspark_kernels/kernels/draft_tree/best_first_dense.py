@@ -15,8 +15,8 @@ next depth. Every phase waits for what the last item of the one before publishes
 import triton
 import triton.language as tl
 
-from ..draft.candidate_heads import hidden_products, weighted
-from ..draft.candidates import PAIRS, hidden_score, latent_programs
+from ..draft.candidate_heads import weighted
+from ..draft.candidates import awaited, hidden_score, latent_item, latent_programs
 from ..draft.selection import slot_of
 from ..primitives.constants import (
     BAD_TOKEN_ID,
@@ -31,9 +31,8 @@ from ..primitives.constants import (
     TREE_SUB_BLOCK,
 )
 from ..primitives.select import ABSENT, ordered_key, select
-from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, fixed_sums, numbers
-from ..primitives.sync import arrive, stores_done, wait_for
+from ..primitives.sync import arrive, stores_done, take_item, wait_for
 from ..primitives.vocab_blocks import SAW_FINITE, SAW_NAN, merge_blocks
 from .args import DepthScratch, PhaseTile, RowScratch
 from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
@@ -66,7 +65,7 @@ def _publish(published_ptr, phase):
 @triton.jit
 def _open(
     d, count, request, slot, anchor, budgets_ptr, head, latent, hidden, confidence, own, out, published_ptr, num_nodes, num_drafts,
-    ADVANCE: tl.constexpr, TILE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Everything that the sweep of depth d needs, or the finished tree. own: DepthScratch of the request."""
     kept_ptr = own.kept_ptr
@@ -97,7 +96,7 @@ def _open(
         if latent is not None:
             known = there & (token >= 0) & (token < head.vocab)
             row_ptrs = head.w1_ptr + token.to(tl.int64) * head.stride_w1
-            ADVANCE(
+            TILE.ADVANCE(
                 d, there, row_ptrs, known, origin, latent, hidden.size, own.products_ptr + d * latent.outputs, own.latent_ptr,
                 own.states_ptr, head.rank, TILE.BLOCK_O, TILE.BLOCK_J,
             )  # fmt: skip
@@ -206,6 +205,82 @@ def _best_of_row(row, node, row_ptr, head, latent, own, of_row, scale, vocab, ch
     tl.store(of_row.ids_ptr + place_in_list, ids, mask=taken)
 
 
+@triton.jit
+def _latent_item(
+    ticket, state, latent, hidden, products_ptr, finished_ptr, num_requests, num_slots, num_drafts, BLOCK_J: tl.constexpr
+):  # fmt: skip
+    """The products with hidden states that are this program's; it counts for each of the requests they are for."""
+    first, count = latent_item(
+        ticket, state.slots_ptr, latent, hidden, products_ptr, num_requests, num_slots, num_drafts, BLOCK_J
+    )  # fmt: skip
+    stores_done()
+    for request in range(first, first + count):
+        tl.atomic_add(finished_ptr + request, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _order(number, num_requests, parts, children):
+    """(phase, request, item) of a place in the order of work behind the products: phase -1 is a request's start, then depth d has a
+    sweep, 2 d, and 2 d + 1, which finds the best children of its rows."""
+    phase = tl.full((), -1, tl.int32)
+    request = number
+    item = number * 0
+    if number >= num_requests:
+        number -= num_requests
+        first_depth = num_requests * (parts + 1)
+        later = num_requests * (parts + children)
+        d = number * 0
+        inside = number
+        rows = d + 1
+        if number >= first_depth:
+            d = 1 + (number - first_depth) // later
+            inside = (number - first_depth) % later
+            rows = children
+        phase = tl.where(inside < num_requests * parts, 2 * d, 2 * d + 1)
+        inside = tl.where(inside < num_requests * parts, inside, inside - num_requests * parts)
+        per_request = tl.where(phase % 2 == 0, parts, rows)
+        request = inside // per_request
+        item = inside % per_request
+    return phase, request, item
+
+
+@triton.jit
+def _start(request, slot, anchor, latent, hidden, confidence, own, out, products_done_ptr, num_drafts, NODES: tl.constexpr):
+    """The tree of the anchor alone, scores of all depths, and a wait for the products with hidden states; returns the depth that is
+    to be opened."""
+    opens = tl.full((), -1, tl.int32)
+    if slot >= 0:
+        init_tree(own.kept_ptr, anchor, NODES)
+        if confidence is not None:
+            for k in range(num_drafts):
+                row_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request
+                row_ptr += tl.cast(k, tl.int64) * hidden.stride_position
+                tl.store(own.score_ptr + k, hidden_score(row_ptr, confidence.weight_ptr, hidden.size))
+            tl.debug_barrier()
+        opens = opens * 0
+    else:
+        tl.store(out.flags_ptr + request, 0)
+    if latent is not None:
+        wait_for(products_done_ptr + request, awaited(request, latent, 0))
+        tl.store(products_done_ptr + request, 0)
+    return opens
+
+
+@triton.jit
+def _merge_rows(d, size, first_row, children, own, rows_of, num_nodes, num_drafts, TILE: tl.constexpr):
+    """The best children of all rows of depth d into the best nodes: how many there are then."""
+    i = tl.arange(0, TILE.NODES)
+    c = tl.arange(0, TILE.CHILDREN)
+    where = (first_row + i)[:, None] * children + c[None, :]
+    there = (i < size)[:, None] & (c < children)[None, :]
+    keys = tl.load(rows_of.keys_ptr + where, mask=there, other=NEG_INF, volatile=True)
+    ids = tl.load(rows_of.ids_ptr + where, mask=there & (keys > NEG_INF), other=0, volatile=True)
+    nodes = tl.load(own.frontier_ptr + i, mask=i < size, other=0, volatile=True)
+    count = tl.load(own.sizes_ptr + num_drafts, volatile=True)
+    count, _ = merge_children(own.kept_ptr, count, num_nodes, d + 1, keys, ids, nodes, TILE.NODES)
+    return count
+
+
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "num_nodes", "latent_items", "parts"])
 def draft_paths_dense_kernel(
     # Records of kernels/draft_tree/args.py and kernels/draft/args.py.
@@ -221,52 +296,20 @@ def draft_paths_dense_kernel(
     depths,  # DepthScratch
     rows_of,  # RowScratch
     num_requests, num_slots, num_drafts, num_nodes, vocab, stride_groups, latent_items, parts,
-    ADVANCE: tl.constexpr,
     TILE: tl.constexpr,  # PhaseTile
 ):  # fmt: skip
     NODES: tl.constexpr = TILE.NODES
-    stride_anchors = state.stride_anchors
     children = tl.maximum(num_nodes - 1, 1)
-    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
+    ticket = take_item(ticket_ptr)
     items = num_drafts * parts + 1 + (num_drafts - 1) * children  # of all phases of a request
     if ticket == latent_items + num_requests * (1 + items) - 1:
         tl.store(ticket_ptr, 0)
     if ticket < latent_items:
         if latent is not None:
-            outputs = tl.cdiv(latent.outputs, 16)
-            pairs = ticket // outputs * PAIRS + tl.arange(0, PAIRS)
-            requests = pairs // num_drafts
-            slots = state_slots(state.slots_ptr, requests, num_requests, num_slots)
-            hidden_products(
-                pairs, requests, slots, ticket % outputs, latent, hidden, depths.products_ptr, num_drafts, TILE.BLOCK_J
-            )  # fmt: skip
-            stores_done()
-            first = ticket // outputs * PAIRS // num_drafts
-            end = tl.minimum((ticket // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) + 1
-            for request in range(first, end):
-                tl.atomic_add(counters.products_ptr + request, 1, sem="release", scope="gpu")
+            _latent_item(ticket, state, latent, hidden, depths.products_ptr, counters.products_ptr, num_requests, num_slots,
+                         num_drafts, TILE.BLOCK_J)  # fmt: skip
     else:
-        # Which phase, -1 for the start; phases of depth d: 2 d sweeps, 2 d + 1 finds the best of rows.
-        number = ticket - latent_items
-        phase = tl.full((), -1, tl.int32)
-        request = number
-        item = number * 0
-        if number >= num_requests:
-            number -= num_requests
-            first_depth = num_requests * (parts + 1)
-            later = num_requests * (parts + children)
-            d = number * 0
-            inside = number
-            rows = d + 1
-            if number >= first_depth:
-                d = 1 + (number - first_depth) // later
-                inside = (number - first_depth) % later
-                rows = children
-            phase = tl.where(inside < num_requests * parts, 2 * d, 2 * d + 1)
-            inside = tl.where(inside < num_requests * parts, inside, inside - num_requests * parts)
-            per_request = tl.where(phase % 2 == 0, parts, rows)
-            request = inside // per_request
-            item = inside % per_request
+        phase, request, item = _order(ticket - latent_items, num_requests, parts, children)
         slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
         wide = request.to(tl.int64)
         products_ptr, latent_ptr, states_ptr = depths.products_ptr, depths.latent_ptr, depths.states_ptr
@@ -283,22 +326,9 @@ def draft_paths_dense_kernel(
         count = tl.full((), 1, tl.int32)
         anchor = tl.zeros((), tl.int64)
         if slot >= 0:
-            anchor = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
+            anchor = tl.load(state.anchors_ptr + slot * state.stride_anchors).to(tl.int64)
         if phase < 0:
-            if slot >= 0:
-                init_tree(own.kept_ptr, anchor, NODES)
-                if confidence is not None:
-                    for k in range(num_drafts):
-                        row_ptr = hidden.ptr + wide * hidden.stride_request + tl.cast(k, tl.int64) * hidden.stride_position
-                        tl.store(own.score_ptr + k, hidden_score(row_ptr, confidence.weight_ptr, hidden.size))
-                    tl.debug_barrier()
-                opens = opens * 0
-            else:
-                tl.store(out.flags_ptr + request, 0)
-            if latent is not None:
-                tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
-                wait_for(counters.products_ptr + request, tiles * tl.cdiv(latent.outputs, 16))
-                tl.store(counters.products_ptr + request, 0)
+            opens = _start(request, slot, anchor, latent, hidden, confidence, own, out, counters.products_ptr, num_drafts, NODES)
         elif slot >= 0:
             now = wait_for(counters.published_ptr + request, phase + 1)
             if now < GROWN:
@@ -327,20 +357,12 @@ def draft_paths_dense_kernel(
                     )  # fmt: skip
                     _best_of_row(item, node, row_ptr, head, latent, own, of_row, scale, vocab, children, TILE)
                     if arrive(counters.rows_ptr + request, size):
-                        i = tl.arange(0, NODES)
-                        c = tl.arange(0, TILE.CHILDREN)
-                        where = (first_row + i)[:, None] * children + c[None, :]
-                        there = (i < size)[:, None] & (c < children)[None, :]
-                        keys = tl.load(rows_of.keys_ptr + where, mask=there, other=NEG_INF, volatile=True)
-                        ids = tl.load(rows_of.ids_ptr + where, mask=there & (keys > NEG_INF), other=0, volatile=True)
-                        nodes = tl.load(own.frontier_ptr + i, mask=i < size, other=0, volatile=True)
-                        count = tl.load(own.sizes_ptr + num_drafts, volatile=True)
-                        count, _ = merge_children(own.kept_ptr, count, num_nodes, d + 1, keys, ids, nodes, NODES)
+                        count = _merge_rows(d, size, first_row, children, own, rows_of, num_nodes, num_drafts, TILE)
                         opens = d + 1
         if opens >= 0:
             _open(
                 opens, count, request, slot, anchor, state.budgets_ptr, head, latent, hidden, confidence, own, out,
-                counters.published_ptr + request, num_nodes, num_drafts, ADVANCE, TILE,
+                counters.published_ptr + request, num_nodes, num_drafts, TILE,
             )  # fmt: skip
         if (phase >= 0) & (slot >= 0):
             if arrive(counters.items_ptr + request, items):
@@ -354,8 +376,8 @@ def launch_draft_paths_dense(items, args, *, kind, config):
     """Launch one program per item: products of gated and rnn heads, a start per request, then the phases."""
     draft_paths_dense_kernel[(items,)](
         *args,
-        ADVANCE=_ADVANCE[kind],
         TILE=PhaseTile(
+            ADVANCE=_ADVANCE[kind],
             SUB_BLOCKS=config.sub_blocks,
             GROUPS=config.groups,
             NODES=config.nodes,

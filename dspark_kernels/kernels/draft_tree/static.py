@@ -124,9 +124,10 @@ def _weigh_block(group, chunk, step, state, tree, distributions, scratch, sizes,
 @triton.jit
 def _rows_item(
     group, chunk, step, tile, base, state, head, projection, settings, tree, distributions, scratch, row_status_ptr, sizes,
-    METHOD: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr,
+    KIND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One block of ids of 16 rows. tile: of W2, for the first ids."""
+    METHOD: tl.constexpr = TILE.METHOD
     width, wanted, num_nodes, vocab = step.width, step.wanted, sizes.num_nodes, sizes.vocab
     KEEP: tl.constexpr = TILE.KEEP
     BLOCK_V: tl.constexpr = TILE.BLOCK_V
@@ -232,11 +233,13 @@ def draft_tree_kernel(
     counters,  # StaticCounters
     branching,  # children by depth, five to an int32
     level,  # depth of the nodes to be given children; None: all depths from the anchor on
-    num_requests, num_slots, num_nodes, vocab, first_width, depths, items,
-    METHOD: tl.constexpr,
+    num_requests, num_slots, num_nodes,
+    widths,  # TreeWidths
+    depths, items,
     KIND: tl.constexpr,  # HeadKind
     TILE: tl.constexpr,  # TreeTile
 ):  # fmt: skip
+    vocab = widths.vocab
     item = take_item(counters.ticket_ptr)
     chunks = tl.cdiv(vocab, VOCAB_BLOCK)
     # The depth whose phases the item is in: its first item, nodes per request, and all nodes up to it, at most.
@@ -248,7 +251,7 @@ def draft_tree_kernel(
         # Products with hidden states.
         before += tl.cdiv(KIND.parts * head.rank, TILE.BLOCK_N) * tl.cdiv(num_requests * depths, DOT_ROWS)
     precomputing = item < before
-    width = depth + first_width
+    width = depth + widths.first
     total = width
     groups = tl.cdiv(num_requests * width, DOT_ROWS)
     while item >= before + groups * (tiles + chunks) + num_requests:
@@ -282,13 +285,13 @@ def draft_tree_kernel(
             wait_for(counters.finished_ptr, before)
         _rows_item(
             item % groups, chunk, step, tile, base, state, head, projection, settings, tree, distributions, scratch,
-            counters.row_status_ptr, sizes, METHOD, KIND, TILE,
+            counters.row_status_ptr, sizes, KIND, TILE,
         )  # fmt: skip
     else:
         wait_for(counters.finished_ptr, before + groups * chunks)
         append(
             item - groups * chunks, step, depth + 1 == depths, state, head, tree, distributions, scratch,
-            counters.row_status_ptr, sizes, METHOD, TILE,
+            counters.row_status_ptr, sizes, TILE,
         )  # fmt: skip
     finish_item(counters.ticket_ptr, counters.finished_ptr, items)
 
@@ -310,7 +313,6 @@ def launch_draft_tree(items, args, *, method, projection, widen, blocks, keep, w
     draft_tree_kernel[(items,)](
         *args,
         items,
-        METHOD=_METHODS[method],
         KIND=HeadKind(
             latent=latent,
             parts=parts,
@@ -319,6 +321,7 @@ def launch_draft_tree(items, args, *, method, projection, widen, blocks, keep, w
             mix_type=getattr(tl, mix_type),
         ),
         TILE=TreeTile(
+            METHOD=_METHODS[method],
             BLOCKS=blocks,
             KEEP=keep,
             PAIRS=config.pairs,

@@ -21,6 +21,7 @@ from ...kernels.draft_tree.args import (
     PathScratch,
     PathState,
     PathTree,
+    PathWidths,
     PhaseCounters,
     RowScratch,
 )
@@ -228,7 +229,7 @@ def _draft_paths(arguments: CandidateArguments):
         (
             base_record(a.base_logits), a.state(), head, latent, hidden_states(a.hidden), a.confidence(), a.outputs(),
             sums if whole else None, selection, _with_latents(scratch, take, head, latent, positions, rows * config.nodes),
-            counters, rows, a.anchors.shape[0], drafts, nodes, vocab, candidates, latent_items, parts,
+            counters, rows, a.anchors.shape[0], drafts, nodes, PathWidths(vocab, candidates), latent_items, parts,
         ),
         kind=kind,
         blocks=launch.padded(-(-vocab // VOCAB_BLOCK)) if whole else 0,

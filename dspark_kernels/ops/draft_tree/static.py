@@ -15,7 +15,15 @@ from torch import Tensor
 from ... import library, workspace as workspaces
 from ...checks import check_tensor, not_yet
 from ...kernels.args import Adjustments, Bias
-from ...kernels.draft_tree.args import NodeLogits, NodeSettings, StaticCounters, StaticScratch, StaticTree, TreeState
+from ...kernels.draft_tree.args import (
+    NodeLogits,
+    NodeSettings,
+    StaticCounters,
+    StaticScratch,
+    StaticTree,
+    TreeState,
+    TreeWidths,
+)
 from ...kernels.sizes import VOCAB_BLOCK
 from ...launch import arch
 from ...launch.draft import dense as draft_launch
@@ -334,7 +342,8 @@ def _draft_tree(a: Arguments):
             StaticTree(**a.tree.pointers(), flags_ptr=a.flags),
             None if a.law is None else NodeLogits(ptr=a.law, stride_slot=a.law.stride(0), stride_node=a.law.stride(1)),
             memory, StaticCounters(ticket_ptr=progress[:1], finished_ptr=progress[1:], row_status_ptr=row_status),
-            kernels.words_of_branching(a.branching), a.level, rows, slots, nodes, vocab, a.widths[0], len(shape),
+            kernels.words_of_branching(a.branching), a.level, rows, slots, nodes,
+            TreeWidths(vocab, a.widths[0]), len(shape),
         ),
         method=a.method,
         projection=kind,
