@@ -18,21 +18,15 @@ from ...kernels.accept.args import (
     BlockPartials,
     ChainCounters,
     ChainScratch,
-    DenseDraft,
     Extent,
     FilterScratch,
-    IdMap,
     Layout,
     Limits,
-    MapProgress,
-    Outputs,
     RowStats,
     Sampling,
-    SparseDraft,
     SparseScratch,
-    Target,
 )
-from ...kernels.sizes import FILTER_LIST, MAP_COLUMNS, MAX_GROUP, ROW_IDS, ROW_VALUES, VOCAB_BLOCK
+from ...kernels.sizes import FILTER_LIST, MAX_GROUP, ROW_IDS, ROW_VALUES, VOCAB_BLOCK
 from ...launch import arch
 from ...launch.accept import chain as accept_launch
 from ...library import Out
@@ -49,6 +43,7 @@ from .checks import (
     layout_arrays,
     output,
 )
+from .records import draft_record, map_parts, map_record, outputs_record, target_record, tile_of, used
 
 OP = "accept_chain"
 
@@ -246,45 +241,27 @@ def _accept_chain(a: Arguments):
     swept_rows = residual_rows if dense else 0  # of a sparse proposal one item sums a row
     config = accept_launch.pick(arch.current(device), requests, blocks, drafts, swept_rows, heavy, flat.adjusts, filtered)
     parts = -(-blocks // (config.group * config.chunk * config.span)) if dense else 1
-    map_parts = -(-a.draft_logits.shape[2] // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-(drafts + 1) // config.group) * -(-blocks // (config.chunk * config.steps))
     items += parts * residual_rows
 
     arrivals, map_progress = counters_of(workspaces.Carver(a.counters, workspaces.RESERVED).take, requests, drafts)
     scratch, inverse = scratch_of(workspaces.Carver(a.scratch).take, requests, rows, blocks)
     keyed = a.rule == "coupled" and a.sampling.temperature is not None
-    scratch = scratch._replace(
-        target=scratch.target if keyed else scratch.target._replace(best_ptr=None),
-        raw=scratch.raw if a.logprobs == "raw" else None,
-        draft=scratch.draft if swept else None,
-        filters=scratch.filters if filtered else None,
-        limits=scratch.limits if filtered else None,
-    )
-    draft, candidates = None, 1
-    if dense:
-        strides = (a.draft_logits.stride(0), a.draft_logits.stride(1), _stride(a.draft_lse, 0))
-        id_map = IdMap(a.draft_to_target, inverse) if kind == "mapped" else None
-        draft = DenseDraft(a.draft_logits, a.draft_lse, *strides, a.draft_logits.shape[2], id_map)
-    elif kind == "sparse" and a.draft_ids is not None:
-        strides = (*a.draft_ids.stride()[:2], *a.draft_logits.stride()[:2])
-        draft = SparseDraft(a.draft_ids, a.draft_logits, *strides, a.draft_logits.shape[2])
-        candidates = 1 << (a.draft_logits.shape[2] - 1).bit_length()
+    scratch = used(scratch, raw=a.logprobs == "raw", swept=swept, filtered=filtered)
+    if not keyed:
+        scratch = scratch._replace(target=scratch.target._replace(best_ptr=None))
+    draft = None
+    if kind != "none":
+        draft = draft_record(a.draft_logits, a.draft_ids, a.draft_lse, a.draft_to_target, inverse)
     by_slot = [t for t in (flat.temperature, a.draft_logits, a.anchors, a.anchor_positions) if t is not None]
     num_slots = by_slot[0].shape[0] if by_slot else 2**31 - 1  # without any, a slot number is not used to reach memory
     kernels.launch_accept_chain(
-        map_parts + requests * items,
+        map_parts(draft) + requests * items,
         (
-            Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
-            Layout(*a.layout),
-            draft,
+            target_record(a.target_logits, flat), Layout(*a.layout), draft,
             Sampling(a.draft_temperature, flat.temperature, flat.seed, flat.filters, a.rates, a.state_indices),
-            Outputs(
-                *a.emitted, a.commit_mask, a.flags,
-                a.log_probs, a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0),
-            ),
-            arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
-            MapProgress(map_progress, map_progress[1:], map_parts) if kind == "mapped" else None,
-            scratch,
+            outputs_record(a, a.log_probs), arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
+            map_record(draft, map_progress), scratch,
             requests, num_slots, rows, a.commit_mask.shape[0], Extent(drafts, vocab, blocks),
             config.steps, config.lag, config.span, parts,
         ),
@@ -293,11 +270,7 @@ def _accept_chain(a: Arguments):
         two_phases=plan.two_phases,
         draws=plan.draws,
         config=config,
-        CANDIDATES=candidates,
-        BLOCKS=max(4, 1 << (blocks - 1).bit_length()),
-        GROUPS=1 << (blocks * (VOCAB_BLOCK // MAX_GROUP) - 1).bit_length() if filtered else 1,
-        WIDTH=max(2, 1 << drafts.bit_length()),
-        JOINT=flat.joint and filtered,
+        **tile_of(draft, blocks, max(2, 1 << drafts.bit_length()), flat),
     )  # fmt: skip
 
 
@@ -324,7 +297,3 @@ def _plan(a: Arguments, drafts: int) -> _Plan:
     if a.draft_logits is None or a.draft_ids is not None:
         return _Plan(a.rule, "sparse", draws, a.rule == "block")
     return _Plan(a.rule, "stored" if a.draft_to_target is None else "mapped", draws, True)
-
-
-def _stride(tensor: Tensor | None, dim: int) -> int:
-    return 0 if tensor is None else tensor.stride(dim)

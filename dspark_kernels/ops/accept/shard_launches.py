@@ -20,15 +20,12 @@ from ...kernels.accept.args import (
     Gathered,
     GatheredSums,
     Layout,
-    Outputs,
     Part,
     RowStats,
     Sampling,
     ShardedDraft,
     ShardLists,
     ShardSums,
-    SparseDraft,
-    Target,
 )
 from ...kernels.sizes import ROW_IDS, ROW_VALUES, VOCAB_BLOCK
 from ...launch import arch
@@ -37,6 +34,7 @@ from ...library import Out
 from .. import sampling as sampling_args
 from ..shards import Fields, Shard
 from .checks import Emitted, LayoutArrays
+from .records import outputs_record, sparse_record, stride, target_record
 
 OP = "accept_partial"
 
@@ -113,10 +111,6 @@ class DraftArguments(NamedTuple):
     draft_temperature: Tensor | None
 
 
-def _stride(tensor, dim):
-    return 0 if tensor is None else tensor.stride(dim)
-
-
 def _part(fields: Fields, part: Tensor) -> Part:
     """The regions of a part of the first phase; None for those that it does not have."""
 
@@ -136,8 +130,8 @@ def _draft(draft: DraftArguments) -> ShardedDraft:
     if logits is None:
         return ShardedDraft(None, None)
     if ids is None:
-        return ShardedDraft(DraftShard(logits, lse, *logits.stride()[:2], _stride(lse, 0)), None)
-    return ShardedDraft(None, SparseDraft(ids, logits, *ids.stride()[:2], *logits.stride()[:2], logits.shape[2]))
+        return ShardedDraft(DraftShard(logits, lse, *logits.stride()[:2], stride(lse, 0)), None)
+    return ShardedDraft(None, sparse_record(ids, logits))
 
 
 class _Sizes:
@@ -193,7 +187,7 @@ def accept_partial(a: PartialArguments):
     draft, blocks = call.kernel_draft, call.blocks
     config = accept_launch.pick(arch.current(device), blocks, a.drafts, flat.adjusts)
     num_slots = flat.temperature.shape[0] if flat.temperature is not None else 2**31 - 1
-    target = Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
+    target = target_record(a.target_logits, flat)
     layout = Layout(None, a.cu_num_logits, a.logits_indices, a.token_ids, a.positions)
     settings = Sampling(a.draft.draft_temperature, flat.temperature, flat.seed, slots_ptr=a.state_indices)
     sizes = (a.requests, num_slots, rows, a.drafts)
@@ -280,10 +274,7 @@ def accept_finish(a: FinishArguments):
             call.kernel_draft.dense,
             drawn,
             Sampling(a.draft.draft_temperature, a.temperature, None, slots_ptr=a.state_indices),
-            Outputs(
-                *a.emitted, a.commit_mask, a.flags, None,
-                a.anchors, _stride(a.anchors, 0), a.anchor_positions, _stride(a.anchor_positions, 0),
-            ),
+            outputs_record(a),
             _stats(workspaces.Carver(a.scratch).take, requests, drafts),
             requests, a.slots, a.rows, a.commit_mask.shape[0], drafts, call.blocks, shard.vocab,
             a.gathered[-1].stride(0),

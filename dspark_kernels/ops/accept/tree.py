@@ -15,26 +15,20 @@ from ... import library, workspace as workspaces
 from ...checks import check_choice, check_tensor, check_type
 from ...kernels.accept.args import (
     BlockPartials,
-    DenseDraft,
     Extent,
     FilterScratch,
-    IdMap,
     Layout,
     Limits,
-    MapProgress,
     NodeLinks,
     NodeState,
-    Outputs,
     RowStats,
     Sampling,
-    SparseDraft,
-    Target,
     TreeCounters,
     TreeResidual,
     TreeRowStats,
     TreeScratch,
 )
-from ...kernels.sizes import FILTER_LIST, MAP_COLUMNS, MAX_GROUP, NODE_IDS, NODE_VALUES, ROW_IDS, ROW_VALUES, VOCAB_BLOCK
+from ...kernels.sizes import FILTER_LIST, MAX_GROUP, NODE_IDS, NODE_VALUES, ROW_IDS, ROW_VALUES, VOCAB_BLOCK
 from ...launch import arch
 from ...launch.accept import tree as tree_launch
 from ...library import Out
@@ -50,6 +44,7 @@ from .checks import (
     layout_arrays,
     output,
 )
+from .records import draft_record, map_parts, map_record, outputs_record, target_record, tile_of, used
 
 OP = "accept_tree"
 RULES = ("walk", "recursive", "traversal")  # in the order of the kernel's constants
@@ -248,54 +243,27 @@ def _accept_tree(a: Arguments):
     dense, filtered = kind in ("stored", "mapped"), flat.filters is not None
     blocks = -(-max(vocab, wide if dense else 0) // VOCAB_BLOCK)
     config = tree_launch.pick(arch.current(device), requests, blocks, nodes, a.rule > 0, filtered or flat.adjusts)
-    map_parts = -(-wide // MAP_COLUMNS) if kind == "mapped" else 0
     items = -(-nodes // config.group) * -(-blocks // (config.chunk * config.steps))
     if a.rule > 0:
         items += (nodes - 1) * -(-blocks // (config.tile * config.span))
 
     arrivals, map_progress = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, requests, nodes)
     scratch, inverse = _scratch(workspaces.Carver(a.scratch).take, requests, rows, nodes, blocks)
-    scratch = scratch._replace(
-        raw=scratch.raw if a.logprobs == "raw" else None,
-        draft=scratch.draft if dense else None,
-        filters=scratch.filters if filtered else None,
-        limits=scratch.limits if filtered else None,
-    )
-    draft, candidates = None, 1
-    if kind == "sparse":
-        draft = SparseDraft(a.draft_ids, a.draft_logits, *a.draft_ids.stride()[:2], *a.draft_logits.stride()[:2], wide)
-        candidates = 1 << (wide - 1).bit_length()
-    elif dense:
-        id_map = IdMap(a.draft_to_target, inverse) if kind == "mapped" else None
-        draft = DenseDraft(a.draft_logits, None, *a.draft_logits.stride()[:2], 0, wide, id_map)
+    scratch = used(scratch, raw=a.logprobs == "raw", swept=dense, filtered=filtered)
+    draft = draft_record(a.draft_logits, a.draft_ids, None, a.draft_to_target, inverse) if a.rule > 0 else None
     kernels.launch_accept_tree(
-        map_parts + requests * items,
+        map_parts(draft) + requests * items,
         (
-            Target(a.target_logits, a.target_logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None),
-            Layout(*a.layout),
-            NodeLinks(a.parents, a.ancestors if flat.listed is not None else None),
-            draft,
+            target_record(a.target_logits, flat), Layout(*a.layout),
+            NodeLinks(a.parents, a.ancestors if flat.listed is not None else None), draft,
             Sampling(a.draft_temperature, flat.temperature, flat.seed, flat.filters, slots_ptr=a.state_indices),
-            Outputs(
-                *a.emitted, a.commit_mask, a.flags,
-                a.log_probs, a.anchors, _stride(a.anchors), a.anchor_positions, _stride(a.anchor_positions), a.path, a.kv_source,
-            ),
-            arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
-            MapProgress(map_progress, map_progress[1:], map_parts) if kind == "mapped" else None,
-            scratch,
+            outputs_record(a, a.log_probs, (a.path, a.kv_source)), arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
+            map_record(draft, map_progress), scratch,
             requests, a.parents.shape[0], rows, a.commit_mask.shape[0], Extent(nodes, vocab, blocks), config.steps,
         ),
         rule=a.rule,
         proposal=kind,
         without_replacement=a.without_replacement and a.rule > 0,
         config=config,
-        CANDIDATES=candidates,
-        BLOCKS=max(4, 1 << (blocks - 1).bit_length()),
-        GROUPS=1 << (blocks * (VOCAB_BLOCK // MAX_GROUP) - 1).bit_length() if filtered else 1,
-        WIDTH=_width(nodes),
-        JOINT=flat.joint and filtered,
+        **tile_of(draft, blocks, _width(nodes), flat),
     )  # fmt: skip
-
-
-def _stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)

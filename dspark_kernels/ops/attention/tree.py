@@ -96,13 +96,7 @@ def tree_attention(
     kv_heads = _check_heads(q, kv)
     check_choice("mask", mask, MASKS)
     words = _check_ancestors(ancestors, mask, rows, kv, device)
-    if (k_new is None) != (v_new is None):
-        raise ValueError(f"{'k_new' if k_new is None else 'v_new'}: expected both k_new and v_new or neither, got None")
-    own = dict(dtype=q.dtype, shape=(rows, kv_heads, head_dim), device=device, last_contiguous=True)
-    check_optional("k_new", k_new, **own)
-    check_optional("v_new", v_new, **own)
-    if k_new is None and layout.slot_mapping is None:
-        raise ValueError("k_new: expected [N_max, Hkv, D] with a layout without slot_mapping, got None")
+    _check_own(k_new, v_new, layout, q, kv_heads)
     check_window(window)
     _check_scores(scale, softcap)
     check_optional("sinks", sinks, dtype=LOGIT_DTYPES, shape=(query_heads,), device=device, contiguous=True)
@@ -125,13 +119,7 @@ def tree_attention(
         )  # fmt: skip
     else:
         _check_plan(plan, query_heads, kv, head_dim, q.element_size(), window, batch_invariant, rows, requests, device)
-    counter_words, scratch_words = words_needed(plan.items.shape[0], plan.partial_rows, kv_heads, head_dim)
-    counters, scratch = workspaces.lend_words(
-        workspace, counter_words, scratch_words, device,
-        f"expected room for attention of {requests} requests and {rows} rows over {query_heads} query and {kv_heads} KV heads of "
-        f"{head_dim}: Workspace(..., query_heads={query_heads}, kv_heads={kv_heads}, head_dim={head_dim}, max_rows={rows}, "
-        f"batch_invariant={bool(batch_invariant)})",
-    )  # fmt: skip
+    counters, scratch = _lend(workspace, plan, requests, q, kv_heads, batch_invariant)
     arguments = Arguments(
         q=q,
         k_cache=kv.k_cache,
@@ -177,6 +165,17 @@ def _check_heads(q: Tensor, kv: PagedKV) -> int:
     return kv_heads
 
 
+def _check_own(k_new, v_new, layout, q, kv_heads) -> None:
+    """Keys and values of the rows themselves: given, or in the cache."""
+    if (k_new is None) != (v_new is None):
+        raise ValueError(f"{'k_new' if k_new is None else 'v_new'}: expected both k_new and v_new or neither, got None")
+    own = dict(dtype=q.dtype, shape=(q.shape[0], kv_heads, q.shape[2]), device=q.device, last_contiguous=True)
+    check_optional("k_new", k_new, **own)
+    check_optional("v_new", v_new, **own)
+    if k_new is None and layout.slot_mapping is None:
+        raise ValueError("k_new: expected [N_max, Hkv, D] with a layout without slot_mapping, got None")
+
+
 def _check_scores(scale, softcap) -> None:
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
@@ -215,6 +214,18 @@ def _check_plan(plan, query_heads, kv, head_dim, element_size, window, batch_inv
     for name, fact in facts.items():
         if getattr(plan, name) != fact:
             raise ValueError(f"plan.{name}: expected {fact}, as this call has it, got {getattr(plan, name)}")
+
+
+def _lend(workspace, plan, requests, q, kv_heads, batch_invariant) -> tuple[Tensor, Tensor]:
+    """Counters and scratch of a plan."""
+    rows, query_heads, head_dim = q.shape
+    counter_words, scratch_words = words_needed(plan.items.shape[0], plan.partial_rows, kv_heads, head_dim)
+    return workspaces.lend_words(
+        workspace, counter_words, scratch_words, q.device,
+        f"expected room for attention of {requests} requests and {rows} rows over {query_heads} query and {kv_heads} KV heads of "
+        f"{head_dim}: Workspace(..., query_heads={query_heads}, kv_heads={kv_heads}, head_dim={head_dim}, max_rows={rows}, "
+        f"batch_invariant={bool(batch_invariant)})",
+    )  # fmt: skip
 
 
 def _outputs(out, return_lse, q) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,72 @@
+"""The kernels' records that accept_chain, accept_tree and acceptance on shards make alike from their arguments."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...kernels.accept.args import DenseDraft, IdMap, MapProgress, Outputs, SparseDraft, Target
+from ...kernels.sizes import MAP_COLUMNS, MAX_GROUP, VOCAB_BLOCK
+from .. import sampling as sampling_args
+
+
+def stride(tensor: Tensor | None, dim: int) -> int:
+    return 0 if tensor is None else tensor.stride(dim)
+
+
+def target_record(logits: Tensor, flat: sampling_args.Flat) -> Target:
+    return Target(logits, logits.stride(0), sampling_args.adjust_settings(flat) if flat.adjusts else None)
+
+
+def sparse_record(ids: Tensor, logits: Tensor) -> SparseDraft:
+    return SparseDraft(ids, logits, *ids.stride()[:2], *logits.stride()[:2], logits.shape[2])
+
+
+def draft_record(logits: Tensor | None, ids: Tensor | None, lse: Tensor | None, draft_to_target: Tensor | None, inverse: Tensor):
+    """DenseDraft or SparseDraft; None without logits. inverse: memory for that of the map."""
+    if logits is None:
+        return None
+    if ids is not None:
+        return sparse_record(ids, logits)
+    id_map = None if draft_to_target is None else IdMap(draft_to_target, inverse)
+    return DenseDraft(logits, lse, *logits.stride()[:2], stride(lse, 0), logits.shape[2], id_map)
+
+
+def map_parts(draft: DenseDraft | SparseDraft | None) -> int:
+    """Work items that invert the id map of a draft; 0 without one."""
+    mapped = isinstance(draft, DenseDraft) and draft.id_map is not None
+    return -(-draft.width // MAP_COLUMNS) if mapped else 0
+
+
+def map_record(draft: DenseDraft | SparseDraft | None, progress: Tensor) -> MapProgress | None:
+    parts = map_parts(draft)
+    return MapProgress(progress, progress[1:], parts) if parts else None
+
+
+def outputs_record(a, log_probs: Tensor | None = None, paths: tuple[Tensor | None, Tensor | None] = (None, None)) -> Outputs:
+    """a: the arguments of an op with Emitted. paths: path and kv_source of a tree."""
+    return Outputs(
+        *a.emitted, a.commit_mask, a.flags, log_probs, a.anchors, stride(a.anchors, 0), a.anchor_positions,
+        stride(a.anchor_positions, 0), *paths,
+    )  # fmt: skip
+
+
+def used(scratch, *, raw: bool, swept: bool, filtered: bool):
+    """Scratch of a chain or a tree without the regions that a call does not use. swept: whether draft rows are summed."""
+    return scratch._replace(
+        raw=scratch.raw if raw else None,
+        draft=scratch.draft if swept else None,
+        filters=scratch.filters if filtered else None,
+        limits=scratch.limits if filtered else None,
+    )
+
+
+def tile_of(draft: DenseDraft | SparseDraft | None, blocks: int, width: int, flat: sampling_args.Flat) -> dict:
+    """The fields of AcceptTile that follow from the sizes of a call. width: padded number of rows of a request."""
+    filtered = flat.filters is not None
+    return dict(
+        CANDIDATES=1 << (draft.count - 1).bit_length() if isinstance(draft, SparseDraft) else 1,
+        BLOCKS=max(4, 1 << (blocks - 1).bit_length()),
+        GROUPS=1 << (blocks * (VOCAB_BLOCK // MAX_GROUP) - 1).bit_length() if filtered else 1,
+        WIDTH=width,
+        JOINT=flat.joint and filtered,
+    )
