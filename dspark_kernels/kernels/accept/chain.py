@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import NONFINITE_ROW, ROW_IDS
+from ..primitives.options import options_of
 from ..primitives.sumexp import log2_scale
 from ..primitives.sync import arrive, stores_done, take_item, wait_for
 from . import dense, sparse
@@ -304,8 +305,5 @@ def launch_accept_chain(items, args, *, rule, proposal, two_phases, draws, confi
         ),
         PROPOSAL=_PROPOSALS[proposal],
         TILE=AcceptTile(GROUP=config.group, CHUNK=config.chunk, **tile),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import NEG_INF, NONFINITE_ROW, RESIDUAL_ONE, ROW_IDS, SUMEXP_ONE, VOCAB_BLOCK
+from ..primitives.options import options_of
 from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from ..primitives.race import pack, unpack_id
 from ..primitives.sumexp import below_max, fixed_sums, log2_scale, numbers
@@ -372,30 +373,25 @@ def accept_finish_kernel(
 _RULES = {"token": verify_token, "block": verify_block}
 
 
-def _options(config):
-    options = dict(num_warps=config.num_warps, enable_fp_fusion=False)
-    return options if config.max_registers is None else options | dict(maxnreg=config.max_registers)
-
-
 def launch_accept_normalise(items, args, *, noisy, candidates, config):
     """Launch one program per item (rows x blocks of a request)."""
     constants = dict(NOISY=noisy, GROUP=config.group, CHUNK=config.chunk, CANDIDATES=candidates)
-    accept_normalise_kernel[(items,)](*args, **constants, **_options(config))
+    accept_normalise_kernel[(items,)](*args, **constants, **options_of(config))
 
 
 def launch_accept_residual(items, args, *, rule, config, **tile):
     """Launch one program per item (blocks of a request)."""
     constants = dict(VERIFY=_RULES[rule], EVERY_ROW=rule == "block", CHUNK=config.chunk)
-    accept_residual_kernel[(items,)](*args, **constants, TILE=VerifyTile(BLOCK=config.block, **tile), **_options(config))
+    accept_residual_kernel[(items,)](*args, **constants, TILE=VerifyTile(BLOCK=config.block, **tile), **options_of(config))
 
 
 def launch_accept_draw(requests, args, *, rule, blocks, candidates, config, **tile):
     """Launch one program per request."""
     select = select_block_length if rule == "block" else None
     constants = dict(VERIFY=_RULES[rule], SELECT=select, BLOCKS=blocks, CANDIDATES=candidates)
-    accept_draw_kernel[(requests,)](*args, **constants, TILE=VerifyTile(BLOCK=config.block, **tile), **_options(config))
+    accept_draw_kernel[(requests,)](*args, **constants, TILE=VerifyTile(BLOCK=config.block, **tile), **options_of(config))
 
 
 def launch_accept_finish(requests, args, *, config, **tile):
     """Launch one program per request."""
-    accept_finish_kernel[(requests,)](*args, TILE=VerifyTile(BLOCK=config.block, **tile), **_options(config))
+    accept_finish_kernel[(requests,)](*args, TILE=VerifyTile(BLOCK=config.block, **tile), **options_of(config))

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import RESIDUAL_ONE, SUMEXP_ONE, VOCAB_BLOCK
+from ..primitives.options import options_of
 from ..primitives.sumexp import fixed_sums, log2_scale
 from ..primitives.sync import arrive, take_item, wait_for
 from . import tree_proposals
@@ -227,7 +228,5 @@ def launch_accept_tree(items, args, *, rule, proposal, without_replacement, conf
         WITHOUT=without_replacement,
         TILE=AcceptTile(GROUP=config.group, CHUNK=config.chunk, **tile),
         SWEEP=SweepTile(PAIRS=config.tile, SPAN=config.span),
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..primitives.activations import tanh
 from ..primitives.constants import LN2, LOG2E, NEG_INF, PLAN_COLUMNS
+from ..primitives.options import options_of
 from ..primitives.sync import arrive
 from ..primitives.widen import as_stored, fp8_by_bits, fp8_by_cast
 from .args import Ancestors, AttentionTile, Cache, Pages, Rows
@@ -408,8 +409,5 @@ def launch_tree_attention(programs, args, *, widening, constants, config):
             OWN_STAGES=config.own_stages,
             OWN_BLOCK=config.own_block,
         ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config, fuse=True),
     )

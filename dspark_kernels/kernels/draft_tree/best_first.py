@@ -18,6 +18,7 @@ from ..draft.args import RowSettings
 from ..draft.candidates import awaited, hidden_score, latent_item, latent_programs
 from ..draft.selection import best_ids, keep_best, padded_sub_blocks, selection_tile, slot_of, store_sub_block_keys
 from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NODE_FIELDS, NONFINITE_ROW, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
+from ..primitives.options import options_of
 from ..primitives.sumexp import below_max, numbers
 from ..primitives.sync import arrive
 from ..primitives.vocab_blocks import SAW_FINITE, merge_blocks
@@ -297,8 +298,5 @@ def launch_draft_paths(programs, args, *, kind, blocks, shift, config):
             BLOCK_O=config.block_o,
             BLOCK_J=config.block_j,
         ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )

@@ -30,6 +30,7 @@ from ..primitives.constants import (
     TREE_MAX_GROUP,
     TREE_SUB_BLOCK,
 )
+from ..primitives.options import options_of
 from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.sumexp import below_max, fixed_sums, numbers
 from ..primitives.sync import arrive, stores_done, take_item, wait_for
@@ -387,8 +388,5 @@ def launch_draft_paths_dense(items, args, *, kind, config):
             BLOCK_O=config.block_o,
             BLOCK_J=config.block_j,
         ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )

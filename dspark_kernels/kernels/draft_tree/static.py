@@ -18,6 +18,7 @@ import triton.language as tl
 from ..draft.heads import WIDENINGS, HeadKind, gated_rows, low_rank_bias, project_hidden_rows, rnn_rows, w2_tile
 from ..primitives.adjust import adjusted, no_path
 from ..primitives.constants import DOT_ROWS, NAN, NEG_INF, POS_INF, VOCAB_BLOCK
+from ..primitives.options import options_of
 from ..primitives.philox import DRAFT, lane_words, log2_exponential, words_at
 from ..primitives.race import pack
 from ..primitives.slots import state_slots
@@ -333,8 +334,5 @@ def launch_draft_tree(items, args, *, method, projection, widen, blocks, keep, w
             BLOCK_N=config.block_n,
             BLOCK_S=config.block_s,
         ),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import MISSING_DRAFT
+from ..primitives.options import options_of
 from .args import AnchorRows, BlockTables, Depths, Drafts
 from .rows import first_missing, read_drafts, read_requests, write_rows
 
@@ -73,9 +74,7 @@ def launch_fixed_layout(programs, args, *, log_requests, drafts, config):
         LOG_REQUESTS=log_requests,
         DRAFTS=drafts,
         BLOCK=config.block,
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )
 
 
@@ -86,7 +85,5 @@ def launch_draft_layout(programs, args, *, log_requests, config):
         REQUESTS=1 << log_requests,
         LOG_REQUESTS=log_requests,
         BLOCK=config.block,
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )

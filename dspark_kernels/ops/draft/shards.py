@@ -112,13 +112,11 @@ def draft_block_partial(
         shards do not have (filters in the dense form, bigrams).
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
-    rows, drafts, width = draft._check_inputs(base_logits, anchors, anchor_positions, state_indices)
+    rows, drafts, shard, targets = _check_call(
+        base_logits, anchors, anchor_positions, head, sampling, draft_to_target, state_indices, noise, first_draft, vocab_start,
+        vocab_shards, vocab_size,
+    )  # fmt: skip
     device, slots = base_logits.device, anchors.shape[0]
-    shard = check_shard(width, vocab_start, vocab_shards, vocab_size)
-    check_choice("noise", noise, ("draft", "coupled"))
-    check_int("first_draft", first_draft, low=0)
-    check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(width,), device=device, contiguous=True)
-    targets = draft._check_sampling(sampling, head, draft_to_target, slots, drafts, shard.vocab, device)
     if bigrams is not None:
         not_yet(OP, "bigrams", "successors of a draft, which no rank knows when it makes its part, are")
     if candidates is not None:
@@ -133,7 +131,7 @@ def draft_block_partial(
     hidden_size = draft._check_hidden(hidden, head, None, rows, drafts, device)
     if isinstance(head, RnnMarkovHead) and head_state is None:
         raise ValueError("head_state: expected fp32 [S, r], where an RnnMarkovHead keeps its state between positions, got None")
-    draft._check_head(head, head_state, width, hidden_size, first_draft, slots, device)
+    draft._check_head(head, head_state, shard.width, hidden_size, first_draft, slots, device)
     common = (base_logits, slots, rows, sampling, confidence)
     if block is None:
         if position:
@@ -148,7 +146,7 @@ def draft_block_partial(
     if rows == 0:
         return part, block
     room = latent_room(head, rows, 1)
-    counters, scratch = workspaces.lend(OP, workspace, rows, drafts, width, device, **room)
+    counters, scratch = workspaces.lend(OP, workspace, rows, drafts, shard.width, device, **room)
     arguments = PartialArguments(
         base_logits=base_logits,
         anchors=anchors,
@@ -277,17 +275,29 @@ def draft_block_finish(
     return block
 
 
-def _finish_candidates(
-    gathered, block, base_logits, anchors, head, *, anchor_positions, vocab_start, vocab_shards, vocab_size, sampling, hidden,
-    confidence, candidates, draft_to_target, head_state, noise, first_draft, state_indices, workspace,
+def _check_call(
+    base_logits, anchors, anchor_positions, head, sampling, draft_to_target, state_indices, noise, first_draft, vocab_start,
+    vocab_shards, vocab_size,
 ):  # fmt: skip
+    """What the calls with base logits check alike: rows R, drafts K, the shard, and the number of target ids."""
     rows, drafts, width = draft._check_inputs(base_logits, anchors, anchor_positions, state_indices)
     device, slots = base_logits.device, anchors.shape[0]
     shard = check_shard(width, vocab_start, vocab_shards, vocab_size)
     check_choice("noise", noise, ("draft", "coupled"))
     check_int("first_draft", first_draft, low=0)
     check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(width,), device=device, contiguous=True)
-    targets = draft._check_sampling(sampling, head, draft_to_target, slots, drafts, shard.vocab, device)
+    return rows, drafts, shard, draft._check_sampling(sampling, head, draft_to_target, slots, drafts, shard.vocab, device)
+
+
+def _finish_candidates(
+    gathered, block, base_logits, anchors, head, *, anchor_positions, vocab_start, vocab_shards, vocab_size, sampling, hidden,
+    confidence, candidates, draft_to_target, head_state, noise, first_draft, state_indices, workspace,
+):  # fmt: skip
+    rows, drafts, shard, targets = _check_call(
+        base_logits, anchors, anchor_positions, head, sampling, draft_to_target, state_indices, noise, first_draft, vocab_start,
+        vocab_shards, vocab_size,
+    )  # fmt: skip
+    device, slots = base_logits.device, anchors.shape[0]
     hidden_size = draft._check_hidden(hidden, head, confidence, rows, drafts, device)
     w2_rows = candidate_shards.check_candidates(head, candidates, shard, device)
     draft._check_head(head, head_state, w2_rows, hidden_size, first_draft, slots, device)
