@@ -161,15 +161,21 @@ class BlockSums(NamedTuple):
     sumexp_ptr: Pointer  # int64 [R, K, L]
 
 
+class LatentScratch(NamedTuple):
+    """Of a gated or rnn head, of all requests or from one on; where there is none, anything."""
+
+    products_ptr: Pointer  # fp32 [R, K, O]
+    latent_ptr: Pointer  # fp32 [R, NODES, r]
+    states_ptr: Pointer  # fp32 [R, 2, NODES, r]
+
+
 class PathScratch(NamedTuple):
     """Scratch of a tree of paths, or from one request on."""
 
     score_ptr: Pointer  # fp32 [R, K], the confidence head's products with hidden states
     kept_ptr: Pointer  # int32 [R, FIELDS, NODES], the best nodes (nodes.py)
     logits_ptr: Pointer  # fp32 [R, NODES, C]
-    products_ptr: Pointer  # fp32 [R, K, O], the gated or rnn head's; where there is none, anything
-    latent_ptr: Pointer  # fp32 [R, NODES, r]
-    states_ptr: Pointer  # fp32 [R, 2, NODES, r]
+    latents: LatentScratch
 
 
 class PathCounters(NamedTuple):
@@ -234,9 +240,7 @@ class DepthScratch(NamedTuple):
     entries_ptr: Pointer  # fp32 [R, NODES], log2 survival with the confidence
     tokens_ptr: Pointer  # int32 [R, NODES]
     score_ptr: Pointer  # fp32 [R, K], the confidence head's products with hidden states
-    products_ptr: Pointer  # fp32 [R, K, O], the gated or rnn head's; where there is none, anything
-    latent_ptr: Pointer  # fp32 [R, NODES, r]
-    states_ptr: Pointer  # fp32 [R, 2, NODES, r]
+    latents: LatentScratch
 
 
 class RowScratch(NamedTuple):

@@ -23,7 +23,7 @@ from ..primitives.sumexp import below_max, numbers
 from ..primitives.sync import arrive
 from ..primitives.vocab_blocks import SAW_FINITE, merge_blocks
 from .args import BlockSums, PathScratch, PathSizes, PathTile
-from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
+from .heads import advance_gated_nodes, advance_rnn_nodes, latents_of, node_bias
 from .nodes import (
     DEPTH,
     ORIGIN,
@@ -110,11 +110,10 @@ def _expand(
     if latent is not None:
         origin = field(kept_ptr, ORIGIN, i, count, NODES)
         TILE.ADVANCE(
-            d, live, row_ptrs, known, origin, latent, hidden.size, own.products_ptr + d * latent.outputs, own.latent_ptr,
-            own.states_ptr, head.rank, TILE.BLOCK_O, TILE.BLOCK_J,
+            d, live, row_ptrs, known, origin, latent, hidden.size, own.latents, head.rank, TILE.BLOCK_O, TILE.BLOCK_J,
         )  # fmt: skip
         tl.debug_barrier()
-        latent_ptrs = own.latent_ptr + i.to(tl.int64) * head.rank
+        latent_ptrs = own.latents.latent_ptr + i.to(tl.int64) * head.rank
         _store_logits(ids_ptr, row, row_ptr, x_ptr, head, latent_ptrs, live, live, sizes, TILE)
     else:
         _store_logits(ids_ptr, row, row_ptr, x_ptr, head, row_ptrs, known, live, sizes, TILE)
@@ -169,16 +168,11 @@ def _grow(
     num_drafts, num_nodes = sizes.num_drafts, sizes.num_nodes
     NODES: tl.constexpr = TILE.NODES
     stride_anchors = state.stride_anchors
-    products_ptr, latent_ptr, states_ptr = scratch.products_ptr, scratch.latent_ptr, scratch.states_ptr
     wide = request.to(tl.int64)
     kept_ptr = scratch.kept_ptr + wide * (NODE_FIELDS * NODES)
-    if latent is not None:
-        products_ptr += wide * num_drafts * latent.outputs
-        latent_ptr += wide * (NODES * head.rank)
-        states_ptr += wide * (2 * NODES * head.rank)
     own = PathScratch(
-        scratch.score_ptr + wide * num_drafts, kept_ptr, scratch.logits_ptr + wide * (NODES * TILE.WIDTH), products_ptr,
-        latent_ptr, states_ptr,
+        scratch.score_ptr + wide * num_drafts, kept_ptr, scratch.logits_ptr + wide * (NODES * TILE.WIDTH),
+        latents_of(scratch.latents, wide, num_drafts, latent, head, NODES),
     )  # fmt: skip
     anchor = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
     scale = row_scale(state.temperature_ptr, slot)
@@ -232,7 +226,7 @@ def draft_paths_kernel(
     if program < latent_items:
         if latent is not None:
             first, count = latent_item(
-                program, slots_ptr, latent, hidden, scratch.products_ptr, num_requests, num_slots, num_drafts, TILE.BLOCK_J
+                program, slots_ptr, latent, hidden, scratch.latents.products_ptr, num_requests, num_slots, num_drafts, TILE.BLOCK_J
             )
     else:
         item = program - latent_items

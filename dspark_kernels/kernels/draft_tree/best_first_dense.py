@@ -36,7 +36,7 @@ from ..primitives.sumexp import below_max, fixed_sums, numbers
 from ..primitives.sync import arrive, stores_done, take_item, wait_for
 from ..primitives.vocab_blocks import SAW_FINITE, SAW_NAN, merge_blocks
 from .args import DepthScratch, PhaseTile, RowScratch
-from .heads import advance_gated_nodes, advance_rnn_nodes, node_bias
+from .heads import advance_gated_nodes, advance_rnn_nodes, latents_of, node_bias
 from .nodes import (
     DEPTH,
     ORIGIN,
@@ -98,8 +98,7 @@ def _open(
             known = there & (token >= 0) & (token < head.vocab)
             row_ptrs = head.w1_ptr + token.to(tl.int64) * head.stride_w1
             TILE.ADVANCE(
-                d, there, row_ptrs, known, origin, latent, hidden.size, own.products_ptr + d * latent.outputs, own.latent_ptr,
-                own.states_ptr, head.rank, TILE.BLOCK_O, TILE.BLOCK_J,
+                d, there, row_ptrs, known, origin, latent, hidden.size, own.latents, head.rank, TILE.BLOCK_O, TILE.BLOCK_J,
             )  # fmt: skip
         _publish(published_ptr, 2 * d + 1)
 
@@ -113,7 +112,7 @@ def _latents_of(rows, there, head, latent, own):
         row_ptrs = head.w1_ptr + token.to(tl.int64) * head.stride_w1
     else:
         known = there
-        row_ptrs = own.latent_ptr + rows.to(tl.int64) * head.rank
+        row_ptrs = own.latents.latent_ptr + rows.to(tl.int64) * head.rank
     return row_ptrs, known
 
 
@@ -307,21 +306,16 @@ def draft_paths_dense_kernel(
         tl.store(ticket_ptr, 0)
     if ticket < latent_items:
         if latent is not None:
-            _latent_item(ticket, state, latent, hidden, depths.products_ptr, counters.products_ptr, num_requests, num_slots,
+            _latent_item(ticket, state, latent, hidden, depths.latents.products_ptr, counters.products_ptr, num_requests, num_slots,
                          num_drafts, TILE.BLOCK_J)  # fmt: skip
     else:
         phase, request, item = _order(ticket - latent_items, num_requests, parts, children)
         slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
         wide = request.to(tl.int64)
-        products_ptr, latent_ptr, states_ptr = depths.products_ptr, depths.latent_ptr, depths.states_ptr
-        if latent is not None:
-            products_ptr += wide * num_drafts * latent.outputs
-            latent_ptr += wide * (NODES * head.rank)
-            states_ptr += wide * (2 * NODES * head.rank)
         own = DepthScratch(
             depths.kept_ptr + wide * (NODE_FIELDS * NODES), depths.frontier_ptr + wide * NODES,
             depths.sizes_ptr + wide * (num_drafts + 1), depths.entries_ptr + wide * NODES, depths.tokens_ptr + wide * NODES,
-            depths.score_ptr + wide * num_drafts, products_ptr, latent_ptr, states_ptr,
+            depths.score_ptr + wide * num_drafts, latents_of(depths.latents, wide, num_drafts, latent, head, NODES),
         )  # fmt: skip
         opens = tl.full((), -1, tl.int32)  # the depth that this program opens
         count = tl.full((), 1, tl.int32)

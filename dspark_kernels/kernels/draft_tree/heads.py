@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..draft.candidate_heads import _values, exact_dot
 from ..primitives.activations import sigmoid, tanh
+from .args import LatentScratch
 
 
 @triton.jit
@@ -40,13 +41,25 @@ def node_bias(ids, used, row_ptrs, there, head, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def latents_of(scratch, request, num_drafts, latent, head, NODES: tl.constexpr):
+    """LatentScratch from a request on. scratch: of all requests."""
+    products_ptr, latent_ptr, states_ptr = scratch.products_ptr, scratch.latent_ptr, scratch.states_ptr
+    if latent is not None:
+        products_ptr += request * num_drafts * latent.outputs
+        latent_ptr += request * (NODES * head.rank)
+        states_ptr += request * (2 * NODES * head.rank)
+    return LatentScratch(products_ptr, latent_ptr, states_ptr)
+
+
+@triton.jit
 def advance_gated_nodes(
-    depth, live, embedded_ptrs, known, origin, latent, hidden_size, products_ptr, latent_ptr, states_ptr, rank,
+    depth, live, embedded_ptrs, known, origin, latent, hidden_size, own, rank,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Latents fp32 [ROWS, r] of the rows that are `live`."""
+    """Latents fp32 [ROWS, r] of the rows that are `live`. own: LatentScratch of the request."""
     ROWS: tl.constexpr = live.shape[0]
-    row_ptrs = latent_ptr + tl.arange(0, ROWS).to(tl.int64) * rank
+    products_ptr = own.products_ptr + depth * latent.outputs
+    row_ptrs = own.latent_ptr + tl.arange(0, ROWS).to(tl.int64) * rank
     for first in range(0, rank, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)
         total = tl.zeros([ROWS, BLOCK_O], tl.float32)
@@ -60,15 +73,16 @@ def advance_gated_nodes(
 
 @triton.jit
 def advance_rnn_nodes(
-    depth, live, embedded_ptrs, known, origin, latent, hidden_size, products_ptr, latent_ptr, states_ptr, rank,
+    depth, live, embedded_ptrs, known, origin, latent, hidden_size, own, rank,
     BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The same; the states of a depth and of the next take turns in two tables [ROWS, r]. origin: the parent's row in its depth."""
     ROWS: tl.constexpr = live.shape[0]
+    products_ptr = own.products_ptr + depth * latent.outputs
     row = tl.arange(0, ROWS).to(tl.int64)
-    row_ptrs = latent_ptr + row * rank
-    new_ptrs = states_ptr + ((1 - depth % 2) * ROWS + row) * rank
-    old_ptrs = states_ptr + ((depth % 2) * ROWS + tl.maximum(origin, 0)).to(tl.int64) * rank
+    row_ptrs = own.latent_ptr + row * rank
+    new_ptrs = own.states_ptr + ((1 - depth % 2) * ROWS + row) * rank
+    old_ptrs = own.states_ptr + ((depth % 2) * ROWS + tl.maximum(origin, 0)).to(tl.int64) * rank
     begun = live & (origin * 0 + depth > 0)
     for first in range(0, rank, BLOCK_O):
         o = first + tl.arange(0, BLOCK_O)

@@ -16,6 +16,7 @@ from ...kernels.draft.args import CandidateHead, Latent, Selection
 from ...kernels.draft_tree.args import (
     BlockSums,
     DepthScratch,
+    LatentScratch,
     NodeConfidence,
     PathCounters,
     PathScratch,
@@ -64,7 +65,7 @@ def _scratch(
     scores, kept = take(positions, torch.float32), take(requests * NODE_FIELDS * nodes, torch.int32)
     sums = BlockSums(max_ptr=take(positions * blocks, torch.float32), sumexp_ptr=take(positions * blocks, torch.int64))
     logits = take(requests * nodes * width, torch.float32)
-    return selection, sums, PathScratch(scores, kept, logits, products_ptr=None, latent_ptr=None, states_ptr=None)
+    return selection, sums, PathScratch(scores, kept, logits, latents=None)
 
 
 @workspaces.declare(NEEDS)
@@ -87,9 +88,7 @@ def _dense_scratch(take, requests: int, drafts: int, vocab: int, nodes: int, chi
         entries_ptr=take(requests * nodes, torch.float32),
         tokens_ptr=take(requests * nodes, torch.int32),
         score_ptr=take(requests * drafts, torch.float32),
-        products_ptr=None,
-        latent_ptr=None,
-        states_ptr=None,
+        latents=None,
     )
     return depths, RowScratch(
         sub_block_max_ptr=take(rows * sub_blocks, torch.float32),
@@ -273,4 +272,4 @@ def _with_latents(
     if latent is not None:
         sizes = (products, nodes, 2 * nodes, head.rank, latent.outputs // head.rank)
         precomputed, latents, states = workspaces.latents_of(take, *sizes)
-    return scratch._replace(products_ptr=precomputed, latent_ptr=latents, states_ptr=latents if states is None else states)
+    return scratch._replace(latents=LatentScratch(precomputed, latents, latents if states is None else states))
