@@ -13,13 +13,13 @@ import triton.language as tl
 from ..primitives.constants import NONFINITE_ROW, ROW_IDS
 from ..primitives.options import options_of
 from ..primitives.sumexp import log2_scale
-from ..primitives.sync import arrive, stores_done, take_item, wait_for
+from ..primitives.sync import arrive, stores_done, wait_for
 from . import dense, sparse
 from .args import AcceptTile, ChainRule, Known, Scales, Sizes, Temperatures, View
 from .dense import invert_map
 from .first_pass import item_of, sweep_draft, sweep_target
 from .outputs import draw, write_no_outputs, write_outputs
-from .requests import release_map, rows_of
+from .requests import release_map, rows_of, take_place
 from .rows import FIRST, STATUS, limit_rows, merge_rows
 from .rules import (
     DONE,
@@ -250,13 +250,7 @@ def accept_chain_kernel(
     first_items = tl.cdiv(num_drafts + 1, TILE.GROUP) * chunks
     second_items = _second_items(parts, num_drafts, RULE)
 
-    # Tickets, not program ids, order the work: an item that waits has a later ticket than the items it waits for.
-    ticket = take_item(counters.ticket_ptr)
-    before = 0
-    if map_progress is not None:
-        before = map_progress.parts
-    if ticket == before + num_requests * (first_items + second_items) - 1:
-        tl.store(counters.ticket_ptr, 0)
+    ticket, before = take_place(counters.ticket_ptr, map_progress, num_requests, first_items, second_items)
     phase, request, item = _order(tl.maximum(ticket - before, 0), num_requests, first_items, second_items, lag, RULE.TWO_PHASES)
     if map_progress is not None:
         if ticket < before:

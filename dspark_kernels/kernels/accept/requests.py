@@ -1,4 +1,4 @@
-"""Whose rows a work item has: its request, as chains, trees and vocabulary shards take it from the layout, and its output if none.
+"""Which work item a program has, and whose rows: its place in the order of work, and its request as the layout has it.
 
 Symbols: R requests, S request slots, L logit rows. Records: args.py.
 """
@@ -7,8 +7,24 @@ import triton
 import triton.language as tl
 
 from ..primitives.slots import state_slots
+from ..primitives.sync import take_item
 from .args import RequestRows
 from .dense import map_used
+
+
+@triton.jit
+def take_place(ticket_ptr, map_progress, num_requests, first_items, later_items):
+    """(ticket, tickets before the first that is a request's): those of an id map's parts come before all others.
+
+    Tickets, not program ids, order the work: an item that waits has a later ticket than the items it waits for.
+    """
+    ticket = take_item(ticket_ptr)
+    before = 0
+    if map_progress is not None:
+        before = map_progress.parts
+    if ticket == before + num_requests * (first_items + later_items) - 1:
+        tl.store(ticket_ptr, 0)
+    return ticket, before
 
 
 @triton.jit

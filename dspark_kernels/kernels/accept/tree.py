@@ -20,12 +20,12 @@ import triton.language as tl
 from ..primitives.constants import RESIDUAL_ONE, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.options import options_of
 from ..primitives.sumexp import fixed_sums, log2_scale
-from ..primitives.sync import arrive, take_item, wait_for
+from ..primitives.sync import arrive, wait_for
 from . import tree_proposals
 from .args import AcceptTile, Lineage, Scales, Sizes, SweepTile, View
 from .dense import invert_map
 from .first_pass import item_of, sweep_draft, sweep_target
-from .requests import release_map, rows_of
+from .requests import release_map, rows_of, take_place
 from .tree_outputs import write_no_outputs
 from .tree_rows import has_children, merge_nodes, node_distributions
 from .tree_rules import DECIDED, WALK, decide, left_in_blocks
@@ -167,13 +167,7 @@ def accept_tree_kernel(
     if SWEEPS:
         sweeps = num_nodes - 1
 
-    # Tickets, not program ids, order the work: a sweep waits for items with earlier tickets alone.
-    ticket = take_item(counters.ticket_ptr)
-    before = 0
-    if map_progress is not None:
-        before = map_progress.parts
-    if ticket == before + num_requests * (first_items + sweeps * parts) - 1:
-        tl.store(counters.ticket_ptr, 0)
+    ticket, before = take_place(counters.ticket_ptr, map_progress, num_requests, first_items, sweeps * parts)
     number, request, item = _order(tl.maximum(ticket - before, 0), num_requests, first_items, parts, SWEEPS)
     if map_progress is not None:
         if ticket < before:
