@@ -118,7 +118,7 @@ class AcceptTile(NamedTuple):
     BLOCKS: int  # padded number of blocks
     GROUPS: int  # padded number of max-groups
     WIDTH: int  # padded number of rows of a request
-    JOINT: bool  # whether top-p counts what top-k leaves out
+    JOINT: bool  # whether top-k and top-p are both tested on the whole distribution
 
 
 class SweepTile(NamedTuple):

@@ -211,6 +211,26 @@ def _race(log_weight, ids, inside, first_lane, seed, position, anchor, STREAM: t
     return tl.max(tl.where(inside, pack(tl.where(log_weight > NEG_INF, key, NEG_INF), ids), 0), axis=0)
 
 
+@triton.jit
+def _select(
+    request, row0, slot, stop, known, draft, gathered, summed, own, total_ptr, cut, added_ptr, scales,
+    SELECT: tl.constexpr, BLOCKS: tl.constexpr, ENTRIES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """How many of `stop` drafts stay, from the residual sums of their rows. total_ptr: int64 [R, WIDTH]."""
+    i = tl.arange(0, TILE.WIDTH)
+    rows = (row0 + i).to(tl.int64)
+    total_ptr += request.to(tl.int64) * TILE.WIDTH - row0
+    for verified in range(0, stop):
+        row = (row0 + verified).to(tl.int64)
+        pair = read_row_pair(own, row)
+        sumexp = _residual_blocks(
+            verified, row, slot, row, draft, gathered, summed, pair, cut, added_ptr, scales, BLOCKS, TILE.SHARDS, ENTRIES
+        )
+        tl.store(total_ptr + row, tl.sum(sumexp, axis=0))
+    stores_done()
+    return SELECT(i, rows, stop, own, total_ptr, 1, known.seed, known.anchor, TILE.WIDTH, 4)
+
+
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "start", "held"])
 def accept_draw_kernel(
     target,  # Target [L, W]
@@ -252,32 +272,9 @@ def accept_draw_kernel(
         )  # fmt: skip
         if SELECT is not None:
             if wants:
-                i = tl.arange(0, TILE.WIDTH)
-                rows = (row0 + i).to(tl.int64)
-                total_ptr = scratch.total_ptr + (request.to(tl.int64) * TILE.WIDTH - row0)
-                for verified in range(0, accepted):
-                    row = (row0 + verified).to(tl.int64)
-                    pair = read_row_pair(own, row)
-                    sumexp = _residual_blocks(
-                        verified,
-                        row,
-                        slot,
-                        row,
-                        draft,
-                        gathered,
-                        summed,
-                        pair,
-                        cut,
-                        added_ptr,
-                        scales,
-                        BLOCKS,
-                        TILE.SHARDS,
-                        ENTRIES,
-                    )
-                    tl.store(total_ptr + row, tl.sum(sumexp, axis=0))
-                stores_done()
                 stop = accepted
-                accepted = SELECT(i, rows, stop, own, total_ptr, 1, known.seed, known.anchor, TILE.WIDTH, 4)
+                accepted = _select(request, row0, slot, stop, known, draft, gathered, summed, own, scratch.total_ptr, cut, added_ptr,
+                                   scales, SELECT, BLOCKS, ENTRIES, TILE)  # fmt: skip
                 wants = accepted < stop
 
         row = (row0 + accepted).to(tl.int64)
