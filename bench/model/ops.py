@@ -74,7 +74,7 @@ def _accept(kind: str, requests: int) -> Kernel:
     apart = 0
     if kind == "dense":
         # The items of a second-phase row, for the one row of a request that may need a residual.
-        config = accept_launch.pick(H200, requests, _BLOCKS, DRAFTS, 1, heavy=False)
+        config = accept_launch.pick(H200, requests, _BLOCKS, DRAFTS, 1)
         apart = requests * -(-_BLOCKS // (config.group * config.chunk * config.span))
         after = (Phase(_RESIDUAL, programs=apart), *after)
     return Kernel(

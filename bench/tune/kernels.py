@@ -67,7 +67,12 @@ def _draft_call(calls, shape):
 
 
 _OPERANDS = {"16 bit": "bfloat16", "32 bit": "float32"}
-_ACCEPT = {"light": dict(), "heavy": dict(proposal="no lse"), "wide": dict(adjust=True)}
+_ACCEPT = {
+    "light": dict(),
+    "middle": dict(proposal="one_hot", rule="coupled"),
+    "heavy": dict(proposal="no lse"),
+    "wide": dict(adjust=True),
+}
 
 KERNELS = {
     "draft": Tuned(
@@ -81,9 +86,9 @@ KERNELS = {
     ),
     "accept": Tuned(
         op="accept_chain",
-        call=lambda calls, shape: calls.accept_call(64, **_ACCEPT[shape["law"]]),
-        # bench.kernels has no case without the proposal's lse.
-        spec=lambda shape: Accept(64) if shape["law"] == "light" else None,
+        call=lambda calls, shape: calls.accept_call(64, **_ACCEPT[shape["work"]]),
+        # bench.kernels has no case of the others.
+        spec=lambda shape: {"light": Accept(64), "middle": Accept(64, "one_hot", rule="coupled")}.get(shape["work"]),
         space=dict(pairs=(2, 4, 8), num_warps=(4, 8), lag=(2, 3, 4), max_registers=(96, 128, 168)),
         flight=lambda shape, config: 2 * 1024 * config["pairs"],
         importance=lambda shape: 8.5,

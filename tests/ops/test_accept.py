@@ -121,7 +121,7 @@ def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
     case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
 
-    def pick(arch, num_requests, num_blocks, num_drafts, residual_rows, heavy, adjusted, filtered):
+    def pick(arch, num_requests, num_blocks, num_drafts, residual_rows, work):
         chunk = min(pairs, 16)
         group = 2 if chunk >= num_blocks else 1
         return launch.AcceptConfig(group, chunk, lag=1, num_warps=1, max_registers=None)

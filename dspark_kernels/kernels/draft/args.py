@@ -105,12 +105,8 @@ class BlockInputs(NamedTuple):
     positions_ptr: Pointer  # int [S]
     slots_ptr: Pointer | None  # int32 [R]
     map_ptr: Pointer | None  # int64 [V], ids in the target's vocabulary
-
-
-class BlockSampling(NamedTuple):
-    """How a block samples; None: every row is greedy."""
-
-    temperature_ptr: Pointer | None  # fp32 [S]
+    hidden_ptr: Pointer | None  # [R, K, H]
+    temperature_ptr: Pointer | None  # fp32 [S]; None: every row is greedy
     seed_ptr: Pointer | None  # int64 [S]
 
 
@@ -191,22 +187,18 @@ class ShardInputs(NamedTuple):
     anchors_ptr: Pointer  # int [S]
     positions_ptr: Pointer  # int [S]
     map_ptr: Pointer | None  # int64 [W], ids in the target's vocabulary
-
-
-class ShardTensors(NamedTuple):
-    """More pointers of a part; their strides are in `ShardStrides`."""
-
     hidden_ptr: Pointer | None  # [R, K, H]
-    temperature_ptr: Pointer | None  # fp32 [S]
+    temperature_ptr: Pointer | None  # fp32 [S]; None: every row is greedy
     seed_ptr: Pointer | None  # int64 [S]
     slots_ptr: Pointer | None  # int32 [R]
     tokens_ptr: Pointer  # int64 [S, K], drafts before position k
-    logits_ptr: Pointer | None  # [S, K, W], written
 
 
 class ShardPart(NamedTuple):
-    """What a rank sends of one position. U vocabulary sub-blocks of 64 ids that a shard can touch."""
+    """What a rank writes of one position: its own logits, and what it sends. U vocabulary sub-blocks of 64 ids that a shard can
+    touch."""
 
+    logits_ptr: Pointer | None  # [S, K, W]
     words_ptr: Pointer  # int64 [R], the best packed key
     status_ptr: Pointer  # int64 [R]
     sub_block_max_ptr: Pointer | None  # fp32 [R, U]
@@ -220,6 +212,15 @@ class ShardCounters(NamedTuple):
     seen_ptr: Pointer  # int32 [R]
     arrivals_ptr: Pointer  # int32 [1]
     barrier_ptr: Pointer  # int32 [1], which keeps its count
+
+
+class ShardWidths(NamedTuple):
+    """Sizes of a part that a binary may be compiled for."""
+
+    num_targets: int  # ids of the target
+    width: int  # W
+    num_sub_blocks: int  # U
+    hidden: int  # H, 0 where nothing reads hidden states
 
 
 class ShardStrides(NamedTuple):

@@ -268,9 +268,7 @@ def draft_dense_kernel(
     projection,  # Projection of a gated or rnn head, or None
     adjust,  # Adjustments or None
     support,  # Support, with filters, or None
-    hidden_ptr,  # [R, K, H] or None
     confidence,  # Confidence or None
-    sampling,  # BlockSampling
     results,  # BlockResults
     scratch,  # BlockScratch
     first_phase, end_phase, num_requests, num_slots, num_drafts,
@@ -288,14 +286,14 @@ def draft_dense_kernel(
         BaseLogits(inputs.base_ptr, strides.base_request, strides.base_position),
         RequestState(
             inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions, inputs.slots_ptr,
-            sampling.temperature_ptr, sampling.seed_ptr,
+            inputs.temperature_ptr, inputs.seed_ptr,
         ),
         inputs.map_ptr,
         head,
         projection,
         adjust,
         support,
-        Hidden(hidden_ptr, strides.hidden_request, strides.hidden_position, widths.hidden),
+        Hidden(inputs.hidden_ptr, strides.hidden_request, strides.hidden_position, widths.hidden),
         confidence,
         DraftOutputs(
             results.tokens_ptr, strides.tokens, results.logits_ptr, strides.logits, strides.logits_position,

@@ -291,8 +291,7 @@ def _draft_part(
 
 @triton.jit(
     do_not_specialize=[
-        "first_phase", "end_phase", "k", "num_requests", "num_slots", "num_drafts", "start", "held", "first_sub_block", "first_draft",
-        "column",
+        "first_phase", "end_phase", "k", "num_requests", "num_slots", "num_drafts", "start", "held", "first_draft", "column",
     ]
 )  # fmt: skip
 def draft_partial_kernel(
@@ -300,19 +299,17 @@ def draft_partial_kernel(
     inputs,  # ShardInputs
     head, projection,  # Head with W2 and its scales of the shard, Projection of a gated or rnn head, or None
     adjust,  # Adjustments, by target id; or None
-    tensors,  # ShardTensors
     part,  # ShardPart
     counters,  # ShardCounters
-    first_phase, end_phase, k, num_requests, num_slots, num_drafts, num_targets, start, held, width, first_sub_block,
-    num_sub_blocks,
-    hidden_size, first_draft, column,
+    first_phase, end_phase, k, num_requests, num_slots, num_drafts, start, held,
+    widths,  # ShardWidths
+    first_draft, column,
     strides,  # ShardStrides
     KIND: tl.constexpr,  # HeadKind
     OPTIONS: tl.constexpr,  # ShardOptions
     TILE: tl.constexpr,  # BlockTile
 ):  # fmt: skip
-    """Position k on this rank's ids start .. start + held - 1; ids from first_sub_block * SUB_BLOCK on are walked, others are
-    masked.
+    """Position k on this rank's ids start .. start + held - 1; those of whole sub-blocks are walked, others are masked.
 
     A launch runs the phases [first_phase, end_phase) of PHASES; the first two are those of latents. The records are made in the
     call: a variable would hold a stride of 1 as a number that the compiler does not know.
@@ -322,19 +319,19 @@ def draft_partial_kernel(
         end_phase,
         BaseLogits(inputs.base_ptr, strides.base_request, strides.base_position),
         RequestState(
-            inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions, tensors.slots_ptr,
-            tensors.temperature_ptr, tensors.seed_ptr,
+            inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions, inputs.slots_ptr,
+            inputs.temperature_ptr, inputs.seed_ptr,
         ),
         inputs.map_ptr,
         head,
         projection,
         adjust,
-        Hidden(tensors.hidden_ptr, strides.hidden_request, strides.hidden_position, hidden_size),
-        ShardOutputs(tensors.tokens_ptr, strides.tokens, tensors.logits_ptr, strides.logits, strides.logits_position),
+        Hidden(inputs.hidden_ptr, strides.hidden_request, strides.hidden_position, widths.hidden),
+        ShardOutputs(inputs.tokens_ptr, strides.tokens, part.logits_ptr, strides.logits, strides.logits_position),
         part,
         counters,
         ShardPlace(k, num_requests, num_slots, num_drafts, first_draft, column),
-        ShardColumns(num_targets, start, held, width, first_sub_block, num_sub_blocks),
+        ShardColumns(widths.num_targets, start, held, widths.width, start // SUB_BLOCK, widths.num_sub_blocks),
         KIND,
         OPTIONS,
         TILE,

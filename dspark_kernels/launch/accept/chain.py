@@ -26,13 +26,12 @@ class AcceptConfig:
     span: int = 1
 
 
-def pick(arch: Arch, num_requests: int, num_blocks: int, num_drafts: int, residual_rows: int, heavy: bool,
-         adjusted: bool = False, filtered: bool = False) -> AcceptConfig:  # fmt: skip
+def pick(arch: Arch, num_requests: int, num_blocks: int, num_drafts: int, residual_rows: int, work: str = "light") -> AcceptConfig:
     """The configuration for requests with rows of `num_blocks` blocks.
 
-    residual_rows: rows of a request whose residuals the second phase sums block by block. heavy: whether fp32 logits, sparse
-    proposals or draft rows that are read again take more registers. adjusted, filtered: whether penalties, bias or masks change
-    logits, and whether there are filters; the tiles of both are spread over eight warps.
+    residual_rows: rows of a request whose residuals the second phase sums block by block. work: what a program does besides, which
+    takes registers: "light"; "middle": noise for every id (coupled), an id map; "heavy": fp32 logits, sparse proposals, draft rows
+    that are read again; "wide": penalties, bias, masks, filters, whose tiles are spread over eight warps.
 
     A chunk has four blocks: at V = 151936 a row is 38 chunks, so one request with 7 drafts gives 304 items of one chunk, more than
     two per multiprocessor of any GPU in launch/arch.py but the largest; with more requests an item has more chunks (items.py).
@@ -43,7 +42,7 @@ def pick(arch: Arch, num_requests: int, num_blocks: int, num_drafts: int, residu
         # It pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
         tuned = dict(pairs=16, lag=2, num_warps=4, max_registers=None)
     else:
-        tuned = dict(find(arch, "accept", law="wide" if adjusted or filtered else "heavy" if heavy else "light").config)
+        tuned = dict(find(arch, "accept", work=work).config)
     pairs = tuned.pop("pairs")
     chunk = min(pairs, 1 << (num_blocks - 1).bit_length())
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_blocks else 1

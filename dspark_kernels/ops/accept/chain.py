@@ -235,11 +235,16 @@ def _accept_chain(a: Arguments):
     kind, dense = plan.proposal, plan.dense
     blocks = _blocks(vocab, a.draft_logits if dense else None)
     swept = dense and a.draft_lse is None
-    heavy = swept or a.draft_ids is not None or a.target_logits.dtype == torch.float32
     filtered = flat.filters is not None
     residual_rows = (drafts if plan.rule == "block" else 1) if plan.two_phases else 0
     swept_rows = residual_rows if dense else 0  # of a sparse proposal one item sums a row
-    config = accept_launch.pick(arch.current(device), requests, blocks, drafts, swept_rows, heavy, flat.adjusts, filtered)
+    if flat.adjusts or filtered:
+        work = "wide"
+    elif swept or a.draft_ids is not None or a.target_logits.dtype == torch.float32:
+        work = "heavy"
+    else:
+        work = "middle" if a.rule == "coupled" or kind == "mapped" else "light"
+    config = accept_launch.pick(arch.current(device), requests, blocks, drafts, swept_rows, work)
     parts = -(-blocks // (config.group * config.chunk * config.span)) if dense else 1
     items = -(-(drafts + 1) // config.group) * -(-blocks // (config.chunk * config.steps))
     items += parts * residual_rows

@@ -17,7 +17,6 @@ from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_o
 from ...kernels.draft.args import (
     BlockInputs,
     BlockResults,
-    BlockSampling,
     BlockScratch,
     BlockStrides,
     BlockWidths,
@@ -360,11 +359,10 @@ def _draft_block(a: Arguments):
         (
             BlockInputs(
                 base_ptr=a.base_logits, anchors_ptr=a.anchors, positions_ptr=a.anchor_positions, slots_ptr=a.state_indices,
-                map_ptr=a.draft_to_target,
+                map_ptr=a.draft_to_target, hidden_ptr=a.hidden, temperature_ptr=sampling.temperature, seed_ptr=sampling.seed,
             ),
-            head, projection, adjust, support if filtered else None, a.hidden,
+            head, projection, adjust, support if filtered else None,
             confidence_record(a.confidence_head, a.confidence, a.confidence_logits),
-            BlockSampling(temperature_ptr=sampling.temperature, seed_ptr=sampling.seed),
             BlockResults(tokens_ptr=a.tokens, logits_ptr=a.logits, lse_ptr=a.lse, flags_ptr=a.flags), memory,
         ),
         (

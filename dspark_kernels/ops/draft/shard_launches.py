@@ -19,7 +19,7 @@ from ...kernels.draft.args import (
     ShardInputs,
     ShardPart,
     ShardStrides,
-    ShardTensors,
+    ShardWidths,
 )
 from ...kernels.sizes import SUB_BLOCK
 from ...launch import arch
@@ -111,6 +111,7 @@ def draft_block_partial(a: PartialArguments):
     )
     view = fields_of(rows, shard, a.with_lse).view
     own = ShardPart(
+        logits_ptr=a.logits,
         words_ptr=view(a.part, "words"),
         status_ptr=view(a.part, "status"),
         sub_block_max_ptr=view(a.part, "sub_block_max"),
@@ -120,18 +121,19 @@ def draft_block_partial(a: PartialArguments):
         min(-(-sub_blocks * SUB_BLOCK // config.block_v), gpu.multiprocessors * config.programs_per_sm),
         (
             ShardInputs(
-                base_ptr=a.base_logits, anchors_ptr=a.anchors, positions_ptr=a.anchor_positions, map_ptr=a.draft_to_target
+                base_ptr=a.base_logits, anchors_ptr=a.anchors, positions_ptr=a.anchor_positions, map_ptr=a.draft_to_target,
+                hidden_ptr=a.hidden, temperature_ptr=sampling.temperature, seed_ptr=sampling.seed, slots_ptr=a.state_indices,
+                tokens_ptr=a.tokens,
             ),
             head, projection, adjust,
-            ShardTensors(
-                hidden_ptr=a.hidden, temperature_ptr=sampling.temperature, seed_ptr=sampling.seed, slots_ptr=a.state_indices,
-                tokens_ptr=a.tokens, logits_ptr=a.logits,
-            ),
             own, counted,
         ),
         (
-            a.position, rows, a.anchors.shape[0], drafts, a.targets, shard.start, shard.held, width, shard.start // SUB_BLOCK,
-            sub_blocks, 0 if a.hidden is None else a.hidden.shape[2], a.first_draft, a.column,
+            a.position, rows, a.anchors.shape[0], drafts, shard.start, shard.held,
+            ShardWidths(
+                num_targets=a.targets, width=width, num_sub_blocks=sub_blocks, hidden=0 if a.hidden is None else a.hidden.shape[2]
+            ),
+            a.first_draft, a.column,
             ShardStrides(
                 base_request=a.base_logits.stride(0), base_position=a.base_logits.stride(1), anchors=a.anchors.stride(0),
                 positions=a.anchor_positions.stride(0), hidden_request=stride_of(a.hidden, 0),
