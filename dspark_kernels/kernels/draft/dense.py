@@ -26,6 +26,7 @@ from ..args import Pointer, functions_key
 from ..primitives.adjust import adjusted
 from ..primitives.constants import DOT_ROWS, NAN, NEG_INF, NO_ID, SUB_BLOCK
 from ..primitives.exponential import log2_approx, log2_of
+from ..primitives.options import options_of
 from ..primitives.philox import COUPLED, DRAFT
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import numbers
@@ -331,9 +332,6 @@ def launch_draft_dense(
                 STREAM=stream, LOG2=log2_approx if fast_log2 else log2_of, WITH_MARKOV=with_markov, JOINT=joint, GROUPS=groups
             ),
             TILE=block_tile(rows, one_dot, config),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
             launch_cooperative_grid=config.one_launch and programs > 1,
-            enable_fp_fusion=False,
-            **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+            **options_of(config),
         )

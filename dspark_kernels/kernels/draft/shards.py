@@ -21,6 +21,7 @@ from ..args import Pointer, functions_key
 from ..primitives.adjust import adjusted
 from ..primitives.constants import BAD_TOKEN_ID, DOT_ROWS, NAN, NEG_INF, NO_ID, NONFINITE_ROW, POS_INF, SUB_BLOCK
 from ..primitives.exponential import log2_approx, log2_of
+from ..primitives.options import options_of
 from ..primitives.philox import COUPLED, DRAFT
 from ..primitives.race import unpack_id, unpack_key
 from ..primitives.slots import state_slots
@@ -437,11 +438,8 @@ def launch_draft_partial(
             KIND=head_kind(projection, widening, dot_type, mix_type),
             OPTIONS=ShardOptions(STREAM=COUPLED if coupled else DRAFT, LOG2=log2_approx if fast_log2 else log2_of),
             TILE=block_tile(rows, one_dot, config),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
             launch_cooperative_grid=projection is not None and programs > 1 and config.one_launch,
-            enable_fp_fusion=False,
-            **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+            **options_of(config),
         )
 
 
