@@ -21,22 +21,19 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from bench.model import machine, measured, ops, report
+from bench.model import machine, measured, ops, peers, report
 from bench.model.check import KEY, grown, stale
 from bench.model.constants import MACHINES
 from bench.model.flow import Flow
 from bench.model.sass import disassemble
 from bench.shared import rows
 from bench.shared.arguments import BadArgument, Parser
-
-PEERS = ("vllm", "sglang")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,7 +120,8 @@ def model(kernels, out: Path, arguments) -> int:
         time = times.get((row.op, row.case))
         beside = "" if time is None else f"   {time:.1f} ({time / row.us:.2f})" if isinstance(time, float) else f"   {time}"
         print(report.lines(row) + beside, flush=True)
-    print("; ".join(f"{name}: {'not modelled' if importlib.util.find_spec(name) else 'not installed'}" for name in PEERS))
+    for line in peers.lines(kernels, done, arguments.arch, peers.beside(out)):
+        print(line, flush=True)
     report.write(out, done)
     print(f"written to {out}")
     if arguments.baseline:
