@@ -11,7 +11,7 @@ Without a GPU, or with TRITON_INTERPRET=1, small versions of the cases run in Tr
     python -m bench.kernels --op accept_chain        one op (repeatable); --case dense_r64 one case
     python -m bench.kernels --check                  compare with the reference, take no times
     python -m bench.kernels --counters               without a GPU: instructions and bytes per logit of the compiled kernels,
-                                                     counted while they run on a CPU (bench/kernels/counters.py); 1, 8 and 64 requests
+                                                     counted while they run on a CPU (bench/shared/counters.py); 1, 8 and 64 requests
     python -m bench.kernels --host                   without a GPU: CPU time of a call before its launch (bench/kernels/host.py)
 
 Rows of other cases stay in the output file. Times are microseconds; share = floor / median, the floor being the bytes that must
@@ -29,9 +29,8 @@ from pathlib import Path
 
 import torch
 
-from bench.kernels import counters
 from bench.kernels.report import report
-from bench.shared import timing
+from bench.shared import counters, timing
 from bench.shared.arguments import BadArgument, Parser, first_line
 from bench.shared.cases.registry import registry
 from bench.shared.interpreter import prepare_triton

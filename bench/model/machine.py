@@ -13,9 +13,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from bench.kernels import counters
 from bench.model.ops import Kernel
-from bench.shared import rows
+from bench.shared import counters, rows
 from bench.shared.paths import RESULTS
 
 FILE = RESULTS / "model" / "machine.csv"

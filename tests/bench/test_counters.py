@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.kernels import counters
+from bench.shared import counters
 from bench.shared.cases.registry import registry
 from tests import machine
 
