@@ -114,17 +114,28 @@ def _draft(requests: int, sampled: bool) -> Kernel:
 
 # --- drafting on candidates: BLOCK ids a turn, the row's last program selects, the request's last walks K positions ---
 
-# Two searches for a threshold; on bf16 logits of a normal distribution they take 5 and 4 steps.
-_SELECT = Steps(l2=4, fences=1, atomics=1, barriers=32 + 9 * 3, instructions=970 + 9 * 152)
-_POSITION = Steps(l2=3, barriers=15, instructions=470)
+FEW_ROWS = 128  # of kernels/draft/selection.py
+
+# Counted from the blocks of the binary for sm_90. Two searches for a threshold; on bf16 logits of a normal distribution they take 4
+# steps and 1.
+_SELECT = Steps(l2=3, fences=1, atomics=1, barriers=24 + 5 * 3, instructions=1138 + 5 * 128)
+# Before the first position: ids and settings, noise of all positions, the first rows of W2. After the last: lse and confidence.
+_WALK = Steps(l2=7, barriers=13, instructions=1064)
+_POSITION = Steps(barriers=8, instructions=409)  # and a row of W1, which few rows of logits prefetch; all else is there by then
 # A depth of a tree of paths: 8 dots over the rank, each of which waits for its rows of W2; where not all children fit, two steps of
 # a search (on logits of a normal distribution); some 6 loads one after another.
-_TREE_DEPTH = Steps(l2=14, barriers=52, instructions=2103)
+_TREE_DEPTH = Steps(l2=14, barriers=49, instructions=1980)
+_PREFETCH = Steps(l2=1, barriers=1, instructions=110)  # by the program that selects, before the tree may begin
+
+
+def _sum(*parts: Steps) -> Steps:
+    return Steps(*(sum(counts) for counts in zip(*parts, strict=True)))
 
 
 def _candidates(requests: int) -> Kernel:
     spec = Candidates(requests)
-    walk = Steps(*(a + b for a, b in zip(_POSITION.times(DRAFTS), Steps(l2=5), strict=True)))
+    embedded = Steps(l2=1) if requests * DRAFTS <= FEW_ROWS else Steps(dram=1)
+    walk = _sum(_WALK, _sum(_POSITION, embedded).times(DRAFTS))
     return Kernel(
         _case("draft_candidates", f"c64_r{requests}", spec), functools.partial(calls.candidates_call, requests),
         "logit", requests * DRAFTS * VOCAB, lambda c: c["BLOCK"], BF16,
@@ -137,7 +148,7 @@ def _draft_tree(requests: int) -> Kernel:
     return Kernel(
         _case("draft_tree", f"c64_r{requests}", spec), functools.partial(calls.draft_paths_call, requests, candidates=64),
         "logit", requests * DRAFTS * VOCAB, lambda c: c["BLOCK"], BF16,
-        (Phase(_SELECT, programs=requests * DRAFTS), Phase(_TREE_DEPTH.times(DRAFTS), programs=requests)),
+        (Phase(_sum(_SELECT, _PREFETCH), programs=requests * DRAFTS), Phase(_TREE_DEPTH.times(DRAFTS), programs=requests)),
     )  # fmt: skip
 
 

@@ -205,12 +205,26 @@ def test_ties_go_to_the_lowest_ids(dtype):
     case = cases.draft_case(seed=3, requests=3, vocab=1500, rank=8, grid=0.5, dtype=dtype, sampled=False)
     case.base_logits[0, 0] = 0.0  # all of them
     case.base_logits[0, 0, 7] = -0.0
+    case.base_logits[0, 1] = -8.0
+    case.base_logits[0, 1, 300:340] = 8.0  # more than 20 of the largest, in few sub-blocks
     block = check(case, 20, exempt=False)
     assert block.proposal.ids[0, 0].tolist() == list(range(20))
+    assert block.proposal.ids[0, 1].tolist() == list(range(300, 320))
     for r, k in ((1, 0), (2, 3)):
         row = case.base_logits[r, k]
         least = row[block.proposal.ids[r, k]].min()
         assert (row > least).sum() < 20 < (row >= least).sum(), "the bound of the candidates is not tied, so this shows nothing"
+
+
+@pytest.mark.parametrize("vocab", [40, 1500])
+def test_logits_of_every_magnitude(vocab):
+    """The search for the C-th best begins with a range of keys that is wider than an int32: fewer sub-blocks than C, and more."""
+    case = cases.draft_case(seed=9, requests=1, drafts=2, vocab=vocab, rank=0, confidence=None, sampled=False)
+    g = torch.Generator().manual_seed(2)
+    exponents = torch.rand(case.base_logits.shape, generator=g) * 250 - 125
+    case.base_logits[:] = torch.exp2(exponents) * torch.where(torch.rand(exponents.shape, generator=g) < 0.5, -1.0, 1.0)
+    case.base_logits[0, 0, : vocab - 6] = -case.base_logits[0, 0, : vocab - 6].abs()  # the C-th best is far below the best
+    check(case, 20, exempt=False)
 
 
 @pytest.mark.parametrize("sampled", [True, False])

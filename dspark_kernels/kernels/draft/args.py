@@ -370,6 +370,7 @@ class WalkScratch(NamedTuple):
     """Scratch of the walk over a request's positions."""
 
     score_ptr: Pointer  # fp32 [R, K], the confidence head's products with hidden states
+    noise_ptr: Pointer | None  # fp32 [R, K, padded C], of sampled blocks without successors
     products_ptr: Pointer | None  # fp32 [R, K, O], the gated or rnn head's
     latent_ptr: Pointer | None  # [R, r]
     states_ptr: Pointer | None  # fp32 [R, 2, r]
@@ -424,6 +425,7 @@ class WalkOptions(NamedTuple):
     WIDTH: int  # padded number of candidates and successors
     SHIFT: int  # low bits that no key sets
     BLOCK_R: int  # ranks of W2 at a time
+    MORE_RANKS: bool  # there are more
     BLOCK_O: int  # outputs of a latent at a time
     BLOCK_J: int  # columns of its weight at a time
     DRAFTS: int  # padded number of positions

@@ -16,6 +16,8 @@ from ..primitives.activations import sigmoid, tanh
 from ..primitives.constants import DOT_ROWS
 from ..primitives.widen import fp8_by_bits
 
+LINES = tl.constexpr(4)  # of 128 bytes that one turn of a prefetch asks for, in each row
+
 
 @triton.jit
 def _values(stored):
@@ -30,15 +32,20 @@ def _values(stored):
 
 
 @triton.jit
-def _in_rows(x):
-    """fp32 x [N] as three rows of bf16 [ROWS, N], whose sum it is."""
-    high = x.to(tl.bfloat16)
-    x -= high.to(tl.float32)
-    middle = x.to(tl.bfloat16)
-    low = (x - middle.to(tl.float32)).to(tl.bfloat16)
+def _in_rows(x_ptr, i, known):
+    """Elements i of x, of which `known` are there, as rows of bf16 [ROWS, N] whose sum they are: one of bf16, three of fp32."""
     row = tl.arange(0, DOT_ROWS)[:, None]
-    x = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
-    return tl.where(row < 3, x, 0.0).to(tl.bfloat16)
+    if x_ptr.dtype.element_ty == tl.bfloat16:
+        rows = tl.load(x_ptr + i[None, :] + row * 0, mask=i[None, :] < tl.where(row == 0, known, 0), other=0.0)
+    else:
+        x = tl.load(x_ptr + i, mask=i < known, other=0.0).to(tl.float32)
+        high = x.to(tl.bfloat16)
+        x -= high.to(tl.float32)
+        middle = x.to(tl.bfloat16)
+        low = (x - middle.to(tl.float32)).to(tl.bfloat16)
+        rows = tl.where(row == 0, high[None, :], tl.where(row == 1, middle[None, :], low[None, :]))
+        rows = tl.where(row < 3, rows, 0.0).to(tl.bfloat16)
+    return rows
 
 
 @triton.jit
@@ -60,42 +67,46 @@ def exact_dot(total, a, b):
 
 
 @triton.jit
-def _product(total, weight_ptr, rows, there, first_column, size, x_ptr, known, BLOCK: tl.constexpr):
-    """total [ROWS, M] + x . weight by rows. rows: offsets [M] of rows of weights that are `there`; x [size], of which `known`
-    elements are there. One form: dots of [ROWS, BLOCK] by [BLOCK, M], since Blackwell's compiler fails on one with few columns."""
-    for first in range(0, size, BLOCK):
+def _product(total, weight_ptr, rows, there, first_column, begin, size, x_ptr, known, BLOCK: tl.constexpr):
+    """total [ROWS, M] + x . weight by rows, from element `begin` on. rows: offsets [M] of rows of weights that are `there`; x
+    [size], of which `known` elements are there. One form: dots of [ROWS, BLOCK] by [BLOCK, M], since Blackwell's compiler fails on
+    one with few columns."""
+    for first in range(begin, size, BLOCK):
         i = first + tl.arange(0, BLOCK)
         inside = (i < size)[:, None] & there[None, :]
         w = tl.load(weight_ptr + rows[None, :] + (first_column + i)[:, None], mask=inside, other=0)
-        x = tl.load(x_ptr + i, mask=i < known, other=0.0).to(tl.float32)
-        total = exact_dot(total, _in_rows(x), _values(w))
+        total = exact_dot(total, _in_rows(x_ptr, i, known), _values(w))
     return total
 
 
 @triton.jit
-def weighted_rows(rows, scales, there, latent_ptr, known, head, BLOCK_R: tl.constexpr):
-    """fp32 [WIDTH]: rows of W2 . latent, 0 where nothing is `there`. rows, scales: offsets of each row and of its scale."""
+def weighted_rows(rows, scales, latent_ptr, known, head, BLOCK_R: tl.constexpr, MORE_RANKS: tl.constexpr):
+    """fp32 [WIDTH]: rows of W2 . latent. rows, scales: offsets of each row and of its scale; known: ranks of the latent that there
+    are. The first BLOCK_R ranks stand outside of a loop: in one over positions their loads are a position ahead."""
+    i = tl.arange(0, BLOCK_R)
+    w = tl.load(head.w2_ptr + rows[None, :] + i[:, None], mask=i[:, None] < head.rank, other=0)
     total = tl.zeros([DOT_ROWS, rows.shape[0]], tl.float32)
-    total = _product(total, head.w2_ptr, rows, there, 0, head.rank, latent_ptr, known, BLOCK_R)
+    total = exact_dot(total, _in_rows(latent_ptr, i, known), _values(w))
+    if MORE_RANKS:
+        total = _product(total, head.w2_ptr, rows, rows >= 0, 0, BLOCK_R, head.rank, latent_ptr, known, BLOCK_R)
     bias = tl.sum(total, axis=0)
     if head.scale_ptr is not None:
-        bias = bias * tl.load(head.scale_ptr + scales, mask=there, other=0.0)
+        bias = bias * tl.load(head.scale_ptr + scales)
     return bias
 
 
 @triton.jit
 def weighted(ids, latent_ptr, known, head, BLOCK_R: tl.constexpr):
-    """fp32 [WIDTH]: W2[ids] . latent, 0 for id -1. known: ranks of the latent that there are."""
-    return weighted_rows(ids.to(tl.int64) * head.stride_w2, ids, ids >= 0, latent_ptr, known, head, BLOCK_R)
+    """fp32 [WIDTH]: W2[ids] . latent; something else where an id is -1."""
+    own = tl.maximum(ids, 0)
+    return weighted_rows(own.to(tl.int64) * head.stride_w2, own, latent_ptr, known, head, BLOCK_R, True)
 
 
 @triton.jit
-def prefetch_rows(table_ptr, stride, ids, size, LINES: tl.constexpr, LINE: tl.constexpr):
-    """Have the first `size` elements of these rows (id -1 = none) brought to L2, where an instruction for that is known.
-
-    LINE: elements per 128 bytes; LINES: lines at a time.
-    """
+def prefetch_rows(table_ptr, stride, ids, size):
+    """Have the first `size` elements of these rows (id -1 = none) brought to L2, where an instruction for that is known."""
     if is_cuda():
+        LINE: tl.constexpr = 1024 // table_ptr.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
         for first in range(0, size, LINES * LINE):
             i = first + tl.arange(0, LINES) * LINE
             address = (table_ptr + ids.to(tl.int64)[:, None] * stride + i[None, :]).to(tl.int64)
@@ -147,7 +158,7 @@ def advance_gated(
         o = first + tl.arange(0, BLOCK_O)
         total = tl.zeros([DOT_ROWS, BLOCK_O], tl.float32)
         rows = o.to(tl.int64) * latent.stride_weight
-        total = _product(total, latent.weight_ptr, rows, o < rank, hidden.size, rank, embedded_ptr, known, BLOCK_J)
+        total = _product(total, latent.weight_ptr, rows, o < rank, hidden.size, 0, rank, embedded_ptr, known, BLOCK_J)
         z = tl.sum(total, axis=0) + tl.load(products_ptr + o, mask=o < rank, other=0.0, volatile=True)
         e = tl.load(embedded_ptr + o, mask=o < known, other=0.0).to(tl.float32)
         tl.store(latent_ptr + o, (sigmoid(z) * e).to(latent_ptr.dtype.element_ty), mask=o < rank)
@@ -181,8 +192,8 @@ def advance_rnn(
         for part in range(3):  # gate, candidate, output
             total = tl.zeros([DOT_ROWS, BLOCK_O], tl.float32)
             rows = (part * rank + o).to(tl.int64) * latent.stride_weight
-            total = _product(total, latent.weight_ptr, rows, o < rank, 0, rank, old_ptr, rank, BLOCK_J)
-            total = _product(total, latent.weight_ptr, rows, o < rank, rank, rank, embedded_ptr, known, BLOCK_J)
+            total = _product(total, latent.weight_ptr, rows, o < rank, 0, 0, rank, old_ptr, rank, BLOCK_J)
+            total = _product(total, latent.weight_ptr, rows, o < rank, rank, 0, rank, embedded_ptr, known, BLOCK_J)
             z = tl.sum(total, axis=0) + tl.load(products_ptr + part * rank + o, mask=o < rank, other=0.0, volatile=True)
             if part == 0:
                 gate = sigmoid(z)

@@ -89,7 +89,7 @@ def candidates_partial_kernel(
         if nan > 0:
             tl.atomic_or(seen_ptr + row, NAN, sem="relaxed")
         if arrive(row_count_ptr + row, parts):
-            keep_best(row, row_ptr, settings, None, selection, num_rows, held, num_candidates, TILE, start)
+            keep_best(row, row_ptr, settings, selection, held, num_candidates, TILE, start)
             tl.debug_barrier()
             ids = best_ids(selection.ids_ptr, row, num_rows, c, num_candidates, held)
             _write_list(row, row_ptr, ids, start, settings, weights, part, num_candidates, TILE.SHIFT, TILE.WIDTH)
@@ -189,12 +189,12 @@ def launch_candidates_partial(programs, args, *, shift, config):
     )
 
 
-def launch_candidates_finish(programs, args, *, kind, coupled, with_markov, joint, shift, shards, config):
+def launch_candidates_finish(programs, args, *, kind, coupled, with_markov, joint, shift, rank, shards, config):
     """Launch a program per row, those of latents before them."""
     candidates_finish_kernel[(programs,)](
         *args,
         TILE=ListTile(SHARDS=shards, WIDTH=config.width),
-        OPTIONS=walk_options(kind, coupled, with_markov, joint, shift, config),
+        OPTIONS=walk_options(kind, coupled, with_markov, joint, shift, rank, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

@@ -24,21 +24,22 @@ from ..primitives.sumexp import below_max, log2_scale, numbers
 from ..primitives.support import last_kept
 from ..primitives.sync import arrive
 from .args import RowSettings, Turn, WalkOptions, WalkSizes
-from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, weighted, weighted_rows
+from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted_rows
 from .rows import log_sum_exp
 from .selection import (
     best_ids,
     keep_best,
     padded_sub_blocks,
+    prefetch_best,
     selection_tile,
     slot_of,
     store_sub_block_keys,
-    target_logits,
     with_settings,
     with_successors,
 )
 
 SCORE_RANKS = tl.constexpr(256)  # ranks of the confidence head at a time
+NOISE_ENTRIES = tl.constexpr(512)  # candidates of all positions whose noise is drawn at once
 PAIRS = tl.constexpr(16)  # (request, position) pairs that share one product with hidden states
 
 
@@ -78,16 +79,16 @@ def _filters_of(filters, slot):
 
 
 @triton.jit
-def _gathered_at(c, there, row, merged, num_candidates):
-    """Whose list candidate c of a row is from, int64, and which entry of it."""
-    places = tl.load(merged.places_ptr + row * num_candidates + c, mask=there, other=0, volatile=True)
-    return (places // num_candidates).to(tl.int64), places % num_candidates
+def _places(c, row, end, merged, num_candidates):
+    """Where the candidates of rows below `end` are among all ranks' lists: rank * C + entry; anything where there is none."""
+    there = c < tl.where(row < end, num_candidates, 0)
+    return tl.load(merged.places_ptr + row * num_candidates + c, mask=there, other=0, volatile=True)
 
 
 @triton.jit
 def _of_rank(ranks, region_ptr, merged):
     """Where a region of these ranks' parts starts, in elements of its own type."""
-    return ranks * (merged.stride_part * (64 // region_ptr.dtype.element_ty.primitive_bitwidth))
+    return ranks.to(tl.int64) * (merged.stride_part * (64 // region_ptr.dtype.element_ty.primitive_bitwidth))
 
 
 @triton.jit
@@ -100,21 +101,75 @@ def _gathered_flags(status_ptr, request, merged, num_drafts, DRAFTS: tl.constexp
     return tl.max(flags & NAN, axis=0)
 
 
+# --- what a position needs of its candidates; where there are no successors, no draft decides any of it ------------------
+
+
 @triton.jit
-def _weighted(ids, ranks, entries, row, merged, head, latent_ptr, known, num_candidates, BLOCK_R: tl.constexpr):
-    """W2 . latent of the candidates, whose rows are those of their ids or of their entries."""
+def _base_logits(ids, places, k_ptr, base, merged, num_candidates):
+    """As stored, -inf where there is no candidate."""
+    columns = ids
+    if merged is not None:
+        columns = _of_rank(places // num_candidates, base.ptr, merged) + places % num_candidates
+    return tl.load(k_ptr + columns, mask=ids >= 0, other=NEG_INF)
+
+
+@triton.jit
+def _rows_of(ids, places, row, merged, head, num_candidates):
+    """Offsets of the candidates' rows of W2 and of their scales, which are those of their ids or of their entries; 0 where there is
+    none."""
+    own = tl.maximum(ids, 0)
+    rows = own.to(tl.int64) * head.stride_w2
+    scales = own.to(tl.int64)
+    if merged is not None:
+        if merged.rows_ptr is not None:
+            at = row * num_candidates + places % num_candidates
+            ranks = places // num_candidates
+            rows = _of_rank(ranks, merged.rows_ptr, merged) + at * head.rank
+            scales = at
+            if head.scale_ptr is not None:
+                scales += _of_rank(ranks, head.scale_ptr, merged)
+            rows = tl.where(ids >= 0, rows, 0)
+            scales = tl.where(ids >= 0, scales, 0)
+    return rows, scales
+
+
+@triton.jit
+def _targets(ids, places, row, map_ptr, merged, num_targets, num_candidates):
+    """(target ids int32, which candidates are tokens of the target)."""
+    used = ids >= 0
+    targets = ids
     if merged is None:
-        bias = weighted(ids, latent_ptr, known, head, BLOCK_R)
-    elif merged.rows_ptr is None:
-        bias = weighted(ids, latent_ptr, known, head, BLOCK_R)
-    else:
-        at = row * num_candidates + entries
-        scales = at
-        if head.scale_ptr is not None:
-            scales += _of_rank(ranks, head.scale_ptr, merged)
-        rows = _of_rank(ranks, merged.rows_ptr, merged) + at * head.rank
-        bias = weighted_rows(rows, scales, ids >= 0, latent_ptr, known, head, BLOCK_R)
-    return bias
+        if map_ptr is not None:
+            mapped = tl.load(map_ptr + ids, mask=used, other=-1)
+            used = (mapped >= 0) & (mapped < num_targets)
+            targets = tl.where(used, mapped, 0).to(tl.int32)
+    elif merged.targets_ptr is not None:
+        at = _of_rank(places // num_candidates, merged.targets_ptr, merged) + row * num_candidates + places % num_candidates
+        targets = tl.load(merged.targets_ptr + at, mask=used, other=-1)
+        used = (targets >= 0) & (targets < num_targets)
+        targets = tl.where(used, targets, 0)
+    return targets, used
+
+
+@triton.jit
+def _store_noise(
+    noise_ptr, seed, anchor, noise_anchor, first, end, ids_ptr, map_ptr, merged, sizes, OPTIONS: tl.constexpr
+):  # fmt: skip
+    """log2 of the exponential variates of all candidates of a request: many positions at once keep every lane busy."""
+    WIDTH: tl.constexpr = OPTIONS.WIDTH
+    ROWS: tl.constexpr = min(OPTIONS.DRAFTS, max(1, NOISE_ENTRIES // WIDTH))
+    c = tl.arange(0, WIDTH)[None, :]
+    for k in range(0, sizes.num_drafts, ROWS):
+        position = k + tl.arange(0, ROWS)[:, None]
+        row = first + position
+        ids = best_ids(ids_ptr, row, end, c, sizes.num_candidates, sizes.vocab)
+        places = ids
+        if merged is not None:
+            places = _places(c, row, end, merged, sizes.num_candidates)
+        targets, _ = _targets(ids, places, row, map_ptr, merged, sizes.num_targets, sizes.num_candidates)
+        words = words_at(seed, targets, anchor + (sizes.first_draft + position + 1), noise_anchor, OPTIONS.STREAM)
+        tl.store(noise_ptr + row * WIDTH + c, log2_exponential(words), mask=row < end)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -124,13 +179,19 @@ def walk(
 ):  # fmt: skip
     """All positions of one request, whose candidates are there.
 
-    merged: None, or where their logits, target ids and rows of W2 lie among the parts of all ranks; `base` is then the logits of
-    the first [R, K, C], and so are W2 and its scales of `head` where rows are gathered.
+    A position waits for what only the draft before it decides, the row of W1: logits, noise and rows of W2 of its candidates are
+    asked for while the position before is decided. merged: None, or where their logits, target ids and rows of W2 lie among the
+    parts of all ranks; `base` is then the logits of the first [R, K, C], and so are W2 and its scales of `head` where rows are
+    gathered.
     """
     num_drafts, vocab, num_candidates = sizes.num_drafts, sizes.vocab, sizes.num_candidates
     column = sizes.column
     WIDTH: tl.constexpr = OPTIONS.WIDTH
     BLOCK_R: tl.constexpr = OPTIONS.BLOCK_R
+    c = tl.arange(0, WIDTH)
+    first = request.to(tl.int64) * num_drafts
+    end = first + num_drafts  # the rows beyond are another request's, which may not be there yet
+    ids = best_ids(selection.ids_ptr, first, end, c, num_candidates, vocab)
     stride_anchors, stride_positions = state.stride_anchors, state.stride_positions
     anchor = tl.load(state.positions_ptr + slot * stride_positions).to(tl.int64)
     previous = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
@@ -149,40 +210,52 @@ def walk(
         flags = _gathered_flags(status_ptr, request, merged, num_drafts, OPTIONS.DRAFTS)
     if head is not None:
         flags = flags | tl.where((previous < 0) | (previous >= head.vocab), BAD_TOKEN_ID, 0)
+        one = tl.zeros([1], tl.int64)
+        prefetch_rows(head.w1_ptr, head.stride_w1, tl.where(previous < head.vocab, previous, -1) + one, head.rank)
 
-    c = tl.arange(0, WIDTH)
     width = num_candidates
     if successors is not None:
         width += successors.count
-    first = request.to(tl.int64) * num_drafts
     row_ptr = base.ptr + request.to(tl.int64) * base.stride_request
-    end = first + num_drafts  # the rows beyond are another request's, which may not be there yet
-    ids = best_ids(selection.ids_ptr, first, end, c, num_candidates, vocab)
-    nan = tl.zeros([WIDTH], tl.int1)
+    if successors is None:
+        first_places = ids
+        if merged is not None:
+            first_places = _places(c, first, end, merged, num_candidates)
+        next_logits = _base_logits(ids, first_places, row_ptr, base, merged, num_candidates)
+        if state.temperature_ptr is not None:
+            _store_noise(
+                scratch.noise_ptr, seed, anchor, noise_anchor, first, end, selection.ids_ptr, map_ptr, merged, sizes, OPTIONS
+            )
+            next_noise = tl.load(scratch.noise_ptr + first * WIDTH + c, volatile=True)
+    nan = tl.zeros([WIDTH], tl.int32)
     for k in range(num_drafts):
-        # Candidates do not depend on drafts: those of k + 1 are on the way while k is decided.
         row = first + k
         k_ptr = row_ptr + tl.cast(k, tl.int64) * base.stride_position
-        next_ids = best_ids(selection.ids_ptr, row + 1, end, c, num_candidates, vocab)
         settings = RowSettings(map_ptr, sizes.num_targets, adjust, slot, slot * num_drafts + k)
         if successors is not None:
+            ids = best_ids(selection.ids_ptr, row, end, c, num_candidates, vocab)
             ids = with_successors(
                 ids, c, successors, previous, k_ptr, settings, selection.bounds_ptr, row, num_candidates, vocab, OPTIONS.SHIFT
             )
-
-        there = ids >= 0
-        columns = ids
-        ranks = ids
-        entries = ids
+        else:
+            next_ids = best_ids(selection.ids_ptr, row + 1, end, c, num_candidates, vocab)
+            next_places = next_ids
+            if merged is not None:
+                next_places = _places(c, row + 1, end, merged, num_candidates)
+        places = ids
         if merged is not None:
-            ranks, entries = _gathered_at(c, there, row, merged, num_candidates)
-            columns = _of_rank(ranks, base.ptr, merged) + entries
-        x = tl.load(k_ptr + columns, mask=there, other=NEG_INF).to(tl.float32)
+            places = _places(c, row, end, merged, num_candidates)
+        if successors is not None:
+            logits = _base_logits(ids, places, k_ptr, base, merged, num_candidates)
+        else:
+            logits = next_logits
+        x = logits.to(tl.float32)
         if head is not None:
+            rows, scales = _rows_of(ids, places, row, merged, head, num_candidates)
             known = tl.where((previous >= 0) & (previous < head.vocab), head.rank, 0)
             embedded_ptr = head.w1_ptr + previous * head.stride_w1
             if latent is None:
-                x += _weighted(ids, ranks, entries, row, merged, head, embedded_ptr, known, num_candidates, BLOCK_R)
+                x += weighted_rows(rows, scales, embedded_ptr, known, head, BLOCK_R, OPTIONS.MORE_RANKS)
             else:
                 own_ptr = scratch.latent_ptr + request.to(tl.int64) * head.rank
                 own_states_ptr = scratch.states_ptr
@@ -193,24 +266,25 @@ def walk(
                     scratch.products_ptr + row * latent.outputs, own_ptr, own_states_ptr, head.rank,
                     OPTIONS.BLOCK_O, OPTIONS.BLOCK_J,
                 )  # fmt: skip
-                x += _weighted(ids, ranks, entries, row, merged, head, own_ptr, head.rank, num_candidates, BLOCK_R)
+                x += weighted_rows(rows, scales, own_ptr, head.rank, head, BLOCK_R, OPTIONS.MORE_RANKS)
 
-        if merged is None:
-            x, targets, used = target_logits(
-                x, ids, there, settings, out.tokens_ptr + slot * out.stride_tokens, column + k, _drafted
-            )  # fmt: skip
-        else:
-            targets = ids
-            used = there
-            if merged.targets_ptr is not None:
-                at = _of_rank(ranks, merged.targets_ptr, merged) + row * num_candidates + entries
-                targets = tl.load(merged.targets_ptr + at, mask=there, other=-1)
-                used = (targets >= 0) & (targets < sizes.num_targets)
-                targets = tl.where(used, targets, 0)
-            x = with_settings(x, targets, used, settings, out.tokens_ptr + slot * out.stride_tokens, column + k, _drafted)
-            x = tl.where(used, x, NEG_INF)
+        targets, used = _targets(ids, places, row, map_ptr, merged, sizes.num_targets, num_candidates)
+        if state.temperature_ptr is not None:
+            if successors is None:
+                noise = next_noise
+            else:
+                drawn = words_at(seed, targets, anchor + (sizes.first_draft + k + 1), noise_anchor, OPTIONS.STREAM)
+                noise = log2_exponential(drawn)
+        if successors is None:
+            # On their way while the draft of k is decided.
+            ids = next_ids
+            next_logits = _base_logits(next_ids, next_places, k_ptr + base.stride_position, base, merged, num_candidates)
+            if state.temperature_ptr is not None:
+                next_noise = tl.load(scratch.noise_ptr + (row + 1) * WIDTH + c, mask=c < tl.where(row + 1 < end, WIDTH, 0),
+                                     other=0.0, volatile=True)  # fmt: skip
 
-        nan = nan | (used & (x != x))
+        x = with_settings(x, targets, used, settings, out.tokens_ptr + slot * out.stride_tokens, column + k, _drafted)
+        nan = nan | (used & (x != x)).to(tl.int32)
         # Rounded once; everything below reads the rounded value.
         stored = tl.where(used, numbers(x), NEG_INF).to(base.ptr.dtype.element_ty)
         x = stored.to(tl.float32)
@@ -229,12 +303,7 @@ def walk(
             tl.store(out.logits_ptr + place, stored, mask=c < width)
         key = x
         if state.temperature_ptr is not None:
-            if out.lse_ptr is not None:
-                top = tl.max(x, axis=0)
-                sumexp = tl.sum((tl.exp2(below_max(x, top) * scale) * SUMEXP_ONE).to(tl.int64), axis=0)
-                tl.store(out.lse_ptr + slot * out.stride_lse + column + k, log_sum_exp(top, sumexp, scale))
-            words = words_at(seed, targets, anchor + (sizes.first_draft + k + 1), noise_anchor, OPTIONS.STREAM)
-            key = tl.where(temperature > 0.0, x * scale - log2_exponential(words), x)
+            key = tl.where(temperature > 0.0, x * scale - noise, x)
         word = tl.max(tl.where(used, pack(key, targets), 0), axis=0)
         if ~(tl.abs(unpack_key(word)) < POS_INF):  # only then can the row lack finite logits
             finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
@@ -243,12 +312,31 @@ def walk(
         tl.store(out.tokens_ptr + slot * out.stride_tokens + column + k, previous)
         if adjust is not None:
             tl.debug_barrier()  # the path of k + 1 reads it
-        ids = next_ids
-    flags = flags | tl.max(tl.where(nan, NAN, 0), axis=0)
+    flags = flags | tl.max(tl.where(nan > 0, NAN, 0), axis=0)
     tl.store(out.flags_ptr + request, flags)
+    tl.debug_barrier()
+    if state.temperature_ptr is not None:
+        if out.lse_ptr is not None:
+            _store_lse(slot, scale, out, width, sizes, OPTIONS)
     if confidence is not None:
-        tl.debug_barrier()
         _score(request, slot, state, head, hidden, confidence, out, scratch.score_ptr, sizes, OPTIONS.WITH_MARKOV, OPTIONS.DRAFTS)
+
+
+@triton.jit
+def _store_lse(slot, scale, out, width, sizes, OPTIONS: tl.constexpr):
+    """ln sum exp(logit / T) of all positions of one request, whose logits are stored."""
+    WIDTH: tl.constexpr = OPTIONS.WIDTH
+    ROWS: tl.constexpr = min(OPTIONS.DRAFTS, max(1, NOISE_ENTRIES // WIDTH))
+    c = tl.arange(0, WIDTH)[None, :]
+    for first in range(0, sizes.num_drafts, ROWS):
+        k = first + tl.arange(0, ROWS)
+        place = slot * out.stride_logits + (sizes.column + k).to(tl.int64)[:, None] * out.stride_logits_position + c
+        inside = (k < sizes.num_drafts)[:, None] & (c < width)
+        x = tl.load(out.logits_ptr + place, mask=inside, other=NEG_INF, volatile=True).to(tl.float32)
+        top = tl.max(x, axis=1)
+        sumexp = tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * SUMEXP_ONE).to(tl.int64), axis=1)
+        lse_ptr = out.lse_ptr + slot * out.stride_lse + sizes.column
+        tl.store(lse_ptr + k, log_sum_exp(top, sumexp, scale), mask=k < sizes.num_drafts)
 
 
 @triton.jit
@@ -328,7 +416,9 @@ def draft_candidates_kernel(
     vocab = widths.vocab
     num_rows = num_requests * num_drafts
     program = tl.program_id(0)
-    # Requests that this program arrives at when its part is done, and how many parts a request has.
+    item = program - latent_items
+    row = (item // parts).to(tl.int64)
+    # Requests that this program arrives at when its part is done, and how many of them.
     first = tl.zeros((), tl.int32)
     count = tl.zeros((), tl.int32)
     if program < latent_items:
@@ -337,19 +427,16 @@ def draft_candidates_kernel(
                 program, state.slots_ptr, latent, hidden, scratch.products_ptr, num_requests, num_slots, num_drafts, OPTIONS.BLOCK_J
             )
     else:
-        item = program - latent_items
-        row = item // parts
         part = item % parts
-        request = row // num_drafts
-        k = row % num_drafts
+        request = item // parts // num_drafts
+        k = item // parts % num_drafts
         slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             row_ptr = base.ptr + request.to(tl.int64) * base.stride_request + k.to(tl.int64) * base.stride_position
-            wide_row = row.to(tl.int64)
             chunks = tl.cdiv(vocab, TILE.BLOCK)
             settings = RowSettings(map_ptr, widths.num_targets, adjust, slot, slot * num_drafts + k)
             nan = store_sub_block_keys(
-                row_ptr, selection.keys_ptr + wide_row * padded_sub_blocks(tl.cdiv(vocab, TILE.GROUP)), settings,
+                row_ptr, selection.keys_ptr + row * padded_sub_blocks(tl.cdiv(vocab, TILE.GROUP)), settings,
                 None, 1.0, part * chunks // parts, (part + 1) * chunks // parts, vocab, TILE,
             )  # fmt: skip
             if nan > 0:
@@ -359,7 +446,7 @@ def draft_candidates_kernel(
                     own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
                     tl.store(scratch.score_ptr + row, hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
             if arrive(counters.row_ptr + row, parts):
-                keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, widths.num_candidates, TILE)
+                keep_best(row, row_ptr, settings, selection, vocab, widths.num_candidates, TILE)
                 first = request
                 count = tl.full((), 1, tl.int32)
         else:
@@ -367,14 +454,28 @@ def draft_candidates_kernel(
                 tl.store(out.flags_ptr + request, 0)
 
     sizes = WalkSizes(num_drafts, vocab, widths.num_targets, widths.num_candidates, first_draft, column)
-    for request in range(first, first + count):
-        slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
-        if slot >= 0:
-            if arrive(counters.request_ptr + request, awaited(request, latent, num_drafts)):
+    if latent is None:
+        # One request at most: what a loop would prepare ahead of itself takes registers from the walk.
+        if count > 0:
+            if arrive(counters.request_ptr + first, num_drafts):
+                slot = slot_of(state.slots_ptr, first, num_requests, num_slots)
                 walk(
-                    request, slot, counters.status_ptr, base, state, successors, map_ptr, None, adjust, filters, head, latent,
+                    first, slot, counters.status_ptr, base, state, successors, map_ptr, None, adjust, filters, head, latent,
                     hidden, confidence, out, selection, scratch, sizes, OPTIONS,
                 )  # fmt: skip
+            elif head is not None:
+                prefetch_best(row, head, map_ptr, selection, num_rows, vocab, widths.num_candidates, TILE)
+    else:
+        for request in range(first, first + count):
+            slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
+            if slot >= 0:
+                if arrive(counters.request_ptr + request, awaited(request, latent, num_drafts)):
+                    walk(
+                        request, slot, counters.status_ptr, base, state, successors, map_ptr, None, adjust, filters, head, latent,
+                        hidden, confidence, out, selection, scratch, sizes, OPTIONS,
+                    )  # fmt: skip
+                elif program >= latent_items:
+                    prefetch_best(row, head, map_ptr, selection, num_rows, vocab, widths.num_candidates, TILE)
 
 
 _ADVANCES = {None: no_latent, "vanilla": no_latent, "gated": advance_gated, "rnn": advance_rnn}
@@ -385,7 +486,7 @@ def latent_programs(rows, outputs):
     return -(-rows // PAIRS.value) * -(-outputs // 16)
 
 
-def walk_options(kind, coupled, with_markov, joint, shift, config) -> WalkOptions:
+def walk_options(kind, coupled, with_markov, joint, shift, rank, config) -> WalkOptions:
     """kind: of the head, None, "vanilla", "gated" or "rnn"."""
     return WalkOptions(
         ADVANCE=_ADVANCES[kind],
@@ -396,18 +497,19 @@ def walk_options(kind, coupled, with_markov, joint, shift, config) -> WalkOption
         WIDTH=config.width,
         SHIFT=shift,
         BLOCK_R=config.block_r,
+        MORE_RANKS=rank > config.block_r,
         BLOCK_O=config.block_o,
         BLOCK_J=config.block_j,
         DRAFTS=config.drafts,
     )
 
 
-def launch_draft_candidates(programs, args, *, kind, coupled, with_markov, joint, shift, config):
+def launch_draft_candidates(programs, args, *, kind, coupled, with_markov, joint, shift, rank, config):
     """Launch one program per part: the products of gated and rnn heads first, then a chunk of a row each."""
     draft_candidates_kernel[(programs,)](
         *args,
         TILE=selection_tile(config, shift),
-        OPTIONS=walk_options(kind, coupled, with_markov, joint, shift, config),
+        OPTIONS=walk_options(kind, coupled, with_markov, joint, shift, rank, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=False,

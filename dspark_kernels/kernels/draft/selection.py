@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..primitives.adjust import adjusted, no_path
 from ..primitives.constants import NEG_INF, POS_INF, VOCAB_BLOCK
-from ..primitives.select import ABSENT, ordered_key, select
+from ..primitives.select import ABSENT, ordered_key, scatter, select
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import numbers
 from ..primitives.vocab_blocks import SAW_FINITE, block_sums
@@ -19,6 +19,7 @@ from .args import SelectionTile
 from .candidate_heads import prefetch_rows
 
 SUB_BLOCK_COLUMNS = tl.constexpr(64)
+FEW_ROWS = tl.constexpr(128)  # of logits: rows of W1 of all their candidates are a tenth of them
 
 
 @triton.jit
@@ -126,20 +127,27 @@ def store_sub_block_keys(
 
 
 @triton.jit
-def keep_best(row, row_ptr, settings, head, selection, num_rows, vocab, num_candidates, TILE: tl.constexpr, first_target=0):
+def keep_best(row, row_ptr, settings, selection, vocab, num_candidates, TILE: tl.constexpr, first_target=0):
     """The C best of a row, ascending ids, and what they have in common: key > bound or (key = bound and id <= cut)."""
     GROUP: tl.constexpr = TILE.GROUP
     num_sub_blocks = tl.cdiv(vocab, GROUP)
     sub_block = (
         tl.arange(0, TILE.SUB_BLOCKS // SUB_BLOCK_COLUMNS)[:, None] * SUB_BLOCK_COLUMNS + tl.arange(0, SUB_BLOCK_COLUMNS)[None, :]
     )
-    keys = tl.load(
-        selection.keys_ptr + row * padded_sub_blocks(num_sub_blocks) + sub_block,
-        mask=sub_block < num_sub_blocks, other=ABSENT, volatile=True
-    )  # fmt: skip
+    padded = padded_sub_blocks(num_sub_blocks)
+    keys = tl.load(selection.keys_ptr + row * padded + sub_block, mask=sub_block < padded, other=ABSENT, volatile=True)
+    keys = tl.where(sub_block < num_sub_blocks, keys, ABSENT)
     wanted = tl.minimum(num_candidates, num_sub_blocks)
-    reached, selected, place = select(keys, wanted)
-    tl.store(selection.sub_blocks_ptr + row * num_candidates + place, sub_block, mask=selected)
+    lowest = ordered_key(tl.full((), NEG_INF, tl.float32), TILE.SHIFT)
+    # Groups of sub-blocks: as many keys reach the least of their maxima as there are groups, which is a better start than nothing.
+    GROUPS: tl.constexpr = min(2 * TILE.CHOSEN, TILE.SUB_BLOCKS)
+    MEMBERS: tl.constexpr = TILE.SUB_BLOCKS // GROUPS
+    maxima = tl.max(tl.reshape(keys, [GROUPS, MEMBERS]), axis=1)
+    largest = tl.max(maxima)
+    least = tl.min(tl.where(maxima == ABSENT, 2147483647, maxima))
+    least = tl.where(tl.cdiv(num_sub_blocks, MEMBERS) >= wanted, least, lowest)
+    reached, selected, place = select(keys, wanted, least, largest)
+    scatter(selection.sub_blocks_ptr + row * num_candidates, place, sub_block, selected)
     tl.debug_barrier()
     c = tl.arange(0, TILE.CHOSEN)
     sub_blocks = tl.load(selection.sub_blocks_ptr + row * num_candidates + c, mask=c < wanted, other=0, volatile=True)
@@ -149,17 +157,25 @@ def keep_best(row, row_ptr, settings, head, selection, num_rows, vocab, num_cand
     x, _, _ = target_logits(x, ids, inside, settings, tl.zeros([1], tl.int64), 0, no_path, first_target)
     keys = tl.where(inside, ordered_key(numbers(x), TILE.SHIFT), ABSENT)
     # As many logits reach the threshold of the maxima as there are sub-blocks chosen; in a small vocabulary more are wanted.
-    least = tl.where(num_candidates <= num_sub_blocks, reached, ordered_key(tl.full((), NEG_INF, tl.float32), TILE.SHIFT))
-    bound, selected, place = select(keys, tl.minimum(num_candidates, vocab), least)
-    tl.store(selection.ids_ptr + row * num_candidates + place, ids, mask=selected)
-    tl.store(selection.bounds_ptr + row * 2, bound)
-    tl.store(selection.bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1)))
-    if head is not None:
-        # The walk needs these rows of W2, and one of the same rows of W1: where memory has nothing else to do, it gets them all.
-        tl.debug_barrier()
-        best = best_ids(selection.ids_ptr, row, num_rows, tl.arange(0, TILE.WIDTH), num_candidates, vocab)
-        line: tl.constexpr = 1024 // head.w2_ptr.dtype.element_ty.primitive_bitwidth
-        prefetch_rows(head.w2_ptr, head.stride_w2, best, head.rank, 4, line)
+    # Few reach it beyond those: the first step looks as far as neighbours in bf16 are apart.
+    least = tl.where(num_candidates <= num_sub_blocks, reached, lowest)
+    NEAR: tl.constexpr = 1 << max(0, 16 - TILE.SHIFT)
+    bound, selected, place = select(keys, tl.minimum(num_candidates, vocab), least, largest, NEAR=NEAR)
+    scatter(selection.ids_ptr + row * num_candidates, place, ids, selected)
+    if selection.bounds_ptr is not None:
+        tl.store(selection.bounds_ptr + row * 2, bound)
+        tl.store(selection.bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1)))
+
+
+@triton.jit
+def prefetch_best(row, head, map_ptr, selection, num_rows, vocab, num_candidates, TILE: tl.constexpr):
+    """Rows of the head that may be read for the C best of a row: of W2, of which all are, and of W1, of which one is, where memory
+    has little else to do and an id is its own target id."""
+    best = best_ids(selection.ids_ptr, row, num_rows, tl.arange(0, TILE.WIDTH), num_candidates, vocab)
+    prefetch_rows(head.w2_ptr, head.stride_w2, best, head.rank)
+    if map_ptr is None:
+        if num_rows <= FEW_ROWS:
+            prefetch_rows(head.w1_ptr, head.stride_w1, tl.where(best < head.vocab, best, -1), head.rank)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..draft.args import RowSettings
 from ..draft.candidates import awaited, hidden_score, latent_item, latent_programs
-from ..draft.selection import best_ids, keep_best, padded_sub_blocks, selection_tile, slot_of, store_sub_block_keys
+from ..draft.selection import best_ids, keep_best, padded_sub_blocks, prefetch_best, selection_tile, slot_of, store_sub_block_keys
 from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NODE_FIELDS, NONFINITE_ROW, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.options import options_of
 from ..primitives.sumexp import below_max, numbers
@@ -257,7 +257,10 @@ def draft_paths_kernel(
                     own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
                     tl.store(scratch.score_ptr + row, hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
             if arrive(counters.row_ptr + row, parts):
-                keep_best(wide_row, row_ptr, settings, head, selection, num_rows, vocab, widths.num_candidates, SELECTION)
+                keep_best(wide_row, row_ptr, settings, selection, vocab, widths.num_candidates, SELECTION)
+                if head is not None:
+                    tl.debug_barrier()
+                    prefetch_best(wide_row, head, None, selection, num_rows, vocab, widths.num_candidates, SELECTION)
                 first = request
                 count = tl.full((), 1, tl.int32)
         else:

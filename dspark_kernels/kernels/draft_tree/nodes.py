@@ -114,7 +114,7 @@ def merge_children(kept_ptr, count, room, depth, keys, ids, row_nodes, NODES: tl
     found = tl.sum((words != ABSENT).to(tl.int32))
     wanted = tl.minimum(found, room - 1)
     if wanted > 0:
-        _, selected, place = select(words, wanted, least, found)
+        _, selected, place = select(words, wanted, least, None, found)
         row = tl.arange(0, keys.shape[0])[:, None] + tl.zeros_like(ids)
         new_ptr = kept_ptr + NEW * NODES
         tl.store(new_ptr + place, words, mask=selected)

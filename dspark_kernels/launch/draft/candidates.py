@@ -8,6 +8,7 @@ from ..arch import Arch
 
 MAX_CANDIDATES = 256
 MAX_SUCCESSORS = 128  # successors per token in a bigram table
+MAX_WIDTH = 512  # entries of a position, padded
 MOST_SUB_BLOCKS = 8192  # sub-blocks of a row, all of which one program holds at once
 
 
@@ -80,10 +81,12 @@ def pick(
         or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
     )
     capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
-    most = 64 if capped and plain and hopper else 32 if capped else 64 if width < 32 else 128
+    most = 64 if settings or width < 32 or (capped and plain and hopper) else 32 if capped else 128
     block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
+    if capped and plain and padded_rank * width <= 16384:
+        block_r = padded_rank  # one dot, whose rows of W2 the compiler copies a position ahead
     block_o, block_j = (64, 128) if plain else (32, 32)
-    registers = 128 if capped else None
+    registers = 128 if capped else 255 if arch.vendor == "nvidia" else None  # left to itself the compiler spills at 128
     return CandidatesConfig(block, group, sub_blocks, chosen, width, block_r, block_o, block_j, padded_drafts, warps, 2, registers)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_int, check_tensor, check_type
-from ...kernels.draft.args import CandidateList, CandidateWidths, GatheredLists, Selection, ShardWeights
+from ...kernels.draft.args import CandidateList, CandidateWidths, GatheredLists, Selection, ShardWeights, WalkScratch
 from ...launch import arch
 from ...launch.draft import candidates as launch
 from ...library import Out
@@ -63,15 +63,15 @@ def _finish_counters(take, requests: int) -> Tensor:
     return take(requests, torch.int32)
 
 
-def _finish_scratch(take, positions: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best ids of all ranks, where they lie, and the confidence head's products with hidden states."""
+def _finish_scratch(take, positions: int, candidates: int, width: int) -> tuple[Tensor, Tensor, WalkScratch]:
+    """The best ids of all ranks, where they lie, and scratch of the walk."""
     ids, places = take(positions * candidates, torch.int32), take(positions * candidates, torch.int32)
-    return ids, places, take(positions, torch.float32)
+    return ids, places, whole.walk_scratch(take, positions, width)
 
 
 @workspaces.declare(FINISH)
 def _finish_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    scratch = workspaces.measured(_finish_scratch, requests * drafts, launch.MAX_CANDIDATES)
+    scratch = workspaces.measured(_finish_scratch, requests * drafts, launch.MAX_CANDIDATES, launch.MAX_WIDTH)
     return workspaces.measured(_finish_counters, requests), scratch
 
 
@@ -296,8 +296,8 @@ def _draft_candidates_finish(a: FinishArguments):
     positions = rows * drafts
     request_count = _finish_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
     take = workspaces.Carver(a.scratch).take
-    best, places, scores = _finish_scratch(take, positions, a.candidates)
-    walk = whole.walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scores, take)
+    best, places, scratch = _finish_scratch(take, positions, a.candidates, config.width)
+    walk = whole.walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scratch, take)
     head = walk.head
     if travels:
         head = head._replace(w2_ptr=parts["rows"], stride_w2=0, scale_ptr=parts["scales"])
@@ -317,6 +317,7 @@ def _draft_candidates_finish(a: FinishArguments):
         with_markov=a.confidence_head.with_markov(a.hidden),
         joint=sampling.joint and filters is not None,
         shift=whole.unused_bits(a.base_logits, adjust),
+        rank=a.head.rank,
         shards=launch.padded(a.gathered.shape[0]),
         config=config,
     )  # fmt: skip

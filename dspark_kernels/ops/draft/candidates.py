@@ -62,7 +62,7 @@ def selection_of(take, positions: int, vocab: int, group: int, candidates: int) 
         keys_ptr=take(positions * _sub_block_words(vocab, group), torch.int32),
         sub_blocks_ptr=take(positions * candidates, torch.int32),
         ids_ptr=take(positions * candidates, torch.int32),
-        bounds_ptr=take(2 * positions, torch.int32),
+        bounds_ptr=None,
     )
 
 
@@ -71,14 +71,21 @@ def _counters(take, requests: int, drafts: int) -> CandidateCounters:
     return CandidateCounters(row_ptr=rows, request_ptr=take(requests, torch.int32), status_ptr=take(requests, torch.int32))
 
 
-def _scratch(take, positions: int, vocab: int, group: int, candidates: int) -> tuple[Selection, Tensor]:
-    """Scratch for finding the candidates, and the confidence head's products with hidden states."""
-    return selection_of(take, positions, vocab, group, candidates), take(positions, torch.float32)
+def walk_scratch(take, positions: int, width: int) -> WalkScratch:
+    """Scratch of the walk that heads of every kind need. width: entries of a position, padded."""
+    scores, noise = take(positions, torch.float32), take(positions * width, torch.float32)
+    return WalkScratch(score_ptr=scores, noise_ptr=noise, products_ptr=None, latent_ptr=None, states_ptr=None)
+
+
+def _scratch(take, positions: int, vocab: int, group: int, candidates: int, width: int) -> tuple[Selection, WalkScratch]:
+    """Scratch for finding the candidates, and for the walk."""
+    selection = selection_of(take, positions, vocab, group, candidates)
+    return selection._replace(bounds_ptr=take(2 * positions, torch.int32)), walk_scratch(take, positions, width)
 
 
 @workspaces.declare(NEEDS)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    most = (requests * drafts, vocab, LEAST_GROUP, launch.MAX_CANDIDATES)
+    most = (requests * drafts, vocab, LEAST_GROUP, launch.MAX_CANDIDATES, launch.MAX_WIDTH)
     return workspaces.measured(_counters, requests, drafts), workspaces.measured(_scratch, *most)
 
 
@@ -179,11 +186,13 @@ def _draft_candidates(a: Arguments):
     positions = rows * drafts
     counters = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, drafts)
     take = workspaces.Carver(a.scratch).take
-    selection, scores = _scratch(take, positions, vocab, config.group, a.candidates)
-    walk = walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scores, take)
+    selection, scratch = _scratch(take, positions, vocab, config.group, a.candidates, config.width)
+    walk = walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scratch, take)
     successors = None
     if a.bigrams is not None:
         successors = Successors(ptr=a.bigrams, stride=a.bigrams.stride(0), vocab=a.bigrams.shape[0], count=successors_after)
+    else:
+        selection = selection._replace(bounds_ptr=None)
     latent_items = kernels.latent_programs(positions, outputs)
     parts = launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_candidates(
@@ -202,6 +211,7 @@ def _draft_candidates(a: Arguments):
         with_markov=a.confidence_head.with_markov(a.hidden),
         joint=sampling.joint and filters is not None,
         shift=unused_bits(a.base_logits, adjust),
+        rank=a.head.rank,
         config=config,
     )  # fmt: skip
 
@@ -263,15 +273,16 @@ class Walk(NamedTuple):
 
 
 def walk_records(
-    head: LatentHead, hidden, confidence_head: ConfidenceWeights, results: SparseResults, head_state, rows, drafts, scores, take
-) -> Walk:
-    """scores: fp32 [R, K] of the scratch. `take` gives what a gated or rnn head needs beside it."""
+    head: LatentHead, hidden, confidence_head: ConfidenceWeights, results: SparseResults, head_state, rows, drafts,
+    scratch: WalkScratch, take,
+) -> Walk:  # fmt: skip
+    """scratch: of `walk_scratch`; `take` gives what a gated or rnn head needs beside it."""
     kind, record, latent = head_records(head, head_state)
-    products = latents = states = None
     if latent is not None:
         # Latents are rounded as in the dense form.
         sizes = (rows * drafts, rows, 2 * rows, head.rank, head.outputs // head.rank, product_type(head.w1, head.w2))
         products, latents, states = workspaces.latents_of(take, *sizes)
+        scratch = scratch._replace(products_ptr=products, latent_ptr=latents, states_ptr=states)
     confident = None
     if confidence_head.weight is not None:
         confident = CandidateConfidence(
@@ -279,5 +290,4 @@ def walk_records(
             scores_ptr=results.confidence, stride_scores=results.confidence.stride(0), raw_ptr=results.confidence_logits,
             stride_raw=results.confidence_logits.stride(0),
         )  # fmt: skip
-    scratch = WalkScratch(score_ptr=scores, products_ptr=products, latent_ptr=latents, states_ptr=states)
     return Walk(kind, record, latent, hidden_states(hidden), confident, scratch)
