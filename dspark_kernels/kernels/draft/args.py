@@ -195,19 +195,14 @@ class ShardInputs(NamedTuple):
 
 
 class ShardPart(NamedTuple):
-    """What a rank writes of one position: its own logits, and what it sends. U vocabulary sub-blocks of 64 ids that a shard can
-    touch."""
+    """What a rank writes of one position: its own logits, what it sends, and counters, which are zero before and after. U vocabulary
+    sub-blocks of 64 ids that a shard can touch."""
 
     logits_ptr: Pointer | None  # [S, K, W]
     words_ptr: Pointer  # int64 [R], the best packed key
     status_ptr: Pointer  # int64 [R]
     sub_block_max_ptr: Pointer | None  # fp32 [R, U]
     sub_block_sumexp_ptr: Pointer | None  # int64 [R, U]
-
-
-class ShardCounters(NamedTuple):
-    """Counters of a part, zero before and after."""
-
     best_ptr: Pointer  # int64 [R]
     seen_ptr: Pointer  # int32 [R]
     arrivals_ptr: Pointer  # int32 [1]

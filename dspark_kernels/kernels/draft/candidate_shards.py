@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ..primitives.adjust import no_path
 from ..primitives.constants import NAN
+from ..primitives.options import options_of
 from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.sumexp import numbers
 from ..primitives.sync import arrive
@@ -182,10 +183,7 @@ def launch_candidates_partial(programs, args, *, shift, config):
     candidates_partial_kernel[(programs,)](
         *args,
         TILE=selection_tile(config, shift),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )
 
 
@@ -195,8 +193,5 @@ def launch_candidates_finish(programs, args, *, kind, coupled, with_markov, join
         *args,
         TILE=ListTile(SHARDS=shards, WIDTH=config.width),
         OPTIONS=walk_options(kind, coupled, with_markov, joint, shift, rank, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )

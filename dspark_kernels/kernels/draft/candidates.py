@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE
+from ..primitives.options import options_of
 from ..primitives.ordered_sum import ordered_sum
 from ..primitives.philox import COUPLED, DRAFT, log2_exponential, words_at
 from ..primitives.race import pack, unpack_id, unpack_key
@@ -173,6 +174,51 @@ def _store_noise(
 
 
 @triton.jit
+def _temperature_and_seed(state, slot):
+    """Of a slot; zeros where every row is greedy."""
+    temperature = tl.zeros((), tl.float32)
+    seed = tl.zeros((), tl.int64)
+    if state.temperature_ptr is not None:
+        temperature = tl.load(state.temperature_ptr + slot)
+        seed = tl.load(state.seed_ptr + slot)
+    return temperature, seed
+
+
+@triton.jit
+def _bias(
+    turn, row, request, previous, ids, places, merged, head, latent, hidden, scratch, num_candidates, OPTIONS: tl.constexpr
+):  # fmt: skip
+    """fp32 [WIDTH]: the head's logits of the entries of a position after `previous`; a gated or rnn head goes on by a turn."""
+    rows, scales = _rows_of(ids, places, row, merged, head, num_candidates)
+    known = tl.where((previous >= 0) & (previous < head.vocab), head.rank, 0)
+    latent_ptr = head.w1_ptr + previous * head.stride_w1
+    if latent is not None:
+        embedded_ptr = latent_ptr
+        latent_ptr = scratch.latent_ptr + request.to(tl.int64) * head.rank
+        own_states_ptr = scratch.states_ptr
+        if scratch.states_ptr is not None:
+            own_states_ptr += request.to(tl.int64) * (2 * head.rank)
+        OPTIONS.ADVANCE(
+            turn, embedded_ptr, known, latent, hidden, scratch.products_ptr + row * latent.outputs, latent_ptr, own_states_ptr,
+            head.rank, OPTIONS.BLOCK_O, OPTIONS.BLOCK_J,
+        )  # fmt: skip
+        known = known * 0 + head.rank
+    return weighted_rows(rows, scales, latent_ptr, known, head, OPTIONS.BLOCK_R, OPTIONS.MORE_RANKS)
+
+
+@triton.jit
+def _filtered(x, targets, used, slot, temperature, scale, filters, OPTIONS: tl.constexpr):
+    """Logits x fp32 [WIDTH] of a sampled position, -inf where filters remove an entry."""
+    top = tl.max(x, axis=0)
+    if (temperature > 0.0) & (tl.abs(top) < POS_INF):
+        top_k, top_p, min_p = _filters_of(filters, slot)
+        words = tl.where(used, pack(x, targets), 0)
+        last = last_kept(words, top, scale, top_k, top_p, min_p, OPTIONS.JOINT, OPTIONS.WIDTH, OPTIONS.LOG_WIDTH)
+        x = tl.where(words >= last, x, NEG_INF)
+    return x
+
+
+@triton.jit
 def walk(
     request, slot, status_ptr, base, state, successors, map_ptr, merged, adjust, filters, head, latent, hidden, confidence, out,
     selection, scratch, sizes, OPTIONS: tl.constexpr,
@@ -184,22 +230,15 @@ def walk(
     parts of all ranks; `base` is then the logits of the first [R, K, C], and so are W2 and its scales of `head` where rows are
     gathered.
     """
-    num_drafts, vocab, num_candidates = sizes.num_drafts, sizes.vocab, sizes.num_candidates
-    column = sizes.column
+    num_drafts, vocab, num_candidates, column = sizes.num_drafts, sizes.vocab, sizes.num_candidates, sizes.column
     WIDTH: tl.constexpr = OPTIONS.WIDTH
-    BLOCK_R: tl.constexpr = OPTIONS.BLOCK_R
     c = tl.arange(0, WIDTH)
     first = request.to(tl.int64) * num_drafts
     end = first + num_drafts  # the rows beyond are another request's, which may not be there yet
     ids = best_ids(selection.ids_ptr, first, end, c, num_candidates, vocab)
-    stride_anchors, stride_positions = state.stride_anchors, state.stride_positions
-    anchor = tl.load(state.positions_ptr + slot * stride_positions).to(tl.int64)
-    previous = tl.load(state.anchors_ptr + slot * stride_anchors).to(tl.int64)
-    temperature = tl.zeros((), tl.float32)
-    seed = tl.zeros((), tl.int64)
-    if state.temperature_ptr is not None:
-        temperature = tl.load(state.temperature_ptr + slot)
-        seed = tl.load(state.seed_ptr + slot)
+    anchor = tl.load(state.positions_ptr + slot * state.stride_positions).to(tl.int64)
+    previous = tl.load(state.anchors_ptr + slot * state.stride_anchors).to(tl.int64)
+    temperature, seed = _temperature_and_seed(state, slot)
     scale = log2_scale(temperature)
     noise_anchor = anchor
     if OPTIONS.STREAM == COUPLED:
@@ -251,22 +290,8 @@ def walk(
             logits = next_logits
         x = logits.to(tl.float32)
         if head is not None:
-            rows, scales = _rows_of(ids, places, row, merged, head, num_candidates)
-            known = tl.where((previous >= 0) & (previous < head.vocab), head.rank, 0)
-            embedded_ptr = head.w1_ptr + previous * head.stride_w1
-            if latent is None:
-                x += weighted_rows(rows, scales, embedded_ptr, known, head, BLOCK_R, OPTIONS.MORE_RANKS)
-            else:
-                own_ptr = scratch.latent_ptr + request.to(tl.int64) * head.rank
-                own_states_ptr = scratch.states_ptr
-                if scratch.states_ptr is not None:
-                    own_states_ptr += request.to(tl.int64) * (2 * head.rank)
-                OPTIONS.ADVANCE(
-                    Turn(k, num_drafts, sizes.first_draft, slot), embedded_ptr, known, latent, hidden,
-                    scratch.products_ptr + row * latent.outputs, own_ptr, own_states_ptr, head.rank,
-                    OPTIONS.BLOCK_O, OPTIONS.BLOCK_J,
-                )  # fmt: skip
-                x += weighted_rows(rows, scales, own_ptr, head.rank, head, BLOCK_R, OPTIONS.MORE_RANKS)
+            turn = Turn(k, num_drafts, sizes.first_draft, slot)
+            x += _bias(turn, row, request, previous, ids, places, merged, head, latent, hidden, scratch, num_candidates, OPTIONS)
 
         targets, used = _targets(ids, places, row, map_ptr, merged, sizes.num_targets, num_candidates)
         if state.temperature_ptr is not None:
@@ -286,21 +311,14 @@ def walk(
         x = with_settings(x, targets, used, settings, out.tokens_ptr + slot * out.stride_tokens, column + k, _drafted)
         nan = nan | (used & (x != x)).to(tl.int32)
         # Rounded once; everything below reads the rounded value.
-        stored = tl.where(used, numbers(x), NEG_INF).to(base.ptr.dtype.element_ty)
-        x = stored.to(tl.float32)
+        x = tl.where(used, numbers(x), NEG_INF).to(base.ptr.dtype.element_ty).to(tl.float32)
         if filters is not None:
-            top = tl.max(x, axis=0)
-            if (temperature > 0.0) & (tl.abs(top) < POS_INF):
-                top_k, top_p, min_p = _filters_of(filters, slot)
-                words = tl.where(used, pack(x, targets), 0)
-                last = last_kept(words, top, scale, top_k, top_p, min_p, OPTIONS.JOINT, WIDTH, OPTIONS.LOG_WIDTH)
-                x = tl.where(words >= last, x, NEG_INF)
-                stored = x.to(base.ptr.dtype.element_ty)
+            x = _filtered(x, targets, used, slot, temperature, scale, filters, OPTIONS)
         if out.logits_ptr is not None:
             place = slot * out.stride_ids + (column + k).to(tl.int64) * out.stride_ids_position + c
             tl.store(out.ids_ptr + place, tl.where(used, targets, 0), mask=c < width)
             place = slot * out.stride_logits + (column + k).to(tl.int64) * out.stride_logits_position + c
-            tl.store(out.logits_ptr + place, stored, mask=c < width)
+            tl.store(out.logits_ptr + place, x.to(base.ptr.dtype.element_ty), mask=c < width)
         key = x
         if state.temperature_ptr is not None:
             key = tl.where(temperature > 0.0, x * scale - noise, x)
@@ -510,8 +528,5 @@ def launch_draft_candidates(programs, args, *, kind, coupled, with_markov, joint
         *args,
         TILE=selection_tile(config, shift),
         OPTIONS=walk_options(kind, coupled, with_markov, joint, shift, rank, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-        **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
+        **options_of(config),
     )

@@ -204,7 +204,7 @@ def _shard_tile(
 
 @triton.jit
 def _sweep(
-    first_request, base, state, map_ptr, head, projection, adjust, out, part, counters, place, columns,
+    first_request, base, state, map_ptr, head, projection, adjust, out, part, place, columns,
     KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """This program's tiles of the shard's ids for ROWS requests, and its winner of each."""
@@ -242,13 +242,13 @@ def _sweep(
         best = best_with(best, key, can_win[None, :] + tl.zeros([ROWS, BLOCK_V], tl.int32), seen, ROWS, BLOCK_V)
     status = tl.max(best.seen & NAN, axis=1) | tl.max(best.seen & FINITE, axis=1)
     live = requests.slots >= 0
-    tl.atomic_or(counters.seen_ptr + requests.rows, status, mask=live, sem="relaxed")
-    tl.atomic_max(counters.best_ptr + requests.rows, winners(best), mask=live, sem="relaxed")
+    tl.atomic_or(part.seen_ptr + requests.rows, status, mask=live, sem="relaxed")
+    tl.atomic_max(part.best_ptr + requests.rows, winners(best), mask=live, sem="relaxed")
 
 
 @triton.jit
 def _draft_part(
-    first_phase, end_phase, base, state, map_ptr, head, projection, adjust, hidden, out, part, counters, place, columns,
+    first_phase, end_phase, base, state, map_ptr, head, projection, adjust, hidden, out, part, place, columns,
     KIND: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The phases [first_phase, end_phase) of a rank's part of one position."""
@@ -262,32 +262,32 @@ def _draft_part(
                 num_requests, num_slots, 1, place.first_draft + k, KIND, TILE,
             )  # fmt: skip
         if (first_phase < 1) & (end_phase > 1):
-            grid_barrier(counters.barrier_ptr)
+            grid_barrier(part.barrier_ptr)
         if (first_phase <= 1) & (end_phase > 1):
             _latents(state, out, head, projection, place, KIND, TILE)
         if (first_phase <= 1) & (end_phase > 2):
-            grid_barrier(counters.barrier_ptr)
+            grid_barrier(part.barrier_ptr)
     if end_phase > 2:
         if KIND.parts == 3:
             keep_state(projection, head, state.slots_ptr, num_requests, num_slots, k * 0 + 1, TILE.BLOCK_N)
         for first_request in range(0, num_requests, TILE.ROWS):
             _sweep(
-                first_request, base, state, map_ptr, head, projection, adjust, out, part, counters, place, columns, KIND, OPTIONS, TILE
+                first_request, base, state, map_ptr, head, projection, adjust, out, part, place, columns, KIND, OPTIONS, TILE
             )  # fmt: skip
-        if arrive(counters.arrivals_ptr, programs):
+        if arrive(part.arrivals_ptr, programs):
             for first_request in range(0, num_requests, 128):
                 requests = first_request + tl.arange(0, 128)
                 inside = requests < num_requests
                 tl.store(
                     part.words_ptr + requests,
-                    tl.load(counters.best_ptr + requests, mask=inside, other=0, volatile=True),
+                    tl.load(part.best_ptr + requests, mask=inside, other=0, volatile=True),
                     mask=inside,
                 )
-                seen = tl.load(counters.seen_ptr + requests, mask=inside, other=0, volatile=True)
+                seen = tl.load(part.seen_ptr + requests, mask=inside, other=0, volatile=True)
                 tl.store(part.status_ptr + requests, seen.to(tl.int64), mask=inside)
                 tl.debug_barrier()  # every warp has read what is put back to zero
-                tl.store(counters.best_ptr + requests, tl.zeros([128], tl.int64), mask=inside)
-                tl.store(counters.seen_ptr + requests, tl.zeros([128], tl.int32), mask=inside)
+                tl.store(part.best_ptr + requests, tl.zeros([128], tl.int64), mask=inside)
+                tl.store(part.seen_ptr + requests, tl.zeros([128], tl.int32), mask=inside)
 
 
 @triton.jit(
@@ -301,7 +301,6 @@ def draft_partial_kernel(
     head, projection,  # Head with W2 and its scales of the shard, Projection of a gated or rnn head, or None
     adjust,  # Adjustments, by target id; or None
     part,  # ShardPart
-    counters,  # ShardCounters
     first_phase, end_phase, k, num_requests, num_slots, num_drafts, start, held,
     widths,  # ShardWidths
     first_draft, column,
@@ -330,7 +329,6 @@ def draft_partial_kernel(
         Hidden(inputs.hidden_ptr, strides.hidden_request, strides.hidden_position, widths.hidden),
         ShardOutputs(inputs.tokens_ptr, strides.tokens, part.logits_ptr, strides.logits, strides.logits_position),
         part,
-        counters,
         ShardPlace(k, num_requests, num_slots, num_drafts, first_draft, column),
         ShardColumns(widths.num_targets, start, held, widths.width, start // SUB_BLOCK, widths.num_sub_blocks),
         KIND,

@@ -407,20 +407,9 @@ def schedule_prefixes_kernel(
             True, CANDIDATES, TILE,
         )  # fmt: skip
     values, count, forced_tau, nan = _read_values(
-        confidences,
-        chosen_from.confidence_ptr,
-        slots,
-        tl.minimum(caps, made),
-        num_drafts,
-        min_len,
-        least,
-        strides.confidence,
-        scratch.stored_ptr,
-        tiles,
-        REQUESTS,
-        DRAFTS,
-        SORT,
-    )
+        confidences, chosen_from.confidence_ptr, slots, tl.minimum(caps, made), num_drafts, min_len, least, strides.confidence,
+        scratch.stored_ptr, tiles, REQUESTS, DRAFTS, SORT,
+    )  # fmt: skip
     flags |= tl.where(takes, nan, 0)
     total = tl.minimum(count, room)
     if (chosen_from.stale_ptr is None) and (chosen_from.budget_ptr is None):

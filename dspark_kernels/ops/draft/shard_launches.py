@@ -15,7 +15,6 @@ from ...kernels.draft.args import (
     FinishWidths,
     GatheredParts,
     Head,
-    ShardCounters,
     ShardInputs,
     ShardPart,
     ShardStrides,
@@ -103,12 +102,6 @@ def draft_block_partial(a: PartialArguments):
     take = workspaces.Carver(a.scratch).take
     kind, projection, mix_type = projection_record(a.head, a.hidden, a.head_state, rows, rows, 2 * rows, dot_type, take)
     best, seen = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
-    counted = ShardCounters(
-        best_ptr=best,
-        seen_ptr=seen,
-        arrivals_ptr=a.counters[1:2].view(torch.int32),
-        barrier_ptr=a.counters[:1].view(torch.int32),
-    )
     view = fields_of(rows, shard, a.with_lse).view
     own = ShardPart(
         logits_ptr=a.logits,
@@ -116,6 +109,10 @@ def draft_block_partial(a: PartialArguments):
         status_ptr=view(a.part, "status"),
         sub_block_max_ptr=view(a.part, "sub_block_max"),
         sub_block_sumexp_ptr=view(a.part, "sub_block_sumexp"),
+        best_ptr=best,
+        seen_ptr=seen,
+        arrivals_ptr=a.counters[1:2].view(torch.int32),
+        barrier_ptr=a.counters[:1].view(torch.int32),
     )
     kernels.launch_draft_partial(
         min(-(-sub_blocks * SUB_BLOCK // config.block_v), gpu.multiprocessors * config.programs_per_sm),
@@ -126,7 +123,7 @@ def draft_block_partial(a: PartialArguments):
                 tokens_ptr=a.tokens,
             ),
             head, projection, adjust,
-            own, counted,
+            own,
         ),
         (
             a.position, rows, a.anchors.shape[0], drafts, shard.start, shard.held,
