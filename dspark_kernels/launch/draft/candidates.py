@@ -81,7 +81,8 @@ def pick(
         or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
     )
     capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
-    most = 64 if settings or width < 32 or (capped and plain and hopper) else 32 if capped else 128
+    few = settings or width < 32 or (outputs and arch.family == "sm_120") or (capped and plain and hopper)
+    most = 64 if few else 32 if capped else 128
     block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
     if capped and plain and padded_rank * width <= 16384:
         block_r = padded_rank  # one dot, whose rows of W2 the compiler copies a position ahead
