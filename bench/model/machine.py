@@ -19,7 +19,19 @@ from bench.shared.paths import RESULTS
 
 FILE = RESULTS / "model" / "machine.csv"
 WITHIN = 0.15
-REASONS: dict[tuple[str, str], str] = {}
+_RESIDUALS = "the residual sums of the second phase, whose rows depend on the drafts that are accepted, are counted, too"
+_ADDRESSES = "64-bit addresses of rows of W2 are one instruction of PTX and two of SASS"
+_SELECTION = "the search among the maxima of sub-blocks grows with the vocabulary, too"
+REASONS: dict[tuple[str, str], str] = {
+    ("accept_chain", "dense_r1"): _RESIDUALS,
+    ("accept_chain", "dense_r64"): _RESIDUALS,
+    ("draft_block", "greedy_r1"): _ADDRESSES,
+    ("draft_block", "greedy_r8"): _ADDRESSES,
+    ("draft_candidates", "c64_r1"): _SELECTION,
+    ("draft_candidates", "c64_r8"): _SELECTION,
+    ("draft_candidates", "c64_r64"): _SELECTION,
+    ("draft_tree", "c64_r1"): _SELECTION,
+}
 _SIZES = ("vocab", "context")  # what the number of elements is a multiple of
 
 
