@@ -422,7 +422,7 @@ def test_a_record_of_functions_names_their_source():
 
     kind = heads.HeadKind(latent=Function(), parts=1, widen=Function(), dot_type="bf16", mix_type="fp32")
     assert kind.cache_key == "digest of the source-1-digest of the source-bf16-fp32"
-    assert args.WalkOptions(Function(), *range(10)).cache_key.startswith("digest of the source-0-1")
+    assert args.WalkOptions(Function(), *range(len(args.WalkOptions._fields) - 1)).cache_key.startswith("digest of the source-0-1")
 
 
 # --- around the dispatcher --------------------------------------------------------------------------------------------
