@@ -13,9 +13,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.model import hot
-from bench.model.peers import PEERS, load, record, way
-from tests.bench.test_model import flow_of
+# What compiles without a GPU turns off the interpreter, which the other tests of this process need.
+_INTERPRET = os.environ.get("TRITON_INTERPRET")
+
+from bench.model import hot  # noqa: E402
+from bench.model.peers import PEERS, load, record, way  # noqa: E402
+from tests.bench.test_model import flow_of  # noqa: E402
+
+if _INTERPRET is not None:
+    os.environ["TRITON_INTERPRET"] = _INTERPRET
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "bench" / "results" / "model"
