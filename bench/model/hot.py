@@ -4,9 +4,9 @@ The rule. A candidate is a block with loads that are at least as wide as the ker
 give none), whose part, a turn of its innermost loop, or without a loop a pass of the program, asks for at least the bytes of a
 tile. The hot one is that which runs most often, if every branch on the way to a block is taken half of the time and every loop
 around it turns eight times: a loop counts for as much as three conditions that guard it, which a pipelined one has beside its
-prologue. Of equals it is the one that loads most, then the first. In a turn and in a pass, blocks count that every way through them meets; what else the loop
-holds is counted apart. A block with an atomic or a fence that is skipped by a branch of its own is one that a single thread takes
-while its program waits: it counts as time, and not as instructions of every lane.
+prologue. Of equals it is the one that loads most, then the first. In a turn and in a pass, blocks count that every way through them
+meets; what else the loop holds is counted apart. A block with an atomic or a fence that is skipped by a branch of its own is one
+that a single thread takes while its program waits: it counts as time, and not as instructions of every lane.
 """
 
 from __future__ import annotations
