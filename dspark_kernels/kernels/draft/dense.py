@@ -195,7 +195,7 @@ def _sweep(
         key, can_win, nan = _draft_tile(
             base_logits, bias, first_id, requests, k, state, map_ptr, adjust, out, scratch, sizes, OPTIONS, TILE
         )  # fmt: skip
-        best = best_with(best, key, can_win[None, :] + tl.zeros([ROWS, BLOCK_V], tl.int32), tl.where(nan, NAN, 0), ROWS, BLOCK_V)
+        best = best_with(best, key, can_win, tl.where(nan, NAN, 0), ROWS, BLOCK_V)
     live = requests.slots >= 0
     nans = tl.max(best.seen, axis=1)
     tl.atomic_or(scratch.status_ptr + requests.rows, nans, mask=live & (nans > 0), sem="relaxed")

@@ -239,7 +239,7 @@ def _sweep(
         key, can_win, seen = _shard_tile(
             base_logits, bias, first_id, requests, state, map_ptr, adjust, out, part, place, columns, OPTIONS, TILE
         )  # fmt: skip
-        best = best_with(best, key, can_win[None, :] + tl.zeros([ROWS, BLOCK_V], tl.int32), seen, ROWS, BLOCK_V)
+        best = best_with(best, key, can_win, seen, ROWS, BLOCK_V)
     status = tl.max(best.seen & NAN, axis=1) | tl.max(best.seen & FINITE, axis=1)
     live = requests.slots >= 0
     tl.atomic_or(part.seen_ptr + requests.rows, status, mask=live, sem="relaxed")

@@ -169,7 +169,8 @@ def no_best(ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def best_with(best, key, ids, seen, ROWS: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Best after one more tile of keys fp32, ids and seen int32 [ROWS, BLOCK_V]."""
+    """Best after one more tile: keys fp32 and seen int32 [ROWS, BLOCK_V], ids int32 [BLOCK_V]."""
+    ids = ids[None, :] + tl.zeros([ROWS, BLOCK_V], tl.int32)
     if ROWS > DOT_ROWS:
         # A thread has eight neighbouring ids of a row, of which it keeps one: registers for the latents of all requests.
         key, ids, seen = _best_of_pairs(key, ids, seen, ROWS, BLOCK_V)

@@ -74,7 +74,8 @@ def scatter(ptr, place, values, selected):
 def select(keys, wanted, least=None, most=None, found=None, NEAR: tl.constexpr = 0xFFFFFFFF):
     """(threshold, selected bool, place int32 of the selected in index order) of keys [M, N], row by row, at most 2^14.
 
-    least, most, NEAR: as of `threshold`. found: how many keys are not ABSENT, where that is known; nothing is searched if all are wanted.
+    least, most, NEAR: as of `threshold`. found: how many keys are not ABSENT, where that is known; nothing is searched if all are
+    wanted.
     """
     if found is None:
         t, over = threshold(keys, wanted, least, most, NEAR)
