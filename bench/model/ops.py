@@ -157,13 +157,19 @@ def _draft_tree(requests: int) -> Kernel:
 
 def _schedule(requests: int) -> Kernel:
     spec = Schedule(requests, "causal")
-    # Turns of the sort, of which the pass has one, and the tests of all ranks, which a batch without drafts would skip.
-    turn = Steps(barriers=2, instructions=145 if requests == 256 else 84).times({1: 0, 64: 20, 256: 22}[requests])
-    tests = Steps(l2=1, barriers=0 if requests == 1 else 11, instructions={1: 180, 64: 707, 256: 1515}[requests])
+    # Turns of the sort beyond the one of each loop that meets no condition, which the pass has. Merges inside a warp (61
+    # instructions a turn) double the columns of a run from 1 to 32, with 0 + 1 + 2 + 3 + 4 distances after the first (30). Merges
+    # across the 8 warps of 256 requests (222) have 0 + 1 + 2 distances through shared memory (55); the one across the 2 warps of 64
+    # requests loops no more. One request is in order. Not in it: the scans of drafts that tie at the cut, min_len and bypass.
+    sort = {
+        1: Steps(),
+        64: Steps(instructions=4 * 61 + 10 * 30),
+        256: Steps(barriers=2 * 2 + 3 * 2, instructions=4 * 61 + 10 * 30 + 2 * 222 + 3 * 55),
+    }[requests]
     return Kernel(
         _case("schedule_prefixes", f"causal_r{requests}", spec), functools.partial(calls.schedule_call, requests),
         "draft", requests * DRAFTS, lambda c: requests * DRAFTS, 1 << 20,
-        (Phase(turn), Phase(tests)), turns=1,
+        (Phase(sort),), turns=1,
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ KERNELS = {
         op="schedule_prefixes",
         call=lambda calls, shape: calls.schedule_call(_schedule_requests(shape), max_rows=shape["rows"]),
         spec=lambda shape: Schedule(_schedule_requests(shape), "causal"),
-        space=dict(block=(128, 256, 512, 1024), sort=(512, 1024, 2048), num_warps=(2, 4, 8, 16)),
+        space=dict(block=(64, 128, 256, 512, 1024), sort=(512, 1024, 2048), num_warps=(1, 2, 4, 8, 16)),
         flight=lambda shape, config: 36 * config["block"],
         importance=lambda shape: 2.0 + 0.5 * (shape["candidates"] == shape["rows"]),
     ),

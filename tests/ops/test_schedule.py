@@ -95,6 +95,14 @@ def test_a_flat_table_admits_everything():
     assert check(given).draft_lens.tolist() == [6] * 256
 
 
+def test_a_falling_table_admits_no_draft_without_survival():
+    """A row that makes the step cheaper would pay for a draft that cannot survive, or that is not there."""
+    given = dict(block=block_of([[0.5, 0.5, 0.0]] * 5), cost=dk.CostTable(1e-3 - 1e-6 * torch.arange(40.0)), **anchored(5))
+    assert check(given).draft_lens.tolist() == [2] * 5
+    given |= dict(policy="budget", stale_confidence=given["block"].confidence.clone())
+    assert check(given).draft_lens.tolist() == [2] * 5
+
+
 def test_a_steep_table_admits_nothing():
     given = arguments(0, 8, 7, "causal", kind="steep")
     given["block"] = block_of(torch.full((8, 7), 0.99), given["block"].tokens)
@@ -186,6 +194,17 @@ def test_beyond_a_table_of_one_entry_costs_do_not_rise():
     """Entry 0 is no measurement, so there is no slope."""
     given = dict(block=block_of([[0.5, 0.5]]), cost=dk.CostTable(torch.tensor([0.0, 1e-3])), **anchored(1))
     assert check(given).draft_lens.tolist() == [2]
+
+
+def test_beyond_tables_costs_rise_as_before():
+    """Three anchors, where the tables of steps and of drafting end at two: 2 ms for the step without drafts, 3 ms for drafting."""
+    seconds = torch.tensor([0.0, 1e-3, 1.5e-3])
+    given = dict(block=block_of([[0.9]] * 3), cost=dk.CostTable(seconds), **anchored(3))
+    # 3.9 * 2 > 3 * 2.5, and so on; without the entry between, 3.9 * 1.5 < 3 * 2.
+    assert check(given).draft_lens.tolist() == [1, 1, 1]
+    # 3.35 * 5 > 3 * 5.5, and so on; with 2 ms for drafting, 3.35 * 4 < 3 * 4.5.
+    given |= dict(block=block_of([[0.35]] * 3), cost=dk.CostTable(seconds, torch.tensor([0.0, 1e-3, 2e-3])))
+    assert check(given).draft_lens.tolist() == [1, 1, 1]
 
 
 def test_counterexample_of_the_global_maximum():

@@ -76,8 +76,14 @@ def test_a_lookup_can_be_traced():
     assert torch.compile(tile, fullgraph=True, backend="eager")(torch.zeros(17)).tolist() == [32] * 17
 
 
-# What the picks were when they were formulas: (arguments, result without max_registers).
-SCHEDULES = {(512, 512): (256, 512, 4), (1024, 512): (256, 1024, 8), (64, 513): (512, 64, 4), (16384, 17408): (512, 2048, 8)}
+# What the picks were when they were formulas: (arguments, result without max_registers). Of the schedule: threads are requests.
+SCHEDULES = {
+    (8, 8): (64, 8, 32),
+    (512, 512): (64, 512, 64),
+    (1024, 512): (128, 1024, 128),
+    (64, 4096): (64, 64, 32),
+    (16384, 17408): (256, 2048, 256),
+}
 # packed rows, head, element, cached -> block_m, block_n, warps, stages, own block, own stages, programs, least blocks
 ATTENTION = {
     "sm_90": {
@@ -108,10 +114,11 @@ NVIDIA_FP32 = ((8, 2, 1), (8, 1, 1))
 
 
 def test_the_tables_hold_what_was_chosen_before_there_were_tables():
-    for (candidates, rows), (block, sort, warps) in SCHEDULES.items():
+    for (candidates, rows), (block, sort, threads) in SCHEDULES.items():
         for known in arch.KNOWN.values():
-            registers = 255 if known.vendor == "nvidia" else None
-            assert schedule.pick(known, candidates, rows) == schedule.ScheduleConfig(block, sort, warps, registers)
+            lanes, registers = (32, 255) if known.vendor == "nvidia" else (64, None)
+            want = schedule.ScheduleConfig(block, sort, max(1, threads // lanes), registers)
+            assert schedule.pick(known, candidates, rows) == want
     for known in arch.KNOWN.values():
         limit = 255 if known.vendor == "nvidia" else None
         few, many = layout.LayoutConfig(128, 4, limit), layout.LayoutConfig(256, 8, limit)
@@ -125,7 +132,7 @@ def test_the_tables_hold_what_was_chosen_before_there_were_tables():
                 found = draft.pick(known, 151936, rank, size, one_tile, ranks)
                 assert (found.num_warps, found.num_stages, found.programs_per_sm) == numbers and found.block_v == 64
                 assert found.block_r == (32 if size == 4 or rank == 20 else min(256, ranks))
-        assert accept.pick(known, 1, 149, 7, 1).chunk == 4 and accept.pick(known, 1, 2, 7, 1, "heavy").group == 2
+        assert accept.pick(known, 1, 149, 7, 1, False).chunk == 4 and accept.pick(known, 1, 2, 7, 1, True).group == 2
     for name, cases in ATTENTION.items():
         for (rows, *rest), want in cases.items():
             found = attention.pick(arch.KNOWN[name], rows, *rest, 8)
@@ -165,5 +172,5 @@ def test_a_trial_replaces_the_table_and_ends():
     before = layout.pick(SM_90, 64)
     with table.trial("layout", {"requests": 64}, {"block": 32, "num_warps": 2}):
         assert layout.pick(SM_90, 3) == layout.LayoutConfig(32, 2, 255) and layout.pick(GFX942, 999) == layout.LayoutConfig(32, 2)
-        assert schedule.pick(SM_86, 512, 512).block == 256
+        assert schedule.pick(SM_86, 512, 512).block == 64
     assert layout.pick(SM_90, 64) == before

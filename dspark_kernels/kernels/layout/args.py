@@ -35,12 +35,10 @@ class LayoutOutputs(NamedTuple):
 
 
 class AnchorRows(NamedTuple):
-    """Last token of each request and where it stands, int [S]."""
+    """Last token of each request, int [S]."""
 
     ptr: Pointer
     stride: int
-    positions_ptr: Pointer
-    stride_positions: int
 
 
 class Drafts(NamedTuple):
@@ -116,11 +114,14 @@ class ScheduleStrides(NamedTuple):
 
 
 class StepCosts(NamedTuple):
-    """What a step costs by its rows."""
+    """What a step costs by the drafts it verifies."""
 
-    seconds_ptr: Pointer | None  # fp32
-    last: int  # index of the last entry
-    slope: int  # int64, what an entry beyond it adds
+    seconds_ptr: Pointer  # fp32, at the entry of the step without drafts, or at the last
+    left: int  # entries behind that one
+    beyond: int  # entries by which the step without drafts lies beyond the table
+    slope: int  # int64, what such an entry adds
+    draft_seconds: float | None  # fp32, what drafting costs, whatever is verified, and what that adds beyond its table
+    draft_beyond: int  # int64
 
 
 class ScheduleTile(NamedTuple):
@@ -129,7 +130,9 @@ class ScheduleTile(NamedTuple):
     REQUESTS: int
     LOG_REQUESTS: int
     DRAFTS: int
-    SORT: int  # values that are sorted at once
-    LOG_SORT: int
     LOG_DRAFTS: int
+    SORT: int  # values that are sorted at once
+    RUN: int  # of these, successive ranks that a thread tests
+    LOG_RUN: int
+    LOG_COLUMNS: int  # of SORT / RUN
     BLOCK: int  # rows of a program

@@ -10,7 +10,7 @@ import triton.language as tl
 from ..primitives.constants import MISSING_DRAFT
 from ..primitives.options import options_of
 from .args import AnchorRows, BlockTables, Depths, Drafts
-from .rows import first_missing, read_drafts, read_requests, write_rows
+from .rows import first_missing, fitting_lens, read_drafts, read_requests, write_rows
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "max_pages"])
@@ -25,7 +25,7 @@ def fixed_layout_kernel(
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
-    slots, prompt, emits, flags = read_requests(r, inputs, strides.anchors, num_requests, num_slots, num_rows)
+    slots, prompt, emits, anchor_position, flags = read_requests(r, inputs, strides, num_requests, num_slots, num_rows)
     live = slots >= 0
     if depths_ptr is None:
         lens = tl.load(lens_ptr + r, mask=live, other=0)
@@ -37,12 +37,12 @@ def fixed_layout_kernel(
     made = first_missing(tokens, slots, num_drafts, DRAFTS)
     flags |= tl.where(lens > made, MISSING_DRAFT, 0)
     write_rows(
-        r, slots, prompt, emits, tl.minimum(lens, made), flags,
-        AnchorRows(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
+        r, slots, prompt, emits, anchor_position, fitting_lens(tl.minimum(lens, made), slots, prompt, num_rows), flags,
+        AnchorRows(inputs.anchors_ptr, strides.anchors),
         Drafts(drafts_ptr, strides.drafts),
         Depths(depths_ptr, strides.depths),
         BlockTables(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
-        out, num_requests, num_rows, num_drafts, 0, 0, REQUESTS, LOG_REQUESTS, BLOCK,
+        out, num_requests, num_rows, num_drafts, 0, 0, inputs.prefill_ptr is not None, REQUESTS, LOG_REQUESTS, BLOCK,
     )  # fmt: skip
 
 
@@ -55,14 +55,14 @@ def draft_layout_kernel(
     REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, REQUESTS)
-    slots, prompt, emits, flags = read_requests(r, inputs, strides.anchors, num_requests, num_slots, num_rows)
+    slots, prompt, emits, anchor_position, flags = read_requests(r, inputs, strides, num_requests, num_slots, num_rows)
     write_rows(
-        r, slots, prompt, emits, tl.where(slots >= 0, num_masks, 0), flags,
-        AnchorRows(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
+        r, slots, prompt, emits, anchor_position, fitting_lens(tl.where(slots >= 0, num_masks, 0), slots, prompt, num_rows), flags,
+        AnchorRows(inputs.anchors_ptr, strides.anchors),
         Drafts(None, 0),
         Depths(None, 0),
         BlockTables(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
-        out, num_requests, num_rows, num_masks, mask_token, silent_rows, REQUESTS, LOG_REQUESTS, BLOCK,
+        out, num_requests, num_rows, num_masks, mask_token, silent_rows, inputs.prefill_ptr is not None, REQUESTS, LOG_REQUESTS, BLOCK,
     )  # fmt: skip
 
 

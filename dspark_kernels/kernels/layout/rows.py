@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import BAD_TOKEN_ID
-from ..primitives.packing import owner_of
+from ..primitives.packing import gather_fields, owners_of
 from ..primitives.slots import state_slots
 
 
 @triton.jit
-def read_requests(r, inputs, stride_anchors, num_requests, num_slots, num_rows):
-    """Per request [REQUESTS]: request slots (-1 = padding), prompt rows, whether it emits, and the flag of its anchor.
+def read_requests(r, inputs, strides, num_requests, num_slots, num_rows):
+    """Per request [REQUESTS]: request slots (-1 = padding), prompt rows, whether it emits, where its anchor stands int64, and the
+    flag of its anchor.
 
     inputs: LayoutInputs. A prompt longer than all rows there are counts as one row longer, which is as much too long.
     """
@@ -29,12 +30,13 @@ def read_requests(r, inputs, stride_anchors, num_requests, num_slots, num_rows):
         emits = tl.load(inputs.emits_ptr + r, mask=batch, other=0)
     slots = state_slots(inputs.slots_ptr, r, num_requests, num_slots)
     live = slots >= 0
-    anchor = tl.load(inputs.anchors_ptr + slots * stride_anchors, mask=live, other=0).to(tl.int64)
+    anchor = tl.load(inputs.anchors_ptr + slots * strides.anchors, mask=live, other=0).to(tl.int64)
+    position = tl.load(inputs.positions_ptr + slots * strides.positions, mask=live, other=0).to(tl.int64)
     if inputs.prefill_ptr is not None:
         prompt = tl.where(live, tl.minimum(tl.maximum(prompt, 0), num_rows + 1).to(tl.int32), 0)
     emits = live & (emits.to(tl.int32) != 0)
     flags = tl.where((anchor < 0) & (prompt == 0), BAD_TOKEN_ID, 0)
-    return slots, prompt, emits, flags
+    return slots, prompt, emits, position, flags
 
 
 @triton.jit
@@ -79,33 +81,42 @@ def fixed_rows(slots, prompt):
 
 
 @triton.jit
+def fitting_lens(lens, slots, prompt, num_rows):
+    """Lengths cut to the rows there are: anchor and prompt rows come first, drafts share what is left in the order of requests."""
+    left = tl.maximum(num_rows - tl.sum(fixed_rows(slots, prompt).to(tl.int64), axis=0), 0).to(tl.int32)
+    before = tl.cumsum(lens, axis=0) - lens
+    return tl.minimum(lens, tl.maximum(left - before, 0))
+
+
+@triton.jit
 def write_rows(
-    r, slots, prompt, emits, lens, flags,  # [REQUESTS]
+    r, slots, prompt, emits, anchor_position, lens, flags,  # [REQUESTS]; lens: as `fitting_lens` gives them
     anchors,  # AnchorRows
     drafts,  # Drafts; without, every draft is `filler`
     depths,  # Depths
     pages,  # BlockTables
     out,  # LayoutOutputs
     num_requests, num_rows, num_drafts, filler, silent_rows,
-    REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
+    PROMPTS: tl.constexpr, REQUESTS: tl.constexpr, LOG_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write this program's BLOCK rows, and program 0 what is per request. silent_rows: first rows of a decoding request that
-    give no logits (1 where the anchor's row predicts nothing)."""
+    give no logits (1 where the anchor's row predicts nothing). PROMPTS: some requests may have prompt rows."""
     batch = r < num_requests
-    live = slots >= 0
-    # Anchor and prompt rows come first; drafts share what is left, in the order of requests.
-    own = fixed_rows(slots, prompt)
-    left = tl.maximum(num_rows - tl.sum(own.to(tl.int64), axis=0), 0).to(tl.int32)
-    before = tl.cumsum(lens, axis=0) - lens
-    lens = tl.minimum(lens, tl.maximum(left - before, 0))
-    rows = own + lens
-    wanted = tl.cumsum(rows.to(tl.int64), axis=0)
-    end = tl.minimum(wanted, num_rows).to(tl.int32)
-    start = tl.minimum(wanted - rows, num_rows).to(tl.int32)
-    logits = tl.where(prompt > 0, 1, tl.maximum(lens + 1 - silent_rows, 0))
-    logits = tl.where(live & emits & (end - start == rows), logits, 0)
-    logits_end = tl.cumsum(logits, axis=0)
-    total = tl.max(end, axis=0)
+    emitting = (slots >= 0) & emits
+    rows = fixed_rows(slots, prompt) + lens
+    logits = tl.where(emitting, tl.maximum(lens + 1 - silent_rows, 0), 0)
+    if PROMPTS:
+        wanted = tl.cumsum(rows.to(tl.int64), axis=0)
+        end = tl.minimum(wanted, num_rows).to(tl.int32)
+        start = tl.minimum(wanted - rows, num_rows).to(tl.int32)
+        logits = tl.where(prompt > 0, emitting.to(tl.int32), logits)
+        logits = tl.where(end - start == rows, logits, 0)
+        logits_end = tl.cumsum(logits, axis=0)
+    else:  # nothing is cut, and one scan does for both
+        both = tl.cumsum((rows.to(tl.int64) << 32) | logits, axis=0)
+        end = (both >> 32).to(tl.int32)
+        start = end - rows
+        logits_end = both.to(tl.int32)
 
     if tl.program_id(0) == 0:
         tl.store(out.draft_lens_ptr + r, lens, mask=batch)
@@ -114,27 +125,50 @@ def write_rows(
         tl.store(out.flags_ptr + r, flags, mask=batch)
         tl.store(out.query_start_ptr, 0)
         tl.store(out.cu_logits_ptr, 0)
-        tl.store(out.num_rows_ptr, total)
+        tl.store(out.num_rows_ptr + r * 0, end, mask=r == num_requests - 1)
 
-    # Row n belongs to the request whose [start, end) holds it.
+    # Row n belongs to the request whose [start, end) holds it; logit row n is one of the last rows of its request.
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < num_rows
-    used = n < total
-    owner = owner_of(tl.where(batch, end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
+    owner, logit_owner = owners_of(
+        tl.where(batch, end, 2147483647), tl.where(batch, logits_end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK
+    )
+    # One exchange for all that is asked of a request.
+    slot, start, end, prompt, low, high, logits_row_end, logits_end = gather_fields(
+        (
+            slots.to(tl.int32),
+            start,
+            end,
+            prompt,
+            anchor_position.to(tl.int32),
+            (anchor_position >> 32).to(tl.int32),
+            end,
+            logits_end,
+        ),
+        (owner, owner, owner, owner, owner, owner, logit_owner, logit_owner),
+    )
+    slot = slot.to(tl.int64)
+    used = n < end
     owner = tl.where(used, owner, 0)
-    slot = tl.gather(slots, owner, axis=0)
-    offset = n - tl.gather(start, owner, axis=0)
-    is_prompt = tl.gather(prompt, owner, axis=0) > 0
+    offset = n - start
+    is_prompt = prompt > 0
+    anchor_position = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    position = anchor_position + offset
+    # All loads, then what depends on them.
+    if out.slot_mapping_ptr is not None:
+        # By row, not by depth: siblings of a tree share a position, and each needs a slot of its own.
+        page = position // pages.page_size
+        in_page = position - page * pages.page_size
+        mapped = used & (position >= 0) & (page < pages.max_pages)
+        base = tl.load(pages.ptr + slot * pages.stride + page, mask=mapped, other=0).to(tl.int64)
     token = tl.load(anchors.ptr + slot * anchors.stride, mask=used, other=0).to(tl.int64)
-    is_draft = used & (offset > 0) & (offset <= num_drafts)
     if drafts.ptr is not None:
+        is_draft = used & (offset > 0) & (offset <= num_drafts)
         draft = tl.load(drafts.ptr + slot * drafts.stride + offset - 1, mask=is_draft, other=0)
         token = tl.where(offset == 0, token, draft)
     else:
         token = tl.where(offset == 0, token, filler)
     token = tl.where(used & (is_prompt == 0), tl.maximum(token, 0), 0)
-    anchor_position = tl.load(anchors.positions_ptr + slot * anchors.stride_positions, mask=used, other=0).to(tl.int64)
-    position = anchor_position + offset
     if depths.ptr is not None:
         depth = tl.load(depths.ptr + slot * depths.stride + offset, mask=used & (is_prompt == 0), other=0)
         position = tl.where(is_prompt, position, anchor_position + depth)
@@ -142,20 +176,6 @@ def write_rows(
     tl.store(out.positions_ptr + n, tl.where(used, position, 0), mask=inside)
     tl.store(out.batch_indices_ptr + n, tl.where(used, owner, -1), mask=inside)
     if out.slot_mapping_ptr is not None:
-        # By row, not by depth: siblings of a tree share a position, and each needs a slot of its own.
-        cached = anchor_position + offset
-        page = cached // pages.page_size
-        mapped = used & (cached >= 0) & (page < pages.max_pages)
-        base = tl.load(pages.ptr + slot * pages.stride + page, mask=mapped, other=0).to(tl.int64)
-        tl.store(
-            out.slot_mapping_ptr + n,
-            tl.where(mapped & (base >= 0), base * pages.page_size + cached % pages.page_size, -1),
-            mask=inside,
-        )
-
-    # Logit row m: the last rows of its request.
-    logit_owner = owner_of(tl.where(batch, logits_end, 2147483647), n, REQUESTS, LOG_REQUESTS, BLOCK)
-    has_logits = n < tl.max(logits_end, axis=0)
-    behind = tl.gather(logits_end, logit_owner, axis=0) - n  # 1 for the request's last row
-    row = tl.gather(end, logit_owner, axis=0) - behind
-    tl.store(out.logits_indices_ptr + n, tl.where(has_logits, row, 0), mask=inside)
+        tl.store(out.slot_mapping_ptr + n, tl.where(mapped & (base >= 0), base * pages.page_size + in_page, -1), mask=inside)
+    behind = logits_end - n  # 1 for the request's last row, below 1 for no request's
+    tl.store(out.logits_indices_ptr + n, tl.where(behind > 0, logits_row_end - behind, 0), mask=inside)

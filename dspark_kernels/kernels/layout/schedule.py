@@ -6,7 +6,8 @@ All programs schedule the whole batch, which is small, and each writes its own t
 stores meanwhile is the same from every program, each kind in a place of its own, so none waits for another. The drafts are
 [K, R] values: -1 what may not be admitted, else the survival in units of 2^-24, FORCED for the first min_len of a request; their
 order is by value, descending, then by index k R + r. A length comes from the rank of a draft in that order, a number of drafts from
-tests between neighbours; all in integers. Symbols: R requests, K drafts, N rows allocated, S request slots. Reference:
+tests between neighbours; all in integers. A request belongs to a thread and so do successive ranks, for up to 8 drafts, so that
+little is exchanged between threads: primitives/sort.py. Symbols: R requests, K drafts, N rows allocated, S request slots. Reference:
 reference/schedule.py. Source: DSpark, arXiv 2607.05147, algorithm 1.
 """
 
@@ -14,50 +15,15 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import MISSING_DRAFT, NAN
+from ..primitives.sort import merge_columns, sort_columns
 from .args import AnchorRows, BlockTables, Depths, Drafts, ScheduleTile, StepCosts
+from .costs import COST_LIMIT, load_run, load_seconds, step_cost, table_slope
 from .rows import first_missing, fixed_rows, made_drafts, read_drafts, read_requests, write_rows
 
 SURVIVAL_ONE = tl.constexpr(1 << 24)
 FORCED = tl.constexpr(1 << 25)
 ABOVE = tl.constexpr(1 << 26)  # every value
-COST_LIMIT = tl.constexpr((1 << 24) - 1)
-COST_UNITS_PER_SECOND = tl.constexpr(1e7)
-
-
-# --- integers ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _cost_units(seconds):
-    """Integers of 100 ns, halves up; what nobody measured (NaN) never looks cheap."""
-    scaled = seconds * COST_UNITS_PER_SECOND
-    scaled = tl.where(scaled < COST_LIMIT, scaled, COST_LIMIT)  # NaN and +inf, too
-    scaled = tl.where(scaled > 1.0, scaled, 1.0)
-    whole = scaled.to(tl.int32)
-    return whole + (scaled - whole.to(tl.float32) >= 0.5).to(tl.int32)
-
-
-@triton.jit
-def _slope(table_ptr, last):
-    """What an entry beyond the table adds, int64: a line through its last two measured entries, which never falls."""
-    at_end = tl.load(table_ptr + last)
-    before = tl.load(table_ptr + tl.maximum(last - 1, 0))
-    slope = tl.maximum(_cost_units(at_end).to(tl.int64) - _cost_units(before).to(tl.int64), 0)
-    return tl.where(last >= 2, slope, 0)  # entry 0 is no measurement
-
-
-@triton.jit
-def _entry(table_ptr, last, slope, index):
-    """Entry `index` int64, beyond the table by its slope."""
-    beyond = tl.maximum(index - last, 0)
-    inside = _cost_units(tl.load(table_ptr + tl.minimum(index, last))).to(tl.int64)
-    return tl.minimum(inside + beyond * slope, COST_LIMIT)
-
-
-@triton.jit
-def _step_cost(costs, drafting_cost, rows):
-    """costs: StepCosts."""
-    return tl.minimum(_entry(costs.seconds_ptr, costs.last, costs.slope, rows) + drafting_cost, COST_LIMIT)
+NEVER = tl.constexpr(1 << 62)
 
 
 # --- values and their order -------------------------------------------------------------------------------------------
@@ -92,11 +58,18 @@ def _value(confidence, limits, i, min_len, least, product):
 
 
 @triton.jit
+def _row(tile, k, ROWS: tl.constexpr):
+    """Row k of a tile [ROWS, COLUMNS]."""
+    return tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == k, tile, 0), axis=0)
+
+
+@triton.jit
 def _read_values(
     confidences, confidence_ptr, slots, limits, num_drafts, min_len, least, stride_cs, stored_ptr, tiles,
     REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, SORT: tl.constexpr,
 ):  # fmt: skip
-    """(values int32 [SORT] in the order of index, how many there are, what the forced ones add to tau, NaN flag [REQUESTS]).
+    """(values int32 [DRAFTS, REQUESTS], how many there are, what the forced ones of each request [REQUESTS] add to tau, NaN flag
+    [REQUESTS]).
 
     confidences: what `_confidences` loaded. Where SORT does not cover all drafts they are loaded here, and their values are in
     `stored` instead.
@@ -108,14 +81,13 @@ def _read_values(
     nan = tl.zeros([REQUESTS], tl.int32)
     if SORT == REQUESTS * DRAFTS:
         k = tl.arange(0, DRAFTS)[:, None]
-        tile = tl.zeros([DRAFTS, REQUESTS], tl.int32)
+        values = tl.zeros([DRAFTS, REQUESTS], tl.int32)
         for i in tl.static_range(DRAFTS):
             product, value, survival, bad = _value(confidences[i], limits, i, min_len, least, product)
-            tile = tl.where(k == i, value[None, :], tile)
+            values = tl.where(k == i, value[None, :], values)
             count += (value >= 0).to(tl.int32)
             forced_tau += tl.where(value == FORCED, survival, 0).to(tl.int64)
             nan |= bad
-        values = tl.reshape(tile, [SORT])
     else:
         # Rows of padding are stored, too. (tiles is not known to the compiler, which therefore keeps the loop.)
         for i in range(tiles * SORT // REQUESTS):
@@ -125,16 +97,18 @@ def _read_values(
             count += (value >= 0).to(tl.int32)
             forced_tau += tl.where(value == FORCED, survival, 0).to(tl.int64)
             nan |= bad
-        values = tl.full([SORT], -1, tl.int32)
+        values = tl.full([1, 1], -1, tl.int32)
         tl.debug_barrier()
-    return values, tl.sum(count, axis=0), tl.sum(forced_tau, axis=0), nan
+    return values, tl.sum(count, axis=0), forced_tau, nan
 
 
 @triton.jit
 def _count(values, stored_ptr, tiles, least, SORT: tl.constexpr, CANDIDATES: tl.constexpr):
     """How many values are at least `least`."""
-    found = (values >= least).to(tl.int32)
-    if SORT < CANDIDATES:
+    if SORT == CANDIDATES:
+        found = tl.sum((values >= least).to(tl.int32), axis=0)
+    else:
+        found = tl.zeros([SORT], tl.int32)
         # tiles, a number the compiler does not know, keeps it from unrolling the loop in each of the many counts.
         for t in range(tiles):
             found += (tl.load(stored_ptr + t * SORT + tl.arange(0, SORT)) >= least).to(tl.int32)
@@ -152,125 +126,59 @@ def _value_of_rank(values, stored_ptr, tiles, number, SORT: tl.constexpr, CANDID
 
 
 @triton.jit
-def _column_index(column, low, ROWS: tl.constexpr):
-    """The index of what stands in row 0 of a column, in a tile whose rows are numbered by the bits of the index from `low` on."""
-    return ((column >> low) * ROWS << low) | (column & ((1 << low) - 1))
-
-
-@triton.jit
-def _place_in_tile(index, low, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where an index stands in such a tile, row by row."""
-    column = ((index >> low) // ROWS << low) | (index & ((1 << low) - 1))
-    return ((index >> low) % ROWS) * COLUMNS + column
-
-
-@triton.jit
-def _exchange(tile, BIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The larger of two rows, whose numbers differ in one bit, to the first of them."""
-    pairs = tl.reshape(tile, [ROWS >> (BIT + 1), 2, 1 << BIT, COLUMNS])
-    first = (tl.arange(0, 2) == 0)[None, :, None, None]
-    pairs = tl.where(first, tl.max(pairs, axis=1, keep_dims=True), tl.min(pairs, axis=1, keep_dims=True))
-    return tl.reshape(pairs, [ROWS, COLUMNS])
-
-
-@triton.jit
-def _sorted(values, SORT: tl.constexpr, LOG_SORT: tl.constexpr, LOG_RUN: tl.constexpr):
-    """values [SORT] in descending order; value i stands at (i % RUN) SORT / RUN + i / RUN, each RUN = 2^LOG_RUN descending already.
-
-    A bitonic network in a loop: tl.sort writes out every step of it, thousands of instructions that a launch fetches once and that
-    compile for a minute. A column of the tile [ROWS, COLUMNS] belongs to a thread, so steps between its rows exchange nothing
-    with other threads; rows are numbered by the bits of the index that the next steps compare.
-    """
-    COLUMNS: tl.constexpr = SORT if SORT <= 128 else 128 if SORT <= 512 else 256
-    ROWS: tl.constexpr = SORT // COLUMNS
-    if LOG_RUN < LOG_SORT:
-        i = tl.arange(0, SORT)
-        if LOG_RUN > 0:
-            # Every other run the other way round, as a network expects.
-            run = i >> LOG_RUN
-            inside = (i & ((1 << LOG_RUN) - 1)) ^ ((run & 1) * ((1 << LOG_RUN) - 1))
-            values = tl.gather(values, inside * (SORT >> LOG_RUN) + run, axis=0)
-        if ROWS == 1:
-            for stage in range(LOG_RUN + 1, LOG_SORT + 1):
-                for step in range(stage):
-                    distance = 1 << (stage - 1 - step)
-                    other = tl.gather(values, i ^ distance, axis=0)
-                    larger = ((i >> stage) & 1) == ((i & distance) != 0).to(tl.int32)
-                    values = tl.where(larger, tl.maximum(values, other), tl.minimum(values, other))
-        else:
-            ROW_BITS: tl.constexpr = 1 if ROWS == 2 else 2 if ROWS == 4 else 3
-            column = tl.arange(0, COLUMNS)
-            row = tl.arange(0, ROWS)
-            before = LOG_SORT - ROW_BITS  # as the values come
-            for stage in range(LOG_RUN + 1, LOG_SORT + 1):
-                for turn in range((stage + ROW_BITS - 1) // ROW_BITS):
-                    top = stage - 1 - turn * ROW_BITS
-                    low = tl.maximum(top - (ROW_BITS - 1), 0)
-                    index = _column_index(column, low, ROWS)
-                    source = _place_in_tile(index, before, ROWS, COLUMNS)[None, :] + tl.zeros([ROWS, 1], tl.int32)
-                    for bit in tl.static_range(ROW_BITS):
-                        step = _place_in_tile(1 << (low + bit), before, ROWS, COLUMNS)
-                        source += tl.where(((row >> bit) & 1) != 0, step, 0)[:, None]
-                    tile = tl.reshape(tl.gather(values, tl.reshape(source, [SORT]), axis=0), [ROWS, COLUMNS])
-                    # Complements of what is to ascend, which descend.
-                    ascending = -((index >> stage) & 1)[None, :]
-                    tile ^= ascending
-                    for step in tl.static_range(ROW_BITS):
-                        if low + (ROW_BITS - 1 - step) <= top:
-                            tile = _exchange(tile, ROW_BITS - 1 - step, ROWS, COLUMNS)
-                    values = tl.reshape(tile ^ ascending, [SORT])
-                    before = low
-            values = tl.reshape(tl.trans(tl.reshape(values, [ROWS, COLUMNS])), [SORT])
-    return values
-
-
-@triton.jit
-def _in_order(
-    values, stored_ptr, gathered_ptr, tiles, first, upto, before,
-    SORT: tl.constexpr, LOG_SORT: tl.constexpr, LOG_DRAFTS: tl.constexpr, CANDIDATES: tl.constexpr,
-):  # fmt: skip
-    """(values int32 [SORT] of the ranks first .. upto - 1 in order, -1 beyond; the last of them). before: the value of the rank
-    before them.
+def _next_in_order(values, stored_ptr, gathered_ptr, tiles, first, upto, before, CANDIDATES: tl.constexpr, TILE: tl.constexpr):
+    """(values int32 [RUN, COLUMNS] of the ranks from `first` on in order, as primitives/sort.py has them; the value of rank
+    upto - 1). before: the value of the rank before them.
 
     What lies strictly between the two bounds is gathered and sorted; copies of the bounds fill the ranks around it.
     """
-    last = before
-    if SORT < CANDIDATES:
-        last = _value_of_rank(values, stored_ptr, tiles, upto, SORT, CANDIDATES)
-        begin = tl.where(first > 0, _count(values, stored_ptr, tiles, before, SORT, CANDIDATES), 0)
-        end = begin
-        for t in range(tiles):
-            tile = tl.load(stored_ptr + t * SORT + tl.arange(0, SORT))
-            between = (tile < before) & (tile > last)
-            place = end + tl.cumsum(between.to(tl.int32), axis=0) - 1
-            tl.store(gathered_ptr + place, tile, mask=between)
-            end += tl.sum(between.to(tl.int32), axis=0)
-        tl.debug_barrier()
-        rank = first + tl.arange(0, SORT)
-        found = tl.load(gathered_ptr + rank, mask=(rank >= begin) & (rank < end), other=0)
-        values = tl.where(rank < begin, before, tl.where(rank < end, found, tl.where(rank < upto, last, -1)))
-    # Drafts of a request never become likelier; what was gathered comes in any order.
-    return _sorted(values, SORT, LOG_SORT, LOG_DRAFTS if SORT == CANDIDATES else 0), last
+    SORT: tl.constexpr = TILE.SORT
+    RUN: tl.constexpr = TILE.RUN
+    COLUMNS: tl.constexpr = SORT // RUN
+    last = _value_of_rank(values, stored_ptr, tiles, upto, SORT, CANDIDATES)
+    begin = tl.where(first > 0, _count(values, stored_ptr, tiles, before, SORT, CANDIDATES), 0)
+    end = begin
+    for t in range(tiles):
+        tile = tl.load(stored_ptr + t * SORT + tl.arange(0, SORT))
+        between = (tile < before) & (tile > last)
+        place = end + tl.cumsum(between.to(tl.int32), axis=0) - 1
+        tl.store(gathered_ptr + place, tile, mask=between)
+        end += tl.sum(between.to(tl.int32), axis=0)
+    tl.debug_barrier()
+    rank = first + tl.arange(0, RUN)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    found = tl.load(gathered_ptr + rank, mask=(rank >= begin) & (rank < end), other=0)
+    ranked = tl.where(rank < begin, before, tl.where(rank < end, found, last))
+    ranked = sort_columns(ranked, TILE.LOG_RUN, RUN, COLUMNS)  # what was gathered comes in any order
+    return merge_columns(ranked, TILE.LOG_RUN, RUN, TILE.LOG_COLUMNS, COLUMNS), last
 
 
 @triton.jit
 def _admitted_lens(
     values, stored_ptr, tiles, num_drafts, number, value, REQUESTS: tl.constexpr, DRAFTS: tl.constexpr, SORT: tl.constexpr
 ):
-    """int32 [REQUESTS]: drafts of each request among the first `number`, the last of which has the value `value`. Drafts of equal
-    value go by index."""
-    wanted = number - _count(values, stored_ptr, tiles, value + 1, SORT, REQUESTS * DRAFTS)
+    """int32 [REQUESTS]: drafts of each request among the first `number`, which have all that exceed `value` and some of those that
+    equal it. Drafts of equal value go by index, which takes scans: none where all of them or none are admitted."""
     if SORT == REQUESTS * DRAFTS:
-        tied = (values == value).to(tl.int32)
-        admitted = tl.where(values > value, 1, tl.where(tl.cumsum(tied, axis=0) <= wanted, tied, 0))
-        lens = tl.sum(tl.reshape(admitted, [DRAFTS, REQUESTS]), axis=0)
+        lens = tl.sum((values > value).to(tl.int32), axis=0)
+        tied = tl.sum((values == value).to(tl.int32), axis=0)
+        both = tl.sum(lens + (tied << 16), axis=0)
+        wanted = number - (both & 0xFFFF)
+        whole = wanted >= both >> 16
+        lens += tl.where(whole, tied, 0)
+        searched = tl.where(whole | (wanted == 0), 0, num_drafts)
     else:
         lens = tl.zeros([REQUESTS], tl.int32)
-        for k in range(num_drafts):
+        wanted = number - _count(values, stored_ptr, tiles, value + 1, SORT, REQUESTS * DRAFTS)
+        searched = num_drafts
+    for k in range(searched):
+        if SORT == REQUESTS * DRAFTS:
+            tied = (_row(values, k, DRAFTS) == value).to(tl.int32)
+        else:
             of_k = tl.load(stored_ptr + k * REQUESTS + tl.arange(0, REQUESTS))
             tied = (of_k == value).to(tl.int32)
-            lens += tl.where(of_k > value, 1, tl.where(tl.cumsum(tied, axis=0) <= wanted, tied, 0))
-            wanted -= tl.sum(tied, axis=0)
+            lens += (of_k > value).to(tl.int32)
+        lens += tl.where(tl.cumsum(tied, axis=0) <= wanted, tied, 0)
+        wanted -= tl.sum(tied, axis=0)
     return lens
 
 
@@ -286,60 +194,126 @@ def _better(tau, cost, number, other_tau, other_cost, other_number):
 
 
 @triton.jit
-def _number_of_drafts(
-    values, stored_ptr, gathered_ptr, tiles, total, forced_tau, tau, rows, costs, drafting_cost,
-    BEST: tl.constexpr, SORT: tl.constexpr, LOG_SORT: tl.constexpr, LOG_DRAFTS: tl.constexpr, CANDIDATES: tl.constexpr,
-):  # fmt: skip
-    """(how many of the first `total` drafts to take, the value of the last of them): up to the first that does not raise
-    tau / cost, or, with BEST, the smallest number that makes it largest (and no value). The forced ones come first and are not
-    tested.
+def _gain(value):
+    """What a draft adds to tau when it is tested: the forced ones are not, and were counted before."""
+    return tl.maximum(value, 0) & (FORCED - 1)
 
-    tau, rows: int64, of the step without drafts; forced_tau: what the forced drafts add. Only values matter here,
-    so drafts of equal survival need no order.
+
+@triton.jit
+def _tau_before(ranked, tau, RUN: tl.constexpr, COLUMNS: tl.constexpr):
+    """int64 [COLUMNS]: tau before each column of drafts in order, and after the last."""
+    gains = tl.zeros([COLUMNS], tl.int32)  # at most 8 of 2^24
+    for k in tl.static_range(RUN):
+        gains += _gain(_row(ranked, k, RUN))
+    gains = gains.to(tl.int64)
+    return tau + tl.cumsum(gains, axis=0) - gains, tau + tl.sum(gains, axis=0)
+
+
+@triton.jit
+def _first_stop(ranked, n, bound, tau, costs, seconds, RUN: tl.constexpr):
+    """The first draft that is not there, is at rank `bound` or beyond, or does not raise tau / cost, as rank << 32 | value + 1; else
+    NEVER. n, tau [COLUMNS]: ranks of the first row, and tau before them. seconds: what `load_run` loaded."""
+    stops = ()
+    cost = step_cost(costs, n, seconds[0])
+    for k in tl.static_range(RUN):
+        value = _row(ranked, k, RUN)
+        gain = _gain(value).to(tl.int64)
+        cost_after = step_cost(costs, n + k + 1, seconds[k + 1])
+        pays = (value == FORCED) | (gain * cost > tau * (cost_after - cost))
+        stops += ((value < 0) | (n >= bound - k) | (pays == 0),)
+        tau += gain
+        cost = cost_after
+    found = n * 0 + RUN
+    of = n * 0
+    for back in tl.static_range(RUN):
+        found = tl.where(stops[RUN - 1 - back], RUN - 1 - back, found)
+        of = tl.where(stops[RUN - 1 - back], _row(ranked, RUN - 1 - back, RUN) + 1, of)
+    return tl.min(tl.where(found < RUN, ((n + found).to(tl.int64) << 32) | of, NEVER), axis=0)
+
+
+@triton.jit
+def _best_of(ranked, n, bound, tau, costs, seconds, RUN: tl.constexpr):
+    """(tau, cost, number) of the step with the largest tau / cost after a draft that is tested; n, tau, seconds: as above."""
+    best_tau, best_cost, best_number = tau * 0, tau * 0 + 1, n * 0 + 2147483647
+    for k in tl.static_range(RUN):
+        value = _row(ranked, k, RUN)
+        tau += _gain(value)
+        tested = (value >= 0) & (value < FORCED) & (n < bound - k)
+        cost = step_cost(costs, n + k + 1, seconds[k + 1])
+        own = tl.where(tested, tau, 0), tl.where(tested, cost, 1).to(tl.int64), tl.where(tested, n + k + 1, 2147483647)
+        best_tau, best_cost, best_number = _better(best_tau, best_cost, best_number, own[0], own[1], own[2])
+    return tl.reduce((best_tau, best_cost, best_number), 0, _better)
+
+
+@triton.jit
+def _number_of_drafts(
+    values, stored_ptr, gathered_ptr, tiles, total, room, forced, tau, costs,
+    BEST: tl.constexpr, CANDIDATES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(how many of the first `total` drafts to take, the value of the last of them, or of the next): up to the first that does not
+    raise tau / cost, or, with BEST, the smallest number that makes it largest (and no value). The `forced` ones come first and are
+    not tested.
+
+    tau: int64, of the step with the forced drafts. Only values matter here, so drafts of equal survival need no order.
     """
-    forced = tl.minimum(_count(values, stored_ptr, tiles, FORCED, SORT, CANDIDATES), total)
-    tau += forced_tau
-    # Values of their own: the loop would not carry a name that holds another one's value before it (Triton up to 3.9).
-    best_tau, best_number = tau + 0, forced + 0
-    best_cost = _step_cost(costs, drafting_cost, rows + forced)
+    SORT: tl.constexpr = TILE.SORT
+    RUN: tl.constexpr = TILE.RUN
+    COLUMNS: tl.constexpr = SORT // RUN
+    column = tl.arange(0, COLUMNS) * RUN
+    if BEST:
+        # Values of their own: the loop would not carry a name that holds another one's value before it (Triton up to 3.9).
+        best_tau, best_number = tau + 0, forced + 0
+        best_cost = step_cost(costs, forced, load_seconds(costs, forced)).to(tl.int64)
     number = total
     first = total * 0
     last = first + ABOVE
     value = first + ABOVE
-    while first < number:
-        ranked, last = _in_order(
-            values,
-            stored_ptr,
-            gathered_ptr,
-            tiles,
-            first,
-            tl.minimum(first + SORT, total),
-            last,
-            SORT,
-            LOG_SORT,
-            LOG_DRAFTS,
-            CANDIDATES,
-        )
-        n = first + tl.arange(0, SORT)  # drafts before this one
-        tested = (n >= forced) & (n < total)
-        gain = tl.where(tested, ranked, 0).to(tl.int64)
-        after = tau + tl.cumsum(gain, axis=0)
-        cost_after = _step_cost(costs, drafting_cost, rows + n + 1)
+    if SORT == CANDIDATES:
+        seconds = load_run(costs, column, RUN)
+        # Drafts of a request never become likelier.
+        ranked = merge_columns(values, TILE.LOG_DRAFTS, TILE.DRAFTS, TILE.LOG_REQUESTS, TILE.REQUESTS)
+        ranked = tl.trans(tl.reshape(tl.trans(ranked), [COLUMNS, RUN]))
+        tau_before, _ = _tau_before(ranked, tau, RUN, COLUMNS)
         if BEST:
-            fraction = tl.where(tested, after, 0), tl.where(tested, cost_after, 1), tl.where(tested, n + 1, 2147483647)
-            found_tau, found_cost, found_number = tl.reduce(fraction, 0, _better)
-            best_tau, best_cost, best_number = _better(best_tau, best_cost, best_number, found_tau, found_cost, found_number)
+            found = _best_of(ranked, column, room, tau_before, costs, seconds, RUN)
+            _, _, number = _better(best_tau, best_cost, best_number, found[0], found[1], found[2])
         else:
-            cost_before = _step_cost(costs, drafting_cost, rows + n)
-            fails = tested & (after * cost_before <= (after - gain) * cost_after)
-            number = tl.minimum(number, tl.min(tl.where(fails, n, total), axis=0))
-            if first < number:
-                value = tl.min(tl.where(n < number, ranked, ABOVE), axis=0)
-        tau += tl.sum(gain, axis=0)
-        first += SORT
-    if BEST:
-        number = best_number
+            stop = _first_stop(ranked, column, room, tau_before, costs, seconds, RUN)
+            number = tl.where(stop < NEVER, stop >> 32, SORT).to(tl.int32)
+            value = tl.where(stop < NEVER, (stop & 0xFFFFFFFF) - 1, -1).to(tl.int32)
+    else:
+        while first < number:
+            seconds = load_run(costs, first + column, RUN)
+            upto = tl.minimum(first + SORT, total)
+            ranked, last = _next_in_order(values, stored_ptr, gathered_ptr, tiles, first, upto, last, CANDIDATES, TILE)
+            tau_before, tau = _tau_before(ranked, tau, RUN, COLUMNS)
+            if BEST:
+                found = _best_of(ranked, first + column, total, tau_before, costs, seconds, RUN)
+                best_tau, best_cost, best_number = _better(best_tau, best_cost, best_number, found[0], found[1], found[2])
+            else:
+                stop = _first_stop(ranked, first + column, total, tau_before, costs, seconds, RUN)
+                number = tl.where(stop < NEVER, stop >> 32, total).to(tl.int32)
+                value = tl.where(stop < NEVER, (stop & 0xFFFFFFFF) - 1, last).to(tl.int32)
+            first += SORT
+        if BEST:
+            number = best_number
     return number, value
+
+
+@triton.jit
+def _batch_sums(slots, prompt, emits, takes, PROMPTS: tl.constexpr):
+    """(rows int64 that requests bring whatever is drafted, how many requests are drafted for, how many emit)."""
+    live = slots >= 0
+    emitting = (live & (emits != 0)).to(tl.int32)
+    if PROMPTS:
+        rows = tl.sum(fixed_rows(slots, prompt).to(tl.int64), axis=0)
+        counts = tl.sum(takes.to(tl.int32) + (emitting << 16), axis=0)
+        drafting = counts & 0xFFFF
+    else:  # who emits is drafted for
+        counts = tl.sum(live.to(tl.int32) + (emitting << 16), axis=0)
+        rows = (counts & 0xFFFF).to(tl.int64)
+        drafting = counts >> 16
+    return rows, drafting, counts >> 16
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -365,17 +339,15 @@ def schedule_prefixes_kernel(
     REQUESTS: tl.constexpr = TILE.REQUESTS
     DRAFTS: tl.constexpr = TILE.DRAFTS
     SORT: tl.constexpr = TILE.SORT
-    LOG_SORT: tl.constexpr = TILE.LOG_SORT
     r = tl.arange(0, REQUESTS)
     # Tables need nothing else, so they are asked for first.
     slope = tl.zeros((), tl.int64)
     draft_slope = tl.zeros((), tl.int64)
     if chosen_from.seconds_ptr is not None:
-        slope = _slope(chosen_from.seconds_ptr, last_cost)
+        slope = table_slope(chosen_from.seconds_ptr, last_cost)
     if chosen_from.draft_seconds_ptr is not None:
-        draft_slope = _slope(chosen_from.draft_seconds_ptr, last_draft_cost)
-    costs = StepCosts(chosen_from.seconds_ptr, last_cost, slope)
-    slots, prompt, emits, flags = read_requests(r, inputs, strides.anchors, num_requests, num_slots, num_rows)
+        draft_slope = table_slope(chosen_from.draft_seconds_ptr, last_draft_cost)
+    slots, prompt, emits, anchor_position, flags = read_requests(r, inputs, strides, num_requests, num_slots, num_rows)
     # All that is read of a request, then a barrier: without one the compiler has each load wait where it is used.
     tokens, confidences, older_confidences = (), (), ()
     if SORT == REQUESTS * DRAFTS:
@@ -395,21 +367,26 @@ def schedule_prefixes_kernel(
     caps = tl.where(takes, tl.minimum(caps, num_drafts), 0)
     flags |= tl.where(caps > made, MISSING_DRAFT, 0)
     # The step without drafts, and the cost of drafting, which is paid whatever is verified.
-    rows = tl.sum(fixed_rows(slots, prompt).to(tl.int64), axis=0)
-    drafting = tl.sum(takes.to(tl.int32), axis=0)
-    tau = tl.sum(((slots >= 0) & (emits != 0)).to(tl.int64), axis=0) * SURVIVAL_ONE
+    rows, drafting, emitting = _batch_sums(slots, prompt, emits, takes, inputs.prefill_ptr is not None)
+    tau = emitting.to(tl.int64) * SURVIVAL_ONE
     room = tl.maximum(num_rows - rows, 0).to(tl.int32)
-    drafting_cost = tl.zeros_like(tau)
-    if chosen_from.draft_seconds_ptr is not None:
-        cost = _entry(chosen_from.draft_seconds_ptr, last_draft_cost, draft_slope, drafting.to(tl.int64))
-        drafting_cost = tl.where(drafting > 0, cost, 0)
     if chosen_from.seconds_ptr is not None:
-        with_all = rows + drafting * num_drafts
-        cost_with_all = _step_cost(costs, drafting_cost, with_all)
-        cost_without = _step_cost(costs, drafting_cost, rows)
-        cheap = (bypass >= 1 << 20) & (drafting > 0) & (with_all <= num_rows)
-        cheap = cheap & (cost_with_all * (1 << 20) <= cost_without * bypass)
-        min_len = tl.where(cheap, num_drafts, min_len)
+        draft_seconds = None
+        if chosen_from.draft_seconds_ptr is not None:
+            draft_seconds = tl.load(chosen_from.draft_seconds_ptr + tl.minimum(drafting, last_draft_cost))
+        # More rows than there are get no drafts, whatever they cost.
+        rows = tl.minimum(rows, num_rows).to(tl.int32)
+        costs = StepCosts(
+            chosen_from.seconds_ptr + tl.minimum(rows, last_cost), tl.maximum(last_cost - rows, 0),
+            tl.minimum(tl.maximum(rows - last_cost, 0), COST_LIMIT), slope, draft_seconds,
+            tl.maximum(drafting - last_draft_cost, 0) * draft_slope,
+        )  # fmt: skip
+        if bypass >= 1 << 20:
+            all_drafts = drafting * num_drafts
+            cost_with_all = step_cost(costs, all_drafts, load_seconds(costs, all_drafts)).to(tl.int64)
+            cost_without = step_cost(costs, drafting * 0, load_seconds(costs, drafting * 0)).to(tl.int64)
+            cheap = (drafting > 0) & (all_drafts <= room) & (cost_with_all * (1 << 20) <= cost_without * bypass)
+            min_len = tl.where(cheap, num_drafts, min_len)
 
     CANDIDATES: tl.constexpr = REQUESTS * DRAFTS
     number = room
@@ -420,10 +397,14 @@ def schedule_prefixes_kernel(
             REQUESTS, DRAFTS, SORT,
         )  # fmt: skip
         flags |= tl.where(takes, nan, 0)
+        total = tl.minimum(older_count, room)
+        forced = total * 0
+        if min_len > 0:
+            forced = tl.minimum(_count(older, scratch.older_ptr, tiles, FORCED, SORT, CANDIDATES), total)
+            tau += tl.sum(forced_tau, axis=0)
         number, _ = _number_of_drafts(
-            older, scratch.older_ptr, scratch.gathered_ptr, tiles, tl.minimum(older_count, room), forced_tau, tau, rows,
-            costs, drafting_cost, True, SORT, LOG_SORT,
-            TILE.LOG_DRAFTS, CANDIDATES,
+            older, scratch.older_ptr, scratch.gathered_ptr, tiles, total, room, forced, tau, costs,
+            True, CANDIDATES, TILE,
         )  # fmt: skip
     values, count, forced_tau, nan = _read_values(
         confidences, chosen_from.confidence_ptr, slots, tl.minimum(caps, made), num_drafts, min_len, least, strides.confidence,
@@ -432,8 +413,11 @@ def schedule_prefixes_kernel(
     flags |= tl.where(takes, nan, 0)
     total = tl.minimum(count, room)
     if (chosen_from.stale_ptr is None) and (chosen_from.budget_ptr is None):
+        if min_len > 0:
+            tau += tl.sum(forced_tau, axis=0)
         number, value = _number_of_drafts(
-            values, scratch.stored_ptr, scratch.gathered_ptr, tiles, total, forced_tau, tau, rows, costs, drafting_cost, False, SORT, LOG_SORT, TILE.LOG_DRAFTS, CANDIDATES,
+            values, scratch.stored_ptr, scratch.gathered_ptr, tiles, total, room, total * 0, tau, costs,
+            False, CANDIDATES, TILE,
         )  # fmt: skip
     else:
         if chosen_from.budget_ptr is not None:
@@ -443,26 +427,30 @@ def schedule_prefixes_kernel(
         value = _value_of_rank(values, scratch.stored_ptr, tiles, number, SORT, CANDIDATES)
     lens = _admitted_lens(values, scratch.stored_ptr, tiles, num_drafts, number, value, REQUESTS, DRAFTS, SORT)
     write_rows(
-        r, slots, prompt, emits, lens, flags,
-        AnchorRows(inputs.anchors_ptr, strides.anchors, inputs.positions_ptr, strides.positions),
+        r, slots, prompt, emits, anchor_position, lens, flags,
+        AnchorRows(inputs.anchors_ptr, strides.anchors),
         Drafts(chosen_from.drafts_ptr, strides.drafts),
         Depths(None, 0),
         BlockTables(inputs.block_tables_ptr, strides.block_tables, max_pages, page_size),
-        out, num_requests, num_rows, num_drafts, 0, 0, REQUESTS, TILE.LOG_REQUESTS, TILE.BLOCK,
+        out, num_requests, num_rows, num_drafts, 0, 0, inputs.prefill_ptr is not None, REQUESTS, TILE.LOG_REQUESTS, TILE.BLOCK,
     )  # fmt: skip
 
 
 def launch_schedule_prefixes(programs, args, *, log_requests, drafts, sort, block, num_warps, max_registers):
     """Launch one program per `block` rows."""
+    # As a column of what is sorted has them; a batch that a warp covers is spread over its threads.
+    run = 8 if sort < drafts << log_requests else min(8, drafts) if sort > 32 else 1
     schedule_prefixes_kernel[(programs,)](
         *args,
         TILE=ScheduleTile(
             REQUESTS=1 << log_requests,
             LOG_REQUESTS=log_requests,
             DRAFTS=drafts,
-            SORT=sort,
-            LOG_SORT=sort.bit_length() - 1,
             LOG_DRAFTS=drafts.bit_length() - 1,
+            SORT=sort,
+            RUN=run,
+            LOG_RUN=run.bit_length() - 1,
+            LOG_COLUMNS=(sort // run).bit_length() - 1,
             BLOCK=block,
         ),
         num_warps=num_warps,

@@ -10,7 +10,7 @@ from ..table import find
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """block: rows per program. sort: drafts that are sorted at a time. max_registers: per thread, None = the compiler's choice."""
+    """block: rows per program. sort: drafts that are sorted at a time, 8 or more. max_registers: per thread, None = the compiler's choice."""
 
     block: int
     sort: int
@@ -22,8 +22,8 @@ def pick(arch: Arch, candidates: int, rows: int) -> ScheduleConfig:
     """The configuration for `candidates` drafts (requests x drafts, each padded to a power of two).
 
     Every program schedules the whole batch by itself, so there are few programs: another one would only share the writing of rows.
-    2048 drafts, a batch of 256 with 7 or 8 each, are sorted in one piece: 8 per thread of 8 warps, 23 exchanges through 8 KB of
-    shared memory.
+    2048 drafts, a batch of 256 with 7 or 8 each, are sorted in one piece. A thread has a request and a row: with more warps a request
+    would be spread over them, and with fewer rows than threads some would write nothing.
     """
     if arch.vendor == "interpreter":
         return ScheduleConfig(1 << (rows - 1).bit_length(), 2048, 1, None)
