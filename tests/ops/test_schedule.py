@@ -159,6 +159,13 @@ def test_ties_across_pieces(policy, seed):
     assert 8 < admitted < 60
 
 
+def test_rows_that_end_with_a_piece():
+    """16 drafts fit, as many as a piece holds, and more would pay."""
+    given = arguments(0, 5, 5, "causal", kind="flat", max_rows=21)
+    with small_pieces():
+        assert int(check(given).draft_lens.sum()) == 16
+
+
 def test_prompts_weigh_in_the_cost_and_what_emits_in_the_gain():
     """One decode beside 3 prompt rows, which start at B = 4 and tau = 2, or 1 where the prompt does not emit."""
     cost = dk.CostTable(1e-7 * torch.tensor([0.0, 9999, 9999, 9999, 1000, 1300, 1700]))
