@@ -24,6 +24,11 @@ class Arch:
         object.__setattr__(self, "vendor", {"s": "nvidia", "g": "amd"}.get(self.name[0], "interpreter"))
 
     @property
+    def lanes(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.vendor == "amd" else 32
+
+    @property
     def family(self) -> str:
         """The known architecture whose rules apply: this one, or the nearest older one of its kind."""
         if self.vendor == "interpreter" or self.name in KNOWN:

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import struct
 
-from . import core, launching
+from . import core, launching, reductions
 
 MULTIPROCESSORS = 4  # few, so that grids that follow them stay small
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
@@ -31,6 +31,14 @@ def install(arch: str = "sm_80", project: bool = True) -> None:
 
     triton.knobs.runtime.interpret = False
     CUDABackend.make_cubin = lambda self, src, *_: src.encode()
+    make_llir = CUDABackend.make_llir
+
+    def make_checked_llir(self, src, *rest):
+        if found := reductions.wrong(str(src)):
+            raise core.MachineError(f"Triton compiles these reductions wrongly: {'; '.join(found)}")
+        return make_llir(self, src, *rest)
+
+    CUDABackend.make_llir = make_checked_llir
     driver.set_active(_driver(arch))
     if project:
         from dspark_kernels.launch import arch as archs

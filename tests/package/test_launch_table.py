@@ -78,7 +78,7 @@ def test_a_lookup_can_be_traced():
 
 # What the picks were when they were formulas: (arguments, result without max_registers). Of the schedule: threads are requests.
 SCHEDULES = {
-    (8, 8): (64, 8, 32),
+    (32, 8): (64, 32, 32),
     (512, 512): (64, 512, 64),
     (1024, 512): (128, 1024, 128),
     (64, 4096): (64, 64, 32),
@@ -132,7 +132,7 @@ def test_the_tables_hold_what_was_chosen_before_there_were_tables():
                 found = draft.pick(known, 151936, rank, size, one_tile, ranks)
                 assert (found.num_warps, found.num_stages, found.programs_per_sm) == numbers and found.block_v == 64
                 assert found.block_r == (32 if size == 4 or rank == 20 else min(256, ranks))
-        assert accept.pick(known, 1, 149, 7, 1, False).chunk == 4 and accept.pick(known, 1, 2, 7, 1, True).group == 2
+        assert accept.pick(known, 1, 149, 7, 1).chunk == 4 and accept.pick(known, 1, 2, 7, 1, "heavy").group == 2
     for name, cases in ATTENTION.items():
         for (rows, *rest), want in cases.items():
             found = attention.pick(arch.KNOWN[name], rows, *rest, 8)

@@ -64,6 +64,51 @@ def test_reductions(num_warps):
     assert where.tolist() == x.argmax(1).tolist()
 
 
+GPU_IR = """#linear = #ttg.linear<{register = [], lane = LANES, warp = [], block = []}>
+module attributes {"ttg.num-ctas" = 1 : i32, "ttg.num-warps" = 1 : i32, ttg.target = "cuda:80", "ttg.threads-per-warp" = 32 : i32} {
+  tt.func public @largest(%x: !tt.ptr<i32>, %out: !tt.ptr<i32>) {
+    %place = tt.make_range {end = 8 : i32, start = 0 : i32} : tensor<8xi32, LAYOUT>
+    %base = tt.splat %x : !tt.ptr<i32> -> tensor<8x!tt.ptr<i32>, LAYOUT>
+    %at = tt.addptr %base, %place : tensor<8x!tt.ptr<i32>, LAYOUT>, tensor<8xi32, LAYOUT>
+    %values = tt.load %at : tensor<8x!tt.ptr<i32>, LAYOUT>
+    %max = "tt.reduce"(%values) <{axis = 0 : i32}> ({
+    ^bb0(%a: i32, %b: i32):
+      %larger = arith.maxsi %a, %b : i32
+      tt.reduce.return %larger : i32
+    }) : (tensor<8xi32, LAYOUT>) -> i32
+    tt.store %out, %max : !tt.ptr<i32>
+    tt.return
+  }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("lanes", "layout", "gap"),
+    [
+        ("[[1], [2], [4], [0], [0]]", "#linear", False),
+        ("[[0], [0], [2], [4], [1]]", "#linear", False),
+        ("[[2], [4], [0], [0], [1]]", "#linear", True),
+        ("[[2, 0], [4, 0], [0, 1], [0, 2], [1, 0]]", "#ttg.slice<{dim = 1, parent = #linear}>", True),
+        ("[[0, 1], [0, 2], [0, 4], [1, 0], [2, 0]]", "#ttg.slice<{dim = 0, parent = #linear}>", False),
+    ],
+)
+def test_a_reduction_over_lanes_with_copies_between_is_refused(lanes, layout, gap, tmp_path):
+    """Compiled all the same, it takes the largest of half of the elements in each half of the warp, before Triton 3.9."""
+    text = GPU_IR.replace("LAYOUT", layout).replace("LANES", lanes)
+    assert len(machine.reductions.over_gaps(text)) == gap
+    (tmp_path / "largest.ttgir").write_text(text)
+
+    def compiled():
+        return triton.compile(str(tmp_path / "largest.ttgir"), options=dict(num_warps=1))
+
+    if machine.reductions.wrong(text):
+        with pytest.raises(machine.MachineError, match="compiles these reductions wrongly"):
+            compiled()
+    else:
+        assert "largest" in compiled().asm["ptx"]
+
+
 @triton.jit
 def cumulative_sum(x, out, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)

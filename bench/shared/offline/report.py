@@ -10,6 +10,7 @@ from bench.shared.offline.binary import inspect_binary
 from bench.shared.offline.capture import capture
 from bench.shared.paths import RESULTS
 from dspark_kernels.launch import arch as archs
+from tests.machine import reductions
 
 REPORT = RESULTS / "compile.csv"
 KEY = ("op", "case", "kernel", "arch")
@@ -32,6 +33,8 @@ def row_of(arch: str, op: str, case: str, call: Callable[[], object], compiled: 
     if compiled:
         import triton
 
+        if found := reductions.wrong(launch.compiled.asm["ttgir"]):
+            raise RuntimeError(f"{op} {case}: Triton compiles these reductions wrongly: {'; '.join(found)}")
         metadata = launch.compiled.metadata
         row.update(inspect_binary(launch.compiled))
         row.update(

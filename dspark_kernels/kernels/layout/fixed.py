@@ -37,7 +37,7 @@ def fixed_layout_kernel(
     made = first_missing(tokens, slots, num_drafts, DRAFTS)
     flags |= tl.where(lens > made, MISSING_DRAFT, 0)
     write_rows(
-        r, slots, prompt, emits, anchor_position, fitting_lens(tl.minimum(lens, made), slots, prompt, num_rows), flags,
+        slots, prompt, emits, anchor_position, fitting_lens(tl.minimum(lens, made), slots, prompt, num_rows), flags,
         AnchorRows(inputs.anchors_ptr, strides.anchors),
         Drafts(drafts_ptr, strides.drafts),
         Depths(depths_ptr, strides.depths),
@@ -57,7 +57,7 @@ def draft_layout_kernel(
     r = tl.arange(0, REQUESTS)
     slots, prompt, emits, anchor_position, flags = read_requests(r, inputs, strides, num_requests, num_slots, num_rows)
     write_rows(
-        r, slots, prompt, emits, anchor_position, fitting_lens(tl.where(slots >= 0, num_masks, 0), slots, prompt, num_rows), flags,
+        slots, prompt, emits, anchor_position, fitting_lens(tl.where(slots >= 0, num_masks, 0), slots, prompt, num_rows), flags,
         AnchorRows(inputs.anchors_ptr, strides.anchors),
         Drafts(None, 0),
         Depths(None, 0),

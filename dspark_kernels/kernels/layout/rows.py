@@ -90,7 +90,7 @@ def fitting_lens(lens, slots, prompt, num_rows):
 
 @triton.jit
 def write_rows(
-    r, slots, prompt, emits, anchor_position, lens, flags,  # [REQUESTS]; lens: as `fitting_lens` gives them
+    slots, prompt, emits, anchor_position, lens, flags,  # [REQUESTS]; lens: as `fitting_lens` gives them
     anchors,  # AnchorRows
     drafts,  # Drafts; without, every draft is `filler`
     depths,  # Depths
@@ -101,6 +101,7 @@ def write_rows(
 ):  # fmt: skip
     """Write this program's BLOCK rows, and program 0 what is per request. silent_rows: first rows of a decoding request that
     give no logits (1 where the anchor's row predicts nothing). PROMPTS: some requests may have prompt rows."""
+    r = tl.arange(0, REQUESTS)
     batch = r < num_requests
     emitting = (slots >= 0) & emits
     rows = fixed_rows(slots, prompt) + lens

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import MISSING_DRAFT, NAN
+from ..primitives.options import options_of
 from ..primitives.sort import merge_columns, sort_columns
 from .args import AnchorRows, BlockTables, Depths, Drafts, ScheduleTile, StepCosts
 from .costs import COST_LIMIT, load_run, load_seconds, step_cost, table_slope
@@ -427,7 +428,7 @@ def schedule_prefixes_kernel(
         value = _value_of_rank(values, scratch.stored_ptr, tiles, number, SORT, CANDIDATES)
     lens = _admitted_lens(values, scratch.stored_ptr, tiles, num_drafts, number, value, REQUESTS, DRAFTS, SORT)
     write_rows(
-        r, slots, prompt, emits, anchor_position, lens, flags,
+        slots, prompt, emits, anchor_position, lens, flags,
         AnchorRows(inputs.anchors_ptr, strides.anchors),
         Drafts(chosen_from.drafts_ptr, strides.drafts),
         Depths(None, 0),
@@ -436,10 +437,9 @@ def schedule_prefixes_kernel(
     )  # fmt: skip
 
 
-def launch_schedule_prefixes(programs, args, *, log_requests, drafts, sort, block, num_warps, max_registers):
+def launch_schedule_prefixes(programs, args, *, log_requests, drafts, block, config):
     """Launch one program per `block` rows."""
-    # As a column of what is sorted has them; a batch that a warp covers is spread over its threads.
-    run = 8 if sort < drafts << log_requests else min(8, drafts) if sort > 32 else 1
+    run = 8 if config.sort < drafts << log_requests else min(8, drafts)  # drafts in a column of what is sorted
     schedule_prefixes_kernel[(programs,)](
         *args,
         TILE=ScheduleTile(
@@ -447,13 +447,11 @@ def launch_schedule_prefixes(programs, args, *, log_requests, drafts, sort, bloc
             LOG_REQUESTS=log_requests,
             DRAFTS=drafts,
             LOG_DRAFTS=drafts.bit_length() - 1,
-            SORT=sort,
+            SORT=config.sort,
             RUN=run,
             LOG_RUN=run.bit_length() - 1,
-            LOG_COLUMNS=(sort // run).bit_length() - 1,
+            LOG_COLUMNS=(config.sort // run).bit_length() - 1,
             BLOCK=block,
         ),
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-        **({} if max_registers is None else {"maxnreg": max_registers}),
+        **options_of(config),
     )

@@ -26,6 +26,7 @@ def pick(arch: Arch, candidates: int, rows: int) -> ScheduleConfig:
     would be spread over them, and with fewer rows than threads some would write nothing.
     """
     if arch.vendor == "interpreter":
-        return ScheduleConfig(1 << (rows - 1).bit_length(), 2048, 1, None)
-    config = ScheduleConfig(**find(arch, "schedule", candidates=candidates, rows=rows).config)
+        config = ScheduleConfig(1 << (rows - 1).bit_length(), 2048, 1, None)
+    else:
+        config = ScheduleConfig(**find(arch, "schedule", candidates=candidates, rows=rows).config)
     return dataclasses.replace(config, sort=min(candidates, config.sort))

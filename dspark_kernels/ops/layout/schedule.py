@@ -104,7 +104,8 @@ def schedule_prefixes(
     elif max_len is not None:
         check_int("max_len", max_len, low=0)
     rows = row_count(max_rows, requests, drafts, num_prefill_tokens, out)
-    candidates = _candidates(requests, drafts)
+    on = arch.current(device)
+    candidates = math.prod(_padded(requests, drafts, on.lanes))
     if candidates > MAX_CANDIDATES:
         raise ValueError(
             f"block: expected at most {MAX_CANDIDATES} drafts (requests x drafts, each padded to a power of two), got "
@@ -113,7 +114,7 @@ def schedule_prefixes(
     out = output(out, requests, rows, drafts, block_tables is not None, device)
     if requests:
         scratch = None
-        if candidates > _sort(device, candidates, rows):
+        if candidates > schedule_launch.pick(on, candidates, rows).sort:
             if workspace is None:  # nothing is counted: no counters to fill with zeros
                 scratch = torch.empty(workspaces.measured(_scratch, candidates), dtype=torch.int64, device=device)
             else:
@@ -157,12 +158,11 @@ def _check_policy(policy, budget, stale_confidence, confidence, cost, bypass, sh
         raise TypeError("cost: expected a CostTable (only a given budget without bypass needs none), got None")
 
 
-def _candidates(requests: int, drafts: int) -> int:
-    return padded(requests) * padded(drafts, least=2)
-
-
-def _sort(device, candidates, rows) -> int:
-    return min(candidates, schedule_launch.pick(arch.current(device), candidates, rows).sort)
+def _padded(requests: int, drafts: int, lanes: int) -> tuple[int, int]:
+    """Powers of two. A warp has a request per lane: where some held copies, Triton before 3.9 would reduce what the kernel reshapes
+    as if they were others (tests/machine/reductions.py)."""
+    drafts = padded(drafts, least=2)
+    return max(padded(requests), min(lanes, MAX_CANDIDATES // drafts)), drafts
 
 
 def _scratch(take, candidates: int) -> ScheduleScratch:
@@ -172,7 +172,8 @@ def _scratch(take, candidates: int) -> ScheduleScratch:
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     """No counters; scratch for the values of batches that are not sorted in one piece."""
-    return 0, workspaces.measured(_scratch, min(_candidates(requests, drafts), MAX_CANDIDATES))
+    most = math.prod(_padded(requests, drafts, lanes=64))
+    return 0, workspaces.measured(_scratch, min(most, MAX_CANDIDATES))
 
 
 class Arguments(NamedTuple):
@@ -200,9 +201,11 @@ def _schedule_prefixes(a: Arguments):
     device, given, packed = a.drafts.device, a.requests, a.packed
     kernels = library.kernels("layout.schedule", device)
     requests, rows, (slots, width) = packed.draft_lens.shape[0], packed.token_ids.shape[0], a.drafts.shape
-    candidates = _candidates(requests, width)
-    config = schedule_launch.pick(arch.current(device), candidates, rows)
-    block, sort = min(config.block, padded(rows)), min(config.sort, candidates)
+    on = arch.current(device)
+    padded_requests, padded_drafts = _padded(requests, width, on.lanes)
+    candidates = padded_requests * padded_drafts
+    config = schedule_launch.pick(on, candidates, rows)
+    block = min(config.block, padded(rows))
     max_pages, stride_pages = pages(given.block_tables)
     scratch = ScheduleScratch(None, None, None)
     if a.scratch is not None:
@@ -217,17 +220,15 @@ def _schedule_prefixes(a: Arguments):
             given.inputs(), packed.outputs(), scratch,
             requests, slots, rows, width, max_pages, a.page_size,
             0 if a.seconds is None else a.seconds.shape[0] - 1, 0 if a.draft_seconds is None else a.draft_seconds.shape[0] - 1,
-            a.min_len, a.max_len, a.least, a.bypass, candidates // sort,
+            a.min_len, a.max_len, a.least, a.bypass, candidates // config.sort,
             ScheduleStrides(
                 drafts=a.drafts.stride(0), confidence=a.confidence.stride(0),
                 stale=0 if a.stale_confidence is None else a.stale_confidence.stride(0), anchors=given.anchors.stride(0),
                 positions=given.anchor_positions.stride(0), block_tables=stride_pages,
             ),
         ),
-        log_requests=(requests - 1).bit_length(),
-        drafts=padded(width, least=2),
-        sort=sort,
+        log_requests=padded_requests.bit_length() - 1,
+        drafts=padded_drafts,
         block=block,
-        num_warps=config.num_warps,
-        max_registers=config.max_registers,
+        config=config,
     )  # fmt: skip
