@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import library
+from ..caches import check_slotted, slot_rows
 from ..checks import check_tensor, check_type
 from ..launch import arch, compact as compact_launch
 from ..library import Out
-from ..types import Acceptance, KVLayers, VerifyLayout, check_slotted, slot_rows
+from ..types import Acceptance, KVLayers, VerifyLayout
 
 OP = "compact_kv"
 

@@ -45,6 +45,7 @@ LAYERS = {
         "dspark_kernels.kernels.sizes",
     ),
     "dspark_kernels.ops": (
+        "dspark_kernels.caches",
         "dspark_kernels.types",
         "dspark_kernels.checks",
         "dspark_kernels.library",
@@ -55,7 +56,8 @@ LAYERS = {
     "dspark_kernels.library": ("dspark_kernels.launch.arch",),
     "dspark_kernels.checks": (),
     "dspark_kernels.cost": ("dspark_kernels.checks",),
-    "dspark_kernels.types": ("dspark_kernels.checks", "dspark_kernels.cost"),
+    "dspark_kernels.caches": ("dspark_kernels.checks",),
+    "dspark_kernels.types": ("dspark_kernels.checks", "dspark_kernels.cost", "dspark_kernels.caches"),
     "dspark_kernels.workspace": ("dspark_kernels.checks",),
     "dspark_kernels.testing.statistics": (),
     "dspark_kernels.testing.chain": ("dspark_kernels.types", "dspark_kernels.testing.statistics"),
