@@ -10,7 +10,7 @@ import triton.language as tl
 from ..primitives.constants import MISSING_DRAFT
 from ..primitives.options import options_of
 from .args import AnchorRows, BlockTables, Depths, Drafts
-from .rows import first_missing, fitting_lens, read_drafts, read_requests, write_rows
+from .rows import first_missing, fitting_lens, of_drafts, read_requests, write_rows
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "max_pages"])
@@ -33,7 +33,7 @@ def fixed_layout_kernel(
         lens = tl.load(lens_ptr + slots, mask=live, other=1) - 1  # node 0 is the anchor
     lens = tl.minimum(tl.maximum(lens, 0), num_drafts).to(tl.int32)
     lens = tl.where((prompt > 0) | (emits == 0), 0, lens)
-    tokens = read_drafts(drafts_ptr, slots, num_drafts, strides.drafts, DRAFTS)
+    tokens = of_drafts(drafts_ptr, slots, num_drafts, strides.drafts, DRAFTS)
     made = first_missing(tokens, slots, num_drafts, DRAFTS)
     flags |= tl.where(lens > made, MISSING_DRAFT, 0)
     write_rows(

@@ -40,19 +40,20 @@ def read_requests(r, inputs, strides, num_requests, num_slots, num_rows):
 
 
 @triton.jit
-def _draft(drafts_ptr, slots, k, num_drafts, stride_ds):
-    """Token k, or beyond the last draft that one's: a condition per load would have them wait for one another."""
+def of_draft(array_ptr, slots, k, num_drafts, stride_s):
+    """[REQUESTS]: what an array [S, K] holds of draft k, or beyond the last draft of that one: a condition per load would have them
+    wait for one another."""
     here = tl.where(num_drafts > 0, slots, -1)
-    return tl.load(drafts_ptr + here * stride_ds + tl.minimum(k, num_drafts - 1), mask=here >= 0, other=0)
+    return tl.load(array_ptr + here * stride_s + tl.minimum(k, num_drafts - 1), mask=here >= 0, other=0)
 
 
 @triton.jit
-def read_drafts(drafts_ptr, slots, num_drafts, stride_ds, DRAFTS: tl.constexpr):
-    """Each draft's tokens, [REQUESTS]."""
-    tokens = ()
+def of_drafts(array_ptr, slots, num_drafts, stride_s, DRAFTS: tl.constexpr):
+    """The same of every draft."""
+    loaded = ()
     for k in tl.static_range(DRAFTS):
-        tokens += (_draft(drafts_ptr, slots, k, num_drafts, stride_ds),)
-    return tokens
+        loaded += (of_draft(array_ptr, slots, k, num_drafts, stride_s),)
+    return loaded
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def made_drafts(drafts_ptr, slots, num_drafts, stride_ds):
     made = tl.where(slots >= 0, num_drafts, 0)
     for back in range(num_drafts):
         k = num_drafts - 1 - back
-        made = tl.where(_draft(drafts_ptr, slots, k, num_drafts, stride_ds) < 0, k, made)
+        made = tl.where(of_draft(drafts_ptr, slots, k, num_drafts, stride_ds) < 0, k, made)
     return made
 
 

@@ -19,7 +19,7 @@ from ..primitives.options import options_of
 from ..primitives.sort import merge_columns, sort_columns
 from .args import AnchorRows, BlockTables, Depths, Drafts, ScheduleTile, StepCosts
 from .costs import COST_LIMIT, load_run, load_seconds, step_cost, table_slope
-from .rows import first_missing, fixed_rows, made_drafts, read_drafts, read_requests, write_rows
+from .rows import first_missing, fixed_rows, made_drafts, of_draft, of_drafts, read_requests, write_rows
 
 SURVIVAL_ONE = tl.constexpr(1 << 24)
 FORCED = tl.constexpr(1 << 25)
@@ -28,22 +28,6 @@ NEVER = tl.constexpr(1 << 62)
 
 
 # --- values and their order -------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _confidence(confidence_ptr, slots, i, num_drafts, stride_cs):
-    """Of draft i, or beyond the last of that: a condition per load would have them wait for one another."""
-    here = tl.where(num_drafts > 0, slots, -1)
-    return tl.load(confidence_ptr + here * stride_cs + tl.minimum(i, num_drafts - 1), mask=here >= 0, other=0.0)
-
-
-@triton.jit
-def _confidences(confidence_ptr, slots, num_drafts, stride_cs, DRAFTS: tl.constexpr):
-    """Of each draft, [REQUESTS]."""
-    loaded = ()
-    for i in tl.static_range(DRAFTS):
-        loaded += (_confidence(confidence_ptr, slots, i, num_drafts, stride_cs),)
-    return loaded
 
 
 @triton.jit
@@ -72,7 +56,7 @@ def _read_values(
     """(values int32 [DRAFTS, REQUESTS], how many there are, what the forced ones of each request [REQUESTS] add to tau, NaN flag
     [REQUESTS]).
 
-    confidences: what `_confidences` loaded. Where SORT does not cover all drafts they are loaded here, and their values are in
+    confidences: what `of_drafts` loaded. Where SORT does not cover all drafts they are loaded here, and their values are in
     `stored` instead.
     """
     r = tl.arange(0, REQUESTS)
@@ -92,7 +76,7 @@ def _read_values(
     else:
         # Rows of padding are stored, too. (tiles is not known to the compiler, which therefore keeps the loop.)
         for i in range(tiles * SORT // REQUESTS):
-            confidence = _confidence(confidence_ptr, slots, i, num_drafts, stride_cs)
+            confidence = of_draft(confidence_ptr, slots, i, num_drafts, stride_cs)
             product, value, survival, bad = _value(confidence, limits, i, min_len, least, product)
             tl.store(stored_ptr + i * REQUESTS + r, value)
             count += (value >= 0).to(tl.int32)
@@ -352,10 +336,10 @@ def schedule_prefixes_kernel(
     # All that is read of a request, then a barrier: without one the compiler has each load wait where it is used.
     tokens, confidences, older_confidences = (), (), ()
     if SORT == REQUESTS * DRAFTS:
-        tokens = read_drafts(chosen_from.drafts_ptr, slots, num_drafts, strides.drafts, DRAFTS)
-        confidences = _confidences(chosen_from.confidence_ptr, slots, num_drafts, strides.confidence, DRAFTS)
+        tokens = of_drafts(chosen_from.drafts_ptr, slots, num_drafts, strides.drafts, DRAFTS)
+        confidences = of_drafts(chosen_from.confidence_ptr, slots, num_drafts, strides.confidence, DRAFTS)
         if chosen_from.stale_ptr is not None:
-            older_confidences = _confidences(chosen_from.stale_ptr, slots, num_drafts, strides.stale, DRAFTS)
+            older_confidences = of_drafts(chosen_from.stale_ptr, slots, num_drafts, strides.stale, DRAFTS)
         tl.debug_barrier()
         made = first_missing(tokens, slots, num_drafts, DRAFTS)
     else:
