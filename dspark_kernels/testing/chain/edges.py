@@ -31,6 +31,20 @@ def expect(what: str, tokens: torch.Tensor, wanted: torch.Tensor):
         )
 
 
+def expect_same_in_any_batch(tokens_of, requests: int):
+    """tokens_of: from indices of requests, of which there are at least 11, to what they get in a batch of these."""
+    whole = torch.arange(requests)
+    want = tokens_of(whole)
+    expect("again", tokens_of(whole), want)
+    for what, index in (
+        ("in reverse", whole.flip(0)),
+        ("alone", torch.tensor([3])),
+        ("some", torch.tensor([10, 2, 7, 5, 3])),
+        ("twice each", whole.repeat_interleave(2)),
+    ):
+        expect(what, tokens_of(index), want[index])
+
+
 def _points(ids: torch.Tensor, vocab: int) -> torch.Tensor:
     """Logits [..., vocab] with all probability on the ids."""
     return torch.nn.functional.one_hot(ids, vocab) * SURE
@@ -110,16 +124,7 @@ def batch(run):
             target[index], drafts[index], draft_logits[index], seeds[index], lens=lens[index], temperature=heat[index]
         )
 
-    whole = torch.arange(requests)
-    want = tokens(whole)
-    expect("again", tokens(whole), want)
-    for what, index in (
-        ("in reverse", whole.flip(0)),
-        ("alone", torch.tensor([3])),
-        ("some", torch.tensor([10, 2, 7, 5, 3])),
-        ("twice each", whole.repeat_interleave(2)),
-    ):
-        expect(what, tokens(index), want[index])
+    expect_same_in_any_batch(tokens, requests)
 
 
 def bad_rows(run):
