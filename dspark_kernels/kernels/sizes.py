@@ -12,6 +12,6 @@ FILTER_LIST = 1024  # elements that one step of a filter looks at; as many are k
 MAP_COLUMNS = 4096  # of a draft vocabulary's map per work item that inverts it
 NODE_FIELDS = 9  # int32 words per node of a tree that grows by the probability of paths
 DOT_ROWS = 16  # rows of the smaller factor of a dot: requests or nodes that one tile of W2 or of a projection serves
-ROW_VALUES, ROW_IDS = 12, 4  # fp32 and int32 statistics per row of logits that acceptance stores
+ROW_VALUES, ROW_IDS = 8, 4  # fp32 and int32 statistics per row of logits that acceptance stores
 NODE_VALUES, NODE_IDS = 6, 2  # and of its state per node of a tree
 PLAN_COLUMNS = 10  # int32 words per item of an attention plan

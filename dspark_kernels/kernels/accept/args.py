@@ -172,7 +172,6 @@ class ChainCounters(NamedTuple):
     groups_ptr: Pointer  # arrivals of row groups [R, groups]
     requests_ptr: Pointer  # arrivals of a request's groups [R]
     residuals_ptr: Pointer  # arrivals of second-phase items [R]
-    states_ptr: Pointer  # [R], see rules.py
 
 
 class TreeCounters(NamedTuple):
@@ -248,7 +247,6 @@ class ChainScratch(NamedTuple):
     filters: FilterScratch | None
     limits: Limits | None
     stats: RowStats
-    accepted_ptr: Pointer  # int32 [R]: drafts accepted, between the phases
 
 
 class NodeState(NamedTuple):
@@ -338,7 +336,6 @@ class Drawn(NamedTuple):
 class DrawScratch(NamedTuple):
     """Of each program of the draw, a request."""
 
-    stats: RowStats  # [R, WIDTH, ...]
     total_ptr: Pointer  # int64 [R, WIDTH]: residual sums of rows
     added_ptr: Pointer | None  # int64 [R, BLOCKS]: what candidates add to their blocks; None: no sparse proposal
     patch_ptr: Pointer | None  # fp32 [R, 1024]
@@ -402,6 +399,15 @@ class RowDrafts(NamedTuple):
     missing: Any  # whether they were never made
 
 
+class ForwardRows(NamedTuple):
+    """Of a request in the forward pass: the row of its anchor, those of its drafts, its first row and the one after its last."""
+
+    anchor: Number
+    drafts: Any
+    begin: Number
+    end: Number
+
+
 class Known(NamedTuple):
     """What a decision needs to know of a request besides its rows."""
 
@@ -409,6 +415,15 @@ class Known(NamedTuple):
     sampled: Number  # whether its temperature is above 0
     seed: Number
     drafts: RowDrafts
+    rows: ForwardRows
+
+
+class Verdict(NamedTuple):
+    """What a rule says of a request's drafts."""
+
+    accepted: Number  # how many stay
+    wants_residual: Number  # whether a residual has to be summed before a token can be drawn
+    prefix_prob: Any  # P_i of the block rule [WIDTH], 1 under the others
 
 
 class RowPair(NamedTuple):
@@ -465,7 +480,8 @@ class ChainProposal(NamedTuple):
     """Functions of proposals.py, dense.py or sparse.py; one constexpr."""
 
     draft_stats: Any  # the draft's part of a row's statistics
-    residual_sums: Any  # sums of [P_i * target - draft]+ of vocabulary blocks
+    residual_sums: Any  # sums of [P_i * target - draft]+ of a part of a row's vocabulary blocks, stored
+    residual_of_blocks: Any  # the same of all blocks of a row; None: dense
     residual_in_block: Any  # that residual inside one block, fp32 [1024]
     column_of: Any  # column of an id in the draft's logits; None: sparse
 

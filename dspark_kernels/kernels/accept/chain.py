@@ -10,29 +10,30 @@ Reference: reference/accept.py."""
 import triton
 import triton.language as tl
 
-from ..primitives.constants import NONFINITE_ROW, ROW_IDS
+from ..primitives.constants import NONFINITE_ROW
 from ..primitives.options import options_of
 from ..primitives.sumexp import log2_scale
-from ..primitives.sync import arrive, stores_done, wait_for
+from ..primitives.sync import announce, arrive, wait_for
+from ..primitives.vocab_blocks import load_blocks
 from . import dense, sparse
-from .args import AcceptTile, ChainRule, Known, Scales, Sizes, Temperatures, View
+from .args import AcceptTile, ChainRule, Known, Scales, Sizes, Temperatures, Verdict, View
 from .dense import invert_map
 from .first_pass import item_of, sweep_draft, sweep_target
 from .outputs import draw, write_no_outputs, write_outputs
+from .proposals import row_pair
 from .requests import release_map, rows_of, take_place
-from .rows import FIRST, STATUS, limit_rows, merge_rows
+from .rows import limit_rows, merge_target, pick, read_stats, store_target_prob
 from .rules import (
-    DONE,
-    NEEDS_RESIDUAL,
-    PENDING,
     draft_rows,
     drafts_at,
+    forward_rows,
     select_block_length,
     verify_block,
     verify_forced,
     verify_match,
     verify_token,
 )
+from .target import read_each
 
 
 @triton.jit
@@ -74,12 +75,13 @@ def _order(ticket, num_requests, first_items, second_items, lag, TWO_PHASES: tl.
 
 
 @triton.jit
-def _known(every, forward, first_row, sampled, slot, length, layout, sampling, vocab):
-    """forward [WIDTH], first_row: rows of the forward pass that the request's drafts and its anchor have."""
+def _known(every, rows, sampled, slot, length, layout, sampling, vocab):
+    """rows: ForwardRows."""
     seed = tl.zeros((), tl.int64)
     if sampling.seed_ptr is not None:
         seed = tl.load(sampling.seed_ptr + slot)
-    return Known(tl.load(layout.positions_ptr + first_row), sampled, seed, drafts_at(forward, every, length, layout, vocab))
+    anchor = tl.load(layout.positions_ptr + rows.anchor)
+    return Known(anchor, sampled, seed, drafts_at(rows.drafts, every, length, layout, vocab), rows)
 
 
 @triton.jit
@@ -114,30 +116,33 @@ def _first_item(
         every = tl.arange(0, TILE.WIDTH)
         member = group * TILE.GROUP + tl.arange(0, TILE.GROUP)
         rows = tl.where(member <= length, row0 + member, -1).to(tl.int64)
-        forward = draft_rows(every, row0 + every, length, layout)
+        forward = forward_rows(request, every, row0, length, sizes.num_forward, layout)
         own_forward = draft_rows(member, rows, length, layout)
-        first_row = tl.load(layout.logits_indices_ptr + row0)
         part = item_of(group, item % chunks, steps, TILE.GROUP, TILE.CHUNK)
         sweep_target(part, view, layout, sampling, scratch, scales.target, sizes.num_blocks, TILE.CHUNK)
         if scratch.draft is not None:
             sweep_draft(part, part.i < length, view, draft, scratch.draft, scales.draft, sizes.num_blocks, TILE.CHUNK)
-        known = _known(every, forward, first_row, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
+        known = _known(every, forward, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
         own = drafts_at(own_forward, member, length, layout, view.vocab)
         if arrive(counters.groups_ptr + request * tl.cdiv(sizes.num_drafts + 1, TILE.GROUP) + group, chunks):
             _merge_group(
                 group * TILE.GROUP, rows, own, view, temperatures, layout, draft, sampling, map_progress, scratch, sizes.num_blocks,
                 PROPOSAL, TILE,
             )  # fmt: skip
-            if arrive(counters.requests_ptr + request, length // TILE.GROUP + 1):
-                accepted, wants = RULE.VERIFY(every, (row0 + every).to(tl.int64), length, known, scratch.stats, sampling.rates_ptr)
-                if RULE.TWO_PHASES:
-                    tl.store(scratch.accepted_ptr + request, accepted)
-                    stores_done()
-                    state_ptr = counters.states_ptr + request
-                    tl.atomic_xchg(state_ptr, tl.where(wants, NEEDS_RESIDUAL, DONE), sem="release", scope="gpu")
-                else:
-                    _conclude(request, accepted, wants, known, view, layout, draft, outputs, scratch, scales, sizes,
-                              RULE, PROPOSAL, TILE)  # fmt: skip
+            groups = length // TILE.GROUP + 1
+            if RULE.TWO_PHASES:
+                announce(counters.requests_ptr + request)
+            elif arrive(counters.requests_ptr + request, groups):
+                stats = _stats(every, view, scratch, PROPOSAL)
+                verdict = RULE.VERIFY(every, length, known, stats, sampling.rates_ptr)
+                _conclude(request, verdict, known, stats, view, draft, outputs, scratch, scales, sizes,
+                          RULE, PROPOSAL, TILE)  # fmt: skip
+
+
+@triton.jit
+def _stats(every, view, scratch, PROPOSAL: tl.constexpr):
+    rows = (view.row0 + every).to(tl.int64)
+    return read_stats(rows, every <= view.length, every < view.length, scratch.raw, scratch.stats, PROPOSAL is not None)
 
 
 @triton.jit
@@ -151,15 +156,20 @@ def _merge_group(
     if scratch.limits is not None:
         limit_rows(first, view, layout, sampling, scratch.target, scratch.filters, scales.target, num_blocks,
                    TILE.JOINT, TILE.GROUP, TILE.GROUPS, TILE.BLOCKS)  # fmt: skip
-    merge_rows(member, rows, view, drafts, temperatures.sampled, scratch.target, scratch.raw, scratch.stats, scales.target,
-               num_blocks, TILE.BLOCKS)  # fmt: skip
     if PROPOSAL is not None:
         if map_progress is not None:
             wait_for(map_progress.ready_ptr, map_progress.parts)
+    # Whatever comes from memory is asked for before anything is made of it.
+    blocks = load_blocks(scratch.target.max_ptr, scratch.target.sumexp_ptr, rows, num_blocks, TILE.BLOCKS)
+    x = read_each(view, tl.minimum(member, view.length), tl.where(drafts.inside, drafts.ids, 0).to(tl.int32), drafts.inside)
+    if PROPOSAL is not None:
         PROPOSAL.draft_stats(
             member, tl.where(member < view.length, rows, -1), drafts.ids, view, draft, scratch.draft, scratch.stats,
             scales.draft, temperatures.draft, num_blocks, PROPOSAL, TILE.BLOCKS, TILE.CANDIDATES,
         )  # fmt: skip
+    merged = merge_target(member, rows, view, temperatures.sampled, blocks, scratch.target, scratch.raw, scratch.stats, scales.target,
+                          num_blocks, TILE.BLOCKS)  # fmt: skip
+    store_target_prob(rows, x, drafts, merged.target, scratch.stats, scales.target)
 
 
 @triton.jit
@@ -170,60 +180,61 @@ def _second_item(
     """Residual sums of blocks of a row, once the request's drafts are verified. The request's last item draws."""
     row0, length, num_blocks = view.row0, view.length, sizes.num_blocks
     every = tl.arange(0, TILE.WIDTH)
-    forward = draft_rows(every, row0 + every, length, layout)
-    first_row = tl.load(layout.logits_indices_ptr + row0)
-    known = _known(every, forward, first_row, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
-    state = wait_for(counters.states_ptr + request, PENDING + 1)
-    accepted = tl.load(scratch.accepted_ptr + request, volatile=True)
-    if state == NEEDS_RESIDUAL:
-        verified = accepted
+    forward = forward_rows(request, every, row0, length, sizes.num_forward, layout)
+    known = _known(every, forward, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
+    wait_for(counters.requests_ptr + request, length // TILE.GROUP + 1)
+    # Every item verifies for itself: that takes less time than waiting for one that does.
+    stats = _stats(every, view, scratch, PROPOSAL)
+    verdict = RULE.VERIFY(every, length, known, stats, sampling.rates_ptr)
+    if verdict.wants_residual:
+        verified = verdict.accepted
         part = item
         inside = item >= 0
         if RULE.SELECT is not None:
             verified = item // parts
             part = item % parts
-            inside = verified < accepted
+            inside = verified < verdict.accepted
         if inside:
+            pair = row_pair(verified, stats, verdict.prefix_prob, every)
             PROPOSAL.residual_sums(
-                part, span, verified, (row0 + verified).to(tl.int64), view, draft, scratch, temperatures.scales, num_blocks,
+                part, span, verified, (row0 + verified).to(tl.int64), pair, view, draft, scratch, temperatures.scales, num_blocks,
                 PROPOSAL, TILE.GROUP * TILE.CHUNK, TILE.BLOCKS, TILE.CANDIDATES,
             )  # fmt: skip
     if arrive(counters.residuals_ptr + request, _second_items(parts, sizes.num_drafts, RULE)):
-        tl.store(counters.states_ptr + request, PENDING)
-        wants = state == NEEDS_RESIDUAL
+        tl.store(counters.requests_ptr + request, 0)
+        accepted, wants = verdict.accepted, verdict.wants_residual
         if RULE.SELECT is not None:
             if wants:
                 stop = accepted
-                accepted = RULE.SELECT(every, (row0 + every).to(tl.int64), stop, scratch.stats, scratch.residual_ptr, num_blocks,
-                                       known.seed, known.anchor, TILE.WIDTH, TILE.BLOCKS)  # fmt: skip
+                accepted = RULE.SELECT(every, (row0 + every).to(tl.int64), stop, verdict.prefix_prob, scratch.residual_ptr,
+                                       num_blocks, known.seed, known.anchor, TILE.WIDTH, TILE.BLOCKS)  # fmt: skip
                 wants = accepted < stop
-        _conclude(request, accepted, wants, known, view, layout, draft, outputs, scratch, temperatures.scales, sizes,
-                  RULE, PROPOSAL, TILE)  # fmt: skip
+        _conclude(request, Verdict(accepted, wants, verdict.prefix_prob), known, stats, view, draft, outputs, scratch,
+                  temperatures.scales, sizes, RULE, PROPOSAL, TILE)  # fmt: skip
         release_map(map_progress, sizes.num_requests)
 
 
 @triton.jit
 def _conclude(
-    request, accepted, wants_residual, known, view, layout, draft, outputs, scratch, scales, sizes,
+    request, verdict, known, stats, view, draft, outputs, scratch, scales, sizes,
     RULE: tl.constexpr, PROPOSAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What follows the accepted drafts, and every output."""
+    """What follows the accepted drafts, and every output. stats: RequestStats."""
+    every = tl.arange(0, TILE.WIDTH)
+    accepted = verdict.accepted
     row = (view.row0 + accepted).to(tl.int64)
-    token = tl.load(scratch.stats.ids_ptr + row * ROW_IDS + FIRST, volatile=True).to(tl.int64)
+    token = pick(stats.first, accepted, every).to(tl.int64)
     empty = view.length < 0
     if RULE.DRAWS:
-        finite = (tl.load(scratch.stats.ids_ptr + row * ROW_IDS + STATUS, volatile=True) & NONFINITE_ROW) == 0
+        finite = (pick(stats.status, accepted, every) & NONFINITE_ROW) == 0
         if known.sampled & finite:
-            if PROPOSAL is not None and not RULE.TWO_PHASES:
-                if wants_residual:
-                    PROPOSAL.residual_sums(0, 1, accepted, row, view, draft, scratch, scales, sizes.num_blocks,
-                                           PROPOSAL, TILE.GROUP * TILE.CHUNK, TILE.BLOCKS, TILE.CANDIDATES)  # fmt: skip
+            pair = row_pair(accepted, stats, verdict.prefix_prob, every)
             token, empty = draw(
-                accepted, row, request, wants_residual, known.seed, known.anchor + accepted + 1, known.anchor,
-                view, draft, scratch, scales, sizes.num_blocks, PROPOSAL, TILE.BLOCKS, TILE.CANDIDATES,
+                accepted, row, request, verdict.wants_residual, pair, known.seed, known.anchor + accepted + 1, known.anchor,
+                view, draft, scratch, scales, sizes.num_blocks, PROPOSAL, RULE.TWO_PHASES, TILE.BLOCKS, TILE.CANDIDATES,
             )  # fmt: skip
-    write_outputs(request, accepted, token, empty, known, view, layout, outputs, scratch.raw, scratch.stats,
-                  scales.target, sizes, PROPOSAL is not None, TILE.WIDTH)  # fmt: skip
+    write_outputs(request, accepted, token, empty, known, view, outputs, scratch.raw, stats, scales.target, sizes,
+                  PROPOSAL is not None, TILE.WIDTH)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "num_forward", "steps", "lag", "span", "parts"])

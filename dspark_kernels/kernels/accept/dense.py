@@ -12,8 +12,9 @@ from ..primitives.sumexp import fixed_sums
 from ..primitives.sync import arrive, stores_done, wait_for
 from ..primitives.vocab_blocks import first_block, first_of, merge_blocks
 from .args import ChainProposal, Distribution
-from .proposals import as_point, read_row_pair, store_draft_stats, target_probs
+from .proposals import as_point, store_draft_stats
 from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, soft_prob
+from .target import read_row
 
 # --- columns and ids --------------------------------------------------------------------------------------------------
 
@@ -112,36 +113,37 @@ def _store(rows, token, x, drawn_from, stats, draft_scale, draft_temperature):
 
 
 @triton.jit
-def _residual(view, i, draft, ids, pair, scales, PROPOSAL: tl.constexpr):
-    """Of ids [WIDTH] of row i."""
+def _residual(x, view, i, draft, ids, pair, scales, PROPOSAL: tl.constexpr):
+    """Of ids [WIDTH] of row i, x: their target logits."""
     column, inside = PROPOSAL.column_of(draft, ids, view.vocab)
     draft_row = draft.logits_ptr + view.slot * draft.stride_slot + i.to(tl.int64) * draft.stride_row
     draft_prob = soft_prob(load_block(draft_row, column, inside), ids, pair.draft, scales.draft)
-    return tl.maximum(pair.prefix_prob * target_probs(view, i, ids, pair.target, scales.target) - draft_prob, 0.0)
+    return tl.maximum(pair.prefix_prob * soft_prob(x, ids, pair.target, scales.target) - draft_prob, 0.0)
 
 
 @triton.jit
 def residual_sums(
-    part, span, i, row, view, draft, scratch, scales, num_blocks,
+    part, span, i, row, pair, view, draft, scratch, scales, num_blocks,
     PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """A part: `span` times PAIRS blocks of a row."""
-    pair = read_row_pair(scratch.stats, row)
     for step in range(span):
         first = (part * span + step) * PAIRS
         block = first + tl.arange(0, PAIRS)
-        residual = _residual(view, i, draft, first * VOCAB_BLOCK + tl.arange(0, PAIRS * VOCAB_BLOCK), pair, scales, PROPOSAL)
+        ids = first * VOCAB_BLOCK + tl.arange(0, PAIRS * VOCAB_BLOCK)
+        x = read_row(view, i, ids, ids < view.vocab)
+        residual = _residual(x, view, i, draft, ids, pair, scales, PROPOSAL)
         sums = fixed_sums(residual, PAIRS, VOCAB_BLOCK, RESIDUAL_ONE)
         tl.store(scratch.residual_ptr + row * num_blocks + block, sums, mask=block < num_blocks)
 
 
 @triton.jit
 def residual_in_block(
-    block, i, row, request, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
+    x, block, i, request, pair, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
 ):  # fmt: skip
-    pair = read_row_pair(scratch.stats, row)
-    return _residual(view, i, draft, block * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK), pair, scales, PROPOSAL)
+    """x [VOCAB_BLOCK]: the block's target logits."""
+    return _residual(x, view, i, draft, block * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK), pair, scales, PROPOSAL)
 
 
-STORED = ChainProposal(draft_stats, residual_sums, residual_in_block, column_is_id)
-MAPPED = ChainProposal(draft_stats, residual_sums, residual_in_block, column_of_id)
+STORED = ChainProposal(draft_stats, residual_sums, None, residual_in_block, column_is_id)
+MAPPED = ChainProposal(draft_stats, residual_sums, None, residual_in_block, column_of_id)

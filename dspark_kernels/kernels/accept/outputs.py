@@ -18,27 +18,13 @@ from ..primitives.constants import (
     NEG_INF,
     NONFINITE_ROW,
     POS_INF,
-    ROW_IDS,
-    ROW_VALUES,
     VOCAB_BLOCK,
 )
 from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from ..primitives.race import pack, unpack_id
 from ..primitives.sumexp import below_max
 from ..primitives.vocab_blocks import SUMEXP_BITS
-from .rows import (
-    DRAFT_PROB,
-    FIRST,
-    INV_SUMEXP,
-    RAW_LOG_SUMEXP,
-    RAW_MAX,
-    ROW_MAX,
-    SOFTMAX,
-    STATUS,
-    TARGET_OF,
-    finite_or_zero,
-    load_block,
-)
+from .rows import SOFTMAX, load_block, load_row_blocks, pick
 from .target import read_each, read_row
 
 
@@ -58,49 +44,50 @@ def log2_weight(weight):
 
 @triton.jit
 def draw(
-    i, row, request, wants_residual, seed, position, anchor, view, draft, scratch, scales, num_blocks,
-    PROPOSAL: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
+    i, row, request, wants_residual, pair, seed, position, anchor, view, draft, scratch, scales, num_blocks,
+    PROPOSAL: tl.constexpr, SUMMED: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Draw after row i of a request from its residual, or, where that is not wanted or empty, from the target distribution.
 
-    Gives the token int64 and whether a wanted residual was empty.
+    SUMMED: whether the residual's sums are in memory. Gives the token int64 and whether a wanted residual was empty.
     """
     block = tl.arange(0, BLOCKS)
-    of_block = row * num_blocks + block
     there = block < num_blocks
-    row_top = finite_or_zero(tl.load(scratch.stats.values_ptr + row * ROW_VALUES + ROW_MAX, volatile=True))
-    target_of = tl.load(scratch.stats.ids_ptr + row * ROW_IDS + TARGET_OF, volatile=True)
-    tops = tl.load(scratch.target.max_ptr + of_block, mask=there, other=NEG_INF, volatile=True)
-    sumexp = tl.load(scratch.target.sumexp_ptr + of_block, mask=there, other=0, volatile=True) & SUMEXP_BITS
-    weight = log2_weight(sumexp) + below_max(tops, row_top) * scales.target
+    target = pair.target
+    blocks = load_row_blocks(scratch.target, row, num_blocks, BLOCKS)
     from_residual = wants_residual
+    residual = tl.zeros([BLOCKS], tl.int64)
     if PROPOSAL is not None:
         if wants_residual:
-            residual = tl.load(scratch.residual_ptr + of_block, mask=there, other=0, volatile=True)
+            if SUMMED:
+                residual = tl.load(scratch.residual_ptr + row * num_blocks + block, mask=there, other=0, volatile=True)
+            else:
+                residual = PROPOSAL.residual_of_blocks(i, row, blocks, pair, view, draft, scratch, scales, num_blocks,
+                                                       BLOCKS, CANDIDATES)  # fmt: skip
+                residual = tl.where(there, residual, 0)
             from_residual = tl.max(residual, axis=0) > 0
-            weight = tl.where(from_residual, log2_weight(residual), weight)
+    relative = below_max(blocks.tops, target.reference) * scales.target
+    weight = log2_weight(tl.where(from_residual, residual, blocks.words & SUMEXP_BITS)) + tl.where(from_residual, 0.0, relative)
     weight = tl.where(there, weight, NEG_INF)
-    token = target_of.to(tl.int64)
-    if from_residual | (target_of == SOFTMAX):
+    token = target.point.to(tl.int64)
+    if from_residual | (target.point == SOFTMAX):
         winner = _race(weight, block, tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, BLOCKS)
         ids = winner * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)
         x = read_row(view, i, ids.to(tl.int32), ids < view.vocab)
-        inner = tl.where(x == NEG_INF, NEG_INF, (x - row_top) * scales.target)
+        inner = tl.where(x == NEG_INF, NEG_INF, (x - target.reference) * scales.target)
         if PROPOSAL is not None:
             if from_residual:
-                inner = log2_weight(PROPOSAL.residual_in_block(winner.to(tl.int32), i, row, request, view, draft, scratch, scales,
+                inner = log2_weight(PROPOSAL.residual_in_block(x, winner.to(tl.int32), i, request, pair, view, draft, scratch, scales,
                                                          PROPOSAL, CANDIDATES))  # fmt: skip
         token = _race(inner, ids, winner * VOCAB_BLOCK, seed, position, anchor, CORRECT, VOCAB_BLOCK)
     return token, wants_residual & (from_residual == 0)
 
 
 @triton.jit
-def _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_forward, BLOCK: tl.constexpr):
-    """commit_mask of a request's forward rows: True up to row `committed`; the last request also writes False for the padding
-    rows."""
-    start = tl.load(query_start_ptr + request)
-    end = tl.minimum(tl.load(query_start_ptr + request + 1), num_forward)
-    for first in range(start, end, BLOCK):
+def _commit(commit_ptr, begin, end, request, num_requests, committed, num_forward, BLOCK: tl.constexpr):
+    """commit_mask of a request's forward rows begin .. end - 1: True up to row `committed`; the last request also writes False for
+    the padding rows."""
+    for first in range(begin, end, BLOCK):
         row = first + tl.arange(0, BLOCK)
         tl.store(commit_ptr + row, row <= committed, mask=row < end)
     if request == num_requests - 1:
@@ -111,44 +98,39 @@ def _commit(commit_ptr, query_start_ptr, request, num_requests, committed, num_f
 
 @triton.jit
 def token_log_probs(i, rows, tokens, emitted, greedy, view, raw, stats, scale):
-    """ln of the probability of each emitted token in its row: processed, or raw where the first pass summed that, too."""
-    values, ids_of = stats.values_ptr + rows * ROW_VALUES, stats.ids_ptr + rows * ROW_IDS
+    """ln of the probability of each emitted token in its row: processed, or raw where the first pass summed that, too. stats:
+    RequestStats of these rows."""
     if raw is not None:
         x = load_block(view.logits_ptr + rows * view.stride, tokens, emitted)
-        top = tl.load(values + RAW_MAX, mask=emitted, other=0.0, volatile=True)
-        sumexp = tl.load(values + RAW_LOG_SUMEXP, mask=emitted, other=0.0, volatile=True)
-        soft = below_max(x, top) - sumexp * LN2
+        top = stats.raw_max
+        soft = below_max(x, top) - stats.raw_log_sumexp * LN2
         point = tl.where(x == POS_INF, 0.0, NEG_INF)
         is_point = tl.abs(top) == POS_INF
     else:
         x = read_each(view, tl.where(emitted, i, 0), tl.where(emitted, tokens, 0).to(tl.int32), emitted)
-        top = tl.load(values + ROW_MAX, mask=emitted, other=0.0, volatile=True)
-        inv_sumexp = tl.load(values + INV_SUMEXP, mask=emitted, other=1.0, volatile=True)
-        soft = (below_max(x, top) * (scale / LOG2E)) + tl.log2(inv_sumexp) * LN2
-        first = tl.load(ids_of + FIRST, mask=emitted, other=0, volatile=True)
-        point = tl.where((tokens == first) & (x > NEG_INF), 0.0, NEG_INF)
+        top = stats.target.reference
+        soft = (below_max(x, top) * (scale / LOG2E)) + tl.log2(stats.target.factor) * LN2
+        point = tl.where((tokens == stats.first) & (x > NEG_INF), 0.0, NEG_INF)
         is_point = tl.where(greedy, emitted, tl.abs(top) == POS_INF)
     return tl.where(emitted, tl.where(is_point, point, soft), 0.0)
 
 
 @triton.jit
 def write_outputs(
-    request, accepted, token, empty, known, view, layout, outputs, raw, stats, scale, sizes,
+    request, accepted, token, empty, known, view, outputs, raw, stats, scale, sizes,
     SUPPORT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Every output of a request with rows. SUPPORT: whether a draft without probability is flagged."""
+    """Every output of a request with rows. stats: RequestStats. SUPPORT: whether a draft without probability is flagged."""
     length = view.length
     i = tl.arange(0, WIDTH)
-    rows = (view.row0 + i).to(tl.int64)
     drafts = known.drafts
     here = i == accepted
-    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= accepted, other=0, volatile=True)
     bad = (i < length) & (drafts.inside == 0) & (drafts.missing == 0)
     if SUPPORT:
-        draft_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + DRAFT_PROB, mask=here & (i < length), other=1.0, volatile=True)
-        bad = bad | tl.where(known.sampled, (i < length) & (drafts.missing == 0) & (draft_prob <= 0.0), i < 0)
-    flags = tl.where(tl.max(status & NAN, axis=0) > 0, NAN, 0)
-    flags |= tl.max(tl.where(here, status & NONFINITE_ROW, 0), axis=0)
+        bad = bad | tl.where(known.sampled, (i < length) & (drafts.missing == 0) & (stats.draft_prob <= 0.0), i < 0)
+    seen = tl.where(i <= accepted, stats.status & NAN, 0) | tl.where(here, stats.status & NONFINITE_ROW, 0)
+    flags = tl.where(tl.max(seen & NAN, axis=0) > 0, NAN, 0)
+    flags |= tl.max(seen & NONFINITE_ROW, axis=0)
     flags |= tl.max(tl.where(here & bad, BAD_TOKEN_ID, 0), axis=0)
     flags |= tl.max(tl.where(here & drafts.missing, MISSING_DRAFT, 0), axis=0)
     flags |= tl.where(empty, EMPTY_RESIDUAL, 0)
@@ -156,6 +138,7 @@ def write_outputs(
     of_token = request.to(tl.int64) * (sizes.num_drafts + 1) + i
     tl.store(outputs.tokens_ptr + of_token, tokens, mask=i <= sizes.num_drafts)
     if outputs.log_probs_ptr is not None:
+        rows = (view.row0 + i).to(tl.int64)
         log_probs = token_log_probs(i, rows, tokens, i <= accepted, known.sampled == 0, view, raw, stats, scale)
         tl.store(outputs.log_probs_ptr + of_token, log_probs, mask=i <= sizes.num_drafts)
     tl.store(outputs.accepted_ptr + request, accepted)
@@ -163,13 +146,13 @@ def write_outputs(
     tl.store(outputs.rejected_ptr + request, length - accepted)
     tl.store(outputs.flags_ptr + request, flags)
     tl.store(outputs.next_token_ptr + request, token)
-    last_row = tl.load(layout.logits_indices_ptr + view.row0 + accepted)
+    last_row = tl.where(accepted == 0, known.rows.anchor, pick(known.rows.drafts, accepted - 1, i))
     tl.store(outputs.last_row_ptr + request, last_row)
     if outputs.anchors_ptr is not None:
         tl.store(outputs.anchors_ptr + view.slot * outputs.stride_anchors, token)
     if outputs.anchor_positions_ptr is not None:
         tl.store(outputs.anchor_positions_ptr + view.slot * outputs.stride_anchor_positions, known.anchor + accepted + 1)
-    _commit(outputs.commit_ptr, layout.query_start_ptr, request, sizes.num_requests, last_row, sizes.num_forward, 128)
+    _commit(outputs.commit_ptr, known.rows.begin, known.rows.end, request, sizes.num_requests, last_row, sizes.num_forward, 128)
 
 
 @triton.jit
@@ -187,4 +170,6 @@ def write_no_outputs(request, slot, layout, outputs, sizes, WIDTH: tl.constexpr)
     tl.store(outputs.last_row_ptr + request, 0)
     tl.store(outputs.flags_ptr + request, 0)
     committed = tl.where(slot >= 0, sizes.num_forward, -1)
-    _commit(outputs.commit_ptr, layout.query_start_ptr, request, sizes.num_requests, committed, sizes.num_forward, 128)
+    begin = tl.load(layout.query_start_ptr + request)
+    end = tl.minimum(tl.load(layout.query_start_ptr + request + 1), sizes.num_forward)
+    _commit(outputs.commit_ptr, begin, end, request, sizes.num_requests, committed, sizes.num_forward, 128)

@@ -1,8 +1,9 @@
 """What acceptance asks of how drafts were drawn, as functions that a kernel takes as one constexpr (args.ChainProposal).
 
     draft_stats        the draft's part of a row's statistics: its distribution, and the draft's probability under it
-    residual_sums      sums per vocabulary block of [P_i * target - draft]+ (in units of 2^-60), one of the parts of a row
-                       that the second phase sums, or of a row at once
+    residual_sums      sums per vocabulary block of [P_i * target - draft]+ (in units of 2^-60), of one of the parts of a row that
+                       the second phase sums, into memory
+    residual_of_blocks those of all blocks of a row, int64 [BLOCKS]
     residual_in_block  that residual inside one block, fp32 [1024]
     column_of          the column of an id in dense draft logits
 
@@ -19,33 +20,24 @@ from .rows import (
     DRAFT_OF,
     DRAFT_PROB,
     FACTOR,
-    INV_SUMEXP,
     NOBODY,
-    PREFIX_PROB,
     REFERENCE,
-    ROW_MAX,
-    TARGET_OF,
     finite_or_zero,
+    pick,
     soft_prob,
 )
 from .target import read_row
 
 
 @triton.jit
-def read_row_pair(stats, row):
-    """Both distributions of a row, and its prefix probability."""
-    values, ids_of = stats.values_ptr + row * ROW_VALUES, stats.ids_ptr + row * ROW_IDS
-    target = Distribution(
-        tl.load(ids_of + TARGET_OF, volatile=True),
-        finite_or_zero(tl.load(values + ROW_MAX, volatile=True)),
-        tl.load(values + INV_SUMEXP, volatile=True),
+def row_pair(i, stats, prefix_prob, every):
+    """Both distributions of row i (one number) of a request, and its prefix probability. every: 0 .. WIDTH - 1."""
+    target, draft = stats.target, stats.draft
+    return RowPair(
+        Distribution(pick(target.point, i, every), finite_or_zero(pick(target.reference, i, every)), pick(target.factor, i, every)),
+        Distribution(pick(draft.point, i, every), pick(draft.reference, i, every), pick(draft.factor, i, every)),
+        pick(prefix_prob, i, every),
     )
-    draft = Distribution(
-        tl.load(ids_of + DRAFT_OF, volatile=True),
-        tl.load(values + REFERENCE, volatile=True),
-        tl.load(values + FACTOR, volatile=True),
-    )
-    return RowPair(target, draft, tl.load(values + PREFIX_PROB, volatile=True))
 
 
 @triton.jit
@@ -56,7 +48,6 @@ def store_draft_stats(stats, rows, draft, draft_prob):
     tl.store(values + REFERENCE, draft.reference, mask=live)
     tl.store(values + FACTOR, draft.factor, mask=live)
     tl.store(values + DRAFT_PROB, draft_prob, mask=live)
-    tl.store(values + PREFIX_PROB, draft.reference * 0.0 + 1.0, mask=live)
     tl.store(ids_of + DRAFT_OF, draft.point, mask=live)
 
 

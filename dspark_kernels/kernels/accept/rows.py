@@ -25,9 +25,9 @@ from ..primitives.philox import COUPLED, lane_words, log2_exponential
 from ..primitives.race import pack, unpack_id
 from ..primitives.sumexp import numbers
 from ..primitives.sync import stores_done
-from ..primitives.vocab_blocks import SAW_FINITE, SAW_NAN, first_block, first_of, merge_blocks
+from ..primitives.vocab_blocks import SAW_FINITE, SAW_NAN, RowBlocks, first_block, first_of, merge_blocks, row_sumexp
 from .args import Distribution
-from .target import limit_row, read_each, read_row, read_rows
+from .target import limit_row, read_row, read_rows
 
 # Who has the probability mass of a row: nobody, everybody by softmax, or (any id >= 0) that id alone.
 NOBODY = tl.constexpr(-2)
@@ -41,9 +41,8 @@ REFERENCE = tl.constexpr(2)  # of the draft's distribution, see soft_prob
 FACTOR = tl.constexpr(3)
 DRAFT_PROB = tl.constexpr(4)  # of the draft that the row verifies, under its distribution
 TARGET_PROB = tl.constexpr(5)  # and under the target's
-PREFIX_PROB = tl.constexpr(6)  # P_i of the block rule
-RAW_MAX = tl.constexpr(7)
-RAW_LOG_SUMEXP = tl.constexpr(8)  # log2 of the raw row's sum of exponentials at temperature 1, relative to its maximum
+RAW_MAX = tl.constexpr(6)
+RAW_LOG_SUMEXP = tl.constexpr(7)  # log2 of the raw row's sum of exponentials at temperature 1, relative to its maximum
 # And int32 [L, ROW_IDS].
 FIRST = tl.constexpr(0)  # lowest id of the maximum; under the coupled rule the token that the row emits
 STATUS = tl.constexpr(1)
@@ -52,8 +51,25 @@ DRAFT_OF = tl.constexpr(3)  # and the draft's
 
 
 @triton.jit
+def pick(vector, at, i):
+    """vector[at] as a scalar, 0 where `at` is none of i."""
+    return tl.sum(tl.where(i == at, vector, tl.zeros_like(vector)), axis=0)
+
+
+@triton.jit
 def load_block(row_ptr, ids, inside):
     return numbers(tl.load(row_ptr + ids, mask=inside, other=NEG_INF).to(tl.float32))
+
+
+@triton.jit
+def load_row_blocks(partials, row, num_blocks, BLOCKS: tl.constexpr):
+    """Block partials [BLOCKS] of one row."""
+    block = tl.arange(0, BLOCKS)
+    where = row * num_blocks + block
+    return RowBlocks(
+        tl.load(partials.max_ptr + where, mask=block < num_blocks, other=NEG_INF, volatile=True),
+        tl.load(partials.sumexp_ptr + where, mask=block < num_blocks, other=0, volatile=True),
+    )
 
 
 @triton.jit
@@ -138,6 +154,49 @@ def _status(words):
     return status | tl.where(tl.max(words & SAW_NAN, axis=1) > 0, NAN, 0)
 
 
+class RequestStats(NamedTuple):
+    """The statistics of a request's rows, [WIDTH] each; those of the draft are 0 where no rule asks for them."""
+
+    first: Any
+    status: Any
+    target: Distribution  # the reference may be infinite
+    draft: Distribution
+    draft_prob: Any
+    target_prob: Any
+    raw_max: Any
+    raw_log_sumexp: Any
+
+
+@triton.jit
+def read_stats(rows, has_row, has_draft, raw, stats, DRAFTED: tl.constexpr):
+    """All at once: whoever decides waits for memory once, and takes from registers what it then asks for.
+
+    raw: of the scratch, None: raw rows were not summed. DRAFTED: whether it matters how drafts were drawn.
+    """
+    values, ids_of = stats.values_ptr + rows * ROW_VALUES, stats.ids_ptr + rows * ROW_IDS
+    first = tl.load(ids_of + FIRST, mask=has_row, other=-1, volatile=True)
+    status = tl.load(ids_of + STATUS, mask=has_row, other=0, volatile=True)
+    target_of = tl.load(ids_of + TARGET_OF, mask=has_row, other=NOBODY, volatile=True)
+    top = tl.load(values + ROW_MAX, mask=has_row, other=0.0, volatile=True)
+    inv_sumexp = tl.load(values + INV_SUMEXP, mask=has_row, other=1.0, volatile=True)
+    draft_of = tl.zeros(rows.shape, tl.int32)
+    reference = tl.zeros(rows.shape, tl.float32)
+    factor, draft_prob, target_prob = reference, reference, reference
+    raw_max, raw_log_sumexp = reference, reference
+    if DRAFTED:
+        draft_of = tl.load(ids_of + DRAFT_OF, mask=has_draft, other=NOBODY, volatile=True)
+        reference = tl.load(values + REFERENCE, mask=has_draft, other=0.0, volatile=True)
+        factor = tl.load(values + FACTOR, mask=has_draft, other=0.0, volatile=True)
+        draft_prob = tl.load(values + DRAFT_PROB, mask=has_draft, other=0.0, volatile=True)
+        target_prob = tl.load(values + TARGET_PROB, mask=has_draft, other=0.0, volatile=True)
+    if raw is not None:
+        raw_max = tl.load(values + RAW_MAX, mask=has_row, other=0.0, volatile=True)
+        raw_log_sumexp = tl.load(values + RAW_LOG_SUMEXP, mask=has_row, other=0.0, volatile=True)
+    target = Distribution(target_of, top, inv_sumexp)
+    draft = Distribution(draft_of, reference, factor)
+    return RequestStats(first, status, target, draft, draft_prob, target_prob, raw_max, raw_log_sumexp)
+
+
 class MergedRows(NamedTuple):
     """Of rows [GROUP]: FIRST, and the target distribution (its reference may be infinite); of their blocks maxima and sums [GROUP,
     BLOCKS]."""
@@ -149,11 +208,13 @@ class MergedRows(NamedTuple):
 
 
 @triton.jit
-def merge_target(i, rows, view, sampled, partials, raw, stats, scale, num_blocks, BLOCKS: tl.constexpr):
+def merge_target(i, rows, view, sampled, blocks, partials, raw, stats, scale, num_blocks, BLOCKS: tl.constexpr):
     """All blocks of rows [GROUP] (-1 = none) are there: the target's part of their statistics."""
     live = rows >= 0
     row_of = tl.minimum(i, view.length)  # a row of this group: another group's limits may still be on their way
-    top, sumexp, words, tops = merge_blocks(partials.max_ptr, partials.sumexp_ptr, rows, num_blocks, scale, BLOCKS)
+    tops, words = blocks.tops, blocks.words
+    top = tl.max(tops, axis=1)
+    sumexp = row_sumexp(blocks, top, scale)
     status = _status(words)
     point = (top == POS_INF) | ((status & NONFINITE_ROW) > 0)
     if partials.best_ptr is not None:
@@ -183,10 +244,8 @@ def merge_target(i, rows, view, sampled, partials, raw, stats, scale, num_blocks
 
 
 @triton.jit
-def merge_rows(i, rows, view, drafts, sampled, partials, raw, stats, scale, num_blocks, BLOCKS: tl.constexpr):
-    """The target's part of the statistics, with the probability of the drafts that rows [GROUP] (-1 = none) verify."""
-    x = read_each(view, tl.minimum(i, view.length), tl.where(drafts.inside, drafts.ids, 0).to(tl.int32), drafts.inside)
-    target = merge_target(i, rows, view, sampled, partials, raw, stats, scale, num_blocks, BLOCKS).target
+def store_target_prob(rows, x, drafts, target, stats, scale):
+    """The probability of the drafts that rows [GROUP] (-1 = none) verify, from their logits x."""
     finite = Distribution(target.point, finite_or_zero(target.reference), target.factor)
     target_prob = tl.where(drafts.inside, soft_prob(x, drafts.ids, finite, scale), 0.0)
     tl.store(stats.values_ptr + rows * ROW_VALUES + TARGET_PROB, target_prob, mask=rows >= 0)

@@ -12,15 +12,10 @@ reference/accept.py."""
 import triton
 import triton.language as tl
 
-from ..primitives.constants import NONFINITE_ROW, RESIDUAL_ONE, ROW_IDS, ROW_VALUES
+from ..primitives.constants import NONFINITE_ROW, RESIDUAL_ONE
 from ..primitives.philox import ACCEPT, acceptance_words, uniform
-from .args import RowDrafts
-from .rows import DRAFT_PROB, FIRST, PREFIX_PROB, STATUS, TARGET_PROB
-
-# State of a request between its phases.
-PENDING = tl.constexpr(0)
-NEEDS_RESIDUAL = tl.constexpr(1)
-DONE = tl.constexpr(2)
+from .args import ForwardRows, RowDrafts, Verdict
+from .rows import pick
 
 
 @triton.jit
@@ -37,8 +32,14 @@ def drafts_at(forward, i, length, layout, vocab):
 
 
 @triton.jit
-def read_drafts(i, rows, length, layout, vocab):
-    return drafts_at(draft_rows(i, rows, length, layout), i, length, layout, vocab)
+def forward_rows(request, i, row0, length, num_forward, layout):
+    """i: 0 .. WIDTH - 1."""
+    begin = tl.zeros((), tl.int32)
+    end = tl.zeros((), tl.int32)
+    if layout.query_start_ptr is not None:
+        begin = tl.load(layout.query_start_ptr + request)
+        end = tl.minimum(tl.load(layout.query_start_ptr + request + 1), num_forward)
+    return ForwardRows(tl.load(layout.logits_indices_ptr + row0), draft_rows(i, row0 + i, length, layout), begin, end)
 
 
 @triton.jit
@@ -54,65 +55,64 @@ def _while_true(i, length, accept):
 
 
 @triton.jit
-def _matches(i, rows, length, drafts, stats):
-    first = tl.load(stats.ids_ptr + rows * ROW_IDS + FIRST, mask=i < length, other=-1, volatile=True)
-    return _while_true(i, length, drafts.inside & (drafts.ids == first))
+def _matches(i, stop, drafts, stats):
+    return _while_true(i, stop, drafts.inside & (drafts.ids == stats.first))
 
 
 @triton.jit
-def verify_match(i, rows, length, known, stats, rates_ptr):
-    """Every rule gives the drafts that stay, and whether a residual has to be summed before a token can be drawn."""
-    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
-    return _matches(i, rows, _stop(i, length, status), known.drafts, stats), length < 0
+def _verdict(i, accepted, wants_residual):
+    return Verdict(accepted, wants_residual, tl.full(i.shape, 1.0, tl.float32))
 
 
 @triton.jit
-def verify_forced(i, rows, length, known, stats, rates_ptr):
-    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
+def verify_match(i, length, known, stats, rates_ptr):
+    """Every rule gives a Verdict from the RequestStats of a request's rows."""
+    return _verdict(i, _matches(i, _stop(i, length, stats.status), known.drafts, stats), length < 0)
+
+
+@triton.jit
+def verify_forced(i, length, known, stats, rates_ptr):
     u = uniform(acceptance_words(known.seed, known.anchor + 1 + i, known.anchor, ACCEPT))
     rate = tl.load(rates_ptr + i, mask=i < length, other=0.0)
-    return _while_true(i, _stop(i, length, status), known.drafts.inside & (u < rate)), length < 0
+    accepted = _while_true(i, _stop(i, length, stats.status), known.drafts.inside & (u < rate))
+    return _verdict(i, accepted, length < 0)
 
 
 @triton.jit
-def verify_token(i, rows, length, known, stats, rates_ptr):
-    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
-    stop = _stop(i, length, status)
-    accepted = _matches(i, rows, stop, known.drafts, stats)
+def verify_token(i, length, known, stats, rates_ptr):
+    stop = _stop(i, length, stats.status)
+    accepted = _matches(i, stop, known.drafts, stats)
     if known.sampled:
-        draft_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
-        target_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
         u = uniform(acceptance_words(known.seed, known.anchor + 1 + i, known.anchor, ACCEPT))
-        accepted = _while_true(i, stop, known.drafts.inside & (draft_prob > 0.0) & (u * draft_prob < target_prob))
+        passes = (stats.draft_prob > 0.0) & (u * stats.draft_prob < stats.target_prob)
+        accepted = _while_true(i, stop, known.drafts.inside & passes)
     verified = tl.max(tl.where((i == accepted) & (i < stop) & (known.drafts.missing == 0), 1, 0), axis=0) > 0
-    return accepted, verified & known.sampled
+    return _verdict(i, accepted, verified & known.sampled)
 
 
 @triton.jit
-def verify_block(i, rows, length, known, stats, rates_ptr):
-    """Sampled: the rows that count, their P_i into the statistics; `select_block_length` decides after the residuals."""
-    status = tl.load(stats.ids_ptr + rows * ROW_IDS + STATUS, mask=i <= length, other=0, volatile=True)
-    stop = _stop(i, length, status)
-    accepted = _matches(i, rows, stop, known.drafts, stats)
+def verify_block(i, length, known, stats, rates_ptr):
+    """Sampled: the rows that count and their P_i; `select_block_length` decides after the residuals."""
+    stop = _stop(i, length, stats.status)
+    accepted = _matches(i, stop, known.drafts, stats)
+    prefix_prob = tl.full(i.shape, 1.0, tl.float32)
     if known.sampled:
-        draft_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + DRAFT_PROB, mask=i < length, other=0.0, volatile=True)
-        target_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + TARGET_PROB, mask=i < length, other=0.0, volatile=True)
-        possible = known.drafts.inside & (draft_prob > 0.0)
-        ratio = tl.where(possible, target_prob / tl.where(possible, draft_prob, 1.0), 0.0)
+        possible = known.drafts.inside & (stats.draft_prob > 0.0)
+        ratio = tl.where(possible, stats.target_prob / tl.where(possible, stats.draft_prob, 1.0), 0.0)
         ratio = tl.minimum(ratio, 1e30)  # a product with 0 stays 0
-        prefix_prob = tl.full(i.shape, 1.0, tl.float32)
         so_far = tl.full((), 1.0, tl.float32)
         for k in range(stop):
-            so_far = tl.minimum(1.0, so_far * tl.sum(tl.where(i == k, ratio, 0.0), axis=0))
+            so_far = tl.minimum(1.0, so_far * pick(ratio, k, i))
             prefix_prob = tl.where(i == k + 1, so_far, prefix_prob)
-        tl.store(stats.values_ptr + rows * ROW_VALUES + PREFIX_PROB, prefix_prob, mask=i <= stop)
         accepted = stop
-    return accepted, known.sampled & (stop > 0)
+    return Verdict(accepted, known.sampled & (stop > 0), prefix_prob)
 
 
 @triton.jit
-def select_block_length(i, rows, stop, stats, residual_ptr, num_blocks, seed, anchor, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
-    """The largest index that passes, from the residual sums of rows 0 .. stop - 1."""
+def select_block_length(
+    i, rows, stop, prefix_prob, residual_ptr, num_blocks, seed, anchor, WIDTH: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """The largest index that passes, from P_i [WIDTH] and the residual sums of rows 0 .. stop - 1."""
     BLOCK: tl.constexpr = 64 if BLOCKS > 64 else BLOCKS
     total = tl.zeros([WIDTH], tl.int64)
     for first in range(0, num_blocks, BLOCK):
@@ -120,7 +120,6 @@ def select_block_length(i, rows, stop, stats, residual_ptr, num_blocks, seed, an
         inside = (i < stop)[:, None] & (block < num_blocks)
         total += tl.sum(tl.load(residual_ptr + rows[:, None] * num_blocks + block, mask=inside, other=0, volatile=True), axis=1)
     residual_prob = total.to(tl.float32) * (1.0 / RESIDUAL_ONE)
-    prefix_prob = tl.load(stats.values_ptr + rows * ROW_VALUES + PREFIX_PROB, mask=i <= stop, other=0.0, volatile=True)
     rest = residual_prob + (1.0 - prefix_prob)
     u = uniform(acceptance_words(seed, anchor + i, anchor, ACCEPT))
     passes = tl.where(i < stop, (u * rest < residual_prob) | (rest <= 0.0), u < prefix_prob)

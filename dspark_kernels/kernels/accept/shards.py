@@ -15,7 +15,7 @@ reference/accept.py on whole rows.
 import triton
 import triton.language as tl
 
-from ..primitives.constants import NEG_INF, NONFINITE_ROW, RESIDUAL_ONE, ROW_IDS, SUMEXP_ONE, VOCAB_BLOCK
+from ..primitives.constants import NEG_INF, NONFINITE_ROW, RESIDUAL_ONE, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.options import options_of
 from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_exponential
 from ..primitives.race import pack, unpack_id
@@ -23,11 +23,11 @@ from ..primitives.sumexp import below_max, fixed_sums, log2_scale, numbers
 from ..primitives.sync import stores_done
 from .args import Columns, Scales, Sizes, VerifyTile, View
 from .outputs import log2_weight, write_no_outputs, write_outputs
-from .proposals import read_row_pair
-from .rows import FIRST, SOFTMAX, STATUS, soft_prob
+from .proposals import row_pair
+from .rows import SOFTMAX, pick, soft_prob
 from .rules import select_block_length, verify_block, verify_match, verify_token
 from .shards_rows import accept_normalise_kernel, is_here, request_of, temperatures_of
-from .shards_verify import merged_blocks, own_stats, verify
+from .shards_verify import merged_blocks, verify
 from .sparse import distinct, list_end
 from .target import read_row
 
@@ -51,7 +51,6 @@ def accept_residual_kernel(
     dense,  # DraftShard
     sampling,  # Sampling
     residual_ptr,  # int64 of the part: [R, NB], where every row may be needed [L, NB]
-    stats,  # RowStats [programs, WIDTH, ...]
     num_requests, num_slots, num_rows, num_drafts, start, held, first_block, num_blocks, vocab,
     VERIFY: tl.constexpr,  # of ChainRule
     EVERY_ROW: tl.constexpr, CHUNK: tl.constexpr,
@@ -64,13 +63,14 @@ def accept_residual_kernel(
     slot, row0, length = request_of(request, sampling, layout, num_requests, num_slots, num_rows, num_drafts)
     if length >= 0:
         columns = Columns(start, held, first_block, num_blocks)
-        own = own_stats(stats, row0, TILE.WIDTH)
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
         scales = Scales(log2_scale(temperature), log2_scale(draft_temperature))
-        accepted, wants, _known = verify(
-            slot, row0, length, temperature, draft_temperature, gathered, dense, layout, sampling.seed_ptr, own,
+        verified = verify(
+            request, slot, row0, length, temperature, draft_temperature, gathered, dense, layout, sampling.seed_ptr, 0,
             num_blocks, vocab, VERIFY, TILE,
         )  # fmt: skip
+        verdict, stats = verified.verdict, verified.stats
+        accepted, wants = verdict.accepted, verdict.wants_residual
         # On this rank's columns: ids are global, and the rank's alone may be read.
         view = View(target.logits_ptr - start, target.stride, vocab, target.adjustments, layout.token_ids_ptr, None,
                     layout.logits_indices_ptr, row0, slot, length, None)  # fmt: skip
@@ -84,7 +84,7 @@ def accept_residual_kernel(
             end = tl.where(wants, accepted, 0)
         for i in range(begin, end):
             row = (row0 + i).to(tl.int64)
-            pair = read_row_pair(own, row)
+            pair = row_pair(i, stats, verdict.prefix_prob, tl.arange(0, TILE.WIDTH))
             draft_row = dense.logits_ptr + slot * dense.stride_slot + tl.cast(i, tl.int64) * dense.stride_row
             x = read_row(view, i, ids, inside)
             sumexp = fixed_sums(_residual(x, draft_row, ids, inside, start, pair, scales), CHUNK, VOCAB_BLOCK, RESIDUAL_ONE)
@@ -213,7 +213,7 @@ def _race(log_weight, ids, inside, first_lane, seed, position, anchor, STREAM: t
 
 @triton.jit
 def _select(
-    request, row0, slot, stop, known, draft, gathered, summed, own, total_ptr, cut, added_ptr, scales,
+    request, row0, slot, stop, prefix_prob, known, draft, gathered, summed, stats, total_ptr, cut, added_ptr, scales,
     SELECT: tl.constexpr, BLOCKS: tl.constexpr, ENTRIES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """How many of `stop` drafts stay, from the residual sums of their rows. total_ptr: int64 [R, WIDTH]."""
@@ -222,13 +222,13 @@ def _select(
     total_ptr += request.to(tl.int64) * TILE.WIDTH - row0
     for verified in range(0, stop):
         row = (row0 + verified).to(tl.int64)
-        pair = read_row_pair(own, row)
+        pair = row_pair(verified, stats, prefix_prob, i)
         sumexp = _residual_blocks(
             verified, row, slot, row, draft, gathered, summed, pair, cut, added_ptr, scales, BLOCKS, TILE.SHARDS, ENTRIES
         )
         tl.store(total_ptr + row, tl.sum(sumexp, axis=0))
     stores_done()
-    return SELECT(i, rows, stop, own, total_ptr, 1, known.seed, known.anchor, TILE.WIDTH, 4)
+    return SELECT(i, rows, stop, prefix_prob, total_ptr, 1, known.seed, known.anchor, TILE.WIDTH, 4)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_rows", "start", "held"])
@@ -256,7 +256,7 @@ def accept_draw_kernel(
     empty = word
     if length >= 0:
         columns = Columns(start, held, 0, cut.blocks)
-        own = own_stats(scratch.stats, row0, TILE.WIDTH)
+        every = tl.arange(0, TILE.WIDTH)
         added_ptr, patch_ptr = scratch.added_ptr, scratch.patch_ptr
         if draft.sparse is not None:
             added_ptr += request.to(tl.int64) * BLOCKS
@@ -266,22 +266,24 @@ def accept_draw_kernel(
         # On this rank's columns: ids are global, and the rank's alone may be read.
         view = View(target.logits_ptr - start, target.stride, cut.vocab, target.adjustments, layout.token_ids_ptr, None,
                     layout.logits_indices_ptr, row0, slot, length, None)  # fmt: skip
-        accepted, wants, known = verify(
-            slot, row0, length, temperature, draft_temperature, gathered, draft.dense, layout, sampling.seed_ptr, own,
+        verified = verify(
+            request, slot, row0, length, temperature, draft_temperature, gathered, draft.dense, layout, sampling.seed_ptr, 0,
             cut.blocks, cut.vocab, VERIFY, TILE,
         )  # fmt: skip
+        verdict, stats, known = verified.verdict, verified.stats, verified.known
+        accepted, wants = verdict.accepted, verdict.wants_residual
         if SELECT is not None:
             if wants:
                 stop = accepted
-                accepted = _select(request, row0, slot, stop, known, draft, gathered, summed, own, scratch.total_ptr, cut, added_ptr,
-                                   scales, SELECT, BLOCKS, ENTRIES, TILE)  # fmt: skip
+                accepted = _select(request, row0, slot, stop, verdict.prefix_prob, known, draft, gathered, summed, stats,
+                                   scratch.total_ptr, cut, added_ptr, scales, SELECT, BLOCKS, ENTRIES, TILE)  # fmt: skip
                 wants = accepted < stop
 
         row = (row0 + accepted).to(tl.int64)
-        word = pack(tl.zeros((), tl.float32), tl.load(own.ids_ptr + row * ROW_IDS + FIRST, volatile=True).to(tl.int64))
-        finite = (tl.load(own.ids_ptr + row * ROW_IDS + STATUS, volatile=True) & NONFINITE_ROW) == 0
+        word = pack(tl.zeros((), tl.float32), pick(stats.first, accepted, every).to(tl.int64))
+        finite = (pick(stats.status, accepted, every) & NONFINITE_ROW) == 0
         if (temperature > 0.0) & finite:
-            pair = read_row_pair(own, row)
+            pair = row_pair(accepted, stats, verdict.prefix_prob, every)
             row_top = pair.target.reference
             sums = gathered.part.target
             tops, sumexp = merged_blocks(sums.max_ptr, sums.sumexp_ptr, gathered.stride, row, cut, scales.target,
@@ -336,7 +338,6 @@ def accept_finish_kernel(
     drawn,  # Drawn: of all ranks [N, ...]
     sampling,  # Sampling, without seeds
     outputs,  # Outputs
-    stats,  # RowStats [R, WIDTH, ...]
     num_requests, num_slots, num_rows, num_forward, num_drafts, num_blocks, vocab, stride_drawn,
     TILE: tl.constexpr,  # VerifyTile
 ):  # fmt: skip
@@ -347,12 +348,13 @@ def accept_finish_kernel(
     if length < 0:
         write_no_outputs(request, slot, layout, outputs, sizes, TILE.WIDTH)
     else:
-        own = own_stats(stats, row0, TILE.WIDTH)
         temperature, draft_temperature = temperatures_of(sampling, slot, length)
-        accepted, _wants, known = verify(
-            slot, row0, length, temperature, draft_temperature, gathered, dense, layout, None, own, num_blocks, vocab,
+        verified = verify(
+            request, slot, row0, length, temperature, draft_temperature, gathered, dense, layout, None, num_forward, num_blocks, vocab,
             verify_match, TILE,
         )  # fmt: skip
+        stats, known = verified.stats, verified.known
+        accepted = verified.verdict.accepted
         empty = length < 0
         if drawn.word_ptr is not None:
             shard = tl.arange(0, TILE.SHARDS).to(tl.int64)
@@ -361,10 +363,10 @@ def accept_finish_kernel(
             accepted = tl.load(drawn.verdict_ptr + request * 2).to(tl.int32)
             empty = tl.load(drawn.verdict_ptr + request * 2 + 1) > 0
         else:
-            token = tl.load(own.ids_ptr + (row0 + accepted).to(tl.int64) * ROW_IDS + FIRST, volatile=True).to(tl.int64)
+            token = pick(stats.first, accepted, tl.arange(0, TILE.WIDTH)).to(tl.int64)
         view = View(None, None, vocab, None, None, None, None, row0, slot, length, None)  # no logits are read
-        write_outputs(request, accepted, token, empty, known, view, layout, outputs, None, own,
-                      log2_scale(temperature), sizes, drawn.word_ptr is not None, TILE.WIDTH)  # fmt: skip
+        write_outputs(request, accepted, token, empty, known, view, outputs, None, stats, log2_scale(temperature), sizes,
+                      drawn.word_ptr is not None, TILE.WIDTH)  # fmt: skip
 
 
 _RULES = {"token": verify_token, "block": verify_block}

@@ -5,32 +5,17 @@ kernels/accept/chain.py on whole rows as long as no block is cut. A cut block is
 rounding of each sum of exponentials. Symbols: N ranks, L logit rows, NB blocks of 1024 ids that a shard can touch. Rules: rules.py.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..primitives.constants import LOG2E, NAN, NEG_INF, NONFINITE_ROW, POS_INF, ROW_IDS, ROW_VALUES, SUMEXP_ONE, VOCAB_BLOCK
+from ..primitives.constants import LOG2E, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.race import unpack_id
 from ..primitives.sumexp import below_max, log2_scale
-from ..primitives.sync import stores_done
-from .args import Distribution, Known, RowStats
-from .rows import (
-    DRAFT_OF,
-    DRAFT_PROB,
-    FACTOR,
-    FIRST,
-    INV_SUMEXP,
-    NOBODY,
-    PREFIX_PROB,
-    REFERENCE,
-    ROW_MAX,
-    SOFTMAX,
-    STATUS,
-    TARGET_OF,
-    TARGET_PROB,
-    finite_or_zero,
-    soft_prob,
-)
-from .rules import read_drafts
+from .args import Distribution, Known
+from .rows import NOBODY, SOFTMAX, RequestStats, finite_or_zero, soft_prob
+from .rules import drafts_at, forward_rows
 from .shards_rows import FINITE
 
 
@@ -65,15 +50,14 @@ def _row_sumexps(sums, gathered, rows, has_row, num_blocks, scale, TILE: tl.cons
 
 @triton.jit
 def _row_stats(
-    slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, stats, num_blocks, TILE: tl.constexpr,
+    slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, num_blocks, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The statistics (rows.py) of all rows of a request, from the parts of all ranks."""
+    """RequestStats of a request, from the parts of all ranks."""
     WIDTH: tl.constexpr = TILE.WIDTH
     part, stride = gathered.part, gathered.stride
     i = tl.arange(0, WIDTH)
     rows = (row0 + i).to(tl.int64)
     live = i <= length
-    values, ids_of = stats.values_ptr + rows * ROW_VALUES, stats.ids_ptr + rows * ROW_IDS
     shard = tl.arange(0, TILE.SHARDS).to(tl.int64)[None, :]
     there = live[:, None] & (shard < gathered.shards)
     words = part.words_ptr + shard * stride + rows[:, None] * 4
@@ -81,8 +65,12 @@ def _row_stats(
     first = tl.where(best > 0, unpack_id(best), 0).to(tl.int32)
     seen = tl.load(words + 3, mask=there, other=0).to(tl.int32)
     status = tl.max(seen & NAN, axis=1) | tl.where(tl.max(seen & FINITE, axis=1) > 0, 0, NONFINITE_ROW)
-    tl.store(ids_of + FIRST, first, mask=live)
-    tl.store(ids_of + STATUS, status, mask=live)
+    status = tl.where(live, status, 0)
+    nothing = tl.zeros([WIDTH], tl.float32)
+    top, inv_sumexp, target_prob, draft_prob = nothing, nothing, nothing, nothing
+    reference, factor = nothing, nothing
+    point_mass_id = tl.full([WIDTH], NOBODY, tl.int32)
+    drawn_from = point_mass_id
     if part.target.max_ptr is not None:
         scale = log2_scale(temperature)
         top, sumexp = _row_sumexps(part.target, gathered, rows, live, num_blocks, scale, TILE)
@@ -92,17 +80,13 @@ def _row_stats(
         logits = part.logits_ptr + shard * (2 * stride) + rows[:, None] * 2
         logit = tl.max(tl.load(logits, mask=there, other=NEG_INF), axis=1)
         target_prob = soft_prob(logit, draft, Distribution(point_mass_id, finite_or_zero(top), inv_sumexp), scale)
-        tl.store(values + ROW_MAX, top, mask=live)
-        tl.store(values + INV_SUMEXP, inv_sumexp, mask=live)
-        tl.store(values + TARGET_PROB, tl.where(inside, target_prob, 0.0), mask=live)
-        tl.store(ids_of + TARGET_OF, point_mass_id, mask=live)
+        target_prob = tl.where(inside, target_prob, 0.0)
 
         # The draft's distribution: one-hot, by its lse, by the sums of its own blocks, or, of candidates, as each rank has written
         # it.
         has_draft = i < length
         own = tl.where((draft >= 0) & (draft < 2147483647), draft, NOBODY).to(tl.int32)
-        point_mass_id = own
-        reference = tl.zeros([WIDTH], tl.float32)
+        drawn_from = own
         factor = tl.full([WIDTH], 1.0, tl.float32)
         x = tl.full([WIDTH], float("-inf"), tl.float32)
         draft_scale = log2_scale(draft_temperature)
@@ -121,48 +105,44 @@ def _row_stats(
                 # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
                 infinite = tl.where(x == POS_INF, own, NOBODY)
             soft = tl.where(draft_top == POS_INF, infinite, tl.where(draft_top == NEG_INF, NOBODY, soft))
-            point_mass_id = tl.where(draft_temperature > 0.0, soft, own)
-        point_mass_id = tl.where(missing, NOBODY, point_mass_id)
-        draft_prob = soft_prob(x, draft, Distribution(point_mass_id, reference, factor), draft_scale)
+            drawn_from = tl.where(draft_temperature > 0.0, soft, own)
+        drawn_from = tl.where(missing, NOBODY, drawn_from)
+        draft_prob = soft_prob(x, draft, Distribution(drawn_from, reference, factor), draft_scale)
         if part.lists.rest_ptr is not None:
             of_row = part.lists.distributions_ptr + rows * 3
             reference = tl.load(of_row, mask=has_draft, other=0.0)
             factor = tl.load(of_row + 1, mask=has_draft, other=1.0)
             draft_prob = tl.load(of_row + 2, mask=has_draft, other=0.0)
-            point_mass_id = tl.load(part.lists.points_ptr + rows, mask=has_draft, other=NOBODY)
-        tl.store(values + REFERENCE, reference, mask=live)
-        tl.store(values + FACTOR, factor, mask=live)
-        tl.store(values + DRAFT_PROB, draft_prob, mask=live)
-        tl.store(values + PREFIX_PROB, tl.full([WIDTH], 1.0, tl.float32), mask=live)
-        tl.store(ids_of + DRAFT_OF, point_mass_id, mask=live)
+            drawn_from = tl.load(part.lists.points_ptr + rows, mask=has_draft, other=NOBODY)
+    return RequestStats(
+        first, status, Distribution(point_mass_id, top, inv_sumexp), Distribution(drawn_from, reference, factor),
+        draft_prob, target_prob, nothing, nothing,
+    )  # fmt: skip
+
+
+class Verified(NamedTuple):
+    """What every rank knows of a request."""
+
+    verdict: Any  # Verdict
+    stats: RequestStats
+    known: Known
 
 
 @triton.jit
 def verify(
-    slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, stats, num_blocks, vocab,
+    request, slot, row0, length, temperature, draft_temperature, gathered, dense, layout, seed_ptr, num_forward, num_blocks, vocab,
     VERIFY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What the rule says, see rules.py, beside what is known of the request."""
+    """What the rule says, see rules.py, beside what is known of the request: Verified."""
     i = tl.arange(0, TILE.WIDTH)
-    rows = (row0 + i).to(tl.int64)
     seed = tl.zeros((), tl.int64)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr + slot)
-    drafts = read_drafts(i, rows, length, layout, vocab)
-    anchor = tl.load(layout.positions_ptr + tl.load(layout.logits_indices_ptr + row0))
-    known = Known(anchor, temperature > 0.0, seed, drafts)
-    _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, stats, num_blocks, TILE)
-    stores_done()
-    accepted, wants = VERIFY(i, rows, length, known, stats, None)
-    stores_done()
-    return accepted, wants, known
-
-
-@triton.jit
-def own_stats(stats, row0, WIDTH: tl.constexpr):
-    """This program's statistics, addressed by row: programs of one request verify at the same time, each for itself."""
-    shift = tl.program_id(0).to(tl.int64) * WIDTH - row0
-    return RowStats(stats.values_ptr + shift * ROW_VALUES, stats.ids_ptr + shift * ROW_IDS)
+    rows = forward_rows(request, i, row0, length, num_forward, layout)
+    drafts = drafts_at(rows.drafts, i, length, layout, vocab)
+    known = Known(tl.load(layout.positions_ptr + rows.anchor), temperature > 0.0, seed, drafts, rows)
+    stats = _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, num_blocks, TILE)
+    return Verified(VERIFY(i, length, known, stats, None), stats, known)
 
 
 @triton.jit

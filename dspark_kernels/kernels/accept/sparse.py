@@ -14,8 +14,8 @@ from ..primitives.sumexp import below_max, numbers, octet_sums
 from ..primitives.sync import stores_done
 from ..primitives.vocab_blocks import SUMEXP_BITS
 from .args import ChainProposal, Distribution
-from .proposals import as_point, read_row_pair, store_draft_stats, target_probs
-from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, soft_prob
+from .proposals import as_point, store_draft_stats, target_probs
+from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, load_row_blocks, soft_prob
 from .target import read_row, read_tile
 
 
@@ -171,17 +171,15 @@ def _entry_sums(start, i, row, view, draft, partials, pair, scales, num_blocks, 
 
 
 @triton.jit
-def residual_sums(
-    part, span, i, row, view, draft, scratch, scales, num_blocks,
-    PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
+def residual_of_blocks(
+    i, row, blocks, pair, view, draft, scratch, scales, num_blocks, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr
 ):  # fmt: skip
-    """The only part: all blocks of a row."""
+    """blocks: RowBlocks [BLOCKS] of the row."""
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
     partials, residual_ptr, removed_ptr = scratch.target, scratch.residual_ptr, scratch.sparse.removed_ptr
     block = tl.arange(0, BLOCKS)
     there = block < num_blocks
     of_block = row * num_blocks + block
-    pair = read_row_pair(scratch.stats, row)
     target = pair.target
     if CANDIDATES == 1:
         # A list of one needs no memory to find its block.
@@ -204,28 +202,39 @@ def residual_sums(
         taken = tl.load(removed_ptr + of_block, mask=there, other=0, volatile=True)
         extra = tl.load(residual_ptr + of_block, mask=there, other=0, volatile=True)
         tl.debug_barrier()
-    tops = tl.load(partials.max_ptr + of_block, mask=there, other=NEG_INF, volatile=True)
-    sumexp = (tl.load(partials.sumexp_ptr + of_block, mask=there, other=0, volatile=True) & SUMEXP_BITS) - taken
+    sumexp = (blocks.words & SUMEXP_BITS) - taken
     unlisted = (
-        sumexp.to(tl.float32) * tl.exp2(below_max(tops, target.reference) * scales.target) * (target.factor * (1.0 / SUMEXP_ONE))
+        sumexp.to(tl.float32)
+        * tl.exp2(below_max(blocks.tops, target.reference) * scales.target)
+        * (target.factor * (1.0 / SUMEXP_ONE))
     )
     if target.point != SOFTMAX:
         unlisted = tl.where(block == tl.where(in_list == 0, target.point // VOCAB_BLOCK, -1), 1.0, 0.0)
-    residual = (pair.prefix_prob * unlisted * RESIDUAL_ONE).to(tl.int64) + extra
-    tl.store(residual_ptr + of_block, residual, mask=there)
-    stores_done()
+    return (pair.prefix_prob * unlisted * RESIDUAL_ONE).to(tl.int64) + extra
+
+
+@triton.jit
+def residual_sums(
+    part, span, i, row, pair, view, draft, scratch, scales, num_blocks,
+    PROPOSAL: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """The only part: all blocks of a row."""
+    block = tl.arange(0, BLOCKS)
+    blocks = load_row_blocks(scratch.target, row, num_blocks, BLOCKS)
+    residual = residual_of_blocks(i, row, blocks, pair, view, draft, scratch, scales, num_blocks, BLOCKS, CANDIDATES)
+    tl.store(scratch.residual_ptr + row * num_blocks + block, residual, mask=block < num_blocks)
 
 
 @triton.jit
 def residual_in_block(
-    block, i, row, request, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
+    x, block, i, request, pair, view, draft, scratch, scales, PROPOSAL: tl.constexpr, CANDIDATES: tl.constexpr
 ):  # fmt: skip
+    """x [VOCAB_BLOCK]: the block's target logits."""
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
-    pair = read_row_pair(scratch.stats, row)
     at = tl.arange(0, VOCAB_BLOCK)
+    unlisted = pair.prefix_prob * soft_prob(x, block * VOCAB_BLOCK + at, pair.target, scales.target)
     if CANDIDATES == 1:
         ids, _prob = entries(draft, view.slot, i, tl.arange(0, 1), pair.draft, scales.draft, view.vocab)
-        unlisted = pair.prefix_prob * target_probs(view, i, block * VOCAB_BLOCK + at, pair.target, scales.target)
         # P_i * target <= 1 = the draft's: nothing of it is left.
         residual = tl.where(block * VOCAB_BLOCK + at == tl.max(ids, axis=0), 0.0, unlisted)
     else:
@@ -241,9 +250,8 @@ def residual_in_block(
             tl.store(patch + ids % VOCAB_BLOCK, tl.maximum(pair.prefix_prob * in_list - found.prob, 0.0), mask=mine)
         stores_done()
         changed = tl.load(patch + at, volatile=True)
-        unlisted = pair.prefix_prob * target_probs(view, i, block * VOCAB_BLOCK + at, pair.target, scales.target)
         residual = tl.where(changed >= 0.0, changed, unlisted)
     return residual
 
 
-SPARSE = ChainProposal(draft_stats, residual_sums, residual_in_block, None)
+SPARSE = ChainProposal(draft_stats, residual_sums, residual_of_blocks, residual_in_block, None)

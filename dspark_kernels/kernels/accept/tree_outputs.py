@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..primitives.constants import BAD_TOKEN_ID, EMPTY_RESIDUAL, NAN, NONFINITE_ROW
 from .outputs import token_log_probs
-from .tree_proposals import pick
+from .rows import pick, read_stats
 
 
 @triton.jit
@@ -41,7 +41,8 @@ def write_outputs(
         giver = tl.where(i == 0, last, tl.where(kept, parent, 0))
         emitted = tl.where(i == 0, token.to(tl.int64), tl.where(kept, draft, 0).to(tl.int64))
         rows = (view.row0 + giver).to(tl.int64)
-        log_probs = token_log_probs(giver, rows, emitted, kept, sampled == 0, view, raw, stats.row, scale)
+        given = read_stats(rows, kept, kept, raw, stats.row, False)
+        log_probs = token_log_probs(giver, rows, emitted, kept, sampled == 0, view, raw, given, scale)
         tl.store(outputs.log_probs_ptr + base + tl.where(i == 0, accepted, rank - 1), log_probs, mask=kept)
         tl.store(outputs.log_probs_ptr + base + i, i * 0.0, mask=behind)
     flags = tl.where(tl.max(tl.where(kept, status & NAN, 0), axis=0) > 0, NAN, 0)

@@ -17,15 +17,9 @@ from ..primitives.sumexp import below_max, numbers
 from ..primitives.vocab_blocks import first_block, first_of, merge_blocks
 from .args import Distribution, TreeProposal, Weights
 from .dense import column_is_id, column_of_id, id_of_column
-from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, soft_prob
+from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, pick, soft_prob
 
 ENTRIES = tl.constexpr(16)  # of a list that are compared with all nodes at once
-
-
-@triton.jit
-def pick(vector, at, i):
-    """vector[at] as a scalar, 0 where `at` is none of i."""
-    return tl.sum(tl.where(i == at, vector, tl.zeros_like(vector)), axis=0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..primitives.constants import NEG_INF, ROW_IDS, ROW_VALUES, VOCAB_BLOCK
 from ..primitives.sumexp import below_max
-from ..primitives.vocab_blocks import SUMEXP_BITS, race_blocks, race_ids
+from ..primitives.vocab_blocks import SUMEXP_BITS, load_blocks, race_blocks, race_ids
 from .args import Distribution, Weights
 from .rows import (
     DRAFT_OF,
@@ -71,7 +71,8 @@ def merge_nodes(
     if scratch.limits is not None:
         limit_rows(first_node, view, layout, sampling, scratch.target, scratch.filters, scales.target, sizes.num_blocks,
                    TILE.JOINT, GROUP, TILE.GROUPS, BLOCKS)  # fmt: skip
-    merged = merge_target(i, rows, view, sampled, scratch.target, scratch.raw, stats.row,
+    blocks = load_blocks(scratch.target.max_ptr, scratch.target.sumexp_ptr, rows, sizes.num_blocks, BLOCKS)
+    merged = merge_target(i, rows, view, sampled, blocks, scratch.target, scratch.raw, stats.row,
                           scales.target, sizes.num_blocks, BLOCKS)  # fmt: skip
     target, token = merged.target, merged.first
     if sampling.temperature_ptr is not None:

@@ -19,10 +19,10 @@ from ..primitives.philox import ACCEPT, acceptance_words, uniform
 from ..primitives.sync import stores_done, wait_for
 from ..primitives.vocab_blocks import merge_blocks, race_blocks, race_ids
 from .requests import release_map
-from .rows import SOFTMAX, soft_prob
+from .rows import SOFTMAX, pick, soft_prob
 from .target import read_each, read_rows
 from .tree_outputs import write_outputs
-from .tree_proposals import next_of, pick
+from .tree_proposals import next_of
 from .tree_rows import blocks_weights, first_token, id_weights, node_distributions, node_status
 from .tree_state import Nodes, Rejected, load_nodes, store_nodes
 

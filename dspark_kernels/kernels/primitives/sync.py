@@ -36,6 +36,13 @@ def arrive(counter_ptr, parts):
     return last
 
 
+@triton.jit
+def announce(counter_ptr):
+    """One more part is done, for programs that wait for the counter (wait_for)."""
+    stores_done()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
 # --- phases without a grid barrier: a work item waits until all items of earlier phases are done -----------------------
 # Items are taken by tickets, not program ids, so that everything an item waits for was taken before it, by a program that runs or
 # has run: no deadlock for any grid, and none where programs run one after another.

@@ -6,6 +6,8 @@ Symbols: BLOCKS blocks of a row (padded), ROWS rows, node = slot of a draft tree
 distribution of the weights. Reference: `draw` in reference/sources.py.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -27,18 +29,39 @@ def block_sums(x, scale, PAIRS: tl.constexpr):
     return top, fixed_sums(tl.exp2(below_max(x, top[:, None]) * scale), PAIRS, VOCAB_BLOCK, SUMEXP_ONE)
 
 
+class RowBlocks(NamedTuple):
+    """Block partials of rows [ROWS, BLOCKS]: maxima, and sums of exponentials with what the blocks showed."""
+
+    tops: Any
+    words: Any
+
+
+@triton.jit
+def load_blocks(top_ptr, sumexp_ptr, rows, num_blocks, BLOCKS: tl.constexpr):
+    """rows: [ROWS], -1 = none."""
+    block = tl.arange(0, BLOCKS)[None, :]
+    where = rows[:, None] * num_blocks + block
+    inside = (rows >= 0)[:, None] & (block < num_blocks)
+    return RowBlocks(
+        tl.load(top_ptr + where, mask=inside, other=NEG_INF, volatile=True),
+        tl.load(sumexp_ptr + where, mask=inside, other=0, volatile=True),
+    )
+
+
+@triton.jit
+def row_sumexp(blocks, top, scale):
+    """Sums of exponentials of rows with maxima `top`: integers, relative to these."""
+    relative = (blocks.words & SUMEXP_BITS).to(tl.float32) * tl.exp2(below_max(blocks.tops, top[:, None]) * scale)
+    return tl.sum(relative.to(tl.int64), axis=1)
+
+
 @triton.jit
 def merge_blocks(top_ptr, sumexp_ptr, rows, num_blocks, scale, BLOCKS: tl.constexpr):
     """Block partials of rows [ROWS] (-1 = none) -> row maximum, row sum of exponentials (integer, relative to it), what the blocks
     showed, their maxima."""
-    block = tl.arange(0, BLOCKS)[None, :]
-    where = rows[:, None] * num_blocks + block
-    inside = (rows >= 0)[:, None] & (block < num_blocks)
-    tops = tl.load(top_ptr + where, mask=inside, other=NEG_INF, volatile=True)
-    words = tl.load(sumexp_ptr + where, mask=inside, other=0, volatile=True)
-    top = tl.max(tops, axis=1)
-    relative = (words & SUMEXP_BITS).to(tl.float32) * tl.exp2(below_max(tops, top[:, None]) * scale)
-    return top, tl.sum(relative.to(tl.int64), axis=1), words, tops
+    blocks = load_blocks(top_ptr, sumexp_ptr, rows, num_blocks, BLOCKS)
+    top = tl.max(blocks.tops, axis=1)
+    return top, row_sumexp(blocks, top, scale), blocks.words, blocks.tops
 
 
 @triton.jit

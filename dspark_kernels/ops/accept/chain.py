@@ -51,7 +51,7 @@ OP = "accept_chain"
 def counters_of(take, requests: int, drafts: int) -> tuple[ChainCounters, Tensor]:
     """Arrival counters, and the two counters of an id map. The ticket is one of the reserved words."""
     groups = take(requests * (drafts + 1), torch.int32)  # at most one per row
-    counters = ChainCounters(None, groups, *(take(requests, torch.int32) for _ in range(3)))
+    counters = ChainCounters(None, groups, *(take(requests, torch.int32) for _ in range(2)))
     return counters, take(2, torch.int32)
 
 
@@ -69,7 +69,6 @@ def scratch_of(take, requests: int, rows: int, blocks: int) -> tuple[ChainScratc
         residual_ptr=residual,
         stats=RowStats(take(ROW_VALUES * rows, torch.float32), take(ROW_IDS * rows, torch.int32)),
         sparse=SparseScratch(sums[1], take(requests * VOCAB_BLOCK, torch.float32)),
-        accepted_ptr=take(requests, torch.int32),
         filters=FilterScratch(take(groups, torch.float32), take(groups, torch.int32), take(rows * 2 * FILTER_LIST, torch.int32)),
         limits=Limits(take(rows, torch.int64), take(rows, torch.int32)),
     )

@@ -21,13 +21,12 @@ from ...kernels.accept.args import (
     GatheredSums,
     Layout,
     Part,
-    RowStats,
     Sampling,
     ShardedDraft,
     ShardLists,
     ShardSums,
 )
-from ...kernels.sizes import ROW_IDS, ROW_VALUES, VOCAB_BLOCK
+from ...kernels.sizes import VOCAB_BLOCK
 from ...launch import arch
 from ...launch.accept import shards as accept_launch
 from ...library import Out
@@ -39,14 +38,8 @@ from .records import outputs_record, sparse_record, stride, target_record
 OP = "accept_partial"
 
 
-def _stats(take, programs: int, drafts: int) -> RowStats:
-    count = programs * _width(drafts)
-    return RowStats(take(ROW_VALUES * count, torch.float32), take(ROW_IDS * count, torch.int32))
-
-
 def _draw_scratch(take, requests: int, drafts: int, vocab: int) -> DrawScratch:
     return DrawScratch(
-        _stats(take, requests, drafts),
         total_ptr=take(requests * _width(drafts), torch.int64),
         added_ptr=take(requests * _blocks(vocab), torch.int64),
         patch_ptr=take(requests * VOCAB_BLOCK, torch.float32),
@@ -61,9 +54,7 @@ def _counters(take, requests: int, rows: int, drafts: int) -> ArrivingRows:
 
 @workspaces.declare(OP)
 def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
-    # A program verifies with statistics of its own: at most one per request and two blocks.
-    programs = requests * -(-(vocab // VOCAB_BLOCK + 2) // 2)
-    scratch = max(workspaces.measured(_stats, programs, drafts), workspaces.measured(_draw_scratch, requests, drafts, vocab))
+    scratch = workspaces.measured(_draw_scratch, requests, drafts, vocab)
     return workspaces.measured(_counters, requests, requests * (drafts + 1), drafts), scratch
 
 
@@ -205,13 +196,11 @@ def accept_partial(a: PartialArguments):
         return
     first = call.gathered(a.gathered[0])
     constants = dict(rule=a.rule, WIDTH=_width(a.drafts), SHARDS=_power(shard.count), config=config)
-    take, view = workspaces.Carver(a.scratch).take, call.fields(a.phase).view
+    view = call.fields(a.phase).view
     if a.phase == "residual":
-        programs = a.requests * -(-blocks // config.chunk)
-        residual, stats = view(a.part, "residual"), _stats(take, programs, a.drafts)
         kernels.launch_accept_residual(
-            programs,
-            (target, layout, first, draft.dense, settings, residual, stats, *sizes, *columns),
+            a.requests * -(-blocks // config.chunk),
+            (target, layout, first, draft.dense, settings, view(a.part, "residual"), *sizes, *columns),
             **constants,
         )
         return
@@ -219,7 +208,7 @@ def accept_partial(a: PartialArguments):
     if len(a.gathered) > 1:
         residual = call.fields("residual").view(a.gathered[1], "residual")
         summed = GatheredSums(residual, residual.stride(0))
-    scratch = _draw_scratch(take, a.requests, a.drafts, shard.vocab if call.candidates else 0)
+    scratch = _draw_scratch(workspaces.Carver(a.scratch).take, a.requests, a.drafts, shard.vocab if call.candidates else 0)
     if not call.candidates:
         scratch = scratch._replace(added_ptr=None, patch_ptr=None)
     kernels.launch_accept_draw(
@@ -275,7 +264,6 @@ def accept_finish(a: FinishArguments):
             drawn,
             Sampling(a.draft.draft_temperature, a.temperature, None, slots_ptr=a.state_indices),
             outputs_record(a),
-            _stats(workspaces.Carver(a.scratch).take, requests, drafts),
             requests, a.slots, a.rows, a.commit_mask.shape[0], drafts, call.blocks, shard.vocab,
             a.gathered[-1].stride(0),
         ),
