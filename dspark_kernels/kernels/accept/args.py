@@ -234,7 +234,7 @@ class TreeRowStats(NamedTuple):
 class SparseScratch(NamedTuple):
     """Where a sparse proposal's candidates find their vocabulary blocks."""
 
-    removed_ptr: Pointer  # int64 [L, NB]: what a block loses without its candidates
+    removed_ptr: Pointer  # int64 [L, NB]: what a block loses without its candidates; of one-hot drafts [L]
     patch_ptr: Pointer  # fp32 [R, 1024]: residual of one block
 
 
@@ -432,6 +432,8 @@ class RowPair(NamedTuple):
     target: Distribution
     draft: Distribution
     prefix_prob: Number
+    target_prob: Number  # of the draft
+    removed: Number  # what a one-hot draft adds to its block's sum of exponentials, in units of 2^-40
 
 
 class Scales(NamedTuple):

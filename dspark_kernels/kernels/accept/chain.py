@@ -133,16 +133,21 @@ def _first_item(
             if RULE.TWO_PHASES:
                 announce(counters.requests_ptr + request)
             elif arrive(counters.requests_ptr + request, groups):
-                stats = _stats(every, view, scratch, PROPOSAL)
+                stats = _stats(every, view, draft, scratch, PROPOSAL)
                 verdict = RULE.VERIFY(every, length, known, stats, sampling.rates_ptr)
                 _conclude(request, verdict, known, stats, view, draft, outputs, scratch, scales, sizes,
                           RULE, PROPOSAL, TILE)  # fmt: skip
 
 
 @triton.jit
-def _stats(every, view, scratch, PROPOSAL: tl.constexpr):
+def _stats(every, view, draft, scratch, PROPOSAL: tl.constexpr):
     rows = (view.row0 + every).to(tl.int64)
-    return read_stats(rows, every <= view.length, every < view.length, scratch.raw, scratch.stats, PROPOSAL is not None)
+    removed_ptr = None
+    if PROPOSAL is not None and draft is None:
+        removed_ptr = scratch.sparse.removed_ptr
+    return read_stats(
+        rows, every <= view.length, every < view.length, scratch.raw, removed_ptr, scratch.stats, PROPOSAL is not None
+    )
 
 
 @triton.jit
@@ -164,8 +169,8 @@ def _merge_group(
     x = read_each(view, tl.minimum(member, view.length), tl.where(drafts.inside, drafts.ids, 0).to(tl.int32), drafts.inside)
     if PROPOSAL is not None:
         PROPOSAL.draft_stats(
-            member, tl.where(member < view.length, rows, -1), drafts.ids, view, draft, scratch.draft, scratch.stats,
-            scales.draft, temperatures.draft, num_blocks, PROPOSAL, TILE.BLOCKS, TILE.CANDIDATES,
+            member, tl.where(member < view.length, rows, -1), drafts.ids, blocks, view, draft, scratch, scales, temperatures.draft,
+            num_blocks, PROPOSAL, TILE.BLOCKS, TILE.CANDIDATES,
         )  # fmt: skip
     merged = merge_target(member, rows, view, temperatures.sampled, blocks, scratch.target, scratch.raw, scratch.stats, scales.target,
                           num_blocks, TILE.BLOCKS)  # fmt: skip
@@ -184,7 +189,7 @@ def _second_item(
     known = _known(every, forward, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
     wait_for(counters.requests_ptr + request, length // TILE.GROUP + 1)
     # Every item verifies for itself: that takes less time than waiting for one that does.
-    stats = _stats(every, view, scratch, PROPOSAL)
+    stats = _stats(every, view, draft, scratch, PROPOSAL)
     verdict = RULE.VERIFY(every, length, known, stats, sampling.rates_ptr)
     if verdict.wants_residual:
         verified = verdict.accepted

@@ -66,10 +66,11 @@ def map_used(progress, num_requests):
 
 @triton.jit
 def draft_stats(
-    i, rows, token, view, draft, partials, stats, draft_scale, draft_temperature, num_blocks,
+    i, rows, token, blocks, view, draft, scratch, scales, draft_temperature, num_blocks,
     PROPOSAL: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """rows, token (the draft): [GROUP], rows -1 where no draft is verified."""
+    """rows, token (the draft): [GROUP], rows -1 where no draft is verified; blocks: of the target, not asked for here."""
+    partials, stats, draft_scale = scratch.draft, scratch.stats, scales.draft
     row_ptrs = draft.logits_ptr + view.slot * draft.stride_slot + tl.where(rows >= 0, i, 0).to(tl.int64) * draft.stride_row
     column, inside = PROPOSAL.column_of(draft, token, view.vocab)
     x = load_block(row_ptrs, column, (rows >= 0) & inside)

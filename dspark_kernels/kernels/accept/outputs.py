@@ -29,11 +29,15 @@ from .target import read_each, read_row
 
 
 @triton.jit
-def _race(log_weight, ids, first_lane, seed, position, anchor, STREAM: tl.constexpr, LANES: tl.constexpr):
-    """Id that wins by log2 weight (-inf = excluded); ids are first_lane + 0, 1, ..."""
-    words = lane_words(seed, first_lane, position, anchor, STREAM, 1, LANES)
-    key = log_weight - tl.reshape(log2_exponential(words), [LANES])
-    return unpack_id(tl.max(pack(tl.where(log_weight > NEG_INF, key, NEG_INF), ids), axis=0))
+def _noise(first_lane, seed, position, anchor, STREAM: tl.constexpr, LANES: tl.constexpr):
+    """log2 of an Exp(1) variate for each of first_lane + 0, 1, ..."""
+    return tl.reshape(log2_exponential(lane_words(seed, first_lane, position, anchor, STREAM, 1, LANES)), [LANES])
+
+
+@triton.jit
+def _race(log_weight, noise, ids):
+    """Id that wins by log2 weight (-inf = excluded)."""
+    return unpack_id(tl.max(pack(tl.where(log_weight > NEG_INF, log_weight - noise, NEG_INF), ids), axis=0))
 
 
 @triton.jit
@@ -49,37 +53,39 @@ def draw(
 ):  # fmt: skip
     """Draw after row i of a request from its residual, or, where that is not wanted or empty, from the target distribution.
 
-    SUMMED: whether the residual's sums are in memory. Gives the token int64 and whether a wanted residual was empty.
+    SUMMED: whether the residual's sums are in memory. Gives the token int64 and whether a wanted residual was empty. Noise is made
+    while the logits and sums that it is added to are on their way.
     """
     block = tl.arange(0, BLOCKS)
     there = block < num_blocks
     target = pair.target
     blocks = load_row_blocks(scratch.target, row, num_blocks, BLOCKS)
-    from_residual = wants_residual
     residual = tl.zeros([BLOCKS], tl.int64)
-    if PROPOSAL is not None:
+    if SUMMED:
+        wanted = block < tl.where(wants_residual, num_blocks, 0)
+        residual = tl.load(scratch.residual_ptr + row * num_blocks + block, mask=wanted, other=0, volatile=True)
+    noise = _noise(tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, BLOCKS)
+    if PROPOSAL is not None and not SUMMED:
         if wants_residual:
-            if SUMMED:
-                residual = tl.load(scratch.residual_ptr + row * num_blocks + block, mask=there, other=0, volatile=True)
-            else:
-                residual = PROPOSAL.residual_of_blocks(i, row, blocks, pair, view, draft, scratch, scales, num_blocks,
-                                                       BLOCKS, CANDIDATES)  # fmt: skip
-                residual = tl.where(there, residual, 0)
-            from_residual = tl.max(residual, axis=0) > 0
+            residual = PROPOSAL.residual_of_blocks(
+                i, row, blocks, pair, view, draft, scratch, scales, num_blocks, BLOCKS, CANDIDATES
+            )
+    from_residual = tl.max(tl.where(there, residual, 0), axis=0) > 0
     relative = below_max(blocks.tops, target.reference) * scales.target
     weight = log2_weight(tl.where(from_residual, residual, blocks.words & SUMEXP_BITS)) + tl.where(from_residual, 0.0, relative)
     weight = tl.where(there, weight, NEG_INF)
     token = target.point.to(tl.int64)
     if from_residual | (target.point == SOFTMAX):
-        winner = _race(weight, block, tl.zeros((), tl.int32), seed, position, anchor, LEAF_STREAM, BLOCKS)
+        winner = _race(weight, noise, block)
         ids = winner * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)
         x = read_row(view, i, ids.to(tl.int32), ids < view.vocab)
+        inner_noise = _noise(winner * VOCAB_BLOCK, seed, position, anchor, CORRECT, VOCAB_BLOCK)
         inner = tl.where(x == NEG_INF, NEG_INF, (x - target.reference) * scales.target)
         if PROPOSAL is not None:
             if from_residual:
                 inner = log2_weight(PROPOSAL.residual_in_block(x, winner.to(tl.int32), i, request, pair, view, draft, scratch, scales,
                                                          PROPOSAL, CANDIDATES))  # fmt: skip
-        token = _race(inner, ids, winner * VOCAB_BLOCK, seed, position, anchor, CORRECT, VOCAB_BLOCK)
+        token = _race(inner, inner_noise, ids)
     return token, wants_residual & (from_residual == 0)
 
 

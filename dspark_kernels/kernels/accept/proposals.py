@@ -37,6 +37,8 @@ def row_pair(i, stats, prefix_prob, every):
         Distribution(pick(target.point, i, every), finite_or_zero(pick(target.reference, i, every)), pick(target.factor, i, every)),
         Distribution(pick(draft.point, i, every), pick(draft.reference, i, every), pick(draft.factor, i, every)),
         pick(prefix_prob, i, every),
+        pick(stats.target_prob, i, every),
+        pick(stats.removed, i, every),
     )
 
 

@@ -163,15 +163,17 @@ class RequestStats(NamedTuple):
     draft: Distribution
     draft_prob: Any
     target_prob: Any
+    removed: Any  # int64: what a one-hot draft adds to its block's sum of exponentials
     raw_max: Any
     raw_log_sumexp: Any
 
 
 @triton.jit
-def read_stats(rows, has_row, has_draft, raw, stats, DRAFTED: tl.constexpr):
+def read_stats(rows, has_row, has_draft, raw, removed_ptr, stats, DRAFTED: tl.constexpr):
     """All at once: whoever decides waits for memory once, and takes from registers what it then asks for.
 
-    raw: of the scratch, None: raw rows were not summed. DRAFTED: whether it matters how drafts were drawn.
+    raw: of the scratch, None: raw rows were not summed. removed_ptr: None: no one-hot drafts. DRAFTED: whether it matters how
+    drafts were drawn.
     """
     values, ids_of = stats.values_ptr + rows * ROW_VALUES, stats.ids_ptr + rows * ROW_IDS
     first = tl.load(ids_of + FIRST, mask=has_row, other=-1, volatile=True)
@@ -189,12 +191,15 @@ def read_stats(rows, has_row, has_draft, raw, stats, DRAFTED: tl.constexpr):
         factor = tl.load(values + FACTOR, mask=has_draft, other=0.0, volatile=True)
         draft_prob = tl.load(values + DRAFT_PROB, mask=has_draft, other=0.0, volatile=True)
         target_prob = tl.load(values + TARGET_PROB, mask=has_draft, other=0.0, volatile=True)
+    removed = tl.zeros(rows.shape, tl.int64)
+    if removed_ptr is not None:
+        removed = tl.load(removed_ptr + rows, mask=has_draft, other=0, volatile=True)
     if raw is not None:
         raw_max = tl.load(values + RAW_MAX, mask=has_row, other=0.0, volatile=True)
         raw_log_sumexp = tl.load(values + RAW_LOG_SUMEXP, mask=has_row, other=0.0, volatile=True)
     target = Distribution(target_of, top, inv_sumexp)
     draft = Distribution(draft_of, reference, factor)
-    return RequestStats(first, status, target, draft, draft_prob, target_prob, raw_max, raw_log_sumexp)
+    return RequestStats(first, status, target, draft, draft_prob, target_prob, removed, raw_max, raw_log_sumexp)
 
 
 class MergedRows(NamedTuple):

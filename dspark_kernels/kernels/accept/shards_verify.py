@@ -116,7 +116,7 @@ def _row_stats(
             drawn_from = tl.load(part.lists.points_ptr + rows, mask=has_draft, other=NOBODY)
     return RequestStats(
         first, status, Distribution(point_mass_id, top, inv_sumexp), Distribution(drawn_from, reference, factor),
-        draft_prob, target_prob, nothing, nothing,
+        draft_prob, target_prob, tl.zeros([WIDTH], tl.int64), nothing, nothing,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from ..primitives.vocab_blocks import SUMEXP_BITS
 from .args import ChainProposal, Distribution
 from .proposals import as_point, store_draft_stats, target_probs
 from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, load_row_blocks, soft_prob
-from .target import read_row, read_tile
+from .target import read_row, read_rows, read_tile
 
 
 class Distinct(NamedTuple):
@@ -132,13 +132,36 @@ def distributions(i, rows, token, slot, draft, draft_scale, draft_temperature, v
 
 
 @triton.jit
+def octet_without(x, octet, ids, top, scale, GROUP: tl.constexpr):
+    """What ids [GROUP] add to the sums of exponentials of their blocks, whose maxima are `top`: int64. x [GROUP, 8]: logits of the
+    ids' octets.
+
+    The same tree with and without the id, hence the same bits.
+    """
+    e = tl.exp2(below_max(x, top[:, None]) * scale)
+    rest = octet_sums(tl.where(octet == ids[:, None], 0.0, e), GROUP)
+    return (octet_sums(e, GROUP) * SUMEXP_ONE).to(tl.int64) - (rest * SUMEXP_ONE).to(tl.int64)
+
+
+@triton.jit
 def draft_stats(
-    i, rows, token, view, draft, partials, stats, draft_scale, draft_temperature, num_blocks,
+    i, rows, token, blocks, view, draft, scratch, scales, draft_temperature, num_blocks,
     PROPOSAL: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """rows, token (the draft): [GROUP], rows -1 where no draft is verified."""
-    drawn_from, draft_prob = distributions(i, rows, token, view.slot, draft, draft_scale, draft_temperature, view.vocab, CANDIDATES)
-    store_draft_stats(stats, rows, drawn_from, draft_prob)
+    """rows, token (the draft): [GROUP], rows -1 where no draft is verified; blocks: the rows' RowBlocks [GROUP, BLOCKS]."""
+    if draft is None:
+        inside = (rows >= 0) & (token >= 0) & (token < view.vocab)
+        ids = tl.where(inside, token, 0).to(tl.int32)
+        octet = (ids // 8 * 8)[:, None] + tl.arange(0, 8)[None, :]
+        x = read_rows(view, tl.minimum(i, view.length), octet, inside[:, None] & (octet < view.vocab))
+        own = (ids // VOCAB_BLOCK)[:, None] == tl.arange(0, BLOCKS)[None, :]
+        top = tl.max(tl.where(own, blocks.tops, NEG_INF), axis=1)
+        removed = octet_without(x, octet, ids, top, scales.target, rows.shape[0])
+        tl.store(scratch.sparse.removed_ptr + rows, tl.where(inside, removed, 0), mask=rows >= 0)
+    drawn_from, draft_prob = distributions(
+        i, rows, token, view.slot, draft, scales.draft, draft_temperature, view.vocab, CANDIDATES
+    )
+    store_draft_stats(scratch.stats, rows, drawn_from, draft_prob)
 
 
 @triton.jit
@@ -174,20 +197,21 @@ def _entry_sums(start, i, row, view, draft, partials, pair, scales, num_blocks, 
 def residual_of_blocks(
     i, row, blocks, pair, view, draft, scratch, scales, num_blocks, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr
 ):  # fmt: skip
-    """blocks: RowBlocks [BLOCKS] of the row."""
+    """Of row i of a request, which is row `row` of all. blocks: its RowBlocks."""
     ENTRIES: tl.constexpr = 64 if CANDIDATES > 64 else CANDIDATES
     partials, residual_ptr, removed_ptr = scratch.target, scratch.residual_ptr, scratch.sparse.removed_ptr
     block = tl.arange(0, BLOCKS)
     there = block < num_blocks
     of_block = row * num_blocks + block
     target = pair.target
-    if CANDIDATES == 1:
-        # A list of one needs no memory to find its block.
-        sums = _entry_sums(0, i, row, view, draft, partials, pair, scales, num_blocks, ENTRIES)
-        mine = (block == tl.max(sums.block, axis=0)) & (block < tl.where(tl.max(sums.ids, axis=0) >= 0, BLOCKS, 0))
-        taken = tl.where(mine, tl.sum(sums.removed, axis=0), 0)
-        extra = tl.where(mine, tl.sum(sums.added, axis=0), 0)
-        in_list = tl.max(tl.where(sums.ids == target.point, 1, 0), axis=0)
+    if draft is None:
+        # The draft alone: its row's statistics say what its block loses.
+        point = pair.draft.point
+        in_vocab = (point >= 0) & (point < view.vocab)
+        mine = block == tl.where(in_vocab, point // VOCAB_BLOCK, -1)
+        taken = tl.where(mine, pair.removed, 0)
+        extra = tl.where(mine, (tl.maximum(pair.prefix_prob * pair.target_prob - 1.0, 0.0) * RESIDUAL_ONE).to(tl.int64), 0)
+        in_list = tl.where(in_vocab & (point == target.point), 1, 0)
     else:
         tl.store(removed_ptr + of_block, tl.zeros([BLOCKS], tl.int64), mask=there)
         tl.store(residual_ptr + of_block, tl.zeros([BLOCKS], tl.int64), mask=there)

@@ -41,7 +41,7 @@ def write_outputs(
         giver = tl.where(i == 0, last, tl.where(kept, parent, 0))
         emitted = tl.where(i == 0, token.to(tl.int64), tl.where(kept, draft, 0).to(tl.int64))
         rows = (view.row0 + giver).to(tl.int64)
-        given = read_stats(rows, kept, kept, raw, stats.row, False)
+        given = read_stats(rows, kept, kept, raw, None, stats.row, False)
         log_probs = token_log_probs(giver, rows, emitted, kept, sampled == 0, view, raw, given, scale)
         tl.store(outputs.log_probs_ptr + base + tl.where(i == 0, accepted, rank - 1), log_probs, mask=kept)
         tl.store(outputs.log_probs_ptr + base + i, i * 0.0, mask=behind)
