@@ -18,7 +18,7 @@ from ..primitives.vocab_blocks import load_blocks
 from . import dense, sparse
 from .args import AcceptTile, ChainRule, Known, Scales, Sizes, Temperatures, Verdict, View
 from .dense import invert_map
-from .first_pass import item_of, sweep_draft, sweep_target
+from .first_pass import first_logits, item_of, sweep_draft, sweep_target
 from .outputs import draw, write_no_outputs, write_outputs
 from .proposals import row_pair
 from .requests import release_map, rows_of, take_place
@@ -111,19 +111,19 @@ def _first_item(
     row0, length, scales = view.row0, view.length, temperatures.scales
     group = item // chunks
     if group * TILE.GROUP <= length:
-        # What only the last arriver needs is asked for before the sweep (where it is) and before the arrival, so that it
-        # waits for neither.
+        # What only the last arriver needs is asked for behind the first logits and before the arrival, so that nobody waits for it.
         every = tl.arange(0, TILE.WIDTH)
         member = group * TILE.GROUP + tl.arange(0, TILE.GROUP)
         rows = tl.where(member <= length, row0 + member, -1).to(tl.int64)
         forward = forward_rows(request, every, row0, length, sizes.num_forward, layout)
         own_forward = draft_rows(member, rows, length, layout)
         part = item_of(group, item % chunks, steps, TILE.GROUP, TILE.CHUNK)
-        sweep_target(part, view, layout, sampling, scratch, scales.target, sizes.num_blocks, TILE.CHUNK)
-        if scratch.draft is not None:
-            sweep_draft(part, part.i < length, view, draft, scratch.draft, scales.draft, sizes.num_blocks, TILE.CHUNK)
+        ahead = first_logits(part, view, scratch)
         known = _known(every, forward, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
         own = drafts_at(own_forward, member, length, layout, view.vocab)
+        sweep_target(part, ahead, view, layout, sampling, scratch, scales.target, sizes.num_blocks, TILE.CHUNK)
+        if scratch.draft is not None:
+            sweep_draft(part, part.i < length, view, draft, scratch.draft, scales.draft, sizes.num_blocks, TILE.CHUNK)
         if arrive(counters.groups_ptr + request * tl.cdiv(sizes.num_drafts + 1, TILE.GROUP) + group, chunks):
             _merge_group(
                 group * TILE.GROUP, rows, own, view, temperatures, layout, draft, sampling, map_progress, scratch, sizes.num_blocks,
@@ -266,7 +266,7 @@ def accept_chain_kernel(
     first_items = tl.cdiv(num_drafts + 1, TILE.GROUP) * chunks
     second_items = _second_items(parts, num_drafts, RULE)
 
-    ticket, before = take_place(counters.ticket_ptr, map_progress, num_requests, first_items, second_items)
+    ticket, before = take_place(counters.ticket_ptr, map_progress, num_requests, first_items, second_items, RULE.TWO_PHASES)
     phase, request, item = _order(tl.maximum(ticket - before, 0), num_requests, first_items, second_items, lag, RULE.TWO_PHASES)
     if map_progress is not None:
         if ticket < before:

@@ -37,14 +37,27 @@ def item_of(group, item, steps, GROUP: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def sweep_target(item, view, layout, sampling, scratch, scale, num_blocks, CHUNK: tl.constexpr):
-    """The item's part of scratch.target, .raw and .filters."""
+def _target_ptrs(item, view):
+    return view.logits_ptr + tl.where(item.i <= view.length, (view.row0 + item.i).to(tl.int64), 0) * view.stride
+
+
+@triton.jit
+def first_logits(item, view, scratch):
+    """The item's first chunk, where rows are streamed: on its way while the caller asks for other things."""
+    ahead = item.i
+    if view.adjustments is None and scratch.raw is None and scratch.filters is None and scratch.target.best_ptr is None:
+        ahead = _first(_target_ptrs(item, view), item.block, item.i <= view.length, view.vocab)
+    return ahead
+
+
+@triton.jit
+def sweep_target(item, ahead, view, layout, sampling, scratch, scale, num_blocks, CHUNK: tl.constexpr):
+    """The item's part of scratch.target, .raw and .filters. ahead: first_logits."""
     has_row = item.i <= view.length
     rows = (view.row0 + item.i).to(tl.int64)
     again = True
     if view.adjustments is None and scratch.raw is None and scratch.filters is None and scratch.target.best_ptr is None:
-        row_ptrs = view.logits_ptr + tl.where(has_row, rows, 0) * view.stride
-        again = _stream(item, row_ptrs, view.vocab, has_row, rows, scratch.target, scale, num_blocks,
+        again = _stream(item, ahead, _target_ptrs(item, view), view.vocab, has_row, rows, scratch.target, scale, num_blocks,
                         CHUNK, sampling.temperature_ptr is not None)  # fmt: skip
     if again:
         for step in range(item.steps):
@@ -57,7 +70,8 @@ def sweep_draft(item, has_row, view, draft, partials, draft_scale, num_blocks, C
     """The same of draft rows whose log-sum-exp is not stored, over their columns. has_row: [PAIRS]."""
     rows = (view.row0 + item.i).to(tl.int64)
     row_ptrs = draft.logits_ptr + view.slot * draft.stride_slot + tl.where(has_row, item.i, 0).to(tl.int64) * draft.stride_row
-    if _stream(item, row_ptrs, draft.width, has_row, rows, partials, draft_scale, num_blocks, CHUNK, True):
+    ahead = _first(row_ptrs, item.block, has_row, draft.width)
+    if _stream(item, ahead, row_ptrs, draft.width, has_row, rows, partials, draft_scale, num_blocks, CHUNK, True):
         for step in range(item.steps):
             block = item.block + step * CHUNK
             keep = has_row & (block < num_blocks)
@@ -72,17 +86,27 @@ def sweep_draft(item, has_row, view, draft, partials, draft_scale, num_blocks, C
 
 
 @triton.jit
-def _stream(item, row_ptrs, width, has_row, rows, partials, scale, num_blocks, CHUNK: tl.constexpr, SUMS: tl.constexpr):
-    """Maxima (and, if SUMS, sums) of the item's blocks; says whether there was a NaN or +inf, which makes them void."""
+def _first(row_ptrs, block, has_row, width):
+    """Blocks [PAIRS] of rows as `_load` gives them."""
+    LANES: tl.constexpr = 64 if is_hip() else 32
+    WIDTH: tl.constexpr = LANES * 128 // row_ptrs.dtype.element_ty.primitive_bitwidth  # that a warp loads at once, 16 bytes a lane
+    return _load(row_ptrs, block, has_row, width, VOCAB_BLOCK // WIDTH, WIDTH)
+
+
+@triton.jit
+def _stream(item, ahead, row_ptrs, width, has_row, rows, partials, scale, num_blocks, CHUNK: tl.constexpr, SUMS: tl.constexpr):
+    """Maxima (and, if SUMS, sums) of the item's blocks; says whether there was a NaN or +inf, which makes them void.
+
+    ahead: the first chunk, from `_first`.
+    """
     PAIRS: tl.constexpr = row_ptrs.shape[0]
     DTYPE: tl.constexpr = row_ptrs.dtype.element_ty
     LANES: tl.constexpr = 64 if is_hip() else 32
-    WIDTH: tl.constexpr = LANES * 128 // DTYPE.primitive_bitwidth  # logits that a warp loads at once, 16 bytes a lane
-    PARTS: tl.constexpr = VOCAB_BLOCK // WIDTH
+    PARTS: tl.constexpr = ahead.shape[0]
+    WIDTH: tl.constexpr = ahead.shape[2]
     # One store for each block: a column per lane keeps the block's results in the warp that has them.
     lane = tl.arange(0, LANES)[None, :]
     highest = tl.full([PARTS, PAIRS, WIDTH // 4], float("-inf"), tl.float32)
-    ahead = _load(row_ptrs, item.block, has_row, width, PARTS, WIDTH)
     for step in range(item.steps):
         block = item.block + step * CHUNK
         x = _floats(ahead, DTYPE)

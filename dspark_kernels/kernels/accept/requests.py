@@ -13,17 +13,20 @@ from .dense import map_used
 
 
 @triton.jit
-def take_place(ticket_ptr, map_progress, num_requests, first_items, later_items):
+def take_place(ticket_ptr, map_progress, num_requests, first_items, later_items, PHASES: tl.constexpr):
     """(ticket, tickets before the first that is a request's): those of an id map's parts come before all others.
 
-    Tickets, not program ids, order the work: an item that waits has a later ticket than the items it waits for.
+    Tickets, not program ids, order the work of items that wait: each has a later ticket than the items it waits for. Without later
+    PHASES and without a map nobody waits, and nobody asks for a ticket.
     """
-    ticket = take_item(ticket_ptr)
+    ticket = tl.program_id(0)
     before = 0
     if map_progress is not None:
         before = map_progress.parts
-    if ticket == before + num_requests * (first_items + later_items) - 1:
-        tl.store(ticket_ptr, 0)
+    if PHASES or map_progress is not None:
+        ticket = take_item(ticket_ptr)
+        if ticket == before + num_requests * (first_items + later_items) - 1:
+            tl.store(ticket_ptr, 0)
     return ticket, before
 
 

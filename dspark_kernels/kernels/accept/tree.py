@@ -24,7 +24,7 @@ from ..primitives.sync import arrive, wait_for
 from . import tree_proposals
 from .args import AcceptTile, Lineage, Scales, Sizes, SweepTile, View
 from .dense import invert_map
-from .first_pass import item_of, sweep_draft, sweep_target
+from .first_pass import first_logits, item_of, sweep_draft, sweep_target
 from .requests import release_map, rows_of, take_place
 from .tree_outputs import write_no_outputs
 from .tree_rows import has_children, merge_nodes, node_distributions
@@ -77,7 +77,8 @@ def _first_item(
     group = item // chunks
     if group * TILE.GROUP <= length:
         part = item_of(group, item % chunks, steps, TILE.GROUP, TILE.CHUNK)
-        sweep_target(part, view, layout, sampling, scratch, scales.target, num_blocks, TILE.CHUNK)
+        ahead = first_logits(part, view, scratch)
+        sweep_target(part, ahead, view, layout, sampling, scratch, scales.target, num_blocks, TILE.CHUNK)
         if scratch.draft is not None:
             inner = has_children(part.i, view.slot, length, links.parents_ptr, num_nodes, TILE.WIDTH)
             sweep_draft(part, (part.i <= length) & inner, view, draft, scratch.draft, scales.draft, num_blocks, TILE.CHUNK)
@@ -167,7 +168,7 @@ def accept_tree_kernel(
     if SWEEPS:
         sweeps = num_nodes - 1
 
-    ticket, before = take_place(counters.ticket_ptr, map_progress, num_requests, first_items, sweeps * parts)
+    ticket, before = take_place(counters.ticket_ptr, map_progress, num_requests, first_items, sweeps * parts, SWEEPS)
     number, request, item = _order(tl.maximum(ticket - before, 0), num_requests, first_items, parts, SWEEPS)
     if map_progress is not None:
         if ticket < before:
