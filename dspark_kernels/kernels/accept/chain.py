@@ -104,21 +104,23 @@ def _temperatures(sampling, slot, length):
 
 @triton.jit
 def _first_item(
-    request, item, chunks, steps, view, temperatures, layout, draft, sampling, outputs, counters, map_progress, scratch, sizes,
+    request, item, chunks, steps, view, layout, draft, sampling, outputs, counters, map_progress, scratch, sizes,
     RULE: tl.constexpr, PROPOSAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Blocks of a group of rows. The group's last item merges its rows, the request's last group verifies its drafts."""
-    row0, length, scales = view.row0, view.length, temperatures.scales
+    row0, length = view.row0, view.length
     group = item // chunks
     if group * TILE.GROUP <= length:
-        # What only the last arriver needs is asked for behind the first logits and before the arrival, so that nobody waits for it.
+        part = item_of(group, item % chunks, steps, TILE.GROUP, TILE.CHUNK)
+        ahead = first_logits(part, view, scratch)
+        # While the first logits are on their way, what only the last arriver needs is asked for, so that nobody waits for it.
         every = tl.arange(0, TILE.WIDTH)
         member = group * TILE.GROUP + tl.arange(0, TILE.GROUP)
         rows = tl.where(member <= length, row0 + member, -1).to(tl.int64)
         forward = forward_rows(request, every, row0, length, sizes.num_forward, layout)
         own_forward = draft_rows(member, rows, length, layout)
-        part = item_of(group, item % chunks, steps, TILE.GROUP, TILE.CHUNK)
-        ahead = first_logits(part, view, scratch)
+        temperatures = _temperatures(sampling, view.slot, length)
+        scales = temperatures.scales
         known = _known(every, forward, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
         own = drafts_at(own_forward, member, length, layout, view.vocab)
         sweep_target(part, ahead, view, layout, sampling, scratch, scales.target, sizes.num_blocks, TILE.CHUNK)
@@ -179,12 +181,13 @@ def _merge_group(
 
 @triton.jit
 def _second_item(
-    request, item, span, parts, view, temperatures, layout, draft, sampling, outputs, counters, map_progress, scratch, sizes,
+    request, item, span, parts, view, layout, draft, sampling, outputs, counters, map_progress, scratch, sizes,
     RULE: tl.constexpr, PROPOSAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Residual sums of blocks of a row, once the request's drafts are verified. The request's last item draws."""
     row0, length, num_blocks = view.row0, view.length, sizes.num_blocks
     every = tl.arange(0, TILE.WIDTH)
+    temperatures = _temperatures(sampling, view.slot, length)
     forward = forward_rows(request, every, row0, length, sizes.num_forward, layout)
     known = _known(every, forward, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
     wait_for(counters.requests_ptr + request, length // TILE.GROUP + 1)
@@ -276,7 +279,6 @@ def accept_chain_kernel(
     rows = rows_of(request, sampling, layout, num_requests, num_slots, num_rows)
     length = tl.minimum(rows.count - 1, num_drafts)
     length = tl.where(rows.slot < 0, -1, length)
-    temperatures = _temperatures(sampling, rows.slot, length)
     sizes = Sizes(num_requests, num_forward, num_drafts, num_blocks)
     view = View(target.logits_ptr, target.stride, vocab, target.adjustments, layout.token_ids_ptr, None,
                 layout.logits_indices_ptr, rows.row0, rows.slot, length, scratch.limits)  # fmt: skip
@@ -287,14 +289,14 @@ def accept_chain_kernel(
                 release_map(map_progress, num_requests)
         else:
             _first_item(
-                request, item, chunks, steps, view, temperatures, layout, draft, sampling, outputs, counters, map_progress,
+                request, item, chunks, steps, view, layout, draft, sampling, outputs, counters, map_progress,
                 scratch, sizes, RULE, PROPOSAL, TILE,
             )  # fmt: skip
     elif phase == 1:
         if RULE.TWO_PHASES:
             if length >= 0:
                 _second_item(
-                    request, item, span, parts, view, temperatures, layout, draft, sampling, outputs, counters, map_progress,
+                    request, item, span, parts, view, layout, draft, sampling, outputs, counters, map_progress,
                     scratch, sizes, RULE, PROPOSAL, TILE,
                 )  # fmt: skip
 

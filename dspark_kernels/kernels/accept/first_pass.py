@@ -47,6 +47,7 @@ def first_logits(item, view, scratch):
     ahead = item.i
     if view.adjustments is None and scratch.raw is None and scratch.filters is None and scratch.target.best_ptr is None:
         ahead = _first(_target_ptrs(item, view), item.block, item.i <= view.length, view.vocab)
+        tl.debug_barrier()  # the compiler would ask for the rest first, and wait for that
     return ahead
 
 
@@ -110,8 +111,13 @@ def _stream(item, ahead, row_ptrs, width, has_row, rows, partials, scale, num_bl
     for step in range(item.steps):
         block = item.block + step * CHUNK
         x = _floats(ahead, DTYPE)
-        ahead = _load(row_ptrs, block + CHUNK, has_row & (step + 1 < item.steps), width, PARTS, WIDTH)
+        if SUMS:
+            ahead = _load(row_ptrs, block + CHUNK, has_row & (step + 1 < item.steps), width, PARTS, WIDTH)
         maxima = _quad_maxima(x, PARTS, PAIRS, WIDTH)
+        if (
+            not SUMS
+        ):  # nobody needs x any more: what comes next takes its registers, and is not moved there, which would wait for it
+            ahead = _load(row_ptrs, block + CHUNK, has_row & (step + 1 < item.steps), width, PARTS, WIDTH)
         highest = tl.maximum(highest, maxima, propagate_nan=tl.PropagateNan.ALL)
         top = tl.max(tl.max(maxima, axis=0), axis=1)
         word = tl.where(top > NEG_INF, SAW_FINITE, 0)
