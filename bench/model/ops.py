@@ -57,26 +57,35 @@ def _case(op: str, name: str, spec, otherwise: Target | None = None) -> Case:
 # --- acceptance: an item = `steps` chunks, a chunk = GROUP rows x CHUNK blocks of 1024 ids ----------------------------
 
 H200, _BLOCKS = archs.KNOWN["sm_90"], -(-VOCAB // 1024)
-_MERGED_ROW = Steps(l2=5, fences=1, atomics=1, barriers=17, instructions=400)
-_DRAWN = Steps(l2=11, barriers=17, instructions=1750)
-_END = {
-    "greedy": Steps(l2=6, instructions=280),
-    "one_hot": _DRAWN,
-    "dense": Steps(l2=13, fences=1, atomics=2, spins=1, barriers=20, instructions=1690),
+# Counted from the blocks of the binary for sm_90, on the longest way that a request without odd rows can take: a draft is rejected,
+# and its residual is not empty. A load counts unless its value is first used 300 ns of instructions after it was asked for.
+_MERGED_ROW = {
+    "greedy": Steps(l2=2, fences=1, atomics=1, barriers=20, instructions=406),
+    "one_hot": Steps(l2=1, fences=1, atomics=1, barriers=22, instructions=462),
+    "dense": Steps(dram=1, fences=1, atomics=1, barriers=13, instructions=413),  # the logit of the draft in its row
 }
-_RESIDUAL = Steps(starts=1, atomics=2, l2=2, dram=1, fences=1, barriers=8, instructions=670)  # an item of the second phase
+_END = {
+    "greedy": Steps(l2=1, barriers=1, instructions=328),
+    "one_hot": Steps(l2=2, barriers=15, instructions=2481),
+    "dense": Steps(l2=3, barriers=14, instructions=2327),
+}
+# An item of the second phase, which has started long before: its ticket is that of a program which the GPU holds beside the last
+# ones of the first phase. Statistics in two loads, as registers are short, and both rows at once.
+_RESIDUAL = Steps(spins=1, l2=2, dram=1, fences=1, atomics=1, barriers=8, instructions=816)
+_MERGED_NODE = Steps(l2=7, fences=1, atomics=1, barriers=30, instructions=1801)  # with the draw of its token
+_WALKED = Steps(l2=5, instructions=326)
 
 
 def _accept(kind: str, requests: int) -> Kernel:
     proposal = "dense" if kind == "dense" else "one_hot"
     spec = Accept(requests, proposal, sampled=kind != "greedy")
-    after = (Phase(_MERGED_ROW), Phase(_END[kind]))
+    after = (Phase(_MERGED_ROW[kind]), Phase(_END[kind]))
     apart = 0
     if kind == "dense":
         # The items of a second-phase row, for the one row of a request that may need a residual.
         config = accept_launch.pick(H200, requests, _BLOCKS, DRAFTS, 1)
-        apart = requests * -(-_BLOCKS // (config.group * config.chunk * config.span))
-        after = (Phase(_RESIDUAL, programs=apart), *after)
+        apart = requests * -(-_BLOCKS // (config.residual * config.span))
+        after = (after[0], Phase(_RESIDUAL, programs=apart), after[1])
     return Kernel(
         _case("accept_chain", f"{kind}_r{requests}", spec, Target(floors=1.25) if requests >= 32 else None),
         functools.partial(calls.accept_call, requests, proposal="lse" if kind == "dense" else proposal, sampled=spec.sampled),
@@ -92,7 +101,7 @@ def _accept_tree(requests: int) -> Kernel:
     spec = AcceptTrees(requests)
     return Kernel(
         _case("accept_tree", f"walk_m32_r{requests}", spec), functools.partial(calls.accept_tree_call, requests),
-        "logit", spec.rows * VOCAB, _accept_tile, BF16, (Phase(_MERGED_ROW), Phase(_DRAWN)),
+        "logit", spec.rows * VOCAB, _accept_tile, BF16, (Phase(_MERGED_NODE), Phase(_WALKED)),
     )  # fmt: skip
 
 

@@ -119,6 +119,7 @@ class AcceptTile(NamedTuple):
     GROUPS: int  # padded number of max-groups
     WIDTH: int  # padded number of rows of a request
     JOINT: bool  # whether top-k and top-p are both tested on the whole distribution
+    RESIDUAL: int = 1  # blocks of a residual at a time
 
 
 class SweepTile(NamedTuple):
@@ -481,6 +482,7 @@ class Temperatures(NamedTuple):
 class ChainProposal(NamedTuple):
     """Functions of proposals.py, dense.py or sparse.py; one constexpr."""
 
+    draft_logits: Any  # what the statistics need of logits
     draft_stats: Any  # the draft's part of a row's statistics
     residual_sums: Any  # sums of [P_i * target - draft]+ of a part of a row's vocabulary blocks, stored
     residual_of_blocks: Any  # the same of all blocks of a row; None: dense

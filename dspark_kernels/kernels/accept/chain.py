@@ -147,9 +147,11 @@ def _stats(every, view, draft, scratch, PROPOSAL: tl.constexpr):
     removed_ptr = None
     if PROPOSAL is not None and draft is None:
         removed_ptr = scratch.sparse.removed_ptr
-    return read_stats(
+    stats = read_stats(
         rows, every <= view.length, every < view.length, scratch.raw, removed_ptr, scratch.stats, PROPOSAL is not None
     )
+    tl.debug_barrier()  # as in _merge_group
+    return stats
 
 
 @triton.jit
@@ -166,13 +168,15 @@ def _merge_group(
     if PROPOSAL is not None:
         if map_progress is not None:
             wait_for(map_progress.ready_ptr, map_progress.parts)
-    # Whatever comes from memory is asked for before anything is made of it.
+    with_draft = tl.where(member < view.length, rows, -1)
     blocks = load_blocks(scratch.target.max_ptr, scratch.target.sumexp_ptr, rows, num_blocks, TILE.BLOCKS)
     x = read_each(view, tl.minimum(member, view.length), tl.where(drafts.inside, drafts.ids, 0).to(tl.int32), drafts.inside)
     if PROPOSAL is not None:
+        logits = PROPOSAL.draft_logits(member, with_draft, drafts.ids, view, draft, PROPOSAL)
+        tl.debug_barrier()  # all of it is asked for before anything is made of it: the compiler would wait in between
         PROPOSAL.draft_stats(
-            member, tl.where(member < view.length, rows, -1), drafts.ids, blocks, view, draft, scratch, scales, temperatures.draft,
-            num_blocks, PROPOSAL, TILE.BLOCKS, TILE.CANDIDATES,
+            member, with_draft, drafts.ids, logits, blocks, view, draft, scratch, scales, temperatures.draft, num_blocks,
+            PROPOSAL, TILE.BLOCKS, TILE.CANDIDATES,
         )  # fmt: skip
     merged = merge_target(member, rows, view, temperatures.sampled, blocks, scratch.target, scratch.raw, scratch.stats, scales.target,
                           num_blocks, TILE.BLOCKS)  # fmt: skip
@@ -206,7 +210,7 @@ def _second_item(
             pair = row_pair(verified, stats, verdict.prefix_prob, every)
             PROPOSAL.residual_sums(
                 part, span, verified, (row0 + verified).to(tl.int64), pair, view, draft, scratch, temperatures.scales, num_blocks,
-                PROPOSAL, TILE.GROUP * TILE.CHUNK, TILE.BLOCKS, TILE.CANDIDATES,
+                PROPOSAL, TILE.RESIDUAL, TILE.BLOCKS, TILE.CANDIDATES,
             )  # fmt: skip
     if arrive(counters.residuals_ptr + request, _second_items(parts, sizes.num_drafts, RULE)):
         tl.store(counters.requests_ptr + request, 0)
@@ -316,6 +320,6 @@ def launch_accept_chain(items, args, *, rule, proposal, two_phases, draws, confi
             TWO_PHASES=two_phases,
         ),
         PROPOSAL=_PROPOSALS[proposal],
-        TILE=AcceptTile(GROUP=config.group, CHUNK=config.chunk, **tile),
+        TILE=AcceptTile(GROUP=config.group, CHUNK=config.chunk, RESIDUAL=config.residual, **tile),
         **options_of(config),
     )

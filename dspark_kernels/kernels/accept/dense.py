@@ -4,6 +4,8 @@ A map is inverted at the start of the launch, by work items that all others wait
 slots, K drafts, Vd draft vocabulary. Hooks: proposals.py. Reference: reference/accept.py.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -64,35 +66,56 @@ def map_used(progress, num_requests):
 # --- the hooks --------------------------------------------------------------------------------------------------------
 
 
+class DraftLogits(NamedTuple):
+    """Of drafts [GROUP]: their logits in their rows, and the rows' log-sum-exp, 0 where it is not stored."""
+
+    x: Any
+    lse: Any
+
+
+@triton.jit
+def _row_ptrs(i, rows, view, draft):
+    return draft.logits_ptr + view.slot * draft.stride_slot + tl.where(rows >= 0, i, 0).to(tl.int64) * draft.stride_row
+
+
+@triton.jit
+def draft_logits(i, rows, token, view, draft, PROPOSAL: tl.constexpr):
+    """rows, token (the draft): [GROUP], rows -1 where no draft is verified."""
+    column, inside = PROPOSAL.column_of(draft, token, view.vocab)
+    x = load_block(_row_ptrs(i, rows, view, draft), column, (rows >= 0) & inside)
+    lse = tl.zeros(rows.shape, tl.float32)
+    if draft.lse_ptr is not None:
+        lse = tl.load(draft.lse_ptr + view.slot * draft.stride_lse + i, mask=rows >= 0, other=0.0)
+    return DraftLogits(x, lse)
+
+
 @triton.jit
 def draft_stats(
-    i, rows, token, blocks, view, draft, scratch, scales, draft_temperature, num_blocks,
+    i, rows, token, logits, blocks, view, draft, scratch, scales, draft_temperature, num_blocks,
     PROPOSAL: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """rows, token (the draft): [GROUP], rows -1 where no draft is verified; blocks: of the target, not asked for here."""
+    """logits: DraftLogits. blocks: of the target, not asked for here."""
     partials, stats, draft_scale = scratch.draft, scratch.stats, scales.draft
-    row_ptrs = draft.logits_ptr + view.slot * draft.stride_slot + tl.where(rows >= 0, i, 0).to(tl.int64) * draft.stride_row
-    column, inside = PROPOSAL.column_of(draft, token, view.vocab)
-    x = load_block(row_ptrs, column, (rows >= 0) & inside)
+    x = logits.x
     if draft.lse_ptr is None:
+        row_ptrs = _row_ptrs(i, rows, view, draft)
         top, sumexp, words, tops = merge_blocks(partials.max_ptr, partials.sumexp_ptr, rows, num_blocks, draft_scale, BLOCKS)
         point = tl.full(rows.shape, SOFTMAX, tl.int32)
         if tl.max(tl.where((rows >= 0) & (top == POS_INF), 1, 0), axis=0) > 0:
             columns = first_block(tops, top, BLOCKS)
-            logits = load_block(row_ptrs[:, None], columns, columns < draft.width)
-            hot = id_of_column(draft, first_of(logits, columns, top, draft.width), view.vocab)
+            row = load_block(row_ptrs[:, None], columns, columns < draft.width)
+            hot = id_of_column(draft, first_of(row, columns, top, draft.width), view.vocab)
             point = tl.where(top == POS_INF, hot, point)
         point = tl.where(top == NEG_INF, NOBODY, point)
         factor = 1.0 / tl.maximum(sumexp, 1).to(tl.float32) * SUMEXP_ONE
         _store(rows, token, x, Distribution(point, finite_or_zero(top), factor), stats, draft_scale, draft_temperature)
     else:
-        _stats_from_lse(i, rows, token, x, view, draft, stats, draft_scale, draft_temperature)
+        _stats_from_lse(rows, token, logits, stats, draft_scale, draft_temperature)
 
 
 @triton.jit
-def _stats_from_lse(i, rows, token, x, view, draft, stats, draft_scale, draft_temperature):
-    """From a stored log-sum-exp and the logits x of the drafts."""
-    lse = tl.load(draft.lse_ptr + view.slot * draft.stride_lse + i, mask=rows >= 0, other=0.0)
+def _stats_from_lse(rows, token, logits, stats, draft_scale, draft_temperature):
+    x, lse = logits.x, logits.lse
     # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
     infinite = tl.where(x == POS_INF, as_point(token), NOBODY)
     point = tl.where(lse == POS_INF, infinite, tl.where(lse == NEG_INF, NOBODY, SOFTMAX))
@@ -146,5 +169,5 @@ def residual_in_block(
     return _residual(x, view, i, draft, block * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK), pair, scales, PROPOSAL)
 
 
-STORED = ChainProposal(draft_stats, residual_sums, None, residual_in_block, column_is_id)
-MAPPED = ChainProposal(draft_stats, residual_sums, None, residual_in_block, column_of_id)
+STORED = ChainProposal(draft_logits, draft_stats, residual_sums, None, residual_in_block, column_is_id)
+MAPPED = ChainProposal(draft_logits, draft_stats, residual_sums, None, residual_in_block, column_of_id)

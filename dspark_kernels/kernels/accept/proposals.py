@@ -1,5 +1,6 @@
 """What acceptance asks of how drafts were drawn, as functions that a kernel takes as one constexpr (args.ChainProposal).
 
+    draft_logits       what draft_stats needs of the logits of target and draft
     draft_stats        the draft's part of a row's statistics: its distribution, and the draft's probability under it
     residual_sums      sums per vocabulary block of [P_i * target - draft]+ (in units of 2^-60), of one of the parts of a row that
                        the second phase sums, into memory

@@ -176,22 +176,24 @@ def read_stats(rows, has_row, has_draft, raw, removed_ptr, stats, DRAFTED: tl.co
     drafts were drawn.
     """
     values, ids_of = stats.values_ptr + rows * ROW_VALUES, stats.ids_ptr + rows * ROW_IDS
-    first = tl.load(ids_of + FIRST, mask=has_row, other=-1, volatile=True)
+    # In the order in which they are asked for: what decides how many drafts stay comes first.
     status = tl.load(ids_of + STATUS, mask=has_row, other=0, volatile=True)
-    target_of = tl.load(ids_of + TARGET_OF, mask=has_row, other=NOBODY, volatile=True)
-    top = tl.load(values + ROW_MAX, mask=has_row, other=0.0, volatile=True)
-    inv_sumexp = tl.load(values + INV_SUMEXP, mask=has_row, other=1.0, volatile=True)
+    first = tl.load(ids_of + FIRST, mask=has_row, other=-1, volatile=True)
     draft_of = tl.zeros(rows.shape, tl.int32)
     reference = tl.zeros(rows.shape, tl.float32)
     factor, draft_prob, target_prob = reference, reference, reference
     raw_max, raw_log_sumexp = reference, reference
+    removed = tl.zeros(rows.shape, tl.int64)
+    if DRAFTED:
+        draft_prob = tl.load(values + DRAFT_PROB, mask=has_draft, other=0.0, volatile=True)
+        target_prob = tl.load(values + TARGET_PROB, mask=has_draft, other=0.0, volatile=True)
+    target_of = tl.load(ids_of + TARGET_OF, mask=has_row, other=NOBODY, volatile=True)
+    top = tl.load(values + ROW_MAX, mask=has_row, other=0.0, volatile=True)
+    inv_sumexp = tl.load(values + INV_SUMEXP, mask=has_row, other=1.0, volatile=True)
     if DRAFTED:
         draft_of = tl.load(ids_of + DRAFT_OF, mask=has_draft, other=NOBODY, volatile=True)
         reference = tl.load(values + REFERENCE, mask=has_draft, other=0.0, volatile=True)
         factor = tl.load(values + FACTOR, mask=has_draft, other=0.0, volatile=True)
-        draft_prob = tl.load(values + DRAFT_PROB, mask=has_draft, other=0.0, volatile=True)
-        target_prob = tl.load(values + TARGET_PROB, mask=has_draft, other=0.0, volatile=True)
-    removed = tl.zeros(rows.shape, tl.int64)
     if removed_ptr is not None:
         removed = tl.load(removed_ptr + rows, mask=has_draft, other=0, volatile=True)
     if raw is not None:

@@ -144,19 +144,41 @@ def octet_without(x, octet, ids, top, scale, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _in_vocab(rows, token, view):
+    inside = (rows >= 0) & (token >= 0) & (token < view.vocab)
+    return tl.where(inside, token, 0).to(tl.int32), inside
+
+
+@triton.jit
+def _octet(ids):
+    """The ids [GROUP, 8] that ids [GROUP] are among."""
+    return (ids // 8 * 8)[:, None] + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def draft_logits(i, rows, token, view, draft, PROPOSAL: tl.constexpr):
+    """The target's logits of the octets of one-hot drafts [GROUP, 8]; lists of candidates need none."""
+    logits = tl.zeros(rows.shape, tl.float32)
+    if draft is None:
+        ids, inside = _in_vocab(rows, token, view)
+        octet = _octet(ids)
+        logits = read_rows(view, tl.minimum(i, view.length), octet, inside[:, None] & (octet < view.vocab))
+    return logits
+
+
+@triton.jit
 def draft_stats(
-    i, rows, token, blocks, view, draft, scratch, scales, draft_temperature, num_blocks,
+    i, rows, token, logits, blocks, view, draft, scratch, scales, draft_temperature, num_blocks,
     PROPOSAL: tl.constexpr, BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """rows, token (the draft): [GROUP], rows -1 where no draft is verified; blocks: the rows' RowBlocks [GROUP, BLOCKS]."""
+    """rows, token (the draft): [GROUP], rows -1 where no draft is verified; logits: draft_logits; blocks: the rows' RowBlocks
+    [GROUP, BLOCKS]."""
     if draft is None:
-        inside = (rows >= 0) & (token >= 0) & (token < view.vocab)
-        ids = tl.where(inside, token, 0).to(tl.int32)
-        octet = (ids // 8 * 8)[:, None] + tl.arange(0, 8)[None, :]
-        x = read_rows(view, tl.minimum(i, view.length), octet, inside[:, None] & (octet < view.vocab))
+        ids, inside = _in_vocab(rows, token, view)
+        octet = _octet(ids)
         own = (ids // VOCAB_BLOCK)[:, None] == tl.arange(0, BLOCKS)[None, :]
         top = tl.max(tl.where(own, blocks.tops, NEG_INF), axis=1)
-        removed = octet_without(x, octet, ids, top, scales.target, rows.shape[0])
+        removed = octet_without(logits, octet, ids, top, scales.target, rows.shape[0])
         tl.store(scratch.sparse.removed_ptr + rows, tl.where(inside, removed, 0), mask=rows >= 0)
     drawn_from, draft_prob = distributions(
         i, rows, token, view.slot, draft, scales.draft, draft_temperature, view.vocab, CANDIDATES
@@ -278,4 +300,4 @@ def residual_in_block(
     return residual
 
 
-SPARSE = ChainProposal(draft_stats, residual_sums, residual_of_blocks, residual_in_block, None)
+SPARSE = ChainProposal(draft_logits, draft_stats, residual_sums, residual_of_blocks, residual_in_block, None)

@@ -13,7 +13,8 @@ from .items import steps
 class AcceptConfig:
     """group x chunk: rows x blocks of 1024 ids of a chunk, which is worked on at once; more than one row only where a chunk covers
     whole rows. lag: requests by which the second phase follows the first. max_registers: per thread, None = the compiler's choice.
-    num_stages: of loads before a dot. steps, span: chunks of a work item of the first and of the second phase, one after the other.
+    num_stages: of loads before a dot. steps: chunks of a work item of the first phase, one after the other. residual, span: blocks of
+    a step of the second phase, which reads target and draft, and steps of its items.
     """
 
     group: int
@@ -24,6 +25,7 @@ class AcceptConfig:
     num_stages: int = 3
     steps: int = 1
     span: int = 1
+    residual: int = 1
 
 
 def pick(arch: Arch, num_requests: int, num_blocks: int, num_drafts: int, residual_rows: int, work: str = "light") -> AcceptConfig:
@@ -48,6 +50,7 @@ def pick(arch: Arch, num_requests: int, num_blocks: int, num_drafts: int, residu
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_blocks else 1
     program = arch, tuned["num_warps"], tuned["max_registers"]
     first = steps(*program, num_requests * -(-(num_drafts + 1) // group), -(-num_blocks // chunk))
-    second = steps(*program, num_requests * residual_rows, -(-num_blocks // (group * chunk)))
+    residual = max(1, group * chunk // 2)
+    second = steps(*program, num_requests * residual_rows, -(-num_blocks // residual))
     lag = tuned.pop("lag") * first  # as many items between the phases as with one chunk an item
-    return AcceptConfig(group, chunk, lag, steps=first, span=second, **tuned)
+    return AcceptConfig(group, chunk, lag, steps=first, span=second, residual=residual, **tuned)

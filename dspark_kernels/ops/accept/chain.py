@@ -244,7 +244,7 @@ def _accept_chain(a: Arguments):
     else:
         work = "middle" if a.rule == "coupled" or kind == "mapped" else "light"
     config = accept_launch.pick(arch.current(device), requests, blocks, drafts, swept_rows, work)
-    parts = -(-blocks // (config.group * config.chunk * config.span)) if dense else 1
+    parts = -(-blocks // (config.residual * config.span)) if dense else 1
     items = -(-(drafts + 1) // config.group) * -(-blocks // (config.chunk * config.steps))
     items += parts * residual_rows
 
