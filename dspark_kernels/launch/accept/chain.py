@@ -50,7 +50,7 @@ def pick(arch: Arch, num_requests: int, num_blocks: int, num_drafts: int, residu
     group = min(pairs // chunk, 1 << num_drafts.bit_length()) if chunk >= num_blocks else 1
     program = arch, tuned["num_warps"], tuned["max_registers"]
     first = steps(*program, num_requests * -(-(num_drafts + 1) // group), -(-num_blocks // chunk))
-    residual = max(1, group * chunk // 2)
+    residual = max(1, group * chunk // (4 if work == "middle" else 2))  # a map is read, too
     second = steps(*program, num_requests * residual_rows, -(-num_blocks // residual))
     lag = tuned.pop("lag") * first  # as many items between the phases as with one chunk an item
     return AcceptConfig(group, chunk, lag, steps=first, span=second, residual=residual, **tuned)
