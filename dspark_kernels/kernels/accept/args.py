@@ -401,10 +401,15 @@ class RowDrafts(NamedTuple):
 
 
 class ForwardRows(NamedTuple):
-    """Of a request in the forward pass: the row of its anchor, those of its drafts, its first row and the one after its last."""
+    """Of a request in the forward pass: the row of its anchor, and those of its drafts."""
 
     anchor: Number
     drafts: Any
+
+
+class QueryRows(NamedTuple):
+    """All rows of a request in the forward pass: its first one, and the one after its last."""
+
     begin: Number
     end: Number
 
@@ -417,6 +422,7 @@ class Known(NamedTuple):
     seed: Number
     drafts: RowDrafts
     rows: ForwardRows
+    query: QueryRows
 
 
 class Verdict(NamedTuple):

@@ -27,6 +27,7 @@ from .rules import (
     draft_rows,
     drafts_at,
     forward_rows,
+    query_rows,
     select_block_length,
     verify_block,
     verify_forced,
@@ -75,13 +76,13 @@ def _order(ticket, num_requests, first_items, second_items, lag, TWO_PHASES: tl.
 
 
 @triton.jit
-def _known(every, rows, sampled, slot, length, layout, sampling, vocab):
+def _known(request, rows, drafts, sampled, slot, layout, sampling, num_forward):
     """rows: ForwardRows."""
+    anchor = tl.load(layout.positions_ptr + rows.anchor)
     seed = tl.zeros((), tl.int64)
     if sampling.seed_ptr is not None:
         seed = tl.load(sampling.seed_ptr + slot)
-    anchor = tl.load(layout.positions_ptr + rows.anchor)
-    return Known(anchor, sampled, seed, drafts_at(rows.drafts, every, length, layout, vocab), rows)
+    return Known(anchor, sampled, seed, drafts, rows, query_rows(request, num_forward, layout))
 
 
 @triton.jit
@@ -117,15 +118,19 @@ def _first_item(
         every = tl.arange(0, TILE.WIDTH)
         member = group * TILE.GROUP + tl.arange(0, TILE.GROUP)
         rows = tl.where(member <= length, row0 + member, -1).to(tl.int64)
-        forward = forward_rows(request, every, row0, length, sizes.num_forward, layout)
+        forward = forward_rows(every, row0, length, layout)
         own_forward = draft_rows(member, rows, length, layout)
         temperatures = _temperatures(sampling, view.slot, length)
         scales = temperatures.scales
-        known = _known(every, forward, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
-        own = drafts_at(own_forward, member, length, layout, view.vocab)
+        if scratch.target.best_ptr is None:
+            own = drafts_at(own_forward, member, length, layout, view.vocab)
         sweep_target(part, ahead, view, layout, sampling, scratch, scales.target, sizes.num_blocks, TILE.CHUNK)
         if scratch.draft is not None:
             sweep_draft(part, part.i < length, view, draft, scratch.draft, scales.draft, sizes.num_blocks, TILE.CHUNK)
+        if scratch.target.best_ptr is not None:  # the noise of a coupled sweep needs the registers
+            own = drafts_at(own_forward, member, length, layout, view.vocab)
+        drafts = drafts_at(forward.drafts, every, length, layout, view.vocab)
+        known = _known(request, forward, drafts, temperatures.sampled, view.slot, layout, sampling, sizes.num_forward)
         if arrive(counters.groups_ptr + request * tl.cdiv(sizes.num_drafts + 1, TILE.GROUP) + group, chunks):
             _merge_group(
                 group * TILE.GROUP, rows, own, view, temperatures, layout, draft, sampling, map_progress, scratch, sizes.num_blocks,
@@ -192,8 +197,9 @@ def _second_item(
     row0, length, num_blocks = view.row0, view.length, sizes.num_blocks
     every = tl.arange(0, TILE.WIDTH)
     temperatures = _temperatures(sampling, view.slot, length)
-    forward = forward_rows(request, every, row0, length, sizes.num_forward, layout)
-    known = _known(every, forward, temperatures.sampled, view.slot, length, layout, sampling, view.vocab)
+    forward = forward_rows(every, row0, length, layout)
+    drafts = drafts_at(forward.drafts, every, length, layout, view.vocab)
+    known = _known(request, forward, drafts, temperatures.sampled, view.slot, layout, sampling, sizes.num_forward)
     wait_for(counters.requests_ptr + request, length // TILE.GROUP + 1)
     # Every item verifies for itself: that takes less time than waiting for one that does.
     stats = _stats(every, view, draft, scratch, PROPOSAL)

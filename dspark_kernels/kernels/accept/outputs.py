@@ -158,7 +158,7 @@ def write_outputs(
         tl.store(outputs.anchors_ptr + view.slot * outputs.stride_anchors, token)
     if outputs.anchor_positions_ptr is not None:
         tl.store(outputs.anchor_positions_ptr + view.slot * outputs.stride_anchor_positions, known.anchor + accepted + 1)
-    _commit(outputs.commit_ptr, known.rows.begin, known.rows.end, request, sizes.num_requests, last_row, sizes.num_forward, 128)
+    _commit(outputs.commit_ptr, known.query.begin, known.query.end, request, sizes.num_requests, last_row, sizes.num_forward, 128)
 
 
 @triton.jit

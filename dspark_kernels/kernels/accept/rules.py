@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..primitives.constants import NONFINITE_ROW, RESIDUAL_ONE
 from ..primitives.philox import ACCEPT, acceptance_words, uniform
-from .args import ForwardRows, RowDrafts, Verdict
+from .args import ForwardRows, QueryRows, RowDrafts, Verdict
 from .rows import pick
 
 
@@ -32,14 +32,19 @@ def drafts_at(forward, i, length, layout, vocab):
 
 
 @triton.jit
-def forward_rows(request, i, row0, length, num_forward, layout):
+def forward_rows(i, row0, length, layout):
     """i: 0 .. WIDTH - 1."""
+    return ForwardRows(tl.load(layout.logits_indices_ptr + row0), draft_rows(i, row0 + i, length, layout))
+
+
+@triton.jit
+def query_rows(request, num_forward, layout):
     begin = tl.zeros((), tl.int32)
     end = tl.zeros((), tl.int32)
     if layout.query_start_ptr is not None:
         begin = tl.load(layout.query_start_ptr + request)
         end = tl.minimum(tl.load(layout.query_start_ptr + request + 1), num_forward)
-    return ForwardRows(tl.load(layout.logits_indices_ptr + row0), draft_rows(i, row0 + i, length, layout), begin, end)
+    return QueryRows(begin, end)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from ..primitives.race import unpack_id
 from ..primitives.sumexp import below_max, log2_scale
 from .args import Distribution, Known
 from .rows import NOBODY, SOFTMAX, RequestStats, finite_or_zero, soft_prob
-from .rules import drafts_at, forward_rows
+from .rules import drafts_at, forward_rows, query_rows
 from .shards_rows import FINITE
 
 
@@ -138,9 +138,10 @@ def verify(
     seed = tl.zeros((), tl.int64)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr + slot)
-    rows = forward_rows(request, i, row0, length, num_forward, layout)
+    rows = forward_rows(i, row0, length, layout)
+    query = query_rows(request, num_forward, layout)
     drafts = drafts_at(rows.drafts, i, length, layout, vocab)
-    known = Known(tl.load(layout.positions_ptr + rows.anchor), temperature > 0.0, seed, drafts, rows)
+    known = Known(tl.load(layout.positions_ptr + rows.anchor), temperature > 0.0, seed, drafts, rows, query)
     stats = _row_stats(slot, row0, length, temperature, draft_temperature, gathered, dense, drafts, num_blocks, TILE)
     return Verified(VERIFY(i, length, known, stats, None), stats, known)
 
