@@ -41,19 +41,31 @@ class Hidden(NamedTuple):
     size: int  # H
 
 
-# --- dense: the whole vocabulary, in tiles of ids for the whole batch -------------------------------------------------
-
-
 class Head(NamedTuple):
-    """Low-rank head of a dense block: bias(v) = scale_v * W2[v] . latent. On shards W2 and its scales are the rank's."""
+    """Low-rank head: bias(v) = scale_v * W2[v] . latent. On shards W2 and its scales are the rank's, or those of gathered candidates."""
 
     w1_ptr: Pointer  # [V1, r]
-    w2_ptr: Pointer | None  # [V, r], e4m3 as bytes
-    scale_ptr: Pointer | None  # fp32 [V]
+    w2_ptr: Pointer | None  # [V, r], e4m3 as bytes; [N, R, K, C, r] where rows are gathered
+    scale_ptr: Pointer | None  # fp32 [V]; [N, R, K, C]
     stride_w1: int
     stride_w2: int
     vocab: int  # V1
     rank: int  # r
+
+
+class Confidence(NamedTuple):
+    """Confidence head of a block and what it writes."""
+
+    weight_ptr: Pointer  # [H] or [H+r]
+    bias_ptr: Pointer | None  # [1]
+    sts_ptr: Pointer | None  # fp32 [K], temperatures of positions
+    scores_ptr: Pointer  # fp32 [S, K], calibrated
+    raw_ptr: Pointer  # fp32 [S, K], logits
+    stride_scores: int
+    stride_raw: int
+
+
+# --- dense: the whole vocabulary, in tiles of ids for the whole batch -------------------------------------------------
 
 
 class Projection(NamedTuple):
@@ -69,18 +81,6 @@ class Projection(NamedTuple):
     state_ptr: Pointer | None  # fp32 [2, R, r] of an rnn: two tables that take turns
     carried_ptr: Pointer | None  # fp32 [S, r]: the state of earlier and for later drafts
     stride_carried: int
-
-
-class Confidence(NamedTuple):
-    """Confidence head of a dense block and what it writes."""
-
-    weight_ptr: Pointer  # [H] or [H+r]
-    bias_ptr: Pointer | None  # [1]
-    sts_ptr: Pointer | None  # fp32 [K], temperatures of positions
-    scores_ptr: Pointer  # fp32 [S, K], calibrated
-    raw_ptr: Pointer  # fp32 [S, K], logits
-    stride_scores: int
-    stride_raw: int
 
 
 class Support(NamedTuple):
@@ -272,18 +272,6 @@ class FinishStrides(NamedTuple):
 # --- candidates: the C best of every position -------------------------------------------------------------------------
 
 
-class CandidateHead(NamedTuple):
-    """Low-rank head on candidates, or at nodes of a best-first tree: bias(v) = scale_v * W2[v] . latent."""
-
-    w1_ptr: Pointer  # [V1, r]
-    stride_w1: int
-    w2_ptr: Pointer  # [V, r], e4m3 as bytes; on shards [N, R, K, C, r] where rows are gathered
-    stride_w2: int
-    scale_ptr: Pointer | None  # fp32 [V]; on shards [N, R, K, C]
-    vocab: int  # V1
-    rank: int  # r
-
-
 class Latent(NamedTuple):
     """Weights of a gated or rnn head on candidates, or at nodes of a best-first tree."""
 
@@ -303,18 +291,6 @@ class Turn(NamedTuple):
     num_drafts: int  # K
     first_draft: int  # number of the block's first draft in its round
     slot: int
-
-
-class CandidateConfidence(NamedTuple):
-    """Confidence head of a block on candidates and what it writes."""
-
-    weight_ptr: Pointer  # [H] or [H+r]
-    bias_ptr: Pointer | None  # [1]
-    sts_ptr: Pointer | None  # fp32 [K], temperatures of positions
-    scores_ptr: Pointer  # fp32 [S, K], calibrated
-    stride_scores: int
-    raw_ptr: Pointer  # fp32 [S, K], logits
-    stride_raw: int
 
 
 class Successors(NamedTuple):
@@ -359,6 +335,7 @@ class Selection(NamedTuple):
     sub_blocks_ptr: Pointer | None  # int32 [R, K, C], the best sub-blocks
     ids_ptr: Pointer  # int32 [R, K, C], the best ids, ascending
     bounds_ptr: Pointer | None  # int32 [R, K, 2]: least key among them, and the last id with it
+    arrivals_ptr: Pointer  # int32 [R, K], parts of a row that are done; zero before and after
 
 
 class WalkScratch(NamedTuple):
@@ -369,31 +346,23 @@ class WalkScratch(NamedTuple):
     products_ptr: Pointer | None  # fp32 [R, K, O], the gated or rnn head's
     latent_ptr: Pointer | None  # [R, r]
     states_ptr: Pointer | None  # fp32 [R, 2, r]
-
-
-class CandidateCounters(NamedTuple):
-    """Counters of a block on candidates, zero before and after."""
-
-    row_ptr: Pointer  # int32 [R, K]
-    request_ptr: Pointer  # int32 [R]
-    status_ptr: Pointer  # int32 [R]
+    arrivals_ptr: Pointer  # int32 [R], programs of a request that are done; zero before and after
+    status_ptr: Pointer | None  # int32 [R], flags of a request's rows; zero before and after; None on shards
 
 
 class CandidateWidths(NamedTuple):
-    """Sizes of the rows of a block on candidates."""
+    """Sizes of the rows of a block on candidates, and which ids their columns stand for."""
 
-    vocab: int  # V
+    vocab: int  # V, or how many ids a row's list holds at most
+    map_ptr: Pointer | None  # int64 [V], ids in the target's vocabulary
     num_targets: int  # ids of the target
     num_candidates: int  # C
 
 
 class WalkSizes(NamedTuple):
-    """Sizes of a request's walk, and where its drafts stand in a round."""
+    """How many drafts a request's walk makes, and where they stand in a round."""
 
     num_drafts: int  # K
-    vocab: int  # ids that a row's list may hold at most
-    num_targets: int  # ids of the target
-    num_candidates: int  # C
     first_draft: int  # number of the first draft in its round
     column: int  # of the first draft in the outputs
 
@@ -461,6 +430,14 @@ class GatheredLists(NamedTuple):
     targets_ptr: Pointer | None  # int32 [N, R, K, C]
     rows_ptr: Pointer | None  # [N, R, K, C, r]: W2 of the head where rows are gathered
     status_ptr: Pointer  # int32 [N, R, K]
+    shards: int  # N
+
+
+class MergedIds(NamedTuple):
+    """Scratch in which the C best of all ranks' lists are found."""
+
+    ids_ptr: Pointer  # int32 [R, K, C], ascending
+    places_ptr: Pointer  # int32 [R, K, C], as in `Merged`
 
 
 class Merged(NamedTuple):

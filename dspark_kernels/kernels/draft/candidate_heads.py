@@ -14,8 +14,11 @@ from triton.language.target_info import is_cuda
 
 from ..primitives.activations import sigmoid, tanh
 from ..primitives.constants import DOT_ROWS
+from ..primitives.ordered_sum import ordered_sum
+from ..primitives.slots import state_slots
 from ..primitives.widen import fp8_by_bits
 
+PAIRS = tl.constexpr(16)  # (request, position) pairs that share one product with hidden states
 LINES = tl.constexpr(4)  # of 128 bytes that one turn of a prefetch asks for, in each row
 
 
@@ -137,6 +140,56 @@ def hidden_products(pairs, requests, slots, block, latent, hidden, products_ptr,
     total += tl.load(latent.bias_ptr + o, mask=o < latent.outputs, other=0.0).to(tl.float32)[:, None]
     where = products_ptr + pairs.to(tl.int64)[None, :] * latent.outputs + o[:, None]
     tl.store(where, total, mask=(slots >= 0)[None, :] & (o < latent.outputs)[:, None])
+
+
+@triton.jit
+def latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests, num_slots, num_drafts, BLOCK_J: tl.constexpr):
+    """The products with hidden states that are this program's; returns the first request they are for, and how many requests."""
+    outputs = tl.cdiv(latent.outputs, 16)
+    pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
+    requests = pairs // num_drafts
+    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
+    hidden_products(pairs, requests, slots, program % outputs, latent, hidden, products_ptr, num_drafts, BLOCK_J)
+    first = program // outputs * PAIRS // num_drafts
+    count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
+    return first, count
+
+
+@triton.jit
+def awaited(request, latent, num_drafts):
+    """How many programs a request's walk waits for: its rows, and those that multiply its hidden states."""
+    total = num_drafts
+    if latent is not None:
+        tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
+        total += tiles * tl.cdiv(latent.outputs, 16)
+    return total
+
+
+@triton.jit
+def latent_items_of(latent, num_rows):
+    """`latent_programs`, of a kernel."""
+    items = tl.zeros((), tl.int32)
+    if latent is not None:
+        items = tl.cdiv(num_rows, PAIRS) * tl.cdiv(latent.outputs, 16)
+    return items
+
+
+def latent_programs(rows, outputs):
+    """How many programs multiply `outputs` weights with the hidden states of `rows` positions."""
+    return -(-rows // PAIRS.value) * -(-outputs // 16)
+
+
+@triton.jit
+def hidden_score(request, k, hidden, weight_ptr):
+    """The confidence head's product with the hidden state of one position."""
+    BLOCK: tl.constexpr = 1024
+    hidden_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + tl.cast(k, tl.int64) * hidden.stride_position
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, hidden.size, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        h = tl.load(hidden_ptr + i, mask=i < hidden.size, other=0.0).to(tl.float32)
+        total += h * tl.load(weight_ptr + i, mask=i < hidden.size, other=0.0).to(tl.float32)
+    return ordered_sum(total)
 
 
 @triton.jit

@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 
 from ..primitives.adjust import no_path
-from ..primitives.constants import NAN
 from ..primitives.options import options_of
 from ..primitives.select import ABSENT, ordered_key, select
 from ..primitives.sumexp import numbers
 from ..primitives.sync import arrive
-from .args import BaseLogits, Merged, RowSettings, WalkSizes
-from .candidates import awaited, hidden_score, latent_item, latent_programs as latent_programs, walk, walk_options
-from .selection import best_ids, keep_best, padded_sub_blocks, selection_tile, slot_of, store_sub_block_keys, target_logits
+from .args import BaseLogits, CandidateWidths, Merged, RowSettings, WalkSizes
+from .candidate_heads import awaited, hidden_score, latent_item, latent_items_of, latent_programs as latent_programs
+from .candidates import walk, walk_options
+from .selection import best_ids, finish_part, selection_tile, slot_of, sweep_part, target_logits
 
 COPIED = tl.constexpr(32)  # ranks of W2 copied at a time
 
@@ -67,7 +67,7 @@ def candidates_partial_kernel(
     weights,  # ShardWeights where rows of W2 are to be gathered, or None
     part,  # CandidateList
     selection,  # Selection, of the rank's columns
-    row_count_ptr, seen_ptr,  # int32 [R, K], zero before and after
+    seen_ptr,  # int32 [R, K], zero before and after
     num_requests, num_slots, num_drafts, start, held, num_targets, num_candidates, parts,
     TILE: tl.constexpr,  # SelectionTile
 ):  # fmt: skip
@@ -82,15 +82,8 @@ def candidates_partial_kernel(
     settings = RowSettings(map_ptr, num_targets, adjust, slot, slot * num_drafts + k)
     c = tl.arange(0, TILE.WIDTH)
     if slot >= 0:
-        chunks = tl.cdiv(held, TILE.BLOCK)
-        nan = store_sub_block_keys(
-            row_ptr, selection.keys_ptr + row * padded_sub_blocks(tl.cdiv(held, TILE.GROUP)), settings, None, 1.0,
-            piece * chunks // parts, (piece + 1) * chunks // parts, held, TILE, start,
-        )  # fmt: skip
-        if nan > 0:
-            tl.atomic_or(seen_ptr + row, NAN, sem="relaxed")
-        if arrive(row_count_ptr + row, parts):
-            keep_best(row, row_ptr, settings, selection, held, num_candidates, TILE, start)
+        sweep_part(row, piece, parts, row_ptr, settings, None, 1.0, selection, seen_ptr + row, held, TILE, start)
+        if finish_part(row, parts, row_ptr, settings, selection, held, num_candidates, TILE, start):
             tl.debug_barrier()
             ids = best_ids(selection.ids_ptr, row, num_rows, c, num_candidates, held)
             _write_list(row, row_ptr, ids, start, settings, weights, part, num_candidates, TILE.SHIFT, TILE.WIDTH)
@@ -102,36 +95,34 @@ def candidates_partial_kernel(
 
 
 @triton.jit
-def _merge(row, lists, stride, own_ids_ptr, places_ptr, shards, num_candidates, vocab, TILE: tl.constexpr):
-    """The C best of all ranks' entries of a row, ascending ids: (id, place); -1 behind the last. stride: int32 of a rank's part."""
+def _merge(row, lists, stride, merged, num_candidates, vocab, TILE: tl.constexpr):
+    """The C best of all ranks' entries of a row, ascending ids: (id, place); -1 behind the last. stride: int32 of a rank's part;
+    merged: MergedIds."""
     rank = tl.arange(0, TILE.SHARDS)[:, None]
     c = tl.arange(0, TILE.WIDTH)[None, :]
     at = rank.to(tl.int64) * stride + row * num_candidates + c
-    there = (rank < shards) & (c < num_candidates)
+    there = (rank < lists.shards) & (c < num_candidates)
     ids = tl.load(lists.ids_ptr + at, mask=there, other=-1)
     there = there & (ids >= 0) & (ids < vocab)
     keys = tl.load(lists.keys_ptr + at, mask=there, other=ABSENT)
     wanted = tl.minimum(num_candidates, tl.sum(there.to(tl.int32)))
     _, selected, place = select(keys, wanted)
-    tl.store(own_ids_ptr + row * num_candidates + place, ids, mask=selected)
-    tl.store(places_ptr + row * num_candidates + place, rank * num_candidates + c, mask=selected)
+    tl.store(merged.ids_ptr + row * num_candidates + place, ids, mask=selected)
+    tl.store(merged.places_ptr + row * num_candidates + place, rank * num_candidates + c, mask=selected)
     behind = tl.arange(0, TILE.WIDTH)
-    tl.store(own_ids_ptr + row * num_candidates + behind, behind * 0 - 1, mask=(behind >= wanted) & (behind < num_candidates))
+    tl.store(merged.ids_ptr + row * num_candidates + behind, behind * 0 - 1, mask=(behind >= wanted) & (behind < num_candidates))
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column", "latent_items", "shards",
-                               "stride_part"])  # fmt: skip
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column", "stride_part"])
 def candidates_finish_kernel(
     lists,  # GatheredLists
     state,  # RequestState
     adjust, filters, head, latent, hidden, confidence, out,  # as in kernels/draft/candidates.py; W2 whole, or its rows of the parts
-    selection,  # Selection, of which ids are used
+    selection,  # MergedIds
     scratch,  # WalkScratch
-    places_ptr,  # int32 [R, K, C]
-    request_count_ptr,  # int32 [R], zero before and after
     num_requests, num_slots, num_drafts,
     widths,  # CandidateWidths
-    first_draft, column, latent_items, shards,
+    first_draft, column,
     stride_part,  # int64 words
     TILE: tl.constexpr,  # ListTile
     OPTIONS: tl.constexpr,  # WalkOptions
@@ -140,6 +131,7 @@ def candidates_finish_kernel(
     slots_ptr = state.slots_ptr
     num_candidates = widths.num_candidates
     program = tl.program_id(0)
+    latent_items = latent_items_of(latent, num_requests * num_drafts)
     first = tl.zeros((), tl.int32)
     count = tl.zeros((), tl.int32)
     if program < latent_items:
@@ -153,11 +145,9 @@ def candidates_finish_kernel(
         k = row % num_drafts
         slot = slot_of(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            stride = stride_part * 2
-            _merge(row.to(tl.int64), lists, stride, selection.ids_ptr, places_ptr, shards, num_candidates, widths.vocab, TILE)
+            _merge(row.to(tl.int64), lists, stride_part * 2, selection, num_candidates, widths.vocab, TILE)
             if confidence is not None:
-                own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
-                tl.store(scratch.score_ptr + row, hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
+                tl.store(scratch.score_ptr + row, hidden_score(request, k, hidden, confidence.weight_ptr))
             first = request
             count = tl.full((), 1, tl.int32)
         else:
@@ -165,16 +155,17 @@ def candidates_finish_kernel(
                 tl.store(out.flags_ptr + request, 0)
 
     # The ids of all ranks' lists are global; a row has at most C of them.
-    sizes = WalkSizes(num_drafts, num_candidates, widths.num_targets, num_candidates, first_draft, column)
+    widths = CandidateWidths(num_candidates, None, widths.num_targets, num_candidates)
+    sizes = WalkSizes(num_drafts, first_draft, column)
     for request in range(first, first + count):
         slot = slot_of(slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
-            if arrive(request_count_ptr + request, awaited(request, latent, num_drafts)):
+            if arrive(scratch.arrivals_ptr + request, awaited(request, latent, num_drafts)):
                 base = BaseLogits(lists.logits_ptr, num_drafts.to(tl.int64) * num_candidates, num_candidates)
-                merged = Merged(places_ptr, stride_part, lists.targets_ptr, lists.rows_ptr, shards)
+                merged = Merged(selection.places_ptr, stride_part, lists.targets_ptr, lists.rows_ptr, lists.shards)
                 walk(
-                    request, slot, lists.status_ptr, base, state, None, None, merged, adjust, filters, head, latent, hidden,
-                    confidence, out, selection, scratch, sizes, OPTIONS,
+                    request, slot, lists.status_ptr, base, state, None, merged, adjust, filters, head, latent, hidden,
+                    confidence, out, selection, scratch, widths, sizes, OPTIONS,
                 )  # fmt: skip
 
 

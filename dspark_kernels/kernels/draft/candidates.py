@@ -17,42 +17,38 @@ import triton.language as tl
 
 from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE
 from ..primitives.options import options_of
-from ..primitives.ordered_sum import ordered_sum
 from ..primitives.philox import COUPLED, DRAFT, log2_exponential, words_at
 from ..primitives.race import pack, unpack_id, unpack_key
-from ..primitives.slots import state_slots
 from ..primitives.sumexp import below_max, log2_scale, numbers
 from ..primitives.support import last_kept
 from ..primitives.sync import arrive
 from .args import RowSettings, Turn, WalkOptions, WalkSizes
-from .candidate_heads import advance_gated, advance_rnn, hidden_products, no_latent, prefetch_rows, weighted_rows
+from .candidate_heads import (
+    advance_gated,
+    advance_rnn,
+    awaited,
+    hidden_score,
+    latent_item,
+    latent_items_of,
+    latent_programs as latent_programs,
+    no_latent,
+    prefetch_rows,
+    weighted_rows,
+)
 from .rows import log_sum_exp
 from .selection import (
     best_ids,
-    keep_best,
-    padded_sub_blocks,
+    finish_part,
     prefetch_best,
     selection_tile,
     slot_of,
-    store_sub_block_keys,
+    sweep_part,
     with_settings,
     with_successors,
 )
 
 SCORE_RANKS = tl.constexpr(256)  # ranks of the confidence head at a time
 NOISE_ENTRIES = tl.constexpr(512)  # candidates of all positions whose noise is drawn at once
-PAIRS = tl.constexpr(16)  # (request, position) pairs that share one product with hidden states
-
-
-@triton.jit
-def hidden_score(hidden_ptr, weight_ptr, hidden_size):
-    BLOCK: tl.constexpr = 1024
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, hidden_size, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        h = tl.load(hidden_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
-        total += h * tl.load(weight_ptr + i, mask=i < hidden_size, other=0.0).to(tl.float32)
-    return ordered_sum(total)
 
 
 @triton.jit
@@ -135,13 +131,14 @@ def _rows_of(ids, places, row, merged, head, num_candidates):
 
 
 @triton.jit
-def _targets(ids, places, row, map_ptr, merged, num_targets, num_candidates):
+def _targets(ids, places, row, merged, widths):
     """(target ids int32, which candidates are tokens of the target)."""
+    num_targets, num_candidates = widths.num_targets, widths.num_candidates
     used = ids >= 0
     targets = ids
     if merged is None:
-        if map_ptr is not None:
-            mapped = tl.load(map_ptr + ids, mask=used, other=-1)
+        if widths.map_ptr is not None:
+            mapped = tl.load(widths.map_ptr + ids, mask=used, other=-1)
             used = (mapped >= 0) & (mapped < num_targets)
             targets = tl.where(used, mapped, 0).to(tl.int32)
     elif merged.targets_ptr is not None:
@@ -154,7 +151,7 @@ def _targets(ids, places, row, map_ptr, merged, num_targets, num_candidates):
 
 @triton.jit
 def _store_noise(
-    noise_ptr, seed, anchor, noise_anchor, first, end, ids_ptr, map_ptr, merged, sizes, OPTIONS: tl.constexpr
+    noise_ptr, seed, anchor, noise_anchor, first, end, ids_ptr, merged, widths, sizes, OPTIONS: tl.constexpr
 ):  # fmt: skip
     """log2 of the exponential variates of all candidates of a request: many positions at once keep every lane busy."""
     WIDTH: tl.constexpr = OPTIONS.WIDTH
@@ -163,11 +160,11 @@ def _store_noise(
     for k in range(0, sizes.num_drafts, ROWS):
         position = k + tl.arange(0, ROWS)[:, None]
         row = first + position
-        ids = best_ids(ids_ptr, row, end, c, sizes.num_candidates, sizes.vocab)
+        ids = best_ids(ids_ptr, row, end, c, widths.num_candidates, widths.vocab)
         places = ids
         if merged is not None:
-            places = _places(c, row, end, merged, sizes.num_candidates)
-        targets, _ = _targets(ids, places, row, map_ptr, merged, sizes.num_targets, sizes.num_candidates)
+            places = _places(c, row, end, merged, widths.num_candidates)
+        targets, _ = _targets(ids, places, row, merged, widths)
         words = words_at(seed, targets, anchor + (sizes.first_draft + position + 1), noise_anchor, OPTIONS.STREAM)
         tl.store(noise_ptr + row * WIDTH + c, log2_exponential(words), mask=row < end)
     tl.debug_barrier()
@@ -220,8 +217,8 @@ def _filtered(x, targets, used, slot, temperature, scale, filters, OPTIONS: tl.c
 
 @triton.jit
 def walk(
-    request, slot, status_ptr, base, state, successors, map_ptr, merged, adjust, filters, head, latent, hidden, confidence, out,
-    selection, scratch, sizes, OPTIONS: tl.constexpr,
+    request, slot, status_ptr, base, state, successors, merged, adjust, filters, head, latent, hidden, confidence, out, selection,
+    scratch, widths, sizes, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """All positions of one request, whose candidates are there.
 
@@ -230,7 +227,8 @@ def walk(
     parts of all ranks; `base` is then the logits of the first [R, K, C], and so are W2 and its scales of `head` where rows are
     gathered.
     """
-    num_drafts, vocab, num_candidates, column = sizes.num_drafts, sizes.vocab, sizes.num_candidates, sizes.column
+    num_drafts, column = sizes.num_drafts, sizes.column
+    vocab, num_candidates = widths.vocab, widths.num_candidates
     WIDTH: tl.constexpr = OPTIONS.WIDTH
     c = tl.arange(0, WIDTH)
     first = request.to(tl.int64) * num_drafts
@@ -263,14 +261,14 @@ def walk(
         next_logits = _base_logits(ids, first_places, row_ptr, base, merged, num_candidates)
         if state.temperature_ptr is not None:
             _store_noise(
-                scratch.noise_ptr, seed, anchor, noise_anchor, first, end, selection.ids_ptr, map_ptr, merged, sizes, OPTIONS
+                scratch.noise_ptr, seed, anchor, noise_anchor, first, end, selection.ids_ptr, merged, widths, sizes, OPTIONS
             )
             next_noise = tl.load(scratch.noise_ptr + first * WIDTH + c, volatile=True)
     nan = tl.zeros([WIDTH], tl.int32)
     for k in range(num_drafts):
         row = first + k
         k_ptr = row_ptr + tl.cast(k, tl.int64) * base.stride_position
-        settings = RowSettings(map_ptr, sizes.num_targets, adjust, slot, slot * num_drafts + k)
+        settings = RowSettings(widths.map_ptr, widths.num_targets, adjust, slot, slot * num_drafts + k)
         if successors is not None:
             ids = best_ids(selection.ids_ptr, row, end, c, num_candidates, vocab)
             ids = with_successors(
@@ -293,7 +291,7 @@ def walk(
             turn = Turn(k, num_drafts, sizes.first_draft, slot)
             x += _bias(turn, row, request, previous, ids, places, merged, head, latent, hidden, scratch, num_candidates, OPTIONS)
 
-        targets, used = _targets(ids, places, row, map_ptr, merged, sizes.num_targets, num_candidates)
+        targets, used = _targets(ids, places, row, merged, widths)
         if state.temperature_ptr is not None:
             if successors is None:
                 noise = next_noise
@@ -385,55 +383,31 @@ def _score(request, slot, state, head, hidden, confidence, out, score_ptr, sizes
     tl.store(scores_ptr, 1.0 / (1.0 + tl.exp(-raw)), mask=inside)
 
 
-@triton.jit
-def latent_item(program, slots_ptr, latent, hidden, products_ptr, num_requests, num_slots, num_drafts, BLOCK_J: tl.constexpr):
-    """The products with hidden states that are this program's; returns the first request they are for, and how many requests."""
-    outputs = tl.cdiv(latent.outputs, 16)
-    pairs = program // outputs * PAIRS + tl.arange(0, PAIRS)
-    requests = pairs // num_drafts
-    slots = state_slots(slots_ptr, requests, num_requests, num_slots)
-    hidden_products(pairs, requests, slots, program % outputs, latent, hidden, products_ptr, num_drafts, BLOCK_J)
-    first = program // outputs * PAIRS // num_drafts
-    count = tl.minimum((program // outputs * PAIRS + PAIRS - 1) // num_drafts, num_requests - 1) - first + 1
-    return first, count
-
-
-@triton.jit
-def awaited(request, latent, num_drafts):
-    """How many programs a request's walk waits for: its rows, and those that multiply its hidden states."""
-    total = num_drafts
-    if latent is not None:
-        tiles = (request * num_drafts + num_drafts - 1) // PAIRS - request * num_drafts // PAIRS + 1
-        total += tiles * tl.cdiv(latent.outputs, 16)
-    return total
-
-
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column", "latent_items", "parts"])
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column"])
 def draft_candidates_kernel(
     # Records of kernels/draft/args.py and kernels/args.py, by their fields' order.
     base,  # BaseLogits
     state,  # RequestState
     successors,  # Successors or None
-    map_ptr,  # int64 [V], ids in the target's vocabulary, or None
     adjust,  # Adjustments or None
     filters,  # FilterSettings or None
-    head,  # CandidateHead or None
+    head,  # Head or None
     latent,  # Latent of a gated or rnn head, or None
     hidden,  # Hidden or None
-    confidence,  # CandidateConfidence or None
+    confidence,  # Confidence or None
     out,  # SparseOutputs
     selection,  # Selection
     scratch,  # WalkScratch
-    counters,  # CandidateCounters
     num_requests, num_slots, num_drafts,
     widths,  # CandidateWidths
-    first_draft, column, latent_items, parts,
+    first_draft, column,
     TILE: tl.constexpr,  # SelectionTile
     OPTIONS: tl.constexpr,  # WalkOptions
 ):  # fmt: skip
-    vocab = widths.vocab
     num_rows = num_requests * num_drafts
     program = tl.program_id(0)
+    latent_items = latent_items_of(latent, num_rows)
+    parts = (tl.num_programs(0) - latent_items) // num_rows
     item = program - latent_items
     row = (item // parts).to(tl.int64)
     # Requests that this program arrives at when its part is done, and how many of them.
@@ -451,57 +425,44 @@ def draft_candidates_kernel(
         slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
         if slot >= 0:
             row_ptr = base.ptr + request.to(tl.int64) * base.stride_request + k.to(tl.int64) * base.stride_position
-            chunks = tl.cdiv(vocab, TILE.BLOCK)
-            settings = RowSettings(map_ptr, widths.num_targets, adjust, slot, slot * num_drafts + k)
-            nan = store_sub_block_keys(
-                row_ptr, selection.keys_ptr + row * padded_sub_blocks(tl.cdiv(vocab, TILE.GROUP)), settings,
-                None, 1.0, part * chunks // parts, (part + 1) * chunks // parts, vocab, TILE,
-            )  # fmt: skip
-            if nan > 0:
-                tl.atomic_or(counters.status_ptr + request, NAN, sem="relaxed")
+            settings = RowSettings(widths.map_ptr, widths.num_targets, adjust, slot, slot * num_drafts + k)
+            sweep_part(row, part, parts, row_ptr, settings, None, 1.0, selection, scratch.status_ptr + request, widths.vocab, TILE)
             if confidence is not None:
                 if part == 0:
-                    own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
-                    tl.store(scratch.score_ptr + row, hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
-            if arrive(counters.row_ptr + row, parts):
-                keep_best(row, row_ptr, settings, selection, vocab, widths.num_candidates, TILE)
+                    tl.store(scratch.score_ptr + row, hidden_score(request, k, hidden, confidence.weight_ptr))
+            if finish_part(row, parts, row_ptr, settings, selection, widths.vocab, widths.num_candidates, TILE):
                 first = request
                 count = tl.full((), 1, tl.int32)
         else:
             if (k == 0) & (part == 0):
                 tl.store(out.flags_ptr + request, 0)
 
-    sizes = WalkSizes(num_drafts, vocab, widths.num_targets, widths.num_candidates, first_draft, column)
+    sizes = WalkSizes(num_drafts, first_draft, column)
     if latent is None:
         # One request at most: what a loop would prepare ahead of itself takes registers from the walk.
         if count > 0:
-            if arrive(counters.request_ptr + first, num_drafts):
+            if arrive(scratch.arrivals_ptr + first, num_drafts):
                 slot = slot_of(state.slots_ptr, first, num_requests, num_slots)
                 walk(
-                    first, slot, counters.status_ptr, base, state, successors, map_ptr, None, adjust, filters, head, latent,
-                    hidden, confidence, out, selection, scratch, sizes, OPTIONS,
+                    first, slot, scratch.status_ptr, base, state, successors, None, adjust, filters, head, latent,
+                    hidden, confidence, out, selection, scratch, widths, sizes, OPTIONS,
                 )  # fmt: skip
             elif head is not None:
-                prefetch_best(row, head, map_ptr, selection, num_rows, vocab, widths.num_candidates, TILE)
+                prefetch_best(row, head, widths.map_ptr, selection, num_rows, widths.vocab, widths.num_candidates, TILE)
     else:
         for request in range(first, first + count):
             slot = slot_of(state.slots_ptr, request, num_requests, num_slots)
             if slot >= 0:
-                if arrive(counters.request_ptr + request, awaited(request, latent, num_drafts)):
+                if arrive(scratch.arrivals_ptr + request, awaited(request, latent, num_drafts)):
                     walk(
-                        request, slot, counters.status_ptr, base, state, successors, map_ptr, None, adjust, filters, head, latent,
-                        hidden, confidence, out, selection, scratch, sizes, OPTIONS,
+                        request, slot, scratch.status_ptr, base, state, successors, None, adjust, filters, head, latent,
+                        hidden, confidence, out, selection, scratch, widths, sizes, OPTIONS,
                     )  # fmt: skip
                 elif program >= latent_items:
-                    prefetch_best(row, head, map_ptr, selection, num_rows, vocab, widths.num_candidates, TILE)
+                    prefetch_best(row, head, widths.map_ptr, selection, num_rows, widths.vocab, widths.num_candidates, TILE)
 
 
 _ADVANCES = {None: no_latent, "vanilla": no_latent, "gated": advance_gated, "rnn": advance_rnn}
-
-
-def latent_programs(rows, outputs):
-    """How many programs multiply `outputs` weights with the hidden states of `rows` positions."""
-    return -(-rows // PAIRS.value) * -(-outputs // 16)
 
 
 def walk_options(kind, coupled, with_markov, joint, shift, rank, config) -> WalkOptions:

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 from ..primitives.adjust import adjusted, no_path
-from ..primitives.constants import NEG_INF, POS_INF, VOCAB_BLOCK
+from ..primitives.constants import NAN, NEG_INF, POS_INF, VOCAB_BLOCK
 from ..primitives.select import ABSENT, ordered_key, scatter, select
 from ..primitives.slots import state_slots
 from ..primitives.sumexp import numbers
+from ..primitives.sync import arrive
 from ..primitives.vocab_blocks import SAW_FINITE, block_sums
 from .args import SelectionTile
 from .candidate_heads import prefetch_rows
@@ -165,6 +166,26 @@ def keep_best(row, row_ptr, settings, selection, vocab, num_candidates, TILE: tl
     if selection.bounds_ptr is not None:
         tl.store(selection.bounds_ptr + row * 2, bound)
         tl.store(selection.bounds_ptr + row * 2 + 1, tl.max(tl.where(selected & (keys == bound), ids, -1)))
+
+
+@triton.jit
+def sweep_part(row, part, parts, row_ptr, settings, blocks, scale, selection, seen_ptr, vocab, TILE: tl.constexpr, first_target=0):
+    """One of `parts` parts of a row: keys of its sub-blocks; NAN at seen_ptr where a logit is. blocks: as in store_sub_block_keys."""
+    chunks = tl.cdiv(vocab, TILE.BLOCK)
+    keys_ptr = selection.keys_ptr + row * padded_sub_blocks(tl.cdiv(vocab, TILE.GROUP))
+    first, end = part * chunks // parts, (part + 1) * chunks // parts
+    nan = store_sub_block_keys(row_ptr, keys_ptr, settings, blocks, scale, first, end, vocab, TILE, first_target)
+    if nan > 0:
+        tl.atomic_or(seen_ptr, NAN, sem="relaxed")
+
+
+@triton.jit
+def finish_part(row, parts, row_ptr, settings, selection, vocab, num_candidates, TILE: tl.constexpr, first_target=0):
+    """A part that `sweep_part` began is done; True for the last one, which keeps the C best of the row."""
+    last = arrive(selection.arrivals_ptr + row, parts)
+    if last:
+        keep_best(row, row_ptr, settings, selection, vocab, num_candidates, TILE, first_target)
+    return last
 
 
 @triton.jit

@@ -181,7 +181,6 @@ class PathScratch(NamedTuple):
 class PathCounters(NamedTuple):
     """Counters of a tree of paths, zero before and after."""
 
-    row_ptr: Pointer  # int32 [R, K]
     request_ptr: Pointer  # int32 [R]
     status_ptr: Pointer  # int32 [R, K]
 

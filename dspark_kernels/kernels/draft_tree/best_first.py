@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from ..draft.args import RowSettings
-from ..draft.candidates import awaited, hidden_score, latent_item, latent_programs
-from ..draft.selection import best_ids, keep_best, padded_sub_blocks, prefetch_best, selection_tile, slot_of, store_sub_block_keys
+from ..draft.candidate_heads import awaited, hidden_score, latent_item, latent_programs
+from ..draft.selection import best_ids, finish_part, prefetch_best, selection_tile, slot_of, sweep_part
 from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NODE_FIELDS, NONFINITE_ROW, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.options import options_of
 from ..primitives.sumexp import below_max, numbers
@@ -202,7 +202,7 @@ def draft_paths_kernel(
     # Records of kernels/draft_tree/args.py and kernels/draft/args.py.
     base,  # BaseLogits
     state,  # PathState
-    head,  # CandidateHead or None
+    head,  # Head or None
     latent,  # Latent of a gated or rnn head, or None
     hidden,  # Hidden or None
     confidence,  # NodeConfidence or None
@@ -238,7 +238,6 @@ def draft_paths_kernel(
         if slot >= 0:
             row_ptr = base.ptr + request.to(tl.int64) * base.stride_request + k.to(tl.int64) * base.stride_position
             wide_row = row.to(tl.int64)
-            chunks = tl.cdiv(vocab, SELECTION.BLOCK)
             own_blocks = None
             if blocks is not None:
                 own_blocks = BlockSums(
@@ -246,18 +245,14 @@ def draft_paths_kernel(
                     blocks.sumexp_ptr + wide_row * tl.cdiv(vocab, VOCAB_BLOCK)
                 )  # fmt: skip
             settings = RowSettings(None, 0, None, slot, 0)
-            nan = store_sub_block_keys(
-                row_ptr, selection.keys_ptr + wide_row * padded_sub_blocks(tl.cdiv(vocab, SELECTION.GROUP)), settings, own_blocks,
-                row_scale(state.temperature_ptr, slot), part * chunks // parts, (part + 1) * chunks // parts, vocab, SELECTION,
+            sweep_part(
+                wide_row, part, parts, row_ptr, settings, own_blocks, row_scale(state.temperature_ptr, slot), selection,
+                counters.status_ptr + row, vocab, SELECTION,
             )  # fmt: skip
-            if nan > 0:
-                tl.atomic_or(counters.status_ptr + row, NAN, sem="relaxed")
             if confidence is not None:
                 if part == 0:
-                    own_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request + k.to(tl.int64) * hidden.stride_position
-                    tl.store(scratch.score_ptr + row, hidden_score(own_ptr, confidence.weight_ptr, hidden.size))
-            if arrive(counters.row_ptr + row, parts):
-                keep_best(wide_row, row_ptr, settings, selection, vocab, widths.num_candidates, SELECTION)
+                    tl.store(scratch.score_ptr + row, hidden_score(request, k, hidden, confidence.weight_ptr))
+            if finish_part(wide_row, parts, row_ptr, settings, selection, vocab, widths.num_candidates, SELECTION):
                 if head is not None:
                     tl.debug_barrier()
                     prefetch_best(wide_row, head, None, selection, num_rows, vocab, widths.num_candidates, SELECTION)

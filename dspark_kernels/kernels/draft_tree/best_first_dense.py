@@ -15,8 +15,7 @@ next depth. Every phase waits for what the last item of the one before publishes
 import triton
 import triton.language as tl
 
-from ..draft.candidate_heads import weighted
-from ..draft.candidates import awaited, hidden_score, latent_item, latent_programs
+from ..draft.candidate_heads import awaited, hidden_score, latent_item, latent_programs, weighted
 from ..draft.selection import slot_of
 from ..primitives.constants import (
     BAD_TOKEN_ID,
@@ -253,9 +252,7 @@ def _start(request, slot, anchor, latent, hidden, confidence, own, out, products
         init_tree(own.kept_ptr, anchor, NODES)
         if confidence is not None:
             for k in range(num_drafts):
-                row_ptr = hidden.ptr + request.to(tl.int64) * hidden.stride_request
-                row_ptr += tl.cast(k, tl.int64) * hidden.stride_position
-                tl.store(own.score_ptr + k, hidden_score(row_ptr, confidence.weight_ptr, hidden.size))
+                tl.store(own.score_ptr + k, hidden_score(request, k, hidden, confidence.weight_ptr))
             tl.debug_barrier()
         opens = opens * 0
     else:
@@ -286,7 +283,7 @@ def draft_paths_dense_kernel(
     # Records of kernels/draft_tree/args.py and kernels/draft/args.py.
     base,  # BaseLogits
     state,  # PathState
-    head,  # CandidateHead
+    head,  # Head
     latent,  # Latent of a gated or rnn head, or None
     hidden,  # Hidden or None
     confidence,  # NodeConfidence or None

@@ -31,7 +31,7 @@ def rows_product(total, row_ptrs, there, weight_ptr, columns, used, first_column
 
 @triton.jit
 def node_bias(ids, used, row_ptrs, there, head, BLOCK_R: tl.constexpr):
-    """fp32 [ROWS, N]: latents of ROWS nodes . W2[ids]. head: CandidateHead."""
+    """fp32 [ROWS, N]: latents of ROWS nodes . W2[ids]. head: Head."""
     total = tl.zeros([row_ptrs.shape[0], ids.shape[0]], tl.float32)
     columns = ids.to(tl.int64) * head.stride_w2
     total = rows_product(total, row_ptrs, there, head.w2_ptr, columns, used, 0, head.rank, BLOCK_R)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_int, check_tensor, check_type
-from ...kernels.draft.args import CandidateList, CandidateWidths, GatheredLists, Selection, ShardWeights, WalkScratch
+from ...kernels.draft.args import CandidateList, CandidateWidths, GatheredLists, MergedIds, ShardWeights, WalkScratch
 from ...launch import arch
 from ...launch.draft import candidates as launch
 from ...library import Out
@@ -63,10 +63,9 @@ def _finish_counters(take, requests: int) -> Tensor:
     return take(requests, torch.int32)
 
 
-def _finish_scratch(take, positions: int, candidates: int, width: int) -> tuple[Tensor, Tensor, WalkScratch]:
-    """The best ids of all ranks, where they lie, and scratch of the walk."""
+def _finish_scratch(take, positions: int, candidates: int, width: int) -> tuple[MergedIds, WalkScratch]:
     ids, places = take(positions * candidates, torch.int32), take(positions * candidates, torch.int32)
-    return ids, places, whole.walk_scratch(take, positions, width)
+    return MergedIds(ids_ptr=ids, places_ptr=places), whole.walk_scratch(take, positions, width)
 
 
 @workspaces.declare(FINISH)
@@ -235,8 +234,9 @@ def _draft_candidates_partial(a: PartialArguments):
     config = _config(gpu, a.base_logits, a.candidates, w2, 0, sampling, mapped)
     config = launch.list_config(gpu, config, sampling.adjusts, mapped)
     positions = rows * drafts
-    row_count, seen = _part_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, positions)
+    row_arrivals, seen = _part_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, positions)
     selection = whole.selection_of(workspaces.Carver(a.scratch).take, positions, width, config.group, a.candidates)
+    selection = selection._replace(arrivals_ptr=row_arrivals)
     weights = None
     if w2 is not None:
         stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
@@ -248,7 +248,7 @@ def _draft_candidates_partial(a: PartialArguments):
         positions * parts,
         (
             base_record(a.base_logits), a.state_indices, a.draft_to_target, adjust, weights, CandidateList(**own), selection,
-            row_count, seen, rows, a.slots, drafts, a.vocab_start, a.held, a.targets, a.candidates, parts,
+            seen, rows, a.slots, drafts, a.vocab_start, a.held, a.targets, a.candidates, parts,
         ),
         shift=whole.unused_bits(a.base_logits, adjust),
         config=config,
@@ -292,25 +292,25 @@ def _draft_candidates_finish(a: FinishArguments):
     scaled = travels and a.head.w2_scale is not None
     fields = _fields(rows, drafts, a.candidates, a.base_logits.dtype, w2 if travels else None, scaled, a.mapped)
     parts = {name: fields.view(a.gathered, name) for name in NAMES}
-    lists = GatheredLists(**{f"{name}_ptr": view for name, view in parts.items() if name != "scales"})
+    lists = GatheredLists(**{f"{name}_ptr": view for name, view in parts.items() if name != "scales"}, shards=a.gathered.shape[0])
     positions = rows * drafts
-    request_count = _finish_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
+    arrivals = _finish_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
     take = workspaces.Carver(a.scratch).take
-    best, places, scratch = _finish_scratch(take, positions, a.candidates, config.width)
+    merged, scratch = _finish_scratch(take, positions, a.candidates, config.width)
+    scratch = scratch._replace(arrivals_ptr=arrivals)
     walk = whole.walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scratch, take)
     head = walk.head
     if travels:
         head = head._replace(w2_ptr=parts["rows"], stride_w2=0, scale_ptr=parts["scales"])
-    latent_items = kernels.latent_programs(positions, outputs)
     kernels.launch_candidates_finish(
-        latent_items + positions,
+        kernels.latent_programs(positions, outputs) + positions,
         (
             lists, whole.request_state(a.anchors, a.anchor_positions, a.state_indices, sampling),
             adjust, filters, head, walk.latent, walk.hidden, walk.confidence, a.results.outputs(),
-            Selection(keys_ptr=None, sub_blocks_ptr=None, ids_ptr=best, bounds_ptr=None), walk.scratch, places, request_count,
+            merged, walk.scratch,
             rows, a.anchors.shape[0], drafts,
-            CandidateWidths(vocab=a.vocab_size, num_targets=a.targets, num_candidates=a.candidates),
-            a.first_draft, a.column, latent_items, a.gathered.shape[0], a.gathered.shape[1],
+            CandidateWidths(vocab=a.vocab_size, map_ptr=None, num_targets=a.targets, num_candidates=a.candidates),
+            a.first_draft, a.column, a.gathered.shape[1],
         ),
         kind=walk.kind,
         coupled=a.coupled,

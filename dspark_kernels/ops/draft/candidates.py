@@ -15,10 +15,9 @@ from torch import Tensor
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, check_int, check_tensor
 from ...kernels.draft.args import (
-    CandidateConfidence,
-    CandidateCounters,
-    CandidateHead,
     CandidateWidths,
+    Confidence,
+    Head,
     Hidden,
     Latent,
     RequestState,
@@ -57,24 +56,34 @@ def _sub_block_words(vocab: int, group: int) -> int:
 
 
 def selection_of(take, positions: int, vocab: int, group: int, candidates: int) -> Selection:
-    """Scratch for finding the best ids of every position, with sub-blocks of `group` ids."""
+    """Scratch for finding the best ids of every position, with sub-blocks of `group` ids; its counters are the caller's to add."""
     return Selection(
         keys_ptr=take(positions * _sub_block_words(vocab, group), torch.int32),
         sub_blocks_ptr=take(positions * candidates, torch.int32),
         ids_ptr=take(positions * candidates, torch.int32),
         bounds_ptr=None,
+        arrivals_ptr=None,
     )
 
 
-def _counters(take, requests: int, drafts: int) -> CandidateCounters:
-    rows = take(requests * drafts, torch.int32)
-    return CandidateCounters(row_ptr=rows, request_ptr=take(requests, torch.int32), status_ptr=take(requests, torch.int32))
+class _Counters(NamedTuple):
+    """Zero before and after."""
+
+    row_arrivals: Tensor
+    arrivals: Tensor
+    status: Tensor
+
+
+def _counters(take, requests: int, drafts: int) -> _Counters:
+    return _Counters(*(take(size, torch.int32) for size in (requests * drafts, requests, requests)))
 
 
 def walk_scratch(take, positions: int, width: int) -> WalkScratch:
-    """Scratch of the walk that heads of every kind need. width: entries of a position, padded."""
+    """Scratch of the walk that heads of every kind need, without counters. width: entries of a position, padded."""
     scores, noise = take(positions, torch.float32), take(positions * width, torch.float32)
-    return WalkScratch(score_ptr=scores, noise_ptr=noise, products_ptr=None, latent_ptr=None, states_ptr=None)
+    return WalkScratch(
+        score_ptr=scores, noise_ptr=noise, products_ptr=None, latent_ptr=None, states_ptr=None, arrivals_ptr=None, status_ptr=None
+    )
 
 
 def _scratch(take, positions: int, vocab: int, group: int, candidates: int, width: int) -> tuple[Selection, WalkScratch]:
@@ -187,24 +196,25 @@ def _draft_candidates(a: Arguments):
     counters = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, drafts)
     take = workspaces.Carver(a.scratch).take
     selection, scratch = _scratch(take, positions, vocab, config.group, a.candidates, config.width)
+    selection = selection._replace(arrivals_ptr=counters.row_arrivals)
+    scratch = scratch._replace(arrivals_ptr=counters.arrivals, status_ptr=counters.status)
     walk = walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scratch, take)
     successors = None
     if a.bigrams is not None:
         successors = Successors(ptr=a.bigrams, stride=a.bigrams.stride(0), vocab=a.bigrams.shape[0], count=successors_after)
     else:
         selection = selection._replace(bounds_ptr=None)
-    latent_items = kernels.latent_programs(positions, outputs)
     parts = launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_candidates(
-        latent_items + positions * parts,
+        kernels.latent_programs(positions, outputs) + positions * parts,
         (
             base_record(a.base_logits),
             request_state(a.anchors, a.anchor_positions, a.state_indices, sampling),
-            successors, a.draft_to_target, adjust, filters, walk.head, walk.latent, walk.hidden, walk.confidence,
-            a.results.outputs(), selection, walk.scratch, counters,
+            successors, adjust, filters, walk.head, walk.latent, walk.hidden, walk.confidence,
+            a.results.outputs(), selection, walk.scratch,
             rows, a.anchors.shape[0], drafts,
-            CandidateWidths(vocab=vocab, num_targets=a.targets, num_candidates=a.candidates),
-            a.first_draft, a.column, latent_items, parts,
+            CandidateWidths(vocab=vocab, map_ptr=a.draft_to_target, num_targets=a.targets, num_candidates=a.candidates),
+            a.first_draft, a.column,
         ),
         kind=walk.kind,
         coupled=a.coupled,
@@ -239,14 +249,14 @@ def hidden_states(hidden: Tensor | None) -> Hidden | None:
     return Hidden(ptr=hidden, stride_request=hidden.stride(0), stride_position=hidden.stride(1), size=hidden.shape[2])
 
 
-def head_records(head: LatentHead, head_state=None) -> tuple[str | None, CandidateHead | None, Latent | None]:
+def head_records(head: LatentHead, head_state=None) -> tuple[str | None, Head | None, Latent | None]:
     """(kind of head, its record, the record of a gated or rnn head); None where the call has no such head."""
     w1, w2, weight, rank = head.w1, head.w2, head.latent_weight, head.rank
     if w1 is None:
         return None, None, None
     # Bytes of e4m3 are decoded by the kernel: not every architecture has the type.
     stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
-    record = CandidateHead(
+    record = Head(
         w1_ptr=w1, stride_w1=w1.stride(0), w2_ptr=stored, stride_w2=w2.stride(0), scale_ptr=head.w2_scale, vocab=w1.shape[0],
         rank=rank,
     )  # fmt: skip
@@ -265,10 +275,10 @@ class Walk(NamedTuple):
     """The head and the confidence head, as the walk over a request's positions takes them."""
 
     kind: str | None
-    head: CandidateHead | None
+    head: Head | None
     latent: Latent | None
     hidden: Hidden | None
-    confidence: CandidateConfidence | None
+    confidence: Confidence | None
     scratch: WalkScratch
 
 
@@ -285,7 +295,7 @@ def walk_records(
         scratch = scratch._replace(products_ptr=products, latent_ptr=latents, states_ptr=states)
     confident = None
     if confidence_head.weight is not None:
-        confident = CandidateConfidence(
+        confident = Confidence(
             weight_ptr=confidence_head.weight, bias_ptr=confidence_head.bias, sts_ptr=confidence_head.sts_temperatures,
             scores_ptr=results.confidence, stride_scores=results.confidence.stride(0), raw_ptr=results.confidence_logits,
             stride_raw=results.confidence_logits.stride(0),

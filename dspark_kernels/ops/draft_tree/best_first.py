@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_int, check_tensor, not_yet
-from ...kernels.draft.args import CandidateHead, Latent, Selection
+from ...kernels.draft.args import Head, Latent, Selection
 from ...kernels.draft_tree.args import (
     BlockSums,
     DepthScratch,
@@ -51,9 +51,10 @@ OP = "draft_tree"
 NEEDS, NEEDS_DENSE = "draft_tree paths", "draft_tree dense paths"
 
 
-def _counters(take, requests: int, drafts: int) -> PathCounters:
+def _counters(take, requests: int, drafts: int) -> tuple[Tensor, PathCounters]:
+    """Arrivals at rows, for `Selection`, and the others."""
     rows = take(requests * drafts, torch.int32)
-    return PathCounters(row_ptr=rows, request_ptr=take(requests, torch.int32), status_ptr=take(requests * drafts, torch.int32))
+    return rows, PathCounters(request_ptr=take(requests, torch.int32), status_ptr=take(requests * drafts, torch.int32))
 
 
 def _scratch(
@@ -217,10 +218,11 @@ def _draft_paths(arguments: CandidateArguments):
     group = candidates_launch.sub_block_ids(vocab, candidates)
     config = launch.pick(gpu, vocab, candidates, nodes, a.head.rank, weights_name(a.head.w2), outputs, group)
 
-    counters = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, drafts)
+    row_arrivals, counters = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, drafts)
     take = workspaces.Carver(a.scratch).take
     sizes = (config.group, candidates, config.nodes, config.width)
     selection, sums, scratch = _scratch(take, rows, drafts, vocab, *sizes)
+    selection = selection._replace(arrivals_ptr=row_arrivals)
     latent_items = kernels.latent_programs(positions, outputs)
     parts = candidates_launch.parts(gpu, positions, -(-vocab // config.block))
     kernels.launch_draft_paths(
@@ -265,7 +267,7 @@ def _draft_paths_dense(a: PathArguments):
 
 
 def _with_latents(
-    scratch: PathScratch | DepthScratch, take, head: CandidateHead | None, latent: Latent | None, products: int, nodes: int
+    scratch: PathScratch | DepthScratch, take, head: Head | None, latent: Latent | None, products: int, nodes: int
 ) -> PathScratch | DepthScratch:
     """The scratch with room for a gated or rnn head: products with all hidden states, and latents of the nodes of all trees."""
     precomputed = latents = states = scratch.score_ptr  # without a latent nobody reads them
