@@ -388,6 +388,7 @@ class WalkOptions(NamedTuple):
     LOG_WIDTH: int
     WIDTH: int  # padded number of candidates and successors
     SHIFT: int  # low bits that no key sets
+    ROWS: int  # positions at a time, where none waits for another
     BLOCK_R: int  # ranks of W2 at a time
     MORE_RANKS: bool  # there are more
     BLOCK_O: int  # outputs of a latent at a time

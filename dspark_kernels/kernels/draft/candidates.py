@@ -48,7 +48,7 @@ from .selection import (
 )
 
 SCORE_RANKS = tl.constexpr(256)  # ranks of the confidence head at a time
-NOISE_ENTRIES = tl.constexpr(512)  # candidates of all positions whose noise is drawn at once
+ENTRIES = 512  # candidates of several positions that are looked at at once
 
 
 @triton.jit
@@ -150,24 +150,35 @@ def _targets(ids, places, row, merged, widths):
 
 
 @triton.jit
-def _store_noise(
-    noise_ptr, seed, anchor, noise_anchor, first, end, ids_ptr, merged, widths, sizes, OPTIONS: tl.constexpr
+def _several_ids(k, first, selection, widths, sizes, OPTIONS: tl.constexpr):
+    """[ROWS, WIDTH] of positions from k on."""
+    row = first + k + tl.arange(0, OPTIONS.ROWS)[:, None]
+    c = tl.arange(0, OPTIONS.WIDTH)[None, :]
+    return best_ids(selection.ids_ptr, row, first + sizes.num_drafts, c, widths.num_candidates, widths.vocab)
+
+
+@triton.jit
+def _prepare(
+    k, ids, slot, seed, anchor, noise_anchor, first, merged, out, scratch, widths, sizes, SAMPLED: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """log2 of the exponential variates of all candidates of a request: many positions at once keep every lane busy."""
+    """Of ROWS positions from k on what no draft decides: target ids, and log2 of the exponential variates of all candidates, to
+    scratch. ids: `_several_ids`. Many positions at once keep every lane busy."""
     WIDTH: tl.constexpr = OPTIONS.WIDTH
-    ROWS: tl.constexpr = min(OPTIONS.DRAFTS, max(1, NOISE_ENTRIES // WIDTH))
+    end = first + sizes.num_drafts
     c = tl.arange(0, WIDTH)[None, :]
-    for k in range(0, sizes.num_drafts, ROWS):
-        position = k + tl.arange(0, ROWS)[:, None]
-        row = first + position
-        ids = best_ids(ids_ptr, row, end, c, widths.num_candidates, widths.vocab)
-        places = ids
-        if merged is not None:
-            places = _places(c, row, end, merged, widths.num_candidates)
-        targets, _ = _targets(ids, places, row, merged, widths)
+    position = k + tl.arange(0, OPTIONS.ROWS)[:, None]
+    row = first + position
+    places = ids
+    if merged is not None:
+        places = _places(c, row, end, merged, widths.num_candidates)
+    targets, used = _targets(ids, places, row, merged, widths)
+    if out.ids_ptr is not None:
+        place = slot * out.stride_ids + (sizes.column + position).to(tl.int64) * out.stride_ids_position + c
+        tl.store(out.ids_ptr + place, tl.where(used, targets, 0), mask=(row < end) & (c < widths.num_candidates))
+    if SAMPLED:
         words = words_at(seed, targets, anchor + (sizes.first_draft + position + 1), noise_anchor, OPTIONS.STREAM)
-        tl.store(noise_ptr + row * WIDTH + c, log2_exponential(words), mask=row < end)
-    tl.debug_barrier()
+        tl.store(scratch.noise_ptr + row * WIDTH + c, log2_exponential(words), mask=row < end)
 
 
 @triton.jit
@@ -230,10 +241,15 @@ def walk(
     num_drafts, column = sizes.num_drafts, sizes.column
     vocab, num_candidates = widths.vocab, widths.num_candidates
     WIDTH: tl.constexpr = OPTIONS.WIDTH
+    DRAFTS: tl.constexpr = OPTIONS.DRAFTS
+    SAMPLED: tl.constexpr = state.temperature_ptr is not None
     c = tl.arange(0, WIDTH)
     first = request.to(tl.int64) * num_drafts
     end = first + num_drafts  # the rows beyond are another request's, which may not be there yet
     ids = best_ids(selection.ids_ptr, first, end, c, num_candidates, vocab)
+    PREPARED: tl.constexpr = successors is None and (SAMPLED or out.ids_ptr is not None)
+    if PREPARED:
+        several = _several_ids(0, first, selection, widths, sizes, OPTIONS)
     anchor = tl.load(state.positions_ptr + slot * state.stride_positions).to(tl.int64)
     previous = tl.load(state.anchors_ptr + slot * state.stride_anchors).to(tl.int64)
     temperature, seed = _temperature_and_seed(state, slot)
@@ -242,7 +258,7 @@ def walk(
     if OPTIONS.STREAM == COUPLED:
         noise_anchor = anchor * 0
     if merged is None:
-        flags = tl.atomic_xchg(status_ptr + request, 0, sem="relaxed")
+        flags = tl.load(status_ptr + request, volatile=True)
     else:
         flags = _gathered_flags(status_ptr, request, merged, num_drafts, OPTIONS.DRAFTS)
     if head is not None:
@@ -259,14 +275,24 @@ def walk(
         if merged is not None:
             first_places = _places(c, first, end, merged, num_candidates)
         next_logits = _base_logits(ids, first_places, row_ptr, base, merged, num_candidates)
-        if state.temperature_ptr is not None:
-            _store_noise(
-                scratch.noise_ptr, seed, anchor, noise_anchor, first, end, selection.ids_ptr, merged, widths, sizes, OPTIONS
-            )
+        if PREPARED:
+            _prepare(
+                0, several, slot, seed, anchor, noise_anchor, first, merged, out, scratch, widths, sizes, SAMPLED, OPTIONS
+            )  # fmt: skip
+            if DRAFTS > OPTIONS.ROWS:
+                for k in range(OPTIONS.ROWS, num_drafts, OPTIONS.ROWS):
+                    several = _several_ids(k, first, selection, widths, sizes, OPTIONS)
+                    _prepare(
+                        k, several, slot, seed, anchor, noise_anchor, first, merged, out, scratch, widths, sizes, SAMPLED, OPTIONS
+                    )  # fmt: skip
+        if SAMPLED:
+            tl.debug_barrier()
             next_noise = tl.load(scratch.noise_ptr + first * WIDTH + c, volatile=True)
     nan = tl.zeros([WIDTH], tl.int32)
+    followed = tl.zeros([DRAFTS], tl.int64)  # the token that each position follows
     for k in range(num_drafts):
         row = first + k
+        followed = tl.where(tl.arange(0, DRAFTS) == k, previous, followed)
         k_ptr = row_ptr + tl.cast(k, tl.int64) * base.stride_position
         settings = RowSettings(widths.map_ptr, widths.num_targets, adjust, slot, slot * num_drafts + k)
         if successors is not None:
@@ -312,9 +338,11 @@ def walk(
         x = tl.where(used, numbers(x), NEG_INF).to(base.ptr.dtype.element_ty).to(tl.float32)
         if filters is not None:
             x = _filtered(x, targets, used, slot, temperature, scale, filters, OPTIONS)
+        if successors is not None:
+            if out.ids_ptr is not None:
+                place = slot * out.stride_ids + (column + k).to(tl.int64) * out.stride_ids_position + c
+                tl.store(out.ids_ptr + place, tl.where(used, targets, 0), mask=c < width)
         if out.logits_ptr is not None:
-            place = slot * out.stride_ids + (column + k).to(tl.int64) * out.stride_ids_position + c
-            tl.store(out.ids_ptr + place, tl.where(used, targets, 0), mask=c < width)
             place = slot * out.stride_logits + (column + k).to(tl.int64) * out.stride_logits_position + c
             tl.store(out.logits_ptr + place, x.to(base.ptr.dtype.element_ty), mask=c < width)
         key = x
@@ -331,54 +359,70 @@ def walk(
     flags = flags | tl.max(tl.where(nan > 0, NAN, 0), axis=0)
     tl.store(out.flags_ptr + request, flags)
     tl.debug_barrier()
-    if state.temperature_ptr is not None:
-        if out.lse_ptr is not None:
-            _store_lse(slot, scale, out, width, sizes, OPTIONS)
+    if merged is None:
+        tl.store(status_ptr + request, 0)
+    if SAMPLED and out.lse_ptr is not None:
+        stored = _stored_logits(0, slot, out, width, sizes, OPTIONS)  # on their way while the scores are summed
     if confidence is not None:
-        _score(request, slot, state, head, hidden, confidence, out, scratch.score_ptr, sizes, OPTIONS.WITH_MARKOV, OPTIONS.DRAFTS)
+        _score(request, slot, followed, head, hidden, confidence, scratch.score_ptr, sizes, OPTIONS)
+    if SAMPLED and out.lse_ptr is not None:
+        _store_lse(0, stored, slot, scale, out, sizes, OPTIONS)
+        if OPTIONS.DRAFTS > OPTIONS.ROWS:
+            for k in range(OPTIONS.ROWS, num_drafts, OPTIONS.ROWS):
+                _store_lse(k, _stored_logits(k, slot, out, width, sizes, OPTIONS), slot, scale, out, sizes, OPTIONS)
 
 
 @triton.jit
-def _store_lse(slot, scale, out, width, sizes, OPTIONS: tl.constexpr):
-    """ln sum exp(logit / T) of all positions of one request, whose logits are stored."""
-    WIDTH: tl.constexpr = OPTIONS.WIDTH
-    ROWS: tl.constexpr = min(OPTIONS.DRAFTS, max(1, NOISE_ENTRIES // WIDTH))
-    c = tl.arange(0, WIDTH)[None, :]
-    for first in range(0, sizes.num_drafts, ROWS):
-        k = first + tl.arange(0, ROWS)
-        place = slot * out.stride_logits + (sizes.column + k).to(tl.int64)[:, None] * out.stride_logits_position + c
-        inside = (k < sizes.num_drafts)[:, None] & (c < width)
-        x = tl.load(out.logits_ptr + place, mask=inside, other=NEG_INF, volatile=True).to(tl.float32)
-        top = tl.max(x, axis=1)
-        sumexp = tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * SUMEXP_ONE).to(tl.int64), axis=1)
-        lse_ptr = out.lse_ptr + slot * out.stride_lse + sizes.column
-        tl.store(lse_ptr + k, log_sum_exp(top, sumexp, scale), mask=k < sizes.num_drafts)
+def _stored_logits(first, slot, out, width, sizes, OPTIONS: tl.constexpr):
+    """fp32 [ROWS, WIDTH] of positions from `first` on."""
+    k = first + tl.arange(0, OPTIONS.ROWS)
+    c = tl.arange(0, OPTIONS.WIDTH)[None, :]
+    place = slot * out.stride_logits + (sizes.column + k).to(tl.int64)[:, None] * out.stride_logits_position + c
+    inside = (k < sizes.num_drafts)[:, None] & (c < width)
+    return tl.load(out.logits_ptr + place, mask=inside, other=NEG_INF, volatile=True).to(tl.float32)
 
 
 @triton.jit
-def _score(request, slot, state, head, hidden, confidence, out, score_ptr, sizes, WITH_MARKOV: tl.constexpr, DRAFTS: tl.constexpr):
-    """Confidence of all positions of one request, whose drafts are there."""
-    k = tl.arange(0, DRAFTS)
+def _store_lse(first, x, slot, scale, out, sizes, OPTIONS: tl.constexpr):
+    """ln sum exp(logit / T) of the positions of `_stored_logits`."""
+    k = first + tl.arange(0, OPTIONS.ROWS)
+    top = tl.max(x, axis=1)
+    sumexp = tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * SUMEXP_ONE).to(tl.int64), axis=1)
+    lse_ptr = out.lse_ptr + slot * out.stride_lse + sizes.column
+    tl.store(lse_ptr + k, log_sum_exp(top, sumexp, scale), mask=k < sizes.num_drafts)
+
+
+@triton.jit
+def _w1_scores(first, followed, known, head, weight_ptr):
+    """fp32 [DRAFTS]: SCORE_RANKS ranks of W1 from `first` on, of the token that each position follows, times the confidence head."""
+    i = first + tl.arange(0, SCORE_RANKS)
+    there = known[:, None] & (i < head.rank)[None, :]
+    e = tl.load(head.w1_ptr + followed[:, None] * head.stride_w1 + i[None, :], mask=there, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + i, mask=i < head.rank, other=0.0).to(tl.float32)
+    return tl.sum(e * w[None, :], axis=1)
+
+
+@triton.jit
+def _score(request, slot, followed, head, hidden, confidence, score_ptr, sizes, OPTIONS: tl.constexpr):
+    """Confidence of all positions of one request. followed int64 [DRAFTS]: the token before each."""
+    k = tl.arange(0, OPTIONS.DRAFTS)
     inside = k < sizes.num_drafts
     raw = tl.load(score_ptr + request.to(tl.int64) * sizes.num_drafts + k, mask=inside, other=0.0, volatile=True)
-    if WITH_MARKOV:
-        rank = head.rank
-        anchor = tl.load(state.anchors_ptr + slot * state.stride_anchors).to(tl.int64)
-        tokens_ptr = out.tokens_ptr + (slot * out.stride_tokens + sizes.column)
-        previous = tl.load(tokens_ptr + k - 1, mask=inside & (k > 0), other=-1, volatile=True)
-        previous = tl.where(k == 0, anchor, previous)
-        known = inside & (previous >= 0) & (previous < head.vocab)
-        for first in range(0, rank, SCORE_RANKS):
-            i = first + tl.arange(0, SCORE_RANKS)
-            there = known[:, None] & (i < rank)[None, :]
-            e = tl.load(head.w1_ptr + previous[:, None] * head.stride_w1 + i[None, :], mask=there, other=0.0).to(tl.float32)
-            w = tl.load(confidence.weight_ptr + hidden.size + i, mask=i < rank, other=0.0).to(tl.float32)
-            raw += tl.sum(e * w[None, :], axis=1)
     if confidence.bias_ptr is not None:
-        raw += tl.load(confidence.bias_ptr).to(tl.float32)
+        bias = tl.load(confidence.bias_ptr).to(tl.float32)
+    if confidence.sts_ptr is not None:
+        temperatures = tl.load(confidence.sts_ptr + sizes.first_draft + k, mask=inside, other=1.0)
+    if OPTIONS.WITH_MARKOV:
+        known = inside & (followed >= 0) & (followed < head.vocab)
+        weight_ptr = confidence.weight_ptr + hidden.size
+        raw += _w1_scores(0, followed, known, head, weight_ptr)
+        for first in range(SCORE_RANKS, head.rank, SCORE_RANKS):
+            raw += _w1_scores(first, followed, known, head, weight_ptr)
+    if confidence.bias_ptr is not None:
+        raw += bias
     tl.store(confidence.raw_ptr + slot * confidence.stride_raw + sizes.column + k, raw, mask=inside)
     if confidence.sts_ptr is not None:
-        raw = raw / tl.load(confidence.sts_ptr + sizes.first_draft + k, mask=inside, other=1.0)
+        raw = raw / temperatures
     scores_ptr = confidence.scores_ptr + slot * confidence.stride_scores + sizes.column + k
     tl.store(scores_ptr, 1.0 / (1.0 + tl.exp(-raw)), mask=inside)
 
@@ -475,6 +519,7 @@ def walk_options(kind, coupled, with_markov, joint, shift, rank, config) -> Walk
         LOG_WIDTH=config.width.bit_length() - 1,
         WIDTH=config.width,
         SHIFT=shift,
+        ROWS=min(config.drafts, max(1, ENTRIES // config.width)),
         BLOCK_R=config.block_r,
         MORE_RANKS=rank > config.block_r,
         BLOCK_O=config.block_o,

@@ -20,7 +20,7 @@ from .args import SelectionTile
 from .candidate_heads import prefetch_rows
 
 SUB_BLOCK_COLUMNS = tl.constexpr(64)
-FEW_ROWS = tl.constexpr(128)  # of logits: rows of W1 of all their candidates are a tenth of them
+LAST_ROWS = tl.constexpr(128)  # of a batch; the rows of W1 of all their candidates are a tenth of their logits
 
 
 @triton.jit
@@ -190,12 +190,12 @@ def finish_part(row, parts, row_ptr, settings, selection, vocab, num_candidates,
 
 @triton.jit
 def prefetch_best(row, head, map_ptr, selection, num_rows, vocab, num_candidates, TILE: tl.constexpr):
-    """Rows of the head that may be read for the C best of a row: of W2, of which all are, and of W1, of which one is, where memory
-    has little else to do and an id is its own target id."""
+    """Rows of the head that may be read for the C best of a row: of W2, of which all are, and of W1, of which one is, where an id is
+    its own target id: only for the last rows, whose requests nothing but the walk keeps waiting."""
     best = best_ids(selection.ids_ptr, row, num_rows, tl.arange(0, TILE.WIDTH), num_candidates, vocab)
     prefetch_rows(head.w2_ptr, head.stride_w2, best, head.rank)
     if map_ptr is None:
-        if num_rows <= FEW_ROWS:
+        if row >= num_rows - LAST_ROWS:
             prefetch_rows(head.w1_ptr, head.stride_w1, tl.where(best < head.vocab, best, -1), head.rank)
 
 
