@@ -18,7 +18,7 @@ import triton.language as tl
 from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE
 from ..primitives.options import options_of
 from ..primitives.philox import COUPLED, DRAFT, log2_exponential, words_at
-from ..primitives.race import pack, unpack_id, unpack_key
+from ..primitives.race import largest_word, pack, unpack_id, unpack_key
 from ..primitives.sumexp import below_max, log2_scale, numbers
 from ..primitives.support import last_kept
 from ..primitives.sync import arrive
@@ -315,7 +315,9 @@ def walk(
         x = logits.to(tl.float32)
         if head is not None:
             turn = Turn(k, num_drafts, sizes.first_draft, slot)
-            x += _bias(turn, row, request, previous, ids, places, merged, head, latent, hidden, scratch, num_candidates, OPTIONS)
+            bias = _bias(turn, row, request, previous, ids, places, merged, head, latent, hidden, scratch, num_candidates, OPTIONS)
+            # By way of a gather, which leaves an entry in one lane of a warp: a product has each of its columns in eight.
+            x = tl.gather(x + bias, c, axis=0)
 
         targets, used = _targets(ids, places, row, merged, widths)
         if state.temperature_ptr is not None:
@@ -348,7 +350,7 @@ def walk(
         key = x
         if state.temperature_ptr is not None:
             key = tl.where(temperature > 0.0, x * scale - noise, x)
-        word = tl.max(tl.where(used, pack(key, targets), 0), axis=0)
+        word = largest_word(tl.where(used, pack(key, targets), 0), WIDTH)
         if ~(tl.abs(unpack_key(word)) < POS_INF):  # only then can the row lack finite logits
             finite = tl.max(tl.where(used & (tl.abs(x) < POS_INF), 1, 0), axis=0)
             flags = flags | tl.where(finite == 0, NONFINITE_ROW, 0)
