@@ -123,14 +123,15 @@ def _draft(requests: int, sampled: bool) -> Kernel:
 
 # --- drafting on candidates: BLOCK ids a turn, the row's last program selects, the request's last walks K positions ---
 
-FEW_ROWS = 128  # of kernels/draft/selection.py
-
 # Counted from the blocks of the binary for sm_90. Two searches for a threshold; on bf16 logits of a normal distribution they take 4
 # steps and 1.
 _SELECT = Steps(l2=3, fences=1, atomics=1, barriers=24 + 5 * 3, instructions=1138 + 5 * 128)
-# Before the first position: ids and settings, noise of all positions, the first rows of W2. After the last: lse and confidence.
-_WALK = Steps(l2=7, barriers=13, instructions=1064)
-_POSITION = Steps(barriers=8, instructions=409)  # and a row of W1, which few rows of logits prefetch; all else is there by then
+# Before the first position: ids and settings at once; then noise of all positions; then its first part beside the first rows of W2.
+# After the last: all loads of lse and confidence at once.
+_WALK = Steps(l2=3, barriers=14, instructions=1142)
+# A row of W1, all else being there by then. The last requests of a batch find it in L2 (LAST_ROWS of kernels/draft/selection.py); of
+# the others, which may not, the walk ends before those begin. The block with three more barriers is for rows without a finite key.
+_POSITION = Steps(l2=1, barriers=4, instructions=341)
 # A depth of a tree of paths: 8 dots over the rank, each of which waits for its rows of W2; where not all children fit, two steps of
 # a search (on logits of a normal distribution); some 6 loads one after another.
 _TREE_DEPTH = Steps(l2=14, barriers=49, instructions=1980)
@@ -143,8 +144,7 @@ def _sum(*parts: Steps) -> Steps:
 
 def _candidates(requests: int) -> Kernel:
     spec = Candidates(requests)
-    embedded = Steps(l2=1) if requests * DRAFTS <= FEW_ROWS else Steps(dram=1)
-    walk = _sum(_WALK, _sum(_POSITION, embedded).times(DRAFTS))
+    walk = _sum(_WALK, _POSITION.times(DRAFTS))
     return Kernel(
         _case("draft_candidates", f"c64_r{requests}", spec), functools.partial(calls.candidates_call, requests),
         "logit", requests * DRAFTS * VOCAB, lambda c: c["BLOCK"], BF16,

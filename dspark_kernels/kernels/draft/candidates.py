@@ -289,7 +289,7 @@ def walk(
             tl.debug_barrier()
             next_noise = tl.load(scratch.noise_ptr + first * WIDTH + c, volatile=True)
     nan = tl.zeros([WIDTH], tl.int32)
-    followed = tl.zeros([DRAFTS], tl.int64)  # the token that each position follows
+    followed = tl.zeros([DRAFTS], tl.int64) - 1  # the token that each position follows
     for k in range(num_drafts):
         row = first + k
         followed = tl.where(tl.arange(0, DRAFTS) == k, previous, followed)
@@ -395,18 +395,19 @@ def _store_lse(first, x, slot, scale, out, sizes, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def _w1_scores(first, followed, known, head, weight_ptr):
+def _w1_scores(first, followed, head, weight_ptr):
     """fp32 [DRAFTS]: SCORE_RANKS ranks of W1 from `first` on, of the token that each position follows, times the confidence head."""
     i = first + tl.arange(0, SCORE_RANKS)
-    there = known[:, None] & (i < head.rank)[None, :]
-    e = tl.load(head.w1_ptr + followed[:, None] * head.stride_w1 + i[None, :], mask=there, other=0.0).to(tl.float32)
+    tokens = followed[:, None]
+    there = (tokens >= 0) & (tokens < head.vocab) & (i < head.rank)[None, :]
+    e = tl.load(head.w1_ptr + tokens * head.stride_w1 + i[None, :], mask=there, other=0.0).to(tl.float32)
     w = tl.load(weight_ptr + i, mask=i < head.rank, other=0.0).to(tl.float32)
     return tl.sum(e * w[None, :], axis=1)
 
 
 @triton.jit
 def _score(request, slot, followed, head, hidden, confidence, score_ptr, sizes, OPTIONS: tl.constexpr):
-    """Confidence of all positions of one request. followed int64 [DRAFTS]: the token before each."""
+    """Confidence of all positions of one request. followed int64 [DRAFTS]: the token before each, -1 where there is no position."""
     k = tl.arange(0, OPTIONS.DRAFTS)
     inside = k < sizes.num_drafts
     raw = tl.load(score_ptr + request.to(tl.int64) * sizes.num_drafts + k, mask=inside, other=0.0, volatile=True)
@@ -415,11 +416,10 @@ def _score(request, slot, followed, head, hidden, confidence, score_ptr, sizes, 
     if confidence.sts_ptr is not None:
         temperatures = tl.load(confidence.sts_ptr + sizes.first_draft + k, mask=inside, other=1.0)
     if OPTIONS.WITH_MARKOV:
-        known = inside & (followed >= 0) & (followed < head.vocab)
         weight_ptr = confidence.weight_ptr + hidden.size
-        raw += _w1_scores(0, followed, known, head, weight_ptr)
+        raw += _w1_scores(0, followed, head, weight_ptr)
         for first in range(SCORE_RANKS, head.rank, SCORE_RANKS):
-            raw += _w1_scores(first, followed, known, head, weight_ptr)
+            raw += _w1_scores(first, followed, head, weight_ptr)
     if confidence.bias_ptr is not None:
         raw += bias
     tl.store(confidence.raw_ptr + slot * confidence.stride_raw + sizes.column + k, raw, mask=inside)
