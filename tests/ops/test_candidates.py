@@ -216,6 +216,14 @@ def test_ties_go_to_the_lowest_ids(dtype):
         assert (row > least).sum() < 20 < (row >= least).sum(), "the bound of the candidates is not tied, so this shows nothing"
 
 
+def test_more_ties_at_the_top_than_candidates():
+    """100 sub-blocks have the largest logit, and 64 are wanted: the others leave what stands behind a row's list as it is."""
+    case = cases.draft_case(seed=35, requests=1, drafts=2, vocab=2000, confidence=None, dtype=torch.bfloat16)
+    case.base_logits[0, 1, 3::20] = 50.0
+    block = check(case, 64)
+    assert block.proposal.ids[0, 1].tolist() == list(range(3, 3 + 20 * 64, 20))
+
+
 @pytest.mark.parametrize("vocab", [40, 1500])
 def test_logits_of_every_magnitude(vocab):
     """The search for the C-th best begins with a range of keys that is wider than an int32: fewer sub-blocks than C, and more."""
@@ -300,6 +308,21 @@ def test_rank_beyond_one_block(monkeypatch):
     monkeypatch.setattr(launch, "pick", lambda *a: dataclasses.replace(pick(*a), **small))
     for kind in ("vanilla", "rnn"):
         check(cases.draft_case(seed=4, rank=75, vocab=150, kind=kind, hidden_size=70, requests=2, drafts=2), 20)
+
+
+def test_many_candidates_of_many_positions():
+    """More than the kernel takes at once: of positions, for ids, noise and log-sum-exp, and of ranks, for the confidence."""
+    check(cases.draft_case(seed=33, requests=1, drafts=5, vocab=700, rank=260, dtype=torch.bfloat16), 200)
+
+
+def test_flags_of_one_call_do_not_reach_the_next():
+    case = cases.draft_case(seed=34, requests=2, drafts=2, vocab=300, confidence=None, dtype=torch.bfloat16)
+    workspace = dk.Workspace(2, 2, 300, "cpu")
+    logits = case.base_logits[1, 1].clone()
+    for nan in (True, False):
+        case.base_logits[1, 1, 7:9] = float("nan") if nan else logits[7:9]
+        flags = dk.draft_block(**arguments_of(case), candidates=12, workspace=workspace).flags
+        assert flags.tolist() == [0, int(dk.Flag.NAN) if nan else 0]
 
 
 def test_programs_at_once_with_one_workspace(monkeypatch):

@@ -316,8 +316,11 @@ def walk(
         if head is not None:
             turn = Turn(k, num_drafts, sizes.first_draft, slot)
             bias = _bias(turn, row, request, previous, ids, places, merged, head, latent, hidden, scratch, num_candidates, OPTIONS)
-            # By way of a gather, which leaves an entry in one lane of a warp: a product has each of its columns in eight.
-            x = tl.gather(x + bias, c, axis=0)
+            x += bias
+            if latent is None:
+                # By way of a gather, which leaves an entry in one lane of a warp: a product has each of its columns in eight. Latents
+                # take longer than what that saves, and the registers.
+                x = tl.gather(x, c, axis=0)
 
         targets, used = _targets(ids, places, row, merged, widths)
         if state.temperature_ptr is not None:
