@@ -15,11 +15,11 @@ own, for all positions, before the walk.
 import triton
 import triton.language as tl
 
-from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE
+from ..primitives.constants import BAD_TOKEN_ID, NAN, NEG_INF, NONFINITE_ROW, POS_INF
 from ..primitives.options import options_of
 from ..primitives.philox import COUPLED, DRAFT, log2_exponential, words_at
 from ..primitives.race import largest_word, pack, unpack_id, unpack_key
-from ..primitives.sumexp import below_max, log2_scale, numbers
+from ..primitives.sumexp import log2_scale, numbers
 from ..primitives.support import last_kept
 from ..primitives.sync import arrive
 from .args import RowSettings, Turn, WalkOptions, WalkSizes
@@ -35,7 +35,7 @@ from .candidate_heads import (
     prefetch_rows,
     weighted_rows,
 )
-from .rows import log_sum_exp
+from .candidate_scores import score, store_lse, stored_logits
 from .selection import (
     best_ids,
     finish_part,
@@ -47,7 +47,6 @@ from .selection import (
     with_successors,
 )
 
-SCORE_RANKS = tl.constexpr(256)  # ranks of the confidence head at a time
 ENTRIES = 512  # candidates of several positions that are looked at at once
 
 
@@ -367,69 +366,14 @@ def walk(
     if merged is None:
         tl.store(status_ptr + request, 0)
     if SAMPLED and out.lse_ptr is not None:
-        stored = _stored_logits(0, slot, out, width, sizes, OPTIONS)  # on their way while the scores are summed
+        stored = stored_logits(0, slot, out, width, sizes, OPTIONS)  # on their way while the scores are summed
     if confidence is not None:
-        _score(request, slot, followed, head, hidden, confidence, scratch.score_ptr, sizes, OPTIONS)
+        score(request, slot, followed, head, hidden, confidence, scratch.score_ptr, sizes, OPTIONS)
     if SAMPLED and out.lse_ptr is not None:
-        _store_lse(0, stored, slot, scale, out, sizes, OPTIONS)
+        store_lse(0, stored, slot, scale, out, sizes, OPTIONS)
         if OPTIONS.DRAFTS > OPTIONS.ROWS:
             for k in range(OPTIONS.ROWS, num_drafts, OPTIONS.ROWS):
-                _store_lse(k, _stored_logits(k, slot, out, width, sizes, OPTIONS), slot, scale, out, sizes, OPTIONS)
-
-
-@triton.jit
-def _stored_logits(first, slot, out, width, sizes, OPTIONS: tl.constexpr):
-    """fp32 [ROWS, WIDTH] of positions from `first` on."""
-    k = first + tl.arange(0, OPTIONS.ROWS)
-    c = tl.arange(0, OPTIONS.WIDTH)[None, :]
-    place = slot * out.stride_logits + (sizes.column + k).to(tl.int64)[:, None] * out.stride_logits_position + c
-    inside = (k < sizes.num_drafts)[:, None] & (c < width)
-    return tl.load(out.logits_ptr + place, mask=inside, other=NEG_INF, volatile=True).to(tl.float32)
-
-
-@triton.jit
-def _store_lse(first, x, slot, scale, out, sizes, OPTIONS: tl.constexpr):
-    """ln sum exp(logit / T) of the positions of `_stored_logits`."""
-    k = first + tl.arange(0, OPTIONS.ROWS)
-    top = tl.max(x, axis=1)
-    sumexp = tl.sum((tl.exp2(below_max(x, top[:, None]) * scale) * SUMEXP_ONE).to(tl.int64), axis=1)
-    lse_ptr = out.lse_ptr + slot * out.stride_lse + sizes.column
-    tl.store(lse_ptr + k, log_sum_exp(top, sumexp, scale), mask=k < sizes.num_drafts)
-
-
-@triton.jit
-def _w1_scores(first, followed, head, weight_ptr):
-    """fp32 [DRAFTS]: SCORE_RANKS ranks of W1 from `first` on, of the token that each position follows, times the confidence head."""
-    i = first + tl.arange(0, SCORE_RANKS)
-    tokens = followed[:, None]
-    there = (tokens >= 0) & (tokens < head.vocab) & (i < head.rank)[None, :]
-    e = tl.load(head.w1_ptr + tokens * head.stride_w1 + i[None, :], mask=there, other=0.0).to(tl.float32)
-    w = tl.load(weight_ptr + i, mask=i < head.rank, other=0.0).to(tl.float32)
-    return tl.sum(e * w[None, :], axis=1)
-
-
-@triton.jit
-def _score(request, slot, followed, head, hidden, confidence, score_ptr, sizes, OPTIONS: tl.constexpr):
-    """Confidence of all positions of one request. followed int64 [DRAFTS]: the token before each, -1 where there is no position."""
-    k = tl.arange(0, OPTIONS.DRAFTS)
-    inside = k < sizes.num_drafts
-    raw = tl.load(score_ptr + request.to(tl.int64) * sizes.num_drafts + k, mask=inside, other=0.0, volatile=True)
-    if confidence.bias_ptr is not None:
-        bias = tl.load(confidence.bias_ptr).to(tl.float32)
-    if confidence.sts_ptr is not None:
-        temperatures = tl.load(confidence.sts_ptr + sizes.first_draft + k, mask=inside, other=1.0)
-    if OPTIONS.WITH_MARKOV:
-        weight_ptr = confidence.weight_ptr + hidden.size
-        raw += _w1_scores(0, followed, head, weight_ptr)
-        for first in range(SCORE_RANKS, head.rank, SCORE_RANKS):
-            raw += _w1_scores(first, followed, head, weight_ptr)
-    if confidence.bias_ptr is not None:
-        raw += bias
-    tl.store(confidence.raw_ptr + slot * confidence.stride_raw + sizes.column + k, raw, mask=inside)
-    if confidence.sts_ptr is not None:
-        raw = raw / temperatures
-    scores_ptr = confidence.scores_ptr + slot * confidence.stride_scores + sizes.column + k
-    tl.store(scores_ptr, 1.0 / (1.0 + tl.exp(-raw)), mask=inside)
+                store_lse(k, stored_logits(k, slot, out, width, sizes, OPTIONS), slot, scale, out, sizes, OPTIONS)
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_slots", "num_drafts", "first_draft", "column"])
