@@ -98,6 +98,12 @@ TESTS = {
         "test_candidates.py::test_programs_at_once_with_one_workspace",
         "test_candidates.py::test_rank_beyond_one_block",
     ),
+    "draft/candidate_walk": (
+        "test_candidates.py::test_any_batch",
+        "test_candidates.py::test_penalties_follow_the_path",
+        "test_candidates.py::test_programs_at_once_with_one_workspace",
+        "test_candidates.py::test_ties_go_to_the_lowest_ids",
+    ),
     "draft/candidates": (
         "test_candidates.py::test_any_batch",
         "test_candidates.py::test_penalties_follow_the_path",

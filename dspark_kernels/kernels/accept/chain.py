@@ -16,7 +16,7 @@ from ..primitives.sumexp import log2_scale
 from ..primitives.sync import announce, arrive, wait_for
 from ..primitives.vocab_blocks import load_blocks
 from . import dense, sparse
-from .args import AcceptTile, ChainRule, Known, Scales, Sizes, Temperatures, Verdict, View
+from .args import AcceptTile, ChainRule
 from .dense import invert_map
 from .first_pass import first_logits, item_of, sweep_draft, sweep_target
 from .outputs import draw, write_no_outputs, write_outputs
@@ -35,6 +35,7 @@ from .rules import (
     verify_token,
 )
 from .target import read_each
+from .values import Known, Scales, Sizes, Temperatures, Verdict, View
 
 
 @triton.jit

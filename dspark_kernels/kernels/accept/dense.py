@@ -13,10 +13,11 @@ from ..primitives.constants import LOG2E, MAP_COLUMNS, NEG_INF, POS_INF, RESIDUA
 from ..primitives.sumexp import fixed_sums
 from ..primitives.sync import arrive, stores_done, wait_for
 from ..primitives.vocab_blocks import first_block, first_of, merge_blocks
-from .args import ChainProposal, Distribution
+from .args import ChainProposal
 from .proposals import as_point, store_draft_stats
 from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, soft_prob
 from .target import read_row
+from .values import Distribution
 
 # --- columns and ids --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from ..primitives.constants import ROW_IDS, ROW_VALUES
-from .args import Distribution, RowPair
 from .rows import (
     DRAFT_OF,
     DRAFT_PROB,
@@ -28,6 +27,7 @@ from .rows import (
     soft_prob,
 )
 from .target import read_row
+from .values import Distribution, RowPair
 
 
 @triton.jit

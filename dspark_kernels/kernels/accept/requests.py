@@ -8,8 +8,8 @@ import triton.language as tl
 
 from ..primitives.slots import state_slots
 from ..primitives.sync import take_item
-from .args import RequestRows
 from .dense import map_used
+from .values import RequestRows
 
 
 @triton.jit

@@ -26,8 +26,8 @@ from ..primitives.race import pack, unpack_id
 from ..primitives.sumexp import numbers
 from ..primitives.sync import stores_done
 from ..primitives.vocab_blocks import SAW_FINITE, SAW_NAN, RowBlocks, first_block, first_of, merge_blocks, row_sumexp
-from .args import Distribution
 from .target import limit_row, read_row, read_rows
+from .values import Distribution
 
 # Who has the probability mass of a row: nobody, everybody by softmax, or (any id >= 0) that id alone.
 NOBODY = tl.constexpr(-2)

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from ..primitives.constants import NONFINITE_ROW, RESIDUAL_ONE
 from ..primitives.philox import ACCEPT, acceptance_words, uniform
-from .args import ForwardRows, QueryRows, RowDrafts, Verdict
 from .rows import pick
+from .values import ForwardRows, QueryRows, RowDrafts, Verdict
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from ..primitives.philox import CORRECT, LEAF as LEAF_STREAM, lane_words, log2_e
 from ..primitives.race import pack, unpack_id
 from ..primitives.sumexp import below_max, fixed_sums, log2_scale, numbers
 from ..primitives.sync import stores_done
-from .args import Columns, Scales, Sizes, VerifyTile, View
+from .args import VerifyTile
 from .outputs import log2_weight, write_no_outputs, write_outputs
 from .proposals import row_pair
 from .rows import SOFTMAX, pick, soft_prob
@@ -30,6 +30,7 @@ from .shards_rows import accept_normalise_kernel, is_here, request_of, temperatu
 from .shards_verify import merged_blocks, verify
 from .sparse import distinct, list_end
 from .target import read_row
+from .values import Columns, Scales, Sizes, View
 
 
 @triton.jit

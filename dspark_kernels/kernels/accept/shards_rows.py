@@ -14,11 +14,11 @@ from ..primitives.race import pack
 from ..primitives.sumexp import below_max, log2_scale, numbers, octet_sums
 from ..primitives.sync import arrive
 from ..primitives.vocab_blocks import block_sums
-from .args import Columns, Distribution, Scales, View
 from .requests import rows_of
 from .rows import coupled_keys
 from .sparse import distinct, distributions, list_end
 from .target import read_each, read_raw, read_row, read_rows, read_tile
+from .values import Columns, Distribution, Scales, View
 
 FINITE = tl.constexpr(256)  # a row showed a finite logit; beside the bits of `flags`
 

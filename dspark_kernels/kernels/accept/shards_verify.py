@@ -13,10 +13,10 @@ import triton.language as tl
 from ..primitives.constants import LOG2E, NAN, NEG_INF, NONFINITE_ROW, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.race import unpack_id
 from ..primitives.sumexp import below_max, log2_scale
-from .args import Distribution, Known
 from .rows import NOBODY, SOFTMAX, RequestStats, finite_or_zero, soft_prob
 from .rules import drafts_at, forward_rows, query_rows
 from .shards_rows import FINITE
+from .values import Distribution, Known
 
 
 @triton.jit

@@ -13,10 +13,11 @@ from ..primitives.constants import NEG_INF, POS_INF, RESIDUAL_ONE, SUMEXP_ONE, V
 from ..primitives.sumexp import below_max, numbers, octet_sums
 from ..primitives.sync import stores_done
 from ..primitives.vocab_blocks import SUMEXP_BITS
-from .args import ChainProposal, Distribution
+from .args import ChainProposal
 from .proposals import as_point, store_draft_stats, target_probs
 from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, load_row_blocks, soft_prob
 from .target import read_row, read_rows, read_tile
+from .values import Distribution
 
 
 class Distinct(NamedTuple):

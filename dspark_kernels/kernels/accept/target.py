@@ -14,7 +14,7 @@ from ..primitives.adjust import adjusted
 from ..primitives.constants import FILTER_LIST, MAX_GROUP, NEG_INF, POS_INF
 from ..primitives.filters import EVERYTHING, filter_is_on, filter_row, kept, sums_in_support
 from ..primitives.sumexp import numbers
-from .args import View
+from .values import View
 
 
 class Path(NamedTuple):

@@ -22,7 +22,7 @@ from ..primitives.options import options_of
 from ..primitives.sumexp import fixed_sums, log2_scale
 from ..primitives.sync import arrive, wait_for
 from . import tree_proposals
-from .args import AcceptTile, Lineage, Scales, Sizes, SweepTile, View
+from .args import AcceptTile, SweepTile
 from .dense import invert_map
 from .first_pass import first_logits, item_of, sweep_draft, sweep_target
 from .requests import release_map, rows_of, take_place
@@ -30,6 +30,7 @@ from .tree_outputs import write_no_outputs
 from .tree_rows import has_children, merge_nodes, node_distributions
 from .tree_rules import DECIDED, WALK, decide, left_in_blocks
 from .tree_state import load_rejected
+from .values import Lineage, Scales, Sizes, View
 
 
 @triton.jit

@@ -15,9 +15,10 @@ import triton.language as tl
 from ..primitives.constants import NEG_INF, POS_INF, SUMEXP_ONE, VOCAB_BLOCK
 from ..primitives.sumexp import below_max, numbers
 from ..primitives.vocab_blocks import first_block, first_of, merge_blocks
-from .args import Distribution, TreeProposal, Weights
+from .args import TreeProposal
 from .dense import column_is_id, column_of_id, id_of_column
 from .rows import NOBODY, SOFTMAX, finite_or_zero, load_block, pick, soft_prob
+from .values import Distribution, Weights
 
 ENTRIES = tl.constexpr(16)  # of a list that are compared with all nodes at once
 

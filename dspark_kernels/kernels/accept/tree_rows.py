@@ -11,7 +11,6 @@ import triton.language as tl
 from ..primitives.constants import NEG_INF, ROW_IDS, ROW_VALUES, VOCAB_BLOCK
 from ..primitives.sumexp import below_max
 from ..primitives.vocab_blocks import SUMEXP_BITS, load_blocks, race_blocks, race_ids
-from .args import Distribution, Weights
 from .rows import (
     DRAFT_OF,
     FIRST,
@@ -27,6 +26,7 @@ from .rows import (
     merge_target,
 )
 from .target import read_rows
+from .values import Distribution, Weights
 
 
 @triton.jit

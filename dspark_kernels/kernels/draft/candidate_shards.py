@@ -20,7 +20,7 @@ from ..primitives.sumexp import numbers
 from ..primitives.sync import arrive
 from .args import BaseLogits, CandidateWidths, Merged, RowSettings, WalkSizes
 from .candidate_heads import awaited, hidden_score, latent_item, latent_items_of, latent_programs as latent_programs
-from .candidates import walk, walk_options
+from .candidate_walk import walk, walk_options
 from .selection import best_ids, finish_part, selection_tile, slot_of, sweep_part, target_logits
 
 COPIED = tl.constexpr(32)  # ranks of W2 copied at a time
