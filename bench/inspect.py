@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import dspark_kernels as dk
-from dspark_kernels import checkpoint, checkpoint_formats as formats
+from dspark_kernels import checkpoint
+from dspark_kernels.checkpoint import formats
 from dspark_kernels.ops.attention.tree import MAX_HEAD_DIM
 
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}

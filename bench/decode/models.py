@@ -11,8 +11,7 @@ import torch
 
 from bench import assets
 from bench.shared.arguments import BadArgument, first_line
-from dspark_kernels import checkpoint_formats
-from dspark_kernels.checkpoint import load_drafter, load_target, read_config, stop_tokens
+from dspark_kernels.checkpoint import formats, load_drafter, load_target, read_config, stop_tokens
 from dspark_kernels.types import CostTable
 from reference import huggingface
 from reference.drafters import MTP, Block, Drafter, DraftModel, DSpark
@@ -104,8 +103,8 @@ def _target(arguments, device) -> Callable[[torch.dtype], Target]:
     config = read_config(path)
     names = config.get("architectures") or [None]
     # transformers would read a drafter as the language model that its model_type names.
-    if names[0] in checkpoint_formats.DRAFTERS or checkpoint_formats.other(config):
-        raise ValueError(f"{path}: expected a causal language model, got {checkpoint_formats.described(config)}")
+    if names[0] in formats.DRAFTERS or formats.other(config):
+        raise ValueError(f"{path}: expected a causal language model, got {formats.described(config)}")
     return lambda dtype: huggingface.load(path, device, dtype)
 
 

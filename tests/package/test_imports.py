@@ -257,7 +257,7 @@ def test_a_circle_is_found(tmp_path):
         ("dspark_kernels/x.py", "import importlib\nimportlib.import_module('bench')"),
         ("dspark_kernels/x.py", "import numpy"),
         ("dspark_kernels/library.py", "import triton"),
-        ("dspark_kernels/checkpoint.py", "import safetensors"),
+        ("dspark_kernels/checkpoint/x.py", "import safetensors"),
         ("dspark_kernels/calibration.py", "from matplotlib.figure import Figure"),
         ("dspark_kernels/calibration.py", "def f():\n    import numpy"),
         ("dspark_kernels/x.py", "def f():\n    import matplotlib"),
@@ -273,7 +273,7 @@ def test_a_circle_is_found(tmp_path):
 )
 def test_a_violation_is_found(tmp_path, path, code):
     kernels = [f"kernels/{folder}" for folder in ("accept", "draft", "draft_tree", "layout", "primitives")]
-    for package in ("", "kernels", *kernels, "launch", "ops", "testing", "testing/chain", "testing/tree"):
+    for package in ("", "checkpoint", "kernels", *kernels, "launch", "ops", "testing", "testing/chain", "testing/tree"):
         folder = tmp_path / PACKAGE / package
         folder.mkdir(exist_ok=True)
         for module in ("__init__", "types", "checks", "draft", "dense", "static", "fixed", "rows", "table"):

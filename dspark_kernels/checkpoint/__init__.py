@@ -1,7 +1,7 @@
 """Read drafters and their targets from Hugging Face style directories, and refuse everything else by name.
 
 A directory holds config.json and model.safetensors (or model.safetensors.index.json and its shards). What it may hold, by
-architecture: dspark_kernels/checkpoint_formats.py. Every tensor's presence, shape and dtype is checked before any is read.
+architecture: dspark_kernels/checkpoint/formats.py. Every tensor's presence, shape and dtype is checked before any is read.
 
 Source of the format: github.com/deepseek-ai/DeepSpec and arXiv 2607.05147.
 """
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checkpoint_formats as formats
-from .types import ConfidenceHead, GatedMarkovHead, MarkovHead, RnnMarkovHead
+from ..types import ConfidenceHead, GatedMarkovHead, MarkovHead, RnnMarkovHead
+from . import formats
 
 _PUBLISHED = f"{formats.PUBLISHED_DRAFTERS}; {formats.PUBLISHED_TARGETS}"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
