@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark_kernels.checkpoint import rope
+
 from .model import Rotation, Shape, Weights
 
 
@@ -26,7 +28,7 @@ def shape(config: Mapping) -> Shape:
     """The sizes of full attention. Raises ValueError for a missing key and for what these layers do not compute."""
     shared = bool(config.get("attention_k_eq_v"))
     try:
-        rope = config["rope_parameters"]["full_attention"]
+        turn = rope.gemma4(config, "config")
         sizes = Shape(
             hidden=config["hidden_size"],
             heads=config["num_attention_heads"],
@@ -36,8 +38,8 @@ def shape(config: Mapping) -> Shape:
             layers=config["num_hidden_layers"],
             vocab=config["vocab_size"],
             eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope["rope_theta"]),
-            rotated=rope.get("partial_rotary_factor", 1.0) if rope.get("rope_type", "default") == "proportional" else 1.0,
+            rope_theta=turn.theta,
+            rotated=turn.rotated,
             attention_scale=1.0,
         )
     except KeyError as missing:

@@ -16,6 +16,7 @@ Source: Hugging Face `Qwen3ForCausalLM` (names of config keys and tensors).
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark_kernels.checkpoint import rope
 from dspark_kernels.types import Acceptance
 
 MAX_NODES = 64  # of a tree: bits of an ancestor word
@@ -82,7 +84,7 @@ class Shape:
                 layers=config["num_hidden_layers"],
                 vocab=config["vocab_size"],
                 eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=_rope_theta(config),
+                rope_theta=rope.qwen3(config, "config").theta,
             )
         except KeyError as missing:
             raise ValueError(f"config: expected the key {missing}, there is none") from None
@@ -92,16 +94,9 @@ class Shape:
             raise ValueError(f"config: expected hidden_act 'silu', got {config['hidden_act']!r}")
         if config.get("use_sliding_window") or config.get("attention_bias"):
             raise ValueError("config: expected neither use_sliding_window nor attention_bias")
+        if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+            raise ValueError(f"config: expected full attention in every layer, got layer_types {config['layer_types']}")
         return shape
-
-
-def _rope_theta(config: Mapping) -> float:
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise ValueError(f"config: expected rope_type 'default', got {kind!r}")
-    return float(rope["rope_theta"] if "rope_theta" in rope else config["rope_theta"])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -325,9 +320,10 @@ class Target:
     """A Qwen3-style language model from a config and tensors with Hugging Face names.
 
     Args:
-        config: `Qwen3ForCausalLM` config; `rope_parameters` or the older `rope_theta`.
+        config: `Qwen3ForCausalLM` config; RoPE as dspark_kernels/checkpoint/rope.py reads it.
         tensors: model.embed_tokens.weight [V, d], model.layers.i.*, model.norm.weight [d], lm_head.weight [V, d] (not
-            with tie_word_embeddings, nor where there is none: then the embedding is the head).
+            with tie_word_embeddings, nor where the config does not say: then the embedding is the head). An lm_head.weight other
+            than the embedding is the head with tie_word_embeddings too, with a warning.
         device, dtype: where and in what it computes.
 
     Raises:
@@ -341,8 +337,21 @@ class Target:
         self.embedding = take("model.embed_tokens.weight", shape.vocab, shape.hidden)
         self.layers = [DecoderLayer(shape, take.below(f"model.layers.{i}.")) for i in range(shape.layers)]
         self.norm = take("model.norm.weight", shape.hidden)
-        tied = config.get("tie_word_embeddings", False) or "lm_head.weight" not in take
-        self.head = self.embedding if tied else take("lm_head.weight", shape.vocab, shape.hidden)
+        self.head = self._head(take)
+
+    def _head(self, take: Weights) -> Tensor:
+        tied = self.config.get("tie_word_embeddings")
+        if "lm_head.weight" not in take and tied is not False:
+            return self.embedding
+        head = take("lm_head.weight", self.shape.vocab, self.shape.hidden)
+        if not tied:
+            return head
+        if torch.equal(head, self.embedding):
+            return self.embedding
+        warnings.warn(
+            "config: tie_word_embeddings is true, but lm_head.weight is not the embedding: it is taken as the head", stacklevel=3
+        )
+        return head
 
     def new_cache(self, slots: int, new_cache=KVCache) -> KVCache:
         return new_cache(self.shape, slots, self.device, self.dtype)

@@ -1,7 +1,7 @@
 """Read drafters and their targets from Hugging Face style directories, and refuse everything else by name.
 
-A directory holds config.json and model.safetensors (or model.safetensors.index.json and its shards). What it may hold, by
-architecture: dspark_kernels/checkpoint/formats.py. Every tensor's presence, shape and dtype is checked before any is read.
+A directory holds config.json and model.safetensors (or model.safetensors.index.json and its shards: files.py). What it may hold, by
+architecture: formats.py. Every tensor's presence, shape and dtype is checked before any is read.
 
 Source of the format: github.com/deepseek-ai/DeepSpec and arXiv 2607.05147.
 """
@@ -9,7 +9,7 @@ Source of the format: github.com/deepseek-ai/DeepSpec and arXiv 2607.05147.
 from __future__ import annotations
 
 import dataclasses
-import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 
 from ..types import ConfidenceHead, GatedMarkovHead, MarkovHead, RnnMarkovHead
-from . import formats
+from . import files, formats
 
 _PUBLISHED = f"{formats.PUBLISHED_DRAFTERS}; {formats.PUBLISHED_TARGETS}"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DTYPES = ("BF16", "F16", "F32")
+_HEAD, _EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "embed_tokens.weight")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DrafterCheckpoint:
     """A block drafter: its config in DSpark's words, tensors by name in their stored dtype, and the heads that draft_block takes.
 
-    config: as read; a DFlash drafter's with what DSpark calls `block_size` (drafts per pass), `mask_token_id`, `target_layer_ids`,
-    `markov_rank` 0, and `anchor_first` false (the masks alone predict). head: MarkovHead, GatedMarkovHead, RnnMarkovHead, or None
-    at rank 0. confidence: ConfidenceHead or None. Both share the memory of `tensors`. A DFlash drafter has neither embedding nor
-    head of its own: they are the target's.
+    config: as read, with what only nested places say (block.py) at the top level: `block_size` (drafts per pass), `mask_token_id`,
+    `target_layer_ids`, `anchor_first` false where the masks alone predict, as those of a DFlash drafter, whose `markov_rank` is 0.
+    head: MarkovHead, GatedMarkovHead, RnnMarkovHead, or None at rank 0. confidence: ConfidenceHead or None. Both share the memory
+    of `tensors`. A DFlash drafter has neither embedding nor head of its own: they are the target's.
     """
 
     config: dict
@@ -50,7 +51,11 @@ class DrafterCheckpoint:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TargetCheckpoint:
-    """A target model: the config as read, and tensors by name in their stored dtype."""
+    """A target model: its config, and tensors by name in their stored dtype.
+
+    config: as read, with what only a `text_config` says at the top level; `tie_word_embeddings` is false where it says true but the
+    files hold a head of other values, which is then in `tensors`, with a warning.
+    """
 
     config: dict
     tensors: dict[str, Tensor]
@@ -75,16 +80,15 @@ def load_drafter(path) -> DrafterCheckpoint:
     """
     directory = _directory(path, formats.PUBLISHED_DRAFTERS)
     config, form = _config(directory, formats.DRAFTERS, formats.PUBLISHED_DRAFTERS)
-    config = form.drafter(config)
-    tensors = _read(_checked(directory, form.shapes(config)))
+    config, tensors = _untied(directory, config, _read(_checked(directory, form.shapes(config))), form)
     return DrafterCheckpoint(config, tensors, _head(config, tensors), _confidence(config, tensors))
 
 
 def load_target(path) -> TargetCheckpoint:
-    """Read a `Qwen3ForCausalLM` directory onto the CPU. Raises as `load_drafter` does."""
+    """Read a `Qwen3ForCausalLM` directory onto the CPU. Raises as `load_drafter` does; warns of a head that is not the embedding."""
     directory = _directory(path, formats.PUBLISHED_TARGETS)
     config, form = _config(directory, formats.TARGETS, formats.PUBLISHED_TARGETS)
-    return TargetCheckpoint(config, _read(_checked(directory, form.shapes(config))))
+    return TargetCheckpoint(*_untied(directory, config, _read(_checked(directory, form.shapes(config))), form))
 
 
 def check(path) -> tuple[dict, formats.Format]:
@@ -94,19 +98,18 @@ def check(path) -> tuple[dict, formats.Format]:
     """
     directory = _directory(path, _PUBLISHED)
     config, form = _config(directory, formats.DRAFTERS | formats.TARGETS, _PUBLISHED)
-    config = form.drafter(config)
     _checked(directory, form.shapes(config))
     return config, form
 
 
 def read_config(path) -> dict:
     """config.json of any directory, unchecked. Raises FileNotFoundError and ValueError as `load_drafter` does."""
-    return _json(_directory(path, _PUBLISHED) / "config.json")
+    return files.read_json(_directory(path, _PUBLISHED) / "config.json")
 
 
 def stored_tensors(path) -> dict[str, StoredTensor]:
     """Every tensor of a directory by name, from the headers alone. Raises as `load_drafter` does."""
-    where = _handles(_directory(path, _PUBLISHED))
+    where = files.stored(_directory(path, _PUBLISHED)).entries
     slices = {name: (file, handle.get_slice(name)) for name, (file, handle) in where.items()}
     return {name: StoredTensor(tuple(part.get_shape()), part.get_dtype(), file) for name, (file, part) in slices.items()}
 
@@ -119,7 +122,7 @@ def stop_tokens(path) -> tuple[int, ...]:
     file = Path(path) / "generation_config.json"
     if not file.is_file():
         return ()
-    found = _json(file).get("eos_token_id")
+    found = files.read_json(file).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise ValueError(f"{file}: expected eos_token_id to be an id or a list of ids, got {found!r}")
@@ -136,48 +139,33 @@ def _directory(path, several: str) -> Path:
 
 
 def _config(directory: Path, known: Mapping[str, formats.Format], several: str) -> tuple[dict, formats.Format]:
-    """config.json, checked, and the format that it names."""
+    """config.json as its format reads it, and that format."""
     source = directory / "config.json"
-    config = _json(source)
+    config = files.read_json(source)
     found = config.get("architectures")
     name = found[0] if isinstance(found, list) and len(found) == 1 else None
-    # SafeAILab's EAGLE-3 files call themselves language models.
-    if not isinstance(name, str) or name not in known or formats.is_eagle3(config):
+    # SafeAILab's EAGLE-3 files call themselves language models, those of the speculators library what they wrap.
+    if not isinstance(name, str) or name not in known or formats.is_eagle3(config) or formats.is_speculators(config):
         wanted = " or ".join(f'["{architecture}"]' for architecture in known)
         raise ValueError(f"{source}: expected architectures {wanted}, got {formats.described(config)}; {several}")
-    known[name].check(config, source)
-    return config, known[name]
-
-
-def _json(file: Path) -> dict:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; the directory has {_listing(file.parent)}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: expected JSON, got a file that does not parse ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _listing(directory: Path) -> str:
-    names = sorted(entry.name for entry in directory.iterdir())
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "no files"
+    return known[name].read(config, source), known[name]
 
 
 def _checked(directory: Path, shapes: formats.Shapes) -> dict:
-    """The open file of every tensor of `shapes`, all of them checked."""
-    where = _handles(directory)
+    """The open file of every tensor of `shapes`, and of a head that a tied checkpoint holds besides, all of them checked."""
+    where, unlisted = files.stored(directory)
     missing = [name for name in shapes if name not in where]
     if missing:
         wanted = f"{missing[0]} {list(shapes[missing[0]])}{_more(missing)}"
-        raise ValueError(f"{directory}: expected the tensor {wanted}, found none")
-    # Some exporters write a tied head out too; it is the embedding again.
-    tied = {"lm_head.weight"} if "model.embed_tokens.weight" in shapes else set()
-    surplus = sorted(where.keys() - shapes.keys() - tied)
+        besides = f"; {unlisted[missing[0]].name} holds it, but {files.INDEX} does not name it" if missing[0] in unlisted else ""
+        raise ValueError(f"{directory}: expected the tensor {wanted}, found none{besides}")
+    embedding = next((name for name in _EMBEDDINGS if name in shapes), None)
+    if embedding is not None and _HEAD in where:  # some exporters write a tied head out too
+        shapes = {**shapes, _HEAD: shapes[embedding]}
+    surplus = sorted((where.keys() | unlisted.keys()) - shapes.keys())
     if surplus:
-        raise ValueError(f"{directory}: expected no tensor {surplus[0]}{_more(surplus)} by config.json, found one")
+        file = unlisted[surplus[0]] if surplus[0] in unlisted else where[surplus[0]].file
+        raise ValueError(f"{file}: expected no tensor {surplus[0]}{_more(surplus)} by config.json, found one")
     for name, shape in shapes.items():
         file, handle = where[name]
         entry = handle.get_slice(name)
@@ -185,56 +173,35 @@ def _checked(directory: Path, shapes: formats.Shapes) -> dict:
             raise ValueError(f"{file}: expected {name} of shape {list(shape)}, got {list(entry.get_shape())}")
         if entry.get_dtype() not in _DTYPES:
             raise ValueError(f"{file}: expected {name} in {' or '.join(_DTYPES)}, got {entry.get_dtype()}")
-    return {name: where[name][1] for name in shapes}
+    return {name: where[name].handle for name in shapes}
 
 
 def _read(handles: Mapping) -> dict[str, Tensor]:
     return {name: handle.get_tensor(name) for name, handle in handles.items()}
 
 
-def _handles(directory: Path) -> dict:
-    """(file, open file) of every tensor by name."""
-    files = {file: _open(file) for file in _weight_files(directory)}
-    return {name: (file, handle) for file, handle in files.items() for name in handle.keys()}
+def _untied(directory: Path, config: dict, tensors: dict[str, Tensor], form: formats.Format):
+    """A checkpoint that calls itself tied: without a head that is the embedding again; a head of other values is kept, with a warning."""
+    embedding = next((name for name in _EMBEDDINGS if name in tensors), None)
+    if not config.get("tie_word_embeddings") or embedding is None or _HEAD not in tensors:
+        return config, tensors
+    if _same_values(tensors[_HEAD], tensors[embedding]):
+        needed = form.shapes(config)
+        return config, {name: tensor for name, tensor in tensors.items() if name in needed}
+    warnings.warn(
+        f"{directory / 'config.json'}: tie_word_embeddings is true, but {_HEAD} of the files is not {embedding}: it is taken as the head",
+        stacklevel=3,
+    )
+    return {**config, "tie_word_embeddings": False}, tensors
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(wide), b.to(wide))
 
 
 def _more(names) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"{directory}: expected model.safetensors or model.safetensors.index.json, the directory has {_listing(directory)}"
-        )
-    names = _json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index}: expected a weight_map from tensor names to file names, found none")
-    shards = sorted(set(names.values()))
-    for shard in shards:
-        if shard != Path(shard).name:
-            raise ValueError(f"{index}: expected file names in weight_map, got {shard!r}")
-        if not (directory / shard).is_file():
-            raise FileNotFoundError(f"{directory / shard}: named by {index.name}, but there is no such file")
-    return [directory / shard for shard in shards]
-
-
-def _open(file: Path):
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ImportError("reading checkpoints needs safetensors: pip install dspark_kernels[checkpoints]") from None
-    try:
-        return safe_open(str(file), framework="pt", device="cpu")
-    except SafetensorError as error:
-        with open(file, "rb") as stream:
-            pointer = stream.read(24).startswith(b"version https://git-lfs")
-        size = f"{file.stat().st_size} bytes that do not parse ({error})"
-        found = "a Git LFS pointer (fetch the file itself)" if pointer else size
-        raise ValueError(f"{file}: expected a complete safetensors file, got {found}") from None
 
 
 def _head(config: Mapping, tensors: Mapping[str, Tensor]) -> MarkovHead | None:

@@ -8,16 +8,21 @@
 | Qwen3ForCausalLM | a target, or a draft model | Qwen/Qwen3-* |
 
 Symbols: d hidden size, m target layers, V vocabulary, r Markov rank, K drafts per pass. Everything is decided by config.json: a
-config is checked in full before a tensor is looked for. Sources: github.com/deepseek-ai/DeepSpec (DSpark, its DFlash and EAGLE-3),
-github.com/z-lab/dflash, github.com/SafeAILab/EAGLE.
+config is checked in full before a tensor is looked for. What stands in several places: places.py, rope.py, attention.py, block.py.
+Sources: github.com/deepseek-ai/DeepSpec (DSpark, its DFlash and EAGLE-3), github.com/z-lab/dflash, github.com/SafeAILab/EAGLE,
+github.com/vllm-project/speculators.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from . import attention, block, rope
+from .places import find, flat, places
 
 HEAD_TYPES = ("vanilla", "gated", "rnn")
 _SIZES = ("4b", "8b", "14b")
@@ -52,15 +57,14 @@ Shapes = dict[str, tuple[int, ...]]
 class Format:
     """One architecture.
 
-    title: what it is, in a few words. check(config, source): raises ValueError, naming the file `source`, for a config that is
-    incomplete or asks for what nothing here computes. drafter(config): a drafter's config in DSpark's words (`DrafterCheckpoint`).
-    shapes(config): every tensor of a checked config; of a drafter, in DSpark's words.
+    title: what it is, in a few words. read(config, source): the config, with what nested places alone say at the top level and, of a
+    drafter, in DSpark's words (`DrafterCheckpoint`); raises ValueError, naming the file `source`, for one that is incomplete,
+    contradicts itself or asks for what nothing here computes. shapes(config): every tensor of a config that was read.
     """
 
     title: str
-    check: Callable[[Mapping, Path], None]
+    read: Callable[[Mapping, Path], dict]
     shapes: Callable[[Mapping], Shapes]
-    drafter: Callable[[Mapping], dict] = dict
 
 
 def published(directory: Path, several: str) -> str:
@@ -83,8 +87,11 @@ def described(config: Mapping) -> str:
 
 def other(config: Mapping) -> str | None:
     """What a config of no format here is, and why it is refused; None where it is unknown."""
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    name = _name(config)
+    if is_speculators(config):
+        kind = config.get("speculators_model_type") or (config.get("speculators_config") or {}).get("algorithm")
+        kind = "" if kind is None else f" (of the kind {kind!r})"
+        return f"a drafter in the layout of the speculators library{kind}, which wraps the config: expected the published layout"
     if is_eagle3(config):
         width = config.get("draft_vocab_size")
         own = width not in (None, config.get("vocab_size"))
@@ -93,11 +100,9 @@ def other(config: Mapping) -> str | None:
             + (f", over {width} ids of its own that d2t maps to the target's" if own else "")
             + "; no backbone for them is here (an engine that has one drives draft_block with first_draft and draft_to_target)"
         )
-    if "speculators_config" in config or "speculators_model_type" in config:
-        return "a drafter in the layout of the speculators library, which wraps the config: expected the published layout"
     if name == "DSparkDraftModel":
         return "a DSpark drafter of other training code, whose layers may differ from those of DeepSpec"
-    if name.startswith("DFlash"):
+    if name.startswith("DFlash") and name not in DRAFTERS:
         return "a DFlash drafter of another version, with parts that are not in the published DFlashDraftModel"
     if "eagle" in name.lower():
         return "an EAGLE drafter, which drafts token by token from the target's last layer; no backbone for it is here"
@@ -106,11 +111,25 @@ def other(config: Mapping) -> str | None:
     return None
 
 
+def is_speculators(config: Mapping) -> bool:
+    """A drafter that the speculators library wrote: it wraps the layers' config, and counts target layers from one more."""
+    wrapped = any(config.get(key) is not None for key in ("speculators_model_type", "transformer_layer_config"))
+    return wrapped or ("speculators_config" in config and _name(config) not in DRAFTERS)
+
+
 def is_eagle3(config: Mapping) -> bool:
-    """An EAGLE-3 drafter: by name, or a language model of one layer with a draft vocabulary (SafeAILab's own files)."""
+    """An EAGLE-3 drafter: by name, or a language model with a draft vocabulary (SafeAILab's own files)."""
+    if is_speculators(config):
+        return False
     names = config.get("architectures")
     named = isinstance(names, list) and any(isinstance(name, str) and "eagle3" in name.lower() for name in names)
-    return named or "draft_vocab_size" in config
+    language_model = _name(config) == "" or _name(config).endswith("ForCausalLM")
+    return named or (language_model and config.get("draft_vocab_size") is not None)
+
+
+def _name(config: Mapping) -> str:
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
 def _require(condition: bool, source: Path, expected: str, got) -> None:
@@ -132,52 +151,37 @@ def _check_heads(config: Mapping, kv_heads: str, source: Path) -> None:
     _require(heads % groups == 0, source, f"num_attention_heads to be a multiple of {kv_heads}", f"{heads} and {groups}")
 
 
-def _check_qwen3_layers(config: Mapping, source: Path) -> None:
+def _check_bool(config: Mapping, key: str, source: Path) -> None:
+    value = config.get(key)
+    _require(value is None or type(value) is bool, source, f"{key} true or false", repr(value))
+
+
+def _check_qwen3_layers(config: Mapping, source: Path, *, causal: bool) -> None:
     _require_keys(config, _LAYER_SIZES, source)
     for key in _LAYER_SIZES:
         _check_size(config[key], key, source)
     _check_heads(config, "num_key_value_heads", source)
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, Mapping):
-        rope = {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")}
-    has_theta = isinstance(rope.get("rope_theta"), (int, float))
-    _require(has_theta, source, "rope_parameters with a rope_theta, or rope_theta itself", "neither")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    _require(kind == "default", source, "rope_type 'default'", repr(kind))
+    rope.qwen3(config, source)
     activation = config.get("hidden_act", "silu")
     _require(activation == "silu", source, "hidden_act 'silu'", repr(activation))
-    _check_attention(config, source)
-
-
-def _check_attention(config: Mapping, source: Path) -> None:
-    _require(not config.get("attention_bias"), source, "no attention_bias", "one")
-    types = config.get("layer_types") or []
-    windows = config.get("use_sliding_window") or any(kind != "full_attention" for kind in types)
-    _require(not windows, source, "full attention in every layer", f"layer_types {types}" if types else "use_sliding_window")
+    for found in find(places(config, source), "final_logit_softcapping"):
+        raise ValueError(f"{source}: expected no {found.where} with Qwen3 layers, got {found.value!r}")
+    attention.check(config, source, causal=causal)
 
 
 def _check_gemma4_layers(config: Mapping, source: Path) -> None:
     sizes = [key for key in _LAYER_SIZES if key not in ("num_key_value_heads", "head_dim")]
     sizes += ["global_head_dim", gemma4_kv_heads(config)]
-    _require_keys(config, (*sizes, "rope_parameters"), source)
+    _require_keys(config, sizes, source)
     for key in sizes:
         _check_size(config[key], key, source)
     _check_heads(config, gemma4_kv_heads(config), source)
-    rope = config["rope_parameters"]
-    rope = rope.get("full_attention") if isinstance(rope, Mapping) else None
-    _require(isinstance(rope, Mapping), source, "rope_parameters with an entry full_attention", config["rope_parameters"])
-    _require(isinstance(rope.get("rope_theta"), (int, float)), source, "a rope_theta for full_attention", rope)
-    kind, same_width = rope.get("rope_type", "default"), config.get("head_dim") == config["global_head_dim"]
-    known = kind == "proportional" or (kind == "default" and same_width)
-    _require(known, source, "rope_type 'proportional' for full_attention", repr(kind))
-    factor = rope.get("partial_rotary_factor", 1.0)
-    _require(isinstance(factor, (int, float)) and 0 <= factor <= 1, source, "a partial_rotary_factor from 0 to 1", repr(factor))
-    _require(rope.get("factor", 1.0) == 1.0, source, "RoPE without a factor", rope.get("factor"))
+    rope.gemma4(config, source)
     activation = config.get("hidden_activation", "gelu_pytorch_tanh")
     _require(activation == "gelu_pytorch_tanh", source, "hidden_activation 'gelu_pytorch_tanh'", repr(activation))
     cap = config.get("final_logit_softcapping")
-    _require(cap is None or cap > 0, source, "a positive final_logit_softcapping or none", cap)
-    _check_attention(config, source)
+    _require(cap is None or _positive(cap), source, "a positive final_logit_softcapping or none", repr(cap))
+    attention.check(config, source, causal=False)
     for key, what in (
         ("enable_moe_block", "mixture-of-experts blocks"),
         ("hidden_size_per_layer_input", "embeddings per layer"),
@@ -191,12 +195,18 @@ def gemma4_kv_heads(config: Mapping) -> str:
     return "num_global_key_value_heads" if config.get("attention_k_eq_v") else "num_key_value_heads"
 
 
+def _positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def _check_block(config: Mapping, source: Path) -> None:
     """What a block drafter adds to its layers, in DSpark's words."""
     _require_keys(config, _DRAFTER_SIZES + _DRAFTER_KEYS, source)
     for key in _DRAFTER_SIZES:
         _check_size(config[key], key, source)
     _check_size(config["markov_rank"], "markov_rank", source, low=0)
+    for key in ("enable_confidence_head", "confidence_head_with_markov", "tie_word_embeddings"):
+        _check_bool(config, key, source)
     if config["markov_rank"]:
         _require_keys(config, ("markov_head_type",), source)
         kind = config["markov_head_type"]
@@ -218,48 +228,50 @@ def _check_block(config: Mapping, source: Path) -> None:
         or (
             isinstance(temperatures, list)
             and len(temperatures) == size
-            and all(isinstance(value, (int, float)) and value > 0 for value in temperatures)
+            and all(map(_positive, temperatures))
         ),
         source, f"{size} positive sts_temperatures", temperatures,
     )  # fmt: skip
 
 
-def _check_qwen3_dspark(config: Mapping, source: Path) -> None:
-    _check_qwen3_layers(config, source)
+def _read_qwen3_dspark(config: Mapping, source: Path) -> dict:
+    config = flat(config, source)
+    _check_qwen3_layers(config, source, causal=False)
+    config = block.read(config, source, dflash=False)
     _check_block(config, source)
+    return config
 
 
-def _check_gemma4_dspark(config: Mapping, source: Path) -> None:
+def _read_gemma4_dspark(config: Mapping, source: Path) -> dict:
+    config = flat(config, source)
     _check_gemma4_layers(config, source)
+    config = block.read(config, source, dflash=False)
     _check_block(config, source)
+    return config
 
 
-def _check_dflash(config: Mapping, source: Path) -> None:
-    _check_qwen3_layers(config, source)
+def _read_dflash(config: Mapping, source: Path) -> dict:
+    config = flat(config, source)
+    _check_qwen3_layers(config, source, causal=False)
+    config = block.read(config, source, dflash=True)
     own = config.get("dflash_config")
-    _require(isinstance(own, Mapping), source, "a dflash_config", own)
-    surplus = sorted(own.keys() - {"target_layer_ids", "mask_token_id"})
-    _require(not surplus, source, "a dflash_config of target_layer_ids and mask_token_id alone", f"{', '.join(surplus)} too")
-    _require_keys(own, ("mask_token_id",), source)
-    for key in _DRAFTER_SIZES:
-        _require_keys(config, (key,), source)
-    _check_size(config["block_size"], "block_size", source, low=2)
+    _require("mask_token_id" in config, source, "a dflash_config with the keys mask_token_id", own)
+    _require_keys(config, _DRAFTER_SIZES, source)
     _check_size(config["num_target_layers"], "num_target_layers", source)
-    _check_block(_dflash_drafter(config), source)
+    for key in ("markov_rank", "enable_confidence_head"):
+        _require(not config.get(key), source, f"no {key} in a DFlash drafter, which has no heads", repr(config.get(key)))
+    config |= {"markov_rank": 0, "enable_confidence_head": False}
+    if config.get("target_layer_ids") is None:
+        config["target_layer_ids"] = _spread(config["num_target_layers"], config["num_hidden_layers"])
+    _check_block(config, source)
+    return config
 
 
-def _dflash_drafter(config: Mapping) -> dict:
-    """DFlash's config in DSpark's words: its block_size counts the anchor, which predicts nothing."""
-    own = config["dflash_config"]
-    return {
-        **config,
-        "block_size": config["block_size"] - 1,
-        "anchor_first": False,
-        "mask_token_id": own["mask_token_id"],
-        "target_layer_ids": own.get("target_layer_ids", _spread(config["num_target_layers"], config["num_hidden_layers"])),
-        "markov_rank": 0,
-        "enable_confidence_head": False,
-    }
+def _read_qwen3(config: Mapping, source: Path) -> dict:
+    config = flat(config, source)
+    _check_qwen3_layers(config, source, causal=True)
+    _check_bool(config, "tie_word_embeddings", source)
+    return config
 
 
 def _spread(target_layers: int, draft_layers: int) -> list[int]:
@@ -333,10 +345,8 @@ def _causal_lm(config: Mapping) -> Shapes:
 
 
 DRAFTERS = {
-    "Qwen3DSparkModel": Format("DSpark drafter with Qwen3 layers", _check_qwen3_dspark, lambda c: _dspark(c, _qwen3_layer(c))),
-    "Gemma4DSparkModel": Format("DSpark drafter with Gemma 4 layers", _check_gemma4_dspark, lambda c: _dspark(c, _gemma4_layer(c))),
-    "DFlashDraftModel": Format(
-        "DFlash drafter with Qwen3 layers", _check_dflash, lambda c: _backbone(c, _qwen3_layer(c)), _dflash_drafter
-    ),
+    "Qwen3DSparkModel": Format("DSpark drafter with Qwen3 layers", _read_qwen3_dspark, lambda c: _dspark(c, _qwen3_layer(c))),
+    "Gemma4DSparkModel": Format("DSpark drafter with Gemma 4 layers", _read_gemma4_dspark, lambda c: _dspark(c, _gemma4_layer(c))),
+    "DFlashDraftModel": Format("DFlash drafter with Qwen3 layers", _read_dflash, lambda c: _backbone(c, _qwen3_layer(c))),
 }
-TARGETS = {"Qwen3ForCausalLM": Format("Qwen3 language model", _check_qwen3_layers, _causal_lm)}
+TARGETS = {"Qwen3ForCausalLM": Format("Qwen3 language model", _read_qwen3, _causal_lm)}

@@ -66,8 +66,10 @@ LAYERS = {
         "dspark_kernels.testing.statistics",
         "dspark_kernels.testing.chain",
     ),
+    "dspark_kernels.checkpoint.places": (),
+    "dspark_kernels.checkpoint.rope": ("dspark_kernels.checkpoint.places",),
     "dspark_kernels": ("dspark_kernels",),
-    "reference": ("dspark_kernels.types",),
+    "reference": ("dspark_kernels.types", "dspark_kernels.checkpoint.rope"),  # configurations have one reading
 }
 APART = ("dspark_kernels.launch",)  # layers whose modules do not import each other either
 # Layer -> outside modules it may import.
@@ -263,6 +265,8 @@ def test_a_circle_is_found(tmp_path):
         ("dspark_kernels/x.py", "def f():\n    import matplotlib"),
         ("reference/x.py", "from dspark_kernels import draft_block"),
         ("reference/x.py", "import dspark_kernels.checks"),
+        ("reference/x.py", "from dspark_kernels.checkpoint import load_target"),
+        ("dspark_kernels/checkpoint/rope.py", "from . import x"),
         ("reference/x.py", "from dspark_kernels.kernels.primitives import philox"),
         ("reference/x.py", "from tests import equality"),
         ("reference/x.py", "import triton"),

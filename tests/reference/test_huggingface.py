@@ -145,7 +145,7 @@ def test_gemma4_target_and_drafter(tmp_path):
             assert want[0].tolist() == generation.output_ids
     with pytest.raises(ValueError, match="an embedding of its own, for the target's is a Gemma4TextScaledWordEmbedding"):
         config, shapes = made.dflash(num_target_layers=4)
-        Block(checkpoint.formats.DRAFTERS["DFlashDraftModel"].drafter(config), made.tensors(shapes), target)
+        Block(checkpoint.formats.DRAFTERS["DFlashDraftModel"].read(config, "config"), made.tensors(shapes), target)
 
 
 @needs_transformers

@@ -113,8 +113,12 @@ def test_rope_parameters_tied_heads_and_refusals():
     assert torch.equal(all_logits(newer, ids), all_logits(TARGET, ids))
     other = Target(dict(config, rope_theta=1e6), tensors)
     assert not torch.allclose(all_logits(other, ids), all_logits(TARGET, ids), atol=1e-3)
-    tied = Target(dict(config, rope_theta=100.0, tie_word_embeddings=True), tensors)
-    assert tied.head is tied.embedding
+    tied = dict(config, rope_theta=100.0, tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="lm_head.weight is not the embedding: it is taken as the head"):
+        assert torch.equal(Target(tied, tensors).head, tensors["lm_head.weight"])
+    for head in ({}, {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}):
+        model = Target(tied, {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"} | head)
+        assert model.head is model.embedding
     for broken, message in (
         (config, "'rope_theta'"),
         (dict(config, rope_theta=1.0, hidden_act="gelu"), "got 'gelu'"),

@@ -1,0 +1,118 @@
+"""What a drafter's config says of its block, wherever it stands: read in DSpark's words, or refused by name.
+
+| meaning | keys, in any place of places.py | in DSpark's words |
+| --- | --- | --- |
+| drafts per pass | block_size | block_size |
+| does the anchor predict | sample_from_anchor (speculators, NeMo RL), anchor_first (here) | anchor_first, default true |
+| mask token | mask_token_id, noise_token_id | mask_token_id |
+| target layers | target_layer_ids: i = output of layer i; aux_hidden_state_layer_ids (speculators, vLLM): one higher | target_layer_ids |
+| heads | markov_rank, markov_head_type, enable_confidence_head, confidence_head_with_markov, sts_temperatures | the same |
+| drafts per pass, once more | speculative_tokens of every proposal method in speculators_config | block_size |
+
+Where the anchor does not predict, a block_size counts it beside the drafts; DFlash's anchor does not, unless its config says so. An
+unknown key inside a block of keys is refused, and so is a known one with a value that nothing here computes.
+
+Sources: github.com/deepseek-ai/DeepSpec; github.com/z-lab/dflash (model.py at 44947fb); github.com/vllm-project/speculators
+(config.py, models/dflash/config.py and models/dspark/config.py at c05b95b); vLLM, model_executor/models/qwen3_dflash.py (036a00d);
+SGLang, speculative/dspark_components/dspark_config.py (01f4762).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from . import attention
+from .places import BLOCKS, ROPE_KEYS, Found, Place, agreed, find, places, same
+
+_HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "sts_temperatures")
+_WORDS = {
+    "block_size": ("block_size",),
+    "anchor_first": ("anchor_first", "sample_from_anchor"),
+    "mask_token_id": ("mask_token_id", "noise_token_id"),
+    "target_layer_ids": ("target_layer_ids",),
+    "num_target_layers": ("num_target_layers",),
+    **{key: (key,) for key in _HEADS},
+}
+_ONE_HIGHER = ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
+# Keys that may be said with one value alone: key -> the value, or the key of the config that has it.
+_FIXED = {"use_aux_hidden_state": True, "logit_scale": 1, "target_hidden_size": "hidden_size", "draft_vocab_size": "vocab_size"}
+_TRAINING = ("num_anchors",)
+_KNOWN = frozenset(
+    (*sum(_WORDS.values(), ()), *_ONE_HIGHER, *_FIXED, *_TRAINING, *attention.KEYS, *ROPE_KEYS, "partial_rotary_factor")
+)
+_SPECULATORS = frozenset(("algorithm", "proposal_methods", "default_proposal_method", "verifier"))
+_PROPOSAL = {"proposal_type": "greedy", "verifier_accept_k": 1, "accept_tolerance": 0}  # greedy: a chain; the rest lose nothing
+
+
+def read(config: Mapping, source, *, dflash: bool) -> dict:
+    """A config in DSpark's words. dflash: the anchor does not predict unless the config says so.
+
+    Raises ValueError for a contradiction, an unknown key inside a block of keys, and a value that nothing here computes.
+    """
+    where = places(config, source)
+    for place in where:
+        _check_known(place, source)
+    for key, value in _FIXED.items():
+        wanted, name = (config.get(value), f"{value} {config.get(value)!r}") if isinstance(value, str) else (value, repr(value))
+        for found in find(where, key):
+            if not same(found.value, wanted):
+                raise ValueError(f"{source}: expected {found.where} {name}, got {found.value!r}")
+    said = {word: find(where, *keys) for word, keys in _WORDS.items()}
+    said["target_layer_ids"] += [_lowered(found, source) for found in find(where, *_ONE_HIGHER)]
+    one = {word: agreed(word, found, source) for word, found in said.items() if found}
+    words = {word: found.value for word, found in one.items()}
+    first = words.get("anchor_first", not dflash)
+    if type(first) is not bool:
+        raise ValueError(f"{source}: expected {one['anchor_first'].where} true or false, got {first!r}")
+    if not first:
+        words["anchor_first"] = False
+        # anchor_first is this package's word, and its block_size counts drafts; that of a DFlash file never does.
+        if "block_size" in words and (dflash or not find(where, "anchor_first")):
+            words["block_size"] = _without_anchor(one["block_size"], source)
+    _check_speculators(config.get("speculators_config") or {}, words.get("block_size"), dflash, source)
+    return {**config, **words}
+
+
+def _check_known(place: Place, source) -> None:
+    name = place.prefix.rstrip(".")
+    if name in ("", "text_config"):
+        return
+    known = _KNOWN | (_SPECULATORS if name == "speculators_config" else frozenset())
+    surplus = ", ".join(sorted(place.content.keys() - known))
+    if surplus and name in BLOCKS:
+        raise ValueError(f"{source}: expected a {name} of known keys alone, got {surplus} too")
+    if surplus:
+        raise ValueError(f"{source}: expected {name}* to be known keys, got {surplus} after {name}")
+
+
+def _lowered(found: Found, source) -> Found:
+    """Layer ids that count the embedding as 0, in those that count it as -1."""
+    if not isinstance(found.value, list) or not all(type(layer) is int for layer in found.value):
+        raise ValueError(f"{source}: expected {found.where} to be layer ids, got {found.value!r}")
+    return Found(f"{found.where}, one higher there", [layer - 1 for layer in found.value])
+
+
+def _without_anchor(size: Found, source) -> int:
+    if type(size.value) is not int or size.value < 2:
+        raise ValueError(f"{source}: expected an integer block_size >= 2, got {size.value!r} ({size.where})")
+    return size.value - 1
+
+
+def _check_speculators(own: Mapping, drafts, dflash: bool, source) -> None:
+    """What speculators_config says of a drafter: the same algorithm, as many drafts, and acceptance that loses nothing."""
+    algorithms = ("dflash",) if dflash else ("dspark", "dflash")
+    if own.get("algorithm") not in (None, *algorithms):
+        raise ValueError(f"{source}: expected speculators_config.algorithm in {algorithms}, got {own['algorithm']!r}")
+    methods = own.get("proposal_methods") or []
+    if not isinstance(methods, list) or not all(isinstance(method, Mapping) for method in methods):
+        raise ValueError(f"{source}: expected speculators_config.proposal_methods to be objects, got {methods!r}")
+    wanted = {**_PROPOSAL, "speculative_tokens": drafts}
+    for i, method in enumerate(methods):
+        where = f"speculators_config.proposal_methods[{i}]"
+        surplus = ", ".join(sorted(method.keys() - wanted.keys()))
+        if surplus:
+            raise ValueError(f"{source}: expected {where} of known keys alone, got {surplus} too")
+        for key, value in method.items():
+            if value is not None and not same(value, wanted[key]):
+                of = " (the drafts of block_size)" if key == "speculative_tokens" else ""
+                raise ValueError(f"{source}: expected {where}.{key} {wanted[key]!r}{of}, got {value!r}")
