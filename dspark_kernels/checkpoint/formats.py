@@ -114,7 +114,7 @@ def other(config: Mapping) -> str | None:
 def is_speculators(config: Mapping) -> bool:
     """A drafter that the speculators library wrote: it wraps the layers' config, and counts target layers from one more."""
     wrapped = any(config.get(key) is not None for key in ("speculators_model_type", "transformer_layer_config"))
-    return wrapped or ("speculators_config" in config and _name(config) not in DRAFTERS)
+    return wrapped or (config.get("speculators_config") is not None and _name(config) not in DRAFTERS)
 
 
 def is_eagle3(config: Mapping) -> bool:
@@ -146,6 +146,15 @@ def _check_size(value, key: str, source: Path, low: int = 1) -> None:
     _require(type(value) is int and value >= low, source, f"an integer {key} >= {low}", repr(value))
 
 
+def _check_eps(config: Mapping, source: Path) -> None:
+    eps = config.get("rms_norm_eps", 1e-6)
+    _require(_positive(eps), source, "a positive rms_norm_eps", repr(eps))
+
+
+def _positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def _check_heads(config: Mapping, kv_heads: str, source: Path) -> None:
     heads, groups = config["num_attention_heads"], config[kv_heads]
     _require(heads % groups == 0, source, f"num_attention_heads to be a multiple of {kv_heads}", f"{heads} and {groups}")
@@ -162,6 +171,7 @@ def _check_qwen3_layers(config: Mapping, source: Path, *, causal: bool) -> None:
         _check_size(config[key], key, source)
     _check_heads(config, "num_key_value_heads", source)
     rope.qwen3(config, source)
+    _check_eps(config, source)
     activation = config.get("hidden_act", "silu")
     _require(activation == "silu", source, "hidden_act 'silu'", repr(activation))
     for found in find(places(config, source), "final_logit_softcapping"):
@@ -177,6 +187,7 @@ def _check_gemma4_layers(config: Mapping, source: Path) -> None:
         _check_size(config[key], key, source)
     _check_heads(config, gemma4_kv_heads(config), source)
     rope.gemma4(config, source)
+    _check_eps(config, source)
     activation = config.get("hidden_activation", "gelu_pytorch_tanh")
     _require(activation == "gelu_pytorch_tanh", source, "hidden_activation 'gelu_pytorch_tanh'", repr(activation))
     cap = config.get("final_logit_softcapping")
@@ -193,10 +204,6 @@ def _check_gemma4_layers(config: Mapping, source: Path) -> None:
 def gemma4_kv_heads(config: Mapping) -> str:
     """The key that gives the key-value heads of Gemma 4's full attention: where values are the keys, a number of its own."""
     return "num_global_key_value_heads" if config.get("attention_k_eq_v") else "num_key_value_heads"
-
-
-def _positive(value) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _check_block(config: Mapping, source: Path) -> None:
