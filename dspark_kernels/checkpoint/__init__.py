@@ -85,7 +85,7 @@ def load_drafter(path) -> DrafterCheckpoint:
 
 
 def load_target(path) -> TargetCheckpoint:
-    """Read a `Qwen3ForCausalLM` directory onto the CPU. Raises as `load_drafter` does; warns of a head that is not the embedding."""
+    """Read a `Qwen3ForCausalLM` directory onto the CPU. Raises as `load_drafter` does; warns of a tied head of other values."""
     directory = _directory(path, formats.PUBLISHED_TARGETS)
     config, form = _config(directory, formats.TARGETS, formats.PUBLISHED_TARGETS)
     return TargetCheckpoint(*_untied(directory, config, _read(_checked(directory, form.shapes(config))), form))
@@ -181,7 +181,8 @@ def _read(handles: Mapping) -> dict[str, Tensor]:
 
 
 def _untied(directory: Path, config: dict, tensors: dict[str, Tensor], form: formats.Format):
-    """A checkpoint that calls itself tied: without a head that is the embedding again; a head of other values is kept, with a warning."""
+    """A checkpoint that calls itself tied: its head is left out where it is the embedding again, and kept, with a warning, where
+    it has other values."""
     embedding = next((name for name in _EMBEDDINGS if name in tensors), None)
     if not config.get("tie_word_embeddings") or embedding is None or _HEAD not in tensors:
         return config, tensors
@@ -189,7 +190,8 @@ def _untied(directory: Path, config: dict, tensors: dict[str, Tensor], form: for
         needed = form.shapes(config)
         return config, {name: tensor for name, tensor in tensors.items() if name in needed}
     warnings.warn(
-        f"{directory / 'config.json'}: tie_word_embeddings is true, but {_HEAD} of the files is not {embedding}: it is taken as the head",
+        f"{directory / 'config.json'}: tie_word_embeddings is true, but {_HEAD} of the files is not {embedding}: "
+        "it is taken as the head",
         stacklevel=3,
     )
     return {**config, "tie_word_embeddings": False}, tensors

@@ -2,7 +2,8 @@
 
 | meaning | keys, in any place of places.py | read here |
 | --- | --- | --- |
-| causal or bidirectional | causal, is_causal; targets: use_bidirectional_attention | false for a drafter's block, true for a target |
+| causality | causal, is_causal | false for a drafter's block, true for a target |
+| | use_bidirectional_attention | anything for a drafter, false for a target |
 | windows | layer_types | one entry a layer, every one full_attention |
 | | use_sliding_window, use_swa | false |
 | | sliding_window_size, swa_window_size, a block's sliding_window | none, or beside a false of the row above |
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .places import Found, Place, agreed, find, places
+from .places import TEXT, Found, Place, agreed, find, places
 
 FULL = "full_attention"
 _CAUSAL = ("causal", "is_causal")
@@ -28,7 +29,7 @@ KEYS = ("layer_types", *_CAUSAL, *_USED, *_SIZES, "max_window_layers", "sliding_
 
 
 def check(config: Mapping, source, *, causal: bool) -> None:
-    """causal: what the layers compute. Raises ValueError, with the key, its place and its value, where a config asks for another."""
+    """causal: what the layers compute. Raises ValueError, with key, place and value, where a config asks for anything else."""
     where = places(config, source)
     for found in find(where, *_ABSENT):
         if found.value is not False:
@@ -53,7 +54,7 @@ def _windows(where: list[Place], layers, source) -> list[Found]:
     windows = [types] if types is not None and any(kind != FULL for kind in types.value) else []
     windows += [found for found in find(where, *_USED) if found.value is not False]
     for place in where:
-        model = place.prefix in ("", "text_config.")
+        model = place.prefix in ("", f"{TEXT}.")
         if not any(place.content.get(key) is False for key in _USED):
             windows += find([place], *_SIZES[1:] if model else _SIZES)
     return windows

@@ -5,9 +5,10 @@
 | drafts per pass | block_size | block_size |
 | does the anchor predict | sample_from_anchor (speculators, NeMo RL), anchor_first (here) | anchor_first, default true |
 | mask token | mask_token_id, noise_token_id | mask_token_id |
-| target layers | target_layer_ids: i = output of layer i; aux_hidden_state_layer_ids (speculators, vLLM): one higher | target_layer_ids |
+| target layers | target_layer_ids: i = output of layer i | target_layer_ids |
+| | aux_hidden_state_layer_ids, eagle_aux_hidden_state_layer_ids (speculators, vLLM): one higher | target_layer_ids |
 | heads | markov_rank, markov_head_type, enable_confidence_head, confidence_head_with_markov, sts_temperatures | the same |
-| drafts per pass, once more | speculative_tokens of every proposal method in speculators_config | block_size |
+| drafts per pass again | num_speculative_tokens; speculative_tokens of each method in speculators_config | block_size |
 
 Where the anchor does not predict, a block_size counts it beside the drafts; DFlash's anchor does not, unless its config says so. An
 unknown key inside a block of keys is refused, and so is a known one with a value that nothing here computes.
@@ -19,10 +20,10 @@ SGLang, speculative/dspark_components/dspark_config.py (01f4762).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from . import attention
-from .places import BLOCKS, ROPE_KEYS, Found, Place, agreed, find, places, same
+from . import attention, rope
+from .places import BLOCKS, TEXT, Found, Place, agreed, find, places, same
 
 _HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "sts_temperatures")
 _WORDS = {
@@ -34,11 +35,23 @@ _WORDS = {
     **{key: (key,) for key in _HEADS},
 }
 _ONE_HIGHER = ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
-# Keys that may be said with one value alone: key -> the value, or the key of the config that has it.
-_FIXED = {"use_aux_hidden_state": True, "logit_scale": 1, "target_hidden_size": "hidden_size", "draft_vocab_size": "vocab_size"}
+_DRAFTS = ("num_speculative_tokens", "speculative_tokens")
+_FIXED = {"use_aux_hidden_state": True, "logit_scale": 1}  # with one value here
+# What a block may repeat: key -> the key at the top level that has its value.
+_REPEATED = {
+    "target_hidden_size": "hidden_size",
+    "draft_vocab_size": "vocab_size",
+    **{
+        key: key
+        for key in (
+            *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"),
+            *("vocab_size", "hidden_act", "rms_norm_eps", "tie_word_embeddings"),
+        )
+    },
+}
 _TRAINING = ("num_anchors",)
 _KNOWN = frozenset(
-    (*sum(_WORDS.values(), ()), *_ONE_HIGHER, *_FIXED, *_TRAINING, *attention.KEYS, *ROPE_KEYS, "partial_rotary_factor")
+    (*sum(_WORDS.values(), ()), *_ONE_HIGHER, *_DRAFTS, *_FIXED, *_REPEATED, *_TRAINING, *attention.KEYS, *rope.KEYS)
 )
 _SPECULATORS = frozenset(("algorithm", "proposal_methods", "default_proposal_method", "verifier"))
 _PROPOSAL = {"proposal_type": "greedy", "verifier_accept_k": 1, "accept_tolerance": 0}  # greedy: a chain; the rest lose nothing
@@ -53,10 +66,9 @@ def read(config: Mapping, source, *, dflash: bool) -> dict:
     for place in where:
         _check_known(place, source)
     for key, value in _FIXED.items():
-        wanted, name = (config.get(value), f"{value} {config.get(value)!r}") if isinstance(value, str) else (value, repr(value))
-        for found in find(where, key):
-            if not same(found.value, wanted):
-                raise ValueError(f"{source}: expected {found.where} {name}, got {found.value!r}")
+        _check_all(find(where, key), value, "", source)
+    for key, top in _REPEATED.items():
+        _check_all(find(where, key), config.get(top), f" ({top})", source)
     said = {word: find(where, *keys) for word, keys in _WORDS.items()}
     said["target_layer_ids"] += [_lowered(found, source) for found in find(where, *_ONE_HIGHER)]
     one = {word: agreed(word, found, source) for word, found in said.items() if found}
@@ -69,13 +81,14 @@ def read(config: Mapping, source, *, dflash: bool) -> dict:
         # anchor_first is this package's word, and its block_size counts drafts; that of a DFlash file never does.
         if "block_size" in words and (dflash or not find(where, "anchor_first")):
             words["block_size"] = _without_anchor(one["block_size"], source)
+    _check_all(find(where, *_DRAFTS), words.get("block_size"), " (the drafts of block_size)", source)
     _check_speculators(config.get("speculators_config") or {}, words.get("block_size"), dflash, source)
     return {**config, **words}
 
 
 def _check_known(place: Place, source) -> None:
     name = place.prefix.rstrip(".")
-    if name in ("", "text_config"):
+    if name in ("", TEXT):
         return
     known = _KNOWN | (_SPECULATORS if name == "speculators_config" else frozenset())
     surplus = ", ".join(sorted(place.content.keys() - known))
@@ -83,6 +96,12 @@ def _check_known(place: Place, source) -> None:
         raise ValueError(f"{source}: expected a {name} of known keys alone, got {surplus} too")
     if surplus:
         raise ValueError(f"{source}: expected {name}* to be known keys, got {surplus} after {name}")
+
+
+def _check_all(found: Iterable[Found], value, of: str, source) -> None:
+    for each in found:
+        if not same(each.value, value):
+            raise ValueError(f"{source}: expected {each.where} {value!r}{of}, got {each.value!r}")
 
 
 def _lowered(found: Found, source) -> Found:
@@ -112,7 +131,6 @@ def _check_speculators(own: Mapping, drafts, dflash: bool, source) -> None:
         surplus = ", ".join(sorted(method.keys() - wanted.keys()))
         if surplus:
             raise ValueError(f"{source}: expected {where} of known keys alone, got {surplus} too")
-        for key, value in method.items():
-            if value is not None and not same(value, wanted[key]):
-                of = " (the drafts of block_size)" if key == "speculative_tokens" else ""
-                raise ValueError(f"{source}: expected {where}.{key} {wanted[key]!r}{of}, got {value!r}")
+        for key, value in wanted.items():
+            of = " (the drafts of block_size)" if key == "speculative_tokens" else ""
+            _check_all(find([Place(f"{where}.", method)], key), value, of, source)

@@ -57,9 +57,9 @@ Shapes = dict[str, tuple[int, ...]]
 class Format:
     """One architecture.
 
-    title: what it is, in a few words. read(config, source): the config, with what nested places alone say at the top level and, of a
-    drafter, in DSpark's words (`DrafterCheckpoint`); raises ValueError, naming the file `source`, for one that is incomplete,
-    contradicts itself or asks for what nothing here computes. shapes(config): every tensor of a config that was read.
+    title: what it is, in a few words. read(config, source): the config, with what nested places alone say at the top level and,
+    of a drafter, in DSpark's words (`DrafterCheckpoint`); raises ValueError, naming the file `source`, for one that is
+    incomplete, contradicts itself or asks for what nothing here computes. shapes(config): every tensor of a config that was read.
     """
 
     title: str

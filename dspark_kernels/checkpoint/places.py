@@ -17,7 +17,11 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 BLOCKS = ("dflash_config", "dspark_config", "speculators_config")
+TEXT = "text_config"
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 _PREFIXES = ("dflash_", "dspark_")
+# What text_config says of itself alone, and what rope.py reads of each place.
+_OWN = {"architectures", "model_type", "_name_or_path", "dtype", "torch_dtype", "transformers_version", *ROPE_KEYS}
 
 
 class Found(NamedTuple):
@@ -46,18 +50,17 @@ def same(a, b) -> bool:
 def places(config: Mapping, source) -> list[Place]:
     """All places of a config. Raises ValueError for a nested one that is no object."""
     found = [Place("", config)]
-    for name in ("text_config", *BLOCKS):
+    for name in (TEXT, *BLOCKS):
         content = config.get(name)
         if content is not None and not isinstance(content, Mapping):
             raise ValueError(f"{source}: expected {name} to be an object, got {content!r}")
         if content is not None:
             found.append(Place(f"{name}.", content))
-    return found + [place for place in map(lambda prefix: _prefixed(config, prefix), _PREFIXES) if place.content]
-
-
-def _prefixed(config: Mapping, prefix: str) -> Place:
-    keys = [key for key in config if key.startswith(prefix) and key not in BLOCKS]
-    return Place(prefix, {key.removeprefix(prefix): config[key] for key in keys})
+    for prefix in _PREFIXES:
+        keys = [key for key in config if key.startswith(prefix) and key not in BLOCKS]
+        if keys:
+            found.append(Place(prefix, {key.removeprefix(prefix): config[key] for key in keys}))
+    return found
 
 
 def find(where: Iterable[Place], *keys: str) -> list[Found]:
@@ -76,18 +79,12 @@ def agreed(key: str, found: Iterable[Found], source) -> Found | None:
     return first
 
 
-# What text_config says of itself, or what rope.py reads from each place.
-_OWN = {"architectures", "model_type", "_name_or_path", "dtype", "torch_dtype", "transformers_version"}
-ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
-
-
 def flat(config: Mapping, source) -> dict:
     """A config with what only its text_config says at the top level. Raises ValueError where the two contradict each other."""
-    top, *nested = places(config, source)
+    text = next((place for place in places(config, source) if place.prefix == f"{TEXT}."), Place("", {}))
     taken = {}
-    for text in (place for place in nested if place.prefix == "text_config."):
-        for key in text.content.keys() - _OWN - set(ROPE_KEYS):
-            value = agreed(key, find((top, text), key), source)
-            if value is not None and config.get(key) is None:
-                taken[key] = value.value
+    for key in sorted(text.content.keys() - _OWN):
+        value = agreed(key, find((Place("", config), text), key), source)
+        if value is not None and config.get(key) is None:
+            taken[key] = value.value
     return {**config, **taken}

@@ -7,8 +7,8 @@
 | rope_parameters (transformers 5), rope_scaling (older) | any place of places.py; flat, or one entry for each type of layer |
 | rope_theta, partial_rotary_factor | the same, and beside them |
 
-A theta beside parameters without one is theirs. Layers of full attention read the entry `full_attention` and what is not in an entry.
-`default` beside entries is what transformers writes where it finds no type; the entries decide.
+A theta beside parameters without one is theirs. Layers of full attention read the entry `full_attention` and what stands in no
+entry. Beside entries, transformers writes a rope_type `default` that nobody gave; the entries decide.
 
 Symbols: D head size. Source: Hugging Face transformers 5.10, modeling_rope_utils.py, which prefers one place over another in
 silence.
@@ -16,19 +16,22 @@ silence.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .places import Found, agreed, find, places
+from .places import ROPE_KEYS, Found, agreed, find, places, same
 
 FULL = "full_attention"
 _BESIDE = ("rope_theta", "partial_rotary_factor")
-# Older names: of the key, and of kinds (Phi-3's, and Qwen2-VL's, which is `default` with positions of its own).
-_KEYS = {"type": "rope_type"}
+# Another layout of a head's pairs; what each of these says where it says nothing.
+_LAYOUT = {"is_neox_style": True, "rope_interleave": False, "rope_interleaved": False, "rotary_pct": 1}
+KEYS = (*ROPE_KEYS, *_BESIDE, *_LAYOUT)
+# Older names: of a key, and of kinds (Phi-3's; Qwen2-VL's, which is `default` with positions of its own).
+_NAMES = {"type": "rope_type"}
 _KINDS = {"su": "longrope", "mrope": "default"}
-# What another layout of a head's pairs, or another base, is called where rope_parameters cannot say it.
-_LAYOUT = {"is_neox_style": True, "rope_interleave": False, "rope_interleaved": False, "rotary_pct": 1.0}
+# What may stand beside a kind that does not scale, and the value with which it says nothing; None: any value.
+_UNSCALED = {"factor": 1, "attention_factor": 1, "original_max_position_embeddings": None}
 
 
 class Rope(NamedTuple):
@@ -39,53 +42,40 @@ class Rope(NamedTuple):
 
 
 def check(config: Mapping, source) -> None:
-    """For models whose own class reads RoPE: raises ValueError where the places contradict each other, or for an impossible theta."""
+    """For models whose own class reads RoPE: raises ValueError where places contradict each other, and for an impossible theta."""
     kinds = {kind for mapping in _mappings(config, source) for kind, value in mapping.value.items() if isinstance(value, Mapping)}
     for kind in sorted(kinds | {FULL}):
-        _theta(parameters(config, source, kind), source)
+        theta = parameters(config, source, kind).get("rope_theta")
+        if theta is not None and not isinstance(theta.value, list):  # some classes have a theta for each layer
+            _positive(theta, source)
 
 
 def qwen3(config: Mapping, source) -> Rope:
     """Of layers that know no other kind than `default`. Raises ValueError for any other, and for an odd head size."""
-    _check_layout(config, source)
     found = parameters(config, source)
     kind = found.pop("rope_type", Found("", "default"))
     if kind.value != "default":
         raise ValueError(f"{source}: expected rope_type 'default', got {kind.value!r} ({kind.where})")
-    theta = _theta(found, source)
-    for key, neutral in (("factor", 1), ("partial_rotary_factor", 1), ("attention_factor", 1)):
-        _neutral(found.pop(key, None), neutral, source)
-    found.pop("rope_theta", None)
-    found.pop("original_max_position_embeddings", None)  # only kinds that scale read it
-    for each in found.values():
-        raise ValueError(f"{source}: expected no {each.where} with rope_type 'default', got {each.value!r}")
+    _check_says_nothing(found.pop("partial_rotary_factor", None), 1, source)
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    _even("head_dim", size, source)
-    if theta is None:
-        raise ValueError(f"{source}: expected the key 'rope_theta' in rope_parameters, or rope_theta itself, got neither")
-    return Rope(theta, 1.0)
+    return Rope(_theta(found, "head_dim", size, config, source), 1.0)
 
 
 def gemma4(config: Mapping, source) -> Rope:
     """Of Gemma 4's full attention: `proportional`, or `default` where all heads have one size. Raises ValueError as qwen3 does."""
-    _check_layout(config, source)
     if not any(isinstance(mapping.value.get(FULL), Mapping) for mapping in _mappings(config, source)):
         raise ValueError(f"{source}: expected rope_parameters with an entry {FULL}, got {config.get('rope_parameters')!r}")
     found = parameters(config, source)
-    kind = found.get("rope_type", Found("", "default"))
+    kind = found.pop("rope_type", Found("", "default"))
     one_size = config.get("head_dim") == config["global_head_dim"]
     if kind.value != "proportional" and not (kind.value == "default" and one_size):
         raise ValueError(f"{source}: expected rope_type 'proportional' for {FULL}, got {kind.value!r} ({kind.where})")
-    theta, share = _theta(found, source), found.get("partial_rotary_factor", Found("", 1.0))
-    if not _number(share.value) or not 0 <= share.value <= 1:
+    share = found.pop("partial_rotary_factor", Found("", 1.0))
+    if not _is_number(share.value) or not 0 <= share.value <= 1:
         raise ValueError(f"{source}: expected a partial_rotary_factor from 0 to 1, got {share.value!r} ({share.where})")
-    _neutral(found.get("factor"), 1, source)
     if kind.value == "default":
-        _neutral(found.get("partial_rotary_factor"), 1, source)
-    _even("global_head_dim", config["global_head_dim"], source)
-    if theta is None:
-        raise ValueError(f"{source}: expected a rope_theta for {FULL}, got none")
-    return Rope(theta, float(share.value))
+        _check_says_nothing(share, 1, source)
+    return Rope(_theta(found, "global_head_dim", config["global_head_dim"], config, source), float(share.value))
 
 
 def parameters(config: Mapping, source, kind: str = FULL) -> dict[str, Found]:
@@ -98,7 +88,7 @@ def parameters(config: Mapping, source, kind: str = FULL) -> dict[str, Found]:
             parts.append((mapping.where, {key: value for key, value in mapping.value.items() if key not in entries}))
         for where, part in parts:
             for key, value in part.items():
-                name = _KEYS.get(key, key)
+                name = _NAMES.get(key, key)
                 value = _KINDS.get(value, value) if name == "rope_type" and isinstance(value, str) else value
                 artefact = entries and where == mapping.where and (name, value) == ("rope_type", "default")
                 if value is not None and not artefact:
@@ -114,33 +104,33 @@ def _mappings(config: Mapping, source) -> list[Found]:
     return found
 
 
-def _theta(found: Mapping[str, Found], source) -> float | None:
-    theta = found.get("rope_theta")
+def _theta(found: dict[str, Found], head_key: str, head_size, config: Mapping, source) -> float:
+    """The theta of a kind that does not scale, once nothing else is left to say."""
+    theta = found.pop("rope_theta", None)
     if theta is None:
-        return None
-    if not _number(theta.value) or not 0 < theta.value < math.inf:
+        raise ValueError(f"{source}: expected the key 'rope_theta' in rope_parameters, or rope_theta itself, got neither")
+    for key, each in found.items():
+        if key not in _UNSCALED:
+            raise ValueError(f"{source}: expected no {each.where}, which nothing here reads, got {each.value!r}")
+        _check_says_nothing(each, _UNSCALED[key], source)
+    for key, value in _LAYOUT.items():
+        for each in find(places(config, source), key):
+            _check_says_nothing(each, value, source)
+    if type(head_size) is not int or head_size < 2 or head_size % 2:
+        raise ValueError(f"{source}: expected an even {head_key}, whose halves RoPE turns together, got {head_size!r}")
+    return _positive(theta, source)
+
+
+def _positive(theta: Found, source) -> float:
+    if not _is_number(theta.value) or not 0 < theta.value <= sys.float_info.max:
         raise ValueError(f"{source}: expected a positive rope_theta, got {theta.value!r} ({theta.where})")
     return float(theta.value)
 
 
-def _check_layout(config: Mapping, source) -> None:
-    for key, value in _LAYOUT.items():
-        for found in find(places(config, source), key):
-            _neutral(found, value, source)
-
-
-def _neutral(found: Found | None, neutral, source) -> None:
-    if found is None:
-        return
-    number = _number(found.value) if _number(neutral) else isinstance(found.value, bool)
-    if not number or found.value != neutral:
+def _check_says_nothing(found: Found | None, neutral, source) -> None:
+    if found is not None and neutral is not None and not same(found.value, neutral):
         raise ValueError(f"{source}: expected {found.where} {neutral!r}, got {found.value!r}")
 
 
-def _even(key: str, size, source) -> None:
-    if type(size) is not int or size < 2 or size % 2:
-        raise ValueError(f"{source}: expected an even {key}, whose halves RoPE turns against each other, got {size!r}")
-
-
-def _number(value) -> bool:
+def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

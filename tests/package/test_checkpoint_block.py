@@ -12,7 +12,7 @@ from reference.model import Rows, Target
 from tests import directories as made
 
 pytest.importorskip("safetensors.torch")
-# made.dspark: block_size 4, mask token 40, layers [-1, 1] of 3; made.dflash: block_size 5 (four drafts), mask token 40, layers [0, 1].
+# made.dspark: block_size 4, mask token 40, layers [-1, 1] of 3; made.dflash: block_size 5 (four drafts), layers [0, 1].
 OWN = {"target_layer_ids": [0, 1], "mask_token_id": 40}
 DROPPED = object()
 
@@ -43,7 +43,11 @@ DSPARK = {
     ),
     "only in dspark_config": (
         dict(
-            block_size=DROPPED, mask_token_id=DROPPED, target_layer_ids=DROPPED, markov_rank=DROPPED, markov_head_type=DROPPED,
+            block_size=DROPPED,
+            mask_token_id=DROPPED,
+            target_layer_ids=DROPPED,
+            markov_rank=DROPPED,
+            markov_head_type=DROPPED,
             dspark_config=dict(block_size=4, mask_token_id=7, target_layer_ids=[1, 2], markov_rank=5, markov_head_type="vanilla"),
         ),
         dict(block_size=4, mask_token_id=7, target_layer_ids=[1, 2], markov_rank=5),
@@ -54,7 +58,8 @@ DSPARK = {
     ),
     "a null says nothing": (dict(dspark_config=dict(block_size=None, mask_token_id=None)), dict(block_size=4)),
     "layers counted from one more": (
-        dict(target_layer_ids=DROPPED, aux_hidden_state_layer_ids=[0, 2]), dict(target_layer_ids=[-1, 1]),
+        dict(target_layer_ids=DROPPED, aux_hidden_state_layer_ids=[0, 2]),
+        dict(target_layer_ids=[-1, 1]),
     ),
     "layers said in both counts": (dict(dspark_config=dict(aux_hidden_state_layer_ids=[0, 2])), dict(target_layer_ids=[-1, 1])),
     "rows that see each other": (dict(dspark_config=dict(causal=False), is_causal=False), dict(block_size=4)),
@@ -65,6 +70,14 @@ DSPARK = {
     "its vocabulary and its target's width": (dict(draft_vocab_size=41, target_hidden_size=24), dict(block_size=4)),
     "no vocabulary of its own": (dict(draft_vocab_size=None), dict(block_size=4)),
     "four drafts in speculators_config": (dict(speculators_config=proposal()), dict(block_size=4)),
+    "sizes of its layers again": (dict(dspark_config=dict(hidden_size=24, num_hidden_layers=2, vocab_size=41)), dict(block_size=4)),
+    "four drafts, said again": (dict(num_speculative_tokens=4), dict(block_size=4)),
+    "other sizes of its layers": (dict(dspark_config=dict(num_hidden_layers=3)), ("dspark_config.num_hidden_layers 2", "got 3")),
+    "another vocabulary in a block": (
+        dict(dflash_config=dict(vocab_size=50)),
+        ("dflash_config.vocab_size 41 (vocab_size), got 50",),
+    ),
+    "three drafts, said again": (dict(num_speculative_tokens=3), ("num_speculative_tokens 4 (the drafts of block_size), got 3",)),
     "two block sizes": (dict(dspark_config=dict(block_size=5)), ("4 (block_size)", "5 (dspark_config.block_size)")),
     "two block sizes in two blocks": (
         dict(block_size=DROPPED, dspark_config=dict(block_size=5), dflash_config=dict(block_size=6)),
@@ -83,7 +96,10 @@ DSPARK = {
         ("[-1, 1] (target_layer_ids)", "[-2, 0] (aux_hidden_state_layer_ids, one higher there)"),
     ),
     "two ranks": (dict(dspark_config=dict(markov_rank=8)), ("5 (markov_rank)", "8 (dspark_config.markov_rank)")),
-    "two kinds of head": (dict(dspark_config=dict(markov_head_type="rnn")), ("'vanilla' (markov_head_type)", "'rnn' (dspark_config.")),
+    "two kinds of head": (
+        dict(dspark_config=dict(markov_head_type="rnn")),
+        ("'vanilla' (markov_head_type)", "'rnn' (dspark_config."),
+    ),
     "two words on confidence": (
         dict(speculators_config=dict(enable_confidence_head=False)),
         ("True (enable_confidence_head)", "False (speculators_config.enable_confidence_head)"),
@@ -96,14 +112,19 @@ DSPARK = {
         ("True (sample_from_anchor)", "False (dspark_config.sample_from_anchor)"),
     ),
     "anchor_first against sample_from_anchor": (
-        dict(anchor_first=True, sample_from_anchor=False), ("True (anchor_first)", "False (sample_from_anchor)"),
+        dict(anchor_first=True, sample_from_anchor=False),
+        ("True (anchor_first)", "False (sample_from_anchor)"),
     ),
     "an anchor that predicts by 1": (dict(sample_from_anchor=1), ("sample_from_anchor true or false, got 1",)),
     "no drafts beside the anchor": (dict(sample_from_anchor=False, block_size=1), ("integer block_size >= 2, got 1",)),
     "windows": (dict(dspark_config=dict(use_swa=True, swa_window_size=2048)), ("full attention", "dspark_config.use_swa True")),
-    "a window size in a block": (dict(dflash_config=dict(sliding_window=512)), ("full attention", "dflash_config.sliding_window 512")),
+    "a window size in a block": (
+        dict(dflash_config=dict(sliding_window=512)),
+        ("full attention", "dflash_config.sliding_window 512"),
+    ),
     "a window size of its own": (
-        dict(use_sliding_window=DROPPED, swa_window_size=64), ("full attention", "swa_window_size 64"),
+        dict(use_sliding_window=DROPPED, swa_window_size=64),
+        ("full attention", "swa_window_size 64"),
     ),
     "layer types in a block": (
         dict(layer_types=DROPPED, dspark_config=dict(layer_types=["full_attention", "sliding_attention"])),
@@ -111,21 +132,31 @@ DSPARK = {
     ),
     "two lists of layer types": (
         dict(dspark_config=dict(layer_types=["sliding_attention"] * 2)),
-        ("['full_attention', 'full_attention'] (layer_types)", "['sliding_attention', 'sliding_attention'] (dspark_config.layer_types)"),
+        (
+            "['full_attention', 'full_attention'] (layer_types)",
+            "['sliding_attention', 'sliding_attention'] (dspark_config.layer_types)",
+        ),
     ),
     "fewer layer types than layers": (dict(layer_types=["full_attention"]), ("2 layer_types", "got ['full_attention']")),
     "sinks": (dict(dspark_config=dict(attention_sink_bias=True)), ("no dspark_config.attention_sink_bias, got True",)),
     "no context": (dict(dflash_config=dict(use_aux_hidden_state=False)), ("dflash_config.use_aux_hidden_state True, got False",)),
-    "a vocabulary of its own": (dict(draft_vocab_size=11), ("draft_vocab_size vocab_size 41, got 11",)),
-    "a target of another width": (dict(dspark_config=dict(target_hidden_size=32)), ("target_hidden_size hidden_size 24, got 32",)),
+    "a vocabulary of its own": (dict(draft_vocab_size=11), ("draft_vocab_size 41 (vocab_size), got 11",)),
+    "a target of another width": (
+        dict(dspark_config=dict(target_hidden_size=32)),
+        ("target_hidden_size 24 (hidden_size), got 32",),
+    ),
     "capped logits of Qwen3 layers": (dict(final_logit_softcapping=30.0), ("no final_logit_softcapping", "got 30.0")),
-    "an unknown key in dspark_config": (dict(dspark_config=dict(projector="mlp")), ("a dspark_config of known keys alone, got projector",)),
+    "an unknown key in dspark_config": (
+        dict(dspark_config=dict(projector="mlp")),
+        ("a dspark_config of known keys alone, got projector",),
+    ),
     "an unknown key in speculators_config": (dict(speculators_config=dict(tree=3)), ("a speculators_config of known keys", "tree")),
     "an unknown key behind dspark_": (dict(dspark_stages=3), ("dspark_* to be known keys, got stages",)),
     "a block that is no object": (dict(dspark_config=[4]), ("dspark_config to be an object, got [4]",)),
     "a block in quotes": (dict(dflash_config="{}"), ("dflash_config to be an object, got '{}'",)),
     "three drafts in speculators_config": (
-        dict(speculators_config=proposal(speculative_tokens=3)), ("proposal_methods[0].speculative_tokens 4", "got 3"),
+        dict(speculators_config=proposal(speculative_tokens=3)),
+        ("proposal_methods[0].speculative_tokens 4", "got 3"),
     ),
     "acceptance of the top 3": (dict(speculators_config=proposal(verifier_accept_k=3)), ("verifier_accept_k 1, got 3",)),
     "acceptance with a tolerance": (dict(speculators_config=proposal(accept_tolerance=2.0)), ("accept_tolerance 0, got 2.0",)),
@@ -133,7 +164,7 @@ DSPARK = {
     "an unknown key of a proposal": (dict(speculators_config=proposal(beams=2)), ("proposal_methods[0] of known keys", "beams")),
     "another algorithm": (dict(speculators_config={"algorithm": "eagle3"}), ("speculators_config.algorithm in", "got 'eagle3'")),
     "confidence in quotes": (dict(enable_confidence_head="false"), ("enable_confidence_head true or false, got 'false'",)),
-}  # fmt: skip
+}
 DFLASH = {
     "as published": ({}, dict(block_size=4, anchor_first=False, mask_token_id=40, target_layer_ids=[0, 1], markov_rank=0)),
     "a bidirectional block": (dict(dflash_config={**OWN, "causal": False}), dict(block_size=4)),
@@ -141,20 +172,28 @@ DFLASH = {
     "block_size twice": (dict(dflash_config={**OWN, "block_size": 5}), dict(block_size=4)),
     "keys at the top": (dict(dflash_config=DROPPED, **OWN), dict(mask_token_id=40, target_layer_ids=[0, 1])),
     "keys at the top and a block without them": (
-        dict(dflash_config={"use_swa": False}, **OWN), dict(mask_token_id=40, target_layer_ids=[0, 1]),
+        dict(dflash_config={"use_swa": False}, **OWN),
+        dict(mask_token_id=40, target_layer_ids=[0, 1]),
     ),
-    "the anchor does not predict": (dict(dflash_config={**OWN, "sample_from_anchor": False}), dict(block_size=4, anchor_first=False)),
+    "the anchor does not predict": (
+        dict(dflash_config={**OWN, "sample_from_anchor": False}),
+        dict(block_size=4, anchor_first=False),
+    ),
     "not in our word either": (dict(anchor_first=False), dict(block_size=4, anchor_first=False)),
     "the anchor predicts": (dict(sample_from_anchor=True), dict(block_size=5, anchor_first=True)),
     "layers counted from one more": (
-        dict(dflash_config={"mask_token_id": 40}, aux_hidden_state_layer_ids=[1, 3]), dict(target_layer_ids=[0, 2]),
+        dict(dflash_config={"mask_token_id": 40}, aux_hidden_state_layer_ids=[1, 3]),
+        dict(target_layer_ids=[0, 2]),
     ),
     "no heads": (dict(markov_rank=0, enable_confidence_head=False), dict(markov_rank=0)),
     "four drafts in speculators_config": (dict(speculators_config={**proposal(), "algorithm": "dflash"}), dict(block_size=4)),
     "a causal block": (dict(dflash_config={**OWN, "causal": True}), ("dflash_config.causal False", "got True")),
     "two block sizes": (dict(dflash_config={**OWN, "block_size": 4}), ("5 (block_size)", "4 (dflash_config.block_size)")),
     "two mask tokens": (dict(mask_token_id=39), ("39 (mask_token_id)", "40 (dflash_config.mask_token_id)")),
-    "two lists of layers": (dict(target_layer_ids=[0, 2]), ("[0, 2] (target_layer_ids)", "[0, 1] (dflash_config.target_layer_ids)")),
+    "two lists of layers": (
+        dict(target_layer_ids=[0, 2]),
+        ("[0, 2] (target_layer_ids)", "[0, 1] (dflash_config.target_layer_ids)"),
+    ),
     "windows": (dict(dflash_config={**OWN, "use_swa": True}), ("full attention", "dflash_config.use_swa True")),
     "a window size": (dict(dflash_config={**OWN, "swa_window_size": 2048}), ("dflash_config.swa_window_size 2048",)),
     "an unknown key": (dict(dflash_config={**OWN, "fc_layernorm": True}), ("a dflash_config of known keys", "fc_layernorm")),
@@ -167,7 +206,7 @@ DFLASH = {
     ),
     "another algorithm": (dict(speculators_config=proposal()), ("speculators_config.algorithm in ('dflash',), got 'dspark'",)),
     "no mask token": (dict(dflash_config={"target_layer_ids": [0, 1]}), ("a dflash_config with the keys mask_token_id",)),
-}  # fmt: skip
+}
 
 
 def outcome_of(directory, config, shapes, outcome):

@@ -27,7 +27,10 @@ SAID = {
     "theta beside parameters without one": (dict(rope_parameters={"rope_type": "default"}, rope_theta=5e5), 5e5),
     "theta beside parameters whose theta is null": (dict(rope_parameters={**PLAIN, "rope_theta": None}, rope_theta=5e5), 5e5),
     "theta said twice": (dict(rope_parameters=PLAIN, rope_theta=500000), 5e5),
-    "theta said three times": (dict(rope_parameters=PLAIN, rope_scaling={"type": "default", "rope_theta": 5e5}, rope_theta=5e5), 5e5),
+    "theta said three times": (
+        dict(rope_parameters=PLAIN, rope_scaling={"type": "default", "rope_theta": 5e5}, rope_theta=5e5),
+        5e5,
+    ),
     "theta in rope_scaling alone": (dict(rope_scaling=PLAIN), 5e5),
     "no scaling": (dict(rope_scaling=None, rope_theta=5e5), 5e5),
     "a scaling of 1": (dict(rope_scaling={"factor": 1.0}, rope_theta=5e5), 5e5),
@@ -39,7 +42,11 @@ SAID = {
         dict(rope_parameters={"full_attention": PLAIN, "sliding_attention": {**PLAIN, "rope_theta": 1e4}}),
         5e5,
     ),
-    "two thetas": (dict(rope_parameters=PLAIN, rope_theta=1e6), ("500000.0 (rope_parameters.rope_theta)", "1000000.0 (rope_theta)")),
+    "pairs in halves": (dict(rope_theta=5e5, is_neox_style=True, dspark_config={"is_neox_style": True}), 5e5),
+    "two thetas": (
+        dict(rope_parameters=PLAIN, rope_theta=1e6),
+        ("500000.0 (rope_parameters.rope_theta)", "1000000.0 (rope_theta)"),
+    ),
     "a theta of rope_scaling": (
         dict(rope_parameters=PLAIN, rope_scaling={**PLAIN, "rope_theta": 1e4}),
         ("500000.0 (rope_parameters.rope_theta)", "10000.0 (rope_scaling.rope_theta)"),
@@ -60,7 +67,10 @@ SAID = {
         dict(rope_scaling={"type": "linear", "rope_type": "default"}, rope_theta=5e5),
         ("'linear' (rope_scaling.type)", "'default' (rope_scaling.rope_type)"),
     ),
-    "yarn": (dict(rope_parameters={**YARN, "rope_theta": 5e5}), ("expected rope_type 'default'", "'yarn' (rope_parameters.rope_type)")),
+    "yarn": (
+        dict(rope_parameters={**YARN, "rope_theta": 5e5}),
+        ("expected rope_type 'default'", "'yarn' (rope_parameters.rope_type)"),
+    ),
     "yarn in rope_scaling": (dict(rope_scaling=YARN, rope_theta=5e5), ("'yarn' (rope_scaling.rope_type)",)),
     "yarn beside a theta in rope_parameters": (dict(rope_scaling=YARN, rope_parameters={"rope_theta": 5e5}), ("'yarn'",)),
     "yarn in text_config": (
@@ -87,12 +97,13 @@ SAID = {
     "theta true": (dict(rope_theta=True), ("a positive rope_theta, got True",)),
     "theta true beside 1": (dict(rope_theta=True, rope_parameters={"rope_theta": 1}), ("True (rope_theta)", "1 (rope_parameters")),
     "a theta in quotes": (dict(rope_theta="1e6"), ("a positive rope_theta, got '1e6'",)),
+    "a theta beyond all floats": (dict(rope_theta=10**400), ("a positive rope_theta, got 1000",)),
     "theta infinite": (dict(rope_theta=math.inf), ("a positive rope_theta, got inf",)),
     "theta not a number": (dict(rope_theta=math.nan), ("a positive rope_theta, got nan",)),
     "parameters in a list": (dict(rope_parameters=[PLAIN]), ("rope_parameters to be an object",)),
     "scaling in a word": (dict(rope_scaling="yarn", rope_theta=5e5), ("rope_scaling to be an object, got 'yarn'",)),
     "an odd head size": (dict(rope_theta=5e5, head_dim=7), ("an even head_dim", "got 7")),
-}  # fmt: skip
+}
 BUILDS = {"target": made.target, "dspark": made.dspark, "dflash": made.dflash}
 
 
@@ -184,16 +195,21 @@ GEMMA4 = {
         ("a partial_rotary_factor from 0 to 1, got True",),
     ),
     "a share above 1": (dict(rope_parameters={"full_attention": {**FULL, "partial_rotary_factor": 2}}), ("got 2 (",)),
+    "scaled attention": (
+        dict(rope_parameters={"full_attention": {**FULL, "attention_factor": 2.0}}),
+        ("attention_factor 1, got 2",),
+    ),
+    "another key": (dict(rope_parameters={"full_attention": {**FULL, "truncate": True}}), ("full_attention.truncate", "got True")),
     "scaled": (dict(rope_parameters={"full_attention": {**FULL, "factor": 8.0}}), ("full_attention.factor 1, got 8.0",)),
     "half of the pairs by default": (
         dict(rope_parameters={"full_attention": {**PLAIN, "partial_rotary_factor": 0.5}}, head_dim=16),
         ("partial_rotary_factor 1, got 0.5",),
     ),
-    "no theta": (dict(rope_parameters={"full_attention": {"rope_type": "proportional"}}), ("a rope_theta for full_attention",)),
+    "no theta": (dict(rope_parameters={"full_attention": {"rope_type": "proportional"}}), ("rope_theta itself, got neither",)),
     "theta false": (dict(rope_parameters={"full_attention": {**FULL, "rope_theta": False}}), ("a positive rope_theta, got False",)),
     "no entry": (dict(rope_parameters=FULL), ("an entry full_attention",)),
     "an odd head size": (dict(global_head_dim=15), ("an even global_head_dim", "got 15")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("said", GEMMA4)
