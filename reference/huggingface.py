@@ -14,7 +14,6 @@ Symbols: S slots, n rows, d hidden size, V vocabulary. Source: Hugging Face tran
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dspark_kernels.checkpoint import rope
+from dspark_kernels.checkpoint import files, rope
 
 from .model import Output, Rows
 
@@ -139,15 +138,17 @@ def load(directory, device="cpu", dtype=torch.float32) -> HuggingFaceTarget:
     """The causal language model of a directory.
 
     Raises:
-        FileNotFoundError: no such directory.
-        ValueError: a directory that no class of transformers reads, tensors missing from it, a config whose places contradict each
-            other about RoPE, and what HuggingFaceTarget refuses.
+        FileNotFoundError: no such directory, no config.json, or a shard is missing.
+        ValueError: a directory that no class of transformers reads, tensors missing from it, places of its config that
+            contradict each other about RoPE, files that contradict its index, and what HuggingFaceTarget refuses.
         ImportError: transformers is not installed.
     """
     directory, transformers = Path(directory), _transformers()
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
-    _check_rope(directory / "config.json")
+    # transformers reads RoPE from one place and tensors from whole files: what it does not look at has to say the same.
+    rope.check(files.read_json(directory / "config.json"), directory / "config.json")
+    files.check_whole_files(directory)
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
@@ -160,16 +161,6 @@ def load(directory, device="cpu", dtype=torch.float32) -> HuggingFaceTarget:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ValueError(f"{directory}: expected the tensor {missing[0]}{more} of {type(model).__name__}, found none")
     return HuggingFaceTarget(model.to(device))
-
-
-def _check_rope(file: Path) -> None:
-    """transformers reads RoPE from one place and ignores the others in silence: they have to agree."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # transformers says what is wrong
-    if isinstance(config, dict):
-        rope.check(config, file)
 
 
 class Text(NamedTuple):

@@ -186,7 +186,7 @@ def _untied(directory: Path, config: dict, tensors: dict[str, Tensor], form: for
     embedding = next((name for name in _EMBEDDINGS if name in tensors), None)
     if not config.get("tie_word_embeddings") or embedding is None or _HEAD not in tensors:
         return config, tensors
-    if _same_values(tensors[_HEAD], tensors[embedding]):
+    if files.same_values(tensors[_HEAD], tensors[embedding]):
         needed = form.shapes(config)
         return config, {name: tensor for name, tensor in tensors.items() if name in needed}
     warnings.warn(
@@ -195,11 +195,6 @@ def _untied(directory: Path, config: dict, tensors: dict[str, Tensor], form: for
         stacklevel=3,
     )
     return {**config, "tie_word_embeddings": False}, tensors
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    wide = torch.promote_types(a.dtype, b.dtype)
-    return torch.equal(a.to(wide), b.to(wide))
 
 
 def _more(names) -> str:

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from .places import same
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,6 +47,39 @@ def stored(directory: Path) -> Stored:
         raise FileNotFoundError(f"{directory}: expected {SINGLE} or {INDEX}, the directory has {_listing(directory)}")
     handle = _open(single)
     return Stored({name: Entry(single, handle) for name in handle.keys()}, {})
+
+
+def check_whole_files(directory: Path) -> None:
+    """For readers that take whole files, whatever the index says of a tensor: transformers takes model.safetensors, or else every
+    shard, and of several that hold a tensor the last.
+
+    Raises ValueError where that may be another tensor than the index names, and FileNotFoundError and ImportError as `stored` does.
+    """
+    single, index = directory / SINGLE, directory / INDEX
+    if not index.is_file():
+        return
+    entries = stored(directory).entries
+    handles = {entry.file: entry.handle for entry in entries.values()}
+    if single.is_file() and single not in handles:
+        raise ValueError(f"{index}: expected to name {SINGLE}, which readers of whole files take, got {', '.join(_names(handles))}")
+    for file, handle in handles.items():
+        for name in handle.keys():
+            named = entries.get(name)
+            if named and named.file != file and not same_values(named.handle.get_tensor(name), handle.get_tensor(name)):
+                raise ValueError(
+                    f"{file}: expected no {name} but that of {named.file.name}, which {INDEX} names, got other values, and readers"
+                    " of whole files may take either"
+                )
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in whatever dtypes they are stored."""
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return torch.equal(a.to(wide), b.to(wide))
+
+
+def _names(files) -> list[str]:
+    return sorted(file.name for file in files)
 
 
 def read_json(file: Path) -> dict:

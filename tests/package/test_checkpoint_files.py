@@ -27,9 +27,9 @@ def sharded(directory, *, also=None, index=None):
     (directory / "config.json").write_text(json.dumps(config))
     for file in {*SHARDS, *(also or {})}:
         own = {name: tensors[name] for name in names if where[name] == file}
-        save_file(own | (also or {}).get(file, {}), directory / file)
+        save_file(own | (also or {}).get(file, {}), directory / file, metadata={"format": "pt"})
     where = {name: file for name, file in (where | (index or {})).items() if file is not None}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return directory, tensors
 
 
@@ -197,3 +197,39 @@ def test_a_target_of_transformers_keeps_the_files_head(tmp_path):
     pytest.importorskip("transformers")
     directory, tensors = tied(tmp_path / "d", lambda e: 2 * e)
     assert torch.equal(huggingface.load(directory).head, tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    "also, index, message",
+    [
+        ({"a.safetensors": {"model.layers.2.mlp.up_proj.weight": None}}, {}, None),  # a copy, which may be read instead
+        ({"z.safetensors": {NORM: torch.full((24,), 9.0)}}, {}, None),  # a file that nobody reads
+        ({"a.safetensors": {NORM: torch.full((24,), 9.0)}}, {}, rf"a\.safetensors: expected no {NORM} but that of b\.safetensors"),
+        (
+            {"a.safetensors": {NORM: torch.full((24,), 9.0)}},
+            {NORM: "a.safetensors"},
+            rf"b\.safetensors: expected no {NORM} but that of a\.safetensors",
+        ),
+        ({}, {NORM: "a.safetensors"}, rf"a\.safetensors: expected the tensor {NORM}"),
+        (
+            {"model.safetensors": {NORM: torch.full((24,), 9.0)}},
+            {},
+            r"index\.json: expected to name model\.safetensors, .* got a\.",
+        ),
+    ],
+    ids=["a copy", "another file", "other values before", "other values behind", "not there", "a whole file"],
+)
+def test_a_target_of_transformers_is_read_as_the_index_says(tmp_path, also, index, message):
+    """transformers 5.10 reads every shard and keeps the last of two tensors, or model.safetensors and no index at all."""
+    pytest.importorskip("transformers")
+    from reference import huggingface
+
+    tensors = made.tensors(made.target()[1])
+    also = {file: {n: tensors[n] if t is None else t for n, t in held.items()} for file, held in also.items()}
+    directory, tensors = sharded(tmp_path / "d", also=also, index=index)
+    if message is None:
+        model = huggingface.load(directory)._model
+        assert torch.equal(model.model.norm.weight, tensors[NORM])
+        return
+    with pytest.raises(ValueError, match=message):
+        huggingface.load(directory)

@@ -67,9 +67,11 @@ LAYERS = {
         "dspark_kernels.testing.chain",
     ),
     "dspark_kernels.checkpoint.places": (),
+    "dspark_kernels.checkpoint.files": ("dspark_kernels.checkpoint.places",),
     "dspark_kernels.checkpoint.rope": ("dspark_kernels.checkpoint.places",),
     "dspark_kernels": ("dspark_kernels",),
-    "reference": ("dspark_kernels.types", "dspark_kernels.checkpoint.rope"),  # configurations have one reading
+    # Configurations and directories have one reading, which verifies no kernel.
+    "reference": ("dspark_kernels.types", "dspark_kernels.checkpoint.files", "dspark_kernels.checkpoint.rope"),
 }
 APART = ("dspark_kernels.launch",)  # layers whose modules do not import each other either
 # Layer -> outside modules it may import.
