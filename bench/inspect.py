@@ -193,7 +193,7 @@ def _eagle3(config: Mapping, tensors: Mapping) -> dict:
 
 
 def _target(config: Mapping, directory: Path) -> dict:
-    text = config.get("text_config", config)
+    text = {**config, **(config.get("text_config") or {})}
     window, kinds = text.get("sliding_window"), text.get("layer_types") or []
     sizes = [text.get("head_dim")] + ([text.get("global_head_dim")] if text.get("global_head_dim") else [])
     options = 'mask="chain"' + (f" (window={window} in the sliding layers)" if "sliding_attention" in kinds else "")

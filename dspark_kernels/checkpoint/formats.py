@@ -89,7 +89,8 @@ def other(config: Mapping) -> str | None:
     """What a config of no format here is, and why it is refused; None where it is unknown."""
     name = _name(config)
     if is_speculators(config):
-        kind = config.get("speculators_model_type") or (config.get("speculators_config") or {}).get("algorithm")
+        own = config.get("speculators_config")
+        kind = config.get("speculators_model_type") or (own.get("algorithm") if isinstance(own, Mapping) else None)
         kind = "" if kind is None else f" (of the kind {kind!r})"
         return f"a drafter in the layout of the speculators library{kind}, which wraps the config: expected the published layout"
     if is_eagle3(config):

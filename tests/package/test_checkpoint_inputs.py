@@ -6,6 +6,7 @@ format gives it, or it is refused by a message with the file, the key or tensor,
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from dspark_kernels import checkpoint
+from dspark_kernels.checkpoint import attention, block, formats
 from reference.model import Shape
 from tests import directories as made
 
@@ -303,3 +305,28 @@ def test_what_comes_of_it(tmp_path, name):
     assert {key: words.get(key) for key in case.outcome} == case.outcome
     for tensor, value in loaded.tensors.items():
         assert torch.equal(value, tensors[tensor]), tensor
+
+
+ODD = (None, True, 0, -1, 1.5, 10**400, float("nan"), "x", "", [], [1], ["x"], [None], [[1]], {}, {"x": 1}, {"full_attention": []})
+PLACES = ("", "text_config", "dflash_config", "dspark_config", "speculators_config", "rope_parameters", "rope_scaling")
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_no_value_of_any_key_leads_to_another_error(build):
+    """Every key that is read, with every odd value, in every place: it is read, or refused with the file's name."""
+    config, _ = BUILDS[build]()
+    keys = {*block._KNOWN, *block._SPECULATORS, *attention.KEYS, *config, *PLACES[1:], "final_logit_softcapping", "type", "factor"}
+    keys |= {"full_attention", "dspark_block_size", "speculators_model_type", "transformer_layer_config", "model_type"}
+    form = (formats.DRAFTERS | formats.TARGETS)[config["architectures"][0]]
+    refused = 0
+    for place, key, value in itertools.product(PLACES, sorted(keys), ODD):
+        nested = config.get(place)
+        inner = {**(nested if isinstance(nested, dict) else {}), key: value}
+        given = {**config, place: inner} if place else {**config, key: value}
+        formats.described(given)
+        try:
+            form.shapes(form.read(given, "config.json"))
+        except ValueError as refusal:
+            assert str(refusal).startswith("config.json: "), (place, key, value)
+            refused += 1
+    assert refused > 1000
