@@ -4,7 +4,7 @@ Right, as a GPU computes:
 - casts to bf16 and fp8 round to nearest even (fp8 saturates); arithmetic, dot and reductions on bf16 and fp8 use the
   values. The stock interpreter truncates, and otherwise works on the raw bits as unsigned integers.
 - loads, stores and atomics take strided and broadcast blocks; the stock ones read past them. A masked-out atomic
-  returns 0.
+  returns 0. A mask may hold numbers, such as a comparison of scalars that was broadcast (triton 3.9 raises).
 - loops with a bound known at run time work with numpy >= 2.4 (triton 3.6 raises), and a loop variable is a tensor
   (stock: a Python int, which has no `.to`). minimum and maximum ignore a NaN operand.
 Fast:
@@ -108,6 +108,13 @@ def _handle(values, dtype):
     return stock.TensorHandle(_encode(values, dtype) if dtype in _torch_dtypes() else values, dtype)
 
 
+def _boolean(handle):
+    """The handle; of type int1 where its values are true or false, which otherwise become numbers where a scalar is broadcast."""
+    if handle.data.dtype == np.bool_ and handle.dtype != tl.int1:
+        return stock.TensorHandle(handle.data, tl.int1)
+    return handle
+
+
 def _cast(original):
     def cast_impl(self, src, dst_type):
         dst = dst_type.scalar
@@ -140,7 +147,7 @@ def _elementwise(original, operands: int):
         handles, function = args[:operands], args[operands]
         # A choice moves bits and needs no values.
         if function is np.where or not any(map(_is_raw, handles)):
-            return original(self, *args)
+            return _boolean(original(self, *args))
         kind = handles[-1 if operands == 3 else 0].dtype.scalar
         return _handle(function(*map(_decode, handles)), kind)
 
@@ -235,16 +242,20 @@ def _memory(native):
     def contiguous(*arrays):
         return [np.ascontiguousarray(x) for x in arrays]
 
+    def boolean(mask):
+        return np.ascontiguousarray(mask, dtype=np.bool_)
+
     def load(pointers, mask, other, dtype):
-        return native.load(*contiguous(pointers, mask, other), dtype)
+        pointers, other = contiguous(pointers, other)
+        return native.load(pointers, boolean(mask), other, dtype)
 
     def store(pointers, value, mask):
-        return native.store(*contiguous(pointers, value, mask))
+        return native.store(*contiguous(pointers, value), boolean(mask))
 
     def atomic_rmw(operation, pointers, value, mask, order):
         if (group := getattr(_group, "current", None)) and group.stopped:
             raise _Stopped  # where a program waits for another that has failed
-        pointers, value, mask = contiguous(pointers, value, mask)
+        pointers, value, mask = *contiguous(pointers, value), boolean(mask)
         old = native.atomic_rmw(operation, pointers, value, mask, order)
         return old if mask.all() else np.where(mask, old, np.zeros_like(old))
 

@@ -285,6 +285,42 @@ def test_memory_operations_take_strided_and_broadcast_blocks():
 
 
 @triton.jit
+def _masks(x_ptr, y_ptr, flag_ptr, number_ptr, out_ptr, KIND: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    if KIND == "loaded":
+        mask = tl.broadcast_to(tl.load(flag_ptr), [N]) & (x > 3)
+    elif KIND == "float":
+        mask = (tl.load(y_ptr) > 0.25) & (x > 3)
+    elif KIND == "integer":
+        mask = (tl.load(x_ptr + 5) > 2) & (x > 3)
+    elif KIND == "inverted":
+        mask = ~tl.broadcast_to(tl.load(x_ptr + 5) < 2, [N]) & (x > 3)
+    else:  # a compiler refuses these; the stock interpreter refuses them or not, as the version is
+        mask = tl.load(number_ptr + i)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=mask, other=-1))
+    if KIND != "numbers":
+        tl.store(out_ptr + N + i, x, mask=mask)
+        tl.store(out_ptr + 2 * N + i, mask.to(tl.int32))
+    tl.store(out_ptr + 4 * N + i, tl.atomic_add(out_ptr + 3 * N + i, x, mask=mask))
+
+
+@pytest.mark.parametrize("kind", ["loaded", "float", "integer", "inverted", "numbers"])
+def test_masks_that_numpy_holds_as_numbers(kind):
+    """Scalars that are broadcast into a mask: numbers to numpy, where what is true or false has its operands' type."""
+    x, y = torch.arange(8, dtype=torch.int32), torch.tensor([0.5])
+    flag, numbers = torch.tensor([True]), torch.tensor([0, 0, 0, 0, 2, 256, -1, 1], dtype=torch.int32)
+    out = torch.zeros(5, 8, dtype=torch.int32)
+    if kind == "numbers" and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+        numbers = numbers != 0  # refused for atomics before it comes to memory
+    _masks[(1,)](x, y, flag, numbers, out, kind, 8)
+    kept = torch.where(x > 3, x, 0)
+    assert out[0].tolist() == torch.where(x > 3, x, -1).tolist() and torch.equal(out[3], kept) and not out[4].any()
+    if kind != "numbers":
+        assert torch.equal(out[1], kept) and torch.equal(out[2], (x > 3).int())
+
+
+@triton.jit
 def _helper(x):
     y = 0
     for i in range(3):
