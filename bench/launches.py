@@ -36,6 +36,7 @@ from bench.shared.interpreter import prepare_triton
 from bench.shared.launch_table import EAGER, OURS, Row, table, write
 from bench.shared.measure import inputs_of
 from bench.shared.paths import RESULTS
+from dspark_kernels import library
 
 RESULT = RESULTS / "launches.csv"
 NOTHING = (  # allocations, views whose schema does not say so, and a number in a `where`, which some versions keep on the host
@@ -51,7 +52,7 @@ class Operators(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != "dspark" and launches_something(func):
+        if func.namespace != library.NAMESPACE and launches_something(func):
             self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 

@@ -1,4 +1,6 @@
-"""Registration of the ops with torch.library (namespace `dspark`) and the way to their kernels.
+"""Registration of the ops with torch.library and the way to their kernels.
+
+The namespace is the package's own name, `dspark_kernels`: copies of the package under other names live in one process.
 
 One definition per op: a schema that lists every tensor written, one implementation for all devices, and a fake that does
 nothing because outputs are passed in. That passes opcheck and torch.compile(fullgraph=True). Where nothing would see the call
@@ -13,7 +15,7 @@ to carry forty arguments than the implementation does to launch. An op's argumen
         tokens: Out[Tensor]         # written
 
     @register("accept", Arguments)
-    def _accept(arguments): ...     # _accept(Arguments(...)); _accept.op is torch.ops.dspark.accept.default
+    def _accept(arguments): ...     # _accept(Arguments(...)); _accept.op is torch.ops.dspark_kernels.accept.default
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from torch.utils._device import DeviceContext
 
 from .launch import arch
 
-_LIBRARY = torch.library.Library("dspark", "DEF")
+NAMESPACE = __package__.replace(".", "__")  # a namespace of torch has no dots
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 _T = typing.TypeVar("_T")
@@ -124,7 +127,7 @@ def plain(values: Sequence) -> bool:
 
 
 def register(name: str, record: type):
-    """Decorator: define `dspark::<name>` with the record's fields as arguments and the decorated function, which takes the record,
+    """Decorator: define `NAMESPACE::<name>` with the record's fields as arguments and the decorated function, which takes the record,
     as implementation. Returns a function of the record; its `op` is torch's callable overload, a function of the values that its
     `values` makes of a record.
     """
@@ -133,8 +136,8 @@ def register(name: str, record: type):
     def decorate(implementation):
         _LIBRARY.define(f"{name}({schema_of(record)}) -> ()")
         _LIBRARY.impl(name, lambda *values: implementation(rebuild(iter(values))), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"dspark::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
-        op = getattr(torch.ops.dspark, name).default
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
         @functools.wraps(implementation)
         def call(arguments):
@@ -151,6 +154,13 @@ def register(name: str, record: type):
     return decorate
 
 
+_TURN_ON = "set TRITON_INTERPRET=1 in the environment before importing triton and dspark_kernels"
+_CHANGED = (
+    "dspark_kernels: TRITON_INTERPRET was changed after triton was imported, so that Triton's own functions and these kernels do not "
+    f"fit together; {_TURN_ON}, or leave it unset for a GPU"
+)
+
+
 @functools.cache
 def _load(stem: str):
     try:
@@ -160,43 +170,66 @@ def _load(stem: str):
             "dspark_kernels: the kernels need Triton, which is not installed (CUDA builds of torch bring it; "
             "elsewhere: pip install triton, Linux only)"
         ) from error
+    if triton.knobs.runtime.interpret == isinstance(triton.language.cdiv, triton.runtime.jit.JITFunction):
+        raise RuntimeError(_CHANGED)  # what is imported now would not fit what Triton has defined already
     patch_tuples()
-    return importlib.import_module(f".kernels.{stem}", __package__), triton
+    module = importlib.import_module(f".kernels.{stem}", __package__)
+    if _interpreted(module, triton):
+        from .testing import interpreter
+
+        interpreter.repair()
+    return module, triton
 
 
 def patch_tuples() -> None:
-    """Let `x is None` compile for every tuple x; changes nothing where it does (Triton 3.7 and newer). Needs Triton.
+    """Let `x is None` compile for every tuple x in the kernels of this package; changes nothing where it does (Triton 3.7 and newer).
 
     A comparison unwraps its operands. Old versions make the tuple anew from its bare elements and derive its type from theirs, and
     a bare None has none: compiling ends with "'NoneType' object has no attribute 'type'". Newer ones keep the type, as done here.
+    Functions of other packages are compiled as before. Needs Triton.
     """
     from triton.compiler import code_generator
     from triton.language import core
 
-    stock = code_generator._unwrap_if_constexpr
+    stock, visit = code_generator._unwrap_if_constexpr, code_generator.CodeGenerator.visit
+    if hasattr(stock, "packages"):  # patched, perhaps by another copy of this package
+        stock.packages.add(__package__)
+        return
+    try:
+        stock(core.tuple([core.constexpr(None)]))
+        return
+    except AttributeError:
+        packages, ours = {__package__}, ContextVar("ours", default=False)
 
     def unwrap(value):
-        if isinstance(value, core.tuple):
+        if ours.get() and isinstance(value, core.tuple):
             return core.tuple([unwrap(element) for element in value.values], value.type)
         return stock(value)
 
-    try:
-        stock(core.tuple([core.constexpr(None)]))
-    except AttributeError:
-        code_generator._unwrap_if_constexpr = unwrap
+    @functools.wraps(visit)
+    def visit_and_say_whose(self, node):
+        # A call inside a function is compiled by a generator of its own, so this follows who is called.
+        module = self.jit_fn.__module__
+        before = ours.set(any(module == package or module.startswith(f"{package}.") for package in packages))
+        try:
+            return visit(self, node)
+        finally:
+            ours.reset(before)
+
+    unwrap.packages = packages
+    code_generator._unwrap_if_constexpr = unwrap
+    code_generator.CodeGenerator.visit = visit_and_say_whose
 
 
 def kernels(stem: str, device: torch.device):
     """The module kernels/<stem>.py, ready to launch on `device`; its functions launch_* do.
 
-    RuntimeError where Triton is missing, or for CPU tensors when its interpreter is off.
+    Where Triton's interpreter is on, its known faults are repaired before the first launch (testing.interpreter). RuntimeError
+    where Triton is missing, for CPU tensors when its interpreter is off, or where it was turned on after Triton was imported.
     """
     module, triton = _load(stem)
     if device.type == "cpu" and not arch.overridden() and not _interpreted(module, triton):
-        raise RuntimeError(
-            "dspark_kernels: CPU tensors run in Triton's interpreter only; set TRITON_INTERPRET=1 in the environment "
-            "before importing triton and dspark_kernels"
-        )
+        raise RuntimeError(f"dspark_kernels: CPU tensors run in Triton's interpreter only; {_TURN_ON}")
     record = recording.get()
     return module if record is None else _Recorded(module, record)
 
@@ -215,5 +248,10 @@ class _Recorded:
 
 
 def _interpreted(module, triton) -> bool:
-    compiled = triton.runtime.jit.JITFunction
-    return not any(isinstance(member, compiled) for member in vars(module).values())
+    """Whether kernels run in the interpreter. RuntimeError where a part would and a part would not."""
+    jit = triton.runtime.jit
+    functions = [triton.language.cdiv, *vars(module).values()]  # Triton's own, which kernels call, and the module's
+    interpreted = {not isinstance(f, jit.JITFunction) for f in functions if isinstance(f, jit.KernelInterface)}
+    if len(interpreted) > 1:
+        raise RuntimeError(_CHANGED)
+    return True in interpreted

@@ -20,7 +20,11 @@ def prepare_triton() -> bool:
     from dspark_kernels.testing import interpreter
 
     try:
-        interpreter.repair()
+        interpreted = interpreter.repair()
     except ImportError as error:
         raise BadArgument(f"needs a GPU or Triton's interpreter: {first_line(error)}") from None
+    if not interpreted:
+        raise BadArgument(
+            "needs a GPU or Triton's interpreter: Triton is not installed, or was imported without TRITON_INTERPRET=1"
+        )
     return True

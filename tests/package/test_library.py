@@ -2,7 +2,13 @@
 
 import dataclasses
 import gc
+import os
+import shutil
+import subprocess
+import sys
+import types
 import weakref
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -353,6 +359,60 @@ def test_constants_of_kernels_are_the_public_ones():
     assert schedule_kernels.FORCED.value == scheduling.FORCED and schedule_kernels.COST_LIMIT.value == scheduling.COST_LIMIT
 
 
+def _fresh(code, **environment):
+    """What a fresh process with this code says."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+CALL = """
+import torch, {package} as dk
+z = torch.zeros(1, dtype=torch.int64)
+block = dk.draft_block(torch.arange(8.0).flip(0).view(1, 1, 8), z, anchor_positions=z)
+assert block.tokens.tolist() == [[0]]
+"""
+
+
+def test_two_copies_of_the_package_in_one_process(tmp_path):
+    """A vendored copy, deep inside another package, and its ops seen by torch under a name of their own."""
+    pytest.importorskip("triton")
+    (tmp_path / "vendor").mkdir()
+    (tmp_path / "vendor" / "__init__.py").write_text("")
+    for name in ("copied", "vendor/kernels_of_ours"):
+        shutil.copytree(ROOT / "dspark_kernels", tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    packages = ("dspark_kernels", "copied", "vendor.kernels_of_ours")
+    names = "print([len(dir(getattr(torch.ops, name))) > 9 for name in ('dspark_kernels', 'copied', 'vendor__kernels_of_ours')])"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + "".join(CALL.format(package=name) for name in packages) + names
+    done = _fresh(code, TRITON_INTERPRET="1")
+    assert (done.returncode, done.stdout) == (0, "[True, True, True]\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import triton, os; os.environ['TRITON_INTERPRET'] = '1'",
+        "import triton, os; os.environ['TRITON_INTERPRET'] = '1'; from dspark_kernels.testing import interpreter; interpreter.repair()",
+        "import os; os.environ['TRITON_INTERPRET'] = '1'; import triton; del os.environ['TRITON_INTERPRET']",
+        "import triton",
+    ],
+    ids=["set_late", "set_late_and_repaired", "unset_late", "not_set"],
+)
+def test_an_interpreter_that_is_on_in_part_says_what_to_do(before):
+    pytest.importorskip("triton")
+    done = _fresh(before + CALL.format(package="dspark_kernels"))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("RuntimeError: dspark_kernels: ") and "InterpreterError" not in done.stderr
+    assert "set TRITON_INTERPRET=1 in the environment before importing triton and dspark_kernels" in last
+
+
+def test_the_interpreter_is_repaired_by_the_first_op():
+    pytest.importorskip("triton")
+    code = CALL.format(package="dspark_kernels") + "from triton.runtime import interpreter as stock\nprint(hasattr(stock, {!r}))"
+    done = _fresh(code.format("_repaired_by_dspark_kernels"), TRITON_INTERPRET="1")
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 def test_a_cpu_tensor_without_the_interpreter_says_what_to_do(monkeypatch):
     monkeypatch.setattr(library, "_interpreted", lambda *a: False)
     monkeypatch.setattr(arch, "_override", None)  # which says where kernels run instead
@@ -395,22 +455,84 @@ class _Old:
         return value.value if isinstance(value, core.constexpr) else value
 
 
-def test_tuples_with_a_none_can_be_compared_on_old_tritons(monkeypatch):
+@pytest.fixture
+def old_triton(monkeypatch):
+    """Triton's frontend before 3.7, given back afterwards."""
+    pytest.importorskip("triton")
+    from triton.compiler import code_generator
+
+    monkeypatch.setattr(code_generator, "_unwrap_if_constexpr", _Old())
+    monkeypatch.setattr(code_generator.CodeGenerator, "visit", code_generator.CodeGenerator.visit)
+    return code_generator
+
+
+def _compares_a_tuple(out_ptr):
+    pair = (out_ptr, None)
+    if pair is None:
+        pass
+
+
+def _calls_another(out_ptr):
+    _CALLED(out_ptr)  # noqa: F821 -- _kernel_of gives it
+
+
+def _kernel_of(module, function, **names):
+    """The function as a kernel of a module with that name; names: what else it sees."""
+    from triton.runtime.jit import JITFunction
+
+    own = types.FunctionType(function.__code__, function.__globals__ | names)
+    own.__module__ = module
+    return JITFunction(own)
+
+
+def _compile(kernel):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compiler
+
+    source = ASTSource(kernel, {"out_ptr": "*i32"}, {})
+    target = GPUTarget("cuda", 80, 32)
+    backend = compiler.make_backend(target)
+    options = backend.parse_options({})
+    context = compiler.ir.context()
+    compiler.ir.load_dialects(context)
+    backend.load_dialects(context)
+    return source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+
+
+def test_tuples_with_a_none_can_be_compared_on_old_tritons(old_triton):
+    ours = _kernel_of("dspark_kernels.kernels.stand_in", _compares_a_tuple)
+    with pytest.raises(Exception, match="has no attribute 'type'"):
+        _compile(ours)
+    library.patch_tuples()
+    _compile(ours)
+    patched = old_triton._unwrap_if_constexpr, old_triton.CodeGenerator.visit
+    library.patch_tuples()
+    assert (old_triton._unwrap_if_constexpr, old_triton.CodeGenerator.visit) == patched, "patched twice"
+
+
+@pytest.mark.parametrize("module", ["others", "dspark_kernels_of_others.kernels"])
+def test_kernels_of_others_compile_as_before_on_old_tritons(old_triton, module):
+    """Even where one of ours calls them, and where one of them calls ours."""
+    theirs, ours = (_kernel_of(name, _compares_a_tuple) for name in (module, "dspark_kernels.kernels.stand_in"))
+    library.patch_tuples()
+    for kernel in (theirs, _kernel_of("dspark_kernels.kernels.stand_in", _calls_another, _CALLED=theirs)):
+        with pytest.raises(Exception) as caught:
+            _compile(kernel)
+        assert "has no attribute 'type'" in str(caught.value.__cause__ or caught.value)
+    _compile(_kernel_of(module, _calls_another, _CALLED=ours))
+
+
+def test_new_tritons_are_not_patched():
     pytest.importorskip("triton")
     from triton.compiler import code_generator
     from triton.language import core
 
-    values = core.tuple([core.constexpr(None), core.tuple([core.constexpr(3), core.constexpr(None)])])
-    monkeypatch.setattr(code_generator, "_unwrap_if_constexpr", _Old())
-    with pytest.raises(AttributeError):
-        code_generator._unwrap_if_constexpr(values)
+    try:
+        core._unwrap_if_constexpr(core.tuple([core.constexpr(None)]))
+    except AttributeError:
+        pytest.skip("this Triton is old")
     library.patch_tuples()
-    found = code_generator._unwrap_if_constexpr(values)
-    assert found.values[0] is None and found.values[1].values == [3, None] and found.type == values.type
-    assert code_generator._unwrap_if_constexpr(core.constexpr(7)) == 7 and code_generator._unwrap_if_constexpr(5) == 5
-    patched = code_generator._unwrap_if_constexpr
-    library.patch_tuples()
-    assert code_generator._unwrap_if_constexpr is patched, "patched twice"
+    assert code_generator._unwrap_if_constexpr is core._unwrap_if_constexpr
 
 
 def test_a_record_of_functions_names_their_source():
@@ -436,7 +558,7 @@ class _Ops(TorchDispatchMode):
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names += [func.name()] if func.namespace == "dspark" else []
+        self.names += [func.name()] if func.namespace == library.NAMESPACE else []
         return func(*args, **(kwargs or {}))
 
 
@@ -477,7 +599,7 @@ def test_a_mode_sees_the_op(monkeypatch, mode):
         assert _through_dispatcher(monkeypatch, _accept()) == (1, 0)
     with _Ops() as seen:
         _accept()()
-    assert seen.names == ["dspark::accept_chain"]
+    assert seen.names == ["dspark_kernels::accept_chain"]
 
 
 def test_subclasses_and_transforms_go_through_the_dispatcher(monkeypatch):
