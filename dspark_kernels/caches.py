@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ class PagedKV(Checked):
             raise ValueError(f"{self._name('k_scale')}: expected scales for an fp8 cache, got None")
 
 
+_LAYER = "a PagedKV or a tuple of its caches (one cache alone: `(cache,)`)"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class KVLayers(Checked):
     """The caches of all layers and their addresses, for `compact_kv`. Make it once, with `KVLayers.of`.
@@ -70,13 +74,21 @@ class KVLayers(Checked):
         copied to the device, so call this once and not in every step; the caches must keep their addresses. Raises TypeError or
         ValueError where caches differ in device or page size, or a cache slot is not made of contiguous parts with one stride.
         """
+        if isinstance(layers, (Tensor, PagedKV, str)) or not isinstance(layers, Iterable):
+            raise TypeError(f"layers: expected a list with an entry per layer, {_LAYER}, got {type(layers).__name__}")
         caches = []
-        for layer in layers:
+        for number, layer in enumerate(layers):
+            if not isinstance(layer, (PagedKV, tuple, list)):
+                raise TypeError(f"layers[{number}]: expected {_LAYER}, got {type(layer).__name__}")
             caches += (layer.k_cache, layer.v_cache) if isinstance(layer, PagedKV) else layer
         if not caches:
             raise ValueError("layers: expected at least one layer, got none")
         rows, unit = slot_rows(caches, "layers")
         return cls(tuple(caches), torch.tensor(rows, device=caches[0].device), tuple(row[0] for row in rows), unit)
+
+    def to(self, device) -> KVLayers:
+        """The caches on `device`, with a table of their addresses there."""
+        return KVLayers.of([tuple(cache.to(device) for cache in self.caches)])
 
     def _check(self):
         check_int(self._name("unit"), self.unit, low=1, high=8)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import INT_DTYPES, LOGIT_DTYPES, check_int, check_optional, check_tensor, check_type
+from .checks import INT_DTYPES, LOGIT_DTYPES, check_device, check_int, check_optional, check_tensor, check_type
 
 __all__ = [
     "STS_GRID",
@@ -306,14 +306,15 @@ class OnlineCalibration:
     verify different lengths.
 
     Args:
-        drafts: K. window: rounds kept. device: where the ring lies.
+        drafts: K. window: rounds kept. device: where the ring lies; None = the current CUDA device, or the CPU where there is none.
         temperatures: fp32 [K] that positions keep until they are fitted (those of the checkpoint), None = 1.
     """
 
-    def __init__(self, drafts: int, window: int = 4096, device="cuda", temperatures: Tensor | None = None):
+    def __init__(self, drafts: int, window: int = 4096, device=None, temperatures: Tensor | None = None):
         self.drafts = check_int("drafts", drafts, low=1)
         self.window = check_int("window", window, low=1)
         check_optional("temperatures", temperatures, dtype=torch.float32, shape=(drafts,))
+        device = check_device("device", device)
         # Row `window` takes what must not be recorded, so that every step writes the same number of rows.
         self._logits = torch.zeros(window + 1, drafts, device=device)
         self.device = self._logits.device

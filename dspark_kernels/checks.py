@@ -6,6 +6,8 @@ the device knows is handled in the kernels and reported in `flags`.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -82,8 +84,39 @@ def check_type(name, value, kinds):
     return value
 
 
+def check_device(name, device) -> torch.device:
+    """The device that an argument means, once torch has made a tensor there.
+
+    None, the default of every such argument, is the current CUDA device, or the CPU where there is none. Raises TypeError for what
+    names no device, ValueError for a device that torch does not have here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"{name}: expected a torch.device, its name or None, got {type(device).__name__}")
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # torch has another exception for every kind of device that it lacks
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: expected a device that torch has here, got {str(device)!r} ({why})") from None
+
+
+def check_op(op):
+    """`op`, once it is a function of the package that launches kernels."""
+    if not getattr(op, "__module__", "").startswith(f"{__package__}.ops.") or not callable(op):
+        shown = repr(op) if isinstance(op, str) else getattr(op, "__name__", type(op).__name__)
+        raise TypeError(f"op: expected an op of {__package__}, such as {__package__}.draft_block, got {shown}")
+    return op
+
+
 class Checked:
     """Base of the frozen dataclasses of tensors: `_check` runs when an instance is made."""
+
+    def to(self, device):
+        """The same record with its tensors on `device`, those of records inside too; what lies there already is not copied."""
+        device = check_device("device", device)
+        fields = [field.name for field in dataclasses.fields(self) if field.init]
+        return dataclasses.replace(self, **{name: _moved(getattr(self, name), device) for name in fields})
 
     def __post_init__(self):
         self._check()
@@ -96,6 +129,14 @@ class Checked:
 
     def _name(self, field):
         return f"{type(self).__name__}.{field}"
+
+
+def _moved(value, device):
+    if isinstance(value, (Tensor, Checked)):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(element, device) for element in value)
+    return value
 
 
 def not_yet(op, name, what):

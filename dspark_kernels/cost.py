@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checks import Checked, check_int, check_type
+from .checks import Checked, check_device, check_int, check_type
 
 FORMAT = "dspark_kernels cost table"
 VERSION = 1
@@ -84,7 +84,7 @@ class CostTable(Checked):
         draft_sizes: Sequence[int] | None = None,
         draft_seconds: Sequence[float] | None = None,
         captured: Sequence[int] | None = None,
-        device="cpu",
+        device: str | torch.device | None = None,
         info: Mapping | None = None,
     ) -> CostTable:
         """A table from times at a few sizes.
@@ -92,7 +92,8 @@ class CostTable(Checked):
         sizes: rows of the measured target steps, strictly increasing, from 1 on; seconds: one time each. draft_sizes,
         draft_seconds: the same for drafting, by requests. captured: rows of the CUDA graphs that the engine holds,
         strictly increasing, none above the last of `sizes`; None or empty = no graphs. All are sequences or
-        one-dimensional tensors.
+        one-dimensional tensors. device: where the table lies; None = the current CUDA device, or the CPU where there is none. The
+        ops take it there, `scheduling` on the CPU; `to` moves it.
 
         Up to the largest captured size a step costs what the smallest captured size that holds it costs, because the
         engine pads it to that size. That time is the curve's, so measure the captured sizes. Elsewhere, and for
@@ -102,6 +103,7 @@ class CostTable(Checked):
 
         Raises TypeError or ValueError that names the argument.
         """
+        device = check_device("device", device)
         sizes = _sizes("sizes", sizes)
         captured = _captured(captured, sizes)
         steps = _table(sizes, _times("seconds", seconds, sizes), captured)
@@ -111,11 +113,6 @@ class CostTable(Checked):
             draft_sizes = _sizes("draft_sizes", draft_sizes)
             drafts = _table(draft_sizes, _times("draft_seconds", draft_seconds, draft_sizes))
         return cls(steps, drafts, info).to(device)
-
-    def to(self, device) -> CostTable:
-        """The same table with its tensors on `device`."""
-        drafts = None if self.draft_seconds is None else self.draft_seconds.to(device)
-        return dataclasses.replace(self, seconds=self.seconds.to(device), draft_seconds=drafts)
 
     def save(self, path) -> None:
         """Write the table as JSON; `load` gives back the same bits. Waits for the device if the table is on one.
@@ -134,12 +131,13 @@ class CostTable(Checked):
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path, device="cpu") -> CostTable:
-        """Read a table that `save` wrote.
+    def load(cls, path, device: str | torch.device | None = None) -> CostTable:
+        """Read a table that `save` wrote. device: as in `from_curve`.
 
         Raises FileNotFoundError or another OSError where there is no readable file, ValueError for a file that is not
         such a table, whole and with finite, positive times; each names the file, and the field that is wrong.
         """
+        device = check_device("device", device)
         file = Path(path)
         content = _json(file)
         if content.get("format") != FORMAT:
@@ -239,7 +237,7 @@ def measure(
     for kind, (_, at) in kinds.items():
         info |= _statistics(kind, at, [times[kind, n] for n in at])
     drafts = dict(draft_sizes=info.get("draft_sizes"), draft_seconds=info.get("draft_medians"))
-    return CostTable.from_curve(sizes, info["medians"], captured=captured, info=info, **drafts)
+    return CostTable.from_curve(sizes, info["medians"], captured=captured, device="cpu", info=info, **drafts)
 
 
 def _wall_seconds(call, n) -> float:
@@ -270,7 +268,7 @@ def _statistics(kind: str, sizes: list[int], times: list[list[float]]) -> dict:
 
 def _device(device) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return check_device("device", None)
     try:
         device = torch.device(device)
     except RuntimeError as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import library
+from .checks import check_op
 
 # What an op may ask of torch for a call, besides views: memory, which a prepared call keeps.
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.full.default)
@@ -53,7 +54,7 @@ class Prepared:
     """What `prepare` returns. out: where calls without an `out` of their own write."""
 
     def __init__(self, op: Callable, example: dict):
-        signature = inspect.signature(op)
+        signature = inspect.signature(check_op(op))
         self._op, self._example, self._names = op, example, frozenset(signature.parameters)
         if "out" in self._names and signature.parameters["out"].annotation != f"{signature.return_annotation} | None":
             raise NotImplementedError(f"prepare: {op.__name__}: expected an op that returns its `out`")

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import INT_DTYPES, check_choice, check_int, check_number, check_optional, check_tensor, check_type
+from .checks import INT_DTYPES, check_choice, check_device, check_int, check_number, check_optional, check_tensor, check_type
 from .types import CostTable, DraftBlock
 
 UNIT = 1 << 24  # of survival and tau
@@ -273,13 +273,15 @@ class ConfidenceHistory:
     that is not in the batch keeps its last ones. What a step plans with was on
     its way to the host for `lag` - 1 whole steps, so `on_host` waits for nothing unless the device is that far behind.
 
-    slots: S. drafts: K. lag: rounds between a confidence and its use, >= 1; the paper uses 2. device: where the drafts are.
+    slots: S. drafts: K. lag: rounds between a confidence and its use, >= 1; the paper uses 2. device: where the drafts are; None =
+    the current CUDA device, or the CPU where there is none.
     """
 
-    def __init__(self, slots: int, drafts: int, device="cuda", *, lag: int = 2):
+    def __init__(self, slots: int, drafts: int, device=None, *, lag: int = 2):
         check_int("slots", slots, low=1)
         check_int("drafts", drafts, low=1)
         check_int("lag", lag, low=1)
+        device = check_device("device", device)
         self.slots, self.drafts, self.lag = slots, drafts, lag
         # Oldest first, which is what a step reads; one row more than there are slots takes what nobody wants.
         self._rounds = torch.ones(lag, slots + 1, drafts, dtype=torch.float32, device=device)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .checks import check_op
+
 _INDICES = (torch.int32, torch.int64)
 _ALIGNMENT = 16  # bytes: what a variant depends on
 
@@ -47,6 +49,9 @@ def warmup(op: Callable, shapes: Iterable[Mapping] | Mapping, *, progress: bool 
     >>> dk.warmup(dk.draft_block, [dict(base_logits=logits[:r], anchors=anchors, head=head, anchor_positions=positions,
     ...                                 sampling=sampling, state_indices=slots[:r]) for r in range(1, 257)])
     """
+    check_op(op)
+    if not isinstance(shapes, Iterable):
+        raise TypeError(f"shapes: expected a mapping of argument names, or several, got {type(shapes).__name__}")
     calls = [shapes] if isinstance(shapes, Mapping) else list(shapes)
     written = ("out", *_WRITTEN.get(op.__name__, ()))
     for number, call in enumerate(calls, start=1):

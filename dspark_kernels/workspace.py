@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import check_int, check_type
+from .checks import check_device, check_int, check_type
 
 # op -> (requests, drafts, vocab) -> (int64 words of counters, int64 words of scratch)
 _NEEDS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {}
@@ -53,7 +53,7 @@ class Workspace:
 
     Args:
         max_requests, max_drafts, vocab_size: the largest batch that it serves: R, K (for trees M - 1) and V.
-        device: where the memory lies.
+        device: where the memory lies; None = the current CUDA device, or the CPU where there is none.
         query_heads, kv_heads, head_dim: of the attention layers; give them if `tree_attention` is to use the workspace. Layers
             with different heads need one workspace for each kind, as the smaller head can need more.
         max_rows: forward rows of `tree_attention`; default max_requests * (max_drafts + 1).
@@ -61,7 +61,7 @@ class Workspace:
         markov_rank: rank of a gated or rnn head of `draft_block` or `draft_tree`; 0 for other heads, which need no room.
 
     Raises:
-        TypeError, ValueError: a size that is not an integer in its range.
+        TypeError, ValueError: a size that is not an integer in its range; a device that torch does not have here.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Workspace:
         max_requests: int,
         max_drafts: int,
         vocab_size: int,
-        device="cuda",
+        device: str | torch.device | None = None,
         *,
         query_heads: int | None = None,
         kv_heads: int | None = None,
@@ -81,6 +81,7 @@ class Workspace:
         self.max_requests = check_int("max_requests", max_requests, low=1)
         self.max_drafts = check_int("max_drafts", max_drafts, low=0)
         self.vocab_size = check_int("vocab_size", vocab_size, low=1)
+        device = check_device("device", device)
         self.markov_rank = check_int("markov_rank", markov_rank, low=0)
         needs = [needed(max_requests, max_drafts, vocab_size) for needed in _NEEDS.values()]
         heads = (query_heads, kv_heads, head_dim)
@@ -88,7 +89,7 @@ class Workspace:
             for name, size in zip(("query_heads", "kv_heads", "head_dim"), heads, strict=True):
                 check_int(name, size, low=1)
             rows = check_int("max_rows", max_requests * (max_drafts + 1) if max_rows is None else max_rows, low=1)
-            needs += [needed(max_requests, rows, *heads, batch_invariant, torch.device(device)) for needed in _HEAD_NEEDS.values()]
+            needs += [needed(max_requests, rows, *heads, batch_invariant, device) for needed in _HEAD_NEEDS.values()]
         counters = RESERVED + max(words for words, _ in needs)
         self.counters = torch.zeros(counters, dtype=torch.int64, device=device)
         scratch = max(words for _, words in needs) + node_latent_words(max_requests, max_drafts, markov_rank)

@@ -87,7 +87,7 @@ def costs_of(arguments) -> Costs:
         return Costs(lambda requests: table, [title, *_drafts(table)])
     if arguments.cost is not None:
         try:
-            table = CostTable.load(arguments.cost)
+            table = CostTable.load(arguments.cost, "cpu")
         except (OSError, ValueError) as error:
             raise BadArgument(f"--cost: {first_line(error)}") from None
         device = (table.info or {}).get("device", "a device that the file does not name")

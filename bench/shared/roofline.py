@@ -106,6 +106,7 @@ def table(requests: int, context: int, captured=CAPTURED, machine=Machine(), mod
         sizes,
         [target_seconds(rows, requests, context, machine, model) for rows in sizes],
         captured=captured,
+        device="cpu",
         draft_sizes=sizes[: max(2, requests)],
         draft_seconds=[draft_seconds(n, context, machine, model) for n in sizes[: max(2, requests)]],
         info=describe(context, captured, machine, model) | {"requests": requests},

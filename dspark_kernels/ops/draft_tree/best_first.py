@@ -115,7 +115,7 @@ def _row_words(vocab: int, children: int) -> int:
 def by_probability(call: TreeCall, out: DraftTree, workspace: Workspace | None) -> None:
     """Write the trees of a checked call with R >= 1 to `out`, whose content may be anything before."""
     if call.draft_to_target is not None:
-        not_yet(OP, "draft_to_target", "a reduced draft vocabulary in trees of paths is")
+        not_yet(OP, "draft_to_target", f"with method {call.method!r} it is")
     head = None if call.method == "best_first" else call.head
     if call.candidates is not None:
         check_int("candidates", call.candidates, low=1, high=launch.MAX_CANDIDATES)

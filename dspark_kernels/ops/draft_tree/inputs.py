@@ -22,6 +22,16 @@ STATIC = ("top_k", *SAMPLED)  # methods whose shape is known beforehand
 METHODS = ("conditioned", "best_first", *STATIC)
 
 
+# Settings that no method supports.
+_REFUSED = {
+    "top_k": "a top-k filter along a tree is",
+    "top_p": "a top-p filter along a tree is",
+    "min_p": "a min-p filter along a tree is",
+    "token_bitmask": "a mask of tokens along a tree is",
+    "penalties": "penalties along a tree are",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class TreeCall:
     """The checked arguments of `draft_tree`, documented there; R, K, V >= 1."""
@@ -97,9 +107,9 @@ def check_settings(op: str, sampling: SamplingTensors | None, method: str, slots
         return
     check_type("sampling", sampling, SamplingTensors)
     check_tensor("sampling.temperature", sampling.temperature, shape=(slots,), device=device)
-    for name in ("top_k", "top_p", "min_p", "token_bitmask", "penalties"):
+    for name, what in _REFUSED.items():
         if getattr(sampling, name) is not None:
-            not_yet(op, f"sampling.{name}", "filters, masks and penalties along a tree are")
+            not_yet(op, f"sampling.{name}", what)
     if sampling.logit_bias is not None and method not in STATIC:
         not_yet(op, "sampling.logit_bias", f"with method {method!r} it is")
 

@@ -142,10 +142,13 @@ def schedule_prefixes(
 
 def _check_policy(policy, budget, stale_confidence, confidence, cost, bypass, shape, device):
     check_choice("policy", policy, POLICIES)
-    if policy == "causal" and not (budget is None and stale_confidence is None):
-        raise ValueError("budget: expected None (and no stale_confidence) with policy 'causal', got a tensor")
-    if policy == "budget" and (budget is None) == (stale_confidence is None):
-        raise ValueError("budget: expected either budget or stale_confidence with policy 'budget', got both or neither")
+    for name, value in (("budget", budget), ("stale_confidence", stale_confidence)):
+        if policy == "causal" and value is not None:
+            raise ValueError(f"{name}: expected None with policy 'causal', got {type(value).__name__}")
+    if policy == "budget" and budget is None and stale_confidence is None:
+        raise ValueError("budget: expected a tensor with policy 'budget' (or stale_confidence, which says it), got None")
+    if budget is not None and stale_confidence is not None:
+        raise ValueError("budget: expected None with stale_confidence, which says the budget too, got both")
     check_optional("budget", budget, dtype=torch.int32, shape=(1,), device=device)
     if stale_confidence is not None and stale_confidence is confidence:
         raise ValueError("stale_confidence: expected confidences of older rounds, got this round's, which would bias the output")
