@@ -8,7 +8,7 @@
 
 The rule says what the function takes: a chain (token, block, coupled, greedy) or a tree (walk, recursive, traversal, greedy_tree).
 What a function takes and returns: dspark_kernels/testing/suite.py. The exit status is 0 if every test passed, 1 if one
-failed, 2 for a bad argument.
+failed, 2 for a bad argument or a function that raises, 130 where the command is stopped.
 """
 
 from __future__ import annotations
@@ -19,10 +19,20 @@ import sys
 
 import torch
 
+from ..checks import check_device
 from . import interpreter, suite
 from .tree.rules import DRAWN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class BadArgument(Exception):
+    """Message of one line that names the argument."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadArgument(message)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         "\n".join([f"{title}:", *(f"  {name.ljust(width)}  {test.__doc__.splitlines()[0]}" for name, (test, *_) in table.items())])
         for title, table in lists
     )
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="python -m dspark_kernels.testing",
         description="A verdict per test on an acceptance function.",
         epilog="\n".join(__doc__.splitlines()[2:]) + "\n\n" + tests,
@@ -63,18 +73,39 @@ def _resolve(p: argparse.ArgumentParser, option: str, name: str | None):
         p.error(f"{option}: expected module:function, got {name!r}")
     try:
         found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        p.error(f"{option}: {error}")
+    except Exception as error:  # whatever importing the module raises
+        kind = "" if isinstance(error, (ImportError, AttributeError, ValueError)) else f"{type(error).__name__}: "
+        p.error(f"{option}: {kind}{(str(error).splitlines() or [type(error).__name__])[0]}")
     if not callable(found):
         p.error(f"{option}: expected a function, got {type(found).__name__}")
     return found
 
 
 def main(argv: list[str] | None = None) -> int:
+    """0: every test passed; 1: one failed; 2: a bad argument, or a function that raises; 130: stopped."""
+    try:
+        return run(argv)
+    except (BadArgument, suite.FunctionError) as error:
+        print(f"dspark_kernels.testing: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dspark_kernels.testing: stopped; the verdicts that are printed stand, nothing is written", file=sys.stderr)
+        return 130
+
+
+def run(argv: list[str] | None) -> int:
     p = parser()
     args = p.parse_intermixed_args(argv)
     if "" not in sys.path:
         sys.path.insert(0, "")
+    if args.requests is not None and args.requests < suite.FEWEST_REQUESTS:
+        p.error(f"--requests: expected >= {suite.FEWEST_REQUESTS}, got {args.requests}")
+    if not -(1 << 31) <= args.seed < 1 << 31:
+        p.error(f"--seed: expected a 32-bit integer, got {args.seed}")
+    drawn = None if args.drawn is None else tuple(args.drawn.split(","))
+    for way in drawn or ():
+        if way not in DRAWN:
+            p.error(f"--drawn: expected some of {', '.join(DRAWN)}, got {way!r}")
     function = _resolve(p, "function", args.function)
     draft, schedule = _resolve(p, "--draft", args.draft), _resolve(p, "--schedule", args.schedule)
     skipped = [name for name in args.skip.split(",") if name]
@@ -85,22 +116,26 @@ def main(argv: list[str] | None = None) -> int:
             p.error(f"tests: expected some of {', '.join(of_form)}, got {name!r}")
     if schedule is not None and rule in suite.TREE_RULES:
         p.error(f"--schedule: not for the {rule} rule")
-    drawn = None if args.drawn is None else tuple(args.drawn.split(","))
-    for way in drawn or ():
-        if way not in DRAWN:
-            p.error(f"--drawn: expected some of {', '.join(DRAWN)}, got {way!r}")
     tests = args.tests or [name for name, (_, rules, _) in of_form.items() if rule in rules]
     compiled = torch.cuda.is_available() and not interpreter.interpreting()
-    device = args.device or ("cuda" if compiled else "cpu")
-    requests = args.requests
-    if requests is not None and requests < suite.FEWEST_REQUESTS:
-        p.error(f"--requests: expected >= {suite.FEWEST_REQUESTS}, got {requests}")
-    if requests is None:
-        requests = suite.default_requests(function, args.quick)
+    try:
+        device = check_device("--device", args.device or ("cuda" if compiled else "cpu"))
+    except ValueError as error:
+        p.error(str(error))
+    requests = args.requests or suite.default_requests(function, args.quick)
     print(
         f"{args.function}: {rule} rule, {requests} requests per distribution, seed {args.seed}, {args.dtype} on {device}",
         flush=True,
     )
+    heading = None
+
+    def told(result: suite.Result) -> None:
+        nonlocal heading
+        if result.heading != heading:
+            heading = result.heading
+            print(heading, flush=True)
+        print(result, flush=True)
+
     report = suite.check(
         function,
         rule=rule,
@@ -113,10 +148,10 @@ def main(argv: list[str] | None = None) -> int:
         schedule=schedule,
         unseeded=args.unseeded,
         drawn=drawn,
-        progress=lambda result: print(result, flush=True),
+        progress=told,
     )
     print(report.summary())
-    return 0 if report.passed else 1
+    return 2 if report.errors else 0 if report.passed else 1
 
 
 if __name__ == "__main__":

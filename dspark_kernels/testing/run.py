@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,11 @@ class _Run:
 
     def play(self, model: models.Model, drafts, **options) -> models.Play:
         raise NotImplementedError
+
+    def probe(self) -> None:
+        """Call the function once, on an ordinary batch of two requests; whatever it raises passes through."""
+        with contextlib.suppress(Detected):  # of the form of its output: the tests say so
+            self._probe()
 
     def decode(self, purpose: str, model: models.Model, drafts, tokens: int, rounds: int | None, **options):
         """(model, history [R, tokens], drafts accepted in the first round [R]). drafts: how many, or the shapes of trees."""
@@ -98,6 +105,10 @@ class Run(_Run):
         self.default_draft = models.draft_coupled if rule == "coupled" else models.draft
         super().__init__(function, rule, *rest)
 
+    def _probe(self):
+        drafts = torch.tensor([[1, 2], [0, 3]])
+        self.call_rows(torch.arange(30.0).view(2, 3, 5) % 4, drafts, torch.zeros(2, 2, 5))
+
     def play(self, model: models.Model, drafts: int, **options) -> models.Play:
         return models.Play(self.call, model, drafts, draft=self.draft, schedule=self.schedule, dtype=self.dtype, **options)
 
@@ -128,6 +139,13 @@ class TreeRun(_Run):
     def __init__(self, *arguments, drawn: tuple[str, ...]):
         super().__init__(*arguments)
         self.drawn = drawn
+
+    def _probe(self):
+        tokens, parents = torch.tensor([[0, 1, 2], [4, 0, 3]]), torch.tensor([[-1, 0, 1], [-1, 0, 0]], dtype=torch.int32)
+        drawn = self.drawn[0]
+        self.call_rows(
+            torch.arange(30.0).view(2, 3, 5) % 4, tokens, parents, None if drawn == "one_hot" else torch.zeros(2, 3, 5), drawn
+        )
 
     def play(self, model: models.Model, drafts, **options) -> tree_models.TreePlay:
         return tree_models.TreePlay.of(self.call, model, drafts, draft=self.draft, dtype=self.dtype, **options)

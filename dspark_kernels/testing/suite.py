@@ -63,6 +63,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Callable, Iterable
 
 import torch
@@ -79,6 +80,11 @@ REQUESTS, QUICK, FEWEST_REQUESTS = 1 << 17, 1 << 13, 64
 CHAIN_RULES = ("token", "block", "coupled", "greedy")
 TREE_RULES = ("walk", "recursive", "traversal", "greedy_tree")
 RULES = CHAIN_RULES + TREE_RULES
+
+# Tests of what a function does with values that no distribution follows from: NaN, +inf, rows without a finite logit. A lossless
+# function may have other conventions, so their results stand apart.
+CONVENTIONS = ("bad_rows",)
+HEADINGS = {False: "distribution:", True: "conventions for bad values (a lossless function may have others):"}
 
 SAMPLED = ("token", "block", "coupled")
 # Name -> (test, rules that it is for, whether it needs noise that comes from the seeds).
@@ -137,8 +143,8 @@ def tests_of(rule: str) -> dict:
 class Result:
     """What one test of the suite found.
 
-    name, verdict ("pass", "FAIL" or "skip"), text: the line that `print` shows. p_value: of the most extreme finding, None if
-    nothing was counted. sees: the total variation that every distribution of the test would have detected, None if unknown.
+    name, verdict ("pass", "FAIL", "skip", or "ERROR" where the function raised), text: the line that `print` shows. p_value: of
+    the most extreme finding, None if nothing was counted. sees: the total variation that every distribution of the test would have detected, None if unknown.
     findings: how many statistics were computed. seconds: run time.
     """
 
@@ -149,6 +155,11 @@ class Result:
     sees: float | None = None
     findings: int = 0
     seconds: float = 0.0
+
+    @property
+    def heading(self) -> str:
+        """What it is a result about: the distribution, or conventions for bad values."""
+        return HEADINGS[self.name in CONVENTIONS]
 
     def __str__(self):
         return f"{self.name:<12} {self.verdict}  {self.text}"
@@ -167,16 +178,25 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether no test failed and at least one passed."""
-        return not self.detected_by and any(result.verdict == "pass" for result in self.results)
+        """Whether no test failed, the function raised nothing, and at least one test passed."""
+        return not self.detected_by and not self.errors and any(result.verdict == "pass" for result in self.results)
 
     @property
     def detected_by(self) -> tuple[str, ...]:
         """Names of the tests that failed."""
         return tuple(result.name for result in self.results if result.verdict == "FAIL")
 
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """Names of the tests in which the function raised."""
+        return tuple(result.name for result in self.results if result.verdict == "ERROR")
+
     def __str__(self):
-        return "\n".join([*map(str, self.results), self.summary()])
+        lines = []
+        for heading in HEADINGS.values():
+            own = [str(result) for result in self.results if result.heading == heading]
+            lines += [heading, *own] if own else []
+        return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
         """The last line of the printed report."""
@@ -184,8 +204,14 @@ class Report:
         good = sum(result.verdict == "pass" for result in done)
         seconds = sum(result.seconds for result in done)
         text = f"{good} of {len(done)} tests passed in {seconds:.0f} s"
-        if self.detected_by:
-            return f"{text}; detected by {', '.join(self.detected_by)}"
+        distribution = [name for name in self.detected_by if name not in CONVENTIONS]
+        conventions = [name for name in self.detected_by if name in CONVENTIONS]
+        for found, names in (("detected by", distribution), ("other conventions for bad values:", conventions)):
+            text += f"; {found} {', '.join(names)}" if names else ""
+        if self.errors:
+            text += f"; the function raised in {', '.join(self.errors)}"
+        if self.detected_by or self.errors:
+            return text
         return f"{text}; a correct function fails with a probability of at most {FALSE_ALARM:.0e}"
 
 
@@ -230,7 +256,9 @@ def check(
         Report.
 
     Raises:
-        ValueError, TypeError: an argument that is none of these. An error of the function fails the test that it happens in.
+        ValueError, TypeError: an argument that is none of these.
+        FunctionError: the function, called once before the tests on an ordinary batch, raised; its cause is what it raised. Where
+            it raises in a test later on, that test has no verdict on it but "ERROR".
     """
     rule = check_choice("rule", getattr(function, "rule", "token") if rule is None else rule, RULES)
     of_form = tests_of(rule)
@@ -247,22 +275,38 @@ def check(
         run = TreeRun(function, rule, requests, seed, device, draft, schedule, dtype, drawn=drawn)
     else:
         run = Run(function, rule, requests, seed, device, draft, schedule, dtype)
-    results = []
-    for name in tests:
+    try:
+        run.probe()
+    except Exception as error:
+        raise FunctionError(f"the function raised on an ordinary batch: {_shown(error)}") from error
+    results, raised = [], {}
+    for name in sorted(tests, key=CONVENTIONS.__contains__):  # what stands apart comes last
         test, rules, seeded = of_form[name]
         if rule not in rules:
             result = Result(name, "skip", f"not for the {rule} rule")
         elif unseeded and seeded:
             result = Result(name, "skip", "the function's noise does not come from the seeds")
         else:
-            result = _run_test(name, test, run)
+            result = _run_test(name, test, run, raised)
         results.append(result)
         if progress is not None:
             progress(result)
     return Report(tuple(results), rule, requests)
 
 
-def _run_test(name: str, test, run: Run | TreeRun) -> Result:
+class FunctionError(RuntimeError):
+    """The function under test raised on an ordinary batch, so that there is nothing to test. Its message is one line."""
+
+
+def _shown(error: Exception) -> str:
+    """Type and first line of an error, and where it was raised."""
+    lines = str(error).strip().splitlines() or [""]
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {lines[0]} ({last.filename}:{last.lineno})"
+
+
+def _run_test(name: str, test, run: Run | TreeRun, raised: dict[str, str]) -> Result:
+    """raised: of every error so far the test that it happened in first; one is printed once."""
     start = time.perf_counter()
 
     def result(verdict, text, *rest):
@@ -274,8 +318,8 @@ def _run_test(name: str, test, run: Run | TreeRun) -> Result:
     except Detected as error:
         return result("FAIL", str(error))
     except Exception as error:  # a function that breaks on one test is still tested by the others
-        lines = str(error).strip().splitlines() or [""]
-        return result("FAIL", f"{type(error).__name__}: {lines[0]}")
+        first = raised.setdefault(_shown(error), name)
+        return result("ERROR", _shown(error) if first == name else f"raised as in {first}")
     if not findings:
         return result("pass", "as known in advance")
     worst = min(findings, key=lambda finding: finding.p_value)

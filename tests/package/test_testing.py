@@ -299,12 +299,75 @@ def test_a_bias_of_the_stated_size_is_seen():
         (lambda *a: torch.where(rules.token(*a) < 0, -2, rules.token(*a)), "something else than -1 behind the tokens"),
         (lambda *a: rules.token(*a).flip(1), "something else than -1 behind the tokens"),
         (lambda *a: rules.token(a[0], a[0].argmax(2)[:, :-1], *a[2:]), "a token that is not the draft before the last"),
-        (lambda *a: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
 def test_output_that_is_none(function, message):
     report = testing.check(function, tests=["rows"], requests=64)
     assert report.detected_by == ("rows",) and message in report.results[0].text, str(report)
+
+
+def _raises(*arguments):
+    raise KeyError("no such table")
+
+
+def _raises_on_nan(*arguments):
+    if arguments[0].isnan().any():
+        raise ValueError("NaN")
+    return rules.token(*arguments)
+
+
+def test_a_function_that_raises_is_called_once():
+    calls = []
+    with pytest.raises(
+        suite.FunctionError, match=r"the function raised on an ordinary batch: KeyError: 'no such table' \(.*:\d+\)"
+    ):
+        testing.check(lambda *a: calls.append(a) or _raises(*a), requests=64)
+    assert len(calls) == 1
+
+
+def test_what_a_test_raises_is_an_error_and_no_failure():
+    """Printed where it happened first; of an error in two tests the second names the first."""
+    report = testing.check(_raises_on_nan, tests=["bad_rows", "rows", "one_round"], requests=64)
+    assert [(r.name, r.verdict) for r in report.results] == [("rows", "pass"), ("one_round", "pass"), ("bad_rows", "ERROR")]
+    assert report.errors == ("bad_rows",) and report.detected_by == () and not report.passed
+    assert "ValueError: NaN (" in report.results[-1].text and "the function raised in bad_rows" in report.summary()
+
+    def larger_batches(*arguments):
+        if len(arguments[0]) > 2:
+            raise ValueError("three are too many")
+        return rules.token(*arguments)
+
+    report = testing.check(larger_batches, tests=["rows", "greedy"], requests=64)
+    assert report.errors == ("rows", "greedy") and [r.text.startswith("raised as in rows") for r in report.results] == [False, True]
+
+
+def test_conventions_for_bad_values_stand_apart():
+    nan_passes = known_wrong.KNOWN_BAD["nan_passes"]
+    report = testing.check(nan_passes, tests=["bad_rows", "rows"], requests=64)
+    lines = str(report).splitlines()
+    assert lines[0] == "distribution:" and lines[1].startswith("rows         pass")
+    assert lines[2].startswith("conventions for bad values") and lines[3].startswith("bad_rows     FAIL")
+    assert lines[4].endswith("other conventions for bad values: bad_rows") and "detected by" not in lines[4]
+
+
+def test_the_command_on_functions_that_raise(tmp_path, monkeypatch, capsys):
+    (tmp_path / "functions_that_raise.py").write_text(
+        "from dspark_kernels.testing.chain.rules import token\n"
+        "def always(*a):\n    raise KeyError('no such table')\n"
+        "def on_nan(*a):\n    if a[0].isnan().any():\n        raise ValueError('NaN')\n    return token(*a)\n"
+        "def stopped(*a):\n    raise KeyboardInterrupt\n"
+    )
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert command.main(["functions_that_raise:always", "--quick"]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "KeyError: 'no such table'" in err and "KeyError" not in out and "FAIL" not in out
+    assert command.main(["functions_that_raise:on_nan", "--requests", "64", "rows", "bad_rows"]) == 2
+    assert capsys.readouterr().out.count("ValueError: NaN") == 1
+    assert command.main(["functions_that_raise:stopped", "--quick"]) == 130
+    assert capsys.readouterr().err == ("dspark_kernels.testing: stopped; the verdicts that are printed stand, nothing is written\n")
+    assert command.main(["broken_module:f"]) == 2
+    assert capsys.readouterr().err == "dspark_kernels.testing: function: ZeroDivisionError: division by zero\n"
 
 
 def example():
@@ -386,12 +449,14 @@ def test_command(capsys):
         (["dspark_kernels.testing.chain.rules:VOCAB_BLOCK"], "expected a function, got int"),
         (["dspark_kernels.testing.chain.rules:token", "row"], "tests: expected some of rows, greedy"),
         (["dspark_kernels.testing.chain.rules:token", "--requests", "3"], "--requests: expected >= 64, got 3"),
+        (["dspark_kernels.testing.chain.rules:token", "--device", "gpu"], "--device: expected a device that torch has here"),
+        (["dspark_kernels.testing.chain.rules:token", "--seed", str(1 << 40)], "--seed: expected a 32-bit integer"),
     ],
 )
 def test_command_with_bad_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        command.main(arguments)
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+    assert command.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and err.startswith("dspark_kernels.testing: ")
 
 
 def test_command_without_triton(tmp_path):

@@ -387,6 +387,12 @@ def test_command(capsys):
     ],
 )
 def test_command_with_bad_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        command.main(["dspark_kernels.testing.tree.rules:walk", *arguments])
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+    assert command.main(["dspark_kernels.testing.tree.rules:walk", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_function_that_raises_is_called_once():
+    calls = []
+    with pytest.raises(suite.FunctionError, match="the function raised on an ordinary batch: TypeError"):
+        testing.check(lambda *a: calls.append(a) or None + 1, rule="walk", drawn=("one_hot",), requests=64)
+    assert len(calls) == 1 and calls[0][3] is None
