@@ -17,14 +17,13 @@ What was not measured is not drawn, and said. The same data gives the same files
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.shared import launch_table, system_figures
-from bench.shared.arguments import BadArgument, Parser, first_line
+from bench.shared import command, launch_table, system_figures
+from bench.shared.command import BadArgument, first_line
 from bench.shared.figures import GREYS, HATCHES, LINES, MARKERS, save
 from bench.shared.paths import RESULTS
 from bench.shared.round_ops import DECISIONS, GRAPH, OPS, SUM
@@ -220,29 +219,27 @@ def embedded_rounds() -> dict:
     return acceptance.load()[0]
 
 
-def parser() -> argparse.ArgumentParser:
-    first, rest = __doc__.split("\n", 1)
-    p = Parser(prog="python -m bench.plot", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> command.Parser:
+    p = command.Parser("bench.plot", __doc__)
     p.add_argument("--results", metavar="DIR", default=str(RESULTS), help="CSV files (default: bench/results)")
     p.add_argument("--out", metavar="DIR", help="pictures (default: beside the CSV files)")
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: done; 1: a file cannot be drawn; 2: a bad argument."""
+def check(arguments) -> None:
+    """Raises BadArgument."""
+    for option, folder in (("--results", arguments.results), ("--out", arguments.out or arguments.results)):
+        if not Path(folder).is_dir():
+            raise BadArgument(f"{option}: expected a folder that exists, got {folder}")
+
+
+def work(arguments) -> int:
+    """0: done; 1: a file cannot be drawn. Raises BadArgument."""
+    results, out = Path(arguments.results), Path(arguments.out or arguments.results)
     try:
-        arguments = parser().parse_args(argv)
-        results, out = Path(arguments.results), Path(arguments.out or arguments.results)
-        for option, folder in (("--results", results), ("--out", out)):
-            if not folder.is_dir():
-                raise BadArgument(f"{option}: expected a folder that exists, got {folder}")
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise BadArgument("needs matplotlib: pip install dspark_kernels[plots]") from None
-    except BadArgument as error:
-        print(f"bench.plot: {error}", file=sys.stderr)
-        return 2
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BadArgument("needs matplotlib: pip install dspark_kernels[plots]") from None
     todo, wrong = [*pictures(results), ("acceptance", acceptance_curves, embedded_rounds)], 0
     for number, (name, draw, reader) in enumerate(todo, 1):
         try:
@@ -254,6 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not list(results.glob(f"{kind}-*.csv")):
             print(f"no {kind}-<gpu>.csv in {results}: not measured, no picture (python -m bench.{kind} on a GPU)")
     return 1 if wrong else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 1: a file cannot be drawn; 2: a bad argument; 130: stopped."""
+    return command.run(parser, check, work, argv)
 
 
 if __name__ == "__main__":

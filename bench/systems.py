@@ -20,26 +20,31 @@ with `reference.heads`. All but the times depends on the weights and seeds alone
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import assets
-from bench.shared import acceptance
-from bench.shared.figures import save as draw_into
-from bench.shared.system_figures import SYSTEMS
-from bench.shared.systems import DRAFTS, RESULTS, calibration, load, measure, save, table, write_readme
+from bench.shared import command
+from bench.shared.paths import RESULTS, ROOT
+from bench.shared.source import literal
+
+DRAFTS = literal("bench.shared.systems", "DRAFTS")
 
 
-def parser() -> argparse.ArgumentParser:
-    first, rest = __doc__.split("\n", 1)
-    p = argparse.ArgumentParser(
-        prog="python -m bench.systems", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> command.Parser:
+    p = command.Parser("bench.systems", __doc__)
+    p.add_argument(
+        "--assets", metavar="DIR", type=Path, default=ROOT / "bench" / "assets", help="the models (default: bench/assets)"
     )
-    p.add_argument("--assets", metavar="DIR", type=Path, default=assets.FOLDER, help="the models (default: bench/assets)")
     p.add_argument("--rounds", metavar="FILE", type=Path, help="rounds to calibrate on (default: rounds.json beside the models)")
-    p.add_argument("--out", "--results", metavar="FILE", type=Path, default=RESULTS, help="default: bench/results/systems.json")
+    p.add_argument(
+        "--out",
+        "--results",
+        metavar="FILE",
+        type=Path,
+        default=RESULTS / "systems.json",
+        help="default: bench/results/systems.json",
+    )
     p.add_argument("--prompts", type=int, metavar="N", default=16, help="of each domain (default: %(default)s)")
     p.add_argument("--new-tokens", type=int, metavar="N", default=96, help="per prompt (default: %(default)s)")
     p.add_argument("--plot", action="store_true", help="draw what the file holds, beside it, and measure nothing")
@@ -48,13 +53,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: done; 2: a bad argument."""
-    p = parser()
-    a = p.parse_args(argv)
-    for name, value, least in (("prompts", a.prompts, 2), ("new-tokens", a.new_tokens, 2 * DRAFTS)):
-        if value < least:
-            p.error(f"--{name}: expected at least {least}, got {value}")
+def check(arguments) -> None:
+    """Raises BadArgument."""
+    command.check_least("--prompts", arguments.prompts, 2)
+    command.check_least("--new-tokens", arguments.new_tokens, 2 * DRAFTS)
+    command.check_file("--out", arguments.out)
+    measured = not (arguments.plot or arguments.table or arguments.readme)
+    for path in [arguments.rounds or arguments.assets / "rounds.json"] if measured else [arguments.out]:
+        if not path.is_file():
+            raise command.BadArgument(f"{'--rounds' if measured else '--out'}: {path}: no such file")
+
+
+def work(a) -> int:
+    from bench.shared import acceptance
+    from bench.shared.figures import save as draw_into
+    from bench.shared.system_figures import SYSTEMS
+    from bench.shared.systems import calibration, load, measure, save, table, write_readme
+
     try:
         if not (a.plot or a.table or a.readme):
             rounds, _ = acceptance.load(a.rounds or a.assets / "rounds.json")
@@ -69,13 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if a.readme:
             write_readme(found)
     except (OSError, ValueError) as error:
-        p.error(str(error))
+        raise command.BadArgument(command.first_line(error)) from None
     if a.plot:
         for name, draw in SYSTEMS.items():
             print(", ".join(path.name for path in draw_into(draw, found, a.out.parent / name)))
     elif not a.readme:
         print(table(found))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 2: a bad argument; 130: stopped."""
+    return command.run(parser, check, work, argv)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # which takes a second: commands that only say what they are do without
+    from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent
 SCALE = "#scale"
@@ -32,6 +31,9 @@ def weights(name: str, folder: Path = FOLDER) -> Weights:
 
     A config with `backbone` names the model that has the tensors which are not in the file.
     """
+    import numpy as np
+    import torch
+
     with np.load(folder / f"{name}.npz") as file:
         config = json.loads(bytes(file["config"]).decode())
         tensors = {}

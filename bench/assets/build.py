@@ -14,7 +14,6 @@ several times faster.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -28,8 +27,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.shared import command
+from bench.shared.command import BadArgument
+
 from . import FOLDER
 from .build_plan import FULL, QUICK, Plan
+
+STAGES = (
+    "corpus", "tokenizer", "target", "text", "draft_model", "mtp", "block", "dspark", "head_vanilla", "head_gated", "head_rnn",
+    "pack", "rounds", "report",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +203,11 @@ def _run_all(context: Context, arguments: Sequence[str], running: dict, log) -> 
                 break
             threads = context.threads if stage.wide else 1
             if threads + sum(other.threads for other in running.values()) <= context.threads:
-                command = [sys.executable, "-m", "bench.assets.build", *arguments, "--only", name]
+                line = [sys.executable, "-m", "bench.assets.build", *arguments, "--only", name]
                 # Waiting threads that spin would be counted as work.
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-                process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+                # In a session of its own: Ctrl-C is for this process, which then ends the stages.
+                process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
                 copying = threading.Thread(target=_copy, args=(process, log), daemon=True)
                 copying.start()
                 running[name] = _Running(process, copying, threads)
@@ -231,11 +239,8 @@ def install(out: Path) -> None:
     print("installed; left to do: python -m bench.load --measure-cost --save-cost bench/assets/cost.json; python -m bench.plot")
 
 
-def parser() -> argparse.ArgumentParser:
-    first, rest = __doc__.split("\n", 1)
-    p = argparse.ArgumentParser(
-        prog="python -m bench.assets.build", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> command.Parser:
+    p = command.Parser("bench.assets.build", __doc__)
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="where everything is written")
     p.add_argument("--quick", action="store_true", help="tiny sizes and budgets")
     cores = min(2, os.cpu_count() or 1)
@@ -248,35 +253,43 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: done; 1: a stage failed; 2: a bad argument."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    p = parser()
-    arguments = p.parse_args(argv)
-    if arguments.threads < 1:
-        p.error(f"--threads: expected at least 1, got {arguments.threads}")
+def check(arguments) -> None:
+    """Read the numbers of steps to take. Raises BadArgument."""
+    command.check_least("--threads", arguments.threads, 1)
     if arguments.install and arguments.quick:
-        p.error("--install: expected without --quick, whose models are no good")
-    recorded = {}
+        raise BadArgument("--install: expected without --quick, whose models are no good")
+    if arguments.only is not None and arguments.only not in STAGES:
+        raise BadArgument(f"--only: expected one of {', '.join(STAGES)}, got {arguments.only!r}")
+    arguments.steps = {}
     if arguments.recorded is not None:
         try:
             found = json.loads(arguments.recorded.read_text())["stages"]
-            recorded = {stage: facts["steps"] for stage, facts in found.items() if "steps" in facts}
+            arguments.steps = {stage: facts["steps"] for stage, facts in found.items() if "steps" in facts}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            p.error(f"--recorded: expected a build.json, got {arguments.recorded}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+            raise BadArgument(f"--recorded: expected a build.json, got {arguments.recorded}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 1: a stage failed; 2: a bad argument; 130: stopped."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return command.run(parser, check, lambda arguments: build(arguments, argv), argv)
+
+
+def build(arguments, argv: Sequence[str]) -> int:
+    """argv: what the processes of single stages are given, too."""
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadArgument(f"--out: {arguments.out}: {error.strerror}") from None
     plan = QUICK if arguments.quick else FULL
-    context = Context(
-        arguments.out, plan, arguments.seed, arguments.threads, not (arguments.no_compile or arguments.quick), recorded
-    )
+    compiled = not (arguments.no_compile or arguments.quick)
+    context = Context(arguments.out, plan, arguments.seed, arguments.threads, compiled, arguments.steps)
     if arguments.only is not None:
         found = stages()
-        if arguments.only not in found:
-            p.error(f"--only: expected one of {', '.join(found)}, got {arguments.only!r}")
         stage = found[arguments.only]
         missing = [need for need in stage.needs if not is_done(need, found[need], context)]
         if missing:
-            p.error(f"--only: {arguments.only} needs {', '.join(missing)}, not done with these settings")
+            raise BadArgument(f"--only: {arguments.only} needs {', '.join(missing)}, not done with these settings")
         if not is_done(arguments.only, stage, context):
             run_stage(arguments.only, stage, context)
         return 0

@@ -8,35 +8,16 @@ temperature, then whether each system's output is the target's own. To see what 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-from bench.decode.models import DTYPES, load
-from bench.decode.output import as_json, show
-from bench.decode.prompts import read_prompts
-from bench.decode.runs import run_all, verdicts
-from bench.decode.settings import DEFAULTS, INTERPRETED, check
-from bench.decode.systems import SYSTEMS, systems_of
-from bench.shared import summary
-from bench.shared.arguments import BadArgument
-from reference.loop import RULES
-from reference.schedule import POLICIES
+from bench.decode.settings import DEFAULTS, INTERPRETED, POLICIES, RULES, SYSTEMS, check
+from bench.shared import command, summary
+from bench.shared.source import literal
 
 
-def parser() -> argparse.ArgumentParser:
-    text = "\n".join(__doc__.splitlines()[2:]) + "\n\ncolumns:\n" + summary.legend()
-    p = argparse.ArgumentParser(
-        prog="python -m bench.decode",
-        description=__doc__.splitlines()[0],
-        epilog=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parser() -> command.Parser:
+    p = command.Parser("bench.decode", f"{__doc__}\ncolumns:\n{summary.legend()}")
     models = p.add_argument_group("models")
     models.add_argument(
         "--model", "--target", metavar="DIR",
@@ -52,11 +33,17 @@ def parser() -> argparse.ArgumentParser:
         " model (repeatable)",
     )  # fmt: skip
     models.add_argument("--device", default="cpu", help="where the models run (default: %(default)s)")
-    models.add_argument("--dtype", choices=DTYPES, default="float32", help="what they compute in (default: %(default)s)")
+    models.add_argument(
+        "--dtype",
+        choices=literal("bench.decode.models", "DTYPES"),
+        default="float32",
+        help="what they compute in (default: %(default)s)",
+    )
     work = p.add_argument_group("what is decoded")
     work.add_argument(
         "--prompts", metavar="FILE",
-        help="JSON list of token-id lists, or of strings where the model has a tokenizer (default: embedded text)",
+        help="a text file, which is one prompt, or a JSON list of token-id lists or of strings; text needs a tokenizer (default:"
+        " embedded text)",
     )  # fmt: skip
     work.add_argument(
         "--chat", action="store_true",
@@ -110,7 +97,11 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     out = p.add_argument_group("output")
     out.add_argument(
-        "--out", "--json", metavar="FILE", help="write output_ids, acceptance_lengths and proposal_lengths of every run"
+        "--out",
+        "--json",
+        metavar="FILE",
+        help="write every run as JSON: output_ids, acceptance_lengths, proposal_lengths, and what engines report"
+        " (mean_acceptance_length, draft_acceptance_rate, acceptance_histogram)",
     )
     out.add_argument(
         "--show", action="store_true", help="print the texts of the last system: accepted drafts green, the target's own red"
@@ -119,41 +110,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done and lossless; 1: a system's output is not the target's; 2: a bad argument."""
-    arguments = parser().parse_args(argv)
-    try:
-        check(arguments)
-        if arguments.kernels and torch.device(arguments.device).type == "cpu":
-            os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which a target's own class may do
-        models = load(arguments)
-        prompts = read_prompts(arguments, models)
-        systems = systems_of(arguments, models)
-        torch.manual_seed(0)
-        runs = run_all(arguments, models, systems, prompts)
-    except BadArgument as error:
-        print(f"bench.decode: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{len(prompts)} prompts, up to {arguments.max_new_tokens} new tokens each, batches of {arguments.batch_size}, rule"
-        f" {arguments.rule}, {arguments.dtype} on {arguments.device}"
-    )
-    for temperature in arguments.temperature:
-        rows = [
-            summary.row(run.system.label, summary.Summary.of(run.generations)) for run in runs if run.temperature == temperature
-        ]
-        print(f"\n{summary.table(f'T = {temperature:g}', rows)}")
-    checked = verdicts(arguments, models, runs, prompts)
-    if checked:
-        print("\nlossless:")
-        width = max(len(label) for label, _ in checked)
-        for label, verdict in checked:
-            print(f"  {'ok ' if verdict.passed else 'NOT'}  {label.ljust(width)}  {verdict.text}")
-    if arguments.show:
-        print()
-        print(show(runs[-1], models, prompts))
-    if arguments.out is not None:
-        Path(arguments.out).write_text(json.dumps(as_json(arguments, runs)) + "\n")
-    return 0 if all(verdict.passed for _, verdict in checked) else 1
+    """0: done and lossless; 1: a system's output is not the target's; 2: a bad argument; 130: stopped."""
+
+    def work(arguments) -> int:
+        from bench.decode.work import decode
+
+        return decode(arguments)
+
+    return command.run(parser, check, work, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench import assets
-from bench.shared.arguments import BadArgument, first_line
+from bench.shared.command import BadArgument, first_line
 from dspark_kernels.checkpoint import formats, load_drafter, load_target, read_config, stop_tokens
 from dspark_kernels.types import CostTable
 from reference import huggingface

@@ -34,6 +34,7 @@ def as_json(arguments, runs: Sequence[Run]) -> dict:
                     key: (None if isinstance(value, float) and math.isnan(value) else value)
                     for key, value in dataclasses.asdict(summary.Summary.of(run.generations)).items()
                 },
+                **summary.engine_fields(run.generations),
                 "prompts": [{key: getattr(g, key) for key in keys} for g in run.generations],
             }
             for run in runs

@@ -1,13 +1,10 @@
-"""Token ids of the prompts: embedded text, or what --prompts names."""
+"""Token ids of the prompts: embedded text, or what --prompts holds."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from bench import assets
 from bench.decode.models import Models, naming
-from bench.shared.arguments import BadArgument
+from bench.shared.command import BadArgument
 
 
 def read_prompts(arguments, models: Models) -> list[list[int]]:
@@ -20,14 +17,7 @@ def read_prompts(arguments, models: Models) -> list[list[int]]:
                 " (reading one needs: pip install tokenizers)"
             )
     else:
-        try:
-            prompts = json.loads(Path(arguments.prompts).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BadArgument(f"--prompts: {arguments.prompts}: {error.strerror}") from None
-        except ValueError as error:
-            raise BadArgument(f"--prompts: {arguments.prompts}: expected JSON, got a file that does not parse ({error})") from None
-        if not isinstance(prompts, list) or not prompts:
-            raise BadArgument(f"--prompts: {arguments.prompts}: expected a JSON list with at least one prompt")
+        prompts = arguments.prompts
     count = arguments.num_prompts
     if count is not None and count > len(prompts):
         raise BadArgument(f"--num-prompts: expected at most {len(prompts)}, which is all there are, got {count}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from bench.decode import lossless, trees
 from bench.decode.models import Models
 from bench.decode.systems import System
-from bench.shared.arguments import first_line
+from bench.shared.command import first_line
 from bench.shared.parity import CheckedOps
 from bench.shared.progress import Progress
 from reference.loop import Generation, Request, decode

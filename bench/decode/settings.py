@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
-import torch
+from bench.shared.command import BadArgument, check_file, check_least
+from bench.shared.source import literal
 
-from bench.decode import trees
-from bench.decode.systems import SYSTEMS
-from bench.shared.arguments import BadArgument, first_line
+SYSTEMS = literal("bench.decode.systems", "SYSTEMS")
+SUFFIX, MAX_NODES = (literal("bench.decode.trees", name) for name in ("SUFFIX", "MAX_NODES"))
+RULES, POLICIES = literal("reference.loop", "RULES"), literal("reference.schedule", "POLICIES")
 
 DEFAULTS = dict(max_new_tokens=64, num_prompts=16, batch_size=8, temperature=[1.0, 0.0], confidence_threshold=[0.0, 0.3])
 INTERPRETED = dict(max_new_tokens=32, num_prompts=4, tree_nodes=[16])  # with --kernels on a CPU
@@ -31,8 +33,7 @@ def check(arguments) -> None:
     if a.tree_nodes is None:
         a.tree_nodes = defaults.get("tree_nodes")
     for name, value in (("num-prompts", a.num_prompts), ("max-new-tokens", a.max_new_tokens), ("batch-size", a.batch_size)):
-        if value is not None and value < 1:
-            raise BadArgument(f"--{name}: expected at least 1, got {value}")
+        check_least(f"--{name}", value, 1)
     for value in a.temperature:
         if not (math.isfinite(value) and value >= 0):
             raise BadArgument(f"--temperature: expected a number of at least 0, got {value:g}")
@@ -40,8 +41,8 @@ def check(arguments) -> None:
         if not 0 <= value <= 1:
             raise BadArgument(f"--confidence-threshold: expected a number from 0 to 1, got {value:g}")
     for value in a.tree_nodes or ():
-        if not 2 <= value <= trees.MAX_NODES:
-            raise BadArgument(f"--tree-nodes: expected 2 to {trees.MAX_NODES}, got {value}")
+        if not 2 <= value <= MAX_NODES:
+            raise BadArgument(f"--tree-nodes: expected 2 to {MAX_NODES}, got {value}")
     if not -(1 << 31) <= a.seed < 1 << 31:
         raise BadArgument(f"--seed: expected a 32-bit integer, got {a.seed}")
     if a.systems is not None:
@@ -49,7 +50,7 @@ def check(arguments) -> None:
         for name in a.systems:
             if name not in SYSTEMS:
                 raise BadArgument(f"--systems: expected names among {', '.join(SYSTEMS)}, got {name!r}")
-            if a.transformers and name.endswith(trees.SUFFIX):
+            if a.transformers and name.endswith(SUFFIX):
                 raise BadArgument(f"--systems: expected no {name} with --transformers, whose classes have no tree mask")
     if a.drafter and a.model is None:
         raise BadArgument("--drafter: expected together with --model, the embedded target has drafters of its own")
@@ -60,11 +61,29 @@ def check(arguments) -> None:
         raise BadArgument("--thinking: expected together with --chat")
     if a.kernels and a.rule != "token":
         raise BadArgument(f"--kernels: expected --rule token, the ops have no {a.rule!r} yet")
-    if a.out is not None:
-        path = Path(a.out)
-        if path.is_dir() or not path.resolve().parent.is_dir():
-            raise BadArgument(f"--out: expected a file in a directory that exists, got {a.out}")
+    check_file("--out", a.out)
+    if a.prompts is not None:
+        a.prompts = prompts_of(a.prompts)
+
+
+def prompts_of(path: str) -> list:
+    """The prompts of a file, text or ids: a JSON list, or a text that is one prompt. Raises BadArgument."""
     try:
-        torch.empty(1, device=a.device)
-    except Exception as error:  # torch has a different exception for every kind of device it lacks
-        raise BadArgument(f"--device: expected one that torch has here, got {a.device!r} ({first_line(error)})") from None
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadArgument(f"--prompts: {path}: {error.strerror}") from None
+    except ValueError:
+        raise BadArgument(f"--prompts: {path}: expected text in UTF-8, got other bytes") from None
+    if Path(path).suffix.lower() != ".json" and not text.lstrip().startswith("["):
+        if not text.strip():
+            raise BadArgument(f"--prompts: {path}: expected a text, got an empty file")
+        return [text]
+    try:
+        prompts = json.loads(text)
+    except ValueError as error:
+        if Path(path).suffix.lower() != ".json":
+            return [text]
+        raise BadArgument(f"--prompts: {path}: expected JSON, got a file that does not parse ({error})") from None
+    if not isinstance(prompts, list) or not prompts:
+        raise BadArgument(f"--prompts: {path}: expected a JSON list with at least one prompt")
+    return prompts

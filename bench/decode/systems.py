@@ -9,7 +9,7 @@ import torch
 
 from bench.decode import trees
 from bench.decode.models import Models, naming
-from bench.shared.arguments import BadArgument
+from bench.shared.command import BadArgument
 from dspark_kernels.types import CostTable
 from reference.drafters import Autoregressive, Drafter, TreeShape
 

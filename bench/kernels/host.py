@@ -28,7 +28,7 @@ from torch import Tensor
 
 import dspark_kernels as dk
 from bench.shared import rows
-from bench.shared.arguments import BadArgument
+from bench.shared.command import BadArgument
 from bench.shared.offline.calls import (
     accept_call,
     accept_tree_call,

@@ -9,7 +9,7 @@ import torch
 
 from bench import assets
 from bench.shared import roofline
-from bench.shared.arguments import BadArgument, first_line
+from bench.shared.command import BadArgument, first_line
 from bench.shared.progress import Progress
 from dspark_kernels import cost as costs
 from dspark_kernels.types import CostTable

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from bench.shared.arguments import BadArgument, first_line
+from bench.shared.command import BadArgument, first_line
 
 
 def prepare_triton() -> bool:

@@ -14,10 +14,10 @@ import torch
 
 import dspark_kernels as dk
 from bench.shared import engines, timing
-from bench.shared.arguments import first_line
 from bench.shared.baselines import BASELINES
 from bench.shared.cases.checks import require
 from bench.shared.cases.tensors import mapped, nbytes, poison, same
+from bench.shared.command import first_line
 
 SAMPLES, QUICK_SAMPLES = 200, 30
 CONTENDERS = ("kernel", "pytorch", "torch.compile", "engines")  # engines: those of bench/shared/engines.py that import

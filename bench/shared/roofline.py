@@ -17,8 +17,10 @@ Assumed, not sourced: the share of peak that large products reach, the gap betwe
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from dspark_kernels.types import CostTable
+if TYPE_CHECKING:  # which imports torch
+    from dspark_kernels.types import CostTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,8 @@ def draft_seconds(requests: int, context: int, machine=Machine(), model=Decoder(
 
 def table(requests: int, context: int, captured=CAPTURED, machine=Machine(), model=Decoder()) -> CostTable:
     """Steps of `requests` requests with `context` tokens each, up to all drafts verified. captured: () = no padding to graphs."""
+    from dspark_kernels.types import CostTable
+
     largest = max(max(captured, default=0) + 1, requests * (1 + model.drafts), 2)
     sizes = list(range(1, largest + 1))
     return CostTable.from_curve(

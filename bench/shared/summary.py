@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from reference.loop import Generation
+if TYPE_CHECKING:  # which imports torch
+    from reference.loop import Generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,23 @@ class Summary:
             verify_ms=_ratio(1e3 * verify, rounds),
             tokens_per_second=_ratio(tokens, draft + verify),
         )
+
+
+def engine_fields(generations: Sequence[Generation]) -> dict:
+    """The numbers that engines report of speculative decoding, under their names (vLLM, "Per-Request Acceptance Metrics").
+
+    mean_acceptance_length   1 + accepted drafts / rounds: the token after the accepted drafts counts
+    draft_acceptance_rate    accepted drafts / verified drafts
+    acceptance_histogram     rounds by accepted drafts: entry n counts those that accepted n
+    """
+    accepted = Counter(length - 1 for g in generations for length in g.acceptance_lengths)
+    rounds, total = accepted.total(), sum(n * count for n, count in accepted.items())
+    verified = sum(length for g in generations for length in g.proposal_lengths)
+    return {
+        "mean_acceptance_length": 1 + total / rounds if rounds else None,
+        "draft_acceptance_rate": total / verified if verified else None,
+        "acceptance_histogram": [accepted[n] for n in range(max(accepted, default=-1) + 1)],
+    }
 
 
 def _ratio(a: float, b: float) -> float:

@@ -93,7 +93,6 @@ TESTS = {
     "greedy": (chain.edges.greedy, CHAIN_RULES, False),
     "padding": (chain.edges.padding, CHAIN_RULES, False),
     "empty": (chain.edges.empty, CHAIN_RULES, False),
-    "bad_rows": (chain.edges.bad_rows, CHAIN_RULES, False),
     "extreme": (chain.edges.extreme, CHAIN_RULES, False),
     "batch": (chain.edges.batch, CHAIN_RULES, True),
     "shared": (chain.edges.shared, ("coupled",), True),
@@ -108,6 +107,7 @@ TESTS = {
     "widths": (chain.distributions.widths, SAMPLED, False),
     "tails": (chain.distributions.tails, SAMPLED, False),
     "accepts": (chain.distributions.accepts, SAMPLED, False),
+    "bad_rows": (chain.edges.bad_rows, CHAIN_RULES, False),
 }
 
 TREES_SAMPLED, TREES_TRIED = TREE_RULES[:3], ("recursive", "traversal")
@@ -116,7 +116,6 @@ TREE_TESTS = {
     "greedy": (tree.edges.greedy, TREE_RULES, False),
     "padding": (tree.edges.padding, TREE_RULES, False),
     "empty": (tree.edges.empty, TREE_RULES, False),
-    "bad_rows": (tree.edges.bad_rows, TREE_RULES, False),
     "extreme": (tree.edges.extreme, TREE_RULES, False),
     "batch": (tree.edges.batch, TREE_RULES, True),
     "one_round": (tree.distributions.one_round, TREES_SAMPLED, False),
@@ -132,6 +131,7 @@ TREE_TESTS = {
     "tails": (tree.distributions.tails, TREES_SAMPLED, False),
     "accepts": (tree.distributions.accepts, TREES_SAMPLED, False),
     "chain": (tree.distributions.chain, ("traversal",), False),
+    "bad_rows": (tree.edges.bad_rows, TREE_RULES, False),
 }
 
 

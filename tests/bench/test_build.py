@@ -500,9 +500,13 @@ def test_the_full_plan_fits_its_limits():
 )
 def test_refusals(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        build.main(arguments)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert build.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("bench.assets.build: ") and error.count("\n") == 1
+
+
+def test_the_names_of_stages():
+    assert build.STAGES == tuple(build.stages())
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

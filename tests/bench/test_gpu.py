@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench.gpu import __main__ as job, running as gpu_running, steps as gpu_steps, summary as gpu_summary
+from bench.gpu import __main__ as job, running as gpu_running, steps as gpu_steps, summary as gpu_summary, work
 from bench.gpu.state import Result
 from bench.gpu.steps import Step
 from bench.shared import paths, timing
@@ -246,7 +246,7 @@ def test_a_dry_run_lists_all_steps_and_runs_the_quick_ones(monkeypatch, capsys):
             found.append(dataclasses.replace(step, dry=dry.get(step.name)))
         return found
 
-    monkeypatch.setattr(job, "steps", few)
+    monkeypatch.setattr(work, "steps", few)
     assert job.main(["--dry-run"]) == 1
     out = capsys.readouterr().out
     listed = [line.split("  ")[0] for line in out.splitlines()[1 : 1 + len(made(paths.ROOT))]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dspark_kernels as dk
-from bench.kernels import __main__ as job, report
+from bench.kernels import __main__ as job, report, work
 from bench.shared import baselines, measure, paths, timing
 from bench.shared.cases import layout as lc
 from bench.shared.cases.accept import Accept
@@ -374,10 +374,10 @@ def test_a_run_from_the_command_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "copy_bandwidth", lambda clock, device: 2e9)
     monkeypatch.setattr(timing, "machine", lambda device: dataclasses.replace(MACHINE, sm_clock="777"))
     monkeypatch.setattr(timing, "graph_of", lambda call: captured.append(call) or call)
-    monkeypatch.setattr(job, "QUICK_SAMPLES", 2)
+    monkeypatch.setattr(work, "QUICK_SAMPLES", 2)
     path = tmp_path / "k.csv"
     arguments = job.parser().parse_args(["--quick", "--small", "--out", str(path)])
-    assert job.time_all([CASES["fixed_layout r64"], CASES["draft_layout r64"]], arguments, CPU) == 0
+    assert work.time_all([CASES["fixed_layout r64"], CASES["draft_layout r64"]], arguments, CPU) == 0
     rows = read(path)
     assert [(r["op"], r["contender"]) for r in rows] == [
         (op, name) for op in ("fixed_layout", "draft_layout") for name in 4 * ["kernel"] + 4 * ["pytorch"]

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from bench import launches
-from bench.shared import launch_table
+from bench.launches import __main__ as job, count as launches
+from bench.shared import launch_table, paths
 from bench.shared.round_ops import DECISIONS
 
 triton = pytest.importorskip("triton")
@@ -112,7 +112,7 @@ def test_the_committed_counts_are_those_of_the_code(rows, tmp_path):
     assert [(r.launches, r.op, r.contender, r.setting) for r in launch_table.read(tmp_path / "x.csv")] == [
         (r.launches, r.op, r.contender, r.setting) for r in rows
     ]
-    committed = launch_table.read(launches.RESULT)
+    committed = launch_table.read(paths.RESULTS / "launches.csv")
     if committed[0].gpu == "none" and committed[0].torch.split("+")[0] == torch.__version__.split("+")[0]:
         counts = [
             {(r.setting, r.op, r.contender): (r.launches, str(r.triton_launches)) for r in found} for found in (committed, rows)
@@ -122,8 +122,8 @@ def test_the_committed_counts_are_those_of_the_code(rows, tmp_path):
 
 def test_the_command(tmp_path, monkeypatch, capsys, rows):
     monkeypatch.setattr(launches, "count", lambda device, small: rows)
-    assert launches.main(["--out", str(tmp_path / "out.csv")]) == 0
+    assert job.main(["--out", str(tmp_path / "out.csv")]) == 0
     assert "**together, sampled**" in capsys.readouterr().out and (tmp_path / "out.csv").exists()
-    assert launches.main(["--out", str(tmp_path / "no" / "out.csv")]) == 2
+    assert job.main(["--out", str(tmp_path / "no" / "out.csv")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("bench.launches: --out: expected a file in a folder that exists") and error.count("\n") == 1

@@ -434,9 +434,9 @@ def test_causal_stops_at_the_edge_of_a_graph(results):
         (["--cost", "x", "--measure-cost"], "--cost: expected without --measure-cost"),
         (["--save-cost", "x"], "--save-cost: expected together with --measure-cost"),
         (["--acceptance", "/nowhere.json"], "--acceptance: /nowhere.json: No such file"),
-        (["--csv", "/nowhere/load.csv"], "--out: expected a file in a directory that exists"),
+        (["--csv", "/nowhere/load.csv"], "--out: expected a file in a folder that exists"),
         (["--plot", "load.pdf"], "--plot: expected a name that ends in .png or .svg"),
-        (["--plot", "/nowhere/load.png"], "--plot: expected a file in a directory that exists"),
+        (["--plot", "/nowhere/load.png"], "--plot: expected a file in a folder that exists"),
     ],
 )
 def test_bad_arguments_take_one_line(arguments, message, capsys):

@@ -4,7 +4,8 @@ import csv
 
 import torch
 
-from bench import pruning
+from bench.pruning import shares as pruning
+from bench.shared import paths
 
 
 def test_no_best_id_is_in_a_tile_that_could_be_skipped():
@@ -36,7 +37,7 @@ def test_a_tile_is_read_if_any_request_needs_it(monkeypatch):
 
 
 def test_the_committed_report_has_every_case():
-    with pruning.FILE.open(newline="") as file:
+    with (paths.RESULTS / "pruning.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = {row["logits"] for row in rows}
     assert len(names) == 3 + len(pruning.SYNTHETIC) and all(0 <= float(row["share_skipped"]) <= 1 for row in rows)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dspark_kernels as dk
-from bench.round import __main__ as job, ops, report
+from bench.round import __main__ as job, ops, report, work
 from bench.shared import measure, timing
 from bench.shared.cases.tensors import tensors
 from bench.shared.round_ops import DECISIONS, GRAPH, OPS, SUM
@@ -158,12 +158,12 @@ def bench_of(captured):
 
 def test_times_are_reported_with_predictions_beside(tmp_path, monkeypatch, capsys):
     captured, path = [], tmp_path / "round.csv"
-    monkeypatch.setattr(job, "check", lambda sizes, device: 5)
+    monkeypatch.setattr(work, "check", lambda sizes, device: 5)
     monkeypatch.setattr(timing, "WARMUP", 0)
     sizes = [dataclasses.replace(SMALL, requests=n) for n in (2, 1)]
     monkeypatch.setattr(ops, "into_memory", lambda ops, sizes, given: (Quick(), {}))
     monkeypatch.setattr(ops, "same", lambda *_: None)
-    assert job.report(sizes, report.Engine(0.1, 0.2, 1, 1), bench_of(captured), path) == 0
+    assert work.report(sizes, report.Engine(0.1, 0.2, 1, 1), bench_of(captured), path) == 0
     assert len(captured) == 2 * 6  # each op, and all of them
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -175,7 +175,7 @@ def test_times_are_reported_with_predictions_beside(tmp_path, monkeypatch, capsy
     out = capsys.readouterr().out
     assert "25.0% all ops" in out and "(measured)" in out and "if no op took time" in out
     # Run again: the same rows are replaced, others stay.
-    assert job.report(sizes[:1], report.Engine(0.1, 0.2, 1, 1), bench_of([]), path) == 0
+    assert work.report(sizes[:1], report.Engine(0.1, 0.2, 1, 1), bench_of([]), path) == 0
     with open(path, newline="") as file:
         assert len(list(csv.DictReader(file))) == 14
 
@@ -186,10 +186,10 @@ def test_a_wrong_round_gives_no_time_and_hides_no_other(tmp_path, monkeypatch, c
             raise AssertionError("deliberate")
         return {op: timing.Timing(1.0, 2.0, 3.0, 4) for op in (*OPS, GRAPH)}
 
-    monkeypatch.setattr(job, "check", lambda sizes, device: 5)
-    monkeypatch.setattr(job, "measure", measured)
+    monkeypatch.setattr(work, "check", lambda sizes, device: 5)
+    monkeypatch.setattr(work, "measure", measured)
     path = tmp_path / "round.csv"
-    assert job.report([SMALL, dataclasses.replace(SMALL, requests=1)], ENGINE, bench_of([]), path) == 1
+    assert work.report([SMALL, dataclasses.replace(SMALL, requests=1)], ENGINE, bench_of([]), path) == 1
     assert "R = 2: RED: deliberate" in capsys.readouterr().out
     with open(path, newline="") as file:
         assert {row["requests"] for row in csv.DictReader(file)} == {"1"}
@@ -203,7 +203,7 @@ def test_without_a_gpu_it_predicts_compares_and_says_so(monkeypatch, capsys):
     assert out.startswith("MODELLED, not measured: bytes at 4300 GB/s") and "R = 64, K = 7" in out
     assert "target as given, backbone MODELLED" in out and "[1/1] small round, R = 1: 4 calls equal the reference" in out
     assert out.endswith("no times were taken\n")
-    monkeypatch.setattr(job, "check", lambda *_: (_ for _ in ()).throw(AssertionError("deliberate")))
+    monkeypatch.setattr(work, "check", lambda *_: (_ for _ in ()).throw(AssertionError("deliberate")))
     assert job.main(["--requests", "1"]) == 1
     assert "RED: deliberate" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
-from bench import filters
+from bench.filters import passes as filters
 from dspark_kernels.ops.sampling import adjust_settings
 from reference import cases, sampling as reference
 from reference.decisions import Decisions
@@ -170,7 +170,7 @@ def test_more_elements_than_the_list_holds(filters, order):
     ],
 )
 def test_passes_over_a_row_are_few_and_those_that_are_reported(vocab, spread, setting):
-    """Flat rows take a pass for each factor of four of what is left, not one per bit of a key; bench/filters.py reports them."""
+    """Flat rows take a pass for each factor of four of what is left, not one per bit of a key; bench.filters reports them."""
     g = torch.Generator().manual_seed(3)
     row = (torch.randn(1, vocab, generator=g) * spread).bfloat16()
     dtypes = dict(top_k=torch.int32)

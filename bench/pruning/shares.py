@@ -1,31 +1,15 @@
-"""What exact pruning of W2 would save: the share of its tiles that no draft of a greedy block can come from.
-
-    tile can be skipped for a request  <=>  max base(tile) + |latent| * max |W2 row|(tile)  <  the best logit of the row
-
-By the inequality of Cauchy and Schwarz no logit of such a tile is the best. The best logit is taken as known before the first tile,
-so every share is an upper limit of what a kernel reaches. A tile is read if any request of the batch needs it. Tiles are of 64 ids,
-as kernels/draft/dense.py sweeps them.
-
-Logits: the embedded DSpark drafter on held-out text (a vocabulary of about a thousand), and of a vocabulary of 151936 synthetic
-ones: base logits normal, the drafted id `peak` above the mean, W1 and W2 normal so that a bias has standard deviation `bias`.
-
-    python -m bench.pruning        writes bench/results/pruning.csv
-"""
+"""Tiles that could be skipped, and their share by batch size (bench/pruning)."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench.shared import acceptance
-from bench.shared.paths import RESULTS
 from dspark_kernels import MarkovHead
 
-FILE = RESULTS / "pruning.csv"
 COLUMNS = ("logits", "requests", "batches", "share_skipped")
 TILE = 64
 BATCHES = (1, 8, 64)
@@ -77,12 +61,8 @@ def synthetic(spread: float, peak: float, bias: float, vocab: int = VOCAB, rows:
     return skippable(base, latents, w2)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.pruning", description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=int, default=8, metavar="N", help="texts of each domain (default %(default)s)")
-    parser.add_argument("--stride", type=int, default=6, metavar="N", help="tokens between two cuts (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="the report (default: %(default)s)")
-    options = parser.parse_args(arguments)
+def run(options) -> int:
+    """0: done."""
     cases = [
         (f"embedded, {domain}", lambda d=domain: embedded(d, range(options.texts), options.stride)) for domain in acceptance.DOMAINS
     ]
@@ -99,7 +79,4 @@ def main(arguments: list[str] | None = None) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

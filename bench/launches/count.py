@@ -1,24 +1,10 @@
-"""Count the launches of a decoding round: the ops of this package, and the same steps in plain PyTorch.
-
-    python -m bench.launches                 count, print the table, write bench/results/launches.csv
-    python -m bench.launches --out FILE      write it somewhere else
-
-With a GPU: kernels that the CUDA profiler sees on the device (memory copies and fills among them), of one call after a first one
-has compiled everything. Without one: Triton kernels by the calls that reach Triton, and torch operators by a dispatch mode. Views
-and allocations launch nothing and are left out; every other operator counts once, though a sort, a cumulative sum or an index
-launches several kernels on a GPU: what is said of plain PyTorch is a lower bound. Torch operators inside an op of the package are
-not seen that way; on a GPU they would be.
-
-Counts do not depend on sizes but on K, the drafts of a block, over which plain PyTorch loops. PyTorch's steps: bench/shared/baselines.py.
-"""
+"""Launches of a round, counted on a GPU by the profiler and without one by the calls that reach Triton (bench/launches)."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dspark_kernels as dk
 from bench.shared import timing
-from bench.shared.arguments import BadArgument, Parser
 from bench.shared.baselines import BASELINES
 from bench.shared.cases.accept import Accept
 from bench.shared.cases.attention import Attention
@@ -35,10 +20,8 @@ from bench.shared.cases.layout import Schedule
 from bench.shared.interpreter import prepare_triton
 from bench.shared.launch_table import EAGER, OURS, Row, table, write
 from bench.shared.measure import inputs_of
-from bench.shared.paths import RESULTS
 from dspark_kernels import library
 
-RESULT = RESULTS / "launches.csv"
 NOTHING = (  # allocations, views whose schema does not say so, and a number in a `where`, which some versions keep on the host
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "scalar_tensor",
 )  # fmt: skip
@@ -164,31 +147,11 @@ def count(device, small: bool) -> list[Row]:
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
-    first, rest = __doc__.split("\n", 1)
-    p = Parser(
-        prog="python -m bench.launches", description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--out", metavar="FILE", default=str(RESULT), help="the CSV file (default: bench/results/launches.csv)")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: done; 2: a bad argument."""
-    try:
-        path = Path(parser().parse_args(argv).out)
-        if path.is_dir() or not path.resolve().parent.is_dir():
-            raise BadArgument(f"--out: expected a file in a folder that exists, got {path}")
-        interpreted = prepare_triton()
-    except BadArgument as error:
-        print(f"bench.launches: {error}", file=sys.stderr)
-        return 2
+def run(arguments) -> int:
+    """0: done. Raises BadArgument."""
+    path, interpreted = Path(arguments.out), prepare_triton()
     device = torch.device("cpu") if interpreted else torch.device("cuda", torch.cuda.current_device())
     rows = count(device, interpreted)
     write(path, rows)
     print(f"\n{table(rows)}\n\nwritten to {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

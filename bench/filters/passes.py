@@ -1,16 +1,10 @@
-"""How much of a row its filters read again: the share of its groups that reach the bound, and the passes over these.
+"""The passes over a row of logits that its filters make, on the host; a test compares the kernel with them.
 
-    python -m bench.filters [--vocab 151936] [--temperature 1.0]
-
-The command repeats the integers of kernels/primitives/filters.py on the host. A pass lists the elements that reach the bound; where
-they are too many for the list, each further pass tests four keys inside the remaining interval, until they fit; the last pass sums
-the support. A test compares the kernel with these passes. Rows: logits N(0, spread^2); spread 1 is flat, 4 is peaked, as a trained
-model's.
+The integers are those of kernels/primitives/filters.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import NamedTuple
 
@@ -135,11 +129,8 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.filters", description=__doc__.split("\n")[0])
-    parser.add_argument("--vocab", type=int, default=151936, help="ids of a row (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the row (default %(default)s)")
-    options = parser.parse_args(arguments)
+def run(options) -> int:
+    """0: the table is printed."""
     print("| setting | " + " | ".join(f"spread {spread}" for spread in (1, 2, 4)) + " |")
     print("| --- | --- | --- | --- |")
     g = torch.Generator().manual_seed(0)
@@ -150,7 +141,4 @@ def main(arguments: list[str] | None = None) -> None:
             again = read_again(row, options.temperature, **setting)
             cells.append(f"{again.share:.1%} x {again.passes} = {again.rows:.2f} rows")
         print(f"| {', '.join(f'{name} {value:g}' for name, value in setting.items())} | {' | '.join(cells)} |")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

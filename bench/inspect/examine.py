@@ -6,15 +6,14 @@ Only config.json and the headers of the weight files are read.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import dspark_kernels as dk
+from bench.shared.command import BadArgument, first_line
 from dspark_kernels import checkpoint
 from dspark_kernels.checkpoint import formats
 from dspark_kernels.ops.attention.tree import MAX_HEAD_DIM
@@ -320,22 +319,11 @@ def _table(rows: Sequence[tuple], numbers: Sequence[int] = ()) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: described; 2: a directory that is missing, broken or unknown."""
-    p = argparse.ArgumentParser(
-        prog="python -m bench.inspect", description=__doc__.splitlines()[0], epilog=" ".join(__doc__.splitlines()[2:])
-    )
-    p.add_argument("directory", metavar="DIR", help="with config.json and model.safetensors, or its index and shards")
-    p.add_argument("--json", action="store_true", help="print the same as JSON")
-    arguments = p.parse_args(argv)
+def run(arguments) -> int:
+    """0: described. Raises BadArgument for a directory that is missing, broken or unknown."""
     try:
         found = examine(arguments.directory)
     except (OSError, ValueError, ImportError) as error:
-        print(f"bench.inspect: {error}", file=sys.stderr)
-        return 2
+        raise BadArgument(first_line(error)) from None
     print(json.dumps(found, indent=2) if arguments.json else report(found))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,33 +1,19 @@
-"""What restricting drafts to C candidates costs in acceptance, on the embedded models: reference ops, token rule, all K verified.
-
-    difference = mean over rounds of (accepted with C candidates - accepted without), error = its standard error over texts
-
-Rounds are those of bench/shared/acceptance.py (one per cut of a real text), every STRIDE-th cut, the same cuts and seeds for every C,
-so that the difference is between pairs. The embedded vocabulary is small (about 1000 ids), so that 256 candidates are a quarter of it.
-Successors: the B ids that the sequential head itself ranks first after a token, arg-top of W1[x] W2^T, joined to the candidates.
-
-    python -m bench.candidates [--stride 16] [--out FILE]
-"""
+"""What restricting drafts costs: rounds with and without it, on the same cuts and seeds (bench/candidates)."""
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from bench import assets
 from bench.shared import acceptance
-from bench.shared.paths import RESULTS
 from dspark_kernels.types import MarkovHead
 from reference import loop
 from reference.drafters import DSpark
 from reference.model import Target
 
-FILE = RESULTS / "candidates.csv"
 CHOICES = ((16, 0), (64, 0), (256, 0), (16, 16), (64, 16))  # (C, B)
 COLUMNS = ("domain", "candidates", "successors", "rounds", "tokens_per_round", "difference", "error")
 
@@ -76,11 +62,8 @@ def measure(domain: str, stride: int, choices=CHOICES, texts: int | None = None)
     return rows
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.candidates", description=__doc__.split("\n")[0])
-    parser.add_argument("--stride", type=int, default=16, help="tokens between two cuts (default %(default)s)")
-    parser.add_argument("--out", "--output", type=Path, default=FILE, metavar="FILE", help="CSV to write (default: %(default)s)")
-    options = parser.parse_args(arguments)
+def run(options) -> int:
+    """0: done."""
     rows = []
     for domain in acceptance.DOMAINS:
         for row in measure(domain, options.stride):
@@ -92,7 +75,3 @@ def main(arguments: list[str] | None = None) -> int:
         writer.writeheader()
         writer.writerows(rows)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

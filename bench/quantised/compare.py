@@ -1,17 +1,7 @@
-"""What a quantised W2 costs in acceptance: tokens per round of the embedded DSpark drafter with W2 in bf16, fp8 e4m3 and int8.
-
-    difference = mean over rounds of accepted(W2 quantised) - accepted(W2 in bf16), the same cuts, seeds and noise for both
-
-Its standard error is that of the mean over texts, since two cuts of one text share most of their context. Reference path on the
-CPU, token rule at temperature 1, one round per cut (bench/shared/acceptance.py). The embedded weights are int8 by rows already
-(bench/assets/quantise.py) with the same scale, so int8 restores them exactly and its line shows the effect of rounding to bf16.
-
-    python -m bench.quantised --texts 8        writes bench/results/quantised.csv
-"""
+"""Rounds with W2 in each type, on the same cuts, seeds and noise (bench/quantised)."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 from pathlib import Path
@@ -19,10 +9,8 @@ from pathlib import Path
 import torch
 
 from bench.shared import acceptance
-from bench.shared.paths import RESULTS
 from dspark_kernels import MarkovHead, quantise_head
 
-FILE = RESULTS / "quantised.csv"
 WEIGHTS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 COLUMNS = ("domain", "w2", "texts", "rounds", "tokens_per_round", "difference", "standard_error")
 
@@ -52,18 +40,15 @@ def compare(domain: str, texts: range, stride: int) -> list[dict]:
     return rows
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.quantised", description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", type=int, default=8, metavar="N", help="texts of each domain (default %(default)s)")
-    parser.add_argument("--stride", type=int, default=6, metavar="N", help="tokens between two cuts (default %(default)s)")
-    parser.add_argument("--out", "--output", type=Path, default=FILE, metavar="FILE", help="the report (default: %(default)s)")
-    options = parser.parse_args(arguments)
+def run(options) -> int:
+    """0: done."""
     rows = []
     for domain in acceptance.DOMAINS:
         rows += compare(domain, range(options.texts), options.stride)
         for row in rows[-len(WEIGHTS) :]:
             print(" ".join(f"{row[name]:>16}" for name in COLUMNS), flush=True)
         write(options.out, rows)
+    return 0
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -72,7 +57,3 @@ def write(path: Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    main()
