@@ -72,6 +72,12 @@ def test_counts_hang_together(ran):
             if threshold == 0 and policy is None:
                 assert set(result["proposal_lengths"]) == {drafts}
         assert math.isclose(run["tokens_per_round"], tokens / rounds)
+        # The same under the names of engines, from the rounds themselves.
+        accepted = [length - 1 for result in run["prompts"] for length in result["acceptance_lengths"]]
+        verified = sum(length for result in run["prompts"] for length in result["proposal_lengths"])
+        assert math.isclose(run["mean_acceptance_length"], 1 + sum(accepted) / len(accepted))
+        assert run["draft_acceptance_rate"] == (pytest.approx(sum(accepted) / verified) if verified else None)
+        assert run["acceptance_histogram"] == [accepted.count(n) for n in range(max(accepted) + 1)]
         assert math.isclose(run["target_passes_per_token"], rounds / tokens)
         assert run["draft_passes_per_round"] == passes
         if threshold > 0:
@@ -405,6 +411,39 @@ def test_bad_prompts_take_one_line(tmp_path, content, message, capsys):
     assert job.main(["--prompts", str(file)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("bench.decode: --prompts: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, want",
+    [
+        ("prompt.txt", "def f(x):\n    return x\n", ["def f(x):\n    return x\n"]),
+        ("prompt", "[a list of words] is text", ["[a list of words] is text"]),
+        ("prompts.txt", '["one", "two"]', ["one", "two"]),
+        ("prompts.json", "[[1, 2], [3]]", [[1, 2], [3]]),
+    ],
+)
+def test_a_text_file_is_one_prompt(tmp_path, name, content, want):
+    (tmp_path / name).write_text(content)
+    assert settings.prompts_of(str(tmp_path / name)) == want
+
+
+def test_a_text_file_is_decoded(tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("def add(a, b):\n    return")
+    out = tmp_path / "out.json"
+    arguments = ["--prompts", str(tmp_path / "prompt.txt"), "--max-new-tokens", "4", "--systems", "dspark", "--temperature", "0"]
+    assert job.main([*arguments, "--json", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("1 prompts, up to 4 new tokens")
+    ids = assets.tokenizer().encode("def add(a, b):\n    return")
+    assert json.loads(out.read_text())["runs"][0]["prompts"][0]["output_ids"][: len(ids)] == ids
+
+
+@pytest.mark.parametrize("content, message", [(b"", "expected a text, got an empty file"), (b"\xff\xfe", "expected text in UTF-8")])
+def test_bad_texts_take_one_line(tmp_path, content, message, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(content)
+    assert job.main(["--prompts", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bench.decode: --prompts: {file}: {message}") and error.count("\n") == 1
 
 
 def test_bad_checkpoints_take_one_line(directories, tmp_path, capsys):

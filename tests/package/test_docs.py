@@ -228,6 +228,48 @@ def test_figures_are_those_of_the_reports():
     assert f"{dspark[0]} to {dspark[1]} % on code, {dspark[6]} % at draft 7" in readme
 
 
+def test_sentences_about_the_systems_follow_from_their_figures():
+    """Which curves fall, where, and how far; how tau, draft times and calibration compare (bench/assets/README.md, docs/benchmarks.md)."""
+    found = json.loads((ROOT / "bench" / "results" / "systems.json").read_text())
+    rows = {(row["domain"], row["system"]): row for row in found["teacher_forced"]}
+    tau = {(row["domain"], row["system"], row["temperature"]): row["tau"] for row in found["decoded"]}
+    at = lambda domain, system, draft: f"{100 * rows[domain, system]['acceptance'][draft - 1]:.0f}"  # noqa: E731
+    texts, heads = ("code", "docs"), ("dspark", "dspark-gated", "dspark-rnn")
+    assets, page = _flat("bench", "assets", "README.md"), _flat("docs", "benchmarks.md")
+
+    fall = [[at(domain, "block", draft) for draft in (1, 2, 7)] for domain in texts]
+    assert all(0.4 < int(second) / int(first) < 0.6 for first, second, _ in fall)
+    (first, second, last), (docs_first, docs_second, docs_last) = fall
+    assert (
+        f"({first} to {second} % on code, {docs_first} to {docs_second} % on documentation) and is {last} and {docs_last} % at"
+        in assets
+    )
+    (first, second, last), (docs_first, docs_second, docs_last) = ([at(d, "dspark", k) for k in (1, 2, 7)] for d in texts)
+    falls = f"falls from {first} to {second} % and from {docs_first} to {docs_second} %, and is {last} and {docs_last} % at draft 7"
+    assert f"DSpark's {falls}" in assets
+    assert f"DSpark's falls from {first} to {second} % on code and from {docs_first} to {docs_second} % on documentation" in page
+    high = [int(at("tables", system, draft)) for system in ("block", "dspark") for draft in range(1, 8)]
+    assert f"both accept {min(high)} to {max(high)} % at every position" in assets
+    assert f"MTP falls from {at('tables', 'mtp', 1)} to {at('tables', 'mtp', 7)} %" in assets
+    late = [int(at(domain, "block", draft)) for domain in texts for draft in range(4, 8)]
+    assert f"stays between {min(late)} and {max(late)} % from draft 4 on" in page
+
+    gains = [round(rows[domain, head]["tau"] - rows[domain, "block"]["tau"], 1) for domain in texts for head in heads]
+    assert f"{min(gains)} to {max(gains)} more per round there than the block" in assets
+    times = {system: f"{ms[-1]:.1f}" for system, ms in found["draft_ms"].items()}
+    assert f"in {times['dspark']} to {times['dspark-rnn']} ms against {times['block']}" in assets
+    assert f"({times['mtp']} and {times['draft-model']} ms)" in assets
+    for domain in texts:
+        for temperature in (1.0, 0.0):
+            best = max(tau[domain, head, temperature] for head in heads)
+            assert tau[domain, "mtp", temperature] > best
+            assert (tau[domain, "draft-model", temperature] > best) == ((domain, temperature) != ("code", 0.0))
+    errors = {row["domain"]: f"{100 * row['before']:.1f} %" for row in found["calibration"]}
+    assert errors["code"] == errors["prose"]
+    assert f"error of {errors['code']} on code and prose and {errors['foreign']} on other languages" in assets
+    assert sum(row["after"] < row["before"] for row in found["calibration"]) == 1 and "lower it in one of six cases" in assets
+
+
 def test_the_readme_repeats_the_table_of_decoding_methods():
     table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("```")[1]
     tokens = [dict(re.findall(r"^(\S.*?)  +([\d.]+) ±", part, re.M)) for part in table.split("\nT = ")[1:]]
