@@ -3,19 +3,21 @@
     main(argv) = run(parser, check, work, argv)
 
 `parser` and `check` need no torch, so that `--help` and a bad argument are answered at once; `work` imports what it needs. A bad
-argument is one line on stderr that names it, and exit status 2. Ctrl-C is one line that says what is kept, and 130.
+argument is one line on stderr that names it, and exit status 2. Ctrl-C is one line that says what is kept, and 130. Where the reader
+of the output has gone (`| head`) the command ends silently with 141.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from bench.shared.paths import RESULTS
 
-BAD, STOPPED = 2, 130
+BAD, STOPPED, CUT = 2, 130, 141
 OUTPUTS = ("out", "results", "plot", "save_cost", "acceptance", "assets")  # arguments that name what a command writes
 
 
@@ -54,6 +56,9 @@ def run(
     except BadArgument as error:
         print(f"{name}: {error}", file=sys.stderr)
         return BAD
+    except BrokenPipeError:  # who reads what is printed has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT
     except KeyboardInterrupt:
         written = [path for path, state in _files(outputs).items() if before.get(path) != state]
         print(f"{name}: stopped; {_kept(written)}", file=sys.stderr)

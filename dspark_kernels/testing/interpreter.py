@@ -270,7 +270,8 @@ def _memory(native):
 # --- launches -------------------------------------------------------------------------------------
 
 _launches = 0  # launches in progress: triton.language is patched
-_group = threading.local()  # .current: the _Programs that a thread belongs to
+# .current: the _Programs that a thread belongs to; kept by Triton, whose one repair serves every copy of this package.
+_group = threading.local() if tl is None else vars(stock).setdefault("_group_of_dspark_kernels", threading.local())
 
 
 def _tensor_range(*bounds, **hints):

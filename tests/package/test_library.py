@@ -384,6 +384,8 @@ def test_two_copies_of_the_package_in_one_process(tmp_path):
     packages = ("dspark_kernels", "copied", "vendor.kernels_of_ours")
     names = "print([len(dir(getattr(torch.ops, name))) > 9 for name in ('dspark_kernels', 'copied', 'vendor__kernels_of_ours')])"
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + "".join(CALL.format(package=name) for name in packages) + names
+    code += "\nfrom dspark_kernels.testing import interpreter as a\nfrom copied.testing import interpreter as b\n"
+    code += "assert a._group is b._group, 'threads of a copy would not see that a launch has failed'"
     done = _fresh(code, TRITON_INTERPRET="1")
     assert (done.returncode, done.stdout) == (0, "[True, True, True]\n"), done.stderr
 
