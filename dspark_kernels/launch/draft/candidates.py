@@ -81,7 +81,7 @@ def pick(
         or (weights == "float8_e4m3fn" and arch.family in ("sm_90", "sm_100"))
     )
     capped = arch.vendor == "nvidia" and not outputs and not settings and width <= 128 and narrow
-    few = settings or width < 32 or (outputs and arch.family == "sm_120") or (capped and plain and hopper)
+    few = settings or width < 32 or (outputs and arch.family in ("sm_100", "sm_120")) or (capped and plain and hopper)
     most = 64 if few else 32 if capped else 128
     block_r = min(padded_rank, most, max(16, (8192 if plain else 2048) // width))
     if capped and plain and padded_rank * width <= 16384:
@@ -102,5 +102,8 @@ def list_config(arch: Arch, config: CandidatesConfig, adjusted: bool, mapped: bo
 
 
 def merge_config(arch: Arch, config: CandidatesConfig) -> CandidatesConfig:
-    """For the walk on shards: every register. With its own choice of 128 the compiler spills on sm_120."""
+    """For the walk on shards: every register. With its own choice of 128 the compiler spills on sm_120. One stage on AMD, where filters
+    and copies under way take more registers than there are."""
+    if arch.vendor == "amd":
+        return dataclasses.replace(config, num_stages=1)
     return dataclasses.replace(config, max_registers=255 if arch.vendor == "nvidia" else None)
