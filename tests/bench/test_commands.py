@@ -264,11 +264,16 @@ def test_ctrl_c_names_the_files_of_a_folder(tmp_path, capsys):
     assert err.endswith(" and 2 more files\n") and "old.csv" not in err and err.count("\n") == 1
 
 
+def _heed_interrupts():
+    """Before the command begins: a process started in the background ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(arguments, ready):
     """A command in a session of its own, sent Ctrl-C (to all of its processes, as a terminal does) once `ready(its output)`."""
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", *arguments], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": ""}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts,
     )  # fmt: skip
     try:
         for line in process.stdout:

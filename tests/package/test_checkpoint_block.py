@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import inspect as inspect_job
+from bench.inspect import __main__ as inspect_job
 from dspark_kernels import checkpoint
 from reference.drafters import Anchors, Block, Committed, DSpark
 from reference.model import Rows, Target
