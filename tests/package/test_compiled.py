@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # name -> (pytest's expression of test names, or "" for all of the files; stems of files, as in OPS)
 PARTS = {
-    "the machine, layouts, schedules": ("", ["machine", "layout", "compact", "attention_plan", "schedule", "example"]),
+    "the machine, layouts": ("", ["machine", "layout", "compact", "attention_plan", "example"]),
+    "schedules": ("equals_reference or ties_across or beyond_tables or large_batches or odd_confidences", ["schedule"]),
     "attention": ("reference_in_parts or number_types or byte_of_fp8 or last_row_of_its_path or a_prompt_shares", ["attention"]),
     "dense drafts": ("", ["draft", "golden_units"]),
     "heads": ("whatever_the_launch or many_requests or goes_on or ranks_beyond or large_ranks", ["draft_heads"]),
