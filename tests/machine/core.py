@@ -7,6 +7,7 @@ CPU it was built for, so it is never stale and never shared by unlike machines.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 SOURCES = Path(__file__).with_name("core")
 COMPILER = "g++"
-FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=off -fno-math-errno -fno-strict-aliasing -Wall -shared -fPIC".split()
+FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=off -fno-math-errno -fno-strict-aliasing -Wall -fPIC".split()
 CPU_FLAGS = ("avx2", "fma", "f16c")  # what the core uses by name
 
 
@@ -89,21 +90,40 @@ def _built() -> Path | None:
 
 
 def build() -> Path:
-    """The library, built if it is not there. Several processes may do this at once: each builds its own, the last rename stays."""
+    """The library, built if it is not there. Of several processes at once one builds it, and the others wait for it."""
     if (built := _built()) is not None:
         return built
     if (reason := available()) is not None:
         raise MachineError(reason)
+    import fcntl  # Linux has it, and elsewhere there is no machine
+
     target = cache_folder() / f"core-{_source_digest()}-{_digest(_compiler().encode())}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as folder:
-        made = Path(folder) / target.name
-        command = [COMPILER, *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise MachineError(f"{' '.join(command)}\n{done.stderr}")
-        os.replace(made, target)
+    with (target.parent / "building.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _built() is None:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as folder:
+                _compile(Path(folder), target)
     return target
+
+
+def _compile(folder: Path, target: Path) -> None:
+    """Build the library, a file per CPU core at a time."""
+    sources = sorted(SOURCES.glob("*.cpp"))
+    objects = [str(folder / source.with_suffix(".o").name) for source in sources]
+    commands = [[COMPILER, *FLAGS, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(_run_compiler, commands):
+            pass
+    made = str(folder / target.name)
+    _run_compiler([COMPILER, "-shared", *objects, "-o", made])
+    os.replace(made, target)
+
+
+def _run_compiler(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise MachineError(f"{' '.join(command)}\n{done.stderr}")
 
 
 _FIND = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint64))

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import struct
 
-from . import core, launching, reductions
+from . import carries, core, launching, reductions
 
 MULTIPROCESSORS = 4  # few, so that grids that follow them stay small
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
@@ -39,6 +39,7 @@ def install(arch: str = "sm_80", project: bool = True) -> None:
         return make_llir(self, src, *rest)
 
     CUDABackend.make_llir = make_checked_llir
+    carries.refuse()
     driver.set_active(_driver(arch))
     if project:
         from dspark_kernels.launch import arch as archs

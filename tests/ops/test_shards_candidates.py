@@ -28,7 +28,7 @@ def equal_on_all_ranks(case, count, width, candidates, **options):
     return want
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.data())
 def test_the_bits_of_the_whole_op(data):
     draw = data.draw

@@ -1,8 +1,6 @@
 """Kernels as Triton's frontend takes them: faults of a kind that the interpreter, which runs the source as Python, cannot see.
 
-- A loop carries what its body rebinds. The frontend finds the carried names by comparing values before and after one pass over the
-  body: a name that holds another one's value before the loop, and takes that one's over in the body, looks unchanged and is
-  dropped.
+- A loop carries what its body rebinds: wherever kernels are compiled, one that does not is refused (tests/machine/carries.py).
 - A name has one type in a function, `_` too: where a branch or a loop that runs or not binds it again, both must agree.
 - Memory is ordered: who releases has waited for its warps, who acquired lets its warps wait, and where there is nobody to wait for
   the warps of the program still wait for each other.
@@ -12,10 +10,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,149 +18,6 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "dspark_kernels" / "kernels").rglob("*.py"))
-
-# --- loops: every launch of bench/compile/cases.py, and a deliberately wrong one, as far as the first IR -----------------
-
-WRONG_KERNEL = """
-import triton
-import triton.language as tl
-
-
-@triton.jit
-def follow(next_ptr, out_ptr, ALIAS: tl.constexpr, PAIR: tl.constexpr, FOR: tl.constexpr):
-    node = tl.zeros((), tl.int32)
-    child = tl.zeros((), tl.int32)
-    if ALIAS:
-        child = node
-    pair = (node, node + 1)
-    if PAIR:
-        node = child + 2
-    if FOR:
-        for _ in range(tl.load(next_ptr)):
-            node = child
-            child = tl.load(next_ptr + child)
-    else:
-        while child < 8:
-            if PAIR:
-                pair = (child, pair[1])
-            else:
-                node = child
-            child = tl.load(next_ptr + child)
-    tl.store(out_ptr, node + pair[0])
-"""
-
-
-def dropped_carries(run) -> list[str]:
-    """Loops met while `run` makes IR that drop a name which their body sets to what another, carried name held."""
-    from triton.compiler import code_generator as frontend
-
-    find_carries, set_value = frontend.CodeGenerator._find_carries, frontend.CodeGenerator.set_value
-    found = []
-
-    def setting(self, name, value):
-        for names in getattr(self, "_names_set", ()):
-            names.add(name)
-        return set_value(self, name, value)
-
-    def finding(self, node, liveins, ignore=frozenset()):
-        stack = self.__dict__.setdefault("_names_set", [])
-        stack.append(set())
-        try:
-            result = find_carries(self, node, liveins, ignore)
-        finally:
-            assigned = stack.pop()
-        carried, handles = result[0], result[1]
-        for name in assigned - set(carried) - set(ignore):
-            value = liveins.get(name)
-            if value is None or not frontend._is_triton_value(value):
-                continue
-            if any(own == other for own in frontend.flatten_values_to_ir([value]) for other in handles):
-                found.append(f"{self.file_name}:{self.begin_line + node.lineno} {name}")
-        return result
-
-    frontend.CodeGenerator._find_carries, frontend.CodeGenerator.set_value = finding, setting
-    try:
-        run()
-    finally:
-        frontend.CodeGenerator._find_carries, frontend.CodeGenerator.set_value = find_carries, set_value
-    return sorted(set(found))
-
-
-class _Made(Exception):
-    """The first IR of a launch is there."""
-
-
-def scan(folder: str) -> dict:
-    """In a process of its own: what is found in the wrong kernel and in every launch, and how many launches there were."""
-    from triton.compiler import compiler
-
-    from bench.compile.cases import CASES
-    from bench.shared.offline.capture import capture
-
-    make_ir, made, errors = compiler.ASTSource.make_ir, [], []
-
-    def stop(self, *args, **kwargs):
-        make_ir(self, *args, **kwargs)
-        made.append(self.fn.__name__)
-        raise _Made
-
-    def until_ir(call, name):
-        try:
-            call()
-        except _Made:
-            return
-        except Exception as error:
-            errors.append(f"{name}: {type(error).__name__} {error}"[:500])
-        else:
-            errors.append(f"{name}: no launch was compiled")
-
-    def every_case():
-        for op, cases in CASES.items():
-            for case, call in cases.items():
-                until_ir(call, f"{op} {case}")
-
-    compiler.ASTSource.make_ir = stop
-    with capture("sm_80", True):
-        sys.path.insert(0, folder)
-        import torch
-        import wrong
-
-        ints = torch.zeros(16, dtype=torch.int32)
-        wrong_found = {
-            name: dropped_carries(lambda constants=constants: until_ir(lambda: wrong.follow[(1,)](ints, ints, *constants), "wrong"))
-            for name, constants in dict(
-                right=(False, False, False), pair_right=(False, True, False), alias=(True, False, False), alias_for=(True, False, True),
-                pair=(True, True, False),
-            ).items()
-        }  # fmt: skip
-        wrong_made = len(made)
-        found = dropped_carries(every_case)
-    cases = {op: len(calls) for op, calls in CASES.items()}
-    return dict(wrong=wrong_found, found=found, launches=len(made) - wrong_made, cases=cases, errors=errors)
-
-
-@pytest.fixture(scope="module")
-def scanned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wrong")
-    (folder / "wrong.py").write_text(WRONG_KERNEL)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, folder], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_loops_carry_what_their_bodies_rebind(scanned):
-    assert not scanned["errors"], scanned["errors"]
-    assert scanned["launches"] == sum(scanned["cases"].values()) > 150
-    assert not scanned["found"], "give each loop variable a value of its own before the loop"
-
-
-def test_a_dropped_carry_is_seen(scanned):
-    found = {name: [place.rsplit("/", 1)[-1].split(" ")[1] for place in places] for name, places in scanned["wrong"].items()}
-    assert found == dict(right=[], pair_right=[], alias=["node"], alias_for=["node"], pair=["pair"])
-
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
@@ -369,7 +220,3 @@ def test_a_missing_wait_is_seen():
     # Two acquires are before a missing wait: the first try, and those of the loop.
     expected = dict.fromkeys(found, 1) | {"behind a wait for items": 2}
     assert {name: len(places) for name, places in found.items()} == expected, found
-
-
-if __name__ == "__main__":
-    print(json.dumps(scan(sys.argv[1])))

@@ -110,6 +110,54 @@ def test_a_reduction_over_lanes_with_copies_between_is_refused(lanes, layout, ga
 
 
 @triton.jit
+def follow(next_ptr, out_ptr, ALIAS: tl.constexpr, PAIR: tl.constexpr, FOR: tl.constexpr):
+    """Steps along a list. ALIAS, or PAIR together with it: a variable holds before the loop what another one holds."""
+    node = tl.zeros((), tl.int32)
+    child = tl.zeros((), tl.int32)
+    if ALIAS:
+        child = node
+    pair = (node, node + 1)
+    if PAIR:
+        node = child + 2
+    if FOR:
+        for _ in range(tl.load(next_ptr)):
+            node = child
+            child = tl.load(next_ptr + child)
+    else:
+        while child < 8:
+            if PAIR:
+                pair = (child, pair[1])
+            else:
+                node = child
+            child = tl.load(next_ptr + child)
+    tl.store(out_ptr, node + pair[0])
+
+
+@pytest.mark.parametrize(
+    ("alias", "pair", "counted", "dropped"),
+    [
+        (False, False, False, None),
+        (False, True, False, None),
+        (True, False, False, "node"),
+        (True, False, True, "node"),
+        (True, True, False, "pair"),
+    ],
+)
+def test_a_loop_that_drops_a_variable_is_refused(alias, pair, counted, dropped):
+    follows, out = torch.tensor([3, 0, 0, 9], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+
+    def launch():
+        follow[(1,)](follows, out, ALIAS=alias, PAIR=pair, FOR=counted)
+
+    if dropped is None:
+        launch()
+        assert int(out) == (5 if pair else 3)
+    else:
+        with pytest.raises(machine.DroppedCarry, match=rf"\d+ {dropped}$"):
+            launch()
+
+
+@triton.jit
 def cumulative_sum(x, out, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(out + i, tl.cumsum(tl.load(x + i), 0))

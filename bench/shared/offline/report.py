@@ -10,7 +10,7 @@ from bench.shared.offline.binary import inspect_binary
 from bench.shared.offline.capture import capture
 from bench.shared.paths import RESULTS
 from dspark_kernels.launch import arch as archs
-from tests.machine import reductions
+from tests.machine import carries, reductions
 
 REPORT = RESULTS / "compile.csv"
 KEY = ("op", "case", "kernel", "arch")
@@ -23,6 +23,8 @@ COLUMNS = (
 
 def row_of(arch: str, op: str, case: str, call: Callable[[], object], compiled: bool, ir: bool = False) -> dict:
     """The report's row of a call on one architecture, without the measured columns if nothing is compiled."""
+    if compiled:
+        carries.refuse()
     with capture(arch, compiled, ir or compiled) as launches:
         call()
     # A form of several launches runs one binary again and again.
