@@ -140,16 +140,15 @@ def test_a_digest_follows_code_and_not_words(tmp_path):
         (kernel, low.replace("x + 1", "x + 2")),
         (kernel.replace("helper(x)", "helper(x, x)"), low),
     ]
-    digests = []
     for number, (text, other) in enumerate(texts):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "kernel.py").write_text(text)
         (folder / "low.py").write_text(other)
-        code = f"from pathlib import Path; from bench.shared.offline.capture import code_digest as d; p = Path({str(folder)!r})\n"
-        code += "print(d(p / 'kernel.py', p))"
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        digests.append(done.stdout)
+    code = f"from pathlib import Path; from bench.shared.offline.capture import code_digest; p = Path({str(tmp_path)!r})\n"
+    code += "for n in '0123': print(code_digest(p / n / 'kernel.py', p / n))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    digests = done.stdout.split()
     assert digests[0] == digests[1] and len(set(digests)) == 3
 
 

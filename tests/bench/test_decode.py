@@ -85,9 +85,9 @@ def test_counts_hang_together(ran):
 
 
 def test_the_documents_have_the_figures_of_the_shipped_weights(tmp_path, capsys):
-    """Two systems again, at both temperatures. Counts do not depend on the machine, but for ties of rounding."""
-    path, systems = tmp_path / "out.json", ("dspark", "mtp")
-    arguments = ["--systems", ",".join(systems), "--confidence-threshold", "0", "--json", str(path)]
+    """One system again, at both temperatures. Counts do not depend on the machine, but for ties of rounding."""
+    path = tmp_path / "out.json"
+    arguments = ["--systems", "dspark", "--confidence-threshold", "0", "--json", str(path)]
     assert job.main(arguments) == 0
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     shown = page.split("`python -m bench.decode`: ")[1].split("```")[1]
@@ -95,10 +95,10 @@ def test_the_documents_have_the_figures_of_the_shipped_weights(tmp_path, capsys)
     for run in json.loads(path.read_text())["runs"]:
         table = shown.split(f"T = {run['temperature']:g} ")[1].split("\n\n")[0]
         rows = {line.split("  ")[0]: line.split("  ", 1)[1].split() for line in table.splitlines()[2:]}
-        if run["system"] in systems and run["policy"] is None:
+        if run["system"] == "dspark" and run["policy"] is None:
             assert run["tokens_per_round"] == pytest.approx(float(rows[run["system"]][0]), abs=0.02), run["system"]
             found += 1
-    assert found == 4
+    assert found == 2
 
 
 def test_trees_stand_below_the_chain_of_the_same_budget(tmp_path, capsys):
@@ -185,7 +185,7 @@ def test_other_rules(rule, capsys):
 
 def test_kernels_equal_the_reference_while_decoding():
     pytest.importorskip("triton")
-    arguments = ["--kernels", "--num-prompts", "1", "--max-new-tokens", "9", "--systems", "autoregressive,dspark"]
+    arguments = ["--kernels", "--num-prompts", "1", "--max-new-tokens", "6", "--systems", "autoregressive,dspark"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the command sees to it itself
     done = subprocess.run(
         [sys.executable, "-m", "bench.decode", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True

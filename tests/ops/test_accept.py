@@ -83,9 +83,9 @@ def compare_in_place(case):
 
 
 def test_many_uniforms():
-    """About 900 acceptance tests at once: comparisons that are off by one part in a hundred come out differently."""
-    acceptance = check(cases.accept_case(seed=1, requests=200, drafts=7, vocab=40, closeness=0.97))
-    assert acceptance.num_emitted.sum() > 800
+    """About 500 acceptance tests at once: comparisons that are off by one part in a hundred come out differently."""
+    acceptance = check(cases.accept_case(seed=1, requests=110, drafts=7, vocab=40, closeness=0.97))
+    assert acceptance.num_emitted.sum() > 440
 
 
 @pytest.mark.parametrize("proposal", ["dense", "sparse", "one_hot"])

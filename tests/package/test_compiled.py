@@ -20,28 +20,34 @@ ROOT = Path(__file__).resolve().parents[2]
 # name -> (pytest's expression of test names, or "" for all of the files; stems of files, as in OPS)
 PARTS = {
     "the machine, layouts": ("", ["machine", "layout", "compact", "attention_plan", "example"]),
-    "schedules": ("equals_reference or ties_across or beyond_tables or large_batches or odd_confidences", ["schedule"]),
-    "attention": ("reference_in_parts or number_types or byte_of_fp8 or last_row_of_its_path or a_prompt_shares", ["attention"]),
-    "dense drafts": ("", ["draft", "golden_units"]),
-    "heads": ("whatever_the_launch or many_requests or goes_on or ranks_beyond or large_ranks", ["draft_heads"]),
-    "sampling": ("", ["sampling"]),
+    "schedules": ("equals_reference or ties_across or beyond_tables or large_batches and not (700 and causal)", ["schedule"]),
+    "attention": (
+        "reference_in_parts and not full or number_types and False or byte_of_fp8 or last_row_of_its_path or a_prompt_shares",
+        ["attention"],
+    ),
+    "dense drafts": ("not (shared or two_inf or fresh_outputs or anchor_outside or padding_rows)", ["draft", "golden_units"]),
+    "heads": ("launch and gated or many_requests or goes_on or ranks_beyond", ["draft_heads"]),
+    "sampling": ("not (passes_over or out_of_range)", ["sampling"]),
     "candidates": (
-        "equals_reference or equal_reference or filters_see or acceptance_reads or any_batch or successors_join or step_by_step",
+        "equals_reference or equal_reference or filters_see and first or acceptance_reads or any_batch or successors_join",
         ["candidates"],
     ),
     "acceptance": (
-        "equals_reference or is_the_reference or many_uniforms or settings_act or stored_lse or share_ids or forced_rates or "
-        "live_request or empty_residual or outside_the_support",
+        "equals_reference or is_the_reference or many_uniforms or settings_act or stored_lse or share_ids or forced_rates",
         ["accept"],
     ),
-    "acceptance of trees": ("many_decisions or full_trees or not_finite or bad_token_ids or three_rounds", ["tree", "tree_rounds"]),
+    "acceptance of trees": ("many_decisions or full_trees or (not_finite or bad_token_ids) and walk", ["tree"]),
     "draft trees": (
-        "test_equals_reference or best_first_equals or candidates_equal or latents_follow or distribution_of_their",
+        "test_equals_reference or best_first_equals or candidates_equal or whole_rows_equal or distribution_of_their or "
+        "latents_follow and (top_k and rnn or without_replacement and gated)",
         ["tree_draft", "tree_paths"],
     ),
-    "shards of acceptance": ("any_cut or block_rule or one_gather", ["shards_accept"]),
-    "shards of drafts": ("latents or any_cut or whole_sub_blocks", ["shards_draft", "shards_candidates"]),
-    "batches": ("draft_block_in_any_batch or draft_tree_in_any_batch", ["invariance"]),
+    "shards of acceptance": ("any_cut and not sparse-False-token or block_rule and dense or one_gather", ["shards_accept"]),
+    "shards of drafts": (
+        "latents and not dtype1 or any_cut or whole_sub_blocks or settings_maps and vanilla",
+        ["shards_draft", "shards_candidates"],
+    ),
+    "batches": ("draft_block_in_any_batch and True or draft_tree_in_any_batch and iid", ["invariance"]),
 }
 
 
