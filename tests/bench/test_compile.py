@@ -1,4 +1,4 @@
-"""Kernels compile without spills, within shared memory: three architectures here, all eight by the committed report."""
+"""Kernels compile without spills, within shared memory: a few on two architectures here, all on all eight by the committed report."""
 
 import csv
 import os
@@ -14,17 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "bench" / "results" / "compile.csv"
 HERE = ("sm_90", "gfx942")
 ALL = (*HERE, "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx950")
-# One case for each constant that selects other code; the report has the rest.
+# Of each kernel that compiles within a few seconds; the report has the rest.
 CASES = {
     "draft_block": ("sampled_r1", "greedy_r64"),
     "fixed_layout": ("r64",),
     "tree_layout": ("r8",),
     "draft_layout": ("r64",),
-    "schedule_prefixes": ("causal_r16",),
     "plan_attention": ("r64_slots",),
     "tree_attention": ("chain", "fp8_cached"),
     "draft_candidates": ("c64_r1",),
-    "accept_chain": ("dense", "greedy"),
+    "accept_chain": ("greedy",),
     "compact_kv": ("r64",),
     "draft_block_finish": ("sampled_r64",),
 }

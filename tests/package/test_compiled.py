@@ -33,7 +33,7 @@ PARTS = {
         ["candidates"],
     ),
     "acceptance": (
-        "equals_reference or is_the_reference or many_uniforms or settings_act or stored_lse or share_ids or forced_rates",
+        "equals_reference or is_the_reference or many_uniforms or settings_act or share_ids or forced_rates",
         ["accept"],
     ),
     "acceptance of trees": ("many_decisions or full_trees or (not_finite or bad_token_ids) and walk", ["tree"]),
@@ -44,7 +44,7 @@ PARTS = {
     ),
     "shards of acceptance": ("any_cut and not sparse-False-token or block_rule and dense or one_gather", ["shards_accept"]),
     "shards of drafts": (
-        "latents and not dtype1 or any_cut or whole_sub_blocks or settings_maps and vanilla",
+        "latents and not dtype1 or any_cut or whole_sub_blocks or ties_go",
         ["shards_draft", "shards_candidates"],
     ),
     "batches": ("draft_block_in_any_batch and True or draft_tree_in_any_batch and iid", ["invariance"]),
