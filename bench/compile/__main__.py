@@ -52,13 +52,7 @@ def check(options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: as it has to be; 1: a launch is not; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.compile.work import compile_all
-
-        return compile_all(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.compile.work", argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from bench.shared.workers import pool
 from dspark_kernels.launch import arch as archs
 
 
-def compile_all(options) -> int:
+def run(options) -> int:
     """0: every launch is as it has to be; 1: one is not."""
     known = sorted({case for op in CASES.values() for case in op})
     for case in options.case or ():

@@ -111,13 +111,7 @@ def parser() -> command.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done and lossless; 1: a system's output is not the target's; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.decode.work import decode
-
-        return decode(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.decode.work", argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from bench.shared import summary
 from bench.shared.command import BadArgument, first_line
 
 
-def decode(arguments) -> int:
+def run(arguments) -> int:
     """0: done and lossless; 1: a system's output is not the target's. Raises BadArgument."""
     try:
         torch.empty(1, device=arguments.device)

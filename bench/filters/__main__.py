@@ -31,13 +31,7 @@ def check(options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.filters.passes import run
-
-        return run(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.filters.passes", argv)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,7 @@ def check(arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: all steps are done; 1: some are not; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.gpu.work import run
-
-        return run(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.gpu.work", argv)
 
 
 if __name__ == "__main__":

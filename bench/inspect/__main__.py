@@ -21,13 +21,7 @@ def parser() -> command.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: described; 2: a directory that is missing, broken or unknown; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.inspect.examine import run
-
-        return run(arguments)
-
-    return command.run(parser, None, work, argv)
+    return command.run(parser, None, "bench.inspect.examine", argv)
 
 
 if __name__ == "__main__":

@@ -58,13 +58,7 @@ def check(arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: all cases are right; 1: one is not; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.kernels.work import work as run
-
-        return run(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.kernels.work", argv)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def choose(cases, ops, names):
     return chosen
 
 
-def work(arguments) -> int:
+def run(arguments) -> int:
     """0: all cases are right; 1: one is not. Raises BadArgument."""
     if arguments.counters:
         return count_all(arguments)

@@ -36,13 +36,7 @@ def check(arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.launches.count import run
-
-        return run(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.launches.count", argv)
 
 
 if __name__ == "__main__":

@@ -128,13 +128,7 @@ def check(arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.load.work import run
-
-        return run(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.load.work", argv)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,7 @@ def check(arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: rows are stale, or a hot part has grown; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.model.work import run
-
-        return run(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.model.work", argv)
 
 
 if __name__ == "__main__":

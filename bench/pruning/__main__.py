@@ -39,13 +39,7 @@ def check(options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.pruning.shares import run
-
-        return run(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.pruning.shares", argv)
 
 
 if __name__ == "__main__":

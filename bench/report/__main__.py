@@ -28,25 +28,14 @@ def parser() -> command.Parser:
 def check(arguments) -> None:
     """Raises BadArgument."""
     if not Path(arguments.results).is_dir():
-        raise command.BadArgument(f"--results: expected a folder, got {arguments.results}")
+        raise command.BadArgument(f"--results: expected a folder that exists, got {arguments.results}")
     arguments.out = arguments.out or str(Path(arguments.results) / "report.html")
     command.check_file("--out", arguments.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 2: a bad argument, or a file that cannot be read; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.report.sections import report
-
-        page, missing = report(Path(arguments.results))
-        Path(arguments.out).write_text(page, encoding="utf-8")
-        for name, how in missing:
-            print(f"not there: {name} ({how})")
-        print(f"{arguments.out}: {len(page) // 1024} kB")
-        return 0
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.report.sections", argv)
 
 
 if __name__ == "__main__":

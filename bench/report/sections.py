@@ -43,6 +43,16 @@ class Source:
         return page.absent(name, how)
 
 
+def run(arguments) -> int:
+    """Writes the page and names what is not there."""
+    html, missing = report(Path(arguments.results))
+    Path(arguments.out).write_text(html, encoding="utf-8")
+    for name, how in missing:
+        print(f"not there: {name} ({how})")
+    print(f"{arguments.out}: {len(html) // 1024} kB")
+    return 0
+
+
 def report(folder: Path) -> tuple[str, Missing]:
     """The page, and what was not there.
 

@@ -75,13 +75,7 @@ def check(arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: a round is not right; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.round.work import run
-
-        return run(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.round.work", argv)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """How every command of bench begins and ends.
 
-    main(argv) = run(parser, check, work, argv)
+    main(argv) = run(parser, check, "bench.NAME.work", argv)
 
-`parser` and `check` need no torch, so that `--help` and a bad argument are answered at once; `work` imports what it needs. A bad
-argument is one line on stderr that names it, and exit status 2. Ctrl-C is one line that says what is kept, and 130. Where the reader
+`parser` and `check` need no torch, so that `--help` and a bad argument are answered at once; the module whose `run(arguments)` does the
+work is imported behind them. A bad argument is one line on stderr that names it, and exit status 2. Ctrl-C is one line that says what is kept, and 130. Where the reader
 of the output has gone (`| head`) the command ends silently with 141.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -41,9 +42,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(
-    parser: Callable[[], Parser], check: Callable | None, work: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
-):
-    """The command's exit status. check: fills in defaults and refuses what cannot be, of the parsed arguments; work: all else."""
+    parser: Callable[[], Parser],
+    check: Callable[[argparse.Namespace], None] | None,
+    work: str | Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """The command's exit status.
+
+    check   fills in defaults and refuses what cannot be, of the parsed arguments
+    work    all else: the module whose `run` does it, or a function that imports what it needs
+    """
     p = parser()
     name, before, outputs = p.prog.removeprefix("python -m "), {}, []
     try:
@@ -52,6 +60,8 @@ def run(
             check(arguments)
         outputs = _outputs(arguments)
         before = _files(outputs)
+        if isinstance(work, str):
+            work = importlib.import_module(work).run
         return work(arguments) or 0
     except BadArgument as error:
         print(f"{name}: {error}", file=sys.stderr)

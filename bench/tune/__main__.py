@@ -57,13 +57,7 @@ def check(arguments) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: an entry spills, or some are left; 2: a bad argument; 130: stopped."""
-
-    def work(arguments) -> int:
-        from bench.tune.work import run
-
-        return run(arguments)
-
-    return command.run(parser, check, work, argv)
+    return command.run(parser, check, "bench.tune.work", argv)
 
 
 if __name__ == "__main__":

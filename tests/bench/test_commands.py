@@ -107,6 +107,8 @@ BAD = {
     "gpu_no_out": ("bench.gpu", [], "--out: expected a folder, got none"),
     "plot_results_missing": ("bench.plot", ["--results", "/nowhere"], "--results: expected a folder that exists, got /nowhere"),
     "plot_out_missing": ("bench.plot", ["--out", "/nowhere"], "--out: expected a folder that exists, got /nowhere"),
+    "report_of_nothing": ("bench.report", ["--results", "/nowhere"], "--results: expected a folder that exists, got /nowhere"),
+    "report_out_a_folder": ("bench.report", ["--out", "/"], "--out: expected a file in a folder that exists, got /"),
     "systems_one_prompt": ("bench.systems", ["--prompts", "1"], "--prompts: expected at least 2, got 1"),
     "systems_few_tokens": ("bench.systems", ["--new-tokens", "3"], "--new-tokens: expected at least 14, got 3"),
     "systems_no_table": ("bench.systems", ["--table", "--out", "/x.json"], "--out: /x.json: no such file"),

@@ -87,7 +87,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, capsys):
     assert job.main(["--results", str(tmp_path)]) == 2
     assert "compile.csv: has no column op, case, arch" in capsys.readouterr().err
     assert job.main(["--results", str(tmp_path / "nowhere")]) == 2
-    assert "--results: expected a folder" in capsys.readouterr().err
+    assert "--results: expected a folder that exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value, width", [(2.0, "100.0%"), (0.5, "25.0%")])
