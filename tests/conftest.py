@@ -37,8 +37,11 @@ HERE = Path(__file__).parent
 
 # Test files whose tests launch kernels: what `--compiled` runs. All of tests/ops, and these; stem -> path in tests/.
 OPS = {path.stem.removeprefix("test_"): f"ops/{path.name}" for path in sorted((HERE / "ops").glob("test_*.py"))}
-OPS |= {stem: f"reference/test_{stem}.py" for stem in ("loop", "loop_trees")}
-OPS |= {stem: f"package/test_{stem}.py" for stem in ("example", "library", "machine", "testing", "testing_tree")}
+OPS |= {stem: f"reference/test_{stem}.py" for stem in ("loop", "loop_sampled", "loop_trees")}
+OPS |= {
+    stem: f"package/test_{stem}.py"
+    for stem in ("dispatcher", "example", "library", "machine", "testing", "testing_tree", "workspace")
+}
 
 
 def pytest_addoption(parser):

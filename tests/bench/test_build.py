@@ -3,25 +3,23 @@ small that is resumed, a drafter that learns, and figures that the shipped weigh
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import sys
 import time
 import types
 
-import numpy as np
 import pytest
 import torch
 
 from bench import assets
-from bench.assets import build, build_corpus, build_models, build_stages, build_text, build_tokenizer, build_train
+from bench.assets import build, build_corpus, build_models, build_stages, build_text, build_train
 from bench.assets.build_plan import FULL, QUICK
-from bench.assets.tokenizer import FIRST_MERGE, MASK, WORDS, Tokenizer
+from bench.assets.tokenizer import MASK
 from bench.shared import acceptance, systems
 from reference import heads
 from reference.draft import draft_block
-from reference.drafters import MTP, Autoregressive, Block, DraftModel, DSpark
+from reference.drafters import MTP, Block, DraftModel, DSpark
 from reference.model import Target
 
 SIZES = build_models.Sizes(32, 48, 3, 4, 2, 8, vocab=300)
@@ -35,60 +33,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-# --- corpus and tokenizer ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    return build_corpus.read(packages=12)
-
-
-def test_held_out_packages_share_no_longer_line_with_the_training_text(corpus):
-    held_out = corpus.facts["held_out"]
-    assert all(held_out[domain] for domain in build_corpus.DOMAINS)
-    known = {line.strip() for texts in corpus.training.values() for text in texts for line in text.splitlines()}
-    for domain, texts in corpus.held_out.items():
-        lines = [line.strip() for text in texts for line in text.splitlines()]
-        assert lines and not [line for line in lines if len(line) >= build_corpus.LONG_LINE and line in known], domain
-    # Docstrings are held out with the sources that they stand in.
-    assert set(held_out["code"]) <= set(held_out["docs"])
-    assert not set(held_out["code"]) & {name for name in held_out["docs"] if name.startswith("topic ")}
-
-
-def test_shared_lines_cut_held_out_text():
-    line = "a line that is long enough to be known\n"
-    piece = "something new\n" * 20
-    assert build_corpus._unknown(piece + line + "short\n" + line + piece, {line.strip()}) == [piece, piece]
-    assert build_corpus._unknown(piece + "short\n" + piece, {"short"}) == [piece + "short\n" + piece]
-
-
-def test_the_hash_tells_corpora_apart(corpus):
-    again = build_corpus.digest(corpus.training, corpus.held_out)
-    assert again == corpus.facts["sha256"]
-    moved = {domain: list(texts) for domain, texts in corpus.training.items()}
-    moved["code"][0] = moved["code"][0][:-1] + "#"
-    assert build_corpus.digest(moved, corpus.held_out) != again
-    assert build_corpus.digest(corpus.held_out, corpus.training) != again
-
-
-def test_merges_are_the_most_frequent_pairs():
-    texts = ["the cat sat on the mat, the bat", "that that", "aaaa aaab"]
-    words = [list(word) for text in texts for word in WORDS.findall(text.encode())]
-    expected = []
-    for token in range(FIRST_MERGE, FIRST_MERGE + 12):  # in the words of the method, all counted anew every time
-        counts = {}
-        for word in words:
-            for pair in itertools.pairwise(word):
-                counts[pair] = counts.get(pair, 0) + 1
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        expected.append(best)
-        words = [build_tokenizer._merged(word, best, token) for word in words]
-    assert build_tokenizer.learn(texts, 12) == expected
-    assert Tokenizer(expected).decode(Tokenizer(expected).encode(texts[0])) == texts[0]
-    ids = build_tokenizer.encode(Tokenizer(expected), texts)
-    assert ids.dtype == np.uint16 and list(ids).count(256) == len(texts)
 
 
 # --- what is trained is what is served --------------------------------------------------------------------------------
@@ -507,81 +451,3 @@ def test_refusals(arguments, message, tmp_path, monkeypatch, capsys):
 
 def test_the_names_of_stages():
     assert build.STAGES == tuple(build.stages())
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def test_tau_and_its_error():
-    probs = torch.tensor([[[0.5, 0.5], [1.0, 0.0]], [[0.25, 1.0], [0.25, 1.0]]], dtype=torch.float64)
-    found = systems.teacher_forced(probs)
-    assert found["tau"] == round(((1.75 + 2.0) / 2 + 1.5) / 2, 4) and found["by_text"] == [1.875, 1.5]
-    assert found["error"] == round(abs(1.875 - 1.5) / 2, 4)  # of a mean of two
-    assert found["acceptance"] == [0.5, round((0.25 + 0 + 0.25 + 0.25) / 4 / 0.5, 4)]
-    assert systems.ratio([6, 2], [2, 2])[0] == 2.0 and systems.ratio([4, 4], [2, 2])[1] == 0.0
-
-
-def test_calibration_crosses_domains():
-    generator = torch.Generator().manual_seed(0)
-    rounds = {}
-    for domain, sharp in (("calm", 1.0), ("bold", 4.0)):
-        truth = torch.randn(4000, 2, generator=generator)
-        taken = torch.rand(4000, 2, generator=generator) < truth.sigmoid()
-        rounds[domain] = acceptance.Rounds(sharp * truth, taken.int().cumprod(1).sum(1), torch.arange(4000))
-    calm, bold = systems.calibration(rounds)
-    assert (calm["fitted"], calm["domain"]) == ("calm", "bold")
-    # Temperatures of the honest domain change nothing of the bold one; those of the bold one worsen the honest one.
-    assert calm["before"] > 0.1 and abs(calm["after"] - calm["before"]) < 0.02
-    assert bold["before"] < 0.02 and bold["after"] > 0.05
-    assert sum(count for _, _, count in bold["after_bins"]) == 8000
-
-
-def test_the_readme_has_the_figures_that_were_measured():
-    assert systems.in_readme(systems.README.read_text(encoding="utf-8")) == systems.table(systems.load())
-
-
-def test_figures_are_written_into_the_readme(tmp_path):
-    found, path = systems.load(), tmp_path / "README.md"
-    path.write_text(f"before\n{systems.BEGIN}old{systems.END}\nafter\n")
-    systems.write_readme(found, path)
-    assert path.read_text() == f"before\n{systems.BEGIN}{systems.table(found)}{systems.END}\nafter\n"
-    path.write_text("nothing\n")
-    with pytest.raises(ValueError, match="README: expected"):
-        systems.write_readme(found, path)
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    target, tokenizer = Target(*assets.weights("target")), assets.tokenizer()
-    return target, systems.drafters(target), [tokenizer.encode(text) for text in assets.prompts()[:2]], systems.load()
-
-
-def test_the_measured_figures_are_those_of_the_shipped_weights(shipped):
-    """Two of the prompts again; every figure of the file follows from such rows."""
-    target, drafters, prompts, found = shipped
-    assert set(found["draft_ms"]) == set(drafters)
-    plain = systems.decoded(target, Autoregressive(), prompts, found["new_tokens"], 1.0, 0)
-    texts = systems.texts_of(plain, len(prompts[0]), found["new_tokens"])
-    for name, drafter in drafters.items():
-        have = systems.teacher_forced(systems.accepted(target, drafter, texts, len(prompts[0])))["by_text"]
-        row = systems._row(found["teacher_forced"], domain="code", system=name)
-        assert have == pytest.approx(row["by_text"][:2], abs=1e-3), name
-        assert row["tau"] == pytest.approx(sum(row["by_text"]) / found["prompts"], abs=1e-4)
-    for row in found["decoded"]:
-        lengths = [length for prompt in row["lengths"] for length in prompt]
-        assert len(row["lengths"]) == found["prompts"] and row["tau"] == round(sum(lengths) / len(lengths), 4)
-
-
-@pytest.mark.parametrize("temperature", systems.TEMPERATURES)
-def test_decoding_gives_the_measured_rounds_again(shipped, temperature):
-    target, drafters, prompts, found = shipped
-    have = systems.decoded(target, drafters["dspark"], prompts[:1], found["new_tokens"], temperature, 0)
-    row = systems._row(found["decoded"], domain="code", system="dspark", temperature=temperature)
-    assert have[0].acceptance_lengths == row["lengths"][0]
-
-
-def test_calibration_figures_are_those_of_the_shipped_rounds(shipped):
-    have = systems.calibration({name: acceptance.load()[0][name] for name in ("code", "prose")})
-    for row in have:
-        want = systems._row(shipped[3]["calibration"], fitted=row["fitted"], domain=row["domain"])
-        assert row["before"] == pytest.approx(want["before"], abs=1e-4) and row["after"] == pytest.approx(want["after"], abs=1e-4)

@@ -25,6 +25,19 @@ def arguments_of(case):
     return arguments
 
 
+def candidate_arguments_of(case, candidates, successors=0, seed=0):
+    """Arguments of a call; the bigram table has unused entries, ids beyond the vocabulary, and repeats."""
+    arguments = arguments_of(case) | dict(candidates=candidates)
+    if successors:
+        vocab, tokens = case.base_logits.shape[2], 1 + int(case.anchors.max())
+        tokens = tokens if case.head is None else case.head.w1.shape[0]
+        g = torch.Generator().manual_seed(seed)
+        table = torch.randint(-1, vocab + 3, (max(1, tokens - 2), successors), generator=g)
+        table[:, -1] = table[:, 0]
+        arguments["bigrams"] = table.to(torch.int32)
+    return arguments
+
+
 def assert_lse(actual, logits, what):
     """ln sum exp within the roundings that lead to it.
 

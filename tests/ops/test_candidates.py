@@ -8,33 +8,28 @@ from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
 from dspark_kernels.launch.draft import candidates as launch
-from reference import accept, cases, draft as reference, layout as layouts
+from reference import cases, draft as reference
 from reference.equality import assert_equal_or_tied
-from tests.ops.draft_checks import arguments_of, assert_lse, check_confidence, filters_of, logits_of, rows_of
+from tests.ops.draft_checks import (
+    arguments_of,
+    assert_lse,
+    candidate_arguments_of,
+    check_confidence,
+    filters_of,
+    logits_of,
+    rows_of,
+)
 from tests.ops.errors import excess_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")
 
 
-def options_of(case, candidates, successors=0, seed=0):
-    """Arguments of a call; the bigram table has unused entries, ids beyond the vocabulary, and repeats."""
-    arguments = arguments_of(case) | dict(candidates=candidates)
-    if successors:
-        vocab, tokens = case.base_logits.shape[2], 1 + int(case.anchors.max())
-        tokens = tokens if case.head is None else case.head.w1.shape[0]
-        g = torch.Generator().manual_seed(seed)
-        table = torch.randint(-1, vocab + 3, (max(1, tokens - 2), successors), generator=g)
-        table[:, -1] = table[:, 0]
-        arguments["bigrams"] = table.to(torch.int32)
-    return arguments
-
-
 def check(case, candidates, successors=0, block=None, exempt=True):
     """A block on candidates against the reference, every output."""
     state = None
     if block is None:
-        arguments = options_of(case, candidates, successors)
+        arguments = candidate_arguments_of(case, candidates, successors)
         block, state = dk.draft_block(**arguments, keep_logits=True), arguments["head_state"]
     rows, (batch, drafts) = rows_of(case), case.base_logits.shape[:2]
     kept = torch.zeros(batch, drafts, candidates + successors, dtype=case.base_logits.dtype, device=case.base_logits.device)
@@ -49,7 +44,7 @@ def check(case, candidates, successors=0, block=None, exempt=True):
         return block.tokens[slot].tolist(), int(block.flags[r]), block.proposal.ids[slot].tolist(), support
 
     def run(decisions):
-        again = options_of(case, candidates, successors)
+        again = candidate_arguments_of(case, candidates, successors)
         want = reference.draft_block(**again, keep_logits=True, stored_logits=stored, decisions=decisions)
         return {r: outcome(want, slot, r) for r, slot in rows}
 
@@ -88,7 +83,7 @@ def unfiltered(case, candidates, successors, block):
     """The sums [R, K, W] that the filters of a call were given: the same drafts once more, one position a call, without filters."""
     slots, (batch, drafts) = case.anchors.shape[0], case.base_logits.shape[:2]
     width = max(2, case.first_draft + drafts)
-    arguments = options_of(case, candidates, successors) | dict(confidence=None)
+    arguments = candidate_arguments_of(case, candidates, successors) | dict(confidence=None)
     sampling = dataclasses.replace(case.sampling, top_k=None, top_p=None, min_p=None)
     shape, dtype = (slots, width, candidates + successors), case.base_logits.dtype
     out = dk.DraftBlock(
@@ -378,7 +373,7 @@ def test_padding_rows_and_a_cache_with_real_strides():
         confidence=torch.full((slots, 2), -77.0),
         confidence_logits=torch.full((slots, 2), -77.0),
     )
-    assert dk.draft_block(**options_of(case, 20, 4), out=out) is out
+    assert dk.draft_block(**candidate_arguments_of(case, 20, 4), out=out) is out
     check(case, 20, 4, out)
     used = [int(s) for s in case.state_indices if s >= 0]
     unused = sorted(set(range(slots)) - set(used))
@@ -456,77 +451,6 @@ def test_anchor_outside_the_vocabulary(anchor):
     block = dk.draft_block(**case.arguments(), candidates=10)
     assert block.flags.tolist() == [0, int(dk.Flag.BAD_TOKEN_ID)]
     assert torch.equal(block.proposal.logits[1, 0], case.base_logits[1, 0][block.proposal.ids[1, 0]])
-
-
-# --- what drafts are drawn from ---------------------------------------------------------------------------------------
-
-DRAWS, CANDIDATES, VOCABULARY = 400, 4, 8
-
-
-def test_drafts_follow_the_stored_logits():
-    """Blocks of three positions, then of three later ones under the same seeds: each window of three drafts has the distribution
-    of the stored logits, and the two windows are independent. Noise that a position shares with another is detected."""
-    g = torch.Generator().manual_seed(4)
-    w1, w2 = torch.randn(VOCABULARY, 3, generator=g), torch.randn(VOCABULARY, 3, generator=g)
-    base = torch.randn(1, 3, VOCABULARY, generator=g).expand(DRAWS, 3, VOCABULARY)
-    seeds = torch.randint(-(2**63), 2**63 - 1, (DRAWS,), generator=g)
-    sampling = dk.SamplingTensors(torch.full((DRAWS,), 1.3), seeds)
-    windows, probs = [], []
-    for round_ in range(2):
-        block = drafted_in_pieces(base, dk.MarkovHead(w1, w2), sampling, 10 + 3 * round_)
-        windows.append(block[0])
-        probs.append(torch.softmax(block[1].double() / 1.3, -1))
-        for k in range(3):
-            assert chi_square(block[0][:, k], block[2][:, k], probs[-1][:, k]) < 40
-    # The same place of both windows: with the position's noise alone they would be equal far too often.
-    for k in range(3):
-        probability = sum((probs[0][:, k] * probs[1][:, k]).sum(-1).tolist()) / DRAWS
-        equal = (windows[0][:, k] == windows[1][:, k]).double().mean().item()
-        assert abs(equal - probability) < 5 * (probability * (1 - probability) / DRAWS) ** 0.5
-
-
-def drafted_in_pieces(base, head, sampling, position):
-    anchors, positions = torch.zeros(DRAWS, dtype=torch.int64), torch.full((DRAWS,), position)
-    # The interpreter takes a program per row one after another, so the reference draws most of them; the kernel, a sample.
-    want = reference.draft_block(base, anchors, head, anchor_positions=positions, sampling=sampling, candidates=CANDIDATES)
-    few = slice(0, 10)
-    have = dk.draft_block(
-        base[few], anchors[few], head, anchor_positions=positions[few], candidates=CANDIDATES,
-        sampling=dk.SamplingTensors(sampling.temperature[few], sampling.seed[few].contiguous()),
-    )  # fmt: skip
-    assert torch.equal(have.tokens, want.tokens[few]) and torch.equal(have.proposal.ids, want.proposal.ids[few])
-    return want.tokens, want.proposal.logits, want.proposal.ids
-
-
-def chi_square(tokens, ids, probs):
-    """Of drafts against their distributions, by id; these differ from draw to draw."""
-    seen = torch.zeros(VOCABULARY, dtype=torch.float64)
-    expected, variance = torch.zeros_like(seen), torch.zeros_like(seen)
-    for v in range(VOCABULARY):
-        probability = torch.where(ids == v, probs, 0.0).sum(-1)
-        seen[v] = (tokens == v).sum()
-        expected[v], variance[v] = probability.sum(), (probability * (1 - probability)).sum()
-    some = variance > 0
-    assert (seen[~some] == expected[~some]).all()
-    return ((seen - expected)[some] ** 2 / variance[some]).sum().item()
-
-
-def test_acceptance_reads_the_proposal():
-    """Entries without a candidate (id 0 with -inf, beside a candidate 0 of positive probability) and successors, as stored."""
-    case = cases.draft_case(seed=14, requests=4, drafts=3, vocab=40, rank=4, dtype=torch.bfloat16, confidence=None)
-    case.base_logits[:, :, 0] += 3.0
-    options = options_of(case, 50, 3)
-    block = dk.draft_block(**options)
-    assert (block.proposal.logits[..., 40:] == -INF).all() and (block.proposal.ids[..., 40:50] == 0).all()
-    layout = layouts.fixed_layout(block, torch.tensor([3, 3, 1, 2]), anchors=case.anchors, anchor_positions=case.anchor_positions)
-    target = torch.randn(16, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
-
-    def run(decisions):
-        want = accept.accept_chain(target, layout, block.proposal, sampling=case.sampling, decisions=decisions)
-        return {r: (want.tokens[r].tolist(), int(want.flags[r])) for r in range(4)}
-
-    have = dk.accept_chain(target, layout, block.proposal, sampling=case.sampling)
-    assert_equal_or_tied(run, {r: (have.tokens[r].tolist(), int(have.flags[r])) for r in range(4)})
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ PARTS = {
     "sampling": ("not (passes_over or out_of_range)", ["sampling"]),
     "candidates": (
         "equals_reference or equal_reference or filters_see and first or acceptance_reads or any_batch or successors_join",
-        ["candidates"],
+        ["candidates", "candidates_drawn"],
     ),
     "acceptance": (
         "equals_reference or is_the_reference or many_uniforms or settings_act or share_ids or forced_rates",
