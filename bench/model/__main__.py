@@ -33,7 +33,12 @@ def parser() -> command.Parser:
     p.add_argument(
         "--arch", choices=literal("bench.model.constants", "MACHINES"), default="sm_90", help="architecture (default: %(default)s)"
     )
-    p.add_argument("--out", type=Path, metavar="FILE", help="the CSV file (default: bench/results/model/<gpu>.csv)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the CSV file (default: <gpu>.csv in bench/results/model, with --machine machine.csv)",
+    )
     p.add_argument(
         "--check", action="store_true", help="compare the committed rows with the code and the baseline; compile nothing"
     )

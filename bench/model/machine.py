@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.shared import counters, rows
@@ -77,5 +78,5 @@ def compared(kernels: Sequence[Kernel], committed: Sequence[dict], arch: str) ->
         )  # fmt: skip
 
 
-def write(done: Sequence[Row]) -> None:
-    rows.replace(FILE, done, ("op", "case", "arch"))
+def write(path: Path, done: Sequence[Row]) -> None:
+    rows.replace(path, done, ("op", "case", "arch"))

@@ -33,11 +33,12 @@ def run(arguments) -> int:
         return told(grown(*(rows.read(path) for path in arguments.compare)), "no hot part has grown")
     kernels = choose(ops.kernels(), arguments.op, arguments.case)
     torch.set_num_threads(1)
-    out = arguments.out or report.FOLDER / (MACHINES[arguments.arch].name.lower().replace(" ", "-") + ".csv")
+    committed = report.FOLDER / (MACHINES[arguments.arch].name.lower().replace(" ", "-") + ".csv")
+    if arguments.machine:
+        return counted(kernels, committed, arguments.out or machine.FILE, arguments.arch)
+    out = arguments.out or committed
     if arguments.check:
         return check(kernels, out, arguments)
-    if arguments.machine:
-        return counted(kernels, out, arguments)
     if arguments.blocks:
         for kernel in kernels:
             blocks(kernel, arguments.arch)
@@ -92,20 +93,20 @@ def model(kernels, out: Path, arguments) -> int:
     return told(grown(baseline, new), f"{len(compared)} rows are compared with the baseline, and none is worse")
 
 
-def counted(kernels, out: Path, arguments) -> int:
-    """The report's instructions beside those of the machine; each line is printed and written as soon as it is there."""
+def counted(kernels, modelled: Path, out: Path, arch: str) -> int:
+    """The instructions of the report `modelled` beside those of the machine; each line is printed and written as soon as it is there."""
     print(f"{'':30}{'modelled (SASS)':>16}{'counted (PTX)':>16}{'ratio':>8}")
     done = []
     try:
-        for row in machine.compared(kernels, _read(out), arguments.arch):
+        for row in machine.compared(kernels, _read(modelled), arch):
             done.append(row)
             why = "no reason is named" if row.reason is None else row.reason
             print(f"{row.op + ' ' + row.case:30}{row.modelled:16.1f}{row.counted:16.1f}{row.ratio:8.2f}  {why}", flush=True)
-            machine.write([row])
+            machine.write(out, [row])
     except (RuntimeError, ValueError) as error:
         raise BadArgument(f"--machine: {first_line(error)}") from None
     apart = [f"{row.op} {row.case}: {row.ratio:.2f} times, and no reason is named" for row in done if row.reason is None]
-    return told(apart, f"written to {machine.FILE}")
+    return told(apart, f"written to {out}")
 
 
 def _read(path: Path) -> list[dict]:
