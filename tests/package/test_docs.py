@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/ agree with the repository: links, paths, commands, names of ops; words, in docstrings too.
+"""README.md, CHANGELOG.md, CONTRIBUTING.md and docs/ agree with the repository: links, paths, commands, names of ops; words, in docstrings too.
 
 Each check is a function of a folder or a text, so that the tests below it can also show that it finds what is wrong.
 """
@@ -30,7 +30,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def documents(root):
-    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", root / "CHANGELOG.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
 
 
 def prose(text):

@@ -1,9 +1,13 @@
 """The files that set the project up agree with each other."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import dspark_kernels as dk
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,8 +58,40 @@ def test_mutants_run_tests_that_exist():
         assert f"\ndef {name}(" in (ROOT / path).read_text() if name else (ROOT / path).exists(), test
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Files of a source distribution, made of the working tree by setuptools' own rules, without building one."""
+    pytest.importorskip("setuptools", "77", reason="needs setuptools 77, which reads the licence of pyproject.toml")
+    pytest.importorskip("tomllib")  # Python 3.11
+    folder = tmp_path_factory.mktemp("packed")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set((folder / "dspark_kernels.egg-info" / "SOURCES.txt").read_text().split("\n"))
+
+
+def test_a_source_distribution_has_what_the_tests_need(packed):
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a checkout: which files there are, git knows")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = {name for name in listed.split("\0") if name and (ROOT / name).exists()}
+    assert tracked - packed == {".gitignore"}
+    assert [name for name in packed if "__pycache__" in name] == []
+
+
 def test_only_the_package_is_packaged():
     setuptools = pytest.importorskip("setuptools")
     found = setuptools.find_packages(str(ROOT), include=["dspark_kernels*"])
     folders = {path.parent for path in (ROOT / "dspark_kernels").rglob("*.py")}
     assert set(found) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    named = {path for package, rules in data.items() for rule in rules for path in (ROOT / package.replace(".", "/")).glob(rule)}
+    present = {path for path in (ROOT / "dspark_kernels").rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert named == {path for path in present if path.is_file()} and ROOT / "dspark_kernels" / "py.typed" in named
+
+
+def test_the_version_is_the_newest_of_the_changelog():
+    """Or that of no release yet: entries stand under Unreleased."""
+    releases = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert releases[0] == "Unreleased" and (not releases[1:] or releases[1] == dk.__version__)
