@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class PagedKV(Checked):
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         cache = LOGIT_DTYPES + (torch.float8_e4m3fn,)
         k = self._tensor("k_cache", dtype=cache, shape=("pages", "page_size", "Hkv", "D"), last_contiguous=True)
         self._tensor("v_cache", dtype=k.dtype, shape=tuple(k.shape), device=k.device, last_contiguous=True)
@@ -67,7 +67,7 @@ class KVLayers(Checked):
     unit: int
 
     @classmethod
-    def of(cls, layers) -> KVLayers:
+    def of(cls, layers: Iterable[PagedKV | Sequence[Tensor]]) -> KVLayers:
         """The layers' caches with their table.
 
         layers: for each layer its (k_cache, v_cache), a `PagedKV`, or a tuple of any number of caches (MLA: one). The addresses are
@@ -76,7 +76,7 @@ class KVLayers(Checked):
         """
         if isinstance(layers, (Tensor, PagedKV, str)) or not isinstance(layers, Iterable):
             raise TypeError(f"layers: expected a list with an entry per layer, {_LAYER}, got {type(layers).__name__}")
-        caches = []
+        caches: list[Tensor] = []
         for number, layer in enumerate(layers):
             if not isinstance(layer, (PagedKV, tuple, list)):
                 raise TypeError(f"layers[{number}]: expected {_LAYER}, got {type(layer).__name__}")
@@ -86,18 +86,18 @@ class KVLayers(Checked):
         rows, unit = slot_rows(caches, "layers")
         return cls(tuple(caches), torch.tensor(rows, device=caches[0].device), tuple(row[0] for row in rows), unit)
 
-    def to(self, device) -> KVLayers:
+    def to(self, device: torch.device | str | int | None) -> KVLayers:
         """The caches on `device`, with a table of their addresses there."""
         return KVLayers.of([tuple(cache.to(device) for cache in self.caches)])
 
-    def _check(self):
+    def _check(self) -> None:
         check_int(self._name("unit"), self.unit, low=1, high=8)
         check_slotted(self.caches, self._name("caches"))
         shape = (len(self.caches), 6)
         self._tensor("table", dtype=torch.int64, shape=shape, device=self.caches[0].device, contiguous=True)
 
 
-def check_slotted(caches, name: str, like: Tensor | None = None) -> None:
+def check_slotted(caches: Sequence[Tensor], name: str, like: Tensor | None = None) -> None:
     """Raise TypeError or ValueError unless all are [pages, page_size, ...] with the device and page size of `like`.
 
     like: None = the first of them.
@@ -110,7 +110,7 @@ def check_slotted(caches, name: str, like: Tensor | None = None) -> None:
             raise ValueError(f"{name}[{number}]: expected shape [pages, {size}, ...], got {list(cache.shape)}")
 
 
-def slot_rows(caches, name: str) -> tuple[list[tuple[int, ...]], int]:
+def slot_rows(caches: Sequence[Tensor], name: str) -> tuple[list[tuple[int, ...]], int]:
     """(rows of the table of `KVLayers`, bytes of its unit: the largest power of two up to 8 that divides them all)."""
     check_slotted(caches, name)
     rows, together = [], 8

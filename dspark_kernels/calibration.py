@@ -17,6 +17,7 @@ ECE, temperature scaling and reliability diagrams: Guo et al., "On Calibration o
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def reliability(probs: Tensor, outcomes: Tensor, bins: int = 20) -> Reliability:
     )
 
 
-def plot_reliability(curves: Mapping[str, tuple[Tensor, Tensor]], path, bins: int = 20) -> None:
+def plot_reliability(curves: Mapping[str, tuple[Tensor, Tensor]], path: str | os.PathLike[str], bins: int = 20) -> None:
     """Write a reliability diagram, PNG or SVG by the suffix of `path`.
 
     curves: label -> (probs, outcomes), as in `expected_calibration_error`. Above: share survived against mean predicted,
@@ -240,9 +241,9 @@ def fit_sts(logits: Tensor, survived: Tensor, *, bins: int = 20, observed: Tenso
     logits, `survived` that is not 0/1 or rises along a round, `observed` that is not a prefix. Source: arXiv 2607.05147.
     """
     check_tensor("logits", logits, dtype=_SCORE_DTYPES, shape=("N", "K"))
-    same = dict(shape=tuple(logits.shape), device=logits.device)
-    check_tensor("survived", survived, **same)
-    check_optional("observed", observed, dtype=torch.bool, **same)
+    shape, device = tuple(logits.shape), logits.device
+    check_tensor("survived", survived, shape=shape, device=device)
+    check_optional("observed", observed, dtype=torch.bool, shape=shape, device=device)
     check_int("bins", bins, low=1)
     if logits.numel() == 0:
         raise ValueError(f"logits: expected at least one round and one draft, got {list(logits.shape)}")
@@ -310,7 +311,9 @@ class OnlineCalibration:
         temperatures: fp32 [K] that positions keep until they are fitted (those of the checkpoint), None = 1.
     """
 
-    def __init__(self, drafts: int, window: int = 4096, device=None, temperatures: Tensor | None = None):
+    def __init__(
+        self, drafts: int, window: int = 4096, device: torch.device | str | None = None, temperatures: Tensor | None = None
+    ) -> None:
         self.drafts = check_int("drafts", drafts, low=1)
         self.window = check_int("window", window, low=1)
         check_optional("temperatures", temperatures, dtype=torch.float32, shape=(drafts,))

@@ -7,19 +7,34 @@ the device knows is handled in the kernels and reported in `flags`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+C = TypeVar("C", bound="Checked")
+Size = int | str | None
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT_DTYPES = (torch.int32, torch.int64)
 
 
-def _dtype_names(dtypes) -> str:
+def _dtype_names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def check_tensor(name, value, *, dtype=None, shape=None, device=None, last_contiguous=False, contiguous=False):
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    shape: Sequence[Size] | None = None,
+    device: torch.device | None = None,
+    last_contiguous: bool = False,
+    contiguous: bool = False,
+) -> Tensor:
     """Check one tensor argument and return it.
 
     dtype: a dtype or a tuple of them. shape: a tuple whose entries are an int (that size), a str (any size; the message uses it as
@@ -49,18 +64,18 @@ def check_tensor(name, value, *, dtype=None, shape=None, device=None, last_conti
     return value
 
 
-def check_optional(name, value, **rules):
+def check_optional(name: str, value: object, **rules: Any) -> Tensor | None:
     """`check_tensor` for an argument that may be None."""
     return None if value is None else check_tensor(name, value, **rules)
 
 
-def check_choice(name, value, choices):
+def check_choice(name: str, value: T, choices: Sequence[T]) -> T:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(repr(c) for c in choices)}, got {value!r}")
     return value
 
 
-def check_int(name, value, *, low=None, high=None):
+def check_int(name: str, value: object, *, low: int | None = None, high: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if (low is not None and value < low) or (high is not None and value > high):
@@ -69,7 +84,7 @@ def check_int(name, value, *, low=None, high=None):
     return value
 
 
-def check_number(name, value, *, low, high):
+def check_number(name: str, value: object, *, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not low <= value <= high:  # NaN, too
@@ -77,14 +92,14 @@ def check_number(name, value, *, low, high):
     return value
 
 
-def check_type(name, value, kinds):
+def check_type(name: str, value: T, kinds: type | tuple[type, ...]) -> T:
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(value, kinds):
         raise TypeError(f"{name}: expected {' or '.join(k.__name__ for k in kinds)}, got {type(value).__name__}")
     return value
 
 
-def check_device(name, device) -> torch.device:
+def check_device(name: str, device: torch.device | str | int | None) -> torch.device:
     """The device that an argument means, once torch has made a tensor there.
 
     None, the default of every such argument, is the current CUDA device, or the CPU where there is none. Raises TypeError for what
@@ -101,7 +116,7 @@ def check_device(name, device) -> torch.device:
         raise ValueError(f"{name}: expected a device that torch has here, got {str(device)!r} ({why})") from None
 
 
-def check_op(op):
+def check_op(op: Callable[..., T]) -> Callable[..., T]:
     """`op`, once it is a function of the package that launches kernels."""
     if not getattr(op, "__module__", "").startswith(f"{__package__}.ops.") or not callable(op):
         shown = repr(op) if isinstance(op, str) else getattr(op, "__name__", type(op).__name__)
@@ -112,26 +127,30 @@ def check_op(op):
 class Checked:
     """Base of the frozen dataclasses of tensors: `_check` runs when an instance is made."""
 
-    def to(self, device):
+    def to(self: C, device: torch.device | str | int | None) -> C:
         """The same record with its tensors on `device`, those of records inside too; what lies there already is not copied."""
         device = check_device("device", device)
-        fields = [field.name for field in dataclasses.fields(self) if field.init]
-        return dataclasses.replace(self, **{name: _moved(getattr(self, name), device) for name in fields})
+        fields = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]  # a dataclass, always
+        return dataclasses.replace(self, **{name: _moved(getattr(self, name), device) for name in fields})  # type: ignore[type-var]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check()
 
-    def _tensor(self, field, **rules):
+    def _check(self) -> None:
+        """Raise TypeError or ValueError for a field that cannot be."""
+        raise NotImplementedError
+
+    def _tensor(self, field: str, **rules: Any) -> Tensor:
         return check_tensor(f"{type(self).__name__}.{field}", getattr(self, field), **rules)
 
-    def _optional(self, field, **rules):
+    def _optional(self, field: str, **rules: Any) -> Tensor | None:
         return check_optional(f"{type(self).__name__}.{field}", getattr(self, field), **rules)
 
-    def _name(self, field):
+    def _name(self, field: str) -> str:
         return f"{type(self).__name__}.{field}"
 
 
-def _moved(value, device):
+def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, (Tensor, Checked)):
         return value.to(device)
     if isinstance(value, (tuple, list)):
@@ -139,6 +158,6 @@ def _moved(value, device):
     return value
 
 
-def not_yet(op, name, what):
+def not_yet(op: str, name: str, what: str) -> NoReturn:
     """Raise NotImplementedError for a variant of the documented interface that this version does not support."""
     raise NotImplementedError(f"{op}: {name}: {what} not supported by this version")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import library
 from .checks import check_op
 
+T = TypeVar("T")
+
 # What an op may ask of torch for a call, besides views: memory, which a prepared call keeps.
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.full.default)
 
 
-def prepare(op: Callable, /, **example) -> Prepared:
+def prepare(op: Callable[..., T], /, **example: Any) -> Prepared[T]:
     """Work out a call of `op` for repeated use with other tensors of the same kind, at the least cost on the host.
 
     Args:
@@ -50,10 +53,10 @@ def prepare(op: Callable, /, **example) -> Prepared:
     return Prepared(op, example)
 
 
-class Prepared:
+class Prepared(Generic[T]):
     """What `prepare` returns. out: where calls without an `out` of their own write."""
 
-    def __init__(self, op: Callable, example: dict):
+    def __init__(self, op: Callable[..., T], example: dict[str, Any]) -> None:
         signature = inspect.signature(check_op(op))
         self._op, self._example, self._names = op, example, frozenset(signature.parameters)
         if "out" in self._names and signature.parameters["out"].annotation != f"{signature.return_annotation} | None":
@@ -66,12 +69,13 @@ class Prepared:
                 self._arguments[name] = argument
                 self._tensors += argument.read(value)[0]
         # Tensors are found by identity. So there are launches for every way in which tensors of different places are the same.
+        self.out: T
         self.out, launches = _recorded(op, example, self._tensors)
         self._launches = {_repeated(self._tensors): launches}
         held = {id(tensor) for _, tensor in _leaves("out", self.out)} if example.get("out") is None else ()
         self._held = [place for place, tensor in enumerate(self._tensors) if id(tensor) in held]
 
-    def __call__(self, **given):
+    def __call__(self, **given: Any) -> T:
         if not library.unseen():
             return self._op(**self._all(given))
         tensors = self._tensors.copy()
@@ -91,16 +95,17 @@ class Prepared:
         if repeated not in self._launches:
             _, self._launches[repeated] = _recorded(self._op, self._all(given), tensors)
         self._launches[repeated](tensors)
-        return given["out"] if "out" in given else self.out
+        result: T = given["out"] if "out" in given else self.out
+        return result
 
-    def _all(self, given: dict) -> dict:
+    def _all(self, given: dict[str, Any]) -> dict[str, Any]:
         """Every argument of a call."""
         arguments = {**self._example, **given}
         if "out" in self._names and arguments.get("out") is None:
             arguments["out"] = self.out
         return arguments
 
-    def _refuse(self, given: dict) -> None:
+    def _refuse(self, given: dict[str, Any]) -> NoReturn:
         for name, value in given.items():
             if name not in self._names:
                 raise TypeError(f"{name}: expected an argument of {self._op.__name__}, which has none of this name")
@@ -126,7 +131,7 @@ def _repeated(tensors: list[Tensor]) -> tuple[int, ...]:
     return tuple(first.setdefault(name, place) for place, name in enumerate(names))
 
 
-def _recorded(op: Callable, arguments: dict, tensors: list[Tensor]) -> tuple[object, Callable[[list[Tensor]], object]]:
+def _recorded(op: Callable[..., T], arguments: dict[str, Any], tensors: list[Tensor]) -> tuple[T, Callable[[list[Tensor]], object]]:
     """What a call returns, and a function that makes its launches with a list of tensors in the places of these."""
     recorder = _Recorder(op.__name__, tensors)
     token = library.recording.set(recorder.launch)
@@ -141,7 +146,7 @@ def _recorded(op: Callable, arguments: dict, tensors: list[Tensor]) -> tuple[obj
 class _Argument:
     """An argument with tensors: their places, by name and in the list of all, their kinds, and what else the argument says."""
 
-    def __init__(self, name: str, value, start: int):
+    def __init__(self, name: str, value: object, start: int) -> None:
         leaves = list(_leaves("value", value))
         places = [place for place, leaf in leaves if isinstance(leaf, Tensor)]
         others = [place for place, leaf in leaves if not isinstance(leaf, Tensor)]
@@ -153,7 +158,7 @@ class _Argument:
         self.start, self.end = start, start + len(places)
 
 
-def _leaves(place: str, value):
+def _leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:
     """(expression, value) of everything in an argument: tensors, numbers and words, types of records, lengths of lists."""
     if isinstance(value, (tuple, list)) or dataclasses.is_dataclass(value):
         yield f"{place}.__class__", type(value)
@@ -168,11 +173,11 @@ def _leaves(place: str, value):
         yield place, value
 
 
-def _kinds(tensors: list[Tensor]) -> list[tuple]:
+def _kinds(tensors: list[Tensor]) -> list[tuple[object, ...]]:
     return [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
 
 
-def _check_like(place: str, value, like) -> None:
+def _check_like(place: str, value: Any, like: Any) -> None:
     """Raise what tells `value` from `like`, the example's."""
     kind = Tensor if isinstance(like, Tensor) else type(like)
     if not (isinstance(value, Tensor) if kind is Tensor else type(value) is kind):
@@ -197,17 +202,17 @@ def _shown(tensor: Tensor) -> str:
     return f"{dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types neither it nor its __init__
     """Takes down the launches of a call, and the views of tensors that it makes for them."""
 
-    def __init__(self, name: str, tensors: list[Tensor]):
-        super().__init__()
+    def __init__(self, name: str, tensors: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self._name, self._tensors = name, {id(tensor): place for place, tensor in enumerate(tensors)}
-        self._launches: list[tuple[Callable, tuple, dict]] = []
-        self._views: dict[int, tuple] = {}  # of a view: itself, and the function, arguments and options that make it
+        self._launches: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]] = []
+        self._views: dict[int, tuple[Any, ...]] = {}  # of a view: itself, and the function, arguments and options that make it
         self._constants: dict[str, object] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if not func.is_view and func not in _ALLOCATIONS:
             raise NotImplementedError(f"prepare: {self._name}: this call computes {func} besides its launches, and would not again")
         result = func(*args, **(kwargs or {}))
@@ -215,19 +220,20 @@ class _Recorder(TorchDispatchMode):
             self._views[id(result)] = result, func, args, kwargs or {}
         return result
 
-    def launch(self, launcher: Callable, args: tuple, options: dict) -> None:
+    def launch(self, launcher: Callable[..., object], args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._launches.append((launcher, args, options))
 
     def function(self) -> Callable[[list[Tensor]], object]:
         calls = [self._call(*launch) for launch in self._launches]
         # One expression, as in library.flattener; what changes no more is a constant of it.
-        return eval(f"lambda tensors: [{', '.join(calls)}]", self._constants)
+        made: Callable[[list[Tensor]], object] = eval(f"lambda tensors: [{', '.join(calls)}]", self._constants)
+        return made
 
-    def _call(self, function: Callable, args, options: dict) -> str:
+    def _call(self, function: Callable[..., object], args: Iterable[Any], options: dict[str, Any]) -> str:
         parts = [self._text(value) for value in args] + [f"{name}={self._text(value)}" for name, value in options.items()]
         return f"{self._constant(function)}({', '.join(parts)})"
 
-    def _text(self, value) -> str:
+    def _text(self, value: Any) -> str:
         """An expression for a value of a call."""
         if not self._changes(value):
             return self._constant(value)
@@ -237,14 +243,14 @@ class _Recorder(TorchDispatchMode):
         parts = ", ".join(map(self._text, value))
         return f"{self._constant(type(value))}({parts})" if hasattr(value, "_fields") else f"({parts},)"
 
-    def _changes(self, value) -> bool:
+    def _changes(self, value: object) -> bool:
         """Whether it has a tensor that a later call may replace."""
         if isinstance(value, Tensor):
             view = self._views.get(id(value))
             return id(value) in self._tensors or (view is not None and self._changes(view[2]))
         return isinstance(value, (tuple, list)) and any(map(self._changes, value))
 
-    def _constant(self, value) -> str:
+    def _constant(self, value: object) -> str:
         name = f"constant_{len(self._constants)}"
         self._constants[name] = value
         return name

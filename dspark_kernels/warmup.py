@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ _WRITTEN: dict[str, tuple[str, ...]] = {
 }
 
 
-def warmup(op: Callable, shapes: Iterable[Mapping] | Mapping, *, progress: bool = False) -> int:
+def warmup(op: Callable[..., object], shapes: Iterable[Mapping[str, Any]] | Mapping[str, Any], *, progress: bool = False) -> int:
     """Compile what calls of `op` with arguments like these need, so that nothing compiles while serving.
 
     Args:
@@ -63,7 +64,7 @@ def warmup(op: Callable, shapes: Iterable[Mapping] | Mapping, *, progress: bool 
     return len(calls)
 
 
-def _stand_in(name: str, value, written: bool):
+def _stand_in(name: str, value: Any, written: bool) -> Any:
     """`value` with every tensor that is written or that holds indices replaced."""
     if isinstance(value, Tensor):
         if written or value.dtype in _INDICES:

@@ -15,30 +15,35 @@ from torch import Tensor
 
 from .checks import check_device, check_int, check_type
 
+Needs = Callable[..., tuple[int, int]]  # of an op: sizes -> int64 words of (counters, scratch)
+Take = Callable[[int, torch.dtype], Tensor]  # elements, dtype -> a region
+Place = tuple[int, int, torch.dtype]  # where a region begins, its elements, their dtype
+Region = tuple[Tensor, int]  # a region, and where the next one begins
+
 # op -> (requests, drafts, vocab) -> (int64 words of counters, int64 words of scratch)
-_NEEDS: dict[str, Callable[[int, int, int], tuple[int, int]]] = {}
+_NEEDS: dict[str, Needs] = {}
 # The same for ops that need to know the heads of a model: (requests, rows, query heads, KV heads, head size, invariant, device).
-_HEAD_NEEDS: dict[str, Callable[..., tuple[int, int]]] = {}
+_HEAD_NEEDS: dict[str, Needs] = {}
 
 # int64 words at the start of `counters` that keep their place in every launch: the grid barrier.
 RESERVED = 2
 MOST_REGIONS = 4096  # that a workspace keeps, about 1 KB each on the host: launches of every batch size on a few sizes of rows
 
 
-def declare(op: str):
+def declare(op: str) -> Callable[[Needs], Needs]:
     """Register the function that tells how many int64 words an op needs beyond the reserved ones."""
 
-    def register(needs):
+    def register(needs: Needs) -> Needs:
         _NEEDS[op] = needs
         return needs
 
     return register
 
 
-def declare_heads(op: str):
+def declare_heads(op: str) -> Callable[[Needs], Needs]:
     """`declare` for an op of attention: it has room only where a workspace was made for heads."""
 
-    def register(needs):
+    def register(needs: Needs) -> Needs:
         _HEAD_NEEDS[op] = needs
         return needs
 
@@ -77,7 +82,7 @@ class Workspace:
         max_rows: int | None = None,
         batch_invariant: bool = False,
         markov_rank: int = 0,
-    ):
+    ) -> None:
         self.max_requests = check_int("max_requests", max_requests, low=1)
         self.max_drafts = check_int("max_drafts", max_drafts, low=0)
         self.vocab_size = check_int("vocab_size", vocab_size, low=1)
@@ -94,7 +99,8 @@ class Workspace:
         self.counters = torch.zeros(counters, dtype=torch.int64, device=device)
         scratch = max(words for _, words in needs) + node_latent_words(max_requests, max_drafts, markov_rank)
         self.scratch = torch.empty(scratch, dtype=torch.int64, device=device)
-        self.counters.regions, self.scratch.regions = {}, {}  # see Carver
+        for memory in (self.counters, self.scratch):
+            memory.regions = {}  # type: ignore[attr-defined]  # see Carver
 
     def reset(self) -> None:
         """Zero the counters again, after a launch that did not finish."""
@@ -107,7 +113,7 @@ class Workspace:
 
 
 def latents_of(
-    take, products: int, latents: int, states: int, rank: int, parts: int, dtype: torch.dtype = torch.float32
+    take: Take, products: int, latents: int, states: int, rank: int, parts: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scratch of a head with latents: rows of precomputed products, of latents, and of states (None unless it is an rnn head).
 
@@ -134,7 +140,15 @@ def node_latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> 
 
 
 def lend(
-    op: str, workspace: Workspace | None, requests: int, drafts: int, vocab: int, device, *, rank: int = 0, latents: int = 0
+    op: str,
+    workspace: Workspace | None,
+    requests: int,
+    drafts: int,
+    vocab: int,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    latents: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(counters, scratch) for one launch: the caller's, checked to be large enough, or fresh ones.
 
@@ -152,7 +166,9 @@ def room_for(requests: int, drafts: int, vocab: int, rank: int = 0) -> str:
     return f"expected room for {wanted}, got one made for {made_for}"
 
 
-def lend_words(workspace: Workspace | None, counters: int, scratch: int, device, message: str) -> tuple[Tensor, Tensor]:
+def lend_words(
+    workspace: Workspace | None, counters: int, scratch: int, device: torch.device, message: str
+) -> tuple[Tensor, Tensor]:
     """`lend` for an op that knows its words itself; `message` says what to make a workspace for that is too small."""
     counters += RESERVED
     if workspace is None:
@@ -169,13 +185,13 @@ def lend_words(workspace: Workspace | None, counters: int, scratch: int, device,
     return workspace.counters, workspace.scratch
 
 
-def measured(carve: Callable, *sizes: int) -> int:
+def measured(carve: Callable[..., object], *sizes: int) -> int:
     """int64 words of what `carve(take, *sizes)` takes: scratch is described once, by the function that carves it."""
     # An op asks at every call, with few different sizes; a traced call may have sizes that are symbols.
     return _count(carve, *sizes) if torch.compiler.is_compiling() else _counted(carve, *sizes)
 
 
-def _count(carve: Callable, *sizes: int) -> int:
+def _count(carve: Callable[..., object], *sizes: int) -> int:
     words = 0
 
     def take(count: int, dtype: torch.dtype) -> None:
@@ -192,10 +208,10 @@ _counted = functools.lru_cache(maxsize=4096)(_count)
 class Carver:
     """Cuts typed regions out of one int64 tensor, each at a 16-byte boundary."""
 
-    def __init__(self, memory: Tensor, start: int = 0):
+    def __init__(self, memory: Tensor, start: int = 0) -> None:
         self._memory, self._next = memory, start
         # Regions of a workspace's memory are kept: a launch takes about twenty, each of which costs more to cut than to look up.
-        self._regions = getattr(memory, "regions", None)
+        self._regions: dict[Place, Region] | None = getattr(memory, "regions", None)
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
         if self._regions is None:
@@ -211,7 +227,7 @@ class Carver:
         region, self._next = found
         return region
 
-    def _cut(self, memory: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    def _cut(self, memory: Tensor, count: int, dtype: torch.dtype) -> Region:
         """(region, where the next one begins)."""
         end = self._next + words_of(count, dtype)
         region = memory[self._next : end]
