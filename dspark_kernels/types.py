@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .caches import KVLayers, PagedKV  # noqa: F401  types of this module, on a page of their own
-from .checks import INT_DTYPES, LOGIT_DTYPES, Checked, check_choice, check_int, check_type
+from .checks import INT_DTYPES, LOGIT_DTYPES, Checked, check_choice, check_int, check_tensor, check_type
 from .cost import CostTable  # noqa: F401  the same
 
 _FLOAT = torch.float32
@@ -290,8 +290,8 @@ class VerifyLayout(Checked):
     draft_lens         int32 [R], drafts of each request
     query_start_loc    int32 [R + 1], first forward row of each request, then the end
     cu_num_logits      int32 [R + 1], first row of logits of each request, then the end
-    token_ids          int64 [N_max], by forward row
-    positions          int64 [N_max], by forward row
+    token_ids          int64 or int32 [N_max], by forward row
+    positions          int64 or int32 [N_max], by forward row
     batch_indices      int32 [N_max], request of the forward row, -1 = padding
     logits_indices     int32 [L], the forward row that each row of logits comes from
     num_rows           int32 [1], forward rows in use
@@ -318,8 +318,8 @@ class VerifyLayout(Checked):
         one = dict(device=device, contiguous=True)
         self._tensor("query_start_loc", dtype=torch.int32, shape=(requests + 1,), **one)
         self._tensor("cu_num_logits", dtype=torch.int32, shape=(requests + 1,), **one)
-        rows = self._tensor("token_ids", dtype=torch.int64, shape=("N_max",), **one).shape[0]
-        self._tensor("positions", dtype=torch.int64, shape=(rows,), **one)
+        rows = self._tensor("token_ids", dtype=INT_DTYPES, shape=("N_max",), **one).shape[0]
+        self._tensor("positions", dtype=INT_DTYPES, shape=(rows,), **one)
         self._tensor("batch_indices", dtype=torch.int32, shape=(rows,), **one)
         self._tensor("logits_indices", dtype=torch.int32, shape=("L",), **one)
         self._tensor("num_rows", dtype=torch.int32, shape=(1,), **one)
@@ -327,6 +327,44 @@ class VerifyLayout(Checked):
         self._optional("slot_mapping", dtype=torch.int64, shape=(rows,), **one)
         if self.max_drafts is not None:
             check_int(self._name("max_drafts"), self.max_drafts, low=0)
+
+    @classmethod
+    def of_rows(cls, cu_num_logits: Tensor, token_ids: Tensor, positions: Tensor, max_drafts: int) -> VerifyLayout:
+        """A layout for acceptance over an engine's own rows of logits: forward row j is logit row j.
+
+            cu_num_logits   int32 or int64 [R + 1], first row of each request, then the end; entries never fall. A padding request
+                            repeats the entry before it: it has no row and emits nothing
+            token_ids       int32 or int64 [L], the input token of each row: the anchor of a request, then its drafts, so that row i
+                            of a request verifies the draft in entry i + 1 of the request. -1 = no draft: it is rejected and flagged
+                            MISSING_DRAFT. The anchor's entry is not read
+            positions       int32 or int64 [L], of each row; acceptance reads that of a request's first row
+            max_drafts      the largest possible number of drafts of a request
+
+        Rows from cu_num_logits[-1] on are padding. token_ids and positions are not copied where they are contiguous; the index
+        arrays are made by a few small launches of torch, without a host synchronisation, so that a CUDA graph can capture them.
+        """
+        starts = check_tensor("cu_num_logits", cu_num_logits, dtype=INT_DTYPES, shape=("R+1",))
+        if starts.shape[0] < 1:
+            raise ValueError("cu_num_logits: expected R + 1 >= 1 entries, got 0")
+        device = starts.device
+        rows = check_tensor("token_ids", token_ids, dtype=INT_DTYPES, shape=("L",), device=device).shape[0]
+        check_tensor("positions", positions, dtype=INT_DTYPES, shape=(rows,), device=device)
+        starts = starts.to(torch.int32).contiguous()
+        logit_rows = torch.arange(rows, dtype=torch.int32, device=device)
+        owners = torch.searchsorted(starts[1:], logit_rows, right=True, out_int32=True)
+        lens = (starts[1:] - starts[:-1] - 1).clamp(min=0)
+        return cls(
+            draft_lens=lens,
+            query_start_loc=starts,
+            cu_num_logits=starts,
+            token_ids=token_ids.contiguous(),
+            positions=positions.contiguous(),
+            batch_indices=torch.where(owners < lens.shape[0], owners, -1),
+            logits_indices=logit_rows,
+            num_rows=starts[-1:],
+            flags=torch.zeros_like(lens),
+            max_drafts=max_drafts,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

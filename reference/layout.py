@@ -292,3 +292,26 @@ def draft_layout(
         predicting = range(masks + 1 - block_size, masks + 1)
         rows.append(RequestRows(slot, positions[slot], [max(0, ids[slot])] + [mask_token_id] * masks, predicting, masks, flag))
     return assemble(rows, len(rows) * (masks + 1), masks, anchors.device, block_tables, page_size)
+
+
+def layout_of_rows(cu_num_logits: Tensor, token_ids: Tensor, positions: Tensor, max_drafts: int) -> VerifyLayout:
+    """`VerifyLayout.of_rows`: a layout whose forward rows are an engine's logit rows; rows behind the last request are padding."""
+    starts = cu_num_logits.tolist()
+    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    owners = [request for request, count in enumerate(counts) for _ in range(count)]
+
+    def ints(values):
+        return torch.tensor(values, dtype=torch.int32, device=token_ids.device)
+
+    return VerifyLayout(
+        draft_lens=ints([max(count - 1, 0) for count in counts]),
+        query_start_loc=ints(starts),
+        cu_num_logits=ints(starts),
+        token_ids=token_ids,
+        positions=positions,
+        batch_indices=ints(owners + [-1] * (len(token_ids) - len(owners))),
+        logits_indices=ints(range(len(token_ids))),
+        num_rows=ints(starts[-1:]),
+        flags=ints([0] * len(counts)),
+        max_drafts=max_drafts,
+    )
