@@ -79,7 +79,7 @@ class SamplingTensors(Checked):
     """Sampling settings per request slot.
 
         temperature     fp32 [S], 0 = greedy
-        seed            int64 [S], the Philox key
+        seed            int64 or int32 [S], the Philox key
         top_k           int32 [S] or None; off where <= 0 or >= V; 1 is greedy
         top_p           fp32 [S] or None; off where >= 1
         min_p           fp32 [S] or None; off where <= 0
@@ -107,7 +107,7 @@ class SamplingTensors(Checked):
     def _check(self):
         temperature = self._tensor("temperature", dtype=_FLOAT, shape=("S",), contiguous=True)
         rules = dict(shape=(temperature.shape[0],), device=temperature.device, contiguous=True)
-        self._tensor("seed", dtype=torch.int64, **rules)
+        self._tensor("seed", dtype=INT_DTYPES, **rules)
         self._optional("top_k", dtype=torch.int32, **rules)
         self._optional("top_p", dtype=_FLOAT, **rules)
         self._optional("min_p", dtype=_FLOAT, **rules)
@@ -262,7 +262,7 @@ Proposal = OneHotProposal | DenseProposal | SparseProposal
 class DraftBlock(Checked):
     """The drafts of a block.
 
-    tokens              int64 [S, K], -1 = no draft
+    tokens              int64 [S, K], -1 = no draft; int32 where an engine's own are written or read
     proposal            the distribution that the drafts were drawn from
     flags               int32 [R], bits of `Flag`
     confidence          fp32 [S, K] or None: calibrated probability that draft k is accepted, given the drafts before it
@@ -276,7 +276,7 @@ class DraftBlock(Checked):
     confidence_logits: Tensor | None = None
 
     def _check(self):
-        tokens = self._tensor("tokens", dtype=torch.int64, shape=("S", "K"), last_contiguous=True)
+        tokens = self._tensor("tokens", dtype=INT_DTYPES, shape=("S", "K"), last_contiguous=True)
         check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device, contiguous=True)
         for field in ("confidence", "confidence_logits"):
@@ -418,7 +418,7 @@ class Acceptance(Checked):
     num_accepted   int32 [R], accepted drafts
     num_emitted    int32 [R], entries of tokens in use
     num_rejected   int32 [R], verified drafts that were not accepted
-    next_token     int64 [R], the last emitted token: the anchor of the next round
+    next_token     int64 [R], the last emitted token: the anchor of the next round; tokens and next_token of an `out` may be int32
     last_row       int32 [R], the forward row whose logits gave next_token
     commit_mask    bool [N_max], forward rows whose keys and values stay
     flags          int32 [R], bits of `Flag`
@@ -440,11 +440,11 @@ class Acceptance(Checked):
     kv_source: Tensor | None = None
 
     def _check(self):
-        tokens = self._tensor("tokens", dtype=torch.int64, shape=("R", "K+1"), contiguous=True)
+        tokens = self._tensor("tokens", dtype=INT_DTYPES, shape=("R", "K+1"), contiguous=True)
         requests, device = tokens.shape[0], tokens.device
         for field in ("num_accepted", "num_emitted", "num_rejected", "last_row", "flags"):
             self._tensor(field, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
-        self._tensor("next_token", dtype=torch.int64, shape=(requests,), device=device, contiguous=True)
+        self._tensor("next_token", dtype=INT_DTYPES, shape=(requests,), device=device, contiguous=True)
         self._tensor("commit_mask", dtype=torch.bool, shape=("N_max",), device=device, contiguous=True)
         self._optional("logprobs", dtype=_FLOAT, shape=tuple(tokens.shape), device=device, contiguous=True)
         for field in ("path", "kv_source"):

@@ -8,6 +8,7 @@ import torch
 import dspark_kernels as dk
 from reference import cases, layout as layouts
 from tests.ops.accept_checks import PER_REQUEST, check
+from tests.ops.fields import assert_same
 
 INTS = (torch.int32, torch.int64)
 
@@ -49,3 +50,73 @@ def test_acceptance_over_rows_of_an_engine(rule):
     for name in PER_REQUEST:
         if name != "last_row":
             assert torch.equal(getattr(acceptance, name), getattr(whole, name)), name
+
+
+SWAPPED = {"state_indices", "token_ids", "positions", "anchors", "anchor_positions", "seed"}
+
+
+def swapped(name, value):
+    """The argument with slots as int64, and every other id, position and seed as int32."""
+    if isinstance(value, torch.Tensor) and name in SWAPPED:
+        return value.to(torch.int64 if name == "state_indices" else torch.int32)
+    if isinstance(value, (dk.SamplingTensors, dk.VerifyLayout)):
+        fields = {field.name: swapped(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def small_seeds(arguments):
+    """Seeds that both widths hold, negative ones among them."""
+    sampling = arguments.get("sampling")
+    if sampling is not None:
+        arguments["sampling"] = dataclasses.replace(sampling, seed=sampling.seed % 2**32 - 2**31)
+    return arguments
+
+
+def chain(**options):
+    return dk.accept_chain, cases.accept_case(
+        seed=7, requests=4, drafts=3, vocab=130, scattered=True, padding=1, **options
+    ).arguments()
+
+
+def draft(candidates=None, **options):
+    case = cases.draft_case(seed=7, requests=3, drafts=3, vocab=130, rank=4, scattered=True, padding=1, **options)
+    return dk.draft_block, case.arguments() | dict(candidates=candidates)
+
+
+def tree(method, **options):
+    arguments = draft()[1]
+    names = ("base_logits", "anchors", "anchor_positions", "head", "hidden", "sampling", "state_indices")
+    return dk.draft_tree, {name: arguments[name] for name in names} | dict(method=method, num_nodes=5, **options)
+
+
+def plan():
+    case = cases.attention_case(seed=1, scattered=True)
+    return dk.plan_attention, dict(layout=case.layout, kv=case.kv, query_heads=6, state_indices=case.state_indices)
+
+
+WIDTHS = {
+    "token": lambda: chain(),
+    "block, sparse": lambda: chain(rule="block", proposal="sparse", adjust=cases.ADJUSTMENTS, filters=cases.FILTERS),
+    "coupled": lambda: chain(rule="coupled", proposal="none", filters=("top_k",)),
+    "accept tree": lambda: (dk.accept_tree, cases.accept_tree_case(7, 2, 4, 130, "iid", "recursive", scattered=True).arguments()),
+    "draft": lambda: draft(filters=("top_p",), adjust=cases.ADJUSTMENTS),
+    "draft on candidates": lambda: draft(candidates=9, adjust=cases.ADJUSTMENTS),
+    "tree best first": lambda: tree("conditioned"),
+    "tree of draws": lambda: tree("iid", branching=(2, 1)),
+    "plan": plan,
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_integers_of_either_width(name):
+    op, arguments = WIDTHS[name]()
+    arguments = small_seeds(arguments)
+    want = op(**arguments)
+    narrow = {key: swapped(key, value) for key, value in arguments.items()}
+    assert_same(op(**narrow), want)
+    if isinstance(want, (dk.Acceptance, dk.DraftBlock)):
+        names = [field.name for field in dataclasses.fields(want) if field.name in ("tokens", "next_token")]
+        ids = {field: torch.full_like(getattr(want, field), -1, dtype=torch.int32) for field in names}
+        out = op(**narrow, out=dataclasses.replace(op(**arguments), **ids))
+        assert_same(dataclasses.replace(out, **{field: getattr(out, field).long() for field in names}), want)

@@ -28,8 +28,8 @@ class Layout(NamedTuple):
     query_start_ptr: Pointer | None  # int32 [R + 1], forward rows; None in the phases of a shard that write no output
     cu_logits_ptr: Pointer  # int32 [R + 1]
     logits_indices_ptr: Pointer  # int32 [L], forward row of a logit row
-    token_ids_ptr: Pointer  # int64 [N_max]
-    positions_ptr: Pointer  # int64 [N_max]
+    token_ids_ptr: Pointer  # int64 or int32 [N_max]
+    positions_ptr: Pointer  # int64 or int32 [N_max]
 
 
 class NodeLinks(NamedTuple):
@@ -44,10 +44,10 @@ class Sampling(NamedTuple):
 
     draft_temperature_ptr: Pointer | None  # fp32 [S]; None = the temperature
     temperature_ptr: Pointer | None  # fp32 [S]
-    seed_ptr: Pointer | None  # int64 [S]
+    seed_ptr: Pointer | None  # int64 or int32 [S]
     filters: FilterSettings | None = None
     rates_ptr: Pointer | None = None  # fp32 [K], of forced acceptance
-    slots_ptr: Pointer | None = None  # int32 [R]; None: a request's slot is its row
+    slots_ptr: Pointer | None = None  # int32 or int64 [R]; None: a request's slot is its row
 
 
 class IdMap(NamedTuple):

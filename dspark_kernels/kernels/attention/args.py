@@ -21,7 +21,7 @@ class PlanInputs(NamedTuple):
 
     query_start_ptr: Pointer  # int32 [R+1]
     context_lens_ptr: Pointer  # int [S]
-    slots_ptr: Pointer | None  # int32 [R]; None: a request's slot is its row
+    slots_ptr: Pointer | None  # int32 or int64 [R]; None: a request's slot is its row
 
 
 class PlanTile(NamedTuple):

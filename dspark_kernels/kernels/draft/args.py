@@ -27,9 +27,9 @@ class RequestState(NamedTuple):
     stride_anchors: int
     positions_ptr: Pointer  # int [S], of the anchors
     stride_positions: int
-    slots_ptr: Pointer | None  # int32 [R]; None: a request's slot is its row
+    slots_ptr: Pointer | None  # int32 or int64 [R]; None: a request's slot is its row
     temperature_ptr: Pointer | None  # fp32 [S]; None: every row is greedy
-    seed_ptr: Pointer | None  # int64 [S]
+    seed_ptr: Pointer | None  # int64 or int32 [S]
 
 
 class Hidden(NamedTuple):
@@ -107,7 +107,7 @@ class BlockInputs(NamedTuple):
     map_ptr: Pointer | None  # int64 [V], ids in the target's vocabulary
     hidden_ptr: Pointer | None  # [R, K, H]
     temperature_ptr: Pointer | None  # fp32 [S]; None: every row is greedy
-    seed_ptr: Pointer | None  # int64 [S]
+    seed_ptr: Pointer | None  # int64 or int32 [S]
 
 
 class BlockResults(NamedTuple):
@@ -189,7 +189,7 @@ class ShardInputs(NamedTuple):
     map_ptr: Pointer | None  # int64 [W], ids in the target's vocabulary
     hidden_ptr: Pointer | None  # [R, K, H]
     temperature_ptr: Pointer | None  # fp32 [S]; None: every row is greedy
-    seed_ptr: Pointer | None  # int64 [S]
+    seed_ptr: Pointer | None  # int64 or int32 [S]
     slots_ptr: Pointer | None  # int32 [R]
     tokens_ptr: Pointer  # int64 [S, K], drafts before position k
 

@@ -153,7 +153,7 @@ def finish(state, head, confidence, hidden, out, lse_ptr, scratch, sizes, WITH_M
             if confidence is not None:
                 previous = tl.load(state.anchors_ptr + slot * state.stride_anchors).to(tl.int64)
                 if k > 0:
-                    previous = tl.load(out.tokens_ptr + slot * out.stride_tokens + column + k - 1, volatile=True)
+                    previous = tl.load(out.tokens_ptr + slot * out.stride_tokens + column + k - 1, volatile=True).to(tl.int64)
                 logit = _confidence_logit(hidden, confidence, head, request, k, previous, WITH_MARKOV)
                 tl.store(confidence.raw_ptr + slot * confidence.stride_raw + column + k, logit)
                 if confidence.sts_ptr is not None:

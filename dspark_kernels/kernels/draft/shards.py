@@ -102,7 +102,7 @@ def _previous(state, out, slots, k, column):
     if k == 0:
         tokens = tl.load(state.anchors_ptr + slots * state.stride_anchors, mask=slots >= 0, other=-1).to(tl.int64)
     else:
-        tokens = tl.load(out.tokens_ptr + slots * out.stride_tokens + column + k - 1, mask=slots >= 0, other=-1)
+        tokens = tl.load(out.tokens_ptr + slots * out.stride_tokens + column + k - 1, mask=slots >= 0, other=-1).to(tl.int64)
     return tokens
 
 
@@ -409,7 +409,7 @@ def draft_finish_kernel(
             tl.store(tensors.lse_ptr + slot * strides.lse + column + k, log_sum_exp(row_max, sumexp, scale))
         if confidence is not None:
             if k > 0:
-                previous = tl.load(tensors.tokens_ptr + slot * strides.tokens + column + k - 1)
+                previous = tl.load(tensors.tokens_ptr + slot * strides.tokens + column + k - 1).to(tl.int64)
             logit = confidence_logit(
                 Hidden(hidden_ptr, strides.hidden_request, strides.hidden_position, widths.hidden), confidence, head, request, k,
                 previous, WITH_MARKOV,

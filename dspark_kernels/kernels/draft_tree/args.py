@@ -19,9 +19,9 @@ class TreeState(NamedTuple):
     stride_anchors: int
     positions_ptr: Pointer  # int [S], of the anchors
     stride_positions: int
-    slots_ptr: Pointer | None  # int32 [R]; None: a request's slot is its row
+    slots_ptr: Pointer | None  # int32 or int64 [R]; None: a request's slot is its row
     temperature_ptr: Pointer | None  # fp32 [S]
-    seed_ptr: Pointer | None  # int64 [S]
+    seed_ptr: Pointer | None  # int64 or int32 [S]
     budgets_ptr: Pointer | None  # int32 [R], nodes of each request
 
 
@@ -123,7 +123,7 @@ class PathState(NamedTuple):
 
     anchors_ptr: Pointer  # int [S]
     stride_anchors: int
-    slots_ptr: Pointer | None  # int32 [R]; None: a request's slot is its row
+    slots_ptr: Pointer | None  # int32 or int64 [R]; None: a request's slot is its row
     temperature_ptr: Pointer | None  # fp32 [S]; None: paths are compared at temperature 1
     budgets_ptr: Pointer | None  # int32 [R], nodes of each request
 

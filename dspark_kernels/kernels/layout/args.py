@@ -16,7 +16,7 @@ class LayoutInputs(NamedTuple):
     prefill_ptr: Pointer | None  # int [R], rows of a prompt
     emits_ptr: Pointer | None  # bool or int32 [R]
     block_tables_ptr: Pointer | None  # int32 [S, max_pages]
-    slots_ptr: Pointer | None  # int32 [R]; None: a request's slot is its row
+    slots_ptr: Pointer | None  # int32 or int64 [R]; None: a request's slot is its row
 
 
 class LayoutOutputs(NamedTuple):

@@ -57,7 +57,7 @@ def check_rows(target_logits: Tensor, layout: VerifyLayout, state_indices: Tenso
         )
     if requests and (width == 0 or rows == 0):
         raise ValueError(f"target_logits: expected L >= 1 and {columns} >= 1, got shape {list(target_logits.shape)}")
-    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
+    check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=(requests,), device=device, contiguous=True)
     return requests
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import library, workspace as workspaces
-from ...checks import LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
+from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
 from ...kernels.attention.args import AttentionScratch, PlanInputs, WorkTable
 from ...kernels.sizes import PLAN_COLUMNS
 from ...launch import arch, attention as attention_launch
@@ -109,7 +109,7 @@ def plan_attention(
         dtype: of the queries; default the cache's, bf16 for an fp8 cache.
         window: as in `tree_attention`.
         max_programs: largest number of programs of the attention launch (to leave multiprocessors to a collective).
-        state_indices: int32 [R], slot of each request in kv.context_lens and kv.block_tables, -1 = padding request.
+        state_indices: int32 or int64 [R], slot of each request in kv.context_lens and kv.block_tables, -1 = padding request.
         out: an AttentionPlan made for the same sizes; nothing else is allocated.
         workspace: accepted for uniformity; this op needs no scratch memory.
 
@@ -235,7 +235,7 @@ def check_window(window):
 
 
 def check_slots(state_indices, requests, kv, device):
-    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(requests,), device=device, contiguous=True)
+    check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=(requests,), device=device, contiguous=True)
     if state_indices is None and kv.block_tables.shape[0] != requests:
         raise ValueError(
             f"kv.block_tables: expected {requests} rows (one per request, no state_indices), got {kv.block_tables.shape[0]}"

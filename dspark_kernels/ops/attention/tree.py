@@ -77,7 +77,7 @@ def tree_attention(
         batch_invariant: a request's bits depend on nothing else in the batch, nor on the sizes of batch and layout.
         plan: plan_attention(...) of this step, shared by all layers. None = the op makes one by a launch of its own before the
             attention, and allocates it.
-        state_indices: int32 [R], slot of each request, -1 = padding request. A plan has the slots already; with a plan, only
+        state_indices: int32 or int64 [R], slot of each request, -1 = padding request. A plan has the slots already; with a plan, only
             validate reads them (None: 0 to R - 1).
         out: [N_max, Hq, D], or with return_lse the pair. With plan, out and workspace nothing is allocated.
         validate: read lengths, page ids and ancestor words back and raise ValueError for impossible ones (waits for the GPU).

@@ -124,7 +124,7 @@ def draft_block(
             first_draft = 0, 1, 2, ...
         head_state: fp32 [S, r], the state of an rnn head: written by every call, read where first_draft > 0.
         noise: "draft", or "coupled" where acceptance uses the coupled rule.
-        state_indices: int32 [R], request slot of each row, -1 = padding row.
+        state_indices: int32 or int64 [R], request slot of each row, -1 = padding row.
         keep_logits: store the logits of a greedy block too; its proposal is then dense with temperature 0.
         out: a DraftBlock to write, [S, K]; or wider, and draft first_draft + k goes to column first_draft + k - 1.
         workspace: scratch memory; with `out` and `workspace` nothing is allocated. A gated or rnn head needs one with room for
@@ -222,7 +222,7 @@ def _check_inputs(base_logits, anchors, anchor_positions, state_indices):
     slots = rows if state_indices is None else "S"
     check_tensor("anchors", anchors, dtype=INT_DTYPES, shape=(slots,), device=device)
     check_tensor("anchor_positions", anchor_positions, dtype=INT_DTYPES, shape=(anchors.shape[0],), device=device)
-    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(rows,), device=device, contiguous=True)
+    check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=(rows,), device=device, contiguous=True)
     return rows, drafts, vocab
 
 

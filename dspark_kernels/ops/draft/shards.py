@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ... import workspace as workspaces
-from ...checks import check_choice, check_int, check_optional, check_tensor, check_type, not_yet
+from ...checks import INT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type, not_yet
 from ...types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, RnnMarkovHead, SamplingTensors
 from ..sampling import flatten, needs_no
 from ..shards import Shard, check_shard
@@ -233,7 +233,7 @@ def draft_block_finish(
     _check_position(position, drafts)
     check_tensor("block.tokens", block.tokens, device=device)
     check_tensor("anchors", anchors, shape=(slots,))
-    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(rows,), device=device, contiguous=True)
+    check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=(rows,), device=device, contiguous=True)
     if sampling is not None:
         check_type("sampling", sampling, SamplingTensors)
         check_tensor("sampling.temperature", sampling.temperature, shape=(slots,), device=device)

@@ -183,7 +183,7 @@ def check_expansion(op, tree, node_logits, depth, branching, anchor_positions, m
     check_tensor("tree.flags", tree.flags, shape=(rows,), device=device, contiguous=True)
     if state_indices is None and slots != rows:
         raise ValueError(f"tree.tokens: expected {rows} rows (one per request, no state_indices), got {slots}")
-    check_optional("state_indices", state_indices, dtype=torch.int32, shape=(rows,), device=device, contiguous=True)
+    check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=(rows,), device=device, contiguous=True)
     check_tensor("anchor_positions", anchor_positions, dtype=INT_DTYPES, shape=(slots,), device=device)
     check_optional("node_budgets", node_budgets, dtype=torch.int32, shape=(rows,), device=device, contiguous=True)
     check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True)

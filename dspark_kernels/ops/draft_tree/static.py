@@ -86,7 +86,7 @@ def draft_tree(
         candidates: C: only the C best base logits of a position can become nodes.
         draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; a negative entry stands for no token. For
             "top_k" and "without_replacement".
-        state_indices: int32 [R], request slot of each row, -1 = padding row.
+        state_indices: int32 or int64 [R], request slot of each row, -1 = padding row.
         out: a DraftTree to write. Rows of its proposal that belong to nodes without children keep what they held.
         workspace: scratch memory of max_drafts >= num_nodes - 1 (and markov_rank for a gated or rnn head); with `out` and
             `workspace` nothing is allocated.

@@ -48,7 +48,7 @@ def fixed_layout(
             drafts. Their token ids are 0: the engine fills them in.
         emits: bool or int32 [R]; False = no logit row (a prefill chunk before the last).
         block_tables, page_size: int32 [S, max_pages] and the cache slots of a page; with both, slot_mapping is written.
-        state_indices: int32 [R], request slot of each request, -1 = padding (no rows).
+        state_indices: int32 or int64 [R], request slot of each request, -1 = padding (no rows).
         out: a VerifyLayout to write; nothing else is allocated.
         workspace: accepted for uniformity; this op needs no scratch memory.
 
@@ -187,7 +187,7 @@ def batch_rows(state_indices: Tensor | None, slots: int) -> int:
     """R: the rows of the batch; without `state_indices` the request slots."""
     if state_indices is None:
         return slots
-    return check_tensor("state_indices", state_indices, dtype=torch.int32, shape=("R",)).shape[0]
+    return check_tensor("state_indices", state_indices, dtype=INT_DTYPES, shape=("R",)).shape[0]
 
 
 def check_batch(
@@ -198,7 +198,7 @@ def check_batch(
     per_request = dict(shape=(requests,), device=device, contiguous=True)
     check_optional("num_prefill_tokens", num_prefill_tokens, dtype=INT_DTYPES, **per_request)
     check_optional("emits", emits, dtype=(torch.bool, torch.int32), **per_request)
-    check_optional("state_indices", state_indices, dtype=torch.int32, **per_request)
+    check_optional("state_indices", state_indices, dtype=INT_DTYPES, **per_request)
     check_optional("block_tables", block_tables, dtype=torch.int32, shape=(slots, "max_pages"), device=device, last_contiguous=True)
     if (block_tables is None) != (page_size is None):
         raise ValueError("page_size: expected together with block_tables, got only one of them")
