@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dspark_kernels as dk
+from dspark_kernels.integrations import rows
 from reference import cases, layout as layouts
 from tests.ops.accept_checks import PER_REQUEST, check
 from tests.ops.fields import assert_same
@@ -15,10 +16,10 @@ INTS = (torch.int32, torch.int64)
 
 def engine_rows(layout, ids=torch.int64, behind=0):
     """(cu_num_logits, token_ids, positions) at the logit rows of a layout, with `behind` rows of rubbish after them."""
-    rows = layout.logits_indices[: int(layout.cu_num_logits[-1])]
+    used = layout.logits_indices[: int(layout.cu_num_logits[-1])]
     rubbish = torch.full((behind,), 7)
-    token_ids = torch.cat([layout.token_ids[rows], rubbish]).to(ids)
-    return layout.cu_num_logits, token_ids, torch.cat([layout.positions[rows], rubbish]).to(ids)
+    token_ids = torch.cat([layout.token_ids[used], rubbish]).to(ids)
+    return layout.cu_num_logits, token_ids, torch.cat([layout.positions[used], rubbish]).to(ids)
 
 
 def assert_fields(have, want):
@@ -45,8 +46,8 @@ def test_acceptance_over_rows_of_an_engine(rule):
     whole = check(case)
     cu, token_ids, positions = engine_rows(case.layout, torch.int32, behind=4)
     logits = torch.cat([case.target_logits, torch.full((4, 90), float("nan")).to(case.target_logits.dtype)])
-    rows = dataclasses.replace(case, layout=dk.VerifyLayout.of_rows(cu, token_ids, positions, 3), target_logits=logits)
-    acceptance = check(rows)
+    by_row = dataclasses.replace(case, layout=dk.VerifyLayout.of_rows(cu, token_ids, positions, 3), target_logits=logits)
+    acceptance = check(by_row)
     for name in PER_REQUEST:
         if name != "last_row":
             assert torch.equal(getattr(acceptance, name), getattr(whole, name)), name
@@ -120,3 +121,20 @@ def test_integers_of_either_width(name):
         ids = {field: torch.full_like(getattr(want, field), -1, dtype=torch.int32) for field in names}
         out = op(**narrow, out=dataclasses.replace(op(**arguments), **ids))
         assert_same(dataclasses.replace(out, **{field: getattr(out, field).long() for field in names}), want)
+
+
+def test_rows_beside_slots():
+    """Anchors, positions and drafts by batch row, settings and proposals by slot: the drafts of a call all by slot."""
+    op, arguments = draft()
+    slots = arguments["state_indices"]
+    want = op(**arguments)
+    live = slots.clamp(min=0).long()
+    anchors, positions = arguments["anchors"][live], arguments["anchor_positions"][live].int()
+    by_slot = rows.AnchorsBySlot(len(arguments["anchors"]), "cpu")
+    by_slot.write(anchors.flip(0), positions.flip(0), slots.flip(0).long())  # another batch, in another order
+    anchors, positions = by_slot.write(anchors, positions, slots)
+    block = op(**arguments | dict(anchors=anchors, anchor_positions=positions))
+    assert_same(block, want)
+    tokens = torch.full((len(slots), 3), 5, dtype=torch.int32)
+    assert rows.rows_of(block.tokens, slots, out=tokens) is tokens
+    assert torch.equal(tokens.long(), torch.where((slots >= 0)[:, None], want.tokens[live], -1))

@@ -1,0 +1,1 @@
+"""Adapters to other engines and to torch.distributed, each imported on demand; none is imported with the package."""
