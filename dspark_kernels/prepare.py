@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 # What an op may ask of torch for a call, besides views: memory, which a prepared call keeps.
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.full.default)
+# And what it may compute, anew in every call: temperatures of 0 and 1, of target rows that are scaled already.
+_SIGN = torch.ops.aten.sign.default
 
 
 def prepare(op: Callable[..., T], /, **example: Any) -> Prepared[T]:
@@ -203,20 +205,24 @@ def _shown(tensor: Tensor) -> str:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types neither it nor its __init__
-    """Takes down the launches of a call, and the views of tensors that it makes for them."""
+    """Takes down the launches of a call, and the views and signs of tensors that it makes for them."""
 
     def __init__(self, name: str, tensors: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._name, self._tensors = name, {id(tensor): place for place, tensor in enumerate(tensors)}
         self._launches: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]] = []
-        self._views: dict[int, tuple[Any, ...]] = {}  # of a view: itself, and the function, arguments and options that make it
+        # Of a view or sign: itself, and the function, arguments and options that make it.
+        self._views: dict[int, tuple[Any, ...]] = {}
         self._constants: dict[str, object] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if not func.is_view and func not in _ALLOCATIONS:
+        if func is _SIGN:
+            result = torch.empty_like(args[0])
+        elif func.is_view or func in _ALLOCATIONS:
+            result = func(*args, **(kwargs or {}))
+        else:
             raise NotImplementedError(f"prepare: {self._name}: this call computes {func} besides its launches, and would not again")
-        result = func(*args, **(kwargs or {}))
-        if func.is_view:
+        if func.is_view or func is _SIGN:
             self._views[id(result)] = result, func, args, kwargs or {}
         return result
 

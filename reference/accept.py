@@ -28,7 +28,7 @@ from dspark_kernels.types import Acceptance, Flag, SamplingTensors, VerifyLayout
 from .decisions import Decisions
 from .distributions import Lazy, distribution_of, draft_distribution, log_prob
 from .logits import inverse_temperature, read_logits
-from .sampling import adjust, filtered
+from .sampling import adjust, filtered, of_scaled_target
 from .sources import PhiloxSource, Source
 
 
@@ -182,6 +182,7 @@ def accept_chain(
     *,
     sampling: SamplingTensors | None = None,
     rule: str = "token",
+    target_scaled: bool = False,
     logprobs: str | None = None,
     anchors: Tensor | None = None,
     anchor_positions: Tensor | None = None,
@@ -201,6 +202,8 @@ def accept_chain(
         raise ValueError(f"logprobs: expected one of None, 'raw', 'processed', got {logprobs!r}")
     if synthetic_rates is not None and sampling is None:
         raise ValueError("sampling: expected SamplingTensors, whose seeds give the uniforms of synthetic_rates, got None")
+    if target_scaled:
+        sampling, proposal = of_scaled_target(sampling, proposal)
     call = Call(proposal, sampling, rule, synthetic_rates, Decisions() if decisions is None else decisions)
     result = _empty_result(target_logits, layout, proposal, logprobs)
     offsets, starts = layout.cu_num_logits.tolist(), layout.query_start_loc.tolist()

@@ -14,6 +14,7 @@ penalty Keskar et al. arXiv 1909.05858.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -99,3 +100,14 @@ def _at_least(logits: Tensor, least: float, decisions: Decisions, request: int) 
         other = int((gaps >= outside).sum()) if math.isfinite(float(outside)) else in_support
         margin = -float(outside)
     return other if decisions.flipped(request, "min_p", margin, max(1.0, abs(least))) else in_support
+
+
+def of_scaled_target(sampling: SamplingTensors | None, proposal) -> tuple[SamplingTensors | None, object]:
+    """For target rows that were divided by T already: the target's temperature is 1 (greedy rows 0), the proposal's stays T."""
+    if sampling is None:
+        return None, proposal
+    if sampling.logit_bias is not None or sampling.penalties is not None:
+        raise ValueError("sampling: expected neither bias nor penalties with target_scaled: they act before temperature")
+    if getattr(proposal, "temperature", 0) is None:
+        proposal = dataclasses.replace(proposal, temperature=sampling.temperature)
+    return dataclasses.replace(sampling, temperature=(sampling.temperature > 0).float()), proposal

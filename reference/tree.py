@@ -15,6 +15,7 @@ in (0, 1). Comparisons are strict.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from dspark_kernels.types import Acceptance, DraftTree, Flag, OneHotProposal, Sa
 from .decisions import Decisions
 from .distributions import Lazy, column_ids, distribution_of, draft_distribution, draft_scale, log_prob, point_mass
 from .logits import inverse_temperature, read_logits
-from .sampling import adjust, filtered
+from .sampling import adjust, filtered, of_scaled_target
 from .sources import PhiloxSource, Source
 
 
@@ -223,6 +224,7 @@ def accept_tree(
     *,
     sampling: SamplingTensors | None = None,
     rule: str = "walk",
+    target_scaled: bool = False,
     logprobs: str | None = None,
     anchors: Tensor | None = None,
     anchor_positions: Tensor | None = None,
@@ -247,6 +249,9 @@ def accept_tree(
     if logprobs not in (None, "raw", "processed"):
         raise ValueError(f"logprobs: expected one of None, 'raw', 'processed', got {logprobs!r}")
     decisions = Decisions() if decisions is None else decisions
+    if target_scaled:
+        sampling, proposal = of_scaled_target(sampling, tree.proposal)
+        tree = dataclasses.replace(tree, proposal=proposal)
     device, batch, nodes = target_logits.device, layout.draft_lens.shape[0], tree.tokens.shape[1]
     result = Acceptance(
         tokens=torch.full((batch, nodes), -1, dtype=torch.int64, device=device),

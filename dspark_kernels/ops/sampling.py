@@ -5,13 +5,14 @@ What the settings do is said in types.SamplingTensors; the device functions are 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..checks import check_optional, check_tensor, check_type
 from ..kernels.args import Adjustments, Bias, FilterSettings, Mask, Penalties
-from ..types import SamplingTensors
+from ..types import DenseProposal, OneHotProposal, SamplingTensors, SparseProposal
 
 
 class Flat(NamedTuple):
@@ -96,6 +97,24 @@ def check_sampling(sampling: SamplingTensors | None, *, slots: int | None, vocab
     if penalties is not None:
         check_tensor("sampling.penalties.token_ids", penalties.token_ids, device=device,
                      shape=(sampling.temperature.shape[0], "T"))  # fmt: skip
+
+
+def of_scaled_target(
+    sampling: SamplingTensors | None, proposal: OneHotProposal | DenseProposal | SparseProposal | None
+) -> tuple[SamplingTensors | None, OneHotProposal | DenseProposal | SparseProposal | None]:
+    """Settings and proposal for target rows that were divided by their temperature already.
+
+    The target's temperature is 1, or 0 where a row is greedy: one launch of torch. A proposal keeps the temperature of `sampling`
+    where it has none of its own. What comes before temperature is refused; a bit mask gives the same before and after.
+    """
+    if sampling is None:
+        return None, proposal
+    for name in ("logit_bias", "penalties"):
+        if getattr(sampling, name) is not None:
+            raise ValueError(f"sampling.{name}: expected None with target_scaled, because it acts before temperature, got a value")
+    if isinstance(proposal, (DenseProposal, SparseProposal)) and proposal.temperature is None:
+        proposal = dataclasses.replace(proposal, temperature=sampling.temperature)
+    return dataclasses.replace(sampling, temperature=sampling.temperature.sign()), proposal
 
 
 def needs_no(op: str, sampling: SamplingTensors | None, fields: tuple[str, ...], why: str) -> None:

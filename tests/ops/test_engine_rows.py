@@ -7,7 +7,7 @@ import torch
 
 import dspark_kernels as dk
 from dspark_kernels.integrations import rows
-from reference import cases, layout as layouts
+from reference import accept as reference_accept, cases, layout as layouts, tree as reference_tree
 from tests.ops.accept_checks import PER_REQUEST, check
 from tests.ops.fields import assert_same
 
@@ -138,3 +138,41 @@ def test_rows_beside_slots():
     tokens = torch.full((len(slots), 3), 5, dtype=torch.int32)
     assert rows.rows_of(block.tokens, slots, out=tokens) is tokens
     assert torch.equal(tokens.long(), torch.where((slots >= 0)[:, None], want.tokens[live], -1))
+
+
+def scaled(case, slot_of_row):
+    """Target rows divided by the temperatures of their requests, powers of two: the same bits after scaling as in one step."""
+    temperature = case.sampling.temperature[slot_of_row]
+    return case.target_logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+
+
+@pytest.mark.parametrize("rule, proposal", [("token", "dense"), ("block", "sparse"), ("coupled", "none"), ("recursive", "dense")])
+def test_target_scaled(rule, proposal):
+    """Equal to the op on rows that it scales itself, prepared too; greedy rows stay greedy, filters and mask act."""
+    options = dict(temperatures=(0.5, 1.0, 2.0, 0.0), dtype=torch.float32)
+    if rule == "recursive":
+        case = cases.accept_tree_case(3, 4, 4, 130, "iid", rule, **options)
+        op, reference = dk.accept_tree, reference_tree.accept_tree
+    else:
+        options |= dict(adjust=("mask",), filters=("top_p",) if rule == "token" else (), closeness=0.9)
+        case = cases.accept_case(seed=3, requests=4, drafts=2, vocab=130, rule=rule, proposal=proposal, **options)
+        op, reference = dk.accept_chain, reference_accept.accept_chain
+    rows = case.target_logits.shape[0]
+    owner = torch.searchsorted(case.layout.cu_num_logits[1:].contiguous(), torch.arange(rows), right=True)
+    arguments = case.arguments()
+    want = op(**arguments)
+    arguments |= dict(target_logits=scaled(case, owner.clamp(max=len(case.sampling.temperature) - 1)), target_scaled=True)
+    have = op(**arguments)
+    assert_same(have, want)
+    assert (have.num_accepted > 0).any()
+    assert torch.equal(reference(**arguments).tokens, have.tokens)
+    if rule == "coupled":
+        assert set(case.sampling.temperature.tolist()) > {0.0}
+        again = dk.prepare(op, **arguments)
+        assert_same(again(sampling=dataclasses.replace(case.sampling, temperature=case.sampling.temperature.clone())), want)
+
+
+def test_target_scaled_refuses_what_comes_before_temperature():
+    _, arguments = chain(adjust=("bias",))
+    with pytest.raises(ValueError, match="sampling.logit_bias: expected None with target_scaled"):
+        dk.accept_chain(**arguments, target_scaled=True)

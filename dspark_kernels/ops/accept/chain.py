@@ -89,6 +89,7 @@ def accept_chain(
     *,
     sampling: SamplingTensors | None = None,
     rule: str = "token",
+    target_scaled: bool = False,
     logprobs: str | None = None,
     anchors: Tensor | None = None,
     anchor_positions: Tensor | None = None,
@@ -109,6 +110,9 @@ def accept_chain(
         sampling: settings per slot; None = every row greedy. The op applies them to target_logits: token_bitmask has a row per
             row of target_logits, and penalties count the drafts before a row as emitted.
         rule: "token", "block" or "coupled". Greedy requests are verified greedily under every rule.
+        target_scaled: target_logits were divided by the temperature of their request already, so they are not scaled again. The
+            temperature of `sampling` still says which requests are greedy (0), and is that of the proposal; filters and bit mask
+            act as ever. Bias and penalties, which act before temperature, are refused. Needs [S] fp32 of new memory.
         logprobs: adds `Acceptance.logprobs`, ln of the probability of each emitted token: under "raw" by softmax(target_logits) at
             temperature 1, before any setting; under "processed" by the distribution that tokens are drawn from (greedy: the
             arg-max has probability 1). A token of probability 0 has -inf (a row without any finite logit, a forced draft);
@@ -149,6 +153,8 @@ def accept_chain(
     out = output(out, requests, drafts + 1, layout.token_ids.shape[0], device, logprobs=logprobs is not None)
     if requests == 0:
         return out
+    if target_scaled:
+        sampling, draft = sampling_args.of_scaled_target(sampling, draft)
     if sampling is None or rule == "coupled" or synthetic_rates is not None:
         draft = logits = None  # these do not ask how a draft was drawn
     sparse, dense = isinstance(draft, SparseProposal), isinstance(draft, DenseProposal)

@@ -75,6 +75,7 @@ def accept_partial(
     vocab_size: int | None = None,
     sampling: SamplingTensors | None = None,
     rule: str = "token",
+    target_scaled: bool = False,
     state_indices: Tensor | None = None,
     out: Tensor | None = None,
     workspace: workspaces.Workspace | None = None,
@@ -84,7 +85,7 @@ def accept_partial(
     Args:
         target_logits: [L, W] bf16, fp16 or fp32: this rank's columns, the same W on every rank. Columns of ids from vocab_size on
             are ignored.
-        layout, sampling, rule, state_indices: as in `accept_chain`, the same on every rank, for all of the vocabulary.
+        layout, sampling, rule, target_scaled, state_indices: as in `accept_chain`, the same on every rank, for all of the vocabulary.
         proposal: as in `accept_chain`; dense: this rank's columns of the logits [S, K, W], lse of whole rows; sparse: the same on
             every rank.
         phase: one of `accept_phases(proposal, sampling=sampling, rule=rule)`.
@@ -101,6 +102,8 @@ def accept_partial(
         shards do not have (filters, reduced draft vocabularies).
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
+    if target_scaled:
+        sampling, proposal = sampling_args.of_scaled_target(sampling, proposal)
     call = _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_size, sampling, rule, state_indices)
     device = target_logits.device
     check_choice("phase", phase, call.phases)
@@ -145,6 +148,7 @@ def accept_finish(
     vocab_size: int | None = None,
     sampling: SamplingTensors | None = None,
     rule: str = "token",
+    target_scaled: bool = False,
     anchors: Tensor | None = None,
     anchor_positions: Tensor | None = None,
     state_indices: Tensor | None = None,
@@ -162,6 +166,8 @@ def accept_finish(
     Returns:
         Acceptance.
     """
+    if target_scaled:
+        sampling, proposal = sampling_args.of_scaled_target(sampling, proposal)
     call = _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_size, sampling, rule, state_indices)
     device, slots = target_logits.device, call.slots
     call.check_gathered(gathered, len(call.phases))

@@ -101,6 +101,7 @@ def accept_tree(
     *,
     sampling: SamplingTensors | None = None,
     rule: str = "walk",
+    target_scaled: bool = False,
     logprobs: str | None = None,
     anchors: Tensor | None = None,
     anchor_positions: Tensor | None = None,
@@ -122,6 +123,7 @@ def accept_tree(
         rule: "walk", "recursive" or "traversal". Use "walk" for deterministic trees: it samples at each node and follows the
             child that matches. Greedy requests and deterministic trees are walked under every rule: all three then have the same
             distribution, and none accepts more.
+        target_scaled: as in `accept_chain`.
         logprobs: adds `Acceptance.logprobs` [R, M], ln of the probability of each emitted token: under "raw" by
             softmax(target_logits) at temperature 1, before any setting; under "processed" by the target distribution after all
             settings (greedy: the arg-max has probability 1). A token of probability 0 has -inf; entries from num_emitted on are 0.
@@ -155,6 +157,8 @@ def accept_tree(
     out = output(out, requests, nodes, layout.token_ids.shape[0], device, logprobs=logprobs is not None, paths=True)
     if requests == 0:
         return out
+    if target_scaled:
+        sampling, draft = sampling_args.of_scaled_target(sampling, draft)
     if sampling is None or rule == "walk" or nodes == 1:
         draft = None
     dense = isinstance(draft, DenseProposal)
