@@ -18,6 +18,7 @@ from torch import Tensor
 from .caches import KVLayers, PagedKV  # noqa: F401  types of this module, on a page of their own
 from .checks import INT_DTYPES, LOGIT_DTYPES, Checked, check_choice, check_int, check_tensor, check_type
 from .cost import CostTable  # noqa: F401  the same
+from .proposals import DenseProposal, OneHotProposal, Proposal, SparseProposal  # the same
 
 _FLOAT = torch.float32
 _WEIGHTS = LOGIT_DTYPES
@@ -197,65 +198,6 @@ class ConfidenceHead(Checked):
         weight = self._tensor("weight", dtype=_WEIGHTS, shape=("H+r",), last_contiguous=True)
         self._optional("bias", dtype=_WEIGHTS, shape=(1,), device=weight.device)
         self._optional("sts_temperatures", dtype=_FLOAT, shape=("K",), device=weight.device, contiguous=True)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class OneHotProposal(Checked):
-    """The drafts were chosen deterministically (greedy, n-gram, ...): the draft itself has probability 1."""
-
-    def _check(self):
-        pass
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class DenseProposal(Checked):
-    """The distribution that the drafts were drawn from, as stored logits over the vocabulary.
-
-    logits            bf16, fp16 or fp32 [S, K, V or Vd], before temperature, -inf outside the support left by filters
-    lse               fp32 [S, K], ln sum exp(logits / temperature), or None
-    temperature       fp32 [S]; None = the sampling temperature; 0 = one-hot on the largest logit
-    draft_to_target   int64 [Vd] or None: the target's id of each column, each id at most once, in any order
-    """
-
-    logits: Tensor
-    lse: Tensor | None = None
-    temperature: Tensor | None = None
-    draft_to_target: Tensor | None = None
-
-    def _check(self):
-        logits = self._tensor("logits", dtype=LOGIT_DTYPES, shape=("S", "K", "V"), last_contiguous=True)
-        slots, drafts, width = logits.shape
-        self._optional("lse", dtype=_FLOAT, shape=(slots, drafts), device=logits.device, last_contiguous=True)
-        self._optional("temperature", dtype=_FLOAT, shape=(slots,), device=logits.device, contiguous=True)
-        self._optional("draft_to_target", dtype=torch.int64, shape=(width,), device=logits.device, contiguous=True)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SparseProposal(Checked):
-    """The distribution that the drafts were drawn from, on C candidates per position.
-
-        ids           int64 or int32 [S, K, C], in any order
-        logits        bf16, fp16 or fp32 [S, K, C], before temperature
-        lse           fp32 [S, K] or None; acceptance does not read it
-        temperature   fp32 [S]; None = the sampling temperature; 0 = one-hot on the largest logit
-
-    The probabilities of entries with the same id add up. Entries outside the vocabulary (-1 = unused) stay in the normalisation;
-    give an unused entry the logit -inf.
-    """
-
-    ids: Tensor
-    logits: Tensor
-    lse: Tensor | None = None
-    temperature: Tensor | None = None
-
-    def _check(self):
-        ids = self._tensor("ids", dtype=INT_DTYPES, shape=("S", "K", "C"), last_contiguous=True)
-        self._tensor("logits", dtype=LOGIT_DTYPES, shape=tuple(ids.shape), device=ids.device, last_contiguous=True)
-        self._optional("lse", dtype=_FLOAT, shape=tuple(ids.shape[:2]), device=ids.device, last_contiguous=True)
-        self._optional("temperature", dtype=_FLOAT, shape=(ids.shape[0],), device=ids.device, contiguous=True)
-
-
-Proposal = OneHotProposal | DenseProposal | SparseProposal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

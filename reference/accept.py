@@ -256,7 +256,7 @@ def _empty_result(target_logits: Tensor, layout: VerifyLayout, proposal, logprob
     width = layout.max_drafts
     if width is None:
         logits = getattr(proposal, "base_logits", getattr(proposal, "logits", None))
-        width = logits.shape[1] if logits is not None else max(target_logits.shape[0] - 1, 0)
+        width = logits.shape[1] if logits is not None and logits.dim() == 3 else max(target_logits.shape[0] - 1, 0)
     batch, device = layout.draft_lens.shape[0], target_logits.device
     counts = ("num_accepted", "num_emitted", "num_rejected", "last_row", "flags")
     return Acceptance(

@@ -1,6 +1,6 @@
 """The distributions that acceptance compares: the target's and the drafter's, in fp64 over the target's ids.
 
-    p = softmax(logits / T);   q = softmax(stored draft logits / T'), spread over the target's ids by the proposal's map or list
+    p = softmax(logits / T);   q = softmax(stored draft logits / T'), or stored probabilities, spread over the target's ids by the proposal's map or list
 
 Symbols: V vocabulary of the target, T and T' temperatures of target and drafter (T' = T unless the proposal has its own); scale =
 1 / T, 0 for a greedy row. Source: the proposals of `dspark_kernels.types`.
@@ -80,7 +80,11 @@ def draft_distribution(proposal, slot: int, i: int, draft: int, *, scale: float,
         if 0 <= draft < vocab:
             probs[draft] = 1.0
         return probs
-    by_column = distribution_of(read_logits(proposal.logits[slot, i])[0], scale)
+    if isinstance(proposal, DenseProposal) and proposal.probs:
+        row = proposal.logits[slot, i] if proposal.starts is None else proposal.logits[int(proposal.starts[slot]) + i]
+        by_column = row.double().nan_to_num(0.0).clamp(0.0, 1.0)
+    else:
+        by_column = distribution_of(read_logits(proposal.logits[slot, i])[0], scale)
     ids = column_ids(proposal, slot, i)
     if ids is None:
         width = min(vocab, by_column.shape[0])

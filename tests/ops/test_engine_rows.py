@@ -176,3 +176,48 @@ def test_target_scaled_refuses_what_comes_before_temperature():
     _, arguments = chain(adjust=("bias",))
     with pytest.raises(ValueError, match="sampling.logit_bias: expected None with target_scaled"):
         dk.accept_chain(**arguments, target_scaled=True)
+
+
+def of_probs(case, packed):
+    """The case with its proposal as probabilities, [S, K, V] or packed by batch row in the dtype of the case."""
+    temperature = case.sampling.temperature
+    scale = torch.where(temperature > 0, temperature, 1.0)[:, None, None]
+    probs = torch.softmax(case.proposal.logits.float() / scale, -1).to(case.target_logits.dtype)
+    if not packed:
+        return dataclasses.replace(case, proposal=dk.DenseProposal.of_probs(probs))
+    lens = case.layout.draft_lens
+    rows = torch.cat([probs[r, :length] for r, length in enumerate(lens.tolist())] or [probs[:0, 0]])
+    cu = torch.cat([lens.new_zeros(1), lens.cumsum(0, dtype=torch.int32)])
+    return dataclasses.replace(case, proposal=dk.DenseProposal.of_probs(rows, cu))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_probabilities(rule, packed):
+    options = dict(closeness=0.8, dtype=torch.float32, vocab=90, rule=rule, temperatures=(0.7, 1.0, 0.0))
+    case = of_probs(cases.accept_case(seed=6, requests=9, drafts=3, **options), packed)
+    acceptance = check(case)
+    assert 5 < acceptance.num_accepted.sum() < case.layout.draft_lens.sum()
+    if packed:  # a case with slots; a start that names no row; nobody with a draft
+        case.proposal.starts[3:5] = torch.tensor([10**9, -5])
+        dk.accept_chain(**case.arguments())
+        one = cases.accept_case(seed=6, requests=3, drafts=3, lengths=torch.zeros(3, dtype=torch.int32), **options)
+        check(of_probs(one, packed))
+
+
+def test_probabilities_by_slot_in_half_precision():
+    case = cases.accept_case(seed=8, requests=5, drafts=3, vocab=1100, scattered=True, padding=1, dtype=torch.bfloat16)
+    check(of_probs(case, False))
+
+
+def test_probabilities_have_no_temperature_and_no_tree():
+    probs = torch.full((2, 3, 4), 0.25)
+    with pytest.raises(ValueError, match="DenseProposal.temperature: expected None for probabilities"):
+        dk.DenseProposal(probs, temperature=torch.ones(2), probs=True)
+    with pytest.raises(ValueError, match="DenseProposal.starts: expected None for logits"):
+        dk.DenseProposal(probs[0], starts=torch.zeros(2, dtype=torch.int32))
+    case = cases.accept_tree_case(3, 2, 4, 40, "iid", "recursive")
+    shape = case.tree.proposal.logits.shape
+    case = dataclasses.replace(case, tree=dataclasses.replace(case.tree, proposal=dk.DenseProposal.of_probs(torch.ones(shape))))
+    with pytest.raises(NotImplementedError, match="accept_tree: proposal.probs"):
+        dk.accept_tree(**case.arguments())

@@ -58,7 +58,8 @@ class IdMap(NamedTuple):
 
 
 class DenseDraft(NamedTuple):
-    """Draft logits [S, rows, width]; rows are drafts of a chain or nodes of a tree."""
+    """Draft logits or probabilities [S, rows, width]; rows are drafts of a chain or nodes of a tree. Packed [num_tokens, width]:
+    with starts, and stride_slot is that of all rows."""
 
     logits_ptr: Pointer
     lse_ptr: Pointer | None  # fp32 [S, K]: ln of the sum of exponentials, where it is stored
@@ -67,6 +68,7 @@ class DenseDraft(NamedTuple):
     stride_lse: int
     width: int
     id_map: IdMap | None
+    starts_ptr: Pointer | None = None  # int32 or int64 [S]: the first row of each slot
 
 
 class DraftShard(NamedTuple):
@@ -363,6 +365,7 @@ class ChainProposal(NamedTuple):
     residual_of_blocks: Any  # the same of all blocks of a row; None: dense
     residual_in_block: Any  # that residual inside one block, fp32 [1024]
     column_of: Any  # column of an id in the draft's logits; None: sparse
+    PROBS: bool = False  # whether draft rows are probabilities
 
     cache_key = functions_key
 

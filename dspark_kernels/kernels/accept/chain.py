@@ -313,7 +313,7 @@ def accept_chain_kernel(
 
 
 _RULES = {"token": verify_token, "block": verify_block, "match": verify_match, "forced": verify_forced}
-_PROPOSALS = {"none": None, "sparse": sparse.SPARSE, "stored": dense.STORED, "mapped": dense.MAPPED}
+_PROPOSALS = {"none": None, "sparse": sparse.SPARSE, "stored": dense.STORED, "mapped": dense.MAPPED, "probs": dense.PROBS}
 
 
 def launch_accept_chain(items, args, *, rule, proposal, two_phases, draws, config, **tile):

@@ -1,4 +1,4 @@
-"""Drafts of a dense proposal: one logit per column, and columns are ids or mapped to ids, each id at most once.
+"""Drafts of a dense proposal: one logit or probability per column, and columns are ids or mapped to ids, each id at most once.
 
 A map is inverted at the start of the launch, by work items that all others wait for where they ask for a column. Symbols: S state
 slots, K drafts, Vd draft vocabulary. Hooks: proposals.py. Reference: reference/accept.py.
@@ -75,8 +75,31 @@ class DraftLogits(NamedTuple):
 
 
 @triton.jit
+def _row_ptr(i, view, draft):
+    """Rows i int64 of a request."""
+    if draft.starts_ptr is None:
+        row_ptr = draft.logits_ptr + view.slot * draft.stride_slot + i * draft.stride_row
+    else:
+        row = tl.load(draft.starts_ptr + view.slot).to(tl.int64) + i
+        # A start that names no row reads another one, and no memory of others.
+        row_ptr = draft.logits_ptr + tl.minimum(tl.maximum(row, 0) * draft.stride_row, draft.stride_slot - draft.stride_row)
+    return row_ptr
+
+
+@triton.jit
 def _row_ptrs(i, rows, view, draft):
-    return draft.logits_ptr + view.slot * draft.stride_slot + tl.where(rows >= 0, i, 0).to(tl.int64) * draft.stride_row
+    return _row_ptr(tl.where(rows >= 0, i, 0).to(tl.int64), view, draft)
+
+
+@triton.jit
+def _draft_prob(x, ids, distribution, scale, PROPOSAL: tl.constexpr):
+    """Probability of ids, x of them in their draft rows."""
+    if PROPOSAL.PROBS:
+        one = tl.where(ids == distribution.point, 1.0, 0.0)
+        prob = tl.where(distribution.point == SOFTMAX, tl.minimum(tl.maximum(x, 0.0), 1.0), one)
+    else:
+        prob = soft_prob(x, ids, distribution, scale)
+    return prob
 
 
 @triton.jit
@@ -98,7 +121,11 @@ def draft_stats(
     """logits: DraftLogits. blocks: of the target, not asked for here."""
     partials, stats, draft_scale = scratch.draft, scratch.stats, scales.draft
     x = logits.x
-    if draft.lse_ptr is None:
+    if PROPOSAL.PROBS:
+        everybody = tl.full(rows.shape, SOFTMAX, tl.int32)
+        unused = tl.zeros(rows.shape, tl.float32)
+        _store(rows, token, x, Distribution(everybody, unused, unused), stats, draft_scale, draft_temperature, PROPOSAL)
+    elif draft.lse_ptr is None:
         row_ptrs = _row_ptrs(i, rows, view, draft)
         top, sumexp, words, tops = merge_blocks(partials.max_ptr, partials.sumexp_ptr, rows, num_blocks, draft_scale, BLOCKS)
         point = tl.full(rows.shape, SOFTMAX, tl.int32)
@@ -109,13 +136,13 @@ def draft_stats(
             point = tl.where(top == POS_INF, hot, point)
         point = tl.where(top == NEG_INF, NOBODY, point)
         factor = 1.0 / tl.maximum(sumexp, 1).to(tl.float32) * SUMEXP_ONE
-        _store(rows, token, x, Distribution(point, finite_or_zero(top), factor), stats, draft_scale, draft_temperature)
+        _store(rows, token, x, Distribution(point, finite_or_zero(top), factor), stats, draft_scale, draft_temperature, PROPOSAL)
     else:
-        _stats_from_lse(rows, token, logits, stats, draft_scale, draft_temperature)
+        _stats_from_lse(rows, token, logits, stats, draft_scale, draft_temperature, PROPOSAL)
 
 
 @triton.jit
-def _stats_from_lse(rows, token, logits, stats, draft_scale, draft_temperature):
+def _stats_from_lse(rows, token, logits, stats, draft_scale, draft_temperature, PROPOSAL: tl.constexpr):
     x, lse = logits.x, logits.lse
     # A +inf in the row: its first place is not stored, so the draft stands for it if it is +inf itself.
     infinite = tl.where(x == POS_INF, as_point(token), NOBODY)
@@ -123,26 +150,26 @@ def _stats_from_lse(rows, token, logits, stats, draft_scale, draft_temperature):
     # exp(x / T - lse) = exp2((x - lse T) log2(e) / T)
     reference = finite_or_zero(lse) * (LOG2E / draft_scale)
     factor = tl.full(rows.shape, 1.0, tl.float32)
-    _store(rows, token, x, Distribution(point, reference, factor), stats, draft_scale, draft_temperature)
+    _store(rows, token, x, Distribution(point, reference, factor), stats, draft_scale, draft_temperature, PROPOSAL)
 
 
 @triton.jit
-def _store(rows, token, x, drawn_from, stats, draft_scale, draft_temperature):
+def _store(rows, token, x, drawn_from, stats, draft_scale, draft_temperature, PROPOSAL: tl.constexpr):
     """The statistics of drafts with logits x; drawn_from: the distributions where the draft temperature is above 0."""
     point = drawn_from.point
     if (draft_temperature > 0.0) == 0:
         point = as_point(token)
     point = tl.where(token == -1, NOBODY, point)
     draft = Distribution(point, drawn_from.reference, drawn_from.factor)
-    store_draft_stats(stats, rows, draft, soft_prob(x, token, draft, draft_scale))
+    store_draft_stats(stats, rows, draft, _draft_prob(x, token, draft, draft_scale, PROPOSAL))
 
 
 @triton.jit
 def _residual(x, view, i, draft, ids, pair, scales, PROPOSAL: tl.constexpr):
     """Of ids [WIDTH] of row i, x: their target logits."""
     column, inside = PROPOSAL.column_of(draft, ids, view.vocab)
-    draft_row = draft.logits_ptr + view.slot * draft.stride_slot + i.to(tl.int64) * draft.stride_row
-    draft_prob = soft_prob(load_block(draft_row, column, inside), ids, pair.draft, scales.draft)
+    draft_row = _row_ptr(i.to(tl.int64), view, draft)
+    draft_prob = _draft_prob(load_block(draft_row, column, inside), ids, pair.draft, scales.draft, PROPOSAL)
     return tl.maximum(pair.prefix_prob * soft_prob(x, ids, pair.target, scales.target) - draft_prob, 0.0)
 
 
@@ -172,3 +199,4 @@ def residual_in_block(
 
 STORED = ChainProposal(draft_logits, draft_stats, residual_sums, None, residual_in_block, column_is_id)
 MAPPED = ChainProposal(draft_logits, draft_stats, residual_sums, None, residual_in_block, column_of_id)
+PROBS = ChainProposal(draft_logits, draft_stats, residual_sums, None, residual_in_block, column_is_id, PROBS=True)

@@ -103,7 +103,8 @@ def accept_chain(
     Args:
         target_logits: [L, V] bf16, fp16 or fp32, last dimension contiguous; row j belongs to layout.logits_indices[j].
         layout: which rows and drafts belong to which request (drafts are read from layout.token_ids).
-        proposal: the distribution that the drafts were drawn from; None = one-hot. Dense: logits [S, K, Vd] and, if given, lse;
+        proposal: the distribution that the drafts were drawn from; None = one-hot. Dense: logits [S, K, Vd] and, if given, lse,
+            or probabilities [S, K, V] or packed [num_tokens, V] (`DenseProposal.of_probs`);
             columns beyond V, and columns that draft_to_target maps to no id, are part of the draft distribution but can never be
             accepted. Sparse: 1 to 512 candidates in any order; the probabilities of entries with the same id add up, and ids
             outside the vocabulary stay in the normalisation. The coupled rule and forced acceptance do not read the proposal.
@@ -143,7 +144,7 @@ def accept_chain(
     draft = _check_proposal(proposal, slots, device)
     check_anchors(anchors, anchor_positions, slots, device)
     logits = None if draft is None else draft.logits
-    drafts = drafts_of(layout, logits, rows)
+    drafts = drafts_of(layout, logits if logits is not None and logits.dim() == 3 else None, rows)
     if synthetic_rates is not None:
         check_tensor("synthetic_rates", synthetic_rates, dtype=torch.float32, shape=(drafts,), device=device, contiguous=True)
         if sampling is None:
@@ -158,6 +159,9 @@ def accept_chain(
     if sampling is None or rule == "coupled" or synthetic_rates is not None:
         draft = logits = None  # these do not ask how a draft was drawn
     sparse, dense = isinstance(draft, SparseProposal), isinstance(draft, DenseProposal)
+    starts = draft.starts if dense else None
+    if starts is not None:
+        logits = logits[None]
     blocks = _blocks(vocab, None if sparse else logits)
     counters, scratch = workspaces.lend(
         OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, blocks * VOCAB_BLOCK, device
@@ -170,6 +174,8 @@ def accept_chain(
         draft_lse=None if draft is None or sparse else draft.lse,
         draft_temperature=None if draft is None else draft.temperature,
         draft_to_target=draft.draft_to_target if dense else None,
+        draft_starts=starts,
+        draft_probs=dense and draft.probs,
         sampling=sampling_args.flatten(sampling),
         rates=synthetic_rates,
         state_indices=state_indices,
@@ -194,6 +200,11 @@ def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal |
         return None
     check_type("proposal", proposal, (DenseProposal, SparseProposal))
     shape = ["S" if slots is None else slots, "K", "Vd"]
+    if isinstance(proposal, DenseProposal) and proposal.starts is not None:
+        check_tensor("proposal.starts", proposal.starts, shape=tuple(shape[:1]), device=device)
+        shape[:2] = ["num_tokens"]
+        if proposal.logits.shape[0] == 0:
+            return None  # nobody has a draft
     if isinstance(proposal, SparseProposal):
         shape[2] = "C"
         check_candidates("proposal.logits", proposal.logits)
@@ -215,6 +226,8 @@ class Arguments(NamedTuple):
     draft_lse: Tensor | None
     draft_temperature: Tensor | None
     draft_to_target: Tensor | None
+    draft_starts: Tensor | None
+    draft_probs: bool
     sampling: sampling_args.Flat
     rates: Tensor | None
     state_indices: Tensor | None
@@ -239,7 +252,7 @@ def _accept_chain(a: Arguments):
     plan = _plan(a, drafts)
     kind, dense = plan.proposal, plan.dense
     blocks = _blocks(vocab, a.draft_logits if dense else None)
-    swept = dense and a.draft_lse is None
+    swept = dense and a.draft_lse is None and not a.draft_probs
     filtered = flat.filters is not None
     residual_rows = (drafts if plan.rule == "block" else 1) if plan.two_phases else 0
     swept_rows = residual_rows if dense else 0  # of a sparse proposal one item sums a row
@@ -262,7 +275,7 @@ def _accept_chain(a: Arguments):
         scratch = scratch._replace(target=scratch.target._replace(best_ptr=None))
     draft = None
     if kind != "none":
-        draft = draft_record(a.draft_logits, a.draft_ids, a.draft_lse, a.draft_to_target, inverse)
+        draft = draft_record(a.draft_logits, a.draft_ids, a.draft_lse, a.draft_to_target, inverse, a.draft_starts)
     by_slot = [t for t in (flat.temperature, a.draft_logits, a.anchors, a.anchor_positions) if t is not None]
     num_slots = by_slot[0].shape[0] if by_slot else 2**31 - 1  # without any, a slot number is not used to reach memory
     kernels.launch_accept_chain(
@@ -294,7 +307,7 @@ class _Plan(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        return self.proposal in ("stored", "mapped")
+        return self.proposal in ("stored", "mapped", "probs")
 
 
 def _plan(a: Arguments, drafts: int) -> _Plan:
@@ -306,4 +319,5 @@ def _plan(a: Arguments, drafts: int) -> _Plan:
         return _Plan("match", "none", draws, False)
     if a.draft_logits is None or a.draft_ids is not None:
         return _Plan(a.rule, "sparse", draws, a.rule == "block")
-    return _Plan(a.rule, "stored" if a.draft_to_target is None else "mapped", draws, True)
+    kind = "probs" if a.draft_probs else "stored" if a.draft_to_target is None else "mapped"
+    return _Plan(a.rule, kind, draws, True)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import INT_DTYPES, LOGIT_DTYPES, check_optional, check_tensor, check_type
+from ...checks import INT_DTYPES, LOGIT_DTYPES, check_optional, check_tensor, check_type, not_yet
 from ...library import Out
-from ...types import Acceptance, VerifyLayout
+from ...types import Acceptance, DenseProposal, VerifyLayout
 
 MAX_CANDIDATES = 512
 
@@ -71,6 +71,12 @@ def check_candidates(name: str, logits: Tensor) -> None:
     """Logits of a sparse proposal."""
     if not 1 <= logits.shape[-1] <= MAX_CANDIDATES:
         raise ValueError(f"{name}: expected 1 to {MAX_CANDIDATES} candidates, got {logits.shape[-1]}")
+
+
+def needs_logits(op: str, proposal) -> None:
+    """Refuse probabilities where an op's variant reads logits."""
+    if isinstance(proposal, DenseProposal) and proposal.probs:
+        not_yet(op, "proposal.probs", "probabilities (DenseProposal.of_probs) are")
 
 
 def drafts_of(layout: VerifyLayout, draft_logits: Tensor | None, rows: int) -> int:

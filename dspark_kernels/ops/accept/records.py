@@ -21,14 +21,17 @@ def sparse_record(ids: Tensor, logits: Tensor) -> SparseDraft:
     return SparseDraft(ids, logits, *ids.stride()[:2], *logits.stride()[:2], logits.shape[2])
 
 
-def draft_record(logits: Tensor | None, ids: Tensor | None, lse: Tensor | None, draft_to_target: Tensor | None, inverse: Tensor):
-    """DenseDraft or SparseDraft; None without logits. inverse: memory for that of the map."""
+def draft_record(
+    logits: Tensor | None, ids: Tensor | None, lse: Tensor | None, draft_to_target: Tensor | None, inverse: Tensor,
+    starts: Tensor | None = None,
+):  # fmt: skip
+    """DenseDraft or SparseDraft; None without logits. inverse: memory for that of the map. starts: of packed logits, [1, rows, V]."""
     if logits is None:
         return None
     if ids is not None:
         return sparse_record(ids, logits)
     id_map = None if draft_to_target is None else IdMap(draft_to_target, inverse)
-    return DenseDraft(logits, lse, *logits.stride()[:2], stride(lse, 0), logits.shape[2], id_map)
+    return DenseDraft(logits, lse, *logits.stride()[:2], stride(lse, 0), logits.shape[2], id_map, starts)
 
 
 def map_parts(draft: DenseDraft | SparseDraft | None) -> int:

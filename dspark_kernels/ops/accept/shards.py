@@ -36,7 +36,7 @@ from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors,
 from .. import sampling as sampling_args
 from ..shards import Fields, check_shard
 from . import chain as accept
-from .checks import check_anchors, check_rows, drafts_of, emitted, layout_arrays, output
+from .checks import check_anchors, check_rows, drafts_of, emitted, layout_arrays, needs_logits, output
 from .shard_launches import (
     OP,
     DraftArguments,
@@ -269,6 +269,7 @@ def _check_proposal(proposal, slots, width, device) -> DenseProposal | SparsePro
     check_type("proposal", proposal, (DenseProposal, SparseProposal))
     if isinstance(proposal, SparseProposal):
         return accept._check_proposal(proposal, slots, device)
+    needs_logits(OP, proposal)
     if proposal.draft_to_target is not None:
         not_yet(OP, "proposal.draft_to_target", "a reduced draft vocabulary on shards is")
     shape = ("S" if slots is None else slots, "K", width)

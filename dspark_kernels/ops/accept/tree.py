@@ -42,6 +42,7 @@ from .checks import (
     check_rows,
     emitted,
     layout_arrays,
+    needs_logits,
     output,
 )
 from .records import draft_record, map_parts, map_record, outputs_record, target_record, tile_of, used
@@ -199,6 +200,7 @@ def _check_proposal(tree, slots, nodes, device) -> DenseProposal | SparseProposa
     if isinstance(proposal, OneHotProposal) or tree.drawn == "one_hot":
         return None
     check_type("tree.proposal", proposal, (DenseProposal, SparseProposal))
+    needs_logits(OP, proposal)
     width = "Vd" if isinstance(proposal, DenseProposal) else "C"
     if width == "C":
         check_candidates("tree.proposal.logits", proposal.logits)

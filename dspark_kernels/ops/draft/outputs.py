@@ -64,6 +64,8 @@ def check_out(out, base_logits, slots, rows, sampling, confidence, first_draft, 
             raise TypeError(f"out.proposal: expected {kind.__name__} with {given}, got {type(proposal).__name__}")
         check_type("out.proposal", proposal, OneHotProposal)
         return column
+    if candidates is None and proposal.probs:
+        raise ValueError("out.proposal.probs: expected False, because drafting stores logits, got True")
     shape = (slots, columns, base_logits.shape[2] if candidates is None else candidates)
     if candidates is not None:
         check_tensor("out.proposal.ids", proposal.ids, shape=shape, device=device)
