@@ -176,7 +176,7 @@ def _slotted(case, slots):
         (lambda c: dict(softcap="1"), TypeError, "softcap: expected a number"),
         (lambda c: dict(scale=math.nan), ValueError, "scale: expected a finite number"),
         (lambda c: dict(sinks=torch.zeros(2)), ValueError, "sinks: expected shape"),
-        (lambda c: dict(state_indices=torch.zeros(3).long()), TypeError, "state_indices: expected dtype int32"),
+        (lambda c: dict(state_indices=torch.zeros(3)), TypeError, "state_indices: expected dtype int32 or int64"),
         (lambda c: dict(out=torch.zeros(1)), ValueError, "out: expected shape"),
         (lambda c: dict(return_lse=True, out=torch.zeros(1)), TypeError, "out: expected a pair"),
         (lambda c: dict(workspace=dk.Workspace(1, 1, 1, "cpu")), ValueError, "workspace: expected room for attention of 3"),

@@ -240,7 +240,7 @@ BASE = torch.zeros(3, 4, 300)
         (dict(anchors=torch.zeros(2, dtype=torch.int64)), ValueError, "anchors: expected shape"),
         (dict(anchors=torch.zeros(3, dtype=torch.int64, device="meta")), ValueError, "anchors: expected a tensor on cpu"),
         (dict(anchor_positions=torch.zeros(4, dtype=torch.int64)), ValueError, "anchor_positions: expected shape"),
-        (dict(state_indices=torch.zeros(3, dtype=torch.int64)), TypeError, "state_indices: expected dtype int32"),
+        (dict(state_indices=torch.zeros(3)), TypeError, "state_indices: expected dtype int32 or int64"),
         (dict(head=3), TypeError, "head: expected MarkovHead, got int"),
         (dict(head=dk.MarkovHead(torch.zeros(300, 8), torch.zeros(299, 8))), ValueError, "head.w2: expected shape"),
         (dict(hidden=None), ValueError, "hidden: expected"),

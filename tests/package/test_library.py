@@ -353,7 +353,11 @@ def test_constants_of_kernels_are_the_public_ones():
         (lambda: dk.MarkovHead(torch.zeros(5, 0), torch.zeros(5, 0)), ValueError, "MarkovHead.w1: expected rank >= 1"),
         (lambda: dk.MarkovHead(torch.zeros(5, 2), torch.zeros(5, 3)), ValueError, "MarkovHead.w2: expected shape"),
         (lambda: dk.MarkovHead(torch.zeros(5, 2), torch.zeros(5, 2).char()), ValueError, "MarkovHead.w2_scale: expected"),
-        (lambda: dk.SamplingTensors(torch.zeros(2), torch.zeros(2)), TypeError, "SamplingTensors.seed: expected dtype int64"),
+        (
+            lambda: dk.SamplingTensors(torch.zeros(2), torch.zeros(2)),
+            TypeError,
+            "SamplingTensors.seed: expected dtype int32 or int64",
+        ),
         (lambda: dk.SamplingTensors(torch.zeros(2), torch.zeros(3).long()), ValueError, "SamplingTensors.seed: expected shape"),
         (lambda: dk.DenseProposal(torch.zeros(2, 3)), ValueError, "DenseProposal.logits: expected shape"),
         (lambda: dk.DenseProposal(torch.zeros(2, 3, 4), lse=torch.zeros(2)), ValueError, "DenseProposal.lse: expected shape"),

@@ -72,7 +72,7 @@ def test_a_call_is_checked_every_time():
         dict(sampling=dk.SamplingTensors(sampling.temperature[:1], sampling.seed[:1])),
         dict(anchors=torch.zeros(3, dtype=torch.int64)),
         dict(anchors=torch.zeros(2)),
-        dict(state_indices=torch.zeros(2, dtype=torch.int64)),
+        dict(state_indices=torch.zeros(2)),
         dict(synthetic_rates=torch.zeros(9)),
         dict(workspace=dk.Workspace(1, 1, 130, "cpu")),
     ]
