@@ -45,6 +45,12 @@ def refuse_buffers(out, workspace):
             raise ValueError(f"{name}: expected None (the reference allocates its results), got {type(value).__name__}")
 
 
+def refuse_lone_anchors(anchors: Tensor | None, anchor_positions: Tensor | None) -> None:
+    """The random numbers of a round follow from its anchor's position, so tokens and positions advance together."""
+    if (anchors is None) != (anchor_positions is None):
+        raise ValueError("anchors, anchor_positions: expected both or neither, got one of them")
+
+
 def slots_of(state_indices: Tensor | None, batch_rows: int, state_slots: int) -> list[int | None]:
     if state_indices is None:
         return list(range(batch_rows))

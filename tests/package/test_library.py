@@ -273,12 +273,14 @@ def test_acceptance_of_trees_compiles_into_one_graph(backend):
 
     case = accept_tree_case(2, 2, 5, 60, "without_replacement", "traversal", adjust=("presence",), filters=("top_p",))
 
-    def step(target_logits, tree, layout, sampling, anchors):
-        accepted = dk.accept_tree(target_logits, layout, tree, sampling=sampling, rule=case.rule, anchors=anchors)
-        return accepted.tokens, accepted.path, accepted.kv_source, accepted.commit_mask, anchors
+    def step(target_logits, tree, layout, sampling, anchors, positions):
+        accepted = dk.accept_tree(
+            target_logits, layout, tree, sampling=sampling, rule=case.rule, anchors=anchors, anchor_positions=positions
+        )
+        return accepted.tokens, accepted.path, accepted.kv_source, accepted.commit_mask, anchors, positions
 
     def arguments():
-        return case.target_logits, case.tree, case.layout, case.sampling, torch.zeros(2, dtype=torch.int64)
+        return case.target_logits, case.tree, case.layout, case.sampling, *torch.zeros(2, 2, dtype=torch.int64)
 
     have = torch.compile(step, fullgraph=True, backend=backend)(*arguments())
     assert all(torch.equal(a, b) for a, b in zip(have, step(*arguments()), strict=True))

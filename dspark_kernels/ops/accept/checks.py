@@ -65,6 +65,17 @@ def check_anchors(anchors: Tensor | None, anchor_positions: Tensor | None, slots
     """slots: S where it is known."""
     for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
         check_optional(name, tensor, dtype=INT_DTYPES, shape=("S" if slots is None else slots,), device=device)
+    check_anchor_pair(anchors, anchor_positions)
+
+
+def check_anchor_pair(anchors: Tensor | None, anchor_positions: Tensor | None) -> None:
+    """Raise ValueError where one is given without the other."""
+    if (anchors is None) != (anchor_positions is None):
+        missing, given = ("anchor_positions", "anchors") if anchor_positions is None else ("anchors", "anchor_positions")
+        raise ValueError(
+            f"{missing}: expected a tensor because {given} is given, got None: the two advance together, and a round whose positions "
+            "stand still repeats the random numbers of the one before"
+        )
 
 
 def check_candidates(name: str, logits: Tensor) -> None:

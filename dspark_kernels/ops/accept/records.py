@@ -7,6 +7,7 @@ from torch import Tensor
 from ...kernels.accept.args import DenseDraft, IdMap, MapProgress, Outputs, SparseDraft, Target
 from ...kernels.sizes import MAP_COLUMNS, MAX_GROUP, VOCAB_BLOCK
 from .. import sampling as sampling_args
+from .checks import check_anchor_pair
 
 
 def stride(tensor: Tensor | None, dim: int) -> int:
@@ -46,7 +47,8 @@ def map_record(draft: DenseDraft | SparseDraft | None, progress: Tensor) -> MapP
 
 
 def outputs_record(a, log_probs: Tensor | None = None, paths: tuple[Tensor | None, Tensor | None] = (None, None)) -> Outputs:
-    """a: the arguments of an op with Emitted. paths: path and kv_source of a tree."""
+    """a: the arguments of an op with Emitted. paths: path and kv_source of a tree. Raises ValueError as `check_anchor_pair`."""
+    check_anchor_pair(a.anchors, a.anchor_positions)  # once more: torch's op may be called without the public function
     return Outputs(
         *a.emitted, a.commit_mask, a.flags, log_probs, a.anchors, stride(a.anchors, 0), a.anchor_positions,
         stride(a.anchor_positions, 0), *paths,

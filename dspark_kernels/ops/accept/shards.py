@@ -159,7 +159,7 @@ def accept_finish(
 
     Args:
         gathered: int64 [vocab_shards, words] of every phase, in the order of `accept_phases`.
-        anchors, anchor_positions: as in `accept_chain`, advanced in place if given.
+        anchors, anchor_positions: as in `accept_chain`, advanced in place; both or neither.
         out: an Acceptance to write.
         The rest, and the errors: as in `accept_partial`. The elements of target_logits are not read.
 

@@ -128,7 +128,7 @@ def accept_tree(
         logprobs: adds `Acceptance.logprobs` [R, M], ln of the probability of each emitted token: under "raw" by
             softmax(target_logits) at temperature 1, before any setting; under "processed" by the target distribution after all
             settings (greedy: the arg-max has probability 1). A token of probability 0 has -inf; entries from num_emitted on are 0.
-        anchors, anchor_positions: int64 or int32 [S], advanced in place to the next round's anchor if given.
+        anchors, anchor_positions: int64 or int32 [S], advanced in place to the next round's anchor; both or neither.
         state_indices: int32 or int64 [R], request slot of each request, -1 = padding row.
         out, workspace: with both, nothing is allocated. A workspace of max_drafts >= M - 1.
 
