@@ -31,6 +31,10 @@ from .checks import Checked, check_device, check_int, check_type
 FORMAT = "dspark_kernels cost table"
 VERSION = 1
 _FIELDS = ("format", "version", "seconds", "draft_seconds", "info")
+# What the scheduler counts in: whole units of 100 ns, and how many of them a step may take.
+UNITS_PER_SECOND = 1e7
+COST_LIMIT = (1 << 24) - 1
+_LIMIT = f"at most {COST_LIMIT / UNITS_PER_SECOND:.3f} seconds (2^24 - 1 units of 100 ns, all that the scheduler tells apart)"
 # What fp32 holds: outside of it a time would become 0 or infinite in the table.
 _LEAST, _MOST = 2.0**-149, torch.finfo(torch.float32).max
 
@@ -45,10 +49,12 @@ class CostTable(Checked):
 
     Beyond the table the cost goes on along the line through its last two entries. It goes on flat where that line
     falls, and where entry 1 is the only measurement. Costs, and with them the slope of that line, are whole multiples
-    of 100 ns from 1 to 2^24 - 1, so a table should reach the largest step that the engine runs.
+    of 100 ns from 1 to 2^24 - 1 (1.678 s), so a table should reach the largest step that the engine runs.
 
     Raises TypeError or ValueError for another dtype, shape or device, fewer than 2 entries, and, in a table on the
-    host, entries from 1 on that are not finite and positive.
+    host, entries from 1 on that are not finite and positive, or above 1.678 s, alone or as the longest step with the
+    longest drafting. The entries of a table on a device are not looked at: there a longer time, an infinite one or NaN
+    counts as 1.678 s, so that two of them cost the same and the drafts between them nothing.
     """
 
     seconds: Tensor
@@ -61,6 +67,7 @@ class CostTable(Checked):
         self._check_entries("seconds", seconds)
         if self._optional("draft_seconds", shape=("R_max+1",), device=seconds.device, **rules) is not None:
             self._check_entries("draft_seconds", self.draft_seconds)
+            self._check_sum()
         if self.info is not None:
             _check_info(self._name("info"), self.info)
 
@@ -74,6 +81,18 @@ class CostTable(Checked):
                 entry = 1 + int(wrong[0])
                 found = f"{table[entry].item()} at entry {entry}"
                 raise ValueError(f"{self._name(field)}: expected finite, positive seconds from entry 1 on, got {found}")
+            long = _beyond(table[1:]).nonzero()
+            if len(long):
+                entry = 1 + int(long[0])
+                raise ValueError(f"{self._name(field)}: {_too_long(f'{table[entry].item():g} seconds at entry {entry}')}")
+
+    def _check_sum(self):
+        """A step with drafting is cut at the limit too."""
+        if self.seconds.device.type == "cpu":
+            step, drafting = (table[1:].max().item() for table in (self.seconds, self.draft_seconds))
+            if _beyond(step + drafting):
+                found = f"{step:g} seconds for the longest step and {drafting:g} seconds for drafting"
+                raise ValueError(f"{self._name('draft_seconds')}: {_too_long(found)}")
 
     @classmethod
     def from_curve(
@@ -117,7 +136,7 @@ class CostTable(Checked):
     def save(self, path) -> None:
         """Write the table as JSON; `load` gives back the same bits. Waits for the device if the table is on one.
 
-        Raises ValueError for a device table with entries that are not finite and positive, OSError where the file
+        Raises ValueError for a device table with entries that a table on the host may not have, OSError where the file
         cannot be written.
         """
         table = self.to("cpu")  # a new table, so checked whole before anything is written
@@ -135,7 +154,7 @@ class CostTable(Checked):
         """Read a table that `save` wrote. device: as in `from_curve`.
 
         Raises FileNotFoundError or another OSError where there is no readable file, ValueError for a file that is not
-        such a table, whole and with finite, positive times; each names the file, and the field that is wrong.
+        such a table, whole and with times that a table may have; each names the file, and the field that is wrong.
         """
         device = check_device("device", device)
         file = Path(path)
@@ -193,7 +212,7 @@ def measure(
     and in seconds medians, p20, p80; with draft_step also draft_sizes, draft_medians, draft_p20, draft_p80.
 
     Raises TypeError or ValueError that names the argument, before the first call; ValueError where a median is not
-    above 0. Errors of the step functions pass through.
+    above 0, or above what a table may hold. Errors of the step functions pass through.
     """
     sizes = _sizes("sizes", sizes)
     captured = _captured(captured, sizes)
@@ -263,6 +282,8 @@ def _statistics(kind: str, sizes: list[int], times: list[list[float]]) -> dict:
     for n, seconds in zip(sizes, median, strict=True):
         if not seconds > 0:
             raise ValueError(f"{kind}step: expected a step that takes time, got a median of {seconds} s at size {n}")
+        if _beyond(seconds):
+            raise ValueError(f"{kind}step: expected a step of {_LIMIT}, got a median of {seconds:g} s at size {n}")
     return {f"{kind}sizes": sizes, f"{kind}medians": median, f"{kind}p20": low, f"{kind}p80": high}
 
 
@@ -353,6 +374,17 @@ def _check_times(name: str, times: list, first: int = 0) -> None:
         # Written so that NaN fails; integers of any length compare without an overflow.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not _LEAST <= value <= _MOST:
             raise ValueError(f"{name}[{i}]: expected finite, positive seconds (fp32), got {value!r}")
+        if _beyond(value):
+            raise ValueError(f"{name}[{i}]: {_too_long(f'{value:g} seconds')}")
+
+
+def _beyond(seconds):
+    """Whether a number, or each of a tensor, rounds to more units than there are."""
+    return seconds * UNITS_PER_SECOND >= COST_LIMIT + 0.5
+
+
+def _too_long(found: str) -> str:
+    return f"expected {_LIMIT}, got {found}; did you give milliseconds?"
 
 
 def _check_pair(name: str, value, other: str, value_of_other) -> None:

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from .checks import INT_DTYPES, check_choice, check_device, check_int, check_number, check_optional, check_tensor, check_type
-from .types import CostTable, DraftBlock
+from .cost import COST_LIMIT, UNITS_PER_SECOND, CostTable
+from .types import DraftBlock
 
 UNIT = 1 << 24  # of survival and tau
 FORCED = 1 << 25  # above every survival
-COST_LIMIT = (1 << 24) - 1
-_COST_UNITS_PER_SECOND = 1e7
 _BYPASS_UNIT = 1 << 20
 
 
@@ -228,7 +227,7 @@ class _StepCost:
 
 
 def _cost_units(seconds: Tensor) -> Tensor:
-    scaled = seconds * _COST_UNITS_PER_SECOND
+    scaled = seconds * UNITS_PER_SECOND
     scaled = scaled.nan_to_num(nan=COST_LIMIT, posinf=COST_LIMIT, neginf=1.0).clamp(1.0, COST_LIMIT)
     return (scaled.floor() + (scaled - scaled.floor() >= 0.5)).long()
 

@@ -176,11 +176,14 @@ def test_a_simulation_tells_the_policy_who_came():
 
 
 def test_the_convex_curve_below_a_staircase():
-    stairs = CostTable(torch.tensor([9.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 6.0, 6.0, 8.0]))
-    have = simulation.convex_below(stairs, 1).seconds.tolist()
-    assert have == [9.0, 1.0, 1.0, 1.25, 1.5, 1.75, 2.0, 4.0, 6.0, 8.0]
+    stairs = CostTable(torch.tensor([9.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 6.0, 6.0, 8.0]) / 8)
+
+    def eighths(first):
+        return (8 * simulation.convex_below(stairs, first).seconds).tolist()
+
+    assert eighths(1) == [9.0, 1.0, 1.0, 1.25, 1.5, 1.75, 2.0, 4.0, 6.0, 8.0]
     # From the anchors on: what is cheaper for fewer requests is of no account.
-    assert simulation.convex_below(stairs, 5).seconds.tolist() == [*stairs.seconds[:5].tolist(), 2.0, 2.0, 4.0, 6.0, 8.0]
+    assert eighths(5) == [9.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 4.0, 6.0, 8.0]
     assert simulation.convex_below(stairs, 20) is stairs  # nothing measured there
 
 
@@ -468,9 +471,18 @@ def test_bad_rounds_take_one_line(content, message, tmp_path, capsys):
 
 def test_steps_that_no_table_can_tell_are_refused(tmp_path, capsys):
     file = tmp_path / "cost.json"
-    table_of([1000.0 * n for n in range(20)]).save(file)
+    table_of([80.0 * n for n in range(20)]).save(file)  # up to 1.52 s; a step has up to 32 rows
     assert job.main(["--cost", str(file), "--concurrency", "4", "--rounds", "2"]) == 2
     assert "--concurrency: expected steps below 1.68 s" in capsys.readouterr().err
+
+
+def test_a_cost_file_in_milliseconds_is_refused(tmp_path, capsys):
+    file = tmp_path / "cost.json"
+    table_of([2.0] * 4).save(file)
+    file.write_text(file.read_text().replace(str(float(torch.tensor(2e-3))), "2.0"))
+    assert job.main(["--cost", str(file), "--concurrency", "4", "--rounds", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "--cost" in error and "seconds[1]" in error and "2 seconds; did you give milliseconds?" in error
 
 
 def test_help_names_every_option(capsys):

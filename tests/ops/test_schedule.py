@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import dspark_kernels as dk
+from dspark_kernels import scheduling
 from reference import schedule
 from tests.blocks import anchored, block_of, ints
 from tests.ops.far import far_apart
@@ -212,6 +213,30 @@ def test_beyond_tables_costs_rise_as_before():
     # 3.35 * 5 > 3 * 5.5, and so on; with 2 ms for drafting, 3.35 * 4 < 3 * 4.5.
     given |= dict(block=block_of([[0.35]] * 3), cost=dk.CostTable(seconds, torch.tensor([0.0, 1e-3, 2e-3])))
     assert check(given).draft_lens.tolist() == [1, 1, 1]
+
+
+def test_beyond_the_longest_cost_drafts_are_free():
+    """Entries that only a device table may have: 2 s and 3 s, infinity and NaN count as 2^24 - 1 units, so nothing is dearer."""
+    block, nan, inf = block_of([[0.9, 0.9, 0.9]]), float("nan"), float("inf")
+
+    def lens(seconds, **options):
+        cost = dk.CostTable(torch.full((5,), 0.5))
+        cost.seconds.copy_(torch.tensor([0.0, *seconds]))  # behind the host's back
+        given = dict(block=block, cost=cost, **anchored(1)) | options
+        have = check(given).draft_lens.tolist()
+        if not options:
+            assert scheduling.plan_lengths(block.confidence, cost).tolist() == have
+        return have
+
+    # tau is 1, 1.9, 2.71, 3.439. A thousandth of the same times: 1.9 * 1 > 1 * 1.6; 2.71 * 1.6 > 1.9 * 2; 3.439 * 2 < 2.71 * 3.
+    assert lens([1e-3, 1.6e-3, 2e-3, 3e-3]) == [2]
+    # 2.71 * 1.6 > 1.9 * 1.6777215, and then 3.439 > 2.71 at the same cost: the third draft looks free.
+    assert lens([1.0, 1.6, 2.0, 3.0]) == lens([1.0, 1.6, inf, nan]) == [3]
+    # In milliseconds every entry is the longest cost, and all is verified.
+    assert lens([1e3, 1.6e3, 2e3, 3e3]) == [3]
+    # tau / cost is 1, 1.19, 1.36, 1.15; with the longest cost 1, 1.19, 1.62, 2.05.
+    stale = dict(policy="budget", stale_confidence=torch.full((1, 3), 0.9))
+    assert lens([1.0, 1.6, 2.0, 3.0], **stale) == [3] and lens([1e-3, 1.6e-3, 2e-3, 3e-3], **stale) == [2]
 
 
 def test_counterexample_of_the_global_maximum():

@@ -40,7 +40,7 @@ WRONG = {
     "workspace_device_true": (lambda: dk.Workspace(1, 1, 9, True), TypeError, "device: expected a torch.device, its name or None, got bool"),
     "history_no_such_device": (lambda: scheduling.ConfidenceHistory(1, 1, "gpu"), ValueError, "device: expected a device that torch has here"),
     "calibration_no_such_device": (lambda: OnlineCalibration(1, device="gpu"), ValueError, "device: expected a device that torch has here"),
-    "curve_no_such_device": (lambda: dk.CostTable.from_curve([1, 2], [1, 2], device="gpu"), ValueError, "device: expected a device"),
+    "curve_no_such_device": (lambda: dk.CostTable.from_curve([1, 2], [1, 1], device="gpu"), ValueError, "device: expected a device"),
     "layers_a_tensor": (lambda: dk.KVLayers.of(CACHE), TypeError, f"layers: expected a list with an entry per layer, {LAYER}"),
     "layers_a_number": (lambda: dk.KVLayers.of(5), TypeError, f"layers: expected a list with an entry per layer, {LAYER}"),
     "layers_none": (lambda: dk.KVLayers.of(None), TypeError, "layers: expected a list with an entry per layer"),
@@ -87,7 +87,7 @@ def test_a_gpu_that_is_not_there_is_named():
 def test_one_default_device(tmp_path):
     here = checks.check_device("device", None)
     assert here.type == ("cuda" if torch.cuda.is_available() else "cpu")
-    table = dk.CostTable.from_curve([1, 2], [1.0, 2.0])
+    table = dk.CostTable.from_curve([1, 2], [0.1, 0.2])
     table.save(tmp_path / "cost.json")
     lie = [dk.Workspace(1, 1, 9).counters, OnlineCalibration(1).temperatures, scheduling.ConfidenceHistory(1, 1).confidence]
     lie += [table.seconds, dk.CostTable.load(tmp_path / "cost.json").seconds]
@@ -115,7 +115,7 @@ def records():
     z = torch.zeros(2, dtype=torch.int64)
     yield from (draft.sampling, draft.head, draft.confidence, accept.layout, accept.proposal, dk.OneHotProposal())
     yield dk.PagedKV(CACHE, CACHE, torch.zeros(2, 1, dtype=torch.int32), z.int())
-    yield from (dk.CostTable(torch.ones(3), torch.ones(3)), dk.KVLayers.of([(CACHE, CACHE.clone())]))
+    yield from (dk.CostTable(torch.full((3,), 0.5), torch.full((3,), 0.5)), dk.KVLayers.of([(CACHE, CACHE.clone())]))
     yield from (dk.draft_block(**draft.arguments()), dk.accept_chain(**accept.arguments()))
     yield tree(method="iid", branching=(2,), sampling=sampling())
 

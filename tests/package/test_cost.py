@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 import dspark_kernels as dk
 from dspark_kernels import checks, cost, types
@@ -18,8 +18,10 @@ from reference.schedule import StepCost
 TICK = 2.0**-10  # sums of a few ticks are exact
 
 
-def table_of(*args, **rules):
-    return CostTable.from_curve(*args, **rules).seconds.tolist()
+def table_of(sizes, ticks, **rules):
+    """The entries in ticks of a curve in ticks. A power of two, so nothing is rounded on the way."""
+    table = CostTable.from_curve(sizes, [TICK * value for value in ticks], **rules)
+    return [value / TICK for value in table.seconds.tolist()]
 
 
 def test_one_class_under_three_names():
@@ -31,8 +33,8 @@ def test_one_class_under_three_names():
 
 
 def test_a_curve_by_hand():
-    table = CostTable.from_curve([1, 2, 4, 8], [1.0, 2.0, 3.0, 7.0])
-    assert table.seconds.tolist() == [0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0]
+    table = CostTable.from_curve([1, 2, 4, 8], [0.125, 0.25, 0.375, 0.875])
+    assert (8 * table.seconds).tolist() == [0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0]
     assert table.seconds.dtype == torch.float32 and table.draft_seconds is None and table.info is None
 
 
@@ -99,21 +101,21 @@ def test_curves_equal_numpy(curve, captured):
 
 def test_draft_curve():
     table = CostTable.from_curve(
-        [1, 2, 4], [1.0, 2.0, 4.0], draft_sizes=[1, 3], draft_seconds=[0.5, 1.5], captured=[4], info={"by": "hand"}
+        [1, 2, 4], [0.25, 0.5, 1.0], draft_sizes=[1, 3], draft_seconds=[0.125, 0.375], captured=[4], info={"by": "hand"}
     )
-    assert table.draft_seconds.tolist() == [0.0, 0.5, 1.0, 1.5]  # not padded: `captured` is about target steps
-    assert table.seconds.tolist() == [0.0, 4.0, 4.0, 4.0, 4.0]
+    assert table.draft_seconds.tolist() == [0.0, 0.125, 0.25, 0.375]  # not padded: `captured` is about target steps
+    assert table.seconds.tolist() == [0.0, 1.0, 1.0, 1.0, 1.0]
     assert table.info == {"by": "hand"}
 
 
 def test_tensors_and_numpy_scalars_make_a_curve():
-    want = table_of([1, 3], [1.0, 3.0])
-    assert table_of(torch.tensor([1, 3]), torch.tensor([1.0, 3.0])) == want
-    assert table_of(range(1, 4, 2), (np.float64(1.0), 3)) == want
+    want = CostTable.from_curve([1, 3], [0.5, 1.0]).seconds.tolist()
+    assert CostTable.from_curve(torch.tensor([1, 3]), torch.tensor([0.5, 1.0])).seconds.tolist() == want
+    assert CostTable.from_curve(range(1, 4, 2), (np.float64(0.5), 1)).seconds.tolist() == want
 
 
 def test_devices():
-    curve = dict(sizes=[1, 2], seconds=[1.0, 2.0], draft_sizes=[1], draft_seconds=[1.0], info={"n": 1})
+    curve = dict(sizes=[1, 2], seconds=[0.1, 0.2], draft_sizes=[1], draft_seconds=[0.1], info={"n": 1})
     for table in (CostTable.from_curve(**curve, device="meta"), CostTable.from_curve(**curve).to("meta")):
         assert {table.seconds.device.type, table.draft_seconds.device.type} == {"meta"}
         assert table.info == {"n": 1} and table.seconds.shape == (3,)
@@ -141,6 +143,7 @@ def test_beyond_the_table():
 
 NAN, INF = math.nan, math.inf
 FINITE = "expected finite, positive seconds from entry 1 on"
+LONG = "expected at most 1.678 seconds (2^24 - 1 units of 100 ns, all that the scheduler tells apart)"
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,16 @@ FINITE = "expected finite, positive seconds from entry 1 on"
         ([1], [0.0], {}, ValueError, "seconds[0]: expected finite, positive"),
         ([1], [-1.0], {}, ValueError, "seconds[0]: expected finite, positive"),
         ([1], [1e39], {}, ValueError, "seconds[0]: expected finite, positive"),
+        ([1, 2], [1.6, 2], {}, ValueError, f"seconds[1]: {LONG}, got 2 seconds; did you give milliseconds?"),
+        ([1], [1.67772155], {}, ValueError, f"seconds[0]: {LONG}, got 1.67772 seconds; did you"),
+        ([1], [1.0], dict(draft_sizes=[1], draft_seconds=[3.5]), ValueError, f"draft_seconds[0]: {LONG}, got 3.5 seconds; did"),
+        (
+            [1],
+            [1.0],
+            dict(draft_sizes=[1], draft_seconds=[0.7]),
+            ValueError,
+            f"CostTable.draft_seconds: {LONG}, got 1 seconds for the longest step and 0.7 seconds for drafting; did you give",
+        ),
         ([1], [1e-46], {}, ValueError, "seconds[0]: expected finite, positive"),
         ([1], ["1"], {}, ValueError, "seconds[0]: expected finite, positive seconds (fp32), got '1'"),
         ([1], [True], {}, ValueError, "seconds[0]: expected finite, positive"),
@@ -194,6 +207,9 @@ def test_refused_curves(sizes, seconds, rules, error, message):
         (torch.tensor([0.0, 2.0, NAN]), None, ValueError, f"CostTable.seconds: {FINITE}, got nan at entry 2"),
         (torch.tensor([0.0, INF]), None, ValueError, f"CostTable.seconds: {FINITE}, got "),
         (torch.tensor([0.0, 0.0]), None, ValueError, f"CostTable.seconds: {FINITE}, got "),
+        (torch.tensor([0.0, 1.0, 1.7, 5.0]), None, ValueError, f"CostTable.seconds: {LONG}, got 1.7 seconds at entry 2; did you give"),
+        (torch.ones(2), torch.tensor([0.0, 8.0]), ValueError, f"CostTable.draft_seconds: {LONG}, got 8 seconds at entry 1; did you"),
+        (torch.ones(2), torch.ones(2), ValueError, f"CostTable.draft_seconds: {LONG}, got 1 seconds for the longest step and 1"),
         (torch.tensor([0.0]), None, ValueError, "CostTable.seconds: expected at least 2 entries, got 1"),
         (torch.zeros(2, 2), None, ValueError, "CostTable.seconds: expected shape [B_max+1]"),
         (torch.ones(2).double(), None, TypeError, "CostTable.seconds: expected dtype float32"),
@@ -209,9 +225,19 @@ def test_refused_tables(seconds, drafts, error, message):
     assert str(caught.value).startswith(message)
 
 
+def test_the_longest_step():
+    """2^24 - 1 units of 100 ns, to the unit; half a unit more is refused. The cost is then read exactly."""
+    limit, cells = 2**24 - 1, ((2**24 - 1) / 1e7, (2**24 - 0.6) / 1e7)
+    for seconds in cells:
+        assert StepCost(CostTable.from_curve([1], [seconds]), 0)(1) == limit
+    CostTable(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.677]))
+    with pytest.raises(ValueError):
+        CostTable.from_curve([1], [(2**24 - 0.5) / 1e7])
+
+
 def test_entry_0_is_no_measurement():
     for zeroth in (NAN, INF, -1.0, 0.0):
-        CostTable(torch.tensor([zeroth, 1.0]), torch.tensor([zeroth, 1.0]))
+        CostTable(torch.tensor([zeroth, 1.0]), torch.tensor([zeroth, 0.5]))
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -221,9 +247,14 @@ def bits(table):
     return None if table is None else table.view(torch.int32).tolist()
 
 
-@given(st.lists(st.integers(1, 0x7F7FFFFF), min_size=1), st.none() | st.lists(st.integers(1, 0x7F7FFFFF), min_size=1))
+# Positive fp32 numbers by their bits: up to 1 second, up to half a second, and the largest that a table holds.
+ONE, HALF, LONGEST = (torch.tensor(seconds).view(torch.int32).item() for seconds in (1.0, 0.5, (2**24 - 1) * 1e-7))
+
+
+@given(st.lists(st.integers(1, ONE), min_size=1), st.none() | st.lists(st.integers(1, HALF), min_size=1))
+@example([LONGEST], None)
 def test_json_round_trip_is_bit_exact(tmp_path_factory, seconds, drafts):
-    """Every positive finite fp32 number, by its bits, the subnormal ones too."""
+    """Every fp32 number that a table holds, by its bits, the subnormal ones too."""
 
     def floats(patterns):
         return torch.tensor([0, *patterns], dtype=torch.int32).view(torch.float32)
@@ -239,11 +270,11 @@ def test_json_round_trip_is_bit_exact(tmp_path_factory, seconds, drafts):
 
 @pytest.mark.parametrize("zeroth", [0.0, -1.0, 0.25, NAN, INF])
 def test_entry_0_round_trip(tmp_path, zeroth):
-    CostTable(torch.tensor([zeroth, 1.0]), torch.tensor([1.0, 2.0])).save(tmp_path / "t.json")
+    CostTable(torch.tensor([zeroth, 1.0]), torch.tensor([1.0, 0.5])).save(tmp_path / "t.json")
     loaded = CostTable.load(tmp_path / "t.json")
     have = loaded.seconds[0].item()
     assert have == zeroth or (math.isnan(have) and not math.isfinite(zeroth))
-    assert loaded.seconds[1] == 1.0 and loaded.draft_seconds.tolist() == [1.0, 2.0] and loaded.info is None
+    assert loaded.seconds[1] == 1.0 and loaded.draft_seconds.tolist() == [1.0, 0.5] and loaded.info is None
 
 
 def test_what_the_file_holds(tmp_path):
@@ -260,7 +291,7 @@ def test_what_the_file_holds(tmp_path):
     assert CostTable.load(tmp_path / "t.json", device="meta").seconds.device.type == "meta"
 
 
-GOOD = {"format": cost.FORMAT, "version": 1, "seconds": [None, 1.0, 2.0], "draft_seconds": [0.0, 1.0], "info": None}
+GOOD = {"format": cost.FORMAT, "version": 1, "seconds": [None, 0.25, 0.5], "draft_seconds": [0.0, 1.0], "info": None}
 
 
 @pytest.mark.parametrize(
@@ -283,6 +314,7 @@ GOOD = {"format": cost.FORMAT, "version": 1, "seconds": [None, 1.0, 2.0], "draft
         (dict(seconds=[0.0, -1.0]), "seconds[1]: expected finite, positive"),
         (dict(seconds=[0.0, 10**400]), "seconds[1]: expected finite, positive"),
         (dict(seconds=[0.0, 1e-50]), "seconds[1]: expected finite, positive"),
+        (dict(seconds=[0.0, 1.0, 12.5]), f"seconds[2]: {LONG}, got 12.5 seconds; did you give milliseconds?"),
         (dict(seconds=[0.0, None]), "seconds[1]: expected finite, positive seconds (fp32), got None"),
         (dict(seconds=[0.0, "1"]), "seconds[1]: expected finite, positive"),
         (dict(seconds=[0.0, [1.0]]), "seconds[1]: expected finite, positive"),
@@ -296,7 +328,7 @@ GOOD = {"format": cost.FORMAT, "version": 1, "seconds": [None, 1.0, 2.0], "draft
 def test_refused_files(tmp_path, change, message):
     file = tmp_path / "t.json"
     file.write_text(json.dumps(GOOD))
-    assert CostTable.load(file).seconds.tolist()[1:] == [1.0, 2.0]
+    assert CostTable.load(file).seconds.tolist()[1:] == [0.25, 0.5]
     file.write_text(json.dumps({k: v for k, v in {**GOOD, **change}.items() if v is not ...}))
     with pytest.raises(ValueError) as caught:
         CostTable.load(file)

@@ -159,6 +159,12 @@ def test_a_step_that_takes_no_time_is_refused(clock):
         cost.measure(clock.step(lambda n, _: n), [1], draft_step=clock.step(lambda n, _: 0), draft_sizes=[1], device="cpu")
 
 
+def test_a_step_that_no_table_can_tell_is_refused(clock):
+    """2048 ticks are 2 seconds."""
+    with pytest.raises(ValueError, match=r"^step: expected a step of at most 1.678 seconds .*got a median of 2 s at size 2$"):
+        cost.measure(clock.step(lambda n, _: 1024 * n), [1, 2], device="cpu")
+
+
 @pytest.mark.parametrize(
     "rules, error, message",
     [

@@ -368,7 +368,7 @@ def test_costs_decide_how_much_is_verified(policy):
         results = decode(TARGET, make_dspark(TARGET), requests_of(), cost=cost, policy=policy, batch_size=7)
         return [length for result in results for length in result.proposal_lengths]
 
-    flat, steep = verified(torch.full((64,), 1e-3)), verified(1e-3 * torch.arange(64.0).clamp(min=1) ** 2)
+    flat, steep = verified(torch.full((64,), 1e-3)), verified(1e-4 * torch.arange(64.0).clamp(min=1) ** 2)
     middle = verified(COST.seconds)
     assert set(flat) == {4}
     assert set(steep) == {0}

@@ -52,7 +52,7 @@ def schedule_call(requests, *, drafts=DRAFTS, policy="causal", stale=False, page
     size = requests if slots is None else slots
     int32 = functools.partial(ints, dtype=torch.int32)
     block = dk.DraftBlock(ints(size, drafts), dk.OneHotProposal(), int32(requests), torch.ones(size, drafts))
-    cost = dk.CostTable(torch.ones(4097), torch.ones(1025) if drafting else None)
+    cost = dk.CostTable(torch.full((4097,), 0.1), torch.full((1025,), 0.1) if drafting else None)
     pages = dict(block_tables=int32(size, 2048), page_size=16) if paged else {}
     return dk.schedule_prefixes(
         block,
