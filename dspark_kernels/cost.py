@@ -18,10 +18,12 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,19 +61,20 @@ class CostTable(Checked):
 
     seconds: Tensor
     draft_seconds: Tensor | None = None
-    info: Mapping | None = None
+    info: Mapping[str, Any] | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         rules = dict(dtype=torch.float32, contiguous=True)
         seconds = self._tensor("seconds", shape=("B_max+1",), **rules)
         self._check_entries("seconds", seconds)
-        if self._optional("draft_seconds", shape=("R_max+1",), device=seconds.device, **rules) is not None:
-            self._check_entries("draft_seconds", self.draft_seconds)
-            self._check_sum()
+        drafting = self._optional("draft_seconds", shape=("R_max+1",), device=seconds.device, **rules)
+        if drafting is not None:
+            self._check_entries("draft_seconds", drafting)
+            self._check_sum(drafting)
         if self.info is not None:
             _check_info(self._name("info"), self.info)
 
-    def _check_entries(self, field, table):
+    def _check_entries(self, field: str, table: Tensor) -> None:
         if table.shape[0] < 2:
             raise ValueError(f"{self._name(field)}: expected at least 2 entries, got {table.shape[0]}")
         # A device table cannot be read without a synchronisation; host tables are checked whole.
@@ -86,10 +89,10 @@ class CostTable(Checked):
                 entry = 1 + int(long[0])
                 raise ValueError(f"{self._name(field)}: {_too_long(f'{table[entry].item():g} seconds at entry {entry}')}")
 
-    def _check_sum(self):
+    def _check_sum(self, drafts: Tensor) -> None:
         """A step with drafting is cut at the limit too."""
         if self.seconds.device.type == "cpu":
-            step, drafting = (table[1:].max().item() for table in (self.seconds, self.draft_seconds))
+            step, drafting = (table[1:].max().item() for table in (self.seconds, drafts))
             if _beyond(step + drafting):
                 found = f"{step:g} seconds for the longest step and {drafting:g} seconds for drafting"
                 raise ValueError(f"{self._name('draft_seconds')}: {_too_long(found)}")
@@ -104,7 +107,7 @@ class CostTable(Checked):
         draft_seconds: Sequence[float] | None = None,
         captured: Sequence[int] | None = None,
         device: str | torch.device | None = None,
-        info: Mapping | None = None,
+        info: Mapping[str, Any] | None = None,
     ) -> CostTable:
         """A table from times at a few sizes.
 
@@ -133,7 +136,7 @@ class CostTable(Checked):
             drafts = _table(draft_sizes, _times("draft_seconds", draft_seconds, draft_sizes))
         return cls(steps, drafts, info).to(device)
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON; `load` gives back the same bits. Waits for the device if the table is on one.
 
         Raises ValueError for a device table with entries that a table on the host may not have, OSError where the file
@@ -150,7 +153,7 @@ class CostTable(Checked):
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path, device: str | torch.device | None = None) -> CostTable:
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device | None = None) -> CostTable:
         """Read a table that `save` wrote. device: as in `from_curve`.
 
         Raises FileNotFoundError or another OSError where there is no readable file, ValueError for a file that is not
@@ -169,10 +172,8 @@ class CostTable(Checked):
         for field in content:
             if field not in _FIELDS:
                 raise ValueError(f"{file}: {field}: expected the fields {', '.join(_FIELDS)} alone")
-        seconds, drafts = (
-            None if content[field] is None else _read_entries(f"{file}: {field}", content[field])
-            for field in ("seconds", "draft_seconds")
-        )
+        seconds = _read_entries(f"{file}: seconds", content["seconds"])
+        drafts = None if content["draft_seconds"] is None else _read_entries(f"{file}: draft_seconds", content["draft_seconds"])
         try:
             table = cls(seconds, drafts, content["info"])
         except (TypeError, ValueError) as error:
@@ -187,7 +188,7 @@ def measure(
     draft_step: Callable[[int], object] | None = None,
     draft_sizes: Sequence[int] | None = None,
     captured: Sequence[int] | None = None,
-    device=None,
+    device: torch.device | str | None = None,
     warmup: int = 3,
     repeats: int = 20,
     progress: Callable[[int, int], object] | None = None,
@@ -233,7 +234,7 @@ def measure(
     warm = [job for job in jobs for _ in range(warmup)]
     counted = [job for number in range(repeats) for job in (reversed(jobs) if number % 2 else jobs)]
     timed = _cuda_seconds if on_cuda else _wall_seconds
-    times = {(kind, n): [] for kind, _, n in jobs}
+    times: dict[tuple[str, int], list[float]] = {(kind, n): [] for kind, _, n in jobs}
     with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
         for done, (kind, call, n) in enumerate(warm + counted):
             seconds = timed(call, n)
@@ -242,7 +243,7 @@ def measure(
             if progress is not None:
                 progress(done + 1, len(warm) + len(counted))
 
-    info = {
+    info: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if on_cuda else _host(),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
@@ -255,27 +256,29 @@ def measure(
     }
     for kind, (_, at) in kinds.items():
         info |= _statistics(kind, at, [times[kind, n] for n in at])
-    drafts = dict(draft_sizes=info.get("draft_sizes"), draft_seconds=info.get("draft_medians"))
-    return CostTable.from_curve(sizes, info["medians"], captured=captured, device="cpu", info=info, **drafts)
+    drafts = info.get("draft_sizes"), info.get("draft_medians")
+    return CostTable.from_curve(
+        sizes, info["medians"], draft_sizes=drafts[0], draft_seconds=drafts[1], captured=captured, device="cpu", info=info
+    )
 
 
-def _wall_seconds(call, n) -> float:
+def _wall_seconds(call: Callable[[int], object], n: int) -> float:
     start = time.perf_counter()
     call(n)
     return time.perf_counter() - start
 
 
-def _cuda_seconds(call, n) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def _cuda_seconds(call: Callable[[int], object], n: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     call(n)
     end.record()
     # After every call: launches that queue up behind the step before would hide how long they take.
     torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e-3
+    return float(start.elapsed_time(end)) * 1e-3
 
 
-def _statistics(kind: str, sizes: list[int], times: list[list[float]]) -> dict:
+def _statistics(kind: str, sizes: list[int], times: list[list[float]]) -> dict[str, list[float]]:
     """Medians and quantiles of each size, in seconds, under the names that `measure` documents."""
     points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64, device="cpu")
     low, median, high = torch.tensor(times, dtype=torch.float64, device="cpu").quantile(points, dim=1).tolist()
@@ -287,7 +290,7 @@ def _statistics(kind: str, sizes: list[int], times: list[list[float]]) -> dict:
     return {f"{kind}sizes": sizes, f"{kind}medians": median, f"{kind}p20": low, f"{kind}p80": high}
 
 
-def _device(device) -> torch.device:
+def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return check_device("device", None)
     try:
@@ -319,7 +322,7 @@ def _table(sizes: list[int], seconds: list[float], captured: Sequence[int] = ())
     """The curve at 0, 1, ..., sizes[-1] as fp32, entry 0 = 0."""
     limit = captured[-1] if captured else 0
 
-    def at(rows):
+    def at(rows: int) -> float:
         if rows <= limit:
             rows = captured[bisect.bisect_left(captured, rows)]
         right = bisect.bisect_left(sizes, rows)
@@ -333,7 +336,7 @@ def _table(sizes: list[int], seconds: list[float], captured: Sequence[int] = ())
     return torch.tensor([0.0, *map(at, range(1, sizes[-1] + 1))], dtype=torch.float32, device="cpu")
 
 
-def _as_list(name: str, values) -> list:
+def _as_list(name: str, values: object) -> list[Any]:
     if isinstance(values, Tensor):
         values = values.tolist()
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
@@ -341,7 +344,7 @@ def _as_list(name: str, values) -> list:
     return list(values)
 
 
-def _sizes(name: str, values, allow_empty=False) -> list[int]:
+def _sizes(name: str, values: object, allow_empty: bool = False) -> list[int]:
     sizes = _as_list(name, values)
     if not sizes and not allow_empty:
         raise ValueError(f"{name}: expected at least one size, got none")
@@ -354,14 +357,14 @@ def _sizes(name: str, values, allow_empty=False) -> list[int]:
     return sizes
 
 
-def _captured(captured, sizes: list[int]) -> list[int]:
+def _captured(captured: object, sizes: list[int]) -> list[int]:
     captured = [] if captured is None else _sizes("captured", captured, allow_empty=True)
     if captured and captured[-1] > sizes[-1]:
         raise ValueError(f"captured: expected sizes up to {sizes[-1]}, the last measured one, got {captured[-1]}")
     return captured
 
 
-def _times(name: str, values, sizes: list[int]) -> list[float]:
+def _times(name: str, values: object, sizes: list[int]) -> list[float]:
     times = _as_list(name, values)
     if len(times) != len(sizes):
         raise ValueError(f"{name}: expected {len(sizes)} times, one per size, got {len(times)}")
@@ -369,7 +372,7 @@ def _times(name: str, values, sizes: list[int]) -> list[float]:
     return times
 
 
-def _check_times(name: str, times: list, first: int = 0) -> None:
+def _check_times(name: str, times: list[Any], first: int = 0) -> None:
     for i, value in enumerate(times[first:], start=first):
         # Written so that NaN fails; integers of any length compare without an overflow.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not _LEAST <= value <= _MOST:
@@ -378,7 +381,7 @@ def _check_times(name: str, times: list, first: int = 0) -> None:
             raise ValueError(f"{name}[{i}]: {_too_long(f'{value:g} seconds')}")
 
 
-def _beyond(seconds):
+def _beyond(seconds: Any) -> Any:
     """Whether a number, or each of a tensor, rounds to more units than there are."""
     return seconds * UNITS_PER_SECOND >= COST_LIMIT + 0.5
 
@@ -387,18 +390,18 @@ def _too_long(found: str) -> str:
     return f"expected {_LIMIT}, got {found}; did you give milliseconds?"
 
 
-def _check_pair(name: str, value, other: str, value_of_other) -> None:
+def _check_pair(name: str, value: object, other: str, value_of_other: object) -> None:
     if (value is None) != (value_of_other is None):
         missing, given = (name, other) if value is None else (other, name)
         raise ValueError(f"{missing}: expected together with {given}, got None")
 
 
-def _check_callable(name: str, value) -> None:
+def _check_callable(name: str, value: object) -> None:
     if not callable(value):
         raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
 
 
-def _check_info(name: str, info) -> None:
+def _check_info(name: str, info: Mapping[str, Any]) -> None:
     check_type(name, info, Mapping)
     try:
         kept = json.loads(json.dumps(dict(info), allow_nan=False))
@@ -415,7 +418,7 @@ def _entries(table: Tensor) -> list[float | None]:
     return [first if abs(first) <= _MOST else None, *rest]
 
 
-def _read_entries(name: str, entries) -> Tensor:
+def _read_entries(name: str, entries: object) -> Tensor:
     if not isinstance(entries, list):
         raise ValueError(f"{name}: expected a list, got {type(entries).__name__}")
     if len(entries) < 2:
@@ -429,7 +432,7 @@ def _read_entries(name: str, entries) -> Tensor:
     return torch.tensor([zeroth, *rest], dtype=torch.float32, device="cpu")
 
 
-def _json(file: Path) -> dict:
+def _json(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
     try:

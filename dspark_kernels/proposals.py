@@ -19,7 +19,7 @@ _FLOAT = torch.float32
 class OneHotProposal(Checked):
     """The drafts were chosen deterministically (greedy, n-gram, ...): the draft itself has probability 1."""
 
-    def _check(self):
+    def _check(self) -> None:
         pass
 
 
@@ -59,7 +59,7 @@ class DenseProposal(Checked):
         starts = check_tensor("cu_drafts", cu_drafts, dtype=INT_DTYPES, shape=("S+1",))
         return cls(probs, probs=True, starts=starts[:-1])
 
-    def _check(self):
+    def _check(self) -> None:
         packed = self.starts is not None
         logits = self._tensor(
             "logits", dtype=LOGIT_DTYPES, shape=("num_tokens", "V") if packed else ("S", "K", "V"), last_contiguous=True
@@ -96,7 +96,7 @@ class SparseProposal(Checked):
     lse: Tensor | None = None
     temperature: Tensor | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         ids = self._tensor("ids", dtype=INT_DTYPES, shape=("S", "K", "C"), last_contiguous=True)
         self._tensor("logits", dtype=LOGIT_DTYPES, shape=tuple(ids.shape), device=ids.device, last_contiguous=True)
         self._optional("lse", dtype=_FLOAT, shape=tuple(ids.shape[:2]), device=ids.device, last_contiguous=True)

@@ -13,11 +13,13 @@ the engine knows the size of its next step without waiting for the drafts.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .checks import INT_DTYPES, check_choice, check_device, check_int, check_number, check_optional, check_tensor, check_type
+from .choices import POLICIES, Policy
 from .cost import COST_LIMIT, UNITS_PER_SECOND, CostTable
 from .types import DraftBlock
 
@@ -107,7 +109,7 @@ def plan_lengths(
     confidence: Tensor,
     cost: CostTable | None,
     *,
-    policy: str = "causal",
+    policy: Policy = "causal",
     budget: int | None = None,
     min_len: int = 0,
     max_len: int | Tensor | None = None,
@@ -123,7 +125,7 @@ def plan_lengths(
     confidence: fp32 [S, K] on the CPU, this round's. policy "causal", or "budget" with `budget` drafts (`plan_budget`). The
     others, and the errors, as in `plan_budget`. Missing drafts are given by max_len.
     """
-    check_choice("policy", policy, ("causal", "budget"))
+    check_choice("policy", policy, POLICIES)
     if (policy == "budget") != (budget is not None):
         raise ValueError(f"budget: expected an int with policy 'budget' and None with 'causal', got {budget!r}")
     if budget is not None:
@@ -136,7 +138,18 @@ def plan_lengths(
 
 
 def _plan(
-    name, confidence, cost, policy, min_len, max_len, max_rows, num_prefill_tokens, emits, survival_floor, bypass, state_indices
+    name: str,
+    confidence: Tensor,
+    cost: CostTable | None,
+    policy: Policy | int,
+    min_len: int,
+    max_len: int | Tensor | None,
+    max_rows: int | None,
+    num_prefill_tokens: Tensor | None,
+    emits: Tensor | None,
+    survival_floor: float,
+    bypass: float | None,
+    state_indices: Tensor | None,
 ) -> tuple[Tensor, int]:
     """(lengths int32 [R], their sum). policy: "causal", "budget" (the best number), or a number."""
     cpu = torch.device("cpu")
@@ -166,14 +179,14 @@ def _plan(
     rows = int(torch.where(live, prompts.clamp(min=1), 0).sum())
     drafting = int(takes.sum())
     room = requests * drafts if max_rows is None else max(0, max_rows - rows)
-    cost_of = None
     if cost is not None:
         check_type("cost", cost, CostTable)
         check_tensor("cost.seconds", cost.seconds, device=cpu)
-        cost_of = _StepCost(cost, drafting)
     elif not (isinstance(policy, int) and bypass is None):
         raise TypeError("cost: expected a CostTable, got None")
+    cost_of = None if cost is None else _StepCost(cost, drafting)
     if bypass is not None and drafting:
+        assert cost_of is not None
         allowed = _BYPASS_UNIT + math.ceil(bypass * _BYPASS_UNIT)
         with_all = rows + drafting * drafts
         without, of_all = cost_of(torch.tensor([rows, with_all], device=cpu)).tolist()
@@ -192,6 +205,7 @@ def _plan(
         number = min(max(policy, first), total)
     else:
         gains = survival.T.flatten()[order]
+        assert cost_of is not None
         tau = UNIT * int(emitting.sum()) + torch.cat([gains.new_zeros(1), gains.cumsum(0)])  # [n], after n drafts
         costs = cost_of(rows + torch.arange(total + 1, device=cpu))
         number = _causal(tau, costs, first) if policy == "causal" else _best(tau, costs, first)
@@ -209,14 +223,14 @@ def _survival(confidence: Tensor) -> Tensor:
     return (torch.stack(columns, 1) * UNIT).floor().long() if columns else _none(*factors.shape)
 
 
-def _none(*shape) -> Tensor:
+def _none(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64, device="cpu")
 
 
 class _StepCost:
     """Cost int64 of steps by their rows, drafting included, in units of 100 ns."""
 
-    def __init__(self, cost: CostTable, drafting: int):
+    def __init__(self, cost: CostTable, drafting: int) -> None:
         self._steps = _cost_units(cost.seconds)
         self._drafting = 0
         if cost.draft_seconds is not None and drafting:
@@ -276,7 +290,7 @@ class ConfidenceHistory:
     the current CUDA device, or the CPU where there is none.
     """
 
-    def __init__(self, slots: int, drafts: int, device=None, *, lag: int = 2):
+    def __init__(self, slots: int, drafts: int, device: torch.device | str | None = None, *, lag: int = 2) -> None:
         check_int("slots", slots, low=1)
         check_int("drafts", drafts, low=1)
         check_int("lag", lag, low=1)
@@ -286,7 +300,7 @@ class ConfidenceHistory:
         self._rounds = torch.ones(lag, slots + 1, drafts, dtype=torch.float32, device=device)
         pinned = self._rounds.device.type == "cuda"
         self._host = [torch.ones(slots, drafts, dtype=torch.float32, device="cpu", pin_memory=pinned) for _ in range(lag)]
-        self._arrived = [torch.cuda.Event() if pinned else None for _ in range(lag)]
+        self._arrived: list[torch.cuda.Event | None] = [torch.cuda.Event() if pinned else None for _ in range(lag)]  # type: ignore[no-untyped-call]
         self._since: list[set[int]] = [set() for _ in range(lag)]  # slots reset since the copy was started
         self._steps = 0
 
@@ -320,22 +334,22 @@ class ConfidenceHistory:
         """Start copying the newest round to the host, on the current stream."""
         place = self._steps % self.lag
         self._host[place].copy_(self._rounds[-1, : self.slots], non_blocking=True)
-        if self._arrived[place] is not None:
-            self._arrived[place].record(torch.cuda.current_stream(self._rounds.device))
+        if (arrived := self._arrived[place]) is not None:
+            arrived.record(torch.cuda.current_stream(self._rounds.device))
         self._since[place].clear()
         self._steps += 1
 
     def on_host(self) -> Tensor:
         """fp32 [S, K] on the CPU, a copy: the bits of `confidence`, sent `lag` rounds ago."""
         place = self._steps % self.lag  # the next to be overwritten is the oldest
-        if self._arrived[place] is not None:
-            self._arrived[place].synchronize()
+        if (arrived := self._arrived[place]) is not None:
+            arrived.synchronize()
         confidence = self._host[place].clone()
         if self._since[place]:
             confidence[sorted(self._since[place])] = 1.0
         return confidence
 
-    def reset(self, slots) -> None:
+    def reset(self, slots: Iterable[int]) -> None:
         """Forget what was kept for these slots (a sequence of ints on the host): another request is in them."""
         slots = [int(slot) for slot in slots]
         for slot in slots:

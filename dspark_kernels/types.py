@@ -15,10 +15,18 @@ import enum
 import torch
 from torch import Tensor
 
-from .caches import KVLayers, PagedKV  # noqa: F401  types of this module, on a page of their own
+from .caches import KVLayers as KVLayers, PagedKV as PagedKV
 from .checks import INT_DTYPES, LOGIT_DTYPES, Checked, check_choice, check_int, check_tensor, check_type
-from .cost import CostTable  # noqa: F401  the same
-from .proposals import DenseProposal, OneHotProposal, Proposal, SparseProposal  # the same
+
+# Types of this module that have a page of their own.
+from .choices import DRAWN, FILTER_ORDERS, Drawn, FilterOrder
+from .cost import CostTable as CostTable
+from .proposals import (
+    DenseProposal as DenseProposal,
+    OneHotProposal as OneHotProposal,
+    Proposal as Proposal,
+    SparseProposal as SparseProposal,
+)
 
 _FLOAT = torch.float32
 _WEIGHTS = LOGIT_DTYPES
@@ -68,7 +76,7 @@ class Penalties(Checked):
     presence: Tensor | None = None
     frequency: Tensor | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         ids = self._tensor("token_ids", dtype=INT_DTYPES, shape=("S", "T"), last_contiguous=True)
         self._tensor("counts", dtype=torch.int32, shape=tuple(ids.shape), device=ids.device, last_contiguous=True)
         for field in ("repetition", "presence", "frequency"):
@@ -100,19 +108,19 @@ class SamplingTensors(Checked):
     top_k: Tensor | None = None
     top_p: Tensor | None = None
     min_p: Tensor | None = None
-    filter_order: str = "top_k_first"
+    filter_order: FilterOrder = "top_k_first"
     logit_bias: Tensor | None = None
     token_bitmask: Tensor | None = None
     penalties: Penalties | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         temperature = self._tensor("temperature", dtype=_FLOAT, shape=("S",), contiguous=True)
         rules = dict(shape=(temperature.shape[0],), device=temperature.device, contiguous=True)
         self._tensor("seed", dtype=INT_DTYPES, **rules)
         self._optional("top_k", dtype=torch.int32, **rules)
         self._optional("top_p", dtype=_FLOAT, **rules)
         self._optional("min_p", dtype=_FLOAT, **rules)
-        check_choice(self._name("filter_order"), self.filter_order, ("top_k_first", "joint"))
+        check_choice(self._name("filter_order"), self.filter_order, FILTER_ORDERS)
         self._optional("logit_bias", dtype=LOGIT_DTYPES, shape=(temperature.shape[0], "V"), last_contiguous=True)
         self._optional("token_bitmask", dtype=torch.int32, last_contiguous=True)
         if self.penalties is not None:
@@ -132,7 +140,7 @@ class MarkovHead(Checked):
     w2: Tensor
     w2_scale: Tensor | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         w1 = self._tensor("w1", dtype=_WEIGHTS, shape=("V", "r"), last_contiguous=True)
         if w1.shape[1] < 1:
             raise ValueError(f"{self._name('w1')}: expected rank >= 1 (rank 0 is head=None), got 0")
@@ -154,10 +162,10 @@ class GatedMarkovHead(MarkovHead):
     w1, w2, w2_scale: as in `MarkovHead`. gate_weight G: [r, H + r]; gate_bias b: [r]; both bf16, fp16 or fp32.
     """
 
-    gate_weight: Tensor = None
-    gate_bias: Tensor = None
+    gate_weight: Tensor = dataclasses.field(kw_only=True)
+    gate_bias: Tensor = dataclasses.field(kw_only=True)
 
-    def _check(self):
+    def _check(self) -> None:
         super()._check()
         self._tensor("gate_weight", dtype=_WEIGHTS, shape=(self.rank, "H+r"), last_contiguous=True)
         self._tensor("gate_bias", dtype=_WEIGHTS, shape=(self.rank,))
@@ -172,10 +180,10 @@ class RnnMarkovHead(MarkovHead):
     fp32.
     """
 
-    joint_weight: Tensor = None
-    joint_bias: Tensor = None
+    joint_weight: Tensor = dataclasses.field(kw_only=True)
+    joint_bias: Tensor = dataclasses.field(kw_only=True)
 
-    def _check(self):
+    def _check(self) -> None:
         super()._check()
         self._tensor("joint_weight", dtype=_WEIGHTS, shape=(3 * self.rank, "2r+H"), last_contiguous=True)
         self._tensor("joint_bias", dtype=_WEIGHTS, shape=(3 * self.rank,))
@@ -194,7 +202,7 @@ class ConfidenceHead(Checked):
     bias: Tensor | None = None
     sts_temperatures: Tensor | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         weight = self._tensor("weight", dtype=_WEIGHTS, shape=("H+r",), last_contiguous=True)
         self._optional("bias", dtype=_WEIGHTS, shape=(1,), device=weight.device)
         self._optional("sts_temperatures", dtype=_FLOAT, shape=("K",), device=weight.device, contiguous=True)
@@ -217,7 +225,7 @@ class DraftBlock(Checked):
     confidence: Tensor | None = None
     confidence_logits: Tensor | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         tokens = self._tensor("tokens", dtype=INT_DTYPES, shape=("S", "K"), last_contiguous=True)
         check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device, contiguous=True)
@@ -254,7 +262,7 @@ class VerifyLayout(Checked):
     slot_mapping: Tensor | None = None
     max_drafts: int | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         lens = self._tensor("draft_lens", dtype=torch.int32, shape=("R",), contiguous=True)
         requests, device = lens.shape[0], lens.device
         one = dict(device=device, contiguous=True)
@@ -333,11 +341,11 @@ class DraftTree(Checked):
     ancestors: Tensor
     num_nodes: Tensor
     proposal: Proposal
-    drawn: str
+    drawn: Drawn
     flags: Tensor
     survival: Tensor | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         tokens = self._tensor("tokens", dtype=torch.int64, shape=("S", "M"), contiguous=True)
         if tokens.shape[1] > 64:
             raise ValueError(f"{self._name('tokens')}: expected at most 64 nodes, got {tokens.shape[1]}")
@@ -347,7 +355,7 @@ class DraftTree(Checked):
         self._tensor("ancestors", dtype=torch.int64, **same)
         self._tensor("num_nodes", dtype=torch.int32, shape=(tokens.shape[0],), device=tokens.device, contiguous=True)
         check_type(self._name("proposal"), self.proposal, (OneHotProposal, DenseProposal, SparseProposal))
-        check_choice(self._name("drawn"), self.drawn, ("one_hot", "iid", "without_replacement"))
+        check_choice(self._name("drawn"), self.drawn, DRAWN)
         self._tensor("flags", dtype=torch.int32, shape=("R",), device=tokens.device)
         self._optional("survival", dtype=_FLOAT, **same)
 
@@ -381,7 +389,7 @@ class Acceptance(Checked):
     path: Tensor | None = None
     kv_source: Tensor | None = None
 
-    def _check(self):
+    def _check(self) -> None:
         tokens = self._tensor("tokens", dtype=INT_DTYPES, shape=("R", "K+1"), contiguous=True)
         requests, device = tokens.shape[0], tokens.device
         for field in ("num_accepted", "num_emitted", "num_rejected", "last_row", "flags"):
@@ -422,7 +430,7 @@ class AttentionPlan(Checked):
     window: int | None
     batch_invariant: bool
 
-    def _check(self):
+    def _check(self) -> None:
         items = self._tensor("items", dtype=torch.int32, shape=("max_items", 10), contiguous=True)
         self._tensor("counts", dtype=torch.int32, shape=(3,), device=items.device, contiguous=True)
         for field in ("query_heads", "kv_heads", "head_dim", "element_size", "block_m", "block_n", "programs"):

@@ -20,8 +20,8 @@ import sys
 import torch
 
 from ..checks import check_device
+from ..choices import DRAWN
 from . import interpreter, suite
-from .tree.rules import DRAWN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -70,11 +70,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_int
+from ..choices import DRAWN
 from . import chain, tree
 from .chain.edges import Detected
 from .run import FALSE_ALARM, FINDINGS as FINDINGS, LEVEL as LEVEL, Run, TreeRun
 from .statistics import Finding
-from .tree.rules import DRAWN
 
 REQUESTS, QUICK, FEWEST_REQUESTS = 1 << 17, 1 << 13, 64
 CHAIN_RULES = ("token", "block", "coupled", "greedy")
@@ -249,7 +249,7 @@ def check(
         dtype: of the logits; the model tables are exact in bf16, fp16 and fp32.
         draft, schedule: a sampler and a scheduler to be tested together with the function; default: the suite's own.
         unseeded: the function's noise does not come from `seeds`; tests that call twice with the same seeds are skipped.
-        drawn: the ways of making the children of trees to test; default: function.drawn, else all of tree.rules.DRAWN.
+        drawn: the ways of making the children of trees to test; default: function.drawn, else all of choices.DRAWN.
         progress: called with each Result.
 
     Returns:

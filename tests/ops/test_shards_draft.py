@@ -165,8 +165,8 @@ def test_columns_without_an_id_get_no_probability_and_the_workspace_stays_clean(
     assert (blocks[2].proposal.logits[..., 44:] == -INF).all() and (blocks[3].proposal.logits == -INF).all()
 
 
-GATED = dk.GatedMarkovHead(torch.zeros(300, 4), torch.zeros(150, 4), None, torch.zeros(4, 9), torch.zeros(4))
-RNN = dk.RnnMarkovHead(torch.zeros(300, 4), torch.zeros(150, 4), None, torch.zeros(12, 13), torch.zeros(12))
+GATED = dk.GatedMarkovHead(torch.zeros(300, 4), torch.zeros(150, 4), gate_weight=torch.zeros(4, 9), gate_bias=torch.zeros(4))
+RNN = dk.RnnMarkovHead(torch.zeros(300, 4), torch.zeros(150, 4), joint_weight=torch.zeros(12, 13), joint_bias=torch.zeros(12))
 
 
 def settings_of(**fields):

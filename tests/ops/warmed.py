@@ -42,7 +42,11 @@ confidence = dk.ConfidenceHead(torch.zeros(32 + RANK, dtype=torch.bfloat16))
 WIDTH, CANDIDATES = VOCAB // 2, 16
 shard_logits, half = logits[..., :WIDTH].contiguous(), head.w2[:WIDTH].contiguous()
 joint = [torch.zeros(3 * RANK, *inputs, dtype=torch.bfloat16) for inputs in ((2 * RANK + 32,), ())]
-rnn, state, gathered = dk.RnnMarkovHead(head.w1, half, None, *joint), torch.zeros(SLOTS, RANK), ints(2**22)
+rnn, state, gathered = (
+    dk.RnnMarkovHead(head.w1, half, joint_weight=joint[0], joint_bias=joint[1]),
+    torch.zeros(SLOTS, RANK),
+    ints(2**22),
+)
 workspace = dk.Workspace(REQUESTS, DRAFTS, VOCAB, "cpu", markov_rank=RANK)
 dense = dataclasses.replace(block.proposal, logits=torch.zeros(SLOTS, DRAFTS, WIDTH, dtype=torch.bfloat16))
 lists = ints(SLOTS, DRAFTS, CANDIDATES), torch.zeros(SLOTS, DRAFTS, CANDIDATES, dtype=torch.bfloat16)

@@ -33,7 +33,7 @@ def test_every_tool_the_tests_need_is_pinned():
     pinned = set(re.findall(r"^([\w-]+)==", pins, re.M))
     assert names == pinned, "a requirement without a pin, or a pin that nothing requires"
     assert project["dependencies"] == ["torch>=2.9"]
-    assert set(extras) == {"cpu", "test", "checkpoints", "transformers", "demo", "plots"}
+    assert set(extras) == {"cpu", "test", "checkpoints", "transformers", "demo", "plots", "types"}
 
 
 def test_every_test_file_that_is_named_exists():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_choice, check_tensor, check_type
+from ...choices import CHAIN_RULES, LOG_PROBS, ChainRule, LogProbs
 from ...kernels.accept.args import (
     BlockPartials,
     ChainCounters,
@@ -88,9 +89,9 @@ def accept_chain(
     proposal: OneHotProposal | DenseProposal | SparseProposal | None = None,
     *,
     sampling: SamplingTensors | None = None,
-    rule: str = "token",
+    rule: ChainRule = "token",
     target_scaled: bool = False,
-    logprobs: str | None = None,
+    logprobs: LogProbs | None = None,
     anchors: Tensor | None = None,
     anchor_positions: Tensor | None = None,
     synthetic_rates: Tensor | None = None,
@@ -135,8 +136,8 @@ def accept_chain(
     requests = check_rows(target_logits, layout, state_indices)
     rows, vocab = target_logits.shape
     device = target_logits.device
-    check_choice("rule", rule, ("token", "block", "coupled"))
-    check_choice("logprobs", logprobs, (None, "raw", "processed"))
+    check_choice("rule", rule, CHAIN_RULES)
+    check_choice("logprobs", logprobs, (None, *LOG_PROBS))
     slots = requests if state_indices is None else None
     sampling_args.check_sampling(sampling, slots=slots, vocab=vocab, mask_shape=(rows,), device=device)
     if sampling is not None and slots is None:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ... import workspace as workspaces
 from ...checks import check_choice, check_tensor, check_type, not_yet
+from ...choices import CHAIN_RULES, PHASES, ChainRule, Phase
 from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
 from ..shards import Fields, check_shard
@@ -47,17 +48,15 @@ from .shard_launches import (
     fields_of,
 )
 
-PHASES = ("normalise", "residual", "draw")
-
 
 def accept_phases(
     proposal: OneHotProposal | DenseProposal | SparseProposal | None = None,
     *,
     sampling: SamplingTensors | None = None,
-    rule: str = "token",
-) -> tuple[str, ...]:
+    rule: ChainRule = "token",
+) -> tuple[Phase, ...]:
     """The names of the phases of `accept_partial`, in their order; each is one launch and one gather. Launches nothing."""
-    check_choice("rule", rule, ("token", "block", "coupled"))
+    check_choice("rule", rule, CHAIN_RULES)
     if sampling is None or rule == "coupled":
         return PHASES[:1]
     return PHASES if isinstance(proposal, DenseProposal) else (PHASES[0], PHASES[2])
@@ -68,13 +67,13 @@ def accept_partial(
     layout: VerifyLayout,
     proposal: OneHotProposal | DenseProposal | SparseProposal | None = None,
     *,
-    phase: str,
+    phase: Phase,
     gathered: tuple[Tensor, ...] = (),
     vocab_start: int,
     vocab_shards: int,
     vocab_size: int | None = None,
     sampling: SamplingTensors | None = None,
-    rule: str = "token",
+    rule: ChainRule = "token",
     target_scaled: bool = False,
     state_indices: Tensor | None = None,
     out: Tensor | None = None,
@@ -147,7 +146,7 @@ def accept_finish(
     vocab_shards: int,
     vocab_size: int | None = None,
     sampling: SamplingTensors | None = None,
-    rule: str = "token",
+    rule: ChainRule = "token",
     target_scaled: bool = False,
     anchors: Tensor | None = None,
     anchor_positions: Tensor | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_choice, check_tensor, check_type
+from ...choices import LOG_PROBS, TREE_RULES, LogProbs, TreeRule
 from ...kernels.accept.args import (
     BlockPartials,
     Extent,
@@ -48,7 +49,6 @@ from .checks import (
 from .records import draft_record, map_parts, map_record, outputs_record, target_record, tile_of, used
 
 OP = "accept_tree"
-RULES = ("walk", "recursive", "traversal")  # in the order of the kernel's constants
 
 
 def _width(nodes: int) -> int:
@@ -101,9 +101,9 @@ def accept_tree(
     tree: DraftTree,
     *,
     sampling: SamplingTensors | None = None,
-    rule: str = "walk",
+    rule: TreeRule = "walk",
     target_scaled: bool = False,
-    logprobs: str | None = None,
+    logprobs: LogProbs | None = None,
     anchors: Tensor | None = None,
     anchor_positions: Tensor | None = None,
     state_indices: Tensor | None = None,
@@ -148,8 +148,8 @@ def accept_tree(
     check_tensor("tree.parents", tree.parents, device=device)
     if nodes < 1:
         raise ValueError("tree.tokens: expected at least 1 node (the anchor), got 0")
-    check_choice("rule", rule, RULES)
-    check_choice("logprobs", logprobs, (None, "raw", "processed"))
+    check_choice("rule", rule, TREE_RULES)
+    check_choice("logprobs", logprobs, (None, *LOG_PROBS))
     if state_indices is None and slots != requests:
         raise ValueError(f"tree.tokens: expected {requests} rows (one per request, no state_indices), got {slots}")
     sampling_args.check_sampling(sampling, slots=slots, vocab=vocab, mask_shape=(rows,), device=device)
@@ -186,7 +186,7 @@ def accept_tree(
         anchor_positions=anchor_positions,
         counters=counters,
         scratch=scratch,
-        rule=0 if draft is None else RULES.index(rule),
+        rule=0 if draft is None else TREE_RULES.index(rule),
         without_replacement=tree.drawn == "without_replacement",
         logprobs=logprobs,
     )
@@ -209,7 +209,7 @@ def _check_proposal(tree, slots, nodes, device) -> DenseProposal | SparseProposa
 
 
 class Arguments(NamedTuple):
-    """The op as torch.library knows it. rule: place in RULES."""
+    """The op as torch.library knows it. rule: place in TREE_RULES."""
 
     target_logits: Tensor
     layout: LayoutArrays

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import LOGIT_DTYPES, check_choice, check_optional, check_tensor, check_type
+from ...choices import MASKS, Mask
 from ...kernels.attention.args import (
     AttentionInputs,
     AttentionResults,
@@ -30,7 +31,6 @@ from ...types import AttentionPlan, DraftTree, PagedKV, VerifyLayout
 from ...workspace import Workspace
 from .plan import check_slots, check_window, counters_of, places, plan_attention, scratch_of, words_needed
 
-MASKS = ("chain", "full", "tree")
 MAX_NODES = 64  # bits of an ancestor word
 MAX_HEAD_DIM = 256
 
@@ -40,7 +40,7 @@ def tree_attention(
     kv: PagedKV,
     layout: VerifyLayout,
     *,
-    mask: str = "chain",
+    mask: Mask = "chain",
     ancestors: Tensor | DraftTree | None = None,
     k_new: Tensor | None = None,
     v_new: Tensor | None = None,

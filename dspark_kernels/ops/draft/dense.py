@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
+from ...choices import NOISES, Noise
 from ...kernels.draft.args import (
     BlockInputs,
     BlockResults,
@@ -91,7 +92,7 @@ def draft_block(
     vocab_size: int | None = None,
     first_draft: int = 0,
     head_state: Tensor | None = None,
-    noise: str = "draft",
+    noise: Noise = "draft",
     state_indices: Tensor | None = None,
     keep_logits: bool = False,
     out: DraftBlock | None = None,
@@ -142,7 +143,7 @@ def draft_block(
     base_logits, head = _check_vocabulary(base_logits, head, vocab_size)
     rows, drafts, vocab = _check_inputs(base_logits, anchors, anchor_positions, state_indices)
     device, slots = base_logits.device, anchors.shape[0]
-    check_choice("noise", noise, ("draft", "coupled"))
+    check_choice("noise", noise, NOISES)
     check_int("first_draft", first_draft, low=0)
     check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(vocab,), device=device, contiguous=True)
     targets = _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ... import workspace as workspaces
 from ...checks import INT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type, not_yet
+from ...choices import NOISES, Noise
 from ...types import ConfidenceHead, DenseProposal, DraftBlock, MarkovHead, RnnMarkovHead, SamplingTensors
 from ..sampling import flatten, needs_no
 from ..shards import Shard, check_shard
@@ -75,7 +76,7 @@ def draft_block_partial(
     draft_to_target: Tensor | None = None,
     first_draft: int = 0,
     head_state: Tensor | None = None,
-    noise: str = "draft",
+    noise: Noise = "draft",
     state_indices: Tensor | None = None,
     keep_logits: bool = False,
     out: Tensor | None = None,
@@ -194,7 +195,7 @@ def draft_block_finish(
     anchor_positions: Tensor | None = None,
     draft_to_target: Tensor | None = None,
     head_state: Tensor | None = None,
-    noise: str = "draft",
+    noise: Noise = "draft",
     first_draft: int = 0,
     state_indices: Tensor | None = None,
     num_drafts: int | None = None,
@@ -283,7 +284,7 @@ def _check_call(
     rows, drafts, width = draft._check_inputs(base_logits, anchors, anchor_positions, state_indices)
     device, slots = base_logits.device, anchors.shape[0]
     shard = check_shard(width, vocab_start, vocab_shards, vocab_size)
-    check_choice("noise", noise, ("draft", "coupled"))
+    check_choice("noise", noise, NOISES)
     check_int("first_draft", first_draft, low=0)
     check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(width,), device=device, contiguous=True)
     return rows, drafts, shard, draft._check_sampling(sampling, head, draft_to_target, slots, drafts, shard.vocab, device)

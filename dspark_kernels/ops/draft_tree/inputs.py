@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ...checks import INT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type, not_yet
+from ...choices import METHODS, STATIC_METHODS
 from ...library import Out
 from ...types import ConfidenceHead, DenseProposal, DraftTree, MarkovHead, OneHotProposal, SamplingTensors
 from ..draft import dense as draft
 
 MAX_NODES = 64
 SAMPLED = ("iid", "without_replacement")
-STATIC = ("top_k", *SAMPLED)  # methods whose shape is known beforehand
-METHODS = ("conditioned", "best_first", *STATIC)
 
 
 # Settings that no method supports.
@@ -90,7 +89,7 @@ def check_call(op: str, call: TreeCall) -> None:
 
 
 def check_branching(call: TreeCall) -> None:
-    if call.method not in STATIC:
+    if call.method not in STATIC_METHODS:
         if call.branching is not None:
             raise ValueError(f"branching: expected None with method {call.method!r}, got {call.branching}")
         return
@@ -110,7 +109,7 @@ def check_settings(op: str, sampling: SamplingTensors | None, method: str, slots
     for name, what in _REFUSED.items():
         if getattr(sampling, name) is not None:
             not_yet(op, f"sampling.{name}", what)
-    if sampling.logit_bias is not None and method not in STATIC:
+    if sampling.logit_bias is not None and method not in STATIC_METHODS:
         not_yet(op, "sampling.logit_bias", f"with method {method!r} it is")
 
 
@@ -177,7 +176,7 @@ def check_expansion(op, tree, node_logits, depth, branching, anchor_positions, m
     check_tensor("tree.tokens", tree.tokens, device=device)
     if width == 0 or vocab == 0:
         raise ValueError(f"node_logits: expected F >= 1 and V >= 1, got shape {list(node_logits.shape)}")
-    check_choice("method", method, STATIC)
+    check_choice("method", method, STATIC_METHODS)
     check_int("depth", depth, low=0)
     check_int("branching", branching, low=1)
     check_tensor("tree.flags", tree.flags, shape=(rows,), device=device, contiguous=True)

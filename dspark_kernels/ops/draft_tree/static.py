@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_tensor, not_yet
+from ...choices import STATIC_METHODS, Method, StaticMethod
 from ...kernels.args import Adjustments, Bias
 from ...kernels.draft_tree.args import (
     NodeLogits,
@@ -36,7 +37,7 @@ from ..draft.args import MixedHead, base_record, has_latents, latent_room, strid
 from ..draft.candidates import hidden_states
 from . import inputs as tree_inputs
 from .best_first import by_probability
-from .inputs import SAMPLED, STATIC, Nodes, TreeCall, nodes_of
+from .inputs import SAMPLED, Nodes, TreeCall, nodes_of
 
 OP = "draft_tree"
 EXPAND = "expand_tree"
@@ -48,7 +49,7 @@ def draft_tree(
     head: MarkovHead | None = None,
     *,
     anchor_positions: Tensor,
-    method: str = "conditioned",
+    method: Method = "conditioned",
     num_nodes: int,
     branching: tuple[int, ...] | None = None,
     node_budgets: Tensor | None = None,
@@ -108,11 +109,11 @@ def draft_tree(
     kept = base_logits if method in SAMPLED else None
     shape = (anchors.shape[0], base_logits.shape[0], num_nodes, kept, drawn, draft_to_target)
     if out is None:
-        out = tree_inputs.allocate(*shape, base_logits.device, survival=method not in STATIC)
+        out = tree_inputs.allocate(*shape, base_logits.device, survival=method not in STATIC_METHODS)
     else:
         tree_inputs.check_out(out, *shape, base_logits.device)
     if base_logits.shape[0] > 0:
-        (_by_shape if method in STATIC else by_probability)(call, out, workspace)
+        (_by_shape if method in STATIC_METHODS else by_probability)(call, out, workspace)
     return out
 
 
@@ -123,7 +124,7 @@ def expand_tree(
     depth: int,
     branching: int,
     anchor_positions: Tensor,
-    method: str = "top_k",
+    method: StaticMethod = "top_k",
     sampling: SamplingTensors | None = None,
     node_budgets: Tensor | None = None,
     draft_to_target: Tensor | None = None,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, check_choice, check_int, check_number, check_optional, check_tensor, check_type
+from ...choices import POLICIES, Policy
 from ...kernels.layout.args import ScheduleInputs, ScheduleScratch, ScheduleStrides
 from ...launch import arch
 from ...launch.layout import schedule as schedule_launch
@@ -24,7 +25,6 @@ from ...workspace import Workspace
 from .fixed import Packed, Requests, batch_rows, check_batch, output, packed_of, padded, pages, row_count
 
 OP = "schedule_prefixes"
-POLICIES = ("causal", "budget")
 MAX_CANDIDATES = 16384  # drafts of a batch, requests and drafts each padded to a power of two: what one program can hold
 SURVIVAL_ONE = 1 << 24  # of survival
 _BYPASS_UNIT = 1 << 20
@@ -36,7 +36,7 @@ def schedule_prefixes(
     *,
     anchors: Tensor,
     anchor_positions: Tensor,
-    policy: str = "causal",
+    policy: Policy = "causal",
     budget: Tensor | None = None,
     stale_confidence: Tensor | None = None,
     min_len: int = 0,

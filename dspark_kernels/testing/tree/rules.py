@@ -26,8 +26,6 @@ from ...types import Stream
 from ..chain import rules as chain_rules
 from ..chain.rules import at, probs_of, readable
 
-DRAWN = ("one_hot", "iid", "without_replacement")
-
 
 class Noise(chain_rules.Noise):
     """The noise of a batch at tree nodes, [R, n] or broadcastable: word 3 of the counter is stream | node << 8."""
