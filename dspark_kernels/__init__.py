@@ -3,6 +3,19 @@
 Importing needs neither Triton nor a GPU; calling an op needs Triton, and a GPU or Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+__version__ = "0.1.0"
+
+try:
+    import torch as _torch
+except (ImportError, OSError):  # missing, or a library that it loads is
+    import sys as _sys
+
+    if f"{__name__}.env" not in _sys.orig_argv:
+        raise
+    from .env import main as _main  # `python -m dspark_kernels.env`, which imports this module first, says what is wrong
+
+    _sys.exit(_main(_sys.argv[1:]))
+
 from . import calibration, cost, scheduling
 from .ops.accept.chain import accept_chain
 from .ops.accept.shards import accept_finish, accept_partial, accept_phases
@@ -41,8 +54,6 @@ from .types import (
 from .vocabulary import ids_from_offsets
 from .warmup import warmup
 from .workspace import Workspace
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Acceptance",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bench.shared.paths import ROOT
+from dspark_kernels.env import smi
 
 FLUSH = 4  # L2 sizes of other memory between two uses of an input
 WARMUP = 3
@@ -191,18 +192,6 @@ def source_digest(tables: bool = True) -> str:
     return digest.hexdigest()[:12]
 
 
-def _smi(*fields: str) -> list[str]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", "0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return [""] * len(fields)
-    values = [value.strip() for value in done.stdout.strip().split(",")] if done.returncode == 0 else []
-    if len(values) != len(fields):
-        return [""] * len(fields)
-    return [value if value and not value.startswith("[") else "" for value in values]
-
-
 def triton_version() -> str:
     try:
         import triton
@@ -214,7 +203,7 @@ def triton_version() -> str:
 def machine(device) -> Machine:
     """Facts about this machine's GPU. Clocks are read as they are now, so ask right after work."""
     properties = torch.cuda.get_device_properties(device)
-    driver, sm, memory, max_sm = _smi("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm")
+    driver, sm, memory, max_sm = smi("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm")
     return Machine(
         gpu=torch.cuda.get_device_name(device),
         driver=driver,

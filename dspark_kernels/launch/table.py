@@ -49,15 +49,18 @@ def find(arch: Arch, kernel: str, **shape: int | str | bool) -> Entry:
     """The entry nearest to `shape`. A GPU without a table uses that of its family, and says so once."""
     if kernel in _trials:
         return _trials[kernel]
-    name = arch.name
-    if name not in _TABLES:
-        name = arch.family
-        if not torch.compiler.is_compiling():  # a warning cannot be traced, and the op itself, which looks here too, is not
-            _say_unknown(arch)
+    name = name_for(arch)
+    if name != arch.name and not torch.compiler.is_compiling():  # a warning cannot be traced; the op itself looks here too
+        _say_unknown(arch)
     key = (name, kernel, *shape.values())
     if key not in _found:
         _found[key] = nearest(_TABLES[name].get(kernel, ()), shape, f"{name}.json: {kernel}")
     return _found[key]
+
+
+def name_for(arch: Arch) -> str:
+    """The table that kernels on this GPU run with: its own, or that of its family."""
+    return arch.name if arch.name in _TABLES else arch.family
 
 
 def _say_unknown(arch: Arch) -> None:

@@ -93,6 +93,7 @@ OUTSIDE = {
     "dspark_kernels.checkpoint": ("torch", "safetensors"),
     "dspark_kernels.calibration": ("torch", "matplotlib"),
     "dspark_kernels.library": ("torch", "triton"),
+    "dspark_kernels.env": ("torch", "triton"),
     "dspark_kernels": ("torch",),
     "reference.huggingface": ("torch", "transformers"),
     "reference": ("torch", "numpy"),
