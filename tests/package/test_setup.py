@@ -33,7 +33,32 @@ def test_every_tool_the_tests_need_is_pinned():
     pinned = set(re.findall(r"^([\w-]+)==", pins, re.M))
     assert names == pinned, "a requirement without a pin, or a pin that nothing requires"
     assert project["dependencies"] == ["torch>=2.9"]
-    assert set(extras) == {"cpu", "test", "checkpoints", "transformers", "demo", "plots", "types"}
+    assert set(extras) == {"cpu", "test", "checkpoints", "transformers", "demo", "plots", "release", "types"}
+    packaging = {"build", "check-wheel-contents", "twine"}
+    assert not packaging & {re.match(r"[\w-]+", need)[0] for need in extras["test"]}, "the tests' environment stays small"
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def test_workflows_install_pinned_tools_and_run_every_python_that_is_promised():
+    pins = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M))
+    for path in WORKFLOWS:
+        for tools in re.findall(r"pip install -c constraints.txt ([\w -]+)$", path.read_text(), re.M):
+            assert set(tools.split()) <= pins, path.name
+    promised = re.findall(r"Programming Language :: Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    tested = re.search(r"python: \[(.*)\]", (ROOT / ".github" / "workflows" / "tests.yml").read_text())[1]
+    assert len(promised) == 4 and re.findall(r"3\.\d+", tested) == promised
+
+
+def test_workflows_and_templates_run_modules_and_files_that_exist():
+    texts = [*WORKFLOWS, *(ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"), ROOT / ".github" / "pull_request_template.md"]
+    assert len(WORKFLOWS) >= 5 and len(texts) >= 9
+    for text in (path.read_text() for path in texts):
+        for module in re.findall(r"python\"? -m ((?:bench|dspark_kernels)[\w.]*)", text):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+        assert [name for name in re.findall(r"\b(?:tests|bench)/[\w/]+\.\w+", text) if not (ROOT / name).exists()] == []
 
 
 def test_every_test_file_that_is_named_exists():
