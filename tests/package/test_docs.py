@@ -151,6 +151,23 @@ def test_every_page_begins_with_its_question_and_is_in_the_index():
         assert page.name in index or page.name == "README.md"
 
 
+def test_every_page_is_in_the_site():
+    """Once in mkdocs.yml; docs/README.md is pages.md there (docs/hooks.py)."""
+    listed = re.findall(r"^ +- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} == {name for name in listed if "/" not in name} - {
+        "pages.md", "CONTRIBUTING.md", "CHANGELOG.md",
+    }  # fmt: skip
+    assert len(listed) == len(set(listed))
+
+
+def test_the_api_reference_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: dspark_kernels\.(\w+)$", page, re.M))
+    code = {name: value for name, value in vars(dk).items() if inspect.isclass(value) or inspect.isfunction(value)}
+    public = {name for name, value in code.items() if not name.startswith("_") and value.__module__ != "dspark_kernels.types"}
+    assert public - shown == {"CostTable"} and shown - public == {"types", "cost", "scheduling", "calibration", "checkpoint"}
+
+
 def test_the_readme_has_every_op():
     ops = {name for name, value in vars(dk).items() if getattr(value, "__module__", "").startswith("dspark_kernels.ops.")}
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("| op |")[1].split("\n\n")[0]
@@ -270,7 +287,7 @@ def test_sentences_about_the_systems_follow_from_their_figures():
     assert sum(row["after"] < row["before"] for row in found["calibration"]) == 1 and "lower it in one of six cases" in assets
 
 
-def test_the_readme_repeats_the_table_of_decoding_methods():
+def test_the_readme_and_choose_repeat_the_table_of_decoding_methods():
     table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("```")[1]
     tokens = [dict(re.findall(r"^(\S.*?)  +([\d.]+) ±", part, re.M)) for part in table.split("\nT = ")[1:]]
     assert len(tokens) == 2
@@ -278,6 +295,11 @@ def test_the_readme_repeats_the_table_of_decoding_methods():
     pairs = {name: f"{sampled[name]} / {greedy[name]}" for name in ("dspark", "block", "mtp", "draft-model")}
     readme = _flat("README.md")
     assert f"| {pairs['dspark']}; {pairs['block']} |" in readme and f"| {pairs['mtp']}; {pairs['draft-model']} |" in readme
+    page = _flat("docs", "choose.md")
+    for pair, drafts in {pairs["draft-model"]: 4, pairs["mtp"]: 4, pairs["block"]: 7, pairs["dspark"]: 7}.items():
+        assert f"| {pair} ({drafts} drafts) |" in page
+    assert f"DSpark {greedy['dspark-tree, 16 nodes']} with 16 nodes against {greedy['dspark']} |" in page
+    assert f"DSpark {sampled['dspark-tree, 16 nodes, sampled']} against {sampled['dspark']}." in page
     assert f"| {sampled['dspark-tree, 16 nodes, sampled']} / {greedy['dspark-tree, 16 nodes']} |" in readme
 
 

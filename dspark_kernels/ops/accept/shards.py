@@ -98,7 +98,7 @@ def accept_partial(
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument of the wrong type, dtype, shape, device or stride, or of a kind that
-        shards do not have (filters, reduced draft vocabularies).
+            shards do not have (filters, reduced draft vocabularies).
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
     if target_scaled:

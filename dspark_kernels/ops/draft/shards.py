@@ -110,7 +110,7 @@ def draft_block_partial(
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument of the wrong type, dtype, shape, device or stride, or of a kind that
-        shards do not have (filters in the dense form, bigrams).
+            shards do not have (filters in the dense form, bigrams).
         RuntimeError: no Triton, or CPU tensors without its interpreter.
     """
     rows, drafts, shard, targets = _check_call(
