@@ -27,12 +27,16 @@ def targets(path: str):
             yield posixpath.normpath(posixpath.join(posixpath.dirname(path), link.partition("#")[0]))
 
 
+def shown(path: str) -> bool:
+    return path.endswith(SHOWN) and (ROOT / path).exists()  # mkdocs warns of what does not exist
+
+
 def outside() -> list[str]:
     """Documents and pictures outside docs/ that can be reached by links."""
     reached = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
     for path in reached:  # which grows
         if path.endswith(".md"):
-            reached += [target for target in dict.fromkeys(targets(path)) if target.endswith(SHOWN) and target not in reached]
+            reached += [target for target in dict.fromkeys(targets(path)) if shown(target) and target not in reached]
     return [path for path in reached if not path.startswith("docs/")]
 
 
