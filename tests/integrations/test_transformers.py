@@ -1,0 +1,361 @@
+"""dspark_kernels.integrations.transformers against plain generate: the same greedy texts, the same distribution of sampled ones.
+
+Targets are tiny random models of transformers' own classes. Their drafter's sequential head is the target's table of next tokens by
+the last one, so that drafts are accepted, corrected and refused. Where the ops are not what is tested, the reference's do their work:
+they take a tenth of the time in Triton's interpreter, and draw the same tokens (`test_kernels_draw_as_the_reference_does`, and the
+tests of the ops). Skipped where transformers is not installed; nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import directories as made
+
+transformers = pytest.importorskip("transformers", reason="needs transformers, which is not installed")
+pytest.importorskip("safetensors.torch", reason="needs safetensors, which is not installed")
+
+from dspark_kernels.integrations.transformers import DSpark, rounds  # noqa: E402
+from dspark_kernels.testing import statistics  # noqa: E402
+from reference.loop import REFERENCE_OPS  # noqa: E402
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "qwen3_tiny"
+VOCAB, RANK = made.VOCAB, 24
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=24,
+    intermediate_size=36,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_hidden_layers=2,
+    max_position_embeddings=64,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+# Texts are longer than the windows, and Gemma's two layers are of two kinds.
+FAMILIES = {
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8),
+    ),
+    "mistral": ("MistralForCausalLM", "MistralConfig", dict(sliding_window=5)),
+}
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1], [18, 28, 18, 2, 11], [31]]
+
+
+def target_of(family, attention="sdpa"):
+    name, config, more = FAMILIES[family]
+    torch.manual_seed(5)
+    own = getattr(transformers, config)(**{**SIZES, **more}, attn_implementation=attention)
+    model = getattr(transformers, name)(own).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Gemma's norms add one to their weights.
+            near = 0.0 if family == "gemma3" else 1.0
+            parameter.copy_(0.4 * torch.randn_like(parameter) if parameter.ndim > 1 else near + 0.1 * torch.randn_like(parameter))
+        # The last token says most of what follows, and attention the rest. Gemma scales its embedding itself.
+        model.model.embed_tokens.weight *= 1 if family == "gemma3" else 8
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.3
+    return model
+
+
+def drafter_of(model, directory, **changes):
+    """A directory with a drafter for the model; its backbone's own say is small."""
+    config, shapes = made.dspark(num_target_layers=2, target_layer_ids=[-1, 1], markov_rank=RANK, **changes)
+    shapes |= {name: [VOCAB, RANK] for name in made.TABLES} | {"confidence_head.proj.weight": [1, 24 + RANK]}
+    weights = made.tensors(shapes, seed=2)
+    with torch.no_grad():
+        left, sizes, right = torch.linalg.svd(model(input_ids=torch.arange(VOCAB)[:, None]).logits[:, -1], full_matrices=False)
+    weights["markov_head.markov_w1.weight"] = (left * sizes)[:, :RANK].contiguous()
+    weights["markov_head.markov_w2.weight"] = right[:RANK].T.contiguous()
+    weights["lm_head.weight"] *= 0.3
+    return made.write(directory, config, weights)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    model = target_of("qwen3")
+    return model, DSpark.from_pretrained(drafter_of(model, tmp_path_factory.mktemp("drafter")), model)
+
+
+def overwrite(old, new):
+    for name, value in vars(new).items():
+        if isinstance(value, torch.Tensor):
+            getattr(old, name).copy_(value)
+        elif dataclasses.is_dataclass(value):
+            overwrite(getattr(old, name), value)
+
+
+def prepare(op, **example):
+    """Of the reference's ops; as those of dk.prepare, a call overwrites the results of the last."""
+    kept = []
+
+    def call(**given):
+        kept.append(op(**{**example, **given}))
+        overwrite(kept[0], kept[-1])
+        return kept[0]
+
+    return call
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Rounds call the reference's ops."""
+    own = {name: getattr(REFERENCE_OPS, name) for name in ("draft_block", "accept_chain")}
+    monkeypatch.setattr(rounds, "dk", SimpleNamespace(**{**vars(rounds.dk), **own, "prepare": prepare}))
+
+
+def batch(prompts=PROMPTS):
+    """Ids and mask, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return dict(input_ids=ids, attention_mask=mask)
+
+
+def check_same(model, dspark, inputs, **options):
+    """Greedy texts of plain generate and of rounds; returns them."""
+    plain = model.generate(**inputs, do_sample=False, **options)
+    drafted = model.generate(**inputs, do_sample=False, custom_generate=dspark, **options)
+    assert torch.equal(plain, drafted)
+    return plain
+
+
+@pytest.mark.parametrize("family, attention", [("qwen3", "eager"), ("llama", "sdpa"), ("gemma3", "sdpa"), ("mistral", "eager")])
+def test_greedy_batches_of_every_family(tmp_path, family, attention, reference):
+    """Four rows of unequal lengths; one of them ends at a stop token."""
+    model = target_of(family, attention)
+    dspark = DSpark.from_pretrained(drafter_of(model, tmp_path / "d"), model)
+    texts = check_same(model, dspark, batch(), max_new_tokens=14)
+    seen = dspark.statistics
+    assert 0 < sum(seen.accepted) < seen.row_rounds * len(seen.accepted), "nothing accepted, or nothing refused"
+    assert seen.new_tokens == 4 * 14 and seen.flags == 0 and seen.tokens_per_round > 1
+    stop = int(texts[1, 8 + 5])
+    stopped = check_same(model, dspark, batch(), max_new_tokens=14, eos_token_id=[stop, 40])
+    assert (stopped == 0).any(1).sum() > 0 and not torch.equal(stopped, texts[:, : stopped.shape[1]])
+
+
+def test_lengths_of_one_to_nine_tokens(qwen3, reference):
+    model, dspark = qwen3
+    inputs = batch([PROMPTS[0]])
+    for new in range(1, 10):
+        assert check_same(model, dspark, inputs, max_new_tokens=new).shape[1] == 8 + new
+
+
+def test_caches_chunks_and_results(qwen3, reference):
+    model, dspark = qwen3
+    plain = check_same(model, dspark, batch(), max_new_tokens=6)
+    for options in (dict(cache_implementation="static"), dict(prefill_chunk_size=3), dict(return_dict_in_generate=True)):
+        result = model.generate(**batch(), do_sample=False, max_new_tokens=6, custom_generate=dspark, **options)
+        assert torch.equal(plain, result if isinstance(result, torch.Tensor) else result.sequences), options
+
+
+def test_logits_processors(qwen3, reference):
+    """Mapped ones, those on the logits, those that look at lengths and at a row's place in the batch."""
+    model, dspark = qwen3
+    inputs = batch(PROMPTS[:2])
+    free = check_same(model, dspark, inputs, max_new_tokens=8)
+    stop = int(free[1, 8 + 1])
+
+    def by_place(row, text):
+        return [t for t in range(VOCAB) if (t + row + len(text)) % 3]
+
+    for options in (
+        dict(repetition_penalty=1.7),
+        dict(repetition_penalty=1.7, no_repeat_ngram_size=2, suppress_tokens=[int(free[0, 9])]),
+        dict(min_new_tokens=5, eos_token_id=stop),
+        dict(prefix_allowed_tokens_fn=by_place),
+    ):
+        assert not torch.equal(check_same(model, dspark, inputs, max_new_tokens=8, **options), free), options
+
+
+def test_stopping_criteria(qwen3, reference):
+    model, dspark = qwen3
+    texts = check_same(model, dspark, batch(PROMPTS[:2]), max_new_tokens=9)
+    wanted = texts[1, 8 + 3 : 8 + 5]
+
+    class Pair(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return (input_ids[:, -2:] == wanted).all(1)
+
+    inputs = batch(PROMPTS[1:2])
+    assert check_same(model, dspark, inputs, max_new_tokens=9, stopping_criteria=[Pair()]).shape[1] <= 3 + 5
+    # In a batch a row ends by itself.
+    both = model.generate(
+        **batch(PROMPTS[:2]), do_sample=False, max_new_tokens=9, stopping_criteria=[Pair()], custom_generate=dspark
+    )
+    assert both.shape == texts.shape and torch.equal(both[0], texts[0]) and both[1, -1] == 0
+
+
+class Streamer:
+    def __init__(self):
+        self.got, self.ended = [], 0
+
+    def put(self, tokens):
+        self.got.append(tokens.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_streamer(qwen3):
+    model, dspark = qwen3
+    plain, drafted = Streamer(), Streamer()
+    inputs = batch([PROMPTS[0]])
+    model.generate(**inputs, do_sample=False, max_new_tokens=7, streamer=plain)
+    model.generate(**inputs, do_sample=False, max_new_tokens=7, custom_generate=dspark, token_streamer=drafted)
+    assert drafted.got == plain.got and drafted.ended == plain.ended == 1
+
+
+def test_seeds(qwen3, reference):
+    """A row's tokens depend on its seed, not on the batch; without seeds on torch's generator."""
+    model, dspark = qwen3
+    options = dict(do_sample=True, temperature=2.0, top_k=0, max_new_tokens=6, custom_generate=dspark)
+    first = model.generate(**batch(), **options, seeds=[7, 8, 9, 10])
+    turned = model.generate(**batch(PROMPTS[::-1]), **options, seeds=torch.tensor([10, 9, 8, 7]))
+    alone = model.generate(**batch(PROMPTS[1:2]), **options, seeds=8)
+    assert torch.equal(first, turned.flip(0)) and torch.equal(first[1, 8:], alone[0, 3:])
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(**batch(), **options))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_kernels_draw_as_the_reference_does(qwen3, request):
+    """A greedy and a sampled batch with every setting that is mapped, stop token included."""
+    model, dspark = qwen3
+    drawn = []
+    for _ in ("kernels", "reference"):
+        texts = check_same(model, dspark, batch(PROMPTS[:2]), max_new_tokens=5, repetition_penalty=1.2, eos_token_id=30)
+        options = dict(do_sample=True, temperature=1.5, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seeds=3)
+        sampled = model.generate(**batch(PROMPTS[:2]), max_new_tokens=3, custom_generate=dspark, **options)
+        drawn.append((texts, sampled, dspark.statistics))
+        request.getfixturevalue("reference")
+    (texts, sampled, seen), (same_texts, same_sampled, same_seen) = drawn
+    assert torch.equal(texts, same_texts) and torch.equal(sampled, same_sampled) and seen == same_seen
+
+
+LEVEL, ROWS, TOP = 1e-4, 1000, 2
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_sampled_distribution(tmp_path, monkeypatch, reference, rule):
+    """The first three tokens of many rows, of the two best each, against exact probabilities: 8 cells of similar size."""
+    model = target_of("llama")
+    dspark = DSpark.from_pretrained(drafter_of(model, tmp_path / "d"), model, rule=rule, drafts=2)
+    options = dict(do_sample=True, temperature=8.0, top_k=TOP)
+    prompt = torch.tensor([PROMPTS[0]])
+    ids, exact = prompt, torch.ones(1)
+    for _ in range(3):  # all paths, and their probabilities
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[:, -1] / options["temperature"]
+        best = logits.topk(TOP).indices
+        ids = torch.cat([ids.repeat_interleave(TOP, 0), best.view(-1, 1)], 1)
+        exact = (exact[:, None] * logits.gather(1, best).softmax(-1)).flatten()
+    paths = ids[:, prompt.shape[1] :]
+
+    proposals = []
+    accept = rounds.Rounds.accept
+    monkeypatch.setattr(rounds.Rounds, "accept", lambda *of: (proposals.append(of[2].proposal.logits.clone()), accept(*of))[1])
+    texts = model.generate(prompt.expand(ROWS, -1), **options, max_new_tokens=3, custom_generate=dspark, seeds=1, pad_token_id=0)
+    own = texts[:, prompt.shape[1] :]
+    hits = (own[:, None] == paths).all(-1)
+    assert hits.any(1).all(), "a token that top-k removes"
+    for found in statistics.compare("three tokens", hits.sum(0), exact, LEVEL):
+        # Power: a bias of 0.15 in total variation would be found with probability 0.999.
+        assert found.p_value > LEVEL and found.sees < 0.15, found
+    assert 0.1 < dspark.statistics.acceptance_by_position[0] < 0.95
+    # So would a rule that draws corrections from the target's own distribution: the second token would be this.
+    target = exact.view(TOP, TOP, TOP).sum(2)  # [first, second]
+    wrong = []
+    for first, second, probs in zip(paths[:: TOP * TOP, 0], paths[::TOP, 1].view(TOP, TOP), target, strict=True):
+        row = int((own[:, 0] == first).nonzero()[0])
+        drawn = (proposals[0][row, 0].float() / options["temperature"]).softmax(-1)[second]
+        accepted = torch.minimum(probs / probs.sum(), drawn)
+        wrong.append(probs.sum() * (accepted + (1 - accepted.sum()) * probs / probs.sum()))
+    shift = float(ROWS * ((torch.stack(wrong) - target).square() / target).sum())
+    assert statistics.power(len(exact) - 1, shift, statistics.threshold(len(exact) - 1, LEVEL)) > 0.999
+
+
+def test_what_is_refused(qwen3, tmp_path):
+    model, dspark = qwen3
+    ask = dict(do_sample=False, max_new_tokens=3, custom_generate=dspark)
+    for message, options in {
+        "expected greedy search or sampling, got beam": dict(num_beams=2),
+        "output_logits: expected False": dict(return_dict_in_generate=True, output_logits=True),
+        "expected no guidance_scale": dict(guidance_scale=1.5, negative_prompt_ids=torch.tensor([[1]])),
+        "expected a prompt|expected padding on the left": dict(attention_mask=torch.tensor([[1] * 7 + [0]])),
+        "seeds: expected an integer or 1": dict(seeds=[1, 2]),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            model.generate(**{**batch(PROMPTS[:1]), **ask, **options})
+    with pytest.raises(ValueError, match="token_streamer: expected a batch of 1"):
+        model.generate(**batch(), **ask, token_streamer=Streamer())
+    cache = transformers.DynamicCache()
+    cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
+    name = "cache" if "cache" in type(model).forward.__annotations__ else "past_key_values"
+    with pytest.raises(ValueError, match="which the drafter|because the drafter has not seen"):
+        model.generate(**batch(PROMPTS[:1]), **ask, **{name: cache})
+    other = target_of("qwen3")
+    with pytest.raises(ValueError, match="expected the model that this DSpark was made for"):
+        other.generate(**batch(), **ask)
+    with pytest.raises(ValueError, match="drafts: expected 1 to 4"):
+        DSpark.from_pretrained(drafter_of(model, tmp_path / "a"), model, drafts=5)
+    for message, changes in {
+        "num_target_layers 2, as Qwen3ForCausalLM has it, got 3": dict(num_target_layers=3),
+    }.items():
+        config, shapes = made.dspark(**{"num_target_layers": 2, **changes})
+        with pytest.raises(ValueError, match=message):
+            DSpark.from_pretrained(made.write(tmp_path / "b", config, made.tensors(shapes)), model)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="attn_implementation eager or sdpa"):
+        DSpark.from_pretrained(tmp_path / "a", model)
+    model.config._attn_implementation = "sdpa"
+    model.model.config.sliding_window, model.model.config.layer_types = 2, ["sliding_attention"] * 2  # which its layers do not do
+    with pytest.raises(ValueError, match="gives without a cache|does not run"):
+        DSpark.from_pretrained(tmp_path / "a", model)
+    model.model.config.sliding_window, model.model.config.layer_types = None, ["full_attention"] * 2
+
+
+def test_a_drafter_that_does_not_fit_is_told_of(qwen3, tmp_path, monkeypatch):
+    from dspark_kernels.integrations.transformers import dspark as module
+
+    monkeypatch.setattr(module, "_ROUNDS_TO_TELL", 10)
+    monkeypatch.setattr(module, "_COLLAPSED", 0.5)
+    model, _ = qwen3
+    config, shapes = made.dspark(num_target_layers=2)
+    stranger = DSpark.from_pretrained(made.write(tmp_path / "d", config, made.tensors(shapes)), model)
+    with pytest.warns(UserWarning, match="of first drafts were accepted in .* was the drafter trained for this target"):
+        model.generate(**batch(), do_sample=False, max_new_tokens=8, custom_generate=stranger)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
+def test_the_research_codes_rounds():
+    """The golden drafter: texts and, round by round, as many drafts accepted as the research code had."""
+    model = transformers.Qwen3ForCausalLM.from_pretrained(GOLDEN / "target", dtype=torch.float32).eval()
+    dspark = DSpark.from_pretrained(GOLDEN / "draft", model)
+    cases = [case for case in json.loads((GOLDEN / "greedy_cases.json").read_text()) if case["confidence_threshold"] == 0][:3]
+    for case in cases:
+        inputs = batch([case["prompt"]])
+        text = model.generate(
+            **inputs, do_sample=False, max_new_tokens=case["max_new_tokens"], eos_token_id=None, custom_generate=dspark
+        )
+        assert text[0].tolist() == case["output_ids"]
+        seen = dspark.statistics
+        assert 1 + sum(case["acceptance_lengths"][: seen.rounds - 1]) < case["max_new_tokens"]
+        assert sum(seen.accepted) == sum(case["acceptance_lengths"][: seen.rounds]) - seen.rounds
