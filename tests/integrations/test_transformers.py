@@ -9,6 +9,7 @@ tests of the ops). Skipped where transformers is not installed; nothing is fetch
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -27,7 +28,8 @@ from dspark_kernels.testing import statistics  # noqa: E402
 from reference.loop import REFERENCE_OPS  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "qwen3_tiny"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT.parent / "shared" / "golden" / "qwen3_tiny"
 VOCAB, RANK = made.VOCAB, 24
 SIZES = dict(
     vocab_size=VOCAB,
@@ -236,18 +238,38 @@ def test_seeds(qwen3, reference):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-def test_kernels_draw_as_the_reference_does(qwen3, request):
-    """A greedy and a sampled batch with every setting that is mapped, stop token included."""
-    model, dspark = qwen3
+def test_kernels_draw_as_the_reference_does(tmp_path, request):
+    """A sampled batch with every setting that is mapped."""
+    model = target_of("qwen3")
+    dspark = DSpark.from_pretrained(drafter_of(model, tmp_path / "d"), model, drafts=2)
+    options = dict(do_sample=True, temperature=1.5, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seeds=3)
     drawn = []
     for _ in ("kernels", "reference"):
-        texts = check_same(model, dspark, batch(PROMPTS[:2]), max_new_tokens=5, repetition_penalty=1.2, eos_token_id=30)
-        options = dict(do_sample=True, temperature=1.5, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seeds=3)
-        sampled = model.generate(**batch(PROMPTS[:2]), max_new_tokens=3, custom_generate=dspark, **options)
-        drawn.append((texts, sampled, dspark.statistics))
+        texts = model.generate(**batch(PROMPTS[:2]), max_new_tokens=4, custom_generate=dspark, **options)
+        drawn.append((texts.tolist(), dspark.statistics))
         request.getfixturevalue("reference")
-    (texts, sampled, seen), (same_texts, same_sampled, same_seen) = drawn
-    assert torch.equal(texts, same_texts) and torch.equal(sampled, same_sampled) and seen == same_seen
+    assert drawn[0] == drawn[1]
+
+
+def test_example(monkeypatch, capsys):
+    """Run with the embedded models; greedy texts are those of plain generate, and drafts of trained models are accepted."""
+    path = ROOT / "examples" / "transformers_generate.py"
+    spec = importlib.util.spec_from_file_location("transformers_example", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    seen = {}
+
+    def generate(model, drafter, inputs, **options):
+        seen["plain"] = model.generate(**inputs, **options)
+        seen["drafted"], seen["statistics"] = result = own(model, drafter, inputs, **options)
+        return result
+
+    own, _ = example.generate, monkeypatch.setattr(example, "generate", generate)
+    texts = example.main([], 10)
+    assert torch.equal(seen["plain"], seen["drafted"]) and all(text in capsys.readouterr().out for text in texts[:1])
+    assert seen["statistics"].tokens_per_round > 1.5
+    shown = path.read_text().split("# docs/engines.md: begin\n")[1].split("# docs/engines.md: end")[0].strip()
+    assert shown in (ROOT / "docs" / "engines.md").read_text(), "docs/engines.md does not show the call of the example"
 
 
 LEVEL, ROWS, TOP = 1e-4, 1000, 2

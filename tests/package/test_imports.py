@@ -92,6 +92,7 @@ OUTSIDE = {
     "dspark_kernels.testing": ("torch", "numpy", "triton"),
     "dspark_kernels.checkpoint": ("torch", "safetensors"),
     "dspark_kernels.calibration": ("torch", "matplotlib"),
+    "dspark_kernels.integrations.transformers": ("torch", "transformers"),
     "dspark_kernels.library": ("torch", "triton"),
     "dspark_kernels.env": ("torch", "triton"),
     "dspark_kernels": ("torch",),
@@ -273,6 +274,9 @@ def test_a_circle_is_found(tmp_path):
         ("dspark_kernels/x.py", "import numpy"),
         ("dspark_kernels/library.py", "import triton"),
         ("dspark_kernels/checkpoint/x.py", "import safetensors"),
+        ("dspark_kernels/integrations/x.py", "def f():\n    import transformers"),
+        ("dspark_kernels/integrations/transformers/x.py", "import transformers"),
+        ("dspark_kernels/integrations/transformers/x.py", "from ...kernels import draft"),
         ("dspark_kernels/calibration.py", "from matplotlib.figure import Figure"),
         ("dspark_kernels/calibration.py", "def f():\n    import numpy"),
         ("dspark_kernels/x.py", "def f():\n    import matplotlib"),
@@ -290,7 +294,19 @@ def test_a_circle_is_found(tmp_path):
 )
 def test_a_violation_is_found(tmp_path, path, code):
     kernels = [f"kernels/{folder}" for folder in ("accept", "draft", "draft_tree", "layout", "primitives")]
-    for package in ("", "checkpoint", "kernels", *kernels, "launch", "ops", "testing", "testing/chain", "testing/tree"):
+    for package in (
+        "",
+        "checkpoint",
+        "integrations",
+        "integrations/transformers",
+        "kernels",
+        *kernels,
+        "launch",
+        "ops",
+        "testing",
+        "testing/chain",
+        "testing/tree",
+    ):
         folder = tmp_path / PACKAGE / package
         folder.mkdir(exist_ok=True)
         for module in ("__init__", "types", "checks", "draft", "dense", "static", "fixed", "rows", "table"):

@@ -67,7 +67,7 @@ def read(processors, do_sample: bool, seeds: Tensor, columns: int) -> Settings:
         min_p=full("min_p", torch.float32),
         penalties=penalties,
     )
-    start = getattr(repetition, "prompt_ignore_length", None)  # since transformers 5.2x the left padding of each row
+    start = getattr(repetition, "prompt_ignore_length", None)  # in transformers 5.24 the left padding of each row
     return Settings(sampling, before, start.to(device)[:, None] if isinstance(start, Tensor) else start or 0)
 
 

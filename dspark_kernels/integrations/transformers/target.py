@@ -47,7 +47,7 @@ class Target:
         self.lm_head: Tensor = head.weight
         self.vocab, self.hidden = head.weight.shape
         taken = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in taken else "past_key_values"  # its name since transformers 5.2x, and before
+        self._cache_name = "cache" if "cache" in taken else "past_key_values"  # in transformers 5.24, and in 5.10
         self._takes_count = "logits_to_keep" in taken
         self._seen: dict[int, Tensor] = {}
         self._check()
