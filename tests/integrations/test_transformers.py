@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 from pathlib import Path
@@ -18,14 +19,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench import assets
 from tests import directories as made
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, which is not installed")
 pytest.importorskip("safetensors.torch", reason="needs safetensors, which is not installed")
 
+from dspark_kernels.checkpoint import load_drafter  # noqa: E402
 from dspark_kernels.integrations.transformers import DSpark, rounds  # noqa: E402
+from dspark_kernels.integrations.transformers.backbone import Backbone  # noqa: E402
 from dspark_kernels.testing import statistics  # noqa: E402
-from reference.loop import REFERENCE_OPS  # noqa: E402
+from reference.drafters import Anchors, Block, Committed, DSpark as ReferenceDSpark  # noqa: E402
+from reference.huggingface import HuggingFaceTarget  # noqa: E402
+from reference.loop import REFERENCE_OPS, Request, decode  # noqa: E402
+from reference.model import Rows, Target  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,7 +259,8 @@ def test_kernels_draw_as_the_reference_does(tmp_path, request):
 
 
 def test_example(monkeypatch, capsys):
-    """Run with the embedded models; greedy texts are those of plain generate, and drafts of trained models are accepted."""
+    """Run with the embedded models: greedy texts are those of plain generate, and as many drafts of trained models are accepted in
+    as many rounds as by the reference's loop."""
     path = ROOT / "examples" / "transformers_generate.py"
     spec = importlib.util.spec_from_file_location("transformers_example", path)
     example = importlib.util.module_from_spec(spec)
@@ -266,10 +274,45 @@ def test_example(monkeypatch, capsys):
 
     own, _ = example.generate, monkeypatch.setattr(example, "generate", generate)
     texts = example.main([], 10)
-    assert torch.equal(seen["plain"], seen["drafted"]) and all(text in capsys.readouterr().out for text in texts[:1])
-    assert seen["statistics"].tokens_per_round > 1.5
+    assert torch.equal(seen["plain"], seen["drafted"]) and texts[0] in capsys.readouterr().out
+    target = Target(*assets.weights("target"))
+    requests = [Request(assets.tokenizer().encode(prompt), 10) for prompt in example.PROMPTS]
+    lengths = []  # of rounds, up to the one that ends a text; its first token is the prompt's
+    for result in decode(target, ReferenceDSpark(*assets.weights("dspark"), target), requests):
+        sums = itertools.accumulate(result.acceptance_lengths, initial=1)
+        lengths.append([length for length, before in zip(result.acceptance_lengths, sums, strict=False) if before < 10])
+    rows, found = [len(row) for row in lengths], seen["statistics"]
+    assert rows[0] != rows[1] and (found.rounds, found.row_rounds) == (max(rows), sum(rows))
+    assert found.accepted == tuple(sum(length > k for row in lengths for length in row) for k in range(1, 8))
     shown = path.read_text().split("# docs/engines.md: begin\n")[1].split("# docs/engines.md: end")[0].strip()
     assert shown in (ROOT / "docs" / "engines.md").read_text(), "docs/engines.md does not show the call of the example"
+
+
+@pytest.mark.parametrize(
+    "build", [made.dspark, lambda **more: made.dspark("gemma4", "rnn", **more), made.dflash], ids=["dspark", "gemma4", "dflash"]
+)
+def test_backbones_compute_what_the_references_do(tmp_path, build):
+    """Hidden states and base logits of a block, for rows with contexts of 5 and 2 tokens; then one token more."""
+    model = target_of("qwen3")
+    config, shapes = build(num_target_layers=2)
+    loaded = load_drafter(made.write(tmp_path / "d", config, made.tensors(shapes, seed=2)))
+    own = Backbone(loaded, model.get_input_embeddings().weight, model.lm_head.weight)
+    theirs = Block(loaded.config, loaded.tensors, HuggingFaceTarget(model))
+    own.start(12)
+    theirs.start(2)
+    features, ids = torch.randn(2, 6, 48), torch.tensor([7, 9])
+    real = torch.tensor([[True] * 5, [False] * 3 + [True] * 2])
+    for columns, starts, lengths in ((slice(0, 5), (0, 0), (5, 2)), (slice(5, 6), (5, 2), (6, 3))):
+        part, kept = features[:, columns], real if columns.start == 0 else torch.ones(2, 1, dtype=torch.bool)
+        at = torch.tensor(starts)[:, None] + (kept.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            own.inject(part, at, kept)
+            hidden = own.hidden(ids, torch.tensor(lengths), max(lengths) + own.block_rows)
+            segments = [(row, start, end - start) for row, (start, end) in enumerate(zip(starts, lengths, strict=True))]
+            theirs.commit(Committed(Rows.of(segments, "cpu"), None, None, None, part[kept]))
+            want = theirs.block_hidden(Anchors.of(ids, torch.tensor(lengths), [0, 1]))
+            torch.testing.assert_close(hidden, want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(own.base_logits(hidden), theirs.base_logits(want), rtol=1e-4, atol=1e-5)
 
 
 LEVEL, ROWS, TOP = 1e-4, 1000, 2
@@ -367,7 +410,7 @@ def test_a_drafter_that_does_not_fit_is_told_of(qwen3, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden data is not beside this checkout")
-def test_the_research_codes_rounds():
+def test_the_research_codes_rounds(reference):
     """The golden drafter: texts and, round by round, as many drafts accepted as the research code had."""
     model = transformers.Qwen3ForCausalLM.from_pretrained(GOLDEN / "target", dtype=torch.float32).eval()
     dspark = DSpark.from_pretrained(GOLDEN / "draft", model)

@@ -39,7 +39,7 @@ class Backbone:
         self._fc, self._context_norm, self._final_norm = (tensors[f"{name}.weight"] for name in ("fc", "hidden_norm", "norm"))
         self._embedding = tensors.get("embed_tokens.weight", embedding)
         self._lm_head = tensors.get("lm_head.weight", lm_head)
-        self._scale = config["hidden_size"] ** 0.5 if gemma else None
+        self._scale = torch.tensor(config["hidden_size"] ** 0.5, device=device, dtype=dtype) if gemma else None
         self._cap = config.get("final_logit_softcapping") if gemma else None
         self.drafts, self._mask_token = config["block_size"], config["mask_token_id"]
         self.block_rows = self.drafts if config.get("anchor_first", True) else self.drafts + 1
@@ -50,7 +50,7 @@ class Backbone:
 
     def inject(self, features: Tensor, positions: Tensor, real: Tensor | None = None) -> None:
         """Give the context of rows: features [B, n, m * d], positions int64 [B, n], real bool [B, n], false for padding."""
-        context = self._norm(F.linear(features, self._fc), self._context_norm, self.shape.eps)
+        context = self._norm(F.linear(features.to(self._fc.dtype), self._fc), self._context_norm, self.shape.eps)
         rotation = Rotation.at(positions, self.shape, context.dtype)
         self.cache.place(self.cache.columns(positions, real), 0)
         for index, layer in enumerate(self._layers):
@@ -63,7 +63,7 @@ class Backbone:
         positions = anchor_positions[:, None] + steps
         x = F.embedding(token_ids, self._embedding)
         if self._scale is not None:
-            x = x * x.new_tensor(self._scale)
+            x = x * self._scale
         rotation = Rotation.at(positions, self.shape, x.dtype)
         seen = torch.arange(width, device=anchors.device) < (anchor_positions + self.block_rows)[:, None]
         mask = seen[:, None, None].expand(-1, -1, self.block_rows, -1)

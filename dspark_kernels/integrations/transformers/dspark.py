@@ -27,6 +27,8 @@ _RULES = ("token", "block", "coupled")
 _MODES = ("greedy_search", "sample")
 _CACHES = (None, "dynamic", "dynamic_full", "static")
 _TAKEN = ("attention_mask", "position_ids", "use_cache", "logits_to_keep", "past_key_values", "cache", "cache_position")
+# Columns of a pass over the prompt: its mask has as many rows, and as many columns as the prompt up to its end.
+_CHUNK = 2048
 # A drafter that fits its target has its first draft accepted in most rounds. After this many rounds a share below this one means that
 # something is amiss.
 _ROUNDS_TO_TELL, _COLLAPSED = 200, 0.01
@@ -104,7 +106,7 @@ class DSpark:
         stopping = Stopping.read(stopping_criteria, generation_config.max_length, device)
         columns = text_columns(stopping.max_length, self._models.drafts)
         settings = sampling_settings.read(logits_processor, bool(generation_config.do_sample), _seeds(seeds, rows, device), columns)
-        chunk = getattr(generation_config, "prefill_chunk_size", None) or input_ids.shape[1]
+        chunk = generation_config.prefill_chunk_size or _CHUNK
         rounds = Rounds(
             self._models, Prompt(input_ids, real, chunk), settings, stopping, _is_static(generation_config, model_kwargs)
         )
@@ -172,7 +174,7 @@ def _checked(target, model, input_ids: Tensor, config, model_kwargs: dict) -> Te
     """Refuse a call that this cannot make as generate would; which columns of the prompt are no padding, bool [B, P]."""
     if model is not target:
         raise ValueError("custom_generate: expected the model that this DSpark was made for, got another")
-    mode = str(getattr(config.get_generation_mode(), "value", config.get_generation_mode()))
+    mode = config.get_generation_mode().value
     if mode not in _MODES:
         raise ValueError(f"generation_config: expected greedy search or sampling, got {mode}")
     for option in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):

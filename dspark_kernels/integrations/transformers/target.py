@@ -32,7 +32,8 @@ class Target:
         self._name = type(model).__name__
         if getattr(model.config, "is_encoder_decoder", False) or getattr(model, "_is_stateful", False):
             raise ValueError(f"target: expected a decoder of attention layers alone, got {self._name}")
-        self._layers = getattr(model.get_decoder(), "layers", None)
+        decoder = model.get_decoder()
+        self._layers = getattr(decoder, "layers", getattr(decoder, "h", None))  # h: in GPT-2 and its kin
         if not isinstance(self._layers, torch.nn.ModuleList):
             raise ValueError(f"target: expected a decoder with a list of layers, got {self._name} without one")
         attention = self._config._attn_implementation
@@ -43,9 +44,10 @@ class Target:
             raise ValueError(f"target: expected full or sliding attention, which can forget drafts, got {sorted(self._kinds)}")
         if not all(-1 <= layer < len(self._layers) for layer in feature_layers):
             raise ValueError(f"target_layer_ids: expected -1 to {len(self._layers) - 1} for {self._name}, got {feature_layers}")
-        head = model.get_output_embeddings()
-        self.lm_head: Tensor = head.weight
-        self.vocab, self.hidden = head.weight.shape
+        self.lm_head: Tensor | None = getattr(model.get_output_embeddings(), "weight", None)
+        if self.lm_head is None or not self.lm_head.is_floating_point():
+            raise ValueError(f"target: expected an output head with weights of floats, got {self._name} without one")
+        self.vocab, self.hidden = self.lm_head.shape
         taken = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in taken else "past_key_values"  # in transformers 5.24, and in 5.10
         self._takes_count = "logits_to_keep" in taken
