@@ -26,8 +26,9 @@ transformers = pytest.importorskip("transformers", reason="needs transformers, w
 pytest.importorskip("safetensors.torch", reason="needs safetensors, which is not installed")
 
 from dspark_kernels.checkpoint import load_drafter  # noqa: E402
-from dspark_kernels.integrations.transformers import DSpark, rounds  # noqa: E402
+from dspark_kernels.integrations.transformers import DSpark, rounds, settings  # noqa: E402
 from dspark_kernels.integrations.transformers.backbone import Backbone  # noqa: E402
+from dspark_kernels.integrations.transformers.cache import PositionCache  # noqa: E402
 from dspark_kernels.testing import statistics  # noqa: E402
 from reference.drafters import Anchors, Block, Committed, DSpark as ReferenceDSpark  # noqa: E402
 from reference.huggingface import HuggingFaceTarget  # noqa: E402
@@ -39,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden" / "qwen3_tiny"
 VOCAB, RANK = made.VOCAB, 24
 SIZES = dict(
-    vocab_size=VOCAB,
     hidden_size=24,
     intermediate_size=36,
     num_attention_heads=4,
@@ -47,10 +47,8 @@ SIZES = dict(
     head_dim=8,
     num_hidden_layers=2,
     max_position_embeddings=64,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=0,
 )
+SPECIAL = dict(vocab_size=VOCAB, bos_token_id=None, eos_token_id=None, pad_token_id=0)
 # Texts are longer than the windows, and Gemma's two layers are of two kinds.
 FAMILIES = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}),
@@ -61,6 +59,8 @@ FAMILIES = {
         dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8),
     ),
     "mistral": ("MistralForCausalLM", "MistralConfig", dict(sliding_window=5)),
+    # Positions are embedded, and there is none past the end of the longest text of the test.
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(n_embd=24, n_layer=2, n_head=4, n_positions=8 + 14, tie_word_embeddings=False)),
 }
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1], [18, 28, 18, 2, 11], [31]]
 
@@ -68,7 +68,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1], [18, 28, 18, 2, 11], [31]]
 def target_of(family, attention="sdpa"):
     name, config, more = FAMILIES[family]
     torch.manual_seed(5)
-    own = getattr(transformers, config)(**{**SIZES, **more}, attn_implementation=attention)
+    own = getattr(transformers, config)(**({} if family == "gpt2" else SIZES), **SPECIAL, **more, attn_implementation=attention)
     model = getattr(transformers, name)(own).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -76,9 +76,10 @@ def target_of(family, attention="sdpa"):
             near = 0.0 if family == "gemma3" else 1.0
             parameter.copy_(0.4 * torch.randn_like(parameter) if parameter.ndim > 1 else near + 0.1 * torch.randn_like(parameter))
         # The last token says most of what follows, and attention the rest. Gemma scales its embedding itself.
-        model.model.embed_tokens.weight *= 1 if family == "gemma3" else 8
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight *= 0.3
+        model.get_input_embeddings().weight *= 1 if family == "gemma3" else 8
+        for name, parameter in model.named_parameters():
+            if name.endswith("o_proj.weight"):
+                parameter *= 0.3
     return model
 
 
@@ -144,7 +145,9 @@ def check_same(model, dspark, inputs, **options):
     return plain
 
 
-@pytest.mark.parametrize("family, attention", [("qwen3", "eager"), ("llama", "sdpa"), ("gemma3", "sdpa"), ("mistral", "eager")])
+@pytest.mark.parametrize(
+    "family, attention", [("qwen3", "eager"), ("llama", "sdpa"), ("gemma3", "sdpa"), ("mistral", "eager"), ("gpt2", "sdpa")]
+)
 def test_greedy_batches_of_every_family(tmp_path, family, attention, reference):
     """Four rows of unequal lengths; one of them ends at a stop token."""
     model = target_of(family, attention)
@@ -158,11 +161,13 @@ def test_greedy_batches_of_every_family(tmp_path, family, attention, reference):
     assert (stopped == 0).any(1).sum() > 0 and not torch.equal(stopped, texts[:, : stopped.shape[1]])
 
 
-def test_lengths_of_one_to_nine_tokens(qwen3, reference):
-    model, dspark = qwen3
-    inputs = batch([PROMPTS[0]])
+def test_lengths_of_one_to_nine_tokens(tmp_path, reference):
+    """With one draft a round, so that bonus tokens are frequent."""
+    model = target_of("gemma3")
+    dspark = DSpark.from_pretrained(drafter_of(model, tmp_path / "d"), model, drafts=1)
     for new in range(1, 10):
-        assert check_same(model, dspark, inputs, max_new_tokens=new).shape[1] == 8 + new
+        assert check_same(model, dspark, batch([PROMPTS[0]]), max_new_tokens=new).shape[1] == 8 + new
+    assert sum(dspark.statistics.accepted) > 1
 
 
 def test_caches_chunks_and_results(qwen3, reference):
@@ -181,7 +186,7 @@ def test_logits_processors(qwen3, reference):
     stop = int(free[1, 8 + 1])
 
     def by_place(row, text):
-        return [t for t in range(VOCAB) if (t + row + len(text)) % 3]
+        return [t for t in range(VOCAB) if (t + row + len(text) + int(text[-1])) % 3]
 
     for options in (
         dict(repetition_penalty=1.7),
@@ -189,7 +194,8 @@ def test_logits_processors(qwen3, reference):
         dict(min_new_tokens=5, eos_token_id=stop),
         dict(prefix_allowed_tokens_fn=by_place),
     ):
-        assert not torch.equal(check_same(model, dspark, inputs, max_new_tokens=8, **options), free), options
+        # Long enough for tokens to come again.
+        assert not torch.equal(check_same(model, dspark, inputs, max_new_tokens=24, **options)[:, : 8 + 8], free), options
 
 
 def test_stopping_criteria(qwen3, reference):
@@ -208,6 +214,36 @@ def test_stopping_criteria(qwen3, reference):
         **batch(PROMPTS[:2]), do_sample=False, max_new_tokens=9, stopping_criteria=[Pair()], custom_generate=dspark
     )
     assert both.shape == texts.shape and torch.equal(both[0], texts[0]) and both[1, -1] == 0
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_the_end_of_the_processors_becomes_settings(do_sample):
+    from transformers.generation import logits_process as theirs
+
+    ngrams, penalty = theirs.NoRepeatNGramLogitsProcessor(2), theirs.RepetitionPenaltyLogitsProcessor(1.25)
+    warpers = [theirs.TemperatureLogitsWarper(0.75), theirs.TopKLogitsWarper(5), theirs.TopPLogitsWarper(0.5)]
+    warpers.append(theirs.MinPLogitsWarper(0.125))
+    typical = theirs.TypicalLogitsWarper(0.5)
+    seeds = torch.tensor([4, 5])
+
+    def read(*processors):
+        return settings.read(processors, do_sample, seeds, 9)
+
+    own, before, _ = read(ngrams, penalty, *warpers)
+    assert before == [ngrams] and torch.equal(own.seed, seeds) and own.penalties.repetition.tolist() == [1.25] * 2
+    assert own.temperature.tolist() == [0.75 if do_sample else 0] * 2
+    filters = [None if value is None else value.tolist() for value in (own.top_k, own.top_p, own.min_p)]
+    assert filters == ([[5] * 2, [0.5] * 2, [0.125] * 2] if do_sample else [None] * 3)
+    assert read(penalty, ngrams, *warpers).before == [penalty, ngrams]
+    assert read(warpers[0], typical, warpers[1]).before == [warpers[0], typical]
+    assert read(warpers[1], warpers[0]).before == [warpers[1]]
+    two = theirs.TopPLogitsWarper(0.5, min_tokens_to_keep=2)
+    assert read(two).before == [two]
+
+
+def test_padding_is_in_no_column_that_is_seen():
+    columns = PositionCache(6).columns(torch.tensor([[0, 0, 1], [5, 6, 9]]), torch.tensor([[False, True, True], [True] * 3]))
+    assert columns.tolist() == [[6, 0, 1], [5, 6, 6]]
 
 
 class Streamer:
@@ -243,6 +279,19 @@ def test_seeds(qwen3, reference):
         torch.manual_seed(seed)
         drawn.append(model.generate(**batch(), **options))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_coupled_rule(tmp_path, reference):
+    """The text does not depend on the drafts, and noise that both share has many of them accepted."""
+    model, texts = target_of("qwen3"), []
+    directory = drafter_of(model, tmp_path / "d")
+    for drafts in (1, 4):
+        dspark = DSpark.from_pretrained(directory, model, rule="coupled", drafts=drafts)
+        texts.append(
+            model.generate(**batch(), do_sample=True, temperature=1.5, top_k=0, max_new_tokens=12, custom_generate=dspark, seeds=1)
+        )
+        assert dspark.statistics.acceptance_by_position[0] > 0.25
+    assert torch.equal(*texts)
 
 
 def test_kernels_draw_as_the_reference_does(tmp_path, request):
