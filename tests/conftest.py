@@ -30,6 +30,7 @@ torch.set_num_threads(1)
 
 NO_GPU = "needs a GPU"
 NO_TRITON = "needs Triton, which is not installed"
+NO_TRANSFORMERS = "needs transformers, which is not installed"
 NO_MACHINE = "needs the machine that runs compiled kernels"
 OTHER_PROCESS = "runs compiled, in a second process"
 
@@ -190,7 +191,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_terminal_summary(terminalreporter, config):
     reasons = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
-    for reason in (NO_GPU, NO_TRITON, NO_MACHINE):
+    for reason in (NO_GPU, NO_TRITON, NO_TRANSFORMERS, NO_MACHINE):
         if count := sum(text.startswith(reason) for text in reasons):
             terminalreporter.write_line(f"skipped {count} tests: {reason}")
     parts = [dict(report.user_properties).get("compiled") for report in terminalreporter.stats.get("passed", [])]

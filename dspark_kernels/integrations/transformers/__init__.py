@@ -9,6 +9,7 @@
 | cache.py | where keys and values stand, and which of them a row sees |
 | settings.py | which logits processors become sampling settings of the ops, and which run on the logits first |
 | stopping.py | when a row ends |
+| lengths.py | how rows of unequal lengths go through functions that take a batch of one length |
 | statistics.py | what is counted |
 
 transformers is imported inside functions. Symbols: B rows of the batch, K drafts per round, n rows of a pass for each row of the

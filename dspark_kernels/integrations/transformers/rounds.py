@@ -44,6 +44,14 @@ class Prompt(NamedTuple):
     chunk: int
 
 
+class Verified(NamedTuple):
+    """The target's pass over the anchors and drafts of a round."""
+
+    logits: Tensor  # [B, 1 + K, V]
+    features: Tensor  # [B, 1 + K, m * d]
+    positions: Tensor  # int64 [B, 1 + K]
+
+
 class Rounds:
     """The state of one call. static: every pass reads the whole width of its cache."""
 
@@ -79,11 +87,9 @@ class Rounds:
             emitted()
             while any(self.alive):
                 block = self.draft()
-                logits, features, positions = self.verify(block)
-                if self._settings.before:
-                    logits = lengths.process(self._settings.before, logits, self.texts, self.filled, self.alive)
-                acceptance = self.accept(logits, block)
-                backbone.inject(features, positions)
+                verified = self.verify(block)
+                acceptance = self.accept(self._processed(verified.logits), block)
+                backbone.inject(verified.features, verified.positions)
                 self._count(block, acceptance)
                 self._emit(acceptance.tokens, acceptance.num_emitted.long())
                 emitted()
@@ -107,8 +113,8 @@ class Rounds:
             )
         return self._draft(**changing)
 
-    def verify(self, block: dk.DraftBlock) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [B, 1 + K, V], features [B, 1 + K, m * d] and positions [B, 1 + K] of the anchors and drafts."""
+    def verify(self, block: dk.DraftBlock) -> Verified:
+        """The target's pass."""
         token_ids = self._layout.token_ids.view(len(self.alive), -1)
         positions = self._layout.positions.view_as(token_ids)
         token_ids[:, 0] = self._anchors
@@ -118,8 +124,8 @@ class Rounds:
         self._write(token_ids[:, 1:])
         target = self._models.target
         width = self._width(target.cache, self._last_anchor + self._models.drafts + 1)
-        logits, features = target.forward(token_ids, positions, width, self._models.drafts + 1)
-        return logits, features, positions
+        output = target.forward(token_ids, positions, width, self._models.drafts + 1)
+        return Verified(output.logits, output.features, positions)
 
     def accept(self, logits: Tensor, block: dk.DraftBlock) -> dk.Acceptance:
         """Advances anchors and their positions. logits: [B, 1 + K, V]."""
@@ -155,11 +161,10 @@ class Rounds:
             part = slice(begin, begin + chunk)
             at, own = positions[:, part], real[:, part]
             width = min(begin + at.shape[1], self._last_anchor + 1)
-            logits, features = models.target.forward(input_ids[:, part], at, width, 1, own)
-            models.backbone.inject(features, at, own)
+            output = models.target.forward(input_ids[:, part], at, width, 1, own)
+            models.backbone.inject(output.features, at, own)
         sampling_settings.penalise(self._settings, self.texts, self._filled)
-        if self._settings.before:
-            logits = lengths.process(self._settings.before, logits, self.texts, self.filled, self.alive)
+        logits = self._processed(output.logits)
         layout = rectangle(len(self.alive), 0, input_ids.device)
         layout.token_ids.copy_(input_ids[:, -1])
         layout.positions.copy_(positions[:, -1])
@@ -167,6 +172,11 @@ class Rounds:
         self._anchors.copy_(first.next_token)
         self._flags |= first.flags
         self._emit(first.tokens, first.num_emitted.long())
+
+    def _processed(self, logits: Tensor) -> Tensor:
+        """Logits [B, n, V] after the processors that are no settings."""
+        before = self._settings.before
+        return lengths.process(before, logits, self.texts, self.filled, self.alive) if before else logits
 
     @property
     def _last_anchor(self) -> int:
@@ -191,9 +201,9 @@ class Rounds:
     def _emit(self, tokens: Tensor, counts: Tensor) -> None:
         """Append new tokens up to where a row ends."""
         self._write(tokens)
-        kept, ended = self._stopping.cut(tokens, counts, self._filled, self.texts)
-        self._filled += kept
-        self._slots.masked_fill_(ended, -1)
+        cut = self._stopping.cut(tokens, counts, self._filled, self.texts)
+        self._filled += cut.kept
+        self._slots.masked_fill_(cut.ended, -1)
         sampling_settings.penalise(self._settings, self.texts, self._filled)
         self.filled, slots = torch.stack([self._filled, self._slots.long()]).tolist()
         self.alive = [slot >= 0 for slot in slots]
@@ -205,18 +215,8 @@ def text_columns(max_length: int, drafts: int) -> int:
 
 
 def rectangle(rows: int, drafts: int, device) -> dk.VerifyLayout:
-    """The layout of rows that all have 1 + `drafts` rows of a pass and of logits."""
+    """The layout of rows that all have 1 + `drafts` rows of a pass and of logits; ids and positions 0."""
     total = rows * (drafts + 1)
-    starts = torch.arange(0, total + 1, drafts + 1, dtype=torch.int32, device=device)
-    return dk.VerifyLayout(
-        draft_lens=torch.full((rows,), drafts, dtype=torch.int32, device=device),
-        query_start_loc=starts,
-        cu_num_logits=starts.clone(),
-        token_ids=torch.zeros(total, dtype=torch.int64, device=device),
-        positions=torch.zeros(total, dtype=torch.int64, device=device),
-        batch_indices=torch.arange(rows, dtype=torch.int32, device=device).repeat_interleave(drafts + 1),
-        logits_indices=torch.arange(total, dtype=torch.int32, device=device),
-        num_rows=torch.tensor([total], dtype=torch.int32, device=device),
-        flags=torch.zeros(rows, dtype=torch.int32, device=device),
-        max_drafts=drafts,
-    )
+    starts = torch.arange(0, total + 1, drafts + 1, device=device)
+    token_ids, positions = (torch.zeros(total, dtype=torch.int64, device=device) for _ in range(2))
+    return dk.VerifyLayout.of_rows(starts, token_ids, positions, drafts)

@@ -14,6 +14,13 @@ from torch import Tensor
 from .lengths import prefixes
 
 
+class Cut(NamedTuple):
+    """Of the new tokens of every row."""
+
+    kept: Tensor  # int64 [B], how many the row keeps
+    ended: Tensor  # bool [B], whether it ends there
+
+
 class Stopping(NamedTuple):
     """stop_tokens: int64 ids or None. max_length: columns of a text, padding included. others: criteria of any kind."""
 
@@ -31,8 +38,8 @@ class Stopping(NamedTuple):
         others = [own for own in criteria if type(own) not in (theirs.EosTokenCriteria, theirs.MaxLengthCriteria)]
         return cls(torch.cat(tokens) if tokens else None, min([max_length, *lengths]), others)
 
-    def cut(self, tokens: Tensor, counts: Tensor, filled: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of their new tokens the rows keep, int64 [B], and whether they end there, bool [B].
+    def cut(self, tokens: Tensor, counts: Tensor, filled: Tensor, texts: Tensor) -> Cut:
+        """Where rows end.
 
         tokens: int64 [B, n], of which row b emitted counts[b]; filled: int64 [B], columns of the texts before them; texts: int64
         [B, columns], the new tokens in place.
@@ -48,4 +55,4 @@ class Stopping(NamedTuple):
                 stops[rows, own] |= held.to(stops.device).any(0)[rows]
         stops &= steps <= counts[:, None]
         ended = stops.any(1)
-        return torch.where(ended, stops.int().argmax(1) + 1, counts), ended
+        return Cut(torch.where(ended, stops.int().argmax(1) + 1, counts), ended)

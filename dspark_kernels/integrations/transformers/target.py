@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from .cache import PositionCache, causal_mask
 FULL, SLIDING = "full_attention", "sliding_attention"
 _ATTENTION = ("eager", "sdpa")
 _CHECK_ERROR = 0.05  # of the largest logit: a wrong mask, position or column is off by far more, the roundings of bf16 by less
+
+
+class Output(NamedTuple):
+    """What a pass gives for its rows."""
+
+    logits: Tensor  # [B, keep, V], of the last rows
+    features: Tensor  # [B, n, m * d], the chosen layers' outputs side by side
 
 
 class Target:
@@ -85,15 +93,12 @@ class Target:
         """Forget everything. length: columns of the cache. last_position: of any token that is emitted; rows past it stand there."""
         self.cache, self._last_position = PositionCache(length), last_position
 
-    def forward(self, token_ids: Tensor, positions: Tensor, width: int, keep: int, real: Tensor | None = None):
+    def forward(self, token_ids: Tensor, positions: Tensor, width: int, keep: int, real: Tensor | None = None) -> Output:
         """One pass, within `watched`.
 
         Args:
             token_ids, positions: int64 [B, n]. real: bool [B, n], false for padding; None = none.
             width: columns up to the last row. keep: rows at the end whose logits are wanted.
-
-        Returns:
-            Logits [B, keep, V], features [B, n, m * d].
         """
         self.cache.place(self.cache.columns(positions, real), width)
         output = self.model(
@@ -105,7 +110,7 @@ class Target:
             **({"logits_to_keep": keep} if self._takes_count else {}),
         )
         features = torch.cat([self._seen[layer].to(self.lm_head.device) for layer in self._features], -1)
-        return output.logits[:, -keep:], features
+        return Output(output.logits[:, -keep:], features)
 
     def _masks(self, positions: Tensor, width: int):
         windows = {FULL: None, SLIDING: getattr(self._config, "sliding_window", None)}
@@ -130,7 +135,7 @@ class Target:
         with self.watched():
             try:
                 self.forward(token_ids[:, :4], positions[:, :4], 4, 1, real[:, :4])
-                logits, _ = self.forward(token_ids[:, 4:], positions[:, 4:], 6, 2)
+                logits = self.forward(token_ids[:, 4:], positions[:, 4:], 6, 2).logits
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"target: {self._name} does not run over this cache and these masks: {error!r}") from error
         for row, start in ((0, 0), (1, pad)):
