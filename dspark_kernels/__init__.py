@@ -6,7 +6,7 @@ Importing needs neither Triton nor a GPU; calling an op needs Triton, and a GPU 
 __version__ = "0.1.0"
 
 try:
-    import torch as _torch
+    import torch as _torch  # noqa: F401  whether it can be imported
 except (ImportError, OSError):  # missing, or a library that it loads is
     import sys as _sys
 
