@@ -463,7 +463,7 @@ def test_the_research_codes_rounds(reference):
     """The golden drafter: texts and, round by round, as many drafts accepted as the research code had."""
     model = transformers.Qwen3ForCausalLM.from_pretrained(GOLDEN / "target", dtype=torch.float32).eval()
     dspark = DSpark.from_pretrained(GOLDEN / "draft", model)
-    cases = [case for case in json.loads((GOLDEN / "greedy_cases.json").read_text()) if case["confidence_threshold"] == 0][:3]
+    cases = [case for case in json.loads((GOLDEN / "greedy_cases.json").read_text()) if case["confidence_threshold"] == 0][:2]
     for case in cases:
         inputs = batch([case["prompt"]])
         text = model.generate(
