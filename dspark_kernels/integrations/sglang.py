@@ -9,7 +9,6 @@ Read from the sources of SGLang 0.5.23.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 from collections.abc import Callable
@@ -95,8 +94,7 @@ def _register() -> list[str]:
     if found not in VERSIONS:
         return [f"nothing is hooked: SGLang {found} is not one of {', '.join(VERSIONS)}"]
     registry = importlib.import_module("sglang.srt.plugins.hook_registry")
-    requests = Requests()
-    lines = []
+    requests, hooked, lines = Requests(), set(), []
     for name in parts:
         hooks = _hooks(name, requests)
         unlike = guard.unlike({f"{modules[0]}:{function}": names for (modules, function, names), _ in hooks})
@@ -104,8 +102,10 @@ def _register() -> list[str]:
             lines.append(f"{name}: not hooked: SGLang {found} has another {unlike} than expected")
             continue
         for (modules, function, _), hook in hooks:
-            for module in modules:
-                registry.HookRegistry.register(f"{module}.{function}", hook, registry.HookType.AROUND)
+            for target in (f"{module}.{function}" for module in modules):
+                if target not in hooked:  # drafting and acceptance both need to know the requests
+                    hooked.add(target)
+                    registry.HookRegistry.register(target, hook, registry.HookType.AROUND)
         lines.append(f"{name}: hooked {', '.join(function for (_, function, _), _ in hooks)} (SGLang {found})")
     return lines
 
@@ -276,10 +276,11 @@ def accept_draft_tokens(
     seeds, positions = requests.rows(count, device)
     starts = torch.arange(count + 1, dtype=torch.int32, device=device) * width
     by_row = positions[:, None].expand(count, width).reshape(-1)  # acceptance reads that of the anchor
-    layout = VerifyLayout.of_rows(starts, candidates.reshape(-1), by_row, width - 1)
     if cutoff_layout is not None:
-        lens = (cutoff_layout.verify_lens.to(device=device, dtype=torch.int32) - 1).clamp(0, width - 1)
-        layout = dataclasses.replace(layout, draft_lens=lens)
+        # A draft of -1 is rejected, and the token behind it comes from the target's own distribution.
+        verified = cutoff_layout.verify_lens.to(device)[:, None]
+        candidates = torch.where(torch.arange(width, device=device) < verified, candidates, -1)
+    layout = VerifyLayout.of_rows(starts, candidates.reshape(-1), by_row, width - 1)
     sampling = proposal = None
     target_logits = target_logits[: count * width]
     if sampling_info is not None and not sampling_info.is_all_greedy:
@@ -328,7 +329,6 @@ def tree_speculative_sampling_target_only(
     place = retrive_index.long().gather(1, order)
     starts = torch.arange(count + 1, dtype=torch.int32, device=device) * nodes
     layout = VerifyLayout.of_rows(starts, tokens.reshape(-1), torch.zeros_like(tokens).reshape(-1), nodes - 1)
-    layout = dataclasses.replace(layout, draft_lens=lens - 1)
     none = torch.full_like(parents, -1)
     # Walking reads parents alone of a tree.
     tree = DraftTree(
@@ -366,7 +366,7 @@ def _parents_first(first_child: Tensor, next_sibling: Tensor) -> tuple[Tensor, T
     depth, root = _distance(parent)
     reached = (root == 0) & (depth < nodes)
     key = torch.where(reached, depth * nodes + rank, nodes * nodes)
-    order = key.argsort(1, stable=True)
+    order = key.argsort(dim=1, stable=True)
     new = torch.zeros_like(order).scatter_(1, order, node)
     old_parent = parent.gather(1, order)
     parents = torch.where(old_parent >= 0, new.gather(1, old_parent.clamp(min=0)), -1)

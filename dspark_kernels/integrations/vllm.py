@@ -524,6 +524,6 @@ def _planned(manager, drafts: list[int], others: list[int], requests: list[str])
 
 
 def _cost_table(manager) -> CostTable:
-    """vLLM's tables, in milliseconds by requests and by rows."""
-    draft, verify = (torch.from_numpy(table).float() / 1000 for table in manager.cost_tables)
+    """vLLM's tables, in milliseconds by requests and by rows; a drafting step may have cost 0 there."""
+    draft, verify = (torch.from_numpy(table).float().div(1000).clamp(min=1e-9) for table in manager.cost_tables)
     return CostTable(seconds=verify, draft_seconds=draft)

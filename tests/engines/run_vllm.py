@@ -36,6 +36,7 @@ triton.backends.backends["cpu"] = SimpleNamespace(driver=_Inactive, compiler=Non
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
 import triton.runtime.interpreter as interpreter  # noqa: E402
 
 from dspark_kernels.testing.interpreter import repair  # noqa: E402
@@ -61,9 +62,13 @@ builder.create_masked_store = _with_bool_mask(builder.create_masked_store, 2)
 builder.create_masked_load = _with_bool_mask(builder.create_masked_load, 1)
 
 import vllm  # noqa: E402
+import vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils as own_kernels  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 import dspark_kernels.integrations.vllm as adapter  # noqa: E402
+
+# The interpreter has no libdevice, of which vLLM's own kernels use this.
+own_kernels.tldevice = SimpleNamespace(log1p=lambda x: tl.log(1.0 + x))
 
 print("vllm", vllm.__version__, "torch", torch.__version__, "triton", triton.__version__, flush=True)
 counts = dict.fromkeys(("accept_chain", "draft_block", "rounds", "emitted"), 0)
