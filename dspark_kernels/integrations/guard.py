@@ -125,10 +125,15 @@ def columns_of_both(target_logits: Tensor, draft_logits: Tensor | None) -> tuple
     return target_logits[:, :width], draft_logits[..., :width]
 
 
+def module(name: str):
+    """An engine's module, imported when the engine asks for the adapter. Raises ImportError."""
+    return importlib.import_module(name)
+
+
 def resolve(place: str):
     """What "module:name.name" names, None where there is no such name. The module is imported."""
-    module, _, names = place.partition(":")
-    found = importlib.import_module(module)
+    file, _, names = place.partition(":")
+    found = module(file)
     for name in names.split("."):
         found = getattr(found, name, None)
     return found

@@ -10,7 +10,6 @@ Read from the sources of SGLang 0.5.23.
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable
 
 import torch
@@ -90,10 +89,10 @@ def _register() -> list[str]:
     parts = guard.wanted_parts(VARIABLE, PARTS, ())
     if not parts:
         return [f"nothing is hooked; {VARIABLE}=draft,accept,schedule,tree turns parts on"]
-    found = importlib.import_module("sglang").__version__
+    found = guard.module("sglang").__version__
     if found not in VERSIONS:
         return [f"nothing is hooked: SGLang {found} is not one of {', '.join(VERSIONS)}"]
-    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
+    registry = guard.module("sglang.srt.plugins.hook_registry")
     requests, hooked, lines = Requests(), set(), []
     for name in parts:
         hooks = _hooks(name, requests)

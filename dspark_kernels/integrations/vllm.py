@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import weakref
 from collections.abc import Callable
 
@@ -107,7 +106,7 @@ def _register() -> list[str]:
     parts = guard.wanted_parts(VARIABLE, PARTS, DEFAULT_PARTS)
     if not parts:
         return [f"nothing is replaced ({VARIABLE} is off)"]
-    found = importlib.import_module("vllm").__version__.split("+")[0]
+    found = guard.module("vllm").__version__.split("+")[0]
     if found not in VERSIONS:
         return [f"nothing is replaced: vLLM {found} is not one of {', '.join(VERSIONS)}"]
     version = VERSIONS[found]
@@ -142,7 +141,7 @@ def _install_draft(version: Version) -> str:
 
 def _install_schedule(version: Version) -> str:
     part = _parts["schedule"]
-    module = importlib.import_module(_ADAPTIVE)
+    module = guard.module(_ADAPTIVE)
     guard.replace(module, "_assign_draft_token_budget_compiled", lambda own: _assign_budget(own, part))
     guard.replace(module.AdaptiveVerificationManager, "get_num_tokens", lambda own: _get_num_tokens(own, part))
     return "plan_budget and schedule_prefixes choose the drafts to verify, in place of two functions of adaptive_verification"

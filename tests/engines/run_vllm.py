@@ -1,6 +1,6 @@
 """vLLM with DSpark on a CPU: its own sampling, and the ops through the plug-in, in one engine. Run by run_vllm.sh.
 
-Compares greedy ids with the golden ids, rounds and emitted tokens, a batch of greedy and sampled requests, seeds, and the law of
+Compares greedy ids with the golden ids, rounds and emitted tokens, a batch of greedy and sampled requests, seeds, and the distribution of
 sampled tokens (own against ours, and both against the target's exact distribution).
 """
 
@@ -160,10 +160,10 @@ say("other seeds give other texts", len({tuple(text) for text in other}) > 1)
 
 # The first token comes from the prefill, which is the engine's own; the second and third are verified.
 samples = arguments.samples
-laws = {}
+texts_by = {}
 for ours in ((), both):
     settings = [params(0.9, 3, seed=1000 + i, top_k=12) for i in range(samples)]
-    laws[ours] = generate("sampled", [prompts[1]] * samples, settings, ours)
+    texts_by[ours] = generate("sampled", [prompts[1]] * samples, settings, ours)
 
 
 def exact(prefixes):
@@ -177,14 +177,14 @@ def exact(prefixes):
     return torch.where(logits >= edge, logits, -torch.inf).softmax(-1)
 
 
-for ours, texts in laws.items():
-    # Of every verified token, given its own prefix: the randomised distribution function is uniform under the exact law.
+for ours, texts in texts_by.items():
+    # Of every verified token, given its own prefix: the randomised distribution function, uniform where the tokens are right.
     generator = torch.Generator().manual_seed(0)
     prefixes = [prompts[1] + text[:n] for text in texts for n in (1, 2)]
     tokens = torch.tensor([text[n] for text in texts for n in (1, 2)])
-    law = exact(prefixes)
-    chosen = law.gather(1, tokens[:, None])[:, 0]
-    before = law.cumsum(1).gather(1, tokens[:, None])[:, 0] - chosen
+    probs = exact(prefixes)
+    chosen = probs.gather(1, tokens[:, None])[:, 0]
+    before = probs.cumsum(1).gather(1, tokens[:, None])[:, 0] - chosen
     uniform = (before + chosen * torch.rand(len(tokens), generator=generator, dtype=torch.float64)).clamp(0, 1 - 1e-12)
     bins = torch.bincount((uniform * 8).long(), minlength=8).double()
     expected = len(tokens) / 8

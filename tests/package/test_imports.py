@@ -100,8 +100,8 @@ OUTSIDE = {
     "reference": ("torch", "numpy"),
 }
 EXTRAS = ("safetensors", "matplotlib", "transformers")  # only inside functions: the package works without them
-# Only here may a module be named at run time, and only here may Triton be imported outside the kernels.
-DYNAMIC = ("dspark_kernels.library",)
+# Only here may a module be named at run time: a kernel's, at its first launch; an engine's, when the engine asks for an adapter.
+DYNAMIC = ("dspark_kernels.library", "dspark_kernels.integrations.guard")
 ENVIRONMENT = ("os", "sys", "importlib", "subprocess")  # what a kernel may not look at, though it is standard
 
 
