@@ -238,8 +238,11 @@ def _head(module) -> MarkovHead:
     w1, w2 = module.markov_w1.weight.detach(), module.markov_w2.weight.detach()
     if kind == "VanillaMarkov":
         return MarkovHead(w1, w2)
-    layer, record = (module.gate_proj, GatedMarkovHead) if kind == "GatedMarkovHead" else (module.joint_proj, RnnMarkovHead)
-    return record(w1, w2, None, layer.weight.detach(), layer.bias.detach())
+    if kind == "GatedMarkovHead":
+        gate = module.gate_proj
+        return GatedMarkovHead(w1, w2, gate_weight=gate.weight.detach(), gate_bias=gate.bias.detach())
+    joint = module.joint_proj
+    return RnnMarkovHead(w1, w2, joint_weight=joint.weight.detach(), joint_bias=joint.bias.detach())
 
 
 # --- acceptance -------------------------------------------------------------------------------------------------------

@@ -78,8 +78,12 @@ def test_drafts_equal_the_reference(kind, greedy):
     weights = module.markov_w1.weight, module.markov_w2.weight, None
     wanted_head = {
         "VanillaMarkov": lambda: MarkovHead(*weights),
-        "GatedMarkovHead": lambda: GatedMarkovHead(*weights, module.gate_proj.weight.detach(), module.gate_proj.bias.detach()),
-        "RNNHead": lambda: RnnMarkovHead(*weights, module.joint_proj.weight.detach(), module.joint_proj.bias.detach()),
+        "GatedMarkovHead": lambda: GatedMarkovHead(
+            *weights, gate_weight=module.gate_proj.weight.detach(), gate_bias=module.gate_proj.bias.detach()
+        ),
+        "RNNHead": lambda: RnnMarkovHead(
+            *weights, joint_weight=module.joint_proj.weight.detach(), joint_bias=module.joint_proj.bias.detach()
+        ),
     }[kind]()
     seeds = requests.rows(R, torch.device("cpu"))[0]
     wanted = reference.draft.draft_block(
