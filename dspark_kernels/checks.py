@@ -69,6 +69,25 @@ def check_optional(name: str, value: object, **rules: Any) -> Tensor | None:
     return None if value is None else check_tensor(name, value, **rules)
 
 
+def check_distinct(name: str, ids: Tensor | None, targets: int, count: int | None = None) -> None:
+    """Raise ValueError where two columns of a map of ids have the same one of `targets` ids, if the map is on the host.
+
+    ids: int64 [Vd] or None; count: its columns that are looked at, None = all. What a compiler or a mode of torch stands for has no
+    values yet, and those on a device would have to be waited for.
+    """
+    if ids is None or ids.device.type != "cpu" or type(ids) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        return
+    repeated_id(name, ids.tolist()[:count], targets)  # tolist reads memory: no mode, nor a call that is being prepared, sees an op
+
+
+def repeated_id(name: str, ids: list[int], targets: int) -> None:
+    """Raise ValueError at the first id from 0 to targets - 1 that was there before."""
+    first: dict[int, int] = {}
+    for draft, target in enumerate(ids):
+        if 0 <= target < targets and first.setdefault(target, draft) != draft:
+            raise ValueError(f"{name}: expected each target id once, got {target} for draft ids {first[target]} and {draft}")
+
+
 def check_choice(name: str, value: T, choices: Sequence[T]) -> T:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(repr(c) for c in choices)}, got {value!r}")

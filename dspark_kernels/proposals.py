@@ -30,7 +30,7 @@ class DenseProposal(Checked):
     logits            bf16, fp16 or fp32 [S, K, V or Vd], before temperature, -inf outside the support left by filters
     lse               fp32 [S, K], ln sum exp(logits / temperature), or None
     temperature       fp32 [S]; None = the sampling temperature; 0 = one-hot on the largest logit
-    draft_to_target   int64 [Vd] or None: the target's id of each column, each id at most once, in any order
+    draft_to_target   int64 [Vd] or None: the target's id of each column, each at most once, in any order; -1 = none
     probs             whether `logits` holds probabilities, after temperature; then the three fields above are None
     starts            int32 or int64 [S] or None: with probs, logits is packed [num_tokens, V], and draft k of a slot is its row
                       starts[slot] + k - 1

@@ -38,7 +38,8 @@ def warmup(op: Callable[..., object], shapes: Iterable[Mapping[str, Any]] | Mapp
         shapes: the arguments of the calls to come, by name: one mapping for each batch size that will occur (most share a
             variant and cost one launch each). Tensors may be the serving ones: nothing of theirs is written, and integer
             tensors (positions, lengths, ids, layouts, block tables) are not even read, zeros stand in for them (-1 for
-            state_indices: no slot is touched). Stand-ins have the same shape, strides and alignment.
+            state_indices: no slot is touched; -1 for draft_to_target: no id is there twice). Stand-ins have the same shape, strides
+            and alignment.
         progress: say on stderr how far it is.
 
     Returns:
@@ -68,7 +69,7 @@ def _stand_in(name: str, value: Any, written: bool) -> Any:
     """`value` with every tensor that is written or that holds indices replaced."""
     if isinstance(value, Tensor):
         if written or value.dtype in _INDICES:
-            return _like(value, -1 if name == "state_indices" else 0)
+            return _like(value, -1 if name in ("state_indices", "draft_to_target") else 0)
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _stand_in(f.name, getattr(value, f.name), written) for f in dataclasses.fields(value) if f.init}

@@ -28,7 +28,7 @@ from dspark_kernels.types import Acceptance, Flag, SamplingTensors, VerifyLayout
 from .decisions import Decisions
 from .distributions import Lazy, distribution_of, draft_distribution, log_prob
 from .layout import refuse_lone_anchors
-from .logits import inverse_temperature, read_logits
+from .logits import inverse_temperature, read_logits, refuse_repeated
 from .sampling import adjust, filtered, of_scaled_target
 from .sources import PhiloxSource, Source
 
@@ -200,6 +200,7 @@ def accept_chain(
     if rule not in ("token", "block", "coupled"):
         raise ValueError(f"rule: expected one of 'token', 'block', 'coupled', got {rule!r}")
     refuse_lone_anchors(anchors, anchor_positions)
+    refuse_repeated(getattr(proposal, "draft_to_target", None), target_logits.shape[1])
     if logprobs not in (None, "raw", "processed"):
         raise ValueError(f"logprobs: expected one of None, 'raw', 'processed', got {logprobs!r}")
     if synthetic_rates is not None and sampling is None:

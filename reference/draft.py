@@ -18,7 +18,7 @@ from dspark_kernels.types import ConfidenceHead, DenseProposal, DraftBlock, Mark
 from .candidates import CandidateRows
 from .decisions import Decisions
 from .draft_positions import DraftCall, Place, Row, draft_positions
-from .logits import read_logits, target_ids
+from .logits import read_logits, refuse_repeated, target_ids
 
 
 class DenseRows:
@@ -83,6 +83,7 @@ def draft_block(
             raise ValueError(f"{name}: expected None, the reference allocates its results, got {type(value).__name__}")
     unused = None
     if draft_to_target is not None:
+        refuse_repeated(draft_to_target, target_ids(head, sampling))
         unused = (draft_to_target < 0) | (draft_to_target >= target_ids(head, sampling))
     if sampling is not None and sampling.token_bitmask is not None:  # [S, K, words]
         sampling = dataclasses.replace(sampling, token_bitmask=sampling.token_bitmask.flatten(0, 1))

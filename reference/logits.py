@@ -47,6 +47,12 @@ def target_ids(head: MarkovHead | None, sampling: SamplingTensors | None) -> int
     return min(known)
 
 
+def refuse_repeated(ids: Tensor | None, targets: int) -> None:
+    """A map of draft ids [Vd] has each of the target's ids at most once: the probabilities of two columns would have to be added."""
+    if ids is not None and len(known := ids[(ids >= 0) & (ids < targets)]) != len(known.unique()):
+        raise ValueError("draft_to_target: expected each target id once")
+
+
 def adjusted(
     row: Tensor, sampling: SamplingTensors, slot: int, mask_row: int, path: list[int], ids: Tensor | None, unused: Tensor | None
 ) -> Tensor:

@@ -28,7 +28,7 @@ from dspark_kernels.types import Acceptance, DraftTree, Flag, OneHotProposal, Sa
 from .decisions import Decisions
 from .distributions import Lazy, column_ids, distribution_of, draft_distribution, draft_scale, log_prob, point_mass
 from .layout import refuse_lone_anchors
-from .logits import inverse_temperature, read_logits
+from .logits import inverse_temperature, read_logits, refuse_repeated
 from .sampling import adjust, filtered, of_scaled_target
 from .sources import PhiloxSource, Source
 
@@ -248,6 +248,7 @@ def accept_tree(
     if rule not in ("walk", "recursive", "traversal"):
         raise ValueError(f"rule: expected one of 'walk', 'recursive', 'traversal', got {rule!r}")
     refuse_lone_anchors(anchors, anchor_positions)
+    refuse_repeated(getattr(tree.proposal, "draft_to_target", None), target_logits.shape[1])
     if logprobs not in (None, "raw", "processed"):
         raise ValueError(f"logprobs: expected one of None, 'raw', 'processed', got {logprobs!r}")
     decisions = Decisions() if decisions is None else decisions

@@ -25,7 +25,7 @@ from dspark_kernels.types import ConfidenceHead, DenseProposal, DraftTree, Flag,
 
 from . import heads
 from .decisions import Decisions
-from .logits import adjusted, inverse_temperature, read_logits, target_ids
+from .logits import adjusted, inverse_temperature, read_logits, refuse_repeated, target_ids
 from .sources import PhiloxSource
 
 METHODS = ("conditioned", "best_first", "top_k", "iid", "without_replacement")
@@ -218,6 +218,7 @@ def unused_ids(draft_to_target: Tensor | None, head, sampling) -> Tensor | None:
     """bool [V]: entries of a map that stand for no token."""
     if draft_to_target is None:
         return None
+    refuse_repeated(draft_to_target, target_ids(head, sampling))
     return (draft_to_target < 0) | (draft_to_target >= target_ids(head, sampling))
 
 

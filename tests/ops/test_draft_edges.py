@@ -1,10 +1,18 @@
 """Edges of the vocabulary in draft_block: reduced vocabularies with a map of ids, padded rows, widths that differ."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import dspark_kernels as dk
-from reference import cases
+from reference import (
+    accept as reference_accept,
+    cases,
+    draft as reference_draft,
+    tree as reference_tree,
+    tree_draft as reference_tree_draft,
+)
 from tests.ops.draft_checks import arguments_of, check
 
 
@@ -87,8 +95,101 @@ def test_padded_rows_never_win(sampled):
 def test_offsets_become_ids_once():
     assert dk.ids_from_offsets(torch.tensor([0, 4, 4, 10])).tolist() == [0, 5, 6, 13]
     assert dk.ids_from_offsets(torch.tensor([3], dtype=torch.int32)).dtype == torch.int64
-    with pytest.raises(ValueError, match="offsets: expected ids of at least 0"):
-        dk.ids_from_offsets(torch.tensor([0, -2]))
+    assert dk.ids_from_offsets(torch.tensor([13, 11, -2, -2]), 14).tolist() == [13, 12, 0, 1]  # in any order, up to V - 1
+    assert dk.ids_from_offsets(torch.tensor([], dtype=torch.int64), 1).tolist() == []
+
+
+TOP = 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    "offsets, vocab_size, message",
+    [
+        ([0, -2], None, "offsets: expected target ids from 0 to 2147483646, got -1 for draft id 1"),
+        ([0, 4, 4, 10], 13, "offsets: expected target ids from 0 to 12, got 13 for draft id 3"),
+        ([0, 2**31], None, "offsets: expected target ids from 0 to 2147483646, got 2147483649 for draft id 1"),
+        ([0, TOP], None, f"offsets: expected target ids from 0 to 2147483646, got {-TOP - 1} for draft id 1"),  # wrapped around
+        ([4, 5, 2, 1], 9, "offsets: expected each target id once, got 4 for draft ids 0 and 2"),
+        ([0, 1, 0], None, "offsets: expected each target id once, got 2 for draft ids 1 and 2"),
+        ([0], 0, "vocab_size: expected in [1, 2147483647], got 0"),
+    ],
+)
+def test_offsets_of_ids_that_are_no_map_are_refused(offsets, vocab_size, message):
+    with pytest.raises(ValueError) as caught:
+        dk.ids_from_offsets(torch.tensor(offsets), vocab_size)
+    assert str(caught.value) == message
+
+
+def _shard(base, ids, **given):
+    return dk.draft_block_partial(base, ZEROS, anchor_positions=ZEROS, vocab_start=0, vocab_shards=1, draft_to_target=ids, **given)
+
+
+def _tree(ids, **given):
+    call = dict(anchors=ZEROS, anchor_positions=ZEROS, num_nodes=3, method="top_k", branching=(2,), draft_to_target=ids)
+    return dk.draft_tree(torch.zeros(2, 1, 4), **call | given)
+
+
+def _expand(ids):
+    common = dict(anchor_positions=ZEROS, method="top_k", draft_to_target=ids)
+    return dk.expand_tree(_tree(torch.arange(4)), torch.zeros(2, 2, 4), depth=1, branching=1, **common)
+
+
+def _accept(ids, function=dk.accept_chain, vocab=9):
+    case = cases.accept_case(requests=2, drafts=1, vocab=vocab, draft_vocab=4, mapped=True)
+    return function(**case.arguments() | dict(proposal=dataclasses.replace(case.proposal, draft_to_target=ids)))
+
+
+def _accept_tree(ids, function=dk.accept_tree):
+    case = cases.accept_tree_case(1, 2, 3, 9, "without_replacement", "recursive", proposal="mapped", draft_vocab=4)
+    proposal = dataclasses.replace(case.tree.proposal, draft_to_target=ids)
+    return function(**case.arguments() | dict(tree=dataclasses.replace(case.tree, proposal=proposal)))
+
+
+ZEROS = torch.zeros(2, dtype=torch.int64)
+FOUR = torch.zeros(2, 1, 4)
+DRAFT = dict(base_logits=FOUR, anchors=ZEROS, anchor_positions=ZEROS)
+MAPS = {
+    "draft_block": ("", lambda ids: dk.draft_block(**DRAFT, draft_to_target=ids)),
+    "candidates": ("", lambda ids: dk.draft_block(**DRAFT, draft_to_target=ids, candidates=2)),
+    "shard": ("", lambda ids: _shard(FOUR, ids, position=0)),
+    "candidates of a shard": ("", lambda ids: _shard(FOUR, ids, candidates=2)),
+    "draft_tree": ("", _tree),
+    "expand_tree": ("", _expand),
+    "accept_chain": ("proposal.", _accept),
+    "accept_tree": ("tree.proposal.", _accept_tree),
+}
+
+
+@pytest.mark.parametrize("op", MAPS)
+def test_a_map_with_an_id_twice_is_refused(op):
+    """Entries that stand for no token may be repeated."""
+    place, call = MAPS[op]
+    with pytest.raises(ValueError) as caught:
+        call(torch.tensor([7, 2, -1, 7]))
+    assert str(caught.value) == f"{place}draft_to_target: expected each target id once, got 7 for draft ids 0 and 3"
+    call(torch.tensor([7, -1, 2**40, 2**40]))
+    call(torch.tensor([7, -1, 2, -1]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ids: reference_draft.draft_block(**DRAFT, draft_to_target=ids),
+        lambda ids: reference_tree_draft.draft_tree(**DRAFT, num_nodes=3, method="top_k", branching=(2,), draft_to_target=ids),
+        lambda ids: _accept(ids, reference_accept.accept_chain),
+        lambda ids: _accept_tree(ids, reference_tree.accept_tree),
+    ],
+)
+def test_the_reference_refuses_a_map_with_an_id_twice(call):
+    with pytest.raises(ValueError, match="draft_to_target: expected each target id once"):
+        call(torch.tensor([7, 2, -1, 7]))
+    call(torch.tensor([7, -1, 2, -1]))
+
+
+def test_padding_of_a_shards_map_is_not_looked_at():
+    _shard(FOUR, torch.tensor([7, 2, 5, 7]), position=0, vocab_size=3)
+    with pytest.raises(ValueError, match="draft_to_target: expected each target id once, got 7"):
+        _shard(FOUR, torch.tensor([7, 2, 7, 7]), position=0, vocab_size=3)
 
 
 BASE = torch.zeros(3, 4, 300)

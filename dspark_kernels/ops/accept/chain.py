@@ -38,6 +38,7 @@ from .checks import (
     LayoutArrays,
     check_anchors,
     check_candidates,
+    check_map,
     check_rows,
     drafts_of,
     emitted,
@@ -143,6 +144,7 @@ def accept_chain(
     if sampling is not None and slots is None:
         slots = sampling.temperature.shape[0]
     draft = _check_proposal(proposal, slots, device)
+    check_map(draft, vocab)
     check_anchors(anchors, anchor_positions, slots, device)
     logits = None if draft is None else draft.logits
     drafts = drafts_of(layout, logits if logits is not None and logits.dim() == 3 else None, rows)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import INT_DTYPES, LOGIT_DTYPES, check_optional, check_tensor, check_type, not_yet
+from ...checks import INT_DTYPES, LOGIT_DTYPES, check_distinct, check_optional, check_tensor, check_type, not_yet
 from ...library import Out
 from ...types import Acceptance, DenseProposal, VerifyLayout
 
@@ -88,6 +88,12 @@ def needs_logits(op: str, proposal) -> None:
     """Refuse probabilities where an op's variant reads logits."""
     if isinstance(proposal, DenseProposal) and proposal.probs:
         not_yet(op, "proposal.probs", "probabilities (DenseProposal.of_probs) are")
+
+
+def check_map(proposal, vocab: int, name: str = "proposal") -> None:
+    """The map of ids of a dense proposal, where it is on the host."""
+    if isinstance(proposal, DenseProposal):
+        check_distinct(f"{name}.draft_to_target", proposal.draft_to_target, vocab)
 
 
 def drafts_of(layout: VerifyLayout, draft_logits: Tensor | None, rows: int) -> int:

@@ -40,6 +40,7 @@ from .checks import (
     LayoutArrays,
     check_anchors,
     check_candidates,
+    check_map,
     check_rows,
     emitted,
     layout_arrays,
@@ -154,6 +155,7 @@ def accept_tree(
         raise ValueError(f"tree.tokens: expected {requests} rows (one per request, no state_indices), got {slots}")
     sampling_args.check_sampling(sampling, slots=slots, vocab=vocab, mask_shape=(rows,), device=device)
     draft = _check_proposal(tree, slots, nodes, device)
+    check_map(draft, vocab, "tree.proposal")
     check_anchors(anchors, anchor_positions, slots, device)
     out = output(out, requests, nodes, layout.token_ids.shape[0], device, logprobs=logprobs is not None, paths=True)
     if requests == 0:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import library, workspace as workspaces
-from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type
+from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_distinct, check_int, check_optional, check_tensor, check_type
 from ...choices import NOISES, Noise
 from ...kernels.draft.args import (
     BlockInputs,
@@ -116,7 +116,8 @@ def draft_block(
             the lowest ids). The proposal is then sparse. An id gets the same noise as without `candidates`.
         bigrams: int32 or int64 [V, B], with `candidates` only: row x has the successors of token x, ids of the head's vocabulary
             (-1 = unused) that join the candidates of a position after x. A position then has C + B entries.
-        draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; a negative entry stands for no token.
+        draft_to_target: int64 [V], the target's id of every id of the draft vocabulary; each at most once; a negative
+            entry, or one that W1, bias or mask do not know, stands for no token.
             The tokens of the block, the rows of W1, the addresses of the noise and the order of ties are target ids. For a table
             of offsets (target = draft + offset, as in EAGLE-3's d2t) see `ids_from_offsets`.
         vocab_size: the vocabulary is the first vocab_size columns of base_logits and rows of w2; the rest is padding and never
@@ -227,8 +228,11 @@ def _check_inputs(base_logits, anchors, anchor_positions, state_indices):
     return rows, drafts, vocab
 
 
-def _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device) -> int:
-    """Number of target ids that all tables have; an entry of `draft_to_target` at or above it stands for no token."""
+def _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device, columns=None) -> int:
+    """Number of target ids that all tables have; an entry of `draft_to_target` at or above it stands for no token.
+
+    columns: those of the map that are not padding, None = all.
+    """
     known = [2**31 - 1 if draft_to_target is not None else vocab]
     if sampling is not None:
         check_type("sampling", sampling, SamplingTensors)
@@ -239,7 +243,9 @@ def _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, devic
             known.append(sampling.logit_bias.shape[1])
         check_sampling(sampling, slots=slots, vocab=known[-1], mask_shape=(slots, drafts), device=device)
     if draft_to_target is not None:
-        return min(known + ([] if head is None else [head.w1.shape[0]]))
+        targets = min(known + ([] if head is None else [head.w1.shape[0]]))
+        check_distinct("draft_to_target", draft_to_target, targets, columns)
+        return targets
     if min(known) < vocab:
         raise ValueError(f"sampling: expected logit_bias and token_bitmask for {vocab} ids, got room for {min(known)}")
     return vocab

@@ -287,7 +287,8 @@ def _check_call(
     check_choice("noise", noise, NOISES)
     check_int("first_draft", first_draft, low=0)
     check_optional("draft_to_target", draft_to_target, dtype=torch.int64, shape=(width,), device=device, contiguous=True)
-    return rows, drafts, shard, draft._check_sampling(sampling, head, draft_to_target, slots, drafts, shard.vocab, device)
+    targets = draft._check_sampling(sampling, head, draft_to_target, slots, drafts, shard.vocab, device, columns=shard.held)
+    return rows, drafts, shard, targets
 
 
 def _finish_candidates(

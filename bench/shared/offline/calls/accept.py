@@ -9,6 +9,7 @@ from bench.shared.offline.calls.inputs import (
     DRAFTS,
     VOCAB,
     empty,
+    id_map,
     ints,
     rows_of,
     settings_of,
@@ -27,7 +28,7 @@ def accept_call(requests, *, drafts=DRAFTS, vocab=VOCAB, dtype=torch.bfloat16, p
         width = 32000 if proposal == "mapped" else vocab
         lse = None if proposal == "no lse" else empty(size, drafts, dtype=torch.float32)
         made = dk.DenseProposal(
-            empty(size, drafts, width, dtype=dtype), lse, draft_to_target=ints(width) if proposal == "mapped" else None
+            empty(size, drafts, width, dtype=dtype), lse, draft_to_target=id_map(width) if proposal == "mapped" else None
         )
     sampling = settings_of(size, (requests * (drafts + 1),), vocab, adjust, filters) if sampled else None
     dk.accept_chain(
@@ -53,7 +54,7 @@ def accept_tree_call(requests, *, nodes=32, vocab=VOCAB, dtype=torch.bfloat16, r
     if drawn != "one_hot" and proposal == "sparse":
         made = dk.SparseProposal(ints(size, nodes, 64), empty(size, nodes, 64, dtype=dtype))
     elif drawn != "one_hot":
-        made = dk.DenseProposal(empty(size, nodes, width, dtype=dtype), draft_to_target=ints(width) if width < vocab else None)
+        made = dk.DenseProposal(empty(size, nodes, width, dtype=dtype), draft_to_target=id_map(width) if width < vocab else None)
     dk.accept_tree(
         empty(requests * nodes, vocab, dtype=dtype),
         rows_of(requests, nodes - 1),

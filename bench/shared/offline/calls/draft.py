@@ -12,6 +12,7 @@ from bench.shared.offline.calls.inputs import (
     VOCAB,
     empty,
     head_of,
+    id_map,
     ints,
     settings_of,
 )
@@ -21,7 +22,7 @@ def draft_call(requests, *, drafts=DRAFTS, vocab=VOCAB, rank=RANK, dtype=torch.b
            slots=None, kind="vanilla", w2_dtype=None, targets=None, adjusted=False, filtered=False, **options):  # fmt: skip
     size = requests if slots is None else slots
     head = head_of(kind, vocab, targets or vocab, rank, dtype, w2_dtype) if rank else None
-    ids = None if targets is None else ints(vocab)
+    ids = None if targets is None else id_map(vocab)
     confidence_head = None
     if confidence:
         sts = torch.ones(drafts)
@@ -72,7 +73,7 @@ def candidates_call(requests, candidates=64, *, kind="vanilla", drafts=DRAFTS, v
         confidence=confidence_head,
         candidates=candidates,
         bigrams=ints(vocab, successors, dtype=torch.int32) if successors else None,
-        draft_to_target=ints(vocab) if mapped else None,
+        draft_to_target=id_map(vocab) if mapped else None,
         head_state=empty(size, rank, dtype=torch.float32) if kind == "rnn" else None,
         state_indices=None if slots is None else torch.arange(requests, dtype=torch.int32),
         out=dk.DraftBlock(

@@ -21,6 +21,10 @@ def ints(*shape, dtype=torch.int64):
     return torch.zeros(*shape, dtype=dtype)
 
 
+def id_map(size):
+    return torch.arange(size)
+
+
 def sampling_of(slots):
     return dk.SamplingTensors(torch.ones(slots), ints(slots))
 

@@ -12,6 +12,7 @@ from bench.shared.offline.calls.inputs import (
     VOCAB,
     empty,
     head_of,
+    id_map,
     ints,
     rows_of,
     settings_of,
@@ -33,7 +34,7 @@ def draft_shard_call(requests, candidates=None, *, shards=8, dtype=torch.bfloat1
     whole: of candidates, every rank has all of W2."""
     width = -(-VOCAB // shards)
     head = head_of(kind, VOCAB if candidates and whole else width, VOCAB, rank, dtype, w2_dtype) if rank else None
-    ids = ints(width) if mapped else None
+    ids = id_map(width) if mapped else None
     proposal = dk.OneHotProposal()
     if sampled:
         scores = empty(requests, DRAFTS, dtype=torch.float32) if lse else None

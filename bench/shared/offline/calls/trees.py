@@ -14,6 +14,7 @@ from bench.shared.offline.calls.inputs import (
     VOCAB,
     empty,
     head_of,
+    id_map,
     ints,
     sampling_of,
     tree_of,
@@ -65,7 +66,7 @@ def draft_paths_call(requests, *, method="conditioned", candidates=None, kind="v
 
 
 def expand_tree_call(requests, method, *, nodes=32, width=8, branching=4, vocab=VOCAB, dtype=torch.bfloat16, mapped=False):
-    ids, logits = ints(vocab) if mapped else None, empty(requests, nodes, vocab, dtype=dtype)
+    ids, logits = id_map(vocab) if mapped else None, empty(requests, nodes, vocab, dtype=dtype)
     proposal = dk.OneHotProposal() if method == "top_k" else dk.DenseProposal(logits, draft_to_target=ids)
     tree = tree_of(requests, nodes, proposal, "one_hot" if method == "top_k" else method)
     dk.expand_tree(
