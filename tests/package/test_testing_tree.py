@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dspark_kernels import testing
+from dspark_kernels.choices import DRAWN
 from dspark_kernels.testing import __main__ as command, chain, interpreter, ours, run, statistics, suite
 from dspark_kernels.testing.tree import distributions, known_wrong, models, rules
 from dspark_kernels.types import SamplingTensors, Stream
@@ -58,7 +59,7 @@ def padded(case):
     return target, tokens, tree.parents, draft_logits, tree.drawn, sampling.temperature, sampling.seed, counts, positions
 
 
-@pytest.mark.parametrize("drawn", rules.DRAWN)
+@pytest.mark.parametrize("drawn", DRAWN)
 @pytest.mark.parametrize("rule", SAMPLED)
 def test_rules_are_the_reference_s(rule, drawn):
     lengths = set()
@@ -103,7 +104,7 @@ def test_siblings_of_a_wider_draft_distribution(rule):
     assert all(torch.equal(have, want) for have, want in both)
 
 
-@pytest.mark.parametrize("drawn", rules.DRAWN)
+@pytest.mark.parametrize("drawn", DRAWN)
 @pytest.mark.parametrize("shape", [distributions.SECOND, distributions.ODD[:5]])
 def test_what_is_accepted_is_the_reference_s(shape, drawn):
     model = chain.models.random_model(5, 3, 1.5)
@@ -192,7 +193,7 @@ def test_our_adapter_hands_everything_over():
         return want
 
     seeds = torch.arange(8) * 31
-    for drawn in rules.DRAWN:
+    for drawn in DRAWN:
         play = models.TreePlay.of(both, chain.distributions.WIDTHS["wider"], distributions.MIXED, kind=drawn, temperature=0.8)
         play.round(torch.zeros_like(seeds), seeds, torch.full_like(seeds, 7))
     assert len(set(torch.cat(calls).tolist())) >= 3

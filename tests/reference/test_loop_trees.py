@@ -13,7 +13,7 @@ from reference import compact
 from reference.drafters import MTP, Autoregressive, TreeShape
 from reference.loop import REFERENCE_OPS, Request, decode
 from reference.model import KVCache, Rows, rms_norm, run_layers
-from tests.reference.test_loop import dist_dspark, dist_results, dist_target, misfit
+from tests.reference.test_loop_sampled import dist_dspark, dist_results, dist_target, misfit
 from tests.reference.test_paged import _paged_ops
 from tests.reference.toy_models import (
     TARGET,
