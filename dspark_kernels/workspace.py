@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import check_device, check_int, check_type
+from .library import Out
 
 Needs = Callable[..., tuple[int, int]]  # of an op: sizes -> int64 words of (counters, scratch)
 Take = Callable[[int, torch.dtype], Tensor]  # elements, dtype -> a region
@@ -139,6 +141,13 @@ def node_latent_words(requests: int, drafts: int, rank: int, parts: int = 3) -> 
     return measured(latents_of, requests * drafts, nodes, 2 * nodes, rank, parts)
 
 
+class Lent(NamedTuple):
+    """Memory of one launch, int64."""
+
+    counters: Out[Tensor]
+    scratch: Out[Tensor]
+
+
 def lend(
     op: str,
     workspace: Workspace | None,
@@ -149,8 +158,8 @@ def lend(
     *,
     rank: int = 0,
     latents: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """(counters, scratch) for one launch: the caller's, checked to be large enough, or fresh ones.
+) -> Lent:
+    """Memory for one launch: the caller's, checked to be large enough, or fresh.
 
     latents: int64 words that a head with latents of `rank` needs beside the op's own scratch.
     """
@@ -166,13 +175,11 @@ def room_for(requests: int, drafts: int, vocab: int, rank: int = 0) -> str:
     return f"expected room for {wanted}, got one made for {made_for}"
 
 
-def lend_words(
-    workspace: Workspace | None, counters: int, scratch: int, device: torch.device, message: str
-) -> tuple[Tensor, Tensor]:
+def lend_words(workspace: Workspace | None, counters: int, scratch: int, device: torch.device, message: str) -> Lent:
     """`lend` for an op that knows its words itself; `message` says what to make a workspace for that is too small."""
     counters += RESERVED
     if workspace is None:
-        return (
+        return Lent(
             torch.zeros(counters, dtype=torch.int64, device=device),
             torch.empty(scratch, dtype=torch.int64, device=device),
         )
@@ -182,7 +189,7 @@ def lend_words(
     if workspace.counters.numel() < counters or workspace.scratch.numel() < scratch:
         made_for = f"{workspace.max_requests} x {workspace.max_drafts} over {workspace.vocab_size}"
         raise ValueError(f"workspace: {message.format(made_for=made_for, markov_rank=workspace.markov_rank)}")
-    return workspace.counters, workspace.scratch
+    return Lent(workspace.counters, workspace.scratch)
 
 
 def measured(carve: Callable[..., object], *sizes: int) -> int:

@@ -6,7 +6,7 @@ beyond V). A part is one int64 tensor of the same size on every rank, so that th
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from ..checks import check_int, check_tensor
 from ..workspace import words_of
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """start: first id of this rank; width: ids per rank; count: ranks; vocab: ids in all."""
 
     start: int

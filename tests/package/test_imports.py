@@ -67,7 +67,7 @@ LAYERS = {
         "dspark_kernels.caches",
         "dspark_kernels.proposals",
     ),
-    "dspark_kernels.workspace": ("dspark_kernels.checks",),
+    "dspark_kernels.workspace": ("dspark_kernels.checks", "dspark_kernels.library"),
     "dspark_kernels.testing.interpreter": (),
     "dspark_kernels.testing.statistics": (),
     "dspark_kernels.testing.chain": ("dspark_kernels.types", "dspark_kernels.testing.statistics"),

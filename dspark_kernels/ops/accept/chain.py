@@ -166,9 +166,7 @@ def accept_chain(
     if starts is not None:
         logits = logits[None]
     blocks = _blocks(vocab, None if sparse else logits)
-    counters, scratch = workspaces.lend(
-        OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, blocks * VOCAB_BLOCK, device
-    )
+    lent = workspaces.lend(OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, blocks * VOCAB_BLOCK, device)
     arguments = Arguments(
         target_logits=target_logits,
         layout=layout_arrays(layout),
@@ -190,8 +188,7 @@ def accept_chain(
         log_probs=out.logprobs if logprobs is not None else None,
         anchors=anchors,
         anchor_positions=anchor_positions,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
     )
     _accept_chain(arguments)
     return out
@@ -242,8 +239,7 @@ class Arguments(NamedTuple):
     log_probs: Out[Tensor | None]
     anchors: Out[Tensor | None]
     anchor_positions: Out[Tensor | None]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
 
 
 @library.register("accept_chain", Arguments)
@@ -270,8 +266,8 @@ def _accept_chain(a: Arguments):
     items = -(-(drafts + 1) // config.group) * -(-blocks // (config.chunk * config.steps))
     items += parts * residual_rows
 
-    arrivals, map_progress = counters_of(workspaces.Carver(a.counters, workspaces.RESERVED).take, requests, drafts)
-    scratch, inverse = scratch_of(workspaces.Carver(a.scratch).take, requests, rows, blocks)
+    arrivals, map_progress = counters_of(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, requests, drafts)
+    scratch, inverse = scratch_of(workspaces.Carver(a.lent.scratch).take, requests, rows, blocks)
     keyed = a.rule == "coupled" and a.sampling.temperature is not None
     scratch = used(scratch, raw=a.logprobs == "raw", swept=swept, filtered=filtered)
     if not keyed:
@@ -286,7 +282,7 @@ def _accept_chain(a: Arguments):
         (
             target_record(a.target_logits, flat), Layout(*a.layout), draft,
             Sampling(a.draft_temperature, flat.temperature, flat.seed, flat.filters, a.rates, a.state_indices),
-            outputs_record(a, a.log_probs), arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
+            outputs_record(a, a.log_probs), arrivals._replace(ticket_ptr=a.lent.counters[1:2].view(torch.int32)),
             map_record(draft, map_progress), scratch,
             requests, num_slots, rows, a.commit_mask.shape[0], Extent(drafts, vocab, blocks),
             config.steps, config.lag, config.span, parts,

@@ -157,23 +157,19 @@ class PartialArguments(NamedTuple):
     state_indices: Tensor | None
     gathered: list[Tensor]
     part: Out[Tensor]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
     requests: int
     drafts: int
     phase: str
     rule: str
-    vocab_start: int
-    vocab_shards: int
-    vocab_size: int
+    shard: Shard
 
 
 @library.register("accept_partial", PartialArguments)
 def accept_partial(a: PartialArguments):
     device, flat = a.target_logits.device, a.sampling
     kernels = library.kernels("accept.shards", device)
-    rows, width = a.target_logits.shape
-    shard = Shard(a.vocab_start, width, a.vocab_shards, a.vocab_size)
+    rows, shard = a.target_logits.shape[0], a.shard
     call = _Sizes(a.draft, a.requests, rows, shard, a.rule)
     draft, blocks = call.kernel_draft, call.blocks
     config = accept_launch.pick(arch.current(device), blocks, a.drafts, flat.adjusts)
@@ -184,7 +180,7 @@ def accept_partial(a: PartialArguments):
     sizes = (a.requests, num_slots, rows, a.drafts)
     columns = (shard.start, shard.held, shard.start // VOCAB_BLOCK, blocks, shard.vocab)
     if a.phase == "normalise":
-        arriving = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, a.requests, rows, a.drafts)
+        arriving = _counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, a.requests, rows, a.drafts)
         part = _part(call.fields("normalise"), a.part)
         kernels.launch_accept_normalise(
             a.requests * -(-(a.drafts + 1) // config.group) * -(-blocks // config.chunk),
@@ -208,14 +204,14 @@ def accept_partial(a: PartialArguments):
     if len(a.gathered) > 1:
         residual = call.fields("residual").view(a.gathered[1], "residual")
         summed = GatheredSums(residual, residual.stride(0))
-    scratch = _draw_scratch(workspaces.Carver(a.scratch).take, a.requests, a.drafts, shard.vocab if call.candidates else 0)
+    scratch = _draw_scratch(workspaces.Carver(a.lent.scratch).take, a.requests, a.drafts, shard.vocab if call.candidates else 0)
     if not call.candidates:
         scratch = scratch._replace(added_ptr=None, patch_ptr=None)
     kernels.launch_accept_draw(
         a.requests,
         (
             target, layout, first, draft, summed, settings, Drawn(view(a.part, "word"), view(a.part, "verdict")), scratch,
-            Cut(width, blocks, shard.pieces(VOCAB_BLOCK), shard.vocab), *sizes, shard.start, shard.held,
+            Cut(shard.width, blocks, shard.pieces(VOCAB_BLOCK), shard.vocab), *sizes, shard.start, shard.held,
         ),
         blocks=_blocks(shard.vocab),
         candidates=_power(max(call.candidates, 1)),
@@ -239,9 +235,7 @@ class FinishArguments(NamedTuple):
     scratch: Out[Tensor]
     slots: int
     rows: int
-    width: int
-    vocab_shards: int
-    vocab_size: int
+    shard: Shard
     rule: str
 
 
@@ -250,7 +244,7 @@ def accept_finish(a: FinishArguments):
     device = a.emitted.tokens.device
     kernels = library.kernels("accept.shards", device)
     requests, drafts = a.emitted.tokens.shape[0], a.emitted.tokens.shape[1] - 1
-    shard = Shard(0, a.width, a.vocab_shards, a.vocab_size)
+    shard = a.shard
     call = _Sizes(a.draft, requests, a.rows, shard, a.rule)
     drawn = Drawn(None, None)
     if call.draws:

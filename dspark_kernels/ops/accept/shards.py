@@ -110,7 +110,7 @@ def accept_partial(
     part = call.fields(phase).check_part(out, device)
     if call.requests == 0:
         return part
-    counters, scratch = call.lend(workspace)
+    lent = call.lend(workspace)
     arguments = PartialArguments(
         target_logits=target_logits,
         cu_num_logits=layout.cu_num_logits,
@@ -122,15 +122,12 @@ def accept_partial(
         state_indices=state_indices,
         gathered=list(gathered),
         part=part,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
         requests=call.requests,
         drafts=call.drafts,
         phase=phase,
         rule=rule if call.draws else "match",
-        vocab_start=call.shard.start,
-        vocab_shards=call.shard.count,
-        vocab_size=call.shard.vocab,
+        shard=call.shard,
     )
     _accept_partial(arguments)
     return part
@@ -175,7 +172,7 @@ def accept_finish(
     if call.requests == 0:
         return out
     by_slot = [t for t in (None if sampling is None else sampling.temperature, anchors, anchor_positions) if t is not None]
-    _, scratch = call.lend(workspace)
+    scratch = call.lend(workspace).scratch
     arguments = FinishArguments(
         gathered=list(gathered),
         layout=layout_arrays(layout),
@@ -190,9 +187,7 @@ def accept_finish(
         scratch=scratch,
         slots=by_slot[0].shape[0] if by_slot else 2**31 - 1,  # without any, a slot number is not used to reach memory
         rows=call.rows,
-        width=call.shard.width,
-        vocab_shards=call.shard.count,
-        vocab_size=call.shard.vocab,
+        shard=call.shard,
         rule=rule if call.draws else "match",
     )
     _accept_finish(arguments)

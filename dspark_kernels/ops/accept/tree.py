@@ -166,7 +166,7 @@ def accept_tree(
         draft = None
     dense = isinstance(draft, DenseProposal)
     blocks = -(-max(vocab, draft.logits.shape[2] if dense else 0) // VOCAB_BLOCK)
-    counters, scratch = workspaces.lend(OP, workspace, max(requests, -(-rows // nodes)), nodes - 1, blocks * VOCAB_BLOCK, device)
+    lent = workspaces.lend(OP, workspace, max(requests, -(-rows // nodes)), nodes - 1, blocks * VOCAB_BLOCK, device)
     arguments = Arguments(
         target_logits=target_logits,
         layout=layout_arrays(layout),
@@ -186,8 +186,7 @@ def accept_tree(
         log_probs=out.logprobs if logprobs is not None else None,
         anchors=anchors,
         anchor_positions=anchor_positions,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
         rule=0 if draft is None else TREE_RULES.index(rule),
         without_replacement=tree.drawn == "without_replacement",
         logprobs=logprobs,
@@ -231,8 +230,7 @@ class Arguments(NamedTuple):
     log_probs: Out[Tensor | None]
     anchors: Out[Tensor | None]
     anchor_positions: Out[Tensor | None]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
     rule: int
     without_replacement: bool
     logprobs: str | None
@@ -255,8 +253,8 @@ def _accept_tree(a: Arguments):
     if a.rule > 0:
         items += (nodes - 1) * -(-blocks // (config.tile * config.span))
 
-    arrivals, map_progress = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, requests, nodes)
-    scratch, inverse = _scratch(workspaces.Carver(a.scratch).take, requests, rows, nodes, blocks)
+    arrivals, map_progress = _counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, requests, nodes)
+    scratch, inverse = _scratch(workspaces.Carver(a.lent.scratch).take, requests, rows, nodes, blocks)
     scratch = used(scratch, raw=a.logprobs == "raw", swept=dense, filtered=filtered)
     draft = draft_record(a.draft_logits, a.draft_ids, None, a.draft_to_target, inverse) if a.rule > 0 else None
     kernels.launch_accept_tree(
@@ -265,7 +263,7 @@ def _accept_tree(a: Arguments):
             target_record(a.target_logits, flat), Layout(*a.layout),
             NodeLinks(a.parents, a.ancestors if flat.listed is not None else None), draft,
             Sampling(a.draft_temperature, flat.temperature, flat.seed, flat.filters, slots_ptr=a.state_indices),
-            outputs_record(a, a.log_probs, (a.path, a.kv_source)), arrivals._replace(ticket_ptr=a.counters[1:2].view(torch.int32)),
+            outputs_record(a, a.log_probs, (a.path, a.kv_source)), arrivals._replace(ticket_ptr=a.lent.counters[1:2].view(torch.int32)),
             map_record(draft, map_progress), scratch,
             requests, a.parents.shape[0], rows, a.commit_mask.shape[0], Extent(nodes, vocab, blocks), config.steps,
         ),

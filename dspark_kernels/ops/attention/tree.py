@@ -119,7 +119,7 @@ def tree_attention(
         )  # fmt: skip
     else:
         _check_plan(plan, query_heads, kv, head_dim, q.element_size(), window, batch_invariant, rows, requests, device)
-    counters, scratch = _lend(workspace, plan, requests, q, kv_heads, batch_invariant)
+    lent = _lend(workspace, plan, requests, q, kv_heads, batch_invariant)
     arguments = Arguments(
         q=q,
         k_cache=kv.k_cache,
@@ -136,8 +136,7 @@ def tree_attention(
         counts=plan.counts,
         out=result,
         lse=lse,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
         scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
         softcap=None if softcap is None else float(softcap),
         window=window,
@@ -216,8 +215,8 @@ def _check_plan(plan, query_heads, kv, head_dim, element_size, window, batch_inv
             raise ValueError(f"plan.{name}: expected {fact}, as this call has it, got {getattr(plan, name)}")
 
 
-def _lend(workspace, plan, requests, q, kv_heads, batch_invariant) -> tuple[Tensor, Tensor]:
-    """Counters and scratch of a plan."""
+def _lend(workspace, plan, requests, q, kv_heads, batch_invariant) -> workspaces.Lent:
+    """Memory of a launch with a plan."""
     rows, query_heads, head_dim = q.shape
     counter_words, scratch_words = words_needed(plan.items.shape[0], plan.partial_rows, kv_heads, head_dim)
     return workspaces.lend_words(
@@ -298,8 +297,7 @@ class Arguments(NamedTuple):
     counts: Tensor
     out: Out[Tensor]
     lse: Out[Tensor | None]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
     scale: float
     softcap: float | None
     window: int | None
@@ -323,8 +321,8 @@ def _tree_attention(a: Arguments):
         # As bytes: not every GPU's compiler takes pointers to e4m3.
         widening = "fp8_by_cast" if config.native_fp8 else "fp8_by_bits"
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    arrivals = counters_of(workspaces.Carver(a.counters, workspaces.RESERVED).take, max_items, kv_heads)
-    scratch = scratch_of(workspaces.Carver(a.scratch).take, a.partial_rows, kv_heads, head_dim)
+    arrivals = counters_of(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, max_items, kv_heads)
+    scratch = scratch_of(workspaces.Carver(a.lent.scratch).take, a.partial_rows, kv_heads, head_dim)
 
     def stride(tensor, dim):
         return 0 if tensor is None else tensor.stride(dim)

@@ -137,7 +137,7 @@ def partial(base_logits, slots, head, *, shard, block, sampling, confidence, can
     if rows == 0:
         return part, block
     travels = head is not None and head.w2.shape[0] == width
-    counters, scratch = workspaces.lend(PARTIAL, workspace, rows, drafts, width, device)
+    lent = workspaces.lend(PARTIAL, workspace, rows, drafts, width, device)
     arguments = PartialArguments(
         base_logits=base_logits,
         w2=head.w2 if travels else None,
@@ -146,8 +146,7 @@ def partial(base_logits, slots, head, *, shard, block, sampling, confidence, can
         draft_to_target=draft_to_target,
         state_indices=state_indices,
         part=part,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
         slots=slots,
         vocab_start=shard.start,
         held=shard.held,
@@ -170,7 +169,7 @@ def finish(
     if rows == 0:
         return block
     room = latent_room(head, rows, drafts)
-    counters, scratch = workspaces.lend(FINISH, workspace, rows, drafts, shard.vocab, device, **room)
+    lent = workspaces.lend(FINISH, workspace, rows, drafts, shard.vocab, device, **room)
     arguments = FinishArguments(
         gathered=gathered,
         base_logits=base_logits,
@@ -183,8 +182,7 @@ def finish(
         state_indices=state_indices,
         results=sparse_results(block),
         head_state=head_state,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
         mapped=draft_to_target is not None,
         vocab_size=shard.vocab,
         candidates=candidates,
@@ -215,8 +213,7 @@ class PartialArguments(NamedTuple):
     draft_to_target: Tensor | None
     state_indices: Tensor | None
     part: Out[Tensor]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
     slots: int
     vocab_start: int
     held: int
@@ -234,8 +231,8 @@ def _draft_candidates_partial(a: PartialArguments):
     config = _config(gpu, a.base_logits, a.candidates, w2, 0, sampling, mapped)
     config = launch.list_config(gpu, config, sampling.adjusts, mapped)
     positions = rows * drafts
-    row_arrivals, seen = _part_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, positions)
-    selection = whole.selection_of(workspaces.Carver(a.scratch).take, positions, width, config.group, a.candidates)
+    row_arrivals, seen = _part_counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, positions)
+    selection = whole.selection_of(workspaces.Carver(a.lent.scratch).take, positions, width, config.group, a.candidates)
     selection = selection._replace(arrivals_ptr=row_arrivals)
     weights = None
     if w2 is not None:
@@ -269,8 +266,7 @@ class FinishArguments(NamedTuple):
     state_indices: Tensor | None
     results: SparseResults
     head_state: Out[Tensor | None]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
     mapped: bool
     vocab_size: int
     candidates: int
@@ -294,8 +290,8 @@ def _draft_candidates_finish(a: FinishArguments):
     parts = {name: fields.view(a.gathered, name) for name in NAMES}
     lists = GatheredLists(**{f"{name}_ptr": view for name, view in parts.items() if name != "scales"}, shards=a.gathered.shape[0])
     positions = rows * drafts
-    arrivals = _finish_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
-    take = workspaces.Carver(a.scratch).take
+    arrivals = _finish_counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, rows)
+    take = workspaces.Carver(a.lent.scratch).take
     merged, scratch = _finish_scratch(take, positions, a.candidates, config.width)
     scratch = scratch._replace(arrivals_ptr=arrivals)
     walk = whole.walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scratch, take)

@@ -116,7 +116,7 @@ def draft_candidates(
     if rows == 0:
         return out
     room = latent_room(head, rows, drafts)
-    counters, scratch = workspaces.lend(NEEDS, workspace, rows, drafts, vocab, device, **room)
+    lent = workspaces.lend(NEEDS, workspace, rows, drafts, vocab, device, **room)
     arguments = Arguments(
         base_logits=base_logits,
         anchors=anchors,
@@ -130,8 +130,7 @@ def draft_candidates(
         state_indices=state_indices,
         results=sparse_results(out),
         head_state=head_state,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
         candidates=candidates,
         targets=targets,
         first_draft=first_draft,
@@ -171,8 +170,7 @@ class Arguments(NamedTuple):
     state_indices: Tensor | None
     results: SparseResults
     head_state: Out[Tensor | None]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
     candidates: int
     targets: int
     first_draft: int
@@ -193,8 +191,8 @@ def _draft_candidates(a: Arguments):
     config = launch.pick(gpu, drafts, vocab, a.candidates, successors_after, a.head.rank, weights, outputs, settings)
 
     positions = rows * drafts
-    counters = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, drafts)
-    take = workspaces.Carver(a.scratch).take
+    counters = _counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, rows, drafts)
+    take = workspaces.Carver(a.lent.scratch).take
     selection, scratch = _scratch(take, positions, vocab, config.group, a.candidates, config.width)
     selection = selection._replace(arrivals_ptr=counters.row_arrivals)
     scratch = scratch._replace(arrivals_ptr=counters.arrivals, status_ptr=counters.status)

@@ -171,7 +171,7 @@ def draft_block(
         return out
     dense = out.proposal if isinstance(out.proposal, DenseProposal) else None
     room = latent_room(head, rows, drafts)
-    counters, scratch = workspaces.lend(OP, workspace, rows, drafts, vocab, device, **room)
+    lent = workspaces.lend(OP, workspace, rows, drafts, vocab, device, **room)
     arguments = Arguments(
         base_logits=base_logits,
         anchors=anchors,
@@ -189,8 +189,7 @@ def draft_block(
         lse=None if dense is None else dense.lse,
         flags=out.flags,
         head_state=head_state,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
         targets=targets,
         first_draft=first_draft,
         column=column,
@@ -319,8 +318,7 @@ class Arguments(NamedTuple):
     lse: Out[Tensor | None]
     flags: Out[Tensor]
     head_state: Out[Tensor | None]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
     targets: int
     first_draft: int
     column: int
@@ -348,7 +346,7 @@ def _draft_block(a: Arguments):
     one_dot = rank <= config.block_r
     most = draft_launch.most_requests(gpu, sampling.adjusts or filtered, not one_dot or widening == "fp8_by_bits")
 
-    counters, take = workspaces.Carver(a.counters), workspaces.Carver(a.scratch).take
+    counters, take = workspaces.Carver(a.lent.counters), workspaces.Carver(a.lent.scratch).take
     barrier = counters.take(2 * workspaces.RESERVED, torch.int32)
     sub_block_max, sub_block_sumexp, support = _scratch(take, rows, drafts, vocab)
     best, status = _counters(counters.take, rows, drafts)

@@ -66,12 +66,9 @@ class PartialArguments(NamedTuple):
     logits: Out[Tensor | None]
     head_state: Out[Tensor | None]
     part: Out[Tensor]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
     with_lse: bool
-    vocab_start: int
-    vocab_shards: int
-    vocab_size: int
+    shard: Shard
     targets: int
     position: int
     first_draft: int
@@ -83,8 +80,7 @@ class PartialArguments(NamedTuple):
 def draft_block_partial(a: PartialArguments):
     device, sampling = a.base_logits.device, a.sampling
     kernels = library.kernels("draft.shards", device)
-    rows, drafts, width = a.base_logits.shape
-    shard = Shard(a.vocab_start, width, a.vocab_shards, a.vocab_size)
+    (rows, drafts, _), shard = a.base_logits.shape, a.shard
     gpu = arch.current(device)
     adjust = adjust_settings(sampling) if sampling.adjusts else None
     most = min(draft_launch.MOST_OF_A_SHARD, draft_launch.most_requests(gpu, sampling.adjusts, False))
@@ -99,9 +95,9 @@ def draft_block_partial(a: PartialArguments):
         config = dataclasses.replace(config, num_stages=1)  # with more, an rnn head with settings spills on gfx950
     if widening == "fp8":
         widening, config = draft_launch.decode_fp8(config, one_tile)
-    take = workspaces.Carver(a.scratch).take
+    take = workspaces.Carver(a.lent.scratch).take
     kind, projection, mix_type = projection_record(a.head, a.hidden, a.head_state, rows, rows, 2 * rows, dot_type, take)
-    best, seen = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
+    best, seen = _counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, rows)
     view = fields_of(rows, shard, a.with_lse).view
     own = ShardPart(
         logits_ptr=a.logits,
@@ -111,8 +107,8 @@ def draft_block_partial(a: PartialArguments):
         sub_block_sumexp_ptr=view(a.part, "sub_block_sumexp"),
         best_ptr=best,
         seen_ptr=seen,
-        arrivals_ptr=a.counters[1:2].view(torch.int32),
-        barrier_ptr=a.counters[:1].view(torch.int32),
+        arrivals_ptr=a.lent.counters[1:2].view(torch.int32),
+        barrier_ptr=a.lent.counters[:1].view(torch.int32),
     )
     kernels.launch_draft_partial(
         min(-(-sub_blocks * SUB_BLOCK // config.block_v), gpu.multiprocessors * config.programs_per_sm),
@@ -128,7 +124,7 @@ def draft_block_partial(a: PartialArguments):
         (
             a.position, rows, a.anchors.shape[0], drafts, shard.start, shard.held,
             ShardWidths(
-                num_targets=a.targets, width=width, num_sub_blocks=sub_blocks, hidden=0 if a.hidden is None else a.hidden.shape[2]
+                num_targets=a.targets, width=shard.width, num_sub_blocks=sub_blocks, hidden=0 if a.hidden is None else a.hidden.shape[2]
             ),
             a.first_draft, a.column,
             ShardStrides(
@@ -165,8 +161,7 @@ class FinishArguments(NamedTuple):
     confidence_logits: Out[Tensor | None]
     lse: Out[Tensor | None]
     flags: Out[Tensor]
-    width: int
-    vocab_shards: int
+    shard: Shard
     position: int
     first_draft: int
     column: int
@@ -176,7 +171,7 @@ class FinishArguments(NamedTuple):
 def draft_block_finish(a: FinishArguments):
     kernels = library.kernels("draft.shards", a.tokens.device)
     rows = a.flags.shape[0]
-    shard = Shard(0, a.width, a.vocab_shards, a.width * a.vocab_shards)
+    shard = a.shard
     head = None
     if a.w1 is not None:
         vocab, rank = a.w1.shape
@@ -197,7 +192,7 @@ def draft_block_finish(a: FinishArguments):
                 temperature_ptr=a.temperature, slots_ptr=a.state_indices, tokens_ptr=a.tokens, lse_ptr=a.lse, flags_ptr=a.flags
             ),
             a.position, rows, a.tokens.shape[0],
-            FinishWidths(shards=a.vocab_shards, num_sub_blocks=shard.blocks(SUB_BLOCK), hidden=hidden_size),
+            FinishWidths(shards=shard.count, num_sub_blocks=shard.blocks(SUB_BLOCK), hidden=hidden_size),
             a.first_draft, a.column, a.gathered.stride(0), 2 * a.gathered.stride(0),
             FinishStrides(
                 anchors=a.anchors.stride(0), hidden_request=stride_of(a.hidden, 0), hidden_position=stride_of(a.hidden, 1),
@@ -205,5 +200,5 @@ def draft_block_finish(a: FinishArguments):
             ),
         ),
         with_markov=a.confidence_head.with_markov(a.hidden),
-        shards=1 << (a.vocab_shards - 1).bit_length(),
+        shards=1 << (shard.count - 1).bit_length(),
     )  # fmt: skip

@@ -147,7 +147,7 @@ def draft_block_partial(
     if rows == 0:
         return part, block
     room = latent_room(head, rows, 1)
-    counters, scratch = workspaces.lend(OP, workspace, rows, drafts, shard.width, device, **room)
+    lent = workspaces.lend(OP, workspace, rows, drafts, shard.width, device, **room)
     arguments = PartialArguments(
         base_logits=base_logits,
         anchors=anchors,
@@ -161,12 +161,9 @@ def draft_block_partial(
         logits=None if dense is None else dense.logits,
         head_state=head_state,
         part=part,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
         with_lse=_lse(block) is not None,
-        vocab_start=shard.start,
-        vocab_shards=shard.count,
-        vocab_size=shard.vocab,
+        shard=shard,
         targets=targets,
         position=position,
         first_draft=first_draft,
@@ -266,8 +263,7 @@ def draft_block_finish(
         confidence_logits=block.confidence_logits,
         lse=lse,
         flags=block.flags,
-        width=shard.width,
-        vocab_shards=shard.count,
+        shard=shard,
         position=position,
         first_draft=first_draft,
         column=column,

@@ -130,7 +130,7 @@ def by_probability(call: TreeCall, out: DraftTree, workspace: Workspace | None) 
     confidence_head = confidence_weights(confidence)
     needs, most = NEEDS_DENSE if dense else NEEDS, max(drafts, call.num_nodes - 1)
     room = latent_room(head, rows, most, workspaces.node_latent_words)
-    counters, scratch = workspaces.lend(needs, workspace, rows, most, vocab, device, **room)
+    lent = workspaces.lend(needs, workspace, rows, most, vocab, device, **room)
     arguments = PathArguments(
         base_logits=call.base_logits,
         anchors=call.anchors,
@@ -144,8 +144,7 @@ def by_probability(call: TreeCall, out: DraftTree, workspace: Workspace | None) 
         tree=nodes_of(out),
         survival=out.survival,
         flags=out.flags,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
     )
     if dense:
         _draft_paths_dense(arguments)
@@ -169,8 +168,7 @@ class PathArguments(NamedTuple):
     tree: Nodes
     survival: Out[Tensor | None]
     flags: Out[Tensor]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
 
     def state(self) -> PathState:
         return PathState(
@@ -218,8 +216,8 @@ def _draft_paths(arguments: CandidateArguments):
     group = candidates_launch.sub_block_ids(vocab, candidates)
     config = launch.pick(gpu, vocab, candidates, nodes, a.head.rank, weights_name(a.head.w2), outputs, group)
 
-    row_arrivals, counters = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, drafts)
-    take = workspaces.Carver(a.scratch).take
+    row_arrivals, counters = _counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, rows, drafts)
+    take = workspaces.Carver(a.lent.scratch).take
     sizes = (config.group, candidates, config.nodes, config.width)
     selection, sums, scratch = _scratch(take, rows, drafts, vocab, *sizes)
     selection = selection._replace(arrivals_ptr=row_arrivals)
@@ -248,8 +246,8 @@ def _draft_paths_dense(a: PathArguments):
     kind, head, latent = head_records(a.head)
     gpu = arch.current(device)
     config = launch.pick_dense(gpu, vocab, nodes, a.head.rank, type_name(a.head.w2.dtype), outputs > 0)
-    counters = _dense_counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows)
-    take, children = workspaces.Carver(a.scratch).take, max(1, nodes - 1)
+    counters = _dense_counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, rows)
+    take, children = workspaces.Carver(a.lent.scratch).take, max(1, nodes - 1)
     depths, row_scratch = _dense_scratch(take, rows, drafts, vocab, config.nodes, children)
     latent_items = kernels.latent_programs(rows * drafts, outputs)
     parts = launch.dense_parts(gpu, rows, -(-vocab // TREE_SUB_BLOCK))
@@ -257,7 +255,7 @@ def _draft_paths_dense(a: PathArguments):
         latent_items + rows * (2 + drafts * parts + (drafts - 1) * children),
         (
             base_record(a.base_logits), a.state(), head, latent, hidden_states(a.hidden), a.confidence(), a.outputs(),
-            a.counters[1:2].view(torch.int32), counters,
+            a.lent.counters[1:2].view(torch.int32), counters,
             _with_latents(depths, take, head, latent, rows * drafts, rows * config.nodes),
             row_scratch, rows, a.anchors.shape[0], drafts, nodes, vocab, _row_words(vocab, children), latent_items, parts,
         ),

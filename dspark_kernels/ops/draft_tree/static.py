@@ -221,7 +221,7 @@ def _launch(
     words = workspaces.measured(_scratch, rows, nodes, vocab, *_largest(depths), by_sumexp)
     room = latent_room(head, rows, max(1, nodes - 1), workspaces.node_latent_words)
     message = workspaces.room_for(rows, nodes - 1, vocab, room["rank"])
-    counters, scratch = workspaces.lend_words(workspace, needed, words + room["latents"], device, message)
+    lent = workspaces.lend_words(workspace, needed, words + room["latents"], device, message)
     sampled = method in SAMPLED
     arguments = Arguments(
         base_logits=base_logits,
@@ -238,8 +238,7 @@ def _launch(
         tree=nodes_of(out),
         flags=out.flags,
         law=out.proposal.logits if sampled else None,
-        counters=counters,
-        scratch=scratch,
+        lent=lent,
         method=method,
         widths=[width for width, _ in depths],
         branching=[wanted for _, wanted in depths],
@@ -298,8 +297,7 @@ class Arguments(NamedTuple):
     tree: Nodes
     flags: Out[Tensor]
     law: Out[Tensor | None]
-    counters: Out[Tensor]
-    scratch: Out[Tensor]
+    lent: workspaces.Lent
     method: str
     widths: list[int]
     branching: list[int]
@@ -318,8 +316,8 @@ def _draft_tree(a: Arguments):
     shape = list(zip(a.widths, a.branching, strict=True))
     most, children = _largest(shape)
 
-    progress, row_status = _counters(workspaces.Carver(a.counters, workspaces.RESERVED).take, rows, nodes)
-    take = workspaces.Carver(a.scratch).take
+    progress, row_status = _counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, rows, nodes)
+    take = workspaces.Carver(a.lent.scratch).take
     memory = _scratch(take, rows, nodes, vocab, most, children, a.method == "iid")
     head, dot_type, widening = draft.head_record(a.head)
     rank = 1 if head is None else head.rank

@@ -118,7 +118,7 @@ def schedule_prefixes(
             if workspace is None:  # nothing is counted: no counters to fill with zeros
                 scratch = torch.empty(workspaces.measured(_scratch, candidates), dtype=torch.int64, device=device)
             else:
-                _, scratch = workspaces.lend(OP, workspace, requests, drafts, 1, device)
+                scratch = workspaces.lend(OP, workspace, requests, drafts, 1, device).scratch
         arguments = Arguments(
             drafts=block.tokens,
             confidence=block.confidence,
