@@ -30,6 +30,7 @@ from .ops.layout.fixed import draft_layout, fixed_layout, tree_layout
 from .ops.layout.schedule import schedule_prefixes
 from .prepare import prepare
 from .quantise import quantise_head
+from .synthetic import synthetic_rates
 from .types import (
     Acceptance,
     AttentionPlan,
@@ -97,6 +98,7 @@ __all__ = [
     "prepare",
     "quantise_head",
     "schedule_prefixes",
+    "synthetic_rates",
     "scheduling",
     "tree_attention",
     "tree_layout",

@@ -122,7 +122,8 @@ def accept_chain(
             entries from num_emitted on are 0.
         synthetic_rates: fp32 [K], for load tests, not lossless: draft k is accepted with the probability of its entry, given that
             the drafts before it were, whatever the two distributions are. The token that follows is drawn from the target
-            distribution. Acceptance still ends at a row without a finite logit and at an id outside the vocabulary.
+            distribution. Acceptance still ends at a row without a finite logit and at an id outside the vocabulary. Rates of a
+            mean length: `dspark_kernels.synthetic_rates`.
         anchors, anchor_positions: int64 or int32 [S], advanced in place to the next round's anchor; both or neither.
         state_indices: int32 or int64 [R], request slot of each row, -1 = padding row.
         out, workspace: with both, nothing is allocated.
