@@ -5,8 +5,8 @@ Written against flashinfer-python 0.7.4, which is not imported. Where its own is
     flashinfer.sampling.chain_speculative_sampling = dspark_kernels.integrations.flashinfer.chain_speculative_sampling
 
 What differs: the random numbers, so the tokens drawn (their distribution is the same); of several seeds the original reads the
-first, and here every row has its own; the first rejected draft has failed alone, too, where the original judges it a second time
-with another number, so that its count of accepted drafts is larger; a draft outside the vocabulary is rejected where the original
+first, and here every row has its own; the first rejected draft has failed alone, too, where the original verifies it a second
+time with another number, so that its count of accepted drafts is larger; a draft outside the vocabulary is rejected where the original
 reads other memory; CPU tensors run where Triton's interpreter is on. Symbols: R requests, K drafts, V vocabulary.
 """
 
@@ -47,7 +47,7 @@ def chain_speculative_sampling(
 
     Returns:
         (output_token_ids int32 [R, K + 1]: accepted drafts, the correction or bonus token, then -1; accepted [R]: how many drafts
-        pass when each is judged alone; emitted [R]: accepted drafts before the first rejection).
+        pass when each is verified alone; emitted [R]: accepted drafts before the first rejection).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; one of seed and offset a tensor, one not.
@@ -115,8 +115,8 @@ def _mixed(words: Tensor) -> Tensor:
 
 
 def _alone(draft_probs: Tensor, draft_token_ids: Tensor, target_probs: Tensor, accepted: Tensor, seeds: Tensor) -> Tensor:
-    """[R]: how many drafts pass when each is judged alone. Those before the first rejection did, that one did not; the others, which
-    acceptance does not reach, are judged here."""
+    """[R]: how many drafts pass when each is verified alone. Those before the first rejection did, that one did not; the others, which
+    acceptance does not reach, are verified here."""
     drafts = draft_token_ids.shape[1]
     ids = draft_token_ids.long()
     inside = (ids >= 0) & (ids < draft_probs.shape[2])

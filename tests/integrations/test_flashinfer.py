@@ -99,7 +99,7 @@ def test_distribution():
     found = zip(wanted.items(), run(200, draft), strict=True)
     findings = [finding for (name, probs), counts in found for finding in compare(name, counts, probs, 1e-3)]
     assert all(finding.p_value > 1e-3 for finding in findings), findings
-    wrong = compare("first", run(40, target)[0], target, 1e-3)
+    wrong = compare("first", run(64, target)[0], target, 1e-3)
     assert wrong[1].p_value < 1e-5, wrong
 
 
