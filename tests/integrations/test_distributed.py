@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dspark_kernels as dk
 from dspark_kernels.integrations.distributed import VocabularyShards
 from reference import cases
 from tests.integrations import ranks
+from tests.integrations.allocations import Asked
 from tests.ops import shards as loops
 from tests.ops.accept_checks import check as check_acceptance
 from tests.ops.draft_checks import arguments_of, candidate_arguments_of, check as check_block
@@ -102,19 +102,6 @@ def alone():
     dist.destroy_process_group()
 
 
-class Allocations(TorchDispatchMode):
-    """Notes what a call asks of torch besides views, ops of the package, and gathers."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        if function.namespace not in ("dspark_kernels", "c10d") and not function.is_view:
-            self.found.append(str(function))
-        return function(*arguments, **named or {})
-
-    def __enter__(self):
-        self.found = []
-        return super().__enter__()
-
-
 def test_a_later_call_allocates_nothing_and_keeps_its_addresses(alone):
     draft = cases.draft_case(seed=5, requests=2, drafts=2, vocab=100, kind="rnn", scattered=False)
     accept = cases.accept_case(seed=6, requests=2, drafts=2, vocab=100, dtype=torch.float32)
@@ -129,12 +116,12 @@ def test_a_later_call_allocates_nothing_and_keeps_its_addresses(alone):
     block, acceptance = calls()
     wanted = [dataclasses.replace(block, tokens=block.tokens.clone()), acceptance.tokens.clone()]
     addresses = [memory.data_ptr() for gather in shards._gathers for memory in gather._memories]
-    with Allocations() as mode:
+    with Asked() as mode:
         again = calls(block, acceptance)
     assert again[0] is block and again[1] is acceptance and mode.found == []
     assert addresses == [memory.data_ptr() for gather in shards._gathers for memory in gather._memories]
     assert torch.equal(block.tokens, wanted[0].tokens) and torch.equal(acceptance.tokens, wanted[1])
-    with Allocations() as mode:
+    with Asked() as mode:
         calls()
     assert mode.found, "the mode sees no allocation at all"
 
