@@ -4,10 +4,11 @@ Written against flashinfer-python 0.7.4, which is not imported. Where its own is
 
     flashinfer.sampling.chain_speculative_sampling = dspark_kernels.integrations.flashinfer.chain_speculative_sampling
 
-What differs: the random numbers, so the tokens drawn (their distribution is the same); of several seeds the original reads the
-first, and here every row has its own; the first rejected draft has failed alone, too, where the original verifies it a second
-time with another number, so that its count of accepted drafts is larger; a draft outside the vocabulary is rejected where the original
-reads other memory; CPU tensors run where Triton's interpreter is on. Symbols: R requests, K drafts, V vocabulary.
+What differs: the random numbers, so the tokens drawn (their distribution is the same); a draft outside the vocabulary is rejected
+where the original reads other memory; CPU tensors run where Triton's interpreter is on. Older versions, 0.6.18 among them, read the
+first of several seeds only, and verify the first rejected draft a second time when they count what would be accepted alone.
+
+Symbols: R requests, K drafts, V vocabulary.
 """
 
 from __future__ import annotations
