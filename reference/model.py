@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_kernels.checkpoint import rope
+from dspark_kernels.checkpoint import rope, scaling
+from dspark_kernels.checkpoint.attention import Sight
 from dspark_kernels.types import Acceptance
 
 MAX_NODES = 64  # of a tree: bits of an ancestor word
@@ -68,6 +69,7 @@ class Shape:
     vocab: int
     eps: float
     rope_theta: float
+    scaled: scaling.Scaling | None = None  # RoPE of another kind than `default`
     rotated: float = 1.0  # the share of a head's pairs that RoPE turns
     attention_scale: float | None = None  # of queries times keys; None: 1 / sqrt(head_dim)
 
@@ -75,6 +77,7 @@ class Shape:
     def from_config(cls, config: Mapping) -> Shape:
         """Raises ValueError for a missing key and for what this model does not compute."""
         try:
+            turn = rope.qwen3(config, "config")
             shape = cls(
                 hidden=config["hidden_size"],
                 heads=config["num_attention_heads"],
@@ -84,7 +87,8 @@ class Shape:
                 layers=config["num_hidden_layers"],
                 vocab=config["vocab_size"],
                 eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=rope.qwen3(config, "config").theta,
+                rope_theta=turn.theta,
+                scaled=turn.scaled,
             )
         except KeyError as missing:
             raise ValueError(f"config: expected the key {missing}, there is none") from None
@@ -92,11 +96,17 @@ class Shape:
             raise ValueError(f"config: expected {shape.heads} attention heads to be a multiple of {shape.kv_heads}")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config: expected hidden_act 'silu', got {config['hidden_act']!r}")
-        if config.get("use_sliding_window") or config.get("attention_bias"):
-            raise ValueError("config: expected neither use_sliding_window nor attention_bias")
+        if config.get("attention_bias"):
+            raise ValueError("config: expected no attention_bias")
+        return shape
+
+    @staticmethod
+    def check_full_attention(config: Mapping) -> None:
+        """Raises ValueError for windows, which only the block of a drafter has here."""
+        if config.get("use_sliding_window"):
+            raise ValueError("config: expected no use_sliding_window")
         if any(kind != "full_attention" for kind in config.get("layer_types") or []):
             raise ValueError(f"config: expected full attention in every layer, got layer_types {config['layer_types']}")
-        return shape
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -114,11 +124,15 @@ class Rotation(NamedTuple):
     @classmethod
     def at(cls, positions: Tensor, shape: Shape, dtype) -> Rotation:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        exponents = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=wide) / shape.head_dim
-        angles = positions.to(wide)[:, None] / shape.rope_theta**exponents
-        angles[:, int(shape.rotated * shape.head_dim // 2) :] = 0
+        if shape.scaled is None:
+            exponents = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=wide) / shape.head_dim
+            angles, factor = positions.to(wide)[:, None] / shape.rope_theta**exponents, 1.0
+            angles[:, int(shape.rotated * shape.head_dim // 2) :] = 0
+        else:
+            frequencies = shape.scaled.frequencies(shape.rope_theta, shape.head_dim, positions.device)
+            angles, factor = positions.to(wide)[:, None] * frequencies.to(wide), shape.scaled.attention
         angles = torch.cat([angles, angles], -1)[:, None]
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        return cls((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:  # [N, heads, D]
         first, second = x.chunk(2, -1)
@@ -233,11 +247,11 @@ class KVCache:
         self._keys[layer][rows.slots, :, places] = keys
         self._values[layer][rows.slots, :, places] = values
 
-    def attend(self, layer: int, rows: Rows, queries: Tensor, *, causal: bool) -> Tensor:
+    def attend(self, layer: int, rows: Rows, queries: Tensor, *, causal: bool, window: int | None = None) -> Tensor:
         """Attention of the rows over their slots, [N, Hq, D] -> [N, Hq * D].
 
         causal: a row sees the places up to its own, in a tree its ancestors and what was cached before; otherwise all rows
-        of its request (the drafter's block).
+        of its request (the drafter's block). window: of what was cached before, the last places alone, for all rows the same.
         """
         out = torch.empty_like(queries)
         for slot, start, begin, end in rows.segments:
@@ -245,6 +259,9 @@ class KVCache:
             tree, mask = rows.ancestors is not None and count <= MAX_NODES, None
             if causal and count > 1 and (start > 0 or tree):
                 mask = torch.ones(count, length, dtype=torch.bool, device=queries.device).tril(start)
+            if window is not None and start > window:
+                mask = torch.ones(count, length, dtype=torch.bool, device=queries.device) if mask is None else mask
+                mask[:, : start - window] = False
             if tree and mask is not None:
                 mask[:, start:] = (rows.ancestors[begin:end, None] >> torch.arange(count, device=queries.device)) & 1
             out[begin:end] = F.scaled_dot_product_attention(
@@ -294,15 +311,20 @@ class DecoderLayer:
         return x + F.linear(F.silu(F.linear(normed, self.gate_proj)) * F.linear(normed, self.up_proj), self.down_proj)
 
 
-def run_layers(layers, x: Tensor, rows: Rows, cache: KVCache, *, causal: bool):
-    """Run x [N, d] through all layers; yields the output of each. The rows stay in the cache until it is cropped."""
+def run_layers(layers, x: Tensor, rows: Rows, cache: KVCache, *, causal: bool, sights: Sequence[Sight] | None = None):
+    """Run x [N, d] through all layers; yields the output of each. The rows stay in the cache until it is cropped.
+
+    sights: what the rows of a drafter's block see, by layer, in place of `causal`.
+    """
     cache.claim(rows)
     rotation = Rotation.at(rows.positions, layers[0].shape, x.dtype)
     for index, layer in enumerate(layers):
+        sight = Sight(None, causal) if sights is None else sights[index]
+        window = {} if sight.window is None else {"window": sight.window}  # which a cache in pages does not know
 
-        def attend(queries, keys, values, index=index):
+        def attend(queries, keys, values, index=index, causal=sight.causal, window=window):
             cache.write(index, rows, keys, values)
-            return cache.attend(index, rows, queries, causal=causal)
+            return cache.attend(index, rows, queries, causal=causal, **window)
 
         x = layer(x, rotation, attend)
         yield x
@@ -333,6 +355,7 @@ class Target:
     def __init__(self, config: Mapping, tensors: Mapping[str, Tensor], device="cpu", dtype=torch.float32):
         self.config, self.device, self.dtype = dict(config), torch.device(device), dtype
         self.shape = shape = Shape.from_config(config)
+        Shape.check_full_attention(config)
         take = Weights(tensors, self.device, dtype)
         self.embedding = take("model.embed_tokens.weight", shape.vocab, shape.hidden)
         self.layers = [DecoderLayer(shape, take.below(f"model.layers.{i}.")) for i in range(shape.layers)]

@@ -3,7 +3,7 @@
 A directory holds config.json and model.safetensors (or model.safetensors.index.json and its shards: files.py). What it may hold, by
 architecture: formats.py. Every tensor's presence, shape and dtype is checked before any is read.
 
-Source of the format: github.com/deepseek-ai/DeepSpec and arXiv 2607.05147.
+Sources of the formats: github.com/deepseek-ai/DeepSpec, arXiv 2607.05147, and those that formats.py names.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from ..types import ConfidenceHead, GatedMarkovHead, MarkovHead, RnnMarkovHead
+from ..vocabulary import ids_from_offsets
 from . import files, formats
 
 _PUBLISHED = f"{formats.PUBLISHED_DRAFTERS}; {formats.PUBLISHED_TARGETS}"
 _DTYPES = ("BF16", "F16", "F32")
+_MAPS = {"d2t": ("I64", "I32"), "t2d": ("BOOL",)}  # between the draft vocabulary and the target's
 _HEAD, _EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "embed_tokens.weight")
 
 
@@ -32,13 +34,15 @@ class DrafterCheckpoint:
     config: as read, with what only nested places say (block.py) at the top level: `block_size` (drafts per pass), `mask_token_id`,
     `target_layer_ids`, `anchor_first` false where the masks alone predict, as those of a DFlash drafter, whose `markov_rank` is 0.
     head: MarkovHead, GatedMarkovHead, RnnMarkovHead, or None at rank 0. confidence: ConfidenceHead or None. Both share the memory
-    of `tensors`. A DFlash drafter has neither embedding nor head of its own: they are the target's.
+    of `tensors`. A DFlash drafter has neither embedding nor head of its own: they are the target's; one of the speculators library may
+    have either. draft_to_target: int64 [Vd], the target's id of each id of a draft head over fewer ids (`draft_vocab_size`), else None.
     """
 
     config: dict
     tensors: dict[str, Tensor]
     head: MarkovHead | None
     confidence: ConfidenceHead | None
+    draft_to_target: Tensor | None = None
 
     @property
     def block_size(self) -> int:
@@ -70,7 +74,7 @@ class StoredTensor(NamedTuple):
 
 
 def load_drafter(path) -> DrafterCheckpoint:
-    """Read a DSpark or DFlash drafter directory onto the CPU.
+    """Read a DSpark or DFlash drafter directory onto the CPU: of DeepSpec, of z-lab or of the speculators library.
 
     Raises:
         FileNotFoundError: no such directory, or a file missing from it.
@@ -80,15 +84,17 @@ def load_drafter(path) -> DrafterCheckpoint:
     """
     directory = _directory(path, formats.PUBLISHED_DRAFTERS)
     config, form = _config(directory, formats.DRAFTERS, formats.PUBLISHED_DRAFTERS)
-    config, tensors = _untied(directory, config, _read(_checked(directory, form.shapes(config))), form)
-    return DrafterCheckpoint(config, tensors, _head(config, tensors), _confidence(config, tensors))
+    config, tensors = _untied(directory, config, _read(_checked(directory, config, form)), form)
+    return DrafterCheckpoint(
+        config, tensors, _head(config, tensors), _confidence(config, tensors), _ids(directory, config, tensors)
+    )
 
 
 def load_target(path) -> TargetCheckpoint:
     """Read a `Qwen3ForCausalLM` directory onto the CPU. Raises as `load_drafter` does; warns of a tied head of other values."""
     directory = _directory(path, formats.PUBLISHED_TARGETS)
     config, form = _config(directory, formats.TARGETS, formats.PUBLISHED_TARGETS)
-    return TargetCheckpoint(*_untied(directory, config, _read(_checked(directory, form.shapes(config))), form))
+    return TargetCheckpoint(*_untied(directory, config, _read(_checked(directory, config, form)), form))
 
 
 def check(path) -> tuple[dict, formats.Format]:
@@ -98,7 +104,7 @@ def check(path) -> tuple[dict, formats.Format]:
     """
     directory = _directory(path, _PUBLISHED)
     config, form = _config(directory, formats.DRAFTERS | formats.TARGETS, _PUBLISHED)
-    _checked(directory, form.shapes(config))
+    _checked(directory, config, form)
     return config, form
 
 
@@ -142,17 +148,16 @@ def _config(directory: Path, known: Mapping[str, formats.Format], several: str) 
     """config.json as its format reads it, and that format."""
     source = directory / "config.json"
     config = files.read_json(source)
-    found = config.get("architectures")
-    name = found[0] if isinstance(found, list) and len(found) == 1 else None
-    # SafeAILab's EAGLE-3 files call themselves language models, those of the speculators library what they wrap.
-    if not isinstance(name, str) or name not in known or formats.is_eagle3(config) or formats.is_speculators(config):
+    form = formats.of(config, known)
+    if form is None:
         wanted = " or ".join(f'["{architecture}"]' for architecture in known)
         raise ValueError(f"{source}: expected architectures {wanted}, got {formats.described(config)}; {several}")
-    return known[name].read(config, source), known[name]
+    return form.read(config, source), form
 
 
-def _checked(directory: Path, shapes: formats.Shapes) -> dict:
-    """The open file of every tensor of `shapes`, and of a head that a tied checkpoint holds besides, all of them checked."""
+def _checked(directory: Path, config: Mapping, form: formats.Format) -> dict:
+    """The open file of every tensor that the format reads, and of a head that a tied checkpoint holds besides, all of them checked."""
+    shapes = form.shapes(config)
     where, unlisted = files.stored(directory)
     missing = [name for name in shapes if name not in where]
     if missing:
@@ -162,6 +167,7 @@ def _checked(directory: Path, shapes: formats.Shapes) -> dict:
     embedding = next((name for name in _EMBEDDINGS if name in shapes), None)
     if embedding is not None and _HEAD in where:  # some exporters write a tied head out too
         shapes = {**shapes, _HEAD: shapes[embedding]}
+    shapes = {**shapes, **{name: shape for name, shape in form.optional(config).items() if name in where}}
     surplus = sorted((where.keys() | unlisted.keys()) - shapes.keys())
     if surplus:
         file = unlisted[surplus[0]] if surplus[0] in unlisted else where[surplus[0]].file
@@ -171,9 +177,10 @@ def _checked(directory: Path, shapes: formats.Shapes) -> dict:
         entry = handle.get_slice(name)
         if tuple(entry.get_shape()) != shape:
             raise ValueError(f"{file}: expected {name} of shape {list(shape)}, got {list(entry.get_shape())}")
-        if entry.get_dtype() not in _DTYPES:
-            raise ValueError(f"{file}: expected {name} in {' or '.join(_DTYPES)}, got {entry.get_dtype()}")
-    return {name: where[name].handle for name in shapes}
+        dtypes = _MAPS.get(name, _DTYPES)
+        if entry.get_dtype() not in dtypes:
+            raise ValueError(f"{file}: expected {name} in {' or '.join(dtypes)}, got {entry.get_dtype()}")
+    return {name: where[name].handle for name in shapes if name not in form.unread}
 
 
 def _read(handles: Mapping) -> dict[str, Tensor]:
@@ -199,6 +206,21 @@ def _untied(directory: Path, config: dict, tensors: dict[str, Tensor], form: for
 
 def _more(names) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _ids(directory: Path, config: Mapping, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """`draft_to_target` from d2t; both maps say the same ids, each of the target's and each once."""
+    if "d2t" not in tensors:
+        return None
+    vocab, ids = config["vocab_size"], ids_from_offsets(tensors["d2t"])
+    if int(ids.max()) >= vocab:
+        raise ValueError(f"{directory}: expected d2t to name ids below {vocab} (vocab_size), got {int(ids.max())}")
+    named = torch.zeros(vocab, dtype=torch.bool).index_fill(0, ids, True)
+    if int(named.sum()) < len(ids):
+        raise ValueError(f"{directory}: expected d2t to name every id once, got {len(ids) - int(named.sum())} repetitions")
+    if "t2d" in tensors and not torch.equal(named, tensors["t2d"]):
+        raise ValueError(f"{directory}: expected t2d to be true for the ids that d2t names, got others")
+    return ids
 
 
 def _head(config: Mapping, tensors: Mapping[str, Tensor]) -> MarkovHead | None:

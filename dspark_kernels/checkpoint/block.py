@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from . import attention, rope
-from .places import BLOCKS, TEXT, Found, Place, agreed, find, places, same
+from .places import BLOCKS, Found, Place, agreed, find, places, same
 
 _HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "sts_temperatures")
 _WORDS = {
@@ -57,8 +57,9 @@ _SPECULATORS = frozenset(("algorithm", "proposal_methods", "default_proposal_met
 _PROPOSAL = {"proposal_type": "greedy", "verifier_accept_k": 1, "accept_tolerance": 0}  # greedy: a chain; the rest lose nothing
 
 
-def read(config: Mapping, source, *, dflash: bool) -> dict:
-    """A config in DSpark's words. dflash: the anchor does not predict unless the config says so.
+def read(config: Mapping, source, *, dflash: bool, draft_vocabulary: bool = False) -> dict:
+    """A config in DSpark's words. dflash: the anchor does not predict unless the config says so. draft_vocabulary: whether the format
+    has a draft head over fewer ids.
 
     Raises ValueError for a contradiction, an unknown key inside a block of keys, and a value that nothing here computes.
     """
@@ -68,6 +69,8 @@ def read(config: Mapping, source, *, dflash: bool) -> dict:
     for key, value in _FIXED.items():
         _check_all(find(where, key), value, "", source)
     for key, top in _REPEATED.items():
+        if draft_vocabulary and key == "draft_vocab_size":
+            continue
         _check_all(find(where, key), config.get(top), f" ({top})", source)
     said = {word: find(where, *keys) for word, keys in _WORDS.items()}
     said["target_layer_ids"] += [_lowered(found, source) for found in find(where, *_ONE_HIGHER)]
@@ -81,14 +84,14 @@ def read(config: Mapping, source, *, dflash: bool) -> dict:
         # anchor_first is this package's word, and its block_size counts drafts; that of a DFlash file never does.
         if "block_size" in words and (dflash or not find(where, "anchor_first")):
             words["block_size"] = _without_anchor(one["block_size"], source)
-    _check_all(find(where, *_DRAFTS), words.get("block_size"), " (the drafts of block_size)", source)
+    _check_drafts(find(where, *_DRAFTS), words.get("block_size"), source)
     _check_speculators(config.get("speculators_config") or {}, words.get("block_size"), dflash, source)
     return {**config, **words}
 
 
 def _check_known(place: Place, source) -> None:
     name = place.prefix.rstrip(".")
-    if name in ("", TEXT):
+    if name == "" or place.is_text:
         return
     known = _KNOWN | (_SPECULATORS if name == "speculators_config" else frozenset())
     surplus = ", ".join(sorted(place.content.keys() - known))
@@ -102,6 +105,18 @@ def _check_all(found: Iterable[Found], value, of: str, source) -> None:
     for each in found:
         if not same(each.value, value):
             raise ValueError(f"{source}: expected {each.where} {value!r}{of}, got {each.value!r}")
+
+
+def _check_drafts(found: Iterable[Found], drafts, source) -> None:
+    """As many as the block has. With fewer, an engine would run a shorter block, whose rows the others see."""
+    found = list(found)
+    for each in found:
+        if type(each.value) is int and type(drafts) is int and each.value > drafts:
+            raise ValueError(
+                f"{source}: expected {each.where} {drafts} (the drafts of block_size), got {each.value}, more than the block has rows that"
+                " predict"
+            )
+    _check_all(found, drafts, " (the drafts of block_size)", source)
 
 
 def _lowered(found: Found, source) -> Found:
@@ -132,5 +147,8 @@ def _check_speculators(own: Mapping, drafts, dflash: bool, source) -> None:
         if surplus:
             raise ValueError(f"{source}: expected {where} of known keys alone, got {surplus} too")
         for key, value in wanted.items():
-            of = " (the drafts of block_size)" if key == "speculative_tokens" else ""
-            _check_all(find([Place(f"{where}.", method)], key), value, of, source)
+            found = find([Place(f"{where}.", method)], key)
+            if key == "speculative_tokens":
+                _check_drafts(found, value, source)
+            else:
+                _check_all(found, value, "", source)

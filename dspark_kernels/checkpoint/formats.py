@@ -5,6 +5,7 @@
 | Qwen3DSparkModel | DSpark, Qwen3 layers; rank 0 without confidence: DeepSpec's DFlash | deepseek-ai/{dspark,dflash}_qwen3_* |
 | Gemma4DSparkModel | the same with the layers of Gemma 4's full attention | deepseek-ai/{dspark,dflash}_gemma4_12b_block7 |
 | DFlashDraftModel | DFlash: only masks predict, embedding and head are the target's | z-lab/*-DFlash* |
+| any, with speculators_model_type | DSpark, DFlash of the speculators library: speculators.py | RedHatAI/*-speculator.* |
 | Qwen3ForCausalLM | a target, or a draft model | Qwen/Qwen3-* |
 
 Symbols: d hidden size, m target layers, V vocabulary, r Markov rank, K drafts per pass. Everything is decided by config.json: a
@@ -21,7 +22,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import attention, block, rope
+from . import attention, block, rope, speculators
 from .places import find, flat, places
 
 HEAD_TYPES = ("vanilla", "gated", "rnn")
@@ -59,12 +60,27 @@ class Format:
 
     title: what it is, in a few words. read(config, source): the config, with what nested places alone say at the top level and,
     of a drafter, in DSpark's words (`DrafterCheckpoint`); raises ValueError, naming the file `source`, for one that is
-    incomplete, contradicts itself or asks for what nothing here computes. shapes(config): every tensor of a config that was read.
+    incomplete, contradicts itself or asks for what nothing here computes. shapes(config): every tensor of a config that was read;
+    optional(config): tensors that the files may hold besides, of which those in `unread` are left there.
     """
 
     title: str
     read: Callable[[Mapping, Path], dict]
     shapes: Callable[[Mapping], Shapes]
+    optional: Callable[[Mapping], Shapes] = lambda config: {}
+    unread: tuple[str, ...] = ()
+
+
+def of(config: Mapping, known: Mapping[str, Format]) -> Format | None:
+    """The format of a config among `known` and, where these are drafters, among those of speculators; None for another."""
+    if speculators.is_wrapped(config):
+        return SPECULATORS.get(speculators.kind_of(config) or "") if known.keys() & DRAFTERS.keys() else None
+    found = config.get("architectures")
+    name = found[0] if isinstance(found, list) and len(found) == 1 else None
+    # SafeAILab's EAGLE-3 files call themselves language models, those of the speculators library what they wrap.
+    if not isinstance(name, str) or is_eagle3(config) or is_speculators(config):
+        return None
+    return known.get(name)
 
 
 def published(directory: Path, several: str) -> str:
@@ -89,10 +105,9 @@ def other(config: Mapping) -> str | None:
     """What a config of no format here is, and why it is refused; None where it is unknown."""
     name = _name(config)
     if is_speculators(config):
-        own = config.get("speculators_config")
-        kind = config.get("speculators_model_type") or (own.get("algorithm") if isinstance(own, Mapping) else None)
-        kind = "" if kind is None else f" (of the kind {kind!r})"
-        return f"a drafter in the layout of the speculators library{kind}, which wraps the config: expected the published layout"
+        kind = speculators.kind_of(config)
+        read = " and ".join(SPECULATORS)
+        return f"a drafter in the layout of the speculators library of the kind {kind!r}, of which {read} are read here, with their configs"
     if is_eagle3(config):
         width = config.get("draft_vocab_size")
         own = width not in (None, config.get("vocab_size"))
@@ -114,8 +129,7 @@ def other(config: Mapping) -> str | None:
 
 def is_speculators(config: Mapping) -> bool:
     """A drafter that the speculators library wrote: it wraps the layers' config, and counts target layers from one more."""
-    wrapped = any(config.get(key) is not None for key in ("speculators_model_type", "transformer_layer_config"))
-    return wrapped or (config.get("speculators_config") is not None and _name(config) not in DRAFTERS)
+    return speculators.is_wrapped(config) or (config.get("speculators_config") is not None and _name(config) not in DRAFTERS)
 
 
 def is_eagle3(config: Mapping) -> bool:
@@ -166,7 +180,7 @@ def _check_bool(config: Mapping, key: str, source: Path) -> None:
     _require(value is None or type(value) is bool, source, f"{key} true or false", repr(value))
 
 
-def _check_qwen3_layers(config: Mapping, source: Path, *, causal: bool) -> None:
+def _check_qwen3_layers(config: Mapping, source: Path, *, causal: bool, windows: bool = False) -> None:
     _require_keys(config, _LAYER_SIZES, source)
     for key in _LAYER_SIZES:
         _check_size(config[key], key, source)
@@ -177,7 +191,7 @@ def _check_qwen3_layers(config: Mapping, source: Path, *, causal: bool) -> None:
     _require(activation == "silu", source, "hidden_act 'silu'", repr(activation))
     for found in find(places(config, source), "final_logit_softcapping"):
         raise ValueError(f"{source}: expected no {found.where} with Qwen3 layers, got {found.value!r}")
-    attention.check(config, source, causal=causal)
+    attention.check(config, source, causal=causal, windows=windows)
 
 
 def _check_gemma4_layers(config: Mapping, source: Path) -> None:
@@ -208,9 +222,10 @@ def gemma4_kv_heads(config: Mapping) -> str:
 
 
 def _check_block(config: Mapping, source: Path) -> None:
-    """What a block drafter adds to its layers, in DSpark's words."""
-    _require_keys(config, _DRAFTER_SIZES + _DRAFTER_KEYS, source)
-    for key in _DRAFTER_SIZES:
+    """What a block drafter adds to its layers, in DSpark's words. Files of speculators do not say how many layers their target has."""
+    sizes = _DRAFTER_SIZES if not speculators.is_wrapped(config) else ("block_size",)
+    _require_keys(config, sizes + _DRAFTER_KEYS, source)
+    for key in sizes:
         _check_size(config[key], key, source)
     _check_size(config["markov_rank"], "markov_rank", source, low=0)
     for key in ("enable_confidence_head", "confidence_head_with_markov", "tie_word_embeddings"):
@@ -223,10 +238,11 @@ def _check_block(config: Mapping, source: Path) -> None:
         _require_keys(config, ("confidence_head_with_markov",), source)
         alone = config["confidence_head_with_markov"] and not config["markov_rank"]
         _require(not alone, source, "markov_rank >= 1 with confidence_head_with_markov", 0)
-    layers, count = config["target_layer_ids"], config["num_target_layers"]
+    layers, count = config["target_layer_ids"], config.get("num_target_layers")
+    last = "their last" if count is None else f"{count - 1} (num_target_layers - 1)"
     _require(
-        isinstance(layers, list) and layers and all(type(i) is int and -1 <= i < count for i in layers),
-        source, f"target_layer_ids from -1 to {count - 1} (num_target_layers - 1)", layers,
+        isinstance(layers, list) and layers and all(type(i) is int and -1 <= i < (count or math.inf) for i in layers),
+        source, f"target_layer_ids from -1 to {last}", layers,
     )  # fmt: skip
     mask, last = config["mask_token_id"], config["vocab_size"] - 1
     _require(type(mask) is int and 0 <= mask <= last, source, f"mask_token_id from 0 to {last}", repr(mask))
@@ -272,6 +288,19 @@ def _read_dflash(config: Mapping, source: Path) -> dict:
     if config.get("target_layer_ids") is None:
         config["target_layer_ids"] = _spread(config["num_target_layers"], config["num_hidden_layers"])
     _check_block(config, source)
+    return config
+
+
+def _read_speculators(config: Mapping, source: Path) -> dict:
+    dflash = speculators.kind_of(config) == "dflash"
+    config = flat(speculators.unwrapped(config, source), source)
+    _check_qwen3_layers(config, source, causal=False, windows=True)
+    config = block.read(config, source, dflash=dflash, draft_vocabulary=True)
+    if dflash:
+        config |= {"markov_rank": 0, "enable_confidence_head": False}
+    _check_block(config, source)
+    vocab, own = config["vocab_size"], config["draft_vocab_size"]
+    _require(type(own) is int and 1 <= own <= vocab, source, f"a draft_vocab_size from 1 to {vocab} (vocab_size)", repr(own))
     return config
 
 
@@ -326,10 +355,15 @@ def _backbone(config: Mapping, layer: Shapes) -> Shapes:
 
 
 def _dspark(config: Mapping, layer: Shapes) -> Shapes:
-    d, vocab, rank = config["hidden_size"], config["vocab_size"], config["markov_rank"]
-    shapes = {"embed_tokens.weight": (vocab, d), "lm_head.weight": (vocab, d), **_backbone(config, layer)}
+    d, vocab = config["hidden_size"], config["vocab_size"]
+    return {"embed_tokens.weight": (vocab, d), "lm_head.weight": (vocab, d), **_backbone(config, layer), **_heads(config)}
+
+
+def _heads(config: Mapping) -> Shapes:
+    d, vocab, rank, shapes = config["hidden_size"], config["vocab_size"], config["markov_rank"], {}
     if rank:
-        shapes["markov_head.markov_w1.weight"] = shapes["markov_head.markov_w2.weight"] = (vocab, rank)
+        shapes["markov_head.markov_w1.weight"] = (vocab, rank)
+        shapes["markov_head.markov_w2.weight"] = (config.get("draft_vocab_size") or vocab, rank)
         if config["markov_head_type"] == "gated":
             shapes["markov_head.gate_proj.weight"] = (rank, d + rank)
             shapes["markov_head.gate_proj.bias"] = (rank,)
@@ -340,6 +374,19 @@ def _dspark(config: Mapping, layer: Shapes) -> Shapes:
         shapes["confidence_head.proj.weight"] = (1, d + (rank if config["confidence_head_with_markov"] else 0))
         shapes["confidence_head.proj.bias"] = (1,)
     return shapes
+
+
+def _speculators(config: Mapping) -> Shapes:
+    d, vocab, own = config["hidden_size"], config["vocab_size"], config["draft_vocab_size"]
+    shapes = {**_backbone(config, _qwen3_layer(config)), **_heads(config)}
+    return shapes if own == vocab else {**shapes, "lm_head.weight": (own, d), "d2t": (own,)}
+
+
+def _speculators_may_hold(config: Mapping) -> Shapes:
+    """The embedding and, over all ids, the head are the target's where the files have none."""
+    d, vocab, own = config["hidden_size"], config["vocab_size"], config["draft_vocab_size"]
+    shapes = {"embed_tokens.weight": (vocab, d), "verifier_lm_head.weight": (own, d), "verifier_norm.weight": (d,)}
+    return shapes | ({"lm_head.weight": (vocab, d)} if own == vocab else {"t2d": (vocab,)})
 
 
 def _causal_lm(config: Mapping) -> Shapes:
@@ -357,4 +404,11 @@ DRAFTERS = {
     "Gemma4DSparkModel": Format("DSpark drafter with Gemma 4 layers", _read_gemma4_dspark, lambda c: _dspark(c, _gemma4_layer(c))),
     "DFlashDraftModel": Format("DFlash drafter with Qwen3 layers", _read_dflash, lambda c: _backbone(c, _qwen3_layer(c))),
 }
+SPECULATORS = {
+    kind: Format(
+        f"{title} drafter of the speculators library, with Qwen3 layers", _read_speculators, _speculators, _speculators_may_hold,
+        unread=("verifier_lm_head.weight", "verifier_norm.weight"),  # of its training: what the targets of its loss came from
+    )
+    for kind, title in zip(speculators.KINDS, ("DSpark", "DFlash"), strict=True)
+}  # fmt: skip
 TARGETS = {"Qwen3ForCausalLM": Format("Qwen3 language model", _read_qwen3, _causal_lm)}

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | the top level | `block_size` | Hugging Face transformers, DeepSpec |
 | text_config | `text_config.rope_theta` | classes of transformers with several modalities |
+| transformer_layer_config | `transformer_layer_config.rms_norm_eps` | the speculators library |
 | blocks of a drafter's own | `dflash_config.block_size`, `dspark_config.markov_rank` | z-lab's DFlash, SGLang, ModelOpt |
 | keys with a block's name before them | `dspark_block_size` | SGLang |
 | speculators_config | `speculators_config.algorithm` | the speculators library |
@@ -17,10 +18,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 BLOCKS = ("dflash_config", "dspark_config", "speculators_config")
-TEXT = "text_config"
+TEXTS = ("text_config", "transformer_layer_config")  # the config of the layers, where the top level is another's
 ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 _PREFIXES = ("dflash_", "dspark_")
-# What text_config says of itself alone, and what rope.py reads of each place.
+# What the config of the layers says of itself alone, and what rope.py reads of each place.
 _OWN = {"architectures", "model_type", "_name_or_path", "dtype", "torch_dtype", "transformers_version", *ROPE_KEYS}
 
 
@@ -37,6 +38,11 @@ class Place(NamedTuple):
     prefix: str
     content: Mapping
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it is the config of the layers."""
+        return self.prefix.rstrip(".") in TEXTS
+
 
 def same(a, b) -> bool:
     """Equal in JSON's sense: 1e6 is 1000000, but true is not 1."""
@@ -50,7 +56,7 @@ def same(a, b) -> bool:
 def places(config: Mapping, source) -> list[Place]:
     """All places of a config. Raises ValueError for a nested one that is no object."""
     found = [Place("", config)]
-    for name in (TEXT, *BLOCKS):
+    for name in (*TEXTS, *BLOCKS):
         content = config.get(name)
         if content is not None and not isinstance(content, Mapping):
             raise ValueError(f"{source}: expected {name} to be an object, got {content!r}")
@@ -81,10 +87,15 @@ def agreed(key: str, found: Iterable[Found], source) -> Found | None:
 
 def flat(config: Mapping, source) -> dict:
     """A config with what only its text_config says at the top level. Raises ValueError where the two contradict each other."""
-    text = next((place for place in places(config, source) if place.prefix == f"{TEXT}."), Place("", {}))
+    texts = [place for place in places(config, source) if place.is_text]
     taken = {}
-    for key in sorted(text.content.keys() - _OWN):
-        value = agreed(key, find((Place("", config), text), key), source)
+    for key in sorted(set().union(*(text.content.keys() for text in texts)) - _OWN):
+        value = agreed(key, find((Place("", config), *texts), key), source)
         if value is not None and config.get(key) is None:
             taken[key] = value.value
     return {**config, **taken}
+
+
+def is_number(value) -> bool:
+    """A number of JSON: neither true nor false."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -6,6 +6,7 @@
 | --- | --- |
 | rope_parameters (transformers 5), rope_scaling (older) | any place of places.py; flat, or one entry for each type of layer |
 | rope_theta, partial_rotary_factor | the same, and beside them |
+| original_max_position_embeddings | the same, with the kinds of scaling.py |
 
 A theta beside parameters without one is theirs. Layers of full attention read the entry `full_attention` and what stands in no
 entry. Beside entries, transformers writes a rope_type `default` that nobody gave; the entries decide.
@@ -20,13 +21,15 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .places import ROPE_KEYS, Found, agreed, find, places, same
+from . import scaling
+from .places import ROPE_KEYS, Found, agreed, find, is_number, places, same
 
 FULL = "full_attention"
 _BESIDE = ("rope_theta", "partial_rotary_factor")
 # Another layout of a head's pairs; what each of these says where it says nothing.
 _LAYOUT = {"is_neox_style": True, "rope_interleave": False, "rope_interleaved": False, "rotary_pct": 1}
-KEYS = (*ROPE_KEYS, *_BESIDE, *_LAYOUT)
+_ORIGINAL = "original_max_position_embeddings"
+KEYS = (*ROPE_KEYS, _ORIGINAL, *_BESIDE, *_LAYOUT)
 # Older names: of a key, and of kinds (Phi-3's; Qwen2-VL's, which is `default` with positions of its own).
 _NAMES = {"type": "rope_type"}
 _KINDS = {"su": "longrope", "mrope": "default"}
@@ -35,10 +38,11 @@ _UNSCALED = {"factor": 1, "attention_factor": 1, "original_max_position_embeddin
 
 
 class Rope(NamedTuple):
-    """theta; rotated: the share of a head's pairs that RoPE turns."""
+    """theta; rotated: the share of a head's pairs that RoPE turns; scaled: how other kinds than `default` change them."""
 
     theta: float
     rotated: float
+    scaled: scaling.Scaling | None = None
 
 
 def check(config: Mapping, source) -> None:
@@ -51,14 +55,20 @@ def check(config: Mapping, source) -> None:
 
 
 def qwen3(config: Mapping, source) -> Rope:
-    """Of layers that know no other kind than `default`. Raises ValueError for any other, and for an odd head size."""
+    """Of layers that turn whole heads: `default`, `yarn` or `llama3`. Raises ValueError for any other, and for an odd head size."""
     found = parameters(config, source)
-    kind = found.pop("rope_type", Found("", "default"))
-    if kind.value != "default":
-        raise ValueError(f"{source}: expected rope_type 'default', got {kind.value!r} ({kind.where})")
+    kind, scaled = found.pop("rope_type", Found("", "default")), None
+    if kind.value in scaling.KINDS:
+        original = find(places(config, source), _ORIGINAL)
+        if original:
+            found[_ORIGINAL] = agreed(_ORIGINAL, [*original, *[found[key] for key in (_ORIGINAL,) if key in found]], source)
+        scaled = scaling.take(kind.value, found, source)
+    elif kind.value != "default":
+        kinds = ", ".join(repr(known) for known in ("default", *scaling.KINDS))
+        raise ValueError(f"{source}: expected a rope_type of {kinds}, got {kind.value!r} ({kind.where})")
     _check_says_nothing(found.pop("partial_rotary_factor", None), 1, source)
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return Rope(_theta(found, "head_dim", size, config, source), 1.0)
+    return Rope(_theta(found, "head_dim", size, config, source), 1.0, scaled)
 
 
 def gemma4(config: Mapping, source) -> Rope:
@@ -71,7 +81,7 @@ def gemma4(config: Mapping, source) -> Rope:
     if kind.value != "proportional" and not (kind.value == "default" and one_size):
         raise ValueError(f"{source}: expected rope_type 'proportional' for {FULL}, got {kind.value!r} ({kind.where})")
     share = found.pop("partial_rotary_factor", Found("", 1.0))
-    if not _is_number(share.value) or not 0 <= share.value <= 1:
+    if not is_number(share.value) or not 0 <= share.value <= 1:
         raise ValueError(f"{source}: expected a partial_rotary_factor from 0 to 1, got {share.value!r} ({share.where})")
     if kind.value == "default":
         _check_says_nothing(share, 1, source)
@@ -105,7 +115,7 @@ def _mappings(config: Mapping, source) -> list[Found]:
 
 
 def _theta(found: dict[str, Found], head_key: str, head_size, config: Mapping, source) -> float:
-    """The theta of a kind that does not scale, once nothing else is left to say."""
+    """theta, once nothing else is left to say."""
     theta = found.pop("rope_theta", None)
     if theta is None:
         raise ValueError(f"{source}: expected the key 'rope_theta' in rope_parameters, or rope_theta itself, got neither")
@@ -122,7 +132,7 @@ def _theta(found: dict[str, Found], head_key: str, head_size, config: Mapping, s
 
 
 def _positive(theta: Found, source) -> float:
-    if not _is_number(theta.value) or not 0 < theta.value <= sys.float_info.max:
+    if not is_number(theta.value) or not 0 < theta.value <= sys.float_info.max:
         raise ValueError(f"{source}: expected a positive rope_theta, got {theta.value!r} ({theta.where})")
     return float(theta.value)
 
@@ -130,7 +140,3 @@ def _positive(theta: Found, source) -> float:
 def _check_says_nothing(found: Found | None, neutral, source) -> None:
     if found is not None and neutral is not None and not same(found.value, neutral):
         raise ValueError(f"{source}: expected {found.where} {neutral!r}, got {found.value!r}")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

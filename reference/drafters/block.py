@@ -3,7 +3,8 @@
     ctx = norm(fc [h_l1; ...; h_lm]);  keys and values of every layer: projections of [ctx of the context; block]
     draft distribution of position k = softmax(head(norm(hidden_k)) / T)
 
-The block's rows see each other in both directions and the whole context; queries come from the block alone. The cache
+The block's rows see each other in both directions and the whole context (in layers with windows: dspark_kernels/checkpoint/
+attention.py); queries come from the block alone. The cache
 keeps the injected context, one entry per token before the anchor; the block's own keys and values are dropped after
 each pass.
 
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark_kernels.checkpoint import attention
+
 from .. import gemma4
 from ..model import DecoderLayer, KVCache, Rotation, Rows, Shape, Target, Weights, rms_norm, run_layers
 from .protocol import Committed, Drafter
@@ -30,8 +33,9 @@ class Block(Drafter):
     config: a transformer config with `block_size` (K), `mask_token_id`, `target_layer_ids` (-1 = the embedding, i =
     output of layer i) and optionally `anchor_first` (default true: the anchor and K - 1 masks, all predict; false: the
     anchor and K masks, the masks predict); `architectures` ["Gemma4DSparkModel"]: layers of Gemma 4, whose embeddings are scaled
-    and whose logits are capped before a sequential head adds to them. tensors: fc.weight [d, m * d_target], hidden_norm.weight,
-    norm.weight [d], layers.i.*; embed_tokens.weight and lm_head.weight [V, d], or neither: the target's.
+    and whose logits are capped before a sequential head adds to them; `draft_vocab_size` Vd below the vocabulary: a head over fewer
+    ids. tensors: fc.weight [d, m * d_target], hidden_norm.weight, norm.weight [d], layers.i.*; embed_tokens.weight [V, d] and
+    lm_head.weight [Vd, d], the target's where there is none; d2t int64 [Vd], target id - draft id.
 
     Raises:
         ValueError: a missing key or tensor, a wrong shape, a layer that the target does not have.
@@ -64,9 +68,16 @@ class Block(Drafter):
         self.fc = take("fc.weight", d, len(self.feature_layers) * target.shape.hidden)
         self.context_norm, self.norm = take("hidden_norm.weight", d), take("norm.weight", d)
         self.layers = [make_layer(shape, take.below(f"layers.{i}.")) for i in range(shape.layers)]
-        own = "embed_tokens.weight" in take or "lm_head.weight" in take or d != target.shape.hidden
-        self.embedding = take("embed_tokens.weight", shape.vocab, d) if own else target.embedding
-        self.lm_head = take("lm_head.weight", shape.vocab, d) if own else target.head
+        self._sights = attention.sights(config)
+        self.draft_vocab = config.get("draft_vocab_size") or shape.vocab
+        other, fewer = d != target.shape.hidden, self.draft_vocab != shape.vocab
+        self.embedding = take("embed_tokens.weight", shape.vocab, d) if other or "embed_tokens.weight" in take else target.embedding
+        self.lm_head = take("lm_head.weight", self.draft_vocab, d) if other or fewer or "lm_head.weight" in take else target.head
+        self.draft_to_target = None
+        if fewer:
+            if "d2t" not in tensors or tuple(tensors["d2t"].shape) != (self.draft_vocab,):
+                raise ValueError(f"d2t: expected shape {[self.draft_vocab]} (draft_vocab_size), there is none")
+            self.draft_to_target = torch.arange(self.draft_vocab, device=target.device) + tensors["d2t"].to(target.device)
 
     @property
     def has_confidence(self) -> bool:
@@ -87,6 +98,7 @@ class Block(Drafter):
             sampling=sampling,
             hidden=hidden,
             confidence=self.confidence,
+            draft_to_target=self.draft_to_target,
             noise=noise,
             state_indices=anchors.state_indices,
         )
@@ -105,6 +117,7 @@ class Block(Drafter):
             sampling=sampling,
             hidden=hidden,
             candidates=shape.candidates,
+            draft_to_target=self.draft_to_target,
             state_indices=anchors.state_indices,
         )
 
@@ -117,14 +130,14 @@ class Block(Drafter):
         x = F.embedding(token_ids.flatten(), self.embedding)
         if self._scale is not None:
             x = x * x.new_tensor(self._scale)
-        for final in run_layers(self.layers, x, rows, self._cache, causal=False):
+        for final in run_layers(self.layers, x, rows, self._cache, causal=False, sights=self._sights):
             x = final
         for slot, start in zip(anchors.slots, anchors.starts, strict=True):
             self._cache.crop(slot, start)
         return self._norm(x, self.norm, self.shape.eps).view(len(anchors.slots), length, -1)[:, -self.max_drafts :]
 
     def base_logits(self, hidden: Tensor) -> Tensor:
-        """[R, n, d] -> [R, n, V]."""
+        """[R, n, d] -> [R, n, Vd]."""
         logits = F.linear(hidden, self.lm_head)
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 

@@ -33,7 +33,9 @@ class DSpark(Block):
         take, d = Weights(tensors, target.device, target.dtype), self.shape.hidden
         rank = config.get("markov_rank", 0)
         if rank:
-            self.head = _sequential_head(config.get("markov_head_type", "vanilla"), rank, self.shape.vocab, d, take)
+            self.head = _sequential_head(
+                config.get("markov_head_type", "vanilla"), rank, self.shape.vocab, self.draft_vocab, d, take
+            )
         if config.get("enable_confidence_head", False):
             width = d + (rank if config.get("confidence_head_with_markov", False) else 0)
             sts = config.get("sts_temperatures")
@@ -46,8 +48,8 @@ class DSpark(Block):
             )
 
 
-def _sequential_head(kind: str, rank: int, vocab: int, d: int, take: Weights) -> MarkovHead:
-    tables = take("markov_head.markov_w1.weight", vocab, rank), take("markov_head.markov_w2.weight", vocab, rank)
+def _sequential_head(kind: str, rank: int, vocab: int, draft_vocab: int, d: int, take: Weights) -> MarkovHead:
+    tables = take("markov_head.markov_w1.weight", vocab, rank), take("markov_head.markov_w2.weight", draft_vocab, rank)
     if kind == "vanilla":
         return MarkovHead(*tables)
     if kind == "gated":

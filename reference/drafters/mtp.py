@@ -42,6 +42,7 @@ class MTP(Drafter):
     def __init__(self, config: Mapping, tensors: Mapping[str, Tensor], target: Target):
         self.target, self.max_drafts = target, max_drafts_of(config)
         self.shape = Shape.from_config({**target.config, **config, "num_hidden_layers": 1})
+        Shape.check_full_attention(config)
         take, d = Weights(tensors, target.device, target.dtype), target.shape.hidden
         self.embedding_norm, self.hidden_norm = take("enorm.weight", d), take("hnorm.weight", d)
         self.projection, self.norm = take("eh_proj.weight", d, 2 * d), take("norm.weight", d)

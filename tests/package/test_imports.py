@@ -78,10 +78,15 @@ LAYERS = {
     ),
     "dspark_kernels.checkpoint.places": (),
     "dspark_kernels.checkpoint.files": ("dspark_kernels.checkpoint.places",),
-    "dspark_kernels.checkpoint.rope": ("dspark_kernels.checkpoint.places",),
+    "dspark_kernels.checkpoint.scaling": ("dspark_kernels.checkpoint.places",),
+    "dspark_kernels.checkpoint.rope": ("dspark_kernels.checkpoint.places", "dspark_kernels.checkpoint.scaling"),
+    "dspark_kernels.checkpoint.attention": ("dspark_kernels.checkpoint.places",),
     "dspark_kernels": ("dspark_kernels",),
     # Configurations and directories have one reading, which verifies no kernel.
-    "reference": ("dspark_kernels.types", "dspark_kernels.checkpoint.files", "dspark_kernels.checkpoint.rope"),
+    "reference": (
+        "dspark_kernels.types",
+        *(f"dspark_kernels.checkpoint.{name}" for name in ("files", "rope", "scaling", "attention")),
+    ),
 }
 APART = ("dspark_kernels.launch",)  # layers whose modules do not import each other either
 # Layer -> outside modules it may import.

@@ -49,19 +49,28 @@ class DSpark:
             raise ValueError(f"rule: expected one of {_RULES}, got {rule!r}")
         size = checkpoint.block_size
         if drafts is not None and (type(drafts) is not int or not 1 <= drafts <= size):
-            raise ValueError(f"drafts: expected 1 to {size}, the block size of the drafter, got {drafts!r}")
+            reason = ", which has no row that predicts a later one" if type(drafts) is int and drafts > size else ""
+            raise ValueError(f"drafts: expected 1 to {size}, the block size of the drafter{reason}, got {drafts!r}")
         own = Target(target, checkpoint.target_layer_ids)
         _check_pair(checkpoint, own)
         device, dtype = own.lm_head.device, own.lm_head.dtype
         self.statistics: Statistics | None = None
         self._backbone = Backbone(checkpoint, own.embedding, own.lm_head)
-        self._models = Models(own, self._backbone, _moved(checkpoint.head, device, dtype), drafts or size, rule)
+        ids = checkpoint.draft_to_target
+        self._models = Models(
+            own,
+            self._backbone,
+            _moved(checkpoint.head, device, dtype),
+            drafts or size,
+            rule,
+            None if ids is None else ids.to(device),
+        )
         self._row_rounds = self._first_accepted = 0
         self._warned = False
 
     @classmethod
     def from_pretrained(cls, directory, target, *, rule: str = "token", drafts: int | None = None) -> DSpark:
-        """Read a DSpark or DFlash drafter for a model.
+        """Read a DSpark or DFlash drafter, of the speculators library too, for a model.
 
         Args:
             directory: of the drafter, with config.json and model.safetensors; nothing is downloaded.
@@ -156,18 +165,19 @@ def _check_pair(checkpoint: DrafterCheckpoint, target: Target) -> None:
     config, name = checkpoint.config, type(target.model).__name__
     features = checkpoint.tensors["fc.weight"].shape[1]
     wanted = {
-        "num_target_layers": (config["num_target_layers"], target.num_layers),
+        "num_target_layers": (config.get("num_target_layers", target.num_layers), target.num_layers),
         "vocab_size": (config["vocab_size"], target.vocab),
         "columns of fc.weight": (features, len(checkpoint.target_layer_ids) * target.hidden),
     }
     for what, (own, theirs) in wanted.items():
         if own != theirs:
             raise ValueError(f"drafter: expected {what} {theirs}, as {name} has it, got {own}")
-    if "embed_tokens.weight" not in checkpoint.tensors:
-        if target.embedding is None:
-            raise ValueError(f"drafter: expected an embedding of its own, because that of {name} is more than a table")
-        if config["hidden_size"] != target.hidden:
-            raise ValueError(f"drafter: expected hidden_size {target.hidden}, whose embedding it uses, got {config['hidden_size']}")
+    if "embed_tokens.weight" not in checkpoint.tensors and target.embedding is None:
+        raise ValueError(f"drafter: expected an embedding of its own, because that of {name} is more than a table")
+    shared = [what for what in ("embed_tokens", "lm_head") if f"{what}.weight" not in checkpoint.tensors]
+    if shared and config["hidden_size"] != target.hidden:
+        used = " and ".join(shared)
+        raise ValueError(f"drafter: expected hidden_size {target.hidden}, whose {used} it uses, got {config['hidden_size']}")
 
 
 def _checked(target, model, input_ids: Tensor, config, model_kwargs: dict) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checkpoint import rope
+from ...checkpoint import rope, scaling
 
 
 class Shape(NamedTuple):
@@ -32,13 +32,16 @@ class Shape(NamedTuple):
     theta: float
     rotated: float  # the share of a head's pairs that RoPE turns
     scale: float  # of queries times keys
+    scaled: scaling.Scaling | None = None  # RoPE of another kind than `default`
 
     @classmethod
     def of(cls, config: Mapping, gemma: bool) -> Shape:
         """config: as `checkpoint.load_drafter` returns it, in which everything is checked."""
         turn = (rope.gemma4 if gemma else rope.qwen3)(config, "config")
         head_dim = config["global_head_dim" if gemma else "head_dim"]
-        return cls(head_dim, config.get("rms_norm_eps", 1e-6), turn.theta, turn.rotated, 1.0 if gemma else head_dim**-0.5)
+        return cls(
+            head_dim, config.get("rms_norm_eps", 1e-6), turn.theta, turn.rotated, 1.0 if gemma else head_dim**-0.5, turn.scaled
+        )
 
 
 class Rotation(NamedTuple):
@@ -49,11 +52,15 @@ class Rotation(NamedTuple):
 
     @classmethod
     def at(cls, positions: Tensor, shape: Shape, dtype: torch.dtype) -> Rotation:
-        pairs = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32)
-        frequencies = shape.theta ** -(pairs / shape.head_dim)
-        frequencies[int(shape.rotated * shape.head_dim // 2) :] = 0
+        if shape.scaled is None:
+            pairs = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32)
+            frequencies, factor = shape.theta ** -(pairs / shape.head_dim), 1.0
+            frequencies[int(shape.rotated * shape.head_dim // 2) :] = 0
+        else:
+            frequencies = shape.scaled.frequencies(shape.theta, shape.head_dim, positions.device)
+            factor = shape.scaled.attention
         angles = positions[:, None, :, None].float() * torch.cat([frequencies, frequencies])
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+        return cls((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)

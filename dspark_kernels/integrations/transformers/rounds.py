@@ -27,13 +27,15 @@ from .target import Target
 
 
 class Models(NamedTuple):
-    """What drafts and verifies. drafts: K, at most the backbone's. rule: of `accept_chain`."""
+    """What drafts and verifies. drafts: K, at most the backbone's. rule: of `accept_chain`. draft_to_target: int64 [Vd], of a drafter
+    with fewer ids than the target's."""
 
     target: Target
     backbone: Backbone
     head: dk.MarkovHead | None
     drafts: int
     rule: str
+    draft_to_target: Tensor | None = None
 
 
 class Prompt(NamedTuple):
@@ -107,6 +109,7 @@ class Rounds:
                 head=models.head,
                 anchor_positions=self._positions,
                 sampling=self._settings.sampling,
+                draft_to_target=models.draft_to_target,
                 noise="coupled" if models.rule == "coupled" else "draft",
                 state_indices=self._slots,
                 **changing,
