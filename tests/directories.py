@@ -141,6 +141,62 @@ def dflash(**changes):
     return {**config, "dflash_config": own, **changes}, {**BACKBONE, **_numbered(QWEN3_LAYER)}
 
 
+def speculators(kind="dspark", draft_vocab=VOCAB, block=8, first=None, layers=None, **changes):
+    """(config, shapes) as speculators 0.9.0 writes them: its own keys outside, those of the layers inside. The embedding and, over all
+    ids, the head are the target's. first: sample_from_anchor. layers: changes of transformer_layer_config."""
+    first = kind == "dspark" if first is None else first
+    method = {
+        "accept_tolerance": 0.0, "proposal_type": "greedy", "speculative_tokens": block - (not first), "verifier_accept_k": 1,
+    }  # fmt: skip
+    verifier = {"architectures": ["Qwen3ForCausalLM"], "name_or_path": None}
+    config = {
+        "architectures": ["DSparkDraftModel" if kind == "dspark" else "DFlashDraftModel"],
+        "auto_map": {"": "config.DSparkSpeculatorConfig"},
+        "aux_hidden_state_layer_ids": [1, 2],
+        "block_size": block,
+        "draft_vocab_size": draft_vocab,
+        "dtype": "float32",
+        "mask_token_id": MASK,
+        "sample_from_anchor": first,
+        "sliding_window_non_causal": False,
+        "speculators_config": {
+            "algorithm": kind, "default_proposal_method": "greedy", "proposal_methods": [method], "verifier": verifier,
+        },
+        "speculators_model_type": kind,
+        "speculators_version": "0.9.0",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": {**QWEN3, "sliding_window": None, "tie_word_embeddings": False, **(layers or {})},
+        "transformers_version": "5.19.0",
+    }  # fmt: skip
+    shapes = {**BACKBONE, **_numbered(QWEN3_LAYER)}
+    if kind == "dspark":
+        heads = {"confidence_head_with_markov": True, "enable_confidence_head": True, "markov_head_type": "vanilla"}
+        config |= {**heads, "markov_rank": RANK}
+        shapes |= {**HEADS["vanilla"], "markov_head.markov_w2.weight": [draft_vocab, RANK], **CONFIDENCE["markov"]}
+    if draft_vocab != VOCAB:
+        shapes |= {"lm_head.weight": [draft_vocab, HIDDEN], "d2t": [draft_vocab], "t2d": [VOCAB]}
+    return {**config, **changes}, shapes
+
+
+SLIDING = dict(layer_types=["sliding_attention"] * LAYERS, sliding_window=6, use_sliding_window=True)  # speculators' default kind
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0, "rope_type": "yarn"}
+# Drafters whose numbers by the library's own forward are in tests/data/golden_speculators.npz (run_publishers.py --golden).
+GOLDEN = {
+    "windows, 17 ids": dict(draft_vocab=17, layers=SLIDING),
+    "all ids, yarn, block 16": dict(block=16, layers=dict(rope_parameters=YARN)),
+    "the anchor does not predict": dict(draft_vocab=17, first=False),
+    "windows both ways, the anchor does not predict": dict(first=False, layers=SLIDING, sliding_window_non_causal=True),
+    "dflash, windows, 17 ids": dict(kind="dflash", draft_vocab=17, layers=SLIDING),
+}
+
+
+def golden_inputs():
+    """Features [64, 2 d] of the target's two layers, and token ids [64]."""
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(64, 2 * HIDDEN, generator=generator), torch.randint(VOCAB, (64,), generator=generator)
+
+
 def eagle3(**changes):
     """(config, shapes) of an EAGLE-3 drafter as SGLang's users publish it: a draft vocabulary of 11, mapped by d2t."""
     config = dict(
@@ -175,8 +231,10 @@ def tensors(shapes, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, shape in shapes.items():
-        if name in ("d2t", "t2d"):
-            made[name] = torch.arange(shape[0]) * 2 if name == "d2t" else torch.arange(shape[0]) % 3 == 0
+        if name in ("d2t", "t2d"):  # draft id i is target id 2 i, and d2t the offset between them
+            fewer = shapes["d2t"][0]
+            ids = torch.arange(shape[0])
+            made[name] = ids if name == "d2t" else (ids % 2 == 0) & (ids < 2 * fewer)
             continue
         values = torch.randn(shape, generator=generator)
         if len(shape) == 1 and "bias" not in name:

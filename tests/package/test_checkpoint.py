@@ -147,9 +147,9 @@ def test_older_rope_theta(tmp_path, loader):
     assert load(write(tmp_path / "a", {**older, "rope_theta": 1e6}, tensors)).config["rope_theta"] == 1e6
     with pytest.raises(ValueError, match="rope_theta itself, got neither"):
         load(write(tmp_path / "a", older, tensors))
-    with pytest.raises(ValueError, match="expected rope_type 'default', got 'yarn'"):
+    with pytest.raises(ValueError, match="the key 'factor' with rope_type 'yarn'"):
         load(write(tmp_path / "a", {**older, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, tensors))
-    with pytest.raises(ValueError, match="expected rope_type 'default', got 'linear'"):
+    with pytest.raises(ValueError, match="expected a rope_type of 'default', 'yarn', 'llama3', got 'linear'"):
         load(write(tmp_path / "a", {**older, "rope_theta": 1e6, "rope_scaling": {"type": "linear"}}, tensors))
 
 

@@ -322,14 +322,10 @@ def test_what_only_text_config_says_is_taken(tmp_path):
 # --- names ------------------------------------------------------------------------------------------------------------
 
 SPECULATORS = {
-    "dspark": {"architectures": ["DSparkDraftModel"], "speculators_model_type": "dspark", "draft_vocab_size": 32000},
-    "dspark of its older name": {"architectures": ["DSparkSpeculator"], "speculators_model_type": "dspark", "draft_vocab_size": 41},
-    "dflash": {"architectures": ["DFlashDraftModel"], "speculators_model_type": "dflash", "draft_vocab_size": 32000},
-    "dflash with a config of layers": {"architectures": ["DFlashDraftModel"], "transformer_layer_config": {"hidden_size": 24}},
-    "eagle3": {"architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "draft_vocab_size": 32000},
+    "a kind of later versions": {"architectures": ["DFlash2DraftModel"], "speculators_model_type": "dflash2"},
+    "eagle3": {"architectures": ["Eagle3Speculator"], "speculators_model_type": "peagle", "draft_vocab_size": 32000},
     "eagle3 of its class's name": {"architectures": ["Eagle3DraftModel"], "speculators_config": {"algorithm": "eagle3"}},
     "a language model's name": {"architectures": ["Qwen3ForCausalLM"], "speculators_config": {}, "draft_vocab_size": 32000},
-    "published layout, called theirs": {**made.dspark()[0], "speculators_model_type": "dspark"},
 }
 
 
@@ -344,6 +340,13 @@ def test_a_drafter_of_the_speculators_library_is_called_that(tmp_path, capsys, k
     assert inspect_job.main([str(directory)]) == 2
     error = capsys.readouterr().err
     assert "layout of the speculators library" in error and "got EAGLE" not in error and "an EAGLE-3 drafter:" not in error
+
+
+@pytest.mark.parametrize("change", [dict(transformer_layer_config={"hidden_size": 24}), dict(speculators_model_type="dspark")])
+def test_the_published_layout_called_theirs_is_read_as_theirs(tmp_path, change):
+    config, shapes = made.dspark(**change)
+    with pytest.raises(ValueError, match="transformer_layer_config|of the kind None"):
+        checkpoint.load_drafter(made.write(tmp_path / "d", config, made.tensors(shapes)))
 
 
 @pytest.mark.parametrize(

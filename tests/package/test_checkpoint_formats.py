@@ -275,7 +275,7 @@ def test_what_gemma4_drafters_do_not_have(tmp_path, change, message):
         (dict(dflash_config={"mask_token_id": 1, "projector_type": "dspark"}), "alone, got projector_type too"),
         (dict(use_sliding_window=True, layer_types=None), "full attention in every layer, got use_sliding_window"),
         (dict(layer_types=["sliding_attention", "full_attention"]), "full attention in every layer, got layer_types"),
-        (dict(rope_parameters=None, rope_scaling={"rope_type": "yarn"}, rope_theta=1e6), "rope_type 'default', got 'yarn'"),
+        (dict(rope_parameters=None, rope_scaling={"rope_type": "yarn"}, rope_theta=1e6), "the key 'factor' with rope_type 'yarn'"),
     ],
 )
 def test_what_dflash_drafters_do_not_have(tmp_path, change, message):

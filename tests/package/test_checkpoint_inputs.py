@@ -27,6 +27,7 @@ BUILDS = {
     "headless": lambda: made.dspark(kind=None, confidence=None),
     "gemma4": lambda: made.dspark("gemma4"),
     "dflash": made.dflash,
+    "speculators": lambda: made.speculators(layers=made.SLIDING),
     "target": made.target,
 }
 DROPPED = object()
@@ -181,7 +182,7 @@ CASES = {
         dict(dflash_config={"mask_token_id": 40, "target_layer_ids": [0, 1], "rope_scaling": {"factor": 2.0}}),
     ),
     "a kind that is a number": Case(
-        "target", ("rope_type 'default'", "1"), dict(rope_parameters={"rope_type": 1, "rope_theta": 1e4})
+        "target", ("rope_type of 'default'", "1"), dict(rope_parameters={"rope_type": 1, "rope_theta": 1e4})
     ),
     "no size of heads": Case("target", ("integer head_dim >= 1", "None"), dict(head_dim=None)),
     "heads of one": Case("target", ("an even head_dim", "1"), dict(head_dim=1)),
@@ -308,7 +309,16 @@ def test_what_comes_of_it(tmp_path, name):
 
 
 ODD = (None, True, 0, -1, 1.5, 10**400, float("nan"), "x", "", [], [1], ["x"], [None], [[1]], {}, {"x": 1}, {"full_attention": []})
-PLACES = ("", "text_config", "dflash_config", "dspark_config", "speculators_config", "rope_parameters", "rope_scaling")
+PLACES = (
+    "",
+    "text_config",
+    "transformer_layer_config",
+    "dflash_config",
+    "dspark_config",
+    "speculators_config",
+    "rope_parameters",
+    "rope_scaling",
+)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -317,7 +327,8 @@ def test_no_value_of_any_key_leads_to_another_error(build):
     config, _ = BUILDS[build]()
     keys = {*block._KNOWN, *block._SPECULATORS, *attention.KEYS, *config, *PLACES[1:], "final_logit_softcapping", "type", "factor"}
     keys |= {"full_attention", "dspark_block_size", "speculators_model_type", "transformer_layer_config", "model_type"}
-    form = (formats.DRAFTERS | formats.TARGETS)[config["architectures"][0]]
+    keys |= {"sliding_window_non_causal", "sample_from_anchor", "beta_fast", "truncate", "original_max_position_embeddings"}
+    form = formats.of(config, formats.DRAFTERS | formats.TARGETS)
     refused = 0
     for place, key, value in itertools.product(PLACES, sorted(keys), ODD):
         nested = config.get(place)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dspark_kernels import checkpoint
+from dspark_kernels.checkpoint import rope
+from dspark_kernels.integrations.transformers import layers
 from reference import gemma4
 from reference.model import Rotation, Shape
 from tests import directories as made
@@ -16,6 +18,9 @@ from tests import directories as made
 pytest.importorskip("safetensors.torch")
 PLAIN = {"rope_type": "default", "rope_theta": 5e5}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 FULL = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
 
 # What a config says -> the theta of it, or what the refusal names: keys with their places, and values.
@@ -67,19 +72,30 @@ SAID = {
         dict(rope_scaling={"type": "linear", "rope_type": "default"}, rope_theta=5e5),
         ("'linear' (rope_scaling.type)", "'default' (rope_scaling.rope_type)"),
     ),
-    "yarn": (
-        dict(rope_parameters={**YARN, "rope_theta": 5e5}),
-        ("expected rope_type 'default'", "'yarn' (rope_parameters.rope_type)"),
+    "yarn without its context": (
+        dict(rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}),
+        ("the key 'original_max_position_embeddings'", "'yarn'"),
     ),
-    "yarn in rope_scaling": (dict(rope_scaling=YARN, rope_theta=5e5), ("'yarn' (rope_scaling.rope_type)",)),
-    "yarn beside a theta in rope_parameters": (dict(rope_scaling=YARN, rope_parameters={"rope_theta": 5e5}), ("'yarn'",)),
-    "yarn in text_config": (
-        dict(rope_theta=5e5, text_config={"rope_scaling": YARN}),
-        ("'yarn' (text_config.rope_scaling.rope_type)",),
+    "yarn without a factor": (dict(rope_scaling={**YARN, "factor": None}, rope_theta=5e5), ("the key 'factor'", "'yarn'")),
+    "yarn that shrinks": (dict(rope_scaling={**YARN, "factor": 0.5}, rope_theta=5e5), ("a factor of at least 1",)),
+    "yarn with two contexts": (
+        dict(rope_scaling=YARN, rope_theta=5e5, original_max_position_embeddings=2048),
+        ("2048 (original_max_position_embeddings)", "4096 (rope_scaling.original_max_position_embeddings)"),
+    ),
+    "yarn with a factor in quotes": (dict(rope_scaling={**YARN, "factor": "4"}, rope_theta=5e5), ("rope_scaling.factor", "'4'")),
+    "yarn with DeepSeek's factors": (
+        dict(rope_scaling={**YARN, "mscale_all_dim": 1.0}, rope_theta=5e5),
+        ("no rope_scaling.mscale_all_dim, which nothing here reads",),
+    ),
+    "yarn cut in a word": (dict(rope_scaling={**YARN, "truncate": "no"}, rope_theta=5e5), ("truncate true or false", "'no'")),
+    "llama3 without its context": (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}), ("the key 'factor'",)),
+    "llama3 upside down": (
+        dict(rope_parameters={**LLAMA3, "low_freq_factor": 4.0, "rope_theta": 5e5}),
+        ("low_freq_factor below high_freq_factor",),
     ),
     **{
         kind: (dict(rope_parameters={"rope_type": kind, "rope_theta": 5e5}), (f"got '{kind}'",))
-        for kind in ("linear", "dynamic", "llama3", "longrope", "proportional")
+        for kind in ("linear", "dynamic", "longrope", "proportional")
     },
     "an older name of longrope": (dict(rope_scaling={"type": "su"}, rope_theta=5e5), ("got 'longrope' (rope_scaling.type)",)),
     "a factor without a kind": (dict(rope_scaling={"factor": 4.0}, rope_theta=5e5), ("rope_scaling.factor 1, got 4.0",)),
@@ -160,6 +176,68 @@ def test_transformers_reads_the_same_theta(said):
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3Config(**copy.deepcopy({**without_rope(made.target)[0], **SAID[said][0]}))
     assert config.rope_parameters["rope_theta"] == 5e5 and config.rope_parameters["rope_type"] == "default"
+
+
+# --- kinds that stretch the context -----------------------------------------------------------------------------------
+
+SCALED = {
+    "yarn": dict(rope_parameters={**YARN, "rope_theta": 5e5}),
+    "yarn in rope_scaling": dict(rope_scaling={**YARN, "type": "yarn"}, rope_theta=5e5),
+    "yarn beside a theta in rope_parameters": dict(rope_scaling=YARN, rope_parameters={"rope_theta": 5e5}),
+    "its context beside it": dict(
+        rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_theta=5e5, original_max_position_embeddings=4096
+    ),
+    "a short context": dict(rope_parameters={**YARN, "rope_theta": 1e4, "original_max_position_embeddings": 16}),
+    "factors of its own": dict(
+        rope_parameters={**YARN, "rope_theta": 1e4, "beta_fast": 8, "beta_slow": 2.5, "attention_factor": 1.25, "truncate": False}
+    ),
+    "a factor of 1": dict(rope_parameters={**YARN, "rope_theta": 1e4, "factor": 1.0}),
+    "llama3": dict(rope_parameters={**LLAMA3, "rope_theta": 1e4}),
+    "llama3 of Llama 3.1": dict(rope_scaling={**LLAMA3, "original_max_position_embeddings": 8192}, rope_theta=5e5),
+}
+
+
+@pytest.mark.parametrize("size", [8, 64, 128])
+@pytest.mark.parametrize("said", SCALED)
+def test_stretched_as_transformers_stretches(said, size):
+    utilities = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    config = {**without_rope(made.target)[0], "head_dim": size, **SCALED[said]}
+    # Of rope_scaling and rope_parameters, transformers keeps one.
+    turn = rope.qwen3(config, "config")
+    flat = {**config.get("rope_parameters", {}), **config.get("rope_scaling", {}), "rope_theta": turn.theta}
+    flat.setdefault("original_max_position_embeddings", turn.scaled.original)
+    own = transformers.Qwen3Config(head_dim=size, rope_parameters={key: value for key, value in flat.items() if key != "type"})
+    want, factor = utilities.ROPE_INIT_FUNCTIONS[turn.scaled.__class__.__name__.lower()](own, "cpu")
+    torch.testing.assert_close(turn.scaled.frequencies(turn.theta, size, "cpu"), want, rtol=1e-6, atol=0)
+    assert turn.scaled.attention == pytest.approx(factor, rel=1e-12)
+
+
+def test_yarn_by_hand():
+    """theta 10000, heads of 8, a factor 4 over 64 positions: pairs 0 and 1 turn often and stay, pairs 2 and 3 turn less than once."""
+    parameters = {**YARN, "rope_theta": 1e4, "original_max_position_embeddings": 64, "beta_fast": 2.0}
+    turn = rope.qwen3({**without_rope(made.target)[0], "rope_parameters": parameters}, "config")
+    # 64 / (2 pi 10000^(i/4)) turns: 10.2, 1.02, 0.10, 0.01; two of them at i = 0.71, one at i = 1.01, rounded outwards to 0 and 2.
+    want = [1.0, 0.1 * (0.5 + 0.5 / 4), 0.01 / 4, 0.001 / 4]
+    assert turn.scaled.frequencies(turn.theta, 8, "cpu").tolist() == pytest.approx(want, rel=1e-5)
+    assert turn.scaled.attention == pytest.approx(0.1 * math.log(4) + 1)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_rows_are_turned_by_stretched_angles(tmp_path, build):
+    config, shapes = without_rope(BUILDS[build])
+    config |= dict(rope_parameters={**YARN, "rope_theta": 1e4, "original_max_position_embeddings": 16})
+    load = checkpoint.load_target if build == "target" else checkpoint.load_drafter
+    loaded = load(made.write(tmp_path / "d", config, made.tensors(shapes)))
+    shape, positions = Shape.from_config(loaded.config), torch.tensor([0, 3, 29])
+    angles = positions[:, None] * shape.scaled.frequencies(1e4, 8, "cpu")
+    want = torch.cat([angles, angles], -1)
+    rotation = Rotation.at(positions, shape, torch.float32)
+    torch.testing.assert_close(rotation.cos[:, 0], want.cos() * shape.scaled.attention)
+    torch.testing.assert_close(rotation.sin[:, 0], want.sin() * shape.scaled.attention)
+    theirs = layers.Rotation.at(positions[None], layers.Shape.of(loaded.config, False), torch.float32)
+    torch.testing.assert_close(theirs.cos[0, 0], rotation.cos[:, 0])
+    torch.testing.assert_close(theirs.sin[0, 0], rotation.sin[:, 0])
 
 
 # --- Gemma 4 ----------------------------------------------------------------------------------------------------------
