@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bench.decode.settings import DEFAULTS, INTERPRETED, POLICIES, RULES, SYSTEMS, check
+from bench.decode.settings import DEFAULTS, INTERPRETED, LIVE, LIVE_PACE, LIVE_SECONDS, PACES, POLICIES, RULES, SYSTEMS, check
 from bench.shared import command, summary
 from bench.shared.source import literal
 
@@ -58,14 +58,17 @@ def parser() -> command.Parser:
     )  # fmt: skip
     work.add_argument(
         "--num-prompts", type=int, metavar="N",
-        help=f"use the first N (default: {DEFAULTS['num_prompts']}, with --kernels on a CPU {INTERPRETED['num_prompts']}; all of"
-        " --prompts)",
+        help=f"use the first N (default: {DEFAULTS['num_prompts']}, with --kernels on a CPU {INTERPRETED['num_prompts']}, with --live"
+        f" {LIVE['num_prompts']}; all of --prompts)",
     )  # fmt: skip
     work.add_argument(
         "--max-new-tokens", type=int, metavar="N",
-        help=f"default: {DEFAULTS['max_new_tokens']}, with --kernels on a CPU {INTERPRETED['max_new_tokens']}",
+        help=f"default: {DEFAULTS['max_new_tokens']}, with --kernels on a CPU {INTERPRETED['max_new_tokens']}, with --live"
+        f" {LIVE['max_new_tokens']}",
     )  # fmt: skip
-    work.add_argument("--temperature", type=float, action="append", metavar="T", help="0 is greedy (repeatable; default: 1 and 0)")
+    work.add_argument(
+        "--temperature", type=float, action="append", metavar="T", help="0 is greedy (repeatable; default: 1 and 0, with --live 0)"
+    )
     work.add_argument("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
     how = p.add_argument_group("how")
     how.add_argument(
@@ -80,7 +83,7 @@ def parser() -> command.Parser:
     how.add_argument(
         "--confidence-threshold", type=float, action="append", metavar="T",
         help="of dspark: 0 verifies the whole block, T up to the first draft whose confidence is below T"
-        " (repeatable, a row each; default: 0 and 0.3)",
+        " (repeatable, a row each; default: 0 and 0.3, with --live 0)",
     )  # fmt: skip
     how.add_argument(
         "--cost", metavar="FILE",
@@ -89,8 +92,9 @@ def parser() -> command.Parser:
     )  # fmt: skip
     how.add_argument("--policy", choices=POLICIES, default="causal", help="how that row is scheduled (default: %(default)s)")
     how.add_argument(
-        "--batch-size", type=int, metavar="N", default=DEFAULTS["batch_size"], help="requests at once (default: %(default)s)"
-    )
+        "--batch-size", type=int, metavar="N",
+        help=f"requests at once (default: {DEFAULTS['batch_size']}, with --live {LIVE['batch_size']})",
+    )  # fmt: skip
     how.add_argument(
         "--kernels", action="store_true",
         help="run dspark and trees through the Triton ops too, and compare with the reference (on a CPU: in Triton's interpreter)",
@@ -106,6 +110,18 @@ def parser() -> command.Parser:
     out.add_argument(
         "--show", action="store_true", help="print the texts of the last system: accepted drafts green, the target's own red"
     )
+    live = p.add_argument_group("live")
+    live.add_argument(
+        "--live", action="store_true",
+        help="then show the tokens as they came, plain decoding beside the first other system (default: dspark), with accepted drafts"
+        " green and the target's own tokens red, or in brackets where there is no colour (pip install dspark_kernels[live])",
+    )  # fmt: skip
+    live.add_argument(
+        "--pace", choices=PACES,
+        help="measured: rounds last as long as they did, in proportion; passes: all rounds equally long, as where the target's pass is"
+        f" all that takes time (default: {LIVE_PACE})",
+    )  # fmt: skip
+    live.add_argument("--seconds", type=float, metavar="S", help=f"how long the slower column takes (default: {LIVE_SECONDS:g})")
     return p
 
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
 
-from bench.shared.command import BadArgument, check_file, check_least
+from bench.shared.command import BadArgument, check_above_zero, check_file, check_least
 from bench.shared.source import literal
 
 SYSTEMS = literal("bench.decode.systems", "SYSTEMS")
 SUFFIX, MAX_NODES = (literal("bench.decode.trees", name) for name in ("SUFFIX", "MAX_NODES"))
+PACES = literal("bench.decode.replay", "PACES")
 RULES, POLICIES = literal("reference.loop", "RULES"), literal("reference.schedule", "POLICIES")
 
 DEFAULTS = dict(max_new_tokens=64, num_prompts=16, batch_size=8, temperature=[1.0, 0.0], confidence_threshold=[0.0, 0.3])
 INTERPRETED = dict(max_new_tokens=32, num_prompts=4, tree_nodes=[16])  # with --kernels on a CPU
+# With --live: a text that fits a screen, the same in both columns, and requests one by one, so that a round's time is its own.
+LIVE = dict(max_new_tokens=128, num_prompts=1, batch_size=1, temperature=[0.0], confidence_threshold=[0.0])
+LIVE_SYSTEMS, LIVE_PACE, LIVE_SECONDS = ["autoregressive", "dspark"], "measured", 12.0
 
 
 def check(arguments) -> None:
     """Fill in defaults. Raises BadArgument for impossible arguments."""
     a = arguments
-    a.temperature = DEFAULTS["temperature"] if a.temperature is None else list(dict.fromkeys(a.temperature))
-    if a.confidence_threshold is None:
-        a.confidence_threshold = DEFAULTS["confidence_threshold"]
-    a.confidence_threshold = list(dict.fromkeys(a.confidence_threshold))
     slow = a.kernels and a.device.startswith("cpu")
-    defaults = DEFAULTS | INTERPRETED if slow else DEFAULTS
+    _check_live(a, slow)
+    defaults = DEFAULTS | LIVE if a.live else DEFAULTS | INTERPRETED if slow else DEFAULTS
+    a.temperature = defaults["temperature"] if a.temperature is None else list(dict.fromkeys(a.temperature))
+    if a.confidence_threshold is None:
+        a.confidence_threshold = defaults["confidence_threshold"]
+    a.confidence_threshold = list(dict.fromkeys(a.confidence_threshold))
+    if a.batch_size is None:
+        a.batch_size = defaults["batch_size"]
     if a.num_prompts is None and a.prompts is None:
         a.num_prompts = defaults["num_prompts"]
     if a.max_new_tokens is None:
@@ -64,6 +72,26 @@ def check(arguments) -> None:
     check_file("--out", a.out)
     if a.prompts is not None:
         a.prompts = prompts_of(a.prompts)
+
+
+def _check_live(a, slow: bool) -> None:
+    """Arguments of --live, and which systems it needs. Raises BadArgument."""
+    if not a.live:
+        for name, value in (("pace", a.pace), ("seconds", a.seconds)):
+            if value is not None:
+                raise BadArgument(f"--{name}: expected together with --live")
+        return
+    if slow:
+        raise BadArgument("--live: expected without --kernels on a CPU, the interpreter's times say nothing")
+    if a.batch_size not in (None, 1):
+        raise BadArgument(f"--batch-size: expected 1 with --live, which shows the times of single requests, got {a.batch_size}")
+    check_above_zero("--seconds", a.seconds)
+    if importlib.util.find_spec("rich") is None:
+        raise BadArgument("--live: needs rich, which is not installed (pip install dspark_kernels[live])")
+    if a.systems is None and a.model is None:
+        a.systems = ",".join(LIVE_SYSTEMS)
+    a.pace = a.pace or LIVE_PACE
+    a.seconds = a.seconds or LIVE_SECONDS
 
 
 def prompts_of(path: str) -> list:

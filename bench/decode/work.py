@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from bench.decode import live, replay
 from bench.decode.models import load
 from bench.decode.output import as_json, show
 from bench.decode.prompts import read_prompts
@@ -29,8 +30,11 @@ def run(arguments) -> int:
     models = load(arguments)
     prompts = read_prompts(arguments, models)
     systems = systems_of(arguments, models)
+    pair = replay.pair(systems) if arguments.live else None
     torch.manual_seed(0)
     runs = run_all(arguments, models, systems, prompts)
+    if pair is not None:
+        live.show(replay.films(arguments, models, pair, runs, prompts))
     print(
         f"{len(prompts)} prompts, up to {arguments.max_new_tokens} new tokens each, batches of {arguments.batch_size}, rule"
         f" {arguments.rule}, {arguments.dtype} on {arguments.device}"

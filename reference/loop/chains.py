@@ -203,8 +203,10 @@ class Batch:
             if sequence.prefill:
                 result.prefill_seconds += verify_seconds + commit_seconds
             else:
-                result.draft_seconds += seconds.drafting / decoding + commit_seconds
+                draft_seconds = seconds.drafting / decoding + commit_seconds
+                result.draft_seconds += draft_seconds
                 result.verify_seconds += verify_seconds
+                result.round_seconds.append(draft_seconds + verify_seconds)
                 result.target_passes += 1
                 result.acceptance_lengths.append(count)
                 result.proposal_lengths.append(lengths[row])

@@ -49,6 +49,7 @@ class Generation:
     target_passes: int = 0  # forward passes of the target in all rounds (= rounds; the prefill is not one)
     draft_seconds: float = 0.0  # proposing, and keeping the drafter's state up to date
     verify_seconds: float = 0.0  # scheduling, the target's pass and acceptance
+    round_seconds: list[float] = dataclasses.field(default_factory=list)  # per round, its drafting, verifying and committing
     prefill_seconds: float = 0.0  # the prompt's pass, the first token and the drafter's pass over the prompt
     logprobs: list[float] = dataclasses.field(default_factory=list)  # per token: ln of its probability
     expected_logprobs: list[float] = dataclasses.field(default_factory=list)  # per token: the mean of ln p under its distribution p

@@ -76,6 +76,12 @@ BAD = {
     "decode_prompts_a_folder": ("bench.decode", ["--prompts", "/"], "--prompts: /: Is a directory"),
     "decode_out_in_no_folder": ("bench.decode", ["--out", "/nowhere/x.json"], "--out: expected a file in a folder that exists"),
     "decode_out_a_folder": ("bench.decode", ["--out", "/"], "--out: expected a file in a folder that exists, got /"),
+    "decode_pace_alone": ("bench.decode", ["--pace", "passes"], "--pace: expected together with --live"),
+    "decode_seconds_alone": ("bench.decode", ["--seconds", "3"], "--seconds: expected together with --live"),
+    "decode_live_in_batches": ("bench.decode", ["--live", "--batch-size", "8"], "--batch-size: expected 1 with --live"),
+    "decode_live_in_no_time": ("bench.decode", ["--live", "--seconds", "0"], "--seconds: expected a number above 0, got 0"),
+    "decode_live_interpreted": ("bench.decode", ["--live", "--kernels"], "--live: expected without --kernels on a CPU"),
+    "decode_unknown_pace": ("bench.decode", ["--pace", "fast"], "argument --pace: invalid choice: 'fast'"),
     "load_concurrency_a_word": ("bench.load", ["--concurrency", "1,many"], "--concurrency: expected whole numbers"),
     "load_concurrency_of_none": ("bench.load", ["--concurrency", "0"], "--concurrency: expected numbers from 1 to 4096"),
     "load_mix_above_one": ("bench.load", ["--mix", "1.5"], "--mix: expected a number from 0 to 1, got 1.5"),
@@ -185,7 +191,7 @@ def test_a_reader_that_has_enough_ends_a_command_silently():
 
 
 READ = [
-    ("bench.compile.cases", "CASES"), ("bench.decode.models", "DTYPES"), ("bench.decode.systems", "SYSTEMS"),
+    ("bench.compile.cases", "CASES"), ("bench.decode.models", "DTYPES"), ("bench.decode.replay", "PACES"), ("bench.decode.systems", "SYSTEMS"),
     ("bench.decode.trees", "SUFFIX"), ("bench.decode.trees", "MAX_NODES"), ("bench.load.simulation", "MEAN_TOKENS"),
     ("bench.load.report", "COLUMNS"), ("bench.model.constants", "MACHINES"), ("bench.shared.acceptance", "DOMAINS"),
     ("bench.shared.measure", "SAMPLES"), ("bench.shared.measure", "QUICK_SAMPLES"), ("bench.shared.systems", "DRAFTS"),

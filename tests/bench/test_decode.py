@@ -471,7 +471,7 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for option in (
         "--kernels --model --drafter --prompts --max-new-tokens --temperature --confidence-threshold --systems --rule "
-        "--tree-nodes --batch-size --num-prompts --cost --policy --device --dtype --seed --show --json"
+        "--tree-nodes --batch-size --num-prompts --cost --policy --device --dtype --seed --show --json --live --pace --seconds"
     ).split():
         assert option in text
     for name, _ in summary.COLUMNS:
