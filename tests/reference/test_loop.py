@@ -325,6 +325,9 @@ def test_progress_and_seconds():
     assert sum(steps) == sum(result.new_tokens for result in results) and min(steps) >= 0
     assert all(result.prefill_seconds > 0 and result.verify_seconds > 0 for result in results)
     assert all(result.draft_seconds > 0 for result in results)
+    for result in results:
+        assert len(result.round_seconds) == len(result.acceptance_lengths) and min(result.round_seconds) > 0
+        assert sum(result.round_seconds) == pytest.approx(result.draft_seconds + result.verify_seconds)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
