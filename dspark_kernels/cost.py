@@ -269,7 +269,7 @@ def _wall_seconds(call: Callable[[int], object], n: int) -> float:
 
 
 def _cuda_seconds(call: Callable[[int], object], n: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call(n)
     end.record()

@@ -17,6 +17,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
+from types import ModuleType
+from typing import Any
 
 # Beside torch, Triton and numpy: what the extras, the tests and engines bring.
 PACKAGES = (
@@ -26,8 +28,10 @@ PACKAGES = (
 VARIABLES = ("DSPARK_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 MISSING = "missing"
 
+Facts = dict[str, Any]  # of one kind per name, as in JSON
 
-def report() -> dict:
+
+def report() -> Facts:
     """Facts by name, in order: strings and numbers, None or "" for what does not apply; `gpus` is a list of such facts, `packages` and
     `environment` are mappings."""
     from . import __version__
@@ -54,7 +58,7 @@ def report() -> dict:
     }
 
 
-def text(facts: dict) -> str:
+def text(facts: Facts) -> str:
     """One "name: value" a line; a GPU has a line of its own, facts that do not apply have none."""
     lines = []
     for name, value in facts.items():
@@ -69,7 +73,7 @@ def text(facts: dict) -> str:
     return "\n".join(lines)
 
 
-def _pairs(values: dict, between: str) -> str:
+def _pairs(values: Facts, between: str) -> str:
     return ", ".join(f"{name}{between}{value}" for name, value in values.items())
 
 
@@ -80,7 +84,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _torch():
+def _torch() -> tuple[ModuleType | None, str]:
     """(torch or None, its version or why there is none)."""
     try:
         import torch
@@ -94,7 +98,7 @@ def _triton() -> str:
         import triton
     except (ImportError, OSError) as error:
         return _why("triton", error)
-    return triton.__version__
+    return str(triton.__version__)
 
 
 def _why(package: str, error: Exception) -> str:
@@ -102,7 +106,7 @@ def _why(package: str, error: Exception) -> str:
     return f"{version}, cannot be imported ({type(error).__name__}: {error})" if version else MISSING
 
 
-def _interpreter(torch) -> str:
+def _interpreter(torch: ModuleType | None) -> str:
     """on or off: whether kernels run in Triton's interpreter in a process with this environment."""
     if torch is None:
         return "off"
@@ -111,7 +115,7 @@ def _interpreter(torch) -> str:
     return "on" if interpreter.interpreting() else "off"
 
 
-def _gpus(torch) -> tuple[list[dict], str]:
+def _gpus(torch: ModuleType) -> tuple[list[Facts], str]:
     """(the GPUs with what launch configurations see of them, what torch says where it finds none)."""
     from .launch import arch, table
 

@@ -24,8 +24,9 @@ import functools
 import importlib
 import string
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -33,11 +34,12 @@ from torch.utils._device import DeviceContext
 
 from .launch import arch
 
-NAMESPACE = __package__.replace(".", "__")  # a namespace of torch has no dots
+NAMESPACE = (__package__ or "").replace(".", "__")  # a namespace of torch has no dots
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 _T = typing.TypeVar("_T")
+Record = typing.TypeVar("Record", bound=tuple[typing.Any, ...])  # a NamedTuple
 Out = typing.Annotated[_T, "written"]
 
 _TYPES = {Tensor: "Tensor", str: "str", int: "int", float: "float", bool: "bool"}
@@ -61,7 +63,7 @@ def schema_of(record: type) -> str:
     return ", ".join(parts)
 
 
-def _flat_fields(record: type):
+def _flat_fields(record: type) -> Iterator[tuple[str, typing.Any]]:
     """(name, annotation) of a record's fields; a record inside is replaced by its own fields."""
     for name, annotation in typing.get_type_hints(record, include_extras=True).items():
         if hasattr(annotation, "_fields"):
@@ -70,13 +72,14 @@ def _flat_fields(record: type):
             yield name, annotation
 
 
-def flattener(record: type) -> Callable[[tuple], tuple]:
+def flattener(record: type[Record]) -> Callable[[Record], tuple[object, ...]]:
     """The function from a record to its values in the order of the schema."""
     # One expression, `lambda record: (record[0], record[1][0], ...)`: a walk over forty values takes ten times as long.
-    return eval(f"lambda record: ({', '.join(_places(record, 'record'))},)")
+    made: Callable[[Record], tuple[object, ...]] = eval(f"lambda record: ({', '.join(_places(record, 'record'))},)")
+    return made
 
 
-def _places(record: type, place: str):
+def _places(record: type, place: str) -> Iterator[str]:
     for index, annotation in enumerate(typing.get_type_hints(record, include_extras=True).values()):
         inside = f"{place}[{index}]"
         if hasattr(annotation, "_fields"):
@@ -85,9 +88,9 @@ def _places(record: type, place: str):
             yield inside
 
 
-def _rebuilder(record: type) -> Callable:
+def _rebuilder(record: type[Record]) -> Callable[[Iterator[object]], Record]:
     """The function from an iterator of values in the order of the schema to the record."""
-    inner = [
+    inner: list[Callable[[Iterator[object]], typing.Any]] = [
         _rebuilder(annotation) if hasattr(annotation, "_fields") else next
         for annotation in typing.get_type_hints(record, include_extras=True).values()
     ]
@@ -95,7 +98,8 @@ def _rebuilder(record: type) -> Callable:
 
 
 # Who takes down launches instead of making them: a function of a launcher, its arguments and its options (`prepare`).
-recording: ContextVar[Callable | None] = ContextVar("recording", default=None)
+Recording = Callable[[Callable[..., object], tuple[typing.Any, ...], dict[str, typing.Any]], object]
+recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 # What the values of a call may be for torch's dispatcher to have nothing to add.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, str, int, float, bool, type(None)))
@@ -116,7 +120,7 @@ def _default_device_alone() -> bool:
     return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
 
 
-def plain(values: Sequence) -> bool:
+def plain(values: Sequence[object]) -> bool:
     """Whether they are numbers, words, and tensors of no subclass (fake, distributed, ...) that have memory."""
     kinds = set(map(type, values))
     if list in kinds:
@@ -126,21 +130,30 @@ def plain(values: Sequence) -> bool:
     return kinds <= _PLAIN and not tensor.is_meta
 
 
-def register(name: str, record: type):
+class Registered(typing.Protocol[Record]):
+    """An op as a function of its record. op: torch's callable overload, a function of the values. values: of a record, in their order."""
+
+    op: Callable[..., None]
+    values: Callable[[Record], tuple[object, ...]]
+
+    def __call__(self, arguments: Record, /) -> None: ...
+
+
+def register(name: str, record: type[Record]) -> Callable[[Callable[[Record], None]], Registered[Record]]:
     """Decorator: define `NAMESPACE::<name>` with the record's fields as arguments and the decorated function, which takes the record,
     as implementation. Returns a function of the record; its `op` is torch's callable overload, a function of the values that its
     `values` makes of a record.
     """
     flatten, rebuild = flattener(record), _rebuilder(record)
 
-    def decorate(implementation):
+    def decorate(implementation: Callable[[Record], None]) -> Registered[Record]:
         _LIBRARY.define(f"{name}({schema_of(record)}) -> ()")
         _LIBRARY.impl(name, lambda *values: implementation(rebuild(iter(values))), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
         @functools.wraps(implementation)
-        def call(arguments):
+        def call(arguments: Record) -> None:
             values = flatten(arguments)
             direct = unseen() and plain(values)
             if direct or (not torch.compiler.is_compiling() and recording.get() is not None):
@@ -148,8 +161,9 @@ def register(name: str, record: type):
             else:
                 op(*values)
 
-        call.op, call.values = op, flatten
-        return call
+        registered = typing.cast(Registered[Record], call)
+        registered.op, registered.values = op, flatten
+        return registered
 
     return decorate
 
@@ -162,7 +176,8 @@ _CHANGED = (
 
 
 @functools.cache
-def _load(stem: str):
+def _load(stem: str) -> tuple[ModuleType, ModuleType]:
+    """kernels/<stem>.py, and Triton."""
     try:
         import triton
     except ImportError as error:
@@ -201,13 +216,13 @@ def patch_tuples() -> None:
     except AttributeError:
         packages, ours = {__package__}, ContextVar("ours", default=False)
 
-    def unwrap(value):
+    def unwrap(value: object) -> object:
         if ours.get() and isinstance(value, core.tuple):
             return core.tuple([unwrap(element) for element in value.values], value.type)
         return stock(value)
 
     @functools.wraps(visit)
-    def visit_and_say_whose(self, node):
+    def visit_and_say_whose(self: typing.Any, node: object) -> object:
         # A call inside a function is compiled by a generator of its own, so this follows who is called.
         module = self.jit_fn.__module__
         before = ours.set(any(module == package or module.startswith(f"{package}.") for package in packages))
@@ -216,12 +231,12 @@ def patch_tuples() -> None:
         finally:
             ours.reset(before)
 
-    unwrap.packages = packages
+    unwrap.packages = packages  # type: ignore[attr-defined]  # a function takes attributes, which its type cannot say
     code_generator._unwrap_if_constexpr = unwrap
     code_generator.CodeGenerator.visit = visit_and_say_whose
 
 
-def kernels(stem: str, device: torch.device):
+def kernels(stem: str, device: torch.device) -> typing.Any:
     """The module kernels/<stem>.py, ready to launch on `device`; its functions launch_* do.
 
     Where Triton's interpreter is on, its known faults are repaired before the first launch (testing.interpreter). RuntimeError
@@ -237,16 +252,16 @@ def kernels(stem: str, device: torch.device):
 class _Recorded:
     """A module of kernels whose launches are taken down."""
 
-    def __init__(self, module, record: Callable):
+    def __init__(self, module: ModuleType, record: Recording) -> None:
         self._module, self._record = module, record
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> typing.Any:
         member = getattr(self._module, name)
         if not name.startswith("launch_"):
             return member
         return lambda *args, **options: self._record(member, args, options)
 
 
-def _interpreted(module, triton) -> bool:
+def _interpreted(module: ModuleType, triton: ModuleType) -> bool:
     compiled = triton.runtime.jit.JITFunction
     return not any(isinstance(member, compiled) for member in vars(module).values())

@@ -204,11 +204,11 @@ def _shown(tensor: Tensor) -> str:
     return f"{dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch types neither it nor its __init__
+class _Recorder(TorchDispatchMode):
     """Takes down the launches of a call, and the views and signs of tensors that it makes for them."""
 
     def __init__(self, name: str, tensors: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it
         self._name, self._tensors = name, {id(tensor): place for place, tensor in enumerate(tensors)}
         self._launches: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]] = []
         # Of a view or sign: itself, and the function, arguments and options that make it.

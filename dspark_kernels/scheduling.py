@@ -300,7 +300,7 @@ class ConfidenceHistory:
         self._rounds = torch.ones(lag, slots + 1, drafts, dtype=torch.float32, device=device)
         pinned = self._rounds.device.type == "cuda"
         self._host = [torch.ones(slots, drafts, dtype=torch.float32, device="cpu", pin_memory=pinned) for _ in range(lag)]
-        self._arrived: list[torch.cuda.Event | None] = [torch.cuda.Event() if pinned else None for _ in range(lag)]  # type: ignore[no-untyped-call]
+        self._arrived: list[torch.cuda.Event | None] = [torch.cuda.Event() if pinned else None for _ in range(lag)]
         self._since: list[set[int]] = [set() for _ in range(lag)]  # slots reset since the copy was started
         self._steps = 0
 

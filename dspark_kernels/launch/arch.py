@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -20,7 +21,7 @@ class Arch:
     cooperative: bool = True
     vendor: str = dataclasses.field(init=False)  # no property: every launch asks several times
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "vendor", {"s": "nvidia", "g": "amd"}.get(self.name[0], "interpreter"))
 
     @property
@@ -60,7 +61,7 @@ _override: Arch | None = None
 
 
 @contextlib.contextmanager
-def override(name: str):
+def override(name: str) -> Iterator[Arch]:
     """Choose launch configurations for another architecture, to compile for it where it is not present."""
     global _override
     before, _override = _override, INTERPRETER if name == "interpreter" else KNOWN[name]

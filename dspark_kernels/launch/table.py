@@ -13,7 +13,9 @@ import contextlib
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,13 +24,17 @@ from .arch import Arch
 FOLDER = Path(__file__).parent / "tables"
 
 
+Shape = dict[str, Any]  # ints that have distances, and words and booleans that are its kind
+Parameters = dict[str, Any]  # whole numbers, None where the compiler chooses
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """shape: what the configuration was chosen for. config: launch parameters by name. why: the measurement behind the choice."""
 
-    shape: dict
-    config: dict
-    why: dict
+    shape: Shape
+    config: Parameters
+    why: dict[str, Any]
 
 
 Table = dict[str, tuple[Entry, ...]]  # kernel -> entries
@@ -40,7 +46,7 @@ def read(path: Path) -> Table:
 
 
 _TABLES: dict[str, Table] = {path.stem: read(path) for path in sorted(FOLDER.glob("*.json"))}
-_found: dict[tuple, Entry] = {}
+_found: dict[tuple[int | str | bool, ...], Entry] = {}
 _trials: dict[str, Entry] = {}  # kernel -> what it runs with, whatever the table says
 _said: set[str] = set()
 
@@ -74,7 +80,7 @@ def _say_unknown(arch: Arch) -> None:
     )
 
 
-def nearest(entries: tuple[Entry, ...], shape: dict, where: str) -> Entry:
+def nearest(entries: tuple[Entry, ...], shape: Shape, where: str) -> Entry:
     best, least = None, 0
     for entry in entries:
         distance = _distance(entry.shape, shape)
@@ -85,7 +91,7 @@ def nearest(entries: tuple[Entry, ...], shape: dict, where: str) -> Entry:
     return best
 
 
-def _distance(have: dict, want: dict) -> int | None:
+def _distance(have: Shape, want: Shape) -> int | None:
     """Doublings between two shapes; None where they are of different kinds."""
     total = 0
     for name, value in want.items():
@@ -103,7 +109,7 @@ def _doublings(size: int) -> int:
 
 
 @contextlib.contextmanager
-def trial(kernel: str, shape: dict, config: dict):
+def trial(kernel: str, shape: Shape, config: Parameters) -> Iterator[None]:
     """Context in which `kernel` runs with `config`, chosen for `shape`, on every GPU: to compile and to time it."""
     _trials[kernel] = Entry(shape, config, {})
     try:

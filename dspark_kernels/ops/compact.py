@@ -69,7 +69,7 @@ def compact_kv(layers: KVLayers, acceptance: Acceptance, layout: VerifyLayout, *
 
 
 @functools.lru_cache(maxsize=16)
-def _table(rows: tuple, device: torch.device) -> Tensor:
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
@@ -87,7 +87,7 @@ class Arguments(NamedTuple):
 
 
 @library.register("compact_kv", Arguments)
-def _compact_kv(a: Arguments):
+def _compact_kv(a: Arguments) -> None:
     device = a.slot_mapping.device
     kernels = library.kernels("compact", device)
     planes, table, unit = [*a.caches, *a.extra], a.table, a.unit

@@ -6,13 +6,16 @@ What the settings do is said in types.SamplingTensors; the device functions are 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..checks import check_optional, check_tensor, check_type
 from ..kernels.args import Adjustments, Bias, FilterSettings, Mask, Penalties
 from ..types import DenseProposal, OneHotProposal, SamplingTensors, SparseProposal
+
+AnyProposal = TypeVar("AnyProposal", bound=OneHotProposal | DenseProposal | SparseProposal | None)
 
 
 class Flat(NamedTuple):
@@ -56,11 +59,13 @@ def flatten(sampling: SamplingTensors | None) -> Flat:
         sampling.min_p,
         sampling.logit_bias,
         sampling.token_bitmask,
-        *((None,) * 5 if penalties is None else (
-            penalties.token_ids, penalties.counts, penalties.repetition, penalties.presence, penalties.frequency
-        )),
+        None if penalties is None else penalties.token_ids,
+        None if penalties is None else penalties.counts,
+        None if penalties is None else penalties.repetition,
+        None if penalties is None else penalties.presence,
+        None if penalties is None else penalties.frequency,
         sampling.filter_order == "joint",
-    )  # fmt: skip
+    )
 
 
 def adjust_settings(sampling: SamplingTensors | Flat | None) -> Adjustments:
@@ -72,7 +77,7 @@ def adjust_settings(sampling: SamplingTensors | Flat | None) -> Adjustments:
         words = flat.token_bitmask.flatten(0, -2)  # [S, K, words] of a drafter: row slot * K + k
         mask = Mask(words, words.stride(0))
     penalties = None
-    if flat.listed is not None:
+    if flat.listed is not None and flat.counts is not None:  # both or neither
         penalties = Penalties(
             flat.listed, flat.listed.stride(0), flat.counts, flat.counts.stride(0), flat.listed.shape[1],
             flat.repetition, flat.presence, flat.frequency,
@@ -80,7 +85,8 @@ def adjust_settings(sampling: SamplingTensors | Flat | None) -> Adjustments:
     return Adjustments(bias, mask, penalties)
 
 
-def check_sampling(sampling: SamplingTensors | None, *, slots: int | None, vocab: int, mask_shape: tuple, device) -> None:
+def check_sampling(sampling: SamplingTensors | None, *, slots: int | None, vocab: int, mask_shape: tuple[int, ...],
+                   device: torch.device) -> None:  # fmt: skip
     """Check settings against a call. slots: S where known; vocab: V; mask_shape: leading shape of token_bitmask."""
     if sampling is None:
         return
@@ -99,9 +105,7 @@ def check_sampling(sampling: SamplingTensors | None, *, slots: int | None, vocab
                      shape=(sampling.temperature.shape[0], "T"))  # fmt: skip
 
 
-def of_scaled_target(
-    sampling: SamplingTensors | None, proposal: OneHotProposal | DenseProposal | SparseProposal | None
-) -> tuple[SamplingTensors | None, OneHotProposal | DenseProposal | SparseProposal | None]:
+def of_scaled_target(sampling: SamplingTensors | None, proposal: AnyProposal) -> tuple[SamplingTensors | None, AnyProposal]:
     """Settings and proposal for target rows that were divided by their temperature already.
 
     The target's temperature is 1, or 0 where a row is greedy: one launch of torch. A proposal keeps the temperature of `sampling`

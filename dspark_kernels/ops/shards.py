@@ -14,6 +14,8 @@ from torch import Tensor
 from ..checks import check_int, check_tensor
 from ..workspace import words_of
 
+Field = tuple[torch.dtype, tuple[int, ...]]  # a region's dtype and shape
+
 
 class Shard(NamedTuple):
     """start: first id of this rank; width: ids per rank; count: ranks; vocab: ids in all."""
@@ -38,7 +40,7 @@ class Shard(NamedTuple):
         return 1 if self.width % size == 0 else min(self.count, -(-(size - 1) // self.width) + 1)
 
 
-def check_shard(width: int, vocab_start, vocab_shards, vocab_size) -> Shard:
+def check_shard(width: int, vocab_start: int, vocab_shards: int, vocab_size: int | None) -> Shard:
     """The cut that a rank with `width` columns is part of."""
     check_int("vocab_shards", vocab_shards, low=1)
     vocab_size = width * vocab_shards if vocab_size is None else check_int("vocab_size", vocab_size, low=1)
@@ -53,8 +55,9 @@ def check_shard(width: int, vocab_start, vocab_shards, vocab_size) -> Shard:
 class Fields:
     """Named regions of a part, each at a multiple of 16 bytes: name -> (dtype, shape)."""
 
-    def __init__(self, **fields: tuple[torch.dtype, tuple[int, ...]]):
-        self._fields, self.names, self.words = {}, tuple(fields), 0
+    def __init__(self, **fields: Field) -> None:
+        self._fields: dict[str, tuple[int, torch.dtype, int]] = {}  # where a region begins, its dtype, its elements
+        self.names, self.words = tuple(fields), 0
         for name, (dtype, shape) in fields.items():
             count = 1
             for size in shape:
@@ -74,12 +77,12 @@ class Fields:
         """Elements of region `name`."""
         return self._fields[name][2]
 
-    def check_part(self, part: Tensor | None, device) -> Tensor:
+    def check_part(self, part: Tensor | None, device: torch.device) -> Tensor:
         """The caller's part, checked, or a new one."""
         if part is None:
             return torch.empty(self.words, dtype=torch.int64, device=device)
         return check_tensor("out", part, dtype=torch.int64, shape=(self.words,), device=device, contiguous=True)
 
-    def check_gathered(self, name: str, gathered: Tensor, shard: Shard, device) -> Tensor:
+    def check_gathered(self, name: str, gathered: Tensor, shard: Shard, device: torch.device) -> Tensor:
         shape = (shard.count, self.words)
         return check_tensor(name, gathered, dtype=torch.int64, shape=shape, device=device, contiguous=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..arch import Arch
-from ..table import find
+from ..table import Parameters, find
 from .items import steps
 
 
@@ -42,7 +42,7 @@ def pick(arch: Arch, num_requests: int, num_blocks: int, num_drafts: int, residu
     """
     if arch.vendor == "interpreter":
         # It pays per operation, not per element: as few, large items as the grid of small vocabularies allows.
-        tuned = dict(pairs=16, lag=2, num_warps=4, max_registers=None)
+        tuned: Parameters = dict(pairs=16, lag=2, num_warps=4, max_registers=None)
     else:
         tuned = dict(find(arch, "accept", work=work).config)
     pairs = tuned.pop("pairs")

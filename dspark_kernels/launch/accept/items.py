@@ -27,7 +27,7 @@ def steps(arch: Arch, num_warps: int, max_registers: int | None, groups: int, ch
 
 @functools.cache
 def _steps(programs: int, groups: int, chunks: int) -> int:
-    def time(count):
+    def time(count: int) -> int:
         rounds = -(-groups * -(-chunks // count) // programs)
         return rounds * (START + count) + count
 

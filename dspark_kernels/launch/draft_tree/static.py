@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from ...kernels.sizes import DOT_ROWS, VOCAB_BLOCK
 from ..arch import Arch
@@ -26,7 +27,7 @@ class TreeDraftConfig:
     max_registers: int | None
 
 
-def depths_of(branching, drafts: int, nodes: int) -> list[tuple[int, int]]:
+def depths_of(branching: Sequence[int], drafts: int, nodes: int) -> list[tuple[int, int]]:
     """(largest number of nodes, children of each) for every depth whose nodes get children; at least one depth."""
     depths, width, total = [], 1, 1
     for wanted in branching[:drafts]:
@@ -39,7 +40,7 @@ def depths_of(branching, drafts: int, nodes: int) -> list[tuple[int, int]]:
     return depths or [(1, 1)]
 
 
-def items_of(config: TreeDraftConfig, depths, requests: int, blocks: int, rank: int, parts: int) -> int:
+def items_of(config: TreeDraftConfig, depths: Sequence[tuple[int, int]], requests: int, blocks: int, rank: int, parts: int) -> int:
     """Programs of a launch: those of the precomputed products of a head with `parts` of r outputs (0: there are none); then for
     every depth those of the latents of its rows, one per row and block, and one per request for its children.
     """

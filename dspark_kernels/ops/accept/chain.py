@@ -31,7 +31,7 @@ from ...kernels.sizes import FILTER_LIST, MAX_GROUP, ROW_IDS, ROW_VALUES, VOCAB_
 from ...launch import arch
 from ...launch.accept import chain as accept_launch
 from ...library import Out
-from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
+from ...types import Acceptance, DenseProposal, OneHotProposal, Proposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
 from .checks import (
     Emitted,
@@ -50,14 +50,14 @@ from .records import draft_record, map_parts, map_record, outputs_record, target
 OP = "accept_chain"
 
 
-def counters_of(take, requests: int, drafts: int) -> tuple[ChainCounters, Tensor]:
+def counters_of(take: workspaces.Take, requests: int, drafts: int) -> tuple[ChainCounters, Tensor]:
     """Arrival counters, and the two counters of an id map. The ticket is one of the reserved words."""
     groups = take(requests * (drafts + 1), torch.int32)  # at most one per row
     counters = ChainCounters(None, groups, *(take(requests, torch.int32) for _ in range(2)))
     return counters, take(2, torch.int32)
 
 
-def scratch_of(take, requests: int, rows: int, blocks: int) -> tuple[ChainScratch, Tensor]:
+def scratch_of(take: workspaces.Take, requests: int, rows: int, blocks: int) -> tuple[ChainScratch, Tensor]:
     """Scratch of a call with every option, and the inverse of an id map."""
     tops = [take(rows * blocks, torch.float32) for _ in range(3)]
     sums = [take(rows * blocks, torch.int64) for _ in range(4)]
@@ -162,9 +162,10 @@ def accept_chain(
         sampling, draft = sampling_args.of_scaled_target(sampling, draft)
     if sampling is None or rule == "coupled" or synthetic_rates is not None:
         draft = logits = None  # these do not ask how a draft was drawn
-    sparse, dense = isinstance(draft, SparseProposal), isinstance(draft, DenseProposal)
-    starts = draft.starts if dense else None
-    if starts is not None:
+    sparse = draft if isinstance(draft, SparseProposal) else None
+    dense = draft if isinstance(draft, DenseProposal) else None
+    starts = None if dense is None else dense.starts
+    if starts is not None and logits is not None:
         logits = logits[None]
     blocks = _blocks(vocab, None if sparse else logits)
     lent = workspaces.lend(OP, workspace, max(requests, -(-rows // (drafts + 1))), drafts, blocks * VOCAB_BLOCK, device)
@@ -172,12 +173,12 @@ def accept_chain(
         target_logits=target_logits,
         layout=layout_arrays(layout),
         draft_logits=logits,
-        draft_ids=draft.ids if sparse else None,
-        draft_lse=None if draft is None or sparse else draft.lse,
+        draft_ids=None if sparse is None else sparse.ids,
+        draft_lse=None if dense is None else dense.lse,
         draft_temperature=None if draft is None else draft.temperature,
-        draft_to_target=draft.draft_to_target if dense else None,
+        draft_to_target=None if dense is None else dense.draft_to_target,
         draft_starts=starts,
-        draft_probs=dense and draft.probs,
+        draft_probs=dense is not None and dense.probs,
         sampling=sampling_args.flatten(sampling),
         rates=synthetic_rates,
         state_indices=state_indices,
@@ -195,12 +196,12 @@ def accept_chain(
     return out
 
 
-def _check_proposal(proposal, slots, device) -> DenseProposal | SparseProposal | None:
+def _check_proposal(proposal: Proposal | None, slots: int | None, device: torch.device) -> DenseProposal | SparseProposal | None:
     """The proposal; None where it is one-hot."""
     if proposal is None or isinstance(proposal, OneHotProposal):
         return None
     check_type("proposal", proposal, (DenseProposal, SparseProposal))
-    shape = ["S" if slots is None else slots, "K", "Vd"]
+    shape: list[int | str] = ["S" if slots is None else slots, "K", "Vd"]
     if isinstance(proposal, DenseProposal) and proposal.starts is not None:
         check_tensor("proposal.starts", proposal.starts, shape=tuple(shape[:1]), device=device)
         shape[:2] = ["num_tokens"]
@@ -244,7 +245,7 @@ class Arguments(NamedTuple):
 
 
 @library.register("accept_chain", Arguments)
-def _accept_chain(a: Arguments):
+def _accept_chain(a: Arguments) -> None:
     device, flat = a.target_logits.device, a.sampling
     kernels = library.kernels("accept.chain", device)
     rows, vocab = a.target_logits.shape

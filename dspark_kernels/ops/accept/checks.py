@@ -61,7 +61,7 @@ def check_rows(target_logits: Tensor, layout: VerifyLayout, state_indices: Tenso
     return requests
 
 
-def check_anchors(anchors: Tensor | None, anchor_positions: Tensor | None, slots: int | None, device) -> None:
+def check_anchors(anchors: Tensor | None, anchor_positions: Tensor | None, slots: int | None, device: torch.device) -> None:
     """slots: S where it is known."""
     for name, tensor in (("anchors", anchors), ("anchor_positions", anchor_positions)):
         check_optional(name, tensor, dtype=INT_DTYPES, shape=("S" if slots is None else slots,), device=device)
@@ -84,7 +84,7 @@ def check_candidates(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name}: expected 1 to {MAX_CANDIDATES} candidates, got {logits.shape[-1]}")
 
 
-def needs_logits(op: str, proposal) -> None:
+def needs_logits(op: str, proposal: object) -> None:
     """Refuse probabilities where an op's variant reads logits."""
     if isinstance(proposal, DenseProposal) and proposal.probs:
         not_yet(op, "proposal.probs", "probabilities (DenseProposal.of_probs) are")
@@ -107,7 +107,14 @@ def drafts_of(layout: VerifyLayout, draft_logits: Tensor | None, rows: int) -> i
 
 
 def output(
-    out: Acceptance | None, requests: int, width: int, forward_rows: int, device, *, logprobs: bool = False, paths: bool = False
+    out: Acceptance | None,
+    requests: int,
+    width: int,
+    forward_rows: int,
+    device: torch.device,
+    *,
+    logprobs: bool = False,
+    paths: bool = False,
 ) -> Acceptance:
     """The caller's result, checked, or a new one. width: tokens of a request; paths: of a tree."""
     if out is not None:
@@ -121,7 +128,7 @@ def output(
             check_tensor("out.logprobs", out.logprobs, shape=(requests, width), device=device)
         return out
 
-    def ints(*shape):
+    def ints(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=device)
 
     return Acceptance(

@@ -5,6 +5,7 @@ A part is a rank's contribution to a phase, int64 words in named regions (`field
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,14 +32,14 @@ from ...launch import arch
 from ...launch.accept import shards as accept_launch
 from ...library import Out
 from .. import sampling as sampling_args
-from ..shards import Fields, Shard
+from ..shards import Field, Fields, Shard
 from .checks import Emitted, LayoutArrays
 from .records import outputs_record, sparse_record, stride, target_record
 
 OP = "accept_partial"
 
 
-def _draw_scratch(take, requests: int, drafts: int, vocab: int) -> DrawScratch:
+def _draw_scratch(take: workspaces.Take, requests: int, drafts: int, vocab: int) -> DrawScratch:
     return DrawScratch(
         total_ptr=take(requests * _width(drafts), torch.int64),
         added_ptr=take(requests * _blocks(vocab), torch.int64),
@@ -46,7 +47,7 @@ def _draw_scratch(take, requests: int, drafts: int, vocab: int) -> DrawScratch:
     )
 
 
-def _counters(take, requests: int, rows: int, drafts: int) -> ArrivingRows:
+def _counters(take: workspaces.Take, requests: int, rows: int, drafts: int) -> ArrivingRows:
     return ArrivingRows(
         take(rows, torch.int64), take(rows, torch.int64), take(rows, torch.int32), take(requests * (drafts + 1), torch.int32)
     )
@@ -78,18 +79,20 @@ def fields_of(phase: str, requests: int, rows: int, shard: Shard, sums: bool, dr
     """
     blocks = shard.blocks(VOCAB_BLOCK)
     if phase == "normalise":
-        fields = dict(row_words=(torch.int64, (rows, 4)), row_logits=(torch.float32, (rows, 2)))
+        fields: dict[str, Field] = dict(row_words=(torch.int64, (rows, 4)), row_logits=(torch.float32, (rows, 2)))
         if sums:
             fields |= dict(sumexp=(torch.int64, (rows, blocks)), top=(torch.float32, (rows, blocks)))
         if draft_sums:
             fields |= dict(draft_sumexp=(torch.int64, (rows, blocks)), draft_top=(torch.float32, (rows, blocks)))
         if candidates:
             fields |= dict(rest=(torch.int64, (rows, blocks)), candidate_logits=(torch.float32, (rows, candidates)))
-            fields |= dict(distributions=(torch.float32, (rows, 3)), points=(torch.int32, (rows,)))
+            fields |= dict(distributions=(torch.float32, (rows, 3)))
+            fields |= dict(points=(torch.int32, (rows,)))
     elif phase == "residual":
         fields = dict(residual=(torch.int64, (rows if every_row else requests, blocks)))
     else:
-        fields = dict(word=(torch.int64, (requests,)), verdict=(torch.int64, (requests, 2)))
+        fields = dict(word=(torch.int64, (requests,)))
+        fields |= dict(verdict=(torch.int64, (requests, 2)))
     return Fields(**fields)
 
 
@@ -105,11 +108,13 @@ class DraftArguments(NamedTuple):
 def _part(fields: Fields, part: Tensor) -> Part:
     """The regions of a part of the first phase; None for those that it does not have."""
 
-    def view(*names):
+    def view(*names: str) -> Iterator[Tensor | None]:
         return (fields.view(part, name) for name in names)
 
+    words, logits = view("row_words", "row_logits")
     return Part(
-        *view("row_words", "row_logits"),
+        words,
+        logits,
         target=ShardSums(*view("top", "sumexp")),
         draft=ShardSums(*view("draft_top", "draft_sumexp")),
         lists=ShardLists(*view("rest", "candidate_logits", "distributions", "points")),
@@ -121,14 +126,15 @@ def _draft(draft: DraftArguments) -> ShardedDraft:
     if logits is None:
         return ShardedDraft(None, None)
     if ids is None:
-        return ShardedDraft(DraftShard(logits, lse, *logits.stride()[:2], stride(lse, 0)), None)
+        slot, row, _ = logits.stride()
+        return ShardedDraft(DraftShard(logits, lse, slot, row, stride(lse, 0)), None)
     return ShardedDraft(None, sparse_record(ids, logits))
 
 
 class _Sizes:
     """The sizes of parts, from the arguments of a registered op."""
 
-    def __init__(self, draft: DraftArguments, requests: int, rows: int, shard: Shard, rule: str):
+    def __init__(self, draft: DraftArguments, requests: int, rows: int, shard: Shard, rule: str) -> None:
         self.kernel_draft = _draft(draft)
         self.blocks = shard.blocks(VOCAB_BLOCK)
         self.draws = rule != "match"
@@ -166,7 +172,7 @@ class PartialArguments(NamedTuple):
 
 
 @library.register("accept_partial", PartialArguments)
-def accept_partial(a: PartialArguments):
+def accept_partial(a: PartialArguments) -> None:
     device, flat = a.target_logits.device, a.sampling
     kernels = library.kernels("accept.shards", device)
     rows, shard = a.target_logits.shape[0], a.shard
@@ -203,6 +209,7 @@ def accept_partial(a: PartialArguments):
     summed = None
     if len(a.gathered) > 1:
         residual = call.fields("residual").view(a.gathered[1], "residual")
+        assert residual is not None  # a region of every such part
         summed = GatheredSums(residual, residual.stride(0))
     scratch = _draw_scratch(workspaces.Carver(a.lent.scratch).take, a.requests, a.drafts, shard.vocab if call.candidates else 0)
     if not call.candidates:
@@ -240,7 +247,7 @@ class FinishArguments(NamedTuple):
 
 
 @library.register("accept_finish", FinishArguments)
-def accept_finish(a: FinishArguments):
+def accept_finish(a: FinishArguments) -> None:
     device = a.emitted.tokens.device
     kernels = library.kernels("accept.shards", device)
     requests, drafts = a.emitted.tokens.shape[0], a.emitted.tokens.shape[1] - 1

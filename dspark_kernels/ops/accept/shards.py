@@ -28,14 +28,17 @@ vocabulary with a map is refused: the columns of its ids lie on other ranks than
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from ... import workspace as workspaces
 from ...checks import check_choice, check_tensor, check_type, not_yet
 from ...choices import CHAIN_RULES, PHASES, ChainRule, Phase
-from ...types import Acceptance, DenseProposal, OneHotProposal, SamplingTensors, SparseProposal, VerifyLayout
+from ...types import Acceptance, DenseProposal, OneHotProposal, Proposal, SamplingTensors, SparseProposal, VerifyLayout
 from .. import sampling as sampling_args
-from ..shards import Fields, check_shard
+from ..shards import Fields, Shard, check_shard
 from . import chain as accept
 from .checks import check_anchors, check_rows, drafts_of, emitted, layout_arrays, needs_logits, output
 from .shard_launches import (
@@ -194,8 +197,19 @@ def accept_finish(
     return out
 
 
-def part_words(target_logits, layout, proposal=None, *, phase, vocab_start, vocab_shards, vocab_size=None, sampling=None,
-               rule="token", state_indices=None) -> int:  # fmt: skip
+def part_words(
+    target_logits: Tensor,
+    layout: VerifyLayout,
+    proposal: Proposal | None = None,
+    *,
+    phase: Phase,
+    vocab_start: int,
+    vocab_shards: int,
+    vocab_size: int | None = None,
+    sampling: SamplingTensors | None = None,
+    rule: ChainRule = "token",
+    state_indices: Tensor | None = None,
+) -> int:
     """Size of the part of a phase: int64 words, the same on every rank."""
     call = _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_size, sampling, rule, state_indices)
     return call.fields(check_choice("phase", phase, call.phases)).words
@@ -204,7 +218,18 @@ def part_words(target_logits, layout, proposal=None, *, phase, vocab_start, voca
 class _Call:
     """The sizes of a call."""
 
-    def __init__(self, requests, rows, drafts, slots, shard, proposal, phases, rule, device):
+    def __init__(
+        self,
+        requests: int,
+        rows: int,
+        drafts: int,
+        slots: int | None,
+        shard: Shard,
+        proposal: DenseProposal | SparseProposal | None,
+        phases: tuple[Phase, ...],
+        rule: ChainRule,
+        device: torch.device,
+    ) -> None:
         self.requests, self.rows, self.drafts, self.slots = requests, rows, drafts, slots
         self.shard, self.phases, self.draws = shard, phases, len(phases) > 1
         self._proposal, self._rule, self._device = proposal, rule, device
@@ -219,15 +244,16 @@ class _Call:
         drawn = self._proposal
         if drawn is None:
             return DraftArguments(None, None, None, None)
-        ids, lse = (drawn.ids, None) if self._candidates else (None, drawn.lse)
-        return DraftArguments(drawn.logits, ids, lse, drawn.temperature)
+        if isinstance(drawn, SparseProposal):
+            return DraftArguments(drawn.logits, drawn.ids, None, drawn.temperature)
+        return DraftArguments(drawn.logits, None, drawn.lse, drawn.temperature)
 
-    def lend(self, workspace):
+    def lend(self, workspace: workspaces.Workspace | None) -> tuple[Tensor, Tensor]:
         requests = max(self.requests, -(-self.rows // (self.drafts + 1)))
         vocab = max(self.shard.width, self.shard.vocab) if self._candidates else self.shard.width
         return workspaces.lend(OP, workspace, requests, self.drafts, vocab, self._device)
 
-    def check_gathered(self, gathered, count):
+    def check_gathered(self, gathered: Sequence[Tensor], count: int) -> None:
         check_type("gathered", gathered, (tuple, list))
         if len(gathered) != count:
             raise ValueError(f"gathered: expected the parts of {count} phases, {self.phases[:count]}, got {len(gathered)}")
@@ -235,7 +261,17 @@ class _Call:
             self.fields(phase).check_gathered(f"gathered[{n}]", gathered[n], self.shard, self._device)
 
 
-def _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_size, sampling, rule, state_indices) -> _Call:
+def _check(
+    target_logits: Tensor,
+    layout: VerifyLayout,
+    proposal: Proposal | None,
+    vocab_start: int,
+    vocab_shards: int,
+    vocab_size: int | None,
+    sampling: SamplingTensors | None,
+    rule: ChainRule,
+    state_indices: Tensor | None,
+) -> _Call:
     requests = check_rows(target_logits, layout, state_indices, columns="W")
     rows, width = target_logits.shape
     device = target_logits.device
@@ -257,7 +293,9 @@ def _check(target_logits, layout, proposal, vocab_start, vocab_shards, vocab_siz
     return _Call(requests, rows, drafts, slots, shard, drawn, phases, rule, device)
 
 
-def _check_proposal(proposal, slots, width, device) -> DenseProposal | SparseProposal | None:
+def _check_proposal(
+    proposal: Proposal | None, slots: int | None, width: int, device: torch.device
+) -> DenseProposal | SparseProposal | None:
     if proposal is None or isinstance(proposal, OneHotProposal):
         return None
     check_type("proposal", proposal, (DenseProposal, SparseProposal))

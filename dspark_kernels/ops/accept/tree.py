@@ -47,7 +47,7 @@ from .checks import (
     needs_logits,
     output,
 )
-from .records import draft_record, map_parts, map_record, outputs_record, target_record, tile_of, used
+from .records import Paths, draft_record, map_parts, map_record, outputs_record, target_record, tile_of, used
 
 OP = "accept_tree"
 
@@ -56,14 +56,14 @@ def _width(nodes: int) -> int:
     return max(2, 1 << (nodes - 1).bit_length())
 
 
-def _counters(take, requests: int, nodes: int) -> tuple[TreeCounters, Tensor]:
+def _counters(take: workspaces.Take, requests: int, nodes: int) -> tuple[TreeCounters, Tensor]:
     """Arrival counters, and the two counters of an id map. The ticket is one of the reserved words."""
     groups = take(requests * nodes, torch.int32)  # at most one per node
     counters = TreeCounters(None, groups, *(take(requests, torch.int32) for _ in range(4)))
     return counters, take(2, torch.int32)
 
 
-def _scratch(take, requests: int, rows: int, nodes: int, blocks: int) -> tuple[TreeScratch, Tensor]:
+def _scratch(take: workspaces.Take, requests: int, rows: int, nodes: int, blocks: int) -> tuple[TreeScratch, Tensor]:
     """Scratch of a call with every option, and the inverse of an id map."""
     tops = [take(rows * blocks, torch.float32) for _ in range(3)]
     sums = [take(rows * blocks, torch.int64) for _ in range(3)]
@@ -160,12 +160,12 @@ def accept_tree(
     out = output(out, requests, nodes, layout.token_ids.shape[0], device, logprobs=logprobs is not None, paths=True)
     if requests == 0:
         return out
+    assert out.path is not None and out.kv_source is not None  # of a tree, checked or made
     if target_scaled:
         sampling, draft = sampling_args.of_scaled_target(sampling, draft)
     if sampling is None or rule == "walk" or nodes == 1:
         draft = None
-    dense = isinstance(draft, DenseProposal)
-    blocks = -(-max(vocab, draft.logits.shape[2] if dense else 0) // VOCAB_BLOCK)
+    blocks = -(-max(vocab, draft.logits.shape[2] if isinstance(draft, DenseProposal) else 0) // VOCAB_BLOCK)
     lent = workspaces.lend(OP, workspace, max(requests, -(-rows // nodes)), nodes - 1, blocks * VOCAB_BLOCK, device)
     arguments = Arguments(
         target_logits=target_logits,
@@ -175,7 +175,7 @@ def accept_tree(
         draft_logits=None if draft is None else draft.logits,
         draft_ids=draft.ids if isinstance(draft, SparseProposal) else None,
         draft_temperature=None if draft is None else draft.temperature,
-        draft_to_target=draft.draft_to_target if dense else None,
+        draft_to_target=draft.draft_to_target if isinstance(draft, DenseProposal) else None,
         sampling=sampling_args.flatten(sampling),
         state_indices=state_indices,
         emitted=emitted(out),
@@ -195,7 +195,7 @@ def accept_tree(
     return out
 
 
-def _check_proposal(tree, slots, nodes, device) -> DenseProposal | SparseProposal | None:
+def _check_proposal(tree: DraftTree, slots: int, nodes: int, device: torch.device) -> DenseProposal | SparseProposal | None:
     """The proposal of a sampled tree; None where the tree is deterministic."""
     proposal = tree.proposal
     if isinstance(proposal, OneHotProposal) or tree.drawn == "one_hot":
@@ -237,7 +237,7 @@ class Arguments(NamedTuple):
 
 
 @library.register("accept_tree", Arguments)
-def _accept_tree(a: Arguments):
+def _accept_tree(a: Arguments) -> None:
     device, flat = a.target_logits.device, a.sampling
     kernels = library.kernels("accept.tree", device)
     rows, vocab = a.target_logits.shape
@@ -245,6 +245,7 @@ def _accept_tree(a: Arguments):
     kind, wide = "none", 0
     if a.rule > 0:
         kind = "sparse" if a.draft_ids is not None else "stored" if a.draft_to_target is None else "mapped"
+        assert a.draft_logits is not None  # of a rule
         wide = a.draft_logits.shape[2]
     dense, filtered = kind in ("stored", "mapped"), flat.filters is not None
     blocks = -(-max(vocab, wide if dense else 0) // VOCAB_BLOCK)
@@ -263,7 +264,7 @@ def _accept_tree(a: Arguments):
             target_record(a.target_logits, flat), Layout(*a.layout),
             NodeLinks(a.parents, a.ancestors if flat.listed is not None else None), draft,
             Sampling(a.draft_temperature, flat.temperature, flat.seed, flat.filters, slots_ptr=a.state_indices),
-            outputs_record(a, a.log_probs, (a.path, a.kv_source)), arrivals._replace(ticket_ptr=a.lent.counters[1:2].view(torch.int32)),
+            outputs_record(a, a.log_probs, Paths(a.path, a.kv_source)), arrivals._replace(ticket_ptr=a.lent.counters[1:2].view(torch.int32)),
             map_record(draft, map_progress), scratch,
             requests, a.parents.shape[0], rows, a.commit_mask.shape[0], Extent(nodes, vocab, blocks), config.steps,
         ),

@@ -6,7 +6,7 @@ Source: Flash-Decoding (Dao et al. 2023).
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,17 @@ class _Sizes:
 
 
 def _sizes(
-    here, requests, rows, most_rows, query_heads, kv_heads, head_dim, element_size, cached_size, max_keys, invariant
+    here: arch.Arch,
+    requests: int,
+    rows: int,
+    most_rows: int | None,
+    query_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    element_size: int,
+    cached_size: int,
+    max_keys: int | None,
+    invariant: bool,
 ) -> _Sizes:
     """Bounds of the work table. most_rows: largest number of rows of a request, None = unknown; max_keys: of keys of a context."""
     group = query_heads // kv_heads
@@ -54,11 +64,11 @@ def _sizes(
     return _Sizes(config, max(1, items), 0 if parts == 1 else partial_rows)
 
 
-def counters_of(take, max_items: int, kv_heads: int) -> Tensor:
+def counters_of(take: workspaces.Take, max_items: int, kv_heads: int) -> Tensor:
     return take(max_items * kv_heads, torch.int32)
 
 
-def scratch_of(take, partial_rows: int, kv_heads: int, head_dim: int) -> AttentionScratch:
+def scratch_of(take: workspaces.Take, partial_rows: int, kv_heads: int, head_dim: int) -> AttentionScratch:
     """Partial results of `tree_attention`, without its counters."""
     partial = take(partial_rows * kv_heads * attention_launch.head_tile(head_dim), torch.float32)
     return AttentionScratch(None, partial, take(2 * partial_rows * kv_heads, torch.float32))
@@ -70,7 +80,9 @@ def words_needed(max_items: int, partial_rows: int, kv_heads: int, head_dim: int
 
 
 @workspaces.declare_heads(OP)
-def _needs(requests, rows, query_heads, kv_heads, head_dim, invariant, device) -> tuple[int, int]:
+def _needs(
+    requests: int, rows: int, query_heads: int, kv_heads: int, head_dim: int, invariant: bool, device: torch.device
+) -> tuple[int, int]:
     # Any mask, context and dtype: the most that any of them needs.
     here = arch.current(device)
     needs = [
@@ -167,7 +179,18 @@ def empty_plan(
     return _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, None, None)[0]
 
 
-def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_programs, state_indices, out, workspace):
+def _plan_for(
+    layout: VerifyLayout,
+    kv: PagedKV,
+    query_heads: int,
+    dtype: torch.dtype | None,
+    window: int | None,
+    batch_invariant: bool,
+    max_programs: int | None,
+    state_indices: Tensor | None,
+    out: AttentionPlan | None,
+    workspace: Workspace | None,
+) -> tuple[AttentionPlan, attention_launch.AttentionConfig]:
     """The plan to write, checked or new, and the launch configuration it is made for."""
     check_type("layout", layout, VerifyLayout)
     check_type("kv", kv, PagedKV)
@@ -194,7 +217,7 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
     )  # fmt: skip
     config = sizes.config
     programs = config.programs if max_programs is None else min(config.programs, max_programs)
-    facts = dict(
+    facts: dict[str, Any] = dict(
         **places(rows, requests, kv),
         query_heads=query_heads,
         kv_heads=kv_heads,
@@ -223,18 +246,18 @@ def _plan_for(layout, kv, query_heads, dtype, window, batch_invariant, max_progr
     return out, config
 
 
-def places(rows, requests, kv) -> dict:
+def places(rows: int, requests: int, kv: PagedKV) -> dict[str, int]:
     """What bounds the rows, slots and keys that a plan names: one made for other bounds would reach other memory."""
     slots, max_pages = kv.block_tables.shape
     return dict(rows=rows, requests=requests, slots=slots, max_keys=max_pages * kv.k_cache.shape[1])
 
 
-def check_window(window):
+def check_window(window: int | None) -> None:
     if window is not None:
         check_int("window", window, low=1, high=2**30)
 
 
-def check_slots(state_indices, requests, kv, device):
+def check_slots(state_indices: Tensor | None, requests: int, kv: PagedKV, device: torch.device) -> None:
     check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=(requests,), device=device, contiguous=True)
     if state_indices is None and kv.block_tables.shape[0] != requests:
         raise ValueError(
@@ -265,7 +288,7 @@ class Arguments(NamedTuple):
 
 
 @library.register("plan_attention", Arguments)
-def _plan_attention(a: Arguments):
+def _plan_attention(a: Arguments) -> None:
     device = a.items.device
     kernels = library.kernels("attention.plan", device)
     requests, max_items = a.query_start_loc.shape[0] - 1, a.items.shape[0]

@@ -9,7 +9,7 @@ arXiv 2211.17192 (chains), arXiv 2305.09781 (tree masks), Flash-Decoding (Dao et
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def tree_attention(
         result.zero_()
         if lse is not None:
             lse.fill_(-math.inf)
-        return (result, lse) if return_lse else result
+        return result if lse is None else (result, lse)
     if plan is None:
         plan = plan_attention(
             layout, kv, query_heads=query_heads, dtype=q.dtype, window=window, batch_invariant=batch_invariant,
@@ -147,7 +147,7 @@ def tree_attention(
         partial_rows=plan.partial_rows,
     )
     _tree_attention(arguments)
-    return (result, lse) if return_lse else result
+    return result if lse is None else (result, lse)
 
 
 def _check_heads(q: Tensor, kv: PagedKV) -> int:
@@ -164,18 +164,18 @@ def _check_heads(q: Tensor, kv: PagedKV) -> int:
     return kv_heads
 
 
-def _check_own(k_new, v_new, layout, q, kv_heads) -> None:
+def _check_own(k_new: Tensor | None, v_new: Tensor | None, layout: VerifyLayout, q: Tensor, kv_heads: int) -> None:
     """Keys and values of the rows themselves: given, or in the cache."""
     if (k_new is None) != (v_new is None):
         raise ValueError(f"{'k_new' if k_new is None else 'v_new'}: expected both k_new and v_new or neither, got None")
-    own = dict(dtype=q.dtype, shape=(q.shape[0], kv_heads, q.shape[2]), device=q.device, last_contiguous=True)
+    own: dict[str, Any] = dict(dtype=q.dtype, shape=(q.shape[0], kv_heads, q.shape[2]), device=q.device, last_contiguous=True)
     check_optional("k_new", k_new, **own)
     check_optional("v_new", v_new, **own)
     if k_new is None and layout.slot_mapping is None:
         raise ValueError("k_new: expected [N_max, Hkv, D] with a layout without slot_mapping, got None")
 
 
-def _check_scores(scale, softcap) -> None:
+def _check_scores(scale: float | None, softcap: float | None) -> None:
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
             raise TypeError(f"{name}: expected a number or None, got {type(number).__name__}")
@@ -185,7 +185,9 @@ def _check_scores(scale, softcap) -> None:
         raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
 
 
-def _check_ancestors(ancestors, mask, rows, kv, device) -> Tensor | None:
+def _check_ancestors(
+    ancestors: Tensor | DraftTree | None, mask: Mask, rows: int, kv: PagedKV, device: torch.device
+) -> Tensor | None:
     """Ancestor words as a tensor [N_max] or [S, M]."""
     if (mask == "tree") != (ancestors is not None):
         expected = "int64 words or a DraftTree" if mask == "tree" else "None"
@@ -203,10 +205,21 @@ def _check_ancestors(ancestors, mask, rows, kv, device) -> Tensor | None:
     return words
 
 
-def _check_plan(plan, query_heads, kv, head_dim, element_size, window, batch_invariant, rows, requests, device):
+def _check_plan(
+    plan: AttentionPlan,
+    query_heads: int,
+    kv: PagedKV,
+    head_dim: int,
+    element_size: int,
+    window: int | None,
+    batch_invariant: bool,
+    rows: int,
+    requests: int,
+    device: torch.device,
+) -> None:
     check_type("plan", plan, AttentionPlan)
     check_tensor("plan.items", plan.items, device=device)
-    facts = dict(
+    facts: dict[str, Any] = dict(
         query_heads=query_heads, kv_heads=kv.k_cache.shape[2], head_dim=head_dim, element_size=element_size, window=window,
         batch_invariant=bool(batch_invariant), **places(rows, requests, kv),
     )  # fmt: skip
@@ -215,7 +228,14 @@ def _check_plan(plan, query_heads, kv, head_dim, element_size, window, batch_inv
             raise ValueError(f"plan.{name}: expected {fact}, as this call has it, got {getattr(plan, name)}")
 
 
-def _lend(workspace, plan, requests, q, kv_heads, batch_invariant) -> workspaces.Lent:
+def _lend(
+    workspace: workspaces.Workspace | None,
+    plan: AttentionPlan,
+    requests: int,
+    q: Tensor,
+    kv_heads: int,
+    batch_invariant: bool,
+) -> workspaces.Lent:
     """Memory of a launch with a plan."""
     rows, query_heads, head_dim = q.shape
     counter_words, scratch_words = words_needed(plan.items.shape[0], plan.partial_rows, kv_heads, head_dim)
@@ -227,7 +247,9 @@ def _lend(workspace, plan, requests, q, kv_heads, batch_invariant) -> workspaces
     )  # fmt: skip
 
 
-def _outputs(out, return_lse, q) -> tuple[Tensor, Tensor | None]:
+def _outputs(out: Tensor | tuple[Tensor, Tensor] | None, return_lse: bool, q: Tensor) -> tuple[Tensor, Tensor | None]:
+    result: Tensor | tuple[Tensor, Tensor]
+    lse: Tensor | None
     if out is None:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
         return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
@@ -239,11 +261,10 @@ def _outputs(out, return_lse, q) -> tuple[Tensor, Tensor | None]:
     else:
         result, lse = out, None
     name = "out[0]" if return_lse else "out"
-    check_tensor(name, result, dtype=q.dtype, shape=tuple(q.shape), device=q.device, last_contiguous=True)
-    return result, lse
+    return check_tensor(name, result, dtype=q.dtype, shape=tuple(q.shape), device=q.device, last_contiguous=True), lse
 
 
-def _validate(layout, kv, words, state_indices, from_cache):
+def _validate(layout: VerifyLayout, kv: PagedKV, words: Tensor | None, state_indices: Tensor | None, from_cache: bool) -> None:
     """Read back what only the device knows, and raise ValueError for what a kernel would silently hide."""
     starts = layout.query_start_loc.tolist()
     requests = len(starts) - 1
@@ -261,7 +282,7 @@ def _validate(layout, kv, words, state_indices, from_cache):
         wrong = table[(table < 0) | (table >= pages)].tolist()
         if wrong:
             raise ValueError(f"kv.block_tables: expected page ids from 0 to {pages - 1} for slot {slot}, got {wrong[0]}")
-        if from_cache:
+        if from_cache and layout.slot_mapping is not None:
             at = layout.slot_mapping[starts[request] : starts[request + 1]]
             wrong = at[(at < 0) | (at >= pages * page_size)].tolist()
             if wrong:
@@ -309,7 +330,7 @@ class Arguments(NamedTuple):
 
 
 @library.register("tree_attention", Arguments)
-def _tree_attention(a: Arguments):
+def _tree_attention(a: Arguments) -> None:
     device = a.q.device
     kernels = library.kernels("attention.tree", device)
     rows, query_heads, head_dim = a.q.shape
@@ -324,13 +345,13 @@ def _tree_attention(a: Arguments):
     arrivals = counters_of(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, max_items, kv_heads)
     scratch = scratch_of(workspaces.Carver(a.lent.scratch).take, a.partial_rows, kv_heads, head_dim)
 
-    def stride(tensor, dim):
+    def stride(tensor: Tensor | None, dim: int) -> int:
         return 0 if tensor is None else tensor.stride(dim)
 
-    def per_head(scale):
+    def per_head(scale: Tensor | None) -> int:
         return 0 if scale is None or scale.shape[0] == 1 else scale.stride(0)
 
-    by_slot = a.ancestors is not None and a.ancestors.dim() == 2
+    by_slot = a.ancestors if a.ancestors is not None and a.ancestors.dim() == 2 else None
     kernels.launch_tree_attention(
         min(a.programs, max_items * kv_heads),
         (
@@ -341,7 +362,7 @@ def _tree_attention(a: Arguments):
             ),
             WorkTable(items_ptr=a.items, counts_ptr=a.counts), AttentionResults(out_ptr=a.out, lse_ptr=a.lse),
             scratch._replace(arrivals_ptr=arrivals),
-            rows, pages, max_items, a.scale, a.softcap, a.window, a.ancestors.shape[1] if by_slot else MAX_NODES,
+            rows, pages, max_items, a.scale, a.softcap, a.window, MAX_NODES if by_slot is None else by_slot.shape[1],
             CacheStrides(
                 q_row=a.q.stride(0), q_head=a.q.stride(1), k_page=k_cache.stride(0), k_slot=k_cache.stride(1),
                 k_head=k_cache.stride(2), v_page=v_cache.stride(0), v_slot=v_cache.stride(1), v_head=v_cache.stride(2),
@@ -349,9 +370,9 @@ def _tree_attention(a: Arguments):
             ),
             a.block_tables.stride(0),
             NewStrides(k_row=stride(a.k_new, 0), k_head=stride(a.k_new, 1), v_row=stride(a.v_new, 0), v_head=stride(a.v_new, 1)),
-            a.ancestors.stride(0) if by_slot else 0,
+            stride(by_slot, 0),
             RowStrides(
-                ancestors_row=0 if by_slot else stride(a.ancestors, 0), ancestors_index=stride(a.ancestors, -1),
+                ancestors_row=stride(a.ancestors, 0) if by_slot is None else 0, ancestors_index=stride(a.ancestors, -1),
                 out_row=a.out.stride(0), out_head=a.out.stride(1), lse_row=stride(a.lse, 0), lse_head=stride(a.lse, 1),
             ),
         ),

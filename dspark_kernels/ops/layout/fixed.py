@@ -7,7 +7,7 @@ Reference: reference/layout.py. Source: the ragged verification batch of DSpark,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -191,11 +191,20 @@ def batch_rows(state_indices: Tensor | None, slots: int) -> int:
 
 
 def check_batch(
-    slots, requests, device, anchor_positions, num_prefill_tokens, emits, block_tables, page_size, state_indices, workspace
-):
+    slots: int,
+    requests: int,
+    device: torch.device,
+    anchor_positions: Tensor,
+    num_prefill_tokens: Tensor | None,
+    emits: Tensor | None,
+    block_tables: Tensor | None,
+    page_size: int | None,
+    state_indices: Tensor | None,
+    workspace: Workspace | None,
+) -> None:
     """Arguments that all layouts have. Raises TypeError or ValueError."""
     check_tensor("anchor_positions", anchor_positions, dtype=INT_DTYPES, shape=(slots,), device=device)
-    per_request = dict(shape=(requests,), device=device, contiguous=True)
+    per_request: dict[str, Any] = dict(shape=(requests,), device=device, contiguous=True)
     check_optional("num_prefill_tokens", num_prefill_tokens, dtype=INT_DTYPES, **per_request)
     check_optional("emits", emits, dtype=(torch.bool, torch.int32), **per_request)
     check_optional("state_indices", state_indices, dtype=INT_DTYPES, **per_request)
@@ -208,7 +217,7 @@ def check_batch(
         check_type("workspace", workspace, Workspace)
 
 
-def row_count(max_rows, requests, drafts, num_prefill_tokens, out) -> int:
+def row_count(max_rows: int | None, requests: int, drafts: int, num_prefill_tokens: Tensor | None, out: VerifyLayout | None) -> int:
     """Rows to allocate. Raises ValueError where the host cannot know the number."""
     if max_rows is None:
         if out is not None:
@@ -220,7 +229,7 @@ def row_count(max_rows, requests, drafts, num_prefill_tokens, out) -> int:
     return max_rows
 
 
-def output(out, requests, rows, drafts, mapped, device) -> VerifyLayout:
+def output(out: VerifyLayout | None, requests: int, rows: int, drafts: int, mapped: bool, device: torch.device) -> VerifyLayout:
     """The caller's layout, checked, or a new one. Without requests nothing is launched: its values come from here."""
     if out is None:
         out = _allocate(requests, rows, drafts, mapped, device)
@@ -239,13 +248,13 @@ def output(out, requests, rows, drafts, mapped, device) -> VerifyLayout:
         for zero in (out.query_start_loc, out.cu_num_logits, out.num_rows, out.token_ids, out.positions, out.logits_indices):
             zero.zero_()
         out.batch_indices.fill_(-1)
-        if mapped:
+        if out.slot_mapping is not None:
             out.slot_mapping.fill_(-1)
     return out
 
 
-def _allocate(requests, rows, drafts, mapped, device) -> VerifyLayout:
-    def tensor(size, dtype=torch.int32):
+def _allocate(requests: int, rows: int, drafts: int, mapped: bool, device: torch.device) -> VerifyLayout:
+    def tensor(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
     return VerifyLayout(
@@ -332,7 +341,7 @@ class FixedArguments(NamedTuple):
 
 
 @library.register("fixed_layout", FixedArguments)
-def _fixed_layout(a: FixedArguments):
+def _fixed_layout(a: FixedArguments) -> None:
     device, given, packed = a.drafts.device, a.requests, a.packed
     kernels = library.kernels("layout.fixed", device)
     requests, rows = packed.draft_lens.shape[0], packed.token_ids.shape[0]
@@ -369,7 +378,7 @@ class DraftArguments(NamedTuple):
 
 
 @library.register("draft_layout", DraftArguments)
-def _draft_layout(a: DraftArguments):
+def _draft_layout(a: DraftArguments) -> None:
     device, packed = a.anchors.device, a.packed
     kernels = library.kernels("layout.fixed", device)
     requests, rows = packed.draft_lens.shape[0], packed.token_ids.shape[0]

@@ -140,7 +140,16 @@ def schedule_prefixes(
     return out
 
 
-def _check_policy(policy, budget, stale_confidence, confidence, cost, bypass, shape, device):
+def _check_policy(
+    policy: Policy,
+    budget: Tensor | None,
+    stale_confidence: Tensor | None,
+    confidence: Tensor,
+    cost: CostTable | None,
+    bypass: float | None,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> None:
     check_choice("policy", policy, POLICIES)
     for name, value in (("budget", budget), ("stale_confidence", stale_confidence)):
         if policy == "causal" and value is not None:
@@ -168,7 +177,7 @@ def _padded(requests: int, drafts: int, lanes: int) -> tuple[int, int]:
     return max(padded(requests), min(lanes, MAX_CANDIDATES // drafts)), drafts
 
 
-def _scratch(take, candidates: int) -> ScheduleScratch:
+def _scratch(take: workspaces.Take, candidates: int) -> ScheduleScratch:
     return ScheduleScratch(*(take(candidates, torch.int32) for _ in ScheduleScratch._fields))
 
 
@@ -200,7 +209,7 @@ class Arguments(NamedTuple):
 
 
 @library.register(OP, Arguments)
-def _schedule_prefixes(a: Arguments):
+def _schedule_prefixes(a: Arguments) -> None:
     device, given, packed = a.drafts.device, a.requests, a.packed
     kernels = library.kernels("layout.schedule", device)
     requests, rows, (slots, width) = packed.draft_lens.shape[0], packed.token_ids.shape[0], a.drafts.shape
