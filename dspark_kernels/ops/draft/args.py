@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -47,10 +48,13 @@ class LatentHead(NamedTuple):
         return 0 if self.latent_weight is None else self.latent_weight.shape[0]
 
 
-def weights_of(head: MarkovHead | None) -> tuple[Tensor | None, ...]:
+Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def weights_of(head: MarkovHead | None) -> Weights:
     """The fields of a MixedHead or a LatentHead for this head."""
     if head is None:
-        return (None,) * 5
+        return None, None, None, None, None
     return head.w1, head.w2, head.w2_scale, *mixing(head)
 
 
@@ -67,10 +71,12 @@ def has_latents(head: MarkovHead | None) -> bool:
     return mixing(head)[0] is not None
 
 
-def latent_room(head: MarkovHead | None, requests: int, drafts: int, words=workspaces.latent_words) -> dict[str, int]:
+def latent_room(
+    head: MarkovHead | None, requests: int, drafts: int, words: Callable[[int, int, int, int], int] = workspaces.latent_words
+) -> dict[str, int]:
     """What `workspace.lend` must know of a head: the rank of its latents, and the scratch that they need by `words`."""
     weight, _ = mixing(head)
-    if weight is None:
+    if head is None or weight is None:
         return dict(rank=0, latents=0)
     return dict(rank=head.rank, latents=words(requests, drafts, head.rank, weight.shape[0] // head.rank))
 
@@ -84,7 +90,7 @@ class ConfidenceWeights(NamedTuple):
 
     def with_markov(self, hidden: Tensor | None) -> bool:
         """Whether it reads W1[x] beside the hidden states [R, K, H]."""
-        return self.weight is not None and self.weight.shape[0] > hidden.shape[2]
+        return self.weight is not None and hidden is not None and self.weight.shape[0] > hidden.shape[2]
 
 
 def confidence_weights(confidence: ConfidenceHead | None) -> ConfidenceWeights:

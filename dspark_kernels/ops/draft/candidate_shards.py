@@ -22,13 +22,14 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import check_int, check_tensor, check_type
+from ...choices import Noise
 from ...kernels.draft.args import CandidateList, CandidateWidths, GatheredLists, MergedIds, ShardWeights, WalkScratch
 from ...launch import arch
 from ...launch.draft import candidates as launch
 from ...library import Out
-from ...types import DraftBlock, MarkovHead
+from ...types import ConfidenceHead, DraftBlock, MarkovHead, SamplingTensors
 from ..sampling import Flat, adjust_settings, flatten
-from ..shards import Fields
+from ..shards import Field, Fields, Shard
 from . import candidates as whole
 from .args import (
     ConfidenceWeights,
@@ -48,7 +49,7 @@ PARTIAL, FINISH = "draft_block_partial candidates", "draft_block_finish candidat
 MOST_ENTRIES = 2**14  # of the lists of all ranks: what one program selects from
 
 
-def _part_counters(take, positions: int) -> tuple[Tensor, Tensor]:
+def _part_counters(take: workspaces.Take, positions: int) -> tuple[Tensor, Tensor]:
     """Arrival counters and flags of rows."""
     return take(positions, torch.int32), take(positions, torch.int32)
 
@@ -59,11 +60,11 @@ def _part_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     return workspaces.measured(_part_counters, requests * drafts), workspaces.measured(whole.selection_of, *most)
 
 
-def _finish_counters(take, requests: int) -> Tensor:
+def _finish_counters(take: workspaces.Take, requests: int) -> Tensor:
     return take(requests, torch.int32)
 
 
-def _finish_scratch(take, positions: int, candidates: int, width: int) -> tuple[MergedIds, WalkScratch]:
+def _finish_scratch(take: workspaces.Take, positions: int, candidates: int, width: int) -> tuple[MergedIds, WalkScratch]:
     ids, places = take(positions * candidates, torch.int32), take(positions * candidates, torch.int32)
     return MergedIds(ids_ptr=ids, places_ptr=places), whole.walk_scratch(take, positions, width)
 
@@ -77,10 +78,13 @@ def _finish_needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
 NAMES = ("ids", "keys", "logits", "targets", "rows", "scales", "status")  # of the fields of a part
 
 
-def _fields(requests, drafts, candidates, dtype, w2, scaled, mapped) -> Fields:
+def _fields(
+    requests: int, drafts: int, candidates: int, dtype: torch.dtype, w2: Tensor | None, scaled: bool, mapped: bool
+) -> Fields:
     """w2: this rank's rows, where they are gathered; else None."""
     rows = (requests, drafts, candidates)
-    fields = dict(ids=(torch.int32, rows), keys=(torch.int32, rows), logits=(dtype, rows), status=(torch.int32, (requests, drafts)))
+    fields: dict[str, Field] = dict(ids=(torch.int32, rows), keys=(torch.int32, rows), logits=(dtype, rows))
+    fields["status"] = (torch.int32, (requests, drafts))
     if mapped:
         fields["targets"] = (torch.int32, rows)
     if w2 is not None:
@@ -91,20 +95,24 @@ def _fields(requests, drafts, candidates, dtype, w2, scaled, mapped) -> Fields:
     return Fields(**fields)
 
 
-def part_fields(base_logits, head, candidates, draft_to_target) -> Fields:
+def _own_rows(head: MarkovHead | None, width: int) -> MarkovHead | None:
+    """The head, where its W2 is this rank's rows, which are gathered; else None."""
+    return head if head is not None and head.w2.shape[0] == width else None
+
+
+def part_fields(base_logits: Tensor, head: MarkovHead | None, candidates: int, draft_to_target: Tensor | None) -> Fields:
     requests, drafts, width = base_logits.shape
-    travels = head is not None and head.w2.shape[0] == width
-    scaled = travels and head.w2_scale is not None
-    w2 = head.w2 if travels else None
+    own = _own_rows(head, width)
+    w2, scaled = (None, False) if own is None else (own.w2, own.w2_scale is not None)
     return _fields(requests, drafts, candidates, base_logits.dtype, w2, scaled, draft_to_target is not None)
 
 
-def part_words(base_logits, head, *, candidates, draft_to_target=None) -> int:
+def part_words(base_logits: Tensor, head: MarkovHead | None, *, candidates: int, draft_to_target: Tensor | None = None) -> int:
     """Size of a part: int64 words, the same on every rank."""
     return part_fields(base_logits, head, candidates, draft_to_target).words
 
 
-def check_candidates(head, candidates, shard, device) -> int:
+def check_candidates(head: MarkovHead | None, candidates: int, shard: Shard, device: torch.device) -> int:
     """Check the arguments that both calls have; returns the number of rows that head.w2 must have."""
     check_int("candidates", candidates, low=1, high=launch.MAX_CANDIDATES)
     entries = launch.padded(shard.count) * max(16, launch.padded(candidates))
@@ -122,8 +130,24 @@ def check_candidates(head, candidates, shard, device) -> int:
     return rows
 
 
-def partial(base_logits, slots, head, *, shard, block, sampling, confidence, candidates, draft_to_target, targets, first_draft,
-            state_indices, keep_logits, out, workspace):  # fmt: skip
+def partial(
+    base_logits: Tensor,
+    slots: int,
+    head: MarkovHead | None,
+    *,
+    shard: Shard,
+    block: DraftBlock | None,
+    sampling: SamplingTensors | None,
+    confidence: ConfidenceHead | None,
+    candidates: int,
+    draft_to_target: Tensor | None,
+    targets: int,
+    first_draft: int,
+    state_indices: Tensor | None,
+    keep_logits: bool,
+    out: Tensor | None,
+    workspace: workspaces.Workspace | None,
+) -> tuple[Tensor, DraftBlock]:
     """`draft_block_partial` with `candidates`, its other arguments checked."""
     device, (rows, drafts, width) = base_logits.device, base_logits.shape
     check_candidates(head, candidates, shard, device)
@@ -136,12 +160,12 @@ def partial(base_logits, slots, head, *, shard, block, sampling, confidence, can
     part = fields.check_part(out, device)
     if rows == 0:
         return part, block
-    travels = head is not None and head.w2.shape[0] == width
+    own = _own_rows(head, width)
     lent = workspaces.lend(PARTIAL, workspace, rows, drafts, width, device)
     arguments = PartialArguments(
         base_logits=base_logits,
-        w2=head.w2 if travels else None,
-        w2_scale=head.w2_scale if travels else None,
+        w2=None if own is None else own.w2,
+        w2_scale=None if own is None else own.w2_scale,
         sampling=flatten(sampling),
         draft_to_target=draft_to_target,
         state_indices=state_indices,
@@ -158,9 +182,26 @@ def partial(base_logits, slots, head, *, shard, block, sampling, confidence, can
 
 
 def finish(
-    gathered, block, base_logits, anchors, head, *, anchor_positions, shard, sampling, hidden, confidence, candidates,
-    draft_to_target, targets, first_draft, head_state, noise, state_indices, workspace,
-) -> DraftBlock:  # fmt: skip
+    gathered: Tensor,
+    block: DraftBlock,
+    base_logits: Tensor,
+    anchors: Tensor,
+    head: MarkovHead | None,
+    *,
+    anchor_positions: Tensor,
+    shard: Shard,
+    sampling: SamplingTensors | None,
+    hidden: Tensor | None,
+    confidence: ConfidenceHead | None,
+    candidates: int,
+    draft_to_target: Tensor | None,
+    targets: int,
+    first_draft: int,
+    head_state: Tensor | None,
+    noise: Noise,
+    state_indices: Tensor | None,
+    workspace: workspaces.Workspace | None,
+) -> DraftBlock:
     """`draft_block_finish` with `candidates`, its other arguments checked."""
     device, (rows, drafts, _) = base_logits.device, base_logits.shape
     slots = anchors.shape[0]
@@ -195,7 +236,15 @@ def finish(
     return block
 
 
-def _config(gpu, base_logits, candidates, w2, outputs, sampling, mapped):
+def _config(
+    gpu: arch.Arch,
+    base_logits: Tensor,
+    candidates: int,
+    w2: Tensor | None,
+    outputs: int,
+    sampling: Flat,
+    mapped: bool,
+) -> launch.CandidatesConfig:
     """As for the whole vocabulary: the number of ranks of W2 in a dot decides the bits of its sums."""
     settings = sampling.adjusts or sampling.filters is not None or mapped
     rank = 0 if w2 is None else w2.shape[1]
@@ -222,7 +271,7 @@ class PartialArguments(NamedTuple):
 
 
 @library.register("draft_candidates_partial", PartialArguments)
-def _draft_candidates_partial(a: PartialArguments):
+def _draft_candidates_partial(a: PartialArguments) -> None:
     device, sampling, w2 = a.base_logits.device, a.sampling, a.w2
     kernels = library.kernels("draft.candidate_shards", device)
     rows, drafts, width = a.base_logits.shape
@@ -277,7 +326,7 @@ class FinishArguments(NamedTuple):
 
 
 @library.register("draft_candidates_finish", FinishArguments)
-def _draft_candidates_finish(a: FinishArguments):
+def _draft_candidates_finish(a: FinishArguments) -> None:
     device, sampling, w2 = a.base_logits.device, a.sampling, a.head.w2
     kernels = library.kernels("draft.candidate_shards", device)
     rows, drafts, width = a.base_logits.shape
@@ -296,7 +345,7 @@ def _draft_candidates_finish(a: FinishArguments):
     scratch = scratch._replace(arrivals_ptr=arrivals)
     walk = whole.walk_records(a.head, a.hidden, a.confidence_head, a.results, a.head_state, rows, drafts, scratch, take)
     head = walk.head
-    if travels:
+    if travels and head is not None:
         head = head._replace(w2_ptr=parts["rows"], stride_w2=0, scale_ptr=parts["scales"])
     kernels.launch_candidates_finish(
         kernels.latent_programs(positions, outputs) + positions,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ... import library, workspace as workspaces
 from ...checks import INT_DTYPES, check_int, check_tensor
+from ...choices import Noise
+from ...kernels.args import Adjustments
 from ...kernels.draft.args import (
     CandidateWidths,
     Confidence,
@@ -28,7 +30,7 @@ from ...kernels.draft.args import (
 from ...launch import arch
 from ...launch.draft import candidates as launch
 from ...library import Out
-from ...types import DraftBlock
+from ...types import ConfidenceHead, DraftBlock, MarkovHead, SamplingTensors
 from ..sampling import Flat, adjust_settings, flatten
 from .args import (
     ConfidenceWeights,
@@ -55,7 +57,7 @@ def _sub_block_words(vocab: int, group: int) -> int:
     return -(-vocab // (16 * group)) * 16
 
 
-def selection_of(take, positions: int, vocab: int, group: int, candidates: int) -> Selection:
+def selection_of(take: workspaces.Take, positions: int, vocab: int, group: int, candidates: int) -> Selection:
     """Scratch for finding the best ids of every position, with sub-blocks of `group` ids; its counters are the caller's to add."""
     return Selection(
         keys_ptr=take(positions * _sub_block_words(vocab, group), torch.int32),
@@ -74,11 +76,11 @@ class _Counters(NamedTuple):
     status: Tensor
 
 
-def _counters(take, requests: int, drafts: int) -> _Counters:
+def _counters(take: workspaces.Take, requests: int, drafts: int) -> _Counters:
     return _Counters(*(take(size, torch.int32) for size in (requests * drafts, requests, requests)))
 
 
-def walk_scratch(take, positions: int, width: int) -> WalkScratch:
+def walk_scratch(take: workspaces.Take, positions: int, width: int) -> WalkScratch:
     """Scratch of the walk that heads of every kind need, without counters. width: entries of a position, padded."""
     scores, noise = take(positions, torch.float32), take(positions * width, torch.float32)
     return WalkScratch(
@@ -86,7 +88,9 @@ def walk_scratch(take, positions: int, width: int) -> WalkScratch:
     )
 
 
-def _scratch(take, positions: int, vocab: int, group: int, candidates: int, width: int) -> tuple[Selection, WalkScratch]:
+def _scratch(
+    take: workspaces.Take, positions: int, vocab: int, group: int, candidates: int, width: int
+) -> tuple[Selection, WalkScratch]:
     """Scratch for finding the candidates, and for the walk."""
     selection = selection_of(take, positions, vocab, group, candidates)
     return selection._replace(bounds_ptr=take(2 * positions, torch.int32)), walk_scratch(take, positions, width)
@@ -99,9 +103,26 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
 
 
 def draft_candidates(
-    base_logits, anchors, head, *, anchor_positions, sampling, hidden, confidence, candidates, bigrams, draft_to_target,
-    targets, first_draft, head_state, noise, state_indices, keep_logits, out, workspace,
-) -> DraftBlock:  # fmt: skip
+    base_logits: Tensor,
+    anchors: Tensor,
+    head: MarkovHead | None,
+    *,
+    anchor_positions: Tensor,
+    sampling: SamplingTensors | None,
+    hidden: Tensor | None,
+    confidence: ConfidenceHead | None,
+    candidates: int,
+    bigrams: Tensor | None,
+    draft_to_target: Tensor | None,
+    targets: int,
+    first_draft: int,
+    head_state: Tensor | None,
+    noise: Noise,
+    state_indices: Tensor | None,
+    keep_logits: bool,
+    out: DraftBlock | None,
+    workspace: workspaces.Workspace | None,
+) -> DraftBlock:
     """`draft_block` with `candidates`, its other arguments checked. targets: number of target ids."""
     check_int("candidates", candidates, low=1, high=launch.MAX_CANDIDATES)
     rows, drafts, vocab = base_logits.shape
@@ -141,7 +162,7 @@ def draft_candidates(
     return out
 
 
-def _check_bigrams(bigrams, device) -> int:
+def _check_bigrams(bigrams: Tensor | None, device: torch.device) -> int:
     if bigrams is None:
         return 0
     check_tensor("bigrams", bigrams, dtype=INT_DTYPES, shape=("V", "B"), device=device, last_contiguous=True)
@@ -179,7 +200,7 @@ class Arguments(NamedTuple):
 
 
 @library.register("draft_candidates", Arguments)
-def _draft_candidates(a: Arguments):
+def _draft_candidates(a: Arguments) -> None:
     device, sampling = a.base_logits.device, a.sampling
     kernels = library.kernels("draft.candidates", device)
     rows, drafts, vocab = a.base_logits.shape
@@ -224,7 +245,7 @@ def _draft_candidates(a: Arguments):
     )  # fmt: skip
 
 
-def unused_bits(base_logits: Tensor, adjust) -> int:
+def unused_bits(base_logits: Tensor, adjust: Adjustments | None) -> int:
     """Low bits that are 0 in every key of a candidate; adjusted logits are fp32."""
     return 0 if adjust is not None else _UNUSED_BITS[base_logits.dtype]
 
@@ -247,10 +268,10 @@ def hidden_states(hidden: Tensor | None) -> Hidden | None:
     return Hidden(ptr=hidden, stride_request=hidden.stride(0), stride_position=hidden.stride(1), size=hidden.shape[2])
 
 
-def head_records(head: LatentHead, head_state=None) -> tuple[str | None, Head | None, Latent | None]:
+def head_records(head: LatentHead, head_state: Tensor | None = None) -> tuple[str | None, Head | None, Latent | None]:
     """(kind of head, its record, the record of a gated or rnn head); None where the call has no such head."""
     w1, w2, weight, rank = head.w1, head.w2, head.latent_weight, head.rank
-    if w1 is None:
+    if w1 is None or w2 is None:  # neither: there is no head
         return None, None, None
     # Bytes of e4m3 are decoded by the kernel: not every architecture has the type.
     stored = w2.view(torch.uint8) if w2.dtype == torch.float8_e4m3fn else w2
@@ -281,18 +302,27 @@ class Walk(NamedTuple):
 
 
 def walk_records(
-    head: LatentHead, hidden, confidence_head: ConfidenceWeights, results: SparseResults, head_state, rows, drafts,
-    scratch: WalkScratch, take,
-) -> Walk:  # fmt: skip
+    head: LatentHead,
+    hidden: Tensor | None,
+    confidence_head: ConfidenceWeights,
+    results: SparseResults,
+    head_state: Tensor | None,
+    rows: int,
+    drafts: int,
+    scratch: WalkScratch,
+    take: workspaces.Take,
+) -> Walk:
     """scratch: of `walk_scratch`; `take` gives what a gated or rnn head needs beside it."""
     kind, record, latent = head_records(head, head_state)
     if latent is not None:
+        assert head.w1 is not None and head.w2 is not None  # of a head with latents
         # Latents are rounded as in the dense form.
         sizes = (rows * drafts, rows, 2 * rows, head.rank, head.outputs // head.rank, product_type(head.w1, head.w2))
         products, latents, states = workspaces.latents_of(take, *sizes)
         scratch = scratch._replace(products_ptr=products, latent_ptr=latents, states_ptr=states)
     confident = None
     if confidence_head.weight is not None:
+        assert results.confidence is not None and results.confidence_logits is not None  # written where there is a head
         confident = Confidence(
             weight_ptr=confidence_head.weight, bias_ptr=confidence_head.bias, sts_ptr=confidence_head.sts_temperatures,
             scores_ptr=results.confidence, stride_scores=results.confidence.stride(0), raw_ptr=results.confidence_logits,

@@ -49,12 +49,12 @@ from .outputs import allocate, check_out
 OP = "draft_block"
 
 
-def _counters(take, requests: int, drafts: int) -> tuple[Tensor, Tensor]:
+def _counters(take: workspaces.Take, requests: int, drafts: int) -> tuple[Tensor, Tensor]:
     """The winners' packed keys, and what rows showed. The barrier is the reserved words."""
     return take(requests * drafts, torch.int64), take(requests, torch.int32)
 
 
-def _scratch(take, requests: int, drafts: int, vocab: int) -> tuple[Tensor, Tensor, Support]:
+def _scratch(take: workspaces.Take, requests: int, drafts: int, vocab: int) -> tuple[Tensor, Tensor, Support]:
     """Maxima and sums of sub-blocks, and the thresholds that filters find for a row."""
     rows, sub_blocks, groups = requests * drafts, -(-vocab // SUB_BLOCK), -(-vocab // MAX_GROUP)
     sub_block_max, sub_block_sumexp = take(rows * sub_blocks, torch.float32), take(rows * sub_blocks, torch.int64)
@@ -199,7 +199,7 @@ def draft_block(
     return out
 
 
-def _check_vocabulary(base_logits, head, vocab_size):
+def _check_vocabulary(base_logits: Tensor, head: MarkovHead | None, vocab_size: int | None) -> tuple[Tensor, MarkovHead | None]:
     """base_logits and head without their padding."""
     if vocab_size is None:
         return base_logits, head
@@ -214,20 +214,32 @@ def _check_vocabulary(base_logits, head, vocab_size):
     return base_logits[:, :, :vocab_size], head
 
 
-def _check_inputs(base_logits, anchors, anchor_positions, state_indices):
+def _check_inputs(
+    base_logits: Tensor, anchors: Tensor, anchor_positions: Tensor, state_indices: Tensor | None
+) -> tuple[int, int, int]:
+    """(R, K, V)."""
     check_tensor("base_logits", base_logits, dtype=LOGIT_DTYPES, shape=("R", "K", "V"), last_contiguous=True)
     rows, drafts, vocab = base_logits.shape
     device = base_logits.device
     if drafts == 0 or vocab == 0:
         raise ValueError(f"base_logits: expected K >= 1 and V >= 1, got shape {list(base_logits.shape)}")
-    slots = rows if state_indices is None else "S"
+    slots: int | str = rows if state_indices is None else "S"
     check_tensor("anchors", anchors, dtype=INT_DTYPES, shape=(slots,), device=device)
     check_tensor("anchor_positions", anchor_positions, dtype=INT_DTYPES, shape=(anchors.shape[0],), device=device)
     check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=(rows,), device=device, contiguous=True)
     return rows, drafts, vocab
 
 
-def _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, device, columns=None) -> int:
+def _check_sampling(
+    sampling: SamplingTensors | None,
+    head: MarkovHead | None,
+    draft_to_target: Tensor | None,
+    slots: int,
+    drafts: int,
+    vocab: int,
+    device: torch.device,
+    columns: int | None = None,
+) -> int:
     """Number of target ids that all tables have; an entry of `draft_to_target` at or above it stands for no token.
 
     columns: those of the map that are not padding, None = all.
@@ -250,7 +262,14 @@ def _check_sampling(sampling, head, draft_to_target, slots, drafts, vocab, devic
     return vocab
 
 
-def _check_hidden(hidden, head, confidence, rows, drafts, device) -> int:
+def _check_hidden(
+    hidden: Tensor | None,
+    head: MarkovHead | None,
+    confidence: ConfidenceHead | None,
+    rows: int,
+    drafts: int,
+    device: torch.device,
+) -> int:
     """H, 0 where nothing reads `hidden`."""
     reader = "`confidence`" if confidence is not None else None
     if isinstance(head, (GatedMarkovHead, RnnMarkovHead)):
@@ -263,7 +282,15 @@ def _check_hidden(hidden, head, confidence, rows, drafts, device) -> int:
     return hidden.shape[2]
 
 
-def _check_head(head, head_state, vocab, hidden_size, first_draft, slots, device):
+def _check_head(
+    head: MarkovHead | None,
+    head_state: Tensor | None,
+    vocab: int,
+    hidden_size: int,
+    first_draft: int,
+    slots: int,
+    device: torch.device,
+) -> None:
     if head is not None:
         check_type("head", head, MarkovHead)
         check_tensor("head.w1", head.w1, device=device)
@@ -282,7 +309,14 @@ def _check_head(head, head_state, vocab, hidden_size, first_draft, slots, device
         raise ValueError(f"head_state: expected None because {type(head).__name__} has no state, got a tensor")
 
 
-def _check_confidence(confidence, hidden_size, head, drafts, first_draft, device):
+def _check_confidence(
+    confidence: ConfidenceHead | None,
+    hidden_size: int,
+    head: MarkovHead | None,
+    drafts: int,
+    first_draft: int,
+    device: torch.device,
+) -> None:
     if confidence is None:
         return
     check_type("confidence", confidence, ConfidenceHead)
@@ -326,7 +360,7 @@ class Arguments(NamedTuple):
 
 
 @library.register("draft_block", Arguments)
-def _draft_block(a: Arguments):
+def _draft_block(a: Arguments) -> None:
     device, sampling = a.base_logits.device, a.sampling
     kernels = library.kernels("draft.dense", device)
     rows, drafts, vocab = a.base_logits.shape
@@ -355,7 +389,7 @@ def _draft_block(a: Arguments):
         sub_block_sumexp_ptr=sub_block_sumexp
     )  # fmt: skip
     kind, projection, mix_type = projection_record(a.head, a.hidden, a.head_state, rows * drafts, rows, 2 * rows, dot_type, take)
-    if filtered:
+    if sampling.filters is not None:
         top_k, top_p, min_p = sampling.filters
         support = support._replace(top_k_ptr=top_k, top_p_ptr=top_p, min_p_ptr=min_p)
     groups = -(-vocab // MAX_GROUP)
@@ -401,7 +435,7 @@ def _draft_block(a: Arguments):
 def head_record(head: MixedHead) -> tuple[Head | None, torch.dtype, str]:
     """(the head's record, type of its product with W2, how W2 is widened; "fp8" is decided by the launch)."""
     w1, w2 = head.w1, head.w2
-    if w1 is None:
+    if w1 is None or w2 is None:  # neither: there is no head
         return None, torch.float32, "by_cast"
     dot_type, widening = product_type(w1, w2), "by_cast"
     if w2.dtype == torch.float8_e4m3fn:
@@ -414,13 +448,23 @@ def head_record(head: MixedHead) -> tuple[Head | None, torch.dtype, str]:
     return record, dot_type, widening
 
 
-def projection_record(head: MixedHead, hidden, head_state, products: int, latents: int, states: int, dot_type, take):
+def projection_record(
+    head: MixedHead,
+    hidden: Tensor | None,
+    head_state: Tensor | None,
+    products: int,
+    latents: int,
+    states: int,
+    dot_type: torch.dtype,
+    take: workspaces.Take,
+) -> tuple[str | None, Projection | None, torch.dtype]:
     """(kind, Projection, type of its products) of a head with latents.
 
     products, latents, states: rows of its scratch, as `workspaces.latents_of` takes them with `take`.
     """
     if head.mix_weight is None:
         return None, None, torch.float32
+    assert head.w1 is not None and hidden is not None  # what latents are made of
     rank = head.w1.shape[1]
     parts = head.mix_weight.shape[0] // rank
     kind = "gated" if parts == 1 else "rnn"
@@ -446,6 +490,7 @@ def projection_record(head: MixedHead, hidden, head_state, products: int, latent
 def confidence_record(head: ConfidenceWeights, confidence: Tensor | None, confidence_logits: Tensor | None) -> Confidence | None:
     if head.weight is None:
         return None
+    assert confidence is not None and confidence_logits is not None  # written where there is a head
     return Confidence(
         weight_ptr=head.weight, bias_ptr=head.bias, sts_ptr=head.sts_temperatures, scores_ptr=confidence,
         raw_ptr=confidence_logits, stride_scores=confidence.stride(0), stride_raw=confidence_logits.stride(0),

@@ -5,34 +5,45 @@ Dense: logits [S, K, V]; sparse, with candidates: ids and logits [S, K, C]; one-
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from ...checks import check_tensor, check_type
-from ...types import DenseProposal, DraftBlock, OneHotProposal, SparseProposal
+from ...types import ConfidenceHead, DenseProposal, DraftBlock, OneHotProposal, Proposal, SamplingTensors, SparseProposal
 
 
 def allocate(
-    base_logits, slots, rows, sampling, confidence, *, keep_logits, scattered, candidates=None, draft_to_target=None
+    base_logits: Tensor,
+    slots: int,
+    rows: int,
+    sampling: SamplingTensors | None,
+    confidence: ConfidenceHead | None,
+    *,
+    keep_logits: bool,
+    scattered: bool,
+    candidates: int | None = None,
+    draft_to_target: Tensor | None = None,
 ) -> DraftBlock:
     """candidates: entries per position of a sparse proposal. draft_to_target: of a dense one."""
     device, drafts = base_logits.device, base_logits.shape[1]
     # Slots that are not in the batch must hold something defined; without slots every element is written anyway.
-    new = torch.zeros if scattered else torch.empty
+    new: Callable[..., Tensor] = torch.zeros if scattered else torch.empty
 
-    def floats():
+    def floats() -> Tensor:
         return new(slots, drafts, dtype=torch.float32, device=device)
 
-    proposal = OneHotProposal()
+    proposal: Proposal = OneHotProposal()
     if sampling is not None or keep_logits:
         width = base_logits.shape[2] if candidates is None else candidates
         logits = new(slots, drafts, width, dtype=base_logits.dtype, device=device)
-        more = dict(lse=floats())
-        if sampling is None:
-            more = dict(temperature=torch.zeros(slots, dtype=torch.float32, device=device))
+        lse = None if sampling is None else floats()
+        temperature = torch.zeros(slots, dtype=torch.float32, device=device) if sampling is None else None
         if candidates is None:
-            proposal = DenseProposal(logits, draft_to_target=draft_to_target, **more)
+            proposal = DenseProposal(logits, lse, temperature, draft_to_target)
         else:
-            proposal = SparseProposal(new(slots, drafts, width, dtype=torch.int64, device=device), logits, **more)
+            proposal = SparseProposal(new(slots, drafts, width, dtype=torch.int64, device=device), logits, lse, temperature)
     return DraftBlock(
         tokens=torch.full((slots, drafts), -1, dtype=torch.int64, device=device),
         proposal=proposal,
@@ -42,7 +53,18 @@ def allocate(
     )
 
 
-def check_out(out, base_logits, slots, rows, sampling, confidence, first_draft, *, candidates=None, draft_to_target=None) -> int:
+def check_out(
+    out: DraftBlock,
+    base_logits: Tensor,
+    slots: int,
+    rows: int,
+    sampling: SamplingTensors | None,
+    confidence: ConfidenceHead | None,
+    first_draft: int,
+    *,
+    candidates: int | None = None,
+    draft_to_target: Tensor | None = None,
+) -> int:
     """Check a caller's DraftBlock; returns the column of its first draft."""
     check_type("out", out, DraftBlock)
     device, drafts = base_logits.device, base_logits.shape[1]
@@ -56,21 +78,21 @@ def check_out(out, base_logits, slots, rows, sampling, confidence, first_draft, 
             check_tensor(f"out.{name}", getattr(out, name), shape=(slots, columns), device=device)
     elif out.confidence is not None or out.confidence_logits is not None:
         raise ValueError("out.confidence: expected None because no `confidence` head is given, got a tensor")
-    proposal, kind, given = out.proposal, DenseProposal, "`sampling`"
-    if candidates is not None:
-        kind, given = SparseProposal, "`sampling` and `candidates`"
+    proposal = out.proposal
+    kind: type[DenseProposal | SparseProposal] = DenseProposal if candidates is None else SparseProposal
     if not isinstance(proposal, kind):
+        given = "`sampling`" if candidates is None else "`sampling` and `candidates`"
         if sampling is not None:
             raise TypeError(f"out.proposal: expected {kind.__name__} with {given}, got {type(proposal).__name__}")
         check_type("out.proposal", proposal, OneHotProposal)
         return column
-    if candidates is None and proposal.probs:
+    if isinstance(proposal, DenseProposal) and proposal.probs:
         raise ValueError("out.proposal.probs: expected False, because drafting stores logits, got True")
     shape = (slots, columns, base_logits.shape[2] if candidates is None else candidates)
-    if candidates is not None:
+    if isinstance(proposal, SparseProposal):
         check_tensor("out.proposal.ids", proposal.ids, shape=shape, device=device)
     check_tensor("out.proposal.logits", proposal.logits, dtype=base_logits.dtype, shape=shape, device=device)
-    if candidates is None and (proposal.draft_to_target is None) != (draft_to_target is None):
+    if isinstance(proposal, DenseProposal) and (proposal.draft_to_target is None) != (draft_to_target is None):
         wanted = "None, as in this call" if draft_to_target is None else "the map of this call"
         raise ValueError(f"out.proposal.draft_to_target: expected {wanted}")
     if sampling is None:

@@ -25,14 +25,14 @@ from ...launch import arch
 from ...launch.draft import dense as draft_launch
 from ...library import Out
 from ..sampling import Flat, adjust_settings
-from ..shards import Fields, Shard
+from ..shards import Field, Fields, Shard
 from .args import ConfidenceWeights, MixedHead, stride_of, type_name
 from .dense import confidence_record, head_record, projection_record
 
 OP = "draft_block_partial"
 
 
-def _counters(take, requests: int) -> tuple[Tensor, Tensor]:
+def _counters(take: workspaces.Take, requests: int) -> tuple[Tensor, Tensor]:
     """The rank's best packed keys and the flags of rows. Arrivals and barrier are the reserved words."""
     return take(requests, torch.int64), take(requests, torch.int32)
 
@@ -44,7 +44,7 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
 
 def fields_of(requests: int, shard: Shard, with_lse: bool) -> Fields:
     """What a part of a position holds."""
-    fields = dict(words=(torch.int64, (requests,)), status=(torch.int64, (requests,)))
+    fields: dict[str, Field] = dict(words=(torch.int64, (requests,)), status=(torch.int64, (requests,)))
     if with_lse:
         sub_blocks = (requests, shard.blocks(SUB_BLOCK))
         fields |= dict(sub_block_sumexp=(torch.int64, sub_blocks), sub_block_max=(torch.float32, sub_blocks))
@@ -77,7 +77,7 @@ class PartialArguments(NamedTuple):
 
 
 @library.register("draft_block_partial", PartialArguments)
-def draft_block_partial(a: PartialArguments):
+def draft_block_partial(a: PartialArguments) -> None:
     device, sampling = a.base_logits.device, a.sampling
     kernels = library.kernels("draft.shards", device)
     (rows, drafts, _), shard = a.base_logits.shape, a.shard
@@ -168,7 +168,7 @@ class FinishArguments(NamedTuple):
 
 
 @library.register("draft_block_finish", FinishArguments)
-def draft_block_finish(a: FinishArguments):
+def draft_block_finish(a: FinishArguments) -> None:
     kernels = library.kernels("draft.shards", a.tokens.device)
     rows = a.flags.shape[0]
     shard = a.shard

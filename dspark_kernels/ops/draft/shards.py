@@ -127,7 +127,7 @@ def draft_block_partial(
             draft_to_target=draft_to_target, targets=targets, first_draft=first_draft, state_indices=state_indices,
             keep_logits=keep_logits, out=out, workspace=workspace,
         )  # fmt: skip
-    _check_position(position, drafts)
+    position = _check_position(position, drafts)
     _check_filters(sampling)
     hidden_size = draft._check_hidden(hidden, head, None, rows, drafts, device)
     if isinstance(head, RnnMarkovHead) and head_state is None:
@@ -218,7 +218,8 @@ def draft_block_finish(
     if candidates is not None:
         _check_no_position(position)
         return _finish_candidates(
-            gathered, block, base_logits, anchors, head, anchor_positions=anchor_positions, vocab_start=vocab_start,
+            gathered, block, check_tensor("base_logits", base_logits), anchors, head,
+            anchor_positions=check_tensor("anchor_positions", anchor_positions), vocab_start=vocab_start,
             vocab_shards=vocab_shards, vocab_size=vocab_size, sampling=sampling, hidden=hidden, confidence=confidence,
             candidates=candidates, draft_to_target=draft_to_target, head_state=head_state, noise=noise, first_draft=first_draft,
             state_indices=state_indices, workspace=workspace,
@@ -228,7 +229,7 @@ def draft_block_finish(
     rows = block.flags.shape[0]
     drafts = columns if num_drafts is None else check_int("num_drafts", num_drafts, low=1, high=columns)
     column = 0 if columns == drafts else first_draft
-    _check_position(position, drafts)
+    position = _check_position(position, drafts)
     check_tensor("block.tokens", block.tokens, device=device)
     check_tensor("anchors", anchors, shape=(slots,))
     check_optional("state_indices", state_indices, dtype=INT_DTYPES, shape=(rows,), device=device, contiguous=True)
@@ -273,9 +274,19 @@ def draft_block_finish(
 
 
 def _check_call(
-    base_logits, anchors, anchor_positions, head, sampling, draft_to_target, state_indices, noise, first_draft, vocab_start,
-    vocab_shards, vocab_size,
-):  # fmt: skip
+    base_logits: Tensor,
+    anchors: Tensor,
+    anchor_positions: Tensor,
+    head: MarkovHead | None,
+    sampling: SamplingTensors | None,
+    draft_to_target: Tensor | None,
+    state_indices: Tensor | None,
+    noise: Noise,
+    first_draft: int,
+    vocab_start: int,
+    vocab_shards: int,
+    vocab_size: int | None,
+) -> tuple[int, int, Shard, int]:
     """What the calls with base logits check alike: rows R, drafts K, the shard, and the number of target ids."""
     rows, drafts, width = draft._check_inputs(base_logits, anchors, anchor_positions, state_indices)
     device, slots = base_logits.device, anchors.shape[0]
@@ -288,9 +299,27 @@ def _check_call(
 
 
 def _finish_candidates(
-    gathered, block, base_logits, anchors, head, *, anchor_positions, vocab_start, vocab_shards, vocab_size, sampling, hidden,
-    confidence, candidates, draft_to_target, head_state, noise, first_draft, state_indices, workspace,
-):  # fmt: skip
+    gathered: Tensor,
+    block: DraftBlock,
+    base_logits: Tensor,
+    anchors: Tensor,
+    head: MarkovHead | None,
+    *,
+    anchor_positions: Tensor,
+    vocab_start: int,
+    vocab_shards: int,
+    vocab_size: int | None,
+    sampling: SamplingTensors | None,
+    hidden: Tensor | None,
+    confidence: ConfidenceHead | None,
+    candidates: int,
+    draft_to_target: Tensor | None,
+    head_state: Tensor | None,
+    noise: Noise,
+    first_draft: int,
+    state_indices: Tensor | None,
+    workspace: workspaces.Workspace | None,
+) -> DraftBlock:
     rows, drafts, shard, targets = _check_call(
         base_logits, anchors, anchor_positions, head, sampling, draft_to_target, state_indices, noise, first_draft, vocab_start,
         vocab_shards, vocab_size,
@@ -308,16 +337,16 @@ def _finish_candidates(
     )  # fmt: skip
 
 
-def _check_no_position(position):
+def _check_no_position(position: int | None) -> None:
     if position is not None:
         raise ValueError(f"position: expected None with `candidates`, whose one gather is for all positions, got {position}")
 
 
-def _check_position(position, drafts):
-    check_int("position", position, low=0, high=drafts - 1)
+def _check_position(position: int | None, drafts: int) -> int:
+    return check_int("position", position, low=0, high=drafts - 1)
 
 
-def _check_filters(sampling):
+def _check_filters(sampling: SamplingTensors | None) -> None:
     why = (
         "of the dense form: a threshold is searched for over the whole row, which no rank has, so it would take a gather for each "
         "step of the search, or of whole rows; `candidates` filters after one gather"

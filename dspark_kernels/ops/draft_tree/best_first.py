@@ -5,7 +5,7 @@ Reference: reference/tree_draft.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,6 @@ from ..draft.args import (
     confidence_weights,
     has_latents,
     latent_room,
-    type_name,
     weights_name,
     weights_of,
 )
@@ -48,17 +47,19 @@ from ..draft.candidates import LEAST_GROUP, head_records, hidden_states, selecti
 from .inputs import Nodes, TreeCall, nodes_of
 
 OP = "draft_tree"
+NodeScratch = TypeVar("NodeScratch", PathScratch, DepthScratch)
+NO_LATENTS = LatentScratch(None, None, None)  # until `_with_latents`
 NEEDS, NEEDS_DENSE = "draft_tree paths", "draft_tree dense paths"
 
 
-def _counters(take, requests: int, drafts: int) -> tuple[Tensor, PathCounters]:
+def _counters(take: workspaces.Take, requests: int, drafts: int) -> tuple[Tensor, PathCounters]:
     """Arrivals at rows, for `Selection`, and the others."""
     rows = take(requests * drafts, torch.int32)
     return rows, PathCounters(request_ptr=take(requests, torch.int32), status_ptr=take(requests * drafts, torch.int32))
 
 
 def _scratch(
-    take, requests: int, drafts: int, vocab: int, group: int, candidates: int, nodes: int, width: int
+    take: workspaces.Take, requests: int, drafts: int, vocab: int, group: int, candidates: int, nodes: int, width: int
 ) -> tuple[Selection, BlockSums, PathScratch]:
     """Scratch on candidates, without latents. nodes: of a tree, width: candidates of a node, both padded."""
     positions, blocks = requests * drafts, -(-vocab // VOCAB_BLOCK)
@@ -66,7 +67,7 @@ def _scratch(
     scores, kept = take(positions, torch.float32), take(requests * NODE_FIELDS * nodes, torch.int32)
     sums = BlockSums(max_ptr=take(positions * blocks, torch.float32), sumexp_ptr=take(positions * blocks, torch.int64))
     logits = take(requests * nodes * width, torch.float32)
-    return selection, sums, PathScratch(scores, kept, logits, latents=None)
+    return selection, sums, PathScratch(scores, kept, logits, NO_LATENTS)
 
 
 @workspaces.declare(NEEDS)
@@ -75,11 +76,13 @@ def _needs(requests: int, drafts: int, vocab: int) -> tuple[int, int]:
     return workspaces.measured(_counters, requests, drafts), workspaces.measured(_scratch, requests, drafts, vocab, *most)
 
 
-def _dense_counters(take, requests: int) -> PhaseCounters:
+def _dense_counters(take: workspaces.Take, requests: int) -> PhaseCounters:
     return PhaseCounters(*(take(requests, torch.int32) for _ in PhaseCounters._fields))
 
 
-def _dense_scratch(take, requests: int, drafts: int, vocab: int, nodes: int, children: int) -> tuple[DepthScratch, RowScratch]:
+def _dense_scratch(
+    take: workspaces.Take, requests: int, drafts: int, vocab: int, nodes: int, children: int
+) -> tuple[DepthScratch, RowScratch]:
     """Scratch on the whole vocabulary, without latents. nodes: of a tree, padded; children: largest number per depth."""
     rows, sub_blocks = requests * children, -(-vocab // TREE_SUB_BLOCK)
     depths = DepthScratch(
@@ -89,7 +92,7 @@ def _dense_scratch(take, requests: int, drafts: int, vocab: int, nodes: int, chi
         entries_ptr=take(requests * nodes, torch.float32),
         tokens_ptr=take(requests * nodes, torch.int32),
         score_ptr=take(requests * drafts, torch.float32),
-        latents=None,
+        latents=NO_LATENTS,
     )
     return depths, RowScratch(
         sub_block_max_ptr=take(rows * sub_blocks, torch.float32),
@@ -137,7 +140,7 @@ def by_probability(call: TreeCall, out: DraftTree, workspace: Workspace | None) 
         head=LatentHead(*weights_of(head)),
         hidden=hidden if confidence is not None or has_latents(head) else None,
         confidence_head=confidence_head,
-        embeds=call.head.w1 if confidence_head.with_markov(hidden) else None,
+        embeds=call.head.w1 if call.head is not None and confidence_head.with_markov(hidden) else None,
         temperature=None if call.sampling is None else call.sampling.temperature,
         node_budgets=call.node_budgets,
         state_indices=call.state_indices,
@@ -198,7 +201,7 @@ class CandidateArguments(NamedTuple):
 
 
 @library.register("draft_paths", CandidateArguments)
-def _draft_paths(arguments: CandidateArguments):
+def _draft_paths(arguments: CandidateArguments) -> None:
     a, candidates = arguments
     device = a.base_logits.device
     kernels = library.kernels("draft_tree.best_first", device)
@@ -238,14 +241,14 @@ def _draft_paths(arguments: CandidateArguments):
 
 
 @library.register("draft_paths_dense", PathArguments)
-def _draft_paths_dense(a: PathArguments):
+def _draft_paths_dense(a: PathArguments) -> None:
     device = a.base_logits.device
     kernels = library.kernels("draft_tree.best_first_dense", device)
     rows, drafts, vocab = a.base_logits.shape
     nodes, outputs = a.tree.tokens.shape[1], a.head.outputs
     kind, head, latent = head_records(a.head)
     gpu = arch.current(device)
-    config = launch.pick_dense(gpu, vocab, nodes, a.head.rank, type_name(a.head.w2.dtype), outputs > 0)
+    config = launch.pick_dense(gpu, vocab, nodes, a.head.rank, weights_name(a.head.w2), outputs > 0)
     counters = _dense_counters(workspaces.Carver(a.lent.counters, workspaces.RESERVED).take, rows)
     take, children = workspaces.Carver(a.lent.scratch).take, max(1, nodes - 1)
     depths, row_scratch = _dense_scratch(take, rows, drafts, vocab, config.nodes, children)
@@ -265,11 +268,16 @@ def _draft_paths_dense(a: PathArguments):
 
 
 def _with_latents(
-    scratch: PathScratch | DepthScratch, take, head: Head | None, latent: Latent | None, products: int, nodes: int
-) -> PathScratch | DepthScratch:
+    scratch: NodeScratch,
+    take: workspaces.Take,
+    head: Head | None,
+    latent: Latent | None,
+    products: int,
+    nodes: int,
+) -> NodeScratch:
     """The scratch with room for a gated or rnn head: products with all hidden states, and latents of the nodes of all trees."""
     precomputed = latents = states = scratch.score_ptr  # without a latent nobody reads them
-    if latent is not None:
+    if head is not None and latent is not None:
         sizes = (products, nodes, 2 * nodes, head.rank, latent.outputs // head.rank)
         precomputed, latents, states = workspaces.latents_of(take, *sizes)
     return scratch._replace(latents=LatentScratch(precomputed, latents, latents if states is None else states))

@@ -6,19 +6,24 @@ Symbols: R requests, S request slots, K positions, V vocabulary, H hidden size, 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ...checks import INT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type, not_yet
-from ...choices import METHODS, STATIC_METHODS
+from ...checks import INT_DTYPES, LOGIT_DTYPES, check_choice, check_int, check_optional, check_tensor, check_type, not_yet
+from ...choices import METHODS, STATIC_METHODS, Drawn, Method, StaticMethod
 from ...library import Out
-from ...types import ConfidenceHead, DenseProposal, DraftTree, MarkovHead, OneHotProposal, SamplingTensors
+from ...types import ConfidenceHead, DenseProposal, DraftTree, MarkovHead, OneHotProposal, Proposal, SamplingTensors
 from ..draft import dense as draft
 
 MAX_NODES = 64
 SAMPLED = ("iid", "without_replacement")
+
+
+def drawn_by(method: Method) -> Drawn:
+    """How a method chooses children."""
+    return method if method == "iid" or method == "without_replacement" else "one_hot"
 
 
 # Settings that no method supports.
@@ -39,7 +44,7 @@ class TreeCall:
     anchors: Tensor
     head: MarkovHead | None
     anchor_positions: Tensor
-    method: str
+    method: Method
     num_nodes: int
     branching: tuple[int, ...] | None
     node_budgets: Tensor | None
@@ -99,7 +104,7 @@ def check_branching(call: TreeCall) -> None:
         check_int(f"branching[{depth}]", wanted, low=1)
 
 
-def check_settings(op: str, sampling: SamplingTensors | None, method: str, slots: int, device) -> None:
+def check_settings(op: str, sampling: SamplingTensors | None, method: Method, slots: int, device: torch.device) -> None:
     if sampling is None:
         if method in SAMPLED:
             raise ValueError(f"sampling: expected SamplingTensors with method {method!r}, got None")
@@ -113,23 +118,45 @@ def check_settings(op: str, sampling: SamplingTensors | None, method: str, slots
         not_yet(op, "sampling.logit_bias", f"with method {method!r} it is")
 
 
-def target_ids(call) -> int:
+class Biased(Protocol):
+    """What `target_ids` reads of a call."""
+
+    @property
+    def base_logits(self) -> Tensor: ...
+    @property
+    def anchors(self) -> Tensor: ...
+    @property
+    def sampling(self) -> SamplingTensors | None: ...
+    @property
+    def head(self) -> MarkovHead | None: ...
+    @property
+    def draft_to_target(self) -> Tensor | None: ...
+
+
+def target_ids(call: Biased) -> int:
     """Number of target ids that head, bias and map have; of a call with `sampling`, `head`, `draft_to_target`."""
-    logits = call.base_logits
-    slots, drafts, vocab = call.anchors.shape[0], *logits.shape[1:]
+    logits, slots = call.base_logits, call.anchors.shape[0]
+    _, drafts, vocab = logits.shape
     return draft._check_sampling(call.sampling, call.head, call.draft_to_target, slots, drafts, vocab, logits.device)
 
 
 def allocate(
-    slots: int, rows: int, nodes: int, like: Tensor | None, drawn: str, ids: Tensor | None, device, survival: bool = False
+    slots: int,
+    rows: int,
+    nodes: int,
+    like: Tensor | None,
+    drawn: Drawn,
+    ids: Tensor | None,
+    device: torch.device,
+    survival: bool = False,
 ) -> DraftTree:
     """A tree in which no slot has a node yet. like: logits [..., V] of the dtype and width that the nodes' distributions are kept
     in, None where none are; ids: `draft_to_target` of these."""
 
-    def filled(*shape, fill=-1, dtype=torch.int32):
+    def filled(*shape: int, fill: float = -1, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.full(shape, fill, dtype=dtype, device=device)
 
-    proposal = OneHotProposal()
+    proposal: Proposal = OneHotProposal()
     if like is not None:
         # A node without children has no distribution: its row is zero.
         proposal = DenseProposal(torch.zeros(slots, nodes, like.shape[-1], dtype=like.dtype, device=device), draft_to_target=ids)
@@ -148,7 +175,16 @@ def allocate(
     )
 
 
-def check_out(out, slots: int, rows: int, nodes: int, like: Tensor | None, drawn: str, ids: Tensor | None, device) -> DraftTree:
+def check_out(
+    out: DraftTree,
+    slots: int,
+    rows: int,
+    nodes: int,
+    like: Tensor | None,
+    drawn: Drawn,
+    ids: Tensor | None,
+    device: torch.device,
+) -> DraftTree:
     """Check a caller's tree against what `allocate` would make from the same arguments."""
     check_type("out", out, DraftTree)
     check_tensor("out.tokens", out.tokens, shape=(slots, nodes), device=device)
@@ -159,6 +195,7 @@ def check_out(out, slots: int, rows: int, nodes: int, like: Tensor | None, drawn
         check_type("out.proposal", out.proposal, OneHotProposal)
     else:
         check_type("out.proposal", out.proposal, DenseProposal)
+        assert isinstance(out.proposal, DenseProposal)  # checked
         shape = (slots, nodes, like.shape[-1])
         check_tensor("out.proposal.logits", out.proposal.logits, dtype=like.dtype, shape=shape, device=device)
         if (out.proposal.draft_to_target is None) != (ids is None):
@@ -166,11 +203,22 @@ def check_out(out, slots: int, rows: int, nodes: int, like: Tensor | None, drawn
     return out
 
 
-def check_expansion(op, tree, node_logits, depth, branching, anchor_positions, method, sampling, node_budgets, draft_to_target,
-                    state_indices) -> None:  # fmt: skip
+def check_expansion(
+    op: str,
+    tree: DraftTree,
+    node_logits: Tensor,
+    depth: int,
+    branching: int,
+    anchor_positions: Tensor,
+    method: StaticMethod,
+    sampling: SamplingTensors | None,
+    node_budgets: Tensor | None,
+    draft_to_target: Tensor | None,
+    state_indices: Tensor | None,
+) -> None:
     """Check every argument of `expand_tree`."""
     check_type("tree", tree, DraftTree)
-    check_tensor("node_logits", node_logits, dtype=draft.LOGIT_DTYPES, shape=("R", "F", "V"), last_contiguous=True)
+    check_tensor("node_logits", node_logits, dtype=LOGIT_DTYPES, shape=("R", "F", "V"), last_contiguous=True)
     rows, width, vocab = node_logits.shape
     device, slots = node_logits.device, tree.tokens.shape[0]
     check_tensor("tree.tokens", tree.tokens, device=device)

@@ -7,6 +7,7 @@ greatest probability. Reference: reference/tree_draft.py. Sources: EAGLE arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ from ..draft.args import MixedHead, base_record, has_latents, latent_room, strid
 from ..draft.candidates import hidden_states
 from . import inputs as tree_inputs
 from .best_first import by_probability
-from .inputs import SAMPLED, Nodes, TreeCall, nodes_of
+from .inputs import SAMPLED, Nodes, TreeCall, drawn_by, nodes_of
 
 OP = "draft_tree"
 EXPAND = "expand_tree"
@@ -105,7 +106,7 @@ def draft_tree(
         candidates, draft_to_target, state_indices,
     )  # fmt: skip
     tree_inputs.check_call(OP, call)
-    drawn = method if method in SAMPLED else "one_hot"
+    drawn = drawn_by(method)
     kept = base_logits if method in SAMPLED else None
     shape = (anchors.shape[0], base_logits.shape[0], num_nodes, kept, drawn, draft_to_target)
     if out is None:
@@ -170,10 +171,10 @@ def expand_tree(
     return out
 
 
-def _copied(tree: DraftTree, out: DraftTree | None, like: Tensor | None, method: str, ids: Tensor | None) -> DraftTree:
+def _copied(tree: DraftTree, out: DraftTree | None, like: Tensor | None, method: Method, ids: Tensor | None) -> DraftTree:
     """A tree with the content of `tree` and room for the distributions of new children: `out`, checked, or a new one."""
     slots, nodes = tree.tokens.shape
-    drawn = method if like is not None else "one_hot"
+    drawn = drawn_by(method)
     shape = (slots, tree.flags.shape[0], nodes, like, drawn, ids, tree.tokens.device)
     if out is None:
         out = tree_inputs.allocate(*shape)
@@ -183,7 +184,8 @@ def _copied(tree: DraftTree, out: DraftTree | None, like: Tensor | None, method:
     if like is not None and isinstance(tree.proposal, DenseProposal):
         logits = tree.proposal.logits
         check_tensor("tree.proposal.logits", logits, dtype=like.dtype, shape=(slots, nodes, like.shape[-1]), device=like.device)
-        sources.append((logits, out.proposal.logits))
+        if isinstance(out.proposal, DenseProposal):  # always: checked, or made like this
+            sources.append((logits, out.proposal.logits))
     for source, target in sources:
         if source is not target:
             target.copy_(source)
@@ -200,15 +202,30 @@ def _by_shape(call: TreeCall, out: DraftTree, workspace: Workspace | None) -> No
         OP, call.base_logits, call.head, call.hidden, anchors=call.anchors, anchor_positions=call.anchor_positions,
         sampling=call.sampling, node_budgets=call.node_budgets, draft_to_target=call.draft_to_target,
         state_indices=call.state_indices, out=out, workspace=workspace, method=call.method,
-        depths=tree_launch.depths_of(call.branching, call.base_logits.shape[1], call.num_nodes), level=None,
+        depths=tree_launch.depths_of(call.branching or (), call.base_logits.shape[1], call.num_nodes), level=None,
         targets=tree_inputs.target_ids(call),
     )  # fmt: skip
 
 
 def _launch(
-    op, base_logits, head, hidden, *, anchors, anchor_positions, sampling, node_budgets, draft_to_target, state_indices, out,
-    workspace, method, depths, level, targets,
-) -> None:  # fmt: skip
+    op: str,
+    base_logits: Tensor,
+    head: MarkovHead | None,
+    hidden: Tensor | None,
+    *,
+    anchors: Tensor | None,
+    anchor_positions: Tensor,
+    sampling: SamplingTensors | None,
+    node_budgets: Tensor | None,
+    draft_to_target: Tensor | None,
+    state_indices: Tensor | None,
+    out: DraftTree,
+    workspace: Workspace | None,
+    method: Method,
+    depths: list[tuple[int, int]],
+    level: int | None,
+    targets: int,
+) -> None:
     """depths: (nodes, children of each) of every depth.
 
     level: the depth whose nodes base_logits have a row each for; None = a row per position.
@@ -229,15 +246,15 @@ def _launch(
         anchor_positions=anchor_positions,
         head=MixedHead(*weights_of(head)),
         hidden=hidden if has_latents(head) else None,
-        temperature=sampling.temperature if sampled else None,
-        seed=sampling.seed if sampled else None,
+        temperature=sampling.temperature if sampling is not None and sampled else None,
+        seed=sampling.seed if sampling is not None and sampled else None,
         logit_bias=None if sampling is None else sampling.logit_bias,
         node_budgets=node_budgets,
         draft_to_target=draft_to_target,
         state_indices=state_indices,
         tree=nodes_of(out),
         flags=out.flags,
-        law=out.proposal.logits if sampled else None,
+        law=out.proposal.logits if sampled and isinstance(out.proposal, DenseProposal) else None,
         lent=lent,
         method=method,
         widths=[width for width, _ in depths],
@@ -248,17 +265,19 @@ def _launch(
     _draft_tree(arguments)
 
 
-def _largest(depths) -> tuple[int, int]:
+def _largest(depths: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The largest number of nodes, and of children of all nodes, of any depth."""
     return max(width for width, _ in depths), max(width * wanted for width, wanted in depths)
 
 
-def _counters(take, requests: int, nodes: int) -> tuple[Tensor, Tensor]:
+def _counters(take: workspaces.Take, requests: int, nodes: int) -> tuple[Tensor, Tensor]:
     """The ticket, the counter of finished items, and the flags of rows."""
     return take(2, torch.int32), take(requests * nodes, torch.int32)
 
 
-def _scratch(take, requests: int, nodes: int, vocab: int, width: int, children: int, by_sumexp: bool) -> StaticScratch:
+def _scratch(
+    take: workspaces.Take, requests: int, nodes: int, vocab: int, width: int, children: int, by_sumexp: bool
+) -> StaticScratch:
     """width, children: of `_largest`. by_sumexp: children are drawn independently."""
     blocks = -(-vocab // VOCAB_BLOCK)
     return StaticScratch(
@@ -306,7 +325,7 @@ class Arguments(NamedTuple):
 
 
 @library.register("draft_tree", Arguments)
-def _draft_tree(a: Arguments):
+def _draft_tree(a: Arguments) -> None:
     device = a.base_logits.device
     kernels = library.kernels("draft_tree.static", device)
     rows, _, vocab = a.base_logits.shape
