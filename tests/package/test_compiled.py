@@ -22,29 +22,30 @@ PARTS = {
     "the machine, layouts": ("", ["machine", "layout", "compact", "attention_plan", "example"]),
     "schedules": ("equals_reference or ties_across or beyond_tables or large_batches and not (700 and causal)", ["schedule"]),
     "attention": (
-        "reference_in_parts and not full or number_types and False or byte_of_fp8 or last_row_of_its_path or a_prompt_shares",
+        "reference_in_parts and (tree or chain and plain) or number_types and False or byte_of_fp8 or last_row_of_its_path and 3 "
+        "or a_prompt_shares",
         ["attention"],
     ),
     "dense drafts": ("not (shared or two_inf or fresh_outputs or anchor_outside or padding_rows)", ["draft", "golden_units"]),
-    "heads": ("launch and gated or many_requests or goes_on or ranks_beyond", ["draft_heads"]),
+    "heads": ("many_requests or goes_on or ranks_beyond", ["draft_heads"]),
     "sampling": ("not (passes_over or out_of_range)", ["sampling"]),
     "candidates": (
         "equals_reference or equal_reference or filters_see and first or acceptance_reads or any_batch or successors_join",
         ["candidates", "candidates_drawn"],
     ),
     "acceptance": (
-        "equals_reference or is_the_reference or many_uniforms or settings_act or share_ids or forced_rates",
+        "equals_reference or is_the_reference or many_uniforms or settings_act or forced_rates",
         ["accept"],
     ),
     "acceptance of trees": ("many_decisions or full_trees or (not_finite or bad_token_ids) and walk", ["tree"]),
     "draft trees": (
-        "test_equals_reference or best_first_equals or candidates_equal or whole_rows_equal or distribution_of_their or "
+        "test_equals_reference or best_first_equals or candidates_equal or whole_rows_equal or distribution_of_their_method or "
         "latents_follow and (top_k and rnn or without_replacement and gated)",
         ["tree_draft", "tree_paths"],
     ),
     "shards of acceptance": ("any_cut and not sparse-False-token or block_rule and dense or one_gather", ["shards_accept"]),
     "shards of drafts": (
-        "latents and not dtype1 or any_cut or whole_sub_blocks or ties_go",
+        "heads_with_latents and not dtype1 or any_cut and not with_latents or whole_sub_blocks or ties_go",
         ["shards_draft", "shards_candidates"],
     ),
     "batches": ("draft_block_in_any_batch and True or draft_tree_in_any_batch and iid", ["invariance"]),
