@@ -108,6 +108,7 @@ def test_compile():
 
 def test_tensor_parallel():
     """Two processes under torchrun emit what one emits."""
+    pytest.importorskip("triton")
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,
@@ -121,7 +122,8 @@ def test_tensor_parallel():
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    shown = [[int(token) for token in re.findall(r"\d+", line)[1:]] for line in done.stdout.splitlines()]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("request ")]  # gloo may have written others
+    shown = [[int(token) for token in re.findall(r"\d+", line)[1:]] for line in lines]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert load("tensor_parallel").main("cpu", 2) == shown
