@@ -7,8 +7,10 @@ padding row), temperatures [R, 1], tree links in any order.
 import inspect
 import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ import reference.draft
 from dspark_kernels import DenseProposal, GatedMarkovHead, MarkovHead, RnnMarkovHead, SamplingTensors, VerifyLayout
 from dspark_kernels.integrations import guard, sglang as adapter
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 R, K, V, H, RANK = 3, 3, 29, 6, 4
 W = K + 1
 POSITIONS, KEY = torch.tensor([30, 7, 12]), 12345
@@ -150,6 +153,28 @@ def test_acceptance_equals_the_reference(block):
         assert accepted[0] == K and accepted[2] == 0
         found.add(int(accepted[1]))
     assert len(found) > 1
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_acceptance_equals_sglang_under_the_same_uniforms(rule):
+    """What SGLang 0.5.23's kernel accepted when it was given the acceptance uniforms of these seeds and positions."""
+    recorded = {name: torch.from_numpy(array) for name, array in np.load(DATA / "sglang_chain.npz").items()}
+    target, drafts, temperature = recorded["target_logits"].flatten(0, 1), recorded["drafts"], recorded["temperature"]
+    count = len(drafts)
+    info = SimpleNamespace(
+        is_all_greedy=False, temperatures=temperature[:, None], need_top_k_sampling=False, need_top_p_sampling=False
+    )
+    drawn = SimpleNamespace(
+        greedy_mask=torch.zeros(count, dtype=torch.bool), greedy_draft=False, corrected_logits=recorded["draft_logits"],
+        temperatures=temperature,
+    )  # fmt: skip
+    accepted, _, _ = adapter.accept_draft_tokens(
+        SimpleNamespace(rows=lambda count, device: (recorded["seeds"], recorded["anchor_positions"])),
+        candidates=torch.cat([torch.zeros(count, 1, dtype=torch.int64), drafts], 1), target_logits=target, draft_block=drawn,
+        sampling_info=info, draft_input=None, gamma=3, verify_num_draft_tokens=4, block_verification=rule == "block",
+    )  # fmt: skip
+    assert torch.equal(accepted, recorded[f"accepted_{rule}"]) and set(accepted.tolist()) == {0, 1, 2, 3}
+    assert not torch.equal(recorded["accepted_token"], recorded["accepted_block"])
 
 
 def test_greedy_acceptance_is_exact():
