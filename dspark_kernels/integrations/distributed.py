@@ -14,6 +14,7 @@ rank.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,7 @@ class VocabularyShards:
         self._device, self._group = check_device("device", device), group
         shard = check_shard(self.width, self.rank * self.width, self.ranks, vocab_size)
         self.start, self.held = shard.start, shard.held
-        self._cut = dict(vocab_start=shard.start, vocab_shards=shard.count, vocab_size=shard.vocab)
+        self._cut: dict[str, Any] = dict(vocab_start=shard.start, vocab_shards=shard.count, vocab_size=shard.vocab)
         self._workspace = Workspace(max_requests, max_drafts, vocab_size, self._device, markov_rank=markov_rank)
         self._gathers = [_Gather(shard, group, self._device) for _ in range(3)]  # acceptance needs those of its phases together
         self._states: dict[tuple[int, int], Tensor] = {}
@@ -154,13 +155,18 @@ class VocabularyShards:
             torch.distributed raises.
         """
         rows, drafts, _ = check_tensor("base_logits", base_logits, shape=("R", "K", self.width)).shape
-        common = dict(
+        if drafts == 0:
+            raise ValueError(f"base_logits: expected K >= 1, got shape {list(base_logits.shape)}")
+        if head is not None:
+            check_type("head", head, MarkovHead)
+        common: dict[str, Any] = dict(
             sampling=sampling, confidence=confidence, candidates=candidates, first_draft=first_draft, state_indices=state_indices,
             workspace=self._workspace, **self._cut,
         )  # fmt: skip
-        own = dict(anchor_positions=anchor_positions, draft_to_target=draft_to_target, noise=noise)
+        own: dict[str, Any] = dict(anchor_positions=anchor_positions, draft_to_target=draft_to_target, noise=noise)
         gather = self._gathers[0]
         if candidates is not None:
+            check_int("candidates", candidates, low=1)
             words = candidate_shards.part_words(base_logits, head, candidates=candidates, draft_to_target=draft_to_target)
             part, block = draft_shards.draft_block_partial(
                 base_logits, anchors, head, block=out, hidden=hidden, head_state=head_state, keep_logits=keep_logits,
@@ -174,14 +180,13 @@ class VocabularyShards:
         proposal = None if out is None else out.proposal
         with_lse = sampling is not None if out is None else isinstance(proposal, DenseProposal) and proposal.lse is not None
         words = draft_shards.part_words(rows, self.width, with_lse)
-        block = out
         for position in range(drafts):
-            part, block = draft_shards.draft_block_partial(
-                base_logits, anchors, head, position=position, block=block, hidden=hidden, head_state=head_state,
+            part, out = draft_shards.draft_block_partial(
+                base_logits, anchors, head, position=position, block=out, hidden=hidden, head_state=head_state,
                 keep_logits=keep_logits, out=gather.part(words), **common, **own,
             )  # fmt: skip
-            draft_shards.draft_block_finish(
-                gather(part), block, anchors, head, position=position, hidden=hidden, num_drafts=drafts, **common
+            block = draft_shards.draft_block_finish(
+                gather(part), out, anchors, head, position=position, hidden=hidden, num_drafts=drafts, **common
             )
         return block
 
@@ -215,9 +220,9 @@ class VocabularyShards:
             torch.distributed raises.
         """
         check_tensor("target_logits", target_logits, shape=("L", self.width))
-        drawn = dict(sampling=sampling, rule=rule)
-        sizes = dict(state_indices=state_indices, **drawn, **self._cut)
-        call = dict(target_scaled=target_scaled, workspace=self._workspace, **sizes)
+        drawn: dict[str, Any] = dict(sampling=sampling, rule=rule)
+        sizes: dict[str, Any] = dict(state_indices=state_indices, **drawn, **self._cut)
+        call: dict[str, Any] = dict(target_scaled=target_scaled, workspace=self._workspace, **sizes)
         gathered: tuple[Tensor, ...] = ()
         for phase, gather in zip(accept_shards.accept_phases(proposal, **drawn), self._gathers, strict=False):
             part = gather.part(accept_shards.part_words(target_logits, layout, proposal, phase=phase, **sizes))

@@ -70,7 +70,7 @@ def chain_speculative_sampling(
     acceptance = _accept(draft_probs, draft_token_ids, target_probs, seeds)
     counts[0] += _alone(draft_probs, draft_token_ids, target_probs, acceptance.num_accepted, seeds)
     counts[1] += acceptance.num_accepted
-    return acceptance.tokens.to(torch.int32), *counts
+    return acceptance.tokens.to(torch.int32), counts[0], counts[1]
 
 
 def _accept(draft_probs: Tensor, draft_token_ids: Tensor, target_probs: Tensor, seeds: Tensor) -> Acceptance:
@@ -85,17 +85,19 @@ def _accept(draft_probs: Tensor, draft_token_ids: Tensor, target_probs: Tensor, 
     return accept_chain(logits, layout, DenseProposal.of_probs(draft_probs), sampling=sampling)
 
 
-def _seeds(seed, offset, generator: torch.Generator | None, requests: int, device) -> Tensor:
+def _seeds(
+    seed: int | Tensor | None, offset: int | Tensor | None, generator: torch.Generator | None, requests: int, device: torch.device
+) -> Tensor:
     """int64 [R]."""
     if seed is None or offset is None:
         return torch.randint(-(2**63), 2**63 - 1, (requests,), dtype=torch.int64, generator=generator, device=device)
     if isinstance(seed, Tensor) != isinstance(offset, Tensor):
         raise ValueError("seed: expected a tensor where offset is one, and an int where it is an int, got one of each")
-    seed, offset = (_words(name, value, requests, device) for name, value in (("seed", seed), ("offset", offset)))
-    return _mixed(_mixed(seed) + offset) + torch.arange(requests, device=device)
+    first, second = (_words(name, value, requests, device) for name, value in (("seed", seed), ("offset", offset)))
+    return _mixed(_mixed(first) + second) + torch.arange(requests, device=device)
 
 
-def _words(name: str, value: int | Tensor, requests: int, device) -> Tensor:
+def _words(name: str, value: int | Tensor, requests: int, device: torch.device) -> Tensor:
     """int64 [1] or [R]: the bits of a seed or an offset."""
     if isinstance(value, Tensor):
         check_tensor(name, value, dtype=_SEEDS, shape=("1 or R",), device=device)

@@ -176,6 +176,47 @@ def test_a_block_wider_than_the_call(alone):
     assert torch.equal(out.tokens, torch.cat([first, dk.draft_block(**arguments_of(case)).tokens], 1))
 
 
+@pytest.mark.parametrize("candidates", [None, 7])
+def test_options_of_drafting_arrive(alone, candidates):
+    """Each of them changes the block, and the group of one gives that of the whole op."""
+    case = cases.draft_case(
+        seed=11, requests=3, drafts=2, vocab=90, scattered=True, padding=1, target_vocab=200, adjust=("bias",), noise="coupled",
+        first_draft=1, confidence="plain", kind="rnn",
+    )  # fmt: skip
+    shards = VocabularyShards(90, 3, 2, device="cpu", markov_rank=16)
+    arguments = [loops.of(arguments_of(case), "vocab_size") | dict(candidates=candidates) for _ in range(2)]
+    assert_same(shards.draft_block(**arguments[0]), dk.draft_block(**arguments[1]))
+    assert torch.equal(arguments[0]["head_state"], arguments[1]["head_state"])
+
+
+@pytest.mark.parametrize("proposal, rule", [("dense", "block"), ("one_hot", "token"), ("dense", "coupled")])
+def test_options_of_acceptance_arrive(alone, proposal, rule):
+    case = cases.accept_case(
+        seed=2,
+        requests=3,
+        drafts=2,
+        vocab=60,
+        dtype=torch.float32,
+        scattered=True,
+        proposal=proposal,
+        rule=rule,
+        temperatures=(0.2, 4.0),
+    )
+    shards = VocabularyShards(60, 3, 2, device="cpu")
+    arguments = loops.of(case.arguments(), "logprobs", "synthetic_rates") | dict(target_scaled=True)
+    want = dk.accept_chain(**arguments)
+    assert_same(shards.accept_chain(**arguments), want)
+    assert rule != "block" or not torch.equal(want.tokens, dk.accept_chain(**arguments | dict(target_scaled=False)).tokens)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_gather_of_older_torch(alone, monkeypatch):
+    monkeypatch.delattr(dist, "all_gather_single", raising=False)
+    gathered = torch.zeros(4, dtype=torch.int64)
+    distributed._all_gather(gathered, torch.arange(4), None)
+    assert gathered.tolist() == [0, 1, 2, 3]
+
+
 def test_shards_of_what_is_whole(alone, monkeypatch):
     """The cut of three ranks, each in turn: rows of a head with scales, columns, and a rank beyond the vocabulary."""
     head = cases.draft_case(vocab=33, rank=4, w2_dtype=torch.int8).head
@@ -212,10 +253,12 @@ def test_bad_arguments_are_named(alone, change, error, message):
 
 def test_tensors_of_another_cut_are_named(alone):
     shards = VocabularyShards(20, 1, 1, device="cpu")
-    zero = torch.zeros(1, dtype=torch.int64)
+    zero, base = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, 20)
     layout = dk.VerifyLayout.of_rows(torch.tensor([0, 1]), zero, zero, 1)
     for call, message in (
         (lambda: shards.draft_block(torch.zeros(1, 1, 19), zero, anchor_positions=zero), "base_logits: expected shape [R, K, 20]"),
+        (lambda: shards.draft_block(torch.zeros(1, 0, 20), zero, anchor_positions=zero), "base_logits: expected K >= 1"),
+        (lambda: shards.draft_block(base, zero, anchor_positions=zero, candidates=0), "candidates: expected >= 1, got 0"),
         (lambda: shards.accept_chain(torch.zeros(1, 19), layout), "target_logits: expected shape [L, 20]"),
         (lambda: shards.shard_of(torch.zeros(19)), "whole: expected 20 entries along dimension -1, got 19"),
     ):
