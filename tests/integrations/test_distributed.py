@@ -27,26 +27,26 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each rank returned, by name."""
+def test_ranks(tmp_path):
+    """One test for all that needs the processes, so that pytest-xdist starts them once."""
     pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.integrations.ranks", str(folder)]
+    command = [sys.executable, "-m", "tests.integrations.ranks", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1:] == ["[0, 0, 0, 1]"], done.stderr  # the last one dies on purpose
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks.RANKS)]
-
-
-CALLS = [(call, name, range(ranks.RANKS)) for name, call in ranks.OF_FOUR.items()]
-CALLS += [(call, name, pair) for pair, calls in zip(ranks.PAIRS, ranks.OF_TWO, strict=True) for name, call in calls.items()]
-
-
-@pytest.mark.parametrize("call, name, members", CALLS, ids=[name for _, name, _ in CALLS])
-def test_ranks_have_the_result_of_the_whole_op(results, call, name, members):
-    found = [results[rank][name] for rank in members]
-    (check_drafts if isinstance(call, ranks.Draft) else check_acceptances)(call, call.case(), found)
+    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(ranks.RANKS)]
+    for calls, members in ((ranks.OF_FOUR, range(ranks.RANKS)), *zip(ranks.OF_TWO, ranks.PAIRS, strict=True)):
+        for name, call in calls.items():
+            check = check_drafts if isinstance(call, ranks.Draft) else check_acceptances
+            check(call, call.case(), [results[rank][name] for rank in members])
+    told = "width: expected the same number on every rank, got [20, 21]"
+    assert [result["differing"] for result in results] == [told] * ranks.RANKS
+    for waiting, gone in ((0, ranks.LATE), (2, ranks.DEAD)):
+        assert "failing" not in results[gone]
+        seconds, text = results[waiting]["failing"]
+        assert text.split(":")[0] in ("RuntimeError", "DistBackendError", "DistNetworkError"), text
+        assert seconds < ranks.TIMEOUT + 8, text
+        assert (seconds >= ranks.TIMEOUT) == (gone == ranks.LATE), "a dead rank is noticed at once, a late one is waited for"
 
 
 def check_drafts(call, case, found):
@@ -80,18 +80,6 @@ def check_acceptances(call, case, found):
         assert_same(found[0][0], whole)
     else:
         check_acceptance(case, found[0][0])
-
-
-def test_ranks_that_are_cut_differently_are_all_told(results):
-    assert {result["differing"] for result in results} == {"width: expected the same number on every rank, got [20, 21]"}
-
-
-@pytest.mark.parametrize("waiting, gone", [(0, ranks.LATE), (2, ranks.DEAD)], ids=["late", "dead"])
-def test_a_rank_that_fails_is_an_error_on_the_others(results, waiting, gone):
-    assert "failing" not in results[gone]
-    seconds, text = results[waiting]["failing"]
-    assert seconds < ranks.TIMEOUT + 8 and text.split(":")[0] in ("RuntimeError", "DistBackendError", "DistNetworkError"), text
-    assert (seconds >= ranks.TIMEOUT) == (gone == ranks.LATE), "a dead rank is noticed at once, a late one is waited for"
 
 
 # --- a group of one ---------------------------------------------------------------------------------------------------
