@@ -223,7 +223,7 @@ def gemma4_kv_heads(config: Mapping) -> str:
 
 def _check_block(config: Mapping, source: Path) -> None:
     """What a block drafter adds to its layers, in DSpark's words. Files of speculators do not say how many layers their target has."""
-    sizes = [key for key in _DRAFTER_SIZES if key in config or not speculators.is_wrapped(config)]
+    sizes = [key for key in _DRAFTER_SIZES if key in (*config, "block_size") or not speculators.is_wrapped(config)]
     _require_keys(config, (*sizes, *_DRAFTER_KEYS), source)
     for key in sizes:
         _check_size(config[key], key, source)
