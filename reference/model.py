@@ -247,11 +247,14 @@ class KVCache:
         self._keys[layer][rows.slots, :, places] = keys
         self._values[layer][rows.slots, :, places] = values
 
-    def attend(self, layer: int, rows: Rows, queries: Tensor, *, causal: bool, window: int | None = None) -> Tensor:
+    def attend(
+        self, layer: int, rows: Rows, queries: Tensor, *, causal: bool, window: int | None = None, each: bool = False
+    ) -> Tensor:
         """Attention of the rows over their slots, [N, Hq, D] -> [N, Hq * D].
 
         causal: a row sees the places up to its own, in a tree its ancestors and what was cached before; otherwise all rows
-        of its request (the drafter's block). window: of what was cached before, the last places alone, for all rows the same.
+        of its request (the drafter's block). window: of what was cached before, the last places alone, for all rows the same; each: the last
+        places up to a row's own instead.
         """
         out = torch.empty_like(queries)
         for slot, start, begin, end in rows.segments:
@@ -259,9 +262,13 @@ class KVCache:
             tree, mask = rows.ancestors is not None and count <= MAX_NODES, None
             if causal and count > 1 and (start > 0 or tree):
                 mask = torch.ones(count, length, dtype=torch.bool, device=queries.device).tril(start)
-            if window is not None and start > window:
-                mask = torch.ones(count, length, dtype=torch.bool, device=queries.device) if mask is None else mask
-                mask[:, : start - window] = False
+            if window is not None and mask is None:
+                mask = torch.ones(count, length, dtype=torch.bool, device=queries.device)
+                mask = mask.tril(start) if causal else mask
+            if window is not None and each:
+                mask &= ~torch.ones_like(mask).tril(start - window)
+            elif window is not None:
+                mask[:, : max(0, start - window)] = False
             if tree and mask is not None:
                 mask[:, start:] = (rows.ancestors[begin:end, None] >> torch.arange(count, device=queries.device)) & 1
             out[begin:end] = F.scaled_dot_product_attention(
@@ -277,19 +284,22 @@ class KVCache:
 
 
 class DecoderLayer:
-    """One decoder layer from the tensors `self_attn.*`, `mlp.*` and the two norms."""
+    """One decoder layer from the tensors `self_attn.*`, `mlp.*` and the two norms.
 
-    def __init__(self, shape: Shape, take: Weights):
+    head_norms: false for Llama's layers, which do not norm queries and keys. inputs: of attention, how many times d wide.
+    """
+
+    def __init__(self, shape: Shape, take: Weights, *, head_norms: bool = True, inputs: int = 1):
         self.shape = shape
         d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.input_norm = take("input_layernorm.weight", d)
         self.post_norm = take("post_attention_layernorm.weight", d)
-        self.q_proj = take("self_attn.q_proj.weight", q, d)
-        self.k_proj = take("self_attn.k_proj.weight", kv, d)
-        self.v_proj = take("self_attn.v_proj.weight", kv, d)
+        self.q_proj = take("self_attn.q_proj.weight", q, inputs * d)
+        self.k_proj = take("self_attn.k_proj.weight", kv, inputs * d)
+        self.v_proj = take("self_attn.v_proj.weight", kv, inputs * d)
         self.o_proj = take("self_attn.o_proj.weight", d, q)
-        self.q_norm = take("self_attn.q_norm.weight", shape.head_dim)
-        self.k_norm = take("self_attn.k_norm.weight", shape.head_dim)
+        self.q_norm = take("self_attn.q_norm.weight", shape.head_dim) if head_norms else None
+        self.k_norm = take("self_attn.k_norm.weight", shape.head_dim) if head_norms else None
         self.gate_proj = take("mlp.gate_proj.weight", shape.intermediate, d)
         self.up_proj = take("mlp.up_proj.weight", shape.intermediate, d)
         self.down_proj = take("mlp.down_proj.weight", d, shape.intermediate)
@@ -298,14 +308,20 @@ class DecoderLayer:
         """Keys and values [N, Hkv, D] of x [N, d], which is taken as it is (injected context is not normalised
         here)."""
         heads = (-1, self.shape.kv_heads, self.shape.head_dim)
-        keys = rms_norm(F.linear(x, self.k_proj).view(heads), self.k_norm, self.shape.eps)
+        keys = self._head_norm(F.linear(x, self.k_proj).view(heads), self.k_norm)
         return rotation(keys), F.linear(x, self.v_proj).view(heads)
+
+    def _head_norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else rms_norm(x, weight, self.shape.eps)
 
     def __call__(self, x: Tensor, rotation: Rotation, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """x [N, d] -> [N, d]; attend(queries [N, Hq, D], keys, values [N, Hkv, D]) -> [N, Hq * D]."""
-        normed = rms_norm(x, self.input_norm, self.shape.eps)
+        return self.mixed(x, rms_norm(x, self.input_norm, self.shape.eps), rotation, attend)
+
+    def mixed(self, x: Tensor, normed: Tensor, rotation: Rotation, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """The layer over what its attention reads, `normed`, and the residual x [N, d]."""
         queries = F.linear(normed, self.q_proj).view(-1, self.shape.heads, self.shape.head_dim)
-        queries = rotation(rms_norm(queries, self.q_norm, self.shape.eps))
+        queries = rotation(self._head_norm(queries, self.q_norm))
         x = x + F.linear(attend(queries, *self.keys_values(normed, rotation)), self.o_proj)
         normed = rms_norm(x, self.post_norm, self.shape.eps)
         return x + F.linear(F.silu(F.linear(normed, self.gate_proj)) * F.linear(normed, self.up_proj), self.down_proj)
@@ -320,7 +336,7 @@ def run_layers(layers, x: Tensor, rows: Rows, cache: KVCache, *, causal: bool, s
     rotation = Rotation.at(rows.positions, layers[0].shape, x.dtype)
     for index, layer in enumerate(layers):
         sight = Sight(None, causal) if sights is None else sights[index]
-        window = {} if sight.window is None else {"window": sight.window}  # which a cache in pages does not know
+        window = {} if sight.window is None else {"window": sight.window, "each": sight.each}  # for caches that know windows
 
         def attend(queries, keys, values, index=index, causal=sight.causal, window=window):
             cache.write(index, rows, keys, values)

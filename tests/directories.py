@@ -191,6 +191,59 @@ GOLDEN = {
 }
 
 
+EAGLE3_SPECULATORS = {
+    "norm_before_residual": False, "norm_before_fc": False, "fc_norm": False, "norm_output": False, "embed_requires_grad": False,
+    "target_hidden_size": None, "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+}  # fmt: skip
+
+
+def eagle3_of_speculators(draft_vocab=17, model_type="llama", num_layers=1, layers=None, **changes):
+    """(config, shapes) of an EAGLE-3 drafter as speculators 0.9.0 writes it. layers: changes of transformer_layer_config."""
+    config, _ = speculators()
+    own = {**QWEN3, "model_type": model_type, "num_hidden_layers": num_layers, "layer_types": ["full_attention"] * num_layers}
+    verifier = {"architectures": ["Qwen3ForCausalLM"], "name_or_path": None}
+    config = {
+        "architectures": ["Eagle3DraftModel"],
+        "auto_map": {"": "config.Eagle3SpeculatorConfig"},
+        "draft_vocab_size": draft_vocab,
+        "dtype": "float32",
+        **EAGLE3_SPECULATORS,
+        "speculators_config": {**config["speculators_config"], "algorithm": "eagle3", "verifier": verifier},
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "tie_word_embeddings": False,
+        "transformer_layer_config": {**own, **(layers or {})},
+        **changes,
+    }
+    shapes = {"embed_tokens.weight": [VOCAB, HIDDEN], "fc.weight": [HIDDEN, 3 * HIDDEN], "norm.weight": [HIDDEN]}
+    shapes |= {"lm_head.weight": [draft_vocab, HIDDEN], "layers.0.hidden_norm.weight": [HIDDEN]}
+    for i in range(num_layers):
+        for name, shape in QWEN3_LAYER.items():
+            wide = i == 0 and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")
+            if model_type == "qwen3" or "self_attn.q_norm" not in name and "self_attn.k_norm" not in name:
+                shapes[f"layers.{i}.{name}"] = [shape[0], 2 * HIDDEN] if wide else shape
+    if config["norm_before_fc"]:
+        shapes["input_norm.weight"] = [3 * HIDDEN]
+    if config["fc_norm"]:
+        shapes |= {f"fc_norm.{i}.weight": [HIDDEN] for i in range(3)}
+    if draft_vocab != VOCAB:
+        shapes |= {"d2t": [draft_vocab], "t2d": [VOCAB]}
+    return config, shapes
+
+
+# EAGLE-3 drafters of speculators whose numbers by its own forward are in tests/data/golden_speculators.npz.
+GOLDEN_EAGLE3 = {
+    "llama, 17 ids": {},
+    "qwen3, all ids, every norm": dict(
+        draft_vocab=VOCAB, model_type="qwen3", norm_before_residual=True, norm_before_fc=True, norm_output=True
+    ),
+    "llama, windows, a norm for each layer": dict(
+        fc_norm=True, layers=dict(layer_types=["sliding_attention"], sliding_window=6, use_sliding_window=True)
+    ),
+    "qwen3, two layers": dict(model_type="qwen3", num_layers=2),
+}
+
+
 def golden_inputs():
     """Features [64, 2 d] of the target's two layers, and token ids [64]."""
     generator = torch.Generator().manual_seed(9)
@@ -202,12 +255,15 @@ def eagle3(**changes):
     config = dict(
         architectures=["LlamaForCausalLMEagle3"],
         draft_vocab_size=11,
+        head_dim=8,
         hidden_size=24,
         intermediate_size=36,
         model_type="llama",
         num_attention_heads=4,
         num_hidden_layers=1,
         num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
         vocab_size=VOCAB,
     )
     layer = {f"midlayer.{name}": shape for name, shape in QWEN3_LAYER.items() if "_norm" not in name}

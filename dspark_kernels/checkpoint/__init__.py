@@ -21,6 +21,7 @@ from ..types import ConfidenceHead, GatedMarkovHead, MarkovHead, RnnMarkovHead
 from ..vocabulary import ids_from_offsets
 from . import files, formats
 
+_EAGLE3 = formats.PUBLISHED_EAGLE3
 _PUBLISHED = f"{formats.PUBLISHED_DRAFTERS}; {formats.PUBLISHED_TARGETS}"
 _DTYPES = ("BF16", "F16", "F32")
 _MAPS = {"d2t": ("I64", "I32"), "t2d": ("BOOL",)}  # between the draft vocabulary and the target's
@@ -54,6 +55,18 @@ class DrafterCheckpoint:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Eagle3Checkpoint:
+    """An EAGLE-3 drafter: its config in the words of eagle3.py, and tensors by name (`layers.i.*`) in their stored dtype.
+
+    draft_to_target: as of a DrafterCheckpoint. The embedding is the target's where `tensors` has none.
+    """
+
+    config: dict
+    tensors: dict[str, Tensor]
+    draft_to_target: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class TargetCheckpoint:
     """A target model: its config, and tensors by name in their stored dtype.
 
@@ -73,6 +86,14 @@ class StoredTensor(NamedTuple):
     file: Path
 
 
+class Stored(NamedTuple):
+    """A tensor's name in its file, the file, and the same file opened."""
+
+    name: str
+    file: Path
+    handle: object
+
+
 def load_drafter(path) -> DrafterCheckpoint:
     """Read a DSpark or DFlash drafter directory onto the CPU: of DeepSpec, of z-lab or of the speculators library.
 
@@ -90,6 +111,17 @@ def load_drafter(path) -> DrafterCheckpoint:
     )
 
 
+def load_eagle3(path) -> Eagle3Checkpoint:
+    """Read an EAGLE-3 drafter directory onto the CPU: of SafeAILab's form, of NVIDIA's, DeepSpec's or the speculators library's.
+
+    Files of pickles (pytorch_model.bin) are not opened. Raises as `load_drafter` does.
+    """
+    directory = _directory(path, _EAGLE3)
+    config, form = _eagle3_config(directory)
+    tensors = _read(_checked(directory, config, form))
+    return Eagle3Checkpoint(config, tensors, _ids(directory, config, tensors))
+
+
 def load_target(path) -> TargetCheckpoint:
     """Read a `Qwen3ForCausalLM` directory onto the CPU. Raises as `load_drafter` does; warns of a tied head of other values."""
     directory = _directory(path, formats.PUBLISHED_TARGETS)
@@ -98,12 +130,15 @@ def load_target(path) -> TargetCheckpoint:
 
 
 def check(path) -> tuple[dict, formats.Format]:
-    """Check a drafter or target as its loader does, but read no tensor: its config (a drafter's in DSpark's words) and format.
+    """Check a drafter, EAGLE-3's too, or target as its loader does, but read no tensor: its config, in the loader's words, and format.
 
-    Raises as `load_drafter` does, and ValueError for what neither loader reads.
+    Raises as `load_drafter` does, and ValueError for what no loader reads.
     """
     directory = _directory(path, _PUBLISHED)
-    config, form = _config(directory, formats.DRAFTERS | formats.TARGETS, _PUBLISHED)
+    if formats.is_eagle3(files.read_json(directory / "config.json")):
+        config, form = _eagle3_config(directory)
+    else:
+        config, form = _config(directory, formats.DRAFTERS | formats.TARGETS, _PUBLISHED)
     _checked(directory, config, form)
     return config, form
 
@@ -155,10 +190,22 @@ def _config(directory: Path, known: Mapping[str, formats.Format], several: str) 
     return form.read(config, source), form
 
 
-def _checked(directory: Path, config: Mapping, form: formats.Format) -> dict:
+def _eagle3_config(directory: Path) -> tuple[dict, formats.Format]:
+    source = directory / "config.json"
+    config = files.read_json(source)
+    if not formats.is_eagle3(config):
+        raise ValueError(f"{source}: expected an EAGLE-3 drafter, got {formats.described(config)}; {_EAGLE3}")
+    return formats.EAGLE3.read(config, source), formats.EAGLE3
+
+
+def _checked(directory: Path, config: Mapping, form: formats.Format) -> dict[str, Stored]:
     """The open file of every tensor that the format reads, and of a head that a tied checkpoint holds besides, all of them checked."""
     shapes = form.shapes(config)
-    where, unlisted = files.stored(directory)
+    found, unlisted = files.stored(directory)
+    where = {form.renamed(name): Stored(name, *entry) for name, entry in found.items()}
+    if len(where) < len(found):
+        twice = next(name for name in found if where[form.renamed(name)].name != name)
+        raise ValueError(f"{directory}: expected one {form.renamed(twice)}, got {twice} and {where[form.renamed(twice)].name}")
     missing = [name for name in shapes if name not in where]
     if missing:
         wanted = f"{missing[0]} {list(shapes[missing[0]])}{_more(missing)}"
@@ -173,18 +220,18 @@ def _checked(directory: Path, config: Mapping, form: formats.Format) -> dict:
         file = unlisted[surplus[0]] if surplus[0] in unlisted else where[surplus[0]].file
         raise ValueError(f"{file}: expected no tensor {surplus[0]}{_more(surplus)} by config.json, found one")
     for name, shape in shapes.items():
-        file, handle = where[name]
-        entry = handle.get_slice(name)
+        stored_name, file, handle = where[name]
+        entry = handle.get_slice(stored_name)
         if tuple(entry.get_shape()) != shape:
             raise ValueError(f"{file}: expected {name} of shape {list(shape)}, got {list(entry.get_shape())}")
         dtypes = _MAPS.get(name, _DTYPES)
         if entry.get_dtype() not in dtypes:
             raise ValueError(f"{file}: expected {name} in {' or '.join(dtypes)}, got {entry.get_dtype()}")
-    return {name: where[name].handle for name in shapes if name not in form.unread}
+    return {name: where[name] for name in shapes if name not in form.unread}
 
 
-def _read(handles: Mapping) -> dict[str, Tensor]:
-    return {name: handle.get_tensor(name) for name, handle in handles.items()}
+def _read(where: Mapping[str, Stored]) -> dict[str, Tensor]:
+    return {name: handle.get_tensor(stored_name) for name, (stored_name, _, handle) in where.items()}
 
 
 def _untied(directory: Path, config: dict, tensors: dict[str, Tensor], form: formats.Format):
@@ -209,7 +256,7 @@ def _more(names) -> str:
 
 
 def _ids(directory: Path, config: Mapping, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """`draft_to_target` from d2t; both maps say the same ids, each of the target's and each once."""
+    """`draft_to_target` from d2t; both maps say the same ids, each of the target's and each once. None where all ids can be drafted."""
     if "d2t" not in tensors:
         return None
     vocab, ids = config["vocab_size"], ids_from_offsets(tensors["d2t"])
@@ -220,7 +267,9 @@ def _ids(directory: Path, config: Mapping, tensors: Mapping[str, Tensor]) -> Ten
         raise ValueError(f"{directory}: expected d2t to name every id once, got {len(ids) - int(named.sum())} repetitions")
     if "t2d" in tensors and not torch.equal(named, tensors["t2d"]):
         raise ValueError(f"{directory}: expected t2d to be true for the ids that d2t names, got others")
-    return ids
+    if len(ids) == vocab and not torch.equal(ids, torch.arange(vocab)):
+        raise ValueError(f"{directory}: expected d2t to be zeros beside a draft_vocab_size of all {vocab} ids, got others")
+    return None if len(ids) == vocab else ids
 
 
 def _head(config: Mapping, tensors: Mapping[str, Tensor]) -> MarkovHead | None:

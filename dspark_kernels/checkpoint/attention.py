@@ -35,13 +35,15 @@ KEYS = ("layer_types", *_CAUSAL, *_USED, *_SIZES, "max_window_layers", "sliding_
 
 
 class Sight(NamedTuple):
-    """What the rows of a block see in one layer.
+    """What the rows of a pass see in one layer.
 
-    window: tokens before the anchor, None = all. causal: of the block itself the rows up to their own, else all.
+    window: of what was cached before the pass, the last rows, None = all; each: rather of all rows, the last up to a row's own. causal:
+    of the pass itself the rows up to their own, else all.
     """
 
     window: int | None
     causal: bool
+    each: bool = False
 
 
 def sights(config: Mapping) -> list[Sight]:

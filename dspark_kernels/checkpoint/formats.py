@@ -6,6 +6,7 @@
 | Gemma4DSparkModel | the same with the layers of Gemma 4's full attention | deepseek-ai/{dspark,dflash}_gemma4_12b_block7 |
 | DFlashDraftModel | DFlash: only masks predict, embedding and head are the target's | z-lab/*-DFlash* |
 | any, with speculators_model_type | DSpark, DFlash of the speculators library: speculators.py | RedHatAI/*-speculator.* |
+| *Eagle3*, and others: eagle3.py | EAGLE-3, which `load_eagle3` reads | SafeAILab, NVIDIA, DeepSpec, speculators |
 | Qwen3ForCausalLM | a target, or a draft model | Qwen/Qwen3-* |
 
 Symbols: d hidden size, m target layers, V vocabulary, r Markov rank, K drafts per pass. Everything is decided by config.json: a
@@ -22,7 +23,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import attention, block, rope, speculators
+from . import attention, block, eagle3, rope, speculators
 from .places import find, flat, places
 
 HEAD_TYPES = ("vanilla", "gated", "rnn")
@@ -38,6 +39,7 @@ _EAGLE = (*(f"deepseek-ai/eagle3_qwen3_{size}_ttt7" for size in _SIZES), "deepse
 _TARGETS = ("Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "Qwen/Qwen3-14B", "google/gemma-4-12B-it")
 REPOSITORIES = (*_DSPARK, *_DFLASH, *_EAGLE, *_TARGETS)
 PUBLISHED_DRAFTERS = "DSpark drafters on Hugging Face: " + ", ".join(_DSPARK) + "; DFlash: " + ", ".join(_DFLASH)
+PUBLISHED_EAGLE3 = "EAGLE-3 drafters on Hugging Face: " + ", ".join(_EAGLE)
 PUBLISHED_TARGETS = "targets on Hugging Face: " + ", ".join(_TARGETS)
 _LAYER_SIZES = (
     "hidden_size",
@@ -61,7 +63,8 @@ class Format:
     title: what it is, in a few words. read(config, source): the config, with what nested places alone say at the top level and,
     of a drafter, in DSpark's words (`DrafterCheckpoint`); raises ValueError, naming the file `source`, for one that is
     incomplete, contradicts itself or asks for what nothing here computes. shapes(config): every tensor of a config that was read;
-    optional(config): tensors that the files may hold besides, of which those in `unread` are left there.
+    optional(config): tensors that the files may hold besides, of which those in `unread` are left there. renamed(name): a tensor's name
+    here, of its name in the files.
     """
 
     title: str
@@ -69,6 +72,7 @@ class Format:
     shapes: Callable[[Mapping], Shapes]
     optional: Callable[[Mapping], Shapes] = lambda config: {}
     unread: tuple[str, ...] = ()
+    renamed: Callable[[str], str] = str
 
 
 def of(config: Mapping, known: Mapping[str, Format]) -> Format | None:
@@ -104,7 +108,7 @@ def described(config: Mapping) -> str:
 def other(config: Mapping) -> str | None:
     """What a config of no format here is, and why it is refused; None where it is unknown."""
     name = _name(config)
-    if is_speculators(config):
+    if is_speculators(config) and not is_eagle3(config):
         kind = speculators.kind_of(config)
         read = " and ".join(SPECULATORS)
         return f"a drafter in the layout of the speculators library of the kind {kind!r}, of which {read} are read here, with their configs"
@@ -114,7 +118,7 @@ def other(config: Mapping) -> str | None:
         return (
             "an EAGLE-3 drafter: its layers read target states beside token embeddings and draft token by token"
             + (f", over {width} ids of its own that d2t maps to the target's" if own else "")
-            + "; no backbone for them is here (an engine that has one drives draft_block with first_draft and draft_to_target)"
+            + "; load_eagle3 reads it, and reference/drafters runs it"
         )
     if name == "DSparkDraftModel":
         return "a DSpark drafter of other training code, whose layers may differ from those of DeepSpec"
@@ -133,13 +137,8 @@ def is_speculators(config: Mapping) -> bool:
 
 
 def is_eagle3(config: Mapping) -> bool:
-    """An EAGLE-3 drafter: by name, or a language model with a draft vocabulary (SafeAILab's own files)."""
-    if is_speculators(config):
-        return False
-    names = config.get("architectures")
-    named = isinstance(names, list) and any(isinstance(name, str) and "eagle3" in name.lower() for name in names)
-    language_model = _name(config) == "" or _name(config).endswith("ForCausalLM")
-    return named or (language_model and config.get("draft_vocab_size") is not None)
+    """An EAGLE-3 drafter: eagle3.py."""
+    return (speculators.is_wrapped(config) or not is_speculators(config)) and eagle3.is_eagle3(config)
 
 
 def _name(config: Mapping) -> str:
@@ -404,11 +403,13 @@ DRAFTERS = {
     "Gemma4DSparkModel": Format("DSpark drafter with Gemma 4 layers", _read_gemma4_dspark, lambda c: _dspark(c, _gemma4_layer(c))),
     "DFlashDraftModel": Format("DFlash drafter with Qwen3 layers", _read_dflash, lambda c: _backbone(c, _qwen3_layer(c))),
 }
+_UNREAD = ("verifier_lm_head.weight", "verifier_norm.weight")  # of the training: what the targets of its loss came from
 SPECULATORS = {
     kind: Format(
         f"{title} drafter of the speculators library, with Qwen3 layers", _read_speculators, _speculators, _speculators_may_hold,
-        unread=("verifier_lm_head.weight", "verifier_norm.weight"),  # of its training: what the targets of its loss came from
+        unread=_UNREAD,
     )
     for kind, title in zip(speculators.KINDS, ("DSpark", "DFlash"), strict=True)
 }  # fmt: skip
+EAGLE3 = Format("EAGLE-3 drafter", eagle3.read, eagle3.shapes, eagle3.optional, unread=_UNREAD, renamed=eagle3.renamed)
 TARGETS = {"Qwen3ForCausalLM": Format("Qwen3 language model", _read_qwen3, _causal_lm)}

@@ -16,7 +16,7 @@ Source: speculators 0.9.0 (config.py, model.py, models/dflash, models/dspark); v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .places import ROPE_KEYS, TEXTS
 
@@ -48,15 +48,19 @@ def kind_of(config: Mapping) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def surplus(config: Mapping, known: Iterable[str]) -> str:
+    """Keys of the top level that neither this package knows nor transformers writes for any model; "" where there are none."""
+    return ", ".join(sorted(key for key in config.keys() - {*known, *_OF_TRANSFORMERS} if config[key] is not None))
+
+
 def unwrapped(config: Mapping, source) -> dict:
     """A config as the other readers of this folder take it. Raises ValueError, naming the key, for what they would not see."""
     kind, layers, own = kind_of(config), config.get(LAYERS), config.get("speculators_config")
     if not isinstance(layers, Mapping):
         raise ValueError(f"{source}: expected {LAYERS} to be an object, got {layers!r}")
-    known = {*_READ, *_OF_TRANSFORMERS, *(_HEADS if kind == "dspark" else ())}
-    surplus = ", ".join(sorted(key for key in config.keys() - known if config[key] is not None))
-    if surplus:
-        raise ValueError(f"{source}: expected a {kind} drafter of speculators of known keys alone, got {surplus} too")
+    others = surplus(config, {*_READ, *(_HEADS if kind == "dspark" else ())})
+    if others:
+        raise ValueError(f"{source}: expected a {kind} drafter of speculators of known keys alone, got {others} too")
     if isinstance(own, Mapping) and own.get("algorithm") not in (None, kind):
         raise ValueError(f"{source}: expected speculators_config.algorithm {kind!r}, got {own['algorithm']!r}")
     first = config.get("sample_from_anchor", False if kind == "dflash" else None)
@@ -71,6 +75,9 @@ def unwrapped(config: Mapping, source) -> dict:
     for key in ("aux_hidden_state_layer_ids", "mask_token_id", "draft_vocab_size"):
         if config.get(key) is None:
             raise ValueError(f"{source}: expected the key {key}, got a config without it")
+    layers_read = config["aux_hidden_state_layer_ids"]
+    if isinstance(layers_read, list) and all(type(i) is int for i in layers_read) and layers_read != sorted(set(layers_read)):
+        raise ValueError(f"{source}: expected rising aux_hidden_state_layer_ids (readers put them in order), got {layers_read}")
     for key in ROPE_KEYS[:2]:
         parts = layers.get(key)
         entries = [name for name, value in parts.items() if isinstance(value, Mapping)] if isinstance(parts, Mapping) else []

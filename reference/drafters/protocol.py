@@ -127,7 +127,7 @@ def max_drafts_of(config, default: int = 4) -> int:
     return drafts
 
 
-def step(ops, logits: Tensor, index: int, anchors: Anchors, sampling, noise) -> DraftBlock:
+def step(ops, logits: Tensor, index: int, anchors: Anchors, sampling, noise, draft_to_target: Tensor | None = None) -> DraftBlock:
     """Draft `index` + 1 of a step-wise drafter from its logits [R, V]."""
     return ops.draft_block(
         logits[:, None],
@@ -135,6 +135,7 @@ def step(ops, logits: Tensor, index: int, anchors: Anchors, sampling, noise) -> 
         anchor_positions=anchors.positions,
         sampling=sampling,
         first_draft=index,
+        draft_to_target=draft_to_target,
         noise=noise,
         state_indices=anchors.state_indices,
     )
@@ -148,6 +149,7 @@ def join(steps: Sequence[DraftBlock]) -> DraftBlock:
             logits=torch.cat([block.proposal.logits for block in steps], 1),
             lse=None if proposal.lse is None else torch.cat([block.proposal.lse for block in steps], 1),
             temperature=proposal.temperature,
+            draft_to_target=proposal.draft_to_target,
         )
     flags = steps[0].flags
     for block in steps[1:]:

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from speculators import SpeculatorsConfig, VerifierConfig
 from speculators.models.dflash import DFlashSpeculatorConfig
@@ -172,8 +171,8 @@ def in_transformers(loaded, target: Target, features, token_ids, anchor: int) ->
     return {"hidden": hidden[0], "base logits": backbone.base_logits(hidden)[0]}
 
 
-def golden(file: Path, directory: Path) -> None:
-    """Write the library's numbers of the directories `tests.directories.GOLDEN`, which it loads as they are, for a context of 20."""
+def golden(directory: Path) -> dict:
+    """The library's numbers of the directories `tests.directories.GOLDEN`, which it loads as they are, for a context of 20."""
     arrays, target = {}, Target(made.target()[0], made.tensors(made.target()[1], seed=1))
     for name, changes in made.GOLDEN.items():
         config, shapes = made.speculators(**changes)
@@ -189,7 +188,7 @@ def golden(file: Path, directory: Path) -> None:
         numbers, tokens = ours(checkpoint.load_drafter(where), target, features, token_ids, 20)
         token_ids[21 : 21 + len(tokens)] = tokens
         arrays |= {f"{name}: {what}": number.numpy() for what, number in theirs(model, features, token_ids, 20).items()}
-    np.savez_compressed(file, **arrays)
+    return arrays
 
 
 def compare(case: Case, directory: Path) -> dict[str, float]:

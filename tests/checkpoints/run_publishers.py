@@ -14,10 +14,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
-from tests.checkpoints import of_speculators
+from tests.checkpoints import of_speculators, of_speculators_eagle3
 
 # Of the largest number compared; fp32, where sums differ in their order.
 BOUND = 2e-5
@@ -33,9 +34,9 @@ def run(arguments) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.keep or Path(temporary)
         if arguments.golden:
-            of_speculators.golden(arguments.golden, root)
+            np.savez_compressed(arguments.golden, **of_speculators.golden(root), **of_speculators_eagle3.golden(root))
             return True
-        for name, compare in of_speculators.cases():
+        for name, compare in (*of_speculators.cases(), *of_speculators_eagle3.cases()):
             if arguments.only not in name:
                 continue
             errors = compare(root / name.replace(" ", "_").replace(",", ""))

@@ -17,7 +17,7 @@ from dspark_kernels.checkpoint.attention import Sight, sights
 from dspark_kernels.integrations.transformers.backbone import Backbone
 from reference.draft import draft_block
 from reference.drafters import Anchors, Autoregressive, Block, Committed, DSpark, TreeShape
-from reference.loop import Request, decode
+from reference.loop import REFERENCE_OPS, Request, decode
 from reference.model import Rows, Target
 from tests import directories as made
 
@@ -67,6 +67,11 @@ def test_the_librarys_own_forward(tmp_path, target, name):
     torch.testing.assert_close(block.proposal.logits[0], want.get("logits", want["base logits"]), **CLOSE)
     if loaded.confidence is not None:
         torch.testing.assert_close(block.confidence[0], want["confidence"], **CLOSE)
+    proposed = drafter.propose(
+        Anchors.of(anchor, at, [0]), drafts=loaded.block_size, sampling=None, noise="draft", ops=REFERENCE_OPS
+    )
+    best = want.get("logits", want["base logits"]).argmax(-1)
+    assert torch.equal(proposed.tokens[0], best if loaded.draft_to_target is None else loaded.draft_to_target[best])
     # The backbone that generate uses, with a second row of another length beside it.
     backbone = Backbone(loaded, target.embedding, target.head)
     backbone.start(32)
@@ -163,6 +168,7 @@ REFUSED = {
     "an anchor in quotes": (dict(sample_from_anchor="true"), ("sample_from_anchor true or false", "'true'")),
     "a state that has read the anchor": (dict(first=False, markov_head_type="rnn"), ("'rnn'", "the anchor's row")),
     "no layers of the target": (dict(aux_hidden_state_layer_ids=None), ("the key aux_hidden_state_layer_ids",)),
+    "layers in another order": (dict(aux_hidden_state_layer_ids=[2, 1]), ("rising aux_hidden_state_layer_ids", "[2, 1]")),
     "layers in a word": (dict(aux_hidden_state_layer_ids="all"), ("aux_hidden_state_layer_ids to be layer ids, got 'all'",)),
     "a layer before the embedding": (dict(aux_hidden_state_layer_ids=[-1, 2]), ("target_layer_ids from -1", "[-2, 1]")),
     "no mask token": (dict(mask_token_id=None), ("the key mask_token_id",)),

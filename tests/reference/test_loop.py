@@ -121,7 +121,7 @@ def test_rope_parameters_tied_heads_and_refusals():
     for broken, message in (
         (config, "'rope_theta'"),
         (dict(config, rope_theta=1.0, hidden_act="gelu"), "got 'gelu'"),
-        (dict(config, rope_theta=1.0, rope_scaling=dict(rope_type="yarn")), "got 'yarn'"),
+        (dict(config, rope_theta=1.0, rope_scaling=dict(rope_type="dynamic")), "got 'dynamic'"),
         (dict(config, rope_theta=1.0, use_sliding_window=True), "use_sliding_window"),
         (dict(config, rope_theta=1.0, num_attention_heads=3), "multiple of 2"),
         (dict(config, rope_theta=1.0, vocab_size=12), r"expected shape \[12, 16\], got \[11, 16\]"),
@@ -474,8 +474,12 @@ def test_bad_drafters():
     for key in ("block_size", "mask_token_id", "target_layer_ids"):
         with pytest.raises(ValueError, match=f"expected the key '{key}'"):
             Block({name: value for name, value in BLOCK.items() if name != key}, tensors, TARGET)
-    with pytest.raises(ValueError, match="embed_tokens.weight: expected a tensor of shape"):
-        Block(BLOCK, {**tensors, "lm_head.weight": torch.zeros(VOCAB, 16)}, TARGET)
+    with pytest.raises(ValueError, match=r"lm_head.weight: expected shape \[11, 16\], got \[10, 16\]"):
+        Block(BLOCK, {**tensors, "lm_head.weight": torch.zeros(VOCAB - 1, 16)}, TARGET)
+    with pytest.raises(ValueError, match=r"lm_head.weight: expected a tensor of shape \[7, 16\]"):
+        Block({**BLOCK, "draft_vocab_size": 7}, tensors, TARGET)
+    with pytest.raises(ValueError, match=r"d2t: expected shape \[7\]"):
+        Block({**BLOCK, "draft_vocab_size": 7}, {**tensors, "lm_head.weight": torch.zeros(7, 16)}, TARGET)
     with pytest.raises(ValueError, match="markov_head.markov_w1.weight"):
         DSpark(DSPARK, tensors, TARGET)
     with pytest.raises(ValueError, match="got 'lstm'"):
