@@ -16,8 +16,11 @@ from __future__ import annotations
 import argparse
 import pkgutil
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from ..checks import check_device
 from ..choices import DRAWN
@@ -31,7 +34,7 @@ class BadArgument(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise BadArgument(message)
 
 
@@ -39,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     width = max(map(len, [*suite.TESTS, *suite.TREE_TESTS]))
     lists = (("tests of chains", suite.TESTS), ("tests of trees", suite.TREE_TESTS))
     tests = "\n\n".join(
-        "\n".join([f"{title}:", *(f"  {name.ljust(width)}  {test.__doc__.splitlines()[0]}" for name, (test, *_) in table.items())])
+        "\n".join(
+            [f"{title}:", *(f"  {name.ljust(width)}  {(test.__doc__ or '').splitlines()[0]}" for name, (test, *_) in table.items())]
+        )
         for title, table in lists
     )
     p = _Parser(
@@ -66,9 +71,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _resolve(p: argparse.ArgumentParser, option: str, name: str | None):
-    if name is None:
-        return None
+def _resolve(p: argparse.ArgumentParser, option: str, name: str) -> Callable[..., Tensor]:
     if ":" not in name:
         p.error(f"{option}: expected module:function, got {name!r}")
     try:
@@ -78,7 +81,8 @@ def _resolve(p: argparse.ArgumentParser, option: str, name: str | None):
         p.error(f"{option}: {kind}{(str(error).splitlines() or [type(error).__name__])[0]}")
     if not callable(found):
         p.error(f"{option}: expected a function, got {type(found).__name__}")
-    return found
+    function: Callable[..., Tensor] = found
+    return function
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +111,8 @@ def run(argv: list[str] | None) -> int:
         if way not in DRAWN:
             p.error(f"--drawn: expected some of {', '.join(DRAWN)}, got {way!r}")
     function = _resolve(p, "function", args.function)
-    draft, schedule = _resolve(p, "--draft", args.draft), _resolve(p, "--schedule", args.schedule)
+    draft = None if args.draft is None else _resolve(p, "--draft", args.draft)
+    schedule = None if args.schedule is None else _resolve(p, "--schedule", args.schedule)
     skipped = [name for name in args.skip.split(",") if name]
     rule = args.rule or getattr(function, "rule", "token")
     of_form = suite.tests_of(rule)

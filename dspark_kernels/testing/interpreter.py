@@ -26,8 +26,15 @@ import math
 import threading
 import time
 import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 try:
     import numpy as np
@@ -36,6 +43,11 @@ try:
     from triton.runtime.jit import JITFunction
 except ImportError:
     tl = None  # no Triton (or no numpy for its interpreter): there is nothing to repair
+
+# Triton has no types: a block's values with their Triton dtype, a dtype, and a method of the interpreter that is repaired.
+Handle = Any
+Dtype = Any
+Method = Callable[..., Any]
 
 
 def interpreting() -> bool:
@@ -55,7 +67,7 @@ def repair() -> bool:
 
 
 @functools.cache
-def _torch_dtypes() -> dict:
+def _torch_dtypes() -> dict[Dtype, torch.dtype]:
     """Formats that the interpreter keeps as raw bits -> the torch dtype with the same bits."""
     return {
         tl.bfloat16: torch.bfloat16,
@@ -67,26 +79,28 @@ def _torch_dtypes() -> dict:
 
 
 @functools.cache
-def _fp8_values(dtype):
+def _fp8_values(dtype: Dtype) -> Array:
     bits = torch.arange(256, dtype=torch.uint8)
-    return bits.view(_torch_dtypes()[dtype]).to(torch.float32).numpy()
+    values: Array = bits.view(_torch_dtypes()[dtype]).to(torch.float32).numpy()
+    return values
 
 
-def _is_raw(handle) -> bool:
+def _is_raw(handle: Handle) -> bool:
     """Whether a handle holds bits that numpy takes for integers (booleans may carry their operands' dtype)."""
-    return handle.dtype.scalar in _torch_dtypes() and handle.data.dtype != np.bool_
+    return handle.dtype.scalar in _torch_dtypes() and bool(handle.data.dtype != np.bool_)
 
 
-def _decode(handle):
+def _decode(handle: Handle) -> Array:
     """fp32 (bf16, fp8) or unchanged values of a handle."""
+    data: Array = handle.data
     if not _is_raw(handle):
-        return handle.data
+        return data
     if handle.dtype.scalar == tl.bfloat16:
-        return (handle.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return _fp8_values(handle.dtype.scalar)[handle.data.view(np.uint8)]
+        return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return _fp8_values(handle.dtype.scalar)[data.view(np.uint8)]
 
 
-def _encode(values, dtype):
+def _encode(values: Array, dtype: Dtype) -> Array:
     """Bits of `values` in `dtype`, rounded to nearest even; fp8 saturates, as on GPUs."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     if dtype == tl.bfloat16:
@@ -101,22 +115,22 @@ def _encode(values, dtype):
     return torch.from_numpy(values).to(target).view(torch.uint8).numpy()
 
 
-def _handle(values, dtype):
+def _handle(values: Array, dtype: Dtype) -> Handle:
     """A handle of `dtype` from decoded values."""
     if values.dtype == np.bool_ and dtype.is_floating():
         return stock.TensorHandle(values, tl.int1)
     return stock.TensorHandle(_encode(values, dtype) if dtype in _torch_dtypes() else values, dtype)
 
 
-def _boolean(handle):
+def _boolean(handle: Handle) -> Handle:
     """The handle; of type int1 where its values are true or false, which otherwise become numbers where a scalar is broadcast."""
     if handle.data.dtype == np.bool_ and handle.dtype != tl.int1:
         return stock.TensorHandle(handle.data, tl.int1)
     return handle
 
 
-def _cast(original):
-    def cast_impl(self, src, dst_type):
+def _cast(original: Method) -> Method:
+    def cast_impl(self: Any, src: Handle, dst_type: Dtype) -> Handle:
         dst = dst_type.scalar
         if dst in _torch_dtypes():
             return stock.TensorHandle(_encode(_decode(src), dst), dst)
@@ -127,8 +141,8 @@ def _cast(original):
     return cast_impl
 
 
-def _float_cast(original):
-    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+def _float_cast(original: Method) -> Method:
+    def create_fp_to_fp(self: Any, src: Handle, dst_type: Dtype, rounding_mode: Any) -> Handle:
         toward_zero = rounding_mode == stock._ir.ROUNDING_MODE.RTZ
         if toward_zero or not (_is_raw(src) or dst_type.scalar in _torch_dtypes()):
             return original(self, src, dst_type, rounding_mode)
@@ -137,13 +151,13 @@ def _float_cast(original):
     return create_fp_to_fp
 
 
-def _elementwise(original, operands: int):
+def _elementwise(original: Method, operands: int) -> Method:
     """An operation of `operands` handles and a numpy function.
 
     The result has the type of the first handle, or of the last of three, because then the first may be a condition.
     """
 
-    def operation(self, *args):
+    def operation(self: Any, *args: Any) -> Handle:
         handles, function = args[:operands], args[operands]
         # A choice moves bits and needs no values.
         if function is np.where or not any(map(_is_raw, handles)):
@@ -154,8 +168,8 @@ def _elementwise(original, operands: int):
     return operation
 
 
-def _fma(original):
-    def create_fma(self, x, y, z):
+def _fma(original: Method) -> Method:
+    def create_fma(self: Any, x: Handle, y: Handle, z: Handle) -> Handle:
         if not _is_raw(z):
             return original(self, x, y, z)
         return _handle(_decode(x) * _decode(y) + _decode(z), z.dtype.scalar)
@@ -163,8 +177,8 @@ def _fma(original):
     return create_fma
 
 
-def _dot(original):
-    def create_dot(self, a, b, d, *options):
+def _dot(original: Method) -> Method:
+    def create_dot(self: Any, a: Handle, b: Handle, d: Handle, *options: Any) -> Handle:
         if not (_is_raw(a) or _is_raw(b)):
             return original(self, a, b, d, *options)
         product = np.matmul(_decode(a), _decode(b), dtype=np.float32)
@@ -176,7 +190,7 @@ def _dot(original):
 # --- reductions and scans -------------------------------------------------------------------------
 
 
-def _combine(operation, left, right, dtypes):
+def _combine(operation: Any, left: Sequence[Array], right: Sequence[Array], dtypes: Sequence[Dtype]) -> list[Array]:
     """The combine function on blocks of pairs: lists of arrays in, list of arrays out."""
     wrapped = [operation.to_tensor(x, dtype) for side in (left, right) for x, dtype in zip(side, dtypes, strict=True)]
     out = operation.combine_fn(*wrapped)
@@ -185,7 +199,7 @@ def _combine(operation, left, right, dtypes):
     return [np.broadcast_to(a, x.shape).astype(x.dtype) for a, x in zip(arrays, left, strict=True)]
 
 
-def _generic_reduce(self, input):
+def _generic_reduce(self: Any, input: Any) -> list[Any]:
     """Neighbours are combined until one is left, so the order of operands is kept."""
     whole, rank = self.axis is None, input[0].handle.data.ndim
     input, axis = self.unravel(input, self.axis)
@@ -202,7 +216,7 @@ def _generic_reduce(self, input):
     return out
 
 
-def _generic_scan(self, input):
+def _generic_scan(self: Any, input: Any) -> list[Any]:
     """After the step of width w each element covers the 2w elements that end at it."""
     dtypes = [x.dtype for x in input]
     parts = [np.moveaxis(x.handle.data, self.axis, 0) for x in input]
@@ -216,10 +230,10 @@ def _generic_scan(self, input):
     return [self.to_tensor(x, dtype) for x, dtype in zip(parts, dtypes, strict=True)]
 
 
-def _values_only(original, generic):
+def _values_only(original: Method, generic: Method) -> Method:
     """numpy's own sum, maximum, ... where elements are numbers to numpy; the generic way where they are raw bits."""
 
-    def apply_impl(self, input):
+    def apply_impl(self: Any, input: Any) -> Any:
         if any(_is_raw(x.handle) for x in input):
             flip = getattr(self, "reverse", False)
             if flip:
@@ -236,31 +250,34 @@ def _values_only(original, generic):
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def _memory(native):
+def _memory(native: Any) -> types.SimpleNamespace:
     """The interpreter's native memory operations behind contiguous arguments."""
 
-    def contiguous(*arrays):
+    def contiguous(*arrays: Array) -> list[Array]:
         return [np.ascontiguousarray(x) for x in arrays]
 
-    def boolean(mask):
+    def boolean(mask: Array) -> Array:
         return np.ascontiguousarray(mask, dtype=np.bool_)
 
-    def load(pointers, mask, other, dtype):
+    def load(pointers: Array, mask: Array, other: Array, dtype: Any) -> Array:
         pointers, other = contiguous(pointers, other)
-        return native.load(pointers, boolean(mask), other, dtype)
+        loaded: Array = native.load(pointers, boolean(mask), other, dtype)
+        return loaded
 
-    def store(pointers, value, mask):
-        return native.store(*contiguous(pointers, value), boolean(mask))
+    def store(pointers: Array, value: Array, mask: Array) -> None:
+        native.store(*contiguous(pointers, value), boolean(mask))
 
-    def atomic_rmw(operation, pointers, value, mask, order):
+    def atomic_rmw(operation: Any, pointers: Array, value: Array, mask: Array, order: Any) -> Array:
         if (group := getattr(_group, "current", None)) and group.stopped:
             raise _Stopped  # where a program waits for another that has failed
-        pointers, value, mask = *contiguous(pointers, value), boolean(mask)
-        old = native.atomic_rmw(operation, pointers, value, mask, order)
+        pointers, value = contiguous(pointers, value)
+        mask = boolean(mask)
+        old: Array = native.atomic_rmw(operation, pointers, value, mask, order)
         return old if mask.all() else np.where(mask, old, np.zeros_like(old))
 
-    def atomic_cas(pointers, expected, value, order):
-        return native.atomic_cas(*contiguous(pointers, expected, value), order)
+    def atomic_cas(pointers: Array, expected: Array, value: Array, order: Any) -> Array:
+        old: Array = native.atomic_cas(*contiguous(pointers, expected, value), order)
+        return old
 
     members = {name: getattr(native, name) for name in dir(native) if not name.startswith("__")}
     members.update(load=load, store=store, atomic_rmw=atomic_rmw, atomic_cas=atomic_cas)
@@ -274,16 +291,16 @@ _launches = 0  # launches in progress: triton.language is patched
 _group = threading.local() if tl is None else vars(stock).setdefault("_group_of_dspark_kernels", threading.local())
 
 
-def _tensor_range(*bounds, **hints):
+def _tensor_range(*bounds: Any, **hints: Any) -> Iterator[Any]:
     for i in range(*bounds):
         yield stock.interpreter_semantic.to_tensor(i)
 
 
-def _loops(original):
+def _loops(original: Any) -> Any:
     """The rewriting of kernel sources, with `range` giving tensors as it does when compiled."""
 
-    class Transformer(original):
-        def visit_For(self, node):
+    class Transformer(original):  # type: ignore[misc]  # a class that is known at run time alone
+        def visit_For(self, node: ast.For) -> Any:
             called = node.iter.func if isinstance(node.iter, ast.Call) else None
             if isinstance(called, ast.Name) and called.id == "range":
                 called.id = _tensor_range.__name__  # found there: a rewritten kernel sees the globals of `stock`
@@ -292,11 +309,11 @@ def _loops(original):
     return Transformer()
 
 
-def _patched_language(original):
+def _patched_language(original: Method) -> Method:
     # Kernels see triton.language as tl, the standard library sees tl.core: both are patched, once for the whole launch.
     everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
-    def patch(fn):
+    def patch(fn: Any) -> Any:
         scope = original(everything)
         scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(())))
         scope.set_attr(tl, "range", _tensor_range)
@@ -305,8 +322,8 @@ def _patched_language(original):
     return patch
 
 
-def _launch(original):
-    def run(self, *args, **kwargs):
+def _launch(original: Method) -> Method:
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         global _launches
         _launches += 1
         try:
@@ -319,8 +336,8 @@ def _launch(original):
     return run
 
 
-def _device_call(original):
-    def call(self, *args, **kwargs):
+def _device_call(original: Method) -> Method:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _launches:
             return self.rewrite()(*args, **kwargs)
         return original(self, *args, **kwargs)
@@ -331,13 +348,13 @@ def _device_call(original):
 class _PerThread:
     """An attribute of the builder that every thread has for itself."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._local = threading.local()
 
-    def __get__(self, instance, owner=None):
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
         return self if instance is None else getattr(self._local, "value", None)
 
-    def __set__(self, instance, value):
+    def __set__(self, instance: object, value: Any) -> None:
         self._local.value = value
 
 
@@ -348,13 +365,15 @@ class _Stopped(Exception):
 class _Programs:
     """The programs of one launch, each in a thread."""
 
-    def __init__(self, function, limit: int, timeout: float):
+    def __init__(self, function: Callable[..., object], limit: int, timeout: float) -> None:
         self.function, self.limit, self.timeout = function, limit, timeout
-        self.threads, self.errors, self.stopped = [], [], False
+        self.threads: list[threading.Thread] = []
+        self.errors: list[BaseException] = []
+        self.stopped = False
         functools.update_wrapper(self, function)  # the stock launch inspects what it calls
         self.__signature__ = inspect.signature(function)
 
-    def __call__(self, **arguments):
+    def __call__(self, **arguments: Any) -> None:
         """Start the program the stock launch has come to; after the last one wait for all."""
         builder = stock.interpreter_builder
         total = math.prod(builder.grid_dim)
@@ -365,7 +384,7 @@ class _Programs:
         if len(self.threads) == total:
             self._wait()
 
-    def _run(self, index, arguments):
+    def _run(self, index: Any, arguments: dict[str, Any]) -> None:
         stock.interpreter_builder.grid_idx = index
         _group.current = self
         try:
@@ -377,7 +396,7 @@ class _Programs:
             self.errors.append(error)
             self.stopped = True
 
-    def _wait(self):
+    def _wait(self) -> None:
         end = time.monotonic() + self.timeout
         for thread in self.threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -389,7 +408,7 @@ class _Programs:
 
 
 @contextlib.contextmanager
-def threads(limit: int, timeout: float = 60.0):
+def threads(limit: int, timeout: float = 60.0) -> Iterator[None]:
     """Within it all programs of a launch run at the same time, one thread each.
 
     Raises InterpreterError from a launch of more than `limit` programs, one that a program fails in, or one that takes
@@ -397,7 +416,7 @@ def threads(limit: int, timeout: float = 60.0):
     """
     before = stock.GridExecutor.__call__
 
-    def run(self, *args, **kwargs):
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.fn = _Programs(self.fn, limit, timeout)
         return before(self, *args, **kwargs)
 

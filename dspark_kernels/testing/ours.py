@@ -11,10 +11,12 @@ trees; `draft`, `draft_coupled` are samplers and `causal` is a schedule. On CPU 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..choices import ChainRule, Drawn, Noise, TreeRule
 from ..ops.accept.chain import accept_chain
 from ..ops.accept.tree import accept_tree
 from ..ops.draft.dense import draft_block
@@ -27,7 +29,16 @@ from .tree.rules import depths_of
 INTERPRETED_REQUESTS = 256
 
 
-def _accept(rule: str, target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions) -> Tensor:
+def _accept(
+    rule: ChainRule,
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    draft_logits: Tensor | None,
+    temperature: Tensor,
+    seeds: Tensor,
+    draft_lens: Tensor,
+    anchor_positions: Tensor,
+) -> Tensor:
     proposal = OneHotProposal() if draft_logits is None else DenseProposal(draft_logits)
     flags = torch.zeros_like(draft_lens)
     present = torch.where(draft_tokens == -1, 0, draft_tokens)  # a layout would cut the rows at a missing draft
@@ -52,7 +63,16 @@ def _packed(target_logits: Tensor, rows: Tensor) -> Tensor:
 
 
 def _accept_tree(
-    rule: str, node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions
+    rule: TreeRule,
+    node_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    drawn: Drawn,
+    temperature: Tensor,
+    seeds: Tensor,
+    num_nodes: Tensor,
+    anchor_positions: Tensor,
 ) -> Tensor:
     tree = _tree(tokens, parents, draft_logits, drawn, num_nodes)
     layout = tree_layout(tree, anchor_positions=anchor_positions)
@@ -62,7 +82,7 @@ def _accept_tree(
     ).tokens  # fmt: skip
 
 
-def _tree(tokens, parents, draft_logits, drawn, num_nodes) -> DraftTree:
+def _tree(tokens: Tensor, parents: Tensor, draft_logits: Tensor | None, drawn: Drawn, num_nodes: Tensor) -> DraftTree:
     """The tree with its links; nodes that do not exist have none."""
     index = torch.arange(tokens.shape[1], device=tokens.device)
     parents = torch.where(index < num_nodes[:, None], parents, -1).to(torch.int32)
@@ -90,11 +110,11 @@ def _tree(tokens, parents, draft_logits, drawn, num_nodes) -> DraftTree:
     )
 
 
-def _named(function, rule: str):
-    function.rule = rule
+def _named(function: Callable[..., Tensor], rule: str) -> Callable[..., Tensor]:
+    function.rule = rule  # type: ignore[attr-defined]  # a function takes attributes, which its type cannot say
     if interpreter.interpreting():
         interpreter.repair()
-        function.max_requests = INTERPRETED_REQUESTS
+        function.max_requests = INTERPRETED_REQUESTS  # type: ignore[attr-defined]
     return function
 
 
@@ -107,7 +127,9 @@ walk, recursive, traversal = (_named(functools.partial(_accept_tree, rule), rule
 greedy_tree = _named(functools.partial(_accept_tree, "walk"), "greedy_tree")
 
 
-def _draft(noise: str, draft_logits, temperature, seeds, positions, anchor_positions) -> Tensor:
+def _draft(
+    noise: Noise, draft_logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, anchor_positions: Tensor
+) -> Tensor:
     sampling = SamplingTensors(temperature, seeds)
     first = int((positions - anchor_positions)[0]) - 1 if len(seeds) else 0
     return draft_block(

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FEWEST, FEWEST_SQUARE = 10.0, 100.0  # expected counts; below, the tails are not those of the formulas
+# Observed counts, probabilities, samples, degrees of freedom -> the statistic and its p-value.
+Statistic = Callable[[Tensor, Tensor, float, int], tuple[float, float]]
 CERTAIN = 0.999  # probability with which a bias of the stated size is detected
 
 
@@ -32,9 +35,10 @@ class Finding(NamedTuple):
     sees: float | None = None
 
 
-def _upper(shape, x) -> Tensor:
+def _upper(shape: Tensor | float, x: float) -> Tensor:
     """P(Gamma(shape, 1) > x)."""
-    return torch.special.gammaincc(torch.as_tensor(shape, dtype=torch.float64), torch.as_tensor(x, dtype=torch.float64))
+    probs: Tensor = torch.special.gammaincc(torch.as_tensor(shape, dtype=torch.float64), torch.as_tensor(x, dtype=torch.float64))
+    return probs
 
 
 def compare(what: str, observed: Tensor, probs: Tensor, level: float) -> list[Finding]:
@@ -60,11 +64,14 @@ def _merged(observed: Tensor, probs: Tensor, fewest: float) -> tuple[Tensor, Ten
     kept -= 0 if float(probs[kept:].sum()) * total >= fewest else 1
     if kept < 1:
         return observed.sum()[None], probs.sum()[None]
-    join = lambda x: torch.cat([x[:kept], x[kept:].sum()[None]])  # noqa: E731
+
+    def join(x: Tensor) -> Tensor:
+        return torch.cat([x[:kept], x[kept:].sum()[None]])
+
     return join(observed), join(probs)
 
 
-def _finding(what: str, test, observed: Tensor, probs: Tensor, level: float) -> Finding:
+def _finding(what: str, test: Statistic, observed: Tensor, probs: Tensor, level: float) -> Finding:
     degrees, total = len(probs) - 1, float(observed.sum())
     if degrees < 1:
         return Finding(f"{what}: too few samples", 1.0)
@@ -72,14 +79,14 @@ def _finding(what: str, test, observed: Tensor, probs: Tensor, level: float) -> 
     return Finding(f"{what} {value:.0f} at {degrees} degrees", p_value, smallest_bias(degrees, total, level))
 
 
-def _square(observed, probs, total, degrees) -> tuple[float, float]:
+def _square(observed: Tensor, probs: Tensor, total: float, degrees: int) -> tuple[float, float]:
     value = float(((observed - probs * total) ** 2 / (probs * total)).sum())
     cells = degrees + 1
     variance = max(2 * degrees + (float((1 / probs).sum()) - cells**2 - 2 * cells + 2) / total, degrees)
     return value, float(_upper(degrees**2 / variance, value * degrees / variance))
 
 
-def _likelihood(observed, probs, total, degrees) -> tuple[float, float]:
+def _likelihood(observed: Tensor, probs: Tensor, total: float, degrees: int) -> tuple[float, float]:
     value = 2 * float(torch.special.xlogy(observed, observed / (probs * total)).sum())
     value /= 1 + (float((1 / probs).sum()) - 1) / (6 * total * degrees)
     return value, float(_upper(degrees / 2, max(value, 0.0) / 2))
@@ -107,7 +114,7 @@ def smallest_bias(degrees: int, samples: float, level: float) -> float:
     return math.sqrt(shift / (4 * samples))
 
 
-def _bisect(holds, high: float) -> float:
+def _bisect(holds: Callable[[float], bool], high: float) -> float:
     """Least x in (0, high) from which on a monotone condition holds."""
     low = 0.0
     for _ in range(60):

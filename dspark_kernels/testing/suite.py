@@ -65,6 +65,7 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ from ..checks import check_choice, check_int
 from ..choices import DRAWN
 from . import chain, tree
 from .chain.edges import Detected
-from .run import FALSE_ALARM, FINDINGS as FINDINGS, LEVEL as LEVEL, Run, TreeRun
+from .run import FALSE_ALARM, FINDINGS as FINDINGS, LEVEL as LEVEL, Run, Settings, TreeRun
 from .statistics import Finding
 
 REQUESTS, QUICK, FEWEST_REQUESTS = 1 << 17, 1 << 13, 64
@@ -88,7 +89,8 @@ HEADINGS = {False: "distribution:", True: "conventions for bad values (a lossles
 
 SAMPLED = ("token", "block", "coupled")
 # Name -> (test, rules that it is for, whether it needs noise that comes from the seeds).
-TESTS = {
+Table = dict[str, tuple[Callable[[Any], Iterable[Finding] | None], tuple[str, ...], bool]]
+TESTS: Table = {
     "rows": (chain.edges.rows, CHAIN_RULES, False),
     "greedy": (chain.edges.greedy, CHAIN_RULES, False),
     "padding": (chain.edges.padding, CHAIN_RULES, False),
@@ -111,7 +113,7 @@ TESTS = {
 }
 
 TREES_SAMPLED, TREES_TRIED = TREE_RULES[:3], ("recursive", "traversal")
-TREE_TESTS = {
+TREE_TESTS: Table = {
     "rows": (tree.edges.rows, TREE_RULES, False),
     "greedy": (tree.edges.greedy, TREE_RULES, False),
     "padding": (tree.edges.padding, TREE_RULES, False),
@@ -135,7 +137,7 @@ TREE_TESTS = {
 }
 
 
-def tests_of(rule: str) -> dict:
+def tests_of(rule: str) -> Table:
     return TREE_TESTS if rule in TREE_RULES else TESTS
 
 
@@ -161,7 +163,7 @@ class Result:
         """What it is a result about: the distribution, or conventions for bad values."""
         return HEADINGS[self.name in CONVENTIONS]
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name:<12} {self.verdict}  {self.text}"
 
 
@@ -191,7 +193,7 @@ class Report:
         """Names of the tests in which the function raised."""
         return tuple(result.name for result in self.results if result.verdict == "ERROR")
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = []
         for heading in HEADINGS.values():
             own = [str(result) for result in self.results if result.heading == heading]
@@ -215,8 +217,9 @@ class Report:
         return f"{text}; a correct function fails with a probability of at most {FALSE_ALARM:.0e}"
 
 
-def default_requests(function, quick: bool = False) -> int:
-    return min(QUICK if quick else REQUESTS, getattr(function, "max_requests", REQUESTS))
+def default_requests(function: Callable[..., Tensor], quick: bool = False) -> int:
+    most: int = getattr(function, "max_requests", REQUESTS)
+    return min(QUICK if quick else REQUESTS, most)
 
 
 def check(
@@ -267,19 +270,21 @@ def check(
     tests = [check_choice("tests", name, tuple(of_form)) for name in tests]
     requests = default_requests(function, quick) if requests is None else requests
     check_int("requests", requests, low=FEWEST_REQUESTS)
+    settings = Settings(requests, seed, device, draft, schedule, dtype)
+    run: Run | TreeRun
     if rule in TREE_RULES:
         if schedule is not None:
             raise ValueError(f"schedule: expected None with the {rule} rule, got {schedule!r}")
-        drawn = getattr(function, "drawn", DRAWN) if drawn is None else tuple(drawn)
-        drawn = tuple(check_choice("drawn", way, DRAWN) for way in drawn)
-        run = TreeRun(function, rule, requests, seed, device, draft, schedule, dtype, drawn=drawn)
+        ways: Iterable[str] = getattr(function, "drawn", DRAWN) if drawn is None else drawn
+        run = TreeRun(function, rule, settings, tuple(check_choice("drawn", way, DRAWN) for way in ways))
     else:
-        run = Run(function, rule, requests, seed, device, draft, schedule, dtype)
+        run = Run(function, rule, settings)
     try:
         run.probe()
     except Exception as error:
         raise FunctionError(f"the function raised on an ordinary batch: {_shown(error)}") from error
-    results, raised = [], {}
+    results: list[Result] = []
+    raised: dict[str, str] = {}
     for name in sorted(tests, key=CONVENTIONS.__contains__):  # what stands apart comes last
         test, rules, seeded = of_form[name]
         if rule not in rules:
@@ -305,12 +310,12 @@ def _shown(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]} ({last.filename}:{last.lineno})"
 
 
-def _run_test(name: str, test, run: Run | TreeRun, raised: dict[str, str]) -> Result:
+def _run_test(name: str, test: Callable[[Any], Iterable[Finding] | None], run: Run | TreeRun, raised: dict[str, str]) -> Result:
     """raised: of every error so far the test that it happened in first; one is printed once."""
     start = time.perf_counter()
 
-    def result(verdict, text, *rest):
-        return Result(name, verdict, text, *rest, seconds=time.perf_counter() - start)
+    def result(verdict: str, text: str, p_value: float | None = None, sees: float | None = None, findings: int = 0) -> Result:
+        return Result(name, verdict, text, p_value, sees, findings, time.perf_counter() - start)
 
     findings: list[Finding] = []
     try:

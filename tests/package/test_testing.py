@@ -278,7 +278,8 @@ def test_a_bias_of_the_stated_size_is_seen():
     for size, expected in ((1.0, 12), (0.2, 0)):
         seen = 0
         for seed in range(12):
-            run = suite.Run(functools.partial(biased, size * share), "token", QUICK, seed, "cpu", None, None, torch.float32)
+            settings = suite.Settings(QUICK, seed, "cpu", None, None, torch.float32)
+            run = suite.Run(functools.partial(biased, size * share), "token", settings)
             findings = list(distributions._round(run, "", model, 1))
             assert findings[0].sees == pytest.approx(sees)
             seen += findings[0].p_value < suite.LEVEL

@@ -300,7 +300,7 @@ def test_output_that_is_none(function, message):
 
 
 def test_paths_through_siblings_that_are_alike():
-    tree = run.TreeRun(None, "walk", 64, 0, "cpu", None, None, torch.float32, drawn=("iid",))
+    tree = run.TreeRun(None, "walk", run.Settings(64, 0, "cpu", None, None, torch.float32), drawn=("iid",))
     tokens, parents = torch.tensor([[9, 4, 4, 5, 6]]), torch.tensor([[-1, 0, 0, 2, 1]])
     for out, count, good in (([4, 5, 0], 5, True), ([4, 6, 0], 5, True), ([4, 6, 0], 4, False), ([4, 5, 6, 0], 5, False)):
         padded_out = torch.tensor([out + [-1] * (5 - len(out))])

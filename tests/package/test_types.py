@@ -1,4 +1,7 @@
-"""Types of the public names: annotated whole, exported by name, and checked by mypy in the program of a user who makes mistakes."""
+"""Types of the public names: annotated whole, exported by name, and checked by mypy in the program of a user who makes mistakes.
+
+The host side of the package is checked by mypy --strict, too (`[tool.mypy]` in pyproject.toml).
+"""
 
 import importlib.util
 import inspect
@@ -14,6 +17,7 @@ import pytest
 import dspark_kernels as dk
 
 ROOT = Path(__file__).resolve().parents[2]
+NOT_CHECKED = ("kernels", "checkpoint", "integrations")  # why: pyproject.toml
 PROGRAM = ROOT / "tests" / "data" / "typed_user.py"
 
 
@@ -39,9 +43,21 @@ def test_public_functions_are_annotated_whole(name):
         assert not words, f"{function.__qualname__}: {words}: name the words (dspark_kernels/choices.py)"
 
 
+needs_mypy = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy (the extra `types`)")
+
+
+@needs_mypy
+def test_mypy_finds_nothing_in_the_host_side(tmp_path):
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    checked = int(re.search(r"no issues found in (\d+) source files", done.stdout)[1])
+    left_out = sum(len(list((ROOT / "dspark_kernels" / folder).rglob("*.py"))) for folder in NOT_CHECKED)
+    assert checked == len(list((ROOT / "dspark_kernels").rglob("*.py"))) - left_out
+
+
+@needs_mypy
 def test_mypy_finds_the_mistakes_of_a_user_and_no_others(tmp_path):
-    if importlib.util.find_spec("mypy") is None:
-        pytest.skip("needs mypy (the extra `types`)")
     command = [
         sys.executable,
         "-m",

@@ -7,11 +7,14 @@ known-bad rules of known_wrong.py are detected clearly. Every finding says how l
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from ..statistics import Finding, at_least, compare, rare
 from . import models, rules
+from .asked import Run
 
 WINDOW = 4
 # Found by search. Decided position 1, anchor position 0: the acceptance uniform is below 2^-24; or within 2^-25 of 1; or one of the
@@ -27,7 +30,7 @@ EXTREME_DRAWS = (
 TAIL = 4096  # tokens that share the tail's probability
 
 
-def _round(run, what, model, num_drafts, **options):
+def _round(run: Run, what: str, model: models.Model, num_drafts: int, **options: Any) -> Iterator[Finding]:
     """One round after the prompt, completed by the target: the distribution of the first K + 1 tokens."""
     temperature = options.get("temperature", 1.0)
     model, history, _ = run.decode(what, model, num_drafts, num_drafts + 1, rounds=1, **options)
@@ -38,7 +41,7 @@ def _round(run, what, model, num_drafts, **options):
     yield from compare(what, counts, models.sequence_probs(model.target_probs(temperature), tokens), run.level)
 
 
-def _windows(run, what, model, num_drafts, **options):
+def _windows(run: Run, what: str, model: models.Model, num_drafts: int, **options: Any) -> Iterator[Finding]:
     """Three rounds or more under one seed: the distribution of all windows of a few tokens."""
     tokens = 2 * (num_drafts + 1) + 1
     model, history, _ = run.decode(what, model, num_drafts, tokens, rounds=None, **options)
@@ -51,25 +54,25 @@ def _windows(run, what, model, num_drafts, **options):
         yield from compare(f"{what}, tokens {first + 1} to {first + width}", counts, probs, run.level)
 
 
-def one_round(run):
+def one_round(run: Run) -> Iterator[Finding]:
     """tokens of one round, V = 2 to 4, K = 1 to 3, sampled and one-hot drafts"""
     for vocab, num_drafts, kind, model in ROUND:
         yield from _round(run, f"V={vocab} K={num_drafts} {kind}", model, num_drafts, kind=kind)
 
 
-def rounds(run):
+def rounds(run: Run) -> Iterator[Finding]:
     """three consecutive rounds and more under one seed: noise that is met again"""
     yield from _windows(run, "noise of the function", ROUNDS, 2)
     yield from _windows(run, "noise of the drafts", REDRAFTED, 2)
 
 
-def prefix(run):
+def prefix(run: Run) -> Iterator[Finding]:
     """lengths cut by confidences; rows that are not verified hold something else"""
     yield from _round(run, "one round, K=3", PREFIX, 3, cut=True)
     yield from _windows(run, "rounds, K=2", PREFIX_ROUNDS, 2, cut=True)
 
 
-def noise(run):
+def noise(run: Run) -> Iterator[Finding]:
     """draft noise in the correction; neighbouring seeds, high words of seeds, neighbouring positions"""
     yield from _round(run, "frequent corrections", CORRECTIONS, 1)
     seeds = run.seeds("pairs")
@@ -85,30 +88,30 @@ def noise(run):
         yield from compare(what, counts, probs[:, None] * probs, run.level)
 
 
-def temperature(run):
+def temperature(run: Run) -> Iterator[Finding]:
     """temperatures other than 1 on both sides of the ratio; logits far from 0"""
     for value in (0.5, 1.75):
         yield from _round(run, f"temperature {value}", OFFSET, 2, temperature=value)
 
 
-def filters(run):
+def filters(run: Run) -> Iterator[Finding]:
     """-inf logits in either distribution, as filters leave them"""
     yield from _round(run, "V=4 K=2", SUPPORT, 2)
     yield from _round(run, "one-hot", SUPPORT, 2, kind="one_hot")
 
 
-def placeholder(run):
+def placeholder(run: Run) -> Iterator[Finding]:
     """drafts of -1 are rejected and corrected from the target's distribution"""
     yield from _round(run, "every second draft -1", MISSING, 2, kind="missing")
 
 
-def widths(run):
+def widths(run: Run) -> Iterator[Finding]:
     """draft logits wider and narrower than the target's"""
     for name, model in WIDTHS.items():
         yield from _round(run, name, model, 2)
 
 
-def accepts(run):
+def accepts(run: Run) -> Iterator[Finding]:
     """as many drafts accepted as the rule promises, so that always rejecting does not pass"""
     for vocab, num_drafts, kind, model in ROUND:
         if kind != "dense":
@@ -119,7 +122,7 @@ def accepts(run):
         yield at_least(f"accepted, {what}", float(accepted.double().mean()), mean, deviation, len(accepted))
 
 
-def residual(run):
+def residual(run: Run) -> Iterator[Finding]:
     """nothing left of [p - q]+: drawn from p"""
     requests, vocab = min(run.requests, 1 << 14), 5
     row = torch.full((vocab,), rules.NEG_INF)
@@ -130,14 +133,14 @@ def residual(run):
     yield from compare("equal distributions, impossible draft", torch.bincount(out[:, 0], minlength=vocab).cpu(), probs, run.level)
 
 
-def tails(run):
+def tails(run: Run) -> Iterator[Finding]:
     """impossible tokens never, uniforms near 0 and 1 among the noise; tokens of 1e-6 and unlikely drafts at their rate"""
     yield from _impossible(run)
     yield _rare_tokens(run)
     yield _rare_drafts(run)
 
 
-def _impossible(run):
+def _impossible(run: Run) -> Iterator[Finding]:
     extreme = torch.tensor([*LOW_UNIFORMS, *HIGH_UNIFORMS, *EXTREME_DRAWS], device=run.device)
     seeds = torch.cat([extreme, run.seeds("impossible", max(64, run.requests - len(extreme)) if run.requests > 64 else 16)])
     vocab, count = 4, len(seeds)
@@ -151,7 +154,7 @@ def _impossible(run):
         yield Finding(f"{what}: {wrong} of {count} requests emitted an impossible token", probability)
 
 
-def _rare_tokens(run):
+def _rare_tokens(run: Run) -> Finding:
     """Bonus tokens among TAIL ids, as rare as 24 expected ones allow, but not below 2^-24 each."""
     requests = max(16, min(run.requests // 16, 1 << 21))
     each = max(2.0**-24, 24.0 / requests / TAIL)
@@ -168,7 +171,7 @@ def _rare_tokens(run):
     return rare(f"tokens of {each:.1e}", count, total * requests)
 
 
-def _rare_drafts(run):
+def _rare_drafts(run: Run) -> Finding:
     """A one-hot draft that the target hardly ever says."""
     requests = run.requests
     probability = min(0.25, 64.0 / requests)

@@ -8,10 +8,12 @@ are read in the wrong place, ids beyond the vocabulary and lengths that are not 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
 from . import rules
+from .asked import Run
 from .rules import NEG_INF
 
 SURE = 60.0  # logit above all others: the rest has a probability of 1e-26
@@ -21,7 +23,7 @@ class Detected(Exception):
     """What a request got, and what it had to get."""
 
 
-def expect(what: str, tokens: torch.Tensor, wanted: torch.Tensor):
+def expect(what: str, tokens: torch.Tensor, wanted: torch.Tensor) -> None:
     differs = (tokens != wanted).any(1)
     if bool(differs.any()):
         r = int(differs.long().argmax())
@@ -31,7 +33,7 @@ def expect(what: str, tokens: torch.Tensor, wanted: torch.Tensor):
         )
 
 
-def expect_same_in_any_batch(tokens_of, requests: int):
+def expect_same_in_any_batch(tokens_of: Callable[[torch.Tensor], torch.Tensor], requests: int) -> None:
     """tokens_of: from indices of requests, of which there are at least 11, to what they get in a batch of these."""
     whole = torch.arange(requests)
     want = tokens_of(whole)
@@ -50,13 +52,14 @@ def _points(ids: torch.Tensor, vocab: int) -> torch.Tensor:
     return torch.nn.functional.one_hot(ids, vocab) * SURE
 
 
-def _every_end(num_drafts: int):
+def _every_end(num_drafts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """lens [R] and accepted [R]: every number of accepted drafts of every length 0..K."""
     pairs = [(length, n) for length in range(num_drafts + 1) for n in range(length + 1)]
-    return torch.tensor(pairs).unbind(1)
+    lens, accepted = torch.tensor(pairs).unbind(1)
+    return lens, accepted
 
 
-def _point_batch(vocab: int, num_drafts: int):
+def _point_batch(vocab: int, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(target logits, drafts, lens, what every lossless rule emits)."""
     lens, accepted = _every_end(num_drafts)
     r, i = torch.arange(len(lens))[:, None], torch.arange(num_drafts + 1)
@@ -66,7 +69,7 @@ def _point_batch(vocab: int, num_drafts: int):
     return _points(says, vocab).float(), drafts, lens, rules.emitted(drafts, accepted, rules.at(says, accepted))
 
 
-def rows(run):
+def rows(run: Run) -> None:
     """each token from its own row: every length, every number of accepted drafts, bonus row of trimmed requests"""
     vocab, num_drafts = 11, 4
     target, drafts, lens, wanted = _point_batch(vocab, num_drafts)
@@ -76,7 +79,7 @@ def rows(run):
         expect(what, run.call_rows(target, drafts, draft_logits, lens=lens), wanted)
 
 
-def padding(run):
+def padding(run: Run) -> None:
     """rows that are views of wider ones: what lies behind column V is never read"""
     for vocab in (13, 1029):
         target, drafts, lens, wanted = _point_batch(vocab, 2)
@@ -88,7 +91,7 @@ def padding(run):
         expect(f"V={vocab}", run.call_rows(views[0], drafts, views[1], lens=lens), wanted)
 
 
-def greedy(run):
+def greedy(run: Run) -> None:
     """temperature 0: the arg-max whatever was drafted, ties to the lowest id, beside sampled requests too"""
     requests, num_drafts, vocab = 24, 3, 37
     generator = torch.Generator().manual_seed(1)
@@ -108,7 +111,7 @@ def greedy(run):
         expect("beside sampled requests", out[cold], wanted[cold])
 
 
-def batch(run):
+def batch(run: Run) -> None:
     """a request gets the same tokens whatever else is in the batch, in whatever row, and again"""
     requests, num_drafts, vocab = 12, 3, 1100
     generator = torch.Generator().manual_seed(2)
@@ -119,7 +122,7 @@ def batch(run):
     heat = torch.full((requests,), 0.0 if run.rule == "greedy" else 1.0)
     seeds = run.seeds("batch", requests).cpu()
 
-    def tokens(index):
+    def tokens(index: torch.Tensor) -> torch.Tensor:
         return run.call_rows(
             target[index], drafts[index], draft_logits[index], seeds[index], lens=lens[index], temperature=heat[index]
         )
@@ -127,7 +130,7 @@ def batch(run):
     expect_same_in_any_batch(tokens, requests)
 
 
-def bad_rows(run):
+def bad_rows(run: Run) -> None:
     """NaN reads as -inf, +inf takes all, acceptance stops at a row without a finite logit, ids stay in range"""
     num_drafts, vocab = 2, 9
     target, drafts, lens, wanted = _point_batch(vocab, num_drafts)
@@ -149,7 +152,7 @@ def bad_rows(run):
         run.call_rows(target, drafts, draft_logits + float("nan"), lens=lens)
 
 
-def extreme(run):
+def extreme(run: Run) -> None:
     """fp16 logits of 6e4 and temperatures of 1e-6: no overflow, no NaN, the arg-max though another is close"""
     num_drafts, vocab = 2, 9
     target, drafts, lens, wanted = _point_batch(vocab, num_drafts)
@@ -160,7 +163,7 @@ def extreme(run):
         expect(what, run.call_rows(halves[0], drafts, halves[1], lens=lens, temperature=heat), wanted)
 
 
-def empty(run):
+def empty(run: Run) -> None:
     """no request, no admitted draft, one draft"""
     none = run.call_rows(torch.zeros(0, 3, 5), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, 5))
     if tuple(none.shape) != (0, 3):
@@ -172,7 +175,7 @@ def empty(run):
     expect("no draft admitted", run.call_rows(target, drafts, torch.zeros(len(drafts), 1, 7), lens=zero), wanted)
 
 
-def shared(run):
+def shared(run: Run) -> None:
     """the coupled rule emits what plain sampling with the same seed does, whatever was drafted"""
     from . import distributions
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,29 +23,32 @@ from ...types import Stream
 from . import models, rules
 from .rules import Batch, Noise, at
 
-KNOWN_BAD: dict[str, object] = {}
+Accepts = Callable[..., Tensor]  # an acceptance function
+Verdict = tuple[Tensor, Tensor]  # of a rule on a Batch: accepted drafts, token
+
+KNOWN_BAD: dict[str, Accepts] = {}
 
 
-def known_bad(rule: str, table: dict[str, object] = KNOWN_BAD):
+def known_bad(rule: str, table: dict[str, Accepts] = KNOWN_BAD) -> Callable[[Accepts], Accepts]:
     """Register an acceptance function under its name."""
 
-    def register(function):
-        function.rule = rule
+    def register(function: Accepts) -> Accepts:
+        function.rule = rule  # type: ignore[attr-defined]  # a function takes attributes, which its type cannot say
         table[function.__name__] = function
         return function
 
     return register
 
 
-def known_bad_rule(rule: str, **options):
+def known_bad_rule(rule: str, **options: Any) -> Callable[[Callable[[Batch], Verdict]], Accepts]:
     """Register a rule on a Batch: (accepted, token)."""
 
-    def register(of_batch):
+    def register(of_batch: Callable[[Batch], Verdict]) -> Accepts:
         @functools.wraps(of_batch)
-        def function(*arguments):
+        def function(*arguments: Any) -> Tensor:
             return rules.accept(of_batch, *arguments, **options)
 
-        del function.__wrapped__
+        del function.__dict__["__wrapped__"]
         return known_bad(rule)(function)
 
     return register
@@ -53,41 +58,41 @@ def known_bad_rule(rule: str, **options):
 
 
 class _DraftNoiseInCorrection(Noise):
-    def blocks(self, stream, positions, groups):
+    def blocks(self, stream: Stream, positions: Tensor, groups: Tensor) -> list[Tensor]:
         return super().blocks(Stream.DRAFT if stream == Stream.CORRECT else stream, positions, groups)
 
 
 class _PositionOnly(Noise):
-    def blocks(self, stream, positions, groups):
+    def blocks(self, stream: Stream, positions: Tensor, groups: Tensor) -> list[Tensor]:
         return Noise(self.seeds, torch.zeros_like(self.anchor_positions)).blocks(stream, positions, groups)
 
 
 class _OneUniformPerRound(Noise):
-    def uniforms(self, count):
+    def uniforms(self, count: int) -> Tensor:
         return super().uniforms(1).expand(-1, count)
 
 
 class _OneForAll(Noise):
     """The acceptance uniforms of the first request for the whole batch."""
 
-    def uniforms(self, count):
+    def uniforms(self, count: int) -> Tensor:
         return super().uniforms(count)[:1].expand(len(self.seeds), -1)
 
 
 class _ByRow(Noise):
-    def __init__(self, seeds, anchor_positions):
+    def __init__(self, seeds: Tensor, anchor_positions: Tensor) -> None:
         super().__init__(seeds + torch.arange(len(seeds), device=seeds.device), anchor_positions)
 
 
 class _LowWord(Noise):
-    def __init__(self, seeds, anchor_positions):
+    def __init__(self, seeds: Tensor, anchor_positions: Tensor) -> None:
         super().__init__(seeds & 0xFFFFFFFF, anchor_positions)
 
 
 class _SeedPlusPosition(Noise):
     """Keyed by the sum of seed and anchor position, so that other seeds meet the same noise elsewhere."""
 
-    def blocks(self, stream, positions, groups):
+    def blocks(self, stream: Stream, positions: Tensor, groups: Tensor) -> list[Tensor]:
         start = self.anchor_positions
         return Noise(self.seeds + start, torch.zeros_like(start)).blocks(stream, positions - start[:, None], groups)
 
@@ -95,23 +100,24 @@ class _SeedPlusPosition(Noise):
 class _Coarse(Noise):
     """24 bits: 0 is among the uniforms."""
 
-    def uniform(self, words):
+    def uniform(self, words: Tensor) -> Tensor:
         return (words >> 8).double() * 2.0**-24
 
 
 class _GumbelFloor(Noise):
     """-log(-log(u)) of uniforms kept off 0 and 1 by 1e-4."""
 
-    def exponential(self, words):
+    def exponential(self, words: Tensor) -> Tensor:
         return -torch.log(self.uniform(words).clamp(1e-4, 1 - 1e-4))
 
-    def draw(self, positions, weights):
+    def draw(self, positions: Tensor, weights: Tensor) -> Tensor:
         return self.race(Stream.CORRECT, positions, weights.log())
 
 
-def _on(noise, rule_name: str, name: str, text: str):
-    def function(*arguments):
-        return getattr(rules, rule_name)(*arguments, noise=noise)
+def _on(noise: type[Noise], rule_name: str, name: str, text: str) -> Accepts:
+    def function(*arguments: Any) -> Tensor:
+        of_rule: Accepts = getattr(rules, rule_name)
+        return of_rule(*arguments, noise=noise)
 
     function.__name__, function.__doc__ = name, text
     return known_bad(rule_name)(function)
@@ -134,7 +140,7 @@ gumbel_floor = _on(_GumbelFloor, "token", "gumbel_floor", "Gumbel noise with a f
 
 
 @known_bad_rule("token", noise=_Coarse)
-def equality_passes(batch: Batch):
+def equality_passes(batch: Batch) -> Verdict:
     """u q <= p with a u that can be 0: impossible drafts pass."""
     target, draft = batch.drafted_probs()
     accepted = rules.prefix(batch.admitted() & (draft > 0) & (batch.noise.uniforms(batch.num_drafts) * draft <= target))
@@ -146,7 +152,7 @@ def equality_passes(batch: Batch):
 
 
 @known_bad_rule("block")
-def block_first_reject(batch: Batch):
+def block_first_reject(batch: Batch) -> Verdict:
     """The block rule that stops at the first draft whose test fails; on some models off by a total variation of 0.008 only."""
     prefix_probs, accept_probs = rules.block_terms(batch)
     accepted = rules.prefix(batch.admitted() & (batch.noise.uniforms(batch.num_drafts) < accept_probs) & (prefix_probs[:, 1:] > 0))
@@ -154,7 +160,7 @@ def block_first_reject(batch: Batch):
 
 
 @known_bad_rule("block")
-def block_unverified_row(batch: Batch):
+def block_unverified_row(batch: Batch) -> Verdict:
     """The block rule over all K drafts and rows, cut back to the admitted ones."""
     whole = dataclasses.replace(batch, lens=torch.full_like(batch.lens, batch.num_drafts))
     accepted, token = rules.block_rule(whole)
@@ -162,21 +168,21 @@ def block_unverified_row(batch: Batch):
 
 
 @known_bad_rule("block")
-def block_without_prefix_probability(batch: Batch):
+def block_without_prefix_probability(batch: Batch) -> Verdict:
     """Residual [p - q]+ instead of [P p - q]+."""
     accepted, _ = rules.block_rule(batch)
     return accepted, batch.finish(accepted)
 
 
 @known_bad_rule("token")
-def correction_from_target(batch: Batch):
+def correction_from_target(batch: Batch) -> Verdict:
     """Corrections from p: what was rejected is not taken out."""
     accepted, _ = rules.token_rule(batch)
     return accepted, batch.noise.draw(batch.noise.anchor_positions + accepted + 1, at(batch.target, accepted))
 
 
 @known_bad_rule("token")
-def correction_without_draft(batch: Batch):
+def correction_without_draft(batch: Batch) -> Verdict:
     """Corrections from p with the draft's id removed, where the draft was drawn from a distribution."""
     accepted, token = rules.token_rule(batch)
     row = at(batch.target, accepted)
@@ -188,7 +194,7 @@ def correction_without_draft(batch: Batch):
 
 
 @known_bad_rule("token")
-def bonus_at_row_k(batch: Batch):
+def bonus_at_row_k(batch: Batch) -> Verdict:
     """The bonus from row K, where a trimmed request has its last row at its own length."""
     accepted, token = rules.token_rule(batch)
     drawn = batch.noise.draw(batch.noise.anchor_positions + accepted + 1, batch.target[:, -1])
@@ -196,7 +202,7 @@ def bonus_at_row_k(batch: Batch):
 
 
 @known_bad_rule("token")
-def bonus_one_row_early(batch: Batch):
+def bonus_one_row_early(batch: Batch) -> Verdict:
     """The bonus from the row that verified the last draft."""
     accepted, token = rules.token_rule(batch)
     drawn = batch.noise.draw(batch.noise.anchor_positions + accepted + 1, at(batch.target, (accepted - 1).clamp(min=0)))
@@ -204,20 +210,20 @@ def bonus_one_row_early(batch: Batch):
 
 
 @known_bad_rule("token")
-def all_drafts_verified(batch: Batch):
+def all_drafts_verified(batch: Batch) -> Verdict:
     """Verifies all K drafts whatever was admitted."""
     whole = dataclasses.replace(batch, lens=torch.full_like(batch.lens, batch.num_drafts))
     return rules.token_rule(whole)
 
 
 @known_bad_rule("token")
-def at_least_one_draft(batch: Batch):
+def at_least_one_draft(batch: Batch) -> Verdict:
     """Takes a request without an admitted draft for one with one."""
     return rules.token_rule(dataclasses.replace(batch, lens=batch.lens.clamp(min=1)))
 
 
 @known_bad_rule("token")
-def last_id_without_residual(batch: Batch):
+def last_id_without_residual(batch: Batch) -> Verdict:
     """The last id where nothing is left of [p - q]+."""
     accepted, token = rules.token_rule(batch)
     at_row = accepted.clamp(max=batch.num_drafts - 1)
@@ -226,21 +232,21 @@ def last_id_without_residual(batch: Batch):
 
 
 @known_bad_rule("token")
-def always_rejects(batch: Batch):
+def always_rejects(batch: Batch) -> Verdict:
     """Lossless and useless: one token of the target per round."""
     none = torch.zeros_like(batch.lens)
     return none, batch.noise.draw(batch.noise.anchor_positions + 1, batch.target[:, 0])
 
 
 @known_bad_rule("coupled")
-def coupled_without_sharing(batch: Batch):
+def coupled_without_sharing(batch: Batch) -> Verdict:
     """Samples the target with noise of its own: lossless, accepts by accident."""
     noise = Noise(batch.noise.seeds ^ 0x5555, batch.noise.anchor_positions)
     return rules.coupled_rule(dataclasses.replace(batch, noise=noise))
 
 
 @known_bad_rule("coupled")
-def coupled_with_anchor(batch: Batch):
+def coupled_with_anchor(batch: Batch) -> Verdict:
     """The draft's noise for the first draft, then noise of the round: what plain sampling gives depends on how rounds fall."""
     index = batch.noise.anchor_positions
     rows = [batch.noise.race(Stream.CORRECT, index + i + 1, batch.target[:, i].log()) for i in range(1, batch.num_drafts + 1)]
@@ -252,7 +258,9 @@ def coupled_with_anchor(batch: Batch):
 
 
 @known_bad("token")
-def temperature_on_target_only(target_logits, draft_tokens, draft_logits, temperature, *rest):
+def temperature_on_target_only(
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, temperature: Tensor, *rest: Tensor
+) -> Tensor:
     """The ratio against a draft distribution without temperature."""
     if draft_logits is not None:
         draft_logits = draft_logits * torch.where(temperature > 0, temperature, 1.0)[:, None, None]
@@ -260,7 +268,9 @@ def temperature_on_target_only(target_logits, draft_tokens, draft_logits, temper
 
 
 @known_bad("token")
-def draft_distribution_cut(target_logits, draft_tokens, draft_logits, temperature, *rest):
+def draft_distribution_cut(
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, temperature: Tensor, *rest: Tensor
+) -> Tensor:
     """The draft distribution cut to its two best ids, where the drafts were drawn from all."""
     if draft_logits is not None and draft_logits.shape[-1] > 2:
         least = draft_logits.topk(2, -1).values[..., -1:]
@@ -269,20 +279,26 @@ def draft_distribution_cut(target_logits, draft_tokens, draft_logits, temperatur
 
 
 @known_bad("token")
-def draft_distribution_rounded(target_logits, draft_tokens, draft_logits, temperature, *rest):
+def draft_distribution_rounded(
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, temperature: Tensor, *rest: Tensor
+) -> Tensor:
     """The ratio against bf16 logits, where the drafts were drawn from finer ones."""
     draft_logits = None if draft_logits is None else draft_logits.bfloat16().float()
     return rules.token(target_logits, draft_tokens, draft_logits, temperature, *rest)
 
 
 @known_bad("token")
-def distribution_ignored(target_logits, draft_tokens, draft_logits, temperature, *rest):
+def distribution_ignored(
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, temperature: Tensor, *rest: Tensor
+) -> Tensor:
     """Sampled drafts taken for one-hot ones."""
     return rules.token(target_logits, draft_tokens, None, temperature, *rest)
 
 
 @known_bad("token")
-def one_hot_for_granted(target_logits, draft_tokens, draft_logits, temperature, *rest):
+def one_hot_for_granted(
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, temperature: Tensor, *rest: Tensor
+) -> Tensor:
     """One-hot drafts corrected from p, with the draft's id still in it."""
     if draft_logits is None:
         return correction_from_target(target_logits, draft_tokens, None, temperature, *rest)
@@ -290,14 +306,18 @@ def one_hot_for_granted(target_logits, draft_tokens, draft_logits, temperature, 
 
 
 @known_bad("token")
-def placeholder_is_the_last_id(target_logits, draft_tokens, draft_logits, temperature, *rest):
+def placeholder_is_the_last_id(
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, temperature: Tensor, *rest: Tensor
+) -> Tensor:
     """-1 indexes the last id, and is verified as if it were it."""
     vocab = target_logits.shape[2]
     return rules.token(target_logits, torch.where(draft_tokens == -1, vocab - 1, draft_tokens), draft_logits, temperature, *rest)
 
 
 @known_bad("token")
-def nan_passes(target_logits, draft_tokens, draft_logits, temperature, *rest):
+def nan_passes(
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, temperature: Tensor, *rest: Tensor
+) -> Tensor:
     """Rejects where u q >= p: a comparison with NaN does not hold, so the draft passes."""
     dead = ~rules.readable(target_logits).isfinite().any(-1, keepdim=True)
     ids = torch.arange(target_logits.shape[2], device=target_logits.device)
@@ -307,7 +327,7 @@ def nan_passes(target_logits, draft_tokens, draft_logits, temperature, *rest):
 
 
 @known_bad("token")
-def masked_columns_win(target_logits, draft_tokens, draft_logits, *rest):
+def masked_columns_win(target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, *rest: Tensor) -> Tensor:
     """Rows padded to a multiple of 8 with zeros, which win where they are the largest."""
     width = -target_logits.shape[2] % 8
     draft_logits = None if draft_logits is None else pad(draft_logits, (0, width), value=rules.NEG_INF)
@@ -315,7 +335,7 @@ def masked_columns_win(target_logits, draft_tokens, draft_logits, *rest):
 
 
 @known_bad("token")
-def strides_ignored(target_logits, *rest):
+def strides_ignored(target_logits: Tensor, *rest: Tensor | None) -> Tensor:
     """Rows read as if they lay one behind the other."""
     shape = target_logits.shape
     room = target_logits.untyped_storage().nbytes() // target_logits.element_size()
@@ -325,7 +345,9 @@ def strides_ignored(target_logits, *rest):
 
 
 @known_bad("token")
-def scaled_in_half(target_logits, draft_tokens, draft_logits, temperature, *rest):
+def scaled_in_half(
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, temperature: Tensor, *rest: Tensor
+) -> Tensor:
     """Logits divided by the temperature in fp16: overflow, and inf - inf."""
     scale = torch.where(temperature > 0, temperature, 1.0).half()[:, None, None]
     scaled = [None if x is None else (x.half() / scale).float() for x in (target_logits, draft_logits)]
@@ -333,15 +355,20 @@ def scaled_in_half(target_logits, draft_tokens, draft_logits, temperature, *rest
 
 
 @known_bad("greedy")
-def greedy_highest_tie(target_logits, draft_tokens, draft_logits, *rest):
+def greedy_highest_tie(target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, *rest: Tensor) -> Tensor:
     """Ties to the highest id."""
     width = target_logits.shape[2]
-    flip = lambda tokens: torch.where(tokens >= 0, width - 1 - tokens, tokens)  # noqa: E731
+
+    def flip(tokens: Tensor) -> Tensor:
+        return torch.where(tokens >= 0, width - 1 - tokens, tokens)
+
     return flip(rules.greedy(target_logits.flip(2), flip(draft_tokens), draft_logits, *rest))
 
 
 @known_bad("token")
-def greedy_rows_sampled(target_logits, draft_tokens, draft_logits, temperature, *rest):
+def greedy_rows_sampled(
+    target_logits: Tensor, draft_tokens: Tensor, draft_logits: Tensor | None, temperature: Tensor, *rest: Tensor
+) -> Tensor:
     """Temperature 0 taken for 1."""
     return rules.token(target_logits, draft_tokens, draft_logits, torch.where(temperature > 0, temperature, 1.0), *rest)
 
@@ -349,17 +376,19 @@ def greedy_rows_sampled(target_logits, draft_tokens, draft_logits, temperature, 
 # ---- before acceptance
 
 
-def draft_rounded(draft_logits, temperature, *rest) -> Tensor:
+def draft_rounded(draft_logits: Tensor, temperature: Tensor, *rest: Tensor) -> Tensor:
     """Drafts drawn from bf16 logits, where the distribution that is handed over has more digits."""
     return models.draft(draft_logits.bfloat16().float(), temperature, *rest)
 
 
-def draft_hot(draft_logits, temperature, *rest) -> Tensor:
+def draft_hot(draft_logits: Tensor, temperature: Tensor, *rest: Tensor) -> Tensor:
     """Drafts drawn at half the temperature."""
     return models.draft(draft_logits, temperature * 0.5, *rest)
 
 
-def draft_position_only(draft_logits, temperature, seeds, positions, anchor_positions) -> Tensor:
+def draft_position_only(
+    draft_logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, anchor_positions: Tensor
+) -> Tensor:
     """A position that is drafted again meets its old noise."""
     return models.draft(draft_logits, temperature, seeds, positions, torch.zeros_like(anchor_positions))
 
@@ -367,14 +396,14 @@ def draft_position_only(draft_logits, temperature, seeds, positions, anchor_posi
 DRAFTS = {f.__name__: f for f in (draft_rounded, draft_hot, draft_position_only)}
 
 
-def global_maximum(confidence) -> Tensor:
+def global_maximum(confidence: Tensor) -> Tensor:
     """The length that maximises tokens per second over all confidences of the round, where times rise less and less."""
     seconds = torch.tensor([0.010, 0.020, 0.022, 0.023], device=confidence.device)[: confidence.shape[1] + 1]
     tokens = 1 + pad(confidence.cumprod(1).cumsum(1), (1, 0))
     return (tokens / seconds).argmax(1)
 
 
-def retrospective(confidence) -> Tensor:
+def retrospective(confidence: Tensor) -> Tensor:
     """Cut before the first draft whose own value says that nothing behind it survives: read one token too late."""
     return rules.prefix(pad(confidence[:, 1:], (0, 1), value=1.0) >= 0.5)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Model:
 def random_model(seed: int, vocab: int, sharpness: float = 2.0, draft_vocab: int | None = None, impossible: bool = False) -> Model:
     """impossible: a third of the tokens never follow, in either distribution."""
     generator = torch.Generator().manual_seed(seed)
-    tables = []
+    tables: list[Tensor] = []
     for width in (vocab, draft_vocab or vocab):
         logits = (torch.randn(vocab, width, generator=generator) * sharpness * GRID).round() / GRID
         if impossible:
@@ -58,7 +59,8 @@ def random_model(seed: int, vocab: int, sharpness: float = 2.0, draft_vocab: int
             hidden[torch.arange(vocab), torch.randint(0, width, (vocab,), generator=generator)] = False
             logits[hidden] = rules.NEG_INF
         tables.append(logits)
-    return Model(*tables, torch.rand(vocab, generator=generator))
+    target, draft = tables
+    return Model(target, draft, torch.rand(vocab, generator=generator))
 
 
 def sequence_probs(probs: Tensor, tokens: int) -> Tensor:
@@ -92,7 +94,9 @@ def count_windows(history: Tensor, first: int, tokens: int, vocab: int) -> Tenso
 # ---- drafting and scheduling, where the user brings none
 
 
-def draft_with(stream: Stream, draft_logits, temperature, seeds, positions, anchor_positions) -> Tensor:
+def draft_with(
+    stream: Stream, draft_logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, anchor_positions: Tensor
+) -> Tensor:
     """Tokens [R] from logits [R, V] by the addressed noise of one draft position."""
     probs = rules.probs_of(rules.readable(draft_logits), temperature)
     return rules.Noise(seeds, anchor_positions).race(stream, positions, probs.log())
@@ -115,11 +119,11 @@ class Play:
     is -1). cut: whether the schedule is asked; else all drafts are verified.
     """
 
-    call: object
+    call: Callable[..., Tensor]
     model: Model
     num_drafts: int
-    draft: object = draft
-    schedule: object = schedule
+    draft: Callable[..., Tensor] = draft
+    schedule: Callable[[Tensor], Tensor] = schedule
     temperature: float = 1.0
     kind: str = "dense"
     cut: bool = False
@@ -129,7 +133,7 @@ class Play:
         """(emitted tokens [R, K+1] with -1 behind, how many [R]) after the last tokens [R]."""
         count, model = self.num_drafts, self.model
         temperature = torch.full(last.shape, self.temperature, device=last.device)
-        context, drafts, draft_rows, target_rows, confidence = last, [], [], [], []
+        context, made, draft_rows, target_rows, confidence = last, [], [], [], []
         for k in range(count):
             target_rows.append(model.target[context])
             draft_rows.append(model.draft[context].to(self.dtype))
@@ -140,10 +144,10 @@ class Play:
                 token = self.draft(draft_rows[-1], temperature, seeds, anchor_positions + k + 1, anchor_positions)
             if self.kind == "missing":
                 token = torch.where((seeds + k) % 2 == 0, -1, token)
-            drafts.append(token)
+            made.append(token)
             context = torch.where((token >= 0) & (token < model.vocab), token, 0)
         target_rows.append(model.target[context])
-        drafts, target = torch.stack(drafts, 1), torch.stack(target_rows, 1)
+        drafts, target = torch.stack(made, 1), torch.stack(target_rows, 1)
         lens = torch.full_like(last, count)
         if self.cut:
             lens = self.schedule(torch.stack(confidence, 1)).to(torch.int64)
@@ -167,7 +171,7 @@ class Play:
         history = torch.full((requests, tokens + self.num_drafts + 1), -1, device=device)
         length = torch.zeros(requests, dtype=torch.int64, device=device)
         last = torch.full((requests,), PROMPT, device=device)
-        accepted = None
+        accepted: Tensor | None = None
         done = 0
         while (rounds is None or done < rounds) and bool((length < tokens).any()):
             live = (length < tokens).nonzero()[:, 0]
@@ -188,6 +192,7 @@ class Play:
             open_ = column >= length
             drawn = (probs[before].cumsum(1) <= uniform[:, None] * (1 - 1e-15)).sum(1).clamp(max=self.model.vocab - 1)
             history[:, column] = torch.where(open_, drawn, history[:, column])
+        assert accepted is not None  # one round at least
         return history[:, :tokens], accepted
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ VOCAB_BLOCK = 1024  # ids per vocabulary block of the two-level race
 _MASK = 0xFFFFFFFF
 
 
-def philox(seeds: Tensor, counters: list) -> list[Tensor]:
+def philox(seeds: Tensor, counters: Sequence[Tensor | int]) -> list[Tensor]:
     """Philox 4x32-10: four output words (int64 holding uint32) of broadcastable counter words under 64-bit keys."""
     words = torch.broadcast_tensors(seeds, *(torch.as_tensor(c, device=seeds.device) for c in counters))
     (seeds, *words) = (word.to(torch.int64) for word in words)
@@ -45,7 +46,7 @@ def philox(seeds: Tensor, counters: list) -> list[Tensor]:
 class Noise:
     """The noise of a batch: counter = (lane >> 2, decided position, anchor position, stream), word = output[lane & 3]."""
 
-    def __init__(self, seeds: Tensor, anchor_positions: Tensor):
+    def __init__(self, seeds: Tensor, anchor_positions: Tensor) -> None:
         self.seeds, self.anchor_positions = seeds, anchor_positions
 
     def words(self, stream: Stream, positions: Tensor, lanes: int, first: Tensor | int = 0) -> Tensor:
@@ -129,7 +130,10 @@ class Batch:
         vocab = self.target.shape[2]
         valid = (self.drafts >= 0) & (self.drafts < vocab)
         ids = torch.where(valid, self.drafts, 0)[..., None]
-        pick = lambda probs: torch.where(valid, probs.gather(2, ids)[..., 0], 0.0)  # noqa: E731
+
+        def pick(probs: Tensor) -> Tensor:
+            return torch.where(valid, probs.gather(2, ids)[..., 0], 0.0)
+
         return pick(self.target[:, : self.num_drafts]), pick(self.draft)
 
     def finish(self, accepted: Tensor, prefix_probs: Tensor | None = None) -> Tensor:
@@ -201,7 +205,7 @@ def coupled_rule(batch: Batch) -> tuple[Tensor, Tensor]:
     return follow(batch, torch.stack(says, 1))
 
 
-def draft_probs(draft_logits, draft_tokens, temperature, vocab: int) -> Tensor:
+def draft_probs(draft_logits: Tensor | None, draft_tokens: Tensor, temperature: Tensor, vocab: int) -> Tensor:
     """[R, K, V], over the target's ids; nothing where no draft was made (-1)."""
     if draft_logits is None:
         ids = torch.arange(vocab, device=draft_tokens.device)
@@ -211,7 +215,17 @@ def draft_probs(draft_logits, draft_tokens, temperature, vocab: int) -> Tensor:
     return torch.where(draft_tokens[..., None] == -1, 0.0, probs)
 
 
-def accept(rule, target_logits, draft_tokens, draft_logits, temperature, seeds, draft_lens, anchor_positions, noise=Noise):
+def accept(
+    rule: Callable[[Batch], tuple[Tensor, Tensor]] | None,
+    target_logits: Tensor,
+    draft_tokens: Tensor,
+    draft_logits: Tensor | None,
+    temperature: Tensor,
+    seeds: Tensor,
+    draft_lens: Tensor,
+    anchor_positions: Tensor,
+    noise: Callable[[Tensor, Tensor], Noise] = Noise,
+) -> Tensor:
     """Tokens [R, K+1] of rule(batch) for sampled rows and of the greedy rule for rows of temperature 0, then -1."""
     rows = readable(target_logits)
     lens = draft_lens.to(torch.int64)
@@ -243,8 +257,8 @@ def emitted(draft_tokens: Tensor, accepted: Tensor, token: Tensor) -> Tensor:
     return torch.where(index == accepted[:, None], token[:, None], out)
 
 
-def _named(rule: str, function):
-    function.rule = rule
+def _named(rule: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    function.rule = rule  # type: ignore[attr-defined]  # a function takes attributes, which its type cannot say
     return function
 
 

@@ -9,6 +9,8 @@ target, so that the exact distribution of the first tokens is the target's, what
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from ..chain import distributions as chain_distributions, models as chain_models
 from ..chain.rules import NEG_INF
 from ..statistics import Finding, at_least, compare, rare
 from . import models, rules
+from .asked import TreeRun
 
 PAIR, STAR, CHAIN = (-1, 0, 0), (-1, 0, 0, 0), (-1, 0, 1)
 ELDER, SECOND, ODD, DEEP = (-1, 0, 0, 1, 1), (-1, 0, 0, 2, 2), (-1, 0, 0, 1, 3, 3), (-1, 0, 0, 1, 2, 4)
@@ -27,11 +30,18 @@ LOW_UNIFORMS = (
 HIGH_UNIFORMS = (66376731, 101300306, 151669353, 188727120)
 
 
-def _depth(shapes) -> int:
+def _depth(shapes: tuple[models.Shape, ...]) -> int:
     return max(int(rules.depths_of(torch.tensor([shape])).max()) for shape in shapes)
 
 
-def _round(run, what, model, shapes, tokens=None, **options):
+def _round(
+    run: TreeRun,
+    what: str,
+    model: chain_models.Model,
+    shapes: tuple[models.Shape, ...],
+    tokens: int | None = None,
+    **options: Any,
+) -> Iterator[Finding]:
     """One round after the prompt, completed by the target: the distribution of the first tokens (None: all of a round)."""
     tokens = tokens or _depth(shapes) + 1
     temperature = options.get("temperature", 1.0)
@@ -42,7 +52,9 @@ def _round(run, what, model, shapes, tokens=None, **options):
     yield from compare(what, counts, chain_models.sequence_probs(model.target_probs(temperature), tokens), run.level)
 
 
-def _windows(run, what, model, shapes, **options):
+def _windows(
+    run: TreeRun, what: str, model: chain_models.Model, shapes: tuple[models.Shape, ...], **options: Any
+) -> Iterator[Finding]:
     """Three rounds or more under one seed: the distribution of all windows of a few tokens."""
     tokens = 2 * (_depth(shapes) + 1) + 1
     model, history, _ = run.decode(what, model, shapes, tokens, rounds=None, **options)
@@ -55,36 +67,36 @@ def _windows(run, what, model, shapes, **options):
         yield from compare(f"{what}, tokens {first + 1} to {first + width}", counts, probs, run.level)
 
 
-def _sampled(run):
-    return [drawn for drawn in run.drawn if drawn != "one_hot"] or run.drawn[:1]
+def _sampled(run: TreeRun) -> list[str]:
+    return [drawn for drawn in run.drawn if drawn != "one_hot"] or [*run.drawn[:1]]
 
 
-def one_round(run):
+def one_round(run: TreeRun) -> Iterator[Finding]:
     """tokens of one round, V = 2 to 4, trees of 3 to 6 nodes, children drawn in every way"""
     for drawn in run.drawn:
         for model, shape in ROUND[drawn]:
             yield from _round(run, f"V={model.vocab} M={len(shape)} {drawn}", model, (shape,), kind=drawn)
 
 
-def unequal(run):
+def unequal(run: TreeRun) -> Iterator[Finding]:
     """trees of five shapes in a batch, from the root alone to six nodes"""
     for drawn in run.drawn:
         yield from _round(run, f"five shapes, {drawn}", UNEQUAL, MIXED, kind=drawn)
 
 
-def rounds(run):
+def rounds(run: TreeRun) -> Iterator[Finding]:
     """three consecutive rounds and more under one seed: noise that is met again"""
     for drawn in run.drawn:
         yield from _windows(run, f"rounds, {drawn}", ROUNDS[drawn], (PAIR if drawn == "one_hot" else ELDER,), kind=drawn)
 
 
-def prefix(run):
+def prefix(run: TreeRun) -> Iterator[Finding]:
     """which nodes have children depends on their own tokens; rows behind a tree's nodes hold something else"""
     for drawn in _sampled(run):
         yield from _round(run, f"one round, {drawn}", PREFIX, (DEEP,), cut=True, kind=drawn)
 
 
-def noise(run):
+def noise(run: TreeRun) -> Iterator[Finding]:
     """draft noise in the draw; neighbouring seeds, high words of seeds, neighbouring positions"""
     for drawn in _sampled(run):
         yield from _round(run, f"frequent draws, {drawn}", DRAWS, (PAIR,), tokens=1, kind=drawn)
@@ -101,32 +113,32 @@ def noise(run):
         yield from compare(what, counts, probs[:, None] * probs, run.level)
 
 
-def siblings(run):
+def siblings(run: TreeRun) -> Iterator[Finding]:
     """each sibling has an acceptance uniform of its own: one for all is off by a total variation of 0.003 to 0.02 on most models"""
     for drawn in _sampled(run):
         yield from _round(run, f"siblings, {drawn}", SIBLINGS[drawn], (STAR,), tokens=1, kind=drawn)
 
 
-def temperature(run):
+def temperature(run: TreeRun) -> Iterator[Finding]:
     """temperatures other than 1 on both sides of the ratio; logits far from 0"""
     for value in (0.5, 1.75):
         yield from _round(run, f"temperature {value}", OFFSET, (ODD,), temperature=value, kind=_sampled(run)[-1])
 
 
-def filters(run):
+def filters(run: TreeRun) -> Iterator[Finding]:
     """-inf logits in either distribution, as filters leave them: fewer children than a shape has room for"""
     for drawn in run.drawn:
         yield from _round(run, f"V=4 M=5 {drawn}", SUPPORT, (SECOND,), kind=drawn)
 
 
-def widths(run):
+def widths(run: TreeRun) -> Iterator[Finding]:
     """draft logits wider and narrower than the target's: what is drawn outside is no node's token"""
     for name, model in chain_distributions.WIDTHS.items():
         for drawn in _sampled(run):
             yield from _round(run, f"{name}, {drawn}", model, (ELDER,), kind=drawn)
 
 
-def accepts(run):
+def accepts(run: TreeRun) -> Iterator[Finding]:
     """as many drafts accepted as the rule promises, so that always rejecting does not pass"""
     for drawn in run.drawn:
         for model, shape in ROUND[drawn]:
@@ -137,7 +149,7 @@ def accepts(run):
             yield at_least(f"accepted, {what}", float(accepted.double().mean()), mean, deviation, len(accepted))
 
 
-def chain(run):
+def chain(run: TreeRun) -> Iterator[Finding]:
     """traversal of a chain is block verification: the distribution of how much is accepted and of what is emitted"""
     model, drafts = run.model(BLOCK), 2
     probs, outcomes = models.block_probs(model, drafts)
@@ -145,14 +157,19 @@ def chain(run):
     seeds = run.seeds("chain")
     out, _ = play.round(torch.full_like(seeds, chain_models.PROMPT), seeds, torch.full_like(seeds, 7))
     base = model.vocab + 1
-    key = lambda tokens: sum((token + 1) * base**i for i, token in enumerate(tokens))  # noqa: E731
+    places = torch.tensor([base**i for i in range(drafts + 1)])
+
+    def keys(tokens: torch.Tensor) -> torch.Tensor:
+        return ((tokens + 1) * places.to(tokens.device)).sum(1)
+
+    rows = torch.tensor([[*outcome, *[-1] * (drafts + 1 - len(outcome))] for outcome in outcomes])
     number = torch.zeros(base ** (drafts + 1), dtype=torch.int64)
-    number[[key(outcome) for outcome in outcomes]] = torch.arange(len(outcomes))
-    counts = torch.bincount(number.to(out.device)[key(out.unbind(1))], minlength=len(outcomes))
+    number[keys(rows)] = torch.arange(len(outcomes))
+    counts = torch.bincount(number.to(out.device)[keys(out)], minlength=len(outcomes))
     yield from compare("accepted and emitted", counts.cpu(), probs, run.level)
 
 
-def residual(run):
+def residual(run: TreeRun) -> Iterator[Finding]:
     """nothing left of [p - q]+: drawn from p"""
     requests, vocab = min(run.requests, 1 << 14), 5
     row = torch.full((vocab,), NEG_INF)
@@ -167,14 +184,14 @@ def residual(run):
         yield from compare(what, torch.bincount(out[:, 0], minlength=vocab).cpu(), probs, run.level)
 
 
-def tails(run):
+def tails(run: TreeRun) -> Iterator[Finding]:
     """impossible tokens never, uniforms near 0 and 1 among the noise; tokens of 1e-6 and unlikely children at their rate"""
     yield from _impossible(run)
     yield _rare_tokens(run)
     yield _rare_children(run)
 
 
-def _impossible(run):
+def _impossible(run: TreeRun) -> Iterator[Finding]:
     extreme = torch.tensor([*LOW_UNIFORMS, *HIGH_UNIFORMS, *chain_distributions.EXTREME_DRAWS], device=run.device)
     seeds = torch.cat([extreme, run.seeds("impossible", max(64, run.requests - len(extreme)) if run.requests > 64 else 16)])
     vocab, count = 4, len(seeds)
@@ -190,7 +207,7 @@ def _impossible(run):
         yield Finding(f"{drawn} children: {wrong} of {count} requests emitted an impossible token", 0.0 if wrong else 1.0)
 
 
-def _rare_tokens(run):
+def _rare_tokens(run: TreeRun) -> Finding:
     """Tokens behind a root without children, among TAIL ids: as rare as 24 expected ones allow, but not below 2^-24 each."""
     requests = max(16, min(run.requests // 16, 1 << 21))
     each = max(2.0**-24, 24.0 / requests / chain_distributions.TAIL)
@@ -206,7 +223,7 @@ def _rare_tokens(run):
     return rare(f"tokens of {total / chain_distributions.TAIL:.1e}", count, total * requests)
 
 
-def _rare_children(run):
+def _rare_children(run: TreeRun) -> Finding:
     """A child that the drafter always makes and the target hardly ever says."""
     requests, drawn = run.requests, run.drawn[0]
     probability = min(0.25, 64.0 / requests)
@@ -222,7 +239,7 @@ def _rare_children(run):
 # ---- the models
 
 
-def _chosen(*found):
+def _chosen(*found: tuple[int, int, models.Shape]) -> list[tuple[chain_models.Model, models.Shape]]:
     """(seed, vocabulary, shape) to (model, shape)."""
     return [(chain_models.random_model(seed, vocab, sharpness=1.5), shape) for seed, vocab, shape in found]
 

@@ -6,25 +6,30 @@ are read in the wrong place, nodes that do not exist and paths that are none sho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..chain.edges import SURE, Detected, expect, expect_same_in_any_batch
 from ..chain.rules import NEG_INF, at
 from . import rules
+from .asked import TreeRun
+from .models import Shape
 
 SHAPES = ((-1, 0, 0, 2, 2, 3), (-1, 0, 1, 2, 0, 4), (-1, 0, 0, 0, 1, 3))
 VOCAB = 13
 
 
-def _path(shape, node: int) -> list[int]:
+def _path(shape: Shape, node: int) -> list[int]:
     return [*_path(shape, shape[node]), node] if node > 0 else []
 
 
-def _point_batch(vocab: int = VOCAB):
+def _point_batch(vocab: int = VOCAB) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(node logits, tokens, parents, num_nodes, what every lossless rule emits): every end of every shape, whole and trimmed."""
     nodes = len(SHAPES[0])
-    logits, tokens, parents, counts, wanted = [], [], [], [], []
+    counts: list[int] = []
+    logits, tokens, parents, wanted = [], [], [], []
     for shape in SHAPES:
         for count in (nodes, nodes - 2):
             for end in range(count):
@@ -46,20 +51,20 @@ def _point_batch(vocab: int = VOCAB):
     return torch.stack(logits).float(), torch.stack(tokens), torch.stack(parents).int(), torch.tensor(counts), torch.stack(wanted)
 
 
-def _ways(run, draft_logits: Tensor):
+def _ways(run: TreeRun, draft_logits: Tensor) -> Iterator[tuple[str, str, Tensor | None]]:
     """For every way of making children that the function is for: (name, way, draft logits or None)."""
     for drawn in run.drawn:
         yield f"{drawn} children", drawn, None if drawn == "one_hot" else draft_logits
 
 
-def rows(run):
+def rows(run: TreeRun) -> None:
     """each token from its own node's row: every end of every path, whole trees and trimmed ones, trees of several shapes"""
     target, tokens, parents, counts, wanted = _point_batch()
     for what, drawn, draft_logits in _ways(run, torch.zeros_like(target)):
         expect(what, run.call_rows(target, tokens, parents, draft_logits, drawn, num_nodes=counts), wanted)
 
 
-def padding(run):
+def padding(run: TreeRun) -> None:
     """rows that are views of wider ones: what lies behind column V is never read"""
     for vocab in (13, 1029):
         target, tokens, parents, counts, wanted = (x[::3] for x in _point_batch(vocab))
@@ -83,12 +88,12 @@ def _best_children(logits: Tensor, parents: Tensor, anchors: Tensor) -> Tensor:
     return tokens
 
 
-def _random_parents(generator, requests: int, nodes: int) -> Tensor:
+def _random_parents(generator: torch.Generator, requests: int, nodes: int) -> Tensor:
     columns = [torch.randint(0, node, (requests,), generator=generator) for node in range(1, nodes)]
     return torch.stack([torch.full((requests,), -1), *columns], 1)
 
 
-def greedy(run):
+def greedy(run: TreeRun) -> None:
     """temperature 0: the path of arg-maxes whatever was drafted, ties to the lowest id, beside sampled requests too"""
     requests, nodes, vocab = 24, 6, 37
     generator = torch.Generator().manual_seed(1)
@@ -112,7 +117,7 @@ def greedy(run):
         expect("beside sampled requests", out[cold], wanted[cold])
 
 
-def batch(run):
+def batch(run: TreeRun) -> None:
     """a request gets the same tokens whatever else is in the batch, in whatever row, and again"""
     requests, nodes, vocab = 12, 6, 1100
     generator = torch.Generator().manual_seed(2)
@@ -126,7 +131,7 @@ def batch(run):
     seeds = run.seeds("batch", requests).cpu()
     drawn = run.drawn[-1]
 
-    def emitted(index):
+    def emitted(index: Tensor) -> Tensor:
         return run.call_rows(
             target[index], tokens[index], parents[index], None if drawn == "one_hot" else draft_logits[index], drawn, seeds[index],
             num_nodes=counts[index], temperature=heat[index],
@@ -135,13 +140,13 @@ def batch(run):
     expect_same_in_any_batch(emitted, requests)
 
 
-def bad_rows(run):
+def bad_rows(run: TreeRun) -> None:
     """NaN reads as -inf, +inf takes all, acceptance stops at a row without a finite logit, ids stay in range"""
     target, tokens, parents, counts, wanted = _point_batch()
     drawn = run.drawn[0]
     draft_logits = None if drawn == "one_hot" else torch.zeros_like(target)
 
-    def emitted(rows, given=draft_logits):
+    def emitted(rows: Tensor, given: Tensor | None = draft_logits) -> Tensor:
         return run.call_rows(rows, tokens, parents, given, drawn, num_nodes=counts)
 
     expect("NaN beside one id", emitted(torch.where(target == 0, float("nan"), target)), wanted)
@@ -161,7 +166,7 @@ def bad_rows(run):
         emitted(target, draft_logits + float("nan"))
 
 
-def extreme(run):
+def extreme(run: TreeRun) -> None:
     """fp16 logits of 6e4 and temperatures of 1e-6: no overflow, no NaN, the arg-max though another is close"""
     target, tokens, parents, counts, wanted = _point_batch()
     target = torch.maximum(target, 0.95 * target.roll(-1, 2))
@@ -176,10 +181,13 @@ def extreme(run):
         expect(what, out, wanted)
 
 
-def empty(run):
+def empty(run: TreeRun) -> None:
     """no request, a tree of the root alone, room for the root alone"""
     drawn = run.drawn[-1]
-    draft = lambda *shape: None if drawn == "one_hot" else torch.zeros(*shape, 13)  # noqa: E731
+
+    def draft(*shape: int) -> Tensor | None:
+        return None if drawn == "one_hot" else torch.zeros(*shape, 13)
+
     none = run.call_rows(
         torch.zeros(0, 3, 13), torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int32), draft(0, 3), drawn
     )  # fmt: skip

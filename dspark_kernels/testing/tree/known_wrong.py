@@ -1,6 +1,6 @@
 """Known-bad rules on draft trees, for the suite to detect: they lose the target's distribution, or accept less.
 
-Each is one of rules.py with one mistake. `KNOWN_BAD` holds them by name; `DRAFTS` holds what is wrong in drawing the children.
+Each is one of rules.py with one mistake. `KNOWN_BAD` holds them by name; `DRAFTS` (wrong_drafts.py) holds what is wrong in drawing the children.
 Which test detects which: tests/package/test_testing_tree.py. Try
 
     python -m dspark_kernels.testing dspark_kernels.testing.known_wrong_tree:traversal_divided_by_the_child
@@ -9,39 +9,48 @@ Which test detects which: tests/package/test_testing_tree.py. Try
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...types import Stream
-from ..chain import known_wrong as chain_known_wrong, rules as chain_rules
+from ..chain import known_wrong as chain_known_wrong
+from ..chain.known_wrong import Accepts, Verdict
 from ..chain.rules import NEG_INF, at
-from . import models, rules
-from .rules import Noise, Recursive, Traversal, Trees
+from . import rules, wrong_noise
+from .rules import Recursive, Traversal, Trees
+from .wrong_drafts import (
+    DRAFTS as DRAFTS,
+    best_of_what_is_left as best_of_what_is_left,
+    draft_position_only as draft_position_only,
+    drawn_again as drawn_again,
+    one_noise_for_siblings as one_noise_for_siblings,
+)
 
-KNOWN_BAD: dict[str, object] = {}
+KNOWN_BAD: dict[str, Accepts] = {}
 known_bad = functools.partial(chain_known_wrong.known_bad, table=KNOWN_BAD)
 RULES = {"walk": rules.walk_rule, "recursive": rules.recursive_rule, "traversal": rules.traversal_rule}
 
 
-def known_bad_rule(rule: str, **options):
+def known_bad_rule(rule: str, **options: Any) -> Callable[[Callable[[Trees], Verdict]], Accepts]:
     """Register a rule on Trees: (last node, token)."""
 
-    def register(of_trees):
+    def register(of_trees: Callable[[Trees], Verdict]) -> Accepts:
         @functools.wraps(of_trees)
-        def function(*arguments):
+        def function(*arguments: Any) -> Tensor:
             return rules.accept(of_trees, *arguments, **options)
 
-        del function.__wrapped__
+        del function.__dict__["__wrapped__"]
         return known_bad(rule)(function)
 
     return register
 
 
-def _on(rule: str, name: str, text: str, **options):
+def _on(rule: str, name: str, text: str, **options: Any) -> Accepts:
     """Register a rule with another Noise or other Trees."""
 
-    def function(*arguments):
+    def function(*arguments: Any) -> Tensor:
         return rules.accept(RULES[rule], *arguments, **options)
 
     function.__name__, function.__doc__ = name, text
@@ -51,102 +60,58 @@ def _on(rule: str, name: str, text: str, **options):
 # ---- noise
 
 
-class _DraftNoiseInDraws(Noise):
-    """Behind the root: node 1 is its first child."""
-
-    def blocks(self, stream, positions, groups):
-        if stream == Stream.CORRECT:
-            return Noise(self.seeds, self.anchor_positions, self.nodes + 1).blocks(Stream.DRAFT, positions, groups)
-        return super().blocks(stream, positions, groups)
-
-
-class _PositionOnly(Noise):
-    """Neither node nor anchor position."""
-
-    def blocks(self, stream, positions, groups):
-        start = torch.zeros_like(self.anchor_positions)
-        return Noise(self.seeds, start).blocks(stream, positions, groups)
-
-
-class _OneUniformPerDepth(Noise):
-    def node_uniforms(self, depths):
-        return self.uniforms(depths.shape[1]).gather(1, (depths - 1).clamp(min=0))
-
-
-class _OneUniformPerTree(Noise):
-    def node_uniforms(self, depths):
-        return self.uniforms(1).expand_as(depths)
-
-
-class _ByRow(Noise):
-    def __init__(self, seeds, anchor_positions, nodes=None):
-        super().__init__(seeds + (torch.arange(len(seeds), device=seeds.device) if nodes is None else 0), anchor_positions, nodes)
-
-
-class _LowWord(Noise):
-    def __init__(self, seeds, *rest):
-        super().__init__(seeds & 0xFFFFFFFF, *rest)
-
-
-class _Coarse(Noise):
-    """24 bits: 0 is among the uniforms."""
-
-    def node_uniforms(self, depths):
-        return ((super().node_uniforms(depths) * 2.0**32 - 0.5).round().long() >> 8).double() * 2.0**-24
-
-
-class _GumbelFloor(Noise):
-    """-log(-log(u)) of uniforms kept off 0 and 1 by 1e-4."""
-
-    def exponential(self, words):
-        return -torch.log(self.uniform(words).clamp(1e-4, 1 - 1e-4))
-
-    def draw(self, positions, weights):
-        return self.race(Stream.CORRECT, positions, weights.log())
-
-
-_on("recursive", "draw_with_draft_noise", "Tokens drawn with the noise that drew the first child.", noise=_DraftNoiseInDraws)
-_on("traversal", "position_only_noise", "Noise addressed by position alone: met again when drafted again.", noise=_PositionOnly)
+_on(
+    "recursive",
+    "draw_with_draft_noise",
+    "Tokens drawn with the noise that drew the first child.",
+    noise=wrong_noise.DraftNoiseInDraws,
+)
+_on(
+    "traversal",
+    "position_only_noise",
+    "Noise addressed by position alone: met again when drafted again.",
+    noise=wrong_noise.PositionOnly,
+)
 _on(
     "recursive",
     "one_uniform_for_siblings",
     "Acceptance uniforms addressed by position alone: siblings share theirs.",
-    noise=_OneUniformPerDepth,
+    noise=wrong_noise.OneUniformPerDepth,
 )
 _on(
     "traversal",
     "one_uniform_per_depth",
     "Acceptance uniforms addressed by position alone: siblings and cousins share.",
-    noise=_OneUniformPerDepth,
+    noise=wrong_noise.OneUniformPerDepth,
 )
-_on("traversal", "one_uniform_per_tree", "One acceptance uniform for all nodes.", noise=_OneUniformPerTree)
-_on("traversal", "noise_by_row", "Noise that depends on the batch row.", noise=_ByRow)
-_on("walk", "low_word_of_seed", "Seeds cut to 32 bits.", noise=_LowWord)
-_on("walk", "gumbel_floor", "Gumbel noise with a floor: rare tokens are never drawn.", noise=_GumbelFloor)
+_on("traversal", "one_uniform_per_tree", "One acceptance uniform for all nodes.", noise=wrong_noise.OneUniformPerTree)
+_on("traversal", "noise_by_row", "Noise that depends on the batch row.", noise=wrong_noise.ByRow)
+_on("walk", "low_word_of_seed", "Seeds cut to 32 bits.", noise=wrong_noise.LowWord)
+_on("walk", "gumbel_floor", "Gumbel noise with a floor: rare tokens are never drawn.", noise=wrong_noise.GumbelFloor)
 
 
 # ---- what siblings are drawn from
 
 
 class _DrawnStays(Trees):
-    def next_probs(self, proposed, tokens):
+    def next_probs(self, proposed: Tensor, tokens: Tensor) -> Tensor:
         return proposed
 
 
 class _DrawnRemovedOnly(Trees):
-    def next_probs(self, proposed, tokens):
+    def next_probs(self, proposed: Tensor, tokens: Tensor) -> Tensor:
         ids = torch.arange(proposed.shape[1], device=tokens.device)
         return proposed if self.drawn == "iid" else torch.where(ids == tokens[:, None], 0.0, proposed)
 
 
 class _DrawnRemovedAlways(Trees):
-    def next_probs(self, proposed, tokens):
-        return Trees(*(getattr(self, name) for name in ("target", "draft", "tokens", "parents", "depths")),
-                     "without_replacement", self.noise).next_probs(proposed, tokens)  # fmt: skip
+    def next_probs(self, proposed: Tensor, tokens: Tensor) -> Tensor:
+        same = Trees(self.target, self.draft, self.tokens, self.parents, self.depths, "without_replacement", self.noise)
+        return same.next_probs(proposed, tokens)
 
 
 class _NothingTakenOut(Trees):
-    def residual(self, target_probs, proposed):
+    def residual(self, target_probs: Tensor, proposed: Tensor) -> Tensor:
         return target_probs
 
 
@@ -162,7 +127,9 @@ _on("recursive", "nothing_taken_out", "What was rejected stays in the target dis
 
 
 @known_bad("recursive")
-def draft_cut_to_the_targets_ids(node_logits, tokens, parents, draft_logits, *rest):
+def draft_cut_to_the_targets_ids(
+    node_logits: Tensor, tokens: Tensor, parents: Tensor, draft_logits: Tensor | None, *rest: Any
+) -> Tensor:
     """A wider draft distribution is cut and normalised before its siblings are verified."""
     if draft_logits is not None:
         draft_logits = draft_logits[..., : node_logits.shape[2]]
@@ -170,7 +137,9 @@ def draft_cut_to_the_targets_ids(node_logits, tokens, parents, draft_logits, *re
 
 
 @known_bad("traversal")
-def distribution_of_the_childs_row(node_logits, tokens, parents, draft_logits, *rest):
+def distribution_of_the_childs_row(
+    node_logits: Tensor, tokens: Tensor, parents: Tensor, draft_logits: Tensor | None, *rest: Any
+) -> Tensor:
     """The draft row of a node taken for the distribution it was itself drawn from, not for that of its children."""
     if draft_logits is not None:
         last = torch.zeros_like(parents, dtype=torch.int64)
@@ -181,13 +150,15 @@ def distribution_of_the_childs_row(node_logits, tokens, parents, draft_logits, *
 
 
 @known_bad("recursive")
-def distribution_ignored(node_logits, tokens, parents, draft_logits, *rest):
+def distribution_ignored(node_logits: Tensor, tokens: Tensor, parents: Tensor, draft_logits: Tensor | None, *rest: Any) -> Tensor:
     """Sampled trees taken for one-hot ones: lossless, and accepts less."""
     return rules.recursive(node_logits, tokens, parents, None, *rest)
 
 
 @known_bad("recursive")
-def duplicates_merged(node_logits, tokens, parents, draft_logits, drawn, *rest):
+def duplicates_merged(
+    node_logits: Tensor, tokens: Tensor, parents: Tensor, draft_logits: Tensor | None, drawn: str, *rest: Tensor
+) -> Tensor:
     """Independent siblings with one token merged before they are verified."""
     parents = parents.clone()
     for node in range(1, tokens.shape[1]):
@@ -200,29 +171,29 @@ def duplicates_merged(node_logits, tokens, parents, draft_logits, drawn, *rest):
 
 
 class _NotNormalised(Recursive):
-    def rest(self):
+    def rest(self) -> Tensor:
         return self.trees.residual(self.target_probs, self.proposed)
 
 
 class _AgainstTheWholeTarget(Recursive):
-    def against(self):
+    def against(self) -> Tensor:
         return at(self.trees.target, self.node)
 
 
 @known_bad_rule("recursive")
-def residual_not_normalised(trees: Trees):
+def residual_not_normalised(trees: Trees) -> Verdict:
     """The next sibling verified against [p - q]+ as it is."""
     return _NotNormalised(trees).run()
 
 
 @known_bad_rule("recursive")
-def siblings_against_the_whole_target(trees: Trees):
+def siblings_against_the_whole_target(trees: Trees) -> Verdict:
     """Every sibling verified against p; what the elder ones were rejected for is taken out of the final draw alone."""
     return _AgainstTheWholeTarget(trees).run()
 
 
 @known_bad_rule("recursive")
-def youngest_sibling_first(trees: Trees):
+def youngest_sibling_first(trees: Trees) -> Verdict:
     """Siblings tried in another order than they were drawn in: what the first was drawn from is the distribution for the last."""
     state = Recursive(trees)
     live = torch.ones_like(state.node, dtype=torch.bool)
@@ -235,7 +206,7 @@ def youngest_sibling_first(trees: Trees):
 
 
 @known_bad_rule("walk")
-def walk_to_the_first_child(trees: Trees):
+def walk_to_the_first_child(trees: Trees) -> Verdict:
     """Where no child has the token, the first child is taken all the same."""
     here = torch.zeros_like(trees.tokens[:, 0])
     says = torch.stack([trees.draw(here + node, trees.target[:, node]) for node in range(trees.num_nodes)], 1)
@@ -249,7 +220,7 @@ def walk_to_the_first_child(trees: Trees):
 
 
 @known_bad_rule("walk")
-def token_from_the_parents_row(trees: Trees):
+def token_from_the_parents_row(trees: Trees) -> Verdict:
     """The token behind the path from the row that verified the last node."""
     node, token = rules.walk_rule(trees)
     above = at(trees.target, at(trees.parents, node).clamp(min=0))
@@ -257,26 +228,26 @@ def token_from_the_parents_row(trees: Trees):
 
 
 @known_bad_rule("recursive")
-def token_from_the_targets_distribution(trees: Trees):
+def token_from_the_targets_distribution(trees: Trees) -> Verdict:
     """After the last child, a token from p: what was rejected is not taken out."""
     node, _ = rules.recursive_rule(trees)
     return node, trees.draw(node, at(trees.target, node))
 
 
-@known_bad_rule("recursive", noise=_Coarse)
-def equality_passes(trees: Trees):
+@known_bad_rule("recursive", noise=wrong_noise.Coarse)
+def equality_passes(trees: Trees) -> Verdict:
     """u q <= p with a u that can be 0: impossible children pass."""
     trees.uniforms = trees.uniforms - 1e-12
     return rules.recursive_rule(trees)
 
 
 class _DividedByTheChild(Traversal):
-    def normaliser(self, total, prefix_prob, node):
+    def normaliser(self, total: Tensor, prefix_prob: Tensor, node: Tensor) -> Tensor:
         return total + 1.0 - self.at(self.prefix_prob, node)
 
 
 class _Restarts(Traversal):
-    def delete(self, where):
+    def delete(self, where: Tensor) -> None:
         self.set(self.open, self.node, where, torch.zeros_like(where))
         self.node = torch.where(where, 0, self.node)
 
@@ -284,7 +255,7 @@ class _Restarts(Traversal):
 class _WithoutPrefixProb(Traversal):
     """The parent's P stays as it was."""
 
-    def delete(self, where):
+    def delete(self, where: Tensor) -> None:
         parent = torch.where(where, self.at(self.trees.parents, self.node), 0)
         before = self.at(self.prefix_prob, parent)
         super().delete(where)
@@ -296,58 +267,58 @@ class _WithoutPrefixProb(Traversal):
 class _LeavesOnly(Traversal):
     """After a rejected node, verification ends at its parent; the other children are not tried."""
 
-    def delete(self, where):
+    def delete(self, where: Tensor) -> None:
         parent = torch.where(where, self.at(self.trees.parents, self.node), -1)
         super().delete(where)
         self.open = self.open & (self.trees.parents != parent[:, None])
 
 
 @known_bad_rule("traversal")
-def traversal_divided_by_the_child(trees: Trees):
+def traversal_divided_by_the_child(trees: Trees) -> Verdict:
     """The rejected child's prefix probability in the normaliser, where the node's own belongs (a published implementation's)."""
     return _DividedByTheChild(trees).run()
 
 
 @known_bad_rule("traversal")
-def traversal_restarts(trees: Trees):
+def traversal_restarts(trees: Trees) -> Verdict:
     """After a rejected node, the rest of the tree is verified as if that node had not been there."""
     return _Restarts(trees).run()
 
 
 @known_bad_rule("traversal")
-def traversal_without_prefix_probability(trees: Trees):
+def traversal_without_prefix_probability(trees: Trees) -> Verdict:
     """A node's prefix probability does not change when a child is rejected."""
     return _WithoutPrefixProb(trees).run()
 
 
 @known_bad_rule("traversal")
-def traversal_of_first_children(trees: Trees):
+def traversal_of_first_children(trees: Trees) -> Verdict:
     """Only the first child of every node is verified: lossless, and accepts less."""
     return _LeavesOnly(trees).run()
 
 
 @known_bad_rule("traversal")
-def traversal_draws_from_the_target(trees: Trees):
+def traversal_draws_from_the_target(trees: Trees) -> Verdict:
     """The token from p, where M belongs."""
     node, _ = rules.traversal_rule(trees)
     return node, trees.draw(node, at(trees.target, node))
 
 
 @known_bad_rule("traversal")
-def recursive_for_traversal(trees: Trees):
+def recursive_for_traversal(trees: Trees) -> Verdict:
     """The recursive rule: lossless, and accepts less."""
     return rules.recursive_rule(trees)
 
 
 @known_bad_rule("walk")
-def always_rejects(trees: Trees):
+def always_rejects(trees: Trees) -> Verdict:
     """Lossless and useless: one token of the target per round."""
     root = torch.zeros_like(trees.tokens[:, 0])
     return root, trees.draw(root, trees.target[:, 0])
 
 
 @known_bad_rule("traversal")
-def last_id_without_residual(trees: Trees):
+def last_id_without_residual(trees: Trees) -> Verdict:
     """The last id where nothing is left of [p - q]+."""
     state = Traversal(trees)
     node, token = state.run()
@@ -359,7 +330,17 @@ def last_id_without_residual(trees: Trees):
 
 
 @known_bad("recursive")
-def all_nodes_verified(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
+def all_nodes_verified(
+    node_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    drawn: str,
+    temperature: Tensor,
+    seeds: Tensor,
+    num_nodes: Tensor,
+    anchor_positions: Tensor,
+) -> Tensor:
     """Verifies all M nodes whatever the tree has."""
     whole = torch.full_like(num_nodes, tokens.shape[1])
     return rules.recursive(
@@ -368,7 +349,17 @@ def all_nodes_verified(node_logits, tokens, parents, draft_logits, drawn, temper
 
 
 @known_bad("walk")
-def at_least_one_child(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
+def at_least_one_child(
+    node_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    drawn: str,
+    temperature: Tensor,
+    seeds: Tensor,
+    num_nodes: Tensor,
+    anchor_positions: Tensor,
+) -> Tensor:
     """Takes a tree of the root alone for one with a child."""
     return rules.walk(
         node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes.clamp(min=2), anchor_positions
@@ -376,7 +367,17 @@ def at_least_one_child(node_logits, tokens, parents, draft_logits, drawn, temper
 
 
 @known_bad("walk")
-def one_shape_for_all(node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions):
+def one_shape_for_all(
+    node_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    drawn: str,
+    temperature: Tensor,
+    seeds: Tensor,
+    num_nodes: Tensor,
+    anchor_positions: Tensor,
+) -> Tensor:
     """The first request's tree taken for everybody's."""
     if len(tokens):
         parents, num_nodes = parents[:1].expand_as(parents), num_nodes[:1].expand_as(num_nodes)
@@ -384,7 +385,15 @@ def one_shape_for_all(node_logits, tokens, parents, draft_logits, drawn, tempera
 
 
 @known_bad("recursive")
-def temperature_on_target_only(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest):
+def temperature_on_target_only(
+    node_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    drawn: str,
+    temperature: Tensor,
+    *rest: Tensor,
+) -> Tensor:
     """The ratio against a draft distribution without temperature."""
     if draft_logits is not None:
         draft_logits = draft_logits * torch.where(temperature > 0, temperature, 1.0)[:, None, None]
@@ -392,27 +401,29 @@ def temperature_on_target_only(node_logits, tokens, parents, draft_logits, drawn
 
 
 @known_bad("traversal")
-def draft_distribution_rounded(node_logits, tokens, parents, draft_logits, *rest):
+def draft_distribution_rounded(
+    node_logits: Tensor, tokens: Tensor, parents: Tensor, draft_logits: Tensor | None, *rest: Any
+) -> Tensor:
     """The ratio against bf16 logits, where the children were drawn from finer ones."""
     draft_logits = None if draft_logits is None else draft_logits.bfloat16().float()
     return rules.traversal(node_logits, tokens, parents, draft_logits, *rest)
 
 
 @known_bad("walk")
-def nan_wins(node_logits, *rest):
+def nan_wins(node_logits: Tensor, *rest: Any) -> Tensor:
     """NaN is the largest, as it is for many an arg-max."""
     return rules.walk(torch.where(node_logits.isnan(), float("inf"), node_logits), *rest)
 
 
 @known_bad("walk")
-def masked_tokens_drawn(node_logits, *rest):
+def masked_tokens_drawn(node_logits: Tensor, *rest: Any) -> Tensor:
     """-inf read as the least finite number of what is left of the row: masked tokens are drawn."""
     finite = torch.where(node_logits == NEG_INF, float("inf"), node_logits).amin(-1, keepdim=True)
     return rules.walk(torch.where(node_logits == NEG_INF, finite, node_logits), *rest)
 
 
 @known_bad("walk")
-def strides_ignored(node_logits, *rest):
+def strides_ignored(node_logits: Tensor, *rest: Any) -> Tensor:
     """Rows read as if they lay one behind the other."""
     shape = node_logits.shape
     room = node_logits.untyped_storage().nbytes() // node_logits.element_size()
@@ -422,7 +433,15 @@ def strides_ignored(node_logits, *rest):
 
 
 @known_bad("recursive")
-def scaled_in_half(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest):
+def scaled_in_half(
+    node_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    drawn: str,
+    temperature: Tensor,
+    *rest: Tensor,
+) -> Tensor:
     """Logits divided by the temperature in fp16: overflow, and inf - inf."""
     scale = torch.where(temperature > 0, temperature, 1.0).half()[:, None, None]
     scaled = [None if x is None else (x.half() / scale).float() for x in (node_logits, draft_logits)]
@@ -431,46 +450,26 @@ def scaled_in_half(node_logits, tokens, parents, draft_logits, drawn, temperatur
 
 
 @known_bad("traversal")
-def greedy_rows_sampled(node_logits, tokens, parents, draft_logits, drawn, temperature, *rest):
+def greedy_rows_sampled(
+    node_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    drawn: str,
+    temperature: Tensor,
+    *rest: Tensor,
+) -> Tensor:
     """Temperature 0 taken for 1."""
     heat = torch.where(temperature > 0, temperature, 1.0)
     return rules.traversal(node_logits, tokens, parents, draft_logits, drawn, heat, *rest)
 
 
 @known_bad("greedy_tree")
-def greedy_highest_tie(node_logits, tokens, *rest):
+def greedy_highest_tie(node_logits: Tensor, tokens: Tensor, *rest: Any) -> Tensor:
     """Ties to the highest id."""
     width = node_logits.shape[2]
-    flip = lambda ids: torch.where(ids >= 0, width - 1 - ids, ids)  # noqa: E731
+
+    def flip(ids: Tensor) -> Tensor:
+        return torch.where(ids >= 0, width - 1 - ids, ids)
+
     return flip(rules.greedy(node_logits.flip(2), flip(tokens), *rest))
-
-
-# ---- before acceptance
-
-
-def one_noise_for_siblings(draft_logits, elders, drawn, temperature, seeds, positions, anchor_positions, parents, nodes) -> Tensor:
-    """Independent siblings drawn by one noise: all alike."""
-    return models.draft(draft_logits, elders, drawn, temperature, seeds, positions, anchor_positions, parents, parents)
-
-
-def drawn_again(draft_logits, elders, drawn, *rest) -> Tensor:
-    """Children said to be distinct, drawn independently."""
-    return models.draft(draft_logits, elders, "iid", *rest)
-
-
-def draft_position_only(draft_logits, elders, drawn, temperature, seeds, positions, anchor_positions, parents, nodes) -> Tensor:
-    """A position that is drafted again, at whatever node, meets its old noise."""
-    start, node = torch.zeros_like(anchor_positions), torch.zeros_like(nodes)
-    return models.draft(draft_logits, elders, drawn, temperature, seeds, positions, start, node, node)
-
-
-def best_of_what_is_left(draft_logits, elders, drawn, *rest) -> Tensor:
-    """The first child drawn, the others the drafter's best."""
-    first = models.draft(draft_logits, elders, drawn, *rest)
-    width = draft_logits.shape[1]
-    taken = (elders[..., None] == torch.arange(width, device=elders.device)).any(1)
-    best = torch.where(taken, NEG_INF, chain_rules.readable(draft_logits)).argmax(1)
-    return torch.where((elders >= 0).any(1), best, first)
-
-
-DRAFTS = {f.__name__: f for f in (one_noise_for_siblings, drawn_again, draft_position_only, best_of_what_is_left)}

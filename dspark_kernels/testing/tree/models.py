@@ -11,6 +11,8 @@ reference/tree_enumeration.py.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +23,21 @@ from ..chain.models import PROMPT, Model
 from ..chain.rules import NEG_INF, at
 from . import rules
 
+NO_NOISE = rules.Noise(torch.zeros(0), torch.zeros(0))  # where all outcomes are gone through, nothing is drawn
 Shape = tuple[int, ...]  # the parent of every node, -1 for the root
 
 
-def draft(draft_logits, elders, drawn, temperature, seeds, positions, anchor_positions, parents, nodes) -> Tensor:
+def draft(
+    draft_logits: Tensor,
+    elders: Tensor,
+    drawn: str,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    anchor_positions: Tensor,
+    parents: Tensor,
+    nodes: Tensor,
+) -> Tensor:
     """The next child [R] of nodes `parents` [R], which becomes node `nodes` [R], from their logits [R, V] by addressed noise.
 
     elders: [R, n], what its elder siblings are, -1 = nothing.
@@ -51,13 +64,15 @@ class TreePlay(chain_models.Play):
     shapes: Tensor | None = None
 
     @classmethod
-    def of(cls, call, model: Model, shapes: tuple[Shape, ...], **options) -> TreePlay:
+    def of(cls, call: Callable[..., Tensor], model: Model, shapes: tuple[Shape, ...], **options: Any) -> TreePlay:
         nodes = max(map(len, shapes))
         table = torch.tensor([[*shape, *[-1] * (nodes - len(shape))] for shape in shapes], device=model.target.device)
-        return cls(call, model, nodes - 1, shapes=table, **{"draft": draft, "kind": "iid"} | options)
+        given: dict[str, Any] = {"draft": draft, "kind": "iid"} | options
+        return cls(call, model, nodes - 1, shapes=table, **given)
 
-    def grow(self, last, seeds, anchor_positions, temperature) -> tuple[Tensor, Tensor, Tensor]:
+    def grow(self, last: Tensor, seeds: Tensor, anchor_positions: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, parents, whether the node is there), [R, M]."""
+        assert self.shapes is not None  # see `of`
         parents = self.shapes[(seeds + anchor_positions) % len(self.shapes)]
         tokens = torch.full_like(parents, -1)
         tokens[:, 0] = last
@@ -143,7 +158,7 @@ def _all_trees(model: Model, shape: Shape, drawn: str) -> tuple[rules.Trees, Ten
     tokens = torch.stack([torch.full_like(grids[0], PROMPT), *grids], -1).view(-1, nodes).to(device)
     parents = torch.tensor(shape, device=device).expand_as(tokens)
     trees = rules.Trees(
-        target_probs[tokens], draft_probs[tokens], tokens, parents, rules.depths_of(parents), drawn, None
+        target_probs[tokens], draft_probs[tokens], tokens, parents, rules.depths_of(parents), drawn, NO_NOISE
     )  # fmt: skip
     probability = torch.ones(len(tokens), dtype=torch.float64, device=device)
     for node in range(nodes):
@@ -159,7 +174,7 @@ def _all_trees(model: Model, shape: Shape, drawn: str) -> tuple[rules.Trees, Ten
     return dataclasses.replace(trees, **rows), probability[possible]
 
 
-def _walk_reaches(trees, shape: Shape) -> Tensor:
+def _walk_reaches(trees: rules.Trees, shape: Shape) -> Tensor:
     """Probability [trees, M] that a node is on the accepted path."""
     reached = torch.ones(trees.tokens.shape, dtype=torch.float64, device=trees.tokens.device)
     for child in range(1, len(shape)):
@@ -171,7 +186,7 @@ def _walk_reaches(trees, shape: Shape) -> Tensor:
     return reached
 
 
-def _recursive_reaches(trees, shape: Shape) -> Tensor:
+def _recursive_reaches(trees: rules.Trees, shape: Shape) -> Tensor:
     reached = torch.ones(trees.tokens.shape, dtype=torch.float64, device=trees.tokens.device)
     for node in range(len(shape)):
         left, probs, proposed = reached[:, node].clone(), trees.target[:, node], trees.draft[:, node]
@@ -186,7 +201,7 @@ def _recursive_reaches(trees, shape: Shape) -> Tensor:
     return reached
 
 
-def _traversal_ends(trees) -> Tensor:
+def _traversal_ends(trees: rules.Trees) -> Tensor:
     """Probability [trees, M] that a node ends the accepted path: the order of tests does not depend on the uniforms."""
     state = rules.Traversal(trees)
     ends = torch.zeros_like(state.prefix_prob)
@@ -210,7 +225,7 @@ def block_probs(model: Model, num_drafts: int) -> tuple[Tensor, list[tuple[int, 
     drafts = torch.stack(grids, -1).view(-1, num_drafts)
     contexts = torch.nn.functional.pad(drafts, (1, 0), value=PROMPT)
     lens = torch.full((len(drafts),), num_drafts)
-    batch = chain_rules.Batch(target_probs[contexts], draft_probs[contexts[:, :-1]], drafts, lens, None)
+    batch = chain_rules.Batch(target_probs[contexts], draft_probs[contexts[:, :-1]], drafts, lens, NO_NOISE)
     probability = batch.drafted_probs()[1].prod(1)
     prefix_probs, passes = chain_rules.block_terms(batch)
     found: dict[tuple[int, ...], float] = {}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from ..chain.rules import at, probs_of, readable
 class Noise(chain_rules.Noise):
     """The noise of a batch at tree nodes, [R, n] or broadcastable: word 3 of the counter is stream | node << 8."""
 
-    def __init__(self, seeds: Tensor, anchor_positions: Tensor, nodes: Tensor | None = None):
+    def __init__(self, seeds: Tensor, anchor_positions: Tensor, nodes: Tensor | None = None) -> None:
         super().__init__(seeds, anchor_positions)
         self.nodes = torch.zeros_like(seeds)[:, None] if nodes is None else nodes
 
@@ -133,7 +134,7 @@ def walk_rule(trees: Trees) -> tuple[Tensor, Tensor]:
 class Recursive:
     """Where child after child is tried: per request its node, what is left of the target distribution there, the next child's q."""
 
-    def __init__(self, trees: Trees):
+    def __init__(self, trees: Trees) -> None:
         self.trees, self.node = trees, torch.zeros_like(trees.tokens[:, 0])
         self.target_probs, self.proposed = trees.target[:, 0], trees.draft[:, 0]
 
@@ -145,7 +146,7 @@ class Recursive:
         """What a rejected child leaves of the target distribution, [R, V]."""
         return normalised(self.trees.residual(self.target_probs, self.proposed))
 
-    def attempt(self, child: int, tried: Tensor):
+    def attempt(self, child: int, tried: Tensor) -> None:
         """Verify one child in the requests where it is `tried` [R]: go to it, or take out what it was drawn from."""
         trees, tokens = self.trees, self.trees.tokens[:, child]
         target, draft = trees.pick(self.against(), tokens), trees.pick(self.proposed, tokens)
@@ -170,7 +171,7 @@ def recursive_rule(trees: Trees) -> tuple[Tensor, Tensor]:
 class Traversal:
     """Where depth-first verification stands: per node P, h as a fraction, M, the next child's q; per request the node it is at."""
 
-    def __init__(self, trees: Trees):
+    def __init__(self, trees: Trees) -> None:
         self.trees = trees
         self.target_probs, self.proposed = trees.target.clone(), trees.draft.clone()
         self.prefix_prob = torch.ones_like(trees.tokens, dtype=torch.float64)
@@ -182,7 +183,7 @@ class Traversal:
     def at(self, rows: Tensor, node: Tensor) -> Tensor:
         return rows[self.rows, node]
 
-    def set(self, rows: Tensor, node: Tensor, where: Tensor, values: Tensor):
+    def set(self, rows: Tensor, node: Tensor, where: Tensor, values: Tensor) -> None:
         old = rows[self.rows, node]
         rows[self.rows, node] = torch.where(where if old.dim() == 1 else where[:, None], values, old)
 
@@ -196,7 +197,7 @@ class Traversal:
         self.node = torch.where(down, child, self.node)
         return tested, self.at(self.above, self.node), self.at(self.below, self.node)
 
-    def enter(self, child: Tensor, where: Tensor):
+    def enter(self, child: Tensor, where: Tensor) -> None:
         tokens = self.at(self.trees.tokens, child)
         target = self.at(self.prefix_prob, self.node) * self.trees.pick(self.at(self.target_probs, self.node), tokens)
         draft = self.trees.pick(self.at(self.proposed, self.node), tokens)
@@ -204,7 +205,7 @@ class Traversal:
         self.set(self.prefix_prob, child, where, prefix_prob)
         self.set(self.above, child, where, prefix_prob)
 
-    def delete(self, where: Tensor):
+    def delete(self, where: Tensor) -> None:
         """The node is rejected where asked: its parent's residual takes its place."""
         node = self.node
         parent = torch.where(where, self.at(self.trees.parents, node), 0)
@@ -243,9 +244,19 @@ def traversal_rule(trees: Trees) -> tuple[Tensor, Tensor]:
 
 
 def accept(
-    rule, node_logits, tokens, parents, draft_logits, drawn, temperature, seeds, num_nodes, anchor_positions,
-    noise=Noise, trees=Trees,
-) -> Tensor:  # fmt: skip
+    rule: Callable[[Trees], tuple[Tensor, Tensor]] | None,
+    node_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    draft_logits: Tensor | None,
+    drawn: str,
+    temperature: Tensor,
+    seeds: Tensor,
+    num_nodes: Tensor,
+    anchor_positions: Tensor,
+    noise: type[Noise] = Noise,
+    trees: type[Trees] = Trees,
+) -> Tensor:
     """Tokens [R, M] of rule(trees) for sampled rows of sampled trees, of the walk for the other sampled rows, else greedy."""
     rows, index = readable(node_logits), torch.arange(tokens.shape[1], device=tokens.device)
     # Nothing behind a row without a finite logit is looked at; its lowest id is emitted.
@@ -278,8 +289,8 @@ def emitted(trees: Trees, last: Tensor, token: Tensor) -> Tensor:
     return out
 
 
-def _named(rule: str, function):
-    function.rule = rule
+def _named(rule: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    function.rule = rule  # type: ignore[attr-defined]  # a function takes attributes, which its type cannot say
     return function
 
 
