@@ -24,14 +24,14 @@ from dspark_kernels.integrations.transformers import DSpark  # noqa: E402
 PROMPTS = ["    def __repr__(self):\n        return ", "import os\nimport "]
 
 
-# docs/engines.md: begin
+# docs/engine-transformers.md: begin
 def generate(model, drafter_directory, inputs, **options):
     dspark = DSpark.from_pretrained(drafter_directory, target=model)
     texts = model.generate(**inputs, **options, custom_generate=dspark)
     return texts, dspark.statistics
 
 
-# docs/engines.md: end
+# docs/engine-transformers.md: end
 
 
 def directories(target: str, drafter: str):

@@ -2,7 +2,7 @@
 
 `register` is the entry point of `sglang.srt.plugins`. It hooks nothing unless DSPARK_KERNELS_SGLANG names parts, since no part has
 run in an engine yet: tests compare each with the reference on arrays laid out as SGLang has them. What each part replaces and what
-it leaves to the engine: docs/engines.md. Shapes below: R requests, K drafts of each, W = K + 1, V vocabulary, H hidden size.
+it leaves to the engine: docs/engine-sglang.md. Shapes below: R requests, K drafts of each, W = K + 1, V vocabulary, H hidden size.
 
 Read from the sources of SGLang 0.5.23.
 """

@@ -1,7 +1,7 @@
 """vLLM: `draft_block` and `accept_chain` in its model runner V2, through its plug-ins.
 
 `register` is the entry point of `vllm.general_plugins`, so installing the package is enough. What it does by version, what it
-leaves to the engine, and how to switch it off: docs/engines.md. Shapes below: R requests, S request slots, K drafts of each,
+leaves to the engine, and how to switch it off: docs/engine-vllm.md. Shapes below: R requests, S request slots, K drafts of each,
 L rows of logits, V vocabulary, H hidden size, r Markov rank.
 
 Read from the sources of vLLM 0.32.0 and 0.33.0.

@@ -333,8 +333,12 @@ def test_example(monkeypatch, capsys):
     rows, found = [len(row) for row in lengths], seen["statistics"]
     assert rows[0] != rows[1] and (found.rounds, found.row_rounds) == (max(rows), sum(rows))
     assert found.accepted == tuple(sum(length > k for row in lengths for length in row) for k in range(1, 8))
-    shown = path.read_text().split("# docs/engines.md: begin\n")[1].split("# docs/engines.md: end")[0].strip()
-    assert shown in (ROOT / "docs" / "engines.md").read_text(), "docs/engines.md does not show the call of the example"
+    shown = (
+        path.read_text().split("# docs/engine-transformers.md: begin\n")[1].split("# docs/engine-transformers.md: end")[0].strip()
+    )
+    assert shown in (ROOT / "docs" / "engine-transformers.md").read_text(), (
+        "docs/engine-transformers.md does not show the call of the example"
+    )
 
 
 @pytest.mark.parametrize(
