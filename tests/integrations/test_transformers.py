@@ -26,7 +26,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers, w
 pytest.importorskip("safetensors.torch", reason="needs safetensors, which is not installed")
 
 from dspark_kernels.checkpoint import load_drafter  # noqa: E402
-from dspark_kernels.integrations.transformers import DSpark, rounds, settings  # noqa: E402
+from dspark_kernels.integrations.transformers import DSpark, captured, rounds, settings  # noqa: E402
 from dspark_kernels.integrations.transformers.backbone import Backbone  # noqa: E402
 from dspark_kernels.integrations.transformers.cache import PositionCache  # noqa: E402
 from dspark_kernels.testing import statistics  # noqa: E402
@@ -34,6 +34,7 @@ from reference.drafters import Anchors, Block, Committed, DSpark as ReferenceDSp
 from reference.huggingface import HuggingFaceTarget  # noqa: E402
 from reference.loop import REFERENCE_OPS, Request, decode  # noqa: E402
 from reference.model import Rows, Target  # noqa: E402
+from tests.integrations import recorded  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
@@ -477,3 +478,52 @@ def test_the_research_codes_rounds(reference):
         seen = dspark.statistics
         assert 1 + sum(case["acceptance_lengths"][: seen.rounds - 1]) < case["max_new_tokens"]
         assert sum(seen.accepted) == sum(case["acceptance_lengths"][: seen.rounds]) - seen.rounds
+
+
+# --- CUDA graphs, recorded and replayed on the CPU ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How often something was captured."""
+    made = []
+    monkeypatch.setattr(captured, "possible", lambda device: True)
+    monkeypatch.setattr(captured, "capture", lambda call: made.append(call) or recorded.capture(call))
+    return made
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [("qwen3", {}), ("qwen3", dict(repetition_penalty=1.7, no_repeat_ngram_size=2)), ("gemma3", {})],
+    ids=["qwen3", "processors", "gemma3"],
+)
+def test_captured_rounds(tmp_path, graphs, family, options):
+    """With a static cache; with logits processors, which run between the two graphs."""
+    model = target_of(family)
+    dspark = DSpark.from_pretrained(drafter_of(model, tmp_path / "d"), model)
+    inputs = batch(PROMPTS[:2])
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=12, **options)
+    given = dict(do_sample=False, max_new_tokens=12, custom_generate=dspark, cache_implementation="static", **options)
+    assert torch.equal(plain, model.generate(**inputs, **given))
+    assert len(graphs) == 2 and dspark.statistics.rounds > 2, "too few rounds to replay one"
+    graphs.clear()
+    assert torch.equal(plain, model.generate(**inputs, **given | dict(cache_implementation="dynamic")))
+    assert not graphs, "widths change from round to round"
+
+
+def test_captured_rounds_draw_the_same_tokens(qwen3, graphs):
+    model, dspark = qwen3
+    given = dict(do_sample=True, temperature=0.8, top_k=9, max_new_tokens=10, custom_generate=dspark, seeds=4)
+    drawn = model.generate(**batch(PROMPTS[:2]), **given)
+    assert torch.equal(drawn, model.generate(**batch(PROMPTS[:2]), **given, cache_implementation="static")) and len(graphs) == 2
+
+
+def test_a_round_that_cannot_be_captured_goes_on_as_it_is(qwen3, graphs, reference):
+    """Of the reference's ops, which read values on the host; the second part must not be captured alone."""
+    model, dspark = qwen3
+    plain = model.generate(**batch(), do_sample=False, max_new_tokens=8)
+    with pytest.warns(UserWarning, match="dspark: a round is not captured in a CUDA graph: a value is read on the host"):
+        drafted = model.generate(
+            **batch(), do_sample=False, max_new_tokens=8, custom_generate=dspark, cache_implementation="static"
+        )
+    assert torch.equal(plain, drafted) and len(graphs) == 1

@@ -55,7 +55,7 @@ class Rotation(NamedTuple):
         if shape.scaled is None:
             pairs = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32)
             frequencies, factor = shape.theta ** -(pairs / shape.head_dim), 1.0
-            frequencies[int(shape.rotated * shape.head_dim // 2) :] = 0
+            frequencies[int(shape.rotated * shape.head_dim // 2) :].zero_()
         else:
             frequencies = shape.scaled.frequencies(shape.theta, shape.head_dim, positions.device)
             factor = shape.scaled.attention

@@ -5,8 +5,8 @@
 Row i of a request is its anchor (i = 0) or its draft i. Every row of the batch verifies K drafts, so that the shapes of a round never
 change; a row that has ended is a padding row of the ops. The host waits for the device once per round, to learn which rows ended.
 
-Nothing in `draft`, `verify` and `accept` depends on values on the host but the widths, which a static cache fixes: with one, the three
-can be captured in a CUDA graph. Their tensors of state stay in place.
+Nothing in `draft`, `verify` and `accept` depends on values on the host but the widths, which a static cache fixes, and their tensors of
+state stay in place: with one, on a GPU, a round is two CUDA graphs, between which logits processors run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 import dspark_kernels as dk
 
-from . import lengths, settings as sampling_settings
+from . import captured, lengths, settings as sampling_settings
 from .backbone import Backbone
+from .captured import Captured
 from .settings import Settings
 from .statistics import Statistics
 from .stopping import Stopping
@@ -54,6 +55,13 @@ class Verified(NamedTuple):
     positions: Tensor  # int64 [B, 1 + K]
 
 
+class Guess(NamedTuple):
+    """A round before it is decided."""
+
+    block: dk.DraftBlock
+    verified: Verified
+
+
 class Rounds:
     """The state of one call. static: every pass reads the whole width of its cache."""
 
@@ -73,6 +81,8 @@ class Rounds:
         self._accepted = torch.zeros(drafts, dtype=torch.int64, device=device)
         self._flags = torch.zeros(rows, dtype=torch.int32, device=device)
         self._draft = self._accept = None
+        self._guess: Guess | None = None  # of this round
+        self._logits: Tensor | None = None  # of the target, after processors where there are any
         # The same on the host.
         self.filled, self.alive = [columns] * rows, [True] * rows
         self._padding = [columns - length for length in self._positions.tolist()]
@@ -87,14 +97,34 @@ class Rounds:
         with target.watched():
             self._read_prompt()
             emitted()
+            graphs = self._static and captured.possible(self.texts.device)
+            guess = Captured(self._draft_and_verify, graphs)
+            settle = Captured(self._accept_and_inject, graphs, reads=guess)
             while any(self.alive):
-                block = self.draft()
-                verified = self.verify(block)
-                acceptance = self.accept(self._processed(verified.logits), block)
-                backbone.inject(verified.features, verified.positions)
-                self._count(block, acceptance)
+                self._guess = guess()
+                self._read_logits(self._guess.verified.logits)
+                acceptance = settle()
+                self._count(self._guess.block, acceptance)
                 self._emit(acceptance.tokens, acceptance.num_emitted.long())
                 emitted()
+
+    def _draft_and_verify(self) -> Guess:
+        block = self.draft()
+        return Guess(block, self.verify(block))
+
+    def _accept_and_inject(self) -> dk.Acceptance:
+        block, verified = self._guess
+        acceptance = self.accept(self._logits, block)
+        self._models.backbone.inject(verified.features, verified.positions)
+        return acceptance
+
+    def _read_logits(self, logits: Tensor) -> None:
+        """The logits of this round, which stay where those of the round before were if `logits` do."""
+        processed = self._processed(logits)
+        if processed is logits or self._logits is None or not self._static:
+            self._logits = processed
+        else:
+            self._logits.copy_(processed)
 
     def draft(self) -> dk.DraftBlock:
         """K drafts of every row."""
