@@ -141,6 +141,25 @@ def dflash(**changes):
     return {**config, "dflash_config": own, **changes}, {**BACKBONE, **_numbered(QWEN3_LAYER)}
 
 
+def modelopt(kind="vanilla", confidence=True, **changes):
+    """(config, shapes) of a DSpark drafter as NVIDIA Model-Optimizer 0.47.0 exports it. changes: of its dflash_config."""
+    own = {
+        "mask_token_id": MASK, "target_layer_ids": [0, 1], "causal": False, "projector_type": "dspark", "shift_label": True,
+        "markov_rank": RANK, "markov_head_type": kind, "use_confidence_head": confidence,
+    }  # fmt: skip
+    layers = {key: value for key, value in QWEN3.items() if key not in ("rope_parameters", "use_sliding_window")}
+    config = {**layers, "architectures": ["DFlashDraftModel"], "block_size": 8, "dflash_config": {**own, **changes}}
+    config |= {"rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False, "num_target_layers": TARGET_LAYERS}
+    shapes = {
+        **BACKBONE,
+        **_numbered(QWEN3_LAYER),
+        **{name.removeprefix("markov_head."): shape for name, shape in HEADS[kind].items()},
+    }
+    if confidence:
+        shapes |= {"confidence_proj.weight": [1, HIDDEN + RANK], "confidence_proj.bias": [1]}
+    return config, shapes
+
+
 def speculators(kind="dspark", draft_vocab=VOCAB, block=8, first=None, layers=None, **changes):
     """(config, shapes) as speculators 0.9.0 writes them: its own keys outside, those of the layers inside. The embedding and, over all
     ids, the head are the target's. first: sample_from_anchor. layers: changes of transformer_layer_config."""

@@ -3,7 +3,7 @@
 | meaning | keys, in any place of places.py | in DSpark's words |
 | --- | --- | --- |
 | drafts per pass | block_size | block_size |
-| does the anchor predict | sample_from_anchor (speculators, NeMo RL), anchor_first (here) | anchor_first, default true |
+| does the anchor predict | sample_from_anchor (speculators, NeMo RL), shift_label (NVIDIA), anchor_first (here) | anchor_first, default true |
 | mask token | mask_token_id, noise_token_id | mask_token_id |
 | target layers | target_layer_ids: i = output of layer i | target_layer_ids |
 | | aux_hidden_state_layer_ids, eagle_aux_hidden_state_layer_ids (speculators, vLLM): one higher | target_layer_ids |
@@ -15,7 +15,8 @@ unknown key inside a block of keys is refused, and so is a known one with a valu
 
 Sources: github.com/deepseek-ai/DeepSpec; github.com/z-lab/dflash (model.py at 44947fb); github.com/vllm-project/speculators
 (config.py, models/dflash/config.py and models/dspark/config.py at c05b95b); vLLM, model_executor/models/qwen3_dflash.py (036a00d);
-SGLang, speculative/dspark_components/dspark_config.py (01f4762).
+SGLang, speculative/dspark_components/dspark_config.py (01f4762); NVIDIA Model-Optimizer 0.47.0,
+modelopt/torch/export/plugins/hf_spec_export.py.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ from .places import BLOCKS, Found, Place, agreed, find, places, same
 _HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "sts_temperatures")
 _WORDS = {
     "block_size": ("block_size",),
-    "anchor_first": ("anchor_first", "sample_from_anchor"),
+    "anchor_first": ("anchor_first", "sample_from_anchor", "shift_label"),
     "mask_token_id": ("mask_token_id", "noise_token_id"),
     "target_layer_ids": ("target_layer_ids",),
     "num_target_layers": ("num_target_layers",),
     **{key: (key,) for key in _HEADS},
+    "enable_confidence_head": ("enable_confidence_head", "use_confidence_head"),  # NVIDIA's word
 }
 _ONE_HIGHER = ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
 _DRAFTS = ("num_speculative_tokens", "speculative_tokens")
-_FIXED = {"use_aux_hidden_state": True, "logit_scale": 1}  # with one value here
+_FIXED = {"use_aux_hidden_state": True, "logit_scale": 1, "projector_type": "dspark"}  # with one value here
 # What a block may repeat: key -> the key at the top level that has its value.
 _REPEATED = {
     "target_hidden_size": "hidden_size",

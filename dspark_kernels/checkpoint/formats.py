@@ -5,6 +5,7 @@
 | Qwen3DSparkModel | DSpark, Qwen3 layers; rank 0 without confidence: DeepSpec's DFlash | deepseek-ai/{dspark,dflash}_qwen3_* |
 | Gemma4DSparkModel | the same with the layers of Gemma 4's full attention | deepseek-ai/{dspark,dflash}_gemma4_12b_block7 |
 | DFlashDraftModel | DFlash: only masks predict, embedding and head are the target's | z-lab/*-DFlash* |
+| DFlashDraftModel with projector_type dspark | DSpark, embedding and head of the target | NVIDIA Model-Optimizer |
 | any, with speculators_model_type | DSpark, DFlash of the speculators library: speculators.py | RedHatAI/*-speculator.* |
 | *Eagle3*, and others: eagle3.py | EAGLE-3, which `load_eagle3` reads | SafeAILab, NVIDIA, DeepSpec, speculators |
 | Qwen3ForCausalLM | a target, or a draft model | Qwen/Qwen3-* |
@@ -84,7 +85,15 @@ def of(config: Mapping, known: Mapping[str, Format]) -> Format | None:
     # SafeAILab's EAGLE-3 files call themselves language models, those of the speculators library what they wrap.
     if not isinstance(name, str) or is_eagle3(config) or is_speculators(config):
         return None
+    if _projector(config) is not None:
+        return MODELOPT if _projector(config) == "dspark" and name in known and name == "DFlashDraftModel" else None
     return known.get(name)
+
+
+def _projector(config: Mapping) -> object:
+    """What NVIDIA Model-Optimizer calls the head over a DFlash backbone, None where there is none."""
+    own = config.get("dflash_config")
+    return own.get("projector_type") if isinstance(own, Mapping) else None
 
 
 def published(directory: Path, several: str) -> str:
@@ -120,6 +129,8 @@ def other(config: Mapping) -> str | None:
             + (f", over {width} ids of its own that d2t maps to the target's" if own else "")
             + "; load_eagle3 reads it, and reference/drafters runs it"
         )
+    if _projector(config) not in (None, "dspark"):
+        return f"a DFlash drafter with a head of the kind {_projector(config)!r}, of which 'dspark' is read"
     if name == "DSparkDraftModel":
         return "a DSpark drafter of other training code, whose layers may differ from those of DeepSpec"
     if name.startswith("DFlash") and name not in DRAFTERS:
@@ -290,6 +301,24 @@ def _read_dflash(config: Mapping, source: Path) -> dict:
     return config
 
 
+def _read_modelopt(config: Mapping, source: Path) -> dict:
+    config = flat(config, source)
+    _check_qwen3_layers(config, source, causal=False)
+    own = config["dflash_config"]
+    for key in ("markov_rank", "markov_head_type", "use_confidence_head", "shift_label"):
+        _require(own.get(key) is not None, source, f"a dflash_config with the key {key}", own)
+    config = block.read(config, source, dflash=True)
+    _check_block({**config, "confidence_head_with_markov": True}, source)
+    return {**config, "confidence_head_with_markov": True}
+
+
+def _modelopt_name(name: str) -> str:
+    """The heads' tensors stand at the top there; files that nest them as DeepSpec does are read too."""
+    if name.startswith(("markov_w1.", "markov_w2.", "gate_proj.", "joint_proj.")):
+        return f"markov_head.{name}"
+    return name.replace("confidence_proj.", "confidence_head.proj.") if name.startswith("confidence_proj.") else name
+
+
 def _read_speculators(config: Mapping, source: Path) -> dict:
     dflash = speculators.kind_of(config) == "dflash"
     config = flat(speculators.unwrapped(config, source), source)
@@ -403,6 +432,10 @@ DRAFTERS = {
     "Gemma4DSparkModel": Format("DSpark drafter with Gemma 4 layers", _read_gemma4_dspark, lambda c: _dspark(c, _gemma4_layer(c))),
     "DFlashDraftModel": Format("DFlash drafter with Qwen3 layers", _read_dflash, lambda c: _backbone(c, _qwen3_layer(c))),
 }
+MODELOPT = Format(
+    "DSpark drafter of NVIDIA Model-Optimizer, with Qwen3 layers", _read_modelopt,
+    lambda c: {**_backbone(c, _qwen3_layer(c)), **_heads(c)}, renamed=_modelopt_name,
+)  # fmt: skip
 _UNREAD = ("verifier_lm_head.weight", "verifier_norm.weight")  # of the training: what the targets of its loss came from
 SPECULATORS = {
     kind: Format(

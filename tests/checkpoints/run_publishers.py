@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.checkpoints import of_speculators, of_speculators_eagle3
+from tests.checkpoints import of_modelopt, of_speculators, of_speculators_eagle3
 
 # Of the largest number compared; fp32, where sums differ in their order.
 BOUND = 2e-5
@@ -36,7 +36,7 @@ def run(arguments) -> bool:
         if arguments.golden:
             np.savez_compressed(arguments.golden, **of_speculators.golden(root), **of_speculators_eagle3.golden(root))
             return True
-        for name, compare in (*of_speculators.cases(), *of_speculators_eagle3.cases()):
+        for name, compare in (*of_speculators.cases(), *of_speculators_eagle3.cases(), *of_modelopt.cases()):
             if arguments.only not in name:
                 continue
             errors = compare(root / name.replace(" ", "_").replace(",", ""))
@@ -54,6 +54,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    print(f"speculators {of_speculators.VERSION}, transformers {transformers.__version__}, torch {torch.__version__}")
+    print(
+        f"speculators {of_speculators.VERSION}, nvidia-modelopt {of_modelopt.VERSION}, transformers {transformers.__version__}, torch {torch.__version__}"
+    )
     with torch.no_grad():
         raise SystemExit(0 if run(options) else 1)

@@ -8,8 +8,9 @@ environment=${1:-$root/.venv-publishers}
 shift $(($# < 1 ? $# : 1))
 if [ ! -x "$environment/bin/python" ]; then
     python3 -m venv "$environment"
-    "$environment/bin/pip" install --quiet torch==2.13.0 speculators==0.9.0
+    "$environment/bin/pip" install --quiet torch==2.13.0 speculators==0.9.0 nvidia-modelopt==0.47.0 requests
     # They come with it and do not fit its torch.
     "$environment/bin/pip" uninstall --quiet --yes torchvision torchaudio
 fi
-PYTHONPATH="$root" exec "$environment/bin/python" "$root/tests/checkpoints/run_publishers.py" "$@"
+# The libraries warn of versions that their own authors have not tried together.
+PYTHONWARNINGS=ignore PYTHONPATH="$root" exec "$environment/bin/python" "$root/tests/checkpoints/run_publishers.py" "$@"

@@ -272,7 +272,11 @@ def test_what_gemma4_drafters_do_not_have(tmp_path, change, message):
         (dict(block_size=1), "integer block_size >= 2, got 1"),
         (dict(dflash_config=None), "expected a dflash_config"),
         (dict(dflash_config={"target_layer_ids": [0]}), "the keys mask_token_id"),
-        (dict(dflash_config={"mask_token_id": 1, "projector_type": "dspark"}), "alone, got projector_type too"),
+        (dict(dflash_config={"mask_token_id": 1, "projector_type": "dspark"}), "a dflash_config with the key markov_rank"),
+        (
+            dict(dflash_config={"mask_token_id": 1, "projector_type": "domino"}),
+            "a head of the kind 'domino', of which 'dspark' is read",
+        ),
         (dict(use_sliding_window=True, layer_types=None), "full attention in every layer, got use_sliding_window"),
         (dict(layer_types=["sliding_attention", "full_attention"]), "full attention in every layer, got layer_types"),
         (dict(rope_parameters=None, rope_scaling={"rope_type": "yarn"}, rope_theta=1e6), "the key 'factor' with rope_type 'yarn'"),
