@@ -22,7 +22,7 @@ import dspark_kernels as dk
 from dspark_kernels import testing
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("dspark_kernels", "reference", "tests", "bench", "examples", "docs", ".ci")
+FOLDERS = ("dspark_kernels", "reference", "tests", "bench", "examples", "hub", "docs", ".ci")
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMENT = re.compile(r"<!--.*?-->", re.S)

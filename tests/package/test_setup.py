@@ -33,7 +33,7 @@ def test_every_tool_the_tests_need_is_pinned():
     pinned = set(re.findall(r"^([\w-]+)==", pins, re.M))
     assert names == pinned, "a requirement without a pin, or a pin that nothing requires"
     assert project["dependencies"] == ["torch>=2.9"]
-    assert set(extras) == {"cpu", "test", "checkpoints", "transformers", "demo", "plots", "docs", "release", "types", "live"}
+    assert set(extras) == {"cpu", "test", "checkpoints", "transformers", "demo", "plots", "docs", "release", "types", "live", "hub"}
     packaging = {"build", "check-wheel-contents", "twine", "mkdocs", "mkdocs-material", "mkdocstrings-python"}
     assert not packaging & {re.match(r"[\w-]+", need)[0] for need in extras["test"]}, "the tests' environment stays small"
 

@@ -1,0 +1,1 @@
+"""python -m hub: the package in the form that Hugging Face's `kernels` loads."""
