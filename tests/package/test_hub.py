@@ -92,7 +92,7 @@ def test_an_id_names_the_backend_and_the_source(built):
     for changed in (files | {"types.py": files["types.py"] + b"\n"}, {k: v for k, v in files.items() if k != "env.py"}):
         assert hub.source_hash(changed) != hub.source_hash(files)
     moved = dict(files)
-    moved["other.py"] = moved.pop("env.py")
+    moved["types1.py"] = moved.pop("types.py")  # in the same place of the order
     assert hub.source_hash(moved) != hub.source_hash(files)
 
 
