@@ -86,10 +86,10 @@ def frame(film: Film, now: float, console: Console, height: int | None = None) -
     columns.add_row(*texts)
     columns.add_row(*(Text(counters(part)) for part in shown))
     page = Table.grid()
-    page.add_row(Text(f"{film.title}: {film.speed}"))
+    page.add_row(Text(f"{film.title}: {film.speed}", no_wrap=True, overflow="ellipsis"))
     page.add_row("")
     page.add_row(columns)
-    page.add_row(Text(of.legend))
+    page.add_row(Text(of.legend, no_wrap=True, overflow="ellipsis"))
     return page
 
 

@@ -96,7 +96,7 @@ class Film:
     def speed(self) -> str:
         """How the shown pace relates to the real one, in words."""
         if self.pace == "passes":
-            return "every round equally long, as if the target's pass took all the time"
+            return "equal rounds, as if the target's pass took all the time"
         factor = self.scale if self.scale >= 1 else 1 / self.scale
         return f"rounds as long as measured, {factor:.3g} times {'slower' if self.scale >= 1 else 'faster'}"
 

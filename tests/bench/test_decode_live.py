@@ -73,7 +73,7 @@ def test_rounds_keep_their_measured_proportions():
 def test_with_equal_rounds_only_tokens_per_round_count():
     shown = film("passes", 6.0)
     assert shown.times == pytest.approx([0, 1, 2, 3, 4, 5, 6])
-    assert [len(part.tokens) for part in shown.at(3)] == [4, 7] and "equally long" in shown.speed
+    assert [len(part.tokens) for part in shown.at(3)] == [4, 7] and "equal rounds" in shown.speed
 
 
 def test_every_time_of_a_film_shows_what_ended_then():
@@ -131,8 +131,9 @@ def test_without_colour_brackets_do(environ):
 
 
 @needs_rich
-def test_a_low_screen_shows_the_end_of_the_text():
-    screen = console(height=9)
+@pytest.mark.parametrize("width", [80, 30])
+def test_a_low_screen_shows_the_end_of_the_text(width):
+    screen = console(width=width, height=9)
     long = film()
     long.prompt = "begin\n" + "line\n" * 30
     screen.print(live.frame(long, 12.0, screen, 9))
