@@ -118,7 +118,7 @@ ODD = [(*variant, True) for variant in VARIANTS] + [("token", "dense", False)]
 @pytest.mark.parametrize("rule, proposal", VARIANTS)
 @pytest.mark.parametrize("pairs", [1, 32])
 def test_any_chunk_size_gives_the_same_bits(monkeypatch, pairs, rule, proposal):
-    case = cases.accept_case(seed=31, requests=3, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
+    case = cases.accept_case(seed=31, requests=2, drafts=3, vocab=6000, proposal=proposal, sharpness=1.0, rule=rule)
     want = check(case)
 
     def pick(arch, num_requests, num_blocks, num_drafts, residual_rows, work):
@@ -153,7 +153,7 @@ def test_stored_lse_gives_the_same_tokens_as_sweeping_the_proposal():
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("draft_vocab", [700, 1024, 5000])
 def test_draft_and_target_widths_differ(draft_vocab, mapped, rule):
-    case = cases.accept_case(seed=1, vocab=1500, draft_vocab=draft_vocab, closeness=0.95, mapped=mapped, rule=rule, requests=7)
+    case = cases.accept_case(seed=1, vocab=1500, draft_vocab=draft_vocab, closeness=0.95, mapped=mapped, rule=rule, requests=5)
     want = check(case)
     if draft_vocab == 700:
         stored = dataclasses.replace(with_lse(case), draft_to_target=case.proposal.draft_to_target)

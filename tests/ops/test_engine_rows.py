@@ -1,5 +1,6 @@
 """What engines hand over: rows of logits, ids of either width, slots and batch rows, scaled targets, probabilities."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -119,7 +120,7 @@ def test_integers_of_either_width(name):
     if isinstance(want, (dk.Acceptance, dk.DraftBlock)):
         names = [field.name for field in dataclasses.fields(want) if field.name in ("tokens", "next_token")]
         ids = {field: torch.full_like(getattr(want, field), -1, dtype=torch.int32) for field in names}
-        out = op(**narrow, out=dataclasses.replace(op(**arguments), **ids))
+        out = op(**narrow, out=dataclasses.replace(copy.deepcopy(want), **ids))
         assert_same(dataclasses.replace(out, **{field: getattr(out, field).long() for field in names}), want)
 
 

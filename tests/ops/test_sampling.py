@@ -142,8 +142,17 @@ def test_support_equals_reference(data):
     check_filter(rows[:, :], sampling, draw(st.sampled_from([64, 128])))
 
 
-@pytest.mark.parametrize("order", ["top_k_first", "joint"])
-@pytest.mark.parametrize("filters", [{"top_k"}, {"top_p"}, {"top_k", "top_p"}, {"top_p", "min_p"}, {"top_k", "top_p", "min_p"}])
+@pytest.mark.parametrize(
+    "filters, order",
+    [
+        ({"top_k"}, "top_k_first"),
+        ({"top_p"}, "joint"),
+        ({"top_k", "top_p"}, "top_k_first"),
+        ({"top_k", "top_p"}, "joint"),
+        ({"top_p", "min_p"}, "top_k_first"),
+        ({"top_k", "top_p", "min_p"}, "joint"),
+    ],
+)
 def test_more_elements_than_the_list_holds(filters, order):
     """Flat rows and many ties: the bound keeps more than BLOCK elements, which are then read from the row again."""
     g = torch.Generator().manual_seed(5)

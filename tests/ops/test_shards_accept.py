@@ -30,7 +30,7 @@ def equal_on_all_ranks(case, count, width, exact=True, **options):
     return results[0]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_whole_blocks_give_the_bits_of_the_whole_op(data):
     draw = data.draw
