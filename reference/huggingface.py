@@ -41,6 +41,11 @@ class SlotCaches:
     def __init__(self, make: Callable, slots: int):
         self._make, self._caches = make, [make() for _ in range(slots)]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Cached positions of every slot."""
+        return [cache.get_seq_length() for cache in self._caches]
+
     def __getitem__(self, slot: int):
         return self._caches[slot]
 
@@ -52,7 +57,7 @@ class SlotCaches:
         if length == 0:
             self._caches[slot] = self._make()
         elif length < cached:
-            self._caches[slot].crop(length)
+            self._caches[slot].crop(length - cached)  # from the end: newer versions of transformers take nothing else
 
 
 class HuggingFaceTarget:

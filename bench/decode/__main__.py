@@ -29,8 +29,8 @@ def parser() -> command.Parser:
     )  # fmt: skip
     models.add_argument(
         "--drafter", metavar="DIR", action="append", default=[],
-        help="drafter checkpoint for --model: Qwen3DSparkModel, Gemma4DSparkModel, DFlashDraftModel, or Qwen3ForCausalLM as draft"
-        " model (repeatable)",
+        help="drafter checkpoint for --model: DSpark, DFlash, EAGLE-3 (docs/checkpoints.md), or a causal language model as draft model"
+        " (repeatable)",
     )  # fmt: skip
     models.add_argument("--device", default="cpu", help="where the models run (default: %(default)s)")
     models.add_argument(

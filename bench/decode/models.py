@@ -11,10 +11,10 @@ import torch
 
 from bench import assets
 from bench.shared.command import BadArgument, first_line
-from dspark_kernels.checkpoint import formats, load_drafter, load_target, read_config, stop_tokens
+from dspark_kernels.checkpoint import formats, load_drafter, load_eagle3, load_target, read_config, stop_tokens
 from dspark_kernels.types import CostTable
 from reference import huggingface
-from reference.drafters import MTP, Block, Drafter, DraftModel, DSpark
+from reference.drafters import MTP, Block, Drafter, DraftModel, DSpark, Eagle3
 from reference.model import Target
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,14 +114,22 @@ def _cost(path, device) -> CostTable:
 
 
 def _drafter(path: str, target: Target) -> tuple[str, Callable[[], Drafter]]:
-    """What a drafter directory holds: a language model, or a block drafter with or without a sequential head."""
+    """What a drafter directory holds: a language model, an EAGLE-3 drafter, or a block drafter with or without a sequential head."""
     try:
-        found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("architectures")
-    except (OSError, ValueError, AttributeError):
-        found = None  # load_drafter says what is wrong
-    if found == ["Qwen3ForCausalLM"]:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        config = config if isinstance(config, dict) else {}
+    except (OSError, ValueError):
+        config = {}  # load_drafter says what is wrong
+    if formats.is_eagle3(config):
+        checkpoint = load_eagle3(path)
+        drafter = Eagle3(checkpoint.config, checkpoint.tensors, target)
+        return "eagle3", lambda: drafter
+    if formats.of(config, formats.TARGETS) is not None:
         checkpoint = load_target(path)
         drafter = DraftModel(checkpoint.config, checkpoint.tensors, target)
+        return "draft-model", lambda: drafter
+    if formats.is_language_model(config):
+        drafter = DraftModel.of(huggingface.load(path, target.device, target.dtype), target)
         return "draft-model", lambda: drafter
     checkpoint = load_drafter(path)
     kind = DSpark if checkpoint.head is not None or checkpoint.confidence is not None else Block

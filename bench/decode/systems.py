@@ -13,7 +13,18 @@ from bench.shared.command import BadArgument
 from dspark_kernels.types import CostTable
 from reference.drafters import Autoregressive, Drafter, TreeShape
 
-SYSTEMS = ("autoregressive", "draft-model", "mtp", "mtp-tree", "block", "block-tree", "dspark", "dspark-tree")
+SYSTEMS = (
+    "autoregressive",
+    "draft-model",
+    "mtp",
+    "mtp-tree",
+    "eagle3",
+    "eagle3-tree",
+    "block",
+    "block-tree",
+    "dspark",
+    "dspark-tree",
+)
 
 
 @dataclasses.dataclass(frozen=True)

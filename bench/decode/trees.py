@@ -15,19 +15,20 @@ from __future__ import annotations
 import copy
 
 from bench.shared.comb import comb
-from reference.drafters import MTP, Drafter, DSpark, TreeShape
+from reference.drafters import Block, Drafter, DSpark, TreeShape
+from reference.drafters.chained import Chained
 
 SUFFIX = "-tree"  # of a system that decodes with trees
-NODES = {"mtp-tree": (16,), "block-tree": (16,), "dspark-tree": (16, 32)}
+NODES = {"mtp-tree": (16,), "eagle3-tree": (16,), "block-tree": (16,), "dspark-tree": (16, 32)}
 SAMPLED_NODES = {"mtp": 16, "dspark": 16}  # at most, where --tree-nodes does not say: the reference draws slowly
 MAX_NODES = 64
 
 
 def shapes(drafter: Drafter, num_nodes: int) -> list[TreeShape]:
     """The trees of a drafter: deterministic ones and sampled ones."""
-    by_pass = isinstance(drafter, MTP)
+    by_pass = isinstance(drafter, Chained)
     branching = comb(num_nodes, MAX_NODES if by_pass else drafter.max_drafts)
-    if by_pass:
+    if by_pass or (isinstance(drafter, Block) and drafter.draft_to_target is not None):  # of a draft vocabulary no other is drafted
         walk = TreeShape(num_nodes, "top_k", branching)
     else:
         walk = TreeShape(num_nodes, "conditioned" if isinstance(drafter, DSpark) and drafter.head is not None else "best_first")
@@ -40,7 +41,7 @@ def sampled(shape: TreeShape | None) -> bool:
 
 def chain(drafter: Drafter, num_nodes: int) -> tuple[Drafter, int] | None:
     """The drafter and how many drafts verify the rows of such a tree, at most all it can make; None where that is how it is."""
-    if isinstance(drafter, MTP) and num_nodes - 1 > drafter.max_drafts:
+    if isinstance(drafter, Chained) and num_nodes - 1 > drafter.max_drafts:
         drafter = copy.copy(drafter)  # chained as often as one likes
         drafter.max_drafts = num_nodes - 1
         return drafter, num_nodes - 1

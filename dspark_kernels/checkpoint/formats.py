@@ -152,6 +152,11 @@ def is_eagle3(config: Mapping) -> bool:
     return (speculators.is_wrapped(config) or not is_speculators(config)) and eagle3.is_eagle3(config)
 
 
+def is_language_model(config: Mapping) -> bool:
+    """A causal language model, which transformers may know: a target, or a draft model."""
+    return _name(config).endswith(("ForCausalLM", "ForConditionalGeneration")) and other(config) is None
+
+
 def _name(config: Mapping) -> str:
     names = config.get("architectures")
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""

@@ -12,26 +12,36 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..huggingface import HuggingFaceTarget
 from ..model import KVCache, Rows, Target
 from .protocol import Committed, Drafter, join, max_drafts_of, step
 
 
 class DraftModel(Drafter):
-    """A small language model over the target's vocabulary.
+    """A small language model over the target's vocabulary; `of` takes any causal language model of transformers.
 
     config: a `Qwen3ForCausalLM` config, and `max_drafts` (default 4). tensors: as for reference.model.Target. Raises
     ValueError for what Target refuses and for another vocabulary size.
     """
 
     def __init__(self, config: Mapping, tensors: Mapping[str, Tensor], target: Target):
-        self.model = Target(config, tensors, target.device, target.dtype)
-        self.max_drafts = max_drafts_of(config)
-        if self.model.shape.vocab != target.shape.vocab:
-            raise ValueError(f"config: expected vocab_size {target.shape.vocab}, got {self.model.shape.vocab}")
+        self._take(Target(config, tensors, target.device, target.dtype), max_drafts_of(config), target)
+
+    @classmethod
+    def of(cls, model: Target | HuggingFaceTarget, target, max_drafts: int = 4) -> DraftModel:
+        """model: on the target's device. Raises ValueError for another vocabulary size."""
+        drafter = cls.__new__(cls)
+        drafter._take(model, max_drafts_of({"max_drafts": max_drafts}), target)
+        return drafter
+
+    def _take(self, model, max_drafts: int, target) -> None:
+        self.model, self.max_drafts = model, max_drafts
+        if model.shape.vocab != target.shape.vocab:
+            raise ValueError(f"config: expected vocab_size {target.shape.vocab}, got {model.shape.vocab}")
 
     def start(self, slots, new_cache=KVCache):
         super().start(slots)
-        self._cache = new_cache(self.model.shape, slots, self.model.device, self.model.dtype)
+        self._cache = self.model.new_cache(slots, new_cache)
         self._missing: list[list[int]] = [[] for _ in range(slots)]  # tokens before the anchor that it has not read
 
     def propose(self, anchors, *, drafts, sampling, noise, ops):
