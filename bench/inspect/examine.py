@@ -1,7 +1,7 @@
 """What a checkpoint directory contains, which ops of the package a decoder with it calls and with what, and the target it expects.
 
-Knows DSpark drafters (Qwen3 and Gemma 4 layers), DFlash drafters, EAGLE-3 drafters (described, not run here) and language models.
-Only config.json and the headers of the weight files are read.
+Knows DSpark and DFlash drafters, EAGLE-3 drafters (docs/checkpoints.md) and language models. Only config.json and the headers of the
+weight files are read.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import NamedTuple
 import dspark_kernels as dk
 from bench.shared.command import BadArgument, first_line
 from dspark_kernels import checkpoint
-from dspark_kernels.checkpoint import formats
+from dspark_kernels.checkpoint import attention, formats
 from dspark_kernels.ops.attention.tree import MAX_HEAD_DIM
 
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 # Beginnings of tensor names, in the order of the table; the first that fits.
 _PARTS = (
-    ("sequential head, W1", ("markov_head.markov_w1",)),
-    ("sequential head, W2", ("markov_head.markov_w2",)),
-    ("sequential head, gate", ("markov_head.gate_proj", "markov_head.joint_proj")),
-    ("confidence head", ("confidence_head.",)),
-    ("context projection", ("fc.", "hidden_norm.")),
+    ("sequential head, W1", ("markov_head.markov_w1", "markov_w1")),
+    ("sequential head, W2", ("markov_head.markov_w2", "markov_w2")),
+    ("sequential head, gate", ("markov_head.gate_proj", "markov_head.joint_proj", "gate_proj", "joint_proj")),
+    ("confidence head", ("confidence_head.", "confidence_proj.")),
+    ("context projection", ("fc.", "fc_norm.", "input_norm.", "hidden_norm.")),
     ("vocabulary map", ("d2t", "t2d")),
     ("embedding", ("embed_tokens.", "model.embed_tokens.", "model.language_model.embed_tokens.")),
     ("output head", ("lm_head.",)),
@@ -53,18 +53,19 @@ def examine(directory: str) -> dict:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
     found = {"directory": directory, "architecture": name}
-    tensors = None
+    tensors, run = None, "python -m bench.decode --target TARGET --drafter " + directory
     if formats.is_eagle3(config):
         try:
             tensors = checkpoint.stored_tensors(directory)
         except FileNotFoundError:  # its authors publish pytorch_model.bin, which is not opened: unpickling runs code
             tensors = {}
-        found |= _eagle3(config, tensors)
-    elif name in formats.DRAFTERS:
+        config, runs = _readable_eagle3(directory, config, tensors, run)
+        found |= {**_eagle3(config, tensors), **runs}
+    elif formats.of(config, formats.DRAFTERS) is not None:
         config, form = checkpoint.check(directory)
-        found |= {"title": form.title, "runs": "python -m bench.decode --target TARGET --drafter " + directory}
-        found |= _drafter(config)
-    elif name in formats.TARGETS or (_is_language_model(name) and not formats.other(config)):
+        tensors = checkpoint.stored_tensors(directory)
+        found |= {"title": form.title, "runs": run, **_drafter(config, tensors)}
+    elif name in formats.TARGETS or formats.is_language_model(config):
         own = name in formats.TARGETS
         if own:
             checkpoint.check(directory)
@@ -81,8 +82,47 @@ def examine(directory: str) -> dict:
     return found | {"files": sorted({tensor.file.name for tensor in tensors.values()}), "parts": _parts(tensors)}
 
 
-def _is_language_model(name: str | None) -> bool:
-    return name is not None and name.endswith(("ForCausalLM", "ForConditionalGeneration"))
+def _readable_eagle3(directory: str, config: Mapping, tensors: Mapping, run: str) -> tuple[Mapping, dict]:
+    """The config in the words of its loader, and how it is run; or as it is, and why it is not."""
+    if not tensors:
+        return config, {
+            "runs": None,
+            "reason": "its tensors are no safetensors: pickles are not opened; save them as model.safetensors",
+        }
+    try:
+        return checkpoint.check(directory)[0], {"runs": run, "reason": None}
+    except ValueError as error:
+        return config, {"runs": None, "reason": first_line(error)}
+
+
+def _round_cost(config: Mapping, tensors: Mapping, passes: int) -> dict:
+    """What a round of one request reads in the drafter, in bytes: a pass reads all layers and the head, every draft W2. A head that is the
+    target's counts as wide as the layers' values are."""
+    layers, vocab = _layers(config), config["vocab_size"]
+    sizes = {part["part"]: part["bytes"] for part in _parts(tensors)}
+    width = next((_BYTES.get(tensor.dtype, 1) for name, tensor in tensors.items() if "layers." in name or "midlayer." in name), 2)
+    output = sizes.get("output head", (config.get("draft_vocab_size") or vocab) * config["hidden_size"] * width)
+    drafts = config.get("block_size", passes)
+    weights = passes * (sizes.get("layers", 0) + output) + sizes.get("context projection", 0)
+    return {
+        "passes": passes,
+        "bytes": weights + drafts * sizes.get("sequential head, W2", 0),
+        "context_bytes_per_token": 2 * layers["layers"] * layers["key_value_heads"] * layers["head_size"] * width,
+    }
+
+
+def _adapters(config: Mapping) -> list[str]:
+    """Which integrations take a block drafter: by what each of their pages says, not by a run with this directory."""
+    kind, rank = config.get("markov_head_type"), config["markov_rank"]
+    qwen3 = "global_head_dim" not in config
+    found = ["model.generate of transformers"]
+    if rank and kind == "vanilla" and qwen3:
+        found.append("vLLM: parts accept and draft")
+    elif qwen3:
+        found.append("vLLM: part accept, where vLLM itself runs the drafter")
+    if rank:
+        found.append("SGLang: parts draft, accept, schedule (off unless asked for), where SGLang itself reads the directory")
+    return found
 
 
 def _layers(config: Mapping) -> dict:
@@ -97,13 +137,13 @@ def _layers(config: Mapping) -> dict:
     }
 
 
-def _drafter(config: Mapping) -> dict:
+def _drafter(config: Mapping, tensors: Mapping) -> dict:
     """A block drafter, from its config in DSpark's words."""
     rank, first = config["markov_rank"], config.get("anchor_first", True)
     kind = config["markov_head_type"] if rank else None
     confidence = bool(config["enable_confidence_head"])
     markov = confidence and bool(config["confidence_head_with_markov"])
-    count, hidden = config["num_target_layers"], config["hidden_size"]
+    count, hidden = config.get("num_target_layers"), config["hidden_size"]
     known = _TARGETS.get((count, hidden))
     if count == 48 and str(config.get("target_model_type", config.get("model_type"))).startswith("gemma4"):
         known = "google/gemma-4-12B-it"
@@ -116,9 +156,14 @@ def _drafter(config: Mapping) -> dict:
         "rank": rank,
         "confidence": {"reads_markov": markov, "calibrated": config.get("sts_temperatures") is not None} if confidence else None,
         "logit_cap": config.get("final_logit_softcapping"),
+        "draft_vocabulary": config.get("draft_vocab_size"),
+        "windows": [sight.window for sight in attention.sights(config)],
+        "causal": [sight.causal for sight in attention.sights(config)],
+        "round": _round_cost(config, tensors, 1),
+        "adapters": _adapters(config),
         "expects": {
             "layers": count, "layers_read": config["target_layer_ids"], "hidden_size": hidden, "vocabulary": config["vocab_size"],
-            "shares_embedding": config.get("architectures") == ["DFlashDraftModel"], "known": known,
+            "shares_embedding": "embed_tokens.weight" not in tensors, "shares_head": "lm_head.weight" not in tensors, "known": known,
         },
         "ops": [op._asdict() for op in _block_ops(config, kind, confidence, markov)],
     }  # fmt: skip
@@ -131,8 +176,15 @@ def _block_ops(config: Mapping, kind: str | None, confidence: bool, markov: bool
     ops = [Op("draft_layout", layout, f"the block's {rows} rows: the anchor and {rows - 1} masks")]
     scale = ", scale=1.0" if "global_head_dim" in config else ""
     why = "the block's rows in every draft layer, over the injected context"
-    ops.append(_attention(layers["head_size"], f'mask="full"{scale}', why))
+    for sight in dict.fromkeys(attention.sights(config)):
+        if sight.window is None:
+            ops.append(_attention(layers["head_size"], f'mask="{"chain" if sight.causal else "full"}"{scale}', why))
+        else:
+            own = f"window of {sight.window} before the anchor, block {'causal' if sight.causal else 'in both directions'}"
+            ops.append(Op("(the engine's attention)", own, f"{why}; tree_attention counts a window from every row"))
     head = f"head={_HEADS[kind]}(rank {rank})" if kind else "head=None"
+    mapped = config.get("draft_vocab_size") not in (None, config["vocab_size"])
+    head += ", draft_to_target" if mapped else ""
     options = [head] + (["hidden"] if kind in ("gated", "rnn") or confidence else [])
     if confidence:
         options.append(f"confidence=ConfidenceHead([{config['hidden_size']}{f' + {rank}' if markov else ''}])")
@@ -143,7 +195,8 @@ def _block_ops(config: Mapping, kind: str | None, confidence: bool, markov: bool
     ops.append(Op("draft_block", f"{head}, candidates=C", why))
     if hasattr(dk, "draft_tree"):
         why = "instead: a tree of drafts (tree_layout, accept_tree, compact_kv)"
-        ops.append(Op("draft_tree", f'{head}, method="conditioned"', why))
+        # Trees that choose their shape know no draft vocabulary.
+        ops.append(Op("draft_tree", f'{head}, method="top_k", branching' if mapped else f'{head}, method="conditioned"', why))
     if confidence:
         ops.append(Op("schedule_prefixes", 'cost, policy="causal" or "budget"', "how many drafts to verify, by confidence"))
     why = "without scheduling" if confidence else "no confidence to schedule by"
@@ -160,7 +213,7 @@ def _attention(head_size: int, options: str, why: str) -> Op:
 
 def _eagle3(config: Mapping, tensors: Mapping) -> dict:
     vocab, hidden, own = config.get("vocab_size"), config.get("hidden_size"), config.get("draft_vocab_size")
-    wide = tensors["fc.weight"].shape[1] if "fc.weight" in tensors else None
+    wide = next((tensor.shape[1] for name, tensor in tensors.items() if name.removeprefix("model.") == "fc.weight"), None)
     read = config.get("target_layer_ids")
     target_hidden = config.get("target_hidden_size", hidden)
     count = len(read) if read else (wide // target_hidden if wide and target_hidden else None)
@@ -175,16 +228,17 @@ def _eagle3(config: Mapping, tensors: Mapping) -> dict:
     ]
     return {
         "title": "EAGLE-3 drafter",
-        "runs": None,
-        "reason": formats.other(config),
         "layers": config.get("num_hidden_layers"),
         "hidden_size": hidden,
         "vocabulary": vocab,
         "draft_vocabulary": own,
         "drafts": config.get("ttt_length"),
+        "norms": [key for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output") if config.get(key)],
+        "round": _round_cost(config, tensors, 4) if tensors and "head_norms" in config else None,
+        "adapters": ["bench.decode alone; vLLM's part accept, where vLLM itself runs the drafter"],
         "expects": {
             "layers": config.get("num_target_layers"), "layers_read": read, "num_layers_read": count, "hidden_size": target_hidden,
-            "vocabulary": vocab, "shares_embedding": "embed_tokens.weight" not in tensors,
+            "vocabulary": vocab, "shares_embedding": not any("embed_tokens.weight" in name for name in tensors), "shares_head": False,
             "known": config.get("target_model_name_or_path"),
         },
         "ops": [op._asdict() for op in ops],
@@ -274,6 +328,10 @@ def _facts(found: Mapping):
         if found["anchor_first"]:
             masks = f"the anchor and {drafts - 1} masks, all predict"
         yield "block", f"{drafts} drafts per pass: {masks} (mask token {mask})"
+        windows, causal = found["windows"], found["causal"]
+        if any(windows):
+            inside = "causal inside the block" if any(causal) else "both directions inside the block"
+            yield "windows", f"{', '.join(str(window or 'none') for window in windows)} by layer, {inside}"
         yield "head", f"{found['head']}, rank {found['rank']}" if found["head"] else "none: positions are independent"
         confidence = found["confidence"]
         if confidence is None:
@@ -281,6 +339,15 @@ def _facts(found: Mapping):
         else:
             reads = "hidden state and W1 of the token before" if confidence["reads_markov"] else "hidden state alone"
             yield "confidence", f"from {reads}, {'with' if confidence['calibrated'] else 'without'} STS temperatures"
+    if found.get("norms"):
+        yield "norms", ", ".join(found["norms"])
+    if found.get("round"):
+        cost = found["round"]
+        passes = f"{cost['passes']} pass" + ("es" if cost["passes"] > 1 else "")
+        context = f"{_size(cost['context_bytes_per_token'])} of keys and values per token"
+        yield "a round", f"{passes}, {_size(cost['bytes'])} of weights read, {context}"
+    for adapter in found.get("adapters", ()):
+        yield "taken by", adapter
     if "expects" in found:
         yield "target", _expected(found["expects"])
     if "stop_tokens" in found:
@@ -295,8 +362,8 @@ def _expected(expects: Mapping) -> str:
     count = f"{expects['layers']} layers, " if expects["layers"] else ""
     read, number = expects["layers_read"], expects.get("num_layers_read")
     reads = f"; reads layers {', '.join(map(str, read))}" if read else f"; reads {number} layers" if number else ""
-    shares = "its embedding is" if number else "its embedding and head are"
-    shares = f"; {shares} the drafter's too" if expects["shares_embedding"] else ""
+    own = [what for what in ("embedding", "head") if expects[f"shares_{what}"]]
+    shares = f"; its {' and '.join(own)} {'is' if len(own) == 1 else 'are'} the drafter's too" if own else ""
     known = f": {expects['known']}" if expects["known"] else ""
     return f"{count}hidden size {expects['hidden_size']}, vocabulary {expects['vocabulary']}{known}{reads}{shares}"
 

@@ -43,7 +43,8 @@ def test_a_dspark_drafter(tmp_path, capsys):
     assert (found["layers"], found["hidden_size"], found["vocabulary"], found["mask_token_id"]) == (2, 24, 41, 40)
     assert found["confidence"] == {"reads_markov": True, "calibrated": True}
     assert found["expects"] == {
-        "layers": 3, "layers_read": [-1, 1], "hidden_size": 24, "vocabulary": 41, "shares_embedding": False, "known": None,
+        "layers": 3, "layers_read": [-1, 1], "hidden_size": 24, "vocabulary": 41, "shares_embedding": False, "shares_head": False,
+        "known": None,
     }  # fmt: skip
     assert ops(found)["draft_block"] == "head=GatedMarkovHead(rank 5), hidden, confidence=ConfidenceHead([24 + 5])"
     assert ops(found)["draft_layout"] == "block_size=4, mask_token_id=40, anchor_first=True"
@@ -104,13 +105,14 @@ def test_a_dflash_drafter(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("safe", [True, False])
-def test_an_eagle3_drafter_is_described_and_not_run(tmp_path, capsys, safe):
+def test_an_eagle3_drafter(tmp_path, capsys, safe):
     config, shapes = made.eagle3()
     directory = made.write(tmp_path / "d", config, made.tensors(shapes))
     if not safe:  # as its authors publish it
         (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     text, found = shown(directory, capsys)
-    assert found["runs"] is None and "an EAGLE-3 drafter" in found["reason"] and "not run by bench.decode" in text
+    assert found["runs"] == ("python -m bench.decode --target TARGET --drafter " + str(directory) if safe else None)
+    assert safe or ("pickles are not opened" in found["reason"] and "not run by bench.decode" in text)
     assert (found["vocabulary"], found["draft_vocabulary"]) == (41, 11) and "of which 11 can be drafted" in text
     if safe:
         assert ops(found)["draft_block"] == "K' = 1, first_draft=k, head=None, draft_to_target=arange + d2t"
@@ -200,3 +202,55 @@ def test_the_golden_directories(capsys):
     assert parts(found)["in all"]["tensors"] == 31 and found["expects"]["layers_read"] == [0, 1, 2]
     _, found = shown(GOLDEN / "target", capsys)
     assert found["title"] == "Qwen3 language model" and "output head" not in parts(found)
+
+
+# --- other publishers -------------------------------------------------------------------------------------------------
+
+
+def test_a_drafter_of_speculators(tmp_path, capsys):
+    config, shapes = made.speculators(draft_vocab=17, layers=made.SLIDING)
+    tensors = made.tensors(shapes, torch.bfloat16)
+    text, found = shown(made.write(tmp_path / "d", config, tensors), capsys)
+    assert (found["block_size"], found["draft_vocabulary"], found["windows"], found["causal"]) == (8, 17, [6, 6], [True, True])
+    assert ops(found)["draft_block"].startswith("head=MarkovHead(rank 5), draft_to_target, hidden")
+    assert ops(found)["draft_tree"] == 'head=MarkovHead(rank 5), draft_to_target, method="top_k", branching'
+    assert "window of 6 before the anchor, block causal" in ops(found)["(the engine's attention)"]
+    assert found["expects"]["shares_embedding"] and not found["expects"]["shares_head"] and found["expects"]["layers"] is None
+    # One pass over two layers, the head of 17 ids and fc, and W2 for each of eight drafts, in bf16.
+    layer = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("layers."))
+    assert found["round"] == {
+        "passes": 1, "bytes": 2 * (layer + 17 * 24 + 24 * 48 + 24 + 8 * 17 * 5), "context_bytes_per_token": 2 * 2 * 2 * 8 * 2,
+    }  # fmt: skip
+    for line in (
+        "of which 17 can be drafted",
+        "6, 6 by layer, causal inside the block",
+        "vLLM: parts accept and draft",
+        "1 pass, ",
+    ):
+        assert line in text
+
+
+def test_one_of_nvidias_exporter(tmp_path, capsys):
+    config, shapes = made.modelopt("rnn")
+    text, found = shown(made.write(tmp_path / "d", config, made.tensors(shapes)), capsys)
+    assert "NVIDIA Model-Optimizer" in found["title"] and (found["head"], found["draft_vocabulary"]) == ("rnn", None)
+    assert "its embedding and head are the drafter's too" in text and parts(found)["sequential head, W2"]["parameters"] == 205
+    assert "other" not in parts(found) and "vLLM: part accept, where vLLM itself runs the drafter" in text
+    layer = sum(part["bytes"] for name, part in parts(found).items() if name in ("layers", "context projection"))
+    assert found["round"]["bytes"] == layer + 4 * (41 * 24 + 8 * 205)  # the target's head, in fp32 as the layers
+
+
+def test_an_eagle3_drafter_of_speculators(tmp_path, capsys):
+    config, shapes = made.eagle3_of_speculators(norm_before_residual=True, norm_output=True)
+    text, found = shown(made.write(tmp_path / "d", config, made.tensors(shapes)), capsys)
+    assert found["norms"] == ["norm_before_residual", "norm_output"] and found["expects"]["layers_read"] == [0, 1, 2]
+    size = parts(found)
+    want = 4 * (size["layers"]["bytes"] + size["output head"]["bytes"]) + size["context projection"]["bytes"]
+    assert found["round"] == {"passes": 4, "bytes": want, "context_bytes_per_token": 2 * 2 * 8 * 4}
+    assert "4 passes, " in text and "norm_before_residual, norm_output" in text and "run it: python -m bench.decode" in text
+
+
+def test_what_eagle3_refuses_is_said(tmp_path, capsys):
+    config, shapes = made.eagle3(attention_bias=True)
+    text, found = shown(made.write(tmp_path / "d", config, made.tensors(shapes)), capsys)
+    assert found["runs"] is None and "no attention_bias, got True" in found["reason"] and "not run by bench.decode" in text
