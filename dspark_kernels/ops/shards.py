@@ -22,7 +22,7 @@ class Shard(NamedTuple):
 
     start: int
     width: int
-    count: int
+    count: int  # type: ignore[assignment]  # instead of tuple's method, which nobody calls
     vocab: int
 
     @property

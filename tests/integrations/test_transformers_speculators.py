@@ -59,6 +59,26 @@ def test_greedy_batches(tmp_path, name, reference):  # noqa: F811
     assert dspark.statistics.flags == 0 and sum(dspark.statistics.accepted) > 0
 
 
+@pytest.mark.parametrize("kind", made.KINDS)
+def test_a_drafter_of_nvidias_exporter(tmp_path, kind, reference):  # noqa: F811
+    config, shapes = made.modelopt(kind)
+    model = target_of("llama")
+    directory = made.write(tmp_path / "d", {**config, "num_target_layers": 2}, made.tensors(shapes))
+    dspark = DSpark.from_pretrained(directory, model)
+    check_same(model, dspark, batch(), max_new_tokens=8)
+    assert dspark.statistics.flags == 0 and len(dspark.statistics.accepted) == 8
+
+
+def test_a_head_in_eight_bits_is_refused(tmp_path):
+    """Targets in fp8 keep their head in 16 bits; the drafter computes in the head's dtype."""
+    config, shapes = made.speculators()
+    directory, model = made.write(tmp_path / "d", config, made.tensors(shapes)), target_of("llama")
+    head = model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(head.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="an output head in floats of at least 16 bits.*LlamaForCausalLM with one in torch.float8"):
+        DSpark.from_pretrained(directory, model)
+
+
 def test_the_ops_themselves(tmp_path):
     """Kernels in place of the reference's ops, for one short row."""
     model = target_of("qwen3")

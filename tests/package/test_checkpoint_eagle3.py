@@ -201,10 +201,11 @@ def test_other_loaders_and_other_directories(tmp_path):
 # --- decode -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*made.GOLDEN_EAGLE3, "SafeAILab"])
+@pytest.mark.parametrize("name", [*made.GOLDEN_EAGLE3, "SafeAILab", "NVIDIA"])
 def test_greedy_text_is_the_targets_own(tmp_path, target, name):
     """A chain, and a tree that grows by `expand_tree`, depth by depth; SafeAILab's form with target layers by default."""
-    build, changes = (made.eagle3, {}) if name == "SafeAILab" else (made.eagle3_of_speculators, made.GOLDEN_EAGLE3[name])
+    forms = {"SafeAILab": {}, "NVIDIA": dict(eagle_config=NVIDIA)}
+    build, changes = (made.eagle3, forms[name]) if name in forms else (made.eagle3_of_speculators, made.GOLDEN_EAGLE3[name])
     loaded = checkpoint.load_eagle3(written(tmp_path / "d", build, **changes))
     requests = [Request([3, 1, 4, 1, 5], 20), Request([2, 7], 20), Request([18, 28, 18], 20)]
     plain = decode(target, Autoregressive(), requests)

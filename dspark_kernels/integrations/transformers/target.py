@@ -53,8 +53,11 @@ class Target:
         if not all(-1 <= layer < len(self._layers) for layer in feature_layers):
             raise ValueError(f"target_layer_ids: expected -1 to {len(self._layers) - 1} for {self._name}, got {feature_layers}")
         self.lm_head: Tensor | None = getattr(model.get_output_embeddings(), "weight", None)
-        if self.lm_head is None or not self.lm_head.is_floating_point():
-            raise ValueError(f"target: expected an output head with weights of floats, got {self._name} without one")
+        if self.lm_head is None or not self.lm_head.is_floating_point() or self.lm_head.dtype.itemsize < 2:
+            found = "without one" if self.lm_head is None else f"with one in {self.lm_head.dtype}"
+            raise ValueError(
+                f"target: expected an output head in floats of at least 16 bits, in which the drafter computes, got {self._name} {found}"
+            )
         self.vocab, self.hidden = self.lm_head.shape
         taken = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in taken else "past_key_values"  # in transformers 5.24, and in 5.10

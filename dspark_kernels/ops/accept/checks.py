@@ -90,7 +90,7 @@ def needs_logits(op: str, proposal: object) -> None:
         not_yet(op, "proposal.probs", "probabilities (DenseProposal.of_probs) are")
 
 
-def check_map(proposal, vocab: int, name: str = "proposal") -> None:
+def check_map(proposal: object, vocab: int, name: str = "proposal") -> None:
     """The map of ids of a dense proposal, where it is on the host."""
     if isinstance(proposal, DenseProposal):
         check_distinct(f"{name}.draft_to_target", proposal.draft_to_target, vocab)

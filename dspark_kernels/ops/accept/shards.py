@@ -248,7 +248,7 @@ class _Call:
             return DraftArguments(drawn.logits, drawn.ids, None, drawn.temperature)
         return DraftArguments(drawn.logits, None, drawn.lse, drawn.temperature)
 
-    def lend(self, workspace: workspaces.Workspace | None) -> tuple[Tensor, Tensor]:
+    def lend(self, workspace: workspaces.Workspace | None) -> workspaces.Lent:
         requests = max(self.requests, -(-self.rows // (self.drafts + 1)))
         vocab = max(self.shard.width, self.shard.vocab) if self._candidates else self.shard.width
         return workspaces.lend(OP, workspace, requests, self.drafts, vocab, self._device)
