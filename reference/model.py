@@ -253,8 +253,8 @@ class KVCache:
         """Attention of the rows over their slots, [N, Hq, D] -> [N, Hq * D].
 
         causal: a row sees the places up to its own, in a tree its ancestors and what was cached before; otherwise all rows
-        of its request (the drafter's block). window: of what was cached before, the last places alone, for all rows the same; each: the last
-        places up to a row's own instead.
+        of its request (the drafter's block). window: of what was cached before, the last places alone, for all rows the same;
+        each: the last places up to a row's own instead.
         """
         out = torch.empty_like(queries)
         for slot, start, begin, end in rows.segments:

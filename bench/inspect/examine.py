@@ -96,8 +96,8 @@ def _readable_eagle3(directory: str, config: Mapping, tensors: Mapping, run: str
 
 
 def _round_cost(config: Mapping, tensors: Mapping, passes: int) -> dict:
-    """What a round of one request reads in the drafter, in bytes: a pass reads all layers and the head, every draft W2. A head that is the
-    target's counts as wide as the layers' values are."""
+    """What a round of one request reads in the drafter, in bytes: a pass reads all layers and the head, every draft W2. A head that is
+    the target's counts as wide as the layers' values are."""
     layers, vocab = _layers(config), config["vocab_size"]
     sizes = {part["part"]: part["bytes"] for part in _parts(tensors)}
     width = next((_BYTES.get(tensor.dtype, 1) for name, tensor in tensors.items() if "layers." in name or "midlayer." in name), 2)

@@ -115,8 +115,8 @@ def _check_drafts(found: Iterable[Found], drafts, source) -> None:
     for each in found:
         if type(each.value) is int and type(drafts) is int and each.value > drafts:
             raise ValueError(
-                f"{source}: expected {each.where} {drafts} (the drafts of block_size), got {each.value}, more than the block has rows that"
-                " predict"
+                f"{source}: expected {each.where} {drafts} (the drafts of block_size), got {each.value}, more than the block has rows"
+                " that predict"
             )
     _check_all(found, drafts, " (the drafts of block_size)", source)
 

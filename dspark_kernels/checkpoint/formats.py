@@ -120,7 +120,8 @@ def other(config: Mapping) -> str | None:
     if is_speculators(config) and not is_eagle3(config):
         kind = speculators.kind_of(config)
         read = " and ".join(SPECULATORS)
-        return f"a drafter in the layout of the speculators library of the kind {kind!r}, of which {read} are read here, with their configs"
+        whole = "are read here, with their configs"
+        return f"a drafter in the layout of the speculators library of the kind {kind!r}, of which {read} {whole}"
     if is_eagle3(config):
         width = config.get("draft_vocab_size")
         own = width not in (None, config.get("vocab_size"))

@@ -30,7 +30,10 @@ class Unread(NamedTuple):
 
 
 class Chained(Drafter):
-    """Base: a subclass has `target`, `shape`, and the three functions at the end. draft_to_target: int64 [Vd], of a draft vocabulary."""
+    """Base: a subclass has `target`, `shape`, and the three functions at the end.
+
+    draft_to_target: int64 [Vd], of a draft vocabulary.
+    """
 
     draft_to_target: Tensor | None = None
 

@@ -1,4 +1,4 @@
-"""DSpark drafters of NVIDIA Model-Optimizer: directories that its exporter writes, and its draft module's forward pass over one block."""
+"""DSpark drafters of NVIDIA Model-Optimizer: directories of its exporter, and its draft module's forward pass over one block."""
 
 from __future__ import annotations
 
