@@ -241,9 +241,13 @@ def test_a_drafter_is_no_target(tmp_path):
 @pytest.mark.parametrize(
     "tensors, drop, message",
     [
-        (dict(d2t=torch.arange(17) + 25), (), r"d2t to name ids below 41 \(vocab_size\), got 57"),
-        (dict(d2t=torch.arange(17) - 1), (), "expected ids of at least 0"),
-        (dict(d2t=torch.tensor([0, -1, *range(2, 17)])), (), "d2t to name every id once, got 1 repetitions"),
+        (dict(d2t=torch.arange(17) + 25), (), "d2t: offsets: expected target ids from 0 to 40, got 41 for draft id 8"),
+        (dict(d2t=torch.arange(17) - 1), (), "d2t: offsets: expected target ids from 0 to 40, got -1 for draft id 0"),
+        (
+            dict(d2t=torch.tensor([0, -1, *range(2, 17)])),
+            (),
+            "d2t: offsets: expected each target id once, got 0 for draft ids 0 and 1",
+        ),
         (dict(t2d=torch.arange(41) < 17), (), "t2d to be true for the ids that d2t names"),
         (dict(d2t=torch.arange(17).float()), (), "expected d2t in I64 or I32, got F32"),
         (dict(t2d=torch.zeros(41)), (), "expected t2d in BOOL, got F32"),
