@@ -59,11 +59,17 @@ def test_greedy_batches(tmp_path, name, reference):  # noqa: F811
     assert dspark.statistics.flags == 0 and sum(dspark.statistics.accepted) > 0
 
 
-@pytest.mark.parametrize("kind", made.KINDS)
-def test_a_drafter_of_nvidias_exporter(tmp_path, kind, reference):  # noqa: F811
-    config, shapes = made.modelopt(kind)
+OTHERS = {
+    **{f"nvidia, {kind}": lambda kind=kind: made.modelopt(kind) for kind in made.KINDS},
+    "dflash, windows, 17 ids": lambda: made.speculators("dflash", draft_vocab=17, block=9, layers=made.SLIDING),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_forms(tmp_path, name, reference):  # noqa: F811
+    config, shapes = OTHERS[name]()
     model = target_of("llama")
-    directory = made.write(tmp_path / "d", {**config, "num_target_layers": 2}, made.tensors(shapes))
+    directory = made.write(tmp_path / "d", {**config, "num_target_layers": 2} if "nvidia" in name else config, made.tensors(shapes))
     dspark = DSpark.from_pretrained(directory, model)
     check_same(model, dspark, batch(), max_new_tokens=8)
     assert dspark.statistics.flags == 0 and len(dspark.statistics.accepted) == 8
