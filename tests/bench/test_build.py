@@ -168,7 +168,7 @@ def test_plain_logits_are_the_references(kind):
     from reference.drafters.dspark import _sequential_head
     from reference.model import Weights
 
-    head = _sequential_head(kind, 6, SIZES.vocab, SIZES.hidden, Weights(tensors, "cpu", torch.float32))
+    head = _sequential_head(kind, 6, SIZES.vocab, SIZES.vocab, SIZES.hidden, Weights(tensors, "cpu", torch.float32))
     base, hidden = torch.randn(2, 3, SIZES.vocab), torch.randn(2, 3, SIZES.hidden)
     shared = dict(anchor_positions=torch.tensor([4, 9, 2]), hidden=hidden, state_indices=torch.tensor([2, 0], dtype=torch.int32))
     anchors, ops = torch.tensor([7, 0, 11]), systems.PlainOps()
