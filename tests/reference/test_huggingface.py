@@ -159,7 +159,10 @@ def test_a_gemma4_layer_is_transformers_own(tmp_path):
     for shares in (True, False):
         target = huggingface.load(tiny_gemma4(tmp_path / str(shares), attention_k_eq_v=shares))
         layer, config = target._layers[1], target._model.config
-        own = gemma4.DecoderLayer(gemma4.shape(config.to_dict()), Weights(dict(layer.state_dict()), "cpu", torch.float32))
+        values = config.to_dict()
+        for other in values.get("per_layer_config", {}).values():  # as 5.24 says what layers of full attention have of their own
+            values |= dict(global_head_dim=other["head_dim"], num_global_key_value_heads=other.get("num_key_value_heads"))
+        own = gemma4.DecoderLayer(gemma4.shape(values), Weights(dict(layer.state_dict()), "cpu", torch.float32))
         x, positions = torch.randn(5, 24), torch.arange(7, 12)
         angles = theirs.Gemma4TextRotaryEmbedding(config)(x[None], positions[None], layer_type="full_attention")
 
