@@ -42,7 +42,10 @@ PARTS = {
         "latents_follow and (top_k and rnn or without_replacement and gated)",
         ["tree_draft", "tree_paths"],
     ),
-    "shards of acceptance": ("any_cut and not sparse-False-token or block_rule and dense or one_gather", ["shards_accept"]),
+    "shards of acceptance": (
+        "any_cut and not sparse-False-token or block_rule and dense or one_gather or cut_vocabulary",
+        ["shards_accept"],
+    ),
     "shards of drafts": (
         "heads_with_latents and not dtype1 or any_cut and not with_latents or whole_sub_blocks or ties_go",
         ["shards_draft", "shards_candidates"],
