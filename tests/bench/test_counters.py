@@ -41,6 +41,7 @@ def test_elements_of_a_case():
     assert counters.elements_of(specs["tree_attention", "r32_c8192_q8"]) == ("key", 32 * 8192)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(machine.available() is not None, reason=f"needs the machine that runs compiled kernels: {machine.available()}")
 def test_a_layout_is_counted(tmp_path):
     out = tmp_path / "counters.csv"

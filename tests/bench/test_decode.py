@@ -183,6 +183,7 @@ def test_other_rules(rule, capsys):
     assert f"rule {rule}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_reference_while_decoding():
     pytest.importorskip("triton")
     arguments = ["--kernels", "--num-prompts", "1", "--max-new-tokens", "6", "--systems", "autoregressive,dspark"]

@@ -57,6 +57,7 @@ def test_the_machine_executes_what_the_model_counts():
         assert apart <= machine.WITHIN or key in machine.REASONS, f"{key}: {row['ratio']}"
 
 
+@pytest.mark.slow
 def test_a_kernel_is_modelled(tmp_path):
     out = tmp_path / "rows.csv"
     done = _run("--op", "compact_kv", "--out", out)

@@ -249,6 +249,7 @@ def test_the_case_that_is_timed_asks_for_the_entry(kernel, monkeypatch):
             assert (rows, spec.head_dim) == (entry.shape["block_m"], entry.shape["head"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_entries_are_compiled_and_no_times_taken(tmp_path):
     pytest.importorskip("triton")

@@ -106,6 +106,7 @@ def test_compile():
     torch.testing.assert_close(compiled[1], probs)
 
 
+@pytest.mark.slow
 def test_tensor_parallel():
     """Two processes under torchrun emit what one emits."""
     pytest.importorskip("triton")

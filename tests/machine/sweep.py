@@ -34,7 +34,7 @@ def run(stem: str, path: str, arch: str, examples: int, extra: list[str]) -> dic
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
         command = [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--compiled=all", f"--compiled-arch={arch}",
+            sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "--compiled=all", f"--compiled-arch={arch}",
             f"--compiled-examples={examples}", f"--compiled-record={record}", f"tests/{path}", *extra,
         ]  # fmt: skip
         started = time.perf_counter()
