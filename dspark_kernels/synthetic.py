@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .checks import check_int
+from .checks import check_device, check_int
 
 
 def synthetic_rates(
@@ -25,7 +25,7 @@ def synthetic_rates(
         drafts: K. Requests that verify fewer drafts emit fewer tokens.
         profile: K rates that were measured, that of draft k among the rounds that accepted those before it; all are raised to one
             power, so that their order stays. None = one rate for all positions: the accepted length is geometric, cut at K.
-        device: of the result; None = the CPU.
+        device: of the result; None = the current CUDA device, or the CPU where there is none.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or range, or a mean that no power of the profile has: rates of 0 stay 0,
@@ -44,7 +44,7 @@ def synthetic_rates(
     if not least <= mean_length <= most:
         place = f"of {drafts} drafts" if profile is None else "that a power of the profile can have"
         raise ValueError(f"mean_length: expected one {place}, from {least:g} to {most:g}, got {mean_length:g}")
-    return torch.tensor(_raised(rates, mean_length, least, most), dtype=torch.float32, device=device)
+    return torch.tensor(_raised(rates, mean_length, least, most), dtype=torch.float32, device=check_device("device", device))
 
 
 def mean_length_of(rates: Iterable[float]) -> float:

@@ -85,9 +85,9 @@ def compare_in_place(case):
 
 def test_many_uniforms():
     """About 500 acceptance tests at once, interpreted 200: comparisons that are off by one part in a hundred come out differently."""
-    requests = 40 if interpreter.interpreting() else 110
+    requests, least = (40, 140) if interpreter.interpreting() else (110, 440)
     acceptance = check(cases.accept_case(seed=1, requests=requests, drafts=7, vocab=40, closeness=0.97))
-    assert acceptance.num_emitted.sum() > 3 * requests
+    assert acceptance.num_emitted.sum() > least
 
 
 @pytest.mark.parametrize("proposal", ["dense", "sparse", "one_hot"])

@@ -254,7 +254,7 @@ def _launch(
         state_indices=state_indices,
         tree=nodes_of(out),
         flags=out.flags,
-        law=out.proposal.logits if sampled and isinstance(out.proposal, DenseProposal) else None,
+        logits=out.proposal.logits if sampled and isinstance(out.proposal, DenseProposal) else None,
         lent=lent,
         method=method,
         widths=[width for width, _ in depths],
@@ -315,7 +315,7 @@ class Arguments(NamedTuple):
     state_indices: Tensor | None
     tree: Nodes
     flags: Out[Tensor]
-    law: Out[Tensor | None]
+    logits: Out[Tensor | None]
     lent: workspaces.Lent
     method: str
     widths: list[int]
@@ -358,7 +358,7 @@ def _draft_tree(a: Arguments) -> None:
             head, projection, hidden_states(a.hidden),
             NodeSettings(map_ptr=a.draft_to_target, num_targets=a.targets, adjust=bias),
             StaticTree(**a.tree.pointers(), flags_ptr=a.flags),
-            None if a.law is None else NodeLogits(ptr=a.law, stride_slot=a.law.stride(0), stride_node=a.law.stride(1)),
+            None if a.logits is None else NodeLogits(ptr=a.logits, stride_slot=a.logits.stride(0), stride_node=a.logits.stride(1)),
             memory, StaticCounters(ticket_ptr=progress[:1], finished_ptr=progress[1:], row_status_ptr=row_status),
             kernels.words_of_branching(a.branching), a.level, rows, slots, nodes,
             TreeWidths(vocab, a.widths[0]), len(shape),
